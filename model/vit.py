@@ -1,0 +1,286 @@
+"""DINOv2's vision transformer, whole and in one file.
+
+Parameter names, initialisation and outputs are those of facebookresearch/dinov2
+(`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models keeps working. What differs is inside:
+attention goes through `scaled_dot_product_attention` only; drop path computes only the samples that are kept; the
+position embedding is resized by matrices (`model/pos_embed.py`), which is differentiable and exports anywhere.
+
+Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens,
+D width, A attention heads.
+"""
+
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ViTConfig
+from model.pos_embed import resize_matrix
+
+NORM_EPS = 1e-6
+
+
+class FeatureDict(TypedDict):
+    """What `forward_features` returns, under Meta's names."""
+
+    x_norm_clstoken: Tensor
+    x_norm_regtokens: Tensor
+    x_norm_patchtokens: Tensor
+    x_prenorm: Tensor
+    masks: NotRequired[Tensor | None]
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, 3, H, W] -> [B, D, h, w] -> [B, N, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, t, d = x.shape
+        qkv = self.qkv(x).view(b, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each [B, A, T, D/A]
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._split(x)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))  # [B, A, T, D/A] -> [B, T, D]
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Softmax weights [B, A, T, T]: quadratic in memory, only for looking at."""
+        q, k, _ = self._split(x)
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """SiLU-gated feed-forward (arXiv 2002.05202); `w12` holds the gate's half first."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(config.embed_dim, 2 * config.hidden_dim)
+        self.w3 = nn.Linear(config.hidden_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
+    def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp: Mlp | SwiGLU = Mlp(config) if config.ffn == "mlp" else SwiGLU(config)
+        init = config.layerscale_init
+        self.ls1: nn.Module = nn.Identity() if init is None else LayerScale(dim, init)
+        self.ls2: nn.Module = nn.Identity() if init is None else LayerScale(dim, init)
+        self.drop_path_rate = drop_path_rate
+
+    def _attn_branch(self, x: Tensor) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x)))
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.drop_path_rate > 0:
+            for branch in (self._attn_branch, self._mlp_branch):
+                kept, scale = self._kept_samples(x)
+                x = x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
+            return x
+        x = x + self._attn_branch(x)
+        return x + self._mlp_branch(x)
+
+    def _kept_samples(self, x: Tensor) -> tuple[Tensor, float]:
+        """Which samples this branch computes, and the gain that keeps its expectation."""
+        batch = x.shape[0]
+        n_kept = max(1, round(batch * (1 - self.drop_path_rate)))
+        return torch.randperm(batch, device=x.device)[:n_kept], batch / n_kept
+
+
+class DinoVisionTransformer(nn.Module):
+    """DINOv2 backbone.
+
+    Args:
+        config: the shape.
+        drop_path_rate: share of samples that skip a residual branch in training, the same in every block.
+    """
+
+    def __init__(self, config: ViTConfig, *, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}")
+        self.config = config
+        self.embed_dim = self.num_features = config.embed_dim
+        self.patch_size = config.patch_size
+        self.num_register_tokens = config.num_register_tokens
+        dim = config.embed_dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_register_tokens, dim)) if config.num_register_tokens else None
+        )
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config, drop_path_rate) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Truncated normal (0.02) for linear layers and positions, nearly zero class and register tokens."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def _pos_embed_for(self, h: int, w: int) -> Tensor:
+        """Positions [1, 1 + h*w, D], resized by the model's rule unless the grid is the native one."""
+        side = self.config.grid
+        if (h, w) == (side, side):
+            return self.pos_embed
+        rule = self.config.pos_embed_rule
+        rows, columns = (torch.tensor(resize_matrix(side, n, rule), device=self.pos_embed.device) for n in (h, w))
+        patches = self.pos_embed[0, 1:].float().view(side, side, -1)  # [M, M, D]
+        resized = torch.einsum("hi,ijd->hjd", rows, patches)
+        resized = torch.einsum("wj,hjd->hwd", columns, resized).reshape(1, h * w, -1)
+        return torch.cat((self.pos_embed[:, :1], resized.to(self.pos_embed.dtype)), dim=1)
+
+    def _grid_of(self, x: Tensor) -> tuple[int, int]:
+        height, width = x.shape[-2:]
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"input of {height}x{width} pixels: both sides must be multiples of the patch size {p}")
+        return height // p, width // p
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Pixels [B, 3, H, W] to tokens [B, T, D]; `masks` [B, N] bool puts the mask token where True."""
+        h, w = self._grid_of(x)
+        x = self.patch_embed(x)
+        if masks is not None:
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
+        x = x + self._pos_embed_for(h, w).to(x.dtype)
+        if self.register_tokens is not None:  # after the positions: registers have none
+            registers = self.register_tokens.expand(x.shape[0], -1, -1).to(x.dtype)
+            x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
+        return x
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> FeatureDict:
+        """All features of a batch.
+
+        Args:
+            x: normalised pixels [B, 3, H, W], H and W multiples of the patch size.
+            masks: [B, N] bool, True where a patch is replaced by the mask token.
+
+        Returns:
+            `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D], `x_norm_patchtokens` [B, N, D] after the last
+            norm, `x_prenorm` [B, T, D] before it, and `masks` as given.
+        """
+        x = self.prepare_tokens_with_masks(x, masks)
+        for block in self.blocks:
+            x = block(x)
+        normed, first_patch = self.norm(x), 1 + self.num_register_tokens
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1:first_patch],
+            "x_norm_patchtokens": normed[:, first_patch:],
+            "x_prenorm": x,
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens after chosen blocks, in the order of the blocks.
+
+        Args:
+            x: pixels [B, 3, H, W].
+            n: the last n blocks, or the block indices.
+            reshape: [B, D, h, w] instead of [B, N, D].
+            return_class_token: pairs (patches, class token [B, D]).
+            norm: apply the last norm.
+
+        Raises:
+            ValueError: a block that the model does not have.
+        """
+        depth = len(self.blocks)
+        wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
+        if not wanted or min(wanted) < 0 or max(wanted) >= depth:
+            raise ValueError(f"n={n}: the model has {depth} blocks, 0 to {depth - 1}")
+        h, w = self._grid_of(x)
+        tokens = self.prepare_tokens_with_masks(x)
+        outputs = []
+        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+            tokens = block(tokens)
+            if index in wanted:
+                outputs.append(self.norm(tokens) if norm else tokens)
+        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        if reshape:
+            patches = [out.transpose(1, 2).reshape(out.shape[0], -1, h, w) for out in patches]
+        if return_class_token:
+            return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
+        return tuple(patches)
+
+    def get_attention(self, x: Tensor, block: int = -1) -> Tensor:
+        """Attention weights [B, A, T, T] of one block (row: query, summing to one). Runs beside the fast path."""
+        depth = len(self.blocks)
+        if not -depth <= block < depth:
+            raise ValueError(f"block={block}: the model has {depth} blocks, {-depth} to {depth - 1}")
+        tokens = self.prepare_tokens_with_masks(x)
+        for layer in self.blocks[: block % depth]:
+            tokens = layer(tokens)
+        last = self.blocks[block % depth]
+        assert isinstance(last, Block)
+        return last.attn.weights(last.norm1(tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The class token after the last norm [B, D]: the image's embedding."""
+        return self.forward_features(x)["x_norm_clstoken"]
