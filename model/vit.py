@@ -1,9 +1,10 @@
 """DINOv2's vision transformer, whole and in one file.
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
-(`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models keeps working. What differs is inside:
-attention goes through `scaled_dot_product_attention` only; drop path computes only the samples that are kept; the
-position embedding is resized by matrices (`model/pos_embed.py`), which is differentiable and exports anywhere.
+(`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models
+keeps working. What differs is inside: attention goes through `scaled_dot_product_attention` only; drop path computes
+only the samples that are kept; the position embedding is resized by matrices (`model/pos_embed.py`), which is
+differentiable and exports anywhere.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens,
 D width, A attention heads.
