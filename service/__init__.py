@@ -1,0 +1,1 @@
+"""Bytes in, answers out: the REST service over an exported artifact. Loads without torch."""

@@ -1,0 +1,240 @@
+"""Every error a client can see, and its HTTP status and code, in one place.
+
+    ServiceError                        500 internal_error
+    ├── BadRequest                      400 bad_request
+    │   └── UnsupportedDimensions       400 unsupported_dimensions
+    ├── NotFound                        404 not_found
+    │   ├── ModelNotFound               404 model_not_found
+    │   ├── CollectionNotFound          404 collection_not_found
+    │   └── ItemNotFound                404 item_not_found
+    ├── MethodNotAllowed                405 method_not_allowed
+    ├── Conflict                        409 conflict
+    │   └── ModelMismatch               409 model_mismatch
+    ├── PayloadTooLarge                 413 payload_too_large
+    │   └── ImageTooLarge               413 image_too_large
+    ├── UnsupportedMediaType            415 unsupported_media_type
+    │   └── UnsupportedImage            415 unsupported_image
+    ├── InvalidRequest                  422 invalid_request
+    │   ├── BrokenImage                 422 broken_image
+    │   └── InvalidItems                422 invalid_items (or the status all its items share)
+    ├── ClientGone                      499 client_closed_request (logged; nobody is left to read it)
+    ├── EngineFailed                    500 engine_failed
+    ├── StorageFailed                   500 storage_failed
+    ├── Unavailable                     503 unavailable
+    │   ├── QueueFull                   503 queue_full (Retry-After)
+    │   ├── ShuttingDown                503 shutting_down (Retry-After)
+    │   └── ModelUnavailable            503 model_unavailable
+    └── DeadlineExceeded                504 deadline_exceeded
+
+A class is raised where the fault is found; `ERRORS` gives it its status, code and title; the border (`service/app.py`)
+turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error": {...}}` on `/v1/embeddings`, so that
+OpenAI's clients parse it. No web framework here: the pipeline and everything below it raise these too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class ErrorKind(NamedTuple):
+    """One row of the error table."""
+
+    status: int
+    code: str
+    title: str
+
+
+class ServiceError(Exception):
+    """An error with an HTTP answer.
+
+    `detail` is for the user: it names the value and what is allowed. `param` is the request field at fault, if one is.
+    `extra` holds further members of the body, `headers` further response headers.
+    """
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.param = param
+        self.headers: dict[str, str] = dict(headers or {})
+        self.extra: dict[str, Any] = dict(extra or {})
+
+    @property
+    def status(self) -> int:
+        return ERRORS[type(self)].status
+
+    @property
+    def code(self) -> str:
+        return ERRORS[type(self)].code
+
+    @property
+    def title(self) -> str:
+        return ERRORS[type(self)].title
+
+
+class BadRequest(ServiceError): ...
+
+
+class UnsupportedDimensions(BadRequest): ...
+
+
+class NotFound(ServiceError): ...
+
+
+class ModelNotFound(NotFound): ...
+
+
+class CollectionNotFound(NotFound): ...
+
+
+class ItemNotFound(NotFound): ...
+
+
+class MethodNotAllowed(ServiceError): ...
+
+
+class Conflict(ServiceError): ...
+
+
+class ModelMismatch(Conflict): ...
+
+
+class PayloadTooLarge(ServiceError): ...
+
+
+class ImageTooLarge(PayloadTooLarge): ...
+
+
+class UnsupportedMediaType(ServiceError): ...
+
+
+class UnsupportedImage(UnsupportedMediaType): ...
+
+
+class InvalidRequest(ServiceError): ...
+
+
+class BrokenImage(InvalidRequest): ...
+
+
+@dataclass(frozen=True)
+class ItemError:
+    """What is wrong with one item of a request; `index` counts from 0 in the order sent."""
+
+    index: int
+    error: ServiceError
+
+    def body(self) -> dict[str, Any]:
+        return {"index": self.index, "code": self.error.code, "detail": self.error.detail, "status": self.error.status}
+
+
+class InvalidItems(InvalidRequest):
+    """Some items of a request cannot be used; the body names every one of them.
+
+    The status is the one that all its items share, else 422.
+    """
+
+    def __init__(self, items: list[ItemError], *, total: int, param: str = "input") -> None:
+        assert items
+        super().__init__(invalid_items_detail(items, total), param=param, extra={"errors": [i.body() for i in items]})
+        self.items = items
+        for item in items:  # a Retry-After of an item is the request's
+            self.headers.update(item.error.headers)
+
+    @property
+    def status(self) -> int:
+        statuses = {item.error.status for item in self.items}
+        return statuses.pop() if len(statuses) == 1 else ERRORS[InvalidItems].status
+
+
+def invalid_items_detail(items: list[ItemError], total: int) -> str:
+    """One line that names every bad index and why: '2 of 5 items ...: [1] broken ...; [4] ...'."""
+    reasons = "; ".join(f"[{item.index}] {item.error.detail}" for item in items)
+    return f"{len(items)} of {total} items cannot be used: {reasons}"
+
+
+class ClientGone(ServiceError): ...
+
+
+class EngineFailed(ServiceError): ...
+
+
+class StorageFailed(ServiceError): ...
+
+
+class Unavailable(ServiceError):
+    """Not now; with `retry_after_s`, when to come back."""
+
+    def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail, headers={} if retry_after_s is None else {"Retry-After": str(max(1, retry_after_s))})
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Unavailable): ...
+
+
+class ShuttingDown(Unavailable): ...
+
+
+class ModelUnavailable(Unavailable): ...
+
+
+class DeadlineExceeded(ServiceError): ...
+
+
+ERRORS: dict[type[ServiceError], ErrorKind] = {
+    ServiceError: ErrorKind(500, "internal_error", "Internal error"),
+    BadRequest: ErrorKind(400, "bad_request", "Bad request"),
+    UnsupportedDimensions: ErrorKind(400, "unsupported_dimensions", "Dimensions not supported"),
+    NotFound: ErrorKind(404, "not_found", "Not found"),
+    ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
+    CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),
+    ItemNotFound: ErrorKind(404, "item_not_found", "Item not found"),
+    MethodNotAllowed: ErrorKind(405, "method_not_allowed", "Method not allowed"),
+    Conflict: ErrorKind(409, "conflict", "Conflict"),
+    ModelMismatch: ErrorKind(409, "model_mismatch", "Vectors of another model"),
+    PayloadTooLarge: ErrorKind(413, "payload_too_large", "Payload too large"),
+    ImageTooLarge: ErrorKind(413, "image_too_large", "Image too large"),
+    UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "Unsupported media type"),
+    UnsupportedImage: ErrorKind(415, "unsupported_image", "Unsupported image format"),
+    InvalidRequest: ErrorKind(422, "invalid_request", "Invalid request"),
+    BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
+    InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
+    ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),
+    EngineFailed: ErrorKind(500, "engine_failed", "Engine failed"),
+    StorageFailed: ErrorKind(500, "storage_failed", "Storage failed"),
+    Unavailable: ErrorKind(503, "unavailable", "Unavailable"),
+    QueueFull: ErrorKind(503, "queue_full", "Queue full"),
+    ShuttingDown: ErrorKind(503, "shutting_down", "Shutting down"),
+    ModelUnavailable: ErrorKind(503, "model_unavailable", "Model unavailable"),
+    DeadlineExceeded: ErrorKind(504, "deadline_exceeded", "Deadline exceeded"),
+}
+
+
+def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:
+    """The RFC 9457 body: type, title, status, detail, instance; with code, param and request_id as extensions."""
+    body: dict[str, Any] = {
+        "type": f"urn:dinov2:error:{error.code}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "instance": instance,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    if error.param is not None:
+        body["param"] = error.param
+    return {**body, **error.extra}
+
+
+def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
+    """OpenAI's body; `type` is invalid_request_error below 500 and server_error from there on."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
+    return {"error": {**inner, **error.extra}}
