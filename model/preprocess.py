@@ -1,0 +1,141 @@
+"""Image to network input: the one preprocessing that training's evaluation, export and service share.
+
+DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) is torchvision's: resize the
+short side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean, divide by its
+standard deviation. Features depend on each of these, so they are repeated here to the pixel, without torch or torchvision: the
+service loads neither. `tests/model/test_preprocess.py` compares with Hugging Face's processor, which follows the same
+definition except that it floors an odd crop margin; torchvision rounds half to even, and so does this file.
+
+Two things make it fast. The crop comes before the conversion to float, and the conversion is a table: a channel has
+only 256 values, so `(value / 255 - mean) / std` is computed once for each and looked up, which is also exact. Pillow's own
+short cuts (`box=`, `reducing_gap=`, JPEG draft mode) are not taken: they change pixels.
+
+Legend: H, W the image as given; h, w the network's input; p the patch size. Sizes are (height, width) in pixels.
+"""
+
+from functools import lru_cache
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_ASPECT_RATIO = 100.0
+"""Long side over short side. Beyond it the resized image is a thread that costs memory and shows nothing."""
+
+Triple = tuple[float, float, float]
+
+
+class PreprocessSpec(BaseModel):
+    """How an image becomes the network's input. It is part of an artifact's fingerprint.
+
+    With `crop`: the short side is resized to `resize` and the centre square of `crop` pixels is cut out.
+    Without (`crop=None`): the whole image is kept at its aspect, the short side near `resize` (None: the image's own
+    size), and both sides are rounded to the nearest multiple of `patch_size`, at least one patch.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): an unknown field, or values that do not fit each other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: int | None = Field(default=256, ge=1, le=4096, description="short side after resizing, pixels")
+    crop: int | None = Field(default=224, ge=1, le=4096, description="side of the centre crop, pixels; null: no crop")
+    patch_size: int = Field(default=14, ge=1, le=256, description="side of a patch, pixels")
+    interpolation: Literal["bicubic"] = "bicubic"
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.crop is not None:
+            if self.resize is None:
+                raise ValueError(f"crop={self.crop} needs resize, the short side to crop from")
+            if self.crop > self.resize:
+                raise ValueError(f"crop={self.crop} does not fit into resize={self.resize}")
+            if self.crop % self.patch_size:
+                raise ValueError(f"crop={self.crop} must be a multiple of patch_size={self.patch_size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be above 0")
+        return self
+
+
+REFERENCE_224 = PreprocessSpec()
+"""The reference evaluation transform."""
+
+REFERENCE_518 = PreprocessSpec(resize=518, crop=518)
+"""The same at the resolution of the released weights, as timm's configurations of them say."""
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"image of {height}x{width} pixels (height x width): both sides must be at least 1")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"image of {height}x{width} pixels (height x width): one side may be at most "
+            f"{MAX_ASPECT_RATIO:g} times the other"
+        )
+
+
+def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
+    """The size that the image is resized to, before any crop."""
+    short = min(height, width)
+    target = short if spec.resize is None else spec.resize
+    if spec.crop is not None:  # torchvision's Resize: the long side is truncated
+        return (target, int(target * width / height)) if height <= width else (int(target * height / width), target)
+    p = spec.patch_size
+
+    def nearest_multiple(side: int) -> int:  # of p to side * target / short, halves up, in exact integers
+        return max(1, (2 * side * target + short * p) // (2 * short * p)) * p
+
+    return nearest_multiple(height), nearest_multiple(width)
+
+
+def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
+    """The (h, w) that `preprocess` gives for an image of this size, without doing it.
+
+    Raises:
+        ValueError: a side below 1, or an aspect ratio above `MAX_ASPECT_RATIO`.
+    """
+    _check_size(height, width)
+    return _resized_size(height, width, spec) if spec.crop is None else (spec.crop, spec.crop)
+
+
+@lru_cache(maxsize=16)
+def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
+    """Table [3, 256]: what each of the 256 values of each channel becomes, with torchvision's float32 arithmetic."""
+    values = np.arange(256, dtype=np.float32) / np.float32(255)
+    table = (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+    table.setflags(write=False)  # cached and shared
+    return table
+
+
+def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+    """One image to the network's input. Images smaller than the target are enlarged, as the reference does.
+
+    Args:
+        image: RGB [H, W, 3] uint8, already upright.
+        spec: the transform.
+
+    Returns:
+        float32 [3, h, w], contiguous, with (h, w) = `output_size(H, W, spec)`.
+
+    Raises:
+        ValueError: another shape or type, or a size that `output_size` refuses.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 of shape [H, W, 3], not {image.dtype} of shape {list(image.shape)}")
+    height, width = image.shape[:2]
+    out_h, out_w = output_size(height, width, spec)
+    new_h, new_w = _resized_size(height, width, spec)
+    if (new_h, new_w) != (height, width):
+        resized = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC)
+        image = np.asarray(resized)
+    # torchvision's CenterCrop: Python's round, so half a pixel goes to the even side. No crop: both margins are 0.
+    top, left = round((new_h - out_h) / 2), round((new_w - out_w) / 2)
+    cropped = image[top : top + out_h, left : left + out_w]  # [h, w, 3]
+    pixels = np.empty((3, out_h, out_w), np.float32)
+    for channel, values in enumerate(_normalised_values(spec.mean, spec.std)):
+        np.take(values, cropped[:, :, channel], out=pixels[channel], mode="clip")
+    return pixels

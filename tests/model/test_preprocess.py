@@ -1,0 +1,172 @@
+"""The reference transform: against hand-made values, against Hugging Face's processor, and its refusals."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from model.preprocess import REFERENCE_224, REFERENCE_518, PreprocessSpec, output_size, preprocess
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+SIZES = [(224, 224), (256, 256), (300, 400), (401, 299), (97, 130), (14, 600), (256, 341), (480, 640), (1, 1), (2, 199)]
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth waves with noise: bicubic overshoot and clipping both happen."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(rng.uniform(0.02, 0.3) * y + rng.uniform(0.02, 0.3) * x + c) for c in range(3)]
+    image = 127 + 140 * np.stack(waves, axis=-1) + 30 * rng.standard_normal((height, width, 3))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def slow_reference(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    """torchvision's Resize, CenterCrop, ToTensor, Normalize as their documentation reads, one step after another."""
+    height, width = image.shape[:2]
+    if height <= width:
+        size = (resize, int(resize * width / height))
+    else:
+        size = (int(resize * height / width), resize)
+    resized = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    top, left = (round((side - crop) / 2.0) for side in size)
+    cropped = resized[top : top + crop, left : left + crop].astype(np.float64)
+    return ((cropped / 255 - MEAN) / STD).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("spec", [REFERENCE_224, REFERENCE_518])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_definition(size: tuple[int, int], spec: PreprocessSpec) -> None:
+    image = photo(*size)
+    pixels = preprocess(image, spec)
+    assert spec.resize is not None
+    assert spec.crop is not None
+    assert pixels.shape == (3, spec.crop, spec.crop) == (3, *output_size(*size, spec))
+    assert pixels.dtype == np.float32
+    assert pixels.flags.c_contiguous
+    np.testing.assert_allclose(pixels, slow_reference(image, spec.resize, spec.crop), atol=1e-6)
+
+
+def test_constant_image_by_hand() -> None:
+    image = np.empty((50, 70, 3), np.uint8)
+    image[:] = (255, 0, 102)
+    expected = (np.array([1.0, 0.0, 0.4]) - MEAN) / STD
+    pixels = preprocess(image, REFERENCE_224)
+    np.testing.assert_allclose(pixels, np.broadcast_to(expected[:, None, None], (3, 224, 224)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "left"), [(256, 16), (257, 16), (259, 18), (258, 17)])
+def test_odd_margin_is_rounded_half_to_even(width: int, left: int) -> None:
+    """Margins of 16, 16.5, 17.5 and 17 pixels; the height is 256 already, so nothing is resized."""
+    image = np.zeros((256, width, 3), np.uint8)
+    image[:, :, 0] = np.minimum(np.arange(width), 255)
+    first = preprocess(image, REFERENCE_224)[0, 0, 0]
+    assert round(float(first * STD[0] + MEAN[0]) * 255) == left
+
+
+def hf_pixels(image: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    module = pytest.importorskip(
+        "transformers.models.bit.image_processing_pil_bit", reason="needs transformers >= 5: pip install '.[reference]'"
+    )
+    processor = module.BitImageProcessorPil(
+        size={"shortest_edge": spec.resize},
+        crop_size={"height": spec.crop, "width": spec.crop},
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+    return np.asarray(processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0])
+
+
+@pytest.mark.parametrize("spec", [REFERENCE_224, REFERENCE_518])
+@pytest.mark.parametrize("size", [(224, 224), (300, 400), (402, 300), (97, 130), (600, 80), (640, 480), (33, 1000)])
+def test_equals_hugging_face_except_for_odd_margins(size: tuple[int, int], spec: PreprocessSpec) -> None:
+    image = photo(*size, seed=3)
+    assert spec.resize is not None
+    assert spec.crop is not None
+    margin = int(spec.resize * max(size) / min(size)) - spec.crop
+    ours, theirs = preprocess(image, spec), hf_pixels(image, spec)
+    if margin % 4 != 3:  # even, or half a pixel that is rounded down: the same as flooring
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    else:  # half a pixel that is rounded up to even: ours starts one pixel later
+        assert np.abs(ours - theirs).max() > 0.1
+        one_later = (ours[:, :-1], theirs[:, 1:]) if size[0] > size[1] else (ours[:, :, :-1], theirs[:, :, 1:])
+        np.testing.assert_allclose(*one_later, atol=2e-6)
+
+
+def test_sizes_above_cover_both_kinds_of_margin() -> None:
+    margins = {(256 * long // short - 224) % 4 for short, long in [(97, 130), (300, 402), (80, 600), (33, 1000)]}
+    assert 3 in margins
+    assert margins - {3}
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "expected"),
+    [
+        ((224, 224), None, (224, 224)),
+        ((220, 230), None, (224, 224)),  # 15.71 and 16.43 patches
+        ((231, 217), None, (238, 224)),  # 16.5 and 15.5 patches: halves up
+        ((480, 640), None, (476, 644)),
+        ((480, 640), 224, (224, 294)),  # 298.67 pixels are 21.33 patches
+        ((640, 480), 518, (686, 518)),  # 690.67 pixels are 49.33 patches
+        ((3, 5), None, (14, 14)),
+        ((10, 900), None, (14, 896)),
+    ],
+)
+def test_no_crop_keeps_aspect_and_rounds_to_patches(
+    size: tuple[int, int], resize: int | None, expected: tuple[int, int]
+) -> None:
+    spec = PreprocessSpec(resize=resize, crop=None)
+    image = photo(*size)
+    assert output_size(*size, spec) == expected
+    pixels = preprocess(image, spec)
+    assert pixels.shape == (3, *expected)
+    resized = np.array(Image.fromarray(image).resize(expected[::-1], Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(pixels, ((resized / 255 - MEAN) / STD).transpose(2, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [REFERENCE_224, PreprocessSpec(resize=None, crop=None)])
+@pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0), (1, 101), (5000, 2)])
+def test_impossible_sizes_are_refused(size: tuple[int, int], spec: PreprocessSpec) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels"):
+        output_size(*size, spec)
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels"):
+        preprocess(np.zeros((*size, 3), np.uint8), spec)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.float32)]
+)
+def test_other_arrays_are_refused(image: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8 of shape"):
+        preprocess(image, REFERENCE_224)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"resize": None}, "needs resize"),
+        ({"resize": 200}, "does not fit"),
+        ({"crop": 225}, "multiple of patch_size"),
+        ({"resize": 0}, "greater than or equal to 1"),
+        ({"std": (0.1, 0.0, 0.1)}, "must be above 0"),
+        ({"interpolation": "bilinear"}, "bicubic"),
+        ({"crop_size": 224}, "Extra inputs"),
+    ],
+)
+def test_specs_that_make_no_sense_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PreprocessSpec.model_validate(fields)
+
+
+def test_spec_survives_json_and_is_frozen() -> None:
+    spec = PreprocessSpec(resize=None, crop=None)
+    assert PreprocessSpec.model_validate_json(spec.model_dump_json()) == spec
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.crop = 14  # type: ignore[misc]
+
+
+def test_input_is_not_changed_and_may_be_read_only() -> None:
+    image = photo(256, 256)
+    before = image.copy()
+    image.setflags(write=False)
+    preprocess(image, REFERENCE_224)
+    np.testing.assert_array_equal(image, before)
