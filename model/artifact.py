@@ -1,0 +1,226 @@
+"""The artifact directory: the only thing that training hands to serving.
+
+    <name>-<first 8 digits of the fingerprint>/
+      manifest.json         what it is: shape, preprocessing, parity, provenance, licence, every file with its sha256
+      weights.safetensors   the backbone under Meta's parameter names
+      model.onnx            the graph that serving runs (may be left out: it is derived from the weights, byte for byte)
+      README.md             the model card, when there is one
+
+The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
+that decides which vector a photo gets. Vectors are tagged with it, so those of two models are never mixed. Loading
+checks every file against the manifest and refuses what differs.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import load_file
+
+from model.config import ViTConfig
+from model.onnx_graph import build_onnx, write_onnx
+from model.preprocess import PreprocessSpec, output_size
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+ONNX = "model.onnx"
+MODEL_CARD = "README.md"
+FORMAT_VERSION: Literal[1] = 1
+BUNDLED_DIR = Path(__file__).parent / "bundled"
+
+Weights = Mapping[str, npt.NDArray[np.floating]]
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be trusted or read; the message names the file and why."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """One file of the artifact. A derived one may be absent: it is made again from the weights and must then match."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+    derived: bool = False
+
+
+class ParityRecord(_Record):
+    """How close one runtime comes to torch float32 on the same pixels (see `model/parity.py`)."""
+
+    engine: str
+    precision: str
+    images: int
+    max_abs_error: float
+    min_cosine_cls: float
+    min_cosine_patches: float
+    neighbour_agreement: float
+
+
+class Manifest(_Record):
+    """What `manifest.json` holds."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    config: ViTConfig
+    preprocess: PreprocessSpec
+    input_size: tuple[int, int]  # (H, W) pixels that the graph takes
+    parity: list[ParityRecord]
+    provenance: dict[str, Any]
+    licence: str
+    created: str  # ISO 8601, UTC
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact: its folder, its manifest, and where each file lies."""
+
+    path: Path
+    manifest: Manifest
+    locations: Mapping[str, Path]
+
+    @property
+    def name(self) -> str:
+        return f"{self.manifest.name}-{self.manifest.fingerprint[:8]}"
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def file(self, name: str) -> Path:
+        """The verified path of a file of the manifest."""
+        if name not in self.locations:
+            raise ArtifactError(f"{self.path}: holds no {name}; it has {', '.join(sorted(self.locations))}")
+        return self.locations[name]
+
+
+def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:
+    """sha256 (64 hex digits) over everything that decides a vector."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        array = np.ascontiguousarray(weights[key])
+        digest.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    identity = {"config": asdict(config), "preprocess": preprocess.model_dump(mode="json")}
+    digest.update(json.dumps(identity, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
+    """(H, W) of the fixed input that `preprocess` gives.
+
+    Raises:
+        ValueError: the transform keeps the aspect, so there is no one size.
+    """
+    if preprocess.crop is None:
+        raise ValueError("crop=None keeps every photo's own size: an exported graph takes one size, so give a crop")
+    return output_size(preprocess.crop, preprocess.crop, preprocess)
+
+
+def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
+    """Hash a file for the manifest."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(sha256=digest, bytes=path.stat().st_size, derived=derived)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Parse `manifest.json` of an artifact folder without checking the files it names.
+
+    Raises:
+        ArtifactError: no such file, or not a manifest this version reads.
+    """
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path}: not an artifact: {MANIFEST}: {error.strerror}") from error
+    except (ValidationError, ValueError) as error:
+        raise ArtifactError(f"{path / MANIFEST}: not a manifest of format {FORMAT_VERSION}: {error}") from error
+    for name in manifest.files:
+        if Path(name).name != name or name in (MANIFEST, "..", "."):
+            raise ArtifactError(f"{path / MANIFEST}: file name {name!r} leaves the artifact's folder")
+    return manifest
+
+
+def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
+    """Open an artifact and check every file.
+
+    Args:
+        path: the artifact's folder.
+        derived_dir: where files that can be derived are kept when the folder lacks them; None: the folder itself.
+
+    Raises:
+        ArtifactError: a file is missing, changed or unreadable; the message names it and why.
+    """
+    manifest = read_manifest(path)
+    locations = {}
+    for name, record in manifest.files.items():
+        location = path / name
+        if record.derived and not location.exists():
+            location = _derived(path, manifest, name, (derived_dir or path.parent) / path.name)
+        _verify(location, record)
+        locations[name] = location
+    if WEIGHTS not in locations:
+        raise ArtifactError(f"{path / MANIFEST}: names no {WEIGHTS}")
+    found = fingerprint(load_file(locations[WEIGHTS]), manifest.config, manifest.preprocess)
+    if found != manifest.fingerprint:
+        raise ArtifactError(
+            f"{path / MANIFEST}: fingerprint is {manifest.fingerprint}, but weights, architecture and preprocessing "
+            f"give {found}: one of them was changed"
+        )
+    return Artifact(path=path, manifest=manifest, locations=locations)
+
+
+def bundled_artifact() -> Path:
+    """The folder of the artifact that comes with the project.
+
+    Raises:
+        ArtifactError: there is none, or more than one.
+    """
+    found = sorted(path.parent for path in BUNDLED_DIR.glob(f"*/{MANIFEST}"))
+    if len(found) != 1:
+        raise ArtifactError(f"{BUNDLED_DIR}: one bundled artifact expected, found {len(found)}")
+    return found[0]
+
+
+def _verify(path: Path, record: FileRecord) -> None:
+    try:
+        found = describe_file(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}") from error
+    if (found.bytes, found.sha256) != (record.bytes, record.sha256):
+        raise ArtifactError(
+            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, the manifest says {record.bytes} bytes and "
+            f"{record.sha256}: it was changed or cut short"
+        )
+
+
+def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
+    """Make a derived file from the weights, unless an earlier start left it; the caller verifies it."""
+    if name != ONNX:
+        raise ArtifactError(f"{path / name}: missing, and only {ONNX} can be derived")
+    target = directory / name
+    if target.exists() and describe_file(target).sha256 == manifest.files[name].sha256:
+        return target
+    _verify(path / WEIGHTS, manifest.files[WEIGHTS])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
+            graph = build_onnx(load_file(path / WEIGHTS), manifest.config, manifest.input_size)
+            for written in write_onnx(graph, Path(temporary) / name):
+                os.replace(Path(temporary) / written, directory / written)
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error
+    return target

@@ -1,0 +1,125 @@
+"""A checkpoint becomes an artifact: weights, ONNX graph, parity check, manifest. All of it or nothing.
+
+Everything is written into a temporary folder beside the target, which takes its name in one rename once parity has
+passed; a failed or killed export leaves no folder that looks like an artifact.
+"""
+
+import datetime
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from model import parity
+from model.artifact import (
+    MANIFEST,
+    MODEL_CARD,
+    ONNX,
+    WEIGHTS,
+    Artifact,
+    Manifest,
+    describe_file,
+    fingerprint,
+    input_size,
+    load_artifact,
+)
+from model.config import ViTConfig
+from model.onnx_graph import build_onnx, write_onnx
+from model.preprocess import PreprocessSpec
+
+WeightsDtype = Literal["float32", "float16"]
+
+
+def export_artifact(
+    weights: Mapping[str, npt.NDArray[np.floating]],
+    config: ViTConfig,
+    out_dir: Path,
+    *,
+    name: str,
+    preprocess: PreprocessSpec,
+    provenance: Mapping[str, Any],
+    licence: str,
+    weights_dtype: WeightsDtype = "float32",
+    photos: Sequence[npt.NDArray[np.uint8]] | None = None,
+    model_card: str | None = None,
+    keep_onnx: bool = True,
+) -> Artifact:
+    """Write `<out_dir>/<name>-<fingerprint8>/` and return it verified.
+
+    Args:
+        weights: the backbone's state dict as arrays, Meta's names.
+        config: its shape, with the position-embedding rule that its weights were trained with.
+        out_dir: folder of artifacts; made when missing.
+        preprocess: the transform that serving applies; its crop is the graph's input size.
+        provenance: where the weights come from, as JSON.
+        licence: SPDX identifier of the weights.
+        weights_dtype: how weights are stored. Parity is against torch on the weights as stored.
+        photos: uint8 [H, W, 3] pictures for the parity check; None takes generated ones.
+        keep_onnx: False leaves `model.onnx` out; loading derives it again, byte for byte.
+
+    Raises:
+        ParityError: ONNX Runtime strays from torch.
+        ValueError: sizes that do not fit each other.
+        OSError: the folder cannot be written.
+    """
+    # Only the reference engine needs torch; the rest of this module loads without.
+    from model.engine_onnx import OnnxEngine
+    from model.engine_torch import TorchEngine
+
+    stored = {key: np.ascontiguousarray(array.astype(weights_dtype)) for key, array in weights.items()}
+    size = input_size(preprocess)
+    digest = fingerprint(stored, config, preprocess)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".exporting-") as temporary:
+        folder = Path(temporary) / f"{name}-{digest[:8]}"
+        folder.mkdir()
+        save_file(stored, folder / WEIGHTS)
+        onnx_files = write_onnx(build_onnx(stored, config, size), folder / ONNX)
+        record = parity.measure(
+            TorchEngine(folder / WEIGHTS, config, threads=os.cpu_count() or 1),
+            OnnxEngine(folder / ONNX, threads=os.cpu_count() or 1),
+            list(photos) if photos is not None else parity.sample_photos(),
+            preprocess,
+        )
+        parity.check(record)
+        files = {WEIGHTS: describe_file(folder / WEIGHTS)}
+        files |= {file: describe_file(folder / file, derived=file == ONNX) for file in onnx_files}
+        if model_card is not None:
+            (folder / MODEL_CARD).write_text(model_card)
+            files[MODEL_CARD] = describe_file(folder / MODEL_CARD)
+        manifest = Manifest(
+            name=name,
+            fingerprint=digest,
+            config=config,
+            preprocess=preprocess,
+            input_size=size,
+            parity=[record],
+            provenance=dict(provenance),
+            licence=licence,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            files=files,
+        )
+        if not keep_onnx:
+            for file in onnx_files:
+                (folder / file).unlink()
+        _write_durably(folder / MANIFEST, manifest)
+        target = out_dir / folder.name
+        if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
+            shutil.rmtree(target)
+        os.rename(folder, target)
+    return load_artifact(target, derived_dir=None if keep_onnx else out_dir / ".derived")
+
+
+def _write_durably(path: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

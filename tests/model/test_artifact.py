@@ -1,0 +1,215 @@
+"""Export, the manifest's promises, and what a damaged artifact says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import parity
+from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
+from model.config import ViTConfig
+from model.engine import Features, available_cpus, load_engine
+from model.export_onnx import export_artifact
+from model.preprocess import PreprocessSpec, preprocess
+
+torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
+
+CONFIG = ViTConfig(embed_dim=48, depth=2, num_heads=3, img_size=70, layerscale_init=0.5, num_register_tokens=2)
+SPEC = PreprocessSpec(resize=80, crop=70)
+
+
+def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    from model.vit import DinoVisionTransformer
+
+    torch.manual_seed(seed)
+    model = DinoVisionTransformer(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
+
+
+def export(out: Path, **changes):
+    arguments = {"name": "tiny", "preprocess": SPEC, "provenance": {"recipe": "none"}, "licence": "Apache-2.0"}
+    return export_artifact(random_weights(), CONFIG, out, **(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("artifacts"), model_card="# tiny\n").path
+
+
+@pytest.fixture
+def artifact(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / exported.name)
+
+
+def test_export_writes_what_it_promises(exported: Path) -> None:
+    artifact = load_artifact(exported)
+    assert exported.name == f"tiny-{artifact.fingerprint[:8]}"
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "README.md",
+        "manifest.json",
+        "model.onnx",
+        "weights.safetensors",
+    ]
+    (record,) = artifact.manifest.parity
+    assert record.max_abs_error < 1e-4
+    assert record.min_cosine_cls > 0.999999
+    assert record.neighbour_agreement == 1.0
+    assert artifact.manifest.input_size == (70, 70)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_engines_agree_on_the_weights_as_stored(tmp_path: Path, dtype: str) -> None:
+    artifact = export(tmp_path, weights_dtype=dtype)
+    pixels = np.stack([preprocess(photo, SPEC) for photo in parity.sample_photos(3)])
+    onnx, reference = (load_engine(artifact, name, threads=1).run(pixels) for name in ("onnxruntime", "torch"))
+    assert reference.cls.shape == (3, 48)
+    assert reference.patches.shape == (3, 25, 48)
+    assert reference.registers.shape == (3, 2, 48)
+    for ours, theirs in zip(onnx, reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_fingerprint_changes_with_everything_that_decides_a_vector(exported: Path, tmp_path: Path) -> None:
+    prints = {
+        load_artifact(exported).fingerprint,
+        export(tmp_path / "half", weights_dtype="float16").fingerprint,
+        export(tmp_path / "spec", preprocess=PreprocessSpec(resize=70, crop=70)).fingerprint,
+    }
+    assert len(prints) == 3
+    assert export(tmp_path / "again").fingerprint in prints
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.onnx", "README.md"])
+def test_a_flipped_byte_is_refused_and_named(artifact: Path, name: str) -> None:
+    data = bytearray((artifact / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (artifact / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"{name}.*sha256"):
+        load_artifact(artifact)
+
+
+def test_a_missing_file_is_named(artifact: Path) -> None:
+    (artifact / "README.md").unlink()
+    with pytest.raises(ArtifactError, match=r"README\.md: No such file"):
+        load_artifact(artifact)
+
+
+def edit_manifest(artifact: Path, **changes) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    (artifact / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def test_a_manifest_that_describes_other_preprocessing_is_refused(artifact: Path) -> None:
+    edit_manifest(artifact, preprocess=PreprocessSpec(resize=90, crop=70).model_dump())
+    with pytest.raises(ArtifactError, match="fingerprint"):
+        load_artifact(artifact)
+
+
+def test_unknown_fields_and_versions_are_refused(artifact: Path) -> None:
+    edit_manifest(artifact, format_version=2, surprise=1)
+    with pytest.raises(ArtifactError, match=r"(?s)format_version.*surprise"):
+        load_artifact(artifact)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", ".."])
+def test_a_file_outside_the_folder_is_refused(artifact: Path, name: str) -> None:
+    record = read_manifest(artifact).files["README.md"].model_dump()
+    edit_manifest(artifact, files={name: record})
+    with pytest.raises(ArtifactError, match="leaves the artifact's folder"):
+        load_artifact(artifact)
+
+
+def test_a_folder_without_manifest_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"not an artifact: manifest\.json"):
+        load_artifact(tmp_path)
+
+
+def test_the_graph_is_derived_byte_for_byte(tmp_path: Path) -> None:
+    lean = export(tmp_path / "lean", keep_onnx=False).path
+    assert not (lean / "model.onnx").exists()
+    artifact = load_artifact(lean, derived_dir=tmp_path / "derived")
+    first = artifact.file("model.onnx")
+    assert first.is_relative_to(tmp_path / "derived")
+    stamp = first.stat().st_mtime_ns
+    assert load_artifact(lean, derived_dir=tmp_path / "derived").file("model.onnx").stat().st_mtime_ns == stamp
+    first.write_bytes(b"torn")  # a derived file that was damaged is made again
+    load_artifact(lean, derived_dir=tmp_path / "derived")
+    assert first.stat().st_size == artifact.manifest.files["model.onnx"].bytes
+
+
+def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = parity.measure
+
+    def wrong(*arguments):
+        return build(*arguments).model_copy(update={"min_cosine_cls": 0.9})
+
+    monkeypatch.setattr(parity, "measure", wrong)
+    with pytest.raises(parity.ParityError, match=r"class cosine 0\.900000 \(at least 0\.99999\)"):
+        export(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_sees_a_dropped_layerscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import model.export_onnx as module
+
+    def forgetful(weights, config, size):
+        forgotten = {key: np.ones_like(value) if "gamma" in key else value for key, value in weights.items()}
+        return original(forgotten, config, size)
+
+    original = module.build_onnx
+    monkeypatch.setattr(module, "build_onnx", forgetful)
+    with pytest.raises(parity.ParityError):
+        export(tmp_path)
+
+
+def test_nan_never_passes_parity() -> None:
+    record = parity.ParityRecord(
+        engine="x",
+        precision="fp32",
+        images=2,
+        max_abs_error=float("nan"),
+        min_cosine_cls=1,
+        min_cosine_patches=1,
+        neighbour_agreement=1,
+    )
+    with pytest.raises(parity.ParityError):
+        parity.check(record)
+
+
+def test_compare_measures_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    cls, patches = rng.standard_normal((8, 16), dtype=np.float32), rng.standard_normal((8, 5, 16), dtype=np.float32)
+    registers = np.zeros((8, 0, 16), np.float32)
+    reference = Features(cls, patches, registers)
+    assert parity.compare(reference, reference) == pytest.approx((0.0, 1.0, 1.0, 1.0))
+    turned = patches.copy()
+    turned[3, 2] = -turned[3, 2]
+    error, cos_cls, cos_patches, agreement = parity.compare(reference, Features(cls[::-1].copy(), turned, registers))
+    assert error > 0.5
+    assert cos_patches == pytest.approx(-1)
+    assert cos_cls < 0.9
+    assert agreement < 1
+
+
+def test_engine_names_and_threads_are_checked(exported: Path) -> None:
+    artifact = load_artifact(exported)
+    with pytest.raises(ValueError, match="unknown engine 'cuda9'"):
+        load_engine(artifact, "cuda9")
+    with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
+        load_engine(artifact, threads=0)
+    with pytest.raises(ValueError, match=r"this model takes \[B, 3, 70, 70\]"):
+        load_engine(artifact, threads=1).run(np.zeros((1, 3, 84, 84), np.float32))
+    assert available_cpus() >= 1
+
+
+def test_the_bundled_artifact_is_whole_and_small(tmp_path: Path) -> None:
+    path = bundled_artifact()
+    artifact = load_artifact(path, derived_dir=tmp_path)
+    assert sum(file.stat().st_size for file in path.iterdir()) <= 16 * 2**20
+    pixels = preprocess(parity.sample_photos(1)[0], artifact.manifest.preprocess)[None]
+    assert load_engine(artifact, threads=1).run(pixels).cls.shape == (1, artifact.manifest.config.embed_dim)
