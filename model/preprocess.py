@@ -2,13 +2,14 @@
 
 DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) is torchvision's: resize the
 short side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean, divide by its
-standard deviation. Features depend on each of these, so they are repeated here to the pixel, without torch or torchvision: the
-service loads neither. `tests/model/test_preprocess.py` compares with Hugging Face's processor, which follows the same
-definition except that it floors an odd crop margin; torchvision rounds half to even, and so does this file.
+standard deviation. Features depend on each of these, so they are repeated here to the pixel, without torch or
+torchvision: the service loads neither. `tests/model/test_preprocess.py` compares with Hugging Face's processor, which
+follows the same definition except that it floors an odd crop margin; torchvision rounds half to even, and so does this
+file.
 
 Two things make it fast. The crop comes before the conversion to float, and the conversion is a table: a channel has
-only 256 values, so `(value / 255 - mean) / std` is computed once for each and looked up, which is also exact. Pillow's own
-short cuts (`box=`, `reducing_gap=`, JPEG draft mode) are not taken: they change pixels.
+only 256 values, so `(value / 255 - mean) / std` is computed once for each and looked up, which is also exact. Pillow's
+own short cuts (`box=`, `reducing_gap=`, JPEG draft mode) are not taken: they change pixels.
 
 Legend: H, W the image as given; h, w the network's input; p the patch size. Sizes are (height, width) in pixels.
 """
