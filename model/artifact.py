@@ -195,6 +195,23 @@ def bundled_artifact() -> Path:
     return found[0]
 
 
+def find_artifacts(data_dir: Path) -> list[Path]:
+    """Artifact folders that can be served, newest first: those of the data folder, then the bundled one."""
+    local = [path.parent for path in (data_dir / "artifacts").glob(f"*/{MANIFEST}") if path.parent.name[0] != "."]
+    return [
+        *sorted(local, key=_created, reverse=True),
+        *sorted(path.parent for path in BUNDLED_DIR.glob(f"*/{MANIFEST}")),
+    ]
+
+
+def _created(path: Path) -> tuple[str, str]:
+    """Sort key: when the artifact was made; one whose manifest cannot be read comes last."""
+    try:
+        return read_manifest(path).created, path.name
+    except ArtifactError:
+        return "", path.name
+
+
 def _verify(path: Path, record: FileRecord) -> None:
     try:
         found = describe_file(path)

@@ -117,6 +117,65 @@ def export_artifact(
     return load_artifact(target, derived_dir=None if keep_onnx else out_dir / ".derived")
 
 
+def export_checkpoint(
+    source: str,
+    out_dir: Path,
+    *,
+    arch: str | None = None,
+    name: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    weights_dtype: WeightsDtype = "float32",
+    photos: Sequence[npt.NDArray[np.uint8]] | None = None,
+    model_card: str | None = None,
+    licence: str = "Apache-2.0",
+    keep_onnx: bool = True,
+) -> Artifact:
+    """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
+
+    Args:
+        source: a file, or a name of `model/zoo.py` (downloaded).
+        arch: torch hub's name of the architecture; needed for files that do not say it (all but our own).
+        name: the artifact's; default: what our own checkpoint's provenance names, else the architecture.
+        resize, crop: of the preprocessing; default: what the checkpoint was evaluated with, else 256 and 224.
+
+    Others: see `export_artifact`.
+
+    Raises:
+        ValueError: the file is no checkpoint, or needs `arch`; see also `export_artifact`.
+    """
+    from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model, load_pretrained
+
+    provenance: dict[str, Any]
+    path = Path(source)
+    if path.is_file() and is_own_checkpoint(path):
+        state, config, provenance = load_checkpoint(path)
+    elif path.is_file():
+        if arch is None:
+            raise ValueError(f"{source} does not say its architecture: add --arch, e.g. --arch dinov2_vits14")
+        model = load_model(arch, weights=path)
+        state, config, provenance = model.state_dict(), model.config, {"file": path.name}
+    else:
+        entry, model = load_pretrained(source)
+        state, config = model.state_dict(), model.config
+        provenance, arch = {"url": entry.url, "licence": entry.licence}, entry.name
+    evaluated = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
+    changes = {key: value for key, value in (("resize", resize), ("crop", crop)) if value is not None}
+    return export_artifact(
+        {key: tensor.numpy() for key, tensor in state.items()},
+        config,
+        out_dir,
+        name=name or provenance.get("name") or arch or path.stem,
+        preprocess=PreprocessSpec.model_validate(evaluated.model_dump() | changes),
+        provenance=provenance,
+        licence=licence,
+        weights_dtype=weights_dtype,
+        photos=photos,
+        model_card=model_card,
+        keep_onnx=keep_onnx,
+    )
+
+
 def _write_durably(path: Path, manifest: Manifest) -> None:
     text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
     with path.open("w") as file:

@@ -1,0 +1,224 @@
+"""The command line: `dinov2 serve | embed | train | export | models`.
+
+Each command imports what it needs when it runs, so `dinov2 serve` works without torch and `dinov2 --help` is quick.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    name="dinov2",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it.",
+)
+
+PRETRAINED_LICENCE = "Apache-2.0"
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="auto (newest artifact in the data folder, else the bundled one), an artifact folder, or a name."
+    ),
+]
+
+
+def _fail(message: object) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(code=2)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="auto, an artifact folder or a published name. [DINOV2_MODEL]")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [DINOV2_HOST]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. [DINOV2_PORT]")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Collections, artifacts, downloads. [DINOV2_DATA_DIR]")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, onnxruntime or torch. [DINOV2_ENGINE]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass. [DINOV2_THREADS]")] = None,
+) -> None:
+    """Start the REST service. Settings come from DINOV2_* variables; an option given here wins."""
+    from service.__main__ import main as run_service
+
+    given = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
+    raise typer.Exit(run_service({name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
+def embed(
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images at any depth.")],
+    out: Annotated[Path, typer.Option(help="File to write: paths, vectors, fingerprint (.npz).")],
+    model: ModelOption = "auto",
+    data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
+        "data"
+    ),
+    engine: Annotated[str, typer.Option(help="auto, onnxruntime or torch.")] = "auto",
+    pooling: Annotated[Literal["cls", "mean", "cls+mean"], typer.Option(help="What becomes the vector.")] = "cls",
+    normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
+) -> None:
+    """Embed images into one .npz; what cannot be read is skipped and listed."""
+    from service.embed_files import embed_files
+
+    try:
+        report = embed_files(
+            paths,
+            out,
+            model=model,
+            data_dir=data_dir,
+            engine_name=engine,
+            pooling=pooling,
+            normalize=normalize,
+            batch_size=batch_size,
+        )
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    for path, reason in report.skipped:
+        typer.echo(f"skipped {path}: {reason}", err=True)
+    typer.echo(f"{report.embedded} images -> {out} ({report.images_per_s:.1f} images/s), {len(report.skipped)} skipped")
+    if not report.embedded:
+        raise typer.Exit(code=1)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder of images, any depth.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics.")],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe; `--recipe list` prints them.")] = "smoke",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.")
+    ] = None,
+) -> None:
+    """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install 'dinov2-service[train]')."""
+    _need_torch("train")
+    from training.__main__ import run
+
+    try:
+        checkpoint = run(data=data, out=out, recipe=recipe, overrides=overrides or [])
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint file, or a published model's name (see `dinov2 models`).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of artifacts; the artifact becomes a folder in it.")],
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a foreign checkpoint, e.g. dinov2_vits14_reg.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the artifact. Default: the architecture or the recipe.")
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(help="Short side before the crop, pixels. Default: the checkpoint's, else 256.")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Side of the input, pixels. Default: the checkpoint's, else 224.")
+    ] = None,
+    weights_dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How weights are stored.")] = "float32",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photos for the parity check. Default: generated.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card (markdown) to put into the artifact.")] = None,
+    licence: Annotated[str, typer.Option(help="SPDX identifier of the weights.")] = PRETRAINED_LICENCE,
+    keep_onnx: Annotated[bool, typer.Option(help="--no-keep-onnx leaves out what loading can derive.")] = True,
+) -> None:
+    """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
+    _need_torch("export")
+    from model.export_onnx import export_checkpoint
+
+    try:
+        artifact = export_checkpoint(
+            source,
+            out,
+            arch=arch,
+            name=name,
+            resize=resize,
+            crop=crop,
+            weights_dtype=weights_dtype,
+            photos=_photos_of(images) if images else None,
+            model_card=card.read_text() if card else None,
+            licence=licence,
+            keep_onnx=keep_onnx,
+        )
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    parity = artifact.manifest.parity[0]
+    typer.echo(
+        f"{artifact.path}\nfingerprint {artifact.fingerprint}\nparity on {parity.images} images: "
+        f"max error {parity.max_abs_error:.2e}, class cosine {parity.min_cosine_cls:.7f}, "
+        f"patch cosine {parity.min_cosine_patches:.7f}\nnext: dinov2 serve --model {artifact.path}"
+    )
+
+
+@app.command()
+def models(
+    data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
+        "data"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+) -> None:
+    """List the artifacts that can be served now and the published models that can be downloaded."""
+    from model.artifact import ArtifactError, find_artifacts, read_manifest
+    from model.zoo import ZOO
+
+    local = []
+    for path in find_artifacts(data_dir):
+        try:
+            manifest = read_manifest(path)
+        except ArtifactError as error:
+            typer.echo(f"warning: {error}", err=True)
+            continue
+        local.append({"path": str(path), "name": manifest.name, "fingerprint": manifest.fingerprint})
+    published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ZOO.values()]
+    if as_json:
+        typer.echo(json.dumps({"artifacts": local, "published": published}, indent=2))
+        return
+    typer.echo("Artifacts (dinov2 serve --model PATH):")
+    for row in local:
+        typer.echo(f"  {row['name']:<28} {row['fingerprint'][:8]}  {row['path']}")
+    typer.echo("Published (dinov2 serve --model NAME downloads and exports it once; needs the train extra):")
+    for row in published:
+        typer.echo(f"  {row['name']:<28} {row['licence']}  {row['url']}")
+
+
+def _need_torch(command: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise _fail(f"`dinov2 {command}` needs torch: pip install 'dinov2-service[train]'")
+
+
+def _photos_of(folder: Path, limit: int = 32) -> list:
+    from service.decode import DecodeLimits, decode
+    from service.errors import ServiceError
+
+    photos = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            photos.append(decode(path.read_bytes(), DecodeLimits()))
+        except ServiceError as error:
+            typer.echo(f"skipped {path}: {error.detail}", err=True)
+        if len(photos) == limit:
+            break
+    if len(photos) < 2:
+        raise ValueError(f"{folder}: the parity check needs at least two readable photos, found {len(photos)}")
+    return photos
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
