@@ -1,0 +1,207 @@
+"""Load on the service over loopback, beside what the bare engine does on the same machine in the same run.
+
+    python benchmarks/load.py ARTIFACT PHOTOS [--clients 64] [--seconds 60]
+
+Phases take turns (bare engine, HTTP, bare engine, HTTP, ...), so that a busy neighbour hurts both. The service runs as
+its own process with the cache off; clients keep one connection each and send one JPEG a request as a raw body. The
+engine's phase runs the same artifact on pixels that were prepared before. Then a flood, with more clients than the
+queue holds: it must answer 503 with Retry-After, and nothing else but 200. Memory is the service's resident set.
+"""
+
+import argparse
+import asyncio
+import datetime
+import io
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from model.artifact import Artifact, load_artifact
+from model.engine import Engine, load_engine
+from model.preprocess import preprocess
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Tally:
+    """What the clients of one phase saw."""
+
+    def __init__(self) -> None:
+        self.status: Counter[int] = Counter()
+        self.retry_after = 0
+        self.stage_ms: dict[str, list[float]] = {}
+        self.latency_s: list[float] = []
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def start_service(artifact: Path, data_dir: str, queue_images: int) -> tuple[subprocess.Popen[bytes], int]:
+    port = free_port()
+    environment = os.environ | {
+        "DINOV2_MODEL": str(artifact),
+        "DINOV2_PORT": str(port),
+        "DINOV2_DATA_DIR": data_dir,
+        "DINOV2_CACHE_BYTES": "0",
+        "DINOV2_QUEUE_MAX_IMAGES": str(queue_images),
+    }
+    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1) as sock:
+                sock.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                if b" 200 " in sock.recv(64):
+                    return process, port
+        except OSError:
+            time.sleep(0.2)
+    process.kill()
+    raise SystemExit("the service did not become ready")
+
+
+async def client(port: int, photos: list[bytes], offset: int, until: float, tally: Tally) -> None:
+    """One keep-alive connection that sends photo after photo until the clock says stop."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    index = offset
+    while time.monotonic() < until:
+        body = photos[index % len(photos)]
+        index += 1
+        head = (
+            f"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/jpeg\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        start = time.monotonic()
+        writer.write(head.encode() + body)
+        await writer.drain()
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        length = re.search(r"(?i)content-length: (\d+)", answer)
+        assert length, answer
+        await reader.readexactly(int(length[1]))
+        tally.latency_s.append(time.monotonic() - start)
+        status = int(answer.split(" ", 2)[1])
+        tally.status[status] += 1
+        if status == 503:
+            tally.retry_after += "retry-after:" in answer.lower()
+            await asyncio.sleep(0.05)
+        timing = re.search(r"(?i)server-timing: (.*)\r", answer)
+        for stage, duration in re.findall(r"([\w-]+);dur=([\d.]+)", timing[1] if timing else ""):
+            tally.stage_ms.setdefault(stage, []).append(float(duration))
+    writer.close()
+
+
+async def run_clients(port: int, photos: list[bytes], clients: int, seconds: float) -> Tally:
+    tally = Tally()
+    until = time.monotonic() + seconds
+    await asyncio.gather(*(client(port, photos, i * 7, until, tally) for i in range(clients)))
+    return tally
+
+
+def run_engine(engine: Engine, pixels: np.ndarray, seconds: float) -> float:
+    """Images/s of the bare engine."""
+    start, images = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        engine.run(pixels)
+        images += len(pixels)
+    return images / (time.monotonic() - start)
+
+
+def resident_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def read_photos(folder: Path, count: int) -> list[bytes]:
+    """JPEG bytes as they lie on disk."""
+    photos = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[:count]]
+    if not photos:
+        raise SystemExit(f"{folder}: holds no .jpg")
+    return photos
+
+
+def measure(artifact: Artifact, photos: list[bytes], arguments: argparse.Namespace) -> dict[str, object]:
+    spec = artifact.manifest.preprocess
+    arrays = [np.asarray(Image.open(io.BytesIO(photo)).convert("RGB")) for photo in photos[: arguments.batch]]
+    pixels = np.stack([preprocess(array, spec) for array in arrays])
+    engine = load_engine(artifact)
+    engine.run(pixels)
+    with tempfile.TemporaryDirectory() as data_dir:
+        process, port = start_service(artifact.path, data_dir, queue_images=arguments.clients)
+        bare, http, memory, statuses = [], [], [], Counter()
+        stages: dict[str, list[float]] = {}
+        latency: list[float] = []
+        try:
+            asyncio.run(run_clients(port, photos, arguments.clients, 5))  # warm
+            slice_s = arguments.seconds / arguments.rounds
+            for _ in range(arguments.rounds):
+                bare.append(run_engine(engine, pixels, slice_s / 2))
+                start = time.monotonic()
+                tally = asyncio.run(run_clients(port, photos, arguments.clients, slice_s))
+                http.append(tally.status[200] / (time.monotonic() - start))
+                statuses += tally.status
+                latency += tally.latency_s
+                memory.append(resident_mib(process.pid))
+                for stage, values in tally.stage_ms.items():
+                    stages.setdefault(stage, []).extend(values)
+            flood = asyncio.run(run_clients(port, photos, arguments.clients * 8, 10))
+            memory.append(resident_mib(process.pid))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+    ratios = [over / engine_rate for over, engine_rate in zip(http, bare, strict=True)]
+    return {
+        "benchmark": "load",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "model": artifact.name,
+        "clients": arguments.clients,
+        "seconds": arguments.seconds,
+        "engine_images_per_s": [round(rate, 2) for rate in bare],
+        "http_images_per_s": [round(rate, 2) for rate in http],
+        "http_to_engine_median": round(statistics.median(ratios), 3),
+        "latency_ms_p50_p99": [round(float(q) * 1e3, 1) for q in np.quantile(latency, [0.5, 0.99])],
+        "stage_ms_median": {stage: round(statistics.median(values), 3) for stage, values in stages.items()},
+        "stage_ms_mean": {stage: round(statistics.fmean(values), 3) for stage, values in stages.items()},
+        "statuses": dict(statuses),
+        "flood_clients": arguments.clients * 8,
+        "flood_statuses": dict(flood.status),
+        "flood_503_with_retry_after": flood.retry_after,
+        "resident_mib": [round(value, 1) for value in memory],
+        "exit_code": process.returncode,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=8)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as derived:
+        artifact = load_artifact(arguments.artifact, derived_dir=Path(derived))
+        result = measure(artifact, read_photos(arguments.photos, 200), arguments)
+    for key, value in result.items():
+        print(f"{key:>28}  {value}")
+    name = f"{result['date']}-load-{artifact.manifest.name}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
