@@ -7,6 +7,7 @@
 PYTHON ?= python3
 RUN_ENV := .venv-run
 TEST_ENV := .venv-test
+SERVICE_ENV := .venv-service
 PIP_INSTALL := -m pip install --disable-pip-version-check -q -c constraints.txt
 # torch is asked for by its exact version, so that pip never takes a newer CUDA build for it.
 TORCH := torch==2.13.0
@@ -23,8 +24,8 @@ run: $(RUN_ENV)/.complete ## start the service on http://127.0.0.1:8000 (DINOV2_
 test: $(TEST_ENV)/.complete ## run every test
 	@$(TEST_ENV)/bin/python -m pytest
 
-test-service: .venv-service/.complete ## run the tests of the service, in an environment without torch
-	@.venv-service/bin/python -m pytest tests/service
+test-service: $(SERVICE_ENV)/.complete ## run the tests of the service, in an environment without torch
+	@$(SERVICE_ENV)/bin/python -m pytest tests/service
 
 check: $(TEST_ENV)/.complete ## ruff, mypy (strict), import rules
 	@$(TEST_ENV)/bin/ruff check .
@@ -36,9 +37,14 @@ bench: $(TEST_ENV)/.complete ## the long figures, written to benchmarks/results
 	@$(TEST_ENV)/bin/python benchmarks/engine.py
 
 clean: ## remove the environments and caches, not the data folder
-	rm -rf .venv-run .venv-test .venv-service .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
-# $(1): folder, $(2): what pip installs
+# What pip installs into each (variables, since a comma would end an argument of `call`).
+$(RUN_ENV)_PACKAGES := -e .
+$(TEST_ENV)_PACKAGES := $(TORCH) -e '.[train,test,reference,dev]'
+$(SERVICE_ENV)_PACKAGES := -e '.[test]'
+
+# $(1): folder
 define environment
 $(1)/.complete: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,9 +54,7 @@ $(1)/.complete: pyproject.toml constraints.txt
 	@echo "making $(1) ..."
 	@rm -f $(1)/.complete
 	@$(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(1)
-	@$(1)/bin/python $(PIP_INSTALL) $(2)
+	@$(1)/bin/python $(PIP_INSTALL) $$($(1)_PACKAGES)
 	@touch $(1)/.complete
 endef
-$(eval $(call environment,$(RUN_ENV),-e .))
-$(eval $(call environment,$(TEST_ENV),$(TORCH) -e '.[train,test,reference,dev]'))
-$(eval $(call environment,.venv-service,-e '.[test]'))
+$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV),$(eval $(call environment,$(env))))
