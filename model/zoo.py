@@ -1,0 +1,323 @@
+"""The published backbones: what they are called, where they lie, and a download that can be trusted.
+
+Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.py`, README, MODEL_CARD), which
+publishes no checksums: a hash stands here only where somebody computed it from the real file. timm's and Hugging Face's
+names mean the same weights, and are accepted as aliases; the file that is downloaded is always Meta's.
+
+A download resumes where it broke (HTTP Range, with If-Range so that a changed file starts again), is checked for size
+and hash before it gets its name, and takes a lock, so that two processes that want the same file fetch it once. Beside
+the file lie, while it is incomplete, `<file>.part` and `<file>.part.validator`, and for good an empty `<file>.lock`.
+
+Imported without torch.
+"""
+
+import difflib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+logger = logging.getLogger(__name__)
+
+BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
+DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dinov2-service" / "weights"
+MAX_ATTEMPTS = 4
+"""Attempts in a row without a single new byte; a connection that delivers may break as often as it likes."""
+
+
+class DownloadError(RuntimeError):
+    """Weights that cannot be had; the message says why and how to fetch them by hand."""
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One published backbone. `size_bytes` and `sha256` are None where nobody published or measured them."""
+
+    name: str  # torch hub's
+    timm_name: str
+    hf_name: str
+    path: str  # below BASE_URL
+    licence: str = "Apache-2.0"
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{BASE_URL}/{self.path}"
+
+    @property
+    def filename(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the same weights: the file's, timm's with and without its tag, Hugging Face's."""
+        stem = self.filename.removesuffix("_pretrain.pth")
+        timm, hugging_face = self.timm_name.removesuffix(".lvd142m"), self.hf_name.removeprefix("facebook/")
+        names = (stem, self.timm_name, f"timm/{self.timm_name}", timm, self.hf_name, hugging_face)
+        return tuple(name for name in names if name != self.name)
+
+
+_SIZES = (("s", "small"), ("b", "base"), ("l", "large"), ("g", "giant"))
+_MEASURED = {
+    "dinov2_vits14": (88_283_115, "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+}
+
+
+def _entry(letter: str, size: str, registers: bool) -> ZooEntry:
+    base, name = f"dinov2_vit{letter}14", f"dinov2_vit{letter}14{'_reg' if registers else ''}"
+    size_bytes, sha256 = _MEASURED.get(name, (None, None))
+    return ZooEntry(
+        name=name,
+        timm_name=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m",
+        hf_name=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
+        path=f"{base}/{base}{'_reg4' if registers else ''}_pretrain.pth",
+        size_bytes=size_bytes,
+        sha256=sha256,
+    )
+
+
+ENTRIES: dict[str, ZooEntry] = {
+    entry.name: entry for registers in (False, True) for entry in (_entry(*size, registers) for size in _SIZES)
+}
+"""The eight released backbones by torch hub's name."""
+
+_BY_ANY_NAME = {name: entry for entry in ENTRIES.values() for name in (entry.name, *entry.aliases)}
+
+
+def resolve(name: str) -> ZooEntry:
+    """The entry of a published backbone by torch hub's, timm's or Hugging Face's name; case does not matter.
+
+    Raises:
+        ValueError: no such backbone; the message gives near matches and lists the names.
+    """
+    entry = _BY_ANY_NAME.get(name.strip().lower())
+    if entry is not None:
+        return entry
+    near = difflib.get_close_matches(name.lower(), _BY_ANY_NAME, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown model {name!r}: {hint}published are {', '.join(ENTRIES)}, also by their timm and Hugging Face names"
+    )
+
+
+def download(
+    entry: ZooEntry,
+    cache_dir: Path | str,
+    *,
+    base_url: str | None = None,
+    progress: bool = True,
+    retry_wait_s: float = 0.5,
+    timeout_s: float = 30.0,
+) -> Path:
+    """The weights file of an entry, downloaded unless it is there already.
+
+    Args:
+        entry: from `resolve`.
+        cache_dir: where the file is kept; made when missing.
+        base_url: a mirror with the same paths as `BASE_URL`.
+        progress: show a progress bar on stderr (only on a terminal).
+        retry_wait_s: wait before the first repeated attempt; doubles each time.
+        timeout_s: for connecting, and between two reads.
+
+    Returns:
+        The path, after its size and hash have been checked as far as they are known.
+
+    Raises:
+        DownloadError: no network, a refusal, wrong bytes, a full disk; the message tells the manual way.
+        OSError: the folder cannot be made or written.
+    """
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    target = cache_dir / entry.filename
+    url = entry.url if base_url is None else f"{base_url.rstrip('/')}/{entry.path}"
+    with _locked(target.with_name(f"{target.name}.lock"), entry.name):
+        if target.exists():
+            _check_file(target, entry, remedy=f"delete {target} to download it again")
+            return target
+        try:
+            with _bar(progress) as bar:
+                part = _Part(target, entry, url, bar, bar.add_task(entry.filename, total=entry.size_bytes))
+                part.fetch(retry_wait_s, timeout_s)
+        except (DownloadError, httpx.HTTPError) as error:
+            raise DownloadError(_by_hand(entry, url, target, error)) from error
+    return target
+
+
+def _by_hand(entry: ZooEntry, url: str, target: Path, error: Exception) -> str:
+    reason = str(error) or type(error).__name__
+    known = f" ({entry.size_bytes} bytes, sha256 {entry.sha256})" if entry.sha256 is not None else ""
+    return (
+        f"cannot download {entry.name} from {url}: {reason}. By hand: fetch that address on a machine that can "
+        f"(curl -fLO {url}) and put the file at {target}{known}"
+    )
+
+
+def _bar(progress: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file that stays: deleting it would let two holders lock two different files."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: another process downloads it, waiting", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock
+
+
+def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
+    size = path.stat().st_size
+    if entry.size_bytes is not None and size != entry.size_bytes:
+        raise DownloadError(f"{path} has {size} bytes instead of {entry.size_bytes}: {remedy}")
+    if entry.sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise DownloadError(f"{path} has sha256 {found} instead of {entry.sha256}: {remedy}")
+
+
+class _Part:
+    """One incomplete file: its bytes so far, and what identifies the version on the server that they belong to."""
+
+    def __init__(self, target: Path, entry: ZooEntry, url: str, bar: Progress, task: TaskID) -> None:
+        self.target, self.entry, self.url = target, entry, url
+        self.path = target.with_name(f"{target.name}.part")
+        self.validator = target.with_name(f"{target.name}.part.validator")
+        self._bar, self._task = bar, task
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def _discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.validator.unlink(missing_ok=True)
+
+    def fetch(self, retry_wait_s: float, timeout_s: float) -> None:
+        """Attempt until complete, then check, flush and rename."""
+        resumed = self._size() > 0
+        fruitless = 0
+        with httpx.Client(follow_redirects=True, timeout=timeout_s) as client:
+            while True:
+                before = self._size()
+                try:
+                    self._attempt(client)
+                    break
+                except (httpx.TransportError, _TryAgainError) as error:
+                    fruitless = 1 if self._size() > before else fruitless + 1
+                    if fruitless >= MAX_ATTEMPTS:
+                        raise
+                    logger.warning("%s: %s; trying again", self.url, error or type(error).__name__)
+                    time.sleep(retry_wait_s * 2 ** (fruitless - 1))
+            try:
+                _check_file(self.path, self.entry, remedy="the server's file is not the published one")
+            except DownloadError:
+                self._discard()
+                if not resumed:
+                    raise
+                logger.warning("%s: the resumed file is wrong; starting again", self.url)
+                self._attempt(client)
+                _check_file(self.path, self.entry, remedy="the server's file is not the published one")
+        self._finish()
+
+    def _attempt(self, client: httpx.Client) -> None:
+        """One request, appended to what is there if the server agrees that it is the same file."""
+        headers = {"Accept-Encoding": "identity"}
+        have = self._size()
+        if have and self.validator.exists():
+            headers |= {"Range": f"bytes={have}-", "If-Range": self.validator.read_text()}
+        with client.stream("GET", self.url, headers=headers) as response:
+            status = response.status_code
+            if status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                if response.headers.get("Content-Range") == f"bytes */{have}":
+                    return  # nothing is missing: the last attempt ended between the last byte and the rename
+                self._discard()
+                raise _TryAgainError("the server's file is shorter than what is here")
+            if status >= 500 or status == httpx.codes.TOO_MANY_REQUESTS:
+                raise _TryAgainError(f"the server answers {status} {response.reason_phrase}")
+            if status == httpx.codes.PARTIAL_CONTENT:
+                if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    self._discard()
+                    raise _TryAgainError("the server sent another range than it was asked for")
+            elif status == httpx.codes.OK:
+                have = 0
+            else:
+                raise DownloadError(f"the server answers {status} {response.reason_phrase}")
+            self._write(response, have)
+
+    def _write(self, response: httpx.Response, have: int) -> None:
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdecimal() else None
+        if total is not None:
+            if self.entry.size_bytes not in (None, total):
+                raise DownloadError(f"the server has {total} bytes instead of {self.entry.size_bytes}: another file")
+            free = shutil.disk_usage(self.path.parent).free
+            if free < total - have:
+                raise DownloadError(f"{total - have} bytes are missing and {free} are free in {self.path.parent}")
+        if have == 0:
+            self._discard()
+            etag = response.headers.get("ETag", "")
+            validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
+            if validator:  # without one, a broken download starts again: two versions must not be glued together
+                self.validator.write_text(validator)
+        self._bar.update(self._task, completed=have, total=total)
+        try:
+            with self.path.open("ab" if have else "wb") as file:
+                for chunk in response.iter_raw():  # as it arrives: what came before a break is kept
+                    file.write(chunk)
+                    self._bar.advance(self._task, len(chunk))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._discard()  # a disk left full would hurt others
+            raise DownloadError(f"the disk is full: {self.path.parent}") from error
+        if total is not None and self._size() != total:
+            raise _TryAgainError(f"{self._size()} of {total} bytes arrived")
+
+    def _finish(self) -> None:
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        self.path.replace(self.target)
+        self.validator.unlink(missing_ok=True)
+        directory = os.open(self.target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself
+        finally:
+            os.close(directory)
+        if self.entry.sha256 is None:
+            logger.info("%s: no published hash to compare with; only its length was checked", self.target)
+
+
+class _TryAgainError(DownloadError):
+    """A failure that the next attempt may not meet."""
