@@ -9,8 +9,8 @@ Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/t
 (`models/dinov2/convert_dinov2_to_hf.py` and the names that its version 5 has in memory), timm
 (`models/vision_transformer.py`, the function that converts DINOv2).
 
-A file says nothing about how `pos_embed` is resized (see `model/pos_embed.py`). But its publisher's code has a rule, and
-features differ between them, so each dialect names the rule that gives the features its own library would give.
+A file says nothing about how `pos_embed` is resized (see `model/pos_embed.py`). But its publisher's code has a rule,
+and features differ between them, so each dialect names the rule that gives the features its own library would give.
 """
 
 import re
