@@ -1,0 +1,226 @@
+"""Untrusted bytes -> RGB pixels; every limit on an image lives here.
+
+The way: bytes limit -> format by its first bytes (allow-list) -> header -> pixel and shape limits -> pixels -> EXIF
+orientation -> 8-bit RGB. Nothing is decompressed before the limits hold. Pillow does the reading; whatever it raises
+(it raises almost anything on hostile bytes) becomes one of three errors at one border, `_translated`:
+
+    ImageTooLarge     too many bytes, pixels, or too long and thin
+    UnsupportedImage  not one of the formats, or pixels without a defined black and white
+    BrokenImage       one of the formats, but damaged or cut off
+
+What the pixels mean:
+- Transparency (alpha channels, transparent palette entries, PNG's tRNS) is laid on white.
+- 16 and 12 bits per channel are scaled to 8, not clipped: round(v * 255 / maximum). Pillow itself reads 16-bit *colour*
+  and gives the high byte, at most one level away from that.
+- Float and 32-bit integer TIFFs are refused: such files define no white, and a guess would be silently wrong.
+- ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) take the pixels as stored,
+  and features must agree with theirs. CMYK is converted without a profile for the same reason.
+- Of animations and multi-page files, the first frame.
+- The orientation in EXIF (or XMP) is applied, in every container; EXIF that cannot be read is ignored, because the
+  picture itself is fine.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+from service.errors import BrokenImage, ImageTooLarge, ServiceError, UnsupportedImage
+
+# format -> the (offset, bytes) signatures of which one must be there
+SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
+    "JPEG": ((0, b"\xff\xd8\xff"),),
+    "PNG": ((0, b"\x89PNG\r\n\x1a\n"),),
+    "WEBP": ((8, b"WEBP"),),
+    "GIF": ((0, b"GIF87a"), (0, b"GIF89a")),
+    "BMP": ((0, b"BM"),),
+    "TIFF": ((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")),
+    "AVIF": ((4, b"ftypavif"), (4, b"ftypavis")),
+}
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+ORIENTATIONS = {  # EXIF tag 0x0112 -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
+TIFF_WHITE_IS_ZERO = 0
+PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own bomb limit (twice its MAX_IMAGE_PIXELS): above, it refuses by itself
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What an image may cost; all checked before a pixel is decompressed.
+
+    A decoded image takes 3 to 4 bytes per pixel, twice that for a moment.
+    """
+
+    max_bytes: int = 20 * 2**20
+    max_pixels: int = 64_000_000
+    max_aspect_ratio: float = 100.0  # long side / short side
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise ValueError(f"max_bytes is {self.max_bytes}; it must be at least 1")
+        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
+            raise ValueError(f"max_pixels is {self.max_pixels}; allowed is 1 to {PILLOW_MAX_PIXELS}")
+        if not self.max_aspect_ratio >= 1:
+            raise ValueError(f"max_aspect_ratio is {self.max_aspect_ratio}; it must be at least 1")
+
+
+def supported_formats() -> list[str]:
+    """The formats that this machine's Pillow reads: AVIF, WebP and JPEG depend on how it was built."""
+    built = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
+    return [name for name in SIGNATURES if name not in built or features.check(built[name])]
+
+
+def decode(data: bytes, limits: DecodeLimits) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An encoded image -> its pixels, uint8 [H,W,3] RGB, contiguous, upright; the array may be read-only.
+
+    Raises:
+        ImageTooLarge: more bytes or pixels, or a longer and thinner image, than `limits` allow.
+        UnsupportedImage: not a format, or a pixel type, that is read here.
+        BrokenImage: empty, damaged, or cut off.
+    """
+    if not data:
+        raise BrokenImage("the image is empty (0 bytes)")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}")
+    name = _sniff(data)
+    with _translated(name, limits), Image.open(BytesIO(data), formats=[name]) as image:
+        _check_header(image, limits)
+        image.load()
+        _check_header(image, limits)  # a frame may be larger than the header said
+        upright = _transpose(_to_rgb(image), _orientation(image))
+        return np.ascontiguousarray(np.asarray(upright))
+
+
+def _sniff(data: bytes) -> str:
+    """The format that the first bytes declare; what a file or header calls it does not matter."""
+    for name, signatures in SIGNATURES.items():
+        if any(data.startswith(magic, offset) for offset, magic in signatures):
+            if name not in supported_formats():
+                raise UnsupportedImage(f"{name} is not supported by this server's Pillow; {_allowed()}")
+            return name
+    if data[4:8] == b"ftyp":
+        (box_bytes,) = np.frombuffer(data[:4], ">u4")
+        if b"avif" in data[8 : min(int(box_bytes), 256)] and "AVIF" in supported_formats():
+            return "AVIF"  # a general HEIF brand first, AVIF among the compatible ones
+        if data[8:12] in HEIF_BRANDS:
+            raise UnsupportedImage(f"HEIC/HEIF images are not supported; {_allowed()}")
+    raise UnsupportedImage(f"not a supported image: it starts with {bytes(data[:8]).hex(' ')}; {_allowed()}")
+
+
+def _allowed() -> str:
+    return f"supported are {', '.join(supported_formats())}"
+
+
+@contextmanager
+def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
+    """The border: everything that Pillow raises becomes an error of ours with a detail for the user."""
+    try:
+        yield
+    except ServiceError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(f"the {name} has more pixels than the limit of {limits.max_pixels}") from error
+    except MemoryError as error:
+        raise ImageTooLarge(f"the {name} needs more memory than there is") from error
+    except UnidentifiedImageError as error:
+        raise BrokenImage(f"the {name}'s header is damaged, or its kind of pixels is not supported") from error
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything: KeyError, struct.error, ...
+        raise BrokenImage(f"the {name} is damaged or cut off: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's message, short and on one line; never empty."""
+    text = " ".join(str(error).split())
+    return text[:200] if text else type(error).__name__
+
+
+def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BrokenImage(f"the image has no pixels: {width} x {height}")
+    _check_pixels("the image", width, height, limits)
+    if max(width, height) > limits.max_aspect_ratio * min(width, height):
+        ratio = f"{limits.max_aspect_ratio:g}"
+        raise ImageTooLarge(f"the image is {width} x {height}: one side may be at most {ratio} times the other")
+    # libtiff allocates a whole tile even for an image of one pixel
+    tags = getattr(image, "tag_v2", {})
+    tile_width, tile_height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
+    if isinstance(tile_width, int) and isinstance(tile_height, int):
+        _check_pixels("a tile", tile_width, tile_height, limits)
+
+
+def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"{what} has {width} x {height} = {width * height} pixels; the limit is {limits.max_pixels}"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that the formats give -> mode RGB."""
+    if image.mode.startswith("I;16"):
+        image = _gray16_to_gray8(image)
+    if image.mode in ("I", "F"):
+        kind = "32-bit or signed integer" if image.mode == "I" else "float"
+        raise UnsupportedImage(f"{kind} pixels are not supported: nothing says what is white; convert to 8 or 16 bits")
+    if image.mode == "LAB":
+        raise UnsupportedImage("CIELAB pixels are not supported; convert to RGB")
+    if image.has_transparency_data:
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _gray16_to_gray8(image: Image.Image) -> Image.Image:
+    """Mode I;16 (PNG, TIFF; also 12-bit TIFF) -> mode L, by round(v * 255 / maximum)."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
+    maximum = (1 << bits) - 1
+    values = np.asarray(image).astype(np.uint32)  # [H,W]
+    gray = ((np.minimum(values, maximum) * 255 + maximum // 2) // maximum).astype(np.uint8)
+    if tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:  # Pillow inverts 8 bits by itself, not 16
+        gray = 255 - gray
+    if "transparency" in image.info:  # PNG's tRNS: this one value is transparent
+        gray[values == image.info["transparency"]] = 255
+    return Image.fromarray(gray)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # a 16-bit key; Pillow kept the high bytes
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return rgba.convert("RGB")
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=alpha)
+    return white
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) when there is none or it cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  broken EXIF raises nearly anything, and must not cost the picture
+        return 1
+
+
+def _transpose(image: Image.Image, orientation: int) -> Image.Image:
+    method = ORIENTATIONS.get(orientation)
+    return image if method is None else image.transpose(method)
