@@ -1,0 +1,126 @@
+"""k-NN on the Grocery Store photos: a checkpoint beside random weights and a colour histogram, one protocol for all.
+
+    python benchmarks/knn_grocery.py --data GROCERY --checkpoint CHECKPOINT
+
+GROCERY holds `train/` and `val/`, one folder per class. The protocol is `training/evaluate/knn.py`'s (cosine, T 0.07):
+`val`: val photos among all train photos; `leave-one-out`: each train photo among the other train photos (a
+self-supervised checkpoint has seen them, without their labels); k = 1 is precision@1. The histogram has 8 x 8 x 8 bins
+over hue, saturation and value of the whole photo. Random weights are the checkpoint's own architecture as initialised,
+at the checkpoint's own preprocessing, with three seeds, averaged.
+
+Prints a table and, last, one JSON line, which is also written to benchmarks/results/.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from model.checkpoint import load_checkpoint
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.dataset import find_images, read_photo
+from training.evaluate.knn import extract_features, knn_accuracy, labels_of
+
+KS = (1, 5, 10, 20)
+RANDOM_SEEDS = (0, 1, 2)
+BINS = 8
+Figures = dict[str, dict[int, float]]  # protocol -> k -> accuracy
+
+
+def hsv_histogram(path: Path) -> Tensor:
+    """Shares [512] of the photo's pixels in 8 x 8 x 8 bins of hue, saturation, value."""
+    photo = Image.fromarray(read_photo(path)).convert("HSV")
+    bins = np.asarray(photo).reshape(-1, 3).astype(np.int64) * BINS // 256
+    flat = (bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]
+    return torch.from_numpy(np.bincount(flat, minlength=BINS**3) / len(flat)).float()
+
+
+def figures(train: Tensor, val: Tensor, train_labels: Tensor, val_labels: Tensor) -> Figures:
+    """Both protocols, every k."""
+    return {
+        "val": knn_accuracy(train, train_labels, val, val_labels, KS),
+        "leave-one-out": knn_accuracy(train, train_labels, train, train_labels, KS, leave_one_out=True),
+    }
+
+
+def mean_figures(runs: list[Figures]) -> Figures:
+    return {
+        protocol: {k: float(np.mean([run[protocol][k] for run in runs])) for k in KS} for protocol in runs[0]
+    }
+
+
+def measure(data: Path, checkpoint: Path, spec: PreprocessSpec) -> dict[str, Figures]:
+    """Figures by feature name."""
+    train, val = find_images(data / "train"), find_images(data / "val")
+    train_labels, classes = labels_of(train)
+    val_labels, _ = labels_of(val, classes)
+    weights, config, _ = load_checkpoint(checkpoint)
+
+    def of_model(model: DinoVisionTransformer) -> dict[str, Figures]:
+        known, unknown = extract_features(model, train, spec), extract_features(model, val, spec)
+        return {p: figures(known[p], unknown[p], train_labels, val_labels) for p in known}
+
+    model = DinoVisionTransformer(config)
+    model.load_state_dict(weights)
+    results = {f"trained, {pooling}": found for pooling, found in of_model(model).items()}
+    random_runs = []
+    for seed in RANDOM_SEEDS:
+        torch.manual_seed(seed)
+        random_runs.append(of_model(DinoVisionTransformer(config)))
+    for pooling in random_runs[0]:
+        results[f"random weights, {pooling}"] = mean_figures([run[pooling] for run in random_runs])
+    histograms = [torch.stack([hsv_histogram(path) for path in paths]) for paths in (train, val)]
+    results["HSV histogram, 512 bins"] = figures(*histograms, train_labels, val_labels)
+    return results
+
+
+def print_table(results: dict[str, Figures], console: Console) -> None:
+    table = Table(title="k-NN accuracy, %: val photos among train, and leave-one-out on train")
+    table.add_column("features")
+    for protocol in ("val", "leave-one-out"):
+        for k in KS:
+            table.add_column(f"{protocol}\nk={k}", justify="right")
+    for name, found in results.items():
+        table.add_row(name, *(f"{100 * found[p][k]:.1f}" for p in ("val", "leave-one-out") for k in KS))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.safetensors that training wrote")
+    parser.add_argument("--resize", type=int, default=112, help="short side after resizing, pixels")
+    parser.add_argument("--crop", type=int, default=112, help="side of the centre crop, pixels")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    spec = PreprocessSpec(resize=arguments.resize, crop=arguments.crop)
+    results = measure(arguments.data, arguments.checkpoint, spec)
+    print_table(results, Console(width=120))
+    today = datetime.date.today().isoformat()
+    line = json.dumps(
+        {
+            "benchmark": "knn-grocery",
+            "date": today,
+            "resize": spec.resize,
+            "crop": spec.crop,
+            "accuracy": {
+                name: {p: {str(k): round(a, 4) for k, a in by_k.items()} for p, by_k in found.items()}
+                for name, found in results.items()
+            },
+        }
+    )
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / f"{today}-knn-grocery.json").write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

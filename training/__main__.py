@@ -1,0 +1,27 @@
+"""`python -m training --data FOLDER --recipe NAME --out DIR key=value ...`"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from training.config import load_config, recipe_names
+from training.train import train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train DINOv2 on a folder of images.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of images, any depth")
+    parser.add_argument("--recipe", default="smoke", help=f"one of: {', '.join(recipe_names())}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs; resumes what is there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe's")
+    arguments = parser.parse_args()
+    try:
+        train(load_config(arguments.recipe, arguments.data, arguments.out, arguments.overrides))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

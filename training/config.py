@@ -1,0 +1,158 @@
+"""Everything a training run can be told, as one frozen record.
+
+A recipe (`training/recipes/NAME.toml`) is a set of values for it, a command line adds `key=value` pairs on top; unknown
+keys and impossible values are errors. Lengths of warm-ups are shares of the run, so that a shorter run is the same run
+compressed.
+"""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.config import ViTConfig, config_for
+from model.preprocess import PreprocessSpec
+
+RECIPES = Path(__file__).parent / "recipes"
+Share = float
+Range = tuple[float, float]
+
+
+class TrainConfig(BaseModel):
+    """One run. Defaults are DINOv2's short recipe where it has the setting, sizes aside.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): an unknown key, or a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # what and where
+    data: Path = Field(description="folder of images, any depth; `train` and `val` in it are used as the split")
+    out: Path = Field(description="folder for checkpoints and logs")
+    recipe: str = "none"
+    seed: int = 0
+    device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
+    compile: bool = Field(False, description="torch.compile each block; pays after a minute of warm-up")
+    held_out_share: Share = Field(0.1, ge=0, lt=1, description="kept for k-NN if `data` has no train and val")
+    cache_size: int = Field(160, ge=32, description="side of the photos in memory, pixels")
+
+    # the network
+    model: str = "dinov2_vitt14"
+    vit: dict[str, Any] = Field(default_factory=dict, description="fields of ViTConfig that differ from the model's")
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    n_prototypes: int = Field(65536, ge=2)
+    head_hidden_dim: int = Field(2048, ge=1)
+    head_bottleneck_dim: int = Field(256, ge=1)
+    shared_head: bool = True
+
+    # crops
+    global_size: int = 224
+    local_size: int = 98
+    n_local: int = Field(8, ge=0)
+    global_scale: Range = (0.32, 1.0)
+    local_scale: Range = (0.05, 0.32)
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = Field(0.1, ge=0, le=0.5)
+    jitter_probability: float = Field(0.8, ge=0, le=1)
+    gray: float = Field(0.2, ge=0, le=1)
+    blur: tuple[float, float, float] = Field(
+        (0.0, 0.9, 0.5), description="probability for first global, second global, local crops; what DINOv2 really does"
+    )
+    solarize: float = Field(0.2, ge=0, le=1, description="probability for the second global crop")
+
+    # losses
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    student_temp: float = 0.1
+    teacher_temp: Range = Field((0.04, 0.07), description="first and last value")
+    teacher_temp_warmup: Share = 0.3
+    mask_ratio: Range = (0.1, 0.5)
+    mask_probability: float = Field(0.5, ge=0, le=1)
+
+    # optimisation
+    epochs: float = Field(100, gt=0)
+    batch_size: int = Field(64, ge=2)
+    lr: float = Field(4e-3, gt=0, description="peak rate at batch 1024; scaled by sqrt(batch / 1024)")
+    min_lr: float = 1e-6
+    warmup: Share = 0.1
+    weight_decay: Range = Field((0.04, 0.4), description="first and last value, cosine")
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Range = Field((0.992, 1.0), description="teacher's EMA, first and last value, cosine")
+    layer_decay: float = 0.9
+    patch_embed_lr_mult: float = 0.2
+    freeze_last_layer: Share = 0.01
+    clip_grad: float = 3.0
+
+    # watching and saving
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    save_every_minutes: float = Field(5, gt=0)
+    eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
+    eval_resize: int = 256
+    eval_crop: int = 224
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        patch = self.vit_config.patch_size
+        for name in ("global_size", "local_size", "eval_crop"):
+            if getattr(self, name) % patch:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of the patch size {patch}")
+        for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is a share of the run: 0 to 1")
+        if self.warmup + self.freeze_last_layer > 1:
+            raise ValueError("warmup and freeze_last_layer together are longer than the run")
+        _ = self.eval_spec
+        return self
+
+    @property
+    def vit_config(self) -> ViTConfig:
+        """The backbone: the named model with the fields of `vit` replaced."""
+        base = config_for(self.model)
+        unknown = set(self.vit) - set(base.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"vit: unknown {sorted(unknown)}; allowed: {sorted(base.__dataclass_fields__)}")
+        return replace(base, **self.vit)
+
+    @property
+    def eval_spec(self) -> PreprocessSpec:
+        """How the k-NN evaluation prepares photos."""
+        patch = self.vit_config.patch_size
+        return PreprocessSpec(resize=self.eval_resize, crop=self.eval_crop, patch_size=patch)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that `load_config` knows."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _parse_value(text: str) -> object:
+    """A TOML value (`0.1`, `true`, `[0.3, 1.0]`, `{depth = 6}`); anything else is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def load_config(recipe: str, data: Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """A recipe with `key=value` overrides.
+
+    Raises:
+        ValueError: unknown recipe (the names are listed), an override without `=`, an unknown key, a bad value.
+    """
+    path = RECIPES / f"{recipe}.toml"
+    if recipe not in recipe_names():
+        raise ValueError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}")
+    values: dict[str, object] = tomllib.loads(path.read_text())
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} must look like key=value")
+        values[key] = _parse_value(text)
+    return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})

@@ -1,0 +1,32 @@
+"""Schedules as arrays: one value per step, computed before the run; the loop only indexes them.
+
+As in facebookresearch/dinov2, `dinov2/utils/utils.py` (CosineScheduler). An array can be printed, plotted and tested,
+and a resumed run reads the same values as an unbroken one.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Schedule = npt.NDArray[np.float64]
+
+
+def cosine(
+    base: float, final: float, total: int, *, warmup: int = 0, start: float = 0.0, freeze: int = 0
+) -> Schedule:
+    """`freeze` steps of 0, then a line from `start` to `base` over `warmup` steps, then half a cosine down to `final`.
+
+    Raises:
+        ValueError: freeze and warm-up longer than the run.
+    """
+    n_cosine = total - warmup - freeze
+    if n_cosine < 0:
+        raise ValueError(f"freeze {freeze} + warmup {warmup} steps do not fit into a run of {total}")
+    steps = np.arange(n_cosine)
+    decay = final + 0.5 * (base - final) * (1 + np.cos(np.pi * steps / max(1, n_cosine)))
+    return np.concatenate([np.zeros(freeze), np.linspace(start, base, warmup), decay])
+
+
+def linear_then_constant(start: float, end: float, total: int, warmup: int) -> Schedule:
+    """A line from `start` to `end` over `warmup` steps (cut at `total`), then `end`: the teacher's temperature."""
+    ramp = np.linspace(start, end, warmup)[:total]
+    return np.concatenate([ramp, np.full(total - len(ramp), end)])

@@ -1,0 +1,90 @@
+"""The student, its teacher, and the head that both put on top of the backbone.
+
+The teacher is an exponential moving average (EMA) of the student: it gives the targets, gets no gradient, and is what
+is released. The head maps a token to logits over K prototypes (arXiv 2104.14294; `dinov2/layers/dino_head.py`, whose
+parameter names are kept): three linear layers down to a bottleneck, L2 norm, and a last layer with weight
+normalisation.
+
+Legend: D width of the backbone, K prototypes, n tokens.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ViTConfig
+from model.vit import DinoVisionTransformer
+
+
+class PrototypeLayer(nn.Module):
+    """Linear layer without bias whose rows have direction `weight_v` and length `weight_g` (1 at the start)."""
+
+    def __init__(self, in_dim: int, n_prototypes: int) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(n_prototypes, in_dim))
+        self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1, eps=1e-12))
+
+
+class DinoHead(nn.Module):
+    """Tokens [n, D] to prototype logits [n, K], within -1..1 as long as `weight_g` is 1."""
+
+    def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = PrototypeLayer(bottleneck_dim, n_prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+
+class Network(nn.Module):
+    """Backbone with its two heads; with `shared_head` both losses use one head, as DINOv2's short recipe does."""
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        n_prototypes: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        shared_head: bool,
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__()
+        self.backbone = DinoVisionTransformer(config, drop_path_rate=drop_path_rate)
+        self.dino_head = DinoHead(config.embed_dim, n_prototypes, hidden_dim, bottleneck_dim)
+        self.own_ibot_head = (
+            None if shared_head else DinoHead(config.embed_dim, n_prototypes, hidden_dim, bottleneck_dim)
+        )
+
+    @property
+    def ibot_head(self) -> DinoHead:
+        return self.dino_head if self.own_ibot_head is None else self.own_ibot_head
+
+
+def make_teacher(student: Network) -> Network:
+    """A frozen copy of the student, without drop path."""
+    return copy.deepcopy(student).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(student: Network, teacher: Network, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters at once."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -1,0 +1,286 @@
+"""The loop: photos in, checkpoint out.
+
+Per step (facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`): the teacher looks at two large crops of each photo
+and gives targets; the student looks at the same two with patches masked, and at several small ones; its class tokens
+must agree with the teacher's of the other crops (DINO), its masked patches with what the teacher sees there (iBOT), and
+its embeddings must spread (KoLeo). The teacher then follows the student slowly.
+
+All randomness of a step is drawn from (seed, step): a stopped run goes on as if it had not stopped.
+
+Legend: B photos per step, V views, N patches of a global crop, K prototypes, M masked patches.
+"""
+
+import json
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.checkpoint import save_checkpoint
+from training.augment import Jitter, View, augmented_views
+from training.config import TrainConfig
+from training.dataset import PhotoCache, Split, batch_indices, load_photos, split_folder
+from training.evaluate.knn import Pooling, evaluate_knn
+from training.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from training.masking import batch_masks
+from training.monitor import Monitor
+from training.optimizer import clip_gradients, make_optimizer, set_schedule
+from training.schedules import Schedule, cosine, linear_then_constant
+from training.state import Parts, load_state, save_state
+from training.student_teacher import Network, make_teacher, update_teacher
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One step's input: `globals_` [2B, 3, G, G], `locals_` [VB, 3, L, L] or None, `masks` bool [2B, N]."""
+
+    globals_: Tensor
+    locals_: Tensor | None
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """One value per step of everything that changes over the run."""
+
+    lr: Schedule
+    last_layer_lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule
+    teacher_temp: Schedule
+
+
+def make_schedules(config: TrainConfig, total: int) -> Schedules:
+    """The run's schedules, `total` steps each."""
+    peak = config.lr * math.sqrt(config.batch_size / 1024)
+    lr = cosine(peak, config.min_lr, total, warmup=int(config.warmup * total))
+    last_layer_lr = lr.copy()
+    last_layer_lr[: int(config.freeze_last_layer * total)] = 0
+    return Schedules(
+        lr=lr,
+        last_layer_lr=last_layer_lr,
+        weight_decay=cosine(*config.weight_decay, total),
+        momentum=cosine(*config.momentum, total),
+        teacher_temp=linear_then_constant(*config.teacher_temp, total, int(config.teacher_temp_warmup * total)),
+    )
+
+
+def make_crops(config: TrainConfig, photos: PhotoCache, step: int, device: torch.device) -> Crops:
+    """The crops and masks of one step, a function of (seed, step) alone."""
+    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
+    indices = batch_indices(len(photos), config.batch_size, step, config.seed)
+    images = photos.pixels[indices].to(device).float() / 255
+    aspect = photos.aspect[indices].to(device)
+    jitter = Jitter(
+        config.brightness, config.contrast, config.saturation, config.hue, config.jitter_probability, config.gray
+    )
+    views = [
+        (View(config.global_size, config.global_scale, config.blur[0]), 1),
+        (View(config.global_size, config.global_scale, config.blur[1], config.solarize), 1),
+        (View(config.local_size, config.local_scale, config.blur[2]), config.n_local),
+    ]
+    first, second, *local = (augmented_views(images, aspect, v, n, jitter, generator) for v, n in views if n)
+    side = config.global_size // config.vit_config.patch_size
+    masks = batch_masks(
+        np.random.default_rng((config.seed, step)),
+        2 * len(indices),
+        (side, side),
+        ratio=config.mask_ratio,
+        probability=config.mask_probability,
+    )
+    return Crops(torch.cat((first, second)), local[0] if local else None, torch.from_numpy(masks).to(device))
+
+
+@torch.no_grad()
+def teacher_targets(teacher: Network, crops: Crops, temp: float) -> tuple[Tensor, Tensor]:
+    """Targets for the class tokens [2, B, K] and the masked patches [M, K]."""
+    features = teacher.backbone.forward_features(crops.globals_)
+    cls_probs = sinkhorn_knopp(teacher.dino_head(features["x_norm_clstoken"]), temp)
+    patches = features["x_norm_patchtokens"][crops.masks]
+    patch_probs = sinkhorn_knopp(teacher.ibot_head(patches), temp) if len(patches) else cls_probs[:0]
+    return cls_probs.unflatten(0, (2, -1)), patch_probs
+
+
+def losses(
+    student: Network, crops: Crops, cls_probs: Tensor, patch_probs: Tensor, student_temp: float
+) -> dict[str, Tensor]:
+    """The three losses of one step. DINO is the mean over all pairs of different views."""
+    features = student.backbone.forward_features(crops.globals_, crops.masks)
+    cls = features["x_norm_clstoken"]
+    global_logits = student.dino_head(cls).unflatten(0, (2, -1))  # [2, B, K]
+    pair_sum = sum(dino_loss(global_logits[view], cls_probs[1 - view], student_temp) for view in range(2))
+    n_pairs = 2
+    if crops.locals_ is not None:
+        local_cls = student.backbone.forward_features(crops.locals_)["x_norm_clstoken"]
+        local_logits = student.dino_head(local_cls).unflatten(0, (-1, cls_probs.shape[1]))  # [V, B, K]
+        pair_sum = pair_sum + dino_loss(local_logits, cls_probs, student_temp)
+        n_pairs += 2 * len(local_logits)
+    patch_logits = student.ibot_head(features["x_norm_patchtokens"][crops.masks])
+    return {
+        "dino": torch.as_tensor(pair_sum) / n_pairs,
+        "ibot": ibot_loss(patch_logits, patch_probs, crops.masks, student_temp),
+        "koleo": sum((koleo_loss(view) for view in cls.chunk(2)), start=cls.new_zeros((), dtype=torch.float32)),
+    }
+
+
+def train_step(
+    config: TrainConfig, parts: Parts, schedules: Schedules, crops: Crops, step: int, autocast: torch.autocast
+) -> dict[str, Tensor]:
+    """One update of student and teacher; the losses, unweighted, and their weighted sum `loss`."""
+    torch.manual_seed(config.seed * 1_000_003 + step)  # drop path draws from the global generator
+    set_schedule(
+        parts.optimizer, schedules.lr[step], schedules.last_layer_lr[step], schedules.weight_decay[step]
+    )
+    with autocast:
+        targets = teacher_targets(parts.teacher, crops, schedules.teacher_temp[step])
+        terms = losses(parts.student, crops, *targets, config.student_temp)
+    loss = config.dino_weight * terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
+    parts.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    clip_gradients(parts.student, config.clip_grad)
+    parts.optimizer.step()
+    update_teacher(parts.student, parts.teacher, schedules.momentum[step])
+    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def make_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 for matrix products where asked, or where `auto` and the device multiplies it natively."""
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native))
+
+
+def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
+    """The attention to train with. On a CPU the fused kernel's backward pass costs a quarter of the step at the 10 to 65
+    tokens of small crops; plain matrix products do it in a third of that."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def make_parts(config: TrainConfig, device: torch.device) -> Parts:
+    """Student, teacher and optimizer at step 0, a function of the seed."""
+    torch.manual_seed(config.seed)
+    student = Network(
+        config.vit_config,
+        n_prototypes=config.n_prototypes,
+        hidden_dim=config.head_hidden_dim,
+        bottleneck_dim=config.head_bottleneck_dim,
+        shared_head=config.shared_head,
+        drop_path_rate=config.drop_path,
+    ).to(device)
+    teacher = make_teacher(student)
+    if config.compile:
+        for network in (student, teacher):
+            for block in network.backbone.blocks:
+                block.compile()
+    optimizer = make_optimizer(
+        student,
+        layer_decay=config.layer_decay,
+        patch_embed_lr_mult=config.patch_embed_lr_mult,
+        betas=config.betas,
+    )
+    return Parts(student, teacher, optimizer)
+
+
+def report_knn(config: TrainConfig, teacher: Network, split: Split) -> dict[Pooling, dict[int, float]]:
+    """k-NN of the teacher on the held-out photos; empty without any, or if all are of one class (nothing to tell apart)."""
+    if not split.held_out or len({path.parent for path in split.train}) < 2:
+        return {}
+    return evaluate_knn(teacher.backbone, split.train, split.held_out, config.eval_spec)
+
+
+def write_checkpoint(config: TrainConfig, teacher: Network, steps_done: int, knn: object) -> Path:
+    """The teacher's backbone in the format that `dinov2 export` reads."""
+    path = config.out / "checkpoint.safetensors"
+    provenance = {
+        "recipe": config.recipe,
+        "settings": config.model_dump(mode="json", exclude={"data", "out"}),
+        "steps": steps_done,
+        "knn": knn,
+    }
+    save_checkpoint(path, teacher.backbone.state_dict(), config.vit_config, provenance)
+    return path
+
+
+def load_data(config: TrainConfig, console: Console) -> tuple[PhotoCache, Split]:
+    """Photos in memory and the split without the unreadable ones, which are listed in `skipped.txt` and counted."""
+    split = split_folder(config.data, config.held_out_share, config.seed)
+    photos = load_photos(split.train, config.cache_size)
+    held_out = load_photos(split.held_out, 32) if split.held_out else None
+    skipped = photos.skipped + (held_out.skipped if held_out else [])
+    if skipped:
+        listing = config.out / "skipped.txt"
+        listing.write_text("".join(f"{s.path}: {s.reason}\n" for s in skipped))
+        console.print(f"{len(skipped)} files could not be read and are skipped, listed in {listing}; the first:")
+        for item in skipped[:5]:
+            console.print(f"  {item.path}: {item.reason}", markup=False)
+    if len(photos) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} is more than the {len(photos)} readable photos")
+    return photos, Split(photos.paths, held_out.paths if held_out else [])
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Run, or go on with, one training run.
+
+    Writes to `config.out`: `checkpoint.safetensors` (teacher backbone), `state.pt` (to resume), `metrics.jsonl`,
+    `config.json`, `knn.json`, and `skipped.txt` if files were unreadable.
+
+    Returns:
+        the checkpoint's path.
+
+    Raises:
+        ValueError: no usable photos, or `config.out` holds a run with other settings.
+        FloatingPointError: the loss is not finite; the last saved state is kept.
+    """
+    console = console or Console()
+    config.out.mkdir(parents=True, exist_ok=True)
+    photos, split = load_data(config, console)
+    device = pick_device(config.device)
+    autocast, parts = make_autocast(config.precision, device), make_parts(config, device)
+    steps_per_epoch = len(photos) // config.batch_size
+    total = max(1, round(config.epochs * steps_per_epoch))
+    schedules = make_schedules(config, total)
+    settings, state_path = config.model_dump(mode="json"), config.out / "state.pt"
+    first = load_state(state_path, parts, settings) if state_path.exists() else 0
+    (config.out / "config.json").write_text(json.dumps(settings, indent=1))
+    console.print(
+        f"{len(photos)} photos to train on, {len(split.held_out)} held out; {total} steps of {config.batch_size} on "
+        f"{device}{' in bf16' if autocast.fast_dtype == torch.bfloat16 and autocast._enabled else ''}; "
+        f"ViT {asdict(config.vit_config)}" + (f"; resumed after step {first}" if first else "")
+    )
+    eval_every = round(config.eval_every_epochs * steps_per_epoch)
+    last_save = time.monotonic()
+    with (
+        attention_kernel(device),
+        Monitor(config.out / "metrics.jsonl", total, first, config.batch_size, console) as monitor,
+    ):
+        for step in range(first, total):
+            terms = train_step(config, parts, schedules, make_crops(config, photos, step, device), step, autocast)
+            done = step + 1
+            monitor.advance(done)
+            if done % config.log_every == 0 or done == total:
+                figures = {name: value.item() for name, value in terms.items()}
+                if not math.isfinite(figures["loss"]):
+                    raise FloatingPointError(f"loss {figures['loss']} at step {done}: {figures}")
+                figures["dino_over_ln_k"] = figures["dino"] / math.log(config.n_prototypes)
+                monitor.write(done, {**figures, "lr": schedules.lr[step]})
+            if time.monotonic() - last_save > 60 * config.save_every_minutes or done == total:
+                save_state(state_path, parts, done, settings)
+                write_checkpoint(config, parts.teacher, done, None)
+                last_save = time.monotonic()
+            if eval_every and done % eval_every == 0 and done < total:
+                console.print(f"step {done} k-NN {report_knn(config, parts.teacher, split)}")
+    knn = report_knn(config, parts.teacher, split)
+    (config.out / "knn.json").write_text(json.dumps(knn, indent=1))
+    console.print(f"k-NN on {len(split.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}")
+    return write_checkpoint(config, parts.teacher, total, knn)
