@@ -4,9 +4,8 @@ Each command imports what it needs when it runs, so `dinov2 serve` works without
 """
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -90,17 +89,18 @@ def embed(
 def train(
     data: Annotated[Path, typer.Option(help="Folder of images, any depth.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics.")],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe; `--recipe list` prints them.")] = "smoke",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery.")] = "smoke",
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.")
     ] = None,
 ) -> None:
     """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install 'dinov2-service[train]')."""
     _need_torch("train")
-    from training.__main__ import run
+    from training.config import load_config
+    from training.train import train as run_training
 
     try:
-        checkpoint = run(data=data, out=out, recipe=recipe, overrides=overrides or [])
+        checkpoint = run_training(load_config(recipe, data, out, overrides or []))
     except (ValueError, OSError) as error:
         raise _fail(error) from error
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
@@ -135,6 +135,7 @@ def export(
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
     _need_torch("export")
     from model.export_onnx import export_checkpoint
+    from model.zoo import DownloadError
 
     try:
         artifact = export_checkpoint(
@@ -150,7 +151,7 @@ def export(
             licence=licence,
             keep_onnx=keep_onnx,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DownloadError) as error:
         raise _fail(error) from error
     parity = artifact.manifest.parity[0]
     typer.echo(
@@ -169,7 +170,7 @@ def models(
 ) -> None:
     """List the artifacts that can be served now and the published models that can be downloaded."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
-    from model.zoo import ZOO
+    from model.zoo import ENTRIES
 
     local = []
     for path in find_artifacts(data_dir):
@@ -179,7 +180,7 @@ def models(
             typer.echo(f"warning: {error}", err=True)
             continue
         local.append({"path": str(path), "name": manifest.name, "fingerprint": manifest.fingerprint})
-    published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ZOO.values()]
+    published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ENTRIES.values()]
     if as_json:
         typer.echo(json.dumps({"artifacts": local, "published": published}, indent=2))
         return
@@ -198,7 +199,7 @@ def _need_torch(command: str) -> None:
         raise _fail(f"`dinov2 {command}` needs torch: pip install 'dinov2-service[train]'")
 
 
-def _photos_of(folder: Path, limit: int = 32) -> list:
+def _photos_of(folder: Path, limit: int = 32) -> list[Any]:
     from service.decode import DecodeLimits, decode
     from service.errors import ServiceError
 
@@ -221,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

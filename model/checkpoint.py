@@ -161,6 +161,15 @@ def _own_metadata(path: Path) -> tuple[ViTConfig, dict[str, Any]] | None:
         raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from error
 
 
+def is_own_checkpoint(path: Path | str) -> bool:
+    """Whether a file says that it is one of our checkpoints.
+
+    Raises:
+        CheckpointError: it says so, but its metadata cannot be read.
+    """
+    return _own_metadata(Path(path)) is not None
+
+
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dict[str, Any]]:
     """One of our checkpoints: tensors under Meta's names (float32), configuration, provenance.
 

@@ -142,9 +142,12 @@ def export_checkpoint(
     Others: see `export_artifact`.
 
     Raises:
-        ValueError: the file is no checkpoint, or needs `arch`; see also `export_artifact`.
+        ValueError: no such file or published name, no checkpoint, or one that needs `arch`.
+        zoo.DownloadError: a published model cannot be downloaded.
+        See also `export_artifact`.
     """
-    from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model, load_pretrained
+    from model import zoo
+    from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model
 
     provenance: dict[str, Any]
     path = Path(source)
@@ -156,9 +159,10 @@ def export_checkpoint(
         model = load_model(arch, weights=path)
         state, config, provenance = model.state_dict(), model.config, {"file": path.name}
     else:
-        entry, model = load_pretrained(source)
-        state, config = model.state_dict(), model.config
-        provenance, arch = {"url": entry.url, "licence": entry.licence}, entry.name
+        entry = zoo.resolve(source)
+        model = load_model(entry.name)
+        state, config, licence = model.state_dict(), model.config, entry.licence
+        provenance, arch = {"url": entry.url}, entry.name
     evaluated = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
     changes = {key: value for key, value in (("resize", resize), ("crop", crop)) if value is not None}
     return export_artifact(
