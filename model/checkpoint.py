@@ -52,16 +52,21 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+def _first_line(error: Exception) -> str:
+    """torch's messages go on with a page of advice, some of it to switch the protection off."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 def _load_pickled(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: not read, because it holds more than tensors or is no weights file at all; a pickle can run any "
-            f"code, so only tensors are unpickled ({str(error).splitlines()[0][:200]})"
+            f"code, so only tensors are unpickled ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged or not a PyTorch file: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error:  # damaged files end in all kinds of exceptions inside torch
+        raise CheckpointError(f"{path}: damaged or not a PyTorch file: {_first_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("teacher"), dict):  # Meta's training dumps
         loaded = loaded["teacher"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
