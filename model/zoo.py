@@ -158,7 +158,7 @@ def download(
             with _bar(progress) as bar:
                 part = _Part(target, entry, url, bar, bar.add_task(entry.filename, total=entry.size_bytes))
                 part.fetch(retry_wait_s, timeout_s)
-        except (DownloadError, httpx.HTTPError) as error:
+        except (DownloadError, httpx.HTTPError, httpx.InvalidURL) as error:
             raise DownloadError(_by_hand(entry, url, target, error)) from error
     return target
 
@@ -287,12 +287,10 @@ class _Part:
                 raise DownloadError(f"{total - have} bytes are missing and {free} are free in {self.path.parent}")
         if have == 0:
             self._discard()
-            etag = response.headers.get("ETag", "")
-            validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
-            if validator:  # without one, a broken download starts again: two versions must not be glued together
-                self.validator.write_text(validator)
         self._bar.update(self._task, completed=have, total=total)
         try:
+            if have == 0:
+                self._remember_version(response)
             with self.path.open("ab" if have else "wb") as file:
                 for chunk in response.iter_raw():  # as it arrives: what came before a break is kept
                     file.write(chunk)
@@ -304,6 +302,13 @@ class _Part:
             raise DownloadError(f"the disk is full: {self.path.parent}") from error
         if total is not None and self._size() != total:
             raise _TryAgainError(f"{self._size()} of {total} bytes arrived")
+
+    def _remember_version(self, response: httpx.Response) -> None:
+        """Without a strong validator a broken download starts again: two versions must not be glued together."""
+        etag = response.headers.get("ETag", "")
+        validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
+        if validator:
+            self.validator.write_text(validator)
 
     def _finish(self) -> None:
         with self.path.open("rb") as file:
