@@ -10,8 +10,8 @@ orientation -> 8-bit RGB. Nothing is decompressed before the limits hold. Pillow
 
 What the pixels mean:
 - Transparency (alpha channels, transparent palette entries, PNG's tRNS) is laid on white.
-- 16 and 12 bits per channel are scaled to 8, not clipped: round(v * 255 / maximum). Pillow itself reads 16-bit *colour*
-  and gives the high byte, at most one level away from that.
+- 16 and 12 bits per channel are scaled to 8 by keeping the high byte, as Pillow itself does for 16-bit colour. (Its own
+  conversion of 16-bit grey clips instead: all above 255 would be white.)
 - Float and 32-bit integer TIFFs are refused: such files define no white, and a guess would be silently wrong.
 - ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) take the pixels as stored,
   and features must agree with theirs. CMYK is converted without a profile for the same reason.
@@ -41,6 +41,8 @@ SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "TIFF": ((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")),
     "AVIF": ((4, b"ftypavif"), (4, b"ftypavis")),
 }
+BUILD_FEATURES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}  # what Pillow may be built without
+FORMATS = tuple(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name]))
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 ORIENTATIONS = {  # EXIF tag 0x0112 -> what brings the picture upright
@@ -78,13 +80,10 @@ class DecodeLimits:
             raise ValueError(f"max_aspect_ratio is {self.max_aspect_ratio}; it must be at least 1")
 
 
-def supported_formats() -> list[str]:
-    """The formats that this machine's Pillow reads: AVIF, WebP and JPEG depend on how it was built."""
-    built = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
-    return [name for name in SIGNATURES if name not in built or features.check(built[name])]
+DEFAULT_LIMITS = DecodeLimits()
 
 
-def decode(data: bytes, limits: DecodeLimits) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An encoded image -> its pixels, uint8 [H,W,3] RGB, contiguous, upright; the array may be read-only.
 
     Raises:
@@ -96,7 +95,9 @@ def decode(data: bytes, limits: DecodeLimits) -> np.ndarray[Any, np.dtype[np.uin
         raise BrokenImage("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}")
-    name = _sniff(data)
+    name = sniff(data)
+    if name not in FORMATS:
+        raise UnsupportedImage(_why_unsupported(data, name))
     with _translated(name, limits), Image.open(BytesIO(data), formats=[name]) as image:
         _check_header(image, limits)
         image.load()
@@ -105,24 +106,23 @@ def decode(data: bytes, limits: DecodeLimits) -> np.ndarray[Any, np.dtype[np.uin
         return np.ascontiguousarray(np.asarray(upright))
 
 
-def _sniff(data: bytes) -> str:
-    """The format that the first bytes declare; what a file or header calls it does not matter."""
+def sniff(data: bytes) -> str | None:
+    """The format that the first bytes declare, whatever a file name or header calls it; None: none that is known."""
     for name, signatures in SIGNATURES.items():
         if any(data.startswith(magic, offset) for offset, magic in signatures):
-            if name not in supported_formats():
-                raise UnsupportedImage(f"{name} is not supported by this server's Pillow; {_allowed()}")
             return name
-    if data[4:8] == b"ftyp":
-        (box_bytes,) = np.frombuffer(data[:4], ">u4")
-        if b"avif" in data[8 : min(int(box_bytes), 256)] and "AVIF" in supported_formats():
-            return "AVIF"  # a general HEIF brand first, AVIF among the compatible ones
-        if data[8:12] in HEIF_BRANDS:
-            raise UnsupportedImage(f"HEIC/HEIF images are not supported; {_allowed()}")
-    raise UnsupportedImage(f"not a supported image: it starts with {bytes(data[:8]).hex(' ')}; {_allowed()}")
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+        box_bytes = int.from_bytes(data[:4], "big")
+        compatible = data[16 : min(box_bytes, 256)]
+        return "AVIF" if b"avif" in compatible else "HEIC"
+    return None
 
 
-def _allowed() -> str:
-    return f"supported are {', '.join(supported_formats())}"
+def _why_unsupported(data: bytes, name: str | None) -> str:
+    what = f"not a known image; it starts with {bytes(data[:8]).hex(' ')}"
+    if name is not None:
+        what = f"{name} images are not supported"
+    return f"{what}; supported formats: {', '.join(FORMATS)}"
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
 def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> None:
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
-            f"{what} has {width} x {height} = {width * height} pixels; the limit is {limits.max_pixels}"
+            f"{what} has {width} x {height} pixels, {width * height} in all; the limit is {limits.max_pixels}"
         )
 
 
@@ -176,7 +176,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _gray16_to_gray8(image)
     if image.mode in ("I", "F"):
         kind = "32-bit or signed integer" if image.mode == "I" else "float"
-        raise UnsupportedImage(f"{kind} pixels are not supported: nothing says what is white; convert to 8 or 16 bits")
+        raise UnsupportedImage(
+            f"{kind} pixels have no defined white and are not supported; convert them to 8 or 16 bits"
+        )
     if image.mode == "LAB":
         raise UnsupportedImage("CIELAB pixels are not supported; convert to RGB")
     if image.has_transparency_data:
@@ -185,12 +187,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _gray16_to_gray8(image: Image.Image) -> Image.Image:
-    """Mode I;16 (PNG, TIFF; also 12-bit TIFF) -> mode L, by round(v * 255 / maximum)."""
+    """Mode I;16 (PNG, TIFF; also 12-bit TIFF) -> mode L, the high 8 bits."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
-    maximum = (1 << bits) - 1
-    values = np.asarray(image).astype(np.uint32)  # [H,W]
-    gray = ((np.minimum(values, maximum) * 255 + maximum // 2) // maximum).astype(np.uint8)
+    values = np.asarray(image)  # [H,W] uint16
+    gray = (values >> (bits - 8)).astype(np.uint8)
     if tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:  # Pillow inverts 8 bits by itself, not 16
         gray = 255 - gray
     if "transparency" in image.info:  # PNG's tRNS: this one value is transparent

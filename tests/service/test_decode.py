@@ -1,0 +1,385 @@
+"""decode: every format and mode gives the right pixels, and no bytes at all give anything but our errors."""
+
+import contextlib
+import io
+import random
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, PngImagePlugin
+
+from service.decode import FORMATS, DecodeLimits, decode, sniff
+from service.errors import BrokenImage, ImageTooLarge, ServiceError, UnsupportedImage
+
+OURS = (ImageTooLarge, UnsupportedImage, BrokenImage)
+NEEDS_AVIF = pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow is built without AVIF")
+
+
+def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def photo(height: int = 24, width: int = 40) -> np.ndarray:
+    """Smooth, without any symmetry, so that a wrong turn or channel order shows: uint8 [H, W, 3]."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [40 + 5 * x, 20 + 9 * y, 230 - 2 * x - 4 * y]
+    return np.stack(channels, -1).clip(0, 255).astype(np.uint8)
+
+
+PHOTO = photo()
+RGB = Image.fromarray(PHOTO)
+GREY = RGB.convert("L")
+
+
+def corpus() -> dict[str, bytes]:
+    """Valid pictures, one per format, mode and compression that we can write: name -> bytes."""
+    rgba = RGB.convert("RGBA")
+    rgba.putalpha(GREY)
+    grey16 = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
+    files = {
+        "jpeg": encode(RGB, "JPEG", quality=95),
+        "jpeg-progressive": encode(RGB, "JPEG", quality=95, progressive=True),
+        "jpeg-grey": encode(GREY, "JPEG"),
+        "jpeg-cmyk": encode(RGB.convert("CMYK"), "JPEG", quality=95),
+        "png": encode(RGB, "PNG"),
+        "png-rgba": encode(rgba, "PNG"),
+        "png-la": encode(GREY.convert("LA"), "PNG"),
+        "png-palette": encode(RGB.quantize(16), "PNG"),
+        "png-palette-alpha": encode(RGB.quantize(16), "PNG", transparency=3),
+        "png-1bit": encode(RGB.convert("1"), "PNG"),
+        "png-16bit": encode(grey16, "PNG"),
+        "webp": encode(RGB, "WEBP", quality=95),
+        "webp-lossless": encode(RGB, "WEBP", lossless=True),
+        "webp-alpha": encode(rgba, "WEBP", lossless=True, exact=True),
+        "webp-animated": encode(RGB, "WEBP", save_all=True, append_images=[GREY.convert("RGB")] * 3, duration=10),
+        "gif": encode(RGB.quantize(64), "GIF"),
+        "gif-animated": encode(RGB.quantize(64), "GIF", save_all=True, append_images=[GREY.quantize(9)] * 3),
+        "bmp": encode(RGB, "BMP"),
+        "bmp-palette": encode(RGB.quantize(16), "BMP"),
+        "tiff": encode(RGB, "TIFF"),
+        "tiff-16bit": encode(grey16, "TIFF"),
+        "tiff-cmyk": encode(RGB.convert("CMYK"), "TIFF"),
+        "tiff-pages": encode(RGB, "TIFF", save_all=True, append_images=[Image.new("RGB", (40, 24))]),
+        **{f"tiff-{name}": encode(RGB, "TIFF", compression=name) for name in ("tiff_lzw", "tiff_deflate", "jpeg")},
+    }
+    if "AVIF" in FORMATS:
+        files["avif"] = encode(RGB, "AVIF", quality=95)
+        files["avif-alpha"] = encode(rgba, "AVIF", quality=95)
+    return files
+
+
+CORPUS = corpus()
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_every_format_and_mode_becomes_rgb(name: str) -> None:
+    pixels = decode(CORPUS[name])
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (24, 40, 3)
+    assert pixels.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "name", ["jpeg", "jpeg-progressive", "jpeg-cmyk", "png", "webp", "webp-lossless", "webp-animated", "gif-animated",
+             "bmp", "tiff", "tiff-cmyk", "tiff-pages", "tiff-tiff_lzw", "tiff-tiff_deflate", "tiff-jpeg",
+             pytest.param("avif", marks=NEEDS_AVIF)],
+)  # fmt: skip
+def test_colours_survive(name: str) -> None:
+    """Against the pixels that went in: lossy codecs within their noise, and the first frame of animations."""
+    error = np.abs(decode(CORPUS[name]).astype(int) - PHOTO)
+    exact = name in ("png", "bmp", "webp-lossless", "tiff", "tiff-cmyk", "tiff-pages", "tiff-tiff_lzw")
+    assert error.mean() <= (0 if exact else 6), name
+
+
+# ---- orientation
+
+
+def turned(orientation: int) -> np.ndarray:
+    """What EXIF 2.32's table says an upright reader shows for stored PHOTO: row 0 and column 0 are where it says."""
+    return {
+        1: PHOTO,
+        2: PHOTO[:, ::-1],
+        3: PHOTO[::-1, ::-1],
+        4: PHOTO[::-1],
+        5: PHOTO.transpose(1, 0, 2),
+        6: np.rot90(PHOTO, -1),  # shown turned clockwise
+        7: PHOTO[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PHOTO),
+    }[orientation]
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("JPEG", {"quality": 98, "subsampling": 0}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        pytest.param("AVIF", {"quality": 98, "subsampling": "4:4:4"}, marks=NEEDS_AVIF),
+    ],
+)
+def test_orientation_is_applied_once(image_format: str, options: dict[str, object], orientation: int) -> None:
+    pixels = decode(encode(RGB, image_format, exif=exif(orientation), **options))
+    expected = turned(orientation)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels.astype(int) - expected).mean() < 4
+
+
+def test_orientation_turns_grey_16_bit_and_alpha_too() -> None:
+    sixteen = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
+    assert decode(encode(sixteen, "PNG", exif=exif(6))).shape == (40, 24, 3)
+    assert decode(encode(RGB.convert("RGBA"), "PNG", exif=exif(6))).shape == (40, 24, 3)
+
+
+@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(1)[:-9],
+                                    exif(99), exif(0)])  # fmt: skip
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_does_not_cost_the_image(image_format: str, broken: bytes) -> None:
+    assert decode(encode(RGB, image_format, exif=broken)).shape == (24, 40, 3)
+
+
+# ---- modes
+
+
+def test_16_bit_is_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+    for image_format in ("PNG", "TIFF"):
+        pixels = decode(encode(Image.fromarray(ramp), image_format))
+        np.testing.assert_array_equal(pixels, np.rint(ramp / 257)[..., None].repeat(3, -1))
+
+
+def test_16_bit_white_is_zero_tiff_is_inverted() -> None:
+    ramp = np.arange(256, dtype=np.uint16)[None].repeat(4, 0) << 8
+    data = bytearray(encode(Image.fromarray(ramp), "TIFF"))
+    at = data.index(struct.pack("<HHI", 262, 3, 1))  # photometric interpretation, SHORT, 1 value
+    data[at + 8] = 0
+    np.testing.assert_array_equal(decode(bytes(data))[0, :, 0], np.arange(255, -1, -1))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_samples_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(UnsupportedImage, match="white"):
+        decode(encode(GREY.convert(mode), "TIFF"))
+
+
+def test_alpha_is_composited_on_white() -> None:
+    rgba = np.dstack([PHOTO, np.full((24, 40), 128, np.uint8)])
+    rgba[:5, :, 3] = 0
+    rgba[-5:, :, 3] = 255
+    pixels = decode(encode(Image.fromarray(rgba), "PNG"))
+    assert (pixels[:5] == 255).all()
+    np.testing.assert_array_equal(pixels[-5:], PHOTO[-5:])
+    half = PHOTO[5:-5] * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(pixels[5:-5] - half).max() <= 1
+
+
+def test_colour_keys_and_palette_transparency_become_white() -> None:
+    flat = Image.new("RGB", (8, 8), (10, 20, 30))
+    assert (decode(encode(flat, "PNG", transparency=(10, 20, 30))) == 255).all()
+    assert (decode(encode(Image.new("L", (8, 8), 7), "PNG", transparency=7)) == 255).all()
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    assert (decode(encode(palette, "PNG", transparency=1)) == 255).all()
+    assert (decode(encode(palette, "GIF", transparency=1)) == 255).all()
+    assert (decode(encode(palette, "PNG")) == 9).all()
+
+
+def test_adobe_ycck_jpeg_has_the_right_colours() -> None:
+    """Made by hand: Pillow writes CMYK only. YCC of the ink values, then the transform byte says YCCK."""
+    cmy = np.asarray(Image.new("RGB", (16, 16), (200, 60, 30)))  # ink: much cyan
+    ycc = np.asarray(Image.fromarray(cmy).convert("YCbCr"))
+    ycck = np.dstack([255 - ycc, np.zeros((16, 16), np.uint8)])  # Pillow inverts what it writes; no black ink
+    data = bytearray(encode(Image.frombytes("CMYK", (16, 16), ycck.tobytes()), "JPEG", quality=98))
+    data[data.index(b"Adobe") + 11] = 2
+    assert np.abs(decode(bytes(data)).mean((0, 1)) - [55, 195, 225]).max() < 4
+
+
+def test_icc_profiles_are_not_applied() -> None:
+    plain, tagged = encode(RGB, "PNG"), encode(RGB, "PNG", icc_profile=b"not even a profile")
+    np.testing.assert_array_equal(decode(plain), decode(tagged))
+
+
+# ---- limits
+
+
+def test_limits_pass_at_the_limit_and_refuse_beyond() -> None:
+    data = CORPUS["png"]
+    limits = DecodeLimits(max_bytes=len(data), max_pixels=24 * 40, max_aspect_ratio=40 / 24)
+    assert decode(data, limits).shape == (24, 40, 3)
+    for field, value, words in (
+        ("max_bytes", len(data) - 1, "bytes"),
+        ("max_pixels", 24 * 40 - 1, "960 in all"),
+        ("max_aspect_ratio", 1.6, "1.6 times"),
+    ):
+        with pytest.raises(ImageTooLarge, match=words):
+            decode(data, DecodeLimits(**{field: value}))
+    with pytest.raises(ValueError, match="max_pixels is 0"):
+        DecodeLimits(max_pixels=0)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_header(width: int, height: int) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+@pytest.mark.parametrize("side", [9_000, 10_000, 20_000, 2**31 - 1])  # below and above Pillow's own two limits
+def test_a_bomb_is_refused_by_its_header(side: int) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ImageTooLarge):
+        decode(png_header(side, side) + png_chunk(b"IDAT", zlib.compress(b"")))
+    assert time.perf_counter() - started < 1
+
+
+DECODE = """from service.decode import decode
+try: decode({!r})
+except Exception as error: print(error.code)"""
+
+
+def test_a_huge_webp_canvas_costs_no_memory(peak_memory_bytes) -> None:
+    webp = bytearray(CORPUS["webp-animated"])
+    at = webp.index(b"VP8X") + 12  # canvas width and height, minus one, 24 bits each
+    webp[at : at + 6] = b"\xff\x3f\x00" * 2  # 16384 x 16384: a gigabyte of RGBA
+    with pytest.raises(OURS):
+        decode(bytes(webp))
+    assert peak_memory_bytes(DECODE.format(bytes(webp))) - peak_memory_bytes(DECODE.format(b"")) < 50 * 2**20
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_png_text_bombs_are_refused_or_skipped_cheaply(kind: bytes, peak_memory_bytes) -> None:
+    squeezed = zlib.compress(bytes(200 * 2**20), 9)  # 200 MiB of zeros in 200 KiB
+    body = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind] + squeezed
+    plain = CORPUS["png"]
+    data = plain[:33] + png_chunk(kind, body) + plain[33:]  # after the header chunk
+    assert peak_memory_bytes(DECODE.format(data)) - peak_memory_bytes(DECODE.format(b"")) < 60 * 2**20
+    with contextlib.suppress(*OURS):  # refusing is fine; taking the memory is not
+        decode(data)
+
+
+def test_many_text_chunks_are_bounded() -> None:
+    text = PngImagePlugin.PngInfo()
+    for i in range(80):
+        text.add_text(f"k{i}", "x" * 2**20, zip=True)
+    with pytest.raises(BrokenImage):
+        decode(encode(RGB, "PNG", pnginfo=text))
+
+
+# ---- broken files
+
+
+def test_what_is_no_image_is_named() -> None:
+    with pytest.raises(BrokenImage, match="empty"):
+        decode(b"")
+    for data in (b"%PDF-1.7", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0" * 100, b"x", b"hello"):
+        with pytest.raises(UnsupportedImage, match="supported formats: JPEG, PNG"):
+            decode(data)
+    with pytest.raises(UnsupportedImage, match="HEIC"):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50))
+
+
+def test_formats_outside_the_list_are_refused() -> None:
+    for image_format in ("PPM", "TGA", "PCX", "ICO", "EPS"):
+        with pytest.raises(UnsupportedImage):
+            decode(encode(RGB, image_format))
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_truncated_files_are_refused(name: str) -> None:
+    data = CORPUS[name]
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    if name in ("tiff-pages", "webp-animated", "gif-animated"):  # half the file may hold the whole first frame
+        data = data[: len(data) // 2]
+    refused = 0
+    for keep in (len(data) // 4, len(data) // 2):
+        try:
+            assert decode(data[:keep]).shape == (24, 40, 3)
+        except OURS:
+            refused += 1
+    assert refused == 2
+
+
+def test_error_details_do_not_quote_objects_of_ours() -> None:
+    with pytest.raises(BrokenImage) as caught:
+        decode(CORPUS["jpeg"][:20])
+    assert "BytesIO" not in caught.value.detail
+    assert len(caught.value.detail) < 300
+
+
+EXTREMES = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"]
+LIMITS = DecodeLimits(max_bytes=100_000, max_pixels=20_000)
+
+
+def decode_or_refuse(data: bytes) -> None:
+    """The invariant: pixels within the limits, or one of our errors."""
+    try:
+        pixels = decode(data, LIMITS)
+    except OURS:
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+    assert pixels.shape[0] * pixels.shape[1] <= LIMITS.max_pixels
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about odd tags
+def test_mutated_files_never_raise_anything_else() -> None:
+    """Flipped, cut, doubled and spliced files from a fixed seed; header bytes are hit most."""
+    rng = random.Random(20240611)
+    names, stop = list(CORPUS), time.monotonic() + 8
+    tried = 0
+    while tried < 20_000 and time.monotonic() < stop:
+        data = bytearray(CORPUS[rng.choice(names)])
+        for _ in range(rng.randint(1, 6)):
+            at = int(len(data) * rng.random() ** 3)
+            kind = rng.randrange(5)
+            if kind == 0:
+                data[at] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                data[at : at + 4] = rng.choice(EXTREMES)
+            elif kind == 2:
+                del data[at : at + rng.randint(1, 40)]
+            elif kind == 3:
+                data[at:at] = rng.randbytes(rng.randint(1, 16))
+            else:
+                other = CORPUS[rng.choice(names)]
+                data[at : at + 30] = other[at : at + 30]
+            data = data or bytearray(b"x")
+        decode_or_refuse(bytes(data))
+        tried += 1
+    assert tried >= 500
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([d[:n] for d in CORPUS.values() for n in (4, 12, 40)]), st.binary(max_size=300))
+def test_garbage_behind_a_true_header_is_refused(head: bytes, tail: bytes) -> None:
+    decode_or_refuse(head + tail)
+
+
+def test_sniff_takes_anything() -> None:
+    assert sniff(b"") is None
+    assert {sniff(data) for data in CORPUS.values()} == set(FORMATS)
+
+
+def test_errors_are_service_errors_with_their_status() -> None:
+    assert all(issubclass(error, ServiceError) for error in OURS)
+    with pytest.raises(BrokenImage) as caught:
+        decode(CORPUS["png"][:60])
+    assert caught.value.status == 422
