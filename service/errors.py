@@ -31,6 +31,8 @@ turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error"
 OpenAI's clients parse it. No web framework here: the pipeline and everything below it raise these too.
 """
 
+
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,0 +1,276 @@
+"""A bounded queue in front of the engine: requests of many clients share forward passes.
+
+One worker thread owns the engine. Whenever it is free it takes what is waiting, oldest first, as one batch; it never
+waits for a batch to fill, so an idle engine answers a single image at once, and under load batches fill by themselves
+while the pass before is running. A batch holds images of one shape (the oldest one's) and at most `batch_max_patches`
+patches, which bounds the memory of a pass whatever sizes are mixed.
+
+Two bounds refuse work early. `reserve` counts images from acceptance to answer, before anything is decoded; `submit`
+counts patches waiting. Both raise `QueueFull` with a Retry-After from the measured throughput.
+
+A client that left is dropped when a batch is formed. An exception of the engine fails its own batch only; the images of
+a failed batch are tried singly, so that one that the engine cannot take does not hurt its neighbours. If the worker
+thread itself ends or hangs, `health` says so and `/livez` fails.
+
+All methods but the worker's are called on the event loop's thread.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShuttingDown
+from service.telemetry import Metrics
+
+FloatArray = npt.NDArray[np.float32]
+Row = TypeVar("Row")
+log = logging.getLogger(__name__)
+
+MAX_RETRY_AFTER_S = 60
+
+
+@dataclass(frozen=True)
+class Done(Generic[Row]):
+    """One image's result, with the seconds it waited and the seconds its forward pass and pooling took."""
+
+    row: Row
+    queue_s: float
+    infer_s: float
+
+
+@dataclass(eq=False)
+class Job(Generic[Row]):
+    """One image waiting. `pixels` is [3, h, w]."""
+
+    pixels: FloatArray
+    patches: int
+    future: "asyncio.Future[Done[Row]]"
+    queued_at: float = field(default_factory=time.perf_counter)
+
+
+Outcome = tuple[Job[Row], Done[Row] | Exception]
+
+
+class Batcher(Generic[Row]):
+    """See the top of the file.
+
+    Args:
+        run: the forward pass with its pooling: pixels [B, 3, h, w] -> B rows. Called by one thread at a time.
+        patch_size: side of a patch in pixels, to count patches.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[FloatArray], Sequence[Row]],
+        *,
+        patch_size: int,
+        batch_max_patches: int,
+        queue_max_images: int,
+        queue_max_patches: int,
+        metrics: Metrics,
+        hang_timeout_s: float = 120.0,
+    ) -> None:
+        self._run = run
+        self._patch_size = patch_size
+        self._batch_max_patches = batch_max_patches
+        self._queue_max_images = queue_max_images
+        self._queue_max_patches = queue_max_patches
+        self._metrics = metrics
+        self._hang_timeout_s = hang_timeout_s
+        self._queue: deque[Job[Row]] = deque()
+        self._queued_patches = 0
+        self._taken: list[Job[Row]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._busy_since: float | None = None
+        self._images_per_s: float | None = None
+        self._reserved = 0
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="engine-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def images(self) -> int:
+        """Images accepted and not yet answered."""
+        return self._reserved
+
+    @property
+    def full(self) -> bool:
+        """Whether one more image would be refused."""
+        return self._reserved >= self._queue_max_images or self._queued_patches >= self._queue_max_patches
+
+    def health(self) -> str | None:
+        """None when the worker is well, else what is wrong with it."""
+        if self._closing:
+            return None
+        if not self._thread.is_alive():
+            return "the engine's worker thread has died"
+        busy_since = self._busy_since
+        if busy_since is not None and time.monotonic() - busy_since > self._hang_timeout_s:
+            return f"the engine's worker has been in one forward pass for more than {self._hang_timeout_s:g} s"
+        return None
+
+    def reserve(self, images: int) -> None:
+        """Accept `images` more, or none of them. Every reserved image is given back by `release`.
+
+        Raises:
+            QueueFull: there is no room now.
+            ShuttingDown, ModelUnavailable: there will be none.
+        """
+        self._check_open()
+        if self._reserved + images > self._queue_max_images:
+            raise self._queue_full(f"{self._reserved} of {self._queue_max_images} images")
+        self._reserved += images
+        self._metrics.queue_images.set(self._reserved)
+
+    def release(self, images: int) -> None:
+        """Give back what `reserve` took."""
+        self._reserved -= images
+        assert self._reserved >= 0
+        self._metrics.queue_images.set(self._reserved)
+
+    def submit(self, pixels: FloatArray) -> "asyncio.Future[Done[Row]]":
+        """Queue one image [3, h, w]. Cancelling the future drops it, unless the engine has it already.
+
+        Raises:
+            QueueFull, ShuttingDown, ModelUnavailable: as `reserve`.
+            EngineFailed: (from the future) the forward pass failed.
+        """
+        self._check_open()
+        patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
+        with self._wake:
+            if self._queue and self._queued_patches + patches > self._queue_max_patches:
+                raise self._queue_full(f"{self._queued_patches} of {self._queue_max_patches} patches")
+            job: Job[Row] = Job(pixels, patches, self._loop.create_future())
+            self._queue.append(job)
+            self._queued_patches += patches
+            self._wake.notify()
+        self._metrics.queue_patches.set(self._queued_patches)
+        return job.future
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop the worker after the pass it is in; what still waits fails with `ShuttingDown`."""
+        with self._wake:
+            self._closing = True
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._wake.notify()
+        for job in waiting:
+            if not job.future.done():
+                job.future.set_exception(ShuttingDown("the service is shutting down"))
+        self._thread.join(timeout_s)
+
+    def retry_after_s(self) -> int:
+        """Seconds until what is accepted now should be done, from the measured throughput; 1 to 60."""
+        if not self._images_per_s:
+            return 1
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._reserved / self._images_per_s)))
+
+    def _queue_full(self, what: str) -> QueueFull:
+        return QueueFull(f"the queue holds {what}; try again later", retry_after_s=self.retry_after_s())
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ShuttingDown("the service is shutting down", retry_after_s=1)
+        if not self._thread.is_alive():
+            raise ModelUnavailable("the engine's worker thread has died; the service has to be restarted")
+
+    # The worker thread.
+
+    def _work(self) -> None:
+        try:
+            while batch := self._next_batch():
+                self._busy_since = time.monotonic()
+                outcomes = self._outcomes(batch)
+                self._busy_since = None
+                self._deliver(outcomes)
+        except BaseException:
+            log.critical("the engine's worker thread has died", exc_info=True)
+            raise
+        finally:
+            if not self._closing:
+                with self._wake:
+                    lost = self._taken + list(self._queue)
+                    self._queue.clear()
+                self._deliver([(job, EngineFailed("the engine's worker thread has died")) for job in lost])
+
+    def _next_batch(self) -> list[Job[Row]]:
+        """Wait for work and take the next batch; empty when closing."""
+        with self._wake:
+            while True:
+                self._taken = self._take()
+                if self._taken or self._closing:
+                    return self._taken
+                self._wake.wait()
+
+    def _take(self) -> list[Job[Row]]:
+        """The oldest waiting image and those after it that fit its batch; the departed are dropped."""
+        batch: list[Job[Row]] = []
+        passed: list[Job[Row]] = []  # of another shape: they keep their places
+        patches = 0
+        while self._queue:
+            job = self._queue[0]
+            if job.future.cancelled():
+                self._metrics.dropped.inc()
+                self._queued_patches -= self._queue.popleft().patches
+                continue
+            if batch and patches + job.patches > self._batch_max_patches:
+                break
+            self._queue.popleft()
+            if batch and job.pixels.shape != batch[0].pixels.shape:
+                passed.append(job)
+                continue
+            batch.append(job)
+            patches += job.patches
+        self._queue.extendleft(reversed(passed))
+        self._queued_patches -= patches
+        self._metrics.queue_patches.set(self._queued_patches)
+        return batch
+
+    def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
+        """Run a batch; when it fails, each of its images by itself."""
+        started = time.perf_counter()
+        try:
+            rows = self._run(np.stack([job.pixels for job in batch]))
+            if len(rows) != len(batch):
+                raise ValueError(f"the engine gave {len(rows)} rows for {len(batch)} images")
+        except Exception as error:
+            self._metrics.engine_errors.inc()
+            log.exception("a forward pass of %d images failed", len(batch))
+            if len(batch) > 1:
+                return [outcome for job in batch if not job.future.cancelled() for outcome in self._outcomes([job])]
+            failed = EngineFailed("the engine failed on this image")
+            failed.__cause__ = error
+            return [(batch[0], failed)]
+        seconds = time.perf_counter() - started
+        self._metrics.batch_images.observe(len(batch))
+        self._metrics.images.inc(len(batch))
+        rate = len(batch) / max(seconds, 1e-6)
+        self._images_per_s = rate if self._images_per_s is None else 0.8 * self._images_per_s + 0.2 * rate
+        return [(job, Done(row, started - job.queued_at, seconds)) for job, row in zip(batch, rows, strict=True)]
+
+    def _deliver(self, outcomes: list[Outcome[Row]]) -> None:
+        """Hand results to the event loop: one wake-up for the whole batch."""
+        try:
+            self._loop.call_soon_threadsafe(_set_results, outcomes)
+        except RuntimeError:  # the loop is closed: the service has stopped, nobody waits
+            log.warning("%d results came after the service had stopped", len(outcomes))
+
+
+def _set_results(outcomes: list[Outcome[Row]]) -> None:
+    for job, outcome in outcomes:
+        if job.future.done():  # cancelled while the engine had it
+            continue
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

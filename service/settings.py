@@ -1,0 +1,108 @@
+"""Every setting of the service, and the only place that reads the environment.
+
+A setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. A `DINOV2_*` name that is no setting is an error
+that names the nearest one: a misspelt limit that is silently ignored is found on the day it was needed.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model.engine import available_cpus
+
+PREFIX = "DINOV2_"
+READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH"})
+"""Names that docker-compose.yml uses on the host; they may reach the service through an .env file."""
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. Sizes are in bytes or pixels and times in seconds, as the names say."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    data_dir: Path = Field(Path("data"), description="collections, artifacts, derived files")
+    model: str = Field("auto", min_length=1, description="auto, an artifact folder, or a published model's name")
+    engine: Literal["auto", "onnxruntime", "torch"] = Field("auto", description="the runtime")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
+
+    redis_url: str | None = Field(None, description="redis://[:password@]host:port/db; unset: cache in process")
+    cache_bytes: int = Field(256 * 2**20, ge=0, description="budget of the in-process cache; 0: no cache at all")
+    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
+
+    max_image_bytes: int = Field(20 * 2**20, ge=1, description="one image as sent")
+    max_image_pixels: int = Field(64_000_000, ge=1, description="one image, width x height, checked before decoding")
+    max_batch_items: int = Field(64, ge=1, le=2048, description="images in one request")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="one request body")
+    max_buffered_bytes: int = Field(2**30, ge=1, description="all request bodies held at one time")
+
+    queue_max_images: int = Field(256, ge=1, description="images accepted and not yet answered; beyond it 503")
+    queue_max_patches: int = Field(262_144, ge=1, description="patches waiting for the engine; beyond it 503")
+    batch_max_patches: int = Field(2048, ge=1, description="patches in one forward pass (256 per image of 224 x 224)")
+    decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="threads that decode")
+
+    request_deadline_s: float = Field(60.0, gt=0, description="a request that takes longer is a 504")
+    shutdown_grace_s: float = Field(25.0, ge=0, description="how long requests in flight may take after SIGTERM")
+    hang_timeout_s: float = Field(120.0, gt=0, description="a forward pass that takes longer makes /livez fail")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: str | None) -> str | None:
+        if not value:  # Compose passes an unset variable as ""
+            return None
+        if urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError(f"{masked_url(value)!r}: must start with redis://, rediss:// or unix://")
+        return value
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.max_image_bytes > self.max_body_bytes:
+            raise ValueError(
+                f"max_image_bytes={self.max_image_bytes} does not fit into max_body_bytes={self.max_body_bytes}"
+            )
+        if self.max_body_bytes > self.max_buffered_bytes:
+            raise ValueError(
+                f"max_body_bytes={self.max_body_bytes} does not fit into max_buffered_bytes={self.max_buffered_bytes}"
+            )
+        return self
+
+    @property
+    def items_per_request(self) -> int:
+        """How many images one request may bring: never more than the queue could take at once."""
+        return min(self.max_batch_items, self.queue_max_images)
+
+    def shown(self) -> dict[str, Any]:
+        """The settings for the log, without secrets."""
+        values = self.model_dump(mode="json")
+        return {**values, "redis_url": masked_url(self.redis_url) if self.redis_url else None}
+
+
+def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from the environment; `overrides` (the command line's options) win.
+
+    Raises:
+        ValueError: an unknown `DINOV2_*` name (the message names the nearest known one) or a bad value.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known | READ_BY_COMPOSE:
+            nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown setting {name} in the environment: did you mean {nearest}?")
+    return Settings(**dict(overrides or {}))
+
+
+def masked_url(url: str) -> str:
+    """The URL with its password replaced, for logs and messages."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user_host = f"{parts.username or ''}:***@{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
+    return urlunsplit(parts._replace(netloc=user_host))

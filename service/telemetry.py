@@ -1,0 +1,93 @@
+"""Every metric and every log field, declared once.
+
+Names follow Prometheus' conventions: a prefix, base units, `_total` on counters. Each `Metrics` has its own registry,
+so two services in one process (tests) do not share counters. Labels are few and bounded: a route's template and never
+the path as sent, which a scanner could fill with anything.
+"""
+
+import json
+import logging
+import time
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+STAGES: Final = ("decode", "preprocess", "queue", "infer", "post")
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+access_log = logging.getLogger("service.access")
+
+
+class Metrics:
+    """The counters of one service."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"dinov2_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"dinov2_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"dinov2_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter("requests_total", "Requests answered.", "method", "route", "status")
+        self.request_seconds = histogram("request_duration_seconds", "Time to the answer.", SECONDS, "route")
+        self.requests_in_flight = gauge("requests_in_flight", "Requests being answered.")
+        self.stage_seconds = histogram("stage_duration_seconds", "Time of one image in one stage.", SECONDS, "stage")
+        self.batch_images = histogram("batch_images", "Images in one forward pass.", BATCH)
+        self.queue_images = gauge("queue_images", "Images accepted and not yet answered.")
+        self.queue_patches = gauge("queue_patches", "Patches waiting for the engine.")
+        self.images = counter("images_total", "Images through the engine.")
+        self.dropped = counter("dropped_images_total", "Images whose clients left before the engine took them.")
+        self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
+        self.cache_hits = counter("cache_hits_total", "Vectors taken from the cache.")
+        self.cache_misses = counter("cache_misses_total", "Vectors not in the cache.")
+        self.cache_errors = counter("cache_errors_total", "Cache calls that failed; each counts as a miss.")
+        self.coalesced = counter("coalesced_images_total", "Images that waited for an identical one in flight.")
+        self.model_info = gauge("model_info", "The model in use.", "name", "fingerprint", "engine", "precision")
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and the fields given as `extra={"fields": {...}}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure_logging(level: str) -> None:
+    """Send every log record to standard error as a JSON line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+
+
+def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
+    """The one line of a request. No body, no image, no query string."""
+    line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}
+    access_log.info("request", extra={"fields": {**line, "ms": round(seconds * 1e3, 2)}})
