@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import io
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -313,3 +315,15 @@ def test_two_at_once_fetch_it_once(server: Server, tmp_path: Path) -> None:
 def test_progress_goes_to_a_terminal_only(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     download(ENTRY, tmp_path, base_url=server.url, progress=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, model, model.zoo, model.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_documented_names() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for entry in ENTRIES.values():
+        assert f"| `{entry.name}` | `{entry.timm_name}` | `{entry.hf_name}` |" in table
+    assert ENTRIES["dinov2_vits14"].url in table
