@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so `dinov2 serve` works without
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,19 +64,29 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
 ) -> None:
     """Embed images into one .npz; what cannot be read is skipped and listed."""
-    from service.embed_files import embed_files
+    from rich.progress import Progress
+
+    from model.artifact import load_artifact
+    from model.engine import load_engine
+    from service.embed_files import embed_files, find_files, save_vectors
+    from service.models import choose_artifact
 
     try:
-        report = embed_files(
-            paths,
-            out,
-            model=model,
-            data_dir=data_dir,
-            engine_name=engine,
-            pooling=pooling,
-            normalize=normalize,
-            batch_size=batch_size,
-        )
+        files = find_files(paths)
+        artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
+        loaded = load_engine(artifact, engine)
+        with Progress(disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("embedding", total=len(files))
+            done, vectors, report = embed_files(
+                files,
+                artifact,
+                loaded,
+                pooling=pooling,
+                normalize=normalize,
+                batch_size=batch_size,
+                advance=lambda count: progress.advance(task, count),
+            )
+        save_vectors(out, done, vectors, artifact, {"pooling": pooling, "normalize": normalize})
     except (ValueError, OSError) as error:
         raise _fail(error) from error
     for path, reason in report.skipped:
