@@ -15,11 +15,7 @@ import io
 import json
 import os
 import re
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from serving import free_port, service_process  # benchmarks/serving.py
 
 from model.artifact import Artifact, load_artifact
 from model.engine import Engine, load_engine
@@ -43,35 +40,6 @@ class Tally:
         self.retry_after = 0
         self.stage_ms: dict[str, list[float]] = {}
         self.latency_s: list[float] = []
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def start_service(artifact: Path, data_dir: str, queue_images: int) -> tuple[subprocess.Popen[bytes], int]:
-    port = free_port()
-    environment = os.environ | {
-        "DINOV2_MODEL": str(artifact),
-        "DINOV2_PORT": str(port),
-        "DINOV2_DATA_DIR": data_dir,
-        "DINOV2_CACHE_BYTES": "0",
-        "DINOV2_QUEUE_MAX_IMAGES": str(queue_images),
-    }
-    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1) as sock:
-                sock.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                if b" 200 " in sock.recv(64):
-                    return process, port
-        except OSError:
-            time.sleep(0.2)
-    process.kill()
-    raise SystemExit("the service did not become ready")
 
 
 async def client(port: int, photos: list[bytes], offset: int, until: float, tally: Tally) -> None:
@@ -139,29 +107,29 @@ def measure(artifact: Artifact, photos: list[bytes], arguments: argparse.Namespa
     pixels = np.stack([preprocess(array, spec) for array in arrays])
     engine = load_engine(artifact)
     engine.run(pixels)
-    with tempfile.TemporaryDirectory() as data_dir:
-        process, port = start_service(artifact.path, data_dir, queue_images=arguments.clients)
-        bare, http, memory, statuses = [], [], [], Counter()
-        stages: dict[str, list[float]] = {}
-        latency: list[float] = []
-        try:
-            asyncio.run(run_clients(port, photos, arguments.clients, 5))  # warm
-            slice_s = arguments.seconds / arguments.rounds
-            for _ in range(arguments.rounds):
-                bare.append(run_engine(engine, pixels, slice_s / 2))
-                start = time.monotonic()
-                tally = asyncio.run(run_clients(port, photos, arguments.clients, slice_s))
-                http.append(tally.status[200] / (time.monotonic() - start))
-                statuses += tally.status
-                latency += tally.latency_s
-                memory.append(resident_mib(process.pid))
-                for stage, values in tally.stage_ms.items():
-                    stages.setdefault(stage, []).extend(values)
-            flood = asyncio.run(run_clients(port, photos, arguments.clients * 8, 10))
+    port = free_port()
+    bare, http, memory, statuses = [], [], [], Counter[int]()
+    stages: dict[str, list[float]] = {}
+    latency: list[float] = []
+    settings = {"cache_bytes": "0", "queue_max_images": str(arguments.clients)}
+    with (
+        tempfile.TemporaryDirectory() as data_dir,
+        service_process(artifact.path, Path(data_dir), port, **settings) as process,
+    ):
+        asyncio.run(run_clients(port, photos, arguments.clients, 5))  # warm
+        slice_s = arguments.seconds / arguments.rounds
+        for _ in range(arguments.rounds):
+            bare.append(run_engine(engine, pixels, slice_s / 2))
+            start = time.monotonic()
+            tally = asyncio.run(run_clients(port, photos, arguments.clients, slice_s))
+            http.append(tally.status[200] / (time.monotonic() - start))
+            statuses += tally.status
+            latency += tally.latency_s
             memory.append(resident_mib(process.pid))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            for stage, values in tally.stage_ms.items():
+                stages.setdefault(stage, []).extend(values)
+        flood = asyncio.run(run_clients(port, photos, arguments.clients * 8, 10))
+        memory.append(resident_mib(process.pid))
     ratios = [over / engine_rate for over, engine_rate in zip(http, bare, strict=True)]
     return {
         "benchmark": "load",

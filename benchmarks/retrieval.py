@@ -1,0 +1,133 @@
+"""Does search find the same product? Precision@1 through the REST service, beside random weights and colour histograms.
+
+    python benchmarks/retrieval.py PHOTOS [--model ARTIFACT] [--indexed 1000] [--queries 100] [--seed 0]
+
+PHOTOS holds `train/` and `val/` with one folder for each class. Photos of `train` are put into a collection over HTTP,
+photos of `val` are searched; a search is right when the best hit has the query's class. The same with an artifact of
+random weights (same architecture and preprocessing), and with 512-bin HSV histograms compared by intersection.
+"""
+
+import argparse
+import base64
+import datetime
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+from serving import running_service  # benchmarks/serving.py
+
+from model.artifact import bundled_artifact, load_artifact
+from model.export_onnx import export_artifact
+from model.vit import DinoVisionTransformer
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 32
+
+
+def photos_of(folder: Path, count: int, seed: int) -> list[Path]:
+    """`count` photos drawn at random, or all."""
+    files = sorted(path for path in folder.rglob("*.jpg"))
+    if not files:
+        raise SystemExit(f"{folder}: holds no .jpg")
+    return random.Random(seed).sample(files, min(count, len(files)))
+
+
+def random_twin(artifact_path: Path, out: Path, seed: int) -> Path:
+    """An artifact of the same architecture and preprocessing with random weights."""
+    manifest = load_artifact(artifact_path, derived_dir=out / ".derived").manifest
+    torch.manual_seed(seed)
+    weights = {key: value.numpy() for key, value in DinoVisionTransformer(manifest.config).state_dict().items()}
+    return export_artifact(
+        weights,
+        manifest.config,
+        out,
+        name="random",
+        preprocess=manifest.preprocess,
+        provenance={"seed": seed},
+        licence="Apache-2.0",
+    ).path
+
+
+def precision_at_1(artifact: Path, indexed: list[Path], queries: list[Path]) -> dict[str, float]:
+    """Index and search over HTTP; the share of right first hits, and the rates."""
+    with tempfile.TemporaryDirectory() as data_dir, running_service(artifact, Path(data_dir)) as url:
+        client = httpx.Client(base_url=url, timeout=120)
+        start = time.perf_counter()
+        for first in range(0, len(indexed), BATCH):
+            items = [
+                {
+                    "id": f"{path.parent.name}/{path.name}",
+                    "image": base64.b64encode(path.read_bytes()).decode(),
+                    "metadata": {"class": path.parent.name},
+                }
+                for path in indexed[first : first + BATCH]
+            ]
+            client.post("/v1/collections/photos/items", json={"items": items}).raise_for_status()
+        index_s = time.perf_counter() - start
+        right, start = 0, time.perf_counter()
+        for path in queries:
+            body = {"image": base64.b64encode(path.read_bytes()).decode(), "k": 1}
+            answer = client.post("/v1/collections/photos/search", json=body).raise_for_status().json()
+            right += answer["results"][0]["metadata"]["class"] == path.parent.name
+        search_s = time.perf_counter() - start
+    return {
+        "precision_at_1": round(right / len(queries), 4),
+        "index_images_per_s": round(len(indexed) / index_s, 1),
+        "searches_per_s": round(len(queries) / search_s, 1),
+    }
+
+
+def histogram(path: Path) -> np.ndarray:
+    """8 x 8 x 8 HSV histogram, sums to one."""
+    hsv = np.asarray(Image.open(path).convert("RGB").convert("HSV").resize((128, 128)), np.int64) // 32
+    counts = np.bincount((hsv @ np.array([64, 8, 1])).ravel(), minlength=512)
+    return counts / counts.sum()
+
+
+def histogram_precision(indexed: list[Path], queries: list[Path]) -> float:
+    known = np.stack([histogram(path) for path in indexed])
+    right = 0
+    for path in queries:
+        best = int(np.minimum(known, histogram(path)).sum(axis=1).argmax())
+        right += indexed[best].parent.name == path.parent.name
+    return round(right / len(queries), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--model", type=Path, help="artifact folder; default: the bundled one")
+    parser.add_argument("--indexed", type=int, default=1000)
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    artifact = arguments.model or bundled_artifact()
+    indexed = photos_of(arguments.photos / "train", arguments.indexed, arguments.seed)
+    queries = photos_of(arguments.photos / "val", arguments.queries, arguments.seed)
+    rows: dict[str, object] = {"trained": precision_at_1(artifact, indexed, queries)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows["random_weights"] = precision_at_1(random_twin(artifact, Path(folder), arguments.seed), indexed, queries)
+    rows["hsv_histogram"] = {"precision_at_1": histogram_precision(indexed, queries)}
+    for name, row in rows.items():
+        print(f"{name:<16} {row}")
+    result = {
+        "benchmark": "retrieval",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "model": artifact.name,
+        "indexed": len(indexed),
+        "queries": len(queries),
+        "seed": arguments.seed,
+        **rows,
+    }
+    (RESULTS / f"{result['date']}-retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

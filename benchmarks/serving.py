@@ -1,0 +1,58 @@
+"""Starts the service as its own process on a free port, for benchmarks that talk to it over loopback."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+
+@contextmanager
+def service_process(artifact: Path, data_dir: Path, port: int, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, once it is ready; ended with SIGTERM. `settings` are DINOV2_* variables without the prefix."""
+    environment = os.environ | {
+        "DINOV2_MODEL": str(artifact),
+        "DINOV2_PORT": str(port),
+        "DINOV2_DATA_DIR": str(data_dir),
+        "DINOV2_LOG_LEVEL": "warning",
+        **{f"DINOV2_{name.upper()}": value for name, value in settings.items()},
+    }
+    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        _wait_until_ready(process, port)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@contextmanager
+def running_service(artifact: Path, data_dir: Path, **settings: str) -> Iterator[str]:
+    """The base URL of a service with `artifact`."""
+    port = free_port()
+    with service_process(artifact, data_dir, port, **settings):
+        yield f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    process.kill()
+    raise SystemExit("the service did not become ready; its messages are above")
