@@ -103,6 +103,26 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
     return _resized_size(height, width, spec) if spec.crop is None else (spec.crop, spec.crop)
 
 
+def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, float, float, float]:
+    """Which part of an image of this size the network sees: (x, y, width, height), in the image's own pixels.
+
+    The numbers are fractional, because the crop is cut after resizing: pixel (X, Y) of the network's input is centred
+    on x + (X + 0.5) * width / w, y + (Y + 0.5) * height / h of the image, with (h, w) = `output_size(...)`.
+
+    Raises:
+        ValueError: as `output_size`.
+    """
+    out_h, out_w = output_size(height, width, spec)
+    new_h, new_w = _resized_size(height, width, spec)
+    top, left = _margins(new_h, new_w, out_h, out_w)
+    return left * width / new_w, top * height / new_h, out_w * width / new_w, out_h * height / new_h
+
+
+def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
+    """Top and left of the centre crop, as torchvision's CenterCrop: Python's round, half a pixel to the even side."""
+    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # no crop: both are 0
+
+
 @lru_cache(maxsize=16)
 def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
     """Table [3, 256]: what each of the 256 values of each channel becomes, with torchvision's float32 arithmetic."""
@@ -133,8 +153,7 @@ def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArra
     if (new_h, new_w) != (height, width):
         resized = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC)
         image = np.asarray(resized)
-    # torchvision's CenterCrop: Python's round, so half a pixel goes to the even side. No crop: both margins are 0.
-    top, left = round((new_h - out_h) / 2), round((new_w - out_w) / 2)
+    top, left = _margins(new_h, new_w, out_h, out_w)
     cropped = image[top : top + out_h, left : left + out_w]  # [h, w, 3]
     pixels = np.empty((3, out_h, out_w), np.float32)
     for channel, values in enumerate(_normalised_values(spec.mean, spec.std)):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from model.preprocess import REFERENCE_224, REFERENCE_518, PreprocessSpec, output_size, preprocess
+from model.preprocess import REFERENCE_224, REFERENCE_518, PreprocessSpec, crop_box, output_size, preprocess
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 SIZES = [(224, 224), (256, 256), (300, 400), (401, 299), (97, 130), (14, 600), (256, 341), (480, 640), (1, 1), (2, 199)]
@@ -170,3 +170,21 @@ def test_input_is_not_changed_and_may_be_read_only() -> None:
     image.setflags(write=False)
     preprocess(image, REFERENCE_224)
     np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("spec", [REFERENCE_224, REFERENCE_518, PreprocessSpec(resize=224, crop=None)])
+@pytest.mark.parametrize("size", [(300, 400), (401, 299), (640, 480), (1000, 333)])
+def test_crop_box_says_where_a_pixel_of_the_input_lies(size: tuple[int, int], spec: PreprocessSpec) -> None:
+    """Ramps along x and y: the network's input then holds the coordinates that it was made from."""
+    height, width = size
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.round(255 * x)[None, :], np.round(255 * y)[:, None]
+    seen = preprocess(image, spec) * STD[:, None, None] + MEAN[:, None, None]
+    left, top, box_w, box_h = crop_box(height, width, spec)
+    h, w = seen.shape[1:]
+    expected_x = (left + (np.arange(w) + 0.5) * box_w / w) / width
+    expected_y = (top + (np.arange(h) + 0.5) * box_h / h) / height
+    inner = slice(4, -4)  # the ramp ends at the border, and bicubic bends there
+    np.testing.assert_allclose(seen[0, h // 2, inner], expected_x[inner], atol=1 / 255)
+    np.testing.assert_allclose(seen[1, inner, w // 2], expected_y[inner], atol=1 / 255)
