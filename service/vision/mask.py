@@ -1,0 +1,112 @@
+"""Masks on the wire: COCO's compressed run lengths, PNG, and an overlay to look at.
+
+COCO's RLE (cocoapi, `common/maskApi.c`): run lengths over the mask in column-major order, starting with background
+(a first run of 0 if the mask starts with foreground). The compressed string stores each run from the fourth on as the
+difference to the run two before, in groups of 5 bits, lowest first, as characters from "0" on: bit 5 says that more
+groups follow, the highest value bit of the last group is the sign. The text is byte for byte what pycocotools writes;
+here it is vectorised over all runs.
+"""
+
+import io
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Mask = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
+
+_MAX_GROUPS: Final = 13  # 13 * 5 bits hold any 64-bit value
+_DIM: Final = 0.35
+_TINT: Final = (255, 64, 32)
+
+
+def coco_rle_encode(mask: Mask) -> dict[str, Any]:
+    """Mask [H, W] to `{"size": [H, W], "counts": str}`, as `pycocotools.mask.encode` gives it (counts as text)."""
+    flat = np.ravel(mask, order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    edges = np.concatenate([[0], changes, [flat.size]])
+    counts = np.diff(edges)
+    if flat.size and flat[0]:
+        counts = np.concatenate([[0], counts])
+    return {"size": [int(side) for side in mask.shape], "counts": _pack(counts)}
+
+
+def coco_rle_decode(rle: dict[str, Any]) -> Mask:
+    """The inverse of `coco_rle_encode`; also takes what pycocotools writes (counts as bytes) and uncompressed lists.
+
+    Raises:
+        ValueError: no run lengths, or run lengths that do not fill the size.
+    """
+    height, width = (int(side) for side in rle["size"])
+    counts = rle["counts"]
+    if isinstance(counts, list):
+        runs = np.asarray(counts, np.int64)
+    else:
+        runs = _unpack(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
+    if min(height, width) < 0 or (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"the run lengths sum to {runs.sum()}, which does not fill {height} x {width} pixels")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape((height, width), order="F")
+
+
+def _pack(counts: npt.NDArray[np.int64]) -> str:
+    values = counts.astype(np.int64)
+    values[3:] -= counts[1:-2]
+    groups = np.arange(_MAX_GROUPS)
+    shifted = values[:, None] >> np.minimum(5 * groups, 63)  # [runs, groups], arithmetic
+    rest = values[:, None] >> np.minimum(5 * groups + 4, 63)  # what is left beside the group's lower four bits
+    last = np.argmax((rest == 0) | (rest == -1), axis=1)  # the first group whose sign bit already tells the rest
+    chars = (shifted & 0x1F) + np.where(groups < last[:, None], 0x20, 0) + 48
+    text: bytes = chars[groups <= last[:, None]].astype(np.uint8).tobytes()
+    return text.decode("ascii")
+
+
+def _unpack(text: bytes) -> npt.NDArray[np.int64]:
+    chars = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if not len(chars):
+        return np.zeros(0, np.int64)
+    last = (chars & 0x20) == 0
+    if chars.min() < 0 or chars.max() > 63 or not last[-1]:
+        raise ValueError("counts is not a compressed COCO run-length string")
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > _MAX_GROUPS - 1:
+        raise ValueError("counts holds a run length beyond 60 bits")
+    position = np.arange(len(chars)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((chars & 0x1F) << (5 * position), starts)
+    values -= np.where(chars[ends] & 0x10, np.int64(1) << (5 * lengths), 0)  # the sign
+    runs = values.copy()  # from the fourth run on, the difference to the run two before
+    runs[1::2] = np.cumsum(values[1::2])
+    runs[2::2] = np.cumsum(values[2::2])
+    return runs
+
+
+def png_mask(mask: Mask) -> bytes:
+    """Mask [H, W] as an 8-bit grey PNG: 255 on the foreground, 0 elsewhere."""
+    return _png(np.where(mask, np.uint8(255), np.uint8(0)))
+
+
+def overlay_png(image: Pixels, mask: Mask) -> bytes:
+    """The image [H, W, 3] as PNG, with the foreground tinted and the background dimmed.
+
+    Raises:
+        ValueError: image and mask differ in size.
+    """
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"image of {list(image.shape[:2])} and mask of {list(mask.shape)} must have the same size")
+    levels = np.arange(256)
+    dimmed = (levels * _DIM).astype(np.uint8)
+    out = np.empty_like(image)
+    for channel, tint in enumerate(_TINT):
+        tinted = ((levels * 3 + tint) / 4).astype(np.uint8)
+        out[:, :, channel] = np.where(mask, tinted[image[:, :, channel]], dimmed[image[:, :, channel]])
+    return _png(out)
+
+
+def _png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()

@@ -1,0 +1,190 @@
+"""Foreground against background, without labels, from the patch features of one forward pass.
+
+DINOv2's patch features of an image spread most along the direction that parts the object from what is behind it: the
+paper colours that component and thresholds it (arXiv 2304.07193, figure 1). So: centre the patches [N, D], and
+take it, decide which of its ends is the foreground, threshold by Otsu.
+
+- A principal component has no sign. `orient` decides it, from where the patches lie; the rule was measured against
+  others: docs/decisions/0003-foreground-sign.md.
+- Otsu's threshold is exact: all N - 1 splits of the sorted projection, no histogram.
+- The projection, not the mask, is upsampled (bilinear between patch centres) and then thresholded: outlines are smooth.
+- The network saw a crop of the image, so only the crop can be known: outside it the mask is background, and `crop_box`
+  says where it lies.
+
+Legend: H, W the image as sent, upright; h, w the patch grid, N = h * w; D the features' dimension. Row-major.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from model.preprocess import PreprocessSpec, crop_box, output_size
+
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Box = tuple[float, float, float, float]
+
+MIN_SPREAD: Final = 1e-6
+"""Variance of the patches over their mean square, below which they count as all equal; float32 noise gives 1e-13."""
+
+_POWER_ITERATIONS: Final = 200
+_POWER_TOLERANCE: Final = 1e-7
+_ROWS_PER_BLOCK: Final = 256
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """What `segment_foreground` finds.
+
+    mask: bool [H, W], True on the foreground, in the pixels of the image as sent; False outside `crop_box`.
+    patch_mask: bool [h, w], the same on the patch grid.
+    scores: float32 [h, w], the projection less the threshold: above 0 is foreground. All 0 if nothing stands out.
+    contrast: cosine distance between the mean foreground and the mean background patch, 0 (nothing to part) to 2.
+    crop_box: (x, y, width, height) in pixels of the image as sent: what the network saw.
+    """
+
+    mask: Mask
+    patch_mask: Mask
+    scores: Floats
+    contrast: float
+    crop_box: Box
+
+
+def segment_foreground(patches: Floats, height: int, width: int, spec: PreprocessSpec) -> Foreground:
+    """Foreground mask of one image.
+
+    Args:
+        patches: [N, D] patch features, row-major over the grid that `spec` gives for this image.
+        height, width: of the image as sent, after its EXIF rotation.
+        spec: the preprocessing that the features were made with.
+
+    Raises:
+        ValueError: N is not the grid of an image of this size under `spec`; features that are not finite.
+    """
+    out_h, out_w = output_size(height, width, spec)
+    grid = out_h // spec.patch_size, out_w // spec.patch_size
+    scores = foreground_scores(patches, grid)
+    box = crop_box(height, width, spec)
+    patch_mask = scores > 0
+    return Foreground(
+        mask=upsample_mask(scores, height, width, box),
+        patch_mask=patch_mask,
+        scores=scores,
+        contrast=_contrast(patches, patch_mask.ravel()),
+        crop_box=box,
+    )
+
+
+def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
+    """Projection of the patches on the direction that parts them most, less the threshold: float32 [h, w], > 0 is
+    foreground. Equal patches give zeros: no foreground.
+
+    Raises:
+        ValueError: patches that do not fill the grid, or are not finite.
+    """
+    if patches.ndim != 2 or patches.shape[0] != grid[0] * grid[1]:
+        raise ValueError(f"patches of shape {list(patches.shape)} do not fill a grid of {grid[0]} x {grid[1]}")
+    if not np.isfinite(patches).all():
+        raise ValueError("patch features must be finite")
+    features = patches.astype(np.float32)
+    centred = features - features.mean(axis=0)  # [N, D]
+    if np.square(centred).mean() <= MIN_SPREAD * np.square(features).mean():
+        return np.zeros(grid, np.float32)
+    projection = orient((centred @ first_component(centred)).reshape(grid))  # [h, w]
+    return projection - otsu_threshold(projection.ravel())
+
+
+def first_component(centred: Floats) -> Floats:
+    """Direction of the largest variance of centred rows [N, D]: unit vector [D], of either sign.
+
+    Power iteration from the longest row: deterministic, and far cheaper than a full decomposition, as only one vector
+    of up to 1,536 is wanted.
+    """
+    direction = centred[np.argmax(np.square(centred).sum(axis=1))].astype(np.float64)
+    direction /= np.linalg.norm(direction)
+    for _ in range(_POWER_ITERATIONS):
+        before = direction
+        direction = centred.T @ (centred @ direction.astype(np.float32))
+        direction = direction / np.linalg.norm(direction)
+        if 1 - abs(float(direction @ before)) < _POWER_TOLERANCE:
+            break
+    return np.asarray(direction, np.float32)
+
+
+def orient(projection: Floats) -> Floats:
+    """The projection [h, w] with the sign that makes the foreground positive.
+
+    The background is what touches the frame: the sign is the one that gives the border patches the lower mean. A tie
+    (also: a grid that is all border) falls to the smaller side as foreground.
+    """
+    h, w = projection.shape
+    if h > 2 and w > 2:
+        border = np.ones((h, w), bool)
+        border[1:-1, 1:-1] = False
+        lean = float(projection[~border].mean() - projection[border].mean())
+        if lean != 0:
+            return projection if lean > 0 else -projection
+    above = projection > otsu_threshold(projection.ravel())
+    return -projection if above.mean() > 0.5 else projection
+
+
+def otsu_threshold(values: Floats) -> float:
+    """The threshold that leaves the least variance inside the two classes (Otsu 1979), in the middle of the gap.
+
+    Equal values: that value (nothing is above it).
+    """
+    ordered = np.sort(values.astype(np.float64))
+    if ordered[0] == ordered[-1]:
+        return float(ordered[-1])
+    count = len(ordered)
+    below = np.arange(1, count)  # how many values lie under each of the N - 1 splits
+    sums = np.cumsum(ordered)
+    gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / (count - below)
+    between = below * (count - below) * gap**2
+    between[ordered[1:] == ordered[:-1]] = -1  # equal values cannot be parted
+    split = int(np.argmax(between))
+    return float((ordered[split] + ordered[split + 1]) / 2)
+
+
+def _contrast(patches: Floats, inside: Mask) -> float:
+    """Cosine distance of the two classes' means; 0 if one is empty."""
+    if inside.all() or not inside.any():
+        return 0.0
+    front, back = patches[inside].mean(axis=0, dtype=np.float64), patches[~inside].mean(axis=0, dtype=np.float64)
+    norms = float(np.linalg.norm(front) * np.linalg.norm(back))
+    return float(np.clip(1 - front @ back / norms, 0, 2)) if norms > 0 else 0.0
+
+
+def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
+    """Scores [h, w] that cover `box` (x, y, width, height) of an image, to a mask [H, W] of it.
+
+    Bilinear between patch centres, constant beyond the outermost ones, then thresholded at 0. Pixels whose centre lies
+    outside the box are False. Computed in blocks of rows: a mask of 64 million pixels never exists as floats.
+    """
+    x, y, box_width, box_height = box
+    rows, row_weights = _bilinear(height, y, box_height, scores.shape[0])
+    columns, column_weights = _bilinear(width, x, box_width, scores.shape[1])
+    mask = np.zeros((height, width), bool)
+    for start in range(0, len(row_weights), _ROWS_PER_BLOCK):
+        block = row_weights[start : start + _ROWS_PER_BLOCK] @ scores @ column_weights.T
+        top = rows.start + start
+        mask[top : top + len(block), columns] = block > 0
+    return mask
+
+
+def _bilinear(size: int, start: float, extent: float, cells: int) -> tuple[slice, Floats]:
+    """Along one side of `size` pixels: the pixels with their centre in [start, start + extent), and the weights
+    [pixels, cells] by which each mixes the cells that divide this span evenly."""
+    centres = np.arange(size) + 0.5
+    inside = np.flatnonzero((centres >= start) & (centres < start + extent))
+    at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(0, cells - 1)  # in cells, from the first's centre
+    low = np.minimum(at.astype(np.int64), max(cells - 2, 0))
+    high = np.minimum(low + 1, cells - 1)
+    weights = np.zeros((len(inside), cells), np.float32)
+    pixel = np.arange(len(inside))
+    np.add.at(weights, (pixel, low), (1 - (at - low)).astype(np.float32))
+    np.add.at(weights, (pixel, high), (at - low).astype(np.float32))
+    first = int(inside[0]) if len(inside) else 0
+    return slice(first, first + len(inside)), weights
