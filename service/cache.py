@@ -1,8 +1,8 @@
 """Vectors that were computed before: in this process, or in a Redis that all replicas share.
 
-A key is made in one place, `cache_key`: the image's bytes, the model's fingerprint and the options. So a key never goes
-stale, entries of several models live side by side, and nothing is ever invalidated: the least recently used go (memory),
-or the oldest (Redis, by TTL).
+A key is made in one place, `cache_key`: the image's bytes, the model's fingerprint and the options. So an entry never
+goes stale, several models live side by side, and nothing is ever invalidated: the least recently used go (memory), or
+the oldest (Redis, by TTL).
 
 A cache may forget, but it may not hurt. `RedisCache` turns every fault into misses: each call has a hard time limit,
 and after a fault a circuit breaker spares the following calls the wait. While it is open one call at a time may probe,

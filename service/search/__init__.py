@@ -1,0 +1,1 @@
+"""Collections of vectors: what is kept, and what is nearest."""
