@@ -16,7 +16,7 @@
     │   └── UnsupportedImage            415 unsupported_image
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
-    │   └── InvalidItems                422 invalid_items (or the status all its items share)
+    │   └── InvalidItems                422 invalid_items (or what all its items share)
     ├── ClientGone                      499 client_closed_request (logged; nobody is left to read it)
     ├── EngineFailed                    500 engine_failed
     ├── StorageFailed                   500 storage_failed
@@ -30,8 +30,6 @@ A class is raised where the fault is found; `ERRORS` gives it its status, code a
 turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error": {...}}` on `/v1/embeddings`, so that
 OpenAI's clients parse it. No web framework here: the pipeline and everything below it raise these too.
 """
-
-
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,7 +137,8 @@ class ItemError:
 class InvalidItems(InvalidRequest):
     """Some items of a request cannot be used; the body names every one of them.
 
-    The status is the one that all its items share, else 422.
+    When all of them fail alike, status and code are theirs; when they differ, a fault of the server (5xx) comes first,
+    and otherwise it is 422 invalid_items.
     """
 
     def __init__(self, items: list[ItemError], *, total: int, param: str = "input") -> None:
@@ -150,9 +149,22 @@ class InvalidItems(InvalidRequest):
             self.headers.update(item.error.headers)
 
     @property
+    def _kind(self) -> ErrorKind:
+        kinds = {ERRORS[type(item.error)] for item in self.items}
+        worst = max(kinds)
+        return worst if len(kinds) == 1 or worst.status >= 500 else ERRORS[InvalidItems]
+
+    @property
     def status(self) -> int:
-        statuses = {item.error.status for item in self.items}
-        return statuses.pop() if len(statuses) == 1 else ERRORS[InvalidItems].status
+        return self._kind.status
+
+    @property
+    def code(self) -> str:
+        return self._kind.code
+
+    @property
+    def title(self) -> str:
+        return self._kind.title
 
 
 def invalid_items_detail(items: list[ItemError], total: int) -> str:

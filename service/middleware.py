@@ -1,0 +1,211 @@
+"""The border of the service, around every request: id, limits, deadline, departure, errors, metrics, log line.
+
+One plain ASGI callable does it all, because these belong together: whatever happens inside, the client gets one answer
+with a request id, the metrics count it under its route's template, and the log has one line. Plain ASGI because
+Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
+
+- The body is counted while it streams in, whatever Content-Length says; above the limit reading stops.
+- When the body is in, a watcher waits for the client to leave and then cancels the work. Cancelling reaches the
+  pipeline, which drops what is still queued.
+- A `ServiceError` becomes an answer; any other exception becomes a 500 that tells nothing but the request id, and a
+  traceback in the log.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from service.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    PayloadTooLarge,
+    ServiceError,
+    ShuttingDown,
+    Unavailable,
+    openai_body,
+    problem_body,
+)
+from service.state import Service
+from service.telemetry import log_request
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPENAI_PATHS = frozenset({"/v1/embeddings"})
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
+log = logging.getLogger(__name__)
+
+
+class Border:
+    """See the top of the file."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await _Exchange(self._app, self._service, scope, receive, send).run()
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, app: ASGIApp, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app, self._service, self._scope, self._receive, self._send = app, service, scope, receive, send
+        self.request_id = _request_id(scope["headers"])
+        scope.setdefault("state", {})["request_id"] = self.request_id
+        self._status = 0
+        self._body_bytes = 0
+        self._body_ended = False
+        self._gone = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        service, started = self._service, time.perf_counter()
+        counted = self._scope["path"].startswith("/v1/")
+        service.in_flight += counted
+        service.metrics.requests_in_flight.set(service.in_flight)
+        try:
+            await self._answer(counted)
+        finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
+            service.in_flight -= counted
+            service.buffered_bytes -= self._body_bytes
+            service.metrics.requests_in_flight.set(service.in_flight)
+            self._account(time.perf_counter() - started)
+
+    async def _answer(self, counted: bool) -> None:
+        try:
+            if counted and self._service.draining:
+                raise ShuttingDown("the service is shutting down", retry_after_s=1)
+            self._check_length()
+            async with asyncio.timeout(self._service.settings.request_deadline_s) as deadline:
+                await self._app(self._scope, self._receive_limited, self._send_tagged)
+        except ServiceError as error:
+            await self._send_error(error)
+        except TimeoutError:
+            if not deadline.expired():
+                await self._unhandled()
+                return
+            seconds = self._service.settings.request_deadline_s
+            await self._send_error(DeadlineExceeded(f"the request took longer than {seconds:g} s"))
+        except asyncio.CancelledError:
+            if not self._gone.is_set():
+                raise
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            self._status = ClientGone("the client left").status
+        except Exception:
+            await self._unhandled()
+
+    async def _unhandled(self) -> None:
+        if self._gone.is_set():  # the client left while it was sending
+            self._status = ClientGone("the client left").status
+            return
+        log.exception("unhandled", extra={"fields": {"request_id": self.request_id}})
+        await self._send_error(ServiceError("an internal error; the log has it under this request id"))
+
+    # Towards the app
+
+    def _check_length(self) -> None:
+        """Refuse early what says itself that it is too large."""
+        for name, value in self._scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._service.settings.max_body_bytes:
+                raise self._too_large()
+
+    def _too_large(self) -> PayloadTooLarge:
+        limit = self._service.settings.max_body_bytes
+        return PayloadTooLarge(f"the request's body is larger than {limit} bytes", headers={"Connection": "close"})
+
+    async def _receive_limited(self) -> Message:
+        if self._body_ended:
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+            return message
+        self._count(len(message.get("body", b"")))
+        if not message.get("more_body", False):
+            self._body_ended = True
+            self._watcher = asyncio.create_task(self._watch(asyncio.current_task()))
+        return message
+
+    def _count(self, size: int) -> None:
+        self._body_bytes += size
+        self._service.buffered_bytes += size
+        settings = self._service.settings
+        if self._body_bytes > settings.max_body_bytes:
+            raise self._too_large()
+        if self._service.buffered_bytes > settings.max_buffered_bytes:
+            raise Unavailable(
+                f"request bodies hold more than {settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
+            )
+
+    async def _watch(self, task: "asyncio.Task[None] | None") -> None:
+        """Cancel the work when the client leaves before the answer has begun."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+        if not self._status and task is not None:
+            task.cancel()
+
+    # Towards the client
+
+    async def _send_tagged(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = [(name, value) for name, value in message.get("headers", []) if name != b"x-request-id"]
+            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
+        await self._send(message)
+
+    async def _send_error(self, error: ServiceError) -> None:
+        if self._gone.is_set() or self._status:  # nobody to tell, or an answer has begun
+            self._status = self._status or 499
+            return
+        content_type, body = error_body(error, self._scope["path"], self.request_id)
+        headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+        headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
+        if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
+            headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]  # body left unread
+        await self._send_tagged({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _account(self, seconds: float) -> None:
+        route = getattr(self._scope.get("route"), "path", "unmatched")
+        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
+        self._service.metrics.requests.labels(method, route, str(self._status)).inc()
+        self._service.metrics.request_seconds.labels(route).observe(seconds)
+        log_request(method, route, self._status, seconds, self.request_id, bytes=self._body_bytes)
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
+    """Content type and body of an error: OpenAI's shape on its route, RFC 9457 elsewhere."""
+    if path in OPENAI_PATHS:
+        return b"application/json", orjson.dumps(openai_body(error, request_id=request_id))
+    return b"application/problem+json", orjson.dumps(problem_body(error, instance=path, request_id=request_id))
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's X-Request-ID when it is short and plain, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
+            return value.decode("ascii")
+    return uuid.uuid4().hex

@@ -1,0 +1,70 @@
+"""Which artifact is served: the newest in the data folder, the bundled one, a folder, or a published model by name."""
+
+import logging
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
+from model.zoo import resolve
+
+log = logging.getLogger(__name__)
+
+
+def choose_artifact(model: str, data_dir: Path) -> Path:
+    """The artifact folder that `model` means; a published model is downloaded and exported once.
+
+    Args:
+        model: "auto" (the newest artifact of the data folder, else the bundled one), an artifact folder, the name of
+            an artifact in the data folder, or a published model's name.
+        data_dir: artifacts are in its folder `artifacts`.
+
+    Raises:
+        ValueError: nothing answers to that name, or it has to be exported and torch is not installed.
+    """
+    local = find_artifacts(data_dir)
+    if model == "auto":
+        if not local:
+            raise ArtifactError(f"no artifact in {data_dir / 'artifacts'} and none bundled: give a folder or a name")
+        return local[0]
+    folder = Path(model)
+    if (folder / MANIFEST).is_file():
+        return folder
+    for path in local:
+        if model in (path.name, _name(path)):
+            return path
+    if folder.exists() or "/" in model.removeprefix("facebook/"):
+        raise ArtifactError(f"{model}: not an artifact folder: it holds no {MANIFEST}")
+    name = resolve(model).name
+    for path in local:
+        if _name(path) == name:
+            return path
+    return _export(name, data_dir)
+
+
+def _name(path: Path) -> str | None:
+    try:
+        return read_manifest(path).name
+    except ArtifactError as error:
+        log.warning("skipped %s", error)
+        return None
+
+
+def _export(name: str, data_dir: Path) -> Path:
+    """Download and export a published model with the command line's export, as its own process: it needs torch."""
+    if find_spec("torch") is None:
+        raise ValueError(
+            f"{name} has to be exported once, which needs torch: pip install 'dinov2-service[train]', or make the "
+            f"artifact elsewhere (dinov2 export {name} --out artifacts) and copy it to {data_dir / 'artifacts'}"
+        )
+    target = (data_dir / "artifacts").resolve()
+    command = [sys.executable, "-m", "cli", "export", name, "--out", str(target)]
+    log.info("exporting %s into %s", name, target)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)  # noqa: S603  resolve() knows the name
+    if done.returncode:
+        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); its message is above")
+    found = [path for path in find_artifacts(data_dir) if _name(path) == name]
+    if not found:
+        raise ValueError(f"the export of {name} left no artifact in {target}")
+    return found[0]

@@ -1,0 +1,312 @@
+"""The straight line of one image: bytes -> cache? -> decode -> preprocess -> batcher -> engine -> pool -> cache.
+
+Decoding and preprocessing share one thread hop and end before batching, so a broken photo is an error of its own item
+and never reaches the engine. Nothing is decoded for a request that the queue has no room for.
+
+What is cached is not the vector that a client asked for but what every such vector is made of: the class token and the
+mean of the patch tokens, float32, before normalisation. `pooling` and `normalize` are applied on the way out, so one
+forward pass and one entry serve every combination. The key holds the sha256 of the bytes as sent, the model's
+fingerprint (weights, architecture, preprocessing, hence the input size) and the precision.
+
+Identical images in flight compute once: the computation is a task of its own that every request waits for. It goes on
+while anyone waits, so a client that leaves does not fail the others, and ends when nobody does.
+
+Legend: D width of the model, N patches, H x W the image as sent (upright), h x w the network's input.
+"""
+
+import asyncio
+import hashlib
+import struct
+import time
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from model.artifact import Artifact
+from model.engine import Engine
+from model.preprocess import preprocess
+from service.batcher import Batcher
+from service.cache import Cache
+from service.decode import DecodeLimits, decode
+from service.errors import BrokenImage, ServiceError
+from service.telemetry import Metrics
+
+FloatArray = npt.NDArray[np.float32]
+Pooling = Literal["cls", "mean", "cls+mean"]
+
+_HEAD = struct.Struct("<I")  # of a cache entry: tokens that the model saw; the 2 * D floats follow
+
+
+class Row(NamedTuple):
+    """One image's share of a forward pass; `patches` is a view into the batch."""
+
+    cls: FloatArray  # [D]
+    mean: FloatArray  # [D]
+    patches: FloatArray  # [N, D]
+    tokens: int  # that the model saw: class, registers, patches
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What every vector of one image is made of."""
+
+    cls: FloatArray  # [D]
+    mean: FloatArray  # [D]
+    tokens: int
+    cached: bool = False
+    timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
+
+    def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
+        """The vector asked for: [D], or [2 D] for "cls+mean" (each half is scaled alike, then both together)."""
+        if pooling == "cls+mean":
+            halves = (_unit(self.cls), _unit(self.mean)) if normalize else (self.cls, self.mean)
+            vector = np.concatenate(halves)
+        else:
+            vector = self.cls if pooling == "cls" else self.mean
+        return _unit(vector) if normalize else vector
+
+    def to_bytes(self) -> bytes:
+        return _HEAD.pack(self.tokens) + self.cls.astype("<f4").tobytes() + self.mean.astype("<f4").tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes, dims: int) -> "Embedded | None":
+        """None when the entry is not one of this model's: whoever writes to a shared cache may be wrong."""
+        if len(data) != _HEAD.size + 8 * dims:
+            return None
+        both = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32)
+        return Embedded(both[:dims], both[dims:], _HEAD.unpack_from(data)[0], cached=True)
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """Everything that one decode and one forward pass gave for one image."""
+
+    embedded: Embedded
+    patches: FloatArray  # [N, D]
+    grid: tuple[int, int]  # patches down, patches across
+    image: npt.NDArray[np.uint8]  # [H, W, 3]
+
+
+class _Decoded(NamedTuple):
+    pixels: FloatArray  # [3, h, w]
+    image: npt.NDArray[np.uint8] | None
+    decode_s: float
+    preprocess_s: float
+
+
+@dataclass
+class _Flight:
+    """A computation that several requests may wait for."""
+
+    task: "asyncio.Task[Embedded]"
+    waiters: int = 0
+
+
+class Pipeline:
+    """Owns the decode threads and the batcher; made and closed by `service.app`, on the event loop."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        engine: Engine,
+        cache: Cache,
+        metrics: Metrics,
+        *,
+        limits: DecodeLimits,
+        decode_workers: int,
+        batch_max_patches: int,
+        queue_max_images: int,
+        queue_max_patches: int,
+        hang_timeout_s: float,
+    ) -> None:
+        self.artifact = artifact
+        self.engine = engine
+        self.cache = cache
+        self.dims = artifact.manifest.config.embed_dim
+        self._spec = artifact.manifest.preprocess
+        self._patch_size = artifact.manifest.config.patch_size
+        self._limits = limits
+        self._metrics = metrics
+        self._flights: dict[str, _Flight] = {}
+        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        self.batcher: Batcher[Row] = Batcher(
+            self._forward,
+            patch_size=self._patch_size,
+            batch_max_patches=batch_max_patches,
+            queue_max_images=queue_max_images,
+            queue_max_patches=queue_max_patches,
+            metrics=metrics,
+            hang_timeout_s=hang_timeout_s,
+        )
+
+    async def embed(self, images: Sequence[bytes | ServiceError]) -> list[Embedded | ServiceError]:
+        """Embed the images of one request, in order; a bad one gives its error and does not hurt the others.
+
+        A `ServiceError` among the images (an item that could not be read) is passed through.
+
+        Raises:
+            QueueFull, ShuttingDown, ModelUnavailable: of the request as a whole; nothing was begun.
+        """
+        keys = await self._keys(images)
+        found = await self._from_cache([key for key in keys if key is not None])
+        wanted = {
+            key: image
+            for key, image in zip(keys, images, strict=True)
+            if key is not None and key not in found and not isinstance(image, ServiceError)
+        }
+        computed = await self._compute_all(wanted)
+        answers = found | computed
+        fresh = {k: e.to_bytes() for k, e in computed.items() if isinstance(e, Embedded)}
+        if fresh:
+            await self.cache.set_many(fresh)
+        return [
+            image if isinstance(image, ServiceError) else answers[key or ""]
+            for key, image in zip(keys, images, strict=True)
+        ]
+
+    async def analyse(self, image: bytes) -> Analysed:
+        """All features of one image, with its pixels; the vector goes into the cache on the way.
+
+        Raises:
+            ServiceError: what is wrong with the image, or `QueueFull` and its like.
+        """
+        self.batcher.reserve(1)
+        try:
+            decoded = await self._decode(image, keep_image=True)
+            row, timings = await self._infer(decoded)
+        finally:
+            self.batcher.release(1)
+        assert decoded.image is not None
+        embedded = Embedded(row.cls, row.mean, row.tokens, timings=timings)
+        await self.cache.set_many({self._key(image): embedded.to_bytes()})
+        grid = (decoded.pixels.shape[1] // self._patch_size, decoded.pixels.shape[2] // self._patch_size)
+        return Analysed(embedded, row.patches, grid, decoded.image)
+
+    async def warm_up(self) -> None:
+        """One forward pass, so that the first client does not pay for what the runtime does once."""
+        height, width = self.artifact.manifest.input_size
+        await self.batcher.submit(np.zeros((3, height, width), np.float32))
+
+    async def close(self) -> None:
+        """Stop; what is still waiting fails with `ShuttingDown`."""
+        self.batcher.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        await self.cache.close()
+
+    def _forward(self, pixels: FloatArray) -> list[Row]:
+        """One forward pass with pooling, on the worker's thread."""
+        features = self.engine.run(pixels)  # [B, D], [B, N, D], [B, R, D]
+        means = features.patches.mean(axis=1)  # [B, D]
+        tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
+        return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
+
+    async def _keys(self, images: Sequence[bytes | ServiceError]) -> list[str | None]:
+        """Cache keys; hashing more than a few hundred kilobytes would hold up the event loop."""
+
+        def keys() -> list[str | None]:
+            return [None if isinstance(image, ServiceError) else self._key(image) for image in images]
+
+        size = sum(len(image) for image in images if not isinstance(image, ServiceError))
+        return keys() if size <= 2**18 else await asyncio.get_running_loop().run_in_executor(self._decoders, keys)
+
+    def _key(self, image: bytes) -> str:
+        digest = hashlib.sha256(image).hexdigest()
+        return f"dinov2:1:{self.artifact.fingerprint}:{self.engine.precision}:{digest}"
+
+    async def _from_cache(self, keys: list[str]) -> dict[str, Embedded | ServiceError]:
+        started = time.perf_counter()
+        unique = list(dict.fromkeys(keys))
+        found: dict[str, Embedded | ServiceError] = {}
+        for key, data in zip(unique, await self.cache.get_many(unique), strict=True):
+            entry = None if data is None else Embedded.from_bytes(data, self.dims)
+            if entry is not None:
+                entry.timings["cache"] = time.perf_counter() - started
+                found[key] = entry
+        self._metrics.cache_hits.inc(len(found))
+        self._metrics.cache_misses.inc(len(unique) - len(found))
+        return found
+
+    async def _compute_all(self, wanted: dict[str, bytes]) -> dict[str, Embedded | ServiceError]:
+        """Join the flights of these images, starting those that are not under way; all are left together."""
+        new = [key for key in wanted if key not in self._flights]
+        if new:
+            self.batcher.reserve(len(new))  # all of this request's images or none
+        self._metrics.coalesced.inc(len(wanted) - len(new))
+        for key in new:
+            task = asyncio.create_task(self._fly(wanted[key]))
+            task.add_done_callback(partial(self._landed, key))  # also when it is cancelled before its first step
+            self._flights[key] = _Flight(task)
+        flights = {key: self._flights[key] for key in wanted}
+        for flight in flights.values():
+            flight.waiters += 1
+        try:
+            if flights:
+                await asyncio.wait([flight.task for flight in flights.values()])
+            return {key: await _result(flight.task) for key, flight in flights.items()}
+        finally:
+            for key, flight in flights.items():
+                flight.waiters -= 1
+                if not flight.waiters and not flight.task.done():
+                    flight.task.cancel()
+                    self._forget(key, flight.task)
+
+    async def _fly(self, image: bytes) -> Embedded:
+        decoded = await self._decode(image, keep_image=False)
+        row, timings = await self._infer(decoded)
+        return Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
+
+    def _landed(self, key: str, task: "asyncio.Task[Embedded]") -> None:
+        """Give back the one place in the queue that was reserved for a flight."""
+        self.batcher.release(1)
+        self._forget(key, task)
+        if not task.cancelled():
+            task.exception()  # seen: those who waited have it; nobody waiting is no news either
+
+    def _forget(self, key: str, task: "asyncio.Task[Embedded]") -> None:
+        """End a flight, unless a newer one has taken its place."""
+        if key in self._flights and self._flights[key].task is task:
+            del self._flights[key]
+
+    async def _decode(self, image: bytes, *, keep_image: bool) -> _Decoded:
+        def work() -> _Decoded:
+            started = time.perf_counter()
+            rgb = decode(image, self._limits)
+            decoded_at = time.perf_counter()
+            try:
+                pixels = preprocess(rgb, self._spec)
+            except ValueError as error:
+                raise BrokenImage(str(error)) from error
+            return _Decoded(pixels, rgb if keep_image else None, decoded_at - started, time.perf_counter() - decoded_at)
+
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+
+    async def _infer(self, decoded: _Decoded) -> tuple[Row, dict[str, float]]:
+        done = await self.batcher.submit(decoded.pixels)
+        timings = {
+            "decode": decoded.decode_s,
+            "preprocess": decoded.preprocess_s,
+            "queue": done.queue_s,
+            "infer": done.infer_s,
+        }
+        for stage, seconds in timings.items():
+            self._metrics.stage_seconds.labels(stage).observe(seconds)
+        return done.row, timings
+
+
+async def _result(task: Awaitable[Embedded]) -> Embedded | ServiceError:
+    """The outcome of a finished flight, its error as a value."""
+    try:
+        return await task
+    except ServiceError as error:
+        return error
+
+
+def _unit(vector: FloatArray) -> FloatArray:
+    """Scaled to length 1; a zero vector stays zero."""
+    norm = np.linalg.norm(vector)
+    return vector if norm == 0 else (vector / norm).astype(np.float32)

@@ -1,0 +1,56 @@
+"""Is it alive, can it answer, what has it done: /livez, /readyz, /metrics. No model, no cache and no key needed.
+
+`/livez` asks whether a restart would help: the engine's worker thread lives and is not stuck. `/readyz` asks whether a
+request would be answered now: warmed up, not shutting down, room in the queue. A Redis that is down costs cache hits,
+not answers, so it is `degraded` and still 200.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from service.routes.inputs import service_of
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez", summary="Alive?")
+async def livez(request: Request) -> JSONResponse:
+    """200, or 503 with the reason when the engine's worker has died or hangs."""
+    fault = service_of(request).live.batcher.health()
+    return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
+
+
+@router.get("/readyz", summary="Ready?")
+async def readyz(request: Request) -> JSONResponse:
+    """200 when a request would be answered now, else 503 with the reasons; `degraded` names what only slows it."""
+    service = service_of(request)
+    batcher = service.live.batcher
+    checks = {
+        "shutdown": "shutting down" if service.draining else None,
+        "warm_up": None if service.warm else "not warmed up",
+        "worker": batcher.health(),
+        "queue": "full" if batcher.full else None,
+    }
+    reasons = {name: fault for name, fault in checks.items() if fault is not None}
+    body: dict[str, Any] = {"status": "ready" if not reasons else "unready", **service.identity()}
+    if reasons:
+        body["reasons"] = reasons
+    assert service.cache is not None
+    cache = await service.cache.status()
+    body["cache"] = {"name": service.cache.name, "status": cache}
+    if cache != "ok" and not reasons:
+        body["status"] = "degraded"
+    return _answer(body, not reasons)
+
+
+@router.get("/metrics", summary="Prometheus metrics")
+async def metrics(request: Request) -> Response:
+    """Counters and histograms in Prometheus' text format."""
+    recorded = service_of(request).metrics
+    return Response(recorded.render(), media_type=recorded.content_type)
+
+
+def _answer(body: dict[str, Any], good: bool) -> JSONResponse:
+    return JSONResponse(body, status_code=200 if good else 503, headers={"Cache-Control": "no-store"})

@@ -1,0 +1,46 @@
+"""GET /v1/models: what is served, and how it was checked."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from service.routes.inputs import service_of
+from service.state import Service
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="List models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The model in use, in OpenAI's list shape."""
+    return {"object": "list", "data": [describe(service_of(request))]}
+
+
+@router.get("/v1/models/{name:path}", summary="Get a model")
+async def get_model(request: Request, name: str) -> dict[str, Any]:
+    """The model in use, by any of its names."""
+    service = service_of(request)
+    service.check_model(name)
+    return describe(service)
+
+
+def describe(service: Service) -> dict[str, Any]:
+    """Everything that decides a vector, with the parity figures and where the weights come from."""
+    manifest = service.artifact.manifest
+    return {
+        "id": service.artifact.name,
+        "object": "model",
+        "owned_by": "dinov2-service",
+        "fingerprint": manifest.fingerprint,
+        "aliases": service.model_names,
+        "dimensions": manifest.config.embed_dim,
+        "patch_size": manifest.config.patch_size,
+        "input_size": list(manifest.input_size),
+        "preprocess": manifest.preprocess.model_dump(mode="json"),
+        "engine": service.engine.name,
+        "precision": service.engine.precision,
+        "parity": [record.model_dump(mode="json") for record in manifest.parity],
+        "provenance": manifest.provenance,
+        "licence": manifest.licence,
+        "created_at": manifest.created,
+    }

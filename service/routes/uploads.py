@@ -1,0 +1,202 @@
+"""How images arrive: in JSON as data URLs or base64, as files of a form, or as a raw body. One function reads them all.
+
+Images that cannot be read (not base64, a link) become errors of their own item, not of the request, so that
+`on_error=partial` covers them. Sizes were limited while the body came in (`service/middleware.py`); a form's files stay
+in memory, since a container's root is read-only and a photo should not touch the disk.
+"""
+
+import asyncio
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.errors import (
+    BadRequest,
+    BrokenImage,
+    ImageTooLarge,
+    InvalidRequest,
+    ServiceError,
+    UnsupportedMediaType,
+)
+from service.settings import Settings
+from service.state import Service
+
+Image = bytes | ServiceError
+Model = TypeVar("Model", bound=BaseModel)
+
+BIG_BODY = 2**18
+"""Bytes from which parsing JSON and base64 would hold up the event loop noticeably."""
+MAX_FORM_FIELDS = 32
+MAX_FIELD_BYTES = 64 * 1024
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII)
+_FORMS = "application/json, multipart/form-data, or the image itself as image/*"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A request's body, read: its images in order, and whatever stood beside them."""
+
+    images: list[Image]
+    fields: dict[str, Any]
+
+
+def service_of(request: Request) -> Service:
+    """The service that answers this request."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+async def read_upload(request: Request, *, key: str) -> Upload:
+    """Read a body with images; `key` is the JSON field that holds them (a string or a list of strings).
+
+    Raises:
+        BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: what is wrong with the body.
+    """
+    settings = service_of(request).settings
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        fields = await read_json(request)
+        if key not in fields:
+            raise InvalidRequest(f"{key} is missing: a data URL or base64, or a list of them", param=key)
+        given = fields.pop(key)
+        texts = given if isinstance(given, list) else [given]
+        check_count(len(texts), settings, key)
+        return Upload(await decode_texts(texts, settings), fields)
+    if kind == "multipart/form-data":
+        files, fields = await _read_form(request, settings)
+        check_count(len(files), settings, "file")
+        return Upload(list(files), fields)
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return Upload([await request.body()], query_fields(request))
+    raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send {_FORMS}")
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        UnsupportedMediaType, BadRequest, InvalidRequest: another content type, not JSON, not an object.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send application/json")
+    body = await request.body()
+    try:
+        value = orjson.loads(body) if len(body) < BIG_BODY else await asyncio.to_thread(orjson.loads, body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+async def decode_texts(texts: list[Any], settings: Settings) -> list[Image]:
+    """Bytes of data URLs or base64, in order; what cannot be read is its item's error."""
+
+    def work() -> list[Image]:
+        return [image_from_text(text, settings.max_image_bytes) for text in texts]
+
+    size = sum(len(text) for text in texts if isinstance(text, str))
+    return work() if size < BIG_BODY else await asyncio.to_thread(work)
+
+
+def image_from_text(text: Any, max_bytes: int) -> Image:
+    """Bytes of one data URL or plain base64 (line breaks, URL-safe letters and missing padding are forgiven)."""
+    if not isinstance(text, str):
+        return InvalidRequest(f"an image is a string (data URL or base64), not {type(text).__name__}")
+    if text[:8].lower().startswith(("http://", "https://")):
+        return InvalidRequest("links are not fetched: send the image itself, as a data URL or base64")
+    start = 0
+    if text.startswith("data:"):
+        match = _DATA_URL.match(text)
+        if match is None or not (match[2] or "").endswith(";base64"):
+            return InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
+        start = match.end()
+    if (len(text) - start) // 4 * 3 > max_bytes + 2:
+        return ImageTooLarge(f"the image has about {(len(text) - start) // 4 * 3} bytes; the limit is {max_bytes}")
+    payload = text[start:] if start else text
+    try:
+        try:
+            return binascii.a2b_base64(payload, strict_mode=True)
+        except binascii.Error:
+            plain = "".join(payload.split()).replace("-", "+").replace("_", "/").rstrip("=")
+            return binascii.a2b_base64(plain + "=" * (-len(plain) % 4), strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        return BrokenImage(f"not base64: {error}")
+
+
+def check_count(count: int, settings: Settings, param: str) -> None:
+    """Refuse a request with no image or with more than one request may bring."""
+    limit = settings.items_per_request
+    if not 1 <= count <= limit:
+        raise InvalidRequest(f"{count} images in {param}: a request takes 1 to {limit}", param=param)
+
+
+def query_fields(request: Request) -> dict[str, Any]:
+    """Query parameters; one given several times becomes a list."""
+    return _grouped(request.query_params.multi_items())
+
+
+def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
+    """Check fields against a schema.
+
+    Raises:
+        InvalidRequest: the message names each field at fault, its value's problem and what is allowed.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        texts = [f"{'.'.join(map(str, problem['loc'])) or 'body'}: {problem['msg']}" for problem in problems]
+        param = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
+        raise InvalidRequest("; ".join(texts), param=param) from error
+
+
+class _MemoryParser(MultiPartParser):
+    """Starlette's parser that never spools a file to disk: the body's limit bounds the memory."""
+
+    spool_max_size = 2**62
+
+
+async def _read_form(request: Request, settings: Settings) -> tuple[list[bytes], dict[str, Any]]:
+    parser = _MemoryParser(
+        request.headers,
+        request.stream(),
+        max_files=settings.items_per_request + 1,  # one more, so that the usual excess is told as in JSON
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise BadRequest(f"the form cannot be read: {error.message}") from error
+    try:
+        files, texts = [], []
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                texts.append((name, value))
+            elif name in ("file", "files", "file[]", "files[]"):
+                files.append(await value.read())
+            else:
+                raise InvalidRequest(f"form file {name!r}: files are called file or files", param=name[:64])
+    finally:
+        await form.close()
+    return files, _grouped(texts)
+
+
+def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            fields[name] = [*(fields[name] if isinstance(fields[name], list) else [fields[name]]), value]
+        else:
+            fields[name] = value
+    return fields

@@ -1,0 +1,62 @@
+"""What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from model.artifact import Artifact
+from model.engine import Engine
+from model.zoo import ENTRIES
+from service.cache import Cache
+from service.errors import ModelNotFound
+from service.pipeline import Pipeline
+from service.search.store import VectorStore
+from service.settings import Settings
+from service.telemetry import Metrics
+
+
+@dataclass
+class Service:
+    """The collaborators of one running service, and where it stands in its life."""
+
+    settings: Settings
+    artifact: Artifact
+    engine: Engine
+    metrics: Metrics
+    pipeline: Pipeline | None = None  # from start-up to shutdown
+    cache: Cache | None = None
+    store: VectorStore | None = None
+    warm: bool = False
+    draining: bool = False  # shutting down: what runs may finish, nothing begins
+    in_flight: int = 0
+    buffered_bytes: int = 0
+
+    @property
+    def live(self) -> Pipeline:
+        """The pipeline of a service that has started."""
+        assert self.pipeline is not None, "the service has not been started"
+        return self.pipeline
+
+    @property
+    def model_names(self) -> list[str]:
+        """What the `model` field of a request may say for the model that is served, beside "" and "auto"."""
+        manifest = self.artifact.manifest
+        names = [self.artifact.name, manifest.name, manifest.fingerprint]
+        entry = ENTRIES.get(manifest.name)
+        return names + list(entry.aliases if entry else ())
+
+    def check_model(self, name: str) -> None:
+        """Refuse a request that asks for another model than the one served.
+
+        Raises:
+            ModelNotFound: it does; the message names what is served.
+        """
+        if name and name != "auto" and name not in self.model_names:
+            raise ModelNotFound(
+                f"model {name!r} is not served here; this service has {self.artifact.name} (also: auto, "
+                f"{', '.join(self.model_names[1:])})",
+                param="model",
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What every answer says about the model that made it."""
+        return {"model": self.artifact.name, "fingerprint": self.artifact.fingerprint}
