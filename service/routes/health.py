@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.routes.inputs import service_of
+from service.routes.uploads import service_of
 
 router = APIRouter(tags=["health"])
 

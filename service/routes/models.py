@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from service.routes.inputs import service_of
+from service.routes.uploads import service_of
 from service.state import Service
 
 router = APIRouter(tags=["models"])
