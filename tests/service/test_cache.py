@@ -276,6 +276,28 @@ async def test_what_speaks_no_redis_is_a_fault_like_any_other() -> None:
     server.close()
 
 
+async def test_a_trickling_answer_is_bounded_too() -> None:
+    """Each byte arrives in time for the socket's limit, so only the limit on the whole call ends it."""
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                writer.write(b"+")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        except ConnectionError:
+            writer.close()
+
+    server = await asyncio.start_server(trickle, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+        started = time.monotonic()
+        async with asyncio.timeout(3):
+            assert await probe.cache.get_many(["k"]) == [None]
+        assert time.monotonic() - started < 1
+    server.close()
+
+
 @pytest.mark.parametrize("url", ["redis://:s3cr/et@host:1", "http://:s3cret@host", "s3cret", "redis://:s3cret@host:x"])
 def test_a_wrong_url_is_refused_without_showing_the_password(url: str) -> None:
     with pytest.raises(ValueError, match="is not valid") as caught:
