@@ -62,7 +62,7 @@ def export_artifact(
         licence: SPDX identifier of the weights.
         weights_dtype: how weights are stored. Parity is against torch on the weights as stored.
         photos: uint8 [H, W, 3] pictures for the parity check; None takes generated ones.
-        keep_onnx: False leaves `model.onnx` out; loading derives it again, byte for byte.
+        keep_onnx: False leaves `model.onnx` out; `load_artifact` derives it again, byte for byte.
 
     Raises:
         ParityError: ONNX Runtime strays from torch.
@@ -106,15 +106,18 @@ def export_artifact(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             files=files,
         )
+        _write_durably(folder / MANIFEST, manifest)
+        load_artifact(folder)  # as serving will: every hash, and the fingerprint from what was written
         if not keep_onnx:
             for file in onnx_files:
                 (folder / file).unlink()
-        _write_durably(folder / MANIFEST, manifest)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors makes its file for the owner alone; a container's user must read it too
         target = out_dir / folder.name
         if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
             shutil.rmtree(target)
         os.rename(folder, target)
-    return load_artifact(target, derived_dir=None if keep_onnx else out_dir / ".derived")
+    return Artifact(target, manifest, {name: target / name for name in files if (target / name).exists()})
 
 
 def export_checkpoint(
