@@ -109,7 +109,7 @@ class _Exchange:
             assert task is not None
             task.uncancel()
             self._status = ClientGone("the client left").status
-        except Exception:
+        except Exception:  # noqa: BLE001  the border: nothing else may reach the client
             await self._unhandled()
 
     async def _unhandled(self) -> None:

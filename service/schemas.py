@@ -33,7 +33,9 @@ class SegmentOptions(Options):
     """Options of `/v1/segment`."""
 
     format: Literal["png", "rle", "overlay"] = Field("png", description="mask, COCO RLE in JSON, or mask over photo")
-    include: list[Literal["embedding"]] = Field(default_factory=list, description="format=rle: from the same pass")
+    include: list[Literal["embedding"]] = Field(
+        default_factory=list, description="from the same pass; the answer is JSON"
+    )
     pooling: Pooling = Field("cls", description="of the embedding")
     normalize: bool = Field(True, description="of the embedding")
 

@@ -51,7 +51,9 @@ class Metrics:
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
         self.cache_hits = counter("cache_hits_total", "Vectors taken from the cache.")
         self.cache_misses = counter("cache_misses_total", "Vectors not in the cache.")
-        self.cache_errors = counter("cache_errors_total", "Cache calls that failed; each counts as a miss.")
+        self.cache_events = counter(
+            "cache_events_total", "Troubles of the cache; failed calls count as misses.", "event"
+        )
         self.coalesced = counter("coalesced_images_total", "Images that waited for an identical one in flight.")
         self.model_info = gauge("model_info", "The model in use.", "name", "fingerprint", "engine", "precision")
         for stage in STAGES:

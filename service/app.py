@@ -1,0 +1,139 @@
+"""The only wiring: settings, artifact and engine become a running application.
+
+    Border (id, limits, deadline, errors, metrics)  ->  FastAPI  ->  routes  ->  Pipeline, VectorStore
+
+Collaborators are passed in, so a test gives a fake engine. What needs the event loop (pipeline, cache, store) is made
+when the application starts and closed when it stops, in the opposite order.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from model.artifact import Artifact
+from model.engine import Engine
+from service.cache import Cache, make_cache
+from service.decode import DecodeLimits
+from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
+from service.middleware import Border, error_body
+from service.pipeline import Pipeline
+from service.routes import collections, embeddings, health, models, segment
+from service.search.exact import open_store
+from service.search.store import VectorStore
+from service.settings import Settings
+from service.state import Service
+from service.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation.
+
+Errors are RFC 9457 problems (`application/problem+json`); on `/v1/embeddings` they have OpenAI's shape."""
+
+
+def create_app(
+    settings: Settings,
+    artifact: Artifact,
+    engine: Engine,
+    *,
+    cache: Cache | None = None,
+    open_vectors: Callable[[], Awaitable[VectorStore]] | None = None,
+) -> FastAPI:
+    """The application.
+
+    Args:
+        settings: what the operator chose.
+        artifact, engine: the verified model and the runtime that has it loaded.
+        cache: None makes the one that the settings ask for.
+        open_vectors: opens the vector store; None opens the embedded one in the data folder.
+    """
+    service = Service(settings=settings, artifact=artifact, engine=engine, metrics=Metrics())
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            await _start(service, stack, cache, open_vectors)
+            yield
+            service.draining = True
+
+    app = FastAPI(title="dinov2-service", version=_version(), description=DESCRIPTION, lifespan=lifespan)
+    app.state.service = service
+    for router in (embeddings.router, models.router, collections.router, segment.router, health.router):
+        app.include_router(router)
+    app.add_exception_handler(HTTPException, _framework_error)
+    app.add_exception_handler(RequestValidationError, _framework_error)
+    app.add_middleware(Border, service=service)
+    return app
+
+
+async def _start(
+    service: Service,
+    stack: AsyncExitStack,
+    cache: Cache | None,
+    open_vectors: Callable[[], Awaitable[VectorStore]] | None,
+) -> None:
+    """Make what needs the event loop, warm the engine up, and leave with `stack` how each is closed."""
+    settings, metrics, artifact = service.settings, service.metrics, service.artifact
+    service.store = await (open_vectors() if open_vectors else open_store(settings.data_dir))
+    stack.push_async_callback(service.store.close)
+    service.cache = cache or make_cache(
+        settings.redis_url if settings.cache_bytes else None,
+        max_bytes=settings.cache_bytes,
+        ttl_s=settings.cache_ttl_s,
+        on_event=lambda event: metrics.cache_events.labels(event).inc(),
+    )
+    stack.push_async_callback(service.cache.close)
+    service.pipeline = Pipeline(
+        artifact,
+        service.engine,
+        service.cache,
+        metrics,
+        limits=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        decode_workers=settings.decode_workers,
+        batch_max_patches=settings.batch_max_patches,
+        queue_max_images=settings.queue_max_images,
+        queue_max_patches=settings.queue_max_patches,
+        hang_timeout_s=settings.hang_timeout_s,
+    )
+    stack.push_async_callback(service.pipeline.close)
+    await service.pipeline.warm_up()
+    service.warm = True
+    metrics.model_info.labels(
+        artifact.manifest.name, artifact.fingerprint, service.engine.name, service.engine.precision
+    ).set(1)
+    log.info("ready", extra={"fields": {**service.identity(), "settings": settings.shown()}})
+
+
+async def _framework_error(request: Request, error: Exception) -> Response:
+    """The framework's own errors in the shapes of ours."""
+    translated = _translated(request, error)
+    content_type, body = error_body(translated, request.url.path, request.state.request_id)
+    return Response(
+        body, status_code=translated.status, headers=translated.headers, media_type=content_type.decode("ascii")
+    )
+
+
+def _translated(request: Request, error: Exception) -> ServiceError:
+    if isinstance(error, RequestValidationError):
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        return InvalidRequest("; ".join(problems))
+    assert isinstance(error, HTTPException)
+    if error.status_code == NotFound("").status:
+        return NotFound(f"no route {request.url.path[:200]!r}: /docs lists them")
+    if error.status_code == MethodNotAllowed("").status:
+        allowed = (error.headers or {}).get("Allow", "")
+        return MethodNotAllowed(f"{request.method} is not allowed here: {allowed}", headers=error.headers)
+    return BadRequest(str(error.detail)) if error.status_code < 500 else ServiceError("an internal error")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dinov2-service")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
