@@ -1,44 +1,46 @@
 # The service in a container: slim Python, a virtual environment made in a build stage, no root, nothing written outside
-# /data and /tmp (so the root file system can be read-only).
+# /data and /tmp, so that the root file system can be read-only. Any builder since Docker 20.10 takes it.
 #
-#   docker build -t dinov2-service .                            CPU
-#   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .  CUDA and TensorRT come with pip's wheels
+#   docker build -t dinov2-service .                               CPU
+#   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .   CUDA and TensorRT come with pip's wheels
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 ARG VARIANT=cpu
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/venv
 WORKDIR /src
-# Dependencies first: they change less often than the code, and this layer is kept.
+# Dependencies first, with empty packages in the project's place: they change less often than the code, and this layer
+# is kept.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir model service training && touch cli.py && /opt/venv/bin/pip install -c constraints.txt .
-# Both builds of ONNX Runtime are one Python module: the CPU one goes before the GPU one comes.
+# Both builds of ONNX Runtime are one Python module, so the GPU one is installed after both are gone.
 RUN if [ "$VARIANT" = gpu ]; then \
       /opt/venv/bin/pip install -c constraints.txt ".[gpu]" \
       && /opt/venv/bin/pip uninstall -y onnxruntime onnxruntime-gpu \
-      && /opt/venv/bin/pip install -c constraints.txt --no-deps onnxruntime-gpu; \
+      && /opt/venv/bin/pip install -c constraints.txt --no-deps "onnxruntime-gpu>=1.23"; \
     elif [ "$VARIANT" != cpu ]; then echo "VARIANT must be cpu or gpu, not $VARIANT" >&2; exit 1; fi
 COPY cli.py ./
 COPY model model
 COPY service service
 COPY training training
-RUN /opt/venv/bin/pip install --no-deps --force-reinstall . && /opt/venv/bin/python -m compileall -q /opt/venv/lib
+RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="dinov2-service" \
       org.opencontainers.image.description="DINOv2 image features over REST" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin dinov2 \
+RUN useradd --uid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin dinov2 \
     && install -d -o dinov2 -g dinov2 /data
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     DINOV2_HOST=0.0.0.0 DINOV2_PORT=8000 DINOV2_DATA_DIR=/data
-USER 10001
+USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
+# Ready, not merely alive: `docker compose up --wait` returns when an image can be embedded.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"DINOV2_PORT\"]}/readyz', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['DINOV2_PORT'] + '/readyz', timeout=4)"]
 STOPSIGNAL SIGTERM
 CMD ["dinov2", "serve"]
