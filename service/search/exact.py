@@ -215,6 +215,9 @@ class _Tables:
 
     def info(self, name: str) -> CollectionInfo:
         number, tag, dimension = self._collection(name)
+        index = self._indexes.get(name)
+        if index is not None:  # it follows every write; SQLite would walk through all rows to count them
+            return CollectionInfo(name, tag, dimension, index.ntotal)
         with self._translated():
             (count,) = self._db.execute("SELECT count(*) FROM items WHERE collection = ?", (number,)).fetchone()
         return CollectionInfo(name, tag, dimension, count)
@@ -248,6 +251,7 @@ class _Tables:
             make = "INSERT INTO collections (name, tag, dimension) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING"
             self._db.execute(make, (name, tag, info.dimension))
             (number,) = self._db.execute("SELECT id FROM collections WHERE name = ?", (name,)).fetchone()
+            (highest,) = self._db.execute("SELECT coalesce(max(number), 0) FROM items").fetchone()
             numbers = np.empty(len(rows), np.int64)
             for i, (item_id, (vector, metadata)) in enumerate(rows.items()):
                 values = (number, item_id, vector.astype(_BYTES).tobytes(), metadata)
@@ -255,7 +259,9 @@ class _Tables:
         # If memory ends between commit and index, the index is gone, and built again when it is next wanted.
         index = self._indexes.pop(name, None)
         if index is not None:
-            index.remove_ids(numbers)
+            replaced = numbers[numbers <= highest]
+            if len(replaced):  # removing walks through the whole index, whatever it removes
+                index.remove_ids(replaced)
             index.add_with_ids(vectors, numbers)
             self._indexes[name] = index
         return self.info(name)
@@ -280,7 +286,8 @@ class _Tables:
             ]
         index = self._indexes.pop(name, None)
         if index is not None:
-            index.remove_ids(np.array(gone, np.int64))
+            if gone:
+                index.remove_ids(np.array(gone, np.int64))
             self._indexes[name] = index
         return len(gone)
 

@@ -29,8 +29,6 @@ Box = tuple[float, float, float, float]
 MIN_SPREAD: Final = 1e-6
 """Variance of the patches over their mean square, below which they count as all equal; float32 noise gives 1e-13."""
 
-_POWER_ITERATIONS: Final = 200
-_POWER_TOLERANCE: Final = 1e-7
 _ROWS_PER_BLOCK: Final = 256
 
 
@@ -99,18 +97,15 @@ def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
 def first_component(centred: Floats) -> Floats:
     """Direction of the largest variance of centred rows [N, D]: unit vector [D], of either sign.
 
-    Power iteration from the longest row: deterministic, and far cheaper than a full decomposition, as only one vector
-    of up to 1,536 is wanted.
+    An exact eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power iteration would be cheaper for
+    large ones, but a start that happens to be another eigenvector stays there.
     """
-    direction = centred[np.argmax(np.square(centred).sum(axis=1))].astype(np.float64)
-    direction /= np.linalg.norm(direction)
-    for _ in range(_POWER_ITERATIONS):
-        before = direction
-        direction = centred.T @ (centred @ direction.astype(np.float32))
-        direction = direction / np.linalg.norm(direction)
-        if 1 - abs(float(direction @ before)) < _POWER_TOLERANCE:
-            break
-    return np.asarray(direction, np.float32)
+    rows = centred.astype(np.float64)
+    if len(rows) >= rows.shape[1]:
+        direction = np.linalg.eigh(rows.T @ rows)[1][:, -1]  # [D]; eigh sorts ascending
+    else:
+        direction = rows.T @ np.linalg.eigh(rows @ rows.T)[1][:, -1]  # [D]
+    return np.asarray(direction / np.linalg.norm(direction), np.float32)
 
 
 def orient(projection: Floats) -> Floats:

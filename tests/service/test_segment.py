@@ -136,11 +136,18 @@ def test_one_patch_is_enough() -> None:
     assert foreground_scores(np.ones((1, 4), np.float32), (1, 1)).tolist() == [[0.0]]
 
 
-def test_first_component_is_the_eigenvector() -> None:
-    rows = (RNG.normal(size=(200, 24)) * np.linspace(1, 3, 24)).astype(np.float32)
+@pytest.mark.parametrize("shape", [(200, 24), (24, 200)])
+def test_first_component_is_the_eigenvector(shape: tuple[int, int]) -> None:
+    rows = (RNG.normal(size=shape) * np.linspace(1, 3, shape[1])).astype(np.float32)
     rows -= rows.mean(0)
     expected = np.linalg.svd(rows, full_matrices=False)[2][0]
-    assert abs(float(first_component(rows) @ expected)) > 0.999
+    assert abs(float(first_component(rows) @ expected)) > 0.999_99
+
+
+def test_a_few_long_patches_are_not_the_first_component() -> None:
+    """ViTs without registers have some patches of high norm (arXiv 2309.16588); here they lie along a lesser axis."""
+    rows = np.array([[1, 0], [-1, 0]] * 50 + [[0, 3], [0, -3]], np.float32)
+    np.testing.assert_allclose(np.abs(first_component(rows)), [1, 0], atol=1e-6)
 
 
 def test_otsu_is_the_best_split() -> None:
