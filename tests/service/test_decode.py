@@ -383,3 +383,32 @@ def test_errors_are_service_errors_with_their_status() -> None:
     with pytest.raises(BrokenImage) as caught:
         decode(CORPUS["png"][:60])
     assert caught.value.status == 422
+
+
+# ---- files that Pillow cannot write, made by hand
+
+
+def tiff(tags: dict[int, int], body: bytes) -> bytes:
+    """A little-endian TIFF with one entry per tag, all LONG; `body` follows, and tags 273 and 324 point to it."""
+    body_at = 8 + 2 + 12 * len(tags) + 4
+    entries = [struct.pack("<HHII", tag, 4, 1, body_at if tag in (273, 324) else tags[tag]) for tag in sorted(tags)]
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + body
+
+
+def test_a_huge_tiff_tile_is_refused_though_the_image_is_small() -> None:
+    body = zlib.compress(bytes(100))
+    small = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 324: 0, 325: len(body)}
+    with pytest.raises(ImageTooLarge, match="a tile has 40000 x 40000"):
+        decode(tiff({**small, 322: 40_000, 323: 40_000}, body))
+
+
+def test_12_bit_tiff_is_scaled() -> None:
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1, 279: 3}
+    assert decode(tiff(tags, b"\xff\xf8\x00"))[0, :, 0].tolist() == [255, 128]
+
+
+def test_a_16_bit_colour_key_becomes_white() -> None:
+    key = struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)
+    header = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    rows = png_chunk(b"IDAT", zlib.compress(b"\0" + key + bytes(6))) + png_chunk(b"IEND", b"")
+    assert decode(header + png_chunk(b"tRNS", key) + rows).tolist() == [[[255] * 3, [0] * 3]]
