@@ -111,8 +111,8 @@ def export_artifact(
         if not keep_onnx:
             for file in onnx_files:
                 (folder / file).unlink()
-        for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors makes its file for the owner alone; a container's user must read it too
+        for written in folder.iterdir():
+            written.chmod(0o644)  # safetensors makes its file for the owner alone; a container's user must read it too
         target = out_dir / folder.name
         if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
             shutil.rmtree(target)
