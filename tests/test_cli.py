@@ -1,0 +1,125 @@
+"""The command line: what it lists, what it refuses, and a checkpoint's way to an artifact."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import cli
+from model.artifact import bundled_artifact, load_artifact, read_manifest
+from model.zoo import ENTRIES
+
+torch = pytest.importorskip("torch", reason="training and export need torch: pip install '.[train]'")
+runner = CliRunner()
+
+
+def test_every_option_and_command_has_help() -> None:
+    for command in ("serve", "embed", "train", "export", "models"):
+        result = runner.invoke(cli.app, [command, "--help"])
+        assert result.exit_code == 0
+        info = next(c for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command)
+        assert info.callback.__doc__
+    for parameter in (p for c in cli.app.registered_commands for p in _options(c)):
+        assert parameter.help, parameter.name
+
+
+def _options(command) -> list:
+    import typer
+
+    return typer.main.get_command_from_info(command, pretty_exceptions_short=False, rich_markup_mode=None).params
+
+
+def test_models_lists_artifacts_and_published_backbones(tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, ["models", "--json", "--data-dir", str(tmp_path)])
+    listed = json.loads(result.stdout)
+    assert [row["name"] for row in listed["published"]] == list(ENTRIES)
+    assert [row["path"] for row in listed["artifacts"]] == [str(bundled_artifact())]
+    table = runner.invoke(cli.app, ["models", "--data-dir", str(tmp_path)]).stdout
+    assert read_manifest(bundled_artifact()).name in table
+
+
+def checkpoint(path: Path) -> Path:
+    from model.checkpoint import save_checkpoint
+    from model.config import ViTConfig
+    from model.vit import DinoVisionTransformer
+
+    torch.manual_seed(0)
+    config = ViTConfig(embed_dim=48, depth=2, num_heads=3, img_size=70, layerscale_init=0.5)
+    save_checkpoint(path, DinoVisionTransformer(config).state_dict(), config, {"recipe": "none", "seed": 0})
+    return path
+
+
+def test_a_checkpoint_becomes_an_artifact(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "c.safetensors")
+    card = tmp_path / "card.md"
+    card.write_text("# mine\n")
+    result = runner.invoke(
+        cli.app,
+        ["export", str(source), "--out", str(tmp_path / "artifacts"), "--name", "mine", "--card", str(card)]
+        + ["--resize", "80", "--crop", "70", "--weights-dtype", "float16"],
+    )
+    assert result.exit_code == 0, result.output
+    assert "parity on 16 images" in result.stdout
+    (folder,) = (tmp_path / "artifacts").iterdir()
+    manifest = load_artifact(folder).manifest
+    assert manifest.name == "mine"
+    assert (manifest.preprocess.resize, manifest.preprocess.crop) == (80, 70)
+    assert manifest.provenance == {"recipe": "none", "seed": 0}
+    assert manifest.files["README.md"]
+
+
+def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (90, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{index}.png")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
+    command = ["export", str(checkpoint(tmp_path / "c.safetensors")), "--out", str(tmp_path), "--crop", "70"]
+    result = runner.invoke(cli.app, [*command, "--images", str(photos)])
+    assert result.exit_code == 0, result.output
+    assert "parity on 3 images" in result.output
+    assert "skipped" in result.output
+    nothing = runner.invoke(cli.app, [*command, "--images", str(tmp_path / "none")])
+    assert nothing.exit_code == 2
+    assert "at least two readable photos" in nothing.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_model"], "unknown model 'no_such_model'"),
+        (["FOREIGN"], "add --arch"),
+        (["OWN", "--crop", "300"], "does not fit into resize"),
+        (["OWN", "--crop", "71"], "must be a multiple of patch_size=14"),
+    ],
+)
+def test_export_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    files = {"OWN": str(checkpoint(tmp_path / "own.safetensors")), "FOREIGN": str(tmp_path / "foreign.pth")}
+    torch.save({"cls_token": torch.zeros(1, 1, 384)}, files["FOREIGN"])
+    source, *options = [files.get(argument, argument) for argument in arguments]
+    result = runner.invoke(cli.app, ["export", source, "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_train_names_the_recipes_it_knows(tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, ["train", "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--recipe", "x"])
+    assert result.exit_code == 2
+    assert "smoke" in result.output
+
+
+def test_commands_that_need_torch_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in (
+        ["export", "dinov2_vits14", "--out", str(tmp_path)],
+        ["train", "--data", str(tmp_path), "--out", "o"],
+    ):
+        result = runner.invoke(cli.app, command)
+        assert result.exit_code == 2
+        assert "dinov2-service[train]" in result.output
