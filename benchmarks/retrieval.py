@@ -74,7 +74,7 @@ def precision_at_1(artifact: Path, indexed: list[Path], queries: list[Path]) -> 
         for path in queries:
             body = {"image": base64.b64encode(path.read_bytes()).decode(), "k": 1}
             answer = client.post("/v1/collections/photos/search", json=body).raise_for_status().json()
-            right += answer["results"][0]["metadata"]["class"] == path.parent.name
+            right += answer["data"][0]["metadata"]["class"] == path.parent.name
         search_s = time.perf_counter() - start
     return {
         "precision_at_1": round(right / len(queries), 4),

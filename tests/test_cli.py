@@ -54,11 +54,8 @@ def test_a_checkpoint_becomes_an_artifact(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "c.safetensors")
     card = tmp_path / "card.md"
     card.write_text("# mine\n")
-    result = runner.invoke(
-        cli.app,
-        ["export", str(source), "--out", str(tmp_path / "artifacts"), "--name", "mine", "--card", str(card)]
-        + ["--resize", "80", "--crop", "70", "--weights-dtype", "float16"],
-    )
+    options = ["--resize", "80", "--crop", "70", "--weights-dtype", "float16", "--name", "mine", "--card", str(card)]
+    result = runner.invoke(cli.app, ["export", str(source), "--out", str(tmp_path / "artifacts"), *options])
     assert result.exit_code == 0, result.output
     assert "parity on 16 images" in result.stdout
     (folder,) = (tmp_path / "artifacts").iterdir()
