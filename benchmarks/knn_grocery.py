@@ -52,9 +52,7 @@ def figures(train: Tensor, val: Tensor, train_labels: Tensor, val_labels: Tensor
 
 
 def mean_figures(runs: list[Figures]) -> Figures:
-    return {
-        protocol: {k: float(np.mean([run[protocol][k] for run in runs])) for k in KS} for protocol in runs[0]
-    }
+    return {protocol: {k: float(np.mean([run[protocol][k] for run in runs])) for k in KS} for protocol in runs[0]}
 
 
 def measure(data: Path, checkpoint: Path, spec: PreprocessSpec) -> dict[str, Figures]:

@@ -1,6 +1,6 @@
 """Load on the service over loopback, beside what the bare engine does on the same machine in the same run.
 
-    python benchmarks/load.py ARTIFACT PHOTOS [--clients 64] [--seconds 60]
+    python benchmarks/load.py dinov2_vits14|ARTIFACT PHOTOS [--clients 64] [--seconds 60]
 
 Phases take turns (bare engine, HTTP, bare engine, HTTP, ...), so that a busy neighbour hurts both. The service runs as
 its own process with the cache off; clients keep one connection each and send one JPEG a request as a raw body. The
@@ -23,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from serving import free_port, service_process  # benchmarks/serving.py
+from serving import free_port, random_artifact, service_process  # benchmarks/serving.py
 
 from model.artifact import Artifact, load_artifact
+from model.config import CONFIGS
 from model.engine import Engine, load_engine
-from model.preprocess import preprocess
+from model.preprocess import REFERENCE_224, preprocess
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -154,15 +155,19 @@ def measure(artifact: Artifact, photos: list[bytes], arguments: argparse.Namespa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("artifact", help="an artifact's folder, or a size (dinov2_vits14): random weights")
+    parser.add_argument("photos", type=Path, help="folder with .jpg files")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as derived:
-        artifact = load_artifact(arguments.artifact, derived_dir=Path(derived))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.artifact in CONFIGS:
+            config = CONFIGS[arguments.artifact]
+            artifact = random_artifact(config, REFERENCE_224, Path(folder), name=arguments.artifact)
+        else:
+            artifact = load_artifact(Path(arguments.artifact), derived_dir=Path(folder))
         result = measure(artifact, read_photos(arguments.photos, 200), arguments)
     for key, value in result.items():
         print(f"{key:>28}  {value}")

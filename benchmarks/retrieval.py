@@ -18,13 +18,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import torch
 from PIL import Image
-from serving import running_service  # benchmarks/serving.py
+from serving import random_artifact, running_service  # benchmarks/serving.py
 
-from model.artifact import bundled_artifact, load_artifact
-from model.export_onnx import export_artifact
-from model.vit import DinoVisionTransformer
+from model.artifact import bundled_artifact, read_manifest
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
@@ -36,22 +33,6 @@ def photos_of(folder: Path, count: int, seed: int) -> list[Path]:
     if not files:
         raise SystemExit(f"{folder}: holds no .jpg")
     return random.Random(seed).sample(files, min(count, len(files)))
-
-
-def random_twin(artifact_path: Path, out: Path, seed: int) -> Path:
-    """An artifact of the same architecture and preprocessing with random weights."""
-    manifest = load_artifact(artifact_path, derived_dir=out / ".derived").manifest
-    torch.manual_seed(seed)
-    weights = {key: value.numpy() for key, value in DinoVisionTransformer(manifest.config).state_dict().items()}
-    return export_artifact(
-        weights,
-        manifest.config,
-        out,
-        name="random",
-        preprocess=manifest.preprocess,
-        provenance={"seed": seed},
-        licence="Apache-2.0",
-    ).path
 
 
 def precision_at_1(artifact: Path, indexed: list[Path], queries: list[Path]) -> dict[str, float]:
@@ -112,7 +93,9 @@ def main() -> None:
     queries = photos_of(arguments.photos / "val", arguments.queries, arguments.seed)
     rows: dict[str, object] = {"trained": precision_at_1(artifact, indexed, queries)}
     with tempfile.TemporaryDirectory() as folder:
-        rows["random_weights"] = precision_at_1(random_twin(artifact, Path(folder), arguments.seed), indexed, queries)
+        manifest = read_manifest(artifact)
+        twin = random_artifact(manifest.config, manifest.preprocess, Path(folder), name="random", seed=arguments.seed)
+        rows["random_weights"] = precision_at_1(twin.path, indexed, queries)
     rows["hsv_histogram"] = {"precision_at_1": histogram_precision(indexed, queries)}
     for name, row in rows.items():
         print(f"{name:<16} {row}")

@@ -1,4 +1,4 @@
-"""Starts the service as its own process on a free port, for benchmarks that talk to it over loopback."""
+"""What benchmarks of the service share: the service as its own process on a free port, and models of random weights."""
 
 import os
 import signal
@@ -11,6 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import torch
+
+from model.artifact import Artifact
+from model.config import ViTConfig
+from model.export_onnx import export_artifact
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
 
 
 @contextmanager
@@ -56,3 +63,12 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, limit_s: floa
             time.sleep(0.2)
     process.kill()
     raise SystemExit("the service did not become ready; its messages are above")
+
+
+def random_artifact(config: ViTConfig, preprocess: PreprocessSpec, out: Path, *, name: str, seed: int = 0) -> Artifact:
+    """An artifact with random weights: as fast as a trained one, and what a trained one is compared with."""
+    torch.manual_seed(seed)
+    weights = {key: value.numpy() for key, value in DinoVisionTransformer(config).state_dict().items()}
+    return export_artifact(
+        weights, config, out, name=name, preprocess=preprocess, provenance={"seed": seed}, licence="Apache-2.0"
+    )
