@@ -104,6 +104,11 @@ class Batcher(Generic[Row]):
         return self._reserved
 
     @property
+    def waiting(self) -> int:
+        """Images decoded and waiting for the engine."""
+        return len(self._queue)
+
+    @property
     def full(self) -> bool:
         """Whether one more image would be refused."""
         return self._reserved >= self._queue_max_images or self._queued_patches >= self._queue_max_patches

@@ -13,8 +13,22 @@ from service.state import Service
 
 router = APIRouter(tags=["embeddings"])
 
+_PICTURE = {"type": "string", "format": "binary"}
+_OPTIONS = EmbeddingOptions.model_json_schema()["properties"]
+_IMAGES = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+_FILES = {"type": "array", "items": _PICTURE}
+_BODIES = {
+    "application/json": {
+        "schema": {"type": "object", "required": ["input"], "properties": {"input": _IMAGES} | _OPTIONS}
+    },
+    "multipart/form-data": {
+        "schema": {"type": "object", "required": ["file"], "properties": {"file": _FILES} | _OPTIONS}
+    },
+    "image/*": {"schema": _PICTURE},
+}
 
-@router.post("/v1/embeddings", summary="Embed images")
+
+@router.post("/v1/embeddings", summary="Embed images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def create_embeddings(request: Request) -> Response:
     """Vectors of one or many images: JSON with data URLs or base64 in `input`, a form with files, or one raw image."""
     service = service_of(request)

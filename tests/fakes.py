@@ -1,0 +1,150 @@
+"""The only doubles of the tests: an engine that computes features from pixels by a fixed rule, and an artifact for it.
+
+The engine can be slowed, stopped at a gate, made to fail on chosen images, and killed, and records what it was given.
+"""
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+
+from model.artifact import Artifact, Manifest, ParityRecord
+from model.config import ViTConfig
+from model.engine import Features, FloatArray
+from model.preprocess import PreprocessSpec
+from service.app import create_app
+from service.settings import Settings
+from service.state import Service
+
+DIMS = 8
+SPEC = PreprocessSpec(resize=32, crop=28)
+N_PATCHES = 4
+_WEIGHTS = np.random.default_rng(0).normal(size=(3 * 14 * 14, DIMS)).astype(np.float32) / 10
+
+
+class WorkerKilled(BaseException):
+    """What ends a worker thread: not an Exception, so nothing may catch it as a failed forward pass."""
+
+
+@dataclass
+class FakeEngine:
+    """Features that depend on every pixel: each patch by a fixed matrix, the class token from their mean."""
+
+    name: str = "fake"
+    precision: str = "fp32"
+    delay_s: float = 0.0
+    gate: threading.Event | None = None  # a pass waits until it is set
+    fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # of a batch [B, 3, h, w]
+    killed: bool = False
+    batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes given
+    entered: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def images(self) -> int:
+        return sum(shape[0] for shape in self.batches)
+
+    def run(self, pixels: FloatArray) -> Features:
+        self.batches.append(pixels.shape)
+        self.entered.set()
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        time.sleep(self.delay_s)
+        if self.killed:
+            raise WorkerKilled
+        if self.fails(pixels):
+            raise RuntimeError("the fake engine was told to fail; secret-internals")
+        batch, _, height, width = pixels.shape
+        cut = pixels.reshape(batch, 3, height // 14, 14, width // 14, 14).transpose(0, 2, 4, 1, 3, 5)
+        patches = np.tanh(cut.reshape(batch, -1, 3 * 14 * 14) @ _WEIGHTS)  # [B, N, D]
+        return Features(np.tanh(2 * patches.mean(axis=1) + 0.1), patches, np.zeros((batch, 0, DIMS), np.float32))
+
+
+def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
+    """An artifact without files; `digit` makes its fingerprint."""
+    manifest = Manifest(
+        name=name,
+        fingerprint=digit * 64,
+        config=ViTConfig(embed_dim=DIMS, depth=1, num_heads=1, img_size=28),
+        preprocess=SPEC,
+        input_size=(28, 28),
+        parity=[
+            ParityRecord(
+                engine="fake",
+                precision="fp32",
+                images=1,
+                max_abs_error=0.0,
+                min_cosine_cls=1.0,
+                min_cosine_patches=1.0,
+                neighbour_agreement=1.0,
+            )
+        ],
+        provenance={"made_by": "tests"},
+        licence="Apache-2.0",
+        created="2026-01-01T00:00:00+00:00",
+        files={},
+    )
+    return Artifact(path=Path("artifacts") / f"{name}-{digit * 8}", manifest=manifest, locations={})
+
+
+def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
+    """An encoded image of noise, `size` (width, height); another seed, another image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def plain_photo(value: int) -> bytes:
+    """An encoded image of one grey: what a test tells the engine to fail on."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass
+class Running:
+    """A service that has started, without a server: requests go straight to the application."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    service: Service
+    engine: FakeEngine
+
+
+@asynccontextmanager
+async def running(
+    data_dir: Path,
+    *,
+    engine: FakeEngine | None = None,
+    artifact: Artifact | None = None,
+    cache: Any = None,
+    **settings: Any,
+) -> AsyncIterator[Running]:
+    """A started service on a fake engine; the warm-up's pass is not in its records."""
+    engine = engine or FakeEngine()
+    chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
+    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache)
+    async with app.router.lifespan_context(app):
+        engine.batches.clear()
+        engine.entered.clear()
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            yield Running(app, client, app.state.service, engine)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Let the event loop run until the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        await asyncio.sleep(0.002)

@@ -1,0 +1,242 @@
+"""The routes over HTTP (without a socket), on the fake engine."""
+
+import asyncio
+import base64
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.vision.mask import coco_rle_decode
+from tests.fakes import DIMS, N_PATCHES, FakeEngine, fake_artifact, photo, running, until
+
+
+def data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def vectors(answer) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.array([row["embedding"] for row in answer.json()["data"]], np.float32)
+
+
+async def test_the_three_kinds_of_body_give_the_same_vector(tmp_path):
+    image = photo()
+    async with running(tmp_path, cache_bytes=0) as run:
+        post = run.client.post
+        as_url = await post("/v1/embeddings", json={"input": data_url(image)})
+        as_base64 = await post("/v1/embeddings", json={"input": [base64.b64encode(image).decode()]})
+        as_file = await post("/v1/embeddings", files={"file": ("p.png", image)})
+        as_body = await post("/v1/embeddings", content=image, headers={"Content-Type": "image/png"})
+    assert run.engine.images == 4  # no cache
+    for answer in (as_url, as_base64, as_file, as_body):
+        np.testing.assert_array_equal(vectors(answer), vectors(as_url))
+    body = as_url.json()
+    assert body["object"] == "list"
+    assert body["model"] == "dinov2_fake-aaaaaaaa"
+    assert body["fingerprint"] == "a" * 64
+    assert body["usage"] == {"prompt_tokens": 1 + N_PATCHES, "total_tokens": 1 + N_PATCHES}
+    assert {"decode", "preprocess", "queue", "infer", "post", "total"} <= set(body["timings"])
+    assert "infer;dur=" in as_url.headers["Server-Timing"]
+
+
+async def test_options_in_json_form_and_query(tmp_path):
+    image = photo(1)
+    async with running(tmp_path) as run:
+        raw = {"pooling": "cls+mean", "normalize": False}
+        as_json = await run.client.post("/v1/embeddings", json={"input": data_url(image), **raw})
+        as_form = await run.client.post(
+            "/v1/embeddings", files={"file": image}, data={"pooling": "cls+mean", "normalize": "false"}
+        )
+        as_query = await run.client.post(
+            "/v1/embeddings?pooling=cls%2Bmean&normalize=false", content=image, headers={"Content-Type": "image/png"}
+        )
+        cls = vectors(await run.client.post("/v1/embeddings", json={"input": data_url(image)}))
+        packed = await run.client.post("/v1/embeddings", json={"input": data_url(image), "encoding_format": "base64"})
+    both = vectors(as_json)
+    assert both.shape == (1, 2 * DIMS)
+    np.testing.assert_array_equal(vectors(as_form), both)
+    np.testing.assert_array_equal(vectors(as_query), both)
+    assert np.linalg.norm(cls) == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(cls[0], both[0, :DIMS] / np.linalg.norm(both[0, :DIMS]), atol=1e-6)
+    unpacked = np.frombuffer(base64.b64decode(packed.json()["data"][0]["embedding"]), "<f4")
+    np.testing.assert_array_equal(unpacked, cls[0])
+    assert run.engine.images == 1  # every combination comes from one cached forward pass
+
+
+async def test_several_files_keep_their_order(tmp_path):
+    images = [photo(seed) for seed in range(5)]
+    async with running(tmp_path, cache_bytes=0) as run:
+        answer = await run.client.post(
+            "/v1/embeddings", files=[("file", (f"{i}.png", x)) for i, x in enumerate(images)]
+        )
+        single = [vectors(await run.client.post("/v1/embeddings", json={"input": data_url(x)}))[0] for x in images]
+    assert [row["index"] for row in answer.json()["data"]] == list(range(5))
+    np.testing.assert_allclose(vectors(answer), np.array(single), atol=1e-6)
+
+
+async def test_partial_answers_the_good_and_lists_the_bad(tmp_path):
+    inputs = [data_url(photo(1)), "%%%", data_url(photo(2)), data_url(photo(3)[:60]), 7, "http://example.com/a.jpg"]
+    async with running(tmp_path) as run:
+        partial = await run.client.post("/v1/embeddings", json={"input": inputs, "on_error": "partial"})
+        failed = await run.client.post("/v1/embeddings", json={"input": inputs})
+        all_bad = await run.client.post("/v1/embeddings", json={"input": ["%%%", "%"], "on_error": "partial"})
+    assert [row["index"] for row in partial.json()["data"]] == [0, 2]
+    assert [row["index"] for row in partial.json()["errors"]] == [1, 3, 4, 5]
+    assert failed.status_code == 422
+    error = failed.json()["error"]
+    assert [row["index"] for row in error["errors"]] == [1, 3, 4, 5]
+    assert all(f"[{index}]" in error["message"] for index in (1, 3, 4, 5))
+    assert (all_bad.status_code, all_bad.json()["error"]["code"]) == (422, "broken_image")
+
+
+@pytest.mark.parametrize("model", ["", "auto", "dinov2_fake", "dinov2_fake-aaaaaaaa", "a" * 64])
+async def test_the_served_model_by_any_name(tmp_path, model):
+    async with running(tmp_path) as run:
+        answer = await run.client.post("/v1/embeddings", json={"input": data_url(photo()), "model": model})
+    assert answer.status_code == 200
+
+
+async def test_models(tmp_path):
+    async with running(tmp_path) as run:
+        listed = (await run.client.get("/v1/models")).json()
+        one = (await run.client.get("/v1/models/dinov2_fake")).json()
+    assert listed["data"] == [one]
+    assert one["fingerprint"] == "a" * 64
+    assert one["dimensions"] == DIMS
+    assert one["engine"] == "fake"
+    assert one["parity"][0]["min_cosine_cls"] == 1.0
+    assert one["licence"] == "Apache-2.0"
+
+
+async def test_collections_find_the_photo_itself_first(tmp_path):
+    items = [{"id": f"p{i}", "image": data_url(photo(i)), "metadata": {"i": i}} for i in range(6)]
+    async with running(tmp_path) as run:
+        added = await run.client.post("/v1/collections/shop/items", json={"items": items})
+        assert added.status_code == 200, added.text
+        uploaded = await run.client.post("/v1/collections/shop/items", files={"file": photo(9)})
+        assert uploaded.json()["count"] == 7
+        by_image = await run.client.post("/v1/collections/shop/search", json={"image": data_url(photo(3)), "k": 2})
+        by_body = await run.client.post(
+            "/v1/collections/shop/search?k=2", content=photo(3), headers={"Content-Type": "image/png"}
+        )
+        by_id = await run.client.post("/v1/collections/shop/search", json={"id": "p3", "k": 2})
+        vector = vectors(await run.client.post("/v1/embeddings", json={"input": data_url(photo(3))}))[0]
+        by_vector = await run.client.post("/v1/collections/shop/search", json={"vector": vector.tolist(), "k": 2})
+        info = await run.client.get("/v1/collections/shop")
+        listed = await run.client.get("/v1/collections")
+        await run.client.delete("/v1/collections/shop")
+        gone = await run.client.get("/v1/collections/shop")
+    for answer in (by_image, by_body, by_id, by_vector):
+        hits = answer.json()["data"]
+        assert [hits[0]["id"], hits[0]["metadata"]] == ["p3", {"i": 3}]
+        assert hits[0]["score"] == pytest.approx(1, abs=1e-5)
+        assert len(hits) == 2
+        assert [hit["id"] for hit in hits] == [hit["id"] for hit in by_image.json()["data"]]
+    assert info.json()["count"] == 7
+    assert info.json()["tag"] == f"{'a' * 64}/cls/28x28/fp32"
+    assert [row["name"] for row in listed.json()["data"]] == ["shop"]
+    assert gone.status_code == 404
+
+
+async def test_a_collection_outlives_the_process_and_refuses_another_model(tmp_path):
+    body = {"items": [{"id": "a", "image": data_url(photo())}]}
+    async with running(tmp_path) as run:
+        await run.client.post("/v1/collections/shop/items", json=body)
+    async with running(tmp_path, artifact=fake_artifact(digit="b")) as run:
+        write = await run.client.post("/v1/collections/shop/items", json=body)
+        read = await run.client.post("/v1/collections/shop/search", json={"image": data_url(photo())})
+        old = {"vector": [1.0] * DIMS, "fingerprint": "a" * 64}
+        by_old_vector = await run.client.post("/v1/collections/shop/search", json=old)
+    for answer in (write, read):
+        assert answer.status_code == 409
+        assert answer.json()["code"] == "model_mismatch"
+        assert "a" * 64 in answer.json()["detail"]
+        assert "b" * 64 in answer.json()["detail"]
+    assert by_old_vector.status_code == 200
+
+
+async def test_items_that_the_store_would_refuse_cost_no_forward_pass(tmp_path):
+    items = [{"id": "line\nbreak", "image": data_url(photo())}]
+    async with running(tmp_path) as run:
+        answer = await run.client.post("/v1/collections/shop/items", json={"items": items})
+    assert answer.status_code == 422
+    assert run.engine.images == 0
+
+
+async def test_segment_as_png_rle_and_overlay(tmp_path):
+    image = photo(2, size=(60, 45))
+    async with running(tmp_path, cache_bytes=2**20) as run:
+        png = await run.client.post("/v1/segment", content=image, headers={"Content-Type": "image/png"})
+        rle = await run.client.post(
+            "/v1/segment", json={"image": data_url(image), "format": "rle", "include": ["embedding"]}
+        )
+        passes = run.engine.images
+        overlay = await run.client.post("/v1/segment", files={"file": image}, data={"format": "overlay"})
+        vector = vectors(await run.client.post("/v1/embeddings", json={"input": data_url(image)}))[0]
+    assert png.headers["Content-Type"] == "image/png"
+    mask = np.asarray(Image.open(io.BytesIO(png.content))) > 0
+    assert mask.shape == (45, 60)
+    np.testing.assert_array_equal(coco_rle_decode(rle.json()["segmentation"]), mask)
+    assert Image.open(io.BytesIO(overlay.content)).size == (60, 45)
+    assert passes == 2  # one forward pass gave mask and embedding
+    assert run.engine.images == 3  # and the embedding afterwards came from the cache
+    np.testing.assert_allclose(rle.json()["embedding"], vector, atol=1e-6)
+
+
+async def test_request_ids_are_echoed_when_sane_and_made_otherwise(tmp_path):
+    async with running(tmp_path) as run:
+        sane = await run.client.get("/livez", headers={"X-Request-ID": "job-7/a"})
+        rude = await run.client.get("/livez", headers={"X-Request-ID": "x" * 500})
+        spaced = await run.client.get("/nowhere", headers={"X-Request-ID": "a b"})
+    assert sane.headers["X-Request-ID"] == "job-7/a"
+    assert len(rude.headers["X-Request-ID"]) == 32
+    assert spaced.json()["request_id"] == spaced.headers["X-Request-ID"] != "a b"
+
+
+async def test_metrics_name_routes_by_template_and_never_by_path(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.post("/v1/embeddings", json={"input": [data_url(photo())] * 2})
+        await run.client.post("/v1/embeddings", json={"input": data_url(photo())})
+        await run.client.get("/v1/collections/some-name")
+        await run.client.get("/wp-admin/secret")
+        text = (await run.client.get("/metrics")).text
+    assert 'dinov2_requests_total{method="POST",route="/v1/embeddings",status="200"} 2.0' in text
+    assert 'route="/v1/collections/{name}",status="404"' in text
+    assert 'route="unmatched",status="404"' in text
+    assert "wp-admin" not in text
+    assert "some-name" not in text
+    assert "dinov2_cache_hits_total 1.0" in text
+    assert "dinov2_cache_misses_total 1.0" in text
+    for stage in ("decode", "preprocess", "queue", "infer"):
+        assert f'dinov2_stage_duration_seconds_count{{stage="{stage}"}} 1.0' in text
+    assert "dinov2_batch_images_count" in text
+
+
+async def test_openapi_names_every_route(tmp_path):
+    async with running(tmp_path) as run:
+        paths = (await run.client.get("/openapi.json")).json()["paths"]
+    assert {"/v1/embeddings", "/v1/models", "/v1/segment", "/livez", "/readyz", "/metrics"} <= set(paths)
+    assert {"application/json", "multipart/form-data", "image/*"} == set(
+        paths["/v1/embeddings"]["post"]["requestBody"]["content"]
+    )
+
+
+async def test_requests_of_many_clients_share_forward_passes(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+
+        def post(seed: int) -> "asyncio.Task":
+            return asyncio.create_task(run.client.post("/v1/embeddings", json={"input": data_url(photo(seed))}))
+
+        first = post(0)
+        await until(engine.entered.is_set)
+        posts = [first, *(post(seed) for seed in range(1, 9))]
+        await until(lambda: run.service.live.batcher.waiting == 8)
+        engine.gate.set()
+        answers = await asyncio.gather(*posts)
+    assert [shape[0] for shape in engine.batches] == [1, 8]
+    assert {answer.status_code for answer in answers} == {200}

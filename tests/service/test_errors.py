@@ -1,0 +1,321 @@
+"""Every error of the table, provoked over HTTP; and the table, the page about it and these tests agree."""
+
+import asyncio
+import base64
+import re
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.errors import ERRORS, InvalidItems
+from tests.fakes import FakeEngine, Running, fake_artifact, photo, plain_photo, running, until
+
+ROOT = Path(__file__).parents[2]
+EMBED = "/v1/embeddings"
+
+
+def base64_of(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+Provoke = Callable[[Path], Awaitable[httpx.Response]]
+PROVOKED: dict[str, Provoke] = {}
+
+
+def provokes(code: str) -> Callable[[Provoke], Provoke]:
+    def register(provoke: Provoke) -> Provoke:
+        PROVOKED[code] = provoke
+        return provoke
+
+    return register
+
+
+@asynccontextmanager
+async def busy(tmp_path: Path, **settings) -> AsyncIterator[Running]:
+    """A service whose engine is in a pass that does not end before the block does."""
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0, **settings) as run:
+        engine.gate = threading.Event()
+        first = asyncio.create_task(run.service.live.embed([photo(99)]))
+        await until(engine.entered.is_set)
+        try:
+            yield run
+        finally:
+            engine.gate.set()
+            await first
+
+
+@provokes("internal_error")
+async def _internal(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+
+        async def broken(images):
+            raise KeyError("secret-internals")
+
+        run.service.live.embed = broken
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("bad_request")
+async def _bad_request(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, content=b"{", headers={"Content-Type": "application/json"})
+
+
+@provokes("unsupported_dimensions")
+async def _dimensions(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo()), "dimensions": 4})
+
+
+@provokes("not_found")
+async def _not_found(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.get("/v1/nothing")
+
+
+@provokes("model_not_found")
+async def _model(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo()), "model": "text-embedding-3-small"})
+
+
+@provokes("collection_not_found")
+async def _collection(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post("/v1/collections/shop/search", json={"vector": [1.0] * 8})
+
+
+@provokes("item_not_found")
+async def _item(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+        return await run.client.post("/v1/collections/shop/search", json={"id": "nobody"})
+
+
+@provokes("method_not_allowed")
+async def _method(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.delete(EMBED)
+
+
+@provokes("conflict")
+async def _conflict(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+        return await run.client.post("/v1/collections/shop/search", json={"vector": [1.0, 2.0]})
+
+
+@provokes("model_mismatch")
+async def _mismatch(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+    async with running(tmp_path, artifact=fake_artifact(digit="b")) as run:
+        return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+
+
+@provokes("payload_too_large")
+async def _payload(tmp_path: Path) -> httpx.Response:
+    async def chunks() -> AsyncIterator[bytes]:  # chunked: no Content-Length to judge by
+        for _ in range(100):
+            yield bytes(1000)
+
+    async with running(tmp_path, max_body_bytes=5000, max_image_bytes=5000) as run:
+        return await run.client.post(EMBED, content=chunks(), headers={"Content-Type": "image/png"})
+
+
+@provokes("image_too_large")
+async def _image_too_large(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, max_image_pixels=1000) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("unsupported_media_type")
+async def _media(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, content=b"<x/>", headers={"Content-Type": "application/xml"})
+
+
+@provokes("unsupported_image")
+async def _unsupported(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(b"%PDF-1.7 and so on")})
+
+
+@provokes("invalid_request")
+async def _invalid(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo()), "poolling": "cls"})
+
+
+@provokes("broken_image")
+async def _broken(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo()[:80])})
+
+
+@provokes("invalid_items")
+async def _items(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        bad = [base64_of(photo()), base64_of(photo()[:80]), base64_of(b"%PDF-1.7 and so on")]
+        return await run.client.post(EMBED, json={"input": bad})
+
+
+@provokes("engine_failed")
+async def _engine(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        run.engine.fails = lambda pixels: True
+        return await run.client.post(EMBED, json={"input": base64_of(plain_photo(9))})
+
+
+@provokes("storage_failed")
+async def _storage(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        store = run.service.store
+        await store._call(lambda: store._tables._db.execute("DROP TABLE items"))
+        return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+
+
+@provokes("unavailable")
+async def _unavailable(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        run.service.buffered_bytes = run.service.settings.max_buffered_bytes
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("queue_full")
+async def _queue(tmp_path: Path) -> httpx.Response:
+    async with busy(tmp_path, queue_max_images=1) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("shutting_down")
+async def _shutdown(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        run.service.draining = True
+        assert (await run.client.get("/readyz")).status_code == 503
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("model_unavailable")
+async def _model_unavailable(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        run.engine.killed = True
+        first = await run.client.post(EMBED, json={"input": base64_of(photo())})
+        assert first.status_code == 500
+        await until(lambda: run.service.live.batcher.health() is not None)
+        assert (await run.client.get("/livez")).status_code == 503
+        assert (await run.client.get("/readyz")).status_code == 503
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("deadline_exceeded")
+async def _deadline(tmp_path: Path) -> httpx.Response:
+    async with busy(tmp_path, request_deadline_s=0.2) as run:
+        answer = await run.client.post(EMBED, json={"input": base64_of(photo())})
+        await until(lambda: run.service.live.batcher.images == 1)  # its place in the queue is free again
+        return answer
+
+
+NEVER_SENT = {"client_closed_request"}  # nobody is left to read it; test_pipeline.py sees it in the metrics
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("code", PROVOKED)
+async def test_provoked_over_http(tmp_path, code):
+    answer = await PROVOKED[code](tmp_path)
+    status, _, title = next(kind for kind in ERRORS.values() if kind.code == code)
+    assert answer.status_code == status, answer.text
+    assert "secret" not in answer.text
+    body = answer.json()
+    if answer.request.url.path == EMBED:
+        assert answer.headers["Content-Type"] == "application/json"
+        error = body["error"]
+        assert error["code"] == code
+        assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+        assert error["message"]
+        assert error["request_id"] == answer.headers["X-Request-ID"]
+    else:
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
+        assert (body["code"], body["status"], body["title"]) == (code, status, title)
+        assert body["request_id"] == answer.headers["X-Request-ID"]
+    if code in ("queue_full", "shutting_down"):
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_the_table_and_these_tests_agree():
+    assert {kind.code for kind in ERRORS.values()} == set(PROVOKED) | NEVER_SENT
+    assert len({kind.code for kind in ERRORS.values()}) == len(ERRORS)
+
+
+def test_the_page_names_every_error_and_no_other():
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert {(int(status), code) for status, code in rows} == {(kind.status, kind.code) for kind in ERRORS.values()}
+
+
+def test_the_drawing_at_the_top_of_the_file_is_the_table():
+    import service.errors
+
+    drawn = re.findall(r"(\w+) +(\d{3}) (\w+)", service.errors.__doc__)
+    assert drawn == [(cls.__name__, str(kind.status), kind.code) for cls, kind in ERRORS.items()]
+
+
+async def test_the_framework_may_not_answer_in_its_own_words(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+        for answer in (
+            await run.client.get("/v1/nothing"),
+            await run.client.put("/v1/models"),
+            await run.client.post("/v1/collections/UPPER/items", files={"file": photo()}),
+            await run.client.post("/v1/collections/..%2Fetc/search", json={"vector": [1.0]}),
+            await run.client.post("/v1/collections/shop/search", json={"k": 0, "vector": [1.0]}),
+        ):
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            assert 400 <= answer.status_code < 500
+            assert answer.json()["code"]
+
+
+async def test_every_bad_index_is_named(tmp_path):
+    answer = await _items(tmp_path)
+    assert [row["index"] for row in answer.json()["error"]["errors"]] == [1, 2]
+    assert [row["code"] for row in answer.json()["error"]["errors"]] == ["broken_image", "unsupported_image"]
+    assert InvalidItems.__name__ == "InvalidItems"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": []},
+        {"input": ["x"] * 65},
+        {"model": "auto"},
+        {"input": "x", "pooling": "max"},
+        {"input": "x", "normalize": "perhaps"},
+        {"input": "x", "dimensions": "many"},
+        {"input": "x", "encoding_format": "hex"},
+        [],
+        "text",
+    ],
+)
+async def test_what_is_wrong_with_a_request_is_a_422_that_names_it(tmp_path, body):
+    async with running(tmp_path) as run:
+        answer = await run.client.post(EMBED, json=body)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "invalid_request"
+
+
+async def test_limits_of_a_form(tmp_path):
+    async with running(tmp_path) as run:
+        many = await run.client.post(EMBED, files=[("file", ("p", b"x"))] * 80)
+        fields = await run.client.post(EMBED, files={"file": b"x"}, data={f"f{i}": "x" for i in range(40)})
+        long = await run.client.post(EMBED, files={"file": b"x"}, data={"user": "x" * 100_000})
+        name = await run.client.post(EMBED, files={"../../etc/passwd": b"x"})
+        cut = await run.client.post(
+            EMBED, content=b"--c\r\nbroken", headers={"Content-Type": "multipart/form-data; boundary=b"}
+        )
+    assert [answer.status_code for answer in (many, fields, long, name, cut)] == [400, 400, 400, 422, 400]
+    assert list(tmp_path.rglob("passwd")) == []

@@ -1,0 +1,193 @@
+"""The straight line: single flight, departures, the deadline, the cache's part, images that fail on their own."""
+
+import asyncio
+import base64
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
+from service.pipeline import Embedded
+from tests.fakes import DIMS, FakeEngine, photo, plain_photo, running, until
+
+
+async def test_identical_images_in_flight_compute_once(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        tasks = [asyncio.create_task(run.service.live.embed([photo()])) for _ in range(5)]
+        await until(engine.entered.is_set)
+        engine.gate.set()
+        results = await asyncio.gather(*tasks)
+    assert engine.images == 1
+    assert len({result[0].cls.tobytes() for result in results}) == 1
+
+
+async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        leader = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(engine.entered.is_set)
+        follower = asyncio.create_task(run.service.live.embed([photo()]))
+        await asyncio.sleep(0.01)
+        leader.cancel()
+        engine.gate.set()
+        assert isinstance((await follower)[0], Embedded)
+        assert engine.images == 1
+        assert run.service.live.batcher.images == 0
+
+
+async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        leaving = asyncio.create_task(run.service.live.embed([photo(1), photo(2)]))
+        at_once = asyncio.create_task(run.service.live.embed([photo(3)]))
+        await asyncio.sleep(0)
+        at_once.cancel()  # before its computation has begun
+        await until(lambda: run.service.live.batcher.waiting >= 2)
+        leaving.cancel()
+        engine.gate.set()
+        await busy
+        await until(lambda: run.service.live.batcher.images == 0)
+        again = await run.service.live.embed([photo(1)])
+    assert isinstance(again[0], Embedded)
+    assert [shape[0] for shape in engine.batches] == [1, 1]
+
+
+async def post_and_leave(app, body: bytes, leave: asyncio.Event) -> list[dict]:
+    """A client that sends a whole request and hangs up when `leave` is set; what the service still sent it."""
+    sent: list[dict] = []
+    first = True
+
+    async def receive():
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "raw_path": b"/v1/embeddings",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("test", 1),
+        "server": ("test", 80),
+    }
+    await app(scope, receive, send)
+    return sent
+
+
+async def test_a_client_that_hangs_up_costs_no_engine_time(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        leave = asyncio.Event()
+        body = json.dumps({"input": base64.b64encode(photo(1)).decode()}).encode()
+        client = asyncio.create_task(post_and_leave(run.app, body, leave))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        leave.set()
+        assert await client == []
+        engine.gate.set()
+        await busy
+        await run.service.live.embed([photo(2)])
+        text = (await run.client.get("/metrics")).text
+    assert engine.images == 2
+    assert "dinov2_dropped_images_total 1.0" in text
+    assert 'status="499"' in text
+
+
+async def test_images_fail_on_their_own(tmp_path):
+    engine = FakeEngine(fails=lambda pixels: bool((pixels == pixels[:, :, :1, :1]).all(axis=(1, 2, 3)).any()))
+    async with running(tmp_path, cache_bytes=0) as run:
+        engine.batches.clear()
+        run.engine.fails = engine.fails
+        images = [photo(0), photo(1)[:50], plain_photo(128), BrokenImage("not base64"), photo(2)]
+        results = await run.service.live.embed(images)
+    kinds = [type(result) for result in results]
+    assert kinds == [Embedded, BrokenImage, EngineFailed, BrokenImage, Embedded]
+
+
+async def test_a_failure_is_not_cached(tmp_path):
+    async with running(tmp_path) as run:
+        run.engine.fails = lambda pixels: True
+        assert isinstance((await run.service.live.embed([photo()]))[0], EngineFailed)
+        run.engine.fails = lambda pixels: False
+        assert isinstance((await run.service.live.embed([photo()]))[0], Embedded)
+
+
+async def test_a_request_that_does_not_fit_starts_nothing(tmp_path):
+    async with running(tmp_path, queue_max_images=2, cache_bytes=0) as run:
+        with pytest.raises(QueueFull):
+            await run.service.live.embed([photo(i) for i in range(3)])
+        assert run.service.live.batcher.images == 0
+        assert run.engine.batches == []
+        assert len(await run.service.live.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
+
+
+async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
+    class Liar:
+        name = "liar"
+
+        async def get_many(self, keys):
+            return [b"\x01\x02\x03" for _ in keys]
+
+        async def set_many(self, items):
+            self.items = items
+
+        async def status(self):
+            return "ok"
+
+        async def close(self): ...
+
+    cache = Liar()
+    async with running(tmp_path, cache=cache) as run:
+        result = (await run.service.live.embed([photo()]))[0]
+    assert not result.cached
+    stored = Embedded.from_bytes(next(iter(cache.items.values())), DIMS)
+    np.testing.assert_array_equal(stored.cls, result.cls)
+    np.testing.assert_array_equal(stored.mean, result.mean)
+    assert stored.tokens == result.tokens
+
+
+async def test_closing_fails_what_is_under_way(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        second = asyncio.create_task(run.service.live.embed([photo(1)]))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        threading.Timer(0.05, engine.gate.set).start()
+    assert isinstance((await second)[0], ShuttingDown)
+    assert isinstance((await first)[0], Embedded)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
+def test_normalised_vectors_have_length_one(pooling):
+    rng = np.random.default_rng(0)
+    cls, mean = rng.normal(size=(2, DIMS)).astype(np.float32)
+    embedded = Embedded(cls, 100 * mean, tokens=5)
+    assert np.linalg.norm(embedded.vector(pooling, True)) == pytest.approx(1, abs=1e-6)
+    if pooling == "cls+mean":  # neither half drowns the other
+        assert np.linalg.norm(embedded.vector(pooling, True)[:DIMS]) == pytest.approx(0.5**0.5, abs=1e-6)
+    zero = Embedded(np.zeros(DIMS, np.float32), np.zeros(DIMS, np.float32), tokens=5)
+    assert np.isfinite(zero.vector(pooling, True)).all()
