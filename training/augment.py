@@ -44,7 +44,7 @@ class View:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Colour jitter: strengths as in torchvision's ColorJitter, applied with `probability`; `gray`: share of gray crops."""
+    """Strengths as in torchvision's ColorJitter, applied with `probability`; `gray` is the share of gray crops."""
 
     brightness: float = 0.4
     contrast: float = 0.4
@@ -151,7 +151,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur_weights(sigma: Tensor, side: int) -> Tensor:
-    """Matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels with reflected edges; sigma 0 is the identity."""
+    """Matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, edges reflected; sigma 0 is the identity."""
     half = BLUR_TAPS // 2
     offsets = torch.arange(-half, half + 1, device=sigma.device)
     taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)  # [n, taps]

@@ -22,9 +22,9 @@ EPS = 1e-8
 def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor:
     """Teacher targets that use all prototypes equally often: alternate scaling of prototypes and samples.
 
-    With Q = exp(logits / temp) the definition is, n times: divide each prototype's column by its sum and by K, then each
-    sample's row by its sum and by B; at the end rows sum to one. Only two vectors change, so only they are iterated:
-    log Q = logits / temp - u[sample] - v[prototype]. Constants (K, B) cancel in the last row scaling.
+    With Q = exp(logits / temp) the definition is, n times: divide each prototype's column by its sum and by K, then
+    each sample's row by its sum and by B; at the end rows sum to one. Only two vectors change, so only they are
+    iterated: log Q = logits / temp - u[sample] - v[prototype]. Constants (K, B) cancel in the last row scaling.
 
     Args:
         logits: [B, K], any float type.
@@ -46,7 +46,7 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
 
 @torch.no_grad()
 def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
-    """Teacher targets by centering and sharpening (DINO, version 1): softmax((logits - center) / temp), float32 [B, K]."""
+    """Teacher targets by centering and sharpening (DINO): softmax((logits - center) / temp), float32 [B, K]."""
     return ((logits.float() - center) / temp).softmax(dim=-1)
 
 

@@ -7,6 +7,7 @@ is masked, and their ratios are stratified over the range, so that every batch h
 Legend: h x w patches of one image, B images.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -66,6 +67,6 @@ def batch_masks(
     n_with_mask = int(n_images * probability)
     edges = np.linspace(*ratio, n_with_mask + 1)
     masks = np.zeros((n_images, h * w), bool)
-    for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for index, (low, high) in enumerate(itertools.pairwise(edges)):
         masks[index] = block_mask(rng, grid, int(h * w * rng.uniform(low, high))).ravel()
     return rng.permutation(masks)

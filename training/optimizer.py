@@ -55,6 +55,4 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: flo
 
 def clip_gradients(network: Network, max_norm: float) -> dict[str, Tensor]:
     """Clip each sub-module's gradient to `max_norm` on its own; the norms before, by sub-module name."""
-    return {
-        name: nn.utils.clip_grad_norm_(module.parameters(), max_norm) for name, module in network.named_children()
-    }
+    return {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm) for name, module in network.named_children()}

@@ -10,9 +10,7 @@ import numpy.typing as npt
 Schedule = npt.NDArray[np.float64]
 
 
-def cosine(
-    base: float, final: float, total: int, *, warmup: int = 0, start: float = 0.0, freeze: int = 0
-) -> Schedule:
+def cosine(base: float, final: float, total: int, *, warmup: int = 0, start: float = 0.0, freeze: int = 0) -> Schedule:
     """`freeze` steps of 0, then a line from `start` to `base` over `warmup` steps, then half a cosine down to `final`.
 
     Raises:

@@ -105,7 +105,7 @@ def teacher_targets(teacher: Network, crops: Crops, temp: float) -> tuple[Tensor
     cls_probs = sinkhorn_knopp(teacher.dino_head(features["x_norm_clstoken"]), temp)
     patches = features["x_norm_patchtokens"][crops.masks]
     patch_probs = sinkhorn_knopp(teacher.ibot_head(patches), temp) if len(patches) else cls_probs[:0]
-    return cls_probs.unflatten(0, (2, -1)), patch_probs
+    return torch.stack(cls_probs.chunk(2)), patch_probs
 
 
 def losses(
@@ -114,12 +114,12 @@ def losses(
     """The three losses of one step. DINO is the mean over all pairs of different views."""
     features = student.backbone.forward_features(crops.globals_, crops.masks)
     cls = features["x_norm_clstoken"]
-    global_logits = student.dino_head(cls).unflatten(0, (2, -1))  # [2, B, K]
+    global_logits = torch.stack(student.dino_head(cls).chunk(2))  # [2, B, K]
     pair_sum = sum(dino_loss(global_logits[view], cls_probs[1 - view], student_temp) for view in range(2))
     n_pairs = 2
     if crops.locals_ is not None:
         local_cls = student.backbone.forward_features(crops.locals_)["x_norm_clstoken"]
-        local_logits = student.dino_head(local_cls).unflatten(0, (-1, cls_probs.shape[1]))  # [V, B, K]
+        local_logits = torch.stack(student.dino_head(local_cls).split(cls_probs.shape[1]))  # [V, B, K]
         pair_sum = pair_sum + dino_loss(local_logits, cls_probs, student_temp)
         n_pairs += 2 * len(local_logits)
     patch_logits = student.ibot_head(features["x_norm_patchtokens"][crops.masks])
@@ -135,18 +135,18 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One update of student and teacher; the losses, unweighted, and their weighted sum `loss`."""
     torch.manual_seed(config.seed * 1_000_003 + step)  # drop path draws from the global generator
-    set_schedule(
-        parts.optimizer, schedules.lr[step], schedules.last_layer_lr[step], schedules.weight_decay[step]
-    )
+    lr, last_layer_lr = float(schedules.lr[step]), float(schedules.last_layer_lr[step])
+    set_schedule(parts.optimizer, lr, last_layer_lr, float(schedules.weight_decay[step]))
     with autocast:
-        targets = teacher_targets(parts.teacher, crops, schedules.teacher_temp[step])
+        targets = teacher_targets(parts.teacher, crops, float(schedules.teacher_temp[step]))
         terms = losses(parts.student, crops, *targets, config.student_temp)
-    loss = config.dino_weight * terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
+    weights = {"dino": config.dino_weight, "ibot": config.ibot_weight, "koleo": config.koleo_weight}
+    loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
     parts.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     clip_gradients(parts.student, config.clip_grad)
     parts.optimizer.step()
-    update_teacher(parts.student, parts.teacher, schedules.momentum[step])
+    update_teacher(parts.student, parts.teacher, float(schedules.momentum[step]))
     return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
 
 
@@ -162,8 +162,11 @@ def make_autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
-    """The attention to train with. On a CPU the fused kernel's backward pass costs a quarter of the step at the 10 to 65
-    tokens of small crops; plain matrix products do it in a third of that."""
+    """The attention to train with.
+
+    On a CPU the fused kernel's backward pass is a quarter of the step at the 10 to 65 tokens of small crops; plain
+    matrix products take a third of that.
+    """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
@@ -193,7 +196,7 @@ def make_parts(config: TrainConfig, device: torch.device) -> Parts:
 
 
 def report_knn(config: TrainConfig, teacher: Network, split: Split) -> dict[Pooling, dict[int, float]]:
-    """k-NN of the teacher on the held-out photos; empty without any, or if all are of one class (nothing to tell apart)."""
+    """k-NN of the teacher on the held-out photos; empty if there are none or only one class."""
     if not split.held_out or len({path.parent for path in split.train}) < 2:
         return {}
     return evaluate_knn(teacher.backbone, split.train, split.held_out, config.eval_spec)
@@ -273,7 +276,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 if not math.isfinite(figures["loss"]):
                     raise FloatingPointError(f"loss {figures['loss']} at step {done}: {figures}")
                 figures["dino_over_ln_k"] = figures["dino"] / math.log(config.n_prototypes)
-                monitor.write(done, {**figures, "lr": schedules.lr[step]})
+                monitor.write(done, {**figures, "lr": float(schedules.lr[step])})
             if time.monotonic() - last_save > 60 * config.save_every_minutes or done == total:
                 save_state(state_path, parts, done, settings)
                 write_checkpoint(config, parts.teacher, done, None)

@@ -1,4 +1,4 @@
-"""The losses against the official code's numbers (when the oracle is there) and, always, against slow plain definitions."""
+"""The losses against the official code's numbers (when they are there) and, always, against slow plain definitions."""
 
 import math
 from pathlib import Path

@@ -1,0 +1,226 @@
+"""The loop: it learns, resumes bit for bit, lists what it cannot read, and refuses nonsense."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from model.checkpoint import load_checkpoint
+from model.config import ViTConfig
+from model.vit import DinoVisionTransformer
+from training import train as loop
+from training.__main__ import main
+from training.config import TrainConfig, load_config, recipe_names
+from training.optimizer import clip_gradients, make_optimizer, set_schedule
+from training.student_teacher import Network, make_teacher, update_teacher
+
+TINY = {
+    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
+    "global_size": 28,
+    "local_size": 14,
+    "n_local": 2,
+    "cache_size": 32,
+    "n_prototypes": 32,
+    "head_hidden_dim": 16,
+    "head_bottleneck_dim": 8,
+    "batch_size": 8,
+    "epochs": 3,
+    "drop_path": 0.2,
+    "log_every": 1,
+    "eval_resize": 28,
+    "eval_crop": 28,
+    "precision": "fp32",
+}
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("apples", "pears", "plums"):
+        for i in range(9):
+            path = tmp_path / "photos" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((40, 30)).save(path)
+    return tmp_path / "photos"
+
+
+def config(photos, out, **changes):
+    return TrainConfig.model_validate({"data": photos, "out": out, **TINY, **changes})
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_checkpoint_that_loads_strictly_and_its_figures(photos, tmp_path):
+    out = tmp_path / "run"
+    path = loop.train(config(photos, out), QUIET)
+    weights, vit_config, provenance = load_checkpoint(path)
+    assert vit_config == ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"})
+    DinoVisionTransformer(vit_config).load_state_dict(weights, strict=True)
+    found = lines(out)
+    assert [line["step"] for line in found] == list(range(1, 10))  # 25 photos to train on: 3 steps per epoch
+    assert all(np.isfinite(line[key]) for line in found for key in ("loss", "dino", "ibot", "koleo", "images_per_s"))
+    assert all(line["dino_over_ln_k"] == pytest.approx(line["dino"] / math.log(32)) for line in found)  # 1: collapse
+    assert provenance["steps"] == 9
+    assert set(provenance["knn"]) == {"cls", "mean", "cls+mean"}
+    assert json.loads((out / "knn.json").read_text())["cls"].keys() == {"1", "10", "20"}
+
+
+def test_it_learns(photos, tmp_path):
+    loop.train(config(photos, tmp_path / "run", epochs=40, drop_path=0.0, lr=2e-2, seed=1), QUIET)
+    dino = [line["dino"] for line in lines(tmp_path / "run")]
+    assert np.mean(dino[-10:]) < 0.97 * np.mean(dino[:5])
+
+
+class StopError(Exception):
+    """Stands for the plug being pulled."""
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected, _, _ = load_checkpoint(loop.train(config(photos, whole), QUIET))
+    step = loop.train_step
+
+    def pulled(*args):
+        if args[4] == 5:
+            raise StopError
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", pulled)
+    with pytest.raises(StopError):
+        loop.train(config(photos, broken, save_every_minutes=1e-9), QUIET)
+    monkeypatch.setattr(loop, "train_step", step)
+    torch.rand(17)  # whatever happened to the global generator in between
+    resumed, _, _ = load_checkpoint(loop.train(config(photos, broken), QUIET))
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    figures = ("step", "loss", "dino", "ibot", "koleo", "lr")
+    assert [[line[f] for f in figures] for line in lines(broken)] == [[x[f] for f in figures] for x in lines(whole)]
+
+
+def test_another_run_in_the_same_folder_is_refused(photos, tmp_path):
+    loop.train(config(photos, tmp_path / "run", epochs=1), QUIET)
+    with pytest.raises(ValueError, match=r"lr: 0\.004 -> 0\.001"):
+        loop.train(config(photos, tmp_path / "run", epochs=1, lr=1e-3), QUIET)
+
+
+def test_broken_files_are_listed_and_the_run_goes_on(photos, tmp_path):
+    (photos / "apples" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    (photos / "pears" / "empty.png").write_bytes(b"")
+    loop.train(config(photos, tmp_path / "run", epochs=1), QUIET)
+    listed = (tmp_path / "run" / "skipped.txt").read_text()
+    assert "broken.jpg: " in listed
+    assert "empty.png: " in listed
+
+
+def test_a_folder_of_one_class_trains_without_knn(photos, tmp_path):
+    shutil.copytree(photos / "apples", tmp_path / "flat")
+    out = tmp_path / "run"
+    loop.train(config(tmp_path / "flat", out, epochs=1, batch_size=4, n_local=0), QUIET)
+    assert json.loads((out / "knn.json").read_text()) == {}
+
+
+def test_the_command_line(photos, tmp_path, capsys, monkeypatch):
+    changes = [
+        f"{k}={'{embed_dim = 16, depth = 1, num_heads = 2, img_size = 28}' if k == 'vit' else v}"
+        for k, v in TINY.items()
+    ]
+    arguments = ["training", "--data", str(photos), "--recipe", "smoke", "--out", str(tmp_path / "run"), "epochs=1"]
+    monkeypatch.setattr("sys.argv", arguments + [c for c in changes if not c.startswith("epochs")])
+    assert main() == 0
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    monkeypatch.setattr("sys.argv", [*arguments[:2], str(tmp_path / "nowhere"), *arguments[3:]])
+    assert main() == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
+    found = load_config(recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7"])
+    assert (found.epochs, found.global_scale, found.seed, found.recipe) == (2.5, (0.5, 1.0), 7, recipe)
+    assert "python -m training" in (loop.Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("nonsense", [], "nonsense.*smoke"),
+        ("smoke", ["epochs"], "key=value"),
+        ("smoke", ["epoch=3"], "epoch"),
+        ("smoke", ["epochs=-1"], "epochs"),
+        ("smoke", ["global_size=99"], "global_size=99"),
+        ("smoke", ["vit={width = 3}"], "width"),
+        ("smoke", ["model=resnet"], "resnet"),
+        ("smoke", ["warmup=1.5"], "warmup=1.5"),
+    ],
+)
+def test_impossible_settings_are_refused(recipe, overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_config(recipe, tmp_path, tmp_path, overrides)
+
+
+def small_network(**changes):
+    torch.manual_seed(0)
+    settings = {"n_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4, "shared_head": False, "drop_path_rate": 0.1}
+    return Network(ViTConfig(embed_dim=16, depth=3, num_heads=2, img_size=28), **{**settings, **changes})
+
+
+def test_parameter_groups_are_the_papers():
+    network = small_network()
+    optimizer = make_optimizer(network, layer_decay=0.5, patch_embed_lr_mult=0.2, betas=(0.9, 0.999))
+    set_schedule(optimizer, lr=1.0, last_layer_lr=0.0, weight_decay=0.1)
+    groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    found = {name: (groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for name, p in network.named_parameters()}
+    assert len(found) == sum(len(g["params"]) for g in optimizer.param_groups)
+    assert found["backbone.patch_embed.proj.weight"] == (0.2 * 0.5**4, 0.1)
+    assert found["backbone.patch_embed.proj.bias"] == (0.2 * 0.5**4, 0.0)
+    assert found["backbone.pos_embed"] == (0.5**4, 0.1)
+    assert found["backbone.cls_token"] == (0.5**4, 0.1)
+    assert found["backbone.blocks.0.attn.qkv.weight"] == (0.5**3, 0.1)
+    assert found["backbone.blocks.2.ls1.gamma"] == (0.5, 0.0)
+    assert found["backbone.norm.weight"] == (1.0, 0.0)
+    assert found["dino_head.mlp.0.weight"] == (1.0, 0.1)
+    assert found["own_ibot_head.last_layer.weight_v"] == (0.0, 0.1)
+
+
+def test_clipping_is_per_sub_module():
+    network = small_network()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for parameter in network.dino_head.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4)
+    clip_gradients(network, 3.0)
+
+    def norm(module):
+        return torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()
+
+    assert norm(network.backbone) == pytest.approx(3.0, rel=1e-4)
+    assert norm(network.own_ibot_head) == pytest.approx(3.0, rel=1e-4)
+    assert network.dino_head.mlp[0].weight.grad[0, 0] == pytest.approx(1e-4)  # a large backbone gradient hurts no head
+
+
+def test_the_teacher_follows_slowly_and_gets_no_gradient():
+    student = small_network()
+    teacher = make_teacher(student)
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    before = [p.clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    update_teacher(student, teacher, 0.9)
+    for old, new in zip(before, teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.1)
+
+
+def test_a_shared_head_is_one_head():
+    shared, separate = small_network(shared_head=True), small_network()
+    assert shared.ibot_head is shared.dino_head
+    assert separate.ibot_head is not separate.dino_head
