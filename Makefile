@@ -18,6 +18,8 @@ STAMP := .complete-$(PYTHON_VERSION)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt
 # torch is asked for by its exact version, so that pip never takes a newer CUDA build for it.
 TORCH := torch==2.13.0
+# ONNX Runtime reports to Microsoft by default; the tests and benchmarks that import it first do not either.
+export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-service check bench clean

@@ -2,9 +2,16 @@
 
 Threads of ONNX Runtime spin while they wait by default, which steals the cores that decode photos for the next batch;
 spinning is off here (figures: docs/decisions/0002-engine-threads.md).
+
+ONNX Runtime's released builds since 1.29 report to Microsoft (sessions, model hashes, a device id kept in ~/.cache)
+unless a variable says no before the module loads; its own call to turn that off comes after a first event. A
+self-hosted service reports to nobody, so this file, the only one that imports it, says no first.
 """
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import onnxruntime as ort
