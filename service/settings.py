@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.engine import available_cpus
@@ -24,7 +24,9 @@ READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH"})
 class Settings(BaseSettings):
     """What an operator can choose. Sizes are in bytes or pixels and times in seconds, as the names say."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -96,7 +98,19 @@ def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
         if name.upper().startswith(PREFIX) and name.upper() not in known | READ_BY_COMPOSE:
             nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown setting {name} in the environment: did you mean {nearest}?")
-    return Settings(**dict(overrides or {}))
+    try:
+        return Settings(**dict(overrides or {}))
+    except ValidationError as error:  # pydantic's own text would show a password within redis_url
+        problems = error.errors(include_url=False, include_context=False)
+        raise ValueError(
+            "; ".join(_problem(problem["loc"], problem["input"], problem["msg"]) for problem in problems)
+        ) from None
+
+
+def _problem(location: tuple[int | str, ...], value: Any, message: str) -> str:
+    name = str(location[0]) if location else "settings"
+    shown = "" if name in ("redis_url", "settings") else f"={value!r}"
+    return f"{name}{shown}: {message.removeprefix('Value error, ')}"
 
 
 def masked_url(url: str) -> str:

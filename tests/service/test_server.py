@@ -1,0 +1,208 @@
+"""A really started server on the bundled artifact: OpenAI's client, hostile sockets, SIGTERM."""
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from model.artifact import bundled_artifact, read_manifest
+from tests.fakes import photo
+
+ROOT = Path(__file__).parents[2]
+
+
+class Server:
+    """`python -m service` as its own process, on a free port, with nothing of this process's settings."""
+
+    def __init__(self, data_dir: Path, **settings: str) -> None:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")}
+        given = {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data_dir), "DINOV2_THREADS": "1"} | settings
+        self.log = data_dir.with_suffix(".log")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service"], cwd=ROOT, env=clean | given, stdout=subprocess.PIPE, stderr=log
+            )
+        self.greeting = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.greeting += line.decode()
+            if '{"input"' in self.greeting:
+                break
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.greeting)
+        assert found, f"not started: {self.log.read_text()}"
+        self.url, self.port = found[0], int(found[1])
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("server") / "data")
+    yield started
+    assert started.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def as_base64(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64", openai.NOT_GIVEN])
+def test_openais_client_embeds(client, encoding):
+    images = [as_base64(photo(1)), "data:image/png;base64," + as_base64(photo(2))]
+    answer = client.embeddings.create(model="auto", input=images, encoding_format=encoding)
+    found = [row.embedding for row in answer.data]
+    if encoding == "base64":
+        found = [np.frombuffer(base64.b64decode(text), "<f4") if isinstance(text, str) else text for text in found]
+    vectors = np.array(found, np.float32)
+    dims = read_manifest(bundled_artifact()).config.embed_dim
+    assert vectors.shape == (2, dims)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert answer.usage.total_tokens > 2
+    assert [row.index for row in answer.data] == [0, 1]
+
+
+def test_openais_client_lists_models(client):
+    assert [model.id for model in client.models.list()] == [bundled_artifact().name]
+    assert client.models.retrieve(bundled_artifact().name).owned_by == "dinov2-service"
+
+
+def test_openais_client_parses_errors(client):
+    with pytest.raises(openai.UnprocessableEntityError) as broken:
+        client.embeddings.create(model="auto", input=["%%%"])
+    assert (broken.value.code, broken.value.param) == ("broken_image", "input")
+    with pytest.raises(openai.NotFoundError) as other:
+        client.embeddings.create(model="text-embedding-3-small", input=[as_base64(photo())])
+    assert other.value.code == "model_not_found"
+    assert bundled_artifact().name in other.value.message
+
+
+def test_the_line_in_the_greeting_works(server):
+    line = next(line for line in server.greeting.splitlines() if '{"input"' in line)
+    answer = subprocess.run(line.strip(), shell=True, capture_output=True, check=True, timeout=20)
+    assert len(json.loads(answer.stdout)["data"][0]["embedding"]) > 8
+    assert bundled_artifact().name in server.greeting
+
+
+def talk(port: int, request: bytes) -> bytes:
+    """Send bytes, read until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+            if b"\r\n\r\n" in answer and b"connection: close" not in answer.lower():
+                break
+    return answer
+
+
+def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(server):
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99999999999\r\n\r\n"
+    answer = talk(server.port, head)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in answer.lower()
+    assert b"payload_too_large" in answer
+
+
+def test_headers_cannot_be_injected(server):
+    request = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-ID: a\tSet-Cookie: b=c\r\n\r\n"
+    answer = talk(server.port, request)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"set-cookie" not in answer.lower()
+
+
+def test_the_log_has_one_line_a_request_and_no_image(server):
+    secret = as_base64(photo(77))
+    httpx.post(f"{server.url}/v1/embeddings", json={"input": secret}, headers={"X-Request-ID": "seen-once"})
+    lines = []
+    for _ in range(100):
+        lines = [line for line in server.log.read_text().splitlines() if "seen-once" in line]
+        if lines:
+            break
+        time.sleep(0.02)
+    assert len(lines) == 1
+    line = json.loads(lines[0])
+    assert (line["route"], line["status"]) == ("/v1/embeddings", 200)
+    assert line["ms"] > 0
+    assert secret[:60] not in server.log.read_text()
+
+
+def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path):
+    server = Server(tmp_path / "data", DINOV2_SHUTDOWN_GRACE_S="20")
+    image = photo(5)
+    head = (
+        "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nConnection: close\r\n"
+        f"Content-Length: {len(image)}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+        slow.sendall(head + image[:100])  # in flight: the rest comes after SIGTERM
+        for _ in range(200):
+            if "dinov2_requests_in_flight 1.0" in httpx.get(f"{server.url}/metrics").text:
+                break
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        refused = None
+        for _ in range(200):
+            refused = httpx.post(f"{server.url}/v1/embeddings", content=image, headers={"Content-Type": "image/png"})
+            if refused.status_code == 503:
+                break
+            time.sleep(0.02)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert "Retry-After" in refused.headers
+        assert httpx.get(f"{server.url}/readyz").status_code == 503
+        assert server.process.poll() is None
+        slow.sendall(image[100:])
+        answer = b""
+        while chunk := slow.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert server.process.wait(20) == 0
+
+
+def test_shutdown_does_not_wait_beyond_its_limit(tmp_path):
+    server = Server(tmp_path / "data", DINOV2_SHUTDOWN_GRACE_S="0.5")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stuck:
+        stuck.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+        time.sleep(0.2)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(20)
+        assert time.monotonic() - started < 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("DINOV2_QUEUE_MAX_IMAGE", "5", "did you mean DINOV2_QUEUE_MAX_IMAGES"),
+        ("DINOV2_MODEL", "/nowhere", "not an artifact folder"),
+        ("DINOV2_MODEL", "dinov2_vits41", "dinov2_vits14"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line_before_it_starts(tmp_path, setting, value, message):
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("DINOV2_")}
+    environment |= {"DINOV2_DATA_DIR": str(tmp_path), setting: value}
+    done = subprocess.run(
+        [sys.executable, "-m", "service"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
