@@ -16,6 +16,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from training.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from training.masking import batch_masks
 from training.monitor import Monitor
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
+from training.provenance import provenance
 from training.schedules import Schedule, cosine, linear_then_constant
 from training.state import Parts, load_state, save_state
 from training.student_teacher import Network, make_teacher, update_teacher
@@ -202,16 +204,10 @@ def report_knn(config: TrainConfig, teacher: Network, split: Split) -> dict[Pool
     return evaluate_knn(teacher.backbone, split.train, split.held_out, config.eval_spec)
 
 
-def write_checkpoint(config: TrainConfig, teacher: Network, steps_done: int, knn: object) -> Path:
+def write_checkpoint(config: TrainConfig, teacher: Network, facts: dict[str, Any]) -> Path:
     """The teacher's backbone in the format that `dinov2 export` reads."""
     path = config.out / "checkpoint.safetensors"
-    provenance = {
-        "recipe": config.recipe,
-        "settings": config.model_dump(mode="json", exclude={"data", "out"}),
-        "steps": steps_done,
-        "knn": knn,
-    }
-    save_checkpoint(path, teacher.backbone.state_dict(), config.vit_config, provenance)
+    save_checkpoint(path, teacher.backbone.state_dict(), config.vit_config, facts)
     return path
 
 
@@ -253,6 +249,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     steps_per_epoch = len(photos) // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))
     schedules = make_schedules(config, total)
+    facts = provenance(config, photos.paths)
     settings, state_path = config.model_dump(mode="json"), config.out / "state.pt"
     first = load_state(state_path, parts, settings) if state_path.exists() else 0
     (config.out / "config.json").write_text(json.dumps(settings, indent=1))
@@ -279,11 +276,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 monitor.write(done, {**figures, "lr": float(schedules.lr[step])})
             if time.monotonic() - last_save > 60 * config.save_every_minutes or done == total:
                 save_state(state_path, parts, done, settings)
-                write_checkpoint(config, parts.teacher, done, None)
+                write_checkpoint(config, parts.teacher, facts | {"steps": done})
                 last_save = time.monotonic()
             if eval_every and done % eval_every == 0 and done < total:
                 console.print(f"step {done} k-NN {report_knn(config, parts.teacher, split)}")
     knn = report_knn(config, parts.teacher, split)
     (config.out / "knn.json").write_text(json.dumps(knn, indent=1))
     console.print(f"k-NN on {len(split.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}")
-    return write_checkpoint(config, parts.teacher, total, knn)
+    return write_checkpoint(config, parts.teacher, facts | {"steps": total, "knn": knn})

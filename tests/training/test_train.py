@@ -12,11 +12,13 @@ from rich.console import Console
 
 from model.checkpoint import load_checkpoint
 from model.config import ViTConfig
+from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
+from training.provenance import code_revision, data_digest
 from training.student_teacher import Network, make_teacher, update_teacher
 
 TINY = {
@@ -70,6 +72,8 @@ def test_a_run_leaves_a_checkpoint_that_loads_strictly_and_its_figures(photos, t
     assert all(np.isfinite(line[key]) for line in found for key in ("loss", "dino", "ibot", "koleo", "images_per_s"))
     assert all(line["dino_over_ln_k"] == pytest.approx(line["dino"] / math.log(32)) for line in found)  # 1: collapse
     assert provenance["steps"] == 9
+    assert provenance["preprocess"] == {**PreprocessSpec(resize=28, crop=28).model_dump(mode="json")}
+    assert provenance["photos"] == 25
     assert set(provenance["knn"]) == {"cls", "mean", "cls+mean"}
     assert json.loads((out / "knn.json").read_text())["cls"].keys() == {"1", "10", "20"}
 
@@ -224,3 +228,17 @@ def test_a_shared_head_is_one_head():
     shared, separate = small_network(shared_head=True), small_network()
     assert shared.ibot_head is shared.dino_head
     assert separate.ibot_head is not separate.dino_head
+
+
+def test_the_data_digest_sees_names_and_contents(photos):
+    paths = sorted(photos.rglob("*.png"))
+    before = data_digest(paths, photos)
+    assert before == data_digest(paths, photos)
+    assert before != data_digest(paths[1:], photos)
+    paths[0].write_bytes(paths[1].read_bytes())
+    assert before != data_digest(paths, photos)
+
+
+def test_the_revision_is_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert code_revision() == "unknown"
