@@ -1,0 +1,56 @@
+"""/livez, /readyz: what each condition does to them, and that a dead Redis costs only its hits."""
+
+import asyncio
+import base64
+import socket
+import threading
+
+from tests.fakes import FakeEngine, photo, running, until
+
+
+async def test_a_well_service(tmp_path):
+    async with running(tmp_path) as run:
+        live, ready = await run.client.get("/livez"), await run.client.get("/readyz")
+    assert (live.status_code, ready.status_code) == (200, 200)
+    assert ready.json()["status"] == "ready"
+    assert ready.json()["fingerprint"] == "a" * 64
+
+
+async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, hang_timeout_s=0.05) as run:
+        engine.gate = threading.Event()
+        waiting = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(engine.entered.is_set)
+        await until(lambda: run.service.live.batcher.health() is not None)
+        hung = await run.client.get("/livez")
+        engine.gate.set()
+        await waiting
+        well = await run.client.get("/livez")
+    assert (hung.status_code, well.status_code) == (503, 200)
+    assert "one forward pass" in hung.text
+
+
+async def test_a_full_queue_is_alive_and_not_ready(tmp_path):
+    async with running(tmp_path, queue_max_images=2) as run:
+        run.service.live.batcher.reserve(2)
+        live, ready = await run.client.get("/livez"), await run.client.get("/readyz")
+        run.service.live.batcher.release(2)
+        again = await run.client.get("/readyz")
+    assert [answer.status_code for answer in (live, ready, again)] == [200, 503, 200]
+
+
+async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    body = {"input": base64.b64encode(photo()).decode()}
+    async with running(tmp_path, redis_url=f"redis://:s3cret@127.0.0.1:{port}/0") as run:
+        answers = [await run.client.post("/v1/embeddings", json=body) for _ in range(2)]
+        ready = await run.client.get("/readyz")
+        text = (await run.client.get("/metrics")).text
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert ready.status_code == 200
+    assert ready.json()["status"] == "degraded"
+    assert "s3cret" not in ready.text
+    assert 'dinov2_cache_events_total{event="error"}' in text
