@@ -25,7 +25,9 @@ COPY model model
 COPY service service
 COPY training training
 # The empty packages' build folder goes first: its files are newer than the code and would be taken for current.
-RUN rm -rf build && /opt/venv/bin/pip install --no-deps --force-reinstall .
+# What installs is not needed by what runs.
+RUN rm -rf build && /opt/venv/bin/pip install --no-deps --force-reinstall . \
+    && /opt/venv/bin/pip uninstall -y setuptools pip
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="dinov2-service" \
