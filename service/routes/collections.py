@@ -77,7 +77,8 @@ async def delete_collection(request: Request, name: str) -> Response:
     },
 )
 async def add_items(request: Request, name: str) -> Response:
-    """Photos as JSON (`items`, with id and metadata), or as files of a form, whose ids are their contents' sha256."""
+    """Photos as JSON (`items`, with id and metadata), or as files of a form: the id is the content's sha256, and
+    the file's name goes into the metadata as `filename`."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -157,7 +158,8 @@ async def _items(request: Request, service: Service) -> tuple[list[ItemIn], list
         return body.items, await decode_texts([item.image for item in body.items], service.settings), body
     upload = await read_upload(request, key="items")
     options = parse_options(UploadOptions, upload.fields)
-    return [ItemIn(id=None, image="") for _ in upload.images], upload.images, options
+    metadata = [{"filename": name} if name else {} for name in upload.names or [""] * len(upload.images)]
+    return [ItemIn(id=None, image="", metadata=known) for known in metadata], upload.images, options
 
 
 def _checked(item: ItemIn, image: Image) -> Image:

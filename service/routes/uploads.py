@@ -8,7 +8,7 @@ in memory, since a container's root is read-only and a photo should not touch th
 import asyncio
 import binascii
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import orjson
@@ -41,10 +41,11 @@ _FORMS = "application/json, multipart/form-data, or the image itself as image/*"
 
 @dataclass(frozen=True)
 class Upload:
-    """A request's body, read: its images in order, and whatever stood beside them."""
+    """A request's body, read: its images in order, whatever stood beside them, and the files' names (of a form)."""
 
     images: list[Image]
     fields: dict[str, Any]
+    names: list[str] = field(default_factory=list)
 
 
 def service_of(request: Request) -> Service:
@@ -71,9 +72,9 @@ async def read_upload(request: Request, *, key: str) -> Upload:
         check_count(len(texts), settings, key)
         return Upload(await decode_texts(texts, settings), fields)
     if kind == "multipart/form-data":
-        files, fields = await _read_form(request, settings)
-        check_count(len(files), settings, "file")
-        return Upload(list(files), fields)
+        upload = await _read_form(request, settings)
+        check_count(len(upload.images), settings, "file")
+        return upload
     if kind.startswith("image/") or kind == "application/octet-stream":
         return Upload([await request.body()], query_fields(request))
     raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send {_FORMS}")
@@ -166,7 +167,7 @@ class _MemoryParser(MultiPartParser):
     spool_max_size = 2**62
 
 
-async def _read_form(request: Request, settings: Settings) -> tuple[list[bytes], dict[str, Any]]:
+async def _read_form(request: Request, settings: Settings) -> Upload:
     parser = _MemoryParser(
         request.headers,
         request.stream(),
@@ -179,17 +180,19 @@ async def _read_form(request: Request, settings: Settings) -> tuple[list[bytes],
     except MultiPartException as error:
         raise BadRequest(f"the form cannot be read: {error.message}") from error
     try:
-        files, texts = [], []
+        files: list[Image] = []
+        names, texts = [], []
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 texts.append((name, value))
             elif name in ("file", "files", "file[]", "files[]"):
                 files.append(await value.read())
+                names.append(value.filename or "")
             else:
                 raise InvalidRequest(f"form file {name!r}: files are called file or files", param=name[:64])
     finally:
         await form.close()
-    return files, _grouped(texts)
+    return Upload(files, _grouped(texts), names)
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:

@@ -116,8 +116,10 @@ async def test_collections_find_the_photo_itself_first(tmp_path):
     async with running(tmp_path) as run:
         added = await run.client.post("/v1/collections/shop/items", json={"items": items})
         assert added.status_code == 200, added.text
-        uploaded = await run.client.post("/v1/collections/shop/items", files={"file": photo(9)})
+        uploaded = await run.client.post("/v1/collections/shop/items", files={"file": ("nine.png", photo(9))})
         assert uploaded.json()["count"] == 7
+        found = await run.client.post("/v1/collections/shop/search", json={"image": data_url(photo(9)), "k": 1})
+        assert found.json()["data"][0]["metadata"] == {"filename": "nine.png"}
         by_image = await run.client.post("/v1/collections/shop/search", json={"image": data_url(photo(3)), "k": 2})
         by_body = await run.client.post(
             "/v1/collections/shop/search?k=2", content=photo(3), headers={"Content-Type": "image/png"}
