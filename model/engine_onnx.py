@@ -35,6 +35,7 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        ort.preload_dlls()  # CUDA as pip's wheels bring it; without, the GPU build looks only where the system keeps it
         wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         providers = [provider for provider in wanted if provider in ort.get_available_providers()]
         try:
