@@ -2,7 +2,7 @@
 # /data and /tmp, so that the root file system can be read-only. Any builder since Docker 20.10 takes it.
 #
 #   docker build -t dinov2-service .                               CPU
-#   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .   CUDA and TensorRT come with pip's wheels
+#   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .   CUDA comes with pip's wheels
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
@@ -18,7 +18,7 @@ RUN mkdir model service training && touch cli.py && /opt/venv/bin/pip install -c
 RUN if [ "$VARIANT" = gpu ]; then \
       /opt/venv/bin/pip install -c constraints.txt ".[gpu]" \
       && /opt/venv/bin/pip uninstall -y onnxruntime onnxruntime-gpu \
-      && /opt/venv/bin/pip install -c constraints.txt --no-deps "onnxruntime-gpu>=1.23"; \
+      && /opt/venv/bin/pip install -c constraints.txt --no-deps onnxruntime-gpu; \
     elif [ "$VARIANT" != cpu ]; then echo "VARIANT must be cpu or gpu, not $VARIANT" >&2; exit 1; fi
 COPY cli.py ./
 COPY model model
@@ -34,7 +34,7 @@ LABEL org.opencontainers.image.title="dinov2-service" \
       org.opencontainers.image.description="DINOv2 image features over REST" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin dinov2 \
-    && install -d -o dinov2 -g dinov2 /data
+    && install -d -o dinov2 -g dinov2 /data /data/artifacts
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1 \
     DINOV2_HOST=0.0.0.0 DINOV2_PORT=8000 DINOV2_DATA_DIR=/data

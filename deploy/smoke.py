@@ -170,6 +170,7 @@ def check(build: bool, build_options: list[str]) -> None:
     expect("Redis wants its password", "NOAUTH" in inside("redis", "env", "-u", "REDISCLI_AUTH", "redis-cli", "ping"))
 
     check_redis_outage(photos[1])
+    expect("what it held outlived the kill", not computed(embed(photos[0])))
 
     compose("restart", "redis", "service")
     compose("up", "-d", "--no-build", "--wait")
