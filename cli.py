@@ -17,8 +17,6 @@ app = typer.Typer(
     help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it.",
 )
 
-PRETRAINED_LICENCE = "Apache-2.0"
-
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -72,6 +70,8 @@ def embed(
     from service.models import choose_artifact
 
     try:
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: the folder {out.parent} does not exist")
         files = find_files(paths)
         artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
         loaded = load_engine(artifact, engine)
@@ -87,7 +87,7 @@ def embed(
                 advance=lambda count: progress.advance(task, count),
             )
         save_vectors(out, done, vectors, artifact, {"pooling": pooling, "normalize": normalize})
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise _fail(error) from error
     for path, reason in report.skipped:
         typer.echo(f"skipped {path}: {reason}", err=True)
@@ -112,7 +112,7 @@ def train(
 
     try:
         checkpoint = run_training(load_config(recipe, data, out, overrides or []))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise _fail(error) from error
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
 
@@ -140,7 +140,9 @@ def export(
         Path | None, typer.Option(help="Folder of photos for the parity check. Default: generated.")
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Model card (markdown) to put into the artifact.")] = None,
-    licence: Annotated[str, typer.Option(help="SPDX identifier of the weights.")] = PRETRAINED_LICENCE,
+    licence: Annotated[
+        str, typer.Option(help="SPDX identifier of your weights; published ones bring theirs.")
+    ] = "unknown",
     keep_onnx: Annotated[bool, typer.Option(help="--no-keep-onnx leaves out what loading can derive.")] = True,
 ) -> None:
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""

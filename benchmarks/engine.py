@@ -133,8 +133,9 @@ def main() -> None:
         "matrix_product_gflop_per_s": round(max(peaks), 1),
         "rows": rows,
     }
-    (RESULTS / f"{result['date']}-engine.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{result['date']}-engine.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,9 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:>28}  {value}")
     name = f"{result['date']}-load-{artifact.manifest.name}.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,9 @@ def main() -> None:
         "seed": arguments.seed,
         **rows,
     }
-    (RESULTS / f"{result['date']}-retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{result['date']}-retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from model.vit import DinoVisionTransformer
 
 
 class TorchEngine:
-    """Runs `weights.safetensors` in float32, on CUDA where there is one."""
+    """Runs `weights.safetensors` in float32 on `device`; None is CUDA where there is one."""
 
     name = "torch"
     precision = "fp32"
 
-    def __init__(self, weights: Path, config: ViTConfig, *, threads: int) -> None:
+    def __init__(self, weights: Path, config: ViTConfig, *, threads: int, device: str | None = None) -> None:
         torch.set_num_threads(threads)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
             model = DinoVisionTransformer(config)
         state = {key: tensor.float() for key, tensor in load_file(weights).items()}

@@ -31,6 +31,7 @@ from model.artifact import (
     load_artifact,
 )
 from model.config import ViTConfig
+from model.engine import available_cpus
 from model.onnx_graph import build_onnx, write_onnx
 from model.preprocess import PreprocessSpec
 
@@ -74,7 +75,7 @@ def export_artifact(
     from model.engine_torch import TorchEngine
 
     stored = {key: np.ascontiguousarray(array.astype(weights_dtype)) for key, array in weights.items()}
-    size = input_size(preprocess)
+    size, threads = input_size(preprocess), available_cpus()
     digest = fingerprint(stored, config, preprocess)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".exporting-") as temporary:
@@ -82,9 +83,11 @@ def export_artifact(
         folder.mkdir()
         save_file(stored, folder / WEIGHTS)
         onnx_files = write_onnx(build_onnx(stored, config, size), folder / ONNX)
+        if not keep_onnx and len(onnx_files) > 1:
+            raise ValueError(f"{name}: the graph needs {len(onnx_files)} files and cannot be derived: keep_onnx=True")
         record = parity.measure(
-            TorchEngine(folder / WEIGHTS, config, threads=os.cpu_count() or 1),
-            OnnxEngine(folder / ONNX, threads=os.cpu_count() or 1),
+            TorchEngine(folder / WEIGHTS, config, threads=threads, device="cpu"),  # CUDA's TF32 is no reference
+            OnnxEngine(folder / ONNX, threads=threads),
             list(photos) if photos is not None else parity.sample_photos(),
             preprocess,
         )
@@ -131,7 +134,7 @@ def export_checkpoint(
     weights_dtype: WeightsDtype = "float32",
     photos: Sequence[npt.NDArray[np.uint8]] | None = None,
     model_card: str | None = None,
-    licence: str = "Apache-2.0",
+    licence: str = "unknown",
     keep_onnx: bool = True,
 ) -> Artifact:
     """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
@@ -140,6 +143,7 @@ def export_checkpoint(
         source: a file, or a name of `model/zoo.py` (downloaded).
         arch: torch hub's name of the architecture; needed for files that do not say it (all but our own).
         name: the artifact's; default: what our own checkpoint's provenance names, else the architecture.
+        licence: SPDX identifier of the weights; a published model brings its own.
         resize, crop: of the preprocessing; default: what the checkpoint was evaluated with, else 256 and 224.
 
     Others: see `export_artifact`.

@@ -142,6 +142,15 @@ def test_the_graph_is_derived_byte_for_byte(tmp_path: Path) -> None:
     assert first.stat().st_size == artifact.manifest.files["model.onnx"].bytes
 
 
+def test_a_graph_of_several_files_must_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.onnx_graph.EXTERNAL_ABOVE_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"needs 2 files and cannot be derived"):
+        export(tmp_path, keep_onnx=False)
+    assert list(tmp_path.iterdir()) == []
+    kept = export(tmp_path).path
+    assert load_artifact(kept).file("model.onnx.data").stat().st_size > 1000
+
+
 def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = parity.measure
 

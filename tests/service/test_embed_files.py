@@ -116,3 +116,11 @@ def test_the_command_names_a_missing_folder(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "no such file or folder" in result.output
     assert not (tmp_path / "v.npz").exists()
+
+
+def test_a_missing_output_folder_is_found_before_the_work(photos: Path, tmp_path: Path) -> None:
+    result = runner.invoke(
+        cli.app, ["embed", str(photos), "--out", str(tmp_path / "no" / "v.npz"), "--model", "nothing"]
+    )
+    assert result.exit_code == 2
+    assert "does not exist" in result.output
