@@ -5,7 +5,7 @@
 GROCERY holds `train/` and `val/`, one folder per class. The protocol is `training/evaluate/knn.py`'s (cosine, T 0.07):
 `val`: val photos among all train photos; `leave-one-out`: each train photo among the other train photos (a
 self-supervised checkpoint has seen them, without their labels); k = 1 is precision@1. The histogram has 8 x 8 x 8 bins
-over hue, saturation and value of the whole photo. Random weights are the checkpoint's own architecture as initialised,
+over hue, saturation and value of the whole photo, compared by their roots. Random weights are the checkpoint's own architecture as initialised,
 at the checkpoint's own preprocessing, with three seeds, averaged.
 
 Prints a table and, last, one JSON line, which is also written to benchmarks/results/.
@@ -36,11 +36,14 @@ Figures = dict[str, dict[int, float]]  # protocol -> k -> accuracy
 
 
 def hsv_histogram(path: Path) -> Tensor:
-    """Shares [512] of the photo's pixels in 8 x 8 x 8 bins of hue, saturation, value."""
+    """Roots of the shares [512] of the photo's pixels in 8 x 8 x 8 bins of hue, saturation, value.
+
+    With the roots, cosine is the Bhattacharyya coefficient: the fairer baseline, 28 % on val where the shares get 16 %.
+    """
     photo = Image.fromarray(read_photo(path)).convert("HSV")
     bins = np.asarray(photo).reshape(-1, 3).astype(np.int64) * BINS // 256
     flat = (bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]
-    return torch.from_numpy(np.bincount(flat, minlength=BINS**3) / len(flat)).float()
+    return torch.from_numpy(np.sqrt(np.bincount(flat, minlength=BINS**3) / len(flat))).float()
 
 
 def figures(train: Tensor, val: Tensor, train_labels: Tensor, val_labels: Tensor) -> Figures:
