@@ -5,8 +5,8 @@
 GROCERY holds `train/` and `val/`, one folder per class. The protocol is `training/evaluate/knn.py`'s (cosine, T 0.07):
 `val`: val photos among all train photos; `leave-one-out`: each train photo among the other train photos (a
 self-supervised checkpoint has seen them, without their labels); k = 1 is precision@1. The histogram has 8 x 8 x 8 bins
-over hue, saturation and value of the whole photo, compared by their roots. Random weights are the checkpoint's own architecture as initialised,
-at the checkpoint's own preprocessing, with three seeds, averaged.
+over hue, saturation and value of the whole photo, compared by their roots. Random weights are the checkpoint's own
+architecture as initialised, at the same preprocessing, three seeds averaged.
 
 Prints a table and, last, one JSON line, which is also written to benchmarks/results/.
 """
