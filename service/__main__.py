@@ -61,7 +61,7 @@ def make_server(settings: Settings) -> "DrainingServer":
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+        timeout_graceful_shutdown=1,  # what may finish has finished by then: on_tick waits for it
         timeout_keep_alive=30,
     )
     return DrainingServer(config, app.state.service)
@@ -82,6 +82,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain_until is not None:
+            self.force_exit = True
             super().handle_exit(sig, frame)
             return
         self._service.draining = True

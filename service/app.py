@@ -80,11 +80,15 @@ async def _start(
     settings, metrics, artifact = service.settings, service.metrics, service.artifact
     service.store = await (open_vectors() if open_vectors else open_store(settings.data_dir))
     stack.push_async_callback(service.store.close)
-    service.cache = cache or make_cache(
-        settings.redis_url if settings.cache_bytes else None,
-        max_bytes=settings.cache_bytes,
-        ttl_s=settings.cache_ttl_s,
-        on_event=lambda event: metrics.cache_events.labels(event).inc(),
+    service.cache = (
+        cache
+        if cache is not None
+        else make_cache(
+            settings.redis_url if settings.cache_bytes else None,
+            max_bytes=settings.cache_bytes,
+            ttl_s=settings.cache_ttl_s,
+            on_event=lambda event: metrics.cache_events.labels(event).inc(),
+        )
     )
     stack.push_async_callback(service.cache.close)
     service.pipeline = Pipeline(

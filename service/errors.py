@@ -26,9 +26,10 @@
     │   └── ModelUnavailable            503 model_unavailable
     └── DeadlineExceeded                504 deadline_exceeded
 
-A class is raised where the fault is found; `ERRORS` gives it its status, code and title; the border (`service/app.py`)
-turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error": {...}}` on `/v1/embeddings`, so that
-OpenAI's clients parse it. No web framework here: the pipeline and everything below it raise these too.
+A class is raised where the fault is found; `ERRORS` gives it its status, code and title; the border
+(`service/middleware.py`) turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error": {...}}` on
+`/v1/embeddings`, so that OpenAI's clients parse it. No web framework here: the pipeline and everything below it raise
+these too.
 """
 
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ from model.artifact import Artifact
 from model.engine import Engine
 from model.preprocess import preprocess
 from service.batcher import Batcher
-from service.cache import Cache
+from service.cache import Cache, cache_key
 from service.decode import DecodeLimits, decode
 from service.errors import BrokenImage, ServiceError
 from service.telemetry import Metrics
@@ -159,11 +159,7 @@ class Pipeline:
             for key, image in zip(keys, images, strict=True)
             if key is not None and key not in found and not isinstance(image, ServiceError)
         }
-        computed = await self._compute_all(wanted)
-        answers = found | computed
-        fresh = {k: e.to_bytes() for k, e in computed.items() if isinstance(e, Embedded)}
-        if fresh:
-            await self.cache.set_many(fresh)
+        answers = found | await self._compute_all(wanted)
         return [
             image if isinstance(image, ServiceError) else answers[key or ""]
             for key, image in zip(keys, images, strict=True)
@@ -196,7 +192,6 @@ class Pipeline:
         """Stop; what is still waiting fails with `ShuttingDown`."""
         self.batcher.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        await self.cache.close()
 
     def _forward(self, pixels: FloatArray) -> list[Row]:
         """One forward pass with pooling, on the worker's thread."""
@@ -216,7 +211,7 @@ class Pipeline:
 
     def _key(self, image: bytes) -> str:
         digest = hashlib.sha256(image).hexdigest()
-        return f"dinov2:1:{self.artifact.fingerprint}:{self.engine.precision}:{digest}"
+        return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision})
 
     async def _from_cache(self, keys: list[str]) -> dict[str, Embedded | ServiceError]:
         started = time.perf_counter()
@@ -238,7 +233,7 @@ class Pipeline:
             self.batcher.reserve(len(new))  # all of this request's images or none
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
-            task = asyncio.create_task(self._fly(wanted[key]))
+            task = asyncio.create_task(self._fly(key, wanted[key]))
             task.add_done_callback(partial(self._landed, key))  # also when it is cancelled before its first step
             self._flights[key] = _Flight(task)
         flights = {key: self._flights[key] for key in wanted}
@@ -255,10 +250,12 @@ class Pipeline:
                     flight.task.cancel()
                     self._forget(key, flight.task)
 
-    async def _fly(self, image: bytes) -> Embedded:
+    async def _fly(self, key: str, image: bytes) -> Embedded:
         decoded = await self._decode(image, keep_image=False)
         row, timings = await self._infer(decoded)
-        return Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
+        found = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
+        await self.cache.set_many({key: found.to_bytes()})  # before landing: who comes later finds one or the other
+        return found
 
     def _landed(self, key: str, task: "asyncio.Task[Embedded]") -> None:
         """Give back the one place in the queue that was reserved for a flight."""

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from model.engine import available_cpus
 
 PREFIX = "DINOV2_"
-READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH"})
+READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
 """Names that docker-compose.yml uses on the host; they may reach the service through an .env file."""
 
 
@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
 
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="one image as sent")
-    max_image_pixels: int = Field(64_000_000, ge=1, description="one image, width x height, checked before decoding")
+    max_image_pixels: int = Field(
+        64_000_000, ge=1, le=178_956_970, description="one image, width x height, checked before decoding"
+    )
     max_batch_items: int = Field(64, ge=1, le=2048, description="images in one request")
     max_body_bytes: int = Field(64 * 2**20, ge=1, description="one request body")
     max_buffered_bytes: int = Field(2**30, ge=1, description="all request bodies held at one time")

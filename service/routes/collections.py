@@ -1,7 +1,8 @@
 """`/v1/collections`: photos go in, similar photos come out. Scores are cosine similarities.
 
-A collection keeps the tag of the vectors it holds: fingerprint, pooling, input size and precision. After a change of
-the model its vectors and new ones cannot be compared, and every write and search says so (409, naming both tags).
+A collection keeps the tag of the vectors it holds: fingerprint, pooling, normalisation, input size and precision. After
+a change of the model its vectors and new ones cannot be compared, and every write and search says so (409, naming both
+tags).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from service.routes.uploads import (
     Image,
     check_count,
     decode_texts,
+    media_type,
     parse_options,
     read_json,
     read_upload,
@@ -36,7 +38,7 @@ POOLING: Final = "cls"
 def tag_of(service: Service, fingerprint: str | None = None) -> str:
     """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""
     height, width = service.artifact.manifest.input_size
-    return f"{fingerprint or service.artifact.fingerprint}/{POOLING}/{height}x{width}/{service.engine.precision}"
+    return f"{fingerprint or service.artifact.fingerprint}/{POOLING}/l2/{height}x{width}/{service.engine.precision}"
 
 
 @router.get("", summary="List collections")
@@ -122,7 +124,7 @@ async def search(request: Request, name: str) -> Response:
     check_name(name)
     timings: dict[str, float] = {}
     tag = tag_of(service)
-    if request.headers.get("content-type", "").startswith("application/json"):
+    if media_type(request) == "application/json":
         body = parse_options(SearchIn, await read_json(request))
         service.check_model(body.model)
         k = body.k
@@ -152,7 +154,7 @@ async def search(request: Request, name: str) -> Response:
 
 async def _items(request: Request, service: Service) -> tuple[list[ItemIn], list[Image], ItemsIn | UploadOptions]:
     """The items as described and their images, in order."""
-    if request.headers.get("content-type", "").startswith("application/json"):
+    if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         check_count(len(body.items), service.settings, "items")
         return body.items, await decode_texts([item.image for item in body.items], service.settings), body

@@ -58,7 +58,10 @@ async def segment(request: Request) -> Response:
     content, found = await asyncio.to_thread(_answer, service, analysed, options)
     timings = slowest([analysed.embedded])
     timings |= {"segment": _ms_since(segmenting), "total": _ms_since(started)}
-    headers = server_timing(timings) | {"X-Model-Fingerprint": service.artifact.fingerprint}
+    headers = server_timing(timings) | {
+        "X-Model": service.artifact.name,
+        "X-Model-Fingerprint": service.artifact.fingerprint,
+    }
     if isinstance(content, bytes):
         return Response(content, media_type="image/png", headers=headers)
     if "embedding" in options.include:

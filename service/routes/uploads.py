@@ -55,6 +55,11 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def media_type(request: Request) -> str:
+    """The Content-Type without its parameters, in lower case; empty when there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_upload(request: Request, *, key: str) -> Upload:
     """Read a body with images; `key` is the JSON field that holds them (a string or a list of strings).
 
@@ -62,7 +67,7 @@ async def read_upload(request: Request, *, key: str) -> Upload:
         BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: what is wrong with the body.
     """
     settings = service_of(request).settings
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == "application/json":
         fields = await read_json(request)
         if key not in fields:
@@ -86,7 +91,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     Raises:
         UnsupportedMediaType, BadRequest, InvalidRequest: another content type, not JSON, not an object.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind != "application/json":
         raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send application/json")
     body = await request.body()

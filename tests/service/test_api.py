@@ -138,7 +138,7 @@ async def test_collections_find_the_photo_itself_first(tmp_path):
         assert len(hits) == 2
         assert [hit["id"] for hit in hits] == [hit["id"] for hit in by_image.json()["data"]]
     assert info.json()["count"] == 7
-    assert info.json()["tag"] == f"{'a' * 64}/cls/28x28/fp32"
+    assert info.json()["tag"] == f"{'a' * 64}/cls/l2/28x28/fp32"
     assert [row["name"] for row in listed.json()["data"]] == ["shop"]
     assert gone.status_code == 404
 

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from service.cache import MemoryCache
 from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
 from service.pipeline import Embedded
 from tests.fakes import DIMS, FakeEngine, photo, plain_photo, running, until
@@ -141,6 +142,22 @@ async def test_a_request_that_does_not_fit_starts_nothing(tmp_path):
         assert run.service.live.batcher.images == 0
         assert run.engine.batches == []
         assert len(await run.service.live.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
+
+
+async def test_a_slow_cache_leaves_no_gap_to_compute_twice_in(tmp_path):
+    class Slow(MemoryCache):
+        async def set_many(self, items):
+            await asyncio.sleep(0.2)
+            await super().set_many(items)
+
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache=Slow(2**20)) as run:
+        first = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(engine.entered.is_set)
+        await asyncio.sleep(0.1)  # computed, and on its way into the cache
+        await run.service.live.embed([photo()])
+        await first
+    assert engine.images == 1
 
 
 async def test_a_foreign_cache_entry_is_a_miss(tmp_path):

@@ -178,15 +178,28 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path):
     assert server.process.wait(20) == 0
 
 
-def test_shutdown_does_not_wait_beyond_its_limit(tmp_path):
-    server = Server(tmp_path / "data", DINOV2_SHUTDOWN_GRACE_S="0.5")
+HALF_SENT = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 50\r\n\r\nhalf"
+
+
+def seconds_to_stop(server, signals):
+    """With a request that never ends in flight."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stuck:
-        stuck.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
-        time.sleep(0.2)
+        stuck.sendall(HALF_SENT)
+        time.sleep(0.3)
         started = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(20)
-        assert time.monotonic() - started < 6
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        server.process.wait(30)
+        return time.monotonic() - started
+
+
+def test_shutdown_waits_for_its_limit_and_not_beyond(tmp_path):
+    assert 3 <= seconds_to_stop(Server(tmp_path / "data", DINOV2_SHUTDOWN_GRACE_S="3"), signals=1) < 6
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    assert seconds_to_stop(Server(tmp_path / "data", DINOV2_SHUTDOWN_GRACE_S="20"), signals=2) < 8
 
 
 @pytest.mark.parametrize(
