@@ -17,7 +17,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         train(load_config(arguments.recipe, arguments.data, arguments.out, arguments.overrides))
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -106,8 +106,6 @@ class TrainConfig(BaseModel):
         for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the run: 0 to 1")
-        if self.warmup + self.freeze_last_layer > 1:
-            raise ValueError("warmup and freeze_last_layer together are longer than the run")
         _ = self.eval_spec
         return self
 

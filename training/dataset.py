@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from model.preprocess import PreprocessSpec, output_size
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
 
@@ -97,6 +99,7 @@ def read_photo(path: Path) -> npt.NDArray[np.uint8]:
 def _squashed(path: Path, side: int) -> tuple[npt.NDArray[np.uint8], float] | Skipped:
     try:
         photo = read_photo(path)
+        output_size(*photo.shape[:2], PreprocessSpec())  # what the evaluation would refuse is no photo to train on
     except ValueError as error:
         return Skipped(path, str(error))
     height, width = photo.shape[:2]

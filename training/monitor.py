@@ -1,8 +1,8 @@
 """What a run says: a progress bar for people, one JSON line per few steps for everything else.
 
 Collapse, the way self-supervised training dies, shows in two numbers that every line carries: the DINO loss beside ln K
-(a network that cannot tell photos apart sits exactly there) and the entropy of the student's mean prediction (all
-photos on one prototype: 0). `dino_over_ln_k` near 1 after the warm-up is the alarm.
+(a network that cannot tell photos apart sits exactly there) and the mean entropy of the teacher's targets for class
+tokens (ln K: the targets say nothing). `dino_over_ln_k` that stays near 1 after a third of the run is the alarm.
 """
 
 import json
@@ -15,12 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+COLLAPSED = 0.99  # of ln K
+LINES_TO_WARN = 3  # in a row: one bad line is noise
+
+
 class Monitor:
     """Progress bar and `metrics.jsonl` of one run; a context manager. Appends, so a resumed run keeps its history."""
 
     def __init__(self, path: Path, total_steps: int, first_step: int, batch_size: int, console: Console) -> None:
         self.console = console
         self._path, self._batch_size = path, batch_size
+        self._total_steps, self._flat_lines = total_steps, 0
         self._since, self._since_step = time.perf_counter(), first_step
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -48,7 +53,7 @@ class Monitor:
         self._progress.update(self._task, completed=steps_done)
 
     def write(self, steps_done: int, figures: dict[str, float | str]) -> None:
-        """One line of metrics.jsonl, with images/s since the last one, and the bar's figures."""
+        """One line of metrics.jsonl, with images/s since the last one, and the bar's figures; a warning at collapse."""
         now = time.perf_counter()
         speed = (steps_done - self._since_step) * self._batch_size / max(now - self._since, 1e-9)
         self._since, self._since_step = now, steps_done
@@ -59,3 +64,10 @@ class Monitor:
         self._progress.update(self._task, figures=shown)
         if not self.console.is_terminal:
             self.console.print(f"step {steps_done}  {shown}")
+        flat = float(figures["dino_over_ln_k"]) >= COLLAPSED and 3 * steps_done >= self._total_steps
+        self._flat_lines = self._flat_lines + 1 if flat else 0
+        if self._flat_lines == LINES_TO_WARN:
+            self.console.print(
+                f"warning: step {steps_done}: the DINO loss stays at ln K: the network tells no photos apart (collapse); "
+                "lower teacher_temp, or train longer"
+            )

@@ -10,18 +10,18 @@ import numpy.typing as npt
 Schedule = npt.NDArray[np.float64]
 
 
-def cosine(base: float, final: float, total: int, *, warmup: int = 0, start: float = 0.0, freeze: int = 0) -> Schedule:
-    """`freeze` steps of 0, then a line from `start` to `base` over `warmup` steps, then half a cosine down to `final`.
+def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedule:
+    """A line from 0 to `base` over `warmup` steps, then half a cosine down to `final`.
 
     Raises:
-        ValueError: freeze and warm-up longer than the run.
+        ValueError: the warm-up is longer than the run.
     """
-    n_cosine = total - warmup - freeze
+    n_cosine = total - warmup
     if n_cosine < 0:
-        raise ValueError(f"freeze {freeze} + warmup {warmup} steps do not fit into a run of {total}")
+        raise ValueError(f"warmup of {warmup} steps does not fit into a run of {total}")
     steps = np.arange(n_cosine)
     decay = final + 0.5 * (base - final) * (1 + np.cos(np.pi * steps / max(1, n_cosine)))
-    return np.concatenate([np.zeros(freeze), np.linspace(start, base, warmup), decay])
+    return np.concatenate([np.linspace(0, base, warmup), decay])
 
 
 def linear_then_constant(start: float, end: float, total: int, warmup: int) -> Schedule:

@@ -14,7 +14,10 @@ import torch
 from training.student_teacher import Network
 
 # What may change between the run that stopped and the run that goes on.
-FREE_SETTINGS = {"out", "data", "device", "log_every", "save_every_minutes", "eval_every_epochs", "compile"}
+FREE_SETTINGS = {
+    *("out", "data", "device", "compile"),
+    *("log_every", "save_every_minutes", "eval_every_epochs", "eval_resize", "eval_crop"),
+}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.checkpoint import save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
 from training.dataset import PhotoCache, Split, batch_indices, load_photos, split_folder
@@ -113,7 +113,11 @@ def teacher_targets(teacher: Network, crops: Crops, temp: float) -> tuple[Tensor
 def losses(
     student: Network, crops: Crops, cls_probs: Tensor, patch_probs: Tensor, student_temp: float
 ) -> dict[str, Tensor]:
-    """The three losses of one step. DINO is the mean over all pairs of different views."""
+    """The three losses of one step. DINO is the mean over all pairs of different views.
+
+    Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
+    they are divided by 2, so that ln K stays the mark of collapse.
+    """
     features = student.backbone.forward_features(crops.globals_, crops.masks)
     cls = features["x_norm_clstoken"]
     global_logits = torch.stack(student.dino_head(cls).chunk(2))  # [2, B, K]
@@ -149,7 +153,35 @@ def train_step(
     clip_gradients(parts.student, config.clip_grad)
     parts.optimizer.step()
     update_teacher(parts.student, parts.teacher, float(schedules.momentum[step]))
-    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+    entropy = torch.special.entr(targets[0]).sum(dim=-1).mean()
+    return {"loss": loss.detach(), **{n: value.detach() for n, value in terms.items()}, "teacher_entropy": entropy}
+
+
+def check_finite(parts: Parts, terms: dict[str, Tensor], done: int) -> None:
+    """Refuse to save what cannot be resumed.
+
+    Raises:
+        FloatingPointError: the loss, or a weight of student or teacher, is not finite.
+    """
+    if not math.isfinite(terms["loss"].item()):
+        raise FloatingPointError(f"step {done}: the loss is {terms['loss'].item()}; a lower lr may help")
+    weights = [*parts.student.parameters(), *parts.teacher.parameters()]
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        raise FloatingPointError(f"step {done}: a weight is not finite; a lower lr may help")
+
+
+def check_same_data(config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Refuse to go on with other photos: their order is part of what a resumed run repeats.
+
+    Raises:
+        ValueError: the checkpoint beside the state was trained on photos with another digest.
+    """
+    path = config.out / "checkpoint.safetensors"
+    if path.exists() and load_checkpoint(path)[2].get("data_sha256") != facts["data_sha256"]:
+        raise ValueError(
+            f"the photos in {config.data} are not those of the run in {config.out}: files were added, removed or "
+            "changed; choose another out folder, or remove this one to start anew"
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -238,8 +270,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the checkpoint's path.
 
     Raises:
-        ValueError: no usable photos, or `config.out` holds a run with other settings.
-        FloatingPointError: the loss is not finite; the last saved state is kept.
+        ValueError: no usable photos, or `config.out` holds a run with other settings or photos.
+        FloatingPointError: the loss or a weight is not finite; the last saved state is kept.
     """
     console = console or Console()
     config.out.mkdir(parents=True, exist_ok=True)
@@ -251,7 +283,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     schedules = make_schedules(config, total)
     facts = provenance(config, photos.paths)
     settings, state_path = config.model_dump(mode="json"), config.out / "state.pt"
-    first = load_state(state_path, parts, settings) if state_path.exists() else 0
+    first = 0
+    if state_path.exists():
+        check_same_data(config, facts)
+        first = load_state(state_path, parts, settings)
     (config.out / "config.json").write_text(json.dumps(settings, indent=1))
     console.print(
         f"{len(photos)} photos to train on, {len(split.held_out)} held out; {total} steps of {config.batch_size} on "
@@ -275,8 +310,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 figures["dino_over_ln_k"] = figures["dino"] / math.log(config.n_prototypes)
                 monitor.write(done, {**figures, "lr": float(schedules.lr[step])})
             if time.monotonic() - last_save > 60 * config.save_every_minutes or done == total:
-                save_state(state_path, parts, done, settings)
+                check_finite(parts, terms, done)
+                # The checkpoint first: it tells a resumed run which photos the state belongs to.
                 write_checkpoint(config, parts.teacher, facts | {"steps": done})
+                save_state(state_path, parts, done, settings)
                 last_save = time.monotonic()
             if eval_every and done % eval_every == 0 and done < total:
                 console.print(f"step {done} k-NN {report_knn(config, parts.teacher, split)}")
