@@ -58,7 +58,7 @@ def load_state(path: Path, parts: Parts, settings: dict[str, Any]) -> int:
         ValueError: the state belongs to a run with other settings; the message names them.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    mine, theirs = comparable(settings), state["settings"]
+    mine, theirs = comparable(settings), comparable(state["settings"])
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     if differing:
         changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in differing)
