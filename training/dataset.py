@@ -99,10 +99,10 @@ def read_photo(path: Path) -> npt.NDArray[np.uint8]:
 def _squashed(path: Path, side: int) -> tuple[npt.NDArray[np.uint8], float] | Skipped:
     try:
         photo = read_photo(path)
-        output_size(*photo.shape[:2], PreprocessSpec())  # what the evaluation would refuse is no photo to train on
+        height, width = photo.shape[:2]
+        output_size(height, width, PreprocessSpec())  # what the evaluation would refuse is no photo to train on
     except ValueError as error:
         return Skipped(path, str(error))
-    height, width = photo.shape[:2]
     square = Image.fromarray(photo).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(square).transpose(2, 0, 1), width / height
 

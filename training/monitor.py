@@ -14,7 +14,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-
 COLLAPSED = 0.99  # of ln K
 LINES_TO_WARN = 3  # in a row: one bad line is noise
 
@@ -68,6 +67,6 @@ class Monitor:
         self._flat_lines = self._flat_lines + 1 if flat else 0
         if self._flat_lines == LINES_TO_WARN:
             self.console.print(
-                f"warning: step {steps_done}: the DINO loss stays at ln K: the network tells no photos apart (collapse); "
-                "lower teacher_temp, or train longer"
+                f"warning: step {steps_done}: the DINO loss stays at ln K: the network tells no photos apart "
+                "(collapse); lower teacher_temp, or train longer"
             )

@@ -87,3 +87,11 @@ def test_an_epoch_shows_every_photo_once_and_the_next_in_another_order():
     assert sorted(epoch(1).tolist()) == list(range(12))
     assert epoch(0).tolist() != epoch(1).tolist()
     assert np.array_equal(batch_indices(12, 4, 4, seed=3), epoch(1)[4:8])
+
+
+def test_a_photo_too_thin_for_the_evaluation_is_skipped_at_loading(tmp_path):
+    save(tmp_path / "good.png")
+    save(tmp_path / "thin.png", size=(300, 2))
+    cache = load_photos(find_images(tmp_path), 16)
+    assert [p.name for p in cache.paths] == ["good.png"]
+    assert [s.path.name for s in cache.skipped] == ["thin.png"]

@@ -1,8 +1,10 @@
 """The loop: it learns, resumes bit for bit, lists what it cannot read, and refuses nonsense."""
 
+import io
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from model.vit import DinoVisionTransformer
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
+from training.losses import koleo_loss
+from training.monitor import Monitor
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision, data_digest
 from training.student_teacher import Network, make_teacher, update_teacher
@@ -69,7 +73,11 @@ def test_a_run_leaves_a_checkpoint_that_loads_strictly_and_its_figures(photos, t
     DinoVisionTransformer(vit_config).load_state_dict(weights, strict=True)
     found = lines(out)
     assert [line["step"] for line in found] == list(range(1, 10))  # 25 photos to train on: 3 steps per epoch
-    assert all(np.isfinite(line[key]) for line in found for key in ("loss", "dino", "ibot", "koleo", "images_per_s"))
+    assert all(
+        np.isfinite(line[key])
+        for line in found
+        for key in ("loss", "dino", "ibot", "koleo", "teacher_entropy", "images_per_s")
+    )
     assert all(line["dino_over_ln_k"] == pytest.approx(line["dino"] / math.log(32)) for line in found)  # 1: collapse
     assert provenance["steps"] == 9
     assert provenance["preprocess"] == {**PreprocessSpec(resize=28, crop=28).model_dump(mode="json")}
@@ -242,3 +250,106 @@ def test_the_data_digest_sees_names_and_contents(photos):
 def test_the_revision_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert code_revision() == "unknown"
+
+
+class StubBackbone:
+    """Features that are the pixels: class token [B, 3] the mean, patch tokens [B, N, 3] the pixels themselves."""
+
+    def forward_features(self, x, masks=None):
+        patches = x.flatten(2).transpose(1, 2)
+        if masks is not None:
+            patches = patches * (1 + masks.unsqueeze(-1))
+        return {"x_norm_clstoken": patches.mean(dim=1), "x_norm_patchtokens": patches}
+
+
+@pytest.mark.parametrize("n_local", [0, 3])
+def test_the_losses_pair_different_views_only(n_local):
+    n, k, temp = 4, 5, 0.1
+    generator = torch.Generator().manual_seed(0)
+    globals_ = torch.randn(2 * n, 3, 2, 2, generator=generator)
+    locals_ = torch.randn(n_local * n, 3, 1, 1, generator=generator) if n_local else None
+    masks = torch.rand(2 * n, 4, generator=generator) < 0.5
+    masks[1] = False  # an image without masks counts in the iBOT mean
+    cls_probs = torch.randn(2, n, k, generator=generator).softmax(-1)
+    patch_probs = torch.randn(int(masks.sum()), k, generator=generator).softmax(-1)
+    dino_head = torch.nn.Linear(3, k)
+    ibot_head = torch.nn.Linear(3, k)
+    student = SimpleNamespace(backbone=StubBackbone(), dino_head=dino_head, ibot_head=ibot_head)
+    found = loop.losses(student, loop.Crops(globals_, locals_, masks), cls_probs, patch_probs, temp)
+
+    def cross_entropy(token, head, target):
+        return -float((target * torch.log_softmax(head(token) / temp, dim=-1)).sum().detach())
+
+    features = StubBackbone().forward_features(globals_, masks)
+    cls = features["x_norm_clstoken"]
+    dino = 0.0
+    for photo in range(n):
+        for view in range(2):
+            dino += cross_entropy(cls[view * n + photo], dino_head, cls_probs[1 - view, photo]) / n
+        for view in range(n_local):
+            token = locals_[view * n + photo].mean(dim=(1, 2))
+            dino += sum(cross_entropy(token, dino_head, cls_probs[teacher, photo]) for teacher in range(2)) / n
+    assert float(found["dino"]) == pytest.approx(dino / (2 + 2 * n_local), rel=1e-4)
+
+    ibot, row = 0.0, 0
+    for image in range(2 * n):
+        for patch in masks[image].nonzero().flatten():
+            token = features["x_norm_patchtokens"][image, patch]
+            ibot += cross_entropy(token, ibot_head, patch_probs[row]) / int(masks[image].sum()) / (2 * n)
+            row += 1
+    assert float(found["ibot"]) == pytest.approx(ibot, rel=1e-4)
+    assert float(found["koleo"]) == pytest.approx(float(koleo_loss(cls[:n]) + koleo_loss(cls[n:])), rel=1e-4)
+
+
+def spoiled(step, at, spoil):
+    def run(*args):
+        terms = step(*args)
+        if args[4] == at:
+            spoil(args[1], terms)
+        return terms
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda parts, terms: terms["loss"].fill_(float("nan")),
+        lambda parts, terms: next(parts.teacher.parameters()).fill_(float("nan")),
+    ],
+    ids=["loss", "weight"],
+)
+def test_a_state_that_is_not_finite_is_never_kept(photos, tmp_path, monkeypatch, spoil):
+    out = tmp_path / "run"
+    monkeypatch.setattr(loop, "train_step", spoiled(loop.train_step, 2, spoil))
+    with pytest.raises(FloatingPointError, match="step 3"):
+        loop.train(config(photos, out, save_every_minutes=1e-9, log_every=100), QUIET)
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    assert all(torch.isfinite(weight).all() for weight in state["teacher"].values())
+
+
+def test_a_run_does_not_go_on_with_other_photos(photos, tmp_path):
+    out = tmp_path / "run"
+    loop.train(config(photos, out, epochs=1), QUIET)
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    loop.train(config(moved, out, epochs=1), QUIET)  # the same photos elsewhere are the same run
+    for path in sorted(moved.rglob("*.png")):
+        Image.new("RGB", (40, 30)).save(path)
+    with pytest.raises(ValueError, match="changed"):
+        loop.train(config(moved, out, epochs=1), QUIET)
+
+
+@pytest.mark.parametrize(("ratio", "warnings"), [(0.995, 1), (0.9, 0)])
+def test_collapse_is_said_once(tmp_path, ratio, warnings):
+    text = io.StringIO()
+    with Monitor(tmp_path / "metrics.jsonl", 30, 0, 8, Console(file=text, width=300)) as monitor:
+        for step in range(1, 31):
+            monitor.write(step, {"loss": 1.0, "dino_over_ln_k": ratio})
+            assert "warning" not in text.getvalue() or step >= 10
+    assert text.getvalue().count("warning") == warnings
+
+
+def test_warm_up_and_frozen_last_layer_may_overlap(tmp_path):
+    found = load_config("smoke", tmp_path, tmp_path, ["warmup=0.6", "freeze_last_layer=0.6"])
+    assert len(loop.make_schedules(found, 10).last_layer_lr) == 10
