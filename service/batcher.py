@@ -91,6 +91,7 @@ class Batcher(Generic[Row]):
         self._taken: list[Job[Row]] = []
         self._wake = threading.Condition()
         self._closing = False
+        self._dead = False  # set under _wake, with the last look into the queue
         self._busy_since: float | None = None
         self._images_per_s: float | None = None
         self._reserved = 0
@@ -117,7 +118,7 @@ class Batcher(Generic[Row]):
         """None when the worker is well, else what is wrong with it."""
         if self._closing:
             return None
-        if not self._thread.is_alive():
+        if self._dead:
             return "the engine's worker thread has died"
         busy_since = self._busy_since
         if busy_since is not None and time.monotonic() - busy_since > self._hang_timeout_s:
@@ -150,9 +151,9 @@ class Batcher(Generic[Row]):
             QueueFull, ShuttingDown, ModelUnavailable: as `reserve`.
             EngineFailed: (from the future) the forward pass failed.
         """
-        self._check_open()
         patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
         with self._wake:
+            self._check_open()
             if self._queue and self._queued_patches + patches > self._queue_max_patches:
                 raise self._queue_full(f"{self._queued_patches} of {self._queue_max_patches} patches")
             job: Job[Row] = Job(pixels, patches, self._loop.create_future())
@@ -186,7 +187,7 @@ class Batcher(Generic[Row]):
     def _check_open(self) -> None:
         if self._closing:
             raise ShuttingDown("the service is shutting down", retry_after_s=1)
-        if not self._thread.is_alive():
+        if self._dead:
             raise ModelUnavailable("the engine's worker thread has died; the service has to be restarted")
 
     # The worker thread.
@@ -204,6 +205,7 @@ class Batcher(Generic[Row]):
         finally:
             if not self._closing:
                 with self._wake:
+                    self._dead = True
                     lost = self._taken + list(self._queue)
                     self._queue.clear()
                 self._deliver([(job, EngineFailed("the engine's worker thread has died")) for job in lost])

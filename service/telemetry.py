@@ -87,6 +87,8 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns of every odd photo
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:

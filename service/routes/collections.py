@@ -44,21 +44,24 @@ def tag_of(service: Service, fingerprint: str | None = None) -> str:
 @router.get("", summary="List collections")
 async def list_collections(request: Request) -> Response:
     """All collections with what they hold."""
-    found = await _store(service_of(request)).collections()
-    return json_response({"object": "list", "data": [_info(info) for info in found]})
+    service = service_of(request)
+    found = await _store(service).collections()
+    return json_response({"object": "list", "data": [_info(info) for info in found], **service.identity()})
 
 
 @router.get("/{name}", summary="Describe a collection")
 async def get_collection(request: Request, name: str) -> Response:
     """Its tag, dimension and number of items."""
-    return json_response(_info(await _store(service_of(request)).info(check_name(name))))
+    service = service_of(request)
+    return json_response(_info(await _store(service).info(check_name(name))) | service.identity())
 
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
     """The collection with all its items."""
-    await _store(service_of(request)).drop(check_name(name))
-    return json_response({"name": name, "deleted": True})
+    service = service_of(request)
+    await _store(service).drop(check_name(name))
+    return json_response({"name": name, "deleted": True, **service.identity()})
 
 
 @router.post(

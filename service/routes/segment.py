@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.errors import InvalidItems, ItemError, ServiceError
+from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
 from service.pipeline import Analysed
 from service.routes.answers import json_response, server_timing, slowest
 from service.routes.uploads import check_count, parse_options, read_upload, service_of
@@ -73,7 +73,10 @@ async def segment(request: Request) -> Response:
 def _answer(service: Service, analysed: Analysed, options: SegmentOptions) -> tuple[bytes | dict[str, Any], Foreground]:
     """The mask in the form asked for; computed off the event loop. With `include` a picture goes into JSON too."""
     height, width = analysed.image.shape[:2]
-    found = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
+    try:
+        found = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
+    except ValueError as error:  # not finite, or not the grid: the engine's fault, never the photo's
+        raise EngineFailed(f"the engine's features cannot be used: {error}") from error
     if options.format == "rle":
         return {"segmentation": coco_rle_encode(found.mask)}, found
     picture = png_mask(found.mask) if options.format == "png" else overlay_png(analysed.image, found.mask)

@@ -69,7 +69,9 @@ def test_the_grace_of_compose_covers_that_of_the_service() -> None:
     from service.settings import Settings
 
     grace_s = Settings.model_fields["shutdown_grace_s"].default
-    assert int(SERVICES["service"]["stop_grace_period"].removesuffix("s")) > grace_s
+    assert (
+        int(SERVICES["service"]["stop_grace_period"].removesuffix("s")) > grace_s + 8
+    )  # uvicorn's second, joining the batcher (5 s), closing
 
 
 def test_settings_in_compose_and_dockerfile_exist() -> None:
@@ -77,6 +79,10 @@ def test_settings_in_compose_and_dockerfile_exist() -> None:
 
     known = {f"DINOV2_{name.upper()}" for name in Settings.model_fields}
     given = {name for name in SERVICES["service"]["environment"] if name.startswith("DINOV2_")}
+    from service.settings import READ_BY_COMPOSE
+
+    on_the_host = set(re.findall(r"\$\{(DINOV2_\w+)", (ROOT / "docker-compose.yml").read_text()))
+    assert on_the_host <= known | READ_BY_COMPOSE
     given |= set(re.findall(r"\b(DINOV2_\w+)=", FINAL))
     assert given <= known
     assert {"DINOV2_HOST", "DINOV2_PORT", "DINOV2_DATA_DIR", "DINOV2_REDIS_URL"} <= given

@@ -242,3 +242,29 @@ async def test_requests_of_many_clients_share_forward_passes(tmp_path):
         answers = await asyncio.gather(*posts)
     assert [shape[0] for shape in engine.batches] == [1, 8]
     assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_every_answer_of_collections_and_masks_names_the_model(tmp_path):
+    async with running(tmp_path) as run:
+        mask = await run.client.post("/v1/segment", content=photo(), headers={"Content-Type": "image/png"})
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+        listed = await run.client.get("/v1/collections")
+        described = await run.client.get("/v1/collections/shop")
+        deleted = await run.client.delete("/v1/collections/shop")
+    for answer in (listed, described, deleted):
+        assert (answer.json()["model"], answer.json()["fingerprint"]) == ("dinov2_fake-aaaaaaaa", "a" * 64)
+    assert (mask.headers["X-Model"], mask.headers["X-Model-Fingerprint"]) == ("dinov2_fake-aaaaaaaa", "a" * 64)
+
+
+async def test_features_that_are_not_finite_are_the_engines_failure(tmp_path):
+    async with running(tmp_path) as run:
+        right = run.engine.run
+
+        def wrong(pixels):
+            features = right(pixels)
+            features.patches[:] = np.nan
+            return features
+
+        run.engine.run = wrong
+        answer = await run.client.post("/v1/segment", content=photo(), headers={"Content-Type": "image/png"})
+    assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")

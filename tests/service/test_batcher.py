@@ -186,3 +186,27 @@ async def test_wrong_number_of_rows_is_an_engine_failure():
     with pytest.raises(EngineFailed):
         await batcher.submit(image())
     batcher.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_what_comes_after_the_workers_death_is_refused_before_its_thread_has_ended():
+    engine = FakeEngine()
+    async with batching(engine) as batcher:
+        first = await held(batcher, engine)
+        deliver, last = batcher._deliver, threading.Event()
+
+        def slow_to_end(outcomes):
+            deliver(outcomes)
+            last.wait(10)
+
+        batcher._deliver = slow_to_end
+        engine.killed = True
+        engine.gate.set()
+        try:
+            with pytest.raises(EngineFailed):
+                await first
+            assert batcher._thread.is_alive()
+            with pytest.raises(ModelUnavailable):
+                batcher.submit(image())
+        finally:
+            last.set()

@@ -43,6 +43,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(monkeypatch):
         ("request_deadline_s", 0),
         ("redis_url", "http://x"),
         ("max_image_bytes", 2**40),
+        ("max_image_pixels", 178_956_971),
         ("unknown", 1),
     ],
 )
