@@ -44,8 +44,12 @@ class View:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Strengths as in torchvision's ColorJitter, applied with `probability`; `gray` is the share of gray crops."""
+    """Strengths as in torchvision's ColorJitter, applied with `probability`; `gray` is the share of gray crops.
 
+    `white_balance` is ours: the light of another shop or hour, which the four others do not imitate.
+    """
+
+    white_balance: float = 0.0
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -101,13 +105,14 @@ def crop_resize(images: Tensor, boxes: Tensor, out: int, flips: Tensor) -> Tenso
     """Crops [V, B, 3, o, o] of `images` [B, 3, S, S] by `boxes` [V, B, 4], mirrored where `flips` [V, B]."""
     n_views, n_images = boxes.shape[:2]
     side = images.shape[-1]
-    top, left, height, width = (boxes.flatten(0, 1) * side).unbind(1)  # each [V*B]
-    rows = resize_weights(top, height, side, out).view(n_views, n_images, 1, out, side)
+    # Photo before view, so that a photo's views share one product and nothing is copied to broadcast it.
+    top, left, height, width = (boxes.transpose(0, 1).flatten(0, 1) * side).unbind(1)  # each [B*V]
+    rows = resize_weights(top, height, side, out).view(n_images, n_views * out, side)
     columns = resize_weights(left, width, side, out)
-    columns = torch.where(flips.flatten()[:, None, None], columns.flip(1), columns)
-    columns = columns.view(n_views, n_images, 1, out, side).expand(-1, -1, images.shape[1], -1, -1)
-    rows = rows.expand(-1, -1, images.shape[1], -1, -1)
-    return rows @ images @ columns.transpose(-1, -2)
+    columns = torch.where(flips.T.flatten()[:, None, None], columns.flip(1), columns)  # [B*V, o, S]
+    by_row = images.transpose(1, 2).flatten(2)  # [B, S, 3*S]
+    crops = (rows @ by_row).view(n_images * n_views, -1, side) @ columns.transpose(1, 2)  # [B*V, o*3, o]
+    return crops.view(n_images, n_views, out, -1, out).permute(1, 0, 3, 2, 4)
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -123,6 +128,11 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """`images` [n, 3, H, W] times `factor` [n], clipped to 0..1."""
     return (images * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def adjust_white_balance(images: Tensor, gains: Tensor) -> Tensor:
+    """`images` [n, 3, H, W] times one gain per channel [n, 3], clipped to 0..1: the colour of the light."""
+    return (images * gains[:, :, None, None]).clamp(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
@@ -184,6 +194,9 @@ def color_jitter(images: Tensor, jitter: Jitter, generator: Generator) -> Tensor
         drawn = _uniform((n,), neutral - strength, neutral + strength, generator).clamp(min=neutral - 1)
         return torch.where(chosen, drawn, torch.full_like(drawn, neutral))
 
+    if jitter.white_balance > 0:
+        gains = [factors(jitter.white_balance, 1.0) for _ in range(images.shape[1])]
+        images = adjust_white_balance(images, torch.stack(gains, dim=1))
     table: list[tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = [
         (adjust_brightness, jitter.brightness, 1.0),
         (adjust_contrast, jitter.contrast, 1.0),

@@ -20,6 +20,22 @@ Share = float
 Range = tuple[float, float]
 
 
+class LastPhase(BaseModel):
+    """The end of a run on larger crops: most steps stay cheap, and the network still learns the sizes it will serve.
+
+    DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution"). Everything else, the
+    schedules included, goes on as before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: Share = Field(gt=0, lt=1, description="of the run's steps")
+    global_size: int
+    local_size: int
+    global_scale: Range = (0.32, 1.0)
+    local_scale: Range = (0.05, 0.32)
+
+
 class TrainConfig(BaseModel):
     """One run. Defaults are DINOv2's short recipe where it has the setting, sizes aside.
 
@@ -43,6 +59,7 @@ class TrainConfig(BaseModel):
     # the network
     model: str = "dinov2_vitt14"
     vit: dict[str, Any] = Field(default_factory=dict, description="fields of ViTConfig that differ from the model's")
+    init: Path | None = Field(None, description="checkpoint or artifact whose backbone the run starts from")
     drop_path: float = Field(0.0, ge=0, lt=1)
     n_prototypes: int = Field(65536, ge=2)
     head_hidden_dim: int = Field(2048, ge=1)
@@ -55,6 +72,8 @@ class TrainConfig(BaseModel):
     n_local: int = Field(8, ge=0)
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
+    last_phase: LastPhase | None = Field(None, description="other crop sizes and scales for the end of the run")
+    white_balance: float = Field(0.0, ge=0, lt=1, description="each channel times 1 +- this; not in DINOv2")
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -88,6 +107,9 @@ class TrainConfig(BaseModel):
     layer_decay: float = 0.9
     patch_embed_lr_mult: float = 0.2
     freeze_last_layer: Share = 0.01
+    freeze_backbone: Share = Field(
+        0.0, description="heads alone learn so long: with `init`, fresh heads ruin a backbone"
+    )
     clip_grad: float = 3.0
 
     # watching and saving
@@ -100,10 +122,14 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         patch = self.vit_config.patch_size
-        for name in ("global_size", "local_size", "eval_crop"):
-            if getattr(self, name) % patch:
-                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of the patch size {patch}")
-        for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer"):
+        sizes = {name: getattr(self, name) for name in ("global_size", "local_size", "eval_crop")}
+        if self.last_phase is not None:
+            sizes["last_phase.global_size"] = self.last_phase.global_size
+            sizes["last_phase.local_size"] = self.last_phase.local_size
+        for name, size in sizes.items():
+            if size < patch or size % patch:
+                raise ValueError(f"{name}={size} must be a multiple of the patch size {patch}")
+        for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the run: 0 to 1")
         _ = self.eval_spec

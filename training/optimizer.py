@@ -2,15 +2,21 @@
 
 From facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate falls by `layer_decay` per block towards
 the input, the patch embedding learns at a fraction of it, biases, norms and LayerScale have no weight decay (positions,
-class, mask and register tokens and the prototypes' lengths do), and the prototypes are frozen at first.
+class, mask and register tokens and the prototypes' lengths do), and the prototypes are frozen at first. (So can be the
+whole backbone, which is ours: fresh heads on a trained backbone first learn alone.)
 
 A group carries its multipliers; `set_schedule` turns the step's values into every group's rates.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from training.student_teacher import Network
+
+Part = Literal["backbone", "head", "last_layer"]
+"""What learns at its own times: see `Schedules.lr` in `training/train.py`."""
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -26,19 +32,20 @@ def layer_of(name: str, depth: int) -> int:
 def make_optimizer(
     network: Network, *, layer_decay: float, patch_embed_lr_mult: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters; groups have `lr_mult`, `wd_mult` and `last_layer`."""
+    """AdamW over all parameters; groups have `part` (of `set_schedule`), `lr_mult` and `wd_mult`."""
     depth = len(network.backbone.blocks)
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Part, float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         lr_mult = layer_decay ** (depth + 1 - layer_of(name, depth))
         if "patch_embed" in name:
             lr_mult *= patch_embed_lr_mult
         decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
-        groups.setdefault((lr_mult, float(decays), "last_layer" in name), []).append(parameter)
+        part: Part = "backbone" if name.startswith("backbone.") else "last_layer" if "last_layer" in name else "head"
+        groups.setdefault((part, lr_mult, float(decays)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr_mult": lr_mult, "wd_mult": wd_mult, "last_layer": last_layer}
-            for (lr_mult, wd_mult, last_layer), parameters in groups.items()
+            {"params": parameters, "part": part, "lr_mult": lr_mult, "wd_mult": wd_mult}
+            for (part, lr_mult, wd_mult), parameters in groups.items()
         ],
         lr=0.0,
         betas=betas,
@@ -46,10 +53,10 @@ def make_optimizer(
     )
 
 
-def set_schedule(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:
+def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight_decay: float) -> None:
     """Write one step's values into every group."""
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_mult"]
+        group["lr"] = lr[group["part"]] * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
 
 

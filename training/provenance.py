@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from model.artifact import WEIGHTS
 from training.config import TrainConfig
 
 
@@ -34,6 +35,12 @@ def code_revision() -> str:
     return revision.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
+def initial_digest(init: Path) -> dict[str, str]:
+    """What a run started from: name and sha256 of the weights' file, without the folder that it lay in."""
+    weights = init / WEIGHTS if init.is_dir() else init
+    return {"name": init.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+
+
 def provenance(config: TrainConfig, photos: Sequence[Path]) -> dict[str, Any]:
     """What a checkpoint says of itself; `name` and `preprocess` are what an artifact of it gets by default.
 
@@ -47,7 +54,8 @@ def provenance(config: TrainConfig, photos: Sequence[Path]) -> dict[str, Any]:
         "name": f"{config.model}_{config.recipe}",
         "preprocess": config.eval_spec.model_dump(mode="json"),
         "recipe": config.recipe,
-        "settings": config.model_dump(mode="json", exclude={"data", "out"}),
+        "settings": config.model_dump(mode="json", exclude={"data", "out", "init"}),
+        "init": None if config.init is None else initial_digest(config.init),
         "photos": len(photos),
         "data_sha256": data_digest(photos, config.data),
         "revision": code_revision(),

@@ -24,7 +24,9 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.checkpoint import load_checkpoint, save_checkpoint
+from model.artifact import WEIGHTS, load_artifact
+from model.checkpoint import load_checkpoint, load_state_dict_file, save_checkpoint
+from model.config import ViTConfig
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
 from training.dataset import PhotoCache, Split, batch_indices, load_photos, split_folder
@@ -32,7 +34,7 @@ from training.evaluate.knn import Pooling, evaluate_knn
 from training.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from training.masking import batch_masks
 from training.monitor import Monitor
-from training.optimizer import clip_gradients, make_optimizer, set_schedule
+from training.optimizer import Part, clip_gradients, make_optimizer, set_schedule
 from training.provenance import provenance
 from training.schedules import Schedule, cosine, linear_then_constant
 from training.state import Parts, load_state, save_state
@@ -50,10 +52,9 @@ class Crops:
 
 @dataclass(frozen=True)
 class Schedules:
-    """One value per step of everything that changes over the run."""
+    """One value per step of everything that changes over the run. `lr` is 0 while a part is frozen."""
 
-    lr: Schedule
-    last_layer_lr: Schedule
+    lr: dict[Part, Schedule]
     weight_decay: Schedule
     momentum: Schedule
     teacher_temp: Schedule
@@ -63,33 +64,49 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
     """The run's schedules, `total` steps each."""
     peak = config.lr * math.sqrt(config.batch_size / 1024)
     lr = cosine(peak, config.min_lr, total, warmup=int(config.warmup * total))
-    last_layer_lr = lr.copy()
-    last_layer_lr[: int(config.freeze_last_layer * total)] = 0
+    frozen: dict[Part, float] = {
+        "backbone": config.freeze_backbone,
+        "head": 0,
+        "last_layer": config.freeze_last_layer,
+    }
     return Schedules(
-        lr=lr,
-        last_layer_lr=last_layer_lr,
+        lr={part: np.where(np.arange(total) < int(share * total), 0, lr) for part, share in frozen.items()},
         weight_decay=cosine(*config.weight_decay, total),
         momentum=cosine(*config.momentum, total),
         teacher_temp=linear_then_constant(*config.teacher_temp, total, int(config.teacher_temp_warmup * total)),
     )
 
 
-def make_crops(config: TrainConfig, photos: PhotoCache, step: int, device: torch.device) -> Crops:
-    """The crops and masks of one step, a function of (seed, step) alone."""
+def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]:
+    """First global, second global and local view with how many of each, when `share_done` of the run is over."""
+    last = config.last_phase
+    sizes = last if last is not None and share_done >= 1 - last.share else config
+    return [
+        (View(sizes.global_size, sizes.global_scale, config.blur[0]), 1),
+        (View(sizes.global_size, sizes.global_scale, config.blur[1], config.solarize), 1),
+        (View(sizes.local_size, sizes.local_scale, config.blur[2]), config.n_local),
+    ]
+
+
+def make_crops(
+    config: TrainConfig, photos: PhotoCache, step: int, views: list[tuple[View, int]], device: torch.device
+) -> Crops:
+    """The crops and masks of one step, a function of (seed, step) and the `views` asked for."""
     generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
     indices = batch_indices(len(photos), config.batch_size, step, config.seed)
     images = photos.pixels[indices].to(device).float() / 255
     aspect = photos.aspect[indices].to(device)
     jitter = Jitter(
-        config.brightness, config.contrast, config.saturation, config.hue, config.jitter_probability, config.gray
+        white_balance=config.white_balance,
+        brightness=config.brightness,
+        contrast=config.contrast,
+        saturation=config.saturation,
+        hue=config.hue,
+        probability=config.jitter_probability,
+        gray=config.gray,
     )
-    views = [
-        (View(config.global_size, config.global_scale, config.blur[0]), 1),
-        (View(config.global_size, config.global_scale, config.blur[1], config.solarize), 1),
-        (View(config.local_size, config.local_scale, config.blur[2]), config.n_local),
-    ]
     first, second, *local = (augmented_views(images, aspect, v, n, jitter, generator) for v, n in views if n)
-    side = config.global_size // config.vit_config.patch_size
+    side = views[0][0].size // config.vit_config.patch_size
     masks = batch_masks(
         np.random.default_rng((config.seed, step)),
         2 * len(indices),
@@ -141,8 +158,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One update of student and teacher; the losses, unweighted, and their weighted sum `loss`."""
     torch.manual_seed(config.seed * 1_000_003 + step)  # drop path draws from the global generator
-    lr, last_layer_lr = float(schedules.lr[step]), float(schedules.last_layer_lr[step])
-    set_schedule(parts.optimizer, lr, last_layer_lr, float(schedules.weight_decay[step]))
+    lr = {part: float(schedule[step]) for part, schedule in schedules.lr.items()}
+    set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
     with autocast:
         targets = teacher_targets(parts.teacher, crops, float(schedules.teacher_temp[step]))
         terms = losses(parts.student, crops, *targets, config.student_temp)
@@ -204,8 +221,23 @@ def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+def initial_weights(path: Path, config: ViTConfig) -> dict[str, Tensor]:
+    """The backbone of a checkpoint or artifact, to start from.
+
+    Raises:
+        ValueError: neither of the two, damaged, or of another shape than `config`.
+    """
+    if path.is_dir():
+        found, weights = load_artifact(path).manifest.config, load_state_dict_file(path / WEIGHTS)
+    else:
+        weights, found, _ = load_checkpoint(path)
+    if found != config:
+        raise ValueError(f"init={path} is another network than the run's: {found}, not {config}")
+    return weights
+
+
 def make_parts(config: TrainConfig, device: torch.device) -> Parts:
-    """Student, teacher and optimizer at step 0, a function of the seed."""
+    """Student, teacher and optimizer at step 0, a function of the seed and of `config.init`."""
     torch.manual_seed(config.seed)
     student = Network(
         config.vit_config,
@@ -215,6 +247,8 @@ def make_parts(config: TrainConfig, device: torch.device) -> Parts:
         shared_head=config.shared_head,
         drop_path_rate=config.drop_path,
     ).to(device)
+    if config.init is not None:
+        student.backbone.load_state_dict(initial_weights(config.init, config.vit_config))
     teacher = make_teacher(student)
     if config.compile:
         for network in (student, teacher):
@@ -300,7 +334,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         Monitor(config.out / "metrics.jsonl", total, first, config.batch_size, console) as monitor,
     ):
         for step in range(first, total):
-            terms = train_step(config, parts, schedules, make_crops(config, photos, step, device), step, autocast)
+            crops = make_crops(config, photos, step, crop_views(config, step / total), device)
+            terms = train_step(config, parts, schedules, crops, step, autocast)
             done = step + 1
             monitor.advance(done)
             if done % config.log_every == 0 or done == total:
@@ -308,7 +343,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 if not math.isfinite(figures["loss"]):
                     raise FloatingPointError(f"loss {figures['loss']} at step {done}: {figures}")
                 figures["dino_over_ln_k"] = figures["dino"] / math.log(config.n_prototypes)
-                monitor.write(done, {**figures, "lr": float(schedules.lr[step])})
+                monitor.write(done, {**figures, "lr": float(schedules.lr["head"][step])})
             if time.monotonic() - last_save > 60 * config.save_every_minutes or done == total:
                 check_finite(parts, terms, done)
                 # The checkpoint first: it tells a resumed run which photos the state belongs to.

@@ -187,7 +187,7 @@ def small_network(**changes):
 def test_parameter_groups_are_the_papers():
     network = small_network()
     optimizer = make_optimizer(network, layer_decay=0.5, patch_embed_lr_mult=0.2, betas=(0.9, 0.999))
-    set_schedule(optimizer, lr=1.0, last_layer_lr=0.0, weight_decay=0.1)
+    set_schedule(optimizer, {"backbone": 1.0, "head": 1.0, "last_layer": 0.0}, weight_decay=0.1)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     found = {name: (groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for name, p in network.named_parameters()}
     assert len(found) == sum(len(g["params"]) for g in optimizer.param_groups)
@@ -352,4 +352,4 @@ def test_collapse_is_said_once(tmp_path, ratio, warnings):
 
 def test_warm_up_and_frozen_last_layer_may_overlap(tmp_path):
     found = load_config("smoke", tmp_path, tmp_path, ["warmup=0.6", "freeze_last_layer=0.6"])
-    assert len(loop.make_schedules(found, 10).last_layer_lr) == 10
+    assert len(loop.make_schedules(found, 10).lr["last_layer"]) == 10
