@@ -4,7 +4,7 @@
 
 PHOTOS holds `train/` and `val/` with one folder for each class. Photos of `train` are put into a collection over HTTP,
 photos of `val` are searched; a search is right when the best hit has the query's class. The same with an artifact of
-random weights (same architecture and preprocessing), and with 512-bin HSV histograms compared by intersection.
+random weights (same architecture and preprocessing), and with the colour histograms of `knn_grocery.py`.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import httpx
-import numpy as np
-from PIL import Image
+import torch
+from knn_grocery import hsv_histogram  # benchmarks/knn_grocery.py
 from serving import random_artifact, running_service  # benchmarks/serving.py
 
 from model.artifact import bundled_artifact, read_manifest
@@ -64,20 +64,11 @@ def precision_at_1(artifact: Path, indexed: list[Path], queries: list[Path]) -> 
     }
 
 
-def histogram(path: Path) -> np.ndarray:
-    """8 x 8 x 8 HSV histogram, sums to one."""
-    hsv = np.asarray(Image.open(path).convert("RGB").convert("HSV").resize((128, 128)), np.int64) // 32
-    counts = np.bincount((hsv @ np.array([64, 8, 1])).ravel(), minlength=512)
-    return counts / counts.sum()
-
-
 def histogram_precision(indexed: list[Path], queries: list[Path]) -> float:
-    known = np.stack([histogram(path) for path in indexed])
-    right = 0
-    for path in queries:
-        best = int(np.minimum(known, histogram(path)).sum(axis=1).argmax())
-        right += indexed[best].parent.name == path.parent.name
-    return round(right / len(queries), 4)
+    known, wanted = (torch.stack([hsv_histogram(path) for path in paths]) for paths in (indexed, queries))
+    best = (wanted @ known.T).argmax(dim=1).tolist()
+    right = [indexed[b].parent.name == query.parent.name for b, query in zip(best, queries, strict=True)]
+    return round(sum(right) / len(right), 4)
 
 
 def main() -> None:

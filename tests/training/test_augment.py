@@ -16,6 +16,7 @@ from training.augment import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
+    adjust_white_balance,
     augmented_views,
     color_jitter,
     crop_resize,
@@ -116,6 +117,21 @@ def test_brightness_contrast_saturation_are_their_definitions(photos):
     torch.testing.assert_close(adjust_saturation(images, factors), expected)
     gray = per_pixel(images, lambda pixel, i: [luma(pixel)] * 3)
     torch.testing.assert_close(grayscale(images).expand_as(images), gray)
+
+
+def test_white_balance_is_a_gain_per_channel(photos):
+    images = to_tensor(photos)[:, :, ::4, ::4]
+    gains = torch.tensor([[1.2, 1.0, 0.8], [1.0, 1.0, 1.0], [0.5, 1.1, 3.0]])
+
+    def lit(pixel, i):
+        return [min(1.0, value * gain) for value, gain in zip(pixel, gains[i].tolist(), strict=True)]
+
+    torch.testing.assert_close(adjust_white_balance(images, gains), per_pixel(images, lit), atol=1e-6, rtol=0)
+    only = Jitter(white_balance=0.2, brightness=0, contrast=0, saturation=0, hue=0, probability=1.0, gray=0.0)
+    ratio = color_jitter(torch.full((64, 3, 2, 2), 0.5), only, gen())[:, :, 0, 0] / 0.5
+    assert 0.8 <= ratio.min() < 0.85
+    assert 1.15 < ratio.max() <= 1.2
+    assert (ratio[:, 0] - ratio[:, 1]).abs().max() > 0.1  # the channels are drawn apart
 
 
 def test_hue_is_colorsys(photos):

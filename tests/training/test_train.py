@@ -4,6 +4,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from model.checkpoint import load_checkpoint
+from model.artifact import bundled_artifact, read_manifest
+from model.checkpoint import load_checkpoint, load_state_dict_file
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
@@ -171,6 +173,10 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
         ("smoke", ["vit={width = 3}"], "width"),
         ("smoke", ["model=resnet"], "resnet"),
         ("smoke", ["warmup=1.5"], "warmup=1.5"),
+        ("smoke", ["freeze_backbone=-0.1"], "freeze_backbone=-0.1"),
+        ("smoke", ["local_size=0"], "local_size=0"),
+        ("smoke", ["last_phase={share = 0.2, global_size = 100, local_size = 42}"], "last_phase.global_size=100"),
+        ("smoke", ["last_phase={share = 1.2, global_size = 98, local_size = 42}"], "last_phase.share"),
     ],
 )
 def test_impossible_settings_are_refused(recipe, overrides, message, tmp_path):
@@ -353,3 +359,50 @@ def test_collapse_is_said_once(tmp_path, ratio, warnings):
 def test_warm_up_and_frozen_last_layer_may_overlap(tmp_path):
     found = load_config("smoke", tmp_path, tmp_path, ["warmup=0.6", "freeze_last_layer=0.6"])
     assert len(loop.make_schedules(found, 10).lr["last_layer"]) == 10
+
+
+def test_a_run_starts_from_another_ones_backbone(photos, tmp_path):
+    first = loop.train(config(photos, tmp_path / "first", epochs=1), QUIET)
+    started = config(photos, tmp_path / "second", init=first, seed=3)
+    parts = loop.make_parts(started, torch.device("cpu"))
+    weights, _, _ = load_checkpoint(first)
+    for network in (parts.student, parts.teacher):
+        assert all(torch.equal(network.backbone.state_dict()[key], weights[key]) for key in weights)
+    _, _, found = load_checkpoint(loop.train(started, QUIET))
+    assert found["init"]["name"] == "checkpoint.safetensors"
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_a_run_starts_from_an_artifact(photos, tmp_path):
+    artifact = bundled_artifact()
+    manifest = read_manifest(artifact)
+    started = config(photos, tmp_path / "run", init=artifact, vit=asdict(manifest.config), global_size=28)
+    weights = loop.make_parts(started, torch.device("cpu")).student.backbone.state_dict()
+    expected = load_state_dict_file(artifact / "weights.safetensors")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_a_run_does_not_start_from_another_network(photos, tmp_path):
+    first = loop.train(config(photos, tmp_path / "first", epochs=1), QUIET)
+    with pytest.raises(ValueError, match=r"init=.*checkpoint\.safetensors is another network.*depth=2.*depth=3"):
+        loop.train(config(photos, tmp_path / "second", init=first, vit={**TINY["vit"], "depth": 3}), QUIET)
+
+
+def test_a_frozen_backbone_stays_while_the_heads_learn(photos, tmp_path):
+    frozen = config(photos, tmp_path / "run", epochs=1, freeze_backbone=1.0, freeze_last_layer=0.0, warmup=0.0)
+    before = loop.make_parts(frozen, torch.device("cpu")).student.state_dict()
+    loop.train(frozen, QUIET)
+    after = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["student"]
+    moved = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+    assert moved == {"dino_head"}
+
+
+def test_the_last_phase_takes_larger_crops(photos, tmp_path):
+    last = {"share": 0.25, "global_size": 42, "local_size": 28, "global_scale": [0.5, 1.0]}
+    phased = config(photos, tmp_path / "run", last_phase=last)
+    seen = [[(view.size, view.scale, n) for view, n in loop.crop_views(phased, step / 8)] for step in range(8)]
+    early = [(28, (0.32, 1.0), 1), (28, (0.32, 1.0), 1), (14, (0.05, 0.32), 2)]
+    late = [(42, (0.5, 1.0), 1), (42, (0.5, 1.0), 1), (28, (0.05, 0.32), 2)]
+    assert seen == [early] * 6 + [late] * 2
+    loop.train(phased, QUIET)
+    assert len(lines(tmp_path / "run")) == 9
