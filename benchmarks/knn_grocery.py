@@ -6,7 +6,8 @@ GROCERY holds `train/` and `val/`, one folder per class. The protocol is `traini
 `val`: val photos among all train photos; `leave-one-out`: each train photo among the other train photos (a
 self-supervised checkpoint has seen them, without their labels); k = 1 is precision@1. The histogram has 8 x 8 x 8 bins
 over hue, saturation and value of the whole photo, compared by their roots. Random weights are the checkpoint's own
-architecture as initialised, at the same preprocessing, three seeds averaged.
+architecture as initialised, at the same preprocessing, three seeds averaged. Since a recipe may whiten its model
+(docs/decisions/0011-whitening.md), random weights and histogram are also given whitened, with the same shrinkage.
 
 Prints a table and, last, one JSON line, which is also written to benchmarks/results/.
 """
@@ -32,6 +33,7 @@ from training.evaluate.knn import extract_features, knn_accuracy, labels_of
 KS = (1, 5, 10, 20)
 RANDOM_SEEDS = (0, 1, 2)
 BINS = 8
+SHRINKAGE = 0.01  # of the recipe `grocery_continue`
 Figures = dict[str, dict[int, float]]  # protocol -> k -> accuracy
 
 
@@ -54,6 +56,15 @@ def figures(train: Tensor, val: Tensor, train_labels: Tensor, val_labels: Tensor
     }
 
 
+def whitened(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [n, D] centred and whitened by the covariance of `train`."""
+    mean = train.mean(dim=0)
+    variance, directions = torch.linalg.eigh(torch.cov((train - mean).T.double()))
+    scales = (variance.clamp(min=0) + SHRINKAGE * variance.mean()).rsqrt()
+    matrix = (directions * scales).float()
+    return (train - mean) @ matrix, (val - mean) @ matrix
+
+
 def mean_figures(runs: list[Figures]) -> Figures:
     return {protocol: {k: float(np.mean([run[protocol][k] for run in runs])) for k in KS} for protocol in runs[0]}
 
@@ -67,7 +78,9 @@ def measure(data: Path, checkpoint: Path, spec: PreprocessSpec) -> dict[str, Fig
 
     def of_model(model: DinoVisionTransformer) -> dict[str, Figures]:
         known, unknown = extract_features(model, train, spec), extract_features(model, val, spec)
-        return {p: figures(known[p], unknown[p], train_labels, val_labels) for p in known}
+        features = {str(p): (known[p], unknown[p]) for p in known}
+        features["cls, whitened"] = whitened(*features["cls"])
+        return {name: figures(*pair, train_labels, val_labels) for name, pair in features.items()}
 
     model = DinoVisionTransformer(config)
     model.load_state_dict(weights)
@@ -78,8 +91,9 @@ def measure(data: Path, checkpoint: Path, spec: PreprocessSpec) -> dict[str, Fig
         random_runs.append(of_model(DinoVisionTransformer(config)))
     for pooling in random_runs[0]:
         results[f"random weights, {pooling}"] = mean_figures([run[pooling] for run in random_runs])
-    histograms = [torch.stack([hsv_histogram(path) for path in paths]) for paths in (train, val)]
-    results["HSV histogram, 512 bins"] = figures(*histograms, train_labels, val_labels)
+    known, unknown = (torch.stack([hsv_histogram(path) for path in paths]) for paths in (train, val))
+    results["HSV histogram, 512 bins"] = figures(known, unknown, train_labels, val_labels)
+    results["HSV histogram, whitened"] = figures(*whitened(known, unknown), train_labels, val_labels)
     return results
 
 
@@ -98,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.safetensors that training wrote")
-    parser.add_argument("--resize", type=int, default=112, help="short side after resizing, pixels")
-    parser.add_argument("--crop", type=int, default=112, help="side of the centre crop, pixels")
+    parser.add_argument("--resize", type=int, default=224, help="short side after resizing, pixels")
+    parser.add_argument("--crop", type=int, default=224, help="side of the centre crop, pixels")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     spec = PreprocessSpec(resize=arguments.resize, crop=arguments.crop)

@@ -116,6 +116,11 @@ class TrainConfig(BaseModel):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     save_every_minutes: float = Field(5, gt=0)
     eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
+    whiten: float | None = Field(
+        None,
+        gt=0,
+        description="shrinkage of a whitening of the class token at the end; None: as trained. Not in DINOv2",
+    )
     eval_resize: int = 256
     eval_crop: int = 224
 

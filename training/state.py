@@ -16,7 +16,7 @@ from training.student_teacher import Network
 # What may change between the run that stopped and the run that goes on.
 FREE_SETTINGS = {
     *("out", "data", "device", "compile"),
-    *("log_every", "save_every_minutes", "eval_every_epochs", "eval_resize", "eval_crop"),
+    *("log_every", "save_every_minutes", "eval_every_epochs", "whiten", "eval_resize", "eval_crop"),
 }
 
 

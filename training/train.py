@@ -10,6 +10,7 @@ All randomness of a step is drawn from (seed, step): a stopped run goes on as if
 Legend: B photos per step, V views, N patches of a global crop, K prototypes, M masked patches.
 """
 
+import copy
 import json
 import math
 import time
@@ -27,10 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.artifact import WEIGHTS, load_artifact
 from model.checkpoint import load_checkpoint, load_state_dict_file, save_checkpoint
 from model.config import ViTConfig
+from model.vit import DinoVisionTransformer
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
 from training.dataset import PhotoCache, Split, batch_indices, load_photos, split_folder
-from training.evaluate.knn import Pooling, evaluate_knn
+from training.evaluate.knn import Pooling, evaluate_knn, extract_features
 from training.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from training.masking import batch_masks
 from training.monitor import Monitor
@@ -39,6 +41,9 @@ from training.provenance import provenance
 from training.schedules import Schedule, cosine, linear_then_constant
 from training.state import Parts, load_state, save_state
 from training.student_teacher import Network, make_teacher, update_teacher
+from training.whiten import whiten
+
+WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
 
 
 @dataclass(frozen=True)
@@ -263,17 +268,27 @@ def make_parts(config: TrainConfig, device: torch.device) -> Parts:
     return Parts(student, teacher, optimizer)
 
 
-def report_knn(config: TrainConfig, teacher: Network, split: Split) -> dict[Pooling, dict[int, float]]:
-    """k-NN of the teacher on the held-out photos; empty if there are none or only one class."""
+def released_backbone(config: TrainConfig, teacher: Network, photos: PhotoCache) -> DinoVisionTransformer:
+    """What a finished run gives away: the teacher's backbone, whitened if asked for (the teacher itself stays)."""
+    if config.whiten is None:
+        return teacher.backbone
+    backbone = copy.deepcopy(teacher.backbone)
+    sample = photos.paths[:: math.ceil(len(photos) / WHITENING_PHOTOS)]
+    whiten(backbone, extract_features(backbone, sample, config.eval_spec)["cls"], config.whiten)
+    return backbone
+
+
+def report_knn(config: TrainConfig, backbone: DinoVisionTransformer, split: Split) -> dict[Pooling, dict[int, float]]:
+    """k-NN of the backbone on the held-out photos; empty if there are none or only one class."""
     if not split.held_out or len({path.parent for path in split.train}) < 2:
         return {}
-    return evaluate_knn(teacher.backbone, split.train, split.held_out, config.eval_spec)
+    return evaluate_knn(backbone, split.train, split.held_out, config.eval_spec)
 
 
-def write_checkpoint(config: TrainConfig, teacher: Network, facts: dict[str, Any]) -> Path:
-    """The teacher's backbone in the format that `dinov2 export` reads."""
+def write_checkpoint(config: TrainConfig, backbone: DinoVisionTransformer, facts: dict[str, Any]) -> Path:
+    """A backbone in the format that `dinov2 export` reads."""
     path = config.out / "checkpoint.safetensors"
-    save_checkpoint(path, teacher.backbone.state_dict(), config.vit_config, facts)
+    save_checkpoint(path, backbone.state_dict(), config.vit_config, facts)
     return path
 
 
@@ -347,12 +362,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             if time.monotonic() - last_save > 60 * config.save_every_minutes or done == total:
                 check_finite(parts, terms, done)
                 # The checkpoint first: it tells a resumed run which photos the state belongs to.
-                write_checkpoint(config, parts.teacher, facts | {"steps": done})
+                write_checkpoint(config, parts.teacher.backbone, facts | {"steps": done})
                 save_state(state_path, parts, done, settings)
                 last_save = time.monotonic()
             if eval_every and done % eval_every == 0 and done < total:
-                console.print(f"step {done} k-NN {report_knn(config, parts.teacher, split)}")
-    knn = report_knn(config, parts.teacher, split)
+                console.print(f"step {done} k-NN {report_knn(config, parts.teacher.backbone, split)}")
+    backbone = released_backbone(config, parts.teacher, photos)
+    knn = report_knn(config, backbone, split)
     (config.out / "knn.json").write_text(json.dumps(knn, indent=1))
     console.print(f"k-NN on {len(split.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}")
-    return write_checkpoint(config, parts.teacher, facts | {"steps": total, "knn": knn})
+    return write_checkpoint(config, backbone, facts | {"steps": total, "knn": knn})

@@ -21,6 +21,7 @@ from model.vit import DinoVisionTransformer
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
+from training.evaluate.knn import extract_features
 from training.losses import koleo_loss
 from training.monitor import Monitor
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
@@ -406,3 +407,18 @@ def test_the_last_phase_takes_larger_crops(photos, tmp_path):
     assert seen == [early] * 6 + [late] * 2
     loop.train(phased, QUIET)
     assert len(lines(tmp_path / "run")) == 9
+
+
+def test_a_whitened_run_gives_away_another_basis_and_goes_on_from_the_trained_one(photos, tmp_path):
+    out = tmp_path / "run"
+    trained, _, _ = load_checkpoint(loop.train(config(photos, out, epochs=1), QUIET))
+    whitened, _, facts = load_checkpoint(loop.train(config(photos, out, epochs=1, whiten=0.1), QUIET))
+    assert facts["settings"]["whiten"] == 0.1
+    assert not torch.equal(whitened["norm.weight"], trained["norm.weight"])
+    again, _, _ = load_checkpoint(loop.train(config(photos, out, epochs=1), QUIET))  # the state was not whitened
+    assert all(torch.equal(again[key], trained[key]) for key in trained)
+    paths = sorted(photos.rglob("*.png"))
+    model = DinoVisionTransformer(ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"}))
+    model.load_state_dict(whitened)
+    spec = PreprocessSpec(resize=28, crop=28)
+    assert extract_features(model, paths, spec)["cls"].mean(dim=0).abs().max() < 0.3  # two photos were held out
