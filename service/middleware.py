@@ -12,6 +12,7 @@ Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
 """
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -199,8 +200,16 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
     """Content type and body of an error: OpenAI's shape on its route, RFC 9457 elsewhere."""
     if path in OPENAI_PATHS:
-        return b"application/json", orjson.dumps(openai_body(error, request_id=request_id))
-    return b"application/problem+json", orjson.dumps(problem_body(error, instance=path, request_id=request_id))
+        return b"application/json", _json(openai_body(error, request_id=request_id))
+    return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    """Never fails: half a surrogate pair in a client's text, which orjson refuses, is escaped."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:
+        return json.dumps(body).encode()
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:

@@ -4,7 +4,7 @@ object for every one of thousands of floats costs more than a small model's forw
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 Pooling = Literal["cls", "mean", "cls+mean"]
 ItemId = Annotated[str, Field(min_length=1, max_length=256)]
@@ -33,8 +33,8 @@ class SegmentOptions(Options):
     """Options of `/v1/segment`."""
 
     format: Literal["png", "rle", "overlay"] = Field("png", description="mask, COCO RLE in JSON, or mask over photo")
-    include: list[Literal["embedding"]] = Field(
-        default_factory=list, description="from the same pass; the answer is JSON"
+    include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
+        default_factory=list, max_length=1, description="from the same pass; the answer is JSON"
     )
     pooling: Pooling = Field("cls", description="of the embedding")
     normalize: bool = Field(True, description="of the embedding")

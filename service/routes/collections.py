@@ -9,7 +9,7 @@ import hashlib
 import time
 from typing import Any, Final
 
-import numpy as np
+import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidRequest, ItemNotFound, ServiceError
@@ -18,6 +18,7 @@ from service.routes.answers import json_response, server_timing, slowest, split_
 from service.routes.uploads import (
     Image,
     check_count,
+    check_fields,
     decode_texts,
     media_type,
     parse_options,
@@ -127,6 +128,7 @@ async def search(request: Request, name: str) -> Response:
     check_name(name)
     timings: dict[str, float] = {}
     tag = tag_of(service)
+    vector: npt.ArrayLike
     if media_type(request) == "application/json":
         body = parse_options(SearchIn, await read_json(request))
         service.check_model(body.model)
@@ -135,7 +137,7 @@ async def search(request: Request, name: str) -> Response:
         if len(given) != 1:
             raise InvalidRequest(f"exactly one of image, vector and id is needed, not {given or 'none'}")
         if body.vector is not None:
-            vector, tag = np.asarray(body.vector, np.float32), tag_of(service, body.fingerprint)
+            vector, tag = body.vector, tag_of(service, body.fingerprint)
         elif body.id is not None:
             vector = await _stored(service, name, body.id)
         else:
@@ -158,8 +160,13 @@ async def search(request: Request, name: str) -> Response:
 async def _items(request: Request, service: Service) -> tuple[list[ItemIn], list[Image], ItemsIn | UploadOptions]:
     """The items as described and their images, in order."""
     if media_type(request) == "application/json":
-        body = parse_options(ItemsIn, await read_json(request))
-        check_count(len(body.items), service.settings, "items")
+        fields = await read_json(request)
+        if isinstance(fields.get("items"), list):
+            check_count(len(fields["items"]), service.settings, "items")
+            for index, item in enumerate(fields["items"]):
+                if isinstance(item, dict):
+                    check_fields(item, f"items.{index}")
+        body = parse_options(ItemsIn, fields)
         return body.items, await decode_texts([item.image for item in body.items], service.settings), body
     upload = await read_upload(request, key="items")
     options = parse_options(UploadOptions, upload.fields)

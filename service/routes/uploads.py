@@ -8,12 +8,15 @@ in memory, since a container's root is read-only and a photo should not touch th
 import asyncio
 import binascii
 import re
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -35,7 +38,13 @@ BIG_BODY = 2**18
 """Bytes from which parsing JSON and base64 would hold up the event loop noticeably."""
 MAX_FORM_FIELDS = 32
 MAX_FIELD_BYTES = 64 * 1024
-_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII)
+MAX_JSON_VALUES = 1_000_000
+"""In one body: each becomes an object of 60 bytes and more, so a body of commas takes 20 times its size in memory."""
+MAX_FIELDS = 32
+"""Beside each other in one object that is checked against a schema: every wrong one is an object of its own."""
+MAX_PROBLEMS = 10
+_FORM_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "iso-8859-1", "latin-1"})
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGNORECASE)
 _FORMS = "application/json, multipart/form-data, or the image itself as image/*"
 
 
@@ -95,6 +104,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     if kind != "application/json":
         raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send application/json")
     body = await request.body()
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
+        raise InvalidRequest(f"the body holds more than {MAX_JSON_VALUES:,} JSON values")
     try:
         value = orjson.loads(body) if len(body) < BIG_BODY else await asyncio.to_thread(orjson.loads, body)
     except orjson.JSONDecodeError as error:
@@ -121,9 +132,11 @@ def image_from_text(text: Any, max_bytes: int) -> Image:
     if text[:8].lower().startswith(("http://", "https://")):
         return InvalidRequest("links are not fetched: send the image itself, as a data URL or base64")
     start = 0
-    if text.startswith("data:"):
+    if text[:1].isspace():
+        text = text.lstrip()
+    if text[:5].lower() == "data:":
         match = _DATA_URL.match(text)
-        if match is None or not (match[2] or "").endswith(";base64"):
+        if match is None or not (match[2] or "").lower().endswith(";base64"):
             return InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
         start = match.end()
     if (len(text) - start) // 4 * 3 > max_bytes + 2:
@@ -157,22 +170,50 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
     Raises:
         InvalidRequest: the message names each field at fault, its value's problem and what is allowed.
     """
+    check_fields(fields, "the request")
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        texts = [f"{'.'.join(map(str, problem['loc'])) or 'body'}: {problem['msg']}" for problem in problems]
-        param = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
+        problems = error.errors(include_url=False, include_context=False)
+        texts = [_problem(model, problem) for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            texts.append(f"and {len(problems) - MAX_PROBLEMS} more")
+        param = str(problems[0]["loc"][0])[:80] if problems[0]["loc"] else None
         raise InvalidRequest("; ".join(texts), param=param) from error
 
 
+def check_fields(fields: dict[str, Any], where: str) -> None:
+    """Refuse an object of very many fields before a schema makes an error of each."""
+    if len(fields) > MAX_FIELDS:
+        raise InvalidRequest(f"{where} has {len(fields):,} fields; at most {MAX_FIELDS} are accepted")
+
+
+def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
+    """One fault: where, what is allowed, what was given."""
+    where = ".".join(str(part)[:80] for part in problem["loc"]) or "body"
+    if problem["type"] == "extra_forbidden":
+        known = f"; known are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
+        return f"{where}: unknown field{known}"
+    given = "" if problem["type"] == "missing" else f", not {reprlib.repr(problem['input'])}"
+    return f"{where}: {problem['msg']}{given}"
+
+
 class _MemoryParser(MultiPartParser):
-    """Starlette's parser that never spools a file to disk: the body's limit bounds the memory."""
+    """Starlette's parser that never spools a file to disk (the body's limit bounds the memory), and knows whether the
+    form was cut off: what stood after the last whole part would be lost without a word."""
 
     spool_max_size = 2**62
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+        super().on_end()
 
 
 async def _read_form(request: Request, settings: Settings) -> Upload:
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _FORM_CHARSETS:  # others (utf-7, unicode_escape) decode to what no JSON can hold
+        raise BadRequest(f"the form's charset {charset[:80]!r} is not accepted: send utf-8")
     parser = _MemoryParser(
         request.headers,
         request.stream(),
@@ -182,6 +223,9 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
     )
     try:
         form = await parser.parse()
+        if not parser.ended:
+            await form.close()
+            raise MultiPartException("it ends before its last boundary")
     except MultiPartException as error:
         raise BadRequest(f"the form cannot be read: {error.message}") from error
     try:

@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from service.errors import CollectionNotFound, InvalidRequest, StorageFailed
 from service.search.store import (
@@ -115,7 +116,7 @@ class ExactStore:
     async def count(self, collection: str) -> int:
         return (await self.info(collection)).count
 
-    async def search(self, collection: str, vector: Floats, k: int, *, tag: str) -> list[Hit]:
+    async def search(self, collection: str, vector: npt.ArrayLike, k: int, *, tag: str) -> list[Hit]:
         check_name(collection)
         check_k(k)
         query = normalised(vector)

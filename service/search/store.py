@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from service.errors import Conflict, InvalidRequest, ModelMismatch
 
@@ -81,8 +82,8 @@ class VectorStore(Protocol):
 
     async def count(self, collection: str) -> int: ...
 
-    async def search(self, collection: str, vector: Floats, k: int, *, tag: str) -> list[Hit]:
-        """The k nearest to a vector [D], best first, equal scores by id; fewer if there are fewer."""
+    async def search(self, collection: str, vector: npt.ArrayLike, k: int, *, tag: str) -> list[Hit]:
+        """The k nearest to a vector [D] of any scale, best first, equal scores by id; fewer if there are fewer."""
 
     async def close(self) -> None: ...
 
@@ -144,10 +145,13 @@ def metadata_text(metadata: Metadata) -> str:
     """Metadata as the JSON that is stored.
 
     Raises:
-        InvalidRequest: not a JSON object, or too long.
+        InvalidRequest: not a JSON object, nested too deeply to be answered with, or too long.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, separators=(",", ":"))
+        orjson.dumps(
+            [[[[dict(metadata)]]]]
+        )  # as deep as in an answer: what it refuses would fail every search that finds it
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
     if len(text) > MAX_METADATA_BYTES:

@@ -1,0 +1,134 @@
+"""Bodies made to hurt: whatever a client sends costs little, is told in a few words, and damages nothing kept."""
+
+import base64
+import time
+
+import pytest
+
+from service.errors import InvalidRequest
+from service.middleware import error_body
+from service.search.store import metadata_text
+from tests.fakes import photo, running
+
+JSON = {"Content-Type": "application/json"}
+ITEMS = "/v1/collections/shop/items"
+
+
+def nested(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (ITEMS, b'{"items":[' + b"0," * 200_000 + b"0]}", "200001 images in items"),
+        (ITEMS, b'{"items":[{' + b",".join(b'"k%d":0' % i for i in range(5000)) + b"}]}", "items.0 has 5,000 fields"),
+        ("/v1/segment", b'{"image":"","include":[' + b"0," * 200_000 + b"0]}", "include"),
+        ("/v1/embeddings", b'{"input":"",' + b",".join(b'"k%d":0' % i for i in range(50_000)) + b"}", "50,000 fields"),
+        ("/v1/embeddings", b'{"input":"","' + b"k" * 2_000_000 + b'":0}', "unknown field"),
+        ("/v1/embeddings", b'{"input":[' + b"[]," * 700_000 + b"[]]}", "more than 1,000,000 JSON values"),
+        ("/v1/collections/shop/search", b'{"vector":[' + b'"x",' * 8000 + b'"x"]}', "vector.0"),
+        ("/v1/embeddings", b'{"input":"","user":"' + b"u" * 1_000_000 + b'"}', "user"),
+    ],
+    ids=["items", "item-keys", "include", "keys", "long-key", "values", "vector", "long-value"],
+)
+async def test_a_hostile_body_is_refused_quickly_in_few_words(tmp_path, path, body, words):
+    async with running(tmp_path) as run:
+        await run.client.get("/livez")
+        started = time.process_time()
+        answer = await run.client.post(path, content=body, headers=JSON)
+        spent = time.process_time() - started
+    assert answer.status_code == 422
+    assert words in answer.text
+    assert len(answer.content) < 2000
+    assert spent < 1  # seconds of this process; each took 2 to 12 before
+
+
+async def test_messages_name_the_value_and_what_is_allowed(tmp_path):
+    async with running(tmp_path) as run:
+        k = await run.client.post("/v1/collections/shop/search", json={"vector": [1.0], "k": 5000})
+        typo = await run.client.post("/v1/embeddings", json={"input": "", "poling": "cls"})
+        pooling = await run.client.post("/v1/embeddings", json={"input": "", "pooling": "max"})
+    assert "k: Input should be less than or equal to 1000, not 5000" in k.json()["detail"]
+    assert "poling: unknown field; known are model, encoding_format" in typo.json()["error"]["message"]
+    assert "'cls', 'mean' or 'cls+mean', not 'max'" in pooling.json()["error"]["message"]
+
+
+async def test_at_most_ten_faults_are_told(tmp_path):
+    async with running(tmp_path) as run:
+        answer = await run.client.post("/v1/embeddings", json={"input": "", **{f"k{i}": 0 for i in range(25)}})
+    assert answer.json()["error"]["message"].endswith("; and 15 more")
+
+
+@pytest.mark.parametrize("levels", [250, 300])
+async def test_metadata_that_no_answer_can_hold_is_refused_when_it_is_written(tmp_path, levels):
+    image = base64.b64encode(photo()).decode()
+    async with running(tmp_path) as run:
+        bad = await run.client.post(ITEMS, json={"items": [{"id": "p", "image": image, "metadata": nested(levels)}]})
+        deep = await run.client.post(ITEMS, json={"items": [{"id": "q", "image": image, "metadata": nested(200)}]})
+        found = await run.client.post("/v1/collections/shop/search", json={"image": image})
+    assert (bad.status_code, deep.status_code, found.status_code) == (422, 200, 200)
+    assert "metadata" in bad.json()["detail"]
+    assert [row["id"] for row in found.json()["data"]] == ["q"]
+    with pytest.raises(InvalidRequest):
+        metadata_text({"name": "\ud800"})
+
+
+def form(*parts, end=b"--XX--\r\n", name=b"file"):
+    return b"".join(
+        b'--XX\r\nContent-Disposition: form-data; name="%s"; filename="p%d.png"\r\n\r\n%s\r\n' % (name, i, part)
+        for i, part in enumerate(parts)
+    ) + (end or b"")
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", ITEMS])
+async def test_a_form_that_was_cut_off_is_refused_whole(tmp_path, path):
+    headers = {"Content-Type": "multipart/form-data; boundary=XX"}
+    whole = form(photo(1), photo(2))
+    async with running(tmp_path) as run:
+        cut = [await run.client.post(path, content=whole[:n], headers=headers) for n in (-9, -30, 150)]
+        good = await run.client.post(path, content=whole, headers=headers)
+        listed = await run.client.get("/v1/collections")
+    assert [answer.status_code for answer in cut] == [400, 400, 400]
+    assert all("ends before its last boundary" in answer.text for answer in cut)
+    assert good.status_code == 200
+    assert [info["count"] for info in listed.json()["data"]] == ([2] if path == ITEMS else [])
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-7", "unicode_escape", "no-such"])
+async def test_a_form_in_a_charset_that_json_cannot_hold_is_refused(tmp_path, charset):
+    body = form(photo(), name=b"+2AA-")
+    headers = {"Content-Type": f"multipart/form-data; boundary=XX; charset={charset}"}
+    async with running(tmp_path) as run:
+        refused = await run.client.post("/v1/embeddings", content=body, headers=headers)
+        headers["Content-Type"] = "multipart/form-data; boundary=XX; charset=UTF-8"
+        taken = await run.client.post("/v1/embeddings", content=form(photo()), headers=headers)
+    assert (refused.status_code, taken.status_code) == (400, 200)
+    assert charset in refused.json()["error"]["message"]
+
+
+def test_an_error_with_half_a_surrogate_pair_is_still_json():
+    for path in ("/v1/embeddings", "/v1/collections"):
+        _, body = error_body(InvalidRequest("name \ud800"), path, "id")
+        assert b"\\ud800" in body
+
+
+@pytest.mark.parametrize("prefix", ["DATA:image/png;BASE64,", " data:image/png;base64,", "data:IMAGE/PNG;base64,"])
+async def test_a_data_url_in_any_case(tmp_path, prefix):
+    async with running(tmp_path) as run:
+        answer = await run.client.post("/v1/embeddings", json={"input": prefix + base64.b64encode(photo()).decode()})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+async def test_a_vector_of_any_scale_has_a_direction(tmp_path, scale):
+    image = base64.b64encode(photo()).decode()
+    async with running(tmp_path) as run:
+        await run.client.post(ITEMS, json={"items": [{"image": image}]})
+        vector = (await run.client.post("/v1/embeddings", json={"input": image})).json()["data"][0]["embedding"]
+        body = {"vector": [value * scale for value in vector]}
+        answer = await run.client.post("/v1/collections/shop/search", json=body)
+    assert answer.json()["data"][0]["score"] == pytest.approx(1, abs=1e-6)
