@@ -21,6 +21,7 @@ from PIL import Image
 from model.artifact import load_artifact
 from model.engine import load_engine
 from service.app import create_app
+from service.http_protocol import BoundedHttpProtocol
 from service.models import choose_artifact
 from service.settings import Settings, load_settings
 from service.state import Service
@@ -54,8 +55,13 @@ def make_server(settings: Settings) -> "DrainingServer":
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
     engine = load_engine(artifact, settings.engine, threads=settings.threads)
     app = create_app(settings, artifact, engine)
+
+    class HttpProtocol(BoundedHttpProtocol):
+        header_timeout_s = settings.header_timeout_s
+
     config = uvicorn.Config(
         app,
+        http=HttpProtocol,
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     batch_max_patches: int = Field(2048, ge=1, description="patches in one forward pass (256 per image of 224 x 224)")
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="threads that decode")
 
+    header_timeout_s: float = Field(
+        20.0, gt=0, allow_inf_nan=False, description="a connection without complete headers by then is closed"
+    )
     request_deadline_s: float = Field(
         60.0, gt=0, allow_inf_nan=False, description="a request that takes longer is a 504"
     )

@@ -122,6 +122,31 @@ def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(server):
     assert b"payload_too_large" in answer
 
 
+def test_a_request_line_without_end_is_refused(server):
+    answer = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        sent = 0
+        try:
+            connection.sendall(b"GET /")
+            for _ in range(50):
+                connection.sendall(b"a" * 2**20)
+                sent += 1
+            answer = connection.recv(65536)
+        except ConnectionError:
+            pass
+    assert sent < 20  # MiB, most of it in the sockets' buffers
+    assert b"200" not in answer
+    assert httpx.get(f"{server.url}/livez").elapsed.total_seconds() < 2
+
+
+def test_a_connection_without_headers_is_closed(tmp_path):
+    server = Server(tmp_path / "data", DINOV2_HEADER_TIMEOUT_S="0.5")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHo")
+        assert connection.recv(100) == b""
+    assert server.stop() == 0
+
+
 def test_headers_cannot_be_injected(server):
     request = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-ID: a\tSet-Cookie: b=c\r\n\r\n"
     answer = talk(server.port, request)

@@ -60,7 +60,7 @@ def test_an_empty_value_means_the_default(monkeypatch, name):
     assert getattr(load_settings({name: ""}), name) == getattr(Settings(), name)
 
 
-@pytest.mark.parametrize("name", ["request_deadline_s", "shutdown_grace_s", "hang_timeout_s"])
+@pytest.mark.parametrize("name", ["header_timeout_s", "request_deadline_s", "shutdown_grace_s", "hang_timeout_s"])
 @pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
 def test_a_time_is_a_finite_number(monkeypatch, name, value):
     monkeypatch.setenv(f"DINOV2_{name.upper()}", value)
