@@ -50,7 +50,10 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()  # what a failed test would leave behind; nothing to a process that has ended
 
 
 @pytest.fixture(scope="module")
