@@ -1,19 +1,27 @@
 """`python -m service`, and what `dinov2 serve` calls: load the model, then serve until SIGTERM.
 
-Everything that can be wrong with settings and model is found before the port is opened and told in one line.
+Everything that can be wrong with settings, model and stored data is found before the port is opened. Whatever keeps the
+service from starting, a port in use among it, is told in one line, and the exit status is 2.
 
 Shutdown: on SIGTERM the service stops taking work (new requests get 503, /readyz fails) but keeps listening until what
-is in flight has been answered, at most `shutdown_grace_s`; then it closes. A second signal ends it at once.
+is in flight has been answered, at most `shutdown_grace_s`; then it closes. A second signal ends it at once. In the end
+the process does not wait for its threads: Python would join one that is stuck in a decoder for ever.
 """
 
+import asyncio
 import base64
+import contextlib
 import io
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 from PIL import Image
@@ -21,6 +29,8 @@ from PIL import Image
 from model.artifact import load_artifact
 from model.engine import load_engine
 from service.app import create_app
+from service.errors import ServiceError
+from service.http_protocol import BoundedHttpProtocol
 from service.models import choose_artifact
 from service.settings import Settings, load_settings
 from service.state import Service
@@ -28,18 +38,44 @@ from service.telemetry import configure_logging
 
 log = logging.getLogger("service")
 
+START_FAILED: Final = 2
+CLOSE_LIMIT_S: Final = 10.0
+"""How long cache and store may take to close, after the grace; Compose kills 15 s after it."""
+
 
 def main(overrides: Mapping[str, Any] | None = None) -> int:
-    """Serve. `overrides` are settings from the command line. The process's exit status."""
+    """The life of the process, for its entry points only: `serve`, then the end of the process.
+
+    Returns the exit status when the service did not start.
+    """
+    status = serve(overrides)
+    if status == START_FAILED:
+        return status
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
+def serve(overrides: Mapping[str, Any] | None = None) -> int:
+    """Serve until a signal. `overrides` are settings from the command line. The exit status that this means."""
     try:
         settings = load_settings(overrides)
         configure_logging(settings.log_level)
-        server = make_server(settings)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    server.run()
-    return 0 if server.started else 1
+        make_server(settings).run()
+    except KeyboardInterrupt:  # the second Ctrl+C
+        return 128 + signal.SIGINT
+    except (ServiceError, ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {_line(error)}", file=sys.stderr)
+        return START_FAILED
+    return 0
+
+
+def _line(error: Exception) -> str:
+    """An error's message in one line that a terminal can show: pydantic's have many."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 600 else f"{text[:600]}..."
 
 
 def make_server(settings: Settings) -> "DrainingServer":
@@ -54,31 +90,75 @@ def make_server(settings: Settings) -> "DrainingServer":
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
     engine = load_engine(artifact, settings.engine, threads=settings.threads)
     app = create_app(settings, artifact, engine)
+
+    class HttpProtocol(BoundedHttpProtocol):
+        header_timeout_s = settings.header_timeout_s
+
     config = uvicorn.Config(
         app,
+        http=HttpProtocol,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
+        lifespan="off",  # DrainingServer's part: uvicorn would log a traceback and exit with 3
         server_header=False,
         timeout_graceful_shutdown=1,  # what may finish has finished by then: on_tick waits for it
         timeout_keep_alive=30,
     )
-    return DrainingServer(config, app.state.service)
+    return DrainingServer(config, app.state.service, app.router.lifespan_context(app))
+
+
+class _Unjoined(ThreadPoolExecutor):
+    """The event loop's threads, which its end does not wait for."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, which on a signal refuses new requests and finishes old ones before it stops listening."""
+    """uvicorn, which on a signal refuses new requests and finishes old ones before it stops listening.
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    It starts and closes the application itself, so that what goes wrong at the start is an exception of `run`.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, lifespan: AbstractAsyncContextManager[Any]) -> None:
         super().__init__(config)
         self._service = service
+        self._lifespan = lifespan
+        self._running = AsyncExitStack()
         self._drain_until: float | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            print(greeting(self._service, self._url()), flush=True)
+        """Start the application, then listen.
+
+        Raises:
+            ServiceError, ValueError, OSError: why it cannot start.
+        """
+        asyncio.get_running_loop().set_default_executor(_Unjoined(thread_name_prefix="io"))
+        await self._running.enter_async_context(self._lifespan)
+        try:
+            await super().startup(sockets)
+        except SystemExit as stop:  # how uvicorn ends when it cannot listen; the cause is only in the context
+            await self._close()
+            where = f"{self.config.host}:{self.config.port}"
+            raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
+        print(greeting(self._service, self._url()), flush=True)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Stop listening, end what still runs, close the application."""
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            await self._close()
+
+    async def _close(self) -> None:
+        """A fault or a hang here loses nothing, since every write was durable when it was answered."""
+        closing = asyncio.create_task(self._running.aclose())
+        await asyncio.wait([closing], timeout=CLOSE_LIMIT_S)
+        if not closing.done():
+            log.error("closing took longer than %g s", CLOSE_LIMIT_S)
+        elif error := closing.exception():
+            log.error("closing failed", exc_info=error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain_until is not None:

@@ -60,8 +60,15 @@ def create_app(
             yield
             service.draining = True
 
-    app = FastAPI(title="dinov2-service", version=_version(), description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="dinov2-service",
+        version=_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,  # the redirect's address would be made of the Host header, which the client chooses
+    )
     app.state.service = service
+    app.state.cache_status = "ok"  # what /readyz has logged last
     for router in (embeddings.router, models.router, collections.router, segment.router, health.router):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _framework_error)

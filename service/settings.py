@@ -1,15 +1,17 @@
 """Every setting of the service, and the only place that reads the environment.
 
 A setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. A `DINOV2_*` name that is no setting is an error
-that names the nearest one: a misspelt limit that is silently ignored is found on the day it was needed.
+that names the nearest one: a misspelt limit that is silently ignored is found on the day it was needed. An empty value
+means the default, because Compose passes a variable that is not set as "".
 """
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,7 +33,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     data_dir: Path = Field(Path("data"), description="collections, artifacts, derived files")
-    model: str = Field("auto", min_length=1, description="auto, an artifact folder, or a published model's name")
+    model: str = Field("auto", description="auto, an artifact folder, or a published model's name")
     engine: Literal["auto", "onnxruntime", "torch"] = Field("auto", description="the runtime")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
 
@@ -52,18 +54,31 @@ class Settings(BaseSettings):
     batch_max_patches: int = Field(2048, ge=1, description="patches in one forward pass (256 per image of 224 x 224)")
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="threads that decode")
 
-    request_deadline_s: float = Field(60.0, gt=0, description="a request that takes longer is a 504")
-    shutdown_grace_s: float = Field(25.0, ge=0, description="how long requests in flight may take after SIGTERM")
-    hang_timeout_s: float = Field(120.0, gt=0, description="a forward pass that takes longer makes /livez fail")
+    header_timeout_s: float = Field(
+        20.0, gt=0, allow_inf_nan=False, description="a connection without complete headers by then is closed"
+    )
+    request_deadline_s: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="a request that takes longer is a 504"
+    )
+    shutdown_grace_s: float = Field(
+        25.0, ge=0, allow_inf_nan=False, description="how long requests in flight may take after SIGTERM"
+    )
+    hang_timeout_s: float = Field(
+        120.0, gt=0, allow_inf_nan=False, description="a forward pass that takes longer makes /livez fail"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """An empty host would listen on every interface, and an empty data folder would be the current one."""
+        return {name: value for name, value in values.items() if value != ""}
 
     @field_validator("redis_url")
     @classmethod
-    def _redis_scheme(cls, value: str | None) -> str | None:
-        if not value:  # Compose passes an unset variable as ""
-            return None
-        if urlsplit(value).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError(f"{masked_url(value)!r}: must start with redis://, rediss:// or unix://")
+    def _redis_url_is_whole(cls, value: str | None) -> str | None:
+        if value is not None:
+            _redis_parts(value)
         return value
 
     @model_validator(mode="after")
@@ -116,9 +131,45 @@ def _problem(location: tuple[int | str, ...], value: Any, message: str) -> str:
 
 
 def masked_url(url: str) -> str:
-    """The URL with its password replaced, for logs and messages."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user_host = f"{parts.username or ''}:***@{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
-    return urlunsplit(parts._replace(netloc=user_host))
+    """Scheme, host, port and database of a Redis URL, for the log: built from these, so that nothing else is shown.
+
+    Raises:
+        ValueError: the URL is not one of Redis; the message shows no more than the scheme.
+    """
+    parts = _redis_parts(url)
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}"
+    host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port is not None else ''}{parts.path}"
+
+
+def _redis_parts(url: str) -> SplitResult:
+    """The parts of a Redis URL that has no others than it may have.
+
+    An unencoded `/`, `?` or `#` in a password moves the rest of it into another part. So each part is checked, and no
+    message quotes one, nor urllib's messages, which do.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in ("redis", "rediss", "unix"):
+        shown = f"{scheme}://" if separator else "a value without ://"
+        raise ValueError(f"must start with redis://, rediss:// or unix://, not with {shown}")
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(_REDIS_FORM.format("host or port cannot be read")) from None
+    if parts.query or parts.fragment:
+        raise ValueError(_REDIS_FORM.format("options after ? or # are not taken"))
+    if scheme != "unix" and not host:
+        raise ValueError(_REDIS_FORM.format("the host is missing"))
+    if scheme != "unix" and not re.fullmatch(r"/?|/[0-9]+", parts.path):
+        raise ValueError(_REDIS_FORM.format("what follows the host is not the number of a database"))
+    if scheme == "unix" and (host or not parts.path):
+        raise ValueError("not a valid URL: unix:///path/of/the/socket is")
+    return parts
+
+
+_REDIS_FORM = (
+    "not a valid URL: {}; redis://[[user]:password@]host[:port][/db] is, with special characters of the password "
+    "percent-encoded"
+)

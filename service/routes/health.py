@@ -2,9 +2,12 @@
 
 `/livez` asks whether a restart would help: the engine's worker thread lives and is not stuck. `/readyz` asks whether a
 request would be answered now: warmed up, not shutting down, room in the queue. A Redis that is down costs cache hits,
-not answers, so it is `degraded` and still 200.
+not answers, so it is `degraded` and still 200. Anyone may ask, so the answer has the kind of fault only; the reason,
+with Redis' address, is in the log.
 """
 
+import logging
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from service.routes.uploads import service_of
 
+log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
 
 
@@ -39,7 +43,8 @@ async def readyz(request: Request) -> JSONResponse:
         body["reasons"] = reasons
     assert service.cache is not None
     cache = await service.cache.status()
-    body["cache"] = {"name": service.cache.name, "status": cache}
+    _log_change(request.app.state, cache)
+    body["cache"] = {"name": service.cache.name, "status": cache if cache == "ok" else _kind_of_fault(cache)}
     if cache != "ok" and not reasons:
         body["status"] = "degraded"
     return _answer(body, not reasons)
@@ -50,6 +55,19 @@ async def metrics(request: Request) -> Response:
     """Counters and histograms in Prometheus' text format."""
     recorded = service_of(request).metrics
     return Response(recorded.render(), media_type=recorded.content_type)
+
+
+def _log_change(state: Any, status: str) -> None:
+    """One line when the cache's state changes, not one for each time that somebody asks."""
+    if status != state.cache_status:
+        state.cache_status = status
+        log.log(logging.INFO if status == "ok" else logging.WARNING, "cache: %s", status)
+
+
+def _kind_of_fault(status: str) -> str:
+    """`degraded`, with the names of the exceptions that the reason begins its parts with: no addresses, no messages."""
+    kinds = sorted(set(re.findall(r"(?<=: )[A-Za-z]+Error(?=:)", status)))
+    return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 
 
 def _answer(body: dict[str, Any], good: bool) -> JSONResponse:

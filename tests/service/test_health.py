@@ -40,7 +40,7 @@ async def test_a_full_queue_is_alive_and_not_ready(tmp_path):
     assert [answer.status_code for answer in (live, ready, again)] == [200, 503, 200]
 
 
-async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path):
+async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path, caplog):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -48,9 +48,25 @@ async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path):
     async with running(tmp_path, redis_url=f"redis://:s3cret@127.0.0.1:{port}/0") as run:
         answers = [await run.client.post("/v1/embeddings", json=body) for _ in range(2)]
         ready = await run.client.get("/readyz")
+        for _ in range(3):
+            await run.client.get("/readyz")
         text = (await run.client.get("/metrics")).text
     assert [answer.status_code for answer in answers] == [200, 200]
     assert ready.status_code == 200
     assert ready.json()["status"] == "degraded"
-    assert "s3cret" not in ready.text
+    assert ready.json()["cache"] == {"name": "redis", "status": "degraded: ConnectionError"}
+    assert "127.0.0.1" not in ready.text
+    assert str(port) not in ready.text
+    said = [record.getMessage() for record in caplog.records if record.name == "service.routes.health"]
+    assert len(said) < 4  # when it changes, not at each request
+    assert f"127.0.0.1:{port}" in said[0]
+    assert "s3cret" not in str(said)
     assert 'dinov2_cache_events_total{event="error"}' in text
+
+
+async def test_a_slash_too_many_is_no_route_and_no_redirect_to_the_host_header(tmp_path):
+    async with running(tmp_path) as run:
+        for path in ("/readyz/", "/v1/collections/", "/v1/embeddings/"):
+            answer = await run.client.get(path, headers={"Host": "elsewhere.example"})
+            assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+            assert "elsewhere" not in str(answer.headers) + answer.text

@@ -1,11 +1,13 @@
 """A really started server on the bundled artifact: OpenAI's client, hostile sockets, SIGTERM."""
 
 import base64
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -24,16 +26,18 @@ ROOT = Path(__file__).parents[2]
 
 
 class Server:
-    """`python -m service` as its own process, on a free port, with nothing of this process's settings."""
+    """`python -m service` as its own process, on a free port, with nothing of this process's settings.
 
-    def __init__(self, data_dir: Path, **settings: str) -> None:
+    `code` is run in its place by tests that replace a part of it.
+    """
+
+    def __init__(self, data_dir: Path, *, code: str | None = None, **settings: str) -> None:
+        command = [sys.executable, *(["-m", "service"] if code is None else ["-c", code])]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")}
         given = {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data_dir), "DINOV2_THREADS": "1"} | settings
         self.log = data_dir.with_suffix(".log")
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "service"], cwd=ROOT, env=clean | given, stdout=subprocess.PIPE, stderr=log
-            )
+            self.process = subprocess.Popen(command, cwd=ROOT, env=clean | given, stdout=subprocess.PIPE, stderr=log)
         self.greeting = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -46,7 +50,10 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()  # what a failed test would leave behind; nothing to a process that has ended
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,31 @@ def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(server):
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"connection: close" in answer.lower()
     assert b"payload_too_large" in answer
+
+
+def test_a_request_line_without_end_is_refused(server):
+    answer = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        sent = 0
+        try:
+            connection.sendall(b"GET /")
+            for _ in range(50):
+                connection.sendall(b"a" * 2**20)
+                sent += 1
+            answer = connection.recv(65536)
+        except ConnectionError:
+            pass
+    assert sent < 20  # MiB, most of it in the sockets' buffers
+    assert b"200" not in answer
+    assert httpx.get(f"{server.url}/livez").elapsed.total_seconds() < 2
+
+
+def test_a_connection_without_headers_is_closed(tmp_path):
+    server = Server(tmp_path / "data", DINOV2_HEADER_TIMEOUT_S="0.5")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHo")
+        assert connection.recv(100) == b""
+    assert server.stop() == 0
 
 
 def test_headers_cannot_be_injected(server):
@@ -202,6 +234,32 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert seconds_to_stop(Server(tmp_path / "data", DINOV2_SHUTDOWN_GRACE_S="20"), signals=2) < 8
 
 
+STUCK = """
+import sys, time, service.pipeline
+service.pipeline.{name} = lambda *_: print("stuck", file=sys.stderr, flush=True) or time.sleep(600)
+from service.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_a_decode_that_never_ends_does_not_keep_the_process(tmp_path):
+    server = Server(tmp_path / "data", code=STUCK.format(name="decode"), DINOV2_SHUTDOWN_GRACE_S="1")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/embeddings", content=photo(), headers={"Content-Type": "image/png"}, timeout=1)
+    assert "stuck" in server.log.read_text()
+    assert server.stop() == 0
+    assert "Finished server process" in server.log.read_text()
+
+
+def test_a_thread_of_the_event_loop_that_never_ends_does_not_keep_the_process(tmp_path):
+    code = STUCK.replace("service.pipeline", "service.routes.segment").format(name="_answer")
+    server = Server(tmp_path / "data", code=code, DINOV2_SHUTDOWN_GRACE_S="1")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/segment", content=photo(), headers={"Content-Type": "image/png"}, timeout=2)
+    assert "stuck" in server.log.read_text()
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
@@ -211,11 +269,54 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     ],
 )
 def test_what_is_wrong_is_told_in_a_line_before_it_starts(tmp_path, setting, value, message):
+    assert message in why_not_started(tmp_path, **{setting: value})
+
+
+def why_not_started(data_dir, **settings):
+    """The one line that a start that fails says."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith("DINOV2_")}
-    environment |= {"DINOV2_DATA_DIR": str(tmp_path), setting: value}
+    environment |= {"DINOV2_DATA_DIR": str(data_dir), "DINOV2_PORT": "0"} | settings
     done = subprocess.run(
         [sys.executable, "-m", "service"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert message in done.stderr
     assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert len(line) < 700
+    assert done.stderr.count("error: ") == 1
+    return line
+
+
+def test_a_store_that_is_not_ours_is_told_in_a_line(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "search.sqlite3")) as foreign:
+        foreign.execute("CREATE TABLE theirs (a)")
+    assert f"{tmp_path / 'search.sqlite3'} is not a vector store" in why_not_started(tmp_path)
+
+
+def test_a_damaged_store_is_told_in_a_line(tmp_path):
+    (tmp_path / "search.sqlite3").write_bytes(b"\x07" * 9000)
+    assert "damaged or not a database" in why_not_started(tmp_path)
+
+
+def test_a_store_in_use_is_told_in_a_line(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert "in use by another process" in why_not_started(tmp_path)
+
+
+def test_a_broken_manifest_is_told_in_a_line(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": 1')
+    assert "not a manifest of format 1" in why_not_started(tmp_path, DINOV2_MODEL=str(tmp_path))
+
+
+def test_a_bad_redis_url_is_told_in_a_line(tmp_path):
+    line = why_not_started(tmp_path, DINOV2_REDIS_URL="redis://:s3cret@host:abc")
+    assert "redis_url: not a valid URL" in line
+    assert "s3cret" not in line
+
+
+def test_a_port_in_use_is_told_in_a_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}: " in why_not_started(tmp_path, DINOV2_PORT=str(port))

@@ -52,18 +52,62 @@ def test_bad_values_are_refused(name, value):
         load_settings({name: value})
 
 
-def test_an_empty_redis_url_means_none(monkeypatch):
-    monkeypatch.setenv("DINOV2_REDIS_URL", "")
-    assert load_settings().redis_url is None
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_an_empty_value_means_the_default(monkeypatch, name):
+    monkeypatch.setenv(f"DINOV2_{name.upper()}", "")
+    assert getattr(load_settings(), name) == getattr(Settings(), name)
+    monkeypatch.delenv(f"DINOV2_{name.upper()}")
+    assert getattr(load_settings({name: ""}), name) == getattr(Settings(), name)
 
 
-def test_passwords_are_masked():
-    settings = Settings(redis_url="redis://user:s3cret@cache:6379/0")
-    assert settings.shown()["redis_url"] == "redis://user:***@cache:6379/0"
-    assert "s3cret" not in str(settings.shown())
-    assert masked_url("redis://cache:6379/0") == "redis://cache:6379/0"
-    with pytest.raises(ValueError, match="redis_url") as error:
-        load_settings({"redis_url": "http://:s3cret@cache"})
+@pytest.mark.parametrize("name", ["header_timeout_s", "request_deadline_s", "shutdown_grace_s", "hang_timeout_s"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+def test_a_time_is_a_finite_number(monkeypatch, name, value):
+    monkeypatch.setenv(f"DINOV2_{name.upper()}", value)
+    with pytest.raises(ValueError, match=f"^{name}='{value}'"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:s3cret@cache:6379/0", "redis://cache:6379/0"),
+        ("redis://:s3cret@cache", "redis://cache"),
+        ("redis://:s3@cret@cache:1/", "redis://cache:1/"),
+        ("rediss://s3cret@[::1]:6380/12", "rediss://[::1]:6380/12"),
+        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+    ],
+)
+def test_of_a_redis_url_scheme_host_port_and_database_are_shown(url, shown):
+    settings = Settings(redis_url=url)
+    assert settings.redis_url == url
+    assert settings.shown()["redis_url"] == masked_url(url) == shown
+    assert "s3" not in str(settings.shown())
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://:s3cret@cache", "not with http://"),
+        ("s3cret", "a value without ://"),
+        ("redis:/:s3cret@cache", "a value without ://"),
+        ("rediss//:s3cret@cache", "a value without ://"),
+        ("redis://cache/0?password=s3cret", "options after"),
+        ("redis://:1?s3cret@cache", "options after"),
+        ("redis://:1#s3cret@cache", "options after"),
+        ("redis://:1/s3cret@cache", "host is missing"),
+        ("redis://cache/s3cret", "number of a database"),
+        ("redis://:pw@cache:s3cret", "host or port"),
+        ("redis://:s3cret@[cache", "host or port"),
+        ("redis://:s3cret@:6379", "host is missing"),
+        ("unix://s3cret", "unix:///path"),
+    ],
+)
+def test_a_redis_url_that_is_refused_is_not_shown(monkeypatch, url, message):
+    monkeypatch.setenv("DINOV2_REDIS_URL", url)
+    with pytest.raises(ValueError, match=r"^redis_url: ") as error:
+        load_settings()
+    assert message in str(error.value)
     assert "s3cret" not in str(error.value)
 
 
