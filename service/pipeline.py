@@ -33,7 +33,7 @@ from model.preprocess import preprocess
 from service.batcher import Batcher
 from service.cache import Cache, cache_key
 from service.decode import DecodeLimits, decode
-from service.errors import BrokenImage, ServiceError
+from service.errors import BrokenImage, EngineFailed, ServiceError
 from service.telemetry import Metrics
 
 FloatArray = npt.NDArray[np.float32]
@@ -79,6 +79,8 @@ class Embedded:
         if len(data) != _HEAD.size + 8 * dims:
             return None
         both = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32)
+        if not np.isfinite(both).all():
+            return None
         return Embedded(both[:dims], both[dims:], _HEAD.unpack_from(data)[0], cached=True)
 
 
@@ -194,9 +196,15 @@ class Pipeline:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def _forward(self, pixels: FloatArray) -> list[Row]:
-        """One forward pass with pooling, on the worker's thread."""
+        """One forward pass with pooling, on the worker's thread.
+
+        Raises:
+            EngineFailed: not every feature is finite. The batcher then tries the images singly.
+        """
         features = self.engine.run(pixels)  # [B, D], [B, N, D], [B, R, D]
         means = features.patches.mean(axis=1)  # [B, D]
+        if not (np.isfinite(features.cls).all() and np.isfinite(means).all()):  # a mean is only if all patches are
+            raise EngineFailed("the engine's features are not finite")
         tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
         return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
 

@@ -185,6 +185,38 @@ async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
     assert stored.tokens == result.tokens
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_cache_entry_that_is_not_finite_is_a_miss(value):
+    for place in range(2 * DIMS):
+        both = np.ones(2 * DIMS, np.float32)
+        both[place] = value
+        data = Embedded(both[:DIMS], both[DIMS:], tokens=5).to_bytes()
+        assert Embedded.from_bytes(data, DIMS) is None
+
+
+@pytest.mark.parametrize("part", ["cls", "patches"])
+async def test_features_that_are_not_finite_fail_and_are_not_cached(tmp_path, part):
+    async with running(tmp_path) as run:
+        right = run.engine.run
+
+        def wrong(pixels):
+            features = right(pixels)
+            plain = (pixels == pixels[:, :, :1, :1]).all(axis=(1, 2, 3))
+            getattr(features, part)[plain] = np.nan
+            return features
+
+        run.engine.run = wrong
+        good, bad = await run.service.live.embed([photo(), plain_photo(100)])
+        assert isinstance(good, Embedded)
+        assert isinstance(bad, EngineFailed)
+        found = await run.service.live.embed([photo(), plain_photo(100)])
+        assert [type(result) for result in found] == [Embedded, EngineFailed]
+        assert found[0].cached
+        answer = await run.client.post("/v1/segment", content=plain_photo(100), headers={"Content-Type": "image/png"})
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "engine_failed"
+
+
 async def test_closing_fails_what_is_under_way(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
