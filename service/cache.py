@@ -23,7 +23,7 @@ from typing import Final, Literal, Protocol, TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, AuthorizationError, InvalidResponse, RedisError, ResponseError
 
 CacheEvent = Literal["error", "skipped", "corrupt", "recovered"]
 """error: a call failed. skipped: the breaker was open. corrupt: a value was not ours. recovered: the breaker closed."""
@@ -172,8 +172,9 @@ class RedisCache:
             await self._guarded("set", lambda: self._set(items))
 
     async def status(self) -> str:
-        """Asks Redis, so that a service without traffic notices faults and recoveries as well."""
-        await self._guarded("ping", self._ping)
+        """Asks Redis, so that a service without traffic notices faults and recoveries as well. By a read: an answer to
+        PING does not say that reads are answered."""
+        await self.get_many(["status"])
         if not self._faults:
             return "ok"
         return "degraded: redis: " + "; ".join(f"{call}: {why}" for call, why in sorted(self._faults.items()))
@@ -183,17 +184,18 @@ class RedisCache:
 
     async def _mget(self, keys: list[str]) -> list[bytes | None]:
         values = await self._redis.mget(keys)
-        return [value if isinstance(value, bytes) else None for value in values]
+        if not isinstance(values, list) or len(values) != len(keys):
+            raise InvalidResponse("the answer to MGET is not a list of one value for each key")
+        found = [value for value in values if value is None or isinstance(value, bytes)]
+        if len(found) != len(keys):
+            raise InvalidResponse("the answer to MGET holds other values than strings")
+        return found
 
     async def _set(self, items: dict[str, bytes]) -> bool:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for key, value in items.items():
                 pipeline.set(self._prefix + key, frame(value), ex=self._ttl_s)
             await pipeline.execute()
-        return True
-
-    async def _ping(self) -> bool:
-        await self._redis.ping()
         return True
 
     async def _guarded(self, call: str, action: Callable[[], Awaitable[T]]) -> T | None:

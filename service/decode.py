@@ -1,10 +1,11 @@
 """Untrusted bytes -> RGB pixels; every limit on an image lives here.
 
-The way: bytes limit -> format by its first bytes (allow-list) -> header -> pixel and shape limits -> pixels -> EXIF
-orientation -> 8-bit RGB. Nothing is decompressed before the limits hold. Pillow does the reading; whatever it raises
-(it raises almost anything on hostile bytes) becomes one of three errors at one border, `_translated`:
+The way: bytes limit -> format by its first bytes (allow-list) -> scans of a JPEG -> header -> pixel and shape limits
+-> pixels -> EXIF orientation -> 8-bit RGB. Nothing is decompressed before the limits hold. Pillow does the reading;
+whatever it raises (it raises almost anything on hostile bytes) becomes one of three errors at one border,
+`_translated`:
 
-    ImageTooLarge     too many bytes, pixels, or too long and thin
+    ImageTooLarge     too many bytes, pixels or JPEG scans, or too long and thin
     UnsupportedImage  not one of the formats, or pixels without a defined black and white
     BrokenImage       one of the formats, but damaged or cut off
 
@@ -20,6 +21,7 @@ What the pixels mean:
   picture itself is fine.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +61,17 @@ TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258,
 TIFF_WHITE_IS_ZERO = 0
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own bomb limit (twice its MAX_IMAGE_PIXELS): above, it refuses by itself
 
+JPEG_MAX_SCANS = 100
+"""Each scan goes over the whole picture, and a scan of a hundred bytes may take as long as one of a megabyte.
+Progressive encoders write about 10. In TIFF, libtiff itself has the same limit."""
+
+JPEG_MAX_SEGMENTS = 2000
+"""Bounds the walk over the segments, ours and Pillow's. 20 MB in full segments, such as metadata has, are about 300."""
+
+# What has a meaning of its own: not a stuffed zero, padding, a restart, or TEM
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+_SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
+
 
 @dataclass(frozen=True)
 class DecodeLimits:
@@ -87,7 +100,7 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray[Any
     """An encoded image -> its pixels, uint8 [H,W,3] RGB, contiguous, upright; the array may be read-only.
 
     Raises:
-        ImageTooLarge: more bytes or pixels, or a longer and thinner image, than `limits` allow.
+        ImageTooLarge: more bytes or pixels, or a longer and thinner image, than `limits` allow; too many JPEG scans.
         UnsupportedImage: not a format, or a pixel type, that is read here.
         BrokenImage: empty, damaged, or cut off.
     """
@@ -98,6 +111,8 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray[Any
     name = sniff(data)
     if name not in FORMATS:
         raise UnsupportedImage(_why_unsupported(data, name))
+    if name == "JPEG":
+        _check_scans(data)
     with _translated(name, limits), Image.open(BytesIO(data), formats=[name]) as image:
         _check_header(image, limits)
         image.load()
@@ -146,6 +161,25 @@ def _reason(error: Exception) -> str:
     """Pillow's message, short and on one line; never empty."""
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG whose scans, or segments, are too many; what is damaged is left to the decoder.
+
+    Walks from marker to marker as libjpeg does: a segment is skipped by its length (a thumbnail in EXIF has scans of
+    its own), the data of a scan up to the next marker, and what follows the end of the image is not looked at (phones
+    put a second picture or a film there).
+    """
+    position, scans, segments = 2, 0, 0
+    while (found := _JPEG_MARKER.search(data, position)) and found[1] not in (_SOI, _EOI):
+        segments += 1
+        scans += found[1] == _SOS
+        if scans > JPEG_MAX_SCANS:
+            raise ImageTooLarge(f"the JPEG has more than {JPEG_MAX_SCANS} scans; save it with fewer")
+        if segments > JPEG_MAX_SEGMENTS:
+            raise ImageTooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        position = found.end() + max(2, length)  # a length counts its own two bytes
 
 
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:

@@ -7,8 +7,8 @@ Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
 - The body is counted while it streams in, whatever Content-Length says; above the limit reading stops.
 - When the body is in, a watcher waits for the client to leave and then cancels the work. Cancelling reaches the
   pipeline, which drops what is still queued.
-- A `ServiceError` becomes an answer; any other exception becomes a 500 that tells nothing but the request id, and a
-  traceback in the log.
+- A `ServiceError` becomes an answer; any other exception becomes a 500 that tells nothing but the request id. Either is
+  in the log with its traceback, causes included, if it is a fault of the service (500).
 """
 
 import asyncio
@@ -25,6 +25,7 @@ import orjson
 from service.errors import (
     ClientGone,
     DeadlineExceeded,
+    InvalidItems,
     PayloadTooLarge,
     ServiceError,
     ShuttingDown,
@@ -42,6 +43,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPENAI_PATHS = frozenset({"/v1/embeddings"})
+_NO_FAULTS = frozenset({503, 504})  # of load and of stopping: counted, and too many for a traceback each
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ class _Exchange:
             async with asyncio.timeout(self._service.settings.request_deadline_s) as deadline:
                 await self._app(self._scope, self._receive_limited, self._send_tagged)
         except ServiceError as error:
+            if error.status >= 500 and error.status not in _NO_FAULTS:
+                log.error("%s: %s", error.code, error.detail, exc_info=_origin(error), extra=self._log_fields)
             await self._send_error(error)
         except TimeoutError:
             if not deadline.expired():
@@ -117,8 +121,12 @@ class _Exchange:
         if self._gone.is_set():  # the client left while it was sending
             self._status = ClientGone("the client left").status
             return
-        log.exception("unhandled", extra={"fields": {"request_id": self.request_id}})
+        log.exception("unhandled", extra=self._log_fields)
         await self._send_error(ServiceError("an internal error; the log has it under this request id"))
+
+    @property
+    def _log_fields(self) -> dict[str, Any]:
+        return {"fields": {"request_id": self.request_id}}
 
     # Towards the app
 
@@ -195,6 +203,13 @@ class _Exchange:
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def _origin(error: ServiceError) -> ServiceError:
+    """What a request's error comes from: of several items, the first fault."""
+    if isinstance(error, InvalidItems):
+        return max((item.error for item in error.items), key=lambda item: item.status >= 500)
+    return error
 
 
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:

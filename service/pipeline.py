@@ -9,7 +9,9 @@ forward pass and one entry serve every combination. The key holds the sha256 of 
 fingerprint (weights, architecture, preprocessing, hence the input size) and the precision.
 
 Identical images in flight compute once: the computation is a task of its own that every request waits for. It goes on
-while anyone waits, so a client that leaves does not fail the others, and ends when nobody does.
+while anyone waits, so a client that leaves does not fail the others, and ends when nobody does. A thread cannot be
+stopped, though: a decode that nobody waits for any more keeps its place in the queue until it is done, so that
+`queue_full` and /readyz tell the truth.
 
 Legend: D width of the model, N patches, H x W the image as sent (upright), h x w the network's input.
 """
@@ -18,11 +20,11 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +35,11 @@ from model.preprocess import preprocess
 from service.batcher import Batcher
 from service.cache import Cache, cache_key
 from service.decode import DecodeLimits, decode
-from service.errors import BrokenImage, ServiceError
+from service.errors import BrokenImage, EngineFailed, ServiceError
 from service.telemetry import Metrics
 
 FloatArray = npt.NDArray[np.float32]
+T = TypeVar("T")
 Pooling = Literal["cls", "mean", "cls+mean"]
 
 _HEAD = struct.Struct("<I")  # of a cache entry: tokens that the model saw; the 2 * D floats follow
@@ -79,6 +82,8 @@ class Embedded:
         if len(data) != _HEAD.size + 8 * dims:
             return None
         both = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32)
+        if not np.isfinite(both).all():
+            return None
         return Embedded(both[:dims], both[dims:], _HEAD.unpack_from(data)[0], cached=True)
 
 
@@ -108,7 +113,7 @@ class _Flight:
 
 
 class Pipeline:
-    """Owns the decode threads and the batcher; made and closed by `service.app`, on the event loop."""
+    """Owns the batcher and the threads around it; made and closed by `service.app`, on the event loop."""
 
     def __init__(
         self,
@@ -134,6 +139,9 @@ class Pipeline:
         self._metrics = metrics
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        self._answerers = ThreadPoolExecutor(decode_workers, thread_name_prefix="answer")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")  # so that what is cached waits for no decode
+        self._kept_images = asyncio.Semaphore(decode_workers)  # see `analyse`
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
@@ -165,23 +173,22 @@ class Pipeline:
             for key, image in zip(keys, images, strict=True)
         ]
 
-    async def analyse(self, image: bytes) -> Analysed:
-        """All features of one image, with its pixels; the vector goes into the cache on the way.
+    async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
+        """What `answer` makes, on a thread, of all features of one image; the vector goes into the cache on the way.
+
+        The image as sent stays in memory from its decoding to the answer, so that only as many are begun as there are
+        decode threads. The others wait as bytes.
 
         Raises:
-            ServiceError: what is wrong with the image, or `QueueFull` and its like.
+            ServiceError: what is wrong with the image, or `QueueFull` and its like; and what `answer` raises.
         """
         self.batcher.reserve(1)
+        task = asyncio.create_task(self._analyse(image, answer))
+        task.add_done_callback(self._ended)
         try:
-            decoded = await self._decode(image, keep_image=True)
-            row, timings = await self._infer(decoded)
+            return await asyncio.shield(task)
         finally:
-            self.batcher.release(1)
-        assert decoded.image is not None
-        embedded = Embedded(row.cls, row.mean, row.tokens, timings=timings)
-        await self.cache.set_many({self._key(image): embedded.to_bytes()})
-        grid = (decoded.pixels.shape[1] // self._patch_size, decoded.pixels.shape[2] // self._patch_size)
-        return Analysed(embedded, row.patches, grid, decoded.image)
+            task.cancel()  # of a caller that leaves: it ends when its thread does; else it is done already
 
     async def warm_up(self) -> None:
         """One forward pass, so that the first client does not pay for what the runtime does once."""
@@ -191,12 +198,19 @@ class Pipeline:
     async def close(self) -> None:
         """Stop; what is still waiting fails with `ShuttingDown`."""
         self.batcher.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._answerers, self._hasher):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _forward(self, pixels: FloatArray) -> list[Row]:
-        """One forward pass with pooling, on the worker's thread."""
+        """One forward pass with pooling, on the worker's thread.
+
+        Raises:
+            EngineFailed: not every feature is finite. The batcher then tries the images singly.
+        """
         features = self.engine.run(pixels)  # [B, D], [B, N, D], [B, R, D]
         means = features.patches.mean(axis=1)  # [B, D]
+        if not (np.isfinite(features.cls).all() and np.isfinite(means).all()):  # a mean is only if all patches are
+            raise EngineFailed("the engine's features are not finite")
         tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
         return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
 
@@ -207,7 +221,7 @@ class Pipeline:
             return [None if isinstance(image, ServiceError) else self._key(image) for image in images]
 
         size = sum(len(image) for image in images if not isinstance(image, ServiceError))
-        return keys() if size <= 2**18 else await asyncio.get_running_loop().run_in_executor(self._decoders, keys)
+        return keys() if size <= 2**18 else await asyncio.get_running_loop().run_in_executor(self._hasher, keys)
 
     def _key(self, image: bytes) -> str:
         digest = hashlib.sha256(image).hexdigest()
@@ -257,10 +271,26 @@ class Pipeline:
         await self.cache.set_many({key: found.to_bytes()})  # before landing: who comes later finds one or the other
         return found
 
+    async def _analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
+        async with self._kept_images:
+            decoded = await self._decode(image, keep_image=True)
+            row, timings = await self._infer(decoded)
+            assert decoded.image is not None
+            embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)
+            [key] = await self._keys([image])
+            assert key is not None
+            await self.cache.set_many({key: embedded.to_bytes()})
+            grid = (decoded.pixels.shape[1] // self._patch_size, decoded.pixels.shape[2] // self._patch_size)
+            analysed = Analysed(embedded, row.patches, grid, decoded.image)
+            return await self._in_thread(self._answerers, partial(answer, analysed))
+
     def _landed(self, key: str, task: "asyncio.Task[Embedded]") -> None:
-        """Give back the one place in the queue that was reserved for a flight."""
-        self.batcher.release(1)
+        self._ended(task)
         self._forget(key, task)
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        """Give back the one place in the queue that was reserved for a task."""
+        self.batcher.release(1)
         if not task.cancelled():
             task.exception()  # seen: those who waited have it; nobody waiting is no news either
 
@@ -280,7 +310,18 @@ class Pipeline:
                 raise BrokenImage(str(error)) from error
             return _Decoded(pixels, rgb if keep_image else None, decoded_at - started, time.perf_counter() - decoded_at)
 
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        return await self._in_thread(self._decoders, work)
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        """The result of `work`. When cancelled, it ends at once if the work has not begun, else together with it:
+        nothing counts as given back which a thread still uses."""
+        running = threads.submit(work)
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            if not running.cancel():
+                await asyncio.gather(asyncio.wrap_future(running), return_exceptions=True)
+            raise
 
     async def _infer(self, decoded: _Decoded) -> tuple[Row, dict[str, float]]:
         done = await self.batcher.submit(decoded.pixels)

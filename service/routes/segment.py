@@ -1,22 +1,32 @@
 """`POST /v1/segment`: which part of a photo is the object. One decode and one forward pass give mask and embedding."""
 
-import asyncio
 import base64
 import time
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
 from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
-from service.pipeline import Analysed
+from service.pipeline import Analysed, Embedded
 from service.routes.answers import json_response, server_timing, slowest
 from service.routes.uploads import check_count, parse_options, read_upload, service_of
 from service.schemas import SegmentOptions
 from service.state import Service
 from service.vision.mask import coco_rle_encode, overlay_png, png_mask
-from service.vision.segment import Foreground, segment_foreground
+from service.vision.segment import Box, Mask, segment_foreground
 
 router = APIRouter(tags=["segment"])
+
+
+class _Answer(NamedTuple):
+    """What is left when photo and mask are let go of."""
+
+    content: bytes | dict[str, Any]
+    contrast: float
+    crop_box: Box
+    embedded: Embedded
+    segment_ms: float
 
 
 @router.post(
@@ -49,40 +59,44 @@ async def segment(request: Request) -> Response:
         image = upload.images[0]
         if isinstance(image, ServiceError):
             raise image
-        analysed = await service.live.analyse(image)
+        answer = await service.live.analyse(image, partial(_answer, service, options))
     except ServiceError as error:
         if error.status >= 500:
             raise
         raise InvalidItems([ItemError(0, error)], total=1, param="image") from error
-    segmenting = time.perf_counter()
-    content, found = await asyncio.to_thread(_answer, service, analysed, options)
-    timings = slowest([analysed.embedded])
-    timings |= {"segment": _ms_since(segmenting), "total": _ms_since(started)}
+    timings = slowest([answer.embedded])
+    timings |= {"segment": answer.segment_ms, "total": _ms_since(started)}
     headers = server_timing(timings) | {
         "X-Model": service.artifact.name,
         "X-Model-Fingerprint": service.artifact.fingerprint,
     }
+    content = answer.content
     if isinstance(content, bytes):
         return Response(content, media_type="image/png", headers=headers)
     if "embedding" in options.include:
-        content["embedding"] = analysed.embedded.vector(options.pooling, options.normalize)
-    content |= {"contrast": found.contrast, "crop_box": found.crop_box, **service.identity(), "timings": timings}
+        content["embedding"] = answer.embedded.vector(options.pooling, options.normalize)
+    content |= {"contrast": answer.contrast, "crop_box": answer.crop_box, **service.identity(), "timings": timings}
     return json_response(content, headers=headers)
 
 
-def _answer(service: Service, analysed: Analysed, options: SegmentOptions) -> tuple[bytes | dict[str, Any], Foreground]:
-    """The mask in the form asked for; computed off the event loop. With `include` a picture goes into JSON too."""
+def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _Answer:
+    """The mask in the form asked for; computed off the event loop."""
+    started = time.perf_counter()
     height, width = analysed.image.shape[:2]
     try:
         found = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
     except ValueError as error:  # not finite, or not the grid: the engine's fault, never the photo's
         raise EngineFailed(f"the engine's features cannot be used: {error}") from error
+    content = _content(analysed, found.mask, options)
+    return _Answer(content, found.contrast, found.crop_box, analysed.embedded, _ms_since(started))
+
+
+def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
+    """With `include` a picture goes into JSON too."""
     if options.format == "rle":
-        return {"segmentation": coco_rle_encode(found.mask)}, found
-    picture = png_mask(found.mask) if options.format == "png" else overlay_png(analysed.image, found.mask)
-    if options.include:
-        return {options.format: base64.b64encode(picture).decode("ascii")}, found
-    return picture, found
+        return {"segmentation": coco_rle_encode(mask)}
+    picture = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)
+    return {options.format: base64.b64encode(picture).decode("ascii")} if options.include else picture
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,7 @@ class _Tables:
     def __init__(self, path: Path) -> None:
         faiss.omp_set_num_threads(1)  # of this thread: a query is one row, and the cores belong to the engine
         self._path = path
+        self._what = f"vector store {path}"  # in messages: to whoever starts it
         self._indexes: dict[str, Any] = {}  # collection name -> faiss.IndexIDMap2
         self.is_open = False
         with self._translated():
@@ -153,6 +154,7 @@ class _Tables:
             except BaseException:
                 self._db.close()
                 raise
+        self._what = "the vector store"  # to clients, whom the server's folders do not concern
         self.is_open = True
 
     def _prepare(self) -> None:
@@ -175,19 +177,19 @@ class _Tables:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """The border to SQLite and the file system: their errors name our file."""
+        """The border to SQLite and the file system: their errors become ours."""
         try:
             yield
         except sqlite3.OperationalError as error:
             why = "it is in use by another process" if "locked" in str(error) else str(error)
-            raise StorageFailed(f"vector store {self._path}: {why}") from error
+            raise StorageFailed(f"{self._what}: {why}") from error
         except sqlite3.DatabaseError as error:
             raise StorageFailed(
-                f"vector store {self._path} is damaged or not a database ({error}); restore it from a backup, or move "
+                f"{self._what} is damaged or not a database ({error}); restore it from a backup, or move "
                 "it away to start empty"
             ) from error
         except OSError as error:
-            raise StorageFailed(f"vector store {self._path}: {error.strerror}") from error
+            raise StorageFailed(f"{self._what}: {error.strerror}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -275,7 +277,7 @@ class _Tables:
             for item_id in ids:
                 row = self._db.execute(query, (number, check_id(item_id))).fetchone()
                 vector = None if row is None else np.frombuffer(row[0], _BYTES).astype(np.float32)
-                found.append(None if vector is None else Item(item_id, vector, json.loads(row[1])))
+                found.append(None if vector is None else Item(item_id, vector, self._metadata(item_id, row[1])))
         return found
 
     def delete(self, name: str, ids: Sequence[str]) -> int:
@@ -302,12 +304,22 @@ class _Tables:
         query_rows = "SELECT number, id, metadata FROM items WHERE number IN (SELECT value FROM json_each(?))"
         with self._translated():
             rows = self._db.execute(query_rows, (json.dumps(numbers[0].tolist()),))
-            items = {number: (item_id, json.loads(metadata)) for number, item_id, metadata in rows}
+            items = {number: (item_id, self._metadata(item_id, text)) for number, item_id, text in rows}
         hits = [
             Hit(items[number][0], float(np.clip(score, -1, 1)), items[number][1])
             for number, score in zip(numbers[0].tolist(), scores[0], strict=True)
         ]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+
+    def _metadata(self, item_id: str, text: str) -> dict[str, Any]:
+        """What `metadata_text` has made, unless the file was damaged since."""
+        try:
+            metadata = json.loads(text)
+            if not isinstance(metadata, dict):
+                raise ValueError(f"a JSON object was stored, and it is {type(metadata).__name__}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StorageFailed(f"{self._what} is damaged: the metadata of item {item_id!r} is broken") from error
+        return metadata
 
     def _index(self, info: CollectionInfo) -> Any:
         """The collection's faiss index; built from SQLite if there is none."""
@@ -325,13 +337,13 @@ class _Tables:
     def _vectors(self, rows: list[tuple[int, bytes]], dimension: int) -> Floats:
         """Stored vectors [n, D]. SQLite has no checksums, but a vector whose norm is not 1 is none of ours."""
         if any(len(vector) != dimension * _BYTES.itemsize for _, vector in rows):
-            raise StorageFailed(f"vector store {self._path} is damaged: a vector has the wrong size")
+            raise StorageFailed(f"{self._what} is damaged: a vector has the wrong size")
         vectors = np.frombuffer(b"".join(vector for _, vector in rows), _BYTES).reshape(len(rows), dimension)
         with np.errstate(all="ignore"):
             whole = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3  # False for NaN
         if not whole.all():
             number = rows[int(np.argmin(whole))][0]
-            raise StorageFailed(f"vector store {self._path} is damaged: the vector of item number {number} is broken")
+            raise StorageFailed(f"{self._what} is damaged: the vector of item number {number} is broken")
         return vectors.astype(np.float32)
 
 

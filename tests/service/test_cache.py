@@ -276,6 +276,31 @@ async def test_what_speaks_no_redis_is_a_fault_like_any_other() -> None:
     server.close()
 
 
+@pytest.mark.parametrize("answer", [b"+OK", b":7", b"*0", b"*2\r\n$1\r\na\r\n$1\r\nb", b"*1\r\n:7", b"*1\r\n*1\r\n+b"])
+async def test_an_answer_of_another_kind_is_a_fault(answer: bytes) -> None:
+    """From something that knows PING, but not MGET."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while sent := await reader.read(65536):
+            for command in sent.split(b"*")[1:]:
+                writer.write(
+                    answer + b"\r\n" if b"MGET" in command else b"+PONG\r\n" if b"PING" in command else b"+OK\r\n"
+                )
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+        assert await probe.cache.get_many(["k"]) == [None]
+        assert await probe.cache.get_many(["k"]) == [None]
+        assert probe.events == ["error", "skipped"]
+        await asyncio.sleep(0.15)  # the breaker lets one call try again
+        assert (await probe.cache.status()).startswith("degraded: redis: get: InvalidResponse")
+        assert probe.events == ["error", "skipped", "error"]
+    server.close()
+
+
 async def test_a_trickling_answer_is_bounded_too() -> None:
     """Each byte arrives in time for the socket's limit, so only the limit on the whole call ends it."""
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
-from service.decode import FORMATS, DecodeLimits, decode, sniff
+from service.decode import FORMATS, JPEG_MAX_SCANS, JPEG_MAX_SEGMENTS, DecodeLimits, decode, sniff
 from service.errors import BrokenImage, ImageTooLarge, ServiceError, UnsupportedImage
 
 OURS = (ImageTooLarge, UnsupportedImage, BrokenImage)
@@ -412,3 +412,53 @@ def test_a_16_bit_colour_key_becomes_white() -> None:
     header = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
     rows = png_chunk(b"IDAT", zlib.compress(b"\0" + key + bytes(6))) + png_chunk(b"IEND", b"")
     assert decode(header + png_chunk(b"tRNS", key) + rows).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def with_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again, until it has `count` scans."""
+    data = encode(GREY, "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_scans_of_a_jpeg_pass_at_the_limit_and_are_refused_beyond() -> None:
+    assert decode(with_scans(JPEG_MAX_SCANS)).shape == (24, 40, 3)
+    for data in (with_scans(JPEG_MAX_SCANS + 1), with_scans(5000)):
+        with pytest.raises(ImageTooLarge, match=rf"more than {JPEG_MAX_SCANS} scans"):
+            decode(data)
+    padded = with_scans(JPEG_MAX_SCANS + 1).replace(b"\xff\xda", b"\xff\xff\xda")  # any marker may be padded
+    with pytest.raises(ImageTooLarge, match="scans"):
+        decode(padded)
+
+
+def test_what_only_looks_like_scans_is_not_counted() -> None:
+    scans = b"\xff\xda\0\2" * (JPEG_MAX_SCANS + 1)
+    whole = encode(RGB, "JPEG", quality=95, progressive=True)
+    in_a_segment = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(scans) + 2) + scans + whole[2:]
+    for data in (in_a_segment, whole + scans, encode(RGB, "MPO", save_all=True, append_images=[RGB] * 150)):
+        decode(data)
+
+
+def test_segments_of_a_jpeg_are_bounded() -> None:
+    whole = encode(RGB, "JPEG")
+    decode(whole[:2] + b"\xff\xfe\0\2" * (JPEG_MAX_SEGMENTS - 20) + whole[2:])
+    with pytest.raises(ImageTooLarge, match=f"more than {JPEG_MAX_SEGMENTS} segments"):
+        decode(whole[:2] + b"\xff\xfe\0\2" * 10**6 + whole[2:])
+
+
+def test_walking_over_the_largest_jpeg_is_cheap() -> None:
+    """Though each byte of it may begin a marker."""
+    start = encode(RGB, "JPEG")[:-2]
+    for filling in (b"\xff", b"\xff\0", b"\xff\xd0"):
+        started = time.process_time()
+        decode_or_refuse(start + filling * (15 * 2**20 // len(filling)) + b"\xff\xd9")
+        assert time.process_time() - started < 5
+
+
+def test_scans_of_a_jpeg_in_a_tiff_are_bounded() -> None:
+    """By libtiff itself; here it is seen that the one of this Pillow does."""
+    tags = {256: 40, 257: 24, 258: 8, 259: 7, 262: 1, 273: 0, 277: 1, 278: 24}
+    few, many = (tiff({**tags, 279: len(body)}, body) for body in (with_scans(20), with_scans(JPEG_MAX_SCANS + 1)))
+    assert decode(few).shape == (24, 40, 3)
+    with pytest.raises(BrokenImage):
+        decode(many)

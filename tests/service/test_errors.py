@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from service.errors import ERRORS
+from service.telemetry import JsonLines
 from tests.fakes import FakeEngine, Running, fake_artifact, photo, plain_photo, running, until
 
 ROOT = Path(__file__).parents[2]
@@ -219,6 +221,25 @@ async def _deadline(tmp_path: Path) -> httpx.Response:
         answer = await run.client.post(EMBED, json={"input": base64_of(photo())})
         await until(lambda: run.service.live.batcher.images == 1)  # its place in the queue is free again
         return answer
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"), [("storage_failed", "sqlite3.OperationalError"), ("engine_failed", "told to fail")]
+)
+async def test_a_fault_of_the_service_is_logged_with_its_cause_and_not_shown(tmp_path, caplog, code, cause):
+    answer = await PROVOKED[code](tmp_path)
+    assert str(tmp_path) not in answer.text
+    [record] = [record for record in caplog.records if record.name == "service.middleware"]
+    line = json.loads(JsonLines().format(record))
+    assert line["request_id"] == answer.headers["X-Request-ID"]
+    assert line["message"].startswith(f"{code}: ")
+    assert cause in line["exception"]
+
+
+@pytest.mark.parametrize("code", ["queue_full", "deadline_exceeded", "invalid_items", "collection_not_found"])
+async def test_what_is_no_fault_of_the_service_is_not_logged_as_one(tmp_path, caplog, code):
+    await PROVOKED[code](tmp_path)
+    assert [record for record in caplog.records if record.name == "service.middleware"] == []
 
 
 NEVER_SENT = {"client_closed_request"}  # nobody is left to read it; test_pipeline.py sees it in the metrics

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import importlib
 import json
 import threading
 
@@ -185,6 +186,38 @@ async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
     assert stored.tokens == result.tokens
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_cache_entry_that_is_not_finite_is_a_miss(value):
+    for place in range(2 * DIMS):
+        both = np.ones(2 * DIMS, np.float32)
+        both[place] = value
+        data = Embedded(both[:DIMS], both[DIMS:], tokens=5).to_bytes()
+        assert Embedded.from_bytes(data, DIMS) is None
+
+
+@pytest.mark.parametrize("part", ["cls", "patches"])
+async def test_features_that_are_not_finite_fail_and_are_not_cached(tmp_path, part):
+    async with running(tmp_path) as run:
+        right = run.engine.run
+
+        def wrong(pixels):
+            features = right(pixels)
+            plain = (pixels == pixels[:, :, :1, :1]).all(axis=(1, 2, 3))
+            getattr(features, part)[plain] = np.nan
+            return features
+
+        run.engine.run = wrong
+        good, bad = await run.service.live.embed([photo(), plain_photo(100)])
+        assert isinstance(good, Embedded)
+        assert isinstance(bad, EngineFailed)
+        found = await run.service.live.embed([photo(), plain_photo(100)])
+        assert [type(result) for result in found] == [Embedded, EngineFailed]
+        assert found[0].cached
+        answer = await run.client.post("/v1/segment", content=plain_photo(100), headers={"Content-Type": "image/png"})
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "engine_failed"
+
+
 async def test_closing_fails_what_is_under_way(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
@@ -208,3 +241,93 @@ def test_normalised_vectors_have_length_one(pooling):
         assert np.linalg.norm(embedded.vector(pooling, True)[:DIMS]) == pytest.approx(0.5**0.5, abs=1e-6)
     zero = Embedded(np.zeros(DIMS, np.float32), np.zeros(DIMS, np.float32), tokens=5)
     assert np.isfinite(zero.vector(pooling, True)).all()
+
+
+class Blocked:
+    """Stands in for a function: each call waits until the block ends, and then is the function's."""
+
+    def __init__(self, monkeypatch, target: str) -> None:
+        self.calls = 0
+        self.opened = threading.Event()
+        module, name = target.rsplit(".", 1)
+        function = getattr(importlib.import_module(module), name)
+
+        def waiting(*args):
+            self.calls += 1
+            assert self.opened.wait(30)
+            return function(*args)
+
+        monkeypatch.setattr(target, waiting)
+
+    def __enter__(self) -> "Blocked":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.opened.set()
+
+
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("/v1/embeddings", "service.pipeline.decode"),
+        ("/v1/segment", "service.pipeline.decode"),
+        ("/v1/segment", "service.routes.segment.segment_foreground"),
+    ],
+)
+async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, monkeypatch, path, where):
+    async with running(tmp_path, queue_max_images=2, request_deadline_s=0.3, cache_bytes=0) as run:
+        with Blocked(monkeypatch, where) as blocked:
+            late = await asyncio.gather(*(run.client.post(path, content=photo(i), headers=PNG) for i in range(2)))
+            assert [answer.status_code for answer in late] == [504, 504]
+            assert blocked.calls == 2
+            assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 503
+            assert (await run.client.get("/readyz")).json()["reasons"] == {"queue": "full"}
+        await until(lambda: run.service.live.batcher.images == 0)
+        assert (await run.client.get("/readyz")).status_code == 200
+        assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 200
+
+
+async def test_decodes_that_have_not_begun_are_dropped_at_once(tmp_path, monkeypatch):
+    async with running(tmp_path, request_deadline_s=0.3, cache_bytes=0) as run:
+        with Blocked(monkeypatch, "service.pipeline.decode") as blocked:
+            await asyncio.gather(*(run.client.post("/v1/embeddings", content=photo(i), headers=PNG) for i in range(5)))
+            await until(lambda: run.service.live.batcher.images == 2)
+        await until(lambda: run.service.live.batcher.images == 0)
+        assert blocked.calls == 2
+    assert run.engine.images == 0
+
+
+async def test_what_is_cached_waits_for_no_decode(tmp_path, monkeypatch):
+    large = photo(size=(400, 300))  # more than is hashed on the event loop
+    assert len(large) > 2**18
+    async with running(tmp_path) as run:
+        await run.service.live.embed([large])
+        with Blocked(monkeypatch, "service.pipeline.decode") as blocked:
+            others = [asyncio.create_task(run.service.live.embed([photo(i)])) for i in range(1, 4)]
+            await until(lambda: blocked.calls == 2)
+            async with asyncio.timeout(5):
+                assert (await run.service.live.embed([large]))[0].cached
+        await asyncio.gather(*others)
+
+
+@pytest.mark.parametrize("where", ["the engine", "service.routes.segment.segment_foreground"])
+async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_threads(tmp_path, monkeypatch, where):
+    async with running(tmp_path, cache_bytes=0) as run:
+        decodes = Blocked(monkeypatch, "service.pipeline.decode")
+        decodes.opened.set()
+        gate = threading.Event()
+        if where == "the engine":
+            run.engine.gate = gate
+        else:
+            masks = Blocked(monkeypatch, where)
+            gate = masks.opened
+        posts = [asyncio.create_task(run.client.post("/v1/segment", content=photo(i), headers=PNG)) for i in range(6)]
+        await until(lambda: decodes.calls == 2)
+        await asyncio.sleep(0.2)
+        assert decodes.calls == 2
+        assert run.service.live.batcher.images == 6
+        gate.set()
+        assert [(await post).status_code for post in posts] == [200] * 6

@@ -258,6 +258,18 @@ async def test_a_broken_vector_is_found_not_served(tmp_path: Path) -> None:
             await open_store(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['{"n": ', "[1]", b"{}\xff", 7, "[" * 100_000])
+async def test_broken_metadata_is_named(store: VectorStore, text: str | bytes | int) -> None:
+    [item] = items(1)
+    await store.upsert("c", [item], tag=TAG)
+    update = "UPDATE items SET metadata = ?"
+    await store._call(lambda: store._tables._db.execute(update, (text,)))  # type: ignore[attr-defined]
+    with pytest.raises(StorageFailed, match=r"^the vector store is damaged: the metadata of item 'i0' is broken$"):
+        await store.get("c", ["i0"])
+    with pytest.raises(StorageFailed, match="metadata of item 'i0'"):
+        await store.search("c", item.vector, 1, tag=TAG)
+
+
 async def test_a_foreign_database_and_folder_are_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "search.sqlite3") as db:
         db.execute("CREATE TABLE bills (id)")
@@ -282,7 +294,7 @@ async def test_disk_full_is_an_error_and_nothing_is_half_written(tmp_path: Path)
     await store.upsert("c", items(3), tag=TAG)
     tables = store._tables  # type: ignore[attr-defined]
     await store._call(lambda: tables._db.execute("PRAGMA max_page_count = 1"))  # type: ignore[attr-defined]  # SQLite's own "full"
-    with pytest.raises(StorageFailed, match=r"search\.sqlite3.*full"):
+    with pytest.raises(StorageFailed, match=r"^the vector store: database or disk is full$"):  # clients see no path
         await store.upsert("c", items(2000, prefix="more"), tag=TAG)
     assert await store.count("c") == 3
     assert len(await store.search("c", np.ones(8), 10, tag=TAG)) == 3
