@@ -13,6 +13,7 @@ Legend: B photos per step, V views, N patches of a global crop, K prototypes, M 
 import copy
 import json
 import math
+import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -233,7 +234,11 @@ def initial_weights(path: Path, config: ViTConfig) -> dict[str, Tensor]:
         ValueError: neither of the two, damaged, or of another shape than `config`.
     """
     if path.is_dir():
-        found, weights = load_artifact(path).manifest.config, load_state_dict_file(path / WEIGHTS)
+        with (
+            tempfile.TemporaryDirectory() as derived
+        ):  # what loading makes on the way does not belong into the artifact
+            found = load_artifact(path, derived_dir=Path(derived)).manifest.config
+        weights = load_state_dict_file(path / WEIGHTS)
     else:
         weights, found, _ = load_checkpoint(path)
     if found != config:

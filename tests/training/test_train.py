@@ -376,11 +376,12 @@ def test_a_run_starts_from_another_ones_backbone(photos, tmp_path):
 
 def test_a_run_starts_from_an_artifact(photos, tmp_path):
     artifact = bundled_artifact()
-    manifest = read_manifest(artifact)
+    manifest, files = read_manifest(artifact), sorted(artifact.iterdir())
     started = config(photos, tmp_path / "run", init=artifact, vit=asdict(manifest.config), global_size=28)
     weights = loop.make_parts(started, torch.device("cpu")).student.backbone.state_dict()
     expected = load_state_dict_file(artifact / "weights.safetensors")
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert sorted(artifact.iterdir()) == files
 
 
 def test_a_run_does_not_start_from_another_network(photos, tmp_path):
