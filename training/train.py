@@ -234,9 +234,8 @@ def initial_weights(path: Path, config: ViTConfig) -> dict[str, Tensor]:
         ValueError: neither of the two, damaged, or of another shape than `config`.
     """
     if path.is_dir():
-        with (
-            tempfile.TemporaryDirectory() as derived
-        ):  # what loading makes on the way does not belong into the artifact
+        # What loading makes on the way does not belong into the artifact.
+        with tempfile.TemporaryDirectory() as derived:
             found = load_artifact(path, derived_dir=Path(derived)).manifest.config
         weights = load_state_dict_file(path / WEIGHTS)
     else:

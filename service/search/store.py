@@ -149,9 +149,8 @@ def metadata_text(metadata: Metadata) -> str:
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, separators=(",", ":"))
-        orjson.dumps(
-            [[[[dict(metadata)]]]]
-        )  # as deep as in an answer: what it refuses would fail every search that finds it
+        # As deep as in an answer: what orjson refuses would fail every search that finds it.
+        orjson.dumps([[[[dict(metadata)]]]])
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
     if len(text) > MAX_METADATA_BYTES:
