@@ -12,20 +12,25 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
 from service.errors import Conflict, InvalidRequest, ModelMismatch
+from service.search.filters import Filter
 
 Floats = npt.NDArray[np.float32]
 Metadata = Mapping[str, Any]
+Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
 
 MAX_K: Final = 1000
+MAX_DEPTH: Final = 10_000
+"""How far down one search may look: k with offset, or what a grouping goes through."""
 MAX_ID_CHARACTERS: Final = 256
 MAX_METADATA_BYTES: Final = 64 * 2**10
+MAX_SOURCE_CHARACTERS: Final = 2048
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -37,6 +42,8 @@ class Item:
     id: str
     vector: Floats
     metadata: Metadata = field(default_factory=dict)
+    source: str | None = None  # where the photo is: an address, or a stored original
+    digest: str | None = None  # sha256 of the photo's bytes, in hex: exact duplicates have the same
 
 
 @dataclass(frozen=True)
@@ -46,44 +53,165 @@ class Hit:
     id: str
     score: float
     metadata: Metadata
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """How a collection is indexed; a store that has no choice ignores what does not concern it.
+
+    `auto` goes by size. The parameters are those of the kinds that have them; None takes what suits the size.
+    """
+
+    kind: Kind = "auto"
+    m: int | None = None  # hnsw: neighbours of a node
+    ef_construction: int | None = None  # hnsw: how carefully the graph is built
+    n_lists: int | None = None  # ivf_pq, rabitq: cells
+    target_recall: float = 0.98  # of the ten nearest; search parameters are tuned for it
+
+
+@dataclass(frozen=True)
+class CollectionSpec:
+    """What a collection is, fixed when it is made."""
+
+    tag: str  # what made its vectors: two vectors compare only if their tags are equal
+    dimension: int
+    dtype: Literal["float32", "float16"] = "float32"  # as stored
+    index: IndexSpec = field(default_factory=IndexSpec)
+    indexed: tuple[str, ...] = ()  # metadata keys that filters find without looking at every item
+    originals: bool = False  # whether photos are kept beside their vectors
 
 
 @dataclass(frozen=True)
 class CollectionInfo:
     name: str
-    tag: str
-    dimension: int
+    spec: CollectionSpec
     count: int
+
+    @property
+    def tag(self) -> str:
+        return self.spec.tag
+
+    @property
+    def dimension(self) -> int:
+        return self.spec.dimension
+
+
+@dataclass(frozen=True)
+class SearchParams:
+    """How hard one search tries; None takes what the store was tuned to. What does not concern a kind is ignored."""
+
+    exact: bool = False
+    ef_search: int | None = None  # hnsw
+    nprobe: int | None = None  # ivf_pq, rabitq
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some items in the store's own order; `cursor` continues after them, None at the end."""
+
+    items: list[Item]
+    cursor: str | None
 
 
 class VectorStore(Protocol):
-    """Collections of items with string ids. Calls may overlap, each is atomic; a write that has returned is durable.
+    """Collections of items with string ids, and aliases of collections. Calls may overlap; a write that has returned is
+    durable, and every later call sees it.
 
-    Raises, everywhere: CollectionNotFound (but `upsert` makes the collection); InvalidRequest for names, ids, vectors,
-    metadata or numbers that are not allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed when
-    the storage behind it fails.
+    Wherever a collection is named, an alias may be.
+
+    Raises, everywhere: CollectionNotFound; InvalidRequest for names, ids, vectors, metadata or numbers that are not
+    allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed when the storage behind it fails.
     """
+
+    capabilities: frozenset[str]
+    """What this store can do beyond the protocol: `atomic_upsert` (all or none of a call), `idempotency`, `snapshots`,
+    `index_kinds` (follows `IndexSpec`), `stats`."""
+
+    async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
+        """Makes a collection; one that exists with the same spec is left as it is.
+
+        Raises:
+            Conflict: the name is taken by an alias, or by a collection with another spec.
+        """
 
     async def collections(self) -> list[CollectionInfo]:
         """All of them, by name."""
 
     async def info(self, collection: str) -> CollectionInfo: ...
 
-    async def drop(self, collection: str) -> None: ...
+    async def drop(self, collection: str) -> None:
+        """A collection by its own name, with all its items.
 
-    async def upsert(self, collection: str, items: Sequence[Item], *, tag: str) -> CollectionInfo:
-        """Adds the items, replaces those whose id exists; all or none. Of equal ids in one call the last wins."""
+        Raises:
+            Conflict: an alias leads to it, or the name is an alias.
+        """
+
+    async def aliases(self) -> dict[str, str]:
+        """Alias -> collection."""
+
+    async def set_alias(self, alias: str, collection: str) -> str | None:
+        """Points the alias to the collection, from one moment to the next; where it pointed before.
+
+        Raises:
+            Conflict: a collection has this name.
+        """
+
+    async def drop_alias(self, alias: str) -> None:
+        """Raises CollectionNotFound when there is none."""
+
+    async def upsert(
+        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+    ) -> CollectionInfo:
+        """Adds the items, replaces those whose id exists. Of equal ids in one call the last wins. The first write to a
+        name makes the collection, with the defaults.
+
+        `request_key`: a second call with the same key within a day changes nothing (`idempotency`).
+
+        Raises:
+            Conflict: the key was used with other items.
+        """
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
         """In the order of the ids; None for those that do not exist."""
 
+    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+        """Merges into the item's metadata (RFC 7396: null removes a key); the item as it is then.
+
+        Raises:
+            ItemNotFound: there is no such item.
+        """
+
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
         """How many there were."""
 
-    async def count(self, collection: str) -> int: ...
+    async def delete_where(self, collection: str, where: Filter) -> int:
+        """How many there were."""
 
-    async def search(self, collection: str, vector: npt.ArrayLike, k: int, *, tag: str) -> list[Hit]:
-        """The k nearest to a vector [D] of any scale, best first, equal scores by id; fewer if there are fewer."""
+    async def count(self, collection: str, where: Filter | None = None) -> int: ...
+
+    async def scroll(
+        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
+    ) -> Page:
+        """Items page by page. What is there from the first page to the last is seen exactly once; what is written or
+        deleted meanwhile may or may not be seen.
+
+        Raises:
+            InvalidRequest: the cursor is none of this store's.
+        """
+
+    async def search(
+        self,
+        collection: str,
+        vectors: npt.ArrayLike,
+        k: int,
+        *,
+        tag: str,
+        where: Filter | None = None,
+        params: SearchParams | None = None,
+    ) -> list[list[Hit]]:
+        """For each of the vectors [n, D] of any scale its k nearest (to MAX_DEPTH), best first, equal scores by id;
+        fewer if there are fewer."""
 
     async def close(self) -> None: ...
 
@@ -106,8 +234,8 @@ def check_id(item_id: str) -> str:
 
 
 def check_k(k: int) -> int:
-    if not 1 <= k <= MAX_K:
-        raise InvalidRequest(f"k={k} is not allowed: 1 to {MAX_K}", param="k")
+    if not 1 <= k <= MAX_DEPTH:
+        raise InvalidRequest(f"k={k} is not allowed: 1 to {MAX_DEPTH}", param="k")
     return k
 
 
@@ -158,3 +286,47 @@ def metadata_text(metadata: Metadata) -> str:
             f"metadata has {len(text):,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are accepted", param="metadata"
         )
     return text
+
+
+def normalised_rows(vectors: npt.ArrayLike) -> Floats:
+    """Vectors [n, D] of any scale to float32 of length 1, each row as `normalised` does.
+
+    Raises:
+        InvalidRequest: not two-dimensional, or one of them is not a direction.
+    """
+    values = np.asarray(vectors, np.float64)
+    if values.ndim != 2 or not values.size:
+        raise InvalidRequest(f"vectors must be a non-empty list of vectors, not of shape {list(values.shape)}")
+    largest = np.abs(values).max(axis=1, keepdims=True)
+    if not np.isfinite(largest).all():
+        raise InvalidRequest("a vector must hold finite numbers only")
+    if not largest.all():
+        raise InvalidRequest("a vector of zeros has no direction, so nothing is similar to it")
+    values = values / largest
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
+    """Metadata with a merge patch (RFC 7396) applied: null removes, objects merge, anything else replaces."""
+    result = dict(metadata)
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping):
+            below = result.get(key)
+            result[key] = merged(below if isinstance(below, Mapping) else {}, value)
+        else:
+            result[key] = value
+    return result
+
+
+def check_source(item: Item) -> Item:
+    """Refuse an item whose source or digest could not be stored."""
+    if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and item.source.isprintable()):
+        raise InvalidRequest(
+            f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} printable characters",
+            param="source",
+        )
+    if item.digest is not None and not re.fullmatch("[0-9a-f]{64}", item.digest):
+        raise InvalidRequest(f"digest {item.digest[:80]!r} is not allowed: the sha256 in 64 hex digits", param="digest")
+    return item

@@ -1,0 +1,233 @@
+"""Filters on metadata: what they mean, how they are read from a request.
+
+A filter is a tree of conditions on one key each:
+
+    {"key": "brand", "eq": "Arla"}                     equal (number, string or boolean; 1 and true differ)
+    {"key": "brand", "in": ["Arla", "Oatly"]}          equal to one of them
+    {"key": "price", "gte": 5, "lt": 10}               a number in a range; strings by code points, as ISO dates do
+    {"key": "shelf.row", "exists": true}               there, and not null; a dot goes into an object
+    {"and": [...]}, {"or": [...]}, {"not": {...}}
+
+A condition holds or does not: on an item without the key every condition fails but `exists: false`, and `not` of a
+failed one holds. `matches` is the definition; stores translate the tree into their own language and are tested to
+agree with it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from service.errors import InvalidRequest
+
+Scalar = str | int | float | bool
+Range = Literal["gt", "gte", "lt", "lte"]
+
+MAX_DEPTH: Final = 16
+MAX_CONDITIONS: Final = 256
+MAX_VALUES: Final = 10_000
+MAX_KEY_CHARACTERS: Final = 256
+MAX_TEXT_CHARACTERS: Final = 4096
+_RANGES: Final[tuple[Range, ...]] = ("gt", "gte", "lt", "lte")
+_OPERATORS: Final = ("eq", "in", "exists", *_RANGES)
+
+
+@dataclass(frozen=True)
+class In:
+    """The value is one of these; `eq` is a list of one."""
+
+    path: tuple[str, ...]
+    values: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True)
+class Between:
+    """The value has the bounds' type and lies within all of them."""
+
+    path: tuple[str, ...]
+    bounds: tuple[tuple[Range, str | int | float], ...]
+
+
+@dataclass(frozen=True)
+class Exists:
+    """There is a value, and it is not null."""
+
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class And:
+    parts: tuple["Filter", ...]
+
+
+@dataclass(frozen=True)
+class Or:
+    parts: tuple["Filter", ...]
+
+
+@dataclass(frozen=True)
+class Not:
+    part: "Filter"
+
+
+Filter = In | Between | Exists | And | Or | Not
+
+
+def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
+    """Whether an item with this metadata passes."""
+    if isinstance(condition, And):
+        return all(matches(part, metadata) for part in condition.parts)
+    if isinstance(condition, Or):
+        return any(matches(part, metadata) for part in condition.parts)
+    if isinstance(condition, Not):
+        return not matches(condition.part, metadata)
+    value = _value_at(metadata, condition.path)
+    if isinstance(condition, Exists):
+        return value is not None
+    if isinstance(condition, In):
+        return any(_kind(value) == _kind(wanted) and _plain(value) == wanted for wanted in condition.values)
+    return all(_kind(value) == _kind(bound) and _holds(_plain(value), op, bound) for op, bound in condition.bounds)
+
+
+def _value_at(metadata: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = metadata
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What can equal what: JSON's types, with one kind of number."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    return "string" if isinstance(value, str) else "other"
+
+
+def _plain(value: Any) -> Any:
+    """Integers beyond 64 bits with sign compare as floats, as stores keep them."""
+    return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
+
+
+def _holds(value: Any, op: Range, bound: Any) -> bool:
+    if op == "gt":
+        return bool(value > bound)
+    if op == "gte":
+        return bool(value >= bound)
+    return bool(value < bound) if op == "lt" else bool(value <= bound)
+
+
+def parse_filter(body: Any) -> Filter:
+    """The filter that a request's JSON describes.
+
+    Raises:
+        InvalidRequest: it is none; the message quotes the part at fault and says what is allowed.
+    """
+    return _Parser().parse(body, 1)
+
+
+def parse_path(key: Any) -> tuple[str, ...]:
+    """`shelf.row` as the keys to follow.
+
+    Raises:
+        InvalidRequest: not a key; control characters, quotes and backslashes are not taken.
+    """
+    if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_CHARACTERS:
+        raise _wrong(f"a key is a string of 1 to {MAX_KEY_CHARACTERS} characters, not {_quoted(key)}")
+    path = tuple(key.split("."))
+    if not all(path) or not key.isprintable() or set(key) & set("\"'\\"):
+        raise _wrong(f"key {_quoted(key)} is not allowed: printable, without quotes and backslashes, dots inside only")
+    return path
+
+
+class _Parser:
+    """One filter's parts, counted as they are read."""
+
+    def __init__(self) -> None:
+        self._conditions = 0
+        self._values = 0
+
+    def parse(self, body: Any, depth: int) -> Filter:
+        if depth > MAX_DEPTH:
+            raise _wrong(f"nested more than {MAX_DEPTH} deep")
+        self._conditions += 1
+        if self._conditions > MAX_CONDITIONS:
+            raise _wrong(f"more than {MAX_CONDITIONS} conditions")
+        if not isinstance(body, dict):
+            raise _wrong(f"a condition is an object, not {_quoted(body)}")
+        if "key" in body:
+            return self._condition(body)
+        if len(body) == 1:
+            ((name, inside),) = body.items()
+            if name == "not":
+                return Not(self.parse(inside, depth + 1))
+            if name in ("and", "or"):
+                if not isinstance(inside, list) or not inside:
+                    raise _wrong(f"{name} takes a list of conditions, not {_quoted(inside)}")
+                parts = tuple(self.parse(part, depth + 1) for part in inside)
+                return And(parts) if name == "and" else Or(parts)
+        raise _wrong(
+            f"{_quoted(body)} is no condition: it has a key and one of {', '.join(_OPERATORS)}; or is and, or, not"
+        )
+
+    def _condition(self, body: dict[str, Any]) -> Filter:
+        path = parse_path(body["key"])
+        given = [name for name in body if name != "key"]
+        unknown = [name for name in given if name not in _OPERATORS]
+        if unknown or not given:
+            raise _wrong(
+                f"{_quoted(unknown[0] if unknown else body)} is no operator: known are {', '.join(_OPERATORS)}"
+            )
+        if len(given) > 1 and not set(given) <= set(_RANGES):
+            raise _wrong(f"{' and '.join(given)} in one condition: only gt, gte, lt and lte go together")
+        operand = body[given[0]]
+        if given[0] == "exists":
+            if not isinstance(operand, bool):
+                raise _wrong(f"exists is true or false, not {_quoted(operand)}")
+            return Exists(path) if operand else Not(Exists(path))
+        if given[0] == "eq":
+            return In(path, (self._scalar(operand),))
+        if given[0] == "in":
+            if not isinstance(operand, list) or not operand:
+                raise _wrong(f"in takes a list of values, not {_quoted(operand)}")
+            return In(path, tuple(self._scalar(value) for value in operand))
+        bounds = []
+        for op in _RANGES:
+            if op in body:
+                bound = self._scalar(body[op])
+                if isinstance(bound, bool):
+                    raise _wrong(f"{op} takes a number or a string, not {_quoted(bound)}")
+                bounds.append((op, bound))
+        return Between(path, tuple(bounds))
+
+    def _scalar(self, value: Any) -> Scalar:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise _wrong(f"more than {MAX_VALUES:,} values")
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise _wrong(f"a value is a string, a number or a boolean, not {_quoted(value)}; for null there is exists")
+        if isinstance(value, str) and (len(value) > MAX_TEXT_CHARACTERS or not _encodes(value)):
+            raise _wrong(
+                f"a string has at most {MAX_TEXT_CHARACTERS} characters of valid Unicode, not {_quoted(value)}"
+            )
+        return _plain(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _wrong(why: str) -> InvalidRequest:
+    return InvalidRequest(f"filter: {why}", param="filter")
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

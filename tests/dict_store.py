@@ -1,0 +1,182 @@
+"""The slow plain definition of a vector store: dictionaries and a numpy scan.
+
+What the real stores are compared with, and what the routes are tested on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound
+from service.search.filters import Filter, matches
+from service.search.store import (
+    CollectionInfo,
+    CollectionSpec,
+    Hit,
+    Item,
+    Metadata,
+    Page,
+    SearchParams,
+    check_id,
+    check_k,
+    check_match,
+    check_name,
+    check_source,
+    merged,
+    metadata_text,
+    normalised,
+    normalised_rows,
+)
+
+
+@dataclass
+class _Collection:
+    spec: CollectionSpec
+    items: dict[str, Item] = field(default_factory=dict)
+    requests: dict[str, list[Item]] = field(default_factory=dict)
+
+
+class DictStore:
+    """`VectorStore` in plain Python."""
+
+    capabilities = frozenset({"atomic_upsert", "idempotency"})
+
+    def __init__(self) -> None:
+        self._collections: dict[str, _Collection] = {}
+        self._aliases: dict[str, str] = {}
+
+    async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
+        check_name(collection)
+        if collection in self._aliases:
+            raise Conflict(f"{collection!r} is an alias of {self._aliases[collection]!r}")
+        if self._collections.setdefault(collection, _Collection(spec)).spec != spec:
+            raise Conflict(f"collection {collection!r} exists with other settings")
+        return await self.info(collection)
+
+    async def collections(self) -> list[CollectionInfo]:
+        return [await self.info(name) for name in sorted(self._collections)]
+
+    async def info(self, collection: str) -> CollectionInfo:
+        name, found = self._found(collection)
+        return CollectionInfo(name, found.spec, len(found.items))
+
+    async def drop(self, collection: str) -> None:
+        if check_name(collection) in self._aliases or collection in self._aliases.values():
+            raise Conflict(f"{collection!r} is or has an alias")
+        self._found(collection)
+        del self._collections[collection]
+
+    async def aliases(self) -> dict[str, str]:
+        return dict(self._aliases)
+
+    async def set_alias(self, alias: str, collection: str) -> str | None:
+        if check_name(alias) in self._collections:
+            raise Conflict(f"{alias!r} is a collection")
+        before = self._aliases.get(alias)
+        self._aliases[alias], _ = self._found(collection)
+        return before
+
+    async def drop_alias(self, alias: str) -> None:
+        if self._aliases.pop(check_name(alias), None) is None:
+            raise CollectionNotFound(f"there is no alias {alias!r}")
+
+    async def upsert(
+        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+    ) -> CollectionInfo:
+        check_name(collection)
+        if not items:
+            raise InvalidRequest("no items to write")
+        rows = {}
+        for item in items:
+            metadata_text(check_source(item).metadata)
+            rows[check_id(item.id)] = replace(item, vector=normalised(item.vector))
+        if len({len(item.vector) for item in rows.values()}) != 1:
+            raise InvalidRequest("the vectors of one call must have the same dimension")
+        dimension = len(next(iter(rows.values())).vector)
+        try:
+            info = await self.info(collection)
+        except CollectionNotFound:
+            info = CollectionInfo(collection, CollectionSpec(tag, dimension), 0)
+        check_match(info, tag=tag, dimension=dimension)
+        found = self._collections.setdefault(info.name, _Collection(info.spec))
+        if request_key is not None and request_key in found.requests:
+            if [item.id for item in found.requests[request_key]] != [item.id for item in items]:
+                raise Conflict(f"the idempotency key {request_key!r} was used with other items")
+            return await self.info(collection)
+        if request_key is not None:
+            found.requests[request_key] = list(items)
+        found.items.update(rows)
+        return await self.info(collection)
+
+    async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
+        found = self._found(collection)[1]
+        return [found.items.get(check_id(item_id)) for item_id in ids]
+
+    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+        found = self._found(collection)[1]
+        if check_id(item_id) not in found.items:
+            raise ItemNotFound(f"collection {collection!r} holds no item {item_id!r}")
+        old = found.items[item_id]
+        new = replace(old, metadata=merged(old.metadata, metadata))
+        metadata_text(new.metadata)
+        found.items[item_id] = new
+        return new
+
+    async def delete(self, collection: str, ids: Sequence[str]) -> int:
+        found = self._found(collection)[1]
+        return sum(found.items.pop(check_id(item_id), None) is not None for item_id in ids)
+
+    async def delete_where(self, collection: str, where: Filter) -> int:
+        found = self._found(collection)[1]
+        return await self.delete(
+            collection, [item.id for item in found.items.values() if matches(where, item.metadata)]
+        )
+
+    async def count(self, collection: str, where: Filter | None = None) -> int:
+        return len(self._passing(self._found(collection)[1], where))
+
+    async def scroll(
+        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
+    ) -> Page:
+        items = sorted(self._passing(self._found(collection)[1], where), key=lambda item: item.id)
+        if cursor is not None and not cursor.startswith("after:"):
+            raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor")
+        rest = [item for item in items if cursor is None or item.id > cursor.removeprefix("after:")]
+        return Page(rest[:limit], f"after:{rest[limit - 1].id}" if len(rest) > limit else None)
+
+    async def search(
+        self,
+        collection: str,
+        vectors: npt.ArrayLike,
+        k: int,
+        *,
+        tag: str,
+        where: Filter | None = None,
+        params: SearchParams | None = None,
+    ) -> list[list[Hit]]:
+        check_k(k)
+        queries = normalised_rows(vectors)
+        name, found = self._found(collection)
+        check_match(CollectionInfo(name, found.spec, 0), tag=tag, dimension=queries.shape[1])
+        items = self._passing(found, where)
+        answers = []
+        for query in queries:
+            hits = [
+                Hit(item.id, float(np.clip(item.vector @ query, -1, 1)), item.metadata, item.source) for item in items
+            ]
+            answers.append(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k])
+        return answers
+
+    async def close(self) -> None:
+        self._collections.clear()
+
+    def _found(self, name: str) -> tuple[str, _Collection]:
+        real = self._aliases.get(check_name(name), name)
+        if real not in self._collections:
+            raise CollectionNotFound(f"there is no collection {name!r}")
+        return real, self._collections[real]
+
+    def _passing(self, found: _Collection, where: Filter | None) -> list[Item]:
+        return [item for item in found.items.values() if where is None or matches(where, item.metadata)]
