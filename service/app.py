@@ -21,7 +21,7 @@ from service.decode import DecodeLimits
 from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
 from service.middleware import Border, error_body
 from service.pipeline import Pipeline
-from service.routes import collections, embeddings, health, models, segment
+from service.routes import collections, embeddings, health, items, models, search, segment
 from service.search.exact import open_store
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -69,8 +69,8 @@ def create_app(
     )
     app.state.service = service
     app.state.cache_status = "ok"  # what /readyz has logged last
-    for router in (embeddings.router, models.router, collections.router, segment.router, health.router):
-        app.include_router(router)
+    for resource in (embeddings, models, collections, items, search, segment, health):
+        app.include_router(resource.router)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _framework_error)
     app.add_middleware(Border, service=service)

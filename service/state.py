@@ -1,17 +1,20 @@
 """What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from model.artifact import Artifact
 from model.engine import Engine
 from model.zoo import ENTRIES
 from service.cache import Cache
 from service.errors import ModelNotFound
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, Pooling
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.telemetry import Metrics
+
+POOLING: Final[Pooling] = "cls"
+"""What a collection holds unless it says otherwise: the class token is DINOv2's feature for retrieval."""
 
 
 @dataclass
@@ -35,6 +38,17 @@ class Service:
         """The pipeline of a service that has started."""
         assert self.pipeline is not None, "the service has not been started"
         return self.pipeline
+
+    @property
+    def vectors(self) -> VectorStore:
+        """The vector store of a service that has started."""
+        assert self.store is not None, "the service has not been started"
+        return self.store
+
+    def tag(self, fingerprint: str | None = None, pooling: Pooling = POOLING) -> str:
+        """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""
+        height, width = self.artifact.manifest.input_size
+        return f"{fingerprint or self.artifact.fingerprint}/{pooling}/l2/{height}x{width}/{self.engine.precision}"
 
     @property
     def model_names(self) -> list[str]:

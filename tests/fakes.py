@@ -23,6 +23,7 @@ from model.config import ViTConfig
 from model.engine import Features, FloatArray
 from model.preprocess import PreprocessSpec
 from service.app import create_app
+from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Service
 
@@ -128,12 +129,18 @@ async def running(
     engine: FakeEngine | None = None,
     artifact: Artifact | None = None,
     cache: Any = None,
+    store: VectorStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
-    """A started service on a fake engine; the warm-up's pass is not in its records."""
+    """A started service on a fake engine; the warm-up's pass is not in its records. Without `store`, the embedded one."""
+
+    async def given() -> VectorStore:
+        assert store is not None
+        return store
+
     engine = engine or FakeEngine()
     chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
-    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache)
+    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_vectors=given if store else None)
     async with app.router.lifespan_context(app):
         engine.batches.clear()
         engine.entered.clear()

@@ -1,6 +1,7 @@
 """What answers have in common: timings, item errors, JSON without a detour over objects."""
 
 import base64
+import time
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -53,3 +54,8 @@ def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | Non
     """JSON; numpy arrays are written as they are."""
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status_code=status, headers=headers, media_type="application/json")
+
+
+def ms_since(started: float) -> float:
+    """Milliseconds since a `time.perf_counter()`."""
+    return round((time.perf_counter() - started) * 1e3, 3)
