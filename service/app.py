@@ -22,7 +22,7 @@ from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFoun
 from service.middleware import Border, error_body
 from service.pipeline import Pipeline
 from service.routes import collections, embeddings, health, items, models, search, segment
-from service.search.exact import open_store
+from service.search.embedded import open_embedded
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Service
@@ -85,7 +85,7 @@ async def _start(
 ) -> None:
     """Make what needs the event loop, warm the engine up, and leave with `stack` how each is closed."""
     settings, metrics, artifact = service.settings, service.metrics, service.artifact
-    service.store = await (open_vectors() if open_vectors else open_store(settings.data_dir))
+    service.store = await (open_vectors() if open_vectors else open_embedded(settings.data_dir))
     stack.push_async_callback(service.store.close)
     service.cache = (
         cache

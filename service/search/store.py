@@ -276,14 +276,15 @@ def metadata_text(metadata: Metadata) -> str:
         InvalidRequest: not a JSON object, nested too deeply to be answered with, or too long.
     """
     try:
-        text = json.dumps(dict(metadata), allow_nan=False, separators=(",", ":"))
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         # As deep as in an answer: what orjson refuses would fail every search that finds it.
         orjson.dumps([[[[dict(metadata)]]]])
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
-    if len(text) > MAX_METADATA_BYTES:
+    size = len(text.encode())
+    if size > MAX_METADATA_BYTES:
         raise InvalidRequest(
-            f"metadata has {len(text):,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are accepted", param="metadata"
+            f"metadata has {size:,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are accepted", param="metadata"
         )
     return text
 
@@ -303,7 +304,8 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
     if not largest.all():
         raise InvalidRequest("a vector of zeros has no direction, so nothing is similar to it")
     values = values / largest
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    units: Floats = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return units
 
 
 def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:

@@ -1,0 +1,409 @@
+"""The embedded store's truth: one SQLite file, and every statement that touches it.
+
+A write is acknowledged after a commit in WAL mode with `synchronous=FULL`: it has been synced to disk. Whatever else
+lies in the folder (segments of faiss) can be made again from here.
+
+An item's `number` stands for one vector, for ever: replacing an item deletes its number and gives a new one, above all
+before it. So vectors never change, "what is new" is "numbers above the last one seen", and a segment, which holds the
+vectors of a range of numbers, goes wrong in one way only: some of them are deleted. Those are kept in `removed`, until
+no segment holds them any more. Whoever holds vectors in memory, in this process or another, follows by reading both
+from where it left off; a collection's `version` says whether there is anything to read.
+
+Each collection has tables of its own for items and for vectors: dropping it is quick, a filter that reads all metadata
+does not read the vectors, and numbers stay dense.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import CollectionNotFound, StorageFailed
+from service.search.filter_sql import extract
+from service.search.filters import parse_path
+from service.search.store import CollectionSpec, Floats, IndexSpec, Item
+
+Numbers = npt.NDArray[np.int64]
+
+_APPLICATION_ID: Final = 0x64763273  # "dv2s", in the file's header: a foreign database is told from ours
+_SCHEMA_VERSION: Final = 2
+_BUSY_MS: Final = 30_000
+_SCHEMA: Final = f"""
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_SCHEMA_VERSION};
+CREATE TABLE collections (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL,
+    count INTEGER NOT NULL DEFAULT 0,    -- of items
+    version INTEGER NOT NULL DEFAULT 0,  -- grows when vectors or segments change
+    edits INTEGER NOT NULL DEFAULT 0,    -- grows when metadata changes without its vector
+    sealed INTEGER NOT NULL DEFAULT 0    -- vectors up to this number are in segments
+);
+CREATE TABLE aliases (name TEXT PRIMARY KEY, collection INTEGER NOT NULL REFERENCES collections (id));
+CREATE TABLE segments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collections (id) ON DELETE CASCADE,
+    folder TEXT NOT NULL, kind TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, count INTEGER NOT NULL,
+    effort INTEGER NOT NULL,  -- efSearch or nprobe that reaches the target recall
+    files TEXT NOT NULL       -- JSON: name -> [bytes, xxh3]
+);
+CREATE TABLE requests (
+    collection INTEGER NOT NULL REFERENCES collections (id) ON DELETE CASCADE, key TEXT NOT NULL,
+    digest BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (collection, key)
+);
+"""
+_TABLES: Final = """
+CREATE TABLE items_{0} (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL, source TEXT, digest TEXT
+);
+CREATE TABLE vectors_{0} (number INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE removed_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER NOT NULL);
+"""
+_COLUMNS: Final = "c.id, c.name, c.spec, c.count, c.version, c.edits, c.sealed"
+_FIND: Final = f"""
+SELECT {_COLUMNS} FROM collections c WHERE c.name = ?1
+UNION ALL SELECT {_COLUMNS} FROM aliases a JOIN collections c ON c.id = a.collection WHERE a.name = ?1
+"""
+_REQUESTS_KEPT_S: Final = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Row:
+    """A collection as it stands in one transaction."""
+
+    key: int
+    name: str
+    spec: CollectionSpec
+    count: int
+    version: int
+    edits: int
+    sealed: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype("<f4" if self.spec.dtype == "float32" else "<f2")
+
+
+@dataclass(frozen=True)
+class SegmentRow:
+    """A segment that is in use: the vectors whose numbers lie from `first` to `last`, as files in `folder`."""
+
+    key: int
+    folder: str
+    kind: str
+    first: int
+    last: int
+    count: int
+    effort: int
+    files: dict[str, tuple[int, str]]
+
+
+@contextmanager
+def translated(what: str = "the vector store") -> Iterator[None]:
+    """The border to SQLite and the file system: their errors become ours. Clients see no path."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        why = "it is in use by another process" if "locked" in str(error) else str(error)
+        raise StorageFailed(f"{what}: {why}") from error
+    except sqlite3.DatabaseError as error:
+        raise StorageFailed(
+            f"{what} is damaged or not a database ({error}); restore it from a backup, or move it away to start empty"
+        ) from error
+    except OSError as error:
+        raise StorageFailed(f"{what}: {error.strerror or error}") from error
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """A connection for one thread; the file is there and ours (`prepare`)."""
+    db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA cache_size = -16384")
+    if read_only:
+        db.execute("PRAGMA query_only = ON")
+    return db
+
+
+def prepare(path: Path) -> None:
+    """Make the file, or check that it is one of ours.
+
+    Raises:
+        StorageFailed: it cannot be used, is damaged or is not ours; the message names it.
+    """
+    with translated(f"vector store {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)
+        try:
+            db.execute("PRAGMA page_size = 8192")
+            db.execute("PRAGMA journal_mode = WAL")
+            with transaction(db):
+                (application,) = db.execute("PRAGMA application_id").fetchone()
+                (version,) = db.execute("PRAGMA user_version").fetchone()
+                (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                if not tables:
+                    run_script(db, _SCHEMA)
+                elif (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
+                    raise StorageFailed(
+                        f"{path} is not a vector store of this version (application id {application:#x}, "
+                        f"version {version}; expected {_APPLICATION_ID:#x}, version {_SCHEMA_VERSION})"
+                    )
+        finally:
+            db.close()
+
+
+def run_script(db: sqlite3.Connection, script: str) -> None:
+    """Statements within the transaction that is open (`executescript` would commit it)."""
+    for statement in script.split(";\n"):
+        db.execute(statement)
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """A write: all or nothing, on disk when the block has ended."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def snapshot(db: sqlite3.Connection) -> Iterator[None]:
+    """Reads that see one state of the store, from the first one on."""
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+# ---- collections
+
+
+def _row(found: tuple[Any, ...]) -> Row:
+    key, name, spec, count, version, edits, sealed = found
+    return Row(key, name, _spec(spec), count, version, edits, sealed)
+
+
+_SPECS: dict[str, CollectionSpec] = {}
+
+
+def _spec(text: str) -> CollectionSpec:
+    """Parsed once for each text: every search reads it."""
+    spec = _SPECS.get(text)
+    if spec is None:
+        fields = json.loads(text)
+        fields |= {"index": IndexSpec(**fields["index"]), "indexed": tuple(fields["indexed"])}
+        if len(_SPECS) > 10_000:
+            _SPECS.clear()
+        spec = _SPECS[text] = CollectionSpec(**fields)
+    return spec
+
+
+def find(db: sqlite3.Connection, name: str) -> Row:
+    """A collection by its name or an alias.
+
+    Raises:
+        CollectionNotFound: there is neither.
+    """
+    found = db.execute(_FIND, (name,)).fetchone()
+    if found is None:
+        raise CollectionNotFound(f"there is no collection {name!r}")
+    return _row(found)
+
+
+def by_key(db: sqlite3.Connection, key: int) -> Row:
+    """Raises CollectionNotFound when it was dropped."""
+    found = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
+    if found is None:
+        raise CollectionNotFound("there is no such collection any more")
+    return _row(found)
+
+
+def check_exists(db: sqlite3.Connection, row: Row) -> None:
+    """Raises CollectionNotFound when it was dropped since `row` was read."""
+    if not db.execute("SELECT 1 FROM collections WHERE id = ?", (row.key,)).fetchone():
+        raise CollectionNotFound(f"there is no collection {row.name!r}")
+
+
+def every(db: sqlite3.Connection) -> list[Row]:
+    """All collections by name, without those that are being restored."""
+    query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
+    return [_row(found) for found in db.execute(query)]
+
+
+def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
+    """A new, empty collection; the name must be free."""
+    text = json.dumps(dataclasses.asdict(spec))
+    (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
+    run_script(db, _TABLES.format(key))
+    for place, declared in enumerate(spec.indexed):
+        db.execute(f"CREATE INDEX metadata_{key}_{place} ON items_{key} ({extract(parse_path(declared))})")
+    return Row(key, name, spec, 0, 0, 0, 0)
+
+
+def drop(db: sqlite3.Connection, key: int) -> None:
+    for table in ("items", "vectors", "removed"):
+        db.execute(f"DROP TABLE {table}_{key}")
+    db.execute("DELETE FROM collections WHERE id = ?", (key,))
+
+
+# ---- items
+
+
+def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, str]]) -> None:
+    """Items with the bytes of their vectors and the text of their metadata; each id at most once."""
+    fresh = 0
+    for item, vector, metadata in rows:
+        old = db.execute(f"DELETE FROM items_{key} WHERE id = ? RETURNING number", (item.id,)).fetchone()
+        if old is None:
+            fresh += 1
+        else:
+            db.execute(f"DELETE FROM vectors_{key} WHERE number = ?", old)
+            db.execute(f"INSERT INTO removed_{key} (number) VALUES (?)", old)
+        number = db.execute(
+            f"INSERT INTO items_{key} (id, metadata, source, digest) VALUES (?, ?, ?, ?)",
+            (item.id, metadata, item.source, item.digest),
+        ).lastrowid
+        db.execute(f"INSERT INTO vectors_{key} VALUES (?, ?, ?)", (number, vector, zlib.crc32(vector)))
+    db.execute("UPDATE collections SET count = count + ?, version = version + 1 WHERE id = ?", (fresh, key))
+
+
+def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
+    """Delete items by number; how many there were."""
+    gone = 0
+    for number in numbers:
+        if db.execute(f"DELETE FROM items_{key} WHERE number = ?", (number,)).rowcount:
+            db.execute(f"DELETE FROM vectors_{key} WHERE number = ?", (number,))
+            db.execute(f"INSERT INTO removed_{key} (number) VALUES (?)", (number,))
+            gone += 1
+    if gone:
+        db.execute("UPDATE collections SET count = count - ?, version = version + 1 WHERE id = ?", (gone, key))
+    return gone
+
+
+def last_number(db: sqlite3.Connection, row: Row) -> int:
+    """The highest number in use; 0 when there is none."""
+    (last,) = db.execute(f"SELECT coalesce(max(number), 0) FROM items_{row.key}").fetchone()
+    return int(last)
+
+
+def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
+    db.execute(f"UPDATE items_{key} SET metadata = ? WHERE number = ?", (metadata, number))
+    db.execute("UPDATE collections SET edits = edits + 1 WHERE id = ?", (key,))
+
+
+def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
+    """Whether this request was carried out before; None if another was, under the same key. It is noted if not."""
+    db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
+    found = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
+    if found is not None:
+        return True if bytes(found[0]) == digest else None
+    db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (key, request_key, digest, now))
+    return False
+
+
+def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
+    """What two requests with the same key must agree in."""
+    digest = hashlib.sha256()
+    for item, vector, metadata in rows:
+        for part in (item.id.encode(), vector, metadata.encode(), (item.source or "").encode()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+# ---- vectors
+
+
+def vectors_of(row: Row, found: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
+    """Numbers [n] and vectors [n, D] float32 of rows (number, vector, crc).
+
+    Raises:
+        StorageFailed: one of them is not what was written.
+    """
+    size = row.spec.dimension * row.dtype.itemsize
+    for number, vector, crc in found:
+        if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
+            raise StorageFailed(f"the vector store is damaged: the vector of item number {number} is broken")
+    numbers = np.fromiter((number for number, _, _ in found), np.int64, len(found))
+    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(len(found), -1)
+    return numbers, matrix.astype(np.float32)
+
+
+def read_vectors(
+    db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
+) -> Iterator[tuple[Numbers, Floats]]:
+    """All vectors with numbers above `after`, in order, some at a time."""
+    query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number > ? AND number <= ? ORDER BY number"
+    cursor = db.execute(query, (after, 2**62 if to is None else to))
+    while found := cursor.fetchmany(chunk):
+        yield vectors_of(row, found)
+
+
+def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
+    """Numbers that were removed after this point, and the new point."""
+    found = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
+    return (found[-1][0] if found else seq), np.fromiter((number for _, number in found), np.int64, len(found))
+
+
+# ---- segments
+
+
+def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
+    """Those in use, by number."""
+    query = """SELECT id, folder, kind, first, last, count, effort, files FROM segments WHERE collection = ?
+               ORDER BY first"""
+    return [
+        SegmentRow(
+            number, folder, kind, first, last, count, effort, {n: tuple(v) for n, v in json.loads(files).items()}
+        )
+        for number, folder, kind, first, last, count, effort, files in db.execute(query, (key,))
+    ]
+
+
+def swap_segments(
+    db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, seq: int
+) -> bool:
+    """Put one segment in the place of others and of the tail up to `sealed`. It was made of what `removed` said up to
+    `seq`; what it therefore lacks needs no record any more.
+
+    Returns:
+        False, and nothing is changed, when they are no longer what they were in `row`'s time.
+    """
+    known = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
+    there = {segment.key for segment in segments(db, row.key)}
+    if known is None or known[0] != row.sealed or not {segment.key for segment in old} <= there:
+        return False
+    for segment in old:
+        db.execute("DELETE FROM segments WHERE id = ?", (segment.key,))
+    made = 0
+    if new is not None:
+        made = db.execute(
+            """INSERT INTO segments (collection, folder, kind, first, last, count, effort, files)
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id""",
+            (row.key, new.folder, new.kind, new.first, new.last, new.count, new.effort, json.dumps(new.files)),
+        ).fetchone()[0]
+    db.execute("UPDATE collections SET sealed = max(sealed, ?), version = version + 1 WHERE id = ?", (sealed, row.key))
+    db.execute(
+        f"""DELETE FROM removed_{row.key} WHERE seq <= ? AND number <= ? AND NOT EXISTS (
+            SELECT 1 FROM segments s WHERE s.collection = ? AND number BETWEEN s.first AND s.last AND s.id != ?)""",
+        (seq, sealed, row.key, made),
+    )
+    return True
+
+
+def folders(db: sqlite3.Connection) -> set[str]:
+    """Of all segments in use."""
+    return {folder for (folder,) in db.execute("SELECT folder FROM segments")}

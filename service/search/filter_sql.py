@@ -1,0 +1,77 @@
+"""A filter as SQL over a column `metadata` of JSON text.
+
+One expression per key, `json_extract(metadata, '$."key"')`, word for word the one that a declared index is made of, so
+SQLite finds it. It gives numbers and strings their own types, which never compare equal, but true and false as 1 and 0,
+and objects and lists as their text: a check of `json_type`, which no index answers, is added only where that could
+matter. A missing key gives NULL, which is neither true nor false, so whatever is negated is coalesced first.
+"""
+
+from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar
+
+_SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+
+
+def extract(path: tuple[str, ...]) -> str:
+    """The SQL expression of a key's value. `parse_path` has refused quotes and backslashes."""
+    return f"json_extract(metadata, {_json_path(path)})"
+
+
+def to_sql(condition: Filter) -> tuple[str, list[Scalar]]:
+    """A WHERE expression and its parameters."""
+    parameters: list[Scalar] = []
+    return _sql(condition, parameters), parameters
+
+
+def _sql(condition: Filter, parameters: list[Scalar]) -> str:
+    if isinstance(condition, And):
+        return "(" + " AND ".join(_sql(part, parameters) for part in condition.parts) + ")"
+    if isinstance(condition, Or):
+        return "(" + " OR ".join(_sql(part, parameters) for part in condition.parts) + ")"
+    if isinstance(condition, Not):
+        return f"NOT coalesce({_sql(condition.part, parameters)}, 0)"
+    if isinstance(condition, Exists):
+        return f"{extract(condition.path)} IS NOT NULL"
+    return _in(condition, parameters) if isinstance(condition, In) else _between(condition, parameters)
+
+
+def _in(condition: In, parameters: list[Scalar]) -> str:
+    value, kind = extract(condition.path), f"json_type(metadata, {_json_path(condition.path)})"
+    plain = [wanted for wanted in condition.values if not _confusable(wanted)]
+    parts = []
+    if plain:
+        parameters += plain
+        parts.append(f"{value} IN ({', '.join('?' * len(plain))})")
+    for wanted in condition.values:
+        if isinstance(wanted, bool):
+            parts.append(f"({value} = {int(wanted)} AND {kind} = '{'true' if wanted else 'false'}')")
+        elif _confusable(wanted):
+            parameters.append(wanted)
+            kinds = "'text'" if isinstance(wanted, str) else "'integer', 'real'"
+            parts.append(f"({value} = ? AND {kind} IN ({kinds}))")
+    return "(" + " OR ".join(parts) + ")"
+
+
+def _between(condition: Between, parameters: list[Scalar]) -> str:
+    value, kind = extract(condition.path), f"json_type(metadata, {_json_path(condition.path)})"
+    if len({isinstance(bound, str) for _, bound in condition.bounds}) > 1:
+        return "0"  # no value is both a number and a string
+    parts = []
+    for op, bound in condition.bounds:
+        parameters.append(bound)
+        parts.append(f"{value} {_SQL[op]} ?")
+    if isinstance(condition.bounds[0][1], str):
+        parts.append(f"{kind} = 'text'")
+    else:  # every string is greater than every number to SQLite
+        parts.append(f"{kind} IN ('integer', 'real')")
+    return "(" + " AND ".join(parts) + ")"
+
+
+def _confusable(wanted: Scalar) -> bool:
+    """Whether something else than this value gives the same in `json_extract`."""
+    if isinstance(wanted, str):
+        return wanted[:1] in ("{", "[")
+    return isinstance(wanted, bool) or wanted in (0, 1)
+
+
+def _json_path(path: tuple[str, ...]) -> str:
+    return "'$" + "".join(f'."{key}"' for key in path) + "'"

@@ -1,0 +1,325 @@
+"""What the embedded store does while nobody waits: it makes segments of the tail, merges them, and measures recall.
+
+One process of those on a folder does it, the one that holds the lock on `maintenance.lock`; the others follow what it
+commits. Files are written and synced first, then named in the database together with the removal of those they replace:
+a crash at any moment leaves either state, and at worst a folder that nobody names, which is deleted later.
+
+The thread is nice: its processor time is what the service leaves over. A disk that is full, or any other fault, is
+logged and tried again later; searches go on with what there is.
+"""
+
+import fcntl
+import logging
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Final, NamedTuple
+
+import faiss
+
+from model.engine import available_cpus
+from service.errors import CollectionNotFound, ServiceError
+from service.search import database
+from service.search.database import Numbers, Row, SegmentRow, snapshot, transaction
+from service.search.segments import (
+    Stopped,
+    build,
+    kind_for,
+    new_folder,
+    recall,
+    remove_orphans,
+    write,
+)
+from service.search.store import Floats, SearchParams
+from service.search.view import LivePart, View, Views
+
+log = logging.getLogger(__name__)
+
+SEAL_ROWS: Final = 8192
+"""A tail of this length becomes a segment: searching it takes about a millisecond."""
+MERGE_SHARE: Final = 0.1
+"""Small segments are merged into the large one when they are this share of it: each vector is copied few times."""
+REBUILD_SHARE: Final = 0.25
+"""The same for indexes that are trained, and so made anew."""
+DEAD_SHARE: Final = 0.2
+"""A segment with this share of deleted vectors is made anew without them."""
+MANY: Final = 4
+IDLE_S: Final = 3.0
+RETRY_S: Final = 60.0
+ORPHAN_S: Final = 120.0
+"""How long a folder is kept after it was replaced: a reader may just be opening it."""
+NICE: Final = 10
+RECALL_EVERY_S: Final = 1.0
+RECALL_WINDOW: Final = 128
+MAX_BOOST: Final = 8.0
+
+
+def _alive(part: LivePart) -> int:
+    return len(part.segment.numbers) - len(part.dead)
+
+
+class Plan(NamedTuple):
+    """What to make one segment of."""
+
+    parts: tuple[LivePart, ...]  # beside each other
+    with_tail: bool = False
+    grow: bool = False  # continue the graph of the first part instead of beginning a new one
+
+
+def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False) -> Plan | None:
+    """The most useful change of a collection's segments; None when there is none.
+
+    Small segments are flat and quick to build. They are merged when they are many, and into the first, large one, whose
+    index is costly, when they are a good share of it.
+    """
+    spec, parts, tail = view.row.spec.index, view.parts, len(view.tail.numbers)
+    for part in parts:
+        if not part.segment.whole or len(part.dead) > DEAD_SHARE * len(part.segment.numbers):
+            return Plan((part,))
+    if tail >= seal_rows and not settle:
+        return Plan((), with_tail=True)
+    sizes = [_alive(part) for part in parts]
+    kind = kind_for(spec, sum(sizes) + (tail if settle else 0))
+    if settle:
+        settled = len(parts) == 1 and not tail and parts[0].segment.row.kind == kind
+        return None if settled or not (parts or tail) else Plan(parts, tail > 0, _can_grow(parts, kind))
+    if not parts:
+        return None
+    rest = sum(sizes[1:])
+    grow = _can_grow(parts, kind)
+    share = MERGE_SHARE if grow or kind == "flat" else REBUILD_SHARE
+    if parts[0].segment.row.kind != kind or rest > share * sizes[0] or (idle and grow and rest >= seal_rows):
+        return Plan(parts, grow=grow)
+    return Plan(parts[1:]) if len(parts) - 1 > MANY else None
+
+
+def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
+    return bool(parts) and parts[0].segment.row.kind == kind == "hnsw"
+
+
+class Maintenance:
+    """One thread, and what searches ask it: how hard to try."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        views: Views,
+        connect: Callable[[], sqlite3.Connection],
+        *,
+        interval_s: float = 1.0,
+        seal_rows: int = SEAL_ROWS,
+        on_recall: Callable[[str, float], None] = lambda collection, ratio: None,
+    ) -> None:
+        """`on_recall` is told a collection's recall whenever it has been measured again."""
+        self._root = data_dir / "segments"
+        self._lock_path = data_dir / "maintenance.lock"
+        self._views = views
+        self._connect = connect
+        self._interval_s = interval_s
+        self._seal_rows = seal_rows
+        self._on_recall = on_recall
+        self._recalls: dict[int, Recall] = {}
+        self._samples: deque[tuple[View, Floats, Numbers]] = deque(maxlen=4)
+        self._sampled_at = 0.0
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._working = threading.Lock()  # held while segments are changed, by this thread or by `settle`
+        self._retry_at: dict[int, float] = {}
+        self._unused: dict[str, float] = {}  # folder -> since when nobody names it
+        self._thread = threading.Thread(target=self._run, name="store-maintenance", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something was written."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """A build under way is given up at its next step."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(30)
+
+    # ---- recall
+
+    def boost(self, row: Row) -> float:
+        """How much harder than tuned a search tries: above 1 while measured recall is below the target."""
+        recalled = self._recalls.get(row.key)
+        return 1.0 if recalled is None else recalled.boost
+
+    def observe(self, view: View, vectors: Floats, found: list[tuple[Numbers, Floats]], given: SearchParams) -> None:
+        """Perhaps keep a live query, to compare its answer with the exact one later."""
+        now = time.monotonic()
+        if now - self._sampled_at < RECALL_EVERY_S or given != SearchParams():
+            return
+        if all(part.segment.index is None for part in view.parts):
+            return
+        self._sampled_at = now
+        which = random.randrange(len(vectors))  # noqa: S311 - a sample, not a secret
+        self._samples.append((view, vectors[which : which + 1], found[which][0][:10]))
+        self._wake.set()
+
+    def _measure(self) -> None:
+        while self._samples and not self._stop.is_set():
+            view, vector, found = self._samples.popleft()
+            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).numbers
+            recalled = self._recalls.setdefault(view.row.key, Recall(view.row.spec.index.target_recall))
+            self._on_recall(view.row.name, recalled.add(recall(found[None], truth)))
+
+    # ---- segments
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        faiss.omp_set_num_threads(1)
+        db = self._connect()
+        lock: IO[bytes] | None = None
+        changed_at = time.monotonic()
+        while not self._stop.is_set():
+            if self._wake.wait(self._interval_s):
+                changed_at = time.monotonic()
+            self._wake.clear()
+            if self._stop.wait(min(0.05, self._interval_s)):  # let writes of the same moment gather
+                break
+            try:
+                self._measure()
+                lock = lock or _locked(self._lock_path)
+                if lock is not None:
+                    with self._working:
+                        self._tidy(db, idle=time.monotonic() - changed_at > IDLE_S)
+            except Stopped:
+                break
+            except Exception:
+                log.exception("maintenance of the vector store failed; it goes on later")
+                self._stop.wait(self._interval_s)
+        if lock is not None:
+            lock.close()
+
+    def settle(self, collection: str) -> None:
+        """Bring one collection to its best state now, in the calling thread."""
+        db = self._connect()
+        with self._working:
+            while self._step(db, collection, settle=True):
+                pass
+        db.close()
+
+    def _tidy(self, db: sqlite3.Connection, *, idle: bool) -> None:
+        with snapshot(db):
+            rows = database.every(db)
+            used = database.folders(db)
+        self._views.forget(self._views.keys() - {row.key for row in rows})
+        self._remove_orphans(used)
+        for row in rows:
+            if self._retry_at.get(row.key, 0) > time.monotonic():
+                continue
+            try:
+                while self._step(db, row.key, idle=idle) and not self._stop.is_set():
+                    pass
+            except CollectionNotFound:
+                continue
+            except (OSError, RuntimeError, ServiceError, sqlite3.Error, MemoryError) as error:
+                self._retry_at[row.key] = time.monotonic() + RETRY_S
+                log.error("collection %r: no segment could be built (%s); again in %g s", row.name, error, RETRY_S)
+
+    def _remove_orphans(self, used: set[str]) -> None:
+        now = time.monotonic()
+        there = {folder.name for folder in self._root.iterdir()} if self._root.is_dir() else set()
+        self._unused = {name: self._unused.get(name, now) for name in there - used}
+        young = {name for name, since in self._unused.items() if now - since < ORPHAN_S}
+        remove_orphans(self._root, used | young)
+
+    def _current(self, db: sqlite3.Connection, collection: str | int) -> View:
+        while True:
+            with snapshot(db):
+                row = database.find(db, collection) if isinstance(collection, str) else database.by_key(db, collection)
+                view = self._views.at(db, row)
+            if view is not None:
+                return view
+
+    def _step(self, db: sqlite3.Connection, collection: str | int, *, idle: bool = False, settle: bool = False) -> bool:
+        """Do the most useful thing for a collection, if there is one."""
+        view = self._current(db, collection)
+        wanted = plan(view, seal_rows=self._seal_rows, idle=idle, settle=settle)
+        if wanted is not None:
+            self._replace(db, view, wanted)
+        return wanted is not None
+
+    def _replace(self, db: sqlite3.Connection, view: View, wanted: Plan) -> None:
+        """Make one segment of several and perhaps the tail. What is deleted of a graph that grows stays, marked."""
+        started = time.perf_counter()
+        row, parts, tail = view.row, wanted.parts, view.tail
+        base = parts[0].segment if wanted.grow else None
+        old = [part.segment.row for part in parts]
+        after = base.row.last if base else (old[0].first if old else int(tail.numbers[0])) - 1
+        sealed = view.last if wanted.with_tail else old[-1].last
+        count = sum(map(_alive, parts)) + (len(tail.numbers) - len(tail.dead) if wanted.with_tail else 0)
+        kind = kind_for(row.spec.index, count)
+        chunks = self._chunks(db, row, after, sealed)
+        faiss.omp_set_num_threads(available_cpus())
+        try:
+            built = build(kind, row.spec, chunks, grown_from=base, check=self._check)
+        finally:
+            faiss.omp_set_num_threads(1)
+        new = None
+        if len(built.numbers):
+            folder, numbers = new_folder(), built.numbers
+            files = write(self._root / folder, built)
+            new = SegmentRow(0, folder, kind, int(numbers[0]), int(numbers[-1]), len(numbers), built.effort, files)
+        with transaction(db):
+            seq = 0 if base else view.seq
+            if not database.swap_segments(db, row, old, new, sealed=sealed, seq=seq):
+                return  # another process was faster; this one's folder is an orphan now
+        self._current(db, row.key)  # open it now, so that no search waits for its checksums
+        seconds = round(time.perf_counter() - started, 3)
+        fields = {"collection": row.name, "kind": kind, "vectors": len(built.numbers), "replaced": len(old)}
+        log.info("segment built", extra={"fields": {**fields, "seconds": seconds}})
+
+    def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[tuple[Numbers, Floats]]:
+        """Vectors with numbers above `after`, up to `to`, each chunk in a transaction of its own: what is deleted in
+        between is in `removed`, and a long one would keep SQLite from shortening its log."""
+        while True:
+            with snapshot(db):
+                database.check_exists(db, row)
+                chunk = next(database.read_vectors(db, row, after=after, to=to), None)
+            if chunk is None:
+                return
+            yield chunk
+            after = int(chunk[0][-1])
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+class Recall:
+    """Recall of the last live queries of a collection, and how much harder than tuned they must try."""
+
+    def __init__(self, target: float) -> None:
+        self._target = target
+        self._ratios: deque[float] = deque(maxlen=RECALL_WINDOW)
+        self.boost = 1.0
+
+    def add(self, ratio: float) -> float:
+        """The mean, with this one."""
+        self._ratios.append(ratio)
+        mean = sum(self._ratios) / len(self._ratios)
+        if len(self._ratios) >= 16 and mean < self._target and self.boost < MAX_BOOST:
+            self.boost *= 1.5
+            self._ratios.clear()  # what follows is measured with the new effort
+        return mean
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The lock file, locked until it is closed or the process ends; None when another process has it."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file

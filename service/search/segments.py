@@ -1,0 +1,414 @@
+"""Immutable files of vectors with a faiss index over them, mapped into memory.
+
+A segment is a folder of `numbers.npy` (what each vector is called in the database), `vectors.faiss` (a flat index:
+float32 or float16) and, but for the kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of
+codes). Files are mapped (`IO_FLAG_MMAP_IFC`), so opening costs nothing but their checksums, and all processes of a host
+share one copy. Nothing here is ever changed: what is deleted is a bit in a bitmap that comes with each search, since
+faiss aborts or answers wrongly when an index changes under a search (faiss#1504).
+
+`ivf_pq` and `rabitq` find candidates by their codes, whose scores are approximate; the candidates are then scored by
+their vectors, so a score is the cosine whatever the kind.
+
+Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from service.errors import StorageFailed
+from service.search.database import Numbers, SegmentRow
+from service.search.store import CollectionSpec, Floats, IndexSpec, SearchParams
+
+Bits = npt.NDArray[np.uint8]  # a bit for each vector, lowest first
+Positions = npt.NDArray[np.int64]
+BuiltKind = Literal["flat", "hnsw", "ivf_pq", "rabitq"]
+
+FLAT_BELOW: Final = 20_000
+HNSW_BELOW: Final = 2_000_000
+"""Sizes of a collection at which `auto` goes from one kind to the next."""
+HNSW_M: Final = 32
+HNSW_EF_CONSTRUCTION: Final = 100
+REFINE: Final = 8
+"""Candidates by code for each neighbour wanted."""
+EFFORTS: Final[dict[str, tuple[int, ...]]] = {
+    "flat": (1,),
+    "hnsw": (32, 48, 64, 96, 128, 192, 256, 384, 512),
+    "ivf_pq": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    "rabitq": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+}
+"""efSearch or nprobe that tuning chooses from."""
+_TUNE_QUERIES: Final = 64
+_TUNE_K: Final = 10
+_ADD: Final = 4096
+_CHUNK: Final = 2**24
+
+
+class Found(NamedTuple):
+    """Answers of one part of a collection, best first; missing ones have number -1 and score -inf."""
+
+    scores: Floats  # [q, k]
+    numbers: Numbers  # [q, k]
+
+
+class Stopped(Exception):
+    """The store closes while a segment is being built; nothing of it is kept."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One opened segment. Safe to search from several threads."""
+
+    row: SegmentRow
+    folder: Path
+    numbers: Numbers  # [n], ascending
+    flat: Any  # faiss.IndexFlatIP or IndexScalarQuantizer (float16)
+    matrix: npt.NDArray[Any]  # [n, D], the flat index's own memory
+    index: Any  # over the same positions; None for the kind flat
+    whole: bool = True  # False: its files are damaged, and this was made of the database's rows
+
+    def search(self, queries: Floats, k: int, alive: Bits | None, params: SearchParams, widen: float = 1.0) -> Found:
+        """The k nearest of each query among those alive (None: all).
+
+        `widen` multiplies efSearch or nprobe: a filter that few pass needs more candidates.
+        """
+        selector = None if alive is None else faiss.IDSelectorBitmap(alive)
+        if self.index is None or params.exact:
+            scores, positions = self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector))
+        elif self.row.kind == "hnsw":
+            wanted = max(k, int((params.ef_search or self.row.effort) * widen))
+            found = self.index.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=wanted, sel=selector))
+            scores, positions = found
+        else:
+            nprobe = int((params.nprobe or self.row.effort) * widen)
+            scores, positions = self._by_code(queries, k, nprobe, selector)
+        return Found(np.where(positions < 0, -np.inf, scores), np.where(positions < 0, -1, self.numbers[positions]))
+
+    def exact(self, queries: Floats, k: int, positions: Positions) -> Found:
+        """The k nearest of each query among some positions, by their vectors."""
+        scores = queries @ self.rows(positions).T
+        return top(scores, self.numbers[positions], k)
+
+    def rows(self, positions: Positions) -> Floats:
+        """Vectors [len(positions), D] float32."""
+        return self.matrix[positions].astype(np.float32, copy=False)
+
+    def positions_of(self, numbers: Numbers) -> Positions:
+        """Where those of the numbers (ascending) lie that this segment holds."""
+        if not len(self.numbers):
+            return np.empty(0, np.int64)
+        inside = numbers[np.searchsorted(numbers, self.row.first) : np.searchsorted(numbers, self.row.last, "right")]
+        places = np.searchsorted(self.numbers, inside)
+        held: Positions = places[self.numbers[np.minimum(places, len(self.numbers) - 1)] == inside]
+        return held
+
+    def _by_code(self, queries: Floats, k: int, nprobe: int, selector: Any) -> tuple[Floats, Positions]:
+        ivf = faiss.SearchParametersIVF(nprobe=min(nprobe, faiss.extract_index_ivf(self.index).nlist), sel=selector)
+        if self.row.kind == "rabitq":
+            wanted = min(2 * k, len(self.numbers))
+            refine = faiss.IndexRefineSearchParameters(k_factor=REFINE, base_index_params=ivf)
+            _, places = self.index.search(queries, wanted, params=refine)
+        else:
+            wanted = min(max(REFINE * k, 64), len(self.numbers))
+            _, places = self.index.search(queries, wanted, params=ivf)
+        vectors = self.rows(np.maximum(places, 0).ravel()).reshape(*places.shape, -1)  # [q, wanted, D]
+        scores = np.einsum("qwd,qd->qw", vectors, queries)
+        return top_of(np.where(places < 0, -np.inf, scores), places, k)
+
+
+def top(scores: Floats, numbers: Numbers, k: int) -> Found:
+    """The k best of scores [q, m] whose columns are called `numbers` [m]; a full sort only of the best."""
+    wide = np.broadcast_to(numbers, scores.shape)
+    return Found(*top_of(scores, wide, k))
+
+
+def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
+    """The k best of each row [q, m], best first; a missing one is (-inf, -1)."""
+    if scores.shape[1] > k:
+        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        scores, labels = np.take_along_axis(scores, best, 1), np.take_along_axis(labels, best, 1)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    scores, labels = np.take_along_axis(scores, order, 1), np.take_along_axis(labels, order, 1)
+    lacking = k - scores.shape[1]
+    if lacking > 0:
+        scores = np.pad(scores, ((0, 0), (0, lacking)), constant_values=-np.inf)
+        labels = np.pad(labels, ((0, 0), (0, lacking)), constant_values=-1)
+    return scores.astype(np.float32, copy=False), np.where(np.isneginf(scores), -1, labels)
+
+
+def bits_without(count: int, dead: Positions) -> Bits | None:
+    """All alive but these; None when all are."""
+    if not len(dead):
+        return None
+    flags = np.ones(count, bool)
+    flags[dead] = False
+    return np.packbits(flags, bitorder="little")
+
+
+def bits_of(count: int, positions: Positions) -> Bits:
+    """Only these alive."""
+    flags = np.zeros(count, bool)
+    flags[positions] = True
+    return np.packbits(flags, bitorder="little")
+
+
+def are_set(bits: Bits | None, positions: Positions) -> npt.NDArray[np.bool_]:
+    """For each position whether its bit is set."""
+    if bits is None:
+        return np.ones(len(positions), bool)
+    found: npt.NDArray[np.bool_] = (bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
+    return found
+
+
+# ---- building
+
+
+def kind_for(spec: IndexSpec, count: int) -> BuiltKind:
+    """The kind for a segment of this size. Small ones are searched exactly, which is quick, and no index is trained on
+    fewer vectors than it has cells to fill."""
+    if spec.kind == "flat" or count < FLAT_BELOW:
+        return "flat"
+    if spec.kind == "auto":
+        return "hnsw" if count < HNSW_BELOW else "ivf_pq"
+    return spec.kind
+
+
+def new_flat(dimension: int, dtype: str) -> Any:
+    if dtype == "float32":
+        return faiss.IndexFlatIP(dimension)
+    return faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+
+
+def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
+    """The vectors [n, D] within a flat index, without a copy; valid as long as the index is."""
+    size = np.dtype("<f4" if dtype == "float32" else "<f2")
+    data = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.d * size.itemsize)
+    matrix: npt.NDArray[Any] = data.view(size).reshape(flat.ntotal, flat.d)
+    return matrix
+
+
+class Built(NamedTuple):
+    """A segment's contents, not yet written."""
+
+    numbers: Numbers
+    flat: Any
+    index: Any
+    effort: int  # efSearch or nprobe that reaches the target recall
+
+
+def build(
+    kind: BuiltKind,
+    spec: CollectionSpec,
+    chunks: Iterable[tuple[Numbers, Floats]],
+    *,
+    grown_from: Segment | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Built:
+    """Index some vectors.
+
+    Args:
+        chunks: numbers [m] and vectors [m, D], in ascending order.
+        grown_from: an `hnsw` segment: its graph is continued with the chunks instead of a new one begun.
+        check: called between steps; raises `Stopped` to give up.
+    """
+    parts: list[Numbers] = []
+    if kind == "hnsw":
+        index = _new_graph(spec) if grown_from is None else _copied_graph(grown_from, spec)
+        parts += [] if grown_from is None else [np.asarray(grown_from.numbers)]
+        flat = faiss.downcast_index(index.storage)
+    else:
+        index, flat = None, new_flat(spec.dimension, spec.dtype)
+    for numbers, vectors in chunks:
+        check()
+        parts.append(numbers)
+        for begin in range(0, len(vectors), _ADD):
+            check()
+            (flat if index is None else index).add(vectors[begin : begin + _ADD])
+    matrix = matrix_of(flat, spec.dtype)
+    if kind in ("ivf_pq", "rabitq"):
+        index = _inverted_lists(kind, spec, matrix, check)
+    effort = 1 if index is None else tune(flat, matrix, index, kind, spec.index.target_recall)
+    return Built(np.concatenate(parts), flat, index, effort)
+
+
+def _new_graph(spec: CollectionSpec) -> Any:
+    m = spec.index.m or HNSW_M
+    if spec.dtype == "float32":
+        index = faiss.IndexHNSWFlat(spec.dimension, m, faiss.METRIC_INNER_PRODUCT)
+    else:
+        half = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexHNSWSQ(spec.dimension, half, m, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = spec.index.ef_construction or HNSW_EF_CONSTRUCTION
+    return index
+
+
+def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
+    """The base's graph with vectors of its own, which can be added to."""
+    graph = faiss.read_index(str(base.folder / "index.faiss"))
+    storage = new_flat(spec.dimension, spec.dtype)
+    for begin in range(0, len(base.numbers), _ADD):
+        storage.add(np.ascontiguousarray(base.matrix[begin : begin + _ADD], np.float32))
+    return _with_storage(graph, storage)
+
+
+def _with_storage(graph: Any, storage: Any) -> Any:
+    """An HNSW graph over these vectors; Python keeps them as long as the graph."""
+    graph.storage = storage
+    graph.own_fields = False
+    graph.referenced_objects = [storage]  # as faiss itself does
+    return graph
+
+
+def _inverted_lists(kind: str, spec: CollectionSpec, matrix: npt.NDArray[Any], check: Callable[[], None]) -> Any:
+    n, dimension = matrix.shape
+    lists = spec.index.n_lists or int(np.clip(2 ** round(np.log2(4 * np.sqrt(n))), 16, 65_536))
+    lists = min(lists, max(1, n // 39))  # fewer points a list than that, and k-means complains
+    halves = dimension // 2 if dimension % 2 == 0 else dimension
+    code = f"PQ{halves}x4fs" if kind == "ivf_pq" else "RaBitQfs,Refine(SQ8)"
+    index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
+    sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
+    index.train(np.ascontiguousarray(matrix[sample], np.float32))
+    for begin in range(0, n, _ADD):
+        check()
+        index.add(np.ascontiguousarray(matrix[begin : begin + _ADD], np.float32))
+    return index
+
+
+def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: float) -> int:
+    """The least effort whose recall of the ten nearest reaches the target, on queries between stored vectors and
+    others near them. The greatest, if none does."""
+    rng = np.random.default_rng(0)
+    n = len(matrix)
+    ends = matrix[np.sort(rng.integers(0, n, _TUNE_QUERIES))].astype(np.float32)
+    noise = rng.normal(size=ends.shape).astype(np.float32)
+    queries = ends + 0.3 * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    _, truth = flat.search(queries, min(_TUNE_K, n))
+    row = SegmentRow(0, "", kind, 0, n - 1, n, 1, {})
+    trial = Segment(row, Path(), np.arange(n), flat, matrix, index)
+    for effort in EFFORTS[kind]:
+        params = SearchParams(ef_search=effort, nprobe=effort)
+        found = trial.search(queries, truth.shape[1], None, params).numbers
+        if recall(found, truth) >= target + (1 - target) / 2:  # of a sample: half way to perfect, to be safe
+            return effort
+    return EFFORTS[kind][-1]
+
+
+def recall(found: Numbers, truth: Numbers) -> float:
+    """The share of the true neighbours [q, k] that were found."""
+    wanted = (truth >= 0).sum()
+    hit = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, truth, strict=True))
+    return float(hit / wanted) if wanted else 1.0
+
+
+# ---- files
+
+
+def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
+    """Write a segment's files aside, sync them, then give the folder its name.
+
+    Returns:
+        Each file's size and checksum, as the database keeps them.
+
+    Raises:
+        OSError, RuntimeError: it could not be written (a full disk); nothing is left behind.
+    """
+    aside = folder.with_name(f".{folder.name}.part")
+    aside.mkdir(parents=True)
+    try:
+        with (aside / "numbers.npy").open("wb") as file:
+            np.save(file, built.numbers)
+        faiss.write_index(built.flat, str(aside / "vectors.faiss"))
+        if built.index is not None:
+            flags = faiss.IO_FLAG_SKIP_STORAGE if isinstance(built.index, faiss.IndexHNSW) else 0
+            faiss.write_index(built.index, str(aside / "index.faiss"), flags)
+        files = {}
+        for path in sorted(aside.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = (path.stat().st_size, checksum(path))
+        _sync_folder(aside)
+        aside.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return files
+
+
+def new_folder() -> str:
+    """A name that no segment had before."""
+    return uuid.uuid4().hex
+
+
+def checksum(path: Path) -> str:
+    """xxh3 of a file, at the speed of memory: every opening checks every byte."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(_CHUNK)
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
+    """Check a segment's files and map them.
+
+    Raises:
+        StorageFailed: a file is missing, or is not what was written.
+    """
+    folder = root / row.folder
+    for name, (size, digest) in row.files.items():
+        try:
+            whole = (folder / name).stat().st_size == size and checksum(folder / name) == digest
+        except OSError as error:
+            raise StorageFailed(f"segment {row.folder}: {name}: {error.strerror}") from error
+        if not whole:
+            raise StorageFailed(f"segment {row.folder}: {name} is damaged")
+    numbers = np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False)
+    flat = faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
+    index = None
+    if row.kind != "flat":
+        index = faiss.read_index(str(folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
+        if row.kind == "hnsw":
+            index = _with_storage(index, flat)
+    return Segment(row, folder, numbers, flat, matrix_of(flat, dtype), index)
+
+
+def in_memory(row: SegmentRow, numbers: Numbers, matrix: Floats, dtype: str) -> Segment:
+    """What takes the place of a damaged segment: the same vectors, from the database, searched exactly."""
+    flat = new_flat(matrix.shape[1], dtype)
+    flat.add(matrix)
+    return Segment(row, Path(), numbers, flat, matrix_of(flat, dtype), None, whole=False)
+
+
+def remove_orphans(root: Path, used: set[str]) -> None:
+    """Delete folders that no segment uses: left by a crash, or replaced. Whoever has them mapped keeps them."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        if folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def merged(parts: Sequence[Found], k: int) -> Found:
+    """The k best of several parts' answers."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    return Found(*top_of(scores, np.concatenate([part.numbers for part in parts], axis=1), k))
