@@ -16,13 +16,14 @@ does not read the vectors, and numbers stay dense.
 import dataclasses
 import hashlib
 import json
+import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -68,9 +69,10 @@ CREATE TABLE removed_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER 
 """
 _COLUMNS: Final = "c.id, c.name, c.spec, c.count, c.version, c.edits, c.sealed"
 _FIND: Final = f"""
-SELECT {_COLUMNS} FROM collections c WHERE c.name = ?1
-UNION ALL SELECT {_COLUMNS} FROM aliases a JOIN collections c ON c.id = a.collection WHERE a.name = ?1
+SELECT {_COLUMNS} FROM {{0}}.collections c WHERE c.name = ?1
+UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.id = a.collection WHERE a.name = ?1
 """
+_FIND_HERE: Final = _FIND.format("main")
 _REQUESTS_KEPT_S: Final = 24 * 3600
 
 
@@ -132,7 +134,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     return db
 
 
-def prepare(path: Path) -> None:
+def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL") -> None:
     """Make the file, or check that it is one of ours.
 
     Raises:
@@ -140,23 +142,26 @@ def prepare(path: Path) -> None:
     """
     with translated(f"vector store {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)
-        try:
+        with closing(sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)) as db:
+            if db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                check_ours(db, path)  # before anything of it is changed
             db.execute("PRAGMA page_size = 8192")
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA journal_mode = {mode}")
+            db.execute("PRAGMA synchronous = FULL")
             with transaction(db):
-                (application,) = db.execute("PRAGMA application_id").fetchone()
-                (version,) = db.execute("PRAGMA user_version").fetchone()
-                (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                if not tables:
+                if db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                     run_script(db, _SCHEMA)
-                elif (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
-                    raise StorageFailed(
-                        f"{path} is not a vector store of this version (application id {application:#x}, "
-                        f"version {version}; expected {_APPLICATION_ID:#x}, version {_SCHEMA_VERSION})"
-                    )
-        finally:
-            db.close()
+
+
+def check_ours(db: sqlite3.Connection, path: Path) -> None:
+    """Raises StorageFailed when the file is not a vector store of this version."""
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
+        raise StorageFailed(
+            f"{path} is not a vector store of this version (application id {application:#x}, version {version}; "
+            f"expected {_APPLICATION_ID:#x}, version {_SCHEMA_VERSION})"
+        )
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
@@ -212,13 +217,14 @@ def _spec(text: str) -> CollectionSpec:
     return spec
 
 
-def find(db: sqlite3.Connection, name: str) -> Row:
+def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
     """A collection by its name or an alias.
 
     Raises:
         CollectionNotFound: there is neither.
     """
-    found = db.execute(_FIND, (name,)).fetchone()
+    query = _FIND_HERE if schema == "main" else _FIND.format(schema)
+    found = db.execute(query, (name,)).fetchone()
     if found is None:
         raise CollectionNotFound(f"there is no collection {name!r}")
     return _row(found)
@@ -402,6 +408,15 @@ def swap_segments(
         (seq, sealed, row.key, made),
     )
     return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def folders(db: sqlite3.Connection) -> set[str]:

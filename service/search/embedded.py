@@ -15,6 +15,7 @@ import logging
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import orjson
 
 from model.engine import available_cpus
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
-from service.search import database
+from service.search import database, snapshots
 from service.search.database import Numbers, Row, snapshot, translated
 from service.search.filter_sql import to_sql
 from service.search.filters import Filter
@@ -46,6 +47,7 @@ from service.search.store import (
     Metadata,
     Page,
     SearchParams,
+    SnapshotInfo,
     VectorStore,
     check_id,
     check_k,
@@ -94,12 +96,13 @@ class _Query:
 class EmbeddedStore:
     """`VectorStore` in a folder. Several processes of one host may have it open."""
 
-    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds"})
+    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "snapshots", "stats"})
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
         database.prepare(self.path)
         self.views = Views(data_dir / "segments")
+        self._snapshots = data_dir / "snapshots"
         self._selections = Selections()
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
@@ -289,6 +292,63 @@ class EmbeddedStore:
 
         return await self._read(work)
 
+    # ---- snapshots
+
+    async def snapshot(self, collection: str) -> SnapshotInfo:
+        """Keeps the collection as it is now."""
+        return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)
+
+    async def snapshots(self, collection: str) -> list[SnapshotInfo]:
+        """Of a collection by its own name, oldest first; they outlive it."""
+        return await asyncio.to_thread(snapshots.listed, self._snapshots, await self._own_name(collection))
+
+    async def snapshot_path(self, collection: str, name: str) -> Path:
+        return snapshots.path_of(self._snapshots, await self._own_name(collection), name)
+
+    async def drop_snapshot(self, collection: str, name: str) -> None:
+        path = await self.snapshot_path(collection, name)
+        with translated(f"snapshot {name}"):
+            path.unlink()
+
+    async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
+        """Makes `collection` of a snapshot that was taken of `source`.
+
+        Raises:
+            Conflict: the name is taken; NotFound, StorageFailed: there is no such snapshot; it is damaged.
+        """
+        path = snapshots.path_of(self._snapshots, check_name(source), name)
+        await self._read(lambda db: _check_free(db, check_name(collection)))
+        kept, rows = await asyncio.to_thread(snapshots.read, path)
+        hidden = f"{snapshots.RESTORING}{int(time.time())}:{uuid.uuid4().hex}"
+        row: Row = await self._write(lambda db: database.make(db, hidden, kept.spec))
+        try:
+            while (some := await asyncio.to_thread(next, rows, None)) is not None:
+                await self._write(partial(snapshots.insert, row=row, items=some[0], vectors=some[1]))
+            return await self._write(partial(_named, row=row, name=collection))
+        except BaseException:
+            await asyncio.shield(self._write(partial(database.drop, key=row.key)))
+            raise
+        finally:
+            self._maintenance.wake()
+
+    async def _own_name(self, collection: str) -> str:
+        """What an alias leads to; any other name as it is."""
+        return (await self.aliases()).get(check_name(collection), collection)
+
+    async def stats(self, collection: str) -> dict[str, Any]:
+        """How the collection is indexed, for whoever looks after it."""
+        check_name(collection)
+
+        def work(db: sqlite3.Connection) -> dict[str, Any] | None:
+            row = database.find(db, collection)
+            view = self.views.at(db, row)
+            return None if view is None else {"count": row.count, **view.stats(), **self._maintenance.stats(row)}
+
+        while True:
+            found = await self._read(work)
+            if found is not None:
+                return found
+
     # ---- search
 
     async def search(
@@ -416,6 +476,21 @@ def _alone(db: sqlite3.Connection, write: Write) -> Any:
 
 def _info(row: Row) -> CollectionInfo:
     return CollectionInfo(row.name, row.spec, row.count)
+
+
+def _check_free(db: sqlite3.Connection, name: str) -> None:
+    try:
+        row = database.find(db, name)
+    except CollectionNotFound:
+        return
+    raise Conflict(f"{name!r} is {'a collection' if row.name == name else 'an alias'} already: restore to another name")
+
+
+def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
+    """A restored collection gets its name."""
+    _check_free(db, name)
+    db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
+    return _info(database.find(db, name))
 
 
 def _difference(old: CollectionSpec, new: CollectionSpec) -> str:

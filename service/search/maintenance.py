@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 import faiss
 
@@ -53,9 +53,11 @@ IDLE_S: Final = 3.0
 RETRY_S: Final = 60.0
 ORPHAN_S: Final = 120.0
 """How long a folder is kept after it was replaced: a reader may just be opening it."""
+UNFINISHED_S: Final = 6 * 3600
 NICE: Final = 10
 RECALL_EVERY_S: Final = 1.0
 RECALL_WINDOW: Final = 128
+RECALL_ENOUGH: Final = 16
 MAX_BOOST: Final = 8.0
 
 
@@ -153,6 +155,11 @@ class Maintenance:
         recalled = self._recalls.get(row.key)
         return 1.0 if recalled is None else recalled.boost
 
+    def stats(self, row: Row) -> dict[str, Any]:
+        """Measured recall of the last live queries (None: none yet), and the boost."""
+        recalled = self._recalls.get(row.key)
+        return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
+
     def observe(self, view: View, vectors: Floats, found: list[tuple[Numbers, Floats]], given: SearchParams) -> None:
         """Perhaps keep a live query, to compare its answer with the exact one later."""
         now = time.monotonic()
@@ -214,6 +221,7 @@ class Maintenance:
             used = database.folders(db)
         self._views.forget(self._views.keys() - {row.key for row in rows})
         self._remove_orphans(used)
+        self._remove_unfinished(db)
         for row in rows:
             if self._retry_at.get(row.key, 0) > time.monotonic():
                 continue
@@ -232,6 +240,15 @@ class Maintenance:
         self._unused = {name: self._unused.get(name, now) for name in there - used}
         young = {name for name, since in self._unused.items() if now - since < ORPHAN_S}
         remove_orphans(self._root, used | young)
+
+    def _remove_unfinished(self, db: sqlite3.Connection) -> None:
+        """Collections whose restore was cut off by a crash."""
+        limit = time.time() - UNFINISHED_S
+        query = "SELECT id, name FROM collections WHERE name LIKE 'restoring:%'"
+        old = [key for key, name in db.execute(query).fetchall() if int(name.split(":")[1]) < limit]
+        for key in old:
+            with transaction(db):
+                database.drop(db, key)
 
     def _current(self, db: sqlite3.Connection, collection: str | int) -> View:
         while True:
@@ -302,16 +319,17 @@ class Recall:
     def __init__(self, target: float) -> None:
         self._target = target
         self._ratios: deque[float] = deque(maxlen=RECALL_WINDOW)
+        self.mean = 1.0
         self.boost = 1.0
 
     def add(self, ratio: float) -> float:
         """The mean, with this one."""
         self._ratios.append(ratio)
-        mean = sum(self._ratios) / len(self._ratios)
-        if len(self._ratios) >= 16 and mean < self._target and self.boost < MAX_BOOST:
+        self.mean = sum(self._ratios) / len(self._ratios)
+        if len(self._ratios) >= RECALL_ENOUGH and self.mean < self._target and self.boost < MAX_BOOST:
             self.boost *= 1.5
             self._ratios.clear()  # what follows is measured with the new effort
-        return mean
+        return self.mean
 
 
 def _locked(path: Path) -> IO[bytes] | None:

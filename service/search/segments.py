@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from service.errors import StorageFailed
-from service.search.database import Numbers, SegmentRow
+from service.search.database import Numbers, SegmentRow, sync_folder
 from service.search.store import CollectionSpec, Floats, IndexSpec, SearchParams
 
 Bits = npt.NDArray[np.uint8]  # a bit for each vector, lowest first
@@ -336,9 +336,9 @@ def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             files[path.name] = (path.stat().st_size, checksum(path))
-        _sync_folder(aside)
+        sync_folder(aside)
         aside.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -396,14 +396,6 @@ def remove_orphans(root: Path, used: set[str]) -> None:
     for folder in root.iterdir() if root.is_dir() else ():
         if folder.name not in used:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def merged(parts: Sequence[Found], k: int) -> Found:

@@ -114,6 +114,17 @@ class Page:
     cursor: str | None
 
 
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A collection kept as it was; `created` is ISO 8601, UTC."""
+
+    name: str
+    collection: str
+    created: str
+    bytes: int
+    count: int
+
+
 class VectorStore(Protocol):
     """Collections of items with string ids, and aliases of collections. Calls may overlap; a write that has returned is
     durable, and every later call sees it.

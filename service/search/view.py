@@ -137,6 +137,21 @@ class View:
             return top(np.empty((len(queries), 0), np.float32), np.empty(0, np.int64), k)
         return merged(found, k)
 
+    def stats(self) -> dict[str, Any]:
+        """Segments and tail, for people."""
+        segments = [
+            {
+                "kind": part.segment.row.kind,
+                "vectors": len(part.segment.numbers),
+                "deleted": len(part.dead),
+                "bytes": sum(size for size, _ in part.segment.row.files.values()),
+                "effort": part.segment.row.effort,
+                "whole": part.segment.whole,
+            }
+            for part in self.parts
+        ]
+        return {"segments": segments, "tail": len(self.tail.numbers) - len(self.tail.dead)}
+
     def _search_among(self, queries: Floats, k: int, params: SearchParams, allowed: Allowed, widen: float) -> Found:
         found = []
         for part in self.parts:
