@@ -344,7 +344,7 @@ def vectors_of(row: Row, found: Sequence[tuple[int, bytes, int]]) -> tuple[Numbe
         if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
             raise StorageFailed(f"the vector store is damaged: the vector of item number {number} is broken")
     numbers = np.fromiter((number for number, _, _ in found), np.int64, len(found))
-    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(len(found), -1)
+    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(-1, row.spec.dimension)
     return numbers, matrix.astype(np.float32)
 
 

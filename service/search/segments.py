@@ -42,7 +42,7 @@ REFINE: Final = 8
 """Candidates by code for each neighbour wanted."""
 EFFORTS: Final[dict[str, tuple[int, ...]]] = {
     "flat": (1,),
-    "hnsw": (32, 48, 64, 96, 128, 192, 256, 384, 512),
+    "hnsw": (64, 96, 128, 192, 256, 384, 512),
     "ivf_pq": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
     "rabitq": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
 }
@@ -233,11 +233,14 @@ def build(
         for begin in range(0, len(vectors), _ADD):
             check()
             (flat if index is None else index).add(vectors[begin : begin + _ADD])
+    numbers = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    if not len(numbers):
+        return Built(numbers, flat, None, 1)
     matrix = matrix_of(flat, spec.dtype)
     if kind in ("ivf_pq", "rabitq"):
         index = _inverted_lists(kind, spec, matrix, check)
     effort = 1 if index is None else tune(flat, matrix, index, kind, spec.index.target_recall)
-    return Built(np.concatenate(parts), flat, index, effort)
+    return Built(numbers, flat, index, effort)
 
 
 def _new_graph(spec: CollectionSpec) -> Any:
