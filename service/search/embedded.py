@@ -75,10 +75,15 @@ _ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
     """Opens, or makes, the store in `data_dir`.
 
+    Args:
+        threads: that search; by default half as many as CPUs, since each needs the interpreter for a part of its time.
+
     Raises:
         StorageFailed: the folder or file cannot be used, is damaged or is not ours; the message names the file.
     """
-    return await asyncio.to_thread(EmbeddedStore, data_dir, threads=threads or available_cpus(), **maintenance)
+    return await asyncio.to_thread(
+        EmbeddedStore, data_dir, threads=threads or max(1, available_cpus() // 2), **maintenance
+    )
 
 
 @dataclass(frozen=True)
@@ -550,45 +555,41 @@ def _metadata(item_id: str, text: Any) -> dict[str, Any]:
     return metadata
 
 
-def _nearest(find: Callable[..., Found], k: int, count: int) -> list[tuple[Numbers, Floats]]:
-    """For each vector the numbers and scores of its k nearest, and of those that tie with the last of them. `find` is
-    the search, still without its k."""
+def _nearest(find: Callable[..., Found], k: int, count: int) -> list[list[tuple[float, int]]]:
+    """For each vector the (score, number) of its k nearest, best first, and of those that tie with the last of them.
+    `find` is the search, still without its k."""
     depth = min(k + 1, count)
     while True:
         found = find(k=depth)
-        scores = np.clip(found.scores.astype(np.float64).round(DIGITS), -1, 1)
-        tied = depth > k and (scores[:, -1] == scores[:, k - 1]) & (found.numbers[:, -1] >= 0)
-        if not np.any(tied) or depth >= min(count, MAX_DEPTH):
+        answers = [
+            [(round(score, DIGITS), number) for score, number in zip(scores, numbers, strict=True) if number >= 0]
+            for scores, numbers in zip(found.scores.tolist(), found.numbers.tolist(), strict=True)
+        ]
+        tied = any(len(best) == depth > k and best[-1][0] == best[k - 1][0] for best in answers)
+        if not tied or depth >= min(count, MAX_DEPTH):
             break
         depth = min(4 * depth, count, MAX_DEPTH)
-    answers = []
-    for numbers, row in zip(found.numbers, scores, strict=True):
-        last = row[min(k, len(row)) - 1]
-        kept = (numbers >= 0) & (row >= last) if last > -np.inf else numbers >= 0
-        answers.append((numbers[kept], row[kept]))
-    return answers
+    return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
 
 
-def _hits(db: sqlite3.Connection, row: Row, candidates: list[tuple[Numbers, Floats]], k: int) -> list[list[Hit]]:
+def _hits(db: sqlite3.Connection, row: Row, candidates: list[list[tuple[float, int]]], k: int) -> list[list[Hit]]:
     """Candidates with their ids and metadata; the k best, equal scores by id."""
-    wanted = sorted({number for numbers, _ in candidates for number in numbers.tolist()})
-    known: dict[int, tuple[str, Any, str | None]] = {}
+    wanted = list({number for best in candidates for _, number in best})
+    known: dict[int, tuple[int, str, str, str | None]] = {}
     for begin in range(0, len(wanted), _PAGE):
         some = wanted[begin : begin + _PAGE]
         marks = ",".join("?" * len(some))
         query = f"SELECT number, id, metadata, source FROM items_{row.key} WHERE number IN ({marks})"
-        known |= {number: (item_id, text, source) for number, item_id, text, source in db.execute(query, some)}
+        known |= {found[0]: found for found in db.execute(query, some)}
     if len(known) != len(wanted):
         raise StorageFailed("the vector store is damaged: a vector has no item")
     answers = []
-    for numbers, scores in candidates:
-        best = sorted(
-            zip(numbers.tolist(), scores.tolist(), strict=True), key=lambda pair: (-pair[1], known[pair[0]][0])
-        )
+    for best in candidates:
+        named = sorted((-score, known[number][1], number) for score, number in best)[:k]
         answers.append(
             [
-                Hit(known[number][0], score, _metadata(known[number][0], known[number][1]), known[number][2])
-                for number, score in best[:k]
+                Hit(item_id, min(1.0, max(-1.0, -score)), _metadata(item_id, known[number][2]), known[number][3])
+                for score, item_id, number in named
             ]
         )
     return answers

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 import faiss
+import numpy as np
 
 from model.engine import available_cpus
 from service.errors import CollectionNotFound, ServiceError
@@ -160,7 +161,7 @@ class Maintenance:
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
-    def observe(self, view: View, vectors: Floats, found: list[tuple[Numbers, Floats]], given: SearchParams) -> None:
+    def observe(self, view: View, vectors: Floats, found: list[list[tuple[float, int]]], given: SearchParams) -> None:
         """Perhaps keep a live query, to compare its answer with the exact one later."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or given != SearchParams():
@@ -169,7 +170,8 @@ class Maintenance:
             return
         self._sampled_at = now
         which = random.randrange(len(vectors))  # noqa: S311 - a sample, not a secret
-        self._samples.append((view, vectors[which : which + 1], found[which][0][:10]))
+        numbers = np.array([number for _, number in found[which][:10]], np.int64)
+        self._samples.append((view, vectors[which : which + 1], numbers))
         self._wake.set()
 
     def _measure(self) -> None:

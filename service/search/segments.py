@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -81,17 +82,19 @@ class Segment:
 
         `widen` multiplies efSearch or nprobe: a filter that few pass needs more candidates.
         """
-        selector = None if alive is None else faiss.IDSelectorBitmap(alive)
+        selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
         if self.index is None or params.exact:
             scores, positions = self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector))
         elif self.row.kind == "hnsw":
             wanted = max(k, int((params.ef_search or self.row.effort) * widen))
-            found = self.index.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=wanted, sel=selector))
-            scores, positions = found
+            scores, positions = self.index.search(queries, k, params=_hnsw_params(wanted, selector))
         else:
             nprobe = int((params.nprobe or self.row.effort) * widen)
             scores, positions = self._by_code(queries, k, nprobe, selector)
-        return Found(np.where(positions < 0, -np.inf, scores), np.where(positions < 0, -1, self.numbers[positions]))
+        numbers = self.numbers[positions]
+        if positions.min(initial=0) < 0:  # fewer were found than wanted
+            scores, numbers = np.where(positions < 0, -np.inf, scores), np.where(positions < 0, -1, numbers)
+        return Found(scores, numbers)
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Found:
         """The k nearest of each query among some positions, by their vectors."""
@@ -123,6 +126,18 @@ class Segment:
         vectors = self.rows(np.maximum(places, 0).ravel()).reshape(*places.shape, -1)  # [q, wanted, D]
         scores = np.einsum("qwd,qd->qw", vectors, queries)
         return top_of(np.where(places < 0, -np.inf, scores), places, k)
+
+
+@lru_cache(256)
+def _all_alive(ef_search: int) -> Any:
+    return faiss.SearchParametersHNSW(efSearch=ef_search)
+
+
+def _hnsw_params(ef_search: int, selector: Any) -> Any:
+    """Making one takes as long as a good part of a search, so the usual ones are kept."""
+    if selector is None:
+        return _all_alive(ef_search)
+    return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
 
 
 def top(scores: Floats, numbers: Numbers, k: int) -> Found:
@@ -377,7 +392,9 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
             raise StorageFailed(f"segment {row.folder}: {name}: {error.strerror}") from error
         if not whole:
             raise StorageFailed(f"segment {row.folder}: {name} is damaged")
-    numbers = np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False)
+    numbers = np.asarray(
+        np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False)
+    )  # a memmap is slow to index
     flat = faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
     index = None
     if row.kind != "flat":
