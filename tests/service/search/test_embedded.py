@@ -391,7 +391,7 @@ async def test_a_damaged_snapshot_is_refused_and_leaves_nothing(store: EmbeddedS
 # ---- damage
 
 
-@pytest.mark.parametrize("name", ["numbers.npy", "vectors.faiss", "index.faiss"])
+@pytest.mark.parametrize("name", ["numbers.npy", "vectors.faiss", "index.faiss", "payloads.npy", "payloads.bin"])
 @pytest.mark.parametrize("how", ["flip", "cut", "gone"])
 @pytest.mark.usefixtures("small")
 async def test_a_damaged_segment_is_built_again(
@@ -430,6 +430,7 @@ async def test_a_damaged_segment_is_built_again(
         ("UPDATE vectors_1 SET vector = zeroblob(32) WHERE number = 2", "vector of item number 2"),
         ("UPDATE vectors_1 SET vector = x'00' WHERE number = 2", "vector of item number 2"),
         ("DELETE FROM vectors_1 WHERE number = 2", "an item has no vector"),
+        ("DELETE FROM items_1 WHERE number = 2", "a vector has no item"),
         ("UPDATE items_1 SET metadata = '{' WHERE number = 2", "metadata of item 'i1'"),
         ("UPDATE items_1 SET metadata = '[1]' WHERE number = 2", "metadata of item 'i1'"),
         ("UPDATE items_1 SET metadata = 7 WHERE number = 2", "metadata of item 'i1'"),
@@ -452,15 +453,6 @@ async def test_a_damaged_item_is_named_not_served(tmp_path: Path, statement: str
 
     with pytest.raises(StorageFailed, match=words):
         await read()
-
-
-async def test_a_vector_without_item_is_an_error(tmp_path: Path) -> None:
-    store = await opened(tmp_path, interval_s=60.0)
-    await store.upsert("c", items(3), tag=TAG)
-    await store._write(lambda db: db.execute("DELETE FROM items_1 WHERE number = 2"))
-    with pytest.raises(StorageFailed, match="a vector has no item"):
-        await store.search("c", np.ones((1, D)), 5, tag=TAG)
-    await store.close()
 
 
 async def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
