@@ -22,6 +22,7 @@ from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFoun
 from service.middleware import Border, error_body
 from service.pipeline import Pipeline
 from service.routes import collections, embeddings, health, items, models, search, segment
+from service.routes.direct import add_routes
 from service.search.embedded import open_embedded
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -70,7 +71,7 @@ def create_app(
     app.state.service = service
     app.state.cache_status = "ok"  # what /readyz has logged last
     for resource in (embeddings, models, collections, items, search, segment, health):
-        app.include_router(resource.router)
+        add_routes(app, resource.router)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _framework_error)
     app.add_middleware(Border, service=service)

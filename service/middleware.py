@@ -12,6 +12,7 @@ Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import re
@@ -43,6 +44,8 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPENAI_PATHS = frozenset({"/v1/embeddings"})
+_PROCESS = uuid.uuid4().hex[:20]
+_numbers = itertools.count(1)  # a new random id for each request would cost a system call
 _NO_FAULTS = frozenset({503, 504})  # of load and of stopping: counted, and too many for a traceback each
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
@@ -232,4 +235,4 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     for name, value in headers:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return value.decode("ascii")
-    return uuid.uuid4().hex
+    return f"{_PROCESS}{next(_numbers):012x}"

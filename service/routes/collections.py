@@ -10,10 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.routes.answers import json_response
+from service.routes.direct import DirectRoute
 from service.routes.uploads import service_of
 from service.search.store import CollectionInfo, check_name
 
-router = APIRouter(prefix="/v1/collections", tags=["collections"])
+router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=DirectRoute)
 
 
 @router.get("", summary="List collections")

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import UnsupportedDimensions
 from service.routes.answers import encode_vector, json_response, server_timing, slowest, split_items
+from service.routes.direct import DirectRoute
 from service.routes.uploads import parse_options, read_upload, service_of
 from service.schemas import EmbeddingOptions
 from service.state import Service
 
-router = APIRouter(tags=["embeddings"])
+router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
 _PICTURE = {"type": "string", "format": "binary"}
 _OPTIONS = EmbeddingOptions.model_json_schema()["properties"]

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import ServiceError
 from service.routes.answers import json_response, ms_since, slowest, split_items
+from service.routes.direct import DirectRoute
 from service.routes.uploads import (
     Image,
     check_count,
@@ -22,7 +23,7 @@ from service.schemas import ItemIn, ItemsIn, UploadOptions
 from service.search.store import Item, check_id, check_name, metadata_text
 from service.state import POOLING, Service
 
-router = APIRouter(prefix="/v1/collections", tags=["items"])
+router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 
 @router.post(

@@ -2,26 +2,28 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
+from service.routes.answers import json_response
+from service.routes.direct import DirectRoute
 from service.routes.uploads import service_of
 from service.state import Service
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 
 @router.get("/v1/models", summary="List models")
-async def list_models(request: Request) -> dict[str, Any]:
+async def list_models(request: Request) -> Response:
     """The model in use, in OpenAI's list shape."""
-    return {"object": "list", "data": [describe(service_of(request))]}
+    return json_response({"object": "list", "data": [describe(service_of(request))]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
-async def get_model(request: Request, name: str) -> dict[str, Any]:
+async def get_model(request: Request, name: str) -> Response:
     """The model in use, by any of its names."""
     service = service_of(request)
     service.check_model(name)
-    return describe(service)
+    return json_response(describe(service))
 
 
 def describe(service: Service) -> dict[str, Any]:

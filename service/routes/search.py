@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from service.errors import InvalidRequest, ItemNotFound
 from service.pipeline import Embedded
 from service.routes.answers import json_response, ms_since, server_timing, slowest, split_items
+from service.routes.direct import DirectRoute
 from service.routes.uploads import (
     Image,
     check_count,
@@ -23,7 +24,7 @@ from service.schemas import SearchIn, SearchOptions
 from service.search.store import Floats, check_id, check_name
 from service.state import POOLING, Service
 
-router = APIRouter(prefix="/v1/collections", tags=["search"])
+router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 
 
 @router.post(

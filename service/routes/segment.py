@@ -10,13 +10,14 @@ from fastapi import APIRouter, Request, Response
 from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
 from service.pipeline import Analysed, Embedded
 from service.routes.answers import json_response, server_timing, slowest
+from service.routes.direct import DirectRoute
 from service.routes.uploads import check_count, parse_options, read_upload, service_of
 from service.schemas import SegmentOptions
 from service.state import Service
 from service.vision.mask import coco_rle_encode, overlay_png, png_mask
 from service.vision.segment import Box, Mask, segment_foreground
 
-router = APIRouter(tags=["segment"])
+router = APIRouter(tags=["segment"], route_class=DirectRoute)
 
 
 class _Answer(NamedTuple):

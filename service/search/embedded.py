@@ -1,11 +1,11 @@
 """The embedded store: SQLite holds the truth, faiss answers, and neither waits for the other.
 
     write   ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ the view follows
-    search  ─▶ search threads ─▶ version? ─▶ View ─▶ faiss ─▶ what the view says of the hits
+    search  ─▶ search threads ─▶ stamp? ─▶ View ─▶ faiss ─▶ what the view says of the hits
     meanwhile  maintenance: tail ─▶ segment, segments ─▶ one segment; recall measured (`service/search/maintenance.py`)
 
-A search reads the collection's version and searches the view of this version or a later one, so it sees every
-acknowledged write, of this process or of another on the same folder, and none half.
+A search looks at the stamp that every commit changes and, if it has changed, brings the view up to date, so it sees
+every acknowledged write, of this process or of another on the same folder, and none half.
 
 Equal scores come by id, so scores are rounded to six digits: sums in another order differ in the seventh.
 """
@@ -38,6 +38,7 @@ from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
 from service.search.segments import Found
 from service.search.selection import Selections, passing
+from service.search.stamp import Stamp
 from service.search.store import (
     MAX_DEPTH,
     CollectionInfo,
@@ -68,6 +69,7 @@ log = logging.getLogger(__name__)
 
 DIGITS: Final = 6
 """Of a score."""
+MAX_KNOWN: Final = 10_000
 _PAGE: Final = 1000
 """Items that one transaction deletes by filter: others may write in between."""
 _ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
@@ -108,11 +110,13 @@ class EmbeddedStore:
         self.path = data_dir / "search.sqlite3"
         database.prepare(self.path)
         self.views = Views(data_dir / "segments")
+        self.stamp = Stamp(data_dir / "search.stamp")
+        self._known: dict[str, tuple[int, View]] = {}  # name or alias -> stamp and the view that it stands for
         self._snapshots = data_dir / "snapshots"
         self._selections = Selections()
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        self._maintenance = Maintenance(data_dir, self.views, self._connect, **maintenance)
+        self._maintenance = Maintenance(data_dir, self.views, self.stamp, self._connect, **maintenance)
         self._load()
         self._writer: Workers[Write] = Workers("store-write", 1, self._make_writer)
         self._searchers: Workers[_Query] = Workers("store-search", threads, self._make_searcher)
@@ -346,7 +350,7 @@ class EmbeddedStore:
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
-            view = self.views.newest(db, database.find(db, collection))
+            view = self._view(db, collection)
             return {"count": view.row.count, **view.stats(), **self._maintenance.stats(view.row)}
 
         return await self._read(work, as_one=False)
@@ -387,17 +391,17 @@ class EmbeddedStore:
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
         """For each of the vectors; `query` says the rest."""
         while True:
-            row = database.find(db, query.collection)
+            view = self._view(db, query.collection)
+            row = view.row
             check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
             if not row.count:
                 return [[] for _ in vectors]
-            view = self.views.newest(db, row)
             allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
             widen = self._maintenance.boost(row)
             candidates = _nearest(
                 partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen),
                 query.k,
-                view.row.count,
+                row.count,
             )
             answers = [_hits(view, best, query.k) for best in candidates]
             if query.where is None:
@@ -405,6 +409,19 @@ class EmbeddedStore:
             elif not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
                 continue  # it was changed between the filter's answer and this one
             return answers
+
+    def _view(self, db: sqlite3.Connection, name: str) -> View:
+        """The view of a collection (or alias) that holds every write acknowledged until now."""
+        stamp = self.stamp.read()
+        known = self._known.get(name)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        self._known.pop(name, None)
+        view = self.views.newest(db, database.find(db, name))
+        if len(self._known) > MAX_KNOWN:
+            self._known.clear()
+        self._known[name] = (stamp, view)
+        return view
 
     # ---- threads
 
@@ -425,12 +442,14 @@ class EmbeddedStore:
         db = self._connect()
 
         def work(writes: Sequence[Write]) -> Sequence[Any]:
-            if len(writes) == 1:
-                return commit_together(db, writes)
             try:
                 return commit_together(db, writes)
-            except StorageFailed:  # perhaps one of them is too large for the disk: the others shall not suffer
-                return [_alone(db, write) for write in writes]
+            except StorageFailed:
+                if len(writes) == 1:
+                    raise
+                return [_alone(db, write) for write in writes]  # one may be too large for the disk, and the others not
+            finally:
+                self.stamp.bump()
 
         return work
 

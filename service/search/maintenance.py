@@ -37,6 +37,7 @@ from service.search.segments import (
     remove_orphans,
     write,
 )
+from service.search.stamp import Stamp
 from service.search.store import Floats, SearchParams
 from service.search.view import LivePart, View, Views
 
@@ -113,6 +114,7 @@ class Maintenance:
         self,
         data_dir: Path,
         views: Views,
+        stamp: Stamp,
         connect: Callable[[], sqlite3.Connection],
         *,
         interval_s: float = 1.0,
@@ -123,6 +125,7 @@ class Maintenance:
         self._root = data_dir / "segments"
         self._lock_path = data_dir / "maintenance.lock"
         self._views = views
+        self._stamp = stamp
         self._connect = connect
         self._interval_s = interval_s
         self._seal_rows = seal_rows
@@ -252,6 +255,7 @@ class Maintenance:
         for key in old:
             with transaction(db):
                 database.drop(db, key)
+            self._stamp.bump()
 
     def _current(self, db: sqlite3.Connection, collection: str | int) -> View:
         row = database.find(db, collection) if isinstance(collection, str) else database.by_key(db, collection)
@@ -290,6 +294,7 @@ class Maintenance:
             point = Point() if base else view.point
             if not database.swap_segments(db, row, old, new, sealed=sealed, point=point):
                 return  # another process was faster; this one's folder is an orphan now
+        self._stamp.bump()
         self._current(db, row.key)  # open it now, so that no search waits for its checksums
         seconds = round(time.perf_counter() - started, 3)
         fields = {"collection": row.name, "kind": kind, "vectors": len(built.numbers), "replaced": len(old)}

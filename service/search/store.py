@@ -308,13 +308,10 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
     values = np.asarray(vectors, np.float64)
     if values.ndim != 2 or not values.size:
         raise InvalidRequest(f"vectors must be a non-empty list of vectors, not of shape {list(values.shape)}")
-    largest = np.abs(values).max(axis=1, keepdims=True)
-    if not np.isfinite(largest).all():
-        raise InvalidRequest("a vector must hold finite numbers only")
-    if not largest.all():
-        raise InvalidRequest("a vector of zeros has no direction, so nothing is similar to it")
-    values = values / largest
-    units: Floats = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    squares = np.einsum("nd,nd->n", values, values)
+    if not (squares.min() > 1e-200 and squares.max() < 1e200):  # rare: not finite, zero, or out of float64 when squared
+        return np.stack([normalised(row) for row in values])
+    units: Floats = (values / np.sqrt(squares)[:, None]).astype(np.float32)
     return units
 
 
