@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 
 from service.errors import CollectionNotFound, Conflict, InvalidRequest
 from service.routes.answers import json_response
-from service.routes.uploads import parse_options, read_json, read_optional_json, service_of
+from service.routes.uploads import check_fields, parse_options, read_json, read_optional_json, service_of
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
 from service.search.filters import parse_path
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore, check_name
@@ -36,7 +36,10 @@ async def put_collection(request: Request, name: str) -> Response:
     """With these settings, for good: 201 when it was made, 200 when it is there with the same, 409 when with others."""
     service = service_of(request)
     check_name(name)
-    body = parse_options(CollectionIn, await read_optional_json(request))
+    fields = await read_optional_json(request)
+    if isinstance(fields.get("index"), dict):
+        check_fields(fields["index"], "index")
+    body = parse_options(CollectionIn, fields)
     service.check_model(body.model)
     spec = _spec(service, body)
     before = await _existing(service, name)
@@ -80,8 +83,9 @@ async def get_stats(request: Request, name: str) -> Response:
 async def take_snapshot(request: Request, name: str) -> Response:
     """The collection as it is now, in a file that outlives it."""
     service = service_of(request)
+    store = _snapshots(service, name)
     parse_options(SnapshotIn, await read_optional_json(request))
-    taken = await _snapshots(service, name).snapshot(name)
+    taken = await store.snapshot(name)
     return json_response({**asdict(taken), **service.identity()}, status=201)
 
 
