@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +47,7 @@ class Item:
     digest: str | None = None  # sha256 of the photo's bytes, in hex: exact duplicates have the same
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One result of a search; `score` is the cosine similarity."""
 
     id: str
