@@ -360,3 +360,37 @@ async def test_openapi_shows_bodies_without_references(tmp_path):
         if path.startswith(("/v1/collections/{name}/items", "/v1/aliases")):
             assert "$ref" not in str([operation.get("requestBody") for operation in methods.values()])
             assert "$defs" not in str(methods)
+
+
+async def test_snapshots_of_the_embedded_store(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.put(SHOP, json={"dtype": "float16", "indexed": ["n"]})
+        await run.client.post(f"{SHOP}/items", files={"file": photo()})
+        taken = (await run.client.post(f"{SHOP}/snapshots")).json()
+        path = f"{SHOP}/snapshots/{taken['name']}"
+        file = await run.client.get(path)
+        stats = await run.client.get(f"{SHOP}/stats")
+        before = (await run.client.get(SHOP)).json()
+        there = await run.client.post(f"{SHOP}/restore", json={"snapshot": taken["name"]})
+        await run.client.delete(SHOP)
+        back = await run.client.post(f"{SHOP}/restore", json={"snapshot": taken["name"]})
+        answers = [await run.client.delete(path), await run.client.get(path)]
+        wrong = await run.client.get(f"{SHOP}/snapshots/..%2F..%2Fsearch.sqlite3")
+    assert (taken["collection"], taken["count"], taken["bytes"]) == ("shop", 1, len(file.content))
+    assert file.content.startswith(b"SQLite format 3")
+    assert stats.json()["stats"]["count"] == 1
+    assert there.status_code == 409
+    assert (back.status_code, back.json()) == (201, before)
+    assert [answer.status_code for answer in answers] == [200, 404]
+    assert wrong.status_code == 404
+
+
+async def test_the_page_names_every_route(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    async with running(tmp_path, store=DictStore()) as run:
+        paths = (await run.client.get("/openapi.json")).json()["paths"]
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            if {"collections", "items", "aliases"} & set(operation["tags"]):
+                whole = f"{method.upper()} {path.replace('{item_id}', '{id}')}"
+                assert f"`{whole}`" in page or f"`{whole.replace('/v1/collections/{name}', '')}`" in page, whole
