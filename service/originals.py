@@ -169,5 +169,5 @@ def _translated(done: str) -> Iterator[None]:
         raise
     except Exception as error:  # each package has errors of its own
         number = error.errno if isinstance(error, OSError) else None
-        why = os.strerror(number) if number else type(error).__name__
+        why = os.strerror(number) if isinstance(number, int) and number else type(error).__name__
         raise StorageFailed(f"the photo cannot be {done}: {why}") from error
