@@ -20,8 +20,9 @@ from service.cache import Cache, make_cache
 from service.decode import DecodeLimits
 from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
 from service.middleware import Border, error_body
+from service.originals import Originals
 from service.pipeline import Pipeline
-from service.routes import collections, embeddings, health, items, models, search, segment
+from service.routes import add_items, aliases, collections, embeddings, health, items, models, search, segment
 from service.routes.direct import add_routes
 from service.search.embedded import open_embedded
 from service.search.store import VectorStore
@@ -70,7 +71,7 @@ def create_app(
     )
     app.state.service = service
     app.state.cache_status = "ok"  # what /readyz has logged last
-    for resource in (embeddings, models, collections, items, search, segment, health):
+    for resource in (embeddings, models, collections, aliases, add_items, items, search, segment, health):
         add_routes(app, resource.router)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _framework_error)
@@ -88,6 +89,8 @@ async def _start(
     settings, metrics, artifact = service.settings, service.metrics, service.artifact
     service.store = await (open_vectors() if open_vectors else open_embedded(settings.data_dir))
     stack.push_async_callback(service.store.close)
+    service.originals = Originals(settings.originals_url or settings.data_dir / "originals")
+    stack.push_async_callback(service.originals.close)
     service.cache = (
         cache
         if cache is not None

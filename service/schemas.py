@@ -4,10 +4,22 @@ object for every one of thousands of floats costs more than a small model's forw
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+
+from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS
 
 Pooling = Literal["cls", "mean", "cls+mean"]
-ItemId = Annotated[str, Field(min_length=1, max_length=256)]
+Encoding = Literal["float", "base64"]
+ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
+MAX_DIMENSION = 8192
+Vector = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]] | None,
+    FailFast(),
+    Field(min_length=1, max_length=MAX_DIMENSION),
+]
+Fingerprint = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@+-]{1,64}$")]
+Include = Annotated[list[Literal["vector"]], FailFast(), Field(max_length=1)]
+Where = Annotated[dict[str, Any], Field(description="conditions on the metadata")]
 
 
 class Options(BaseModel):
@@ -40,20 +52,29 @@ class SegmentOptions(Options):
     normalize: bool = Field(True, description="of the embedding")
 
 
-class ItemIn(BaseModel):
-    """One photo for a collection."""
+class Body(BaseModel):
+    """A body that comes as JSON only, so its values have JSON's types: "1" is no number and "yes" no boolean."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    id: ItemId | None = Field(None, description="yours; left out: the sha256 of the bytes")
-    image: str = Field(description="data URL or base64")
+
+class ItemIn(Body):
+    """One photo or vector for a collection."""
+
+    id: ItemId | None = Field(None, description="yours; left out: the sha256 of the photo's bytes")
+    image: str | None = Field(None, description="data URL or base64; this or `vector`")
+    vector: Vector = Field(None, description="made elsewhere; of any length but zero")
+    fingerprint: Fingerprint | None = Field(None, description="of the model that made `vector`; checked")
+    source: str | None = Field(None, max_length=MAX_SOURCE_CHARACTERS, description="where the photo is; kept as given")
     metadata: dict[str, Any] = Field(default_factory=dict, description="given back by searches")
 
 
 class ItemsIn(Options):
-    """Body of `POST /v1/collections/{name}/items`."""
+    """Body of `POST /v1/collections/{name}/items`. What is wrong with one item is found when that item is read."""
 
-    items: list[ItemIn] = Field(min_length=1)
+    items: Annotated[
+        list[Any], WithJsonSchema({"type": "array", "minItems": 1, "items": ItemIn.model_json_schema()})
+    ] = Field(min_length=1)
     on_error: Literal["fail", "partial"] = "fail"
 
 
@@ -61,6 +82,87 @@ class UploadOptions(Options):
     """Form fields of an upload of files into a collection."""
 
     on_error: Literal["fail", "partial"] = "fail"
+
+
+class ItemQuery(BaseModel):
+    """Query parameters of `GET /v1/collections/{name}/items/{id}`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include: Include = Field(default_factory=list)
+    encoding_format: Encoding = Field("float", description="of the vector; base64: little-endian float32")
+
+
+class PatchIn(Body):
+    """Body of `PATCH /v1/collections/{name}/items/{id}`."""
+
+    metadata: dict[str, Any] = Field(description="merged into the item's (RFC 7396): null removes a key")
+
+
+class ScrollIn(Body):
+    """Body of `POST /v1/collections/{name}/items/scroll`."""
+
+    filter: Where | None = None
+    cursor: str | None = Field(None, max_length=2048, description="of the page before")
+    limit: int = Field(100, ge=1, le=1000)
+    include: Include = Field(default_factory=list)
+    encoding_format: Encoding = "float"
+
+
+class CountIn(Body):
+    """Body of `POST /v1/collections/{name}/items/count`."""
+
+    filter: Where | None = None
+
+
+class DeleteIn(Body):
+    """Body of `POST /v1/collections/{name}/items/delete`: one of both."""
+
+    ids: Annotated[list[ItemId] | None, FailFast()] = Field(None, min_length=1, max_length=10_000)
+    filter: Where | None = None
+
+
+class IndexIn(Body):
+    """How a collection is indexed; what does not concern the kind is ignored."""
+
+    kind: Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"] = Field("auto", description="auto: by size")
+    m: int | None = Field(None, ge=2, le=256, description="hnsw: neighbours of a node")
+    ef_construction: int | None = Field(None, ge=4, le=4096, description="hnsw: how carefully it is built")
+    n_lists: int | None = Field(None, ge=1, le=2**20, description="ivf_pq, rabitq: cells")
+    target_recall: float = Field(0.98, ge=0.5, le=1, description="of the ten nearest")
+
+
+class CollectionIn(Options):
+    """Body of `PUT /v1/collections/{name}`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    pooling: Pooling = Field("cls", description="class token, mean of the patch tokens, or both joined")
+    dtype: Literal["float32", "float16"] = Field("float32", description="as stored")
+    index: IndexIn = Field(default_factory=lambda: IndexIn.model_validate({}))
+    indexed: Annotated[list[str], FailFast()] = Field(
+        default_factory=list, max_length=16, description="metadata keys that filters find fast"
+    )
+    originals: bool = Field(False, description="keep the photos")
+    fingerprint: Fingerprint | None = Field(None, description="of a model that is not served: vectors only")
+    dimension: int | None = Field(None, ge=1, le=MAX_DIMENSION, description="of that model's vectors")
+
+
+class AliasIn(Body):
+    """Body of `PUT /v1/aliases/{alias}`."""
+
+    collection: str = Field(description="what the alias leads to from now on")
+
+
+class SnapshotIn(Body):
+    """Body of `POST /v1/collections/{name}/snapshots`: nothing to say."""
+
+
+class RestoreIn(Body):
+    """Body of `POST /v1/collections/{name}/restore`."""
+
+    snapshot: str = Field(max_length=128)
+    source: str | None = Field(None, alias="from", description="the collection it was made of; left out: this name")
 
 
 class SearchIn(Options):
@@ -77,3 +179,28 @@ class SearchOptions(Options):
     """Query parameters or form fields of a search by file."""
 
     k: int = Field(10, ge=1, le=1000)
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A body's schema as it stands within OpenAPI's: whole, since references would point into nothing there."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, list):
+            return [whole(value) for value in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            rest = {name: value for name, value in part.items() if name != "$ref"}
+            return whole(definitions[part["$ref"].rpartition("/")[2]] | rest)
+        return {name: whole(value) for name, value in part.items()}
+
+    answer = whole(schema)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI's `requestBody` of a route that takes this and nothing else."""
+    return {"requestBody": {"content": {"application/json": {"schema": json_schema(model)}}}}

@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(256 * 2**20, ge=0, description="budget of the in-process cache; 0: no cache at all")
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
 
+    originals_url: str | None = Field(None, description="photos of collections that keep them; unset: in data_dir")
+
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="one image as sent")
     max_image_pixels: int = Field(
         64_000_000, ge=1, le=178_956_970, description="one image, width x height, checked before decoding"
@@ -101,7 +103,9 @@ class Settings(BaseSettings):
     def shown(self) -> dict[str, Any]:
         """The settings for the log, without secrets."""
         values = self.model_dump(mode="json")
-        return {**values, "redis_url": masked_url(self.redis_url) if self.redis_url else None}
+        masked = masked_url(self.redis_url) if self.redis_url else None
+        originals = self.originals_url and re.sub(r"://.*", "://...", self.originals_url, flags=re.DOTALL)
+        return {**values, "redis_url": masked, "originals_url": originals}
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -126,7 +130,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
 
 def _problem(location: tuple[int | str, ...], value: Any, message: str) -> str:
     name = str(location[0]) if location else "settings"
-    shown = "" if name in ("redis_url", "settings") else f"={value!r}"
+    shown = "" if name in ("redis_url", "originals_url", "settings") else f"={value!r}"
     return f"{name}{shown}: {message.removeprefix('Value error, ')}"
 
 

@@ -1,13 +1,14 @@
 """What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, get_args
 
 from model.artifact import Artifact
 from model.engine import Engine
 from model.zoo import ENTRIES
 from service.cache import Cache
 from service.errors import ModelNotFound
+from service.originals import Originals
 from service.pipeline import Pipeline, Pooling
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -15,6 +16,20 @@ from service.telemetry import Metrics
 
 POOLING: Final[Pooling] = "cls"
 """What a collection holds unless it says otherwise: the class token is DINOv2's feature for retrieval."""
+
+
+class TagParts(NamedTuple):
+    """What a collection's tag says of its vectors that a request needs to know."""
+
+    fingerprint: str
+    pooling: Pooling | None  # None: not made by `Service.tag`, so photos cannot be added
+
+
+def tag_parts(tag: str) -> TagParts:
+    """The reverse of `Service.tag`."""
+    parts = tag.split("/")
+    known: dict[str, Pooling] = {name: name for name in get_args(Pooling)}
+    return TagParts(parts[0], known.get(parts[1]) if len(parts) == 5 else None)
 
 
 @dataclass
@@ -28,6 +43,7 @@ class Service:
     pipeline: Pipeline | None = None  # from start-up to shutdown
     cache: Cache | None = None
     store: VectorStore | None = None
+    originals: Originals | None = None
     warm: bool = False
     draining: bool = False  # shutting down: what runs may finish, nothing begins
     in_flight: int = 0
@@ -44,6 +60,12 @@ class Service:
         """The vector store of a service that has started."""
         assert self.store is not None, "the service has not been started"
         return self.store
+
+    @property
+    def photos(self) -> Originals:
+        """The stored photos of a service that has started."""
+        assert self.originals is not None, "the service has not been started"
+        return self.originals
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = POOLING) -> str:
         """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""

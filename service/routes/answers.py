@@ -2,8 +2,8 @@
 
 import base64
 import time
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +13,18 @@ from fastapi import Response
 from service.errors import InvalidItems, ItemError, ServiceError
 from service.pipeline import Embedded
 
+T = TypeVar("T")
+
 
 def split_items(
-    outcomes: list[Embedded | ServiceError], on_error: Literal["fail", "partial"], param: str
-) -> tuple[list[tuple[int, Embedded]], list[ItemError]]:
+    outcomes: Sequence[T | ServiceError], on_error: Literal["fail", "partial"], param: str
+) -> tuple[list[tuple[int, T]], list[ItemError]]:
     """Good items with their indices, and bad ones.
 
     Raises:
         InvalidItems: there are bad ones and on_error is "fail", or there is no good one.
     """
-    good = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Embedded)]
+    good = [(index, outcome) for index, outcome in enumerate(outcomes) if not isinstance(outcome, ServiceError)]
     bad = [ItemError(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, ServiceError)]
     if bad and (on_error == "fail" or not good):
         raise InvalidItems(bad, total=len(outcomes), param=param)

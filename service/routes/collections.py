@@ -1,18 +1,24 @@
-"""`/v1/collections`: what a collection is. Its items are in `items`, how it is searched in `search`.
+"""`/v1/collections`: what a collection is, and copies of it. Its items are in `items`, how it is searched in `search`.
 
 A collection keeps the tag of the vectors it holds: fingerprint, pooling, normalisation, input size and precision. After
 a change of the model its vectors and new ones cannot be compared, and every write and search says so (409, naming both
 tags).
 """
 
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
 
+from service.errors import CollectionNotFound, Conflict, InvalidRequest
 from service.routes.answers import json_response
 from service.routes.direct import DirectRoute
-from service.routes.uploads import service_of
-from service.search.store import CollectionInfo, check_name
+from service.routes.uploads import check_fields, parse_options, read_json, read_optional_json, service_of
+from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
+from service.search.filters import parse_path
+from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore, check_name
+from service.state import Service, tag_parts
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=DirectRoute)
 
@@ -21,24 +27,179 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 async def list_collections(request: Request) -> Response:
     """All collections with what they hold."""
     service = service_of(request)
-    found = await service.vectors.collections()
-    return json_response({"object": "list", "data": [_info(info) for info in found], **service.identity()})
+    found, aliases = await service.vectors.collections(), await service.vectors.aliases()
+    data = [_described(info, aliases) for info in found]
+    return json_response({"object": "list", "data": data, **service.identity()})
+
+
+@router.put("/{name}", summary="Make a collection", openapi_extra=json_body(CollectionIn))
+async def put_collection(request: Request, name: str) -> Response:
+    """With these settings, for good: 201 when it was made, 200 when it is there with the same, 409 when with others."""
+    service = service_of(request)
+    check_name(name)
+    fields = await read_optional_json(request)
+    if isinstance(fields.get("index"), dict):
+        check_fields(fields["index"], "index")
+    body = parse_options(CollectionIn, fields)
+    service.check_model(body.model)
+    spec = _spec(service, body)
+    before = await _existing(service, name)
+    try:
+        info = await service.vectors.create(name, spec)
+    except Conflict as error:
+        if before is None or before.name != name or before.spec == spec:
+            raise
+        raise Conflict(f"collection {name!r} exists with {_differences(before.spec, spec)}") from error
+    answer = _described(info, await service.vectors.aliases()) | service.identity()
+    return json_response(answer, status=201 if before is None else 200)
 
 
 @router.get("/{name}", summary="Describe a collection")
 async def get_collection(request: Request, name: str) -> Response:
-    """Its tag, dimension and number of items."""
+    """Its settings, number of items, and the aliases that lead to it."""
     service = service_of(request)
-    return json_response(_info(await service.vectors.info(check_name(name))) | service.identity())
+    info = await service.vectors.info(check_name(name))
+    return json_response(_described(info, await service.vectors.aliases()) | service.identity())
 
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
-    """The collection with all its items."""
+    """The collection with all its items; snapshots and stored photos stay."""
     service = service_of(request)
     await service.vectors.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})
 
 
-def _info(info: CollectionInfo) -> dict[str, Any]:
-    return {"name": info.name, "tag": info.tag, "dimension": info.dimension, "count": info.count}
+@router.get("/{name}/stats", summary="How a collection is indexed")
+async def get_stats(request: Request, name: str) -> Response:
+    """What the store tells of its index; which figures, is the store's own."""
+    service = service_of(request)
+    check_name(name)
+    _check_capability(service, "stats")
+    found = await cast(StatsStore, service.vectors).stats(name)
+    return json_response({"collection": name, "stats": found, **service.identity()})
+
+
+@router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
+async def take_snapshot(request: Request, name: str) -> Response:
+    """The collection as it is now, in a file that outlives it."""
+    service = service_of(request)
+    store = _snapshots(service, name)
+    parse_options(SnapshotIn, await read_optional_json(request))
+    taken = await store.snapshot(name)
+    return json_response({**asdict(taken), **service.identity()}, status=201)
+
+
+@router.get("/{name}/snapshots", summary="List snapshots")
+async def list_snapshots(request: Request, name: str) -> Response:
+    """Those of one collection, oldest first; also when it is deleted."""
+    service = service_of(request)
+    found = await _snapshots(service, name).snapshots(name)
+    return json_response({"object": "list", "data": [asdict(info) for info in found], **service.identity()})
+
+
+@router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
+async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
+    """The file, streamed; parts of it by `Range`."""
+    path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+
+@router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
+async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
+    """The file; the collection stays."""
+    service = service_of(request)
+    await _snapshots(service, name).drop_snapshot(name, snapshot)
+    return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
+
+
+@router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
+async def restore_snapshot(request: Request, name: str) -> Response:
+    """Makes the collection of a snapshot, of this name or of another (`from`); 409 when there is one of this name."""
+    service = service_of(request)
+    store = _snapshots(service, name)
+    body = parse_options(RestoreIn, await read_json(request))
+    source = name if body.source is None else check_name(body.source)
+    info = await store.restore(name, source, body.snapshot)
+    return json_response(_described(info, await service.vectors.aliases()) | service.identity(), status=201)
+
+
+def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
+    """What the body asks for.
+
+    Raises:
+        InvalidRequest: no metadata key; a dimension that is not the model's, or none for another model.
+    """
+    for key in body.indexed:
+        parse_path(key)
+    dimension = service.live.dims * (2 if body.pooling == "cls+mean" else 1)
+    if body.fingerprint not in (None, service.artifact.fingerprint):
+        if body.dimension is None:
+            raise InvalidRequest("dimension is needed with the fingerprint of another model", param="dimension")
+        dimension = body.dimension
+    elif body.dimension not in (None, dimension):
+        raise InvalidRequest(
+            f"dimension={body.dimension}: the model served gives {dimension} with pooling {body.pooling}; for vectors "
+            "of another model name its fingerprint",
+            param="dimension",
+        )
+    return CollectionSpec(
+        service.tag(body.fingerprint, body.pooling),
+        dimension,
+        body.dtype,
+        IndexSpec(**body.index.model_dump()),
+        tuple(sorted(set(body.indexed))),
+        body.originals,
+    )
+
+
+async def _existing(service: Service, name: str) -> CollectionInfo | None:
+    try:
+        return await service.vectors.info(name)
+    except CollectionNotFound:
+        return None
+
+
+def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
+    spec = info.spec
+    return {
+        "name": info.name,
+        "tag": spec.tag,
+        "pooling": tag_parts(spec.tag).pooling,
+        "dimension": spec.dimension,
+        "dtype": spec.dtype,
+        "index": asdict(spec.index),
+        "indexed": list(spec.indexed),
+        "originals": spec.originals,
+        "count": info.count,
+        "aliases": sorted(alias for alias, collection in aliases.items() if collection == info.name),
+    }
+
+
+def _differences(there: CollectionSpec, wanted: CollectionSpec) -> str:
+    """Each setting that differs, with both values."""
+    old, new = (_settings(spec) for spec in (there, wanted))
+    names = [name for name in old if old[name] != new[name]]
+    return "; ".join(f"{name} {_shown(old[name])}, not {_shown(new[name])}" for name in names)
+
+
+def _settings(spec: CollectionSpec) -> dict[str, Any]:
+    flat = {"pooling": tag_parts(spec.tag).pooling, **asdict(spec)}
+    index = flat.pop("index")
+    return flat | {f"index.{name}": value for name, value in index.items()}
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _snapshots(service: Service, name: str) -> SnapshotStore:
+    check_name(name)
+    _check_capability(service, "snapshots")
+    return cast(SnapshotStore, service.vectors)
+
+
+def _check_capability(service: Service, wanted: str) -> None:
+    has = service.vectors.capabilities
+    if wanted not in has:
+        raise InvalidRequest(f"the vector store has no {wanted}; it has {', '.join(sorted(has)) or 'nothing more'}")

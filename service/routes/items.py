@@ -1,103 +1,154 @@
-"""`/v1/collections/{name}/items`: photos go in."""
+"""`/v1/collections/{name}/items`: items are read, edited, listed, counted and deleted. How they come in: `add_items`.
 
-import hashlib
-import time
+An id may hold slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only of an id that ends in
+`/image` the slashes must come as `%2F`, since `items/a/image` is the photo of `a`.
+"""
+
+import asyncio
+from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from service.errors import ServiceError
-from service.routes.answers import json_response, ms_since, slowest, split_items
+from service.decode import FORMATS, sniff
+from service.errors import InvalidRequest, ItemNotFound, NotFound
+from service.originals import digest_of
+from service.routes.answers import encode_vector, json_response
 from service.routes.direct import DirectRoute
-from service.routes.uploads import (
-    Image,
-    check_count,
-    check_fields,
-    decode_texts,
-    media_type,
-    parse_options,
-    read_json,
-    read_upload,
-    service_of,
-)
-from service.schemas import ItemIn, ItemsIn, UploadOptions
+from service.routes.uploads import check_fields, off_loop, parse_options, query_fields, read_json, service_of
+from service.schemas import CountIn, DeleteIn, Encoding, ItemQuery, PatchIn, ScrollIn, json_body
+from service.search.filters import Filter, parse_filter
 from service.search.store import Item, check_id, check_name, metadata_text
-from service.state import POOLING, Service
+from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
+_MEDIA_TYPES: Final = {name: f"image/{name.lower()}" for name in FORMATS}
+Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 
-@router.post(
-    "/{name}/items",
-    summary="Add or replace photos",
-    openapi_extra={
-        "requestBody": {
-            "content": {
-                "application/json": {"schema": ItemsIn.model_json_schema()},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                    }
-                },
-            }
-        }
-    },
-)
-async def add_items(request: Request, name: str) -> Response:
-    """Photos as JSON (`items`, with id and metadata), or as files of a form: the id is the content's sha256, and
-    the file's name goes into the metadata as `filename`."""
-    started = time.perf_counter()
+
+@router.get("/{name}/items/{item_id:path}/image", summary="Get the photo of an item", response_class=Response)
+async def get_image(request: Request, name: str, item_id: str) -> Response:
+    """The bytes as they were sent; of collections that keep `originals`."""
+    if not request.scope.get("raw_path", b"/image").endswith(b"/image"):  # its slash was %2F: part of the id
+        return await get_item(request, name, f"{item_id}/image")
     service = service_of(request)
-    check_name(name)
-    given, images, options = await _items(request, service)
-    service.check_model(options.model)
-    checked = [_checked(item, image) for item, image in zip(given, images, strict=True)]
-    good, bad = split_items(await service.live.embed(checked), options.on_error, "items")
-    items = [
-        Item(given[index].id or _sha256(images[index]), found.vector(POOLING, True), given[index].metadata)
-        for index, found in good
-    ]
-    info = await service.vectors.upsert(name, items, tag=service.tag())
+    info = await service.vectors.info(check_name(name))
+    item = await _found(service, info.name, item_id)
+    digest = (digest_of(item.source) or item.digest) if info.spec.originals else None
+    if digest is None:
+        raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
+    photo = await service.photos.get(digest)
+    kind = _MEDIA_TYPES.get(sniff(photo) or "", "application/octet-stream")
+    return Response(photo, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
+
+
+@router.get("/{name}/items/{item_id:path}", summary="Get an item")
+async def get_item(request: Request, name: str, item_id: str) -> Response:
+    """Its metadata and source; with `include=vector` its vector, of length 1."""
+    service = service_of(request)
+    fields = query_fields(request)
+    if isinstance(fields.get("include"), str):
+        fields["include"] = [fields["include"]]
+    options = parse_options(ItemQuery, fields)
+    info = await service.vectors.info(check_name(name))
+    item = await _found(service, info.name, item_id)
     return json_response(
-        {
-            "collection": name,
-            "count": info.count,
-            "items": [{"index": index, "id": item.id} for (index, _), item in zip(good, items, strict=True)],
-            "errors": [error.body() for error in bad],
-            **service.identity(),
-            "timings": slowest(found for _, found in good) | {"total": ms_since(started)},
-        }
+        _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity()
     )
 
 
-async def _items(request: Request, service: Service) -> tuple[list[ItemIn], list[Image], ItemsIn | UploadOptions]:
-    """The items as described and their images, in order."""
-    if media_type(request) == "application/json":
-        fields = await read_json(request)
-        if isinstance(fields.get("items"), list):
-            check_count(len(fields["items"]), service.settings, "items")
-            for index, item in enumerate(fields["items"]):
-                if isinstance(item, dict):
-                    check_fields(item, f"items.{index}")
-        body = parse_options(ItemsIn, fields)
-        return body.items, await decode_texts([item.image for item in body.items], service.settings), body
-    upload = await read_upload(request, key="items")
-    options = parse_options(UploadOptions, upload.fields)
-    metadata = [{"filename": name} if name else {} for name in upload.names or [""] * len(upload.images)]
-    return [ItemIn(id=None, image="", metadata=known) for known in metadata], upload.images, options
+@router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata", openapi_extra=json_body(PatchIn))
+async def patch_item(request: Request, name: str, item_id: str) -> Response:
+    """A merge patch (RFC 7396): null removes a key, objects merge, anything else replaces."""
+    service = service_of(request)
+    check_name(name), check_id(item_id)
+    metadata = parse_options(PatchIn, await read_json(request)).metadata
+    metadata_text(metadata)  # what is nested too deeply cannot be merged
+    item = await service.vectors.patch(name, item_id, metadata)
+    return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
 
 
-def _checked(item: ItemIn, image: Image) -> Image:
-    """The image, unless the store would refuse what stands beside it: known before any work is done."""
-    try:
-        if item.id is not None:
-            check_id(item.id)
-        metadata_text(item.metadata)
-    except ServiceError as error:
-        return error
-    return image
+@router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
+async def delete_item(request: Request, name: str, item_id: str) -> Response:
+    """404 when there is none. A stored photo stays."""
+    service = service_of(request)
+    if not await service.vectors.delete(check_name(name), [check_id(item_id)]):
+        raise _no_item(name, item_id)
+    return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity()})
 
 
-def _sha256(image: Image) -> str:
-    assert isinstance(image, bytes)
-    return hashlib.sha256(image).hexdigest()
+@router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
+async def delete_items(request: Request, name: str) -> Response:
+    """Those with the `ids`, or all that a `filter` finds; an empty filter is none, so nothing is emptied by accident.
+
+    A POST, because proxies and clients drop the body of a DELETE, and a DELETE that lost its filter would be one of
+    everything.
+    """
+    service = service_of(request)
+    check_name(name)
+    body, where = await _read_query(request, DeleteIn)
+    if body.ids is not None and where is None:
+        deleted = await service.vectors.delete(name, body.ids)
+    elif body.ids is None and where is not None:
+        deleted = await service.vectors.delete_where(name, where)
+    else:
+        raise InvalidRequest("exactly one of ids and filter is needed")
+    return json_response({"collection": name, "deleted": deleted, **service.identity()})
+
+
+@router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
+async def scroll_items(request: Request, name: str) -> Response:
+    """Page by page, in the store's order; `cursor` is null at the end."""
+    service = service_of(request)
+    check_name(name)
+    body, where = await _read_query(request, ScrollIn)
+    info = await service.vectors.info(name)
+    page = await service.vectors.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit)
+
+    def answer() -> Response:
+        data = [_shown(item, body.include, body.encoding_format) for item in page.items]
+        return json_response(
+            {"object": "list", **_head(name, info.tag), "data": data, "cursor": page.cursor, **service.identity()}
+        )
+
+    return await asyncio.to_thread(answer)
+
+
+@router.post("/{name}/items/count", summary="Count items", openapi_extra=json_body(CountIn))
+async def count_items(request: Request, name: str) -> Response:
+    """Those that a filter finds, or all."""
+    service = service_of(request)
+    check_name(name)
+    _, where = await _read_query(request, CountIn)
+    return json_response({"collection": name, "count": await service.vectors.count(name, where), **service.identity()})
+
+
+async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
+    """A JSON body with a `filter`."""
+    body = parse_options(model, await read_json(request))
+    where = body.filter
+    if where is None:
+        return body, None
+    check_fields(where, "filter")
+    return body, await off_loop(len(await request.body()), lambda: parse_filter(where))
+
+
+async def _found(service: Service, name: str, item_id: str) -> Item:
+    item = (await service.vectors.get(name, [check_id(item_id)]))[0]
+    if item is None:
+        raise _no_item(name, item_id)
+    return item
+
+
+def _no_item(name: str, item_id: str) -> ItemNotFound:
+    return ItemNotFound(f"collection {name!r} holds no item {item_id[:80]!r}", param="id")
+
+
+def _head(name: str, tag: str) -> dict[str, Any]:
+    """`tag` is what made the vectors; the answer's `fingerprint` is of the model that is served now."""
+    return {"collection": name, "tag": tag}
+
+
+def _shown(item: Item, include: list[Any], encoding: Encoding) -> dict[str, Any]:
+    body = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
+    return body | ({"vector": encode_vector(item.vector, encoding)} if "vector" in include else {})

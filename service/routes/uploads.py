@@ -9,6 +9,7 @@ import asyncio
 import binascii
 import re
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from service.state import Service
 
 Image = bytes | ServiceError
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 BIG_BODY = 2**18
 """Bytes from which parsing JSON and base64 would hold up the event loop noticeably."""
@@ -107,12 +109,22 @@ async def read_json(request: Request) -> dict[str, Any]:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
         raise InvalidRequest(f"the body holds more than {MAX_JSON_VALUES:,} JSON values")
     try:
-        value = orjson.loads(body) if len(body) < BIG_BODY else await asyncio.to_thread(orjson.loads, body)
+        value = await off_loop(len(body), lambda: orjson.loads(body))
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
     return value
+
+
+async def read_optional_json(request: Request) -> dict[str, Any]:
+    """As `read_json`; no body at all is an empty object."""
+    return await read_json(request) if await request.body() else {}
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, which goes over `size` bytes: on a thread if the event loop would notice."""
+    return work() if size < BIG_BODY else await asyncio.to_thread(work)
 
 
 async def decode_texts(texts: list[Any], settings: Settings) -> list[Image]:
@@ -121,8 +133,7 @@ async def decode_texts(texts: list[Any], settings: Settings) -> list[Image]:
     def work() -> list[Image]:
         return [image_from_text(text, settings.max_image_bytes) for text in texts]
 
-    size = sum(len(text) for text in texts if isinstance(text, str))
-    return work() if size < BIG_BODY else await asyncio.to_thread(work)
+    return await off_loop(sum(len(text) for text in texts if isinstance(text, str)), work)
 
 
 def image_from_text(text: Any, max_bytes: int) -> Image:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -224,6 +225,39 @@ class VectorStore(Protocol):
         fewer if there are fewer."""
 
     async def close(self) -> None: ...
+
+
+class SnapshotStore(VectorStore, Protocol):
+    """A store that can keep a collection as it is now and bring it back (`snapshots`).
+
+    Raises, wherever a snapshot is named: InvalidRequest for what is no name of one; NotFound when there is none;
+    StorageFailed when it is damaged.
+    """
+
+    async def snapshot(self, collection: str) -> SnapshotInfo:
+        """Keeps the collection as it is at one moment, while others write."""
+
+    async def snapshots(self, collection: str) -> list[SnapshotInfo]:
+        """Of one collection, oldest first. They outlive it."""
+
+    async def snapshot_path(self, collection: str, name: str) -> Path:
+        """The file that holds it."""
+
+    async def drop_snapshot(self, collection: str, name: str) -> None: ...
+
+    async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
+        """Makes `collection` of the snapshot `name` of the collection `source`.
+
+        Raises:
+            Conflict: the name is taken.
+        """
+
+
+class StatsStore(VectorStore, Protocol):
+    """A store that tells how a collection is indexed (`stats`)."""
+
+    async def stats(self, collection: str) -> dict[str, Any]:
+        """Whatever helps who looks after it, as JSON."""
 
 
 def check_name(name: str) -> str:

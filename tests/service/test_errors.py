@@ -13,8 +13,10 @@ import httpx
 import pytest
 
 from service.errors import ERRORS
+from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
-from tests.fakes import FakeEngine, Running, fake_artifact, photo, plain_photo, running, until
+from tests.dict_store import DictStore
+from tests.fakes import FakeEngine, Running, photo, plain_photo, running, until
 
 ROOT = Path(__file__).parents[2]
 EMBED = "/v1/embeddings"
@@ -88,15 +90,15 @@ async def _model(tmp_path: Path) -> httpx.Response:
 
 @provokes("collection_not_found")
 async def _collection(tmp_path: Path) -> httpx.Response:
-    async with running(tmp_path) as run:
-        return await run.client.post("/v1/collections/shop/search", json={"vector": [1.0] * 8})
+    async with running(tmp_path, store=DictStore()) as run:
+        return await run.client.get("/v1/collections/shop")
 
 
 @provokes("item_not_found")
 async def _item(tmp_path: Path) -> httpx.Response:
-    async with running(tmp_path) as run:
+    async with running(tmp_path, store=DictStore()) as run:
         await run.client.post("/v1/collections/shop/items", files={"file": photo()})
-        return await run.client.post("/v1/collections/shop/search", json={"id": "nobody"})
+        return await run.client.get("/v1/collections/shop/items/nobody")
 
 
 @provokes("method_not_allowed")
@@ -107,16 +109,16 @@ async def _method(tmp_path: Path) -> httpx.Response:
 
 @provokes("conflict")
 async def _conflict(tmp_path: Path) -> httpx.Response:
-    async with running(tmp_path) as run:
+    async with running(tmp_path, store=DictStore()) as run:
         await run.client.post("/v1/collections/shop/items", files={"file": photo()})
-        return await run.client.post("/v1/collections/shop/search", json={"vector": [1.0, 2.0]})
+        return await run.client.put("/v1/collections/shop", json={"dtype": "float16"})
 
 
 @provokes("model_mismatch")
 async def _mismatch(tmp_path: Path) -> httpx.Response:
-    async with running(tmp_path) as run:
-        await run.client.post("/v1/collections/shop/items", files={"file": photo()})
-    async with running(tmp_path, artifact=fake_artifact(digit="b")) as run:
+    async with running(tmp_path, store=DictStore()) as run:
+        other = run.service.tag("b" * 64)
+        await run.service.vectors.create("shop", CollectionSpec(other, 8))
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
 
 
@@ -176,9 +178,9 @@ async def _engine(tmp_path: Path) -> httpx.Response:
 
 @provokes("storage_failed")
 async def _storage(tmp_path: Path) -> httpx.Response:
-    async with running(tmp_path) as run:
-        store = run.service.store
-        await store._call(lambda: store._tables._db.execute("DROP TABLE items"))
+    (tmp_path / "originals").write_bytes(b"")  # where a folder should be
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
 
 
@@ -224,7 +226,7 @@ async def _deadline(tmp_path: Path) -> httpx.Response:
 
 
 @pytest.mark.parametrize(
-    ("code", "cause"), [("storage_failed", "sqlite3.OperationalError"), ("engine_failed", "told to fail")]
+    ("code", "cause"), [("storage_failed", "NotADirectoryError"), ("engine_failed", "told to fail")]
 )
 async def test_a_fault_of_the_service_is_logged_with_its_cause_and_not_shown(tmp_path, caplog, code, cause):
     answer = await PROVOKED[code](tmp_path)

@@ -1,0 +1,44 @@
+"""`/v1/aliases`: names that lead to collections. Wherever a collection is named, an alias may be.
+
+To change the model without a gap, a new collection is filled beside the old one and the alias moved to it: each request
+goes wholly to one or the other.
+"""
+
+from fastapi import APIRouter, Request, Response
+
+from service.routes.answers import json_response
+from service.routes.direct import DirectRoute
+from service.routes.uploads import parse_options, read_json, service_of
+from service.schemas import AliasIn, json_body
+from service.search.store import check_name
+
+router = APIRouter(prefix="/v1/aliases", tags=["aliases"], route_class=DirectRoute)
+
+
+@router.get("", summary="List aliases")
+async def list_aliases(request: Request) -> Response:
+    """All aliases and what they lead to."""
+    service = service_of(request)
+    found = await service.vectors.aliases()
+    data = [{"alias": alias, "collection": collection} for alias, collection in sorted(found.items())]
+    return json_response({"object": "list", "data": data, **service.identity()})
+
+
+@router.put("/{alias}", summary="Create or move an alias", openapi_extra=json_body(AliasIn))
+async def put_alias(request: Request, alias: str) -> Response:
+    """Points it to a collection, from one moment to the next; `before` is where it pointed (201 if nowhere)."""
+    service = service_of(request)
+    check_name(alias)
+    body = parse_options(AliasIn, await read_json(request))
+    collection = (await service.vectors.info(check_name(body.collection))).name  # of an alias, where it leads
+    before = await service.vectors.set_alias(alias, collection)
+    answer = {"alias": alias, "collection": collection, "before": before, **service.identity()}
+    return json_response(answer, status=201 if before is None else 200)
+
+
+@router.delete("/{alias}", summary="Delete an alias")
+async def delete_alias(request: Request, alias: str) -> Response:
+    """The alias only; its collection stays."""
+    service = service_of(request)
+    await service.vectors.drop_alias(check_name(alias))
+    return json_response({"alias": alias, "deleted": True, **service.identity()})

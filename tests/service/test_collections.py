@@ -1,0 +1,396 @@
+"""Collections, aliases, statistics and snapshots over HTTP."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import Conflict, NotFound
+from service.search.store import CollectionInfo, CollectionSpec, Item, SnapshotInfo
+from tests.dict_store import DictStore
+from tests.fakes import DIMS, Running, photo, running
+
+SHOP = "/v1/collections/shop"
+JSON = {"Content-Type": "application/json"}
+
+
+class SnapshotDict(DictStore):
+    """With snapshots, each a file that says how many items there were, and statistics."""
+
+    capabilities = DictStore.capabilities | {"snapshots", "stats"}
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._kept: dict[str, tuple[SnapshotInfo, CollectionSpec, list[Item]]] = {}
+
+    async def snapshot(self, collection: str) -> SnapshotInfo:
+        info = await self.info(collection)
+        name = f"s{len(self._kept)}"
+        (self._folder / name).write_bytes(b"snapshot of " + info.name.encode() * 1000)
+        size = (self._folder / name).stat().st_size
+        taken = SnapshotInfo(name, info.name, "2026-01-01T00:00:00Z", size, info.count)
+        self._kept[name] = taken, info.spec, (await self.scroll(collection, limit=1000)).items
+        return taken
+
+    async def snapshots(self, collection: str) -> list[SnapshotInfo]:
+        return [taken for taken, _, _ in self._kept.values() if taken.collection == collection]
+
+    async def snapshot_path(self, collection: str, name: str) -> Path:
+        if name not in self._kept or self._kept[name][0].collection != collection:
+            raise NotFound(f"collection {collection!r} has no snapshot {name!r}")
+        return self._folder / name
+
+    async def drop_snapshot(self, collection: str, name: str) -> None:
+        (await self.snapshot_path(collection, name)).unlink()
+        del self._kept[name]
+
+    async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
+        await self.snapshot_path(source, name)
+        _, spec, items = self._kept[name]
+        if collection in [info.name for info in await self.collections()]:
+            raise Conflict(f"there is a collection {collection!r}")
+        await self.create(collection, spec)
+        return await self.upsert(collection, items, tag=spec.tag)
+
+    async def stats(self, collection: str) -> dict[str, Any]:
+        return {"kind": "flat", "count": (await self.info(collection)).count}
+
+
+async def test_a_collection_is_made_once_and_described_in_full(tmp_path):
+    settings = {
+        "pooling": "cls+mean",
+        "dtype": "float16",
+        "index": {"kind": "hnsw", "m": 16, "ef_construction": 100, "target_recall": 0.9},
+        "indexed": ["shelf.row", "brand", "brand"],
+        "originals": True,
+    }
+    async with running(tmp_path, store=DictStore()) as run:
+        made = await run.client.put(SHOP, json=settings)
+        again = await run.client.put(SHOP, json={**settings, "indexed": ["brand", "shelf.row"]})
+        await run.client.put("/v1/aliases/front", json={"collection": "shop"})
+        shown = (await run.client.get(SHOP)).json()
+        by_alias = (await run.client.get("/v1/collections/front")).json()
+        listed = (await run.client.get("/v1/collections")).json()["data"]
+    assert (made.status_code, again.status_code) == (201, 200)
+    assert made.json() == again.json() == {**shown, "aliases": []}
+    assert shown == by_alias
+    assert [shown | row for row in listed] == [shown]
+    identity = {"model": "dinov2_fake-aaaaaaaa", "fingerprint": "a" * 64}
+    assert shown == {
+        "name": "shop",
+        "tag": f"{'a' * 64}/cls+mean/l2/28x28/fp32",
+        "pooling": "cls+mean",
+        "dimension": 2 * DIMS,
+        "dtype": "float16",
+        "index": {"kind": "hnsw", "m": 16, "ef_construction": 100, "n_lists": None, "target_recall": 0.9},
+        "indexed": ["brand", "shelf.row"],
+        "originals": True,
+        "count": 0,
+        "aliases": ["front"],
+        **identity,
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"{}"])
+async def test_everything_may_be_left_out(tmp_path, content):
+    async with running(tmp_path, store=DictStore()) as run:
+        made = await run.client.put(SHOP, content=content, headers=JSON if content else {})
+        first_write = await run.client.post("/v1/collections/other/items", files={"file": photo()})
+        other = (await run.client.get("/v1/collections/other")).json()
+    assert made.status_code == 201
+    assert first_write.status_code == 200
+    assert made.json() == {**other, "name": "shop", "count": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pooling": "mean"}, "pooling 'cls', not 'mean'"),
+        ({"dtype": "float16"}, "dtype 'float32', not 'float16'"),
+        ({"index": {"kind": "flat"}}, "index.kind 'auto', not 'flat'"),
+        ({"index": {"target_recall": 1}}, "index.target_recall 0.98, not 1"),
+        ({"indexed": ["a", "b"]}, "indexed [], not ['a', 'b']"),
+        ({"originals": True}, "originals False, not True"),
+        ({"fingerprint": "clip", "dimension": 3}, "dimension 8, not 3"),
+    ],
+)
+async def test_other_settings_are_a_conflict_that_names_them(tmp_path, change, words):
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP, json={})
+        refused = await run.client.put(SHOP, json=change)
+        shown = (await run.client.get(SHOP)).json()
+    assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+    assert words in refused.json()["detail"]
+    assert (shown["pooling"], shown["dtype"], shown["originals"]) == ("cls", "float32", False)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"pooling": "max"}, "pooling"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"index": {"kind": "lsh"}}, "index.kind"),
+        ({"index": {"m": 1}}, "index.m"),
+        ({"index": {"m": 257}}, "index.m"),
+        ({"index": {"m": "16"}}, "index.m"),
+        ({"index": {"ef_construction": 0}}, "index.ef_construction"),
+        ({"index": {"n_lists": 2**21}}, "index.n_lists"),
+        ({"index": {"target_recall": 0.4}}, "index.target_recall"),
+        ({"index": {"target_recall": 1.01}}, "index.target_recall"),
+        ({"index": {"speed": 1}}, "index.speed: unknown field"),
+        ({"index": [1]}, "index"),
+        ({"indexed": [f"k{i}" for i in range(17)]}, "indexed"),
+        ({"indexed": ["a..b"]}, "a..b"),
+        ({"indexed": ["a'b"]}, "is not allowed"),
+        ({"indexed": [7]}, "indexed.0"),
+        ({"originals": "yes"}, "originals"),
+        ({"dimension": 9}, "dimension=9"),
+        ({"fingerprint": "clip"}, "dimension is needed"),
+        ({"fingerprint": "a/b", "dimension": 3}, "fingerprint"),
+        ({"fingerprint": "a" * 65, "dimension": 3}, "fingerprint"),
+        ({"fingerprint": "clip", "dimension": 0}, "dimension"),
+        ({"fingerprint": "clip", "dimension": 8193}, "dimension"),
+        ({"fingerprint": "a" * 64, "dimension": 9}, "dimension=9"),
+        ({"name": "shop"}, "name: unknown field"),
+        ([], "object"),
+    ],
+)
+async def test_settings_that_are_not_allowed(tmp_path, body, words):
+    async with running(tmp_path, store=DictStore()) as run:
+        refused = await run.client.put(SHOP, json=body)
+        listed = (await run.client.get("/v1/collections")).json()["data"]
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert words in refused.json()["detail"]
+    assert listed == []
+
+
+@pytest.mark.parametrize("name", ["UPPER", "-a", "a" * 65, "a b", "ü", "..", "a%00b", "a%2Fb"])
+@pytest.mark.parametrize("path", ["/v1/collections/", "/v1/aliases/"])
+async def test_names_that_are_not_allowed(tmp_path, path, name):
+    async with running(tmp_path, store=DictStore()) as run:
+        for answer in (await run.client.put(path + name, json={}), await run.client.delete(path + name)):
+            assert answer.status_code in (404, 405, 422)
+            assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+async def test_hundred_thousand_settings_are_told_in_few_words(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        for body in (
+            {f"k{i}": 0 for i in range(100_000)},
+            {"index": {f"k{i}": 0 for i in range(100_000)}},
+            {"indexed": [0] * 100_000},
+            {"indexed": ["k" * 1_000_000]},
+            {"fingerprint": "f" * 1_000_000, "dimension": 3},
+        ):
+            answer = await run.client.put(SHOP, json=body)
+            assert answer.status_code == 422
+            assert len(answer.content) < 4000
+
+
+async def test_vectors_of_a_model_that_is_not_served(tmp_path):
+    item = {"id": "a", "vector": [1, 2, 2.0], "fingerprint": "clip-b32"}
+    async with running(tmp_path, store=DictStore()) as run:
+        unmade = await run.client.post(f"{SHOP}/items", json={"items": [item]})
+        made = await run.client.put(SHOP, json={"fingerprint": "clip-b32", "dimension": 3, "pooling": "mean"})
+        added = await run.client.post(f"{SHOP}/items", json={"items": [item]})
+        found = await run.client.get(f"{SHOP}/items/a?include=vector")
+        photo_refused = await run.client.post(f"{SHOP}/items", files={"file": photo()})
+    assert (unmade.status_code, unmade.json()["code"]) == (409, "model_mismatch")
+    assert made.json()["tag"] == "clip-b32/mean/l2/28x28/fp32"
+    assert (made.json()["dimension"], added.status_code) == (3, 200)
+    assert found.json()["vector"] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert found.json()["tag"] == made.json()["tag"]
+    assert (photo_refused.status_code, photo_refused.json()["code"]) == (409, "model_mismatch")
+    assert "clip-b32" in photo_refused.json()["detail"]
+    assert "a" * 64 in photo_refused.json()["detail"]
+    assert run.engine.images == 0
+
+
+async def test_many_at_once_make_one_collection(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        answers = await asyncio.gather(*(run.client.put(SHOP, json={"dtype": "float16"}) for _ in range(20)))
+        others = await asyncio.gather(*(run.client.put(SHOP, json={"dtype": "float32"}) for _ in range(5)))
+    assert {answer.status_code for answer in answers} <= {200, 201}
+    assert {answer.status_code for answer in others} == {409}
+
+
+async def test_delete(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        missing = await run.client.delete(SHOP)
+        await run.client.put(SHOP)
+        await run.client.put("/v1/aliases/front", json={"collection": "shop"})
+        in_use = await run.client.delete(SHOP)
+        alias = await run.client.delete("/v1/collections/front")
+        await run.client.delete("/v1/aliases/front")
+        gone = await run.client.delete(SHOP)
+        after = await run.client.get(SHOP)
+    assert [answer.status_code for answer in (missing, in_use, alias, gone, after)] == [404, 409, 409, 200, 404]
+
+
+async def test_aliases_move_and_tell_where_they_pointed(tmp_path):
+    def put(run: Running, alias: str, collection: Any) -> Any:
+        return run.client.put(f"/v1/aliases/{alias}", json={"collection": collection})
+
+    async with running(tmp_path, store=DictStore()) as run:
+        missing = await put(run, "front", "one")
+        for name in ("one", "two"):
+            await run.client.put(f"/v1/collections/{name}")
+        made = await put(run, "front", "one")
+        second = await put(run, "back", "front")
+        moved = await put(run, "front", "two")
+        same = await put(run, "front", "front")
+        taken = await put(run, "one", "two")
+        made_over = await run.client.put("/v1/collections/front")
+        await run.client.post("/v1/collections/front/items", files={"file": photo()})
+        counts = [(await run.client.get(f"/v1/collections/{name}")).json()["count"] for name in ("one", "two")]
+        listed = (await run.client.get("/v1/aliases")).json()
+        deleted = await run.client.delete("/v1/aliases/front")
+        twice = await run.client.delete("/v1/aliases/front")
+        left = (await run.client.get("/v1/aliases")).json()["data"]
+        wrong = [await put(run, "x", value) for value in (7, None, "UP", "")]
+        unknown = await run.client.put("/v1/aliases/x", json={"collection": "one", "force": True})
+    assert (missing.status_code, missing.json()["code"]) == (404, "collection_not_found")
+    assert [(a.status_code, a.json()["collection"], a.json()["before"]) for a in (made, second, moved, same)] == [
+        (201, "one", None),
+        (201, "one", None),
+        (200, "two", "one"),
+        (200, "two", "two"),
+    ]
+    assert (taken.status_code, made_over.status_code) == (409, 409)
+    assert counts == [0, 1]
+    assert listed["data"] == [{"alias": "back", "collection": "one"}, {"alias": "front", "collection": "two"}]
+    assert listed["fingerprint"] == "a" * 64
+    assert (deleted.status_code, twice.status_code) == (200, 404)
+    assert left == [{"alias": "back", "collection": "one"}]
+    assert {answer.status_code for answer in [*wrong, unknown]} == {422}
+
+
+async def test_snapshots(tmp_path):
+    async with running(tmp_path, store=SnapshotDict(tmp_path)) as run:
+        await run.client.put(SHOP, json={"dtype": "float16"})
+        await run.client.post(f"{SHOP}/items", files={"file": photo()})
+        missing = await run.client.post("/v1/collections/nobody/snapshots")
+        taken = await run.client.post(f"{SHOP}/snapshots", json={})
+        wrong = await run.client.post(f"{SHOP}/snapshots", json={"name": "mine"})
+        listed = (await run.client.get(f"{SHOP}/snapshots")).json()["data"]
+        got = await run.client.get(f"{SHOP}/snapshots/s0")
+        part = await run.client.get(f"{SHOP}/snapshots/s0", headers={"Range": "bytes=0-7"})
+        none = [await run.client.get(f"{SHOP}/snapshots/{name}") for name in ("s1", "..%2Fetc", "%2E%2E")]
+        there = await run.client.post(f"{SHOP}/restore", json={"snapshot": "s0"})
+        copy = await run.client.post("/v1/collections/copy/restore", json={"snapshot": "s0", "from": "shop"})
+        not_of = await run.client.post("/v1/collections/copy2/restore", json={"snapshot": "s0"})
+        await run.client.delete(SHOP)
+        back = await run.client.post(f"{SHOP}/restore", json={"snapshot": "s0"})
+        bad = [
+            await run.client.post(f"{SHOP}/restore", json=body)
+            for body in ({}, {"snapshot": 7}, {"snapshot": "s0", "from": "UP"}, {"snapshot": "s0", "source": "shop"})
+        ]
+        deleted = await run.client.delete(f"{SHOP}/snapshots/s0")
+        twice = await run.client.delete(f"{SHOP}/snapshots/s0")
+    assert missing.status_code == 404
+    assert taken.status_code == 201
+    expected = {"name": "s0", "collection": "shop", "created": "2026-01-01T00:00:00Z", "bytes": 4012, "count": 1}
+    assert listed == [expected]
+    assert taken.json() == {**expected, "model": "dinov2_fake-aaaaaaaa", "fingerprint": "a" * 64}
+    assert wrong.status_code == 422
+    assert got.content == b"snapshot of " + b"shop" * 1000
+    assert got.headers["Content-Length"] == "4012"
+    assert "attachment" in got.headers["Content-Disposition"]
+    assert (part.status_code, part.content) == (206, b"snapshot")
+    assert [answer.status_code for answer in none] == [404] * 3
+    assert there.status_code == 409
+    assert (copy.status_code, copy.json()["name"], copy.json()["dtype"]) == (201, "copy", "float16")
+    assert not_of.status_code == 404
+    assert (back.status_code, back.json()["count"]) == (201, 1)
+    assert [answer.status_code for answer in bad] == [422] * 4
+    assert (deleted.status_code, twice.status_code) == (200, 404)
+
+
+async def test_statistics(tmp_path):
+    async with running(tmp_path, store=SnapshotDict(tmp_path)) as run:
+        missing = await run.client.get(f"{SHOP}/stats")
+        await run.client.put(SHOP)
+        found = await run.client.get(f"{SHOP}/stats")
+    assert missing.status_code == 404
+    assert found.json()["stats"] == {"kind": "flat", "count": 0}
+
+
+async def test_a_store_without_snapshots_says_so(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP)
+        for method, path in (
+            ("POST", "snapshots"),
+            ("GET", "snapshots"),
+            ("GET", "snapshots/s0"),
+            ("DELETE", "snapshots/s0"),
+            ("POST", "restore"),
+            ("GET", "stats"),
+        ):
+            answer = await run.client.request(method, f"{SHOP}/{path}", json={"snapshot": "s0"})
+            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+            assert f"has no {'stats' if path == 'stats' else 'snapshots'}" in answer.json()["detail"]
+
+
+async def test_openapi_shows_bodies_without_references(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await run.client.get("/openapi.json")
+    paths = answer.json()["paths"]
+    assert {
+        "/v1/aliases",
+        "/v1/aliases/{alias}",
+        "/v1/collections/{name}",
+        "/v1/collections/{name}/items",
+        "/v1/collections/{name}/items/{item_id}",
+        "/v1/collections/{name}/items/{item_id}/image",
+        "/v1/collections/{name}/items/delete",
+        "/v1/collections/{name}/items/scroll",
+        "/v1/collections/{name}/items/count",
+        "/v1/collections/{name}/stats",
+        "/v1/collections/{name}/snapshots",
+        "/v1/collections/{name}/snapshots/{snapshot}",
+        "/v1/collections/{name}/restore",
+    } <= set(paths)
+    body = paths["/v1/collections/{name}"]["put"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["index"]["properties"]["target_recall"]["minimum"] == 0.5
+    items = paths["/v1/collections/{name}/items"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"id", "image", "vector", "source", "metadata"} <= set(items["properties"]["items"]["items"]["properties"])
+    for path, methods in paths.items():
+        if path.startswith(("/v1/collections/{name}/items", "/v1/aliases")):
+            assert "$ref" not in str([operation.get("requestBody") for operation in methods.values()])
+            assert "$defs" not in str(methods)
+
+
+async def test_snapshots_of_the_embedded_store(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.put(SHOP, json={"dtype": "float16", "indexed": ["n"]})
+        await run.client.post(f"{SHOP}/items", files={"file": photo()})
+        taken = (await run.client.post(f"{SHOP}/snapshots")).json()
+        path = f"{SHOP}/snapshots/{taken['name']}"
+        file = await run.client.get(path)
+        stats = await run.client.get(f"{SHOP}/stats")
+        before = (await run.client.get(SHOP)).json()
+        there = await run.client.post(f"{SHOP}/restore", json={"snapshot": taken["name"]})
+        await run.client.delete(SHOP)
+        back = await run.client.post(f"{SHOP}/restore", json={"snapshot": taken["name"]})
+        answers = [await run.client.delete(path), await run.client.get(path)]
+        wrong = await run.client.get(f"{SHOP}/snapshots/..%2F..%2Fsearch.sqlite3")
+    assert (taken["collection"], taken["count"], taken["bytes"]) == ("shop", 1, len(file.content))
+    assert file.content.startswith(b"SQLite format 3")
+    assert stats.json()["stats"]["count"] == 1
+    assert there.status_code == 409
+    assert (back.status_code, back.json()) == (201, before)
+    assert [answer.status_code for answer in answers] == [200, 404]
+    assert wrong.status_code == 404
+
+
+async def test_the_page_names_every_route(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    async with running(tmp_path, store=DictStore()) as run:
+        paths = (await run.client.get("/openapi.json")).json()["paths"]
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            if {"collections", "items", "aliases"} & set(operation["tags"]):
+                whole = f"{method.upper()} {path.replace('{item_id}', '{id}')}"
+                assert f"`{whole}`" in page or f"`{whole.replace('/v1/collections/{name}', '')}`" in page, whole

@@ -1,0 +1,572 @@
+"""Items over HTTP: how they come in, are read, edited, listed, counted and deleted."""
+
+import asyncio
+import base64
+import hashlib
+import time
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+
+from service.errors import StorageFailed
+from tests.dict_store import DictStore
+from tests.fakes import DIMS, Running, photo, plain_photo, running
+
+SHOP = "/v1/collections/shop"
+ITEMS = f"{SHOP}/items"
+JSON = {"Content-Type": "application/json"}
+
+
+def text(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def axis(n: int, scale: float = 1.0) -> list[float]:
+    return [scale * (i == n) for i in range(DIMS)]
+
+
+async def add(run: Running, *items: dict[str, Any], **rest: Any) -> Any:
+    return await run.client.post(ITEMS, json={"items": list(items), **rest})
+
+
+async def filled(run: Running, n: int = 5) -> None:
+    items = [{"id": f"v{i}", "vector": axis(i), "metadata": {"i": i, "even": i % 2 == 0}} for i in range(n)]
+    assert (await add(run, *items)).status_code == 200
+
+
+# ---- writing
+
+
+async def test_photos_and_vectors_in_one_request(tmp_path):
+    image = photo()
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await add(
+            run,
+            {"id": "p", "image": text(image), "source": "s3://shop/p.png", "metadata": {"n": 1}},
+            {"id": "v", "vector": axis(3, 7.0), "fingerprint": "a" * 64, "source": "https://example.com/v"},
+            {"image": text(image)},
+        )
+        p = (await run.client.get(f"{ITEMS}/p?include=vector")).json()
+        v = (await run.client.get(f"{ITEMS}/v?include=vector&encoding_format=base64")).json()
+        embedded = (await run.client.post("/v1/embeddings", json={"input": text(image)})).json()["data"][0]["embedding"]
+    digest = hashlib.sha256(image).hexdigest()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["items"] == [{"index": i, "id": name} for i, name in enumerate(("p", "v", digest))]
+    assert (answer.json()["count"], answer.json()["errors"]) == (3, [])
+    assert run.engine.images == 1
+    assert p.pop("vector") == pytest.approx(embedded, abs=1e-6)
+    identity = {"model": "dinov2_fake-aaaaaaaa", "fingerprint": "a" * 64}
+    tag = f"{'a' * 64}/cls/l2/28x28/fp32"
+    assert p == {
+        "collection": "shop",
+        "tag": tag,
+        "id": "p",
+        "metadata": {"n": 1},
+        "source": "s3://shop/p.png",
+        "digest": digest,
+        **identity,
+    }
+    assert np.frombuffer(base64.b64decode(v["vector"]), "<f4").tolist() == axis(3)
+    assert (v["source"], v["digest"]) == ("https://example.com/v", None)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
+async def test_the_collection_decides_which_vector_of_a_photo_is_stored(tmp_path, pooling):
+    image = photo(4)
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP, json={"pooling": pooling})
+        by_json = await add(run, {"id": "j", "image": text(image)})
+        by_form = await run.client.post(ITEMS, files={"file": image})
+        got = [
+            (await run.client.get(f"{ITEMS}/{i}?include=vector")).json()
+            for i in ("j", by_form.json()["items"][0]["id"])
+        ]
+        body = {"input": text(image), "pooling": pooling}
+        embedded = (await run.client.post("/v1/embeddings", json=body)).json()["data"][0]["embedding"]
+    assert (by_json.status_code, by_form.status_code) == (200, 200)
+    for item in got:
+        assert item["vector"] == pytest.approx(embedded, abs=1e-6)
+
+
+BAD_ITEMS: list[tuple[Any, int, str, str]] = [
+    (7, 422, "invalid_request", "an item is an object, not int"),
+    ({}, 422, "invalid_request", "either an image or a vector"),
+    ({"id": "x"}, 422, "invalid_request", "either an image or a vector"),
+    ({"id": "x", "image": text(photo()), "vector": axis(0)}, 422, "invalid_request", "either an image or a vector"),
+    ({"vector": axis(0)}, 422, "invalid_request", "needs an id"),
+    ({"id": "x", "vector": []}, 422, "invalid_request", "vector"),
+    ({"id": "x", "vector": axis(0, 0.0)}, 422, "invalid_request", "zeros"),
+    ({"id": "x", "vector": ["1"] * DIMS}, 422, "invalid_request", "vector.0"),
+    ({"id": "x", "vector": [True] * DIMS}, 422, "invalid_request", "vector.0"),
+    ({"id": "x", "vector": [None] * DIMS}, 422, "invalid_request", "vector.0"),
+    ({"id": "x", "vector": [axis(0)]}, 422, "invalid_request", "vector.0"),
+    ({"id": "x", "vector": [1.0] * 8193}, 422, "invalid_request", "vector"),
+    ({"id": "x", "vector": {"0": 1.0}}, 422, "invalid_request", "vector"),
+    ({"id": "x", "vector": [1.0] * (DIMS + 1)}, 409, "conflict", "dimension 8; this one has 9"),
+    ({"id": "x", "vector": axis(0), "fingerprint": "b" * 64}, 409, "model_mismatch", "b" * 64),
+    ({"id": "x", "vector": axis(0), "fingerprint": ""}, 422, "invalid_request", "fingerprint"),
+    ({"id": "x", "image": text(photo()), "fingerprint": "a" * 64}, 422, "invalid_request", "goes with a vector"),
+    ({"id": "x", "image": "%%%"}, 422, "broken_image", "base64"),
+    ({"id": "x", "image": 7}, 422, "invalid_request", "image"),
+    ({"id": "x", "image": "https://example.com/x.png"}, 422, "invalid_request", "links are not fetched"),
+    ({"id": "x", "image": text(b"%PDF-1.7 and so on")}, 415, "unsupported_image", "not a known image"),
+    ({"id": "", "vector": axis(0)}, 422, "invalid_request", "id"),
+    ({"id": 7, "vector": axis(0)}, 422, "invalid_request", "id"),
+    ({"id": "i" * 257, "vector": axis(0)}, 422, "invalid_request", "id"),
+    ({"id": "i" * 1_000_000, "vector": axis(0)}, 422, "invalid_request", "id"),
+    ({"id": "line\nbreak", "vector": axis(0)}, 422, "invalid_request", "printable"),
+    ({"id": "nul\0", "image": text(photo())}, 422, "invalid_request", "printable"),
+    ({"id": "x", "vector": axis(0), "metadata": [1]}, 422, "invalid_request", "metadata"),
+    ({"id": "x", "vector": axis(0), "metadata": {"k": "v" * 70_000}}, 422, "invalid_request", "at most 65,536"),
+    (
+        {"id": "x", "vector": axis(0), "metadata": {f"k{i}": i for i in range(100_000)}},
+        422,
+        "invalid_request",
+        "65,536",
+    ),
+    ({"id": "x", "vector": axis(0), "source": "s" * 2049}, 422, "invalid_request", "source"),
+    ({"id": "x", "vector": axis(0), "source": ""}, 422, "invalid_request", "source"),
+    ({"id": "x", "vector": axis(0), "source": "a\nb"}, 422, "invalid_request", "source"),
+    ({"id": "x", "vector": axis(0), "score": 1}, 422, "invalid_request", "score: unknown field"),
+    ({f"k{i}": 0 for i in range(100_000)}, 422, "invalid_request", "items.1 has 100,000 fields"),
+]
+
+
+@pytest.mark.parametrize(("bad", "status", "code", "words"), BAD_ITEMS)
+async def test_a_bad_item_is_named_and_the_others_are_written_if_wished(tmp_path, bad, status, code, words):
+    good = [{"id": "one", "image": text(photo(1))}, {"id": "two", "vector": axis(2)}]
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP)
+        failed = await add(run, good[0], bad, good[1])
+        nothing = (await run.client.get(SHOP)).json()["count"]
+        partial = await add(run, good[0], bad, good[1], on_error="partial")
+        alone = await add(run, bad, on_error="partial")
+        count = (await run.client.get(SHOP)).json()["count"]
+    for answer in (failed, alone):
+        assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+        assert len(answer.content) < 2500
+    [error] = failed.json()["errors"]
+    assert (error["index"], error["code"], error["status"]) == (1, code, status)
+    assert words in error["detail"]
+    assert nothing == 0
+    assert partial.status_code == 200
+    assert partial.json()["errors"] == [error]
+    assert partial.json()["items"] == [{"index": 0, "id": "one"}, {"index": 2, "id": "two"}]
+    assert count == 2
+
+
+async def test_every_failed_item_of_many_is_reported(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        run.engine.fails = lambda pixels: bool((np.ptp(pixels, axis=(2, 3)) < 1e-3).any())  # a plain photo in the batch
+        answer = await add(
+            run,
+            {"id": "0", "image": text(photo()[:60])},
+            {"id": "1", "image": text(photo(1))},
+            {"id": "2", "image": text(plain_photo(9))},
+            {"id": "3", "vector": [1.0, 2.0]},
+            {"id": "4\n", "vector": axis(1)},
+            {"id": "5", "vector": axis(1)},
+            on_error="partial",
+        )
+    codes = {error["index"]: (error["code"], error["status"]) for error in answer.json()["errors"]}
+    assert codes == {
+        0: ("broken_image", 422),
+        2: ("engine_failed", 500),
+        3: ("conflict", 409),
+        4: ("invalid_request", 422),
+    }
+    assert [row["index"] for row in answer.json()["items"]] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "items"),
+        ({"items": []}, "items"),
+        ({"items": None}, "items"),
+        ({"items": {"id": "x"}}, "items"),
+        ({"items": [{"id": "x", "vector": axis(0)}], "on_error": "ignore"}, "on_error"),
+        ({"items": [{"id": "x", "vector": axis(0)}], "pooling": "mean"}, "pooling: unknown field"),
+        ({"items": [{"id": str(i), "image": ""} for i in range(65)]}, "65 images in items"),
+        ({"items": [{"id": str(i), "vector": [1]} for i in range(1001)]}, "1001 vectors in items"),
+        ({"items": [0] * 200_000}, "200000 images in items"),
+    ],
+)
+async def test_requests_that_are_refused_whole(tmp_path, body, words):
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await run.client.post(ITEMS, json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert words in answer.json()["detail"]
+    assert len(answer.content) < 2000
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e999", "1" * 400])
+async def test_what_json_cannot_hold_as_a_number(tmp_path, number):
+    content = '{"items":[{"id":"x","vector":[' + ",".join([number] * DIMS) + "]}]}"
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await run.client.post(ITEMS, content=content, headers=JSON)
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+async def test_vectors_of_any_length_but_zero(tmp_path, scale):
+    async with running(tmp_path, store=DictStore()) as run:
+        await add(run, {"id": "x", "vector": [scale] * DIMS})
+        got = (await run.client.get(f"{ITEMS}/x?include=vector")).json()["vector"]
+    assert got == pytest.approx([DIMS**-0.5] * DIMS)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_thousand_vectors_need_no_network(tmp_path):
+    rng = np.random.default_rng(0)
+    items = [{"id": f"{i}", "vector": rng.normal(size=DIMS).tolist()} for i in range(1000)]
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await add(run, *items)
+        run.engine.killed = True
+        await run.client.post("/v1/embeddings", json={"input": text(photo())})
+        still = await add(run, *items[:3])
+    assert answer.json()["count"] == 1000
+    assert still.status_code == 200
+
+
+async def test_of_equal_ids_the_last_wins(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await add(run, {"id": "x", "vector": axis(0)}, {"id": "x", "vector": axis(1), "metadata": {"n": 2}})
+        got = (await run.client.get(f"{ITEMS}/x?include=vector")).json()
+    assert answer.json()["count"] == 1
+    assert [row["index"] for row in answer.json()["items"]] == [0, 1]
+    assert (got["vector"], got["metadata"]) == (axis(1), {"n": 2})
+
+
+async def test_a_collection_of_another_model_takes_its_vectors_and_no_photos(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP, json={"fingerprint": "b" * 64, "dimension": DIMS})
+        mixed = await add(run, {"id": "v", "vector": axis(0)}, {"id": "p", "image": text(photo())}, on_error="partial")
+        photos = await add(run, *({"id": str(i), "image": text(photo())} for i in range(64)), on_error="partial")
+        form = await run.client.post(ITEMS, files={"file": photo()})
+    assert mixed.status_code == 200
+    assert [error["code"] for error in mixed.json()["errors"]] == ["model_mismatch"]
+    for answer in (photos, form):
+        assert (answer.status_code, answer.json()["code"]) == (409, "model_mismatch")
+        assert "a" * 64 in answer.json()["detail"]
+        assert "b" * 64 in answer.json()["detail"]
+        assert len(answer.content) < 1000
+    assert run.engine.images == 0
+
+
+async def test_the_idempotency_key(tmp_path):
+    class Forgetful(DictStore):
+        capabilities = frozenset({"atomic_upsert"})
+
+    one, two = {"id": "x", "vector": axis(0)}, {"id": "y", "vector": axis(0)}
+    key = {"Idempotency-Key": "job 7/~"}
+    async with running(tmp_path, store=DictStore()) as run:
+        first = await run.client.post(ITEMS, json={"items": [one]}, headers=key)
+        await run.client.delete(f"{ITEMS}/x")
+        second = await run.client.post(ITEMS, json={"items": [one]}, headers=key)
+        other = await run.client.post(ITEMS, json={"items": [two]}, headers=key)
+        wrong = [
+            await run.client.post(ITEMS, json={"items": [one]}, headers={"Idempotency-Key": value})
+            for value in (b"", b"k" * 129, b"\xc3\xbc", b"a\tb")
+        ]
+        longest = await run.client.post(ITEMS, json={"items": [two]}, headers={"Idempotency-Key": "k" * 128})
+    async with running(tmp_path, store=Forgetful()) as run:
+        lacking = await run.client.post(ITEMS, json={"items": [one]}, headers=key)
+    assert (first.status_code, second.status_code, other.status_code) == (200, 200, 409)
+    assert (first.json()["count"], second.json()["count"]) == (1, 0)  # nothing was written again
+    assert set(first.json()) == set(second.json())
+    assert [answer.status_code for answer in wrong] == [422] * 4
+    assert longest.status_code == 200
+    assert lacking.status_code == 422
+    assert "does not remember requests" in lacking.json()["detail"]
+
+
+async def test_an_aliased_collection_is_written_through_its_alias(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP, json={"pooling": "mean"})
+        await run.client.put("/v1/aliases/front", json={"collection": "shop"})
+        added = await run.client.post("/v1/collections/front/items", files={"file": photo()})
+        got = await run.client.get(f"/v1/collections/front/items/{added.json()['items'][0]['id']}")
+    assert (added.status_code, added.json()["collection"]) == (200, "front")
+    assert "/mean/" in got.json()["tag"]
+
+
+async def test_what_the_store_refuses_in_the_end_fails_the_request(tmp_path):
+    store = DictStore()
+
+    async def full(*_args: Any, **_kwargs: Any) -> None:
+        raise StorageFailed("the disk is full")
+
+    store.upsert = full
+    async with running(tmp_path, store=store) as run:
+        answer = await add(run, {"id": "x", "vector": axis(0)}, on_error="partial")
+    assert (answer.status_code, answer.json()["code"]) == (500, "storage_failed")
+
+
+# ---- one item
+
+IDS = [
+    "a/b",
+    "ü?",
+    "items/count",
+    "count",
+    "scroll",
+    "delete",
+    "a/image",
+    "image",
+    "a//b",
+    "/a",
+    "a/",
+    "#x",
+    "100%",
+    "a%2Fb",
+    " ",
+    "日本 語",
+    "a+b&c=d;e",
+    "i" * 256,
+    "\U0001f600",
+    "..",
+    "a/../b",
+    "http://x/y?z#w",
+]
+
+
+@pytest.mark.parametrize("item_id", IDS)
+@pytest.mark.parametrize("safe", ["", "/"])
+async def test_ids_of_any_kind_in_the_path(tmp_path, item_id, safe):
+    if safe and ("/image" in item_id or ".." in item_id):
+        pytest.skip("its slashes have to be %2F; dots and slashes are taken away by clients")
+    path = f"{ITEMS}/{quote(item_id, safe=safe)}".replace("..", "%2E%2E")
+    async with running(tmp_path, store=DictStore()) as run:
+        added = await add(run, {"id": item_id, "vector": axis(0)}, {"id": "other", "vector": axis(1)})
+        got = await run.client.get(path)
+        patched = await run.client.patch(path, json={"metadata": {"n": 1}})
+        deleted = await run.client.delete(path)
+        gone = await run.client.get(path)
+        again = await run.client.delete(path)
+        unpatched = await run.client.patch(path, json={"metadata": {"n": 1}})
+        count = (await run.client.get(SHOP)).json()["count"]
+    assert added.status_code == 200, added.text
+    assert (got.status_code, got.json()["id"]) == (200, item_id)
+    assert (patched.status_code, patched.json()["metadata"]) == (200, {"n": 1})
+    assert (deleted.status_code, deleted.json()["id"]) == (200, item_id)
+    assert [answer.status_code for answer in (gone, again, unpatched)] == [404] * 3
+    assert gone.json()["code"] == "item_not_found"
+    assert count == 1
+
+
+@pytest.mark.parametrize("path", ["", "%0A", "%00", "%7F", "%E2%80%AE", "i" * 257, "i" * 60_000])
+async def test_ids_that_are_not_allowed(tmp_path, path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await filled(run)
+        for method in ("GET", "PATCH", "DELETE"):
+            answer = await run.client.request(method, f"{ITEMS}/{path}", json={"metadata": {}})
+            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+            assert len(answer.json()["detail"]) < 400
+        assert (await run.client.get(SHOP)).json()["count"] == 5
+
+
+async def test_get_without_a_collection_or_with_wrong_options(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        missing = await run.client.get(f"{ITEMS}/x")
+        await filled(run)
+        wrong = [
+            await run.client.get(f"{ITEMS}/v1?{query}")
+            for query in ("include=image", "include=vector&include=vector", "encoding_format=hex", "fields=id")
+        ]
+        plain = await run.client.get(f"{ITEMS}/v1")
+        post = await run.client.post(f"{ITEMS}/v1", json={})
+    assert (missing.status_code, missing.json()["code"]) == (404, "collection_not_found")
+    assert [answer.status_code for answer in wrong] == [422] * 4
+    assert "vector" not in plain.json()
+    assert post.status_code == 405
+
+
+async def test_a_patch_is_a_merge(tmp_path):
+    before = {"keep": 1, "drop": 2, "deep": {"a": 1, "b": {"c": 1}}, "list": [1, 2]}
+    patch = {"drop": None, "deep": {"a": None, "b": {"d": 2}}, "list": [3], "new": {"x": None, "y": 1}}
+    async with running(tmp_path, store=DictStore()) as run:
+        await add(run, {"id": "x", "vector": axis(0), "metadata": before})
+        answer = await run.client.patch(f"{ITEMS}/x", json={"metadata": patch})
+        got = (await run.client.get(f"{ITEMS}/x?include=vector")).json()
+    after = {"keep": 1, "deep": {"b": {"c": 1, "d": 2}}, "list": [3], "new": {"y": 1}}
+    assert answer.json()["metadata"] == got["metadata"] == after
+    assert got["vector"] == axis(0)
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"metadata": None},
+        {"metadata": []},
+        {"metadata": {}, "source": "x"},
+        {"metadata": {"k": "v" * 70_000}},
+        {"metadata": nested(300)},
+        {"metadata": nested(900)},
+        {"metadata": {f"k{i}": None for i in range(100_000)}},
+    ],
+    ids=["empty", "null", "list", "source", "large", "deep", "deeper", "keys"],
+)
+async def test_patches_that_are_not_allowed(tmp_path, body):
+    async with running(tmp_path, store=DictStore()) as run:
+        await add(run, {"id": "x", "vector": axis(0), "metadata": {"n": 1, "a": nested(240)}})
+        answer = await run.client.patch(f"{ITEMS}/x", json=body)
+        got = await run.client.get(f"{ITEMS}/x")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert got.json()["metadata"] == {"n": 1, "a": nested(240)}
+
+
+async def test_metadata_that_grows_too_large_by_patches_is_refused(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await add(run, {"id": "x", "vector": axis(0), "metadata": {"a": "v" * 40_000}})
+        answer = await run.client.patch(f"{ITEMS}/x", json={"metadata": {"b": "v" * 40_000}})
+        got = await run.client.get(f"{ITEMS}/x")
+    assert answer.status_code == 422
+    assert set(got.json()["metadata"]) == {"a"}
+
+
+# ---- many items
+
+
+async def test_scroll_page_by_page(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await filled(run, 7)
+        seen, cursor = [], None
+        while True:
+            body = {
+                "limit": 3,
+                "include": ["vector"],
+                "encoding_format": "base64",
+                **({"cursor": cursor} if cursor else {}),
+            }
+            page = (await run.client.post(f"{ITEMS}/scroll", json=body)).json()
+            seen += page["data"]
+            assert len(page["data"]) <= 3
+            cursor = page["cursor"]
+            if cursor is None:
+                break
+        even = (await run.client.post(f"{ITEMS}/scroll", json={"filter": {"key": "even", "eq": True}})).json()
+    assert [item["id"] for item in seen] == [f"v{i}" for i in range(7)]
+    assert np.frombuffer(base64.b64decode(seen[2]["vector"]), "<f4").tolist() == axis(2)
+    assert [item["id"] for item in even["data"]] == ["v0", "v2", "v4", "v6"]
+    assert "vector" not in even["data"][0]
+    assert (even["collection"], even["cursor"], even["tag"]) == ("shop", None, f"{'a' * 64}/cls/l2/28x28/fp32")
+
+
+async def test_count(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        missing = await run.client.post(f"{ITEMS}/count", json={})
+        await filled(run)
+        answers = [
+            await run.client.post(f"{ITEMS}/count", json=body)
+            for body in (
+                {},
+                {"filter": None},
+                {"filter": {"key": "i", "gte": 3}},
+                {"filter": {"key": "x", "exists": True}},
+            )
+        ]
+    assert missing.status_code == 404
+    assert [answer.json()["count"] for answer in answers] == [5, 5, 2, 0]
+
+
+async def test_delete_by_ids_or_filter(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        missing = await run.client.post(f"{ITEMS}/delete", json={"ids": ["x"]})
+        await filled(run, 8)
+        by_ids = await run.client.post(f"{ITEMS}/delete", json={"ids": ["v0", "nobody", "v1", "v0"]})
+        by_filter = await run.client.post(f"{ITEMS}/delete", json={"filter": {"key": "i", "lt": 4}})
+        left = (await run.client.post(f"{ITEMS}/scroll", json={})).json()["data"]
+    assert missing.status_code == 404
+    assert by_ids.json()["deleted"] == 2
+    assert by_filter.json()["deleted"] == 2
+    assert [item["id"] for item in left] == ["v4", "v5", "v6", "v7"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("delete", {}),
+        ("delete", {"filter": {}}),
+        ("delete", {"filter": None}),
+        ("delete", {"filter": []}),
+        ("delete", {"filter": {"and": []}}),
+        ("delete", {"ids": []}),
+        ("delete", {"ids": None}),
+        ("delete", {"ids": "v0"}),
+        ("delete", {"ids": [0]}),
+        ("delete", {"ids": [""]}),
+        ("delete", {"ids": ["i" * 257]}),
+        ("delete", {"ids": ["a\nb"]}),
+        ("delete", {"ids": ["v0"] * 10_001}),
+        ("delete", {"ids": ["v0"], "filter": {"key": "i", "eq": 0}}),
+        ("delete", {"ids": ["v0"], "filter": {}}),
+        ("delete", {"ids": ["v0"], "all": True}),
+        ("delete", {"filter": {f"k{i}": 0 for i in range(100_000)}}),
+        ("delete", {"filter": {"key": "i", "in": list(range(100_000))}}),
+        ("count", {"filter": {}}),
+        ("count", {"filter": {"key": "i"}}),
+        ("count", {"filter": {"key": "i", "like": "x"}}),
+        ("count", {"where": {}}),
+        ("scroll", {"limit": 0}),
+        ("scroll", {"limit": 1001}),
+        ("scroll", {"limit": "5"}),
+        ("scroll", {"limit": 5.5}),
+        ("scroll", {"limit": True}),
+        ("scroll", {"cursor": "nobody's"}),
+        ("scroll", {"cursor": 7}),
+        ("scroll", {"cursor": "c" * 100_000}),
+        ("scroll", {"include": ["image"]}),
+        ("scroll", {"include": "vector"}),
+        ("scroll", {"include": [0] * 200_000}),
+        ("scroll", {"filter": nested(100)}),
+    ],
+)
+async def test_queries_that_are_not_allowed_change_nothing(tmp_path, path, body):
+    async with running(tmp_path, store=DictStore()) as run:
+        await filled(run)
+        started = time.process_time()
+        answer = await run.client.post(f"{ITEMS}/{path}", json=body)
+        spent = time.process_time() - started
+        count = (await run.client.get(SHOP)).json()["count"]
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), answer.text
+    assert len(answer.content) < 2000
+    assert count == 5
+    assert spent < 1
+
+
+@pytest.mark.parametrize("path", ["delete", "count", "scroll"])
+@pytest.mark.parametrize(
+    ("content", "kind", "status"), [(b"", "application/json", 400), (b"", None, 415), (b"[]", "application/json", 422)]
+)
+async def test_bodies_that_are_no_json_object(tmp_path, path, content, kind, status):
+    async with running(tmp_path, store=DictStore()) as run:
+        await filled(run)
+        answer = await run.client.post(
+            f"{ITEMS}/{path}", content=content, headers={"Content-Type": kind} if kind else {}
+        )
+    assert answer.status_code == status
+
+
+async def test_writers_and_readers_at_once(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        writes = [
+            add(run, {"id": f"{i}", "image": text(photo(i % 4))}, {"id": f"v{i}", "vector": axis(i % 8)})
+            for i in range(24)
+        ]
+        reads = [run.client.post(f"{ITEMS}/scroll", json={"limit": 10}) for _ in range(24)]
+        answers = await asyncio.gather(*writes, *reads)
+        count = (await run.client.get(SHOP)).json()["count"]
+    assert {answer.status_code for answer in answers[:24]} == {200}
+    assert {answer.status_code for answer in answers[24:]} <= {200, 404}
+    assert count == 48
