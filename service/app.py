@@ -109,6 +109,7 @@ async def _start(
         queue_max_images=settings.queue_max_images,
         queue_max_patches=settings.queue_max_patches,
         hang_timeout_s=settings.hang_timeout_s,
+        patch_cache_bytes=settings.patch_cache_bytes,
     )
     stack.push_async_callback(service.pipeline.close)
     await service.pipeline.warm_up()

@@ -1,7 +1,7 @@
 """What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol, get_args
 
 from model.artifact import Artifact
 from model.engine import Engine
@@ -17,6 +17,27 @@ POOLING: Final[Pooling] = "cls"
 """What a collection holds unless it says otherwise: the class token is DINOv2's feature for retrieval."""
 
 
+class TagParts(NamedTuple):
+    """What a collection's tag says of its vectors that a request needs to know."""
+
+    fingerprint: str
+    pooling: Pooling | None  # None: not made by `Service.tag`, so photos cannot be added
+
+
+def tag_parts(tag: str) -> TagParts:
+    """The reverse of `Service.tag`."""
+    parts = tag.split("/")
+    known: dict[str, Pooling] = {name: name for name in get_args(Pooling)}
+    return TagParts(parts[0], known.get(parts[1]) if len(parts) == 5 else None)
+
+
+class Photos(Protocol):
+    """Where the photos of collections that keep them are read."""
+
+    async def get(self, digest: str) -> bytes:
+        """The photo with this sha256; NotFound when it is not stored, StorageFailed when it cannot be read."""
+
+
 @dataclass
 class Service:
     """The collaborators of one running service, and where it stands in its life."""
@@ -28,6 +49,7 @@ class Service:
     pipeline: Pipeline | None = None  # from start-up to shutdown
     cache: Cache | None = None
     store: VectorStore | None = None
+    originals: Photos | None = None
     warm: bool = False
     draining: bool = False  # shutting down: what runs may finish, nothing begins
     in_flight: int = 0
