@@ -67,6 +67,7 @@ class UploadOptions(Options):
 
 
 MAX_DIMENSIONS = 8192
+MAX_PARTS = 16
 Vector = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSIONS})
 ]
@@ -95,7 +96,7 @@ class MaskIn(_Strict):
     """COCO run lengths, as `/v1/segment` and pycocotools write them, or uncompressed."""
 
     size: tuple[Run, Run] = Field(description="height and width of the photo, upright")
-    counts: Annotated[str, Field(max_length=1_000_000)] | Annotated[list[Run], FailFast(), Field(max_length=1_000_000)]
+    counts: str | list[Any] = Field(max_length=1_000_000)
 
 
 class RegionIn(_Strict):
@@ -137,7 +138,7 @@ class QueryIn(Ranking):
     vector: Vector = None
     fingerprint: Fingerprint | None = Field(None, description="of the model that made `vector`")
     id: ItemId | None = Field(None, description="an item of the collection; it is left out of the answer")
-    combine: Annotated[list[PartIn], FailFast()] | None = Field(None, min_length=1, max_length=16)
+    combine: list[PartIn] | None = Field(None, min_length=1, max_length=MAX_PARTS)
     region: RegionIn | None = None
 
 

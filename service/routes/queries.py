@@ -8,17 +8,20 @@ Of a list, a query that makes no sense becomes an error of its own, as photos do
 """
 
 import reprlib
+import struct
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import Request
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from service.errors import InvalidRequest, ServiceError
 from service.routes.uploads import (
     Image,
+    Model,
     check_count,
     check_fields,
     decode_texts,
@@ -27,7 +30,7 @@ from service.routes.uploads import (
     read_json,
     read_upload,
 )
-from service.schemas import MAX_DIMENSIONS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
+from service.schemas import MAX_DIMENSIONS, MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
 from service.search.filters import Filter, parse_filter, parse_path
 from service.search.store import MAX_DEPTH, SearchParams, check_id
 from service.settings import Settings
@@ -35,7 +38,7 @@ from service.settings import Settings
 FORMS: Final = ("image", "vector", "id", "combine", "region")
 MAX_RESULTS_OF_BATCH: Final = MAX_DEPTH
 DEFAULT_RERANK_DEPTH: Final = 20
-_NUMBERS: Final = frozenset({int, float})
+_FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]], FailFast()])
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class _Reader:
     filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity: it outlives the reader
 
     async def query(self, fields: dict[str, Any], known: QueryIn | None = None) -> Query:
-        body = known or parse_options(QueryIn, fields)
+        body = known or _parsed(QueryIn, fields)
         given = [form for form in FORMS if getattr(body, form) is not None]
         if len(given) != 1:
             raise InvalidRequest(f"exactly one of {', '.join(FORMS)} is needed, not {' and '.join(given) or 'none'}")
@@ -169,7 +172,7 @@ async def read_search(request: Request, settings: Settings) -> Asked:
         options = parse_options(SearchOptions, _from_text(upload.fields))
         return Asked([reader.ranked("image", (Part(image=upload.images[0]),), options)], options.model)
     fields = await read_json(request)
-    body = parse_options(SearchIn, fields)
+    body = _parsed(SearchIn, fields)
     if body.queries is None:
         if "on_error" in fields:
             raise InvalidRequest("on_error belongs to queries, and there are none", param="on_error")
@@ -183,6 +186,22 @@ async def read_search(request: Request, settings: Settings) -> Asked:
     queries = [await _one_of_many(reader, shared, given) for given in body.queries]
     _check_batch(queries, settings)
     return Asked(queries, body.model, batch=True, partial=body.on_error == "partial")
+
+
+def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
+    """`parse_options`, and no object within may have very many fields either."""
+    combine, region, params = fields.get("combine"), fields.get("region"), fields.get("params")
+    parts = combine[: MAX_PARTS + 1] if isinstance(combine, list) else []
+    mask = region.get("mask") if isinstance(region, dict) else None
+    for where, value in (
+        ("region", region),
+        ("mask", mask),
+        ("params", params),
+        *(("combine", part) for part in parts),
+    ):
+        if isinstance(value, dict):
+            check_fields(value, where)
+    return parse_options(model, fields)
 
 
 async def _one_of_many(reader: _Reader, shared: dict[str, Any], given: Any) -> Query | ServiceError:
@@ -229,10 +248,15 @@ def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
             f"{where}: a vector is a list of 1 to {MAX_DIMENSIONS:,} numbers, not {reprlib.repr(value)}{size}",
             param=where[:80],
         )
-    if not _NUMBERS.issuperset(map(type, value)):
-        index = next(i for i, number in enumerate(value) if type(number) not in _NUMBERS)
-        raise InvalidRequest(f"{where}.{index}: a number is needed, not {reprlib.repr(value[index])}", param=where[:80])
-    return np.array(value, np.float64)
+    try:
+        numbers = _FLOATS.validate_python(value)
+    except ValidationError as error:
+        index = error.errors(include_url=False, include_context=False)[0]["loc"][0]
+        assert isinstance(index, int)
+        raise InvalidRequest(
+            f"{where}.{index}: a number is needed, not {reprlib.repr(value[index])}", param=where[:80]
+        ) from error
+    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # a third of the time of np.array
 
 
 def search_params(given: ParamsIn | None) -> SearchParams | None:

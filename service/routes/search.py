@@ -1,7 +1,7 @@
 """`/v1/collections/{name}/search`: similar photos come out. Scores are cosine similarities.
 
-The straight line: read the queries (`queries`), find where each starts (`origins`), ask the store, cut to what was asked.
-The commonest request, one vector, skips the second step: the store compares the tags itself, so nothing about the
+The straight line: read the queries (`queries`), find where each starts (`origins`), ask the store, cut its answer to
+size. The commonest request, one vector, skips the second step: the store compares the tags itself, so nothing about the
 collection need be known before. Queries of a batch that ask for the same share one call of the store.
 
 What a query names by id is left out of its answer: "like this one" does not mean this one. So that many more are
@@ -29,7 +29,6 @@ from service.search.store import MAX_DEPTH, Hit, check_name
 from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["search"])
-router.include_router(duplicates.router)
 
 _SCHEMA = inlined(SearchIn.model_json_schema())
 _SCHEMA["properties"]["queries"]["items"] = inlined(QueryIn.model_json_schema())
@@ -243,3 +242,8 @@ def _row(hit: Hit) -> dict[str, Any]:
     if hit.source is not None:
         row["source"] = hit.source
     return row
+
+
+router.include_router(
+    duplicates.router
+)  # after the search, which is asked for far more often and so is looked at first

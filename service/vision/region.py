@@ -56,9 +56,11 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
             f"region.mask is of {list(rle['size'])} and the photo of {list(size)} pixels (height, width; upright)",
             param="region",
         )
+    if isinstance(rle["counts"], list) and not {int}.issuperset(map(type, rle["counts"])):
+        raise InvalidRequest("region.mask: counts is a string, or a list of whole numbers", param="region")
     try:
         mask = coco_rle_decode(rle)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InvalidRequest(f"region.mask: {error}", param="region") from error
     if not mask.any():
         raise InvalidRequest("region.mask is empty", param="region")
