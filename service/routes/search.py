@@ -9,12 +9,13 @@ searched for.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from service.errors import InvalidItems, ItemError, ModelMismatch, ServiceError
 from service.routes import duplicates
@@ -28,7 +29,22 @@ from service.search.grouping import Group, grouped
 from service.search.store import MAX_DEPTH, Hit, check_name
 from service.state import Service
 
-router = APIRouter(prefix="/v1/collections", tags=["search"])
+
+class PlainRoute(APIRoute):
+    """Hands the endpoint the request and the parts of the address, nothing else. FastAPI's own way to find that no more
+    is wanted takes a sixth of a search by vector; the documentation is the same."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            response: Response = await endpoint(request, **request.path_params)
+            return response
+
+        return handle
+
+
+router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=PlainRoute)
 
 _SCHEMA = inlined(SearchIn.model_json_schema())
 _SCHEMA["properties"]["queries"]["items"] = inlined(QueryIn.model_json_schema())
@@ -244,6 +260,4 @@ def _row(hit: Hit) -> dict[str, Any]:
     return row
 
 
-router.include_router(
-    duplicates.router
-)  # after the search, which is asked for far more often and so is looked at first
+router.include_router(duplicates.router)  # last: routes are tried in order, and searches come far more often
