@@ -1,18 +1,25 @@
 """Searching over HTTP: every form of query against the plain definition, batches, filters, and bodies made to hurt."""
 
+import asyncio
 import base64
+import hashlib
 import json
+import re
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 
 from model.preprocess import crop_box
+from service.schemas import DuplicatesIn, ParamsIn, PartIn, RegionIn, SearchIn
 from service.search.filters import matches, parse_filter
 from service.search.store import CollectionSpec, Item, SearchParams
 from service.vision.mask import coco_rle_encode
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, SPEC, fake_artifact, photo, running
+from tests.fakes import DIMS, SPEC, fake_artifact, photo, running, until
 
 SEARCH = "/v1/collections/shop/search"
 JSON = {"Content-Type": "application/json"}
@@ -624,3 +631,52 @@ async def test_the_documentation_of_the_routes_has_no_dangling_references(tmp_pa
         "application/json"
     ]["schema"]["properties"].keys()
     assert [parameter["name"] for parameter in search["parameters"]] == ["name"]
+
+
+# The page for users
+
+PAGE = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+async def test_every_line_of_the_page_runs(tmp_path):
+    """Over a true socket: each answers 200, in the order of the page."""
+    (tmp_path / "photo.jpg").write_bytes(photo(1, size=(640, 480), kind="JPEG"))
+    store = DictStore()
+    async with running(tmp_path / "data", store=store) as run:
+        await fill(run, store, pooling="mean", name="parts")
+        await fill(run, store, originals=True)
+        digest = hashlib.sha256(photo(1)).hexdigest()
+        vector = [1.0] * DIMS
+        items = [Item(f"p{i}", vector, {"brand": "Arla", "price": i}, f"original:{digest}", digest) for i in range(9)]
+        await store.upsert("shop", items, tag=run.service.tag())
+        run.service.originals = OnePhoto()
+        server = uvicorn.Server(uvicorn.Config(run.app, port=0, lifespan="off", log_level="error"))
+        serving = asyncio.create_task(server.serve())
+        await until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        text = "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.S)).replace(":8000", f":{port}")
+        script = text.replace("curl -s ", "curl -s -f -w '\\n' ")
+        shell = await asyncio.create_subprocess_exec(
+            "bash", "-e", "-c", script, cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, error = await shell.communicate()
+        server.should_exit = True
+        await serving
+    answers = [json.loads(line) for line in out.decode().splitlines() if line.strip()]
+    assert shell.returncode == 0, (error.decode(), answers[-1:])
+    assert len(answers) == script.count("curl -s") - 1  # one goes into a variable
+    assert all("data" in answer or "groups" in answer or "results" in answer for answer in answers)
+    assert any("matches" in hit for answer in answers for hit in answer.get("data", []))
+
+
+class OnePhoto:
+    async def get(self, digest: str) -> bytes:
+        return photo(1)
+
+
+def test_the_page_names_every_field():
+    fields = {*SearchIn.model_fields, *PartIn.model_fields, *RegionIn.model_fields, *DuplicatesIn.model_fields}
+    assert not {
+        name for name in fields | set(ParamsIn.model_fields) if f"`{name}`" not in PAGE and f'"{name}"' not in PAGE
+    }
