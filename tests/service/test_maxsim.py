@@ -1,19 +1,21 @@
 """Patch comparison against two loops; re-ranking over HTTP with photos that are there, gone and damaged."""
 
+import asyncio
 import base64
 import hashlib
+import threading
 
 import numpy as np
 import pytest
 
 from model.preprocess import crop_box
-from service.errors import NotFound, StorageFailed
+from service.errors import NotFound, StorageFailed, UnsupportedImage
 from service.search.store import CollectionSpec, Item
 from service.vision.maxsim import maxsim, maxsim_matches
 from service.vision.patches import Patches, unit_rows
 from service.vision.region import box_weights, patch_box
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, SPEC, photo, running
+from tests.fakes import DIMS, SPEC, FakeEngine, photo, running, until
 
 SEARCH = "/v1/collections/shop/search"
 
@@ -274,3 +276,21 @@ async def test_a_small_queue_takes_the_candidates_in_turns(tmp_path):
         await fill(run, store, photos)
         found = await ask(run, {"id": "p0", "rerank": "patches"})
     assert all("rerank_score" in hit for hit in found["data"])
+
+
+async def test_whoever_leaves_gives_back_the_places_in_the_queue(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, store=DictStore(), engine=engine) as run:
+        engine.gate = threading.Event()
+        photos = {hashlib.sha256(photo(i)).hexdigest(): photo(i) for i in range(5)}
+        waiting = asyncio.create_task(run.service.live.patches(photos))
+        await until(engine.entered.is_set)
+        assert run.service.live.batcher.images == 5
+        waiting.cancel()
+        engine.gate.set()
+        await until(lambda: run.service.live.batcher.images == 0)
+        engine.gate = None
+        found = await run.service.live.patches(photos | {"0" * 64: b"no photo"})
+        assert [isinstance(found[digest], Patches) for digest in photos] == [True] * 5
+        assert isinstance(found["0" * 64], UnsupportedImage)
+        assert run.service.live.batcher.images == 0
