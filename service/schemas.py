@@ -68,11 +68,11 @@ class UploadOptions(Options):
 
 MAX_DIMENSIONS = 8192
 MAX_PARTS = 16
-Vector = Annotated[
+QueryVector = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSIONS})
 ]
 """Checked as one array by the route: pydantic would build a list of floats first."""
-Fingerprint = Annotated[str, Field(max_length=64)]
+ModelPrint = Annotated[str, Field(max_length=64)]
 Side = Annotated[float, Field(allow_inf_nan=False)]
 Run = Annotated[int, Field(ge=0, le=2**31)]
 Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
@@ -86,8 +86,8 @@ class PartIn(_Strict):
     """One of what is combined: exactly one of image, vector, id."""
 
     image: str | None = Field(None, description="data URL or base64")
-    vector: Vector = None
-    fingerprint: Fingerprint | None = Field(None, description="of the model that made `vector`")
+    vector: QueryVector = None
+    fingerprint: ModelPrint | None = Field(None, description="of the model that made `vector`")
     id: ItemId | None = Field(None, description="an item of the collection")
     weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative: not like this")
 
@@ -135,8 +135,8 @@ class QueryIn(Ranking):
     """One query: exactly one of image, vector, id, combine, region."""
 
     image: str | None = Field(None, description="data URL or base64")
-    vector: Vector = None
-    fingerprint: Fingerprint | None = Field(None, description="of the model that made `vector`")
+    vector: QueryVector = None
+    fingerprint: ModelPrint | None = Field(None, description="of the model that made `vector`")
     id: ItemId | None = Field(None, description="an item of the collection; it is left out of the answer")
     combine: list[PartIn] | None = Field(None, min_length=1, max_length=MAX_PARTS)
     region: RegionIn | None = None

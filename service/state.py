@@ -1,7 +1,7 @@
 """What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
 
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 from model.artifact import Artifact
 from model.engine import Engine
@@ -31,13 +31,6 @@ def tag_parts(tag: str) -> TagParts:
     return TagParts(parts[0], known.get(parts[1]) if len(parts) == 5 else None)
 
 
-class Photos(Protocol):
-    """Where the photos of collections that keep them are read."""
-
-    async def get(self, digest: str) -> bytes:
-        """The photo with this sha256; NotFound when it is not stored, StorageFailed when it cannot be read."""
-
-
 @dataclass
 class Service:
     """The collaborators of one running service, and where it stands in its life."""
@@ -49,7 +42,7 @@ class Service:
     pipeline: Pipeline | None = None  # from start-up to shutdown
     cache: Cache | None = None
     store: VectorStore | None = None
-    originals: Photos | None = None
+    originals: Any = None  # stored photos; what is asked of it: `routes/rerank.Photos`
     warm: bool = False
     draining: bool = False  # shutting down: what runs may finish, nothing begins
     in_flight: int = 0

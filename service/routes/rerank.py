@@ -13,14 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from model.preprocess import PreprocessSpec, crop_box
 from service.errors import InvalidRequest, NotFound, ServiceError
 from service.routes.origins import Origin, Target
 from service.routes.queries import DEFAULT_RERANK_DEPTH, Query
 from service.search.store import Floats, Hit
-from service.state import Photos, Service
+from service.state import Service
 from service.vision.maxsim import maxsim, maxsim_matches
 from service.vision.patches import Patches, unit_rows
 from service.vision.region import patch_box
@@ -30,6 +30,13 @@ log = logging.getLogger(__name__)
 AT_A_TIME: Final = 16
 """Two full forward passes at 224 pixels; at most so many photos (of 20 MiB by default) in memory."""
 _ORIGINAL: Final = re.compile("original:([0-9a-f]{64})")
+
+
+class Photos(Protocol):
+    """Where stored photos are read."""
+
+    async def get(self, digest: str) -> bytes:
+        """The photo with this sha256; NotFound when it is not stored, StorageFailed when it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
         InvalidRequest: the collection keeps no photos, or not the one of the item that was named.
         QueueFull and its like: there is no room for the candidates' photos.
     """
-    photos = service.originals
+    photos: Photos | None = service.originals
     if photos is None or not target.info.spec.originals:
         raise InvalidRequest(
             f"rerank compares stored photos, and collection {target.info.name!r} keeps none: make it with originals",
