@@ -22,7 +22,18 @@ from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFoun
 from service.middleware import Border, error_body
 from service.originals import Originals
 from service.pipeline import Pipeline
-from service.routes import add_items, aliases, collections, embeddings, health, items, models, search, segment
+from service.routes import (
+    add_items,
+    aliases,
+    collections,
+    duplicates,
+    embeddings,
+    health,
+    items,
+    models,
+    search,
+    segment,
+)
 from service.routes.direct import add_routes
 from service.search.embedded import open_embedded
 from service.search.store import VectorStore
@@ -71,7 +82,7 @@ def create_app(
     )
     app.state.service = service
     app.state.cache_status = "ok"  # what /readyz has logged last
-    for resource in (embeddings, models, collections, aliases, add_items, items, search, segment, health):
+    for resource in (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health):
         add_routes(app, resource.router)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _framework_error)
@@ -113,6 +124,7 @@ async def _start(
         queue_max_images=settings.queue_max_images,
         queue_max_patches=settings.queue_max_patches,
         hang_timeout_s=settings.hang_timeout_s,
+        patch_cache_bytes=settings.patch_cache_bytes,
     )
     stack.push_async_callback(service.pipeline.close)
     await service.pipeline.warm_up()

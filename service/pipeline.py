@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,10 +33,11 @@ from model.artifact import Artifact
 from model.engine import Engine
 from model.preprocess import preprocess
 from service.batcher import Batcher
-from service.cache import Cache, cache_key
+from service.cache import Cache, MemoryCache, cache_key
 from service.decode import DecodeLimits, decode
 from service.errors import BrokenImage, EngineFailed, ServiceError
 from service.telemetry import Metrics
+from service.vision.patches import Patches
 
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -100,6 +101,7 @@ class Analysed:
 class _Decoded(NamedTuple):
     pixels: FloatArray  # [3, h, w]
     image: npt.NDArray[np.uint8] | None
+    size: tuple[int, int]  # H, W
     decode_s: float
     preprocess_s: float
 
@@ -128,6 +130,7 @@ class Pipeline:
         queue_max_images: int,
         queue_max_patches: int,
         hang_timeout_s: float,
+        patch_cache_bytes: int = 0,
     ) -> None:
         self.artifact = artifact
         self.engine = engine
@@ -137,6 +140,7 @@ class Pipeline:
         self._patch_size = artifact.manifest.config.patch_size
         self._limits = limits
         self._metrics = metrics
+        self._patch_cache = MemoryCache(patch_cache_bytes)  # never Redis: an entry is a hundred vectors
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
         self._answerers = ThreadPoolExecutor(decode_workers, thread_name_prefix="answer")
@@ -190,6 +194,31 @@ class Pipeline:
         finally:
             task.cancel()  # of a caller that leaves: it ends when its thread does; else it is done already
 
+    async def known_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
+        """The patches of those photos, by the sha256 of their bytes, that this process has kept."""
+        keys = {digest: self._patches_key(digest) for digest in digests}
+        kept = await self._patch_cache.get_many(list(keys.values()))
+        return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
+
+    async def patches(self, photos: Mapping[str, bytes]) -> dict[str, Patches | ServiceError]:
+        """The patches of photos, given by the sha256 of their bytes, in as few forward passes as they fit in; kept for
+        the next time.
+
+        Raises:
+            QueueFull, ShuttingDown, ModelUnavailable: of all of them; nothing was begun.
+        """
+        self.batcher.reserve(len(photos))
+        tasks = {digest: asyncio.create_task(self._patches(digest, photo)) for digest, photo in photos.items()}
+        for task in tasks.values():
+            task.add_done_callback(self._ended)
+        try:
+            if tasks:
+                await asyncio.wait(tasks.values())
+            return {digest: await _result(task) for digest, task in tasks.items()}
+        finally:
+            for task in tasks.values():
+                task.cancel()  # of a caller that leaves
+
     async def warm_up(self) -> None:
         """One forward pass, so that the first client does not pay for what the runtime does once."""
         height, width = self.artifact.manifest.input_size
@@ -226,6 +255,9 @@ class Pipeline:
     def _key(self, image: bytes) -> str:
         digest = hashlib.sha256(image).hexdigest()
         return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision})
+
+    def _patches_key(self, digest: str) -> str:
+        return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision, "of": "patches"})
 
     async def _from_cache(self, keys: list[str]) -> dict[str, Embedded | ServiceError]:
         started = time.perf_counter()
@@ -280,9 +312,19 @@ class Pipeline:
             [key] = await self._keys([image])
             assert key is not None
             await self.cache.set_many({key: embedded.to_bytes()})
-            grid = (decoded.pixels.shape[1] // self._patch_size, decoded.pixels.shape[2] // self._patch_size)
-            analysed = Analysed(embedded, row.patches, grid, decoded.image)
+            analysed = Analysed(embedded, row.patches, self._grid(decoded.pixels), decoded.image)
             return await self._in_thread(self._answerers, partial(answer, analysed))
+
+    async def _patches(self, digest: str, photo: bytes) -> Patches:
+        decoded = await self._decode(photo, keep_image=False)
+        row, _ = await self._infer(decoded)
+        work = partial(Patches.of, row.patches, self._grid(decoded.pixels), decoded.size)
+        found = await self._in_thread(self._answerers, work)
+        await self._patch_cache.set_many({self._patches_key(digest): found.to_bytes()})
+        return found
+
+    def _grid(self, pixels: FloatArray) -> tuple[int, int]:
+        return pixels.shape[1] // self._patch_size, pixels.shape[2] // self._patch_size
 
     def _landed(self, key: str, task: "asyncio.Task[Embedded]") -> None:
         self._ended(task)
@@ -308,7 +350,9 @@ class Pipeline:
                 pixels = preprocess(rgb, self._spec)
             except ValueError as error:
                 raise BrokenImage(str(error)) from error
-            return _Decoded(pixels, rgb if keep_image else None, decoded_at - started, time.perf_counter() - decoded_at)
+            preprocess_s = time.perf_counter() - decoded_at
+            size = (rgb.shape[0], rgb.shape[1])
+            return _Decoded(pixels, rgb if keep_image else None, size, decoded_at - started, preprocess_s)
 
         return await self._in_thread(self._decoders, work)
 
@@ -336,8 +380,8 @@ class Pipeline:
         return done.row, timings
 
 
-async def _result(task: Awaitable[Embedded]) -> Embedded | ServiceError:
-    """The outcome of a finished flight, its error as a value."""
+async def _result(task: Awaitable[T]) -> T | ServiceError:
+    """The outcome of a finished task, its error as a value."""
     try:
         return await task
     except ServiceError as error:

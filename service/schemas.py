@@ -165,20 +165,109 @@ class RestoreIn(Body):
     source: str | None = Field(None, alias="from", description="the collection it was made of; left out: this name")
 
 
-class SearchIn(Options):
-    """Body of `POST /v1/collections/{name}/search`: exactly one of image, vector, id."""
+# Searching
+
+
+MAX_PARTS = 16
+QueryVector = Annotated[
+    Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION})
+]
+"""Checked as one array by the route: pydantic would build a list of floats first."""
+ModelPrint = Annotated[str, Field(max_length=64)]
+Side = Annotated[float, Field(allow_inf_nan=False)]
+Run = Annotated[int, Field(ge=0, le=2**31)]
+Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PartIn(_Strict):
+    """One of what is combined: exactly one of image, vector, id."""
 
     image: str | None = Field(None, description="data URL or base64")
-    vector: list[float] | None = Field(None, min_length=1, max_length=8192)
+    vector: QueryVector = None
+    fingerprint: ModelPrint | None = Field(None, description="of the model that made `vector`")
     id: ItemId | None = Field(None, description="an item of the collection")
-    fingerprint: str | None = Field(None, max_length=64, description="of the model that made `vector`")
-    k: int = Field(10, ge=1, le=1000, description="how many")
+    weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative: not like this")
 
 
-class SearchOptions(Options):
-    """Query parameters or form fields of a search by file."""
+class MaskIn(_Strict):
+    """COCO run lengths, as `/v1/segment` and pycocotools write them, or uncompressed."""
 
-    k: int = Field(10, ge=1, le=1000)
+    size: tuple[Run, Run] = Field(description="height and width of the photo, upright")
+    counts: str | list[Any] = Field(max_length=1_000_000)
+
+
+class RegionIn(_Strict):
+    """A part of a photo: exactly one of box and mask."""
+
+    image: str = Field(description="data URL or base64")
+    box: tuple[Side, Side, Side, Side] | None = Field(None, description="[x, y, width, height], pixels, upright")
+    mask: MaskIn | None = None
+
+
+class ParamsIn(_Strict):
+    """How hard the index tries; what does not concern its kind is ignored."""
+
+    exact: bool = False
+    ef_search: int | None = Field(None, ge=1, le=10_000, description="hnsw")
+    nprobe: int | None = Field(None, ge=1, le=65_536, description="ivf_pq, rabitq")
+
+
+class Ranking(_Strict):
+    """What is done with what a search finds: the same for every form of query."""
+
+    k: int = Field(10, ge=1, le=1000, description="how many; with group_by, how many groups")
+    offset: int = Field(0, ge=0, le=10_000, description="how many of the best to leave out; with k at most 10,000")
+    filter: Any = Field(None, description="a condition on metadata")
+    score_threshold: Score | None = Field(None, description="the least cosine")
+    group_by: str | None = Field(None, min_length=1, max_length=256, description="metadata key")
+    group_size: int | None = Field(None, ge=1, le=100, description="items of each group; unset: 1")
+    params: ParamsIn | None = None
+    rerank: Literal["patches"] | None = Field(None, description="re-order by patch features")
+    rerank_depth: int | None = Field(None, ge=1, le=100, description="how many are re-ordered; unset: 20")
+    matches: bool = Field(False, description="with rerank: where the photos match")
+    include: Annotated[list[Literal["vector"]], FailFast()] = Field(default_factory=list, max_length=1)
+
+
+class QueryIn(Ranking):
+    """One query: exactly one of image, vector, id, combine, region."""
+
+    image: str | None = Field(None, description="data URL or base64")
+    vector: QueryVector = None
+    fingerprint: ModelPrint | None = Field(None, description="of the model that made `vector`")
+    id: ItemId | None = Field(None, description="an item of the collection; it is left out of the answer")
+    combine: list[PartIn] | None = Field(None, min_length=1, max_length=MAX_PARTS)
+    region: RegionIn | None = None
+
+
+class SearchIn(QueryIn):
+    """Body of `POST /v1/collections/{name}/search`: one query, or `queries`; what stands beside these holds for each
+    that does not say otherwise."""
+
+    model: str = Field("auto", max_length=256, description="empty or auto: the model served; else one of its names")
+    queries: Annotated[
+        list[Any] | None, WithJsonSchema({"type": "array", "items": {"type": "object"}, "maxItems": 64})
+    ] = Field(None, min_length=1, max_length=64, description="queries of their own")
+    on_error: Literal["fail", "partial"] = Field("fail", description="partial: answer the good queries, list the bad")
+
+
+class SearchOptions(Ranking):
+    """Query parameters or form fields of a search by file; `filter` and `params` as JSON text."""
+
+    model: str = Field("auto", max_length=256)
+
+
+class DuplicatesIn(Options):
+    """Body of `POST /v1/collections/{name}/duplicates`."""
+
+    by: Literal["content", "similarity"] = Field("content", description="equal bytes, or vectors near each other")
+    threshold: float | None = Field(None, ge=0.5, le=1, allow_inf_nan=False, description="cosine; unset: 0.95")
+    filter: Any = Field(None, description="a condition on metadata")
+    params: ParamsIn | None = None
+    limit: int = Field(100, ge=1, le=1000, description="groups in the answer, largest first")
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:

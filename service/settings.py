@@ -39,6 +39,7 @@ class Settings(BaseSettings):
 
     redis_url: str | None = Field(None, description="redis://[:password@]host:port/db; unset: cache in process")
     cache_bytes: int = Field(256 * 2**20, ge=0, description="budget of the in-process cache; 0: no cache at all")
+    patch_cache_bytes: int = Field(64 * 2**20, ge=0, description="budget for patch features, in process; 0: none")
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
 
     originals_url: str | None = Field(None, description="photos of collections that keep them; unset: in data_dir")

@@ -1,91 +1,242 @@
-"""`/v1/collections/{name}/search`: similar photos come out. Scores are cosine similarities."""
+"""`/v1/collections/{name}/search`: similar photos come out. Scores are cosine similarities.
+
+The straight line: read the queries (`queries`), find where each starts (`origins`), ask the store, cut its answer to
+size. The commonest request, one vector, skips the second step: the store compares the tags itself, so nothing about the
+collection need be known before. Queries of a batch that ask for the same share one call of the store.
+
+What a query names by id is left out of its answer: "like this one" does not mean this one. So that many more are
+searched for.
+"""
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 
-from service.errors import InvalidRequest, ItemNotFound
-from service.pipeline import Embedded
-from service.routes.answers import json_response, ms_since, server_timing, slowest, split_items
+from service.errors import InvalidItems, ItemError, ModelMismatch, ServiceError
+from service.routes.answers import json_response, ms_since, server_timing
 from service.routes.direct import DirectRoute
-from service.routes.uploads import (
-    Image,
-    check_count,
-    decode_texts,
-    media_type,
-    parse_options,
-    read_json,
-    read_upload,
-    service_of,
-)
-from service.schemas import SearchIn, SearchOptions
-from service.search.store import Floats, check_id, check_name
-from service.state import POOLING, Service
+from service.routes.origins import Origin, Target, find_origins
+from service.routes.queries import Asked, Query, read_search
+from service.routes.rerank import Ranked, rerank_depth, reranked
+from service.routes.uploads import service_of
+from service.schemas import QueryIn, SearchIn, SearchOptions, json_schema
+from service.search.grouping import Group, grouped
+from service.search.store import MAX_DEPTH, Hit, check_name
+from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 
+_SCHEMA = json_schema(SearchIn)
+_SCHEMA["properties"]["queries"]["items"] = json_schema(QueryIn)
+_FORM = {"type": "object", "required": ["file"]}
+_FILE = {"file": {"type": "string", "format": "binary"}}
+_BODIES = {
+    "application/json": {"schema": _SCHEMA},
+    "multipart/form-data": {"schema": {**_FORM, "properties": _FILE | json_schema(SearchOptions)["properties"]}},
+    "image/*": {"schema": {"type": "string", "format": "binary"}},
+}
 
-@router.post(
-    "/{name}/search",
-    summary="Find similar photos",
-    openapi_extra={
-        "requestBody": {
-            "content": {
-                "application/json": {"schema": SearchIn.model_json_schema()},
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            }
-        }
-    },
-)
+
+@dataclass
+class Found:
+    """What one query found: hits, or groups of them."""
+
+    data: list[Ranked] = field(default_factory=list)
+    groups: list[Group] | None = None
+    truncated: bool = False
+
+    def ids(self) -> list[str]:
+        return [one.hit.id for one in self.data] + [hit.id for group in self.groups or () for hit in group.hits]
+
+
+@router.post("/{name}/search", summary="Find similar photos", openapi_extra={"requestBody": {"content": _BODIES}})
 async def search(request: Request, name: str) -> Response:
-    """The `k` nearest items to an image, a vector or an item of the collection."""
+    """The items nearest to a photo, a part of one, a vector, an item, or a combination; or of up to 64 such queries."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
+    asked = await read_search(request, service.settings)
+    service.check_model(asked.model)
     timings: dict[str, float] = {}
-    tag = service.tag()
-    vector: npt.ArrayLike
-    if media_type(request) == "application/json":
-        body = parse_options(SearchIn, await read_json(request))
-        service.check_model(body.model)
-        k = body.k
-        given = [field for field in ("image", "vector", "id") if getattr(body, field) is not None]
-        if len(given) != 1:
-            raise InvalidRequest(f"exactly one of image, vector and id is needed, not {given or 'none'}")
-        if body.vector is not None:
-            vector, tag = body.vector, service.tag(body.fingerprint)
-        elif body.id is not None:
-            vector = await _stored(service, name, body.id)
-        else:
-            vector = await _embed_one(service, (await decode_texts([body.image], service.settings))[0], timings)
+    body: dict[str, Any] = {"object": "list", "collection": name}
+    hits = await _by_one_vector(service, name, asked, timings)
+    if hits is not None:
+        body["data"] = [_row(hit) for hit in hits]
     else:
-        upload = await read_upload(request, key="image")
-        check_count(len(upload.images), service.settings.model_copy(update={"max_batch_items": 1}), "file")
-        options = parse_options(SearchOptions, upload.fields)
-        service.check_model(options.model)
-        k = options.k
-        vector = await _embed_one(service, upload.images[0], timings)
-    searching = time.perf_counter()
-    [hits] = await service.vectors.search(name, np.asarray([vector]), k, tag=tag)
-    timings |= {"search": ms_since(searching), "total": ms_since(started)}
-    data = [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]
-    answer = {"object": "list", "collection": name, "data": data, **service.identity(), "timings": timings}
-    return json_response(answer, headers=server_timing(timings))
+        target = await Target.of(service, name)
+        found = await _find(service, target, asked, timings)
+        vectors = await _vectors(service, target, asked, found)
+        if asked.batch:
+            body |= _batch(asked, found, vectors)
+        else:
+            [only] = found
+            if isinstance(only, ServiceError):
+                raise only
+            body |= _answer(only, vectors)
+    timings["total"] = ms_since(started)
+    return json_response(body | service.identity() | {"timings": timings}, headers=server_timing(timings))
 
 
-async def _stored(service: Service, name: str, item_id: str) -> Floats:
-    found = (await service.vectors.get(name, [check_id(item_id)]))[0]
-    if found is None:
-        raise ItemNotFound(f"collection {name!r} holds no item {item_id[:80]!r}", param="id")
-    return found.vector
+async def _by_one_vector(service: Service, name: str, asked: Asked, timings: dict[str, float]) -> Sequence[Hit] | None:
+    """The hits of a request that is one vector and nothing unusual; None when it takes the longer way. That knows the
+    collection's tag, of which the first try takes for granted that its pooling is the usual one."""
+    query = asked.queries[0]
+    if asked.batch or isinstance(query, ServiceError) or query.form != "vector" or query.path or query.asked.include:
+        return None
+    part, started = query.parts[0], time.perf_counter()
+    assert part.vector is not None
+    depth = query.asked.k + query.asked.offset
+    try:
+        [hits] = await service.vectors.search(
+            name, part.vector[None], depth, tag=service.tag(part.fingerprint), where=query.where, params=query.params
+        )
+    except ModelMismatch:
+        return None
+    timings["search"] = ms_since(started)
+    return _cut(query, hits)
 
 
-async def _embed_one(service: Service, image: Image, timings: dict[str, float]) -> Floats:
-    outcome = (await service.live.embed([image]))[0]
-    if not isinstance(outcome, Embedded):
-        split_items([outcome], "fail", "image")
-    assert isinstance(outcome, Embedded)
-    timings |= slowest([outcome])
-    return outcome.vector(POOLING, True)
+async def _find(
+    service: Service, target: Target, asked: Asked, timings: dict[str, float]
+) -> list[Found | ServiceError]:
+    """What each query finds, or why it finds nothing, in order."""
+    origins = await find_origins(service, target, asked.queries)
+    started = time.perf_counter()
+    found: list[Found | ServiceError | None] = [one if isinstance(one, ServiceError) else None for one in origins]
+    alike: dict[bytes, list[int]] = {}
+    for number, (query, origin) in enumerate(zip(asked.queries, origins, strict=True)):
+        if not isinstance(query, Query) or not isinstance(origin, Origin):
+            continue
+        for stage, ms in origin.timings.items():
+            timings[stage] = max(timings.get(stage, 0.0), ms)
+        if query.path is not None:
+            found[number] = await _grouped(service, target, query, origin)
+        else:
+            alike.setdefault(query.like, []).append(number)
+    for numbers in alike.values():
+        pairs = [(asked.queries[number], origins[number]) for number in numbers]
+        some = await _together(
+            service, target, [(q, o) for q, o in pairs if isinstance(q, Query) and isinstance(o, Origin)]
+        )
+        for number, one in zip(numbers, some, strict=True):
+            found[number] = one
+    timings["search"] = ms_since(started)
+    return [one for one in found if one is not None]
+
+
+async def _together(service: Service, target: Target, pairs: Sequence[tuple[Query, Origin]]) -> list[Found]:
+    """Queries that ask for the same of different places: one call of the store."""
+    query = pairs[0][0]
+    depth = query.asked.k + query.asked.offset
+    if query.asked.rerank is not None:
+        depth = max(depth, rerank_depth(query))
+    depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in pairs))
+    info = target.info
+    vectors = np.stack([origin.vector for _, origin in pairs])
+    answers = await service.vectors.search(
+        info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
+    )
+    found = []
+    for (query, origin), hits in zip(pairs, answers, strict=True):
+        kept = [hit for hit in hits if hit.id not in origin.exclude]
+        if query.asked.rerank is None:
+            found.append(Found([Ranked(hit) for hit in _cut(query, kept)]))
+        else:
+            ranked = await reranked(service, target, query, origin, _above(query, kept))
+            found.append(Found(ranked[query.asked.offset :][: query.asked.k]))
+    return found
+
+
+async def _grouped(service: Service, target: Target, query: Query, origin: Origin) -> Found:
+    assert query.path is not None
+
+    async def best(depth: int) -> list[Hit]:
+        info, vectors = target.info, origin.vector[None]
+        [hits] = await service.vectors.search(
+            info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
+        )
+        return hits
+
+    groups = await grouped(
+        best,
+        query.path,
+        k=query.asked.k,
+        size=query.asked.group_size or 1,
+        offset=query.asked.offset,
+        keep=lambda hit: hit.id not in origin.exclude,
+        threshold=query.asked.score_threshold,
+    )
+    return Found(groups=groups.groups, truncated=groups.truncated)
+
+
+def _above(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
+    """The hits, best first, down to the threshold."""
+    least = query.asked.score_threshold
+    return hits if least is None else [hit for hit in hits if hit.score >= least]
+
+
+def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
+    return _above(query, hits)[query.asked.offset :][: query.asked.k]
+
+
+async def _vectors(
+    service: Service, target: Target, asked: Asked, found: Sequence[Found | ServiceError]
+) -> dict[str, Any]:
+    """By id, of those results whose query asks for them."""
+    ids: dict[str, None] = {}
+    for query, one in zip(asked.queries, found, strict=True):
+        if isinstance(query, Query) and isinstance(one, Found) and query.asked.include:
+            ids |= dict.fromkeys(one.ids())
+    items = await service.vectors.get(target.info.name, list(ids)) if ids else []
+    return {item.id: np.ascontiguousarray(item.vector) for item in items if item is not None}
+
+
+def _batch(asked: Asked, found: Sequence[Found | ServiceError], vectors: Mapping[str, Any]) -> dict[str, Any]:
+    bad = [ItemError(i, _plain(one)) for i, one in enumerate(found) if isinstance(one, ServiceError)]
+    if bad and (not asked.partial or len(bad) == len(found)):
+        raise InvalidItems(bad, total=len(found), param="queries")
+    results = []
+    for index, (query, one) in enumerate(zip(asked.queries, found, strict=True)):
+        if isinstance(query, Query) and isinstance(one, Found):
+            results.append({"index": index, **_answer(one, vectors if query.asked.include else {})})
+    body: dict[str, Any] = {"results": results}
+    if bad:
+        body["errors"] = [item.body() for item in bad]
+    return body
+
+
+def _plain(error: ServiceError) -> ServiceError:
+    """The error of a query's only photo, without the form that it has in a request of one query."""
+    return error.items[0].error if isinstance(error, InvalidItems) and len(error.items) == 1 else error
+
+
+def _answer(found: Found, vectors: Mapping[str, Any]) -> dict[str, Any]:
+    if found.groups is None:
+        return {"data": [_ranked_row(one, vectors) for one in found.data]}
+    groups = [
+        {"value": group.value, "data": [_ranked_row(Ranked(hit), vectors) for hit in group.hits]}
+        for group in found.groups
+    ]
+    return {"groups": groups, "truncated": found.truncated}
+
+
+def _ranked_row(ranked: Ranked, vectors: Mapping[str, Any]) -> dict[str, Any]:
+    row = _row(ranked.hit)
+    if ranked.score is not None:
+        row["rerank_score"] = ranked.score
+    if ranked.matches is not None:
+        row["matches"] = ranked.matches
+    if ranked.hit.id in vectors:
+        row["vector"] = vectors[ranked.hit.id]
+    return row
+
+
+def _row(hit: Hit) -> dict[str, Any]:
+    row = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
+    if hit.source is not None:
+        row["source"] = hit.source
+    return row

@@ -45,7 +45,7 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
         runs = np.asarray(counts, np.int64)
     else:
         runs = _unpack(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
-    if min(height, width) < 0 or (runs < 0).any() or runs.sum() != height * width:
+    if min(height, width) < 0 or ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
         raise ValueError(f"the run lengths sum to {runs.sum()}, which does not fill {height} x {width} pixels")
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape((height, width), order="F")

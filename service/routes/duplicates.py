@@ -1,0 +1,62 @@
+"""`/v1/collections/{name}/duplicates`: which items are the same photo, or nearly. No model is needed."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.errors import InvalidRequest
+from service.routes.answers import json_response, ms_since, server_timing
+from service.routes.direct import DirectRoute
+from service.routes.queries import search_params
+from service.routes.uploads import parse_options, read_json, service_of
+from service.schemas import DuplicatesIn, json_schema
+from service.search.duplicates import Group, by_content, by_similarity, scores_to_first
+from service.search.filters import parse_filter
+from service.search.store import CollectionInfo, check_name
+from service.state import Service
+
+router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
+
+DEFAULT_THRESHOLD = 0.95
+_BODY = {"application/json": {"schema": json_schema(DuplicatesIn)}}
+
+
+@router.post("/{name}/duplicates", summary="Find duplicates", openapi_extra={"requestBody": {"content": _BODY}})
+async def duplicates(request: Request, name: str) -> Response:
+    """Groups of items with equal bytes, or with vectors near each other; largest first."""
+    started = time.perf_counter()
+    service = service_of(request)
+    check_name(name)
+    asked = parse_options(DuplicatesIn, await read_json(request))
+    service.check_model(asked.model)
+    if asked.by == "content" and (asked.threshold is not None or asked.params is not None):
+        raise InvalidRequest("threshold and params belong to by=similarity; bytes are equal or not", param="by")
+    where = None if asked.filter is None else parse_filter(asked.filter)
+    info = await service.vectors.info(name)
+    if asked.by == "content":
+        found = await by_content(service.vectors, info, where)
+    else:
+        threshold = DEFAULT_THRESHOLD if asked.threshold is None else asked.threshold
+        found = await by_similarity(service.vectors, info, threshold, where, search_params(asked.params))
+    shown = [await _group(service, info, group) for group in found.groups[: asked.limit]]
+    timings = {"total": ms_since(started)}
+    body = {
+        "object": "list",
+        "collection": name,
+        "groups": [group for group in shown if len(group["items"]) > 1],  # some may have been deleted meanwhile
+        "total_groups": len(found.groups),
+        "compared": found.compared,
+        "without_digest": found.skipped,
+        "truncated": found.truncated,
+        **service.identity(),
+        "timings": timings,
+    }
+    return json_response(body, headers=server_timing(timings))
+
+
+async def _group(service: Service, info: CollectionInfo, group: Group) -> dict[str, Any]:
+    items = [
+        {"id": item_id, "score": score} for item_id, score in await scores_to_first(service.vectors, info, group.ids)
+    ]
+    return {"items": items} if group.digest is None else {"digest": group.digest, "items": items}

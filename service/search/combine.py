@@ -1,0 +1,41 @@
+"""One query of several: "like these photos, and not like that one".
+
+Every part is a direction. They are scaled to length 1, so that none counts more for the size of its numbers, then added
+with their weights; the sum's direction is what is searched for.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import InvalidRequest
+from service.search.store import Floats, normalised_rows
+
+NOTHING_LEFT: Final = 1e-5
+"""Length of a sum over the sum of its weights' sizes, below which its direction is float32's rounding."""
+
+
+def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
+    """The direction of the weighted sum of unit vectors.
+
+    Args:
+        vectors: [n, D], of any scale.
+        weights: n finite numbers; a negative one leads away from its vector.
+
+    Returns:
+        float32 [D] of length 1.
+
+    Raises:
+        InvalidRequest: a vector without a direction; or they cancel out, so that the sum has none.
+    """
+    rows = normalised_rows(vectors).astype(np.float64)
+    total = np.asarray(weights, np.float64) @ rows  # [D]
+    length = float(np.linalg.norm(total))
+    if length <= NOTHING_LEFT * sum(abs(weight) for weight in weights):
+        raise InvalidRequest(
+            "combine: the weighted vectors cancel out, so there is no direction to search in: change the weights",
+            param="combine",
+        )
+    return (total / length).astype(np.float32)

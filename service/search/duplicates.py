@@ -1,0 +1,194 @@
+"""Which items of a collection are the same photo, or nearly.
+
+By content: items whose photos' bytes have the same sha256. By similarity: items whose vectors have a cosine of at least
+a threshold are joined, and what hangs together is a group; so the first and the last of a series of ever so slightly
+different photos are in one group although they differ.
+
+Both go over the collection page by page, and the second searches every item's neighbours, as deep as they are near
+enough. That is one search an item, so the number of items is limited, and the request's deadline ends it at any call.
+Only the store's protocol is used. With an approximate index a neighbour may be missed; with `SearchParams(exact=True)`
+none is.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from service.errors import InvalidRequest
+from service.search.filters import Filter
+from service.search.store import MAX_DEPTH, CollectionInfo, Floats, Item, SearchParams, VectorStore
+
+MAX_ITEMS: Final = 100_000
+ROUNDING: Final = 1e-6
+"""What a cosine may miss of the threshold: equal vectors have 0.9999999 in float32."""
+
+_PAGE: Final = 1000
+_FIRST_K: Final = 16
+_HITS_PER_CALL: Final = 10_000
+"""Bounds what one call of the store returns, and how long the event loop is held up by joining it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ids that belong together, in the store's own order; `digest` when all have the same bytes."""
+
+    ids: list[str]
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Groups of two and more, largest first.
+
+    compared: items looked at. skipped: of these, the ones without a digest, when bytes are compared. truncated: an item
+    has more neighbours than a search returns, so two groups may be one.
+    """
+
+    groups: list[Group]
+    compared: int
+    skipped: int = 0
+    truncated: bool = False
+
+
+async def by_content(store: VectorStore, info: CollectionInfo, where: Filter | None = None) -> Duplicates:
+    """Items with equal bytes.
+
+    Raises:
+        InvalidRequest: more than `MAX_ITEMS` pass the filter.
+    """
+    await _check_count(store, info, where)
+    ids: dict[str, list[str]] = {}
+    compared = skipped = 0
+    async for page in _pages(store, info, where):
+        compared += len(page)
+        for item in page:
+            if item.digest is None:
+                skipped += 1
+            else:
+                ids.setdefault(item.digest, []).append(item.id)
+    groups = [Group(same, digest) for digest, same in ids.items() if len(same) > 1]
+    return Duplicates(_largest_first(groups), compared, skipped)
+
+
+async def by_similarity(
+    store: VectorStore,
+    info: CollectionInfo,
+    threshold: float,
+    where: Filter | None = None,
+    params: SearchParams | None = None,
+) -> Duplicates:
+    """Items that hang together by cosines of at least `threshold`.
+
+    Raises:
+        InvalidRequest: more than `MAX_ITEMS` pass the filter.
+    """
+    await _check_count(store, info, where)
+    families, order = Families(), list[str]()
+    truncated = False
+    async for page in _pages(store, info, where):
+        order += [item.id for item in page]
+        pending, k = page, _FIRST_K
+        while pending:
+            pending = await _join(store, info, pending, k, threshold - ROUNDING, where, params, families)
+            truncated |= bool(pending) and k == MAX_DEPTH
+            pending, k = ([], k) if k == MAX_DEPTH else (pending, min(4 * k, MAX_DEPTH))
+    groups = [Group(ids) for ids in await asyncio.to_thread(families.groups, order) if len(ids) > 1]
+    return Duplicates(_largest_first(groups), len(order), truncated=truncated)
+
+
+async def _join(
+    store: VectorStore,
+    info: CollectionInfo,
+    items: Sequence[Item],
+    k: int,
+    floor: float,
+    where: Filter | None,
+    params: SearchParams | None,
+    families: "Families",
+) -> list[Item]:
+    """Join the items with their neighbours among the nearest k; those whose k-th is still near enough come back."""
+    deeper = []
+    step = max(1, _HITS_PER_CALL // k)
+    for start in range(0, len(items), step):
+        some = items[start : start + step]
+        vectors = np.stack([item.vector for item in some])
+        answers = await store.search(info.name, vectors, k, tag=info.tag, where=where, params=params)
+        for item, hits in zip(some, answers, strict=True):
+            near = [hit.id for hit in hits if hit.score >= floor]
+            families.join(item.id, near)
+            if len(near) == k:
+                deeper.append(item)
+    return deeper
+
+
+async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequence[str]) -> list[tuple[str, float]]:
+    """The ids that are still there, with the cosine of each to the first of them."""
+    first: Floats | None = None
+    scored = []
+    for start in range(0, len(ids), _PAGE):
+        for item in await store.get(info.name, ids[start : start + _PAGE]):
+            if item is not None:
+                first = item.vector if first is None else first
+                scored.append((item.id, float(np.clip(first @ item.vector, -1, 1))))
+    return scored
+
+
+class Families:
+    """Union-find over ids (Tarjan 1975: the smaller joins the larger, and paths are halved)."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+        self._size: dict[str, int] = {}
+
+    def join(self, item_id: str, others: Iterable[str]) -> None:
+        """All of them are one family."""
+        root = self._root(item_id)
+        for other in others:
+            found = self._root(other)
+            if found != root:
+                if self._size[found] > self._size[root]:
+                    root, found = found, root
+                self._parent[found] = root
+                self._size[root] += self._size.pop(found)
+
+    def groups(self, ids: Iterable[str]) -> list[list[str]]:
+        """The ids by family, in the order given, families by their first."""
+        found: dict[str, list[str]] = {}
+        for item_id in ids:
+            found.setdefault(self._root(item_id), []).append(item_id)
+        return list(found.values())
+
+    def _root(self, item_id: str) -> str:
+        parent = self._parent
+        if item_id not in parent:
+            parent[item_id], self._size[item_id] = item_id, 1
+        while parent[item_id] != item_id:
+            parent[item_id] = parent[parent[item_id]]
+            item_id = parent[item_id]
+        return item_id
+
+
+async def _check_count(store: VectorStore, info: CollectionInfo, where: Filter | None) -> None:
+    count = info.count if where is None else await store.count(info.name, where)
+    if count > MAX_ITEMS:
+        raise InvalidRequest(
+            f"{count:,} items would be compared; at most {MAX_ITEMS:,} are in one request: narrow it by a filter",
+            param="filter",
+        )
+
+
+async def _pages(store: VectorStore, info: CollectionInfo, where: Filter | None) -> AsyncIterator[list[Item]]:
+    cursor: str | None = None
+    while True:
+        page = await store.scroll(info.name, where=where, cursor=cursor, limit=_PAGE)
+        yield page.items
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+def _largest_first(groups: list[Group]) -> list[Group]:
+    return sorted(groups, key=lambda group: -len(group.ids))  # stable: else in the store's order

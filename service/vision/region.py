@@ -1,0 +1,119 @@
+"""Which patches show a part of a photo, and the other way round.
+
+The network saw a crop of the photo, cut into a grid of patches. A region (a box, or a mask, in pixels of the photo as
+sent) covers each of them to some fraction, 0 to 1, and by that fraction the patch counts: a region smaller than a patch
+still has its features, and its edges need not fall on the grid. The weighted mean of the patch tokens is then what
+`pooling=mean` would give if the region were all there is to see; so it compares with such vectors, and with no others.
+
+Legend: H, W the photo as sent, upright; h, w the patch grid; N = h * w; D features. Boxes are (x, y, width, height);
+pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1).
+"""
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import InvalidRequest
+from service.vision.mask import Mask, coco_rle_decode
+
+Floats = npt.NDArray[np.float32]
+Box = tuple[float, float, float, float]
+
+_PIXELS_PER_BLOCK: Final = 2**22
+
+
+def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
+    """What part of each patch lies in the box: float32 [h, w], 0 to 1.
+
+    Raises:
+        InvalidRequest: the box has no area, or lies outside the crop; the message names it.
+    """
+    x, y, width, height = box
+    if not all(map(math.isfinite, box)) or min(width, height) <= 0:
+        raise InvalidRequest(
+            f"region.box {list(box)} has no area: it is [x, y, width, height] in pixels", param="region"
+        )
+    rows = _overlap(np.array([[y, y + height]]), crop_box[1], crop_box[3], grid[0])  # [h, 1]
+    columns = _overlap(np.array([[x, x + width]]), crop_box[0], crop_box[2], grid[1])  # [w, 1]
+    return _seen(rows @ columns.T, crop_box, f"region.box {list(box)}")
+
+
+def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid: tuple[int, int]) -> Floats:
+    """What part of each patch the mask covers: float32 [h, w], 0 to 1.
+
+    Args:
+        rle: COCO run lengths, `{"size": [H, W], "counts": ...}`.
+        size: H, W of the photo.
+
+    Raises:
+        InvalidRequest: not run lengths of a mask of this size (nothing is allocated for one of another size); an empty
+            mask; one that lies outside the crop.
+    """
+    if list(rle["size"]) != list(size):
+        raise InvalidRequest(
+            f"region.mask is of {list(rle['size'])} and the photo of {list(size)} pixels (height, width; upright)",
+            param="region",
+        )
+    if isinstance(rle["counts"], list) and not {int}.issuperset(map(type, rle["counts"])):
+        raise InvalidRequest("region.mask: counts is a string, or a list of whole numbers", param="region")
+    try:
+        mask = coco_rle_decode(rle)
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(f"region.mask: {error}", param="region") from error
+    if not mask.any():
+        raise InvalidRequest("region.mask is empty", param="region")
+    return _seen(_covered(mask, crop_box, grid), crop_box, "region.mask")
+
+
+def region_mean(tokens: Floats, weights: Floats) -> Floats:
+    """Mean of patch tokens [N, D] by their weights [h, w]: float32 [D]."""
+    by = weights.ravel().astype(np.float64)
+    return np.asarray(by @ tokens / by.sum(), np.float32)
+
+
+def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
+    """Where patch `index` (row-major) lies in the photo: [x, y, width, height] in its pixels, as sent and upright."""
+    x, y, width, height = crop_box
+    row, column = divmod(index, grid[1])
+    w, h = width / grid[1], height / grid[0]
+    return [round(value, 2) for value in (x + column * w, y + row * h, w, h)]
+
+
+def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
+    if weights.max() <= 0:
+        raise InvalidRequest(
+            f"{what} lies outside what the network saw of the photo, its crop box "
+            f"{[round(side, 1) for side in crop_box]} (x, y, width, height)",
+            param="region",
+        )
+    return weights.astype(np.float32)
+
+
+def _covered(mask: Mask, crop_box: Box, grid: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """Share of each patch that the mask [H, W] covers. In blocks of rows: 64 million pixels never exist as floats."""
+    height, width = mask.shape
+    columns = _overlap(_spans(width), crop_box[0], crop_box[2], grid[1]).astype(np.float32)  # [w, W]
+    rows = _overlap(_spans(height), crop_box[1], crop_box[3], grid[0]).astype(np.float32)  # [h, H]
+    step = max(1, _PIXELS_PER_BLOCK // width)
+    total = np.zeros(grid)
+    for start in range(0, height, step):
+        block = mask[start : start + step].astype(np.float32) @ columns.T  # [rows, w]
+        total += rows[:, start : start + step] @ block
+    return total.clip(0, 1)
+
+
+def _spans(pixels: int) -> npt.NDArray[np.float64]:
+    edges = np.arange(pixels + 1, dtype=np.float64)
+    return np.stack([edges[:-1], edges[1:]], axis=1)  # [pixels, 2]
+
+
+def _overlap(spans: npt.NDArray[np.float64], start: float, extent: float, cells: int) -> npt.NDArray[np.float64]:
+    """Along one side, where `cells` divide `extent` evenly: the share of each that each span [n, 2] covers,
+    [cells, n]."""
+    edges = start + np.arange(cells + 1) * (extent / cells)
+    low = np.maximum(edges[:-1, None], spans[:, 0])
+    high = np.minimum(edges[1:, None], spans[:, 1])
+    shares: npt.NDArray[np.float64] = np.clip(high - low, 0, None) * (cells / extent)
+    return shares

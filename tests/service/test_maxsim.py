@@ -1,0 +1,296 @@
+"""Patch comparison against two loops; re-ranking over HTTP with photos that are there, gone and damaged."""
+
+import asyncio
+import base64
+import hashlib
+import threading
+
+import numpy as np
+import pytest
+
+from model.preprocess import crop_box
+from service.errors import NotFound, StorageFailed, UnsupportedImage
+from service.search.store import CollectionSpec, Item
+from service.vision.maxsim import maxsim, maxsim_matches
+from service.vision.patches import Patches, unit_rows
+from service.vision.region import box_weights, patch_box
+from tests.dict_store import DictStore
+from tests.fakes import DIMS, SPEC, FakeEngine, photo, running, until
+
+SEARCH = "/v1/collections/shop/search"
+
+
+def rows_of(rng, count, dims=16):
+    return unit_rows(rng.normal(size=(count, dims)))
+
+
+def slow_maxsim(query, candidate, weights=None):
+    total = weight = 0.0
+    for i, row in enumerate(query):
+        best = max(float(row @ other) for other in candidate)
+        by = 1.0 if weights is None else float(weights[i])
+        total, weight = total + by * best, weight + by
+    return total / weight
+
+
+def slow_matches(query, candidate, weights, limit):
+    found = []
+    for i, row in enumerate(query):
+        j = max(range(len(candidate)), key=lambda j: row @ candidate[j])
+        back = max(range(len(query)), key=lambda i: query[i] @ candidate[j])
+        if back == i and (weights is None or weights[i] > 0):
+            found.append((i, j, float(row @ candidate[j])))
+    return sorted(found, key=lambda match: -match[2])[:limit]
+
+
+@pytest.mark.parametrize(("q", "n"), [(1, 1), (4, 9), (30, 7), (64, 64)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_maxsim_is_two_loops(q, n, weighted):
+    rng = np.random.default_rng(q * n)
+    query, candidate = rows_of(rng, q), rows_of(rng, n)
+    weights = rng.uniform(0, 1, q).astype(np.float32) * (np.arange(q) % 3 != 1) if weighted else None
+    assert maxsim(query, candidate, weights) == pytest.approx(slow_maxsim(query, candidate, weights), abs=1e-5)
+    score, found = maxsim_matches(query, candidate, weights, limit=5)
+    assert score == pytest.approx(slow_maxsim(query, candidate, weights), abs=1e-5)
+    expected = slow_matches(query, candidate, weights, 5)
+    assert [match[:2] for match in found] == [match[:2] for match in expected]
+    assert [match.score for match in found] == pytest.approx([match[2] for match in expected], abs=1e-5)
+
+
+def test_a_photo_matches_itself_wherever_its_patches_are():
+    rng = np.random.default_rng(0)
+    query = rows_of(rng, 20)
+    order = rng.permutation(20)
+    score, found = maxsim_matches(query, query[order], limit=20)
+    assert score == pytest.approx(1, abs=1e-5)
+    assert sorted((match.query, int(order[match.candidate])) for match in found) == [(i, i) for i in range(20)]
+
+
+def test_patches_survive_as_bytes():
+    tokens = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32) * 1e6  # beyond float16
+    tokens[2] = 0
+    kept = Patches.of(tokens, (2, 3), (480, 640))
+    back = Patches.from_bytes(kept.to_bytes())
+    assert (back.grid, back.size) == ((2, 3), (480, 640))
+    np.testing.assert_array_equal(back.rows, kept.rows)
+    cosines = np.sum(unit_rows(back.rows) * unit_rows(tokens), axis=1)
+    assert cosines[[0, 1, 3, 4, 5]] == pytest.approx(1, abs=1e-5)
+    assert not back.rows[2].any()
+
+
+class FakePhotos:
+    """Stored photos; what is named in `failing` cannot be read."""
+
+    def __init__(self) -> None:
+        self.photos: dict[str, bytes] = {}
+        self.failing: set[str] = set()
+        self.read: list[str] = []
+
+    def put(self, data: bytes) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        self.photos[digest] = data
+        return digest
+
+    async def get(self, digest: str) -> bytes:
+        self.read.append(digest)
+        if digest in self.failing:
+            raise StorageFailed("the photo cannot be read: Input/output error")
+        if digest not in self.photos:
+            raise NotFound(f"the photo {digest} is not stored here")
+        return self.photos[digest]
+
+
+async def fill(run, store, photos, *, pooling="cls", count=6):
+    tag = run.service.tag(pooling=pooling)
+    await store.create("shop", CollectionSpec(tag, DIMS, originals=True))
+    for i in range(count):
+        [one] = await run.service.live.embed([photo(i)])
+        source = f"original:{photos.put(photo(i))}"
+        await store.upsert("shop", [Item(f"p{i}", one.vector(pooling, True), {}, source)], tag=tag)
+    run.service.originals = photos
+
+
+async def tokens_of(run, image):
+    return unit_rows(await run.service.live.analyse(image, lambda analysed: analysed.patches.copy()))
+
+
+async def ask(run, body, status=200):
+    answer = await run.client.post(SEARCH, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def text_of(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+async def test_reranking_orders_by_maxsim_and_keeps_the_score(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos)
+        plain = await ask(run, {"image": text_of(photo(50))})
+        found = await ask(run, {"image": text_of(photo(50)), "rerank": "patches"})
+        by_id = await ask(run, {"id": "p2", "rerank": "patches", "k": 2, "offset": 1})
+        query, second = await tokens_of(run, photo(50)), await tokens_of(run, photo(2))
+        expected = {f"p{i}": slow_maxsim(query, await tokens_of(run, photo(i))) for i in range(6)}
+        from_second = {f"p{i}": slow_maxsim(second, await tokens_of(run, photo(i))) for i in range(6) if i != 2}
+    scores = {hit["id"]: hit["score"] for hit in plain["data"]}
+    assert [hit["id"] for hit in found["data"]] == sorted(expected, key=lambda i: -expected[i])
+    assert [hit["id"] for hit in found["data"]] != [hit["id"] for hit in plain["data"]]
+    for hit in found["data"]:
+        assert hit["score"] == pytest.approx(scores[hit["id"]], abs=1e-6)
+        assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=1e-3)
+        assert "matches" not in hit
+    assert [hit["id"] for hit in by_id["data"]] == sorted(from_second, key=lambda i: -from_second[i])[1:3]
+
+
+async def test_only_so_many_are_compared_and_the_rest_follows(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos)
+        plain = [hit["id"] for hit in (await ask(run, {"image": text_of(photo(50))}))["data"]]
+        found = (await ask(run, {"image": text_of(photo(50)), "rerank": "patches", "rerank_depth": 3}))["data"]
+        best = (await ask(run, {"image": text_of(photo(50)), "rerank": "patches", "rerank_depth": 3, "k": 1}))["data"]
+    assert ["rerank_score" in hit for hit in found] == [True] * 3 + [False] * 3
+    assert {hit["id"] for hit in found[:3]} == set(plain[:3])
+    assert [hit["id"] for hit in found[3:]] == plain[3:]
+    assert best == found[:1]
+
+
+async def test_patches_are_computed_together_and_kept(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos)
+        run.engine.batches.clear()
+        await ask(run, {"id": "p0", "rerank": "patches"})
+        assert run.engine.images == 6
+        first = list(photos.read)
+        await ask(run, {"id": "p1", "rerank": "patches"})
+        assert run.engine.images == 6
+        assert photos.read == first
+    async with running(tmp_path, store=(store := DictStore()), patch_cache_bytes=0) as run:
+        await fill(run, store, photos)
+        run.engine.batches.clear()
+        for _ in range(2):
+            await ask(run, {"id": "p0", "rerank": "patches"})
+        assert run.engine.images == 12
+
+
+async def test_candidates_without_a_photo_come_last(tmp_path, caplog):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos, count=8)
+        plain = [hit["id"] for hit in (await ask(run, {"image": text_of(photo(50))}))["data"]]
+        digests = {f"p{i}": hashlib.sha256(photo(i)).hexdigest() for i in range(8)}
+        del photos.photos[digests[plain[0]]]  # gone
+        photos.photos[digests[plain[1]]] = b"not a photo"
+        photos.failing.add(digests[plain[2]])
+        item = (await store.get("shop", [plain[3]]))[0]
+        await store.upsert("shop", [Item(item.id, item.vector, {}, "https://x/1.jpg")], tag=run.service.tag())
+        item = (await store.get("shop", [plain[4]]))[0]
+        await store.upsert("shop", [Item(item.id, item.vector, {}, "original:../../secret")], tag=run.service.tag())
+        found = (await ask(run, {"image": text_of(photo(50)), "rerank": "patches", "matches": True}))["data"]
+        gone = await ask(run, {"id": plain[0], "rerank": "patches"}, 422)
+        elsewhere = await ask(run, {"id": plain[3], "rerank": "patches"}, 422)
+        failed = await ask(run, {"id": plain[2], "rerank": "patches"}, 500)
+        photos.failing.update(digests.values())
+        none_left = await run.client.post(SEARCH, json={"image": text_of(photo(51)), "rerank": "patches"})
+    assert ["rerank_score" in hit for hit in found] == [True] * 3 + [False] * 5
+    assert [hit["id"] for hit in found[3:]] == plain[:5]
+    assert "matches" not in found[-1]
+    assert "cannot be read" in gone["detail"]
+    assert "is not stored" in elsewhere["detail"]
+    assert failed["code"] == "storage_failed"
+    assert none_left.status_code == 200  # three are kept in the process
+    assert "1 photos cannot be compared" in caplog.text
+
+
+async def test_a_storage_that_is_down_fails_the_request(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos)
+        photos.failing.update(photos.photos)
+        answer = await ask(run, {"image": text_of(photo(50)), "rerank": "patches"}, 500)
+    assert answer["code"] == "storage_failed"
+
+
+async def test_collections_without_originals_are_told(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await store.upsert("shop", [Item("p0", np.ones(DIMS))], tag=run.service.tag())
+        without = await ask(run, {"image": text_of(photo(1)), "rerank": "patches"}, 422)
+        run.service.originals = photos
+        still = await ask(run, {"id": "p0", "rerank": "patches"}, 422)
+        broken = await ask(run, {"image": text_of(b"no photo"), "rerank": "patches"}, 415)
+    assert "keeps none" in without["detail"]
+    assert "keeps none" in still["detail"]
+    assert broken["errors"][0]["index"] == 0
+
+
+async def test_matches_are_boxes_in_both_photos(tmp_path):
+    """The photo itself, in another size: each quarter of what the network saw matches the same quarter."""
+    store, photos = DictStore(), FakePhotos()
+    image = photo(3, size=(60, 48))
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos, count=2)
+        [one] = await run.service.live.embed([image])
+        source = f"original:{photos.put(image)}"
+        await store.upsert("shop", [Item("big", one.vector("cls", True), {}, source)], tag=run.service.tag())
+        body = {"image": text_of(image), "rerank": "patches", "matches": True, "k": 1}
+        [hit] = (await ask(run, body))["data"]
+        [other] = (await ask(run, body | {"filter": {"not": {"key": "x", "exists": True}}, "offset": 1}))["data"]
+    crop = crop_box(48, 60, SPEC)
+    quarters = [patch_box(i, (2, 2), crop) for i in range(4)]
+    assert hit["id"] == "big"
+    assert hit["rerank_score"] == pytest.approx(1, abs=1e-3)
+    assert sorted(match["box"] for match in hit["matches"]) == sorted(quarters)
+    for match in hit["matches"]:
+        assert match["query_box"] == match["box"]
+        assert match["score"] == pytest.approx(1, abs=1e-3)
+    assert all(
+        match["box"] in [patch_box(i, (2, 2), crop_box(32, 40, SPEC)) for i in range(4)] for match in other["matches"]
+    )
+
+
+async def test_a_region_compares_its_own_patches_only(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    image, crop = photo(50), crop_box(32, 40, SPEC)
+    box = [crop[0], crop[1], 20, 14]  # the upper left patch, and less than half of the one beside it
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos, pooling="mean")
+        region = {"image": text_of(image), "box": box}
+        found = await ask(run, {"region": region, "rerank": "patches", "matches": True})
+        query = await tokens_of(run, image)
+        weights = box_weights(tuple(box), crop, (2, 2)).ravel()
+        expected = {f"p{i}": slow_maxsim(query, await tokens_of(run, photo(i)), weights) for i in range(6)}
+    assert weights == pytest.approx([1, 6 / 14, 0, 0])
+    assert [hit["id"] for hit in found["data"]] == sorted(expected, key=lambda i: -expected[i])
+    for hit in found["data"]:
+        assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=1e-3)
+        assert all(match["query_box"][1] == 2.0 for match in hit["matches"])  # of the upper row
+
+
+async def test_a_small_queue_takes_the_candidates_in_turns(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store, queue_max_images=2) as run:
+        await fill(run, store, photos)
+        found = await ask(run, {"id": "p0", "rerank": "patches"})
+    assert all("rerank_score" in hit for hit in found["data"])
+
+
+async def test_whoever_leaves_gives_back_the_places_in_the_queue(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, store=DictStore(), engine=engine) as run:
+        engine.gate = threading.Event()
+        photos = {hashlib.sha256(photo(i)).hexdigest(): photo(i) for i in range(5)}
+        waiting = asyncio.create_task(run.service.live.patches(photos))
+        await until(engine.entered.is_set)
+        assert run.service.live.batcher.images == 5
+        waiting.cancel()
+        engine.gate.set()
+        await until(lambda: run.service.live.batcher.images == 0)
+        engine.gate = None
+        found = await run.service.live.patches(photos | {"0" * 64: b"no photo"})
+        assert [isinstance(found[digest], Patches) for digest in photos] == [True] * 5
+        assert isinstance(found["0" * 64], UnsupportedImage)
+        assert run.service.live.batcher.images == 0
