@@ -8,7 +8,7 @@ gives for the same bytes. `dinov2 index` (`service/index_files.py`) shares `load
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -123,7 +123,7 @@ def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
 
 def load_ahead(
     tasks: Iterable[T], load: Callable[[T], R], *, ahead: int, workers: int | None = None
-) -> Iterator[tuple[T, R]]:
+) -> Generator[tuple[T, R], None, None]:
     """Each task with what `load` makes of it, in order; at most `ahead` of them are begun and not yet taken.
 
     `load` runs in `workers` threads (None: one per CPU). `tasks` is gone through in a thread of its own, so it may
