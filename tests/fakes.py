@@ -132,7 +132,7 @@ async def running(
     store: VectorStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
-    """A started service on a fake engine; the warm-up's pass is not in its records. Without `store`, the embedded one."""
+    """A started service, with the embedded store if none is given; the warm-up is not in the engine's records."""
 
     async def given() -> VectorStore:
         assert store is not None

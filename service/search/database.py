@@ -5,9 +5,9 @@ lies in the folder (segments of faiss) can be made again from here.
 
 An item's `number` stands for one vector, for ever: replacing an item deletes its number and gives a new one, above all
 before it. So vectors never change, "what is new" is "numbers above the last one seen", and a segment, which holds the
-vectors of a range of numbers, goes wrong in one way only: some of them are deleted. Those are kept in `removed`, until
-no segment holds them any more. Whoever holds vectors in memory, in this process or another, follows by reading both
-from where it left off; a collection's `version` says whether there is anything to read.
+items of a range of numbers, goes wrong in two ways only: some of them are deleted, and some have other metadata now.
+Those are kept in `removed` and `edited`, until no segment is older. Whoever holds items in memory, in this process or
+another, follows by reading from where it left off; a collection's `version` says whether there is anything to read.
 
 Each collection has tables of its own for items and for vectors: dropping it is quick, a filter that reads all metadata
 does not read the vectors, and numbers stay dense.
@@ -23,10 +23,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from service.errors import CollectionNotFound, StorageFailed
 from service.search.filter_sql import extract
@@ -44,7 +45,7 @@ PRAGMA user_version = {_SCHEMA_VERSION};
 CREATE TABLE collections (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL,
     count INTEGER NOT NULL DEFAULT 0,    -- of items
-    version INTEGER NOT NULL DEFAULT 0,  -- grows when vectors or segments change
+    version INTEGER NOT NULL DEFAULT 0,  -- grows with every change
     edits INTEGER NOT NULL DEFAULT 0,    -- grows when metadata changes without its vector
     sealed INTEGER NOT NULL DEFAULT 0    -- vectors up to this number are in segments
 );
@@ -66,6 +67,7 @@ CREATE TABLE items_{0} (
 );
 CREATE TABLE vectors_{0} (number INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE removed_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER NOT NULL);
+CREATE TABLE edited_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER NOT NULL);
 """
 _COLUMNS: Final = "c.id, c.name, c.spec, c.count, c.version, c.edits, c.sealed"
 _FIND: Final = f"""
@@ -129,6 +131,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA cache_size = -16384")
+    db.execute(f"PRAGMA mmap_size = {2**40}")  # looking hits up takes half the time; SQLite caps it at 2 GB
     if read_only:
         db.execute("PRAGMA query_only = ON")
     return db
@@ -261,7 +264,7 @@ def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
 
 
 def drop(db: sqlite3.Connection, key: int) -> None:
-    for table in ("items", "vectors", "removed"):
+    for table in ("items", "vectors", "removed", "edited"):
         db.execute(f"DROP TABLE {table}_{key}")
     db.execute("DELETE FROM collections WHERE id = ?", (key,))
 
@@ -308,7 +311,8 @@ def last_number(db: sqlite3.Connection, row: Row) -> int:
 
 def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
     db.execute(f"UPDATE items_{key} SET metadata = ? WHERE number = ?", (metadata, number))
-    db.execute("UPDATE collections SET edits = edits + 1 WHERE id = ?", (key,))
+    db.execute(f"INSERT INTO edited_{key} (number) VALUES (?)", (number,))
+    db.execute("UPDATE collections SET edits = edits + 1, version = version + 1 WHERE id = ?", (key,))
 
 
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
@@ -344,24 +348,62 @@ def vectors_of(row: Row, found: Sequence[tuple[int, bytes, int]]) -> tuple[Numbe
         if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
             raise StorageFailed(f"the vector store is damaged: the vector of item number {number} is broken")
     numbers = np.fromiter((number for number, _, _ in found), np.int64, len(found))
-    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(len(found), -1)
+    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(-1, row.spec.dimension)
     return numbers, matrix.astype(np.float32)
 
 
-def read_vectors(
+class Point(NamedTuple):
+    """How far `removed` and `edited` were read."""
+
+    removed: int = 0
+    edited: int = 0
+
+
+class Chunk(NamedTuple):
+    """Some items in the order of their numbers."""
+
+    numbers: Numbers  # [n]
+    vectors: Floats  # [n, D]
+    payloads: list[bytes]  # what an answer says of each: JSON [id, metadata, source]
+
+
+def read_items(
     db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
-) -> Iterator[tuple[Numbers, Floats]]:
-    """All vectors with numbers above `after`, in order, some at a time."""
-    query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number > ? AND number <= ? ORDER BY number"
+) -> Iterator[Chunk]:
+    """All items with numbers above `after`, in order, some at a time."""
+    query = f"""SELECT v.number, vector, crc, id, metadata, source FROM vectors_{row.key} v
+                LEFT JOIN items_{row.key} i ON i.number = v.number
+                WHERE v.number > ? AND v.number <= ? ORDER BY v.number"""
     cursor = db.execute(query, (after, 2**62 if to is None else to))
     while found := cursor.fetchmany(chunk):
-        yield vectors_of(row, found)
+        numbers, vectors = vectors_of(row, [place[:3] for place in found])
+        yield Chunk(numbers, vectors, [payload(*place[3:]) for place in found])
+
+
+def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
+    """What an answer says of an item, as JSON. The metadata is JSON already."""
+    if item_id is None:
+        raise StorageFailed("the vector store is damaged: a vector has no item")
+    try:
+        text = bytes(metadata, "utf-8")
+    except TypeError as error:
+        raise StorageFailed(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
+    return b"[%b,%b,%b]" % (orjson.dumps(item_id), text, orjson.dumps(source))
 
 
 def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
     """Numbers that were removed after this point, and the new point."""
     found = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
     return (found[-1][0] if found else seq), np.fromiter((number for _, number in found), np.int64, len(found))
+
+
+def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
+    """Payloads, as they are now, of items whose metadata was changed after this point, and the new point."""
+    query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
+                JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
+    found = db.execute(query, (seq,)).fetchall()
+    last = max((place[0] for place in found), default=seq)
+    return last, {number: payload(*rest) for _, number, *rest in found}
 
 
 # ---- segments
@@ -380,10 +422,10 @@ def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
 
 
 def swap_segments(
-    db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, seq: int
+    db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, point: Point
 ) -> bool:
-    """Put one segment in the place of others and of the tail up to `sealed`. It was made of what `removed` said up to
-    `seq`; what it therefore lacks needs no record any more.
+    """Put one segment in the place of others and of the tail up to `sealed`. It was made after all that was removed and
+    edited up to `point`, of which no record is needed any more.
 
     Returns:
         False, and nothing is changed, when they are no longer what they were in `row`'s time.
@@ -402,11 +444,12 @@ def swap_segments(
             (row.key, new.folder, new.kind, new.first, new.last, new.count, new.effort, json.dumps(new.files)),
         ).fetchone()[0]
     db.execute("UPDATE collections SET sealed = max(sealed, ?), version = version + 1 WHERE id = ?", (sealed, row.key))
-    db.execute(
-        f"""DELETE FROM removed_{row.key} WHERE seq <= ? AND number <= ? AND NOT EXISTS (
-            SELECT 1 FROM segments s WHERE s.collection = ? AND number BETWEEN s.first AND s.last AND s.id != ?)""",
-        (seq, sealed, row.key, made),
-    )
+    for table, until in (("removed", point.removed), ("edited", point.edited)):
+        db.execute(
+            f"""DELETE FROM {table}_{row.key} WHERE seq <= ? AND number <= ? AND NOT EXISTS (
+                SELECT 1 FROM segments s WHERE s.collection = ? AND number BETWEEN s.first AND s.last AND s.id != ?)""",
+            (until, sealed, row.key, made),
+        )
     return True
 
 

@@ -1,11 +1,11 @@
 """The embedded store: SQLite holds the truth, faiss answers, and neither waits for the other.
 
     write   ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ the view follows
-    search  ─▶ search threads ─▶ one read transaction: version? ─▶ View ─▶ faiss ─▶ ids and metadata of the hits
+    search  ─▶ search threads ─▶ version? ─▶ View ─▶ faiss ─▶ what the view says of the hits
     meanwhile  maintenance: tail ─▶ segment, segments ─▶ one segment; recall measured (`service/search/maintenance.py`)
 
-A search reads the collection's version, searches the view of exactly this version and looks its hits up in the same
-transaction, so it sees every acknowledged write and none half, of this process or of another on the same folder.
+A search reads the collection's version and searches the view of this version or a later one, so it sees every
+acknowledged write, of this process or of another on the same folder, and none half.
 
 Equal scores come by id, so scores are rounded to six digits: sums in another order differ in the seventh.
 """
@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNot
 from service.search import database, snapshots
 from service.search.database import Numbers, Row, snapshot, translated
 from service.search.filter_sql import to_sql
-from service.search.filters import Filter
+from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
 from service.search.segments import Found
 from service.search.selection import Selections, passing
@@ -60,7 +61,7 @@ from service.search.store import (
     normalised_rows,
 )
 from service.search.threads import Workers, Write, commit_together
-from service.search.view import Views
+from service.search.view import View, Views
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -75,10 +76,15 @@ _ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
     """Opens, or makes, the store in `data_dir`.
 
+    Args:
+        threads: that search; by default half as many as CPUs, since each needs the interpreter for a part of its time.
+
     Raises:
         StorageFailed: the folder or file cannot be used, is damaged or is not ours; the message names the file.
     """
-    return await asyncio.to_thread(EmbeddedStore, data_dir, threads=threads or available_cpus(), **maintenance)
+    return await asyncio.to_thread(
+        EmbeddedStore, data_dir, threads=threads or max(1, available_cpus() // 2), **maintenance
+    )
 
 
 @dataclass(frozen=True)
@@ -339,15 +345,11 @@ class EmbeddedStore:
         """How the collection is indexed, for whoever looks after it."""
         check_name(collection)
 
-        def work(db: sqlite3.Connection) -> dict[str, Any] | None:
-            row = database.find(db, collection)
-            view = self.views.at(db, row)
-            return None if view is None else {"count": row.count, **view.stats(), **self._maintenance.stats(row)}
+        def work(db: sqlite3.Connection) -> dict[str, Any]:
+            view = self.views.newest(db, database.find(db, collection))
+            return {"count": view.row.count, **view.stats(), **self._maintenance.stats(view.row)}
 
-        while True:
-            found = await self._read(work)
-            if found is not None:
-                return found
+        return await self._read(work, as_one=False)
 
     # ---- search
 
@@ -383,24 +385,26 @@ class EmbeddedStore:
         return work
 
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
-        """For each of the vectors; `query` says the rest. All in one transaction."""
+        """For each of the vectors; `query` says the rest."""
         while True:
-            with snapshot(db):
-                row = database.find(db, query.collection)
-                check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
-                if not row.count:
-                    return [[] for _ in vectors]
-                view = self.views.at(db, row)
-                if view is None:  # written to since the transaction began
-                    continue
-                allowed = None if query.where is None else self._selections.allowed(db, row, view, query.where)
-                find = partial(
-                    view.search, vectors, params=query.params, allowed=allowed, widen=self._maintenance.boost(row)
-                )
-                candidates = _nearest(find, query.k, row.count)
-                if query.where is None:
-                    self._maintenance.observe(view, vectors, candidates, query.params)
-                return _hits(db, row, candidates, query.k)
+            row = database.find(db, query.collection)
+            check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
+            if not row.count:
+                return [[] for _ in vectors]
+            view = self.views.newest(db, row)
+            allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
+            widen = self._maintenance.boost(row)
+            candidates = _nearest(
+                partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen),
+                query.k,
+                view.row.count,
+            )
+            answers = [_hits(view, best, query.k) for best in candidates]
+            if query.where is None:
+                self._maintenance.observe(view, vectors, candidates, query.params)
+            elif not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
+                continue  # it was changed between the filter's answer and this one
+            return answers
 
     # ---- threads
 
@@ -413,7 +417,8 @@ class EmbeddedStore:
         """Open all segments now, so that the first search does not wait for it, and damage is found at the start."""
         db = self._connect()
         with translated(f"vector store {self.path}"), snapshot(db):
-            for row in database.every(db):
+            rows = database.every(db)
+            for row in rows:
                 self.views.at(db, row)
 
     def _make_writer(self) -> Callable[[Sequence[Write]], Sequence[Any]]:
@@ -433,8 +438,8 @@ class EmbeddedStore:
         done: T = await self._writer.do(work)
         return done
 
-    async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """In a thread, in one transaction."""
+    async def _read(self, work: Callable[[sqlite3.Connection], T], *, as_one: bool = True) -> T:
+        """In a thread, in one transaction unless `as_one` is false."""
         if not self._is_open:
             raise StorageFailed("the vector store is closed")
 
@@ -442,7 +447,7 @@ class EmbeddedStore:
             db = getattr(self._local, "db", None)
             if db is None:
                 db = self._local.db = self._connect()
-            with translated(), snapshot(db):
+            with translated(), snapshot(db) if as_one else nullcontext():
                 return work(db)
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
@@ -550,45 +555,31 @@ def _metadata(item_id: str, text: Any) -> dict[str, Any]:
     return metadata
 
 
-def _nearest(find: Callable[..., Found], k: int, count: int) -> list[tuple[Numbers, Floats]]:
-    """For each vector the numbers and scores of its k nearest, and of those that tie with the last of them. `find` is
-    the search, still without its k."""
+def _nearest(find: Callable[..., Found], k: int, count: int) -> list[list[tuple[float, int]]]:
+    """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them.
+    `find` is the search, still without its k."""
     depth = min(k + 1, count)
     while True:
         found = find(k=depth)
-        scores = np.clip(found.scores.astype(np.float64).round(DIGITS), -1, 1)
-        tied = depth > k and (scores[:, -1] == scores[:, k - 1]) & (found.numbers[:, -1] >= 0)
-        if not np.any(tied) or depth >= min(count, MAX_DEPTH):
+        answers = [
+            [(round(score, DIGITS), place) for score, place in zip(scores, places, strict=True) if place >= 0]
+            for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
+        ]
+        tied = any(len(best) == depth > k and best[-1][0] == best[k - 1][0] for best in answers)
+        if not tied or depth >= min(count, MAX_DEPTH):
             break
         depth = min(4 * depth, count, MAX_DEPTH)
-    answers = []
-    for numbers, row in zip(found.numbers, scores, strict=True):
-        last = row[min(k, len(row)) - 1]
-        kept = (numbers >= 0) & (row >= last) if last > -np.inf else numbers >= 0
-        answers.append((numbers[kept], row[kept]))
-    return answers
+    return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
 
 
-def _hits(db: sqlite3.Connection, row: Row, candidates: list[tuple[Numbers, Floats]], k: int) -> list[list[Hit]]:
-    """Candidates with their ids and metadata; the k best, equal scores by id."""
-    wanted = sorted({number for numbers, _ in candidates for number in numbers.tolist()})
-    known: dict[int, tuple[str, Any, str | None]] = {}
-    for begin in range(0, len(wanted), _PAGE):
-        some = wanted[begin : begin + _PAGE]
-        marks = ",".join("?" * len(some))
-        query = f"SELECT number, id, metadata, source FROM items_{row.key} WHERE number IN ({marks})"
-        known |= {number: (item_id, text, source) for number, item_id, text, source in db.execute(query, some)}
-    if len(known) != len(wanted):
-        raise StorageFailed("the vector store is damaged: a vector has no item")
-    answers = []
-    for numbers, scores in candidates:
-        best = sorted(
-            zip(numbers.tolist(), scores.tolist(), strict=True), key=lambda pair: (-pair[1], known[pair[0]][0])
-        )
-        answers.append(
-            [
-                Hit(known[number][0], score, _metadata(known[number][0], known[number][1]), known[number][2])
-                for number, score in best[:k]
-            ]
-        )
-    return answers
+def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
+    """Candidates (score, place) with their ids and metadata; the k best, equal scores by id."""
+    hits = []
+    for score, place in best:
+        try:
+            item_id, metadata, source = orjson.loads(view.payload(place))
+        except ValueError as error:
+            raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
+        hits.append(Hit(item_id, min(1.0, max(-1.0, score)), metadata, source))
+    hits.sort(key=lambda hit: (-hit.score, hit.id))
+    return hits[:k]

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 import faiss
+import numpy as np
 
 from model.engine import available_cpus
 from service.errors import CollectionNotFound, ServiceError
 from service.search import database
-from service.search.database import Numbers, Row, SegmentRow, snapshot, transaction
+from service.search.database import Chunk, Point, Row, SegmentRow, snapshot, transaction
 from service.search.segments import (
+    Positions,
     Stopped,
     build,
     kind_for,
@@ -126,7 +128,7 @@ class Maintenance:
         self._seal_rows = seal_rows
         self._on_recall = on_recall
         self._recalls: dict[int, Recall] = {}
-        self._samples: deque[tuple[View, Floats, Numbers]] = deque(maxlen=4)
+        self._samples: deque[tuple[View, Floats, Positions]] = deque(maxlen=4)
         self._sampled_at = 0.0
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -160,7 +162,7 @@ class Maintenance:
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
-    def observe(self, view: View, vectors: Floats, found: list[tuple[Numbers, Floats]], given: SearchParams) -> None:
+    def observe(self, view: View, vectors: Floats, found: list[list[tuple[float, int]]], given: SearchParams) -> None:
         """Perhaps keep a live query, to compare its answer with the exact one later."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or given != SearchParams():
@@ -169,13 +171,14 @@ class Maintenance:
             return
         self._sampled_at = now
         which = random.randrange(len(vectors))  # noqa: S311 - a sample, not a secret
-        self._samples.append((view, vectors[which : which + 1], found[which][0][:10]))
+        places = np.array([place for _, place in found[which][:10]], np.int64)
+        self._samples.append((view, vectors[which : which + 1], places))
         self._wake.set()
 
     def _measure(self) -> None:
         while self._samples and not self._stop.is_set():
             view, vector, found = self._samples.popleft()
-            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).numbers
+            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).places
             recalled = self._recalls.setdefault(view.row.key, Recall(view.row.spec.index.target_recall))
             self._on_recall(view.row.name, recalled.add(recall(found[None], truth)))
 
@@ -251,12 +254,8 @@ class Maintenance:
                 database.drop(db, key)
 
     def _current(self, db: sqlite3.Connection, collection: str | int) -> View:
-        while True:
-            with snapshot(db):
-                row = database.find(db, collection) if isinstance(collection, str) else database.by_key(db, collection)
-                view = self._views.at(db, row)
-            if view is not None:
-                return view
+        row = database.find(db, collection) if isinstance(collection, str) else database.by_key(db, collection)
+        return self._views.newest(db, row)
 
     def _step(self, db: sqlite3.Connection, collection: str | int, *, idle: bool = False, settle: bool = False) -> bool:
         """Do the most useful thing for a collection, if there is one."""
@@ -288,25 +287,25 @@ class Maintenance:
             files = write(self._root / folder, built)
             new = SegmentRow(0, folder, kind, int(numbers[0]), int(numbers[-1]), len(numbers), built.effort, files)
         with transaction(db):
-            seq = 0 if base else view.seq
-            if not database.swap_segments(db, row, old, new, sealed=sealed, seq=seq):
+            point = Point() if base else view.point
+            if not database.swap_segments(db, row, old, new, sealed=sealed, point=point):
                 return  # another process was faster; this one's folder is an orphan now
         self._current(db, row.key)  # open it now, so that no search waits for its checksums
         seconds = round(time.perf_counter() - started, 3)
         fields = {"collection": row.name, "kind": kind, "vectors": len(built.numbers), "replaced": len(old)}
         log.info("segment built", extra={"fields": {**fields, "seconds": seconds}})
 
-    def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[tuple[Numbers, Floats]]:
-        """Vectors with numbers above `after`, up to `to`, each chunk in a transaction of its own: what is deleted in
+    def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[Chunk]:
+        """Items with numbers above `after`, up to `to`, each chunk in a transaction of its own: what is deleted in
         between is in `removed`, and a long one would keep SQLite from shortening its log."""
         while True:
             with snapshot(db):
                 database.check_exists(db, row)
-                chunk = next(database.read_vectors(db, row, after=after, to=to), None)
+                chunk = next(database.read_items(db, row, after=after, to=to), None)
             if chunk is None:
                 return
             yield chunk
-            after = int(chunk[0][-1])
+            after = int(chunk.numbers[-1])
 
     def _check(self) -> None:
         if self._stop.is_set():

@@ -1,10 +1,11 @@
 """Immutable files of vectors with a faiss index over them, mapped into memory.
 
-A segment is a folder of `numbers.npy` (what each vector is called in the database), `vectors.faiss` (a flat index:
-float32 or float16) and, but for the kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of
-codes). Files are mapped (`IO_FLAG_MMAP_IFC`), so opening costs nothing but their checksums, and all processes of a host
-share one copy. Nothing here is ever changed: what is deleted is a bit in a bitmap that comes with each search, since
-faiss aborts or answers wrongly when an index changes under a search (faiss#1504).
+A segment is a folder of `numbers.npy` (what each item is called in the database), `payloads.bin` with `payloads.npy`
+(what an answer says of each, and where that begins), `vectors.faiss` (a flat index: float32 or float16) and, but for
+the kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of codes). Files are mapped
+(`IO_FLAG_MMAP_IFC`), so opening costs nothing but their checksums, and all processes of a host share one copy. Nothing
+here is ever changed: what is deleted is a bit in a bitmap that comes with each search, since faiss aborts or answers
+wrongly when an index changes under a search (faiss#1504).
 
 `ivf_pq` and `rabitq` find candidates by their codes, whose scores are approximate; the candidates are then scored by
 their vectors, so a score is the cosine whatever the kind.
@@ -12,11 +13,13 @@ their vectors, so a score is the cosine whatever the kind.
 Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
 """
 
+import mmap
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -26,7 +29,7 @@ import numpy.typing as npt
 import xxhash
 
 from service.errors import StorageFailed
-from service.search.database import Numbers, SegmentRow, sync_folder
+from service.search.database import Chunk, Numbers, SegmentRow, sync_folder
 from service.search.store import CollectionSpec, Floats, IndexSpec, SearchParams
 
 Bits = npt.NDArray[np.uint8]  # a bit for each vector, lowest first
@@ -42,7 +45,7 @@ REFINE: Final = 8
 """Candidates by code for each neighbour wanted."""
 EFFORTS: Final[dict[str, tuple[int, ...]]] = {
     "flat": (1,),
-    "hnsw": (32, 48, 64, 96, 128, 192, 256, 384, 512),
+    "hnsw": (64, 96, 128, 192, 256, 384, 512),
     "ivf_pq": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
     "rabitq": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
 }
@@ -54,14 +57,40 @@ _CHUNK: Final = 2**24
 
 
 class Found(NamedTuple):
-    """Answers of one part of a collection, best first; missing ones have number -1 and score -inf."""
+    """Answers of one part of a collection, best first; missing ones have place -1 and score -inf."""
 
     scores: Floats  # [q, k]
-    numbers: Numbers  # [q, k]
+    places: Positions  # [q, k], within the part
 
 
 class Stopped(Exception):
     """The store closes while a segment is being built; nothing of it is kept."""
+
+
+class Payloads(Sequence[bytes]):
+    """What an answer says of each item of a segment, in a mapped file."""
+
+    def __init__(self, data: bytes | mmap.mmap, starts: npt.NDArray[np.int64]) -> None:
+        self._data = data
+        self._starts = starts  # [n + 1]
+
+    @staticmethod
+    def of(payloads: Sequence[bytes]) -> "Payloads":
+        return Payloads(b"".join(payloads), np.cumsum([0, *map(len, payloads)]))
+
+    @staticmethod
+    def opened(folder: Path) -> "Payloads":
+        starts = np.asarray(np.load(folder / "payloads.npy", mmap_mode="r", allow_pickle=False))
+        with (folder / "payloads.bin").open("rb") as file:
+            return Payloads(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), starts)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self._data[self._starts[place] : self._starts[place + 1]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,7 @@ class Segment:
     flat: Any  # faiss.IndexFlatIP or IndexScalarQuantizer (float16)
     matrix: npt.NDArray[Any]  # [n, D], the flat index's own memory
     index: Any  # over the same positions; None for the kind flat
+    payloads: "Payloads"
     whole: bool = True  # False: its files are damaged, and this was made of the database's rows
 
     def search(self, queries: Floats, k: int, alive: Bits | None, params: SearchParams, widen: float = 1.0) -> Found:
@@ -81,22 +111,23 @@ class Segment:
 
         `widen` multiplies efSearch or nprobe: a filter that few pass needs more candidates.
         """
-        selector = None if alive is None else faiss.IDSelectorBitmap(alive)
+        selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
         if self.index is None or params.exact:
             scores, positions = self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector))
         elif self.row.kind == "hnsw":
             wanted = max(k, int((params.ef_search or self.row.effort) * widen))
-            found = self.index.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=wanted, sel=selector))
-            scores, positions = found
+            scores, positions = self.index.search(queries, k, params=_hnsw_params(wanted, selector))
         else:
             nprobe = int((params.nprobe or self.row.effort) * widen)
             scores, positions = self._by_code(queries, k, nprobe, selector)
-        return Found(np.where(positions < 0, -np.inf, scores), np.where(positions < 0, -1, self.numbers[positions]))
+        if positions[:, -1].min() < 0:  # fewer were found than wanted
+            scores = np.where(positions < 0, -np.inf, scores)
+        return Found(scores, positions)
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Found:
         """The k nearest of each query among some positions, by their vectors."""
         scores = queries @ self.rows(positions).T
-        return top(scores, self.numbers[positions], k)
+        return top(scores, positions, k)
 
     def rows(self, positions: Positions) -> Floats:
         """Vectors [len(positions), D] float32."""
@@ -125,10 +156,21 @@ class Segment:
         return top_of(np.where(places < 0, -np.inf, scores), places, k)
 
 
-def top(scores: Floats, numbers: Numbers, k: int) -> Found:
-    """The k best of scores [q, m] whose columns are called `numbers` [m]; a full sort only of the best."""
-    wide = np.broadcast_to(numbers, scores.shape)
-    return Found(*top_of(scores, wide, k))
+@lru_cache(256)
+def _all_alive(ef_search: int) -> Any:
+    return faiss.SearchParametersHNSW(efSearch=ef_search)
+
+
+def _hnsw_params(ef_search: int, selector: Any) -> Any:
+    """Making one takes as long as a good part of a search, so the usual ones are kept."""
+    if selector is None:
+        return _all_alive(ef_search)
+    return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
+
+
+def top(scores: Floats, places: Positions, k: int) -> Found:
+    """The k best of scores [q, m] whose columns are the places [m]; a full sort only of the best."""
+    return Found(*top_of(scores, np.broadcast_to(places, scores.shape), k))
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
@@ -202,13 +244,14 @@ class Built(NamedTuple):
     numbers: Numbers
     flat: Any
     index: Any
+    payloads: list[bytes]
     effort: int  # efSearch or nprobe that reaches the target recall
 
 
 def build(
     kind: BuiltKind,
     spec: CollectionSpec,
-    chunks: Iterable[tuple[Numbers, Floats]],
+    chunks: Iterable[Chunk],
     *,
     grown_from: Segment | None = None,
     check: Callable[[], None] = lambda: None,
@@ -216,28 +259,34 @@ def build(
     """Index some vectors.
 
     Args:
-        chunks: numbers [m] and vectors [m, D], in ascending order.
+        chunks: the items, in ascending order.
         grown_from: an `hnsw` segment: its graph is continued with the chunks instead of a new one begun.
         check: called between steps; raises `Stopped` to give up.
     """
     parts: list[Numbers] = []
+    payloads: list[bytes] = []
     if kind == "hnsw":
         index = _new_graph(spec) if grown_from is None else _copied_graph(grown_from, spec)
-        parts += [] if grown_from is None else [np.asarray(grown_from.numbers)]
+        if grown_from is not None:
+            parts.append(grown_from.numbers)
+            payloads += grown_from.payloads
         flat = faiss.downcast_index(index.storage)
     else:
         index, flat = None, new_flat(spec.dimension, spec.dtype)
-    for numbers, vectors in chunks:
-        check()
-        parts.append(numbers)
-        for begin in range(0, len(vectors), _ADD):
+    for chunk in chunks:
+        parts.append(chunk.numbers)
+        payloads += chunk.payloads
+        for begin in range(0, len(chunk.vectors), _ADD):
             check()
-            (flat if index is None else index).add(vectors[begin : begin + _ADD])
+            (flat if index is None else index).add(chunk.vectors[begin : begin + _ADD])
+    numbers = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    if not len(numbers):
+        return Built(numbers, flat, None, payloads, 1)
     matrix = matrix_of(flat, spec.dtype)
     if kind in ("ivf_pq", "rabitq"):
         index = _inverted_lists(kind, spec, matrix, check)
     effort = 1 if index is None else tune(flat, matrix, index, kind, spec.index.target_recall)
-    return Built(np.concatenate(parts), flat, index, effort)
+    return Built(numbers, flat, index, payloads, effort)
 
 
 def _new_graph(spec: CollectionSpec) -> Any:
@@ -294,16 +343,16 @@ def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: flo
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     _, truth = flat.search(queries, min(_TUNE_K, n))
     row = SegmentRow(0, "", kind, 0, n - 1, n, 1, {})
-    trial = Segment(row, Path(), np.arange(n), flat, matrix, index)
+    trial = Segment(row, Path(), np.arange(n), flat, matrix, index, Payloads.of([]))
     for effort in EFFORTS[kind]:
         params = SearchParams(ef_search=effort, nprobe=effort)
-        found = trial.search(queries, truth.shape[1], None, params).numbers
+        found = trial.search(queries, truth.shape[1], None, params).places
         if recall(found, truth) >= target + (1 - target) / 2:  # of a sample: half way to perfect, to be safe
             return effort
     return EFFORTS[kind][-1]
 
 
-def recall(found: Numbers, truth: Numbers) -> float:
+def recall(found: Positions, truth: Positions) -> float:
     """The share of the true neighbours [q, k] that were found."""
     wanted = (truth >= 0).sum()
     hit = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, truth, strict=True))
@@ -327,6 +376,10 @@ def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
     try:
         with (aside / "numbers.npy").open("wb") as file:
             np.save(file, built.numbers)
+        with (aside / "payloads.npy").open("wb") as file:
+            np.save(file, np.cumsum([0, *map(len, built.payloads)]))
+        with (aside / "payloads.bin").open("wb") as file:
+            file.writelines(built.payloads)
         faiss.write_index(built.flat, str(aside / "vectors.faiss"))
         if built.index is not None:
             flags = faiss.IO_FLAG_SKIP_STORAGE if isinstance(built.index, faiss.IndexHNSW) else 0
@@ -374,21 +427,26 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
             raise StorageFailed(f"segment {row.folder}: {name}: {error.strerror}") from error
         if not whole:
             raise StorageFailed(f"segment {row.folder}: {name} is damaged")
-    numbers = np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False)
+    numbers = np.asarray(
+        np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False)
+    )  # a memmap is slow to index
     flat = faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
     index = None
     if row.kind != "flat":
         index = faiss.read_index(str(folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
         if row.kind == "hnsw":
             index = _with_storage(index, flat)
-    return Segment(row, folder, numbers, flat, matrix_of(flat, dtype), index)
+    return Segment(row, folder, numbers, flat, matrix_of(flat, dtype), index, Payloads.opened(folder))
 
 
-def in_memory(row: SegmentRow, numbers: Numbers, matrix: Floats, dtype: str) -> Segment:
+def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
     """What takes the place of a damaged segment: the same vectors, from the database, searched exactly."""
-    flat = new_flat(matrix.shape[1], dtype)
-    flat.add(matrix)
-    return Segment(row, Path(), numbers, flat, matrix_of(flat, dtype), None, whole=False)
+    flat = new_flat(dimension, dtype)
+    for chunk in chunks:
+        flat.add(chunk.vectors)
+    numbers = np.concatenate([np.empty(0, np.int64), *(chunk.numbers for chunk in chunks)])
+    payloads = Payloads.of([one for chunk in chunks for one in chunk.payloads])
+    return Segment(row, Path(), numbers, flat, matrix_of(flat, dtype), None, payloads, whole=False)
 
 
 def remove_orphans(root: Path, used: set[str]) -> None:
@@ -403,4 +461,4 @@ def merged(parts: Sequence[Found], k: int) -> Found:
     if len(parts) == 1:
         return parts[0]
     scores = np.concatenate([part.scores for part in parts], axis=1)
-    return Found(*top_of(scores, np.concatenate([part.numbers for part in parts], axis=1), k))
+    return Found(*top_of(scores, np.concatenate([part.places for part in parts], axis=1), k))

@@ -37,8 +37,9 @@ class Selections:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, str, tuple[Scalar, ...]], _Kept] = OrderedDict()
 
-    def allowed(self, db: sqlite3.Connection, row: Row, view: View, where: Filter) -> Allowed:
-        """What passes, of the view and perhaps of what was deleted before it. Within the view's transaction."""
+    def allowed(self, db: sqlite3.Connection, view: View, where: Filter) -> Allowed:
+        """What passes now, of the view and perhaps of what was deleted before it."""
+        row = view.row
         condition, parameters = to_sql(where)  # also what tells filters apart: to Python, 1 and True are equal
         key = (row.key, condition, tuple(parameters))
         with self._lock:

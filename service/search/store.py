@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,7 @@ class Item:
     digest: str | None = None  # sha256 of the photo's bytes, in hex: exact duplicates have the same
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One result of a search; `score` is the cosine similarity."""
 
     id: str

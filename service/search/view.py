@@ -6,6 +6,7 @@ another. The tail grows in place: rows are appended behind the length that older
 change.
 """
 
+import bisect
 import logging
 import sqlite3
 import threading
@@ -15,10 +16,11 @@ from typing import Any, Final, NamedTuple
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from service.errors import StorageFailed
 from service.search import database
-from service.search.database import Numbers, Row, SegmentRow
+from service.search.database import Chunk, Numbers, Point, Row, SegmentRow
 from service.search.segments import (
     Bits,
     Found,
@@ -31,6 +33,7 @@ from service.search.segments import (
     merged,
     open_segment,
     top,
+    top_of,
 )
 from service.search.store import Floats, SearchParams
 
@@ -44,23 +47,30 @@ _FIRST_CAPACITY: Final = 256
 
 
 class Tail:
-    """Vectors that are in no segment yet. Appended to under the lock of `Views`, read without."""
+    """Items that are in no segment yet. Appended to under the lock of `Views`, read without."""
 
     def __init__(self, dimension: int) -> None:
         self.numbers = np.empty(_FIRST_CAPACITY, np.int64)
         self.matrix = np.empty((_FIRST_CAPACITY, dimension), np.float32)
-        self.length = 0
+        self.payloads: list[bytes] = []
 
-    def append(self, numbers: Numbers, matrix: Floats) -> None:
-        needed = self.length + len(numbers)
+    def append(self, chunk: Chunk) -> None:
+        length, needed = len(self.payloads), len(self.payloads) + len(chunk.numbers)
         if needed > len(self.numbers):  # older views keep the arrays they have
-            capacity = max(needed, 2 * len(self.numbers))
-            self.numbers = np.concatenate([self.numbers[: self.length], np.empty(capacity - self.length, np.int64)])
-            room = np.empty((capacity - self.length, self.matrix.shape[1]), np.float32)
-            self.matrix = np.concatenate([self.matrix[: self.length], room])
-        self.numbers[self.length : needed] = numbers
-        self.matrix[self.length : needed] = matrix
-        self.length = needed
+            room = max(needed, 2 * len(self.numbers)) - length
+            self.numbers = np.concatenate([self.numbers[:length], np.empty(room, np.int64)])
+            empty = np.empty((room, self.matrix.shape[1]), np.float32)
+            self.matrix = np.concatenate([self.matrix[:length], empty])
+        self.numbers[length:needed] = chunk.numbers
+        self.matrix[length:needed] = chunk.vectors
+        self.payloads += chunk.payloads
+
+    def without(self, gone: npt.NDArray[np.bool_]) -> "Tail":
+        """A new tail of the other rows."""
+        stays = np.flatnonzero(~gone)
+        kept = Tail(self.matrix.shape[1])
+        kept.append(Chunk(self.numbers[stays], self.matrix[stays], [self.payloads[place] for place in stays]))
+        return kept
 
 
 class LiveTail(NamedTuple):
@@ -68,16 +78,15 @@ class LiveTail(NamedTuple):
 
     numbers: Numbers
     matrix: Floats
+    payloads: list[bytes]  # and perhaps later ones
     dead: Positions
 
     def search(self, queries: Floats, k: int) -> Found:
         wanted = min(k + len(self.dead), len(self.numbers))
-        scores, positions = faiss.knn(queries, self.matrix, wanted, metric=faiss.METRIC_INNER_PRODUCT)
+        scores, places = faiss.knn(queries, self.matrix, wanted, metric=faiss.METRIC_INNER_PRODUCT)
         if len(self.dead):
-            scores = np.where(np.isin(positions, self.dead), -np.inf, scores)
-            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            scores, positions = np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
-        return Found(scores, np.where(np.isneginf(scores), -1, self.numbers[positions]))
+            scores = np.where(np.isin(places, self.dead), -np.inf, scores)
+        return Found(*top_of(scores, places, k))
 
 
 class LivePart(NamedTuple):
@@ -116,13 +125,15 @@ class Allowed:
 
 @dataclass(frozen=True)
 class View:
-    """One state of one collection."""
+    """One state of one collection. A place is a position in all its parts laid end to end, the tail last."""
 
     row: Row
     parts: tuple[LivePart, ...]
+    starts: tuple[int, ...]  # the place at which each part begins, and in the end the tail
     tail: LiveTail
+    edited: dict[int, bytes]  # payloads of items that changed since; shared with later views
     last: int  # the highest number seen
-    seq: int  # how far `removed` was read
+    point: Point
 
     def search(
         self, queries: Floats, k: int, params: SearchParams, allowed: Allowed | None = None, widen: float = 1.0
@@ -130,12 +141,25 @@ class View:
         """The k nearest [q, k] of all, or of what a filter allows; `widen` multiplies efSearch and nprobe."""
         if allowed is not None:
             return self._search_among(queries, k, params, allowed, widen)
-        found = [part.segment.search(queries, k, part.alive, params, widen) for part in self.parts]
+        found = [
+            _moved(part.segment.search(queries, k, part.alive, params, widen), start)
+            for part, start in zip(self.parts, self.starts, strict=False)
+        ]
         if len(self.tail.numbers):
-            found.append(self.tail.search(queries, k))
+            found.append(_moved(self.tail.search(queries, k), self.starts[-1]))
         if not found:
             return top(np.empty((len(queries), 0), np.float32), np.empty(0, np.int64), k)
         return merged(found, k)
+
+    def payload(self, place: int) -> bytes:
+        """What an answer says of the item at a place: JSON [id, metadata, source]."""
+        part = bisect.bisect_right(self.starts, place) - 1
+        position = place - self.starts[part]
+        where: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
+        if self.edited and (changed := self.edited.get(int(where.numbers[position]))) is not None:
+            return changed
+        kept: bytes = where.payloads[position]
+        return kept
 
     def stats(self) -> dict[str, Any]:
         """Segments and tail, for people."""
@@ -154,28 +178,35 @@ class View:
 
     def _search_among(self, queries: Floats, k: int, params: SearchParams, allowed: Allowed, widen: float) -> Found:
         found = []
-        for part in self.parts:
+        for part, start in zip(self.parts, self.starts, strict=False):
             positions = allowed.positions(part.segment)
             positions = positions[are_set(part.alive, positions)]
             count, total = len(positions), len(part.segment.numbers)
             if not count:
                 continue
             if params.exact or part.segment.index is None or count <= max(EXACT_ROWS, EXACT_SHARE * total):
-                found.append(part.segment.exact(queries, k, positions))
+                found.append(_moved(part.segment.exact(queries, k, positions), start))
                 continue
             bits = allowed.bits(part.segment)
             alive = bits if part.alive is None else bits & part.alive
             wider = widen * min(total / count, 1 / EXACT_SHARE)
             some = part.segment.search(queries, k, alive, params, wider)
-            lacking = (some.numbers[:, min(k, count) - 1] < 0).any()
-            found.append(part.segment.exact(queries, k, positions) if lacking else some)
-        found.append(self._tail_among(queries, k, allowed))
+            lacking = (some.places[:, min(k, count) - 1] < 0).any()
+            found.append(_moved(part.segment.exact(queries, k, positions) if lacking else some, start))
+        found.append(_moved(self._tail_among(queries, k, allowed), self.starts[-1]))
         return merged(found, k)
 
     def _tail_among(self, queries: Floats, k: int, allowed: Allowed) -> Found:
         inside = np.isin(self.tail.numbers, allowed.numbers, assume_unique=True)
         inside[self.tail.dead] = False
-        return top(queries @ self.tail.matrix[inside].T, self.tail.numbers[inside], k)
+        return top(queries @ self.tail.matrix[inside].T, np.flatnonzero(inside), k)
+
+
+def _moved(found: Found, start: int) -> Found:
+    """A part's positions as places of the view."""
+    if not start:
+        return found
+    return Found(found.scores, np.where(found.places < 0, -1, found.places + start))
 
 
 class Views:
@@ -199,6 +230,21 @@ class Views:
                     self._views[row.key] = view
         return view if view.row.version == row.version else None
 
+    def newest(self, db: sqlite3.Connection, row: Row) -> View:
+        """The view of the state that `row` was read in, or of a later one. Outside of a transaction.
+
+        Raises:
+            CollectionNotFound: it was dropped since.
+        """
+        view = self._views.get(row.key)
+        if view is not None and view.row.version >= row.version:
+            return view
+        while True:
+            with database.snapshot(db):
+                view = self.at(db, database.by_key(db, row.key))
+            if view is not None:
+                return view
+
     def forget(self, keys: set[int]) -> None:
         """Of collections that are gone."""
         with self._lock:
@@ -210,10 +256,17 @@ class Views:
         return set(self._views)
 
     def _follow(self, db: sqlite3.Connection, row: Row, old: View | None) -> View:
-        seq, removed = database.removed_since(db, row, old.seq if old else 0)
+        removed_to, removed = database.removed_since(db, row, old.point.removed if old else 0)
+        edited_to, edited = database.edited_since(db, row, old.point.edited if old else 0)
         parts = self._parts(db, row, old, removed)
         last, tail = self._tail(db, row, old, removed)
-        return View(row, parts, tail, last, seq)
+        starts = np.cumsum([0, *(len(part.segment.numbers) for part in parts)]).tolist()
+        if old is None or [part.segment for part in parts] != [part.segment for part in old.parts]:
+            changed = database.edited_since(db, row, 0)[1]  # what was built meanwhile may know the rest
+        else:
+            changed = old.edited
+            changed.update(edited)
+        return View(row, parts, tuple(starts), tail, changed, last, Point(removed_to, edited_to))
 
     def _parts(self, db: sqlite3.Connection, row: Row, old: View | None, removed: Numbers) -> tuple[LivePart, ...]:
         known = {part.segment.row.folder: part for part in (old.parts if old else ())}
@@ -237,28 +290,23 @@ class Views:
         tail = self._tails.get(row.key)
         last = max(old.last if old else 0, row.sealed)
         dead = old.tail.dead if old else np.empty(0, np.int64)
-        if tail is None or old is None or row.sealed > old.row.sealed:  # what is in segments now leaves the tail
-            kept = Tail(row.spec.dimension)
-            if tail is not None and old is not None:
-                stays = old.tail.numbers > row.sealed
-                stays[dead] = False
-                kept.append(old.tail.numbers[stays], old.tail.matrix[stays])
-            dead = np.empty(0, np.int64)
-            tail = self._tails[row.key] = kept
-        for numbers, matrix in database.read_vectors(db, row, after=last):
-            tail.append(numbers, matrix)
-            last = int(numbers[-1])
-        numbers = tail.numbers[: tail.length]
+        if tail is None or old is None:
+            tail, dead = Tail(row.spec.dimension), np.empty(0, np.int64)
+        elif row.sealed > old.row.sealed:  # what is in segments now leaves the tail
+            tail, dead = tail.without(_rows_gone(old.tail, row.sealed)), np.empty(0, np.int64)
+        for chunk in database.read_items(db, row, after=last):
+            tail.append(chunk)
+            last = int(chunk.numbers[-1])
+        length = len(tail.payloads)
         if len(removed):
-            dead = np.union1d(dead, np.flatnonzero(np.isin(numbers, removed)))
-        if len(dead) > max(_FIRST_CAPACITY, tail.length // 4):
-            stays = np.ones(tail.length, bool)
-            stays[dead] = False
-            kept = Tail(row.spec.dimension)
-            kept.append(numbers[stays], tail.matrix[: tail.length][stays])
-            tail, dead = kept, np.empty(0, np.int64)
-            self._tails[row.key] = tail
-        return last, LiveTail(tail.numbers[: tail.length], tail.matrix[: tail.length], dead)
+            dead = np.union1d(dead, np.flatnonzero(np.isin(tail.numbers[:length], removed)))
+        if len(dead) > max(_FIRST_CAPACITY, length // 4):
+            gone = np.zeros(length, bool)
+            gone[dead] = True
+            tail, dead = tail.without(gone), np.empty(0, np.int64)
+            length = len(tail.payloads)
+        self._tails[row.key] = tail
+        return last, LiveTail(tail.numbers[:length], tail.matrix[:length], tail.payloads, dead)
 
     def _open(self, db: sqlite3.Connection, row: Row, wanted: SegmentRow) -> Segment:
         """The segment, or the same vectors from the database when its files are damaged."""
@@ -266,7 +314,11 @@ class Views:
             return open_segment(self._root, wanted, row.spec.dtype)
         except (StorageFailed, RuntimeError, ValueError, OSError) as error:
             log.error("%s; searching the database's vectors instead, until it is built again", error)
-        chunks = list(database.read_vectors(db, row, after=wanted.first - 1, to=wanted.last))
-        numbers = np.concatenate([numbers for numbers, _ in chunks] or [np.empty(0, np.int64)])
-        matrix = np.concatenate([part for _, part in chunks] or [np.empty((0, row.spec.dimension), np.float32)])
-        return in_memory(replace(wanted, kind="flat"), numbers, matrix, row.spec.dtype)
+        chunks = list(database.read_items(db, row, after=wanted.first - 1, to=wanted.last))
+        return in_memory(replace(wanted, kind="flat"), chunks, row.spec.dimension, row.spec.dtype)
+
+
+def _rows_gone(tail: LiveTail, sealed: int) -> npt.NDArray[np.bool_]:
+    gone: npt.NDArray[np.bool_] = tail.numbers <= sealed
+    gone[tail.dead] = True
+    return gone

@@ -1,0 +1,526 @@
+"""The embedded store against the plain one: any sequence of writes, searches, merges and reopenings gives the answers
+of a dictionary and a numpy scan; nothing acknowledged is lost to a kill, a full disk or a flipped byte.
+"""
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
+from service.search import maintenance, segments
+from service.search.embedded import EmbeddedStore, open_embedded
+from service.search.filters import parse_filter
+from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
+from tests.dict_store import DictStore
+
+ROOT = Path(__file__).parents[3]
+TAG = "f" * 64 + "/cls/l2/224x224/fp32"
+D = 8
+
+
+async def opened(folder: Path, **options: Any) -> EmbeddedStore:
+    store = await open_embedded(folder, threads=2, **options)
+    assert isinstance(store, EmbeddedStore)
+    return store
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
+    made = await opened(tmp_path, interval_s=60.0)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which a few hundred items go through every stage."""
+    monkeypatch.setattr(segments, "FLAT_BELOW", 100)
+    monkeypatch.setattr("service.search.view.EXACT_ROWS", 20)
+
+
+def clustered(count: int, dimension: int = D, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(max(2, count // 50), dimension))
+    return (centres[rng.integers(0, len(centres), count)] + 0.5 * rng.normal(size=(count, dimension))).astype(
+        np.float32
+    )
+
+
+def items(count: int, dimension: int = D, seed: int = 0, prefix: str = "i") -> list[Item]:
+    vectors = clustered(count, dimension, seed)
+    return [Item(f"{prefix}{n}", vector, {"n": n, "even": n % 2 == 0}) for n, vector in enumerate(vectors)]
+
+
+async def same(store: EmbeddedStore, plain: DictStore, seed: int, k: int = 5, *, exact: bool = True) -> None:
+    """Both give the same answers to a few queries, with filters and without."""
+    assert await store.count("c") == await plain.count("c")
+    queries = np.random.default_rng(seed).normal(size=(3, D))
+    for where in (None, parse_filter({"key": "even", "eq": True}), parse_filter({"key": "n", "lt": 4})):
+        ours = await store.search("c", queries, k, tag=TAG, where=where, params=SearchParams(exact=exact))
+        theirs = await plain.search("c", queries, k, tag=TAG, where=where)
+        for a, b in zip(ours, theirs, strict=True):
+            assert [hit.id for hit in a] == [hit.id for hit in b]
+            np.testing.assert_allclose([hit.score for hit in a], [hit.score for hit in b], atol=2e-6)
+            assert [hit.metadata for hit in a] == [hit.metadata for hit in b]
+
+
+# ---- any sequence of operations
+
+_some_ids = st.lists(st.integers(0, 30), min_size=1, max_size=12)
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("upsert"), _some_ids),
+        st.tuples(st.just("delete"), _some_ids),
+        st.tuples(st.just("patch"), st.integers(0, 30)),
+        st.tuples(st.just("delete_where"), st.integers(0, 8)),
+        st.tuples(st.sampled_from(["seal", "settle", "merge", "reopen", "other", "search"]), st.just(0)),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=_steps, kind=st.sampled_from(["flat", "hnsw", "ivf_pq", "rabitq"]), half=st.booleans())
+async def test_any_sequence_equals_a_dictionary(
+    steps: list[tuple[str, Any]], kind: Any, half: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`other` is a second store on the same folder, as in another process; it follows the first."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "FLAT_BELOW", 16)
+        patch.setattr("service.search.view.EXACT_ROWS", 3)
+        spec = CollectionSpec(TAG, D, "float16" if half else "float32", IndexSpec(kind), ("n",))
+        store, other, plain = await opened(folder, interval_s=60.0), None, DictStore()
+        rng = np.random.default_rng(len(steps))
+        await store.create("c", spec)
+        await plain.create("c", spec)
+        for number, (step, what) in enumerate(steps):
+            if step == "upsert":
+                vectors = rng.normal(size=(len(what), D)).astype(np.float16 if half else np.float32)
+                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+                new = [Item(f"i{n}", v, {"n": n, "even": n % 2 == 0}) for n, v in zip(what, vectors, strict=True)]
+                for one in (store, plain):
+                    await one.upsert("c", new, tag=TAG)
+            elif step == "delete":
+                gone = [f"i{n}" for n in what]
+                assert await store.delete("c", gone) == await plain.delete("c", gone)
+            elif step == "delete_where":
+                where = parse_filter({"and": [{"key": "n", "gte": what}, {"key": "n", "lt": what + 4}]})
+                assert await store.delete_where("c", where) == await plain.delete_where("c", where)
+            elif step == "patch" and (await plain.get("c", [f"i{what}"]))[0]:
+                for one in (store, plain):
+                    await one.patch("c", f"i{what}", {"even": what % 3 == 0, "patched": True})
+            elif step in ("seal", "merge"):
+                patch.setattr(maintenance, "MANY", 0 if step == "merge" else 4)
+                build_one(store, seal_rows=1)
+            elif step == "settle":
+                await store.settle("c")
+            elif step == "reopen":
+                await store.close()
+                store = await opened(folder, interval_s=60.0)
+            elif step == "other":
+                other = other or await opened(folder, interval_s=60.0)
+                await same_enough(other, plain, number, half)
+            await same_enough(store, plain, number, half)
+        for one in (store, other):
+            if one is not None:
+                await same_enough(one, plain, 99, half)
+                await one.close()
+
+
+async def same_enough(store: EmbeddedStore, plain: DictStore, seed: int, half: bool) -> None:
+    """float16 moves scores, so neighbours may change places: then only what is there is compared."""
+    if not half:
+        await same(store, plain, seed)
+        return
+    ours = await store.search("c", np.ones((1, D)), 100, tag=TAG, params=SearchParams(exact=True))
+    theirs = await plain.search("c", np.ones((1, D)), 100, tag=TAG)
+    scores = {hit.id: hit.score for hit in theirs[0]}
+    assert {hit.id for hit in ours[0]} == set(scores)
+    np.testing.assert_allclose([hit.score for hit in ours[0]], [scores[hit.id] for hit in ours[0]], atol=2e-3)
+
+
+def build_one(store: EmbeddedStore, *, seal_rows: int) -> None:
+    """One step of maintenance, in this thread."""
+    db = store._connect()
+    store._maintenance._seal_rows = seal_rows
+    with store._maintenance._working:
+        store._maintenance._step(db, "c")
+
+
+# ---- kinds
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_pq", "rabitq"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.usefixtures("small")
+async def test_every_kind_finds_nearly_all_with_exact_scores(store: EmbeddedStore, kind: Any, dtype: Any) -> None:
+    kept = items(2000, 32)
+    await store.create("c", CollectionSpec(TAG, 32, dtype, IndexSpec(kind, target_recall=0.95)))
+    await store.upsert("c", kept, tag=TAG)
+    await store.settle("c")
+    [segment] = (await store.stats("c"))["segments"]
+    assert (segment["kind"], segment["vectors"]) == (kind, 2000)
+    queries = clustered(2000, 32)[::40] + 0.3 * np.random.default_rng(5).normal(size=(50, 32))
+    for where in (None, *(parse_filter({"key": "n", "lt": n}) for n in (3, 150, 1000, 1990))):
+        found = await store.search("c", queries, 10, tag=TAG, where=where)
+        truth = await store.search("c", queries, 10, tag=TAG, where=where, params=SearchParams(exact=True))
+        shared = [len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(found, truth, strict=True)]
+        assert np.mean(shared) >= 0.95
+        scores = {hit.id: hit.score for hit in truth[0]}
+        for hit in found[0]:
+            assert hit.score == pytest.approx(scores.get(hit.id, hit.score), abs=2e-6)
+
+
+async def test_kinds_by_size() -> None:
+    assert segments.kind_for(IndexSpec(), 19_999) == "flat"
+    assert segments.kind_for(IndexSpec(), 20_000) == "hnsw"
+    assert segments.kind_for(IndexSpec(), 2_000_000) == "ivf_pq"
+    assert segments.kind_for(IndexSpec("rabitq"), 20_000) == "rabitq"
+    assert segments.kind_for(IndexSpec("flat"), 10**9) == "flat"
+
+
+@pytest.mark.usefixtures("small")
+async def test_a_graph_grows_and_keeps_its_deleted(store: EmbeddedStore) -> None:
+    """What was deleted of a graph stays in it, marked; a fifth deleted, and it is made anew."""
+    await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw")))
+    await store.upsert("c", items(300), tag=TAG)
+    await store.settle("c")
+    await store.delete("c", [f"i{n}" for n in range(10)])
+    await store.upsert("c", items(50, seed=1, prefix="more"), tag=TAG)
+    await store.settle("c")
+    [segment] = (await store.stats("c"))["segments"]
+    assert (segment["vectors"], segment["deleted"]) == (350, 10)
+    await store.delete("c", [f"i{n}" for n in range(100)])
+    await store.settle("c")
+    [segment] = (await store.stats("c"))["segments"]
+    assert (segment["vectors"], segment["deleted"]) == (250, 0)
+    found = await store.search("c", clustered(20), 300, tag=TAG)
+    assert all(len(hits) == 250 for hits in found)
+
+
+async def test_many_equal_vectors_come_by_id(store: EmbeddedStore) -> None:
+    """Also across segments and tail, and when far more are equal than asked for: pages do not overlap."""
+    plain = DictStore()
+    for one in (store, plain):
+        await one.create("c", CollectionSpec(TAG, D, index=IndexSpec("flat")))
+    for part in range(3):
+        new = [Item(f"{n % 7}-{part}-{n}", np.ones(D), {"n": n, "even": True}) for n in range(60)]
+        for one in (store, plain):
+            await one.upsert("c", new, tag=TAG)
+        await store.settle("c") if part < 2 else None
+    await same(store, plain, 0, k=7, exact=False)
+
+
+async def test_a_boost_follows_low_recall() -> None:
+    recalled = maintenance.Recall(0.9)
+    for _ in range(maintenance.RECALL_ENOUGH):
+        recalled.add(0.5)
+    assert recalled.boost == 1.5
+    for _ in range(1000):
+        recalled.add(0.5)
+    assert recalled.boost <= maintenance.MAX_BOOST * 1.5
+    good = maintenance.Recall(0.9)
+    for _ in range(100):
+        good.add(0.95)
+    assert good.boost == 1
+
+
+@pytest.mark.usefixtures("small")
+async def test_recall_of_live_queries_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "RECALL_EVERY_S", 0.0)
+    told: list[tuple[str, float]] = []
+    store = await opened(tmp_path, interval_s=0.02, on_recall=lambda name, ratio: told.append((name, ratio)))
+    await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw")))
+    await store.upsert("c", items(300), tag=TAG)
+    await store.settle("c")
+    await store.search("c", clustered(1), 10, tag=TAG)
+    deadline = time.monotonic() + 10
+    while not told:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    assert told[0][0] == "c"
+    assert 0.5 < told[0][1] <= 1
+    assert (await store.stats("c"))["recall"] == told[-1][1]
+    await store.close()
+
+
+@pytest.mark.usefixtures("small")
+async def test_maintenance_works_by_itself_and_clears_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "ORPHAN_S", 0.0)
+    store, plain = await opened(tmp_path, interval_s=0.02, seal_rows=40), DictStore()
+    for n in range(12):
+        new = items(30, seed=n, prefix=f"{n}-")
+        for one in (store, plain):
+            await one.upsert("c", new, tag=TAG)
+            await one.delete("c", [f"{n}-{m}" for m in range(0, 30, 5)])
+        await same(store, plain, n)
+    deadline = time.monotonic() + 20
+    while (stats := await store.stats("c"))["tail"] >= 40 or len(list((tmp_path / "segments").iterdir())) != len(
+        stats["segments"]
+    ):
+        assert time.monotonic() < deadline, stats
+        await asyncio.sleep(0.05)
+    assert any(segment["kind"] == "hnsw" for segment in stats["segments"])
+    await same(store, plain, 99)
+    await store.close()
+    again = await opened(tmp_path, interval_s=60.0)
+    await same(again, plain, 100)
+    await again.drop("c")
+    with pytest.raises(CollectionNotFound):
+        await again.count("c")
+    await again.close()
+
+
+# ---- several at once
+
+
+async def test_writers_and_readers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stores on one folder, segments built meanwhile: every answer names items that are there."""
+    monkeypatch.setattr(segments, "FLAT_BELOW", 100)
+    stores = [await opened(tmp_path, interval_s=0.01, seal_rows=64) for _ in range(2)]
+    await stores[0].upsert("c", items(50, prefix="base"), tag=TAG)
+    stop = time.monotonic() + 4
+    written = 0
+
+    async def write(n: int) -> None:
+        nonlocal written
+        step = 0
+        while time.monotonic() < stop:
+            store = stores[n % 2]
+            await store.upsert("c", items(5, seed=step, prefix=f"w{n}-{step}-"), tag=TAG)
+            [own] = await store.search("c", items(5, seed=step)[1].vector[None], 1000, tag=TAG)
+            assert f"w{n}-{step}-1" in {hit.id for hit in own}, "a write that was acknowledged is not found"
+            assert await store.delete("c", [f"w{n}-{step}-0"]) == 1
+            written += 4
+            step += 1
+
+    async def read(n: int) -> None:
+        rng = np.random.default_rng(n)
+        while time.monotonic() < stop:
+            [hits] = await stores[n % 2].search("c", rng.normal(size=(1, D)), 10, tag=TAG)
+            assert len({hit.id for hit in hits}) == 10
+            assert not any(hit.id.endswith("-0") and hit.score > 1 for hit in hits)
+
+    await asyncio.gather(*(write(n) for n in range(4)), *(read(n) for n in range(4)))
+    assert await stores[0].count("c") == await stores[1].count("c") == 50 + written
+    for store in stores:
+        await store.close()
+
+
+async def test_a_collection_dropped_and_made_again_elsewhere(tmp_path: Path) -> None:
+    one, two = await opened(tmp_path, interval_s=60.0), await opened(tmp_path, interval_s=60.0)
+    await one.upsert("c", items(20), tag=TAG)
+    assert len((await two.search("c", np.ones((1, D)), 50, tag=TAG))[0]) == 20
+    await one.drop("c")
+    with pytest.raises(CollectionNotFound):
+        await two.search("c", np.ones((1, D)), 50, tag=TAG)
+    await one.upsert("c", [Item("x", np.ones(3))], tag="another")
+    [hits] = await two.search("c", np.ones((1, 3)), 50, tag="another")
+    assert [hit.id for hit in hits] == ["x"]
+    await one.close()
+    await two.close()
+
+
+# ---- snapshots
+
+
+async def test_snapshots_come_back_as_they_were(store: EmbeddedStore) -> None:
+    await store.create("c", CollectionSpec(TAG, D, "float16", IndexSpec("hnsw"), ("n",)))
+    await store.upsert("c", [replace(i, source="s3://x", digest="a" * 64) for i in items(300)], tag=TAG)
+    await store.set_alias("live", "c")
+    before = (await store.scroll("c", limit=1000)).items
+    taken = await store.snapshot("live")
+    assert (taken.collection, taken.count) == ("c", 300)
+    await store.delete("c", [f"i{n}" for n in range(100)])
+    await store.upsert("c", items(5, prefix="later"), tag=TAG)
+    assert await store.snapshots("live") == [taken]
+    assert (await store.restore("again", "c", taken.name)).count == 300
+    after = (await store.scroll("again", limit=1000)).items
+    assert [(i.id, i.metadata, i.source, i.digest) for i in after] == [
+        (i.id, i.metadata, i.source, i.digest) for i in before
+    ]
+    np.testing.assert_array_equal([i.vector for i in after], [i.vector for i in before])
+    assert (await store.info("again")).spec == (await store.info("c")).spec
+    await store.upsert("again", items(3, prefix="new"), tag=TAG)
+    assert await store.count("again") == 303
+    for name in ("c", "live", "again"):
+        with pytest.raises(Conflict):
+            await store.restore(name, "c", taken.name)
+    with pytest.raises(NotFound):
+        await store.restore("other", "c", "20200101T000000.000Z")
+    await store.drop_snapshot("c", taken.name)
+    assert await store.snapshots("c") == []
+
+
+async def test_a_damaged_snapshot_is_refused_and_leaves_nothing(store: EmbeddedStore) -> None:
+    await store.upsert("c", items(500), tag=TAG)
+    taken = await store.snapshot("c")
+    path = await store.snapshot_path("c", taken.name)
+    whole = path.read_bytes()
+    for place in range(len(whole) // 7, len(whole), len(whole) // 7):
+        path.write_bytes(whole[:place] + bytes(64) + whole[place + 64 :])
+        if path.read_bytes() == whole:
+            continue
+        try:
+            await store.restore("again", "c", taken.name)
+        except StorageFailed:
+            with pytest.raises(CollectionNotFound):
+                await store.info("again")
+        else:  # the bytes were not of an item
+            assert await store.count("again") == 500
+            await store.drop("again")
+    assert [info.name for info in await store.collections()] == ["c"]
+    (hidden,) = await store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone())
+    assert hidden == 1
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("name", ["numbers.npy", "vectors.faiss", "index.faiss", "payloads.npy", "payloads.bin"])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+@pytest.mark.usefixtures("small")
+async def test_a_damaged_segment_is_built_again(
+    tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, plain = await opened(tmp_path, interval_s=60.0), DictStore()
+    for one in (store, plain):
+        await one.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw")))
+        await one.upsert("c", items(200), tag=TAG)
+    await store.settle("c")
+    await store.delete("c", ["i1", "i2"])
+    await plain.delete("c", ["i1", "i2"])
+    await store.close()
+    [path] = (tmp_path / "segments").glob(f"*/{name}")
+    whole = path.read_bytes()
+    if how == "flip":
+        place = len(whole) * 2 // 3
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    elif how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        path.unlink()
+    again = await opened(tmp_path, interval_s=60.0)
+    assert name in caplog.text
+    await same(again, plain, 1)
+    assert not (await again.stats("c"))["segments"][0]["whole"]
+    await again.settle("c")
+    assert (await again.stats("c"))["segments"][0]["whole"]
+    await same(again, plain, 2, exact=False)
+    await again.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE vectors_1 SET vector = zeroblob(32) WHERE number = 2", "vector of item number 2"),
+        ("UPDATE vectors_1 SET vector = x'00' WHERE number = 2", "vector of item number 2"),
+        ("DELETE FROM vectors_1 WHERE number = 2", "an item has no vector"),
+        ("DELETE FROM items_1 WHERE number = 2", "a vector has no item"),
+        ("UPDATE items_1 SET metadata = '{' WHERE number = 2", "metadata of item 'i1'"),
+        ("UPDATE items_1 SET metadata = '[1]' WHERE number = 2", "metadata of item 'i1'"),
+        ("UPDATE items_1 SET metadata = 7 WHERE number = 2", "metadata of item 'i1'"),
+    ],
+)
+async def test_a_damaged_item_is_named_not_served(tmp_path: Path, statement: str, words: str) -> None:
+    store = await opened(tmp_path, interval_s=60.0)
+    await store.upsert("c", items(3), tag=TAG)
+    await store.close()
+    with sqlite3.connect(tmp_path / "search.sqlite3") as db:
+        db.execute(statement)
+    db.close()
+
+    async def read() -> None:
+        again = await opened(tmp_path, interval_s=60.0)
+        try:
+            await again.get("c", ["i1"])
+        finally:
+            await again.close()
+
+    with pytest.raises(StorageFailed, match=words):
+        await read()
+
+
+async def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "search.sqlite3"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE bills (id)")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(StorageFailed, match=r"search\.sqlite3 is not a vector store of this version"):
+        await opened(tmp_path)
+    assert path.read_bytes() == before
+    path.write_bytes(b"not a database at all" * 100)
+    with pytest.raises(StorageFailed, match=r"search\.sqlite3 is damaged or not a database"):
+        await opened(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageFailed, match=r"file/search\.sqlite3"):
+        await opened(tmp_path / "file")
+
+
+# ---- full disks
+
+
+async def test_a_full_disk_is_an_error_and_nothing_is_half_written(store: EmbeddedStore) -> None:
+    await store.upsert("c", items(3), tag=TAG)
+    await store._write(lambda db: db.execute("PRAGMA max_page_count = 1"))  # SQLite's own "full"
+    many = store.upsert("c", items(2000, prefix="more"), tag=TAG)
+    few = store.delete("c", ["i0"])
+    with pytest.raises(StorageFailed, match=r"^the vector store: database or disk is full$"):
+        await many
+    assert await few == 1  # others do not suffer
+    assert await store.count("c") == 2
+    assert len((await store.search("c", np.ones((1, D)), 10, tag=TAG))[0]) == 2
+
+
+async def test_a_segment_that_cannot_be_written_is_tried_again(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = DictStore()
+    for one in (store, plain):
+        await one.upsert("c", items(50), tag=TAG)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            await store.settle("c")
+    assert list((tmp_path / "segments").iterdir()) == []
+    await same(store, plain, 0)
+    await store.settle("c")
+    assert len((await store.stats("c"))["segments"]) == 1
+    await same(store, plain, 1)
+
+
+# ---- kills
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_acknowledged_writes_survive_kill_9(tmp_path: Path, seed: int) -> None:
+    """A process that writes, deletes, merges and takes snapshots is killed at a random moment."""
+    check = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [*check, "--kills", "2", "--seed", str(seed)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
