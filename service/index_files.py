@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -28,7 +28,7 @@ from model.engine import Engine
 from model.preprocess import preprocess
 from service.decode import DEFAULT_LIMITS, DecodeLimits, decode
 from service.embed_files import FloatArray, load_ahead, vector_dims, vectors_of
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, ServiceError
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, ServiceError, StorageFailed
 from service.photo_files import Photo, Problem
 from service.pipeline import Pooling
 from service.search.store import (
@@ -110,7 +110,7 @@ async def index_photos(
     options: IndexOptions,
     *,
     stop: threading.Event | None = None,
-    keep: Callable[[bytes], object] | None = None,
+    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None = None,
     on_problem: Callable[[Problem], None] = lambda _: None,
     on_progress: Callable[[IndexReport], None] = lambda _: None,
 ) -> IndexReport:
@@ -119,7 +119,7 @@ async def index_photos(
     Args:
         found: from `service.sources.find_photos`; gone through in a thread.
         stop: once set, the batch in hand is finished and written, and the run ends.
-        keep: stores a photo's bytes before its item is written; called in decode threads.
+        keep: stores a photo's bytes, before its item is written.
         on_problem, on_progress: called in threads of the run.
 
     Raises:
@@ -156,7 +156,7 @@ class _Run:
     engine: Engine
     options: IndexOptions
     stop: threading.Event
-    keep: Callable[[bytes], object] | None
+    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None
     on_problem: Callable[[Problem], None]
     on_progress: Callable[[IndexReport], None]
     report: IndexReport = field(default_factory=IndexReport)
@@ -293,7 +293,9 @@ class _Run:
             check_source(Item(item_id, np.zeros(0, np.float32), source=photo.source))
             pixels = preprocess(decode(data, self.options.limits), self.artifact.manifest.preprocess)
             if self.keep is not None:
-                self.keep(data)
+                asyncio.run_coroutine_threadsafe(self.keep(data), self.loop).result()
+        except StorageFailed:  # of no photo: the next one would fare no better
+            raise
         except (ServiceError, OSError, ValueError, ImportError) as error:
             return str(error)
         if by_content:

@@ -219,11 +219,21 @@ async def test_another_model_is_refused_before_any_work(folder: Path) -> None:
 
 async def test_pooling_and_originals(folder: Path) -> None:
     store, kept = DictStore(), []
-    report = await run(folder, store=store, pooling="cls+mean", originals=True, keep=kept.append)
+
+    async def keep(data: bytes) -> None:
+        kept.append(data)
+
+    report = await run(folder, store=store, pooling="cls+mean", originals=True, keep=keep)
     info = await store.info("shop")
     assert (info.dimension, info.spec.originals) == (2 * DIMS, True)
     assert sorted(kept) == sorted(photo(index) for index in range(6))
     assert report.indexed == 6
+
+    async def full(data: bytes) -> None:
+        raise StorageFailed("the disk is full")
+
+    with pytest.raises(StorageFailed, match="disk is full"):
+        await run(folder, store=store, to="other", keep=full)
 
 
 async def test_nothing_found_makes_no_collection(tmp_path: Path) -> None:
