@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -354,3 +356,32 @@ def test_a_real_model_and_the_embedded_store(tmp_path: Path, photos: Path, monke
     hit = json.loads(result.output)[0]
     assert hit["id"] == "deep/c.png"
     assert hit["score"] == pytest.approx(1, abs=1e-5)
+
+
+def documented_commands() -> list[str]:
+    """Commands of docs/indexing.md that need no other machine."""
+    text = (Path(cli.__file__).parent / "docs" / "indexing.md").read_text()
+    blocks = text.split("```sh\n")[1:]
+    lines = [line for block in blocks for line in block.partition("```")[0].splitlines()]
+    return [line for line in lines if "s3://" not in line and "milvus://" not in line]
+
+
+def test_every_documented_command_runs(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for index, name in enumerate(["a.jpg", "b.jpg"]):
+        Path("photos", name).write_bytes(photo(index, kind="JPEG"))
+    with tarfile.open("shard.tar", "w") as tar:
+        tar.add("photos/a.jpg", "c.jpg")
+    pq.write_table(pa.table({"image": [photo(3)], "label": [1]}), "train.parquet")
+    Path("list.jsonl").write_text('{"image": "photos/a.jpg", "id": "1", "brand": "Arla"}\n')
+    commands = documented_commands()
+    assert len(commands) > 20
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "dinov2"
+        kept.ok(*words)
+    assert kept.store()._collections["shop"].items.keys() == {"a.jpg", "b.jpg", "c.jpg", "train.parquet#0", "1"}
