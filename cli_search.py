@@ -361,14 +361,15 @@ def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
 def _until_interrupted() -> Iterator[threading.Event]:
     """Set by the first Ctrl+C; a second one ends the program as usual."""
     stop = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
 
     def interrupt(_number: int, _frame: object) -> None:
         stop.set()
         signal.signal(signal.SIGINT, before)
         os.write(2, b"\nstopping after the batch in hand; Ctrl+C again ends at once\n")  # print is not reentrant
 
-    signal.signal(signal.SIGINT, interrupt)
+    if before is not signal.SIG_IGN:  # as with nohup
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield stop
     finally:
