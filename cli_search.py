@@ -109,7 +109,11 @@ def index(
         )
         return await _index(found, vectors, collection, artifact, loaded, options, settings, errors)
 
-    report = run_with(store, data_dir, work)
+    _tell(run_with(store, data_dir, work), collection)
+
+
+def _tell(report: "IndexReport", collection: str) -> None:
+    """What became of the photos, as text and as the exit status."""
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
     if report.failed > _LISTED:
