@@ -1,4 +1,4 @@
-"""The command line: `dinov2 serve | embed | train | export | models`.
+"""The command line: `dinov2 serve | embed | index | search | collections | train | export | models`.
 
 Each command imports what it needs when it runs, so `dinov2 serve` works without torch and `dinov2 --help` is quick.
 """
@@ -10,11 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+import cli_collections
+import cli_search
+from cli_search import fail as _fail
+
 app = typer.Typer(
     name="dinov2",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it.",
+    help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it, search.",
 )
 
 ModelOption = Annotated[
@@ -23,11 +27,6 @@ ModelOption = Annotated[
         help="auto (newest artifact in the data folder, else the bundled one), an artifact folder, or a name."
     ),
 ]
-
-
-def _fail(message: object) -> typer.Exit:
-    typer.echo(f"error: {message}", err=True)
-    return typer.Exit(code=2)
 
 
 @app.command()
@@ -57,6 +56,9 @@ def embed(
         "data"
     ),
     engine: Annotated[str, typer.Option(help="auto, onnxruntime or torch.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")
+    ] = None,
     pooling: Annotated[Literal["cls", "mean", "cls+mean"], typer.Option(help="What becomes the vector.")] = "cls",
     normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
@@ -74,7 +76,7 @@ def embed(
             raise ValueError(f"{out}: the folder {out.parent} does not exist")
         files = find_files(paths)
         artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
-        loaded = load_engine(artifact, engine)
+        loaded = load_engine(artifact, engine, threads=threads)
         with Progress(disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("embedding", total=len(files))
             done, vectors, report = embed_files(
@@ -94,6 +96,11 @@ def embed(
     typer.echo(f"{report.embedded} images -> {out} ({report.images_per_s:.1f} images/s), {len(report.skipped)} skipped")
     if not report.embedded:
         raise typer.Exit(code=1)
+
+
+app.command()(cli_search.index)
+app.command()(cli_search.search)
+app.add_typer(cli_collections.app, name="collections")
 
 
 @app.command()

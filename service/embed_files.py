@@ -2,16 +2,19 @@
 
 Decoding runs in threads ahead of the engine, so the engine waits only when decoding is the slower of the two; at most
 two batches are decoded ahead, so memory does not grow with the number of files. The vectors are those that the service
-gives for the same bytes.
+gives for the same bytes. `dinov2 index` (`service/index_files.py`) shares `load_ahead` and `vectors_of`.
 """
 
 import os
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,8 @@ from service.errors import ServiceError
 from service.pipeline import Embedded, Pooling
 
 FloatArray = npt.NDArray[np.float32]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -85,47 +90,73 @@ def embed_files(
     def load(path: Path) -> FloatArray | str:
         try:
             return preprocess(decode(path.read_bytes(), limits), spec)
-        except ServiceError as error:
-            return error.detail
-        except (OSError, ValueError) as error:
+        except (ServiceError, OSError, ValueError) as error:
             return str(error)
 
     done: list[Path] = []
     vectors: list[FloatArray] = []
     skipped: list[tuple[Path, str]] = []
-    for batch in _loaded(files, load, batch_size):
+    loaded = load_ahead(files, load, ahead=2 * batch_size)
+    while batch := list(islice(loaded, batch_size)):
         good = [(path, pixels) for path, pixels in batch if not isinstance(pixels, str)]
         skipped += [(path, pixels) for path, pixels in batch if isinstance(pixels, str)]
         if good:
-            features = engine.run(np.stack([pixels for _, pixels in good]))
-            means = features.patches.mean(axis=1)  # [B, D]
-            for (path, _), cls, mean in zip(good, features.cls, means, strict=True):
-                done.append(path)
-                vectors.append(Embedded(cls, mean, tokens=0).vector(pooling, normalize))
+            done += [path for path, _ in good]
+            vectors += vectors_of(engine, [pixels for _, pixels in good], pooling, normalize)
         advance(len(batch))
-    dims = artifact.manifest.config.embed_dim * (2 if pooling == "cls+mean" else 1)
+    dims = vector_dims(artifact, pooling)
     matrix = np.stack(vectors) if vectors else np.zeros((0, dims), np.float32)
     return done, matrix, EmbedReport(len(done), skipped, time.perf_counter() - started)
 
 
-def _loaded(
-    files: Sequence[Path], load: Callable[[Path], FloatArray | str], batch_size: int
-) -> Iterator[list[tuple[Path, FloatArray | str]]]:
-    """Batches of loaded files in order, two batches ahead."""
-    ahead: deque[tuple[Path, Future[FloatArray | str]]] = deque()
-    with ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode") as pool:
-        rest = iter(files)
+def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
+    """The vectors [D] of one forward pass over preprocessed images [3, h, w] of one size."""
+    features = engine.run(np.stack(pixels))
+    means = features.patches.mean(axis=1)  # [B, D]
+    rows = zip(features.cls, means, strict=True)
+    return [Embedded(cls, mean, tokens=0).vector(pooling, normalize) for cls, mean in rows]
 
-        def fill() -> None:
-            while len(ahead) < 2 * batch_size and (path := next(rest, None)) is not None:
-                ahead.append((path, pool.submit(load, path)))
 
-        fill()
-        while ahead:
-            batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
-            loaded = [(path, future.result()) for path, future in batch]
-            fill()
-            yield loaded
+def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
+    return artifact.manifest.config.embed_dim * (2 if pooling == "cls+mean" else 1)
+
+
+def load_ahead(
+    tasks: Iterable[T], load: Callable[[T], R], *, ahead: int, workers: int | None = None
+) -> Generator[tuple[T, R], None, None]:
+    """Each task with what `load` makes of it, in order; at most `ahead` of them are begun and not yet taken.
+
+    `load` runs in `workers` threads (None: one per CPU). `tasks` is gone through in a thread of its own, so it may
+    wait for a disk or a network without holding up who takes the results. What either raises is raised here; closing
+    the iterator ends the threads, after the loads that have begun.
+    """
+    begun: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
+    pool = ThreadPoolExecutor(workers or available_cpus(), thread_name_prefix="decode")
+    feeder = ThreadPoolExecutor(1, thread_name_prefix="feed")
+
+    def feed() -> None:
+        try:
+            for task in tasks:
+                room.acquire()
+                if closed.is_set():
+                    return
+                begun.put((task, pool.submit(load, task)))
+        finally:
+            begun.put(None)
+
+    try:
+        feeding = feeder.submit(feed)
+        while (first := begun.get()) is not None:
+            task, future = first
+            room.release()
+            yield task, future.result()
+        feeding.result()
+    finally:
+        closed.set()
+        room.release()
+        feeder.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def save_vectors(

@@ -1,0 +1,140 @@
+"""Indexing a folder end to end, beside what the bare engine does on the same photos, decoded before, in the same run.
+
+    python benchmarks/indexing.py dinov2_vits14|ARTIFACT PHOTOS [--photos 160] [--rounds 4]
+
+Phases take turns (bare engine, `index_photos`, bare engine, ...) in one process with one engine, so that a busy
+neighbour hurts both; yet with one, indexing has more threads to claim cores with than the bare engine, so look at
+`load_average` and at the CPU times too. Each indexing phase lists, reads, decodes, embeds and writes the photos into a
+new collection of the embedded store, which is on disk.
+
+`decode_ms` is what one photo costs a decode thread. On a machine without a GPU it comes out of the same cores as the
+engine, so there is an upper bound, `bound`, that no pipeline passes: 1 / (1 + decode time / engine time), both in CPU
+seconds.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from serving import random_artifact  # benchmarks/serving.py
+
+from model.artifact import Artifact, load_artifact
+from model.config import CONFIGS
+from model.engine import Engine, available_cpus, load_engine
+from model.preprocess import REFERENCE_224, preprocess
+from service.decode import decode
+from service.index_files import IndexOptions, IndexReport, index_photos
+from service.search.embedded import open_embedded
+from service.search.store import VectorStore
+from service.sources import find_photos
+
+RESULTS = Path(__file__).parent / "results"
+Batches = list[np.ndarray]
+
+
+def link_photos(photos: Path, folder: Path, count: int) -> int:
+    """Links to some of the photos, so that every phase has the same."""
+    found = sorted(photos.rglob("*.jpg"))[:count]
+    if not found:
+        raise SystemExit(f"{photos}: holds no .jpg")
+    for number, path in enumerate(found):
+        (folder / f"{number:05}.jpg").symlink_to(path.resolve())
+    return len(found)
+
+
+def decoded(folder: Path, artifact: Artifact, batch: int) -> tuple[Batches, float]:
+    """The photos as batches [B, 3, h, w], and what decoding took, in CPU seconds."""
+    started = time.process_time()
+    spec = artifact.manifest.preprocess
+    pixels = [preprocess(decode(path.read_bytes()), spec) for path in sorted(folder.iterdir())]
+    spent = time.process_time() - started
+    return [np.stack(pixels[start : start + batch]) for start in range(0, len(pixels), batch)], spent
+
+
+def run_bare(engine: Engine, batches: Batches) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    started, spent = time.perf_counter(), time.process_time()
+    for batch in batches:
+        engine.run(batch)
+    return time.perf_counter() - started, time.process_time() - spent
+
+
+async def run_index(
+    store: VectorStore, folder: Path, name: str, artifact: Artifact, engine: Engine, batch: int
+) -> IndexReport:
+    found = find_photos([str(folder)])
+    report = await index_photos(found, store, name, artifact, engine, IndexOptions(batch_size=batch))
+    assert not report.failed, report.problems[:3]
+    return report
+
+
+async def measure(artifact: Artifact, engine: Engine, folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    batches, decode_s = decoded(folder, artifact, arguments.batch)
+    count = sum(len(batch) for batch in batches)
+    run_bare(engine, batches[:2])
+    bare, index, engine_cpu, index_cpu = [], [], [], []
+    with tempfile.TemporaryDirectory() as data_dir:
+        store = await open_embedded(Path(data_dir))
+        for turn in range(arguments.rounds):
+            wall, cpu = run_bare(engine, batches)
+            bare.append(count / wall)
+            engine_cpu.append(cpu)
+            spent = time.process_time()
+            report = await run_index(store, folder, f"turn-{turn}", artifact, engine, arguments.batch)
+            index_cpu.append(time.process_time() - spent)
+            index.append(report.images_per_s)
+        await store.close()
+    ratios = [over / alone for over, alone in zip(index, bare, strict=True)]
+    return {
+        "benchmark": "indexing",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "model": artifact.name,
+        "engine": f"{engine.name} {engine.precision}",
+        "cpus": available_cpus(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "photos": count,
+        "batch": arguments.batch,
+        "engine_images_per_s": [round(rate, 2) for rate in bare],
+        "index_images_per_s": [round(rate, 2) for rate in index],
+        "index_to_engine": [round(ratio, 3) for ratio in ratios],
+        "index_to_engine_median": round(statistics.median(ratios), 3),
+        "decode_ms": round(decode_s / count * 1e3, 2),
+        "engine_cpu_ms": round(statistics.median(engine_cpu) / count * 1e3, 2),
+        "index_cpu_ms": round(statistics.median(index_cpu) / count * 1e3, 2),
+        "bound": round(1 / (1 + decode_s / statistics.median(engine_cpu)), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", help="an artifact's folder, or a size (dinov2_vits14): random weights")
+    parser.add_argument("folder", type=Path, help="folder with .jpg files")
+    parser.add_argument("--photos", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as links:
+        if arguments.artifact in CONFIGS:
+            config = CONFIGS[arguments.artifact]
+            artifact = random_artifact(config, REFERENCE_224, Path(scratch), name=arguments.artifact)
+        else:
+            artifact = load_artifact(Path(arguments.artifact), derived_dir=Path(scratch))
+        link_photos(arguments.folder, Path(links), arguments.photos)
+        result = asyncio.run(measure(artifact, load_engine(artifact), Path(links), arguments))
+    for key, value in result.items():
+        print(f"{key:>24}  {value}")
+    name = f"{result['date']}-indexing-{artifact.manifest.name}.json"
+    print(json.dumps(result))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

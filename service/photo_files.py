@@ -1,0 +1,282 @@
+"""Where photos lie, for `dinov2 index`: on this machine, behind any file system that fsspec knows, or on the web.
+
+Two kinds of place with one interface. The local one is its own, because fsspec's does not look behind links and leaves
+a file out of a listing when it vanishes; here both are a `Problem` that is listed at the end.
+
+Whatever a file system raises (each brings errors of its own libraries) becomes an OSError at one border, `translated`.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol, cast
+
+import fsspec
+import httpx
+
+from service.errors import ImageTooLarge
+
+Stamp = Mapping[str, int | str]
+"""What changes when a file does: `bytes`, `modified` (ISO 8601, UTC), `etag`; what the place knows of them."""
+
+_MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""What fsspec's file systems call the time of the last change."""
+_WEB_TIMEOUT_S: Final = 30.0
+
+
+class Content(NamedTuple):
+    data: bytes
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo of a source, not yet read. `load` may be called in any thread; it raises ServiceError, OSError or
+    ValueError, with a reason for the user."""
+
+    id: str
+    source: str
+    load: Callable[[], Content] = field(repr=False)
+    stamp: Stamp | None = None  # None: nothing is known of changes
+    held_bytes: int = 0  # memory that this record keeps, for sources that cannot be read out of order
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What could not be taken, and why."""
+
+    source: str
+    reason: str
+
+
+class Entry(NamedTuple):
+    """One row of a folder's listing."""
+
+    path: str
+    name: str
+    is_folder: bool
+    stamp: Stamp
+
+
+class Place(Protocol):
+    """A file system. All raise OSError."""
+
+    is_local: bool
+
+    def listing(self, folder: str) -> Iterator[Entry | Problem]:
+        """By name, hidden ones left out."""
+
+    def entry(self, path: str) -> Entry:
+        """What is known of one file or folder."""
+
+    def open(self, path: str) -> BinaryIO: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def join(self, folder: str, name: str) -> str: ...
+
+    def address(self, path: str) -> str:
+        """The path as hits show it: printable, and enough to find the file again."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file in a place. `name` is its path within the SOURCE, with slashes."""
+
+    place: Place
+    path: str
+    name: str
+    stamp: Stamp | None = None
+
+    @property
+    def address(self) -> str:
+        return self.place.address(self.path)
+
+    def open(self) -> BinaryIO:
+        return self.place.open(self.path)
+
+    def read(self, max_bytes: int) -> bytes:
+        """All of it.
+
+        Raises:
+            ImageTooLarge: more than `max_bytes`; not read beyond.
+        """
+        size = (self.stamp or {}).get("bytes")
+        if size is None:
+            with translated(self.path), self.open() as file:
+                data = file.read(max_bytes + 1)
+        else:
+            data = self.place.read(self.path) if int(size) <= max_bytes else b""
+        if len(data) > max_bytes or int(size or 0) > max_bytes:
+            raise ImageTooLarge(f"the file has more than the limit of {max_bytes} bytes")
+        return data
+
+
+class Disk:
+    """This machine's files. Links to files are followed, links to folders are not."""
+
+    is_local = True
+
+    def listing(self, folder: str) -> Iterator[Entry | Problem]:
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        except OSError as error:
+            yield Problem(self.address(folder), error.strerror or str(error))
+            return
+        for entry in found:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    yield Entry(entry.path, entry.name, True, {})
+                elif entry.is_file() or not os.path.exists(entry.path):
+                    yield Entry(entry.path, entry.name, False, _disk_stamp(entry.stat()))
+            except OSError as error:
+                yield Problem(self.address(entry.path), error.strerror or str(error))
+
+    def entry(self, path: str) -> Entry:
+        return Entry(path, os.path.basename(path), os.path.isdir(path), _disk_stamp(os.stat(path)))
+
+    def open(self, path: str) -> BinaryIO:
+        return open(path, "rb")
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def join(self, folder: str, name: str) -> str:
+        return os.path.join(folder, name)
+
+    def address(self, path: str) -> str:
+        absolute = os.path.abspath(path)
+        return absolute if absolute.isprintable() else Path(absolute).as_uri()
+
+
+class Remote:
+    """Files behind fsspec."""
+
+    is_local = False
+
+    def __init__(self, system: fsspec.AbstractFileSystem) -> None:
+        self._system = system
+
+    def listing(self, folder: str) -> Iterator[Entry | Problem]:
+        try:
+            with translated(folder):
+                rows = sorted(self._system.ls(folder, detail=True), key=lambda row: str(row["name"]))
+        except OSError as error:
+            yield Problem(self.address(folder), str(error))
+            return
+        for row in rows:
+            entry = _remote_entry(row)
+            if entry.name and entry.name[0] != "." and entry.path.rstrip("/") != folder.rstrip("/"):
+                yield entry
+
+    def entry(self, path: str) -> Entry:
+        with translated(path):
+            return _remote_entry(self._system.info(path))
+
+    def open(self, path: str) -> BinaryIO:
+        with translated(path):
+            return cast(BinaryIO, self._system.open(path, "rb"))
+
+    def read(self, path: str) -> bytes:
+        with translated(path):
+            return bytes(self._system.cat_file(path))
+
+    def join(self, folder: str, name: str) -> str:
+        return f"{folder.rstrip('/')}/{name}"
+
+    def address(self, path: str) -> str:
+        return str(self._system.unstrip_protocol(path))
+
+
+class Web:
+    """http and https, through the client that the service has anyway; one connection pool for all threads."""
+
+    def __init__(self) -> None:
+        self._client: httpx.Client | None = None
+
+    def read(self, url: str, max_bytes: int) -> bytes:
+        """The body of a GET.
+
+        Raises:
+            OSError: it could not be had. ImageTooLarge: more than `max_bytes`; not read beyond.
+        """
+        client = self._client = self._client or httpx.Client(follow_redirects=True, timeout=_WEB_TIMEOUT_S)
+        parts, size = [], 0
+        try:
+            with client.stream("GET", url) as response:
+                response.raise_for_status()
+                for part in response.iter_bytes():
+                    parts.append(part)
+                    size += len(part)
+                    if size > max_bytes:
+                        raise ImageTooLarge(f"the file has more than the limit of {max_bytes} bytes")
+        except httpx.HTTPStatusError as error:
+            raise OSError(f"HTTP {error.response.status_code}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise OSError(str(error) or type(error).__name__) from error
+        return b"".join(parts)
+
+
+def find_place(source: str) -> tuple[Place, str]:
+    """The place that a path or URI names, and the path there.
+
+    Raises:
+        ValueError: the protocol is unknown, or its package is not installed.
+    """
+    if "://" not in source:
+        return Disk(), os.path.abspath(source)
+    try:
+        system, path = fsspec.url_to_fs(source)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    return (Disk() if "file" in _protocols(system) else Remote(system)), path
+
+
+@contextmanager
+def translated(path: str) -> Iterator[None]:
+    """The border: what a file system raises becomes an OSError that names the path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file or folder") from error
+    except OSError:
+        raise
+    except Exception as error:  # botocore's, aiohttp's, gcsfs's, ...: none of them is known here
+        raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+def _protocols(system: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
+
+
+def _disk_stamp(stat: os.stat_result) -> Stamp:
+    return {"bytes": stat.st_size, "modified": iso_time(stat.st_mtime)}
+
+
+def _remote_entry(row: Mapping[str, Any]) -> Entry:
+    path = str(row["name"])
+    stamp: dict[str, int | str] = {}
+    if isinstance(row.get("size"), int):
+        stamp["bytes"] = row["size"]
+    changed = next((row[key] for key in _MODIFIED if row.get(key) is not None), None)
+    if isinstance(changed, int | float):
+        stamp["modified"] = iso_time(changed)
+    elif isinstance(changed, datetime.datetime):
+        stamp["modified"] = changed.astimezone(datetime.UTC).isoformat()
+    elif isinstance(changed, str):
+        stamp["modified"] = changed
+    if isinstance(row.get("ETag"), str):
+        stamp["etag"] = row["ETag"]
+    return Entry(path, path.rstrip("/").rpartition("/")[2], row.get("type") == "directory", stamp)
+
+
+def iso_time(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601 in UTC; as a number where no calendar has it (a damaged header)."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+    except (OverflowError, ValueError, OSError):
+        return str(seconds)

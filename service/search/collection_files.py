@@ -1,0 +1,382 @@
+"""Files that hold a collection, and how they are written and read; `service/search/transfer.py` says when.
+
+All carry the collection's tag and settings, without which vectors of two models could be mixed:
+
+    .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; tag and spec in the schema
+    .npz       ids, vectors [n, D], fields (a JSON object a line, UTF-8), tag, spec; also read: what `dinov2 embed`
+               wrote
+    .jsonl     a first line with tag and spec, then an item a line
+
+Parquet and npz give back every vector to the bit; so does JSON, as a float32 is exact in the float64 that it writes.
+Files are written aside and renamed, so one is whole or not there. Nothing is ever unpickled.
+
+A reader yields a `Head` and then lists of items; what is wrong with a file is a ValueError that names the line or row.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from service.archives import need_parquet
+from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
+
+BATCH: Final = 1000
+_ROW_GROUP: Final = 8000
+_MAX_LINE_BYTES: Final = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """Comes first from every reader; the lists of items follow."""
+
+    tag: str | None
+    spec: CollectionSpec | None
+
+
+Read = Iterator[Head | list[Item]]
+
+
+def spec_text(spec: CollectionSpec) -> str:
+    return json.dumps(asdict(spec))
+
+
+def spec_from(text: str) -> CollectionSpec:
+    """Raises ValueError when the text is no such spec."""
+    try:
+        found = json.loads(text)
+        index = IndexSpec(**found.pop("index"))
+        spec = CollectionSpec(**{**found, "index": index, "indexed": tuple(found["indexed"])})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"the collection's settings cannot be read: {error}") from error
+    types = {one.name: type(getattr(CollectionSpec("", 1), one.name)) for one in fields(CollectionSpec)}
+    wrong = [name for name, kind in types.items() if not isinstance(getattr(spec, name), kind)]
+    if wrong or spec.dimension < 1:
+        raise ValueError(f"the collection's settings cannot be read: {', '.join(wrong) or 'dimension'}")
+    return spec
+
+
+def _head(tag: Any, spec: Any) -> Head:
+    found = spec_from(str(spec)) if spec is not None else None
+    if found is not None and str(tag) != found.tag:
+        raise ValueError(f"the tag {str(tag)!r} is not that of the settings, {found.tag!r}")
+    return Head(str(tag) if tag is not None else None, found)
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when all is written and synced; an older one stays if that fails."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if not file.closed:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(out)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+# ---- Parquet
+
+
+class ParquetWriter:
+    def __init__(self, file: BinaryIO, info: CollectionInfo) -> None:
+        self._pq = need_parquet()
+        import pyarrow as pa
+
+        self._pa = pa
+        metadata = {"dinov2.tag": info.tag, "dinov2.spec": spec_text(info.spec), "dinov2.collection": info.name}
+        self._schema = pa.schema(
+            [
+                pa.field("id", pa.string(), nullable=False),
+                pa.field("vector", pa.list_(pa.float32(), info.dimension), nullable=False),
+                pa.field("metadata", pa.string(), nullable=False),
+                pa.field("source", pa.string()),
+                pa.field("digest", pa.string()),
+            ],
+            metadata=metadata,
+        )
+        self._writer = self._pq.ParquetWriter(file, self._schema, compression="zstd")
+        self._items: list[Item] = []
+
+    def write(self, items: Sequence[Item]) -> None:
+        self._items += items
+        if len(self._items) >= _ROW_GROUP:
+            self._flush()
+
+    def abandon(self) -> None:
+        """After an error: lets go of a file that will be removed."""
+        self._writer.close()
+
+    def close(self) -> None:
+        if self._items:
+            self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        pa, items = self._pa, self._items
+        flat = np.concatenate([item.vector for item in items]).astype(np.float32, copy=False)
+        columns = [
+            pa.array([item.id for item in items], pa.string()),
+            pa.FixedSizeListArray.from_arrays(pa.array(flat), type=self._schema.field("vector").type),
+            pa.array([_json(dict(item.metadata)).decode() for item in items], pa.string()),
+            pa.array([item.source for item in items], pa.string()),
+            pa.array([item.digest for item in items], pa.string()),
+        ]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        self._items = []
+
+
+def read_parquet(path: Path) -> Read:
+    pq = need_parquet()
+    import pyarrow as pa
+
+    try:
+        with pq.ParquetFile(path) as table:
+            said = table.schema_arrow.metadata or {}
+            tag, spec = (said[key].decode() if key in said else None for key in (b"dinov2.tag", b"dinov2.spec"))
+            names = table.schema_arrow.names
+            if missing := [name for name in ("id", "vector") if name not in names]:
+                raise ValueError(f"there is no column {' or '.join(missing)} among {', '.join(names)}")
+            kind = table.schema_arrow.field("vector").type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+                raise ValueError(f"the vectors are of type {kind}, not lists of floats")
+            yield _head(tag, spec)
+            columns = [name for name in ("id", "vector", "metadata", "source", "digest") if name in names]
+            row = 0
+            for batch in table.iter_batches(BATCH, columns=columns):
+                yield _parquet_items(batch, row)
+                row += batch.num_rows
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parquet_items(batch: Any, first_row: int) -> list[Item]:
+    """Raises ValueError, which names a row counted from 0."""
+    n = batch.num_rows
+    vectors = batch.column("vector")
+    if batch.column("id").null_count or vectors.null_count:
+        row = next(row for row in range(n) if not (batch.column("id")[row].is_valid and vectors[row].is_valid))
+        raise ValueError(f"row {first_row + row} has no id or no vector")
+    flat = vectors.flatten()
+    dimension = len(flat) // n if n else 0
+    lengths = vectors.value_lengths().to_numpy(zero_copy_only=False)
+    if not (lengths == dimension).all() or not dimension:
+        row = int(np.flatnonzero(lengths != dimension)[0]) if dimension else 0
+        raise ValueError(f"row {first_row + row}: its vector has {lengths[row]} numbers, others have another number")
+    if flat.null_count:
+        raise ValueError(f"row {first_row + flat.is_null().index(True).as_py() // dimension}: its vector has a null")
+    matrix = _floats(flat.to_numpy(zero_copy_only=False)).reshape(n, dimension)
+    empty = [None] * n
+    optional = {
+        name: batch.column(name).to_pylist() if name in batch.schema.names else empty
+        for name in ("metadata", "source", "digest")
+    }
+    ids = batch.column("id").to_pylist()
+    return [
+        _item(f"row {first_row + row}", ids[row], matrix[row], *(optional[name][row] for name in optional))
+        for row in range(n)
+    ]
+
+
+# ---- npz
+
+
+class NpzWriter:
+    """numpy's archive has no way to append, so everything is kept until the end."""
+
+    def __init__(self, file: BinaryIO, info: CollectionInfo) -> None:
+        self._file = file
+        self._info = info
+        self._ids: list[str] = []
+        self._vectors: list[Floats] = []
+        self._lines: list[bytes] = []
+
+    def write(self, items: Sequence[Item]) -> None:
+        for item in items:
+            self._ids.append(item.id)
+            self._vectors.append(item.vector)
+            self._lines.append(
+                _json({"metadata": dict(item.metadata), "source": item.source, "digest": item.digest}) + b"\n"
+            )
+
+    def abandon(self) -> None:
+        return
+
+    def close(self) -> None:
+        vectors = np.stack(self._vectors) if self._vectors else np.zeros((0, self._info.dimension), np.float32)
+        np.savez(
+            self._file,
+            allow_pickle=False,
+            ids=np.array(self._ids, dtype=np.str_),
+            vectors=vectors.astype(np.float32, copy=False),
+            fields=np.frombuffer(b"".join(self._lines), np.uint8),
+            tag=np.array(self._info.tag),
+            spec=np.array(spec_text(self._info.spec)),
+        )
+
+
+def read_npz(path: Path) -> Read:
+    try:
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("a single array, not an .npz")
+        with opened as arrays:
+            ids, vectors = _array(arrays, "ids", "paths"), _array(arrays, "vectors")
+            tag, spec = (str(arrays[key]) if key in arrays.files else None for key in ("tag", "spec"))
+            lines = arrays["fields"].tobytes().splitlines() if "fields" in arrays.files else None
+        if (
+            ids.ndim != 1
+            or ids.dtype.kind != "U"
+            or vectors.ndim != 2
+            or len(ids) != len(vectors)
+            or not vectors.shape[1]
+        ):
+            raise ValueError(
+                f"ids {ids.dtype} {list(ids.shape)} and vectors {list(vectors.shape)} do not fit each other"
+            )
+        if lines is not None and len(lines) != len(ids):
+            raise ValueError(f"there are fields of {len(lines)} items and {len(ids)} ids")
+        yield _head(tag, spec)
+        floats = _floats(vectors)
+        for start in range(0, len(ids), BATCH):
+            items = []
+            for row in range(start, min(start + BATCH, len(ids))):
+                known = _object(lines[row], f"fields of row {row}") if lines is not None else {}
+                extra = (known.get("metadata"), known.get("source"), known.get("digest"))
+                items.append(_item(f"row {row}", str(ids[row]), floats[row], *extra))
+            yield items
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:  # zipfile's, zlib's, numpy's on damaged headers (some are SyntaxErrors)
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _array(arrays: Mapping[str, npt.NDArray[Any]], *names: str) -> npt.NDArray[Any]:
+    for name in names:
+        if name in arrays:
+            return arrays[name]
+    raise ValueError(f"there is no array {' or '.join(names)}")
+
+
+# ---- JSON lines
+
+
+class JsonlWriter:
+    def __init__(self, file: BinaryIO, info: CollectionInfo) -> None:
+        self._file = file
+        head = {"collection": info.name, "tag": info.tag, "spec": asdict(info.spec)}
+        self._file.write(_json(head) + b"\n")
+
+    def write(self, items: Sequence[Item]) -> None:
+        for item in items:
+            body = {
+                "id": item.id,
+                "vector": item.vector.astype(np.float64),  # a float32 is exact in it, and comes back exactly
+                "metadata": dict(item.metadata),
+                "source": item.source,
+                "digest": item.digest,
+            }
+            self._file.write(_json(body) + b"\n")
+
+    def abandon(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def read_jsonl(path: Path) -> Read:
+    with path.open("rb") as file:
+        lines = _lines(file, path)
+        first = next(lines, None)
+        if first is None:
+            raise ValueError(f"{path}: the file is empty")
+        is_head = "id" not in first[1] and "spec" in first[1]
+        yield _head(first[1].get("tag"), json.dumps(first[1]["spec"])) if is_head else Head(None, None)
+        items = [] if is_head else [_jsonl_item(*first)]
+        try:
+            for where, body in lines:
+                items.append(_jsonl_item(where, body))
+                if len(items) == BATCH:
+                    yield items
+                    items = []
+        except ValueError:
+            if items:  # what stands before the broken line
+                yield items
+            raise
+        if items:
+            yield items
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line stands, and its object."""
+    number = 0
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        number += 1
+        where = f"{path}: line {number}"
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(f"{where}: longer than {_MAX_LINE_BYTES} bytes")
+        if line.strip():
+            yield where, _object(line, where)
+
+
+def _jsonl_item(where: str, body: dict[str, Any]) -> Item:
+    try:
+        vector = _floats(np.asarray(body.get("vector"), np.float64))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: its vector is no list of numbers") from error
+    if vector.ndim != 1:
+        raise ValueError(f"{where}: its vector is no list of numbers")
+    return _item(where, body.get("id"), vector, body.get("metadata"), body.get("source"), body.get("digest"))
+
+
+# ---- items
+
+
+def _json(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _object(line: bytes | str, where: str) -> dict[str, Any]:
+    try:
+        found = orjson.loads(line)
+    except ValueError:
+        try:
+            found = json.loads(line)  # orjson takes no integers beyond 64 bits
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return found
+
+
+def _floats(values: npt.NDArray[Any]) -> Floats:
+    if values.dtype.kind != "f":
+        raise ValueError(f"vectors are {values.dtype}, not floats")
+    return values.astype(np.float32, copy=False)
+
+
+def _item(where: str, item_id: Any, vector: Floats, metadata: Any, source: Any, digest: Any) -> Item:
+    """Raises ValueError, which says where, unless every part has its type. Metadata is an object, or JSON of one."""
+    if isinstance(metadata, str):
+        metadata = _object(metadata, f"{where}: metadata")
+    if not isinstance(item_id, str):
+        raise ValueError(f"{where}: its id is no string")
+    if (
+        not isinstance(metadata, dict | None)
+        or not isinstance(source, str | None)
+        or not isinstance(digest, str | None)
+    ):
+        raise ValueError(f"{where}: metadata is an object, source and digest are strings")
+    return Item(item_id, vector, metadata or {}, source, digest)

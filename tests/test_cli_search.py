@@ -1,0 +1,387 @@
+"""The commands on collections: `dinov2 index | search | collections`, on a store that stays between invocations."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import cli
+import cli_collections
+from service.search.store import CollectionInfo, SnapshotInfo
+from service.settings import Settings, load_settings
+from tests.dict_store import DictStore
+from tests.fakes import DIMS, FakeEngine, fake_artifact, photo
+
+TAG = f"{'a' * 64}/cls/l2/28x28/fp32"
+
+
+class KeptStore(DictStore):
+    """Outlives `close`, and can do what the embedded store can."""
+
+    capabilities = frozenset({"snapshots", "stats"})
+
+    async def close(self) -> None:
+        return
+
+    async def snapshot(self, collection: str) -> SnapshotInfo:
+        info = await self.info(collection)
+        self.kept = replace(self._found(collection)[1], items=dict(self._found(collection)[1].items))
+        return SnapshotInfo("s1", collection, "2026-01-01T00:00:00+00:00", 1000, info.count)
+
+    async def snapshots(self, collection: str) -> list[SnapshotInfo]:
+        return [await self.snapshot(collection)]
+
+    async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
+        await self.create(collection, self.kept.spec)
+        self._collections[collection] = self.kept
+        return await self.info(collection)
+
+    async def stats(self, collection: str) -> dict[str, Any]:
+        return {"count": await self.count(collection), "kind": "flat"}
+
+
+class Kept:
+    """Collaborators of all invocations of one test."""
+
+    def __init__(self) -> None:
+        self.stores: dict[str, KeptStore] = {}
+        self.engine = FakeEngine(precision="fp32")
+        self.photos: list[bytes] = []
+
+    def store(self, name: str = "embedded") -> KeptStore:
+        return self.stores.setdefault(name, KeptStore())
+
+    def invoke(self, *words: object, **options: Any) -> Result:
+        return CliRunner().invoke(cli.app, [str(word) for word in words], **options)
+
+    def ok(self, *words: object, **options: Any) -> str:
+        result = self.invoke(*words, **options)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def refused(self, *words: object) -> str:
+        result = self.invoke(*words)
+        assert result.exit_code == 2, result.output
+        return " ".join(result.output.replace("│", "").split())
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    found = Kept()
+
+    def settings(given: dict[str, Any]) -> Settings:
+        known = {name: value for name, value in given.items() if name in Settings.model_fields}
+        chosen = load_settings(known)
+        return chosen.model_copy(
+            update={"vector_store": given.get("vector_store", "embedded"), "originals_url": None},
+        )
+
+    async def open_store(chosen: Any) -> KeptStore:
+        return found.store(chosen.vector_store)
+
+    class Originals:
+        def __init__(self, place: Path) -> None:
+            assert place == tmp_path / "data" / "originals"
+
+        async def put(self, data: bytes) -> str:
+            found.photos.append(data)
+            return ""
+
+    opening, originals = ModuleType("service.search.opening"), ModuleType("service.originals")
+    opening.open_store, originals.Originals = open_store, Originals  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "service.search.opening", opening)
+    monkeypatch.setitem(sys.modules, "service.originals", originals)
+    monkeypatch.setattr("service.settings.load_settings", settings)
+    monkeypatch.setattr("service.models.choose_artifact", lambda model, data_dir: Path("artifact"))
+    monkeypatch.setattr("model.artifact.load_artifact", lambda path, derived_dir: fake_artifact())
+    monkeypatch.setattr("model.engine.load_engine", lambda artifact, name, threads: found.engine)
+    monkeypatch.setenv("DINOV2_DATA_DIR", str(tmp_path / "data"))
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for index, name in enumerate(["a.png", "b.png", "deep/c.png"]):
+        (folder / name).write_bytes(photo(index))
+    (folder / "a.json").write_text('{"brand": "Arla"}')
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
+    return folder
+
+
+def test_every_option_and_command_has_help(kept: Kept) -> None:
+    group = typer.main.get_command(cli_collections.app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert kept.invoke("collections", name, "--help").exit_code == 0
+        assert command.help
+        assert [parameter.name for parameter in command.params if not parameter.help] == []
+
+
+def test_index_then_search(kept: Kept, photos: Path) -> None:
+    said = kept.ok("index", photos, "--collection", "shop", "--metadata", "shop=7", "--metadata", "city=Umeå")
+    assert "3 indexed, 0 already there, 1 failed -> shop" in said
+    assert f"failed {photos / 'torn.jpg'}: the JPEG is damaged" in said
+    item = kept.store()._collections["shop"].items["a.png"]
+    assert {key: item.metadata[key] for key in ("brand", "shop", "city")} == {
+        "brand": "Arla",
+        "shop": 7,
+        "city": "Umeå",
+    }
+    said = kept.ok("search", photos / "b.png", "-c", "shop", "-k", 2)
+    lines = said.splitlines()
+    assert lines[0].split() == ["score", "id", "source"]
+    assert lines[1].split() == ["1.0000", "b.png", str(photos / "b.png")]
+    assert len(lines) == 3
+    where = '{"key": "brand", "eq": "Arla"}'
+    hits = json.loads(kept.ok("search", photos / "b.png", "-c", "shop", "--json", "--filter", where))
+    assert [(hit["id"], hit["metadata"]["brand"], hit["source"]) for hit in hits] == [
+        ("a.png", "Arla", str(photos / "a.png"))
+    ]
+    assert "3 already there" in kept.ok("index", photos, "-c", "shop")
+
+
+def test_index_writes_what_failed(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    for index in range(25):
+        (photos / f"{index}.jpg").write_bytes(b"")
+    said = kept.ok("index", photos, "-c", "shop", "--errors", tmp_path / "errors.jsonl")
+    assert "26 failed" in said
+    assert "... and 6 more" in said
+    rows = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert len(rows) == 26
+    assert rows[0].keys() == {"source", "reason"}
+
+
+def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = kept.invoke("index", tmp_path / "empty", "-c", "shop")
+    assert (result.exit_code, "0 indexed" in result.output) == (1, True)
+    assert kept.invoke("index", photos / "torn.jpg", "-c", "shop").exit_code == 1
+    assert kept.invoke("index", photos, "-c", "shop").exit_code == 0
+    assert kept.invoke("index", photos, "-c", "shop").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["NONE", "-c", "shop"], "no such file or folder"),
+        (["PHOTOS", "-c", "Not Allowed"], "is not allowed"),
+        (["PHOTOS", "-c", "shop", "--metadata", "novalue"], "is not key=value"),
+        (["PHOTOS", "-c", "shop", "--errors", "NONE/x"], "No such file or directory"),
+        (["PHOTOS"], "Missing option"),
+        (["PHOTOS", "-c", "means", "--pooling", "cls"], "holds mean vectors, not cls"),
+        (["PHOTOS", "-c", "means", "--originals"], "keeps no photos"),
+        (["PHOTOS", "-c", "other"], "cannot be compared"),
+        (["PHOTOS", "-c", "foreign"], "no model here makes"),
+    ],
+)
+def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], said: str) -> None:
+    kept.ok("collections", "create", "means", "--pooling", "mean")
+    kept.ok("collections", "create", "other", "--tag", TAG.replace("a", "b"), "--dimension", DIMS)
+    kept.ok("collections", "create", "foreign", "--tag", "mine", "--dimension", DIMS)
+    places = {"PHOTOS": str(photos), "NONE": str(photos / "none"), "NONE/x": str(photos / "none" / "x")}
+    assert said in kept.refused("index", *(places.get(word, word) for word in words))
+    assert not kept.engine.batches
+
+
+def test_index_follows_the_collection(kept: Kept, photos: Path) -> None:
+    kept.ok("collections", "create", "means", "--pooling", "cls+mean", "--originals")
+    kept.ok("index", photos, "-c", "means")
+    assert len(kept.photos) == 3
+    assert kept.store()._collections["means"].spec.dimension == 2 * DIMS
+    kept.ok("index", photos, "-c", "means", "--no-originals", "--force")
+    assert len(kept.photos) == 3
+    kept.ok("index", photos, "-c", "new", "--originals", "--id", "sha256")
+    assert kept.store()._collections["new"].spec.originals
+    assert len(kept.photos) == 6
+
+
+def test_ctrl_c_keeps_what_was_written(kept: Kept, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(60):
+        (folder / f"{index}.png").write_bytes(photo(index))
+    run = kept.engine.run
+
+    def interrupted(pixels: Any) -> Any:
+        if len(kept.engine.batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(pixels)
+
+    before = signal.getsignal(signal.SIGINT)
+    kept.engine.run = interrupted  # type: ignore[method-assign]
+    result = kept.invoke("index", folder, "-c", "shop", "--batch-size", 4)
+    assert result.exit_code == 130
+    assert "run again to go on" in result.output
+    assert 0 < len(kept.store()._collections["shop"].items) == kept.engine.images < 60
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_search_says_what_is_wrong(kept: Kept, photos: Path) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    assert "there is no collection 'none'" in kept.refused("search", photos / "a.png", "-c", "none")
+    assert "no such file" in kept.refused("search", photos / "none.png", "-c", "shop").lower()
+    assert "damaged" in kept.refused("search", photos / "torn.jpg", "-c", "shop")
+    assert "--filter: not JSON" in kept.refused("search", photos / "a.png", "-c", "shop", "--filter", "{")
+    assert "filter:" in kept.refused("search", photos / "a.png", "-c", "shop", "--filter", "{}")
+
+
+def test_collections_from_their_making_to_their_end(kept: Kept, photos: Path) -> None:
+    made = json.loads(
+        kept.ok(
+            *("collections", "create", "shop", "--dtype", "float16", "--kind", "hnsw", "--m", 16),
+            *("--indexed", "brand", "--indexed", "shelf.row", "--target-recall", 0.9),
+        )
+    )
+    assert (made["tag"], made["dimension"], made["dtype"]) == (TAG, DIMS, "float16")
+    assert made["indexed"] == ["brand", "shelf.row"]
+    assert made["index"]["m"] == 16
+    kept.ok("index", photos, "-c", "shop")
+    assert kept.ok("collections", "alias", "live", "shop").strip() == "live -> shop"
+    [row] = json.loads(kept.ok("collections", "list", "--json"))
+    assert (row["name"], row["count"], row["aliases"]) == ("shop", 3, ["live"])
+    assert kept.ok("collections", "list").splitlines()[1].split() == ["shop", "3", str(DIMS), "aaaaaaaa", "cls", "live"]
+    assert json.loads(kept.ok("collections", "show", "live"))["name"] == "shop"
+    assert json.loads(kept.ok("collections", "stats", "shop")) == {"count": 3, "kind": "flat"}
+    assert kept.ok("collections", "snapshot", "shop").startswith("s1  2026-01-01")
+    assert "3 items" in kept.ok("collections", "snapshot", "shop", "--list")
+    assert "restored again, 3 items" in kept.ok("collections", "restore", "shop", "s1", "--as", "again")
+    assert "live -> again (was shop)" in kept.ok("collections", "alias", "live", "again")
+    assert "is or has an alias" in kept.refused("collections", "drop", "again", "--yes")
+    assert "dropped live" in kept.ok("collections", "alias", "live", "--drop")
+    assert kept.invoke("collections", "drop", "again", input="n\n").exit_code == 1
+    assert "Drop again with its 3 items?" in kept.ok("collections", "drop", "again", input="y\n")
+    assert "dropped shop, 3 items" in kept.ok("collections", "drop", "shop", "--yes")
+    assert json.loads(kept.ok("collections", "list", "--json")) == []
+
+
+def test_collections_say_what_is_wrong(kept: Kept) -> None:
+    assert "go together" in kept.refused("collections", "create", "shop", "--tag", "x")
+    assert "either a collection" in kept.refused("collections", "alias", "live")
+    assert "another name" in kept.refused("collections", "copy", "shop")
+    assert "no collection" in kept.refused("collections", "show", "none")
+    assert "a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    kept.store().capabilities = frozenset({"atomic_upsert"})  # type: ignore[misc]
+    assert "has no snapshots; it has atomic_upsert" in kept.refused("collections", "snapshot", "shop")
+    assert "has no stats" in kept.refused("collections", "stats", "shop")
+
+
+def test_copy_between_stores(kept: Kept, photos: Path) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    words = ("collections", "copy", "shop", "--from-store", "embedded", "--to-store", "milvus://host:19530")
+    assert "3 copied, 0 already there -> shop, 3 items" in kept.ok(*words)
+    assert "0 copied, 3 already there -> shop, 3 items" in kept.ok(*words)
+    assert kept.store("milvus://host:19530")._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
+    assert "3 copied" in kept.ok("collections", "copy", "shop", "--as", "twin")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "npz", "jsonl"])
+def test_export_and_import(kept: Kept, photos: Path, tmp_path: Path, suffix: str) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason="the extra `parquet`")
+    kept.ok("index", photos, "-c", "shop")
+    out = tmp_path / f"shop.{suffix}"
+    assert f"3 items -> {out}" in kept.ok("collections", "export", "shop", "--out", out)
+    assert "3 imported -> again, 3 items" in kept.ok("collections", "import", out, "--collection", "again")
+    one, two = (kept.store()._collections[name] for name in ("shop", "again"))
+    assert one.spec == two.spec
+    for item_id, item in one.items.items():
+        other = two.items[item_id]
+        assert (item.metadata, item.source, item.digest) == (other.metadata, other.source, other.digest)
+        np.testing.assert_allclose(item.vector, other.vector, atol=1e-7)
+
+
+def test_export_and_import_say_what_is_wrong(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.ok("collections", "create", "shop")
+    assert "must end in one of" in kept.refused("collections", "export", "shop", "--out", tmp_path / "x.csv")
+    assert "does not exist" in kept.refused("collections", "export", "shop", "--out", tmp_path / "no" / "x.npz")
+    np.savez(tmp_path / "x.npz", ids=np.array(["a"]), vectors=np.ones((1, DIMS), np.float32))
+    words = ("collections", "import", tmp_path / "x.npz", "-c", "shop")
+    assert "--tag or --fingerprint" in kept.refused(*words)
+    assert "not both" in kept.refused(*words, "--tag", TAG, "--fingerprint", "a")
+    assert "no model here" in kept.refused(*words, "--fingerprint", "ffffffff")
+    assert "cannot be compared" in kept.refused(*words, "--tag", "mine")
+    assert "1 imported" in kept.ok(*words, "--tag", TAG)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    said = kept.refused("collections", "export", "shop", "--out", tmp_path / "x.parquet")
+    assert "dinov2-service[parquet]" in said
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_a_fingerprint_stands_for_the_tag_of_a_model_that_is_here(kept: Kept, tmp_path: Path) -> None:
+    from model.artifact import bundled_artifact, read_manifest
+
+    manifest = read_manifest(bundled_artifact())
+    np.savez(tmp_path / "x.npz", paths=np.array(["a"]), vectors=np.ones((1, 8), np.float32))
+    words = ("collections", "import", tmp_path / "x.npz", "-c", "shop", "--fingerprint", manifest.fingerprint[:8])
+    kept.ok(*words)
+    height, width = manifest.input_size
+    assert kept.store()._collections["shop"].spec.tag == f"{manifest.fingerprint}/cls/l2/{height}x{width}/fp32"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    import subprocess
+
+    script = "import sys, cli; print([name for name in ('numpy', 'fsspec', 'pyarrow', 'faiss') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(cli.__file__).parent)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_real_model_and_the_embedded_store(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two invocations on one folder, nothing kept in between."""
+    from service.search.embedded import open_embedded
+
+    opening = ModuleType("service.search.opening")
+    open_store: Callable[[Any], Any] = lambda settings: open_embedded(settings.data_dir)  # noqa: E731
+    opening.open_store = open_store  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "service.search.opening", opening)
+    data = ["--data-dir", str(tmp_path / "data")]
+    run = CliRunner()
+    result = run.invoke(cli.app, ["index", str(photos), "-c", "shop", *data])
+    assert "3 indexed" in result.output, result.output
+    assert "3 already there" in run.invoke(cli.app, ["index", str(photos), "-c", "shop", *data]).output
+    result = run.invoke(cli.app, ["search", str(photos / "deep" / "c.png"), "-c", "shop", "--json", *data])
+    hit = json.loads(result.output)[0]
+    assert hit["id"] == "deep/c.png"
+    assert hit["score"] == pytest.approx(1, abs=1e-5)
+
+
+def documented_commands() -> list[str]:
+    """Commands of docs/indexing.md that need no other machine."""
+    text = (Path(cli.__file__).parent / "docs" / "indexing.md").read_text()
+    blocks = text.split("```sh\n")[1:]
+    lines = [line for block in blocks for line in block.partition("```")[0].splitlines()]
+    return [line for line in lines if "s3://" not in line and "milvus://" not in line]
+
+
+def test_every_documented_command_runs(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for index, name in enumerate(["a.jpg", "b.jpg"]):
+        Path("photos", name).write_bytes(photo(index, kind="JPEG"))
+    with tarfile.open("shard.tar", "w") as tar:
+        tar.add("photos/a.jpg", "c.jpg")
+    pq.write_table(pa.table({"image": [photo(3)], "label": [1]}), "train.parquet")
+    Path("list.jsonl").write_text('{"image": "photos/a.jpg", "id": "1", "brand": "Arla"}\n')
+    commands = documented_commands()
+    assert len(commands) > 20
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "dinov2"
+        kept.ok(*words)
+    assert kept.store()._collections["shop"].items.keys() == {"a.jpg", "b.jpg", "c.jpg", "train.parquet#0", "1"}
