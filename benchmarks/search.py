@@ -123,7 +123,7 @@ class Data:
     """What lies in a folder; vectors are mapped."""
 
     def __init__(self, folder: Path) -> None:
-        self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        self.vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))  # a memmap is slow to index
         self.queries = np.load(folder / "queries.npy")
         self.truth = np.load(folder / "truth.npy")
         self.keys = dict(np.load(folder / "keys.npz"))
