@@ -26,7 +26,7 @@ ROUNDING: Final = 1e-6
 """What a cosine may miss of the threshold: equal vectors have 0.9999999 in float32."""
 
 _PAGE: Final = 1000
-_FIRST_K: Final = 16
+_FIRST_K: Final = 4  # most items have no neighbour that near, and hits cost more than the products
 _HITS_PER_CALL: Final = 10_000
 """Bounds what one call of the store returns, and how long the event loop is held up by joining it."""
 
