@@ -28,8 +28,8 @@ from cli_search import (
 )
 
 if TYPE_CHECKING:
-    from service.search.store import CollectionInfo, SnapshotInfo, VectorStore
-    from service.search.transfer import Copied, SnapshotStore, StatsStore
+    from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore
+    from service.search.transfer import Copied
     from service.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="List, make, copy, export and look after collections.")

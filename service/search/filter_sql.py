@@ -6,7 +6,7 @@ and objects and lists as their text: a check of `json_type`, which no index answ
 matter. A missing key gives NULL, which is neither true nor false, so whatever is negated is coalesced first.
 """
 
-from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar
+from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar, holds
 
 _SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
@@ -61,7 +61,9 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
         parts.append(f"{value} {_SQL[op]} ?")
     if isinstance(condition.bounds[0][1], str):
         parts.append(f"{kind} = 'text'")
-    else:  # every string is greater than every number to SQLite
+    elif all(op in ("gt", "gte") for op, _ in condition.bounds) or any(
+        all(holds(number, op, bound) for op, bound in condition.bounds) for number in (0, 1)
+    ):  # strings are greater than numbers to SQLite, and true and false are 1 and 0
         parts.append(f"{kind} IN ('integer', 'real')")
     return "(" + " AND ".join(parts) + ")"
 

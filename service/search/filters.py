@@ -86,7 +86,7 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
         return value is not None
     if isinstance(condition, In):
         return any(_kind(value) == _kind(wanted) and _plain(value) == wanted for wanted in condition.values)
-    return all(_kind(value) == _kind(bound) and _holds(_plain(value), op, bound) for op, bound in condition.bounds)
+    return all(_kind(value) == _kind(bound) and holds(_plain(value), op, bound) for op, bound in condition.bounds)
 
 
 def _value_at(metadata: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -112,7 +112,8 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
-def _holds(value: Any, op: Range, bound: Any) -> bool:
+def holds(value: Any, op: Range, bound: Any) -> bool:
+    """Whether `value op bound`."""
     if op == "gt":
         return bool(value > bound)
     if op == "gte":

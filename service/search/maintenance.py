@@ -119,9 +119,15 @@ class Maintenance:
         *,
         interval_s: float = 1.0,
         seal_rows: int = SEAL_ROWS,
+        build_threads: int | None = None,
         on_recall: Callable[[str, float], None] = lambda collection, ratio: None,
     ) -> None:
-        """`on_recall` is told a collection's recall whenever it has been measured again."""
+        """
+        Args:
+            build_threads: that build a segment; by default half as many as CPUs. Threads of OpenMP that wait for one
+                whose CPU is busy spin meanwhile: with all CPUs, building beside a service takes longer, not shorter.
+            on_recall: is told a collection's recall whenever it has been measured again.
+        """
         self._root = data_dir / "segments"
         self._lock_path = data_dir / "maintenance.lock"
         self._views = views
@@ -129,6 +135,7 @@ class Maintenance:
         self._connect = connect
         self._interval_s = interval_s
         self._seal_rows = seal_rows
+        self._build_threads = build_threads or max(1, available_cpus() // 2)
         self._on_recall = on_recall
         self._recalls: dict[int, Recall] = {}
         self._samples: deque[tuple[View, Floats, Positions]] = deque(maxlen=4)
@@ -280,7 +287,7 @@ class Maintenance:
         count = sum(map(_alive, parts)) + (len(tail.numbers) - len(tail.dead) if wanted.with_tail else 0)
         kind = kind_for(row.spec.index, count)
         chunks = self._chunks(db, row, after, sealed)
-        faiss.omp_set_num_threads(available_cpus())
+        faiss.omp_set_num_threads(self._build_threads)
         try:
             built = build(kind, row.spec, chunks, grown_from=base, check=self._check)
         finally:

@@ -53,7 +53,8 @@ EFFORTS: Final[dict[str, tuple[int, ...]]] = {
 _TUNE_QUERIES: Final = 64
 _TUNE_K: Final = 10
 _ADD: Final = 4096
-_CHUNK: Final = 2**24
+_GATHER: Final = 2048  # 3 MB at a time stay in the cache
+_CHUNK: Final = 2**20
 
 
 class Found(NamedTuple):
@@ -65,6 +66,36 @@ class Found(NamedTuple):
 
 class Stopped(Exception):
     """The store closes while a segment is being built; nothing of it is kept."""
+
+
+class Mapped:
+    """Vectors [n, D] in memory, or mapped into it."""
+
+    def __init__(self, matrix: npt.NDArray[Any]) -> None:
+        self.whole = matrix
+
+    def take(self, positions: Positions) -> Floats:
+        return self.whole.take(positions, axis=0).astype(np.float32, copy=False)
+
+
+class OnDisk:
+    """Vectors [n, D] that are read from their file when they are wanted: mapped, every one would bring its neighbours
+    into memory."""
+
+    def __init__(self, path: Path, dimension: int, dtype: str, count: int) -> None:
+        self._type = np.dtype("<f4" if dtype == "float32" else "<f2")
+        self._dimension = dimension
+        self._size = dimension * self._type.itemsize
+        self._file = path.open("rb", buffering=0)  # closed with the object
+        self._start = path.stat().st_size - count * self._size  # faiss writes them last
+
+    def take(self, positions: Positions) -> Floats:
+        handle, size, start = self._file.fileno(), self._size, self._start
+        if len(positions) > 1 and (np.diff(positions) == 1).all():
+            data = os.pread(handle, size * len(positions), start + int(positions[0]) * size)
+        else:
+            data = b"".join([os.pread(handle, size, start + place * size) for place in positions.tolist()])
+        return np.frombuffer(data, self._type).reshape(-1, self._dimension).astype(np.float32)
 
 
 class Payloads(Sequence[bytes]):
@@ -101,7 +132,7 @@ class Segment:
     folder: Path
     numbers: Numbers  # [n], ascending
     flat: Any  # faiss.IndexFlatIP or IndexScalarQuantizer (float16)
-    matrix: npt.NDArray[Any]  # [n, D], the flat index's own memory
+    matrix: "Mapped | OnDisk"  # [n, D], the flat index's own vectors
     index: Any  # over the same positions; None for the kind flat
     payloads: "Payloads"
     whole: bool = True  # False: its files are damaged, and this was made of the database's rows
@@ -111,27 +142,26 @@ class Segment:
 
         `widen` multiplies efSearch or nprobe: a filter that few pass needs more candidates.
         """
-        selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
         if self.index is None or params.exact:
-            scores, positions = self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector))
-        elif self.row.kind == "hnsw":
-            wanted = max(k, int((params.ef_search or self.row.effort) * widen))
-            scores, positions = self.index.search(queries, k, params=_hnsw_params(wanted, selector))
-        else:
-            nprobe = int((params.nprobe or self.row.effort) * widen)
-            scores, positions = self._by_code(queries, k, nprobe, selector)
-        if positions[:, -1].min() < 0:  # fewer were found than wanted
-            scores = np.where(positions < 0, -np.inf, scores)
-        return Found(scores, positions)
+            return self._scan(queries, k, alive)
+        selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
+        if self.row.kind != "hnsw":
+            return self._by_code(queries, k, int((params.nprobe or self.row.effort) * widen), selector)
+        wanted = max(k, int((params.ef_search or self.row.effort) * widen))
+        return Found(*self.index.search(queries, k, params=_hnsw_params(wanted, selector)))
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Found:
         """The k nearest of each query among some positions, by their vectors."""
-        scores = queries @ self.rows(positions).T
-        return top(scores, positions, k)
+        found = []
+        for begin in range(0, len(positions), _GATHER):
+            some = positions[begin : begin + _GATHER]
+            scores, places = nearest_rows(queries, self.rows(some), k)
+            found.append(Found(scores, np.where(places < 0, -1, some[places])))
+        return merged(found or [nothing(len(queries))], k)
 
     def rows(self, positions: Positions) -> Floats:
         """Vectors [len(positions), D] float32."""
-        return self.matrix[positions].astype(np.float32, copy=False)
+        return self.matrix.take(positions)
 
     def positions_of(self, numbers: Numbers) -> Positions:
         """Where those of the numbers (ascending) lie that this segment holds."""
@@ -142,7 +172,15 @@ class Segment:
         held: Positions = places[self.numbers[np.minimum(places, len(self.numbers) - 1)] == inside]
         return held
 
-    def _by_code(self, queries: Floats, k: int, nprobe: int, selector: Any) -> tuple[Floats, Positions]:
+    def _scan(self, queries: Floats, k: int, alive: Bits | None) -> Found:
+        """All vectors that are alive. Those on disk are read through, not mapped: they would fill the memory."""
+        if isinstance(self.matrix, Mapped):
+            selector = None if alive is None else faiss.IDSelectorBitmap(alive)
+            return Found(*self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector)))
+        every = np.arange(len(self.numbers))
+        return self.exact(queries, k, every if alive is None else every[are_set(alive, every)])
+
+    def _by_code(self, queries: Floats, k: int, nprobe: int, selector: Any) -> Found:
         ivf = faiss.SearchParametersIVF(nprobe=min(nprobe, faiss.extract_index_ivf(self.index).nlist), sel=selector)
         if self.row.kind == "rabitq":
             wanted = min(2 * k, len(self.numbers))
@@ -153,7 +191,16 @@ class Segment:
             _, places = self.index.search(queries, wanted, params=ivf)
         vectors = self.rows(np.maximum(places, 0).ravel()).reshape(*places.shape, -1)  # [q, wanted, D]
         scores = np.einsum("qwd,qd->qw", vectors, queries)
-        return top_of(np.where(places < 0, -np.inf, scores), places, k)
+        return Found(*top_of(np.where(places < 0, -np.inf, scores), places, k))
+
+
+def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positions]:
+    """The k nearest rows [m, D] of each query: scores and row numbers [q, min(k, m)].
+
+    By faiss, in this thread: numpy's product would wake a thread for every CPU, and wait for those that are busy.
+    """
+    scores, places = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, places
 
 
 @lru_cache(256)
@@ -168,9 +215,9 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
     return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
 
 
-def top(scores: Floats, places: Positions, k: int) -> Found:
-    """The k best of scores [q, m] whose columns are the places [m]; a full sort only of the best."""
-    return Found(*top_of(scores, np.broadcast_to(places, scores.shape), k))
+def nothing(queries: int) -> Found:
+    """The answer of a part that holds nothing."""
+    return Found(np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64))
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
@@ -305,7 +352,9 @@ def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
     graph = faiss.read_index(str(base.folder / "index.faiss"))
     storage = new_flat(spec.dimension, spec.dtype)
     for begin in range(0, len(base.numbers), _ADD):
-        storage.add(np.ascontiguousarray(base.matrix[begin : begin + _ADD], np.float32))
+        storage.add(
+            np.ascontiguousarray(base.matrix.take(np.arange(begin, min(begin + _ADD, len(base.numbers)))), np.float32)
+        )
     return _with_storage(graph, storage)
 
 
@@ -343,7 +392,7 @@ def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: flo
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     _, truth = flat.search(queries, min(_TUNE_K, n))
     row = SegmentRow(0, "", kind, 0, n - 1, n, 1, {})
-    trial = Segment(row, Path(), np.arange(n), flat, matrix, index, Payloads.of([]))
+    trial = Segment(row, Path(), np.arange(n), flat, Mapped(matrix), index, Payloads.of([]))
     for effort in EFFORTS[kind]:
         params = SearchParams(ef_search=effort, nprobe=effort)
         found = trial.search(queries, truth.shape[1], None, params).places
@@ -436,7 +485,10 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
         index = faiss.read_index(str(folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
         if row.kind == "hnsw":
             index = _with_storage(index, flat)
-    return Segment(row, folder, numbers, flat, matrix_of(flat, dtype), index, Payloads.opened(folder))
+    matrix: Mapped | OnDisk = Mapped(matrix_of(flat, dtype))
+    if row.kind == "rabitq":
+        matrix = OnDisk(folder / "vectors.faiss", flat.d, dtype, len(numbers))
+    return Segment(row, folder, numbers, flat, matrix, index, Payloads.opened(folder))
 
 
 def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
@@ -446,7 +498,7 @@ def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: s
         flat.add(chunk.vectors)
     numbers = np.concatenate([np.empty(0, np.int64), *(chunk.numbers for chunk in chunks)])
     payloads = Payloads.of([one for chunk in chunks for one in chunk.payloads])
-    return Segment(row, Path(), numbers, flat, matrix_of(flat, dtype), None, payloads, whole=False)
+    return Segment(row, Path(), numbers, flat, Mapped(matrix_of(flat, dtype)), None, payloads, whole=False)
 
 
 def remove_orphans(root: Path, used: set[str]) -> None:
@@ -458,7 +510,7 @@ def remove_orphans(root: Path, used: set[str]) -> None:
 
 def merged(parts: Sequence[Found], k: int) -> Found:
     """The k best of several parts' answers."""
-    if len(parts) == 1:
+    if len(parts) == 1 and parts[0].scores.shape[1] == k:
         return parts[0]
     scores = np.concatenate([part.scores for part in parts], axis=1)
     return Found(*top_of(scores, np.concatenate([part.places for part in parts], axis=1), k))

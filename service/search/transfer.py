@@ -8,7 +8,7 @@ that are there, an import writes them again with the same content.
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final
 
 from service.errors import CollectionNotFound, Conflict
 from service.search.collection_files import (
@@ -22,27 +22,11 @@ from service.search.collection_files import (
     read_npz,
     read_parquet,
 )
-from service.search.store import CollectionInfo, CollectionSpec, Item, SnapshotInfo, VectorStore
+from service.search.store import CollectionSpec, Item, VectorStore
 
 FORMATS: Final = (".parquet", ".npz", ".jsonl")
 
 Progress = Callable[[int], None]
-
-
-class SnapshotStore(Protocol):
-    """A store with the capability `snapshots`."""
-
-    async def snapshot(self, collection: str) -> SnapshotInfo: ...
-
-    async def snapshots(self, collection: str) -> list[SnapshotInfo]: ...
-
-    async def restore(self, collection: str, source: str, name: str) -> CollectionInfo: ...
-
-
-class StatsStore(Protocol):
-    """A store with the capability `stats`."""
-
-    async def stats(self, collection: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

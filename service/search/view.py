@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -31,15 +30,16 @@ from service.search.segments import (
     bits_without,
     in_memory,
     merged,
+    nearest_rows,
+    nothing,
     open_segment,
-    top,
     top_of,
 )
 from service.search.store import Floats, SearchParams
 
 log = logging.getLogger(__name__)
 
-EXACT_ROWS: Final = 20_000
+EXACT_ROWS: Final = 4_000
 EXACT_SHARE: Final = 0.02
 """A filter that passes at most this many items, or this share of them, is searched exactly: the index's graph or cells
 would lead past most of what passes."""
@@ -83,10 +83,20 @@ class LiveTail(NamedTuple):
 
     def search(self, queries: Floats, k: int) -> Found:
         wanted = min(k + len(self.dead), len(self.numbers))
-        scores, places = faiss.knn(queries, self.matrix, wanted, metric=faiss.METRIC_INNER_PRODUCT)
+        scores, places = nearest_rows(queries, self.matrix, wanted)
         if len(self.dead):
             scores = np.where(np.isin(places, self.dead), -np.inf, scores)
         return Found(*top_of(scores, places, k))
+
+    def among(self, queries: Floats, k: int, allowed: Numbers) -> Found:
+        """The k nearest of those rows that are allowed (ascending)."""
+        inside = np.isin(self.numbers, allowed, assume_unique=True)
+        inside[self.dead] = False
+        rows = np.flatnonzero(inside)
+        if not len(rows):
+            return nothing(len(queries))
+        scores, places = nearest_rows(queries, self.matrix[rows], k)
+        return Found(scores, np.where(places < 0, -1, rows[places]))
 
 
 class LivePart(NamedTuple):
@@ -147,9 +157,7 @@ class View:
         ]
         if len(self.tail.numbers):
             found.append(_moved(self.tail.search(queries, k), self.starts[-1]))
-        if not found:
-            return top(np.empty((len(queries), 0), np.float32), np.empty(0, np.int64), k)
-        return merged(found, k)
+        return merged(found or [nothing(len(queries))], k)
 
     def payload(self, place: int) -> bytes:
         """What an answer says of the item at a place: JSON [id, metadata, source]."""
@@ -184,22 +192,17 @@ class View:
             count, total = len(positions), len(part.segment.numbers)
             if not count:
                 continue
-            if params.exact or part.segment.index is None or count <= max(EXACT_ROWS, EXACT_SHARE * total):
+            if count <= max(EXACT_ROWS, EXACT_SHARE * total):
                 found.append(_moved(part.segment.exact(queries, k, positions), start))
                 continue
             bits = allowed.bits(part.segment)
             alive = bits if part.alive is None else bits & part.alive
-            wider = widen * min(total / count, 1 / EXACT_SHARE)
-            some = part.segment.search(queries, k, alive, params, wider)
+            some = part.segment.search(queries, k, alive, params, widen * total / count)
             lacking = (some.places[:, min(k, count) - 1] < 0).any()
             found.append(_moved(part.segment.exact(queries, k, positions) if lacking else some, start))
-        found.append(_moved(self._tail_among(queries, k, allowed), self.starts[-1]))
-        return merged(found, k)
-
-    def _tail_among(self, queries: Floats, k: int, allowed: Allowed) -> Found:
-        inside = np.isin(self.tail.numbers, allowed.numbers, assume_unique=True)
-        inside[self.tail.dead] = False
-        return top(queries @ self.tail.matrix[inside].T, np.flatnonzero(inside), k)
+        if len(self.tail.numbers):
+            found.append(_moved(self.tail.among(queries, k, allowed.numbers), self.starts[-1]))
+        return merged(found or [nothing(len(queries))], k)
 
 
 def _moved(found: Found, start: int) -> Found:
