@@ -99,7 +99,14 @@ class _Exchange:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             self._check_length()
             async with asyncio.timeout(self._service.settings.request_deadline_s) as deadline:
-                await self._app(self._scope, self._receive_limited, self._send_tagged)
+                self._scope["state"]["deadline"] = deadline
+
+                async def send(message: Message) -> None:
+                    if message["type"] == "http.response.start" and not deadline.expired():
+                        deadline.reschedule(None)  # it is on the work: a file may take long to send
+                    await self._send_tagged(message)
+
+                await self._app(self._scope, self._receive_limited, send)
         except ServiceError as error:
             if error.status >= 500 and error.status not in _NO_FAULTS:
                 log.error("%s: %s", error.code, error.detail, exc_info=_origin(error), extra=self._log_fields)

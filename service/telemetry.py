@@ -55,6 +55,9 @@ class Metrics:
             "cache_events_total", "Troubles of the cache; failed calls count as misses.", "event"
         )
         self.coalesced = counter("coalesced_images_total", "Images that waited for an identical one in flight.")
+        self.index_recall = gauge(
+            "index_recall_ratio", "Share of the true ten nearest that live searches found, of a sample.", "collection"
+        )
         self.model_info = gauge("model_info", "The model in use.", "name", "fingerprint", "engine", "precision")
         for stage in STAGES:
             self.stage_seconds.labels(stage)

@@ -86,6 +86,7 @@ async def take_snapshot(request: Request, name: str) -> Response:
     service = service_of(request)
     store = _snapshots(service, name)
     parse_options(SnapshotIn, await read_optional_json(request))
+    request.state.deadline.reschedule(None)  # a large collection takes longer than a request may
     taken = await store.snapshot(name)
     return json_response({**asdict(taken), **service.identity()}, status=201)
 
@@ -120,6 +121,7 @@ async def restore_snapshot(request: Request, name: str) -> Response:
     store = _snapshots(service, name)
     body = parse_options(RestoreIn, await read_json(request))
     source = name if body.source is None else check_name(body.source)
+    request.state.deadline.reschedule(None)
     info = await store.restore(name, source, body.snapshot)
     return json_response(_described(info, await service.vectors.aliases()) | service.identity(), status=201)
 

@@ -62,13 +62,15 @@ from service.search.store import (
     normalised_rows,
 )
 from service.search.threads import Workers, Write, commit_together
-from service.search.view import View, Views
+from service.search.view import Allowed, View, Views
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DIGITS: Final = 6
 """Of a score."""
+AT_ONCE_S: Final = 0.001
+"""A search that usually takes no longer may hold the event loop up for as long."""
 MAX_KNOWN: Final = 10_000
 _PAGE: Final = 1000
 """Items that one transaction deletes by filter: others may write in between."""
@@ -111,6 +113,8 @@ class EmbeddedStore:
         database.prepare(self.path)
         self.views = Views(data_dir / "segments")
         self.stamp = Stamp(data_dir / "search.stamp")
+        self._searching = 0
+        self._seconds: dict[str, float] = {}  # a collection's usual search
         self._known: dict[str, tuple[int, View]] = {}  # name or alias -> stamp and the view that it stands for
         self._snapshots = data_dir / "snapshots"
         self._selections = Selections()
@@ -371,8 +375,27 @@ class EmbeddedStore:
             check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or SearchParams()
         )
         alike = (collection, k, tag, query.params, query.vectors.shape[1]) if where is None else object()
-        found: list[list[Hit]] = await self._searchers.do(query, alike)
-        return found
+        self._searching += 1
+        try:
+            await asyncio.sleep(0)  # whoever else is ready to search counts itself now
+            if self._searching == 1 and (found := self._at_once(query)) is not None:
+                return found
+            answers: list[list[Hit]] = await self._searchers.do(query, alike)
+            return answers
+        finally:
+            self._searching -= 1
+
+    def _at_once(self, query: _Query) -> list[list[Hit]] | None:
+        """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
+        does. None when it may not be quick: not searched lately, written to meanwhile, or filtered."""
+        known = self._known.get(query.collection)
+        usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
+        if usual > AT_ONCE_S or known is None or known[0] != self.stamp.read() or query.where or query.params.exact:
+            return None
+        if not getattr(self._local, "alone", False):
+            faiss.omp_set_num_threads(1)
+            self._local.alone = True
+        return self._in_view(known[1], query, query.vectors, None)
 
     def _make_searcher(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
         faiss.omp_set_num_threads(
@@ -392,23 +415,27 @@ class EmbeddedStore:
         """For each of the vectors; `query` says the rest."""
         while True:
             view = self._view(db, query.collection)
-            row = view.row
-            check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
-            if not row.count:
-                return [[] for _ in vectors]
             allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
-            widen = self._maintenance.boost(row)
-            candidates = _nearest(
-                partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen),
-                query.k,
-                row.count,
-            )
-            answers = [_hits(view, best, query.k) for best in candidates]
-            if query.where is None:
-                self._maintenance.observe(view, vectors, candidates, query.params)
-            elif not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
+            started = time.perf_counter()
+            answers = self._in_view(view, query, vectors, allowed)
+            if query.where is None and not query.params.exact:
+                seconds = (time.perf_counter() - started) / len(vectors)
+                self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
+            elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
                 continue  # it was changed between the filter's answer and this one
             return answers
+
+    def _in_view(self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None) -> list[list[Hit]]:
+        row = view.row
+        check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
+        if not row.count:
+            return [[] for _ in vectors]
+        widen = self._maintenance.boost(row)
+        find = partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen)
+        candidates = _nearest(find, query.k, row.count)
+        if query.where is None:
+            self._maintenance.observe(view, vectors, candidates, query.params)
+        return [_hits(view, best, query.k) for best in candidates]
 
     def _view(self, db: sqlite3.Connection, name: str) -> View:
         """The view of a collection (or alias) that holds every write acknowledged until now."""
