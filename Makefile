@@ -43,8 +43,12 @@ check: $(TEST_ENV)/$(STAMP) ## ruff, mypy (strict), import rules
 	@$(TEST_ENV)/bin/mypy
 	@$(TEST_ENV)/bin/lint-imports
 
-bench: $(TEST_ENV)/$(STAMP) ## the engines' speed, written to benchmarks/results (the other benchmarks need photos)
+bench: $(TEST_ENV)/$(STAMP) ## engines, search, crashes; written to benchmarks/results (the other benchmarks need photos)
 	@$(TEST_ENV)/bin/python benchmarks/engine.py
+	@$(TEST_ENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'
+	@$(TEST_ENV)/bin/python benchmarks/search.py --vectors 100000 --http
+	@$(TEST_ENV)/bin/python benchmarks/soak.py --seconds 60
+	@$(TEST_ENV)/bin/python benchmarks/crash.py --kills 200
 
 clean: ## remove environments and caches, not the data folder
 	rm -rf $(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) build *.egg-info

@@ -99,7 +99,7 @@ class Ours(Engine):
 
 
 async def open_ours(folder: Path, kind: str) -> Ours:
-    store = await open_embedded(folder / kind)
+    store = await open_embedded(folder / kind, build_threads=available_cpus())
     assert isinstance(store, EmbeddedStore)
     return Ours(kind, store)
 
