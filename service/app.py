@@ -35,7 +35,7 @@ from service.routes import (
     segment,
 )
 from service.routes.direct import add_routes
-from service.search.embedded import open_embedded
+from service.search.opening import open_store
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Service
@@ -62,7 +62,7 @@ def create_app(
         settings: what the operator chose.
         artifact, engine: the verified model and the runtime that has it loaded.
         cache: None makes the one that the settings ask for.
-        open_vectors: opens the vector store; None opens the embedded one in the data folder.
+        open_vectors: opens the vector store; None opens the one that the settings name.
     """
     service = Service(settings=settings, artifact=artifact, engine=engine, metrics=Metrics())
 
@@ -98,7 +98,11 @@ async def _start(
 ) -> None:
     """Make what needs the event loop, warm the engine up, and leave with `stack` how each is closed."""
     settings, metrics, artifact = service.settings, service.metrics, service.artifact
-    service.store = await (open_vectors() if open_vectors else open_embedded(settings.data_dir))
+
+    def measured(collection: str, ratio: float) -> None:
+        metrics.index_recall.labels(collection).set(ratio)
+
+    service.store = await (open_vectors() if open_vectors else open_store(settings, on_recall=measured))
     stack.push_async_callback(service.store.close)
     service.originals = Originals(settings.originals_url or settings.data_dir / "originals")
     stack.push_async_callback(service.originals.close)

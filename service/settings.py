@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     patch_cache_bytes: int = Field(64 * 2**20, ge=0, description="budget for patch features, in process; 0: none")
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
 
+    vector_store: str = Field(
+        "embedded", description="embedded: in data_dir; or milvus://[user:password@]host[:port][/database]"
+    )
     originals_url: str | None = Field(None, description="photos of collections that keep them; unset: in data_dir")
 
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="one image as sent")
@@ -84,6 +87,13 @@ class Settings(BaseSettings):
             _redis_parts(value)
         return value
 
+    @field_validator("vector_store")
+    @classmethod
+    def _vector_store_is_known(cls, value: str) -> str:
+        if value != "embedded":
+            milvus_parts(value)
+        return value
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         if self.max_image_bytes > self.max_body_bytes:
@@ -106,7 +116,8 @@ class Settings(BaseSettings):
         values = self.model_dump(mode="json")
         masked = masked_url(self.redis_url) if self.redis_url else None
         originals = self.originals_url and re.sub(r"://.*", "://...", self.originals_url, flags=re.DOTALL)
-        return {**values, "redis_url": masked, "originals_url": originals}
+        vectors = self.vector_store if self.vector_store == "embedded" else masked_milvus_url(self.vector_store)
+        return {**values, "redis_url": masked, "originals_url": originals, "vector_store": vectors}
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -131,7 +142,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
 
 def _problem(location: tuple[int | str, ...], value: Any, message: str) -> str:
     name = str(location[0]) if location else "settings"
-    shown = "" if name in ("redis_url", "originals_url", "settings") else f"={value!r}"
+    shown = "" if name in ("redis_url", "originals_url", "vector_store", "settings") else f"={value!r}"
     return f"{name}{shown}: {message.removeprefix('Value error, ')}"
 
 
@@ -176,5 +187,48 @@ def _redis_parts(url: str) -> SplitResult:
 
 _REDIS_FORM = (
     "not a valid URL: {}; redis://[[user]:password@]host[:port][/db] is, with special characters of the password "
+    "percent-encoded"
+)
+
+
+def masked_milvus_url(url: str) -> str:
+    """Scheme, host, port and database of a Milvus address, for the log.
+
+    Raises:
+        ValueError: it is no address of Milvus; the message shows no more than the scheme.
+    """
+    parts = milvus_parts(url)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port is not None else ''}{parts.path}"
+
+
+def milvus_parts(url: str) -> SplitResult:
+    """The parts of a Milvus address that has no others than it may have; each is checked as those of Redis are.
+
+    Raises:
+        ValueError: it is no address of Milvus; the message shows no more than the scheme.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in ("milvus", "milvus+tls"):
+        shown = f"{scheme}://" if separator and re.fullmatch("[a-z0-9+]{1,16}", scheme) else "a value without a scheme"
+        raise ValueError(f"must be embedded, or start with milvus:// or milvus+tls://, not with {shown}")
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(_MILVUS_FORM.format("host or port cannot be read")) from None
+    if parts.query or parts.fragment:
+        raise ValueError(_MILVUS_FORM.format("options after ? or # are not taken"))
+    if not host or not re.fullmatch(r"[A-Za-z0-9._:-]+", host):
+        raise ValueError(_MILVUS_FORM.format("the host is missing or cannot be one"))
+    if bool(parts.username) != bool(parts.password):
+        raise ValueError(_MILVUS_FORM.format("user and password go together"))
+    if not re.fullmatch(r"/?|/[A-Za-z_][A-Za-z0-9_]*", parts.path):
+        raise ValueError(_MILVUS_FORM.format("what follows the host is not the name of a database"))
+    return parts
+
+
+_MILVUS_FORM = (
+    "not a valid URL: {}; milvus://[user:password@]host[:port][/database] is, with special characters of the password "
     "percent-encoded"
 )

@@ -1,0 +1,155 @@
+"""Filters in Milvus' expression language, where it can say them; `filters.matches` decides the rest.
+
+Milvus and Milvus Lite differ in what they make of JSON: Lite takes true for 1, compares text with a number as unknown,
+knows no `in` on a JSON path; Milvus compares large integers as floats. So an expression is either exact on both, or it
+passes more than the filter does and the store looks at what comes back. Under a `not` the bound turns around: what is
+negated must pass less. What cannot be bounded that way (a negated range, a strange key) passes everything.
+
+Every `==` and range of a path is a scalar comparison; long lists become balanced trees, since servers limit nesting.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar
+
+FIELD: Final = "metadata"
+MAX_JSON_BYTES: Final = 65536
+"""Of a JSON field of Milvus."""
+_EXACT_INTEGERS: Final = 2**53
+_PLAIN_KEY: Final = re.compile(r"(?![0-9]+$)[^\[\]\"'\\/~\x00-\x1f]+")
+"""A key that Milvus takes for what it is: no index of an array, no part of a JSON pointer."""
+_SIGNS: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+
+
+class Expression(NamedTuple):
+    """`text` is a bool where there is nothing to ask; if not `is_exact`, it passes more than the filter."""
+
+    text: str | bool
+    is_exact: bool
+
+
+def translate(where: Filter) -> Expression:
+    """The expression that passes what `where` passes, or more."""
+    return _translate(where, wide=True)
+
+
+def quoted(text: str) -> str:
+    """A string literal; nothing in `text` can end it."""
+    for char, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(char, escape)
+    return f'"{text}"'
+
+
+def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON field holds of metadata, for filters only: what `exists` must not find is left out, and what is
+    empty but there gets content, since versions of Milvus differ on both."""
+    result = _filled(metadata)
+    return result if len(orjson.dumps(result)) <= MAX_JSON_BYTES else metadata
+
+
+def _filled(metadata: dict[str, Any]) -> dict[str, Any]:
+    result = {}
+    for key, value in metadata.items():
+        if isinstance(value, dict):
+            result[key] = _filled(value) or [0]
+        elif value is not None:
+            result[key] = [0] if isinstance(value, list | tuple) and not value else value
+    return result
+
+
+def _translate(where: Filter, *, wide: bool) -> Expression:
+    """`wide`: passes no less than the filter; otherwise no more."""
+    if isinstance(where, Not):
+        inside = _translate(where.part, wide=not wide)
+        text = not inside.text if isinstance(inside.text, bool) else f"not ({inside.text})"
+        return Expression(text, inside.is_exact)
+    if isinstance(where, And | Or):
+        parts = [_translate(part, wide=wide) for part in where.parts]
+        return Expression(
+            _joined([part.text for part in parts], "and" if isinstance(where, And) else "or"),
+            all(part.is_exact for part in parts),
+        )
+    if not all(_PLAIN_KEY.fullmatch(key) for key in where.path):
+        return Expression(wide, False)
+    path = FIELD + "".join(f"[{quoted(key)}]" for key in where.path)
+    if isinstance(where, Exists):
+        return Expression(f"exists {path}", True)
+    if isinstance(where, In):
+        values = [_equal(path, value, wide) for value in dict.fromkeys(where.values)]
+        text = _joined([value.text for value in values], "or")
+        if not wide and not isinstance(text, bool):  # a missing key is unknown, and `not` leaves it so
+            text = f"exists {path} and ({text})"
+        return Expression(text, all(value.is_exact for value in values))
+    return _between(path, where, wide)
+
+
+def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
+    """The parts under one word, as a balanced tree."""
+    decides = word == "or"  # True decides an or, False an and
+    if any(text is decides for text in texts):
+        return decides
+    level = [text for text in texts if isinstance(text, str)]
+    if not level:
+        return not decides
+    while len(level) > 1:
+        pairs = [level[place : place + 2] for place in range(0, len(level), 2)]
+        level = [f"({pair[0]}) {word} ({pair[1]})" if len(pair) == 2 else pair[0] for pair in pairs]
+    return level[0]
+
+
+def _equal(path: str, value: Scalar, wide: bool) -> Expression:
+    if isinstance(value, str):
+        return Expression(f"{path} == {quoted(value)}", True)
+    if isinstance(value, bool) or value in (0, 1):  # which Lite takes for each other
+        mine, other = (
+            (str(value).lower(), int(value)) if isinstance(value, bool) else (int(value), str(value == 1).lower())
+        )
+        return Expression(f"{path} == {mine}" if wide else f"{path} == {mine} and not ({path} == {other})", False)
+    if abs(value) < _EXACT_INTEGERS:
+        return Expression(f"{path} == {_number(value)}", True)
+    return Expression(_within(path, [("gte", value), ("lte", value)]) if wide else False, False)
+
+
+def _between(path: str, where: Between, wide: bool) -> Expression:
+    texts = [bound for _, bound in where.bounds if isinstance(bound, str)]
+    if texts and len(texts) < len(where.bounds):
+        return Expression(False, True)  # nothing is text and a number
+    if not wide:  # text within numbers is unknown to Lite, and `not` leaves it so
+        return Expression(False, False)
+    if texts:
+        parts: list[str | bool] = [f"{path} {_SIGNS[op]} {quoted(str(bound))}" for op, bound in where.bounds]
+        return Expression(_joined(parts, "and"), True)
+    bounds = [(op, bound) for op, bound in where.bounds if not isinstance(bound, str)]
+    are_exact = all(abs(bound) < _EXACT_INTEGERS for _, bound in bounds)
+    return Expression(_within(path, bounds), are_exact and not any(_holds(number, bounds) for number in (0, 1)))
+
+
+def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
+    """Numbers within the bounds; beyond the exact integers a little more than that."""
+    parts: list[str | bool] = []
+    for op, bound in bounds:
+        if abs(bound) < _EXACT_INTEGERS:
+            parts.append(f"{path} {_SIGNS[op]} {_number(bound)}")
+            continue
+        edge = math.nextafter(float(bound), -math.inf if op in ("gt", "gte") else math.inf)
+        if math.isfinite(edge):
+            parts.append(f"{path} {_SIGNS[op][0]}= {edge!r}")
+    if not parts:  # a bound at the end of all floats: any number
+        return f"exists {path}"
+    return _joined(parts, "and")
+
+
+def _holds(number: int, bounds: Sequence[tuple[str, int | float]]) -> bool:
+    return all(
+        {"gt": number > bound, "gte": number >= bound, "lt": number < bound, "lte": number <= bound}[op]
+        for op, bound in bounds
+    )
+
+
+def _number(value: int | float) -> str:
+    return repr(int(value)) if value == int(value) else repr(float(value))

@@ -1,0 +1,603 @@
+"""Collections in a Milvus server: for more vectors than one machine holds, or several machines that serve them.
+
+One Milvus collection for each of ours. The metadata is there twice: as text, which gives back what was written, and as
+JSON, which filters look at. What Milvus cannot filter as `filters.matches` defines it (see
+`service/search/filter_milvus.py`) is fetched page by page and decided here: slower, never wrong.
+
+What is checked and then written (patch, delete, create, aliases) is in order within this process; between processes the
+last write wins. A call with several items is several writes: others may see, and a failure may leave, a part of them.
+"""
+
+import asyncio
+import base64
+import logging
+import re
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Final
+from urllib.parse import unquote
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import orjson
+from pymilvus import DataType, MilvusClient, MilvusException
+
+from service.errors import (
+    CollectionNotFound,
+    Conflict,
+    InvalidRequest,
+    ItemNotFound,
+    ServiceError,
+    StorageFailed,
+    Unavailable,
+)
+from service.search.filter_milvus import FIELD, Expression, filterable, quoted, translate
+from service.search.filters import Filter, matches
+from service.search.store import (
+    CollectionInfo,
+    CollectionSpec,
+    Floats,
+    Hit,
+    IndexSpec,
+    Item,
+    Metadata,
+    Page,
+    SearchParams,
+    VectorStore,
+    check_id,
+    check_k,
+    check_match,
+    check_name,
+    check_source,
+    merged,
+    metadata_text,
+    normalised,
+    normalised_rows,
+)
+from service.settings import milvus_parts
+
+Row = Mapping[str, Any]
+
+TIMEOUT_S: Final = 15.0
+"""Of one call to the server, with what the client tries again."""
+PREFIX: Final = "dinov2_"
+"""Of our collections and aliases: others of the same database are none of our business."""
+DIGITS: Final = 6
+"""Of a score, as in the embedded store."""
+_SPEC: Final = "dinov2.spec"
+_MAX_LIMIT: Final = 16_384
+"""Rows of one answer of Milvus."""
+_PAGE: Final = 500
+_WRITE_BYTES: Final = 16 * 2**20
+_ITEM: Final = ["id", "vector", "text", "source", "digest"]
+_NOT_FOUND: Final = 100
+_NOT_LOADED: Final = 101
+_RATE_LIMIT: Final = 8
+_NO_INDEX: Final = 700
+
+
+async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
+    """Connects to the server; `url` as in `Settings.vector_store`.
+
+    Raises:
+        Unavailable: it cannot be reached; StorageFailed: it refuses us. The message does not show the password.
+    """
+    # It logs every error with a traceback, a missing collection too; each is answered or raised here.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+    server = _Server(url, timeout_s)
+    await server.connect()
+    return MilvusStore(server)
+
+
+class _Server:
+    """The client in threads of its own; its errors become ours here and nowhere else."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        parts = milvus_parts(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        self.place = f"{host}:{parts.port or 19530}"
+        self._options = {
+            "uri": f"{'https' if parts.scheme == 'milvus+tls' else 'http'}://{self.place}",
+            "user": unquote(parts.username or ""),
+            "password": unquote(parts.password or ""),
+            "db_name": parts.path.strip("/"),
+        }
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="milvus")
+        self._client: Any = None
+
+    async def connect(self) -> None:
+        def work() -> None:
+            self._client = MilvusClient(**self._options, timeout=self._timeout_s, dedicated=True)
+
+        try:
+            await self._run(work)
+        except BaseException:
+            self._threads.shutdown(wait=False)
+            raise
+
+    async def call(self, method: str, **arguments: Any) -> Any:
+        """One method of the client; a collection that the server has not loaded is loaded."""
+
+        def work() -> Any:
+            do = partial(getattr(self._client, method), timeout=self._timeout_s, **arguments)
+            try:
+                return do()
+            except MilvusException as error:
+                if error.code != _NOT_LOADED:
+                    raise
+            self._load(arguments["collection_name"])
+            return do()
+
+        return await self._run(work)
+
+    def _load(self, name: str) -> None:
+        """Also of a collection whose making was cut off before its index was made."""
+        try:
+            self._client.load_collection(name, timeout=self._timeout_s)
+        except MilvusException as error:
+            if error.code != _NO_INDEX:
+                raise
+            self._client.create_index(name, _index(), timeout=self._timeout_s)
+            self._client.load_collection(name, timeout=self._timeout_s)
+
+    async def _run(self, work: Callable[[], Any]) -> Any:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except (MilvusException, grpc.RpcError, ValueError) as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> ServiceError:
+        """Ours for one of the client."""
+        code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
+        message = str(getattr(error, "message", None) or getattr(error, "details", lambda: error)())
+        if self._options["password"]:
+            message = message.replace(self._options["password"], "***")
+        if code == _NOT_FOUND:
+            return CollectionNotFound(f"the collection is gone: {message[:200]}")
+        is_away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, _RATE_LIMIT)
+        if is_away or re.search("Fail connecting|Retry timeout|Retry run out|closed channel", message):
+            return Unavailable(f"Milvus at {self.place} does not answer: {message[:200]}", retry_after_s=1)
+        return StorageFailed(f"Milvus at {self.place}: {message[:500]}")
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._client.close)
+
+
+class MilvusStore:
+    """`VectorStore` in a Milvus server."""
+
+    capabilities: frozenset[str] = frozenset()
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._writes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by our name of a collection
+        self._names = asyncio.Lock()  # what makes, drops or points a name
+        self._is_open = True
+
+    # ---- collections
+
+    async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
+        check_name(collection)
+        async with self._names:
+            try:
+                name, found = await self._found(collection)
+            except CollectionNotFound:
+                await self._make(collection, spec)
+                return CollectionInfo(collection, spec, 0)
+        if name != collection:
+            raise Conflict(f"{collection!r} is an alias of {name!r}")
+        if found != spec:
+            raise Conflict(f"collection {collection!r} exists with other settings: {found}")
+        return await self._info(name, found)
+
+    async def collections(self) -> list[CollectionInfo]:
+        infos = []
+        for name in await self._own_names():
+            try:
+                infos.append(await self.info(name))
+            except CollectionNotFound:  # dropped meanwhile, or not ours for all its name
+                continue
+        return infos
+
+    async def info(self, collection: str) -> CollectionInfo:
+        return await self._info(*await self._found(collection))
+
+    async def drop(self, collection: str) -> None:
+        async with self._names:
+            name, _ = await self._found(collection)
+            if name != collection:
+                raise Conflict(f"{collection!r} is an alias of {name!r}: delete the alias, or the collection")
+            aliases = await self._server.call("list_aliases", collection_name=encoded(name))
+            if aliases["aliases"]:
+                shown = [decoded(alias) or alias for alias in aliases["aliases"]]
+                raise Conflict(f"collection {collection!r} has the aliases {', '.join(map(repr, sorted(shown)))}")
+            async with self._writes[name]:
+                await self._server.call("drop_collection", collection_name=encoded(name))
+
+    async def aliases(self) -> dict[str, str]:
+        found = {}
+        for name in await self._own_names():
+            answer = await self._server.call("list_aliases", collection_name=encoded(name))
+            found.update({alias: name for alias in map(decoded, answer["aliases"]) if alias is not None})
+        return dict(sorted(found.items()))
+
+    async def set_alias(self, alias: str, collection: str) -> str | None:
+        check_name(alias)
+        async with self._names:
+            name, _ = await self._found(collection)
+            before = None
+            with suppress(CollectionNotFound):
+                before, _ = await self._found(alias)
+            if before == alias:
+                raise Conflict(f"{alias!r} is a collection, so it cannot be an alias")
+            method = "create_alias" if before is None else "alter_alias"
+            await self._server.call(method, collection_name=encoded(name), alias=encoded(alias))
+            return before
+
+    async def drop_alias(self, alias: str) -> None:
+        check_name(alias)
+        async with self._names:
+            if alias not in await self.aliases():
+                raise CollectionNotFound(f"there is no alias {alias!r}")
+            await self._server.call("drop_alias", alias=encoded(alias))
+
+    # ---- items
+
+    async def upsert(
+        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+    ) -> CollectionInfo:
+        check_name(collection)
+        if not items:
+            raise InvalidRequest("no items to write")
+        checked = {check_id(check_source(i).id): (i, normalised(i.vector), metadata_text(i.metadata)) for i in items}
+        dimensions = {len(vector) for _, vector, _ in checked.values()}
+        if len(dimensions) > 1:
+            raise InvalidRequest("the vectors of one call must have the same dimension")
+        dimension = dimensions.pop()
+        try:
+            name, spec = await self._found(collection)
+        except CollectionNotFound:
+            async with self._names:
+                try:
+                    name, spec = await self._found(collection)
+                except CollectionNotFound:
+                    name, spec = collection, CollectionSpec(tag, dimension)
+                    await self._make(name, spec)
+        check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=dimension)
+        rows = [
+            _row(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked.values()
+        ]
+        async with self._writes[name]:
+            for some in _batches(rows):
+                await self._server.call("upsert", collection_name=encoded(name), data=some)
+        return await self._info(name, spec)
+
+    async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
+        wanted = [check_id(item_id) for item_id in ids]
+        name, _ = await self._found(collection)
+        rows = {row["id"]: row for row in await self._by_id(name, wanted, _ITEM)}
+        return [_item(rows[item_id]) if item_id in rows else None for item_id in wanted]
+
+    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+        check_id(item_id)
+        name, _ = await self._found(collection)
+        async with self._writes[name]:
+            rows = await self._by_id(name, [item_id], _ITEM)
+            if not rows:
+                raise ItemNotFound(f"collection {collection!r} holds no item {item_id[:80]!r}", param="id")
+            old = _item(rows[0])
+            new = merged(old.metadata, metadata)
+            text = metadata_text(new)
+            item = Item(old.id, old.vector, new, old.source, old.digest)
+            await self._server.call("upsert", collection_name=encoded(name), data=[_row(item, old.vector, text)])
+        return item
+
+    async def delete(self, collection: str, ids: Sequence[str]) -> int:
+        wanted = [check_id(item_id) for item_id in ids]
+        name, _ = await self._found(collection)
+        async with self._writes[name]:
+            return await self._delete(name, [row["id"] for row in await self._by_id(name, wanted, ["id"])])
+
+    async def delete_where(self, collection: str, where: Filter) -> int:
+        """Some at a time; what is written meanwhile, by another process, may stay or go."""
+        name, _ = await self._found(collection)
+        async with self._writes[name]:
+            gone = 0
+            async for rows in self._pages(name, where, fields=["id", "text"]):
+                gone += await self._delete(name, [row["id"] for row in rows])
+            return gone
+
+    async def count(self, collection: str, where: Filter | None = None) -> int:
+        """A filter that Milvus cannot say exactly is counted by looking at what it passes."""
+        name, spec = await self._found(collection)
+        if where is None:
+            return (await self._info(name, spec)).count
+        expression = translate(where)
+        if expression.is_exact and isinstance(expression.text, str):
+            return await self._count(name, expression.text)
+        return sum([len(rows) async for rows in self._pages(name, where, fields=["id", "text"])])
+
+    async def scroll(
+        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
+    ) -> Page:
+        """In the order of the ids."""
+        after = _after(cursor)
+        name, _ = await self._found(collection)
+        found: list[Row] = []
+        async for rows in self._pages(name, where, fields=_ITEM, after=after, size=min(limit + 1, _PAGE)):
+            found += rows
+            if len(found) > limit:
+                return Page([_item(row) for row in found[:limit]], _cursor(found[limit - 1]["id"]))
+        return Page([_item(row) for row in found], None)
+
+    # ---- search
+
+    async def search(
+        self,
+        collection: str,
+        vectors: npt.ArrayLike,
+        k: int,
+        *,
+        tag: str,
+        where: Filter | None = None,
+        params: SearchParams | None = None,
+    ) -> list[list[Hit]]:
+        """Over an HNSW index; `exact` is a search as wide as the index allows, since Milvus has no other."""
+        check_k(k)
+        queries = normalised_rows(vectors)
+        name, spec = await self._found(collection)
+        check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=queries.shape[1])
+        expression = Expression(True, True) if where is None else translate(where)
+        if expression.text is False:
+            return [[] for _ in queries]
+        answers: list[list[Hit] | None] = [None] * len(queries)
+        depth = k + 1
+        while (left := [place for place, answer in enumerate(answers) if answer is None]) and depth:
+            found = await self._nearest(name, queries[left], depth, expression, params or SearchParams())
+            for place, rows in zip(left, found, strict=True):
+                answers[place] = _best(rows, k, where, is_all=len(rows) < depth, is_last=depth == _MAX_LIMIT)
+            depth = min(4 * depth, _MAX_LIMIT) if depth < _MAX_LIMIT else 0
+        if left:
+            assert where is not None
+            scanned = await self._scan(name, queries[left], k, where)
+            for place, hits in zip(left, scanned, strict=True):
+                answers[place] = hits
+        return [answer for answer in answers if answer is not None]
+
+    async def _nearest(
+        self, name: str, queries: Floats, depth: int, expression: Expression, params: SearchParams
+    ) -> list[list[Row]]:
+        ef = max(depth, _MAX_LIMIT if params.exact else params.ef_search or 128)
+        answers = await self._server.call(
+            "search",
+            collection_name=encoded(name),
+            data=[query.tolist() for query in queries],
+            filter=expression.text if isinstance(expression.text, str) else "",
+            limit=depth,
+            output_fields=["text", "source"],
+            search_params={"metric_type": "IP", "params": {"ef": ef}},
+            anns_field="vector",
+        )
+        return [
+            [
+                {"id": hit["id"], "score": _score(hit["distance"]), **{f: hit["entity"][f] for f in ("text", "source")}}
+                for hit in answer
+            ]
+            for answer in answers
+        ]
+
+    async def _scan(self, name: str, queries: Floats, k: int, where: Filter) -> list[list[Hit]]:
+        """By looking at every item that the filter may pass."""
+        best: list[list[Hit]] = [[] for _ in queries]
+        async for rows in self._pages(name, where, fields=["id", "vector", "text", "source"]):
+            if rows:
+                scores = queries @ np.array([row["vector"] for row in rows], np.float32).T
+                for place, line in enumerate(scores.tolist()):
+                    hits = best[place] + [_hit(row, _score(score)) for row, score in zip(rows, line, strict=True)]
+                    best[place] = sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+        return best
+
+    async def close(self) -> None:
+        """Calls under way finish; calling again does nothing."""
+        if self._is_open:
+            self._is_open = False
+            await self._server.close()
+
+    # ---- what these are made of
+
+    async def _found(self, collection: str) -> tuple[str, CollectionSpec]:
+        """The own name of a collection or alias, and what it is."""
+        missing = CollectionNotFound(f"there is no collection {check_name(collection)!r}")
+        try:
+            described = await self._server.call("describe_collection", collection_name=encoded(collection))
+        except CollectionNotFound:
+            raise missing from None
+        name = decoded(described["collection_name"])
+        text = described.get("properties", {}).get(_SPEC) or described.get("description")
+        if name is None or not text:
+            raise missing
+        return name, _spec(name, text)
+
+    async def _make(self, name: str, spec: CollectionSpec) -> None:
+        text = orjson.dumps(asdict(spec)).decode()
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=text)
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=1024)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=spec.dimension)
+        schema.add_field(FIELD, DataType.JSON)
+        schema.add_field("text", DataType.VARCHAR, max_length=65535)
+        schema.add_field("source", DataType.VARCHAR, max_length=8192)
+        schema.add_field("digest", DataType.VARCHAR, max_length=64)
+        await self._server.call(
+            "create_collection",
+            collection_name=encoded(name),
+            schema=schema,
+            index_params=_index(),
+            consistency_level="Strong",
+            properties={_SPEC: text},
+        )
+
+    async def _own_names(self) -> list[str]:
+        names = map(decoded, await self._server.call("list_collections"))
+        return sorted(name for name in names if name is not None)
+
+    async def _info(self, name: str, spec: CollectionSpec) -> CollectionInfo:
+        return CollectionInfo(name, spec, await self._count(name, ""))
+
+    async def _count(self, name: str, expression: str) -> int:
+        rows = await self._server.call(
+            "query", collection_name=encoded(name), filter=expression, output_fields=["count(*)"]
+        )
+        return int(rows[0]["count(*)"])
+
+    async def _by_id(self, name: str, ids: Iterable[str], fields: list[str]) -> list[Row]:
+        wanted = list(dict.fromkeys(ids))
+        rows: list[Row] = []
+        for start in range(0, len(wanted), _PAGE):
+            some = wanted[start : start + _PAGE]
+            rows += await self._server.call(
+                "query", collection_name=encoded(name), filter=_one_of(some), output_fields=fields, limit=len(some)
+            )
+        return rows
+
+    async def _delete(self, name: str, ids: list[str]) -> int:
+        for start in range(0, len(ids), _PAGE):
+            expression = _one_of(ids[start : start + _PAGE])
+            await self._server.call("delete", collection_name=encoded(name), filter=expression)
+        return len(ids)
+
+    async def _pages(
+        self, name: str, where: Filter | None, *, fields: list[str], after: str = "", size: int = _PAGE
+    ) -> AsyncIterator[list[Row]]:
+        """What the filter passes, by id; `fields` with id and text. A page may be empty and not the last."""
+        expression = True if where is None else translate(where).text
+        while expression is not False:
+            condition = f"id > {quoted(after)}" + (f" and ({expression})" if isinstance(expression, str) else "")
+            # The two flags are what makes an answer with a limit the first by id; the client's iterator sets them too.
+            rows = await self._server.call(
+                "query",
+                collection_name=encoded(name),
+                filter=condition,
+                output_fields=fields,
+                limit=size,
+                iterator="True",
+                reduce_stop_for_best="True",
+            )
+            yield [row for row in rows if where is None or matches(where, _metadata(row))]
+            if len(rows) < size:
+                return
+            after = rows[-1]["id"]
+
+
+def encoded(name: str) -> str:
+    """Our name as one that Milvus allows: a-z, 0-9 and _."""
+    return PREFIX + name.replace("_", "__").replace("-", "_2d")
+
+
+def decoded(name: str) -> str | None:
+    """Our name of a collection or alias of Milvus; None if it is not ours."""
+    if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
+        return None
+    return re.sub("_(_|2d)", lambda found: "_" if found[1] == "_" else "-", name.removeprefix(PREFIX))
+
+
+def _index() -> Any:
+    index = MilvusClient.prepare_index_params()
+    index.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
+    return index
+
+
+def _spec(name: str, text: str) -> CollectionSpec:
+    try:
+        values = orjson.loads(text)
+        return CollectionSpec(**{**values, "index": IndexSpec(**values["index"]), "indexed": tuple(values["indexed"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageFailed(f"collection {name!r} in Milvus says nothing of use about itself: {error}") from error
+
+
+def _one_of(ids: Sequence[str]) -> str:
+    return f"id in [{', '.join(map(quoted, ids))}]"
+
+
+def _row(item: Item, vector: Floats, text: str) -> dict[str, Any]:
+    """As stored. The text is without its braces: 64 KiB of metadata are one byte more than Milvus takes."""
+    return {
+        "id": item.id,
+        "vector": vector.tolist(),
+        FIELD: filterable(orjson.loads(text)),
+        "text": text[1:-1],
+        "source": item.source or "",
+        "digest": item.digest or "",
+    }
+
+
+def _batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+    """Rows by what one message may hold."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        weight = 4 * len(row["vector"]) + 2 * len(row["text"].encode()) + 10_000
+        if batch and size + weight > _WRITE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += weight
+    yield batch
+
+
+def _metadata(row: Row) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = orjson.loads(f"{{{row['text']}}}")
+    except ValueError as error:
+        raise StorageFailed(f"the metadata of item {row['id']!r} in Milvus is broken") from error
+    return metadata
+
+
+def _item(row: Row) -> Item:
+    vector = np.asarray(row["vector"], np.float32)
+    return Item(row["id"], vector, _metadata(row), row["source"] or None, row["digest"] or None)
+
+
+def _hit(row: Row, score: float) -> Hit:
+    return Hit(row["id"], score, _metadata(row), row["source"] or None)
+
+
+def _score(score: float) -> float:
+    return min(1.0, max(-1.0, round(float(score), DIGITS)))
+
+
+def _best(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is_last: bool) -> list[Hit] | None:
+    """The k best of the nearest rows, equal scores by id; None if more must be fetched to know them.
+
+    `is_all`: there are no more; `is_last`: no more can be fetched.
+    """
+    hits = sorted((_hit(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
+    hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]
+    is_known = is_all or (len(hits) >= k and min(row["score"] for row in rows) < hits[k - 1].score)
+    if is_known or (is_last and len(hits) >= k):
+        return hits[:k]
+    return None
+
+
+def _cursor(item_id: str) -> str:
+    return "i" + base64.urlsafe_b64encode(item_id.encode()).decode().rstrip("=")
+
+
+def _after(cursor: str | None) -> str:
+    """The id that a cursor continues behind."""
+    if cursor is None:
+        return ""
+    text = cursor.removeprefix("i")
+    try:
+        item_id = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
+        if not item_id or _cursor(item_id) != cursor:
+            raise ValueError("not as it was given")
+        return check_id(item_id)
+    except (ValueError, InvalidRequest) as error:
+        raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor") from error

@@ -1,0 +1,33 @@
+"""Which vector store the service gets: the one place that knows the kinds.
+
+A store's packages are imported only when it is chosen: pymilvus is an extra.
+"""
+
+from typing import Any
+
+from service.search.store import VectorStore
+from service.settings import Settings
+
+
+async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore:
+    """The store that `settings.vector_store` names; `embedded_options` go to `open_embedded`.
+
+    Raises:
+        ModuleNotFoundError: the extra for it is not installed; the message says how.
+        StorageFailed: the data folder cannot be used, or Milvus refuses us.
+        Unavailable: Milvus cannot be reached.
+    """
+    if settings.vector_store == "embedded":
+        from service.search.embedded import open_embedded
+
+        return await open_embedded(settings.data_dir, **embedded_options)
+    try:
+        from service.search.milvus import open_milvus
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("pymilvus", "grpc"):
+            raise
+        raise ModuleNotFoundError(
+            "vector_store is Milvus, and its client is not installed: pip install 'dinov2-service[milvus]'",
+            name=error.name,
+        ) from error
+    return await open_milvus(settings.vector_store)

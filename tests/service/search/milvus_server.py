@@ -1,0 +1,68 @@
+"""A Milvus Lite server as a process of its own: what the Milvus tests talk to, kill and start again."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class MilvusServer:
+    """Milvus Lite over gRPC on a port of its own, with its data in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        return f"milvus://127.0.0.1:{self.port}"
+
+    def start(self, *, timeout_s: float = 60) -> None:
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "milvus_lite", "server", "--data-dir", str(self._folder / "data"), *address],
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"no Milvus Lite: {(self._folder / 'server.log').read_text()[-2000:]}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """At once, as when the machine loses power."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[MilvusServer]:
+    """A server to kill and start again."""
+    with tempfile.TemporaryDirectory(prefix="milvus-") as folder:
+        server = MilvusServer(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@contextlib.contextmanager
+def milvus_server() -> Iterator[str]:
+    """The URL of a server that lives as long as the context, as `Settings.vector_store` takes it."""
+    with running_server() as server:
+        yield server.url
