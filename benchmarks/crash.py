@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from service.search import maintenance, segments
+from service.search import building, maintenance
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import matches, parse_filter
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
@@ -61,7 +61,7 @@ def apply(state: State, seed: int, n: int) -> None:
 
 async def opened(folder: Path) -> EmbeddedStore:
     """The store, with sizes at which a few hundred items go through every stage."""
-    segments.FLAT_BELOW, maintenance.MANY, maintenance.ORPHAN_S = 100, 2, 0.05
+    building.FLAT_BELOW, maintenance.MANY, maintenance.ORPHAN_S = 100, 2, 0.05
     store = await open_embedded(folder, threads=1, interval_s=0.005, seal_rows=48)
     assert isinstance(store, EmbeddedStore)
     return store

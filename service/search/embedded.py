@@ -1,13 +1,11 @@
 """The embedded store: SQLite holds the truth, faiss answers, and neither waits for the other.
 
-    write   ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ the view follows
-    search  ─▶ search threads ─▶ stamp? ─▶ View ─▶ faiss ─▶ what the view says of the hits
-    meanwhile  maintenance: tail ─▶ segment, segments ─▶ one segment; recall measured (`service/search/maintenance.py`)
+    write   ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
+    search  ─▶ stamp changed? then the view follows ─▶ View ─▶ faiss ─▶ what the view says of the hits
+    meanwhile  maintenance: tail ─▶ segment, segments ─▶ one segment; recall is measured
 
-A search looks at the stamp that every commit changes and, if it has changed, brings the view up to date, so it sees
-every acknowledged write, of this process or of another on the same folder, and none half.
-
-Equal scores come by id, so scores are rounded to six digits: sums in another order differ in the seventh.
+`database` has the statements, `view` and `segments` what is searched, `searcher` how, `maintenance` and `building` what
+happens meanwhile. This file is the protocol: what each call checks, and in which thread it runs.
 """
 
 import asyncio
@@ -19,31 +17,25 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-import faiss
-import numpy as np
 import numpy.typing as npt
-import orjson
 
 from model.engine import available_cpus
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
 from service.search import database, snapshots
-from service.search.database import Numbers, Row, snapshot, translated
-from service.search.filter_sql import to_sql
-from service.search.filters import Filter, matches
+from service.search.database import Row, snapshot, translated
+from service.search.filters import Filter
 from service.search.maintenance import Maintenance
-from service.search.segments import Found
-from service.search.selection import Selections, passing
+from service.search.reading import ITEM, condition_of, delete_some, items_of, metadata_of, number_after
+from service.search.searcher import Searcher
+from service.search.selection import passing
 from service.search.stamp import Stamp
 from service.search.store import (
-    MAX_DEPTH,
     CollectionInfo,
     CollectionSpec,
-    Floats,
     Hit,
     Item,
     Metadata,
@@ -52,29 +44,18 @@ from service.search.store import (
     SnapshotInfo,
     VectorStore,
     check_id,
-    check_k,
     check_match,
     check_name,
     check_source,
     merged,
     metadata_text,
     normalised,
-    normalised_rows,
 )
 from service.search.threads import Workers, Write, commit_together
-from service.search.view import Allowed, View, Views
+from service.search.view import Views
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-DIGITS: Final = 6
-"""Of a score."""
-AT_ONCE_S: Final = 0.001
-"""A search that usually takes no longer may hold the event loop up for as long."""
-MAX_KNOWN: Final = 10_000
-_PAGE: Final = 1000
-"""Items that one transaction deletes by filter: others may write in between."""
-_ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 
 
 async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
@@ -91,18 +72,6 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
     )
 
 
-@dataclass(frozen=True)
-class _Query:
-    """One call of `search`."""
-
-    collection: str
-    vectors: Floats  # [q, D], length 1
-    k: int
-    tag: str
-    where: Filter | None
-    params: SearchParams
-
-
 class EmbeddedStore:
     """`VectorStore` in a folder. Several processes of one host may have it open."""
 
@@ -113,17 +82,13 @@ class EmbeddedStore:
         database.prepare(self.path)
         self.views = Views(data_dir / "segments")
         self.stamp = Stamp(data_dir / "search.stamp")
-        self._searching = 0
-        self._seconds: dict[str, float] = {}  # a collection's usual search
-        self._known: dict[str, tuple[int, View]] = {}  # name or alias -> stamp and the view that it stands for
         self._snapshots = data_dir / "snapshots"
-        self._selections = Selections()
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._maintenance = Maintenance(data_dir, self.views, self.stamp, self._connect, **maintenance)
         self._load()
         self._writer: Workers[Write] = Workers("store-write", 1, self._make_writer)
-        self._searchers: Workers[_Query] = Workers("store-search", threads, self._make_searcher)
+        self._searcher = Searcher(self.views, self.stamp, self._maintenance, self._connect, threads)
         self._readers = ThreadPoolExecutor(max(2, threads), thread_name_prefix="store-read")
         self._is_open = True
         self._maintenance.start()
@@ -237,9 +202,9 @@ class EmbeddedStore:
 
         def work(db: sqlite3.Connection) -> list[Item | None]:
             row = database.find(db, collection)
-            query = f"SELECT {_ITEM} FROM items_{row.key} i WHERE id = ?"
+            query = f"SELECT {ITEM} FROM items_{row.key} i WHERE id = ?"
             found = [db.execute(query, (item_id,)).fetchone() for item_id in wanted]
-            items = iter(_items(db, row, [place for place in found if place is not None]))
+            items = iter(items_of(db, row, [place for place in found if place is not None]))
             return [None if place is None else next(items) for place in found]
 
         return await self._read(work)
@@ -249,13 +214,13 @@ class EmbeddedStore:
 
         def work(db: sqlite3.Connection) -> Item:
             row = database.find(db, collection)
-            query = f"SELECT {_ITEM} FROM items_{row.key} i WHERE id = ?"
+            query = f"SELECT {ITEM} FROM items_{row.key} i WHERE id = ?"
             found = db.execute(query, (item_id,)).fetchone()
             if found is None:
                 raise ItemNotFound(f"collection {collection!r} holds no item {item_id[:80]!r}", param="id")
-            text = metadata_text(merged(_metadata(item_id, found[2]), metadata))
+            text = metadata_text(merged(metadata_of(item_id, found[2]), metadata))
             database.edit(db, row.key, found[0], text)
-            return _items(db, row, [(*found[:2], text, *found[3:])])[0]
+            return items_of(db, row, [(*found[:2], text, *found[3:])])[0]
 
         return await self._write(work)
 
@@ -278,7 +243,7 @@ class EmbeddedStore:
         last = await self._read(lambda db: database.last_number(db, row))
         gone, after = 0, 0
         while after < last:
-            some, after = await self._write(partial(_delete_some, row=row, where=where, after=after, to=last))
+            some, after = await self._write(partial(delete_some, row=row, where=where, after=after, to=last))
             gone += some
         self._maintenance.wake()
         return gone
@@ -287,22 +252,22 @@ class EmbeddedStore:
         if where is None:
             return (await self.info(collection)).count
         check_name(collection)
-        return len((await self._read(lambda db: _found(db, collection, where)))[1])
+        return len(await self._read(lambda db: passing(db, database.find(db, collection), where)))
 
     async def scroll(
         self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page:
         """In the order of writing."""
         check_name(collection)
-        after = _after(cursor)
+        after = number_after(cursor)
 
         def work(db: sqlite3.Connection) -> Page:
             row = database.find(db, collection)
-            condition, parameters = _condition(where)
-            query = f"SELECT {_ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
+            condition, parameters = condition_of(where)
+            query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
             found = db.execute(query, (after, *parameters, limit + 1)).fetchall()
             more = len(found) > limit
-            return Page(_items(db, row, found[:limit]), f"n{found[limit - 1][0]}" if more else None)
+            return Page(items_of(db, row, found[:limit]), f"n{found[limit - 1][0]}" if more else None)
 
         return await self._read(work)
 
@@ -354,7 +319,7 @@ class EmbeddedStore:
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
-            view = self._view(db, collection)
+            view = self._searcher.view(db, collection)
             return {"count": view.row.count, **view.stats(), **self._maintenance.stats(view.row)}
 
         return await self._read(work, as_one=False)
@@ -371,84 +336,7 @@ class EmbeddedStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        query = _Query(
-            check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or SearchParams()
-        )
-        alike = (collection, k, tag, query.params, query.vectors.shape[1]) if where is None else object()
-        self._searching += 1
-        try:
-            await asyncio.sleep(0)  # whoever else is ready to search counts itself now
-            if self._searching == 1 and (found := self._at_once(query)) is not None:
-                return found
-            answers: list[list[Hit]] = await self._searchers.do(query, alike)
-            return answers
-        finally:
-            self._searching -= 1
-
-    def _at_once(self, query: _Query) -> list[list[Hit]] | None:
-        """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
-        does. None when it may not be quick: not searched lately, written to meanwhile, or filtered."""
-        known = self._known.get(query.collection)
-        usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
-        if usual > AT_ONCE_S or known is None or known[0] != self.stamp.read() or query.where or query.params.exact:
-            return None
-        if not getattr(self._local, "alone", False):
-            faiss.omp_set_num_threads(1)
-            self._local.alone = True
-        return self._in_view(known[1], query, query.vectors, None)
-
-    def _make_searcher(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
-        faiss.omp_set_num_threads(
-            1
-        )  # of this thread: queries run beside each other, and the cores belong to the engine
-        db = self._connect()
-
-        def work(together: Sequence[_Query]) -> Sequence[Any]:
-            vectors = together[0].vectors if len(together) == 1 else np.concatenate([one.vectors for one in together])
-            with translated():
-                answers = iter(self._answer(db, together[0], vectors))
-            return [[next(answers) for _ in one.vectors] for one in together]
-
-        return work
-
-    def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
-        """For each of the vectors; `query` says the rest."""
-        while True:
-            view = self._view(db, query.collection)
-            allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
-            started = time.perf_counter()
-            answers = self._in_view(view, query, vectors, allowed)
-            if query.where is None and not query.params.exact:
-                seconds = (time.perf_counter() - started) / len(vectors)
-                self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
-            elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
-                continue  # it was changed between the filter's answer and this one
-            return answers
-
-    def _in_view(self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None) -> list[list[Hit]]:
-        row = view.row
-        check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
-        if not row.count:
-            return [[] for _ in vectors]
-        widen = self._maintenance.boost(row)
-        find = partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen)
-        candidates = _nearest(find, query.k, row.count)
-        if query.where is None:
-            self._maintenance.observe(view, vectors, candidates, query.params)
-        return [_hits(view, best, query.k) for best in candidates]
-
-    def _view(self, db: sqlite3.Connection, name: str) -> View:
-        """The view of a collection (or alias) that holds every write acknowledged until now."""
-        stamp = self.stamp.read()
-        known = self._known.get(name)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        self._known.pop(name, None)
-        view = self.views.newest(db, database.find(db, name))
-        if len(self._known) > MAX_KNOWN:
-            self._known.clear()
-        self._known[name] = (stamp, view)
-        return view
+        return await self._searcher.search(collection, vectors, k, tag=tag, where=where, params=params)
 
     # ---- threads
 
@@ -512,7 +400,7 @@ class EmbeddedStore:
     def _close(self) -> None:
         self._maintenance.close()
         self._writer.close()
-        self._searchers.close()
+        self._searcher.close()
         self._readers.shutdown()
         for db in self._connections:
             db.close()
@@ -547,85 +435,3 @@ def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
 def _difference(old: CollectionSpec, new: CollectionSpec) -> str:
     fields = [name for name in CollectionSpec.__dataclass_fields__ if getattr(old, name) != getattr(new, name)]
     return "; ".join(f"{name} is {getattr(old, name)!r}, not {getattr(new, name)!r}" for name in fields)
-
-
-def _condition(where: Filter | None) -> tuple[str, list[Any]]:
-    return ("1", []) if where is None else to_sql(where)
-
-
-def _found(db: sqlite3.Connection, collection: str, where: Filter) -> tuple[Row, Numbers]:
-    row = database.find(db, collection)
-    return row, passing(db, row, where)
-
-
-def _delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:
-    """Delete the next of what passes; how many, and up to which number it has looked."""
-    database.check_exists(db, row)
-    condition, parameters = to_sql(where)
-    query = f"SELECT number FROM items_{row.key} WHERE number > ? AND number <= ? AND {condition} ORDER BY 1 LIMIT ?"
-    numbers = [number for (number,) in db.execute(query, (after, to, *parameters, _PAGE))]
-    return database.remove(db, row.key, numbers), numbers[-1] if len(numbers) == _PAGE else to
-
-
-def _after(cursor: str | None) -> int:
-    """The number that a cursor continues behind."""
-    if cursor is None:
-        return 0
-    digits = cursor.removeprefix("n")
-    if digits == cursor or not digits.isascii() or not digits.isdigit() or len(digits) > 18:
-        raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor")
-    return int(digits)
-
-
-def _items(db: sqlite3.Connection, row: Row, found: Sequence[tuple[Any, ...]]) -> list[Item]:
-    """Items of rows (number, id, metadata, source, digest), with their vectors."""
-    query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number = ?"
-    vectors = [db.execute(query, (place[0],)).fetchone() for place in found]
-    if None in vectors:
-        raise StorageFailed("the vector store is damaged: an item has no vector")
-    matrix = database.vectors_of(row, vectors)[1]
-    return [
-        Item(item_id, vector, _metadata(item_id, text), source, digest)
-        for (_, item_id, text, source, digest), vector in zip(found, matrix, strict=True)
-    ]
-
-
-def _metadata(item_id: str, text: Any) -> dict[str, Any]:
-    """What `metadata_text` has made, unless the file was damaged since."""
-    try:
-        metadata = orjson.loads(text)
-        if not isinstance(metadata, dict):
-            raise ValueError(f"a JSON object was stored, and it is {type(metadata).__name__}")
-    except (TypeError, ValueError) as error:
-        raise StorageFailed(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
-    return metadata
-
-
-def _nearest(find: Callable[..., Found], k: int, count: int) -> list[list[tuple[float, int]]]:
-    """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them.
-    `find` is the search, still without its k."""
-    depth = min(k + 1, count)
-    while True:
-        found = find(k=depth)
-        answers = [
-            [(round(score, DIGITS), place) for score, place in zip(scores, places, strict=True) if place >= 0]
-            for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
-        ]
-        tied = any(len(best) == depth > k and best[-1][0] == best[k - 1][0] for best in answers)
-        if not tied or depth >= min(count, MAX_DEPTH):
-            break
-        depth = min(4 * depth, count, MAX_DEPTH)
-    return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
-
-
-def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
-    """Candidates (score, place) with their ids and metadata; the k best, equal scores by id."""
-    hits = []
-    for score, place in best:
-        try:
-            item_id, metadata, source = orjson.loads(view.payload(place))
-        except ValueError as error:
-            raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
-        hits.append(Hit(item_id, min(1.0, max(-1.0, score)), metadata, source))
-    hits.sort(key=lambda hit: (-hit.score, hit.id))
-    return hits[:k]

@@ -26,9 +26,7 @@ import numpy as np
 from model.engine import available_cpus
 from service.errors import CollectionNotFound, ServiceError
 from service.search import database
-from service.search.database import Chunk, Point, Row, SegmentRow, snapshot, transaction
-from service.search.segments import (
-    Positions,
+from service.search.building import (
     Stopped,
     build,
     kind_for,
@@ -37,6 +35,8 @@ from service.search.segments import (
     remove_orphans,
     write,
 )
+from service.search.database import Chunk, Point, Row, SegmentRow, snapshot, transaction
+from service.search.segments import Positions
 from service.search.stamp import Stamp
 from service.search.store import Floats, SearchParams
 from service.search.view import LivePart, View, Views

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
-from service.search import maintenance, segments
+from service.search import building, maintenance
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
@@ -46,7 +46,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a few hundred items go through every stage."""
-    monkeypatch.setattr(segments, "FLAT_BELOW", 100)
+    monkeypatch.setattr(building, "FLAT_BELOW", 100)
     monkeypatch.setattr("service.search.view.EXACT_ROWS", 20)
 
 
@@ -100,7 +100,7 @@ async def test_any_sequence_equals_a_dictionary(
     """`other` is a second store on the same folder, as in another process; it follows the first."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "FLAT_BELOW", 16)
+        patch.setattr(building, "FLAT_BELOW", 16)
         patch.setattr("service.search.view.EXACT_ROWS", 3)
         spec = CollectionSpec(TAG, D, "float16" if half else "float32", IndexSpec(kind), ("n",))
         store, other, plain = await opened(folder, interval_s=60.0), None, DictStore()
@@ -186,11 +186,11 @@ async def test_every_kind_finds_nearly_all_with_exact_scores(store: EmbeddedStor
 
 
 async def test_kinds_by_size() -> None:
-    assert segments.kind_for(IndexSpec(), 19_999) == "flat"
-    assert segments.kind_for(IndexSpec(), 20_000) == "hnsw"
-    assert segments.kind_for(IndexSpec(), 2_000_000) == "ivf_pq"
-    assert segments.kind_for(IndexSpec("rabitq"), 20_000) == "rabitq"
-    assert segments.kind_for(IndexSpec("flat"), 10**9) == "flat"
+    assert building.kind_for(IndexSpec(), 19_999) == "flat"
+    assert building.kind_for(IndexSpec(), 20_000) == "hnsw"
+    assert building.kind_for(IndexSpec(), 2_000_000) == "ivf_pq"
+    assert building.kind_for(IndexSpec("rabitq"), 20_000) == "rabitq"
+    assert building.kind_for(IndexSpec("flat"), 10**9) == "flat"
 
 
 @pytest.mark.usefixtures("small")
@@ -290,7 +290,7 @@ async def test_maintenance_works_by_itself_and_clears_up(tmp_path: Path, monkeyp
 
 async def test_writers_and_readers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stores on one folder, segments built meanwhile: every answer names items that are there."""
-    monkeypatch.setattr(segments, "FLAT_BELOW", 100)
+    monkeypatch.setattr(building, "FLAT_BELOW", 100)
     stores = [await opened(tmp_path, interval_s=0.01, seal_rows=64) for _ in range(2)]
     await stores[0].upsert("c", items(50, prefix="base"), tag=TAG)
     stop = time.monotonic() + 4
@@ -498,7 +498,7 @@ async def test_a_segment_that_cannot_be_written_is_tried_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(segments.os, "fsync", full)
+        patch.setattr(building.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             await store.settle("c")
     assert list((tmp_path / "segments").iterdir()) == []

@@ -1,0 +1,208 @@
+"""Searching the embedded store: which view, in which thread, and what its places are called.
+
+A search looks at the stamp that every commit changes and, if it has changed, brings the view up to date, so it sees
+every acknowledged write, of this process or of another on the same folder, and none half. Searches that wait together
+and want the same share one call of faiss; one that is alone and quick is answered in the caller's thread.
+
+Equal scores come by id, so scores are rounded to six digits: sums in another order differ in the seventh.
+"""
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from service.errors import StorageFailed
+from service.search import database
+from service.search.database import translated
+from service.search.filters import Filter, matches
+from service.search.maintenance import Maintenance
+from service.search.segments import Found
+from service.search.selection import Selections
+from service.search.stamp import Stamp
+from service.search.store import (
+    MAX_DEPTH,
+    CollectionInfo,
+    Floats,
+    Hit,
+    SearchParams,
+    check_k,
+    check_match,
+    check_name,
+    normalised_rows,
+)
+from service.search.threads import Workers
+from service.search.view import Allowed, View, Views
+
+AT_ONCE_S: Final = 0.001
+"""A search that usually takes no longer may hold the event loop up for as long."""
+DIGITS: Final = 6
+"""Of a score."""
+MAX_KNOWN: Final = 10_000
+
+
+@dataclass(frozen=True)
+class _Query:
+    """One call of `search`."""
+
+    collection: str
+    vectors: Floats  # [q, D], length 1
+    k: int
+    tag: str
+    where: Filter | None
+    params: SearchParams
+
+
+class Searcher:
+    """Answers searches on the newest views."""
+
+    def __init__(
+        self,
+        views: Views,
+        stamp: Stamp,
+        maintenance: Maintenance,
+        connect: Callable[[], sqlite3.Connection],
+        threads: int,
+    ) -> None:
+        self._views = views
+        self._stamp = stamp
+        self._maintenance = maintenance
+        self._connect = connect
+        self._selections = Selections()
+        self._local = threading.local()
+        self._searching = 0
+        self._seconds: dict[str, float] = {}  # a collection's usual search
+        self._known: dict[str, tuple[int, View]] = {}  # name or alias -> stamp and the view that it stands for
+        self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
+
+    async def search(
+        self,
+        collection: str,
+        vectors: npt.ArrayLike,
+        k: int,
+        *,
+        tag: str,
+        where: Filter | None = None,
+        params: SearchParams | None = None,
+    ) -> list[list[Hit]]:
+        query = _Query(
+            check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or SearchParams()
+        )
+        alike = (collection, k, tag, query.params, query.vectors.shape[1]) if where is None else object()
+        self._searching += 1
+        try:
+            await asyncio.sleep(0)  # whoever else is ready to search counts itself now
+            if self._searching == 1 and (found := self._at_once(query)) is not None:
+                return found
+            answers: list[list[Hit]] = await self._workers.do(query, alike)
+            return answers
+        finally:
+            self._searching -= 1
+
+    def _at_once(self, query: _Query) -> list[list[Hit]] | None:
+        """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
+        does. None when it may not be quick: not searched lately, written to meanwhile, or filtered."""
+        known = self._known.get(query.collection)
+        usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
+        if usual > AT_ONCE_S or known is None or known[0] != self._stamp.read() or query.where or query.params.exact:
+            return None
+        if not getattr(self._local, "alone", False):
+            faiss.omp_set_num_threads(1)
+            self._local.alone = True
+        return self._in_view(known[1], query, query.vectors, None)
+
+    def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
+        faiss.omp_set_num_threads(
+            1
+        )  # of this thread: queries run beside each other, and the cores belong to the engine
+        db = self._connect()
+
+        def work(together: Sequence[_Query]) -> Sequence[Any]:
+            vectors = together[0].vectors if len(together) == 1 else np.concatenate([one.vectors for one in together])
+            with translated():
+                answers = iter(self._answer(db, together[0], vectors))
+            return [[next(answers) for _ in one.vectors] for one in together]
+
+        return work
+
+    def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
+        """For each of the vectors; `query` says the rest."""
+        while True:
+            view = self.view(db, query.collection)
+            allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
+            started = time.perf_counter()
+            answers = self._in_view(view, query, vectors, allowed)
+            if query.where is None and not query.params.exact:
+                seconds = (time.perf_counter() - started) / len(vectors)
+                self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
+            elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
+                continue  # it was changed between the filter's answer and this one
+            return answers
+
+    def _in_view(self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None) -> list[list[Hit]]:
+        row = view.row
+        check_match(CollectionInfo(row.name, row.spec, row.count), tag=query.tag, dimension=vectors.shape[1])
+        if not row.count:
+            return [[] for _ in vectors]
+        widen = self._maintenance.boost(row)
+        find = partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen)
+        candidates = _nearest(find, query.k, row.count)
+        if query.where is None:
+            self._maintenance.observe(view, vectors, candidates, query.params)
+        return [_hits(view, best, query.k) for best in candidates]
+
+    def view(self, db: sqlite3.Connection, name: str) -> View:
+        """The view of a collection (or alias) that holds every write acknowledged until now."""
+        stamp = self._stamp.read()
+        known = self._known.get(name)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        self._known.pop(name, None)
+        view = self._views.newest(db, database.find(db, name))
+        if len(self._known) > MAX_KNOWN:
+            self._known.clear()
+        self._known[name] = (stamp, view)
+        return view
+
+    def close(self) -> None:
+        """Searches that wait are answered."""
+        self._workers.close()
+
+
+def _nearest(find: Callable[..., Found], k: int, count: int) -> list[list[tuple[float, int]]]:
+    """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them.
+    `find` is the search, still without its k."""
+    depth = min(k + 1, count)
+    while True:
+        found = find(k=depth)
+        answers = [
+            [(round(score, DIGITS), place) for score, place in zip(scores, places, strict=True) if place >= 0]
+            for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
+        ]
+        tied = any(len(best) == depth > k and best[-1][0] == best[k - 1][0] for best in answers)
+        if not tied or depth >= min(count, MAX_DEPTH):
+            break
+        depth = min(4 * depth, count, MAX_DEPTH)
+    return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
+
+
+def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
+    """Candidates (score, place) with their ids and metadata; the k best, equal scores by id."""
+    hits = []
+    for score, place in best:
+        try:
+            item_id, metadata, source = orjson.loads(view.payload(place))
+        except ValueError as error:
+            raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
+        hits.append(Hit(item_id, min(1.0, max(-1.0, score)), metadata, source))
+    hits.sort(key=lambda hit: (-hit.score, hit.id))
+    return hits[:k]
