@@ -11,33 +11,27 @@ last write wins. A call with several items is several writes: others may see, an
 import asyncio
 import base64
 import logging
-import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Final
-from urllib.parse import unquote
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 import orjson
-from pymilvus import DataType, MilvusClient, MilvusException
+from pymilvus import DataType, MilvusClient
 
 from service.errors import (
     CollectionNotFound,
     Conflict,
     InvalidRequest,
     ItemNotFound,
-    ServiceError,
     StorageFailed,
-    Unavailable,
 )
 from service.search.filter_milvus import FIELD, Expression, filterable, quoted, translate
 from service.search.filters import Filter, matches
+from service.search.milvus_client import Server, decoded, encoded, index
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
@@ -59,14 +53,11 @@ from service.search.store import (
     normalised,
     normalised_rows,
 )
-from service.settings import milvus_parts
 
 Row = Mapping[str, Any]
 
 TIMEOUT_S: Final = 15.0
 """Of one call to the server, with what the client tries again."""
-PREFIX: Final = "dinov2_"
-"""Of our collections and aliases: others of the same database are none of our business."""
 DIGITS: Final = 6
 """Of a score, as in the embedded store."""
 _SPEC: Final = "dinov2.spec"
@@ -75,10 +66,6 @@ _MAX_LIMIT: Final = 16_384
 _PAGE: Final = 500
 _WRITE_BYTES: Final = 16 * 2**20
 _ITEM: Final = ["id", "vector", "text", "source", "digest"]
-_NOT_FOUND: Final = 100
-_NOT_LOADED: Final = 101
-_RATE_LIMIT: Final = 8
-_NO_INDEX: Final = 700
 
 
 async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
@@ -89,85 +76,9 @@ async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
     """
     # It logs every error with a traceback, a missing collection too; each is answered or raised here.
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-    server = _Server(url, timeout_s)
+    server = Server(url, timeout_s)
     await server.connect()
     return MilvusStore(server)
-
-
-class _Server:
-    """The client in threads of its own; its errors become ours here and nowhere else."""
-
-    def __init__(self, url: str, timeout_s: float) -> None:
-        parts = milvus_parts(url)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        self.place = f"{host}:{parts.port or 19530}"
-        self._options = {
-            "uri": f"{'https' if parts.scheme == 'milvus+tls' else 'http'}://{self.place}",
-            "user": unquote(parts.username or ""),
-            "password": unquote(parts.password or ""),
-            "db_name": parts.path.strip("/"),
-        }
-        self._timeout_s = timeout_s
-        self._threads = ThreadPoolExecutor(16, thread_name_prefix="milvus")
-        self._client: Any = None
-
-    async def connect(self) -> None:
-        def work() -> None:
-            self._client = MilvusClient(**self._options, timeout=self._timeout_s, dedicated=True)
-
-        try:
-            await self._run(work)
-        except BaseException:
-            self._threads.shutdown(wait=False)
-            raise
-
-    async def call(self, method: str, **arguments: Any) -> Any:
-        """One method of the client; a collection that the server has not loaded is loaded."""
-
-        def work() -> Any:
-            do = partial(getattr(self._client, method), timeout=self._timeout_s, **arguments)
-            try:
-                return do()
-            except MilvusException as error:
-                if error.code != _NOT_LOADED:
-                    raise
-            self._load(arguments["collection_name"])
-            return do()
-
-        return await self._run(work)
-
-    def _load(self, name: str) -> None:
-        """Also of a collection whose making was cut off before its index was made."""
-        try:
-            self._client.load_collection(name, timeout=self._timeout_s)
-        except MilvusException as error:
-            if error.code != _NO_INDEX:
-                raise
-            self._client.create_index(name, _index(), timeout=self._timeout_s)
-            self._client.load_collection(name, timeout=self._timeout_s)
-
-    async def _run(self, work: Callable[[], Any]) -> Any:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except (MilvusException, grpc.RpcError, ValueError) as error:
-            raise self._translated(error) from error
-
-    def _translated(self, error: Exception) -> ServiceError:
-        """Ours for one of the client."""
-        code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
-        message = str(getattr(error, "message", None) or getattr(error, "details", lambda: error)())
-        if self._options["password"]:
-            message = message.replace(self._options["password"], "***")
-        if code == _NOT_FOUND:
-            return CollectionNotFound(f"the collection is gone: {message[:200]}")
-        is_away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, _RATE_LIMIT)
-        if is_away or re.search("Fail connecting|Retry timeout|Retry run out|closed channel", message):
-            return Unavailable(f"Milvus at {self.place} does not answer: {message[:200]}", retry_after_s=1)
-        return StorageFailed(f"Milvus at {self.place}: {message[:500]}")
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._threads.shutdown)
-        await asyncio.to_thread(self._client.close)
 
 
 class MilvusStore:
@@ -175,7 +86,7 @@ class MilvusStore:
 
     capabilities: frozenset[str] = frozenset()
 
-    def __init__(self, server: _Server) -> None:
+    def __init__(self, server: Server) -> None:
         self._server = server
         self._writes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by our name of a collection
         self._names = asyncio.Lock()  # what makes, drops or points a name
@@ -189,8 +100,7 @@ class MilvusStore:
             try:
                 name, found = await self._found(collection)
             except CollectionNotFound:
-                await self._make(collection, spec)
-                return CollectionInfo(collection, spec, 0)
+                name, found = await self._made(collection, spec)
         if name != collection:
             raise Conflict(f"{collection!r} is an alias of {name!r}")
         if found != spec:
@@ -268,8 +178,7 @@ class MilvusStore:
                 try:
                     name, spec = await self._found(collection)
                 except CollectionNotFound:
-                    name, spec = collection, CollectionSpec(tag, dimension)
-                    await self._make(name, spec)
+                    name, spec = await self._made(collection, CollectionSpec(tag, dimension))
         check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=dimension)
         rows = [
             _row(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked.values()
@@ -374,7 +283,8 @@ class MilvusStore:
     async def _nearest(
         self, name: str, queries: Floats, depth: int, expression: Expression, params: SearchParams
     ) -> list[list[Row]]:
-        ef = max(depth, _MAX_LIMIT if params.exact else params.ef_search or 128)
+        usual = 128 if expression.text is True else 512  # a filter leaves the graph fewer ways
+        ef = max(depth, _MAX_LIMIT if params.exact else params.ef_search or usual)
         answers = await self._server.call(
             "search",
             collection_name=encoded(name),
@@ -425,6 +335,17 @@ class MilvusStore:
             raise missing
         return name, _spec(name, text)
 
+    async def _made(self, name: str, spec: CollectionSpec) -> tuple[str, CollectionSpec]:
+        """A new collection; or what another process has made under this name meanwhile."""
+        try:
+            await self._make(name, spec)
+        except StorageFailed as error:
+            try:
+                return await self._found(name)
+            except CollectionNotFound:
+                raise error from None
+        return name, spec
+
     async def _make(self, name: str, spec: CollectionSpec) -> None:
         text = orjson.dumps(asdict(spec)).decode()
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=text)
@@ -438,7 +359,7 @@ class MilvusStore:
             "create_collection",
             collection_name=encoded(name),
             schema=schema,
-            index_params=_index(),
+            index_params=index(),
             consistency_level="Strong",
             properties={_SPEC: text},
         )
@@ -493,24 +414,6 @@ class MilvusStore:
             if len(rows) < size:
                 return
             after = rows[-1]["id"]
-
-
-def encoded(name: str) -> str:
-    """Our name as one that Milvus allows: a-z, 0-9 and _."""
-    return PREFIX + name.replace("_", "__").replace("-", "_2d")
-
-
-def decoded(name: str) -> str | None:
-    """Our name of a collection or alias of Milvus; None if it is not ours."""
-    if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
-        return None
-    return re.sub("_(_|2d)", lambda found: "_" if found[1] == "_" else "-", name.removeprefix(PREFIX))
-
-
-def _index() -> Any:
-    index = MilvusClient.prepare_index_params()
-    index.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
-    return index
 
 
 def _spec(name: str, text: str) -> CollectionSpec:

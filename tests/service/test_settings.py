@@ -18,6 +18,7 @@ def test_defaults_are_local_and_embedded():
     settings = load_settings()
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "auto")
     assert settings.redis_url is None
+    assert settings.vector_store == "embedded"
 
 
 def test_the_environment_is_read_and_the_command_line_wins(monkeypatch):
@@ -42,6 +43,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(monkeypatch):
         ("threads", 0),
         ("request_deadline_s", 0),
         ("redis_url", "http://x"),
+        ("vector_store", "qdrant"),
         ("max_image_bytes", 2**40),
         ("max_image_pixels", 178_956_971),
         ("unknown", 1),
@@ -106,6 +108,45 @@ def test_of_a_redis_url_scheme_host_port_and_database_are_shown(url, shown):
 def test_a_redis_url_that_is_refused_is_not_shown(monkeypatch, url, message):
     monkeypatch.setenv("DINOV2_REDIS_URL", url)
     with pytest.raises(ValueError, match=r"^redis_url: ") as error:
+        load_settings()
+    assert message in str(error.value)
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("embedded", "embedded"),
+        ("milvus://vectors", "milvus://vectors"),
+        ("milvus://user:s3cret@vectors:19530/photos", "milvus://vectors:19530/photos"),
+        ("milvus+tls://user:s3%40cret@[::1]:1/", "milvus+tls://[::1]:1/"),
+    ],
+)
+def test_of_a_vector_store_scheme_host_port_and_database_are_shown(url, shown):
+    settings = Settings(vector_store=url)
+    assert settings.vector_store == url
+    assert settings.shown()["vector_store"] == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://user:s3cret@vectors", "not with http://"),
+        ("s3cret", "a value without a scheme"),
+        ("user:s3cret://vectors", "a value without a scheme"),
+        ("milvus://user:s3cret@vectors?x=1", "options after"),
+        ("milvus://user:pw@vectors#s3cret", "options after"),
+        ("milvus://user:pw/s3cret@vectors", "host or port"),
+        ("milvus://user:pw@vectors/s3cret@x", "name of a database"),
+        ("milvus://user:pw@vectors:s3cret", "host or port"),
+        ("milvus://user:s3cret@", "host is missing"),
+        ("milvus://s3cret@vectors", "user and password go together"),
+        ("milvus://:s3cret@vectors", "user and password go together"),
+    ],
+)
+def test_a_vector_store_that_is_refused_is_not_shown(monkeypatch, url, message):
+    monkeypatch.setenv("DINOV2_VECTOR_STORE", url)
+    with pytest.raises(ValueError, match=r"^vector_store: ") as error:
         load_settings()
     assert message in str(error.value)
     assert "s3cret" not in str(error.value)

@@ -24,6 +24,11 @@ class MilvusServer:
     def url(self) -> str:
         return f"milvus://127.0.0.1:{self.port}"
 
+    @property
+    def process_id(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self, *, timeout_s: float = 60) -> None:
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
         with (self._folder / "server.log").open("ab") as log:

@@ -1,0 +1,123 @@
+"""The connection to a Milvus server: its client in threads, its errors as ours, our names as its names."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+from urllib.parse import unquote
+
+import grpc
+from pymilvus import MilvusClient, MilvusException
+
+from service.errors import CollectionNotFound, ServiceError, StorageFailed, Unavailable
+from service.settings import milvus_parts
+
+PREFIX: Final = "dinov2_"
+"""Of our collections and aliases: others of the same database are none of our business."""
+_CHANNEL: Final = {
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 1000,
+}
+"""A server that is back is found within a second: gRPC would wait for up to two minutes, in all channels alike."""
+_NOT_FOUND: Final = 100
+_NOT_LOADED: Final = 101
+_RATE_LIMIT: Final = 8
+_NO_INDEX: Final = 700
+
+
+class Server:
+    """The client in threads of its own; its errors become ours here and nowhere else."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        parts = milvus_parts(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        self.place = f"{host}:{parts.port or 19530}"
+        self._options = {
+            "uri": f"{'https' if parts.scheme == 'milvus+tls' else 'http'}://{self.place}",
+            "user": unquote(parts.username or ""),
+            "password": unquote(parts.password or ""),
+            "db_name": parts.path.strip("/"),
+        }
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="milvus")
+        self._client: Any = None
+
+    async def connect(self) -> None:
+        def work() -> None:
+            self._client = MilvusClient(**self._options, timeout=self._timeout_s, dedicated=True, grpc_options=_CHANNEL)
+
+        try:
+            await self._run(work)
+        except BaseException:
+            self._threads.shutdown(wait=False)
+            raise
+
+    async def call(self, method: str, **arguments: Any) -> Any:
+        """One method of the client; a collection that the server has not loaded is loaded."""
+
+        def work() -> Any:
+            do = partial(getattr(self._client, method), timeout=self._timeout_s, **arguments)
+            try:
+                return do()
+            except MilvusException as error:
+                if error.code != _NOT_LOADED:
+                    raise
+            self._load(arguments["collection_name"])
+            return do()
+
+        return await self._run(work)
+
+    def _load(self, name: str) -> None:
+        """Also of a collection whose making was cut off before its index was made."""
+        try:
+            self._client.load_collection(name, timeout=self._timeout_s)
+        except MilvusException as error:
+            if error.code != _NO_INDEX:
+                raise
+            self._client.create_index(name, index(), timeout=self._timeout_s)
+            self._client.load_collection(name, timeout=self._timeout_s)
+
+    async def _run(self, work: Callable[[], Any]) -> Any:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except (MilvusException, grpc.RpcError, ValueError) as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> ServiceError:
+        """Ours for one of the client."""
+        code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
+        message = str(getattr(error, "message", None) or getattr(error, "details", lambda: error)())
+        if self._options["password"]:
+            message = message.replace(self._options["password"], "***")
+        if code == _NOT_FOUND:
+            return CollectionNotFound(f"the collection is gone: {message[:200]}")
+        is_away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, _RATE_LIMIT)
+        if is_away or re.search("Fail connecting|Retry timeout|Retry run out|closed channel", message):
+            return Unavailable(f"Milvus at {self.place} does not answer: {message[:200]}", retry_after_s=1)
+        return StorageFailed(f"Milvus at {self.place}: {message[:500]}")
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._client.close)
+
+
+def encoded(name: str) -> str:
+    """Our name as one that Milvus allows: a-z, 0-9 and _."""
+    return PREFIX + name.replace("_", "__").replace("-", "_2d")
+
+
+def decoded(name: str) -> str | None:
+    """Our name of a collection or alias of Milvus; None if it is not ours."""
+    if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
+        return None
+    return re.sub("_(_|2d)", lambda found: "_" if found[1] == "_" else "-", name.removeprefix(PREFIX))
+
+
+def index() -> Any:
+    """Of the vectors of every collection."""
+    parameters = MilvusClient.prepare_index_params()
+    parameters.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
+    return parameters
