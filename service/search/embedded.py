@@ -72,6 +72,8 @@ DIGITS: Final = 6
 MAX_KNOWN: Final = 10_000
 _PAGE: Final = 1000
 """Items that one transaction deletes by filter: others may write in between."""
+_ATTEMPTS: Final = 100
+"""Of a search with a filter; after them it is not a write in between, and the thread must not turn for ever."""
 _ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 
 
@@ -241,7 +243,7 @@ class EmbeddedStore:
         return await self._read(work)
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        check_name(collection), check_id(item_id)
+        check_name(collection), check_id(item_id), metadata_text(metadata)
 
         def work(db: sqlite3.Connection) -> Item:
             row = database.find(db, collection)
@@ -270,8 +272,7 @@ class EmbeddedStore:
     async def delete_where(self, collection: str, where: Filter) -> int:
         """Some at a time, so that other writes need not wait; what is written meanwhile stays."""
         check_name(collection)
-        row = await self._read(lambda db: database.find(db, collection))
-        last = await self._read(lambda db: database.last_number(db, row))
+        row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
         while after < last:
             some, after = await self._write(partial(_delete_some, row=row, where=where, after=after, to=last))
@@ -390,7 +391,9 @@ class EmbeddedStore:
 
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
         """For each of the vectors; `query` says the rest."""
+        attempts = 0
         while True:
+            attempts += 1
             view = self._view(db, query.collection)
             row = view.row
             check_match(_info(row), tag=query.tag, dimension=vectors.shape[1])
@@ -407,7 +410,9 @@ class EmbeddedStore:
             if query.where is None:
                 self._maintenance.observe(view, vectors, candidates, query.params)
             elif not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
-                continue  # it was changed between the filter's answer and this one
+                if attempts < _ATTEMPTS:
+                    continue  # it was changed between the filter's answer and this one
+                answers = [[hit for hit in hits if matches(query.where, hit.metadata)] for hits in answers]
             return answers
 
     def _view(self, db: sqlite3.Connection, name: str) -> View:

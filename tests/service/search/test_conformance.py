@@ -338,9 +338,8 @@ async def test_a_bad_item_is_refused_and_nothing_is_written(store: VectorStore) 
     good = [Item("i0", np.ones(D), {"changed": True}), Item("fresh", np.ones(D))]
     for number, bad in enumerate(BAD_ITEMS):
         for name in ("c", "new"):
-            with pytest.raises(InvalidRequest):
-                await store.upsert(name, [*good, bad], tag=TAG)
-                pytest.fail(f"bad item {number} was taken")
+            result = await outcome(store.upsert(name, [*good, bad], tag=TAG))
+            assert result is InvalidRequest, number
     for name in ("c", "new"):
         with pytest.raises(InvalidRequest):
             await store.upsert(name, [], tag=TAG)
@@ -416,7 +415,7 @@ async def test_vectors_come_back_with_length_one(store: VectorStore) -> None:
 IDS: Final = [
     "a", "A", "a ", " a", "0", "null", "a/b", "../x", "a'b", 'a"b', 'a"', "a\\", "a\\b", "%", "_", "a%2Fb", "*", "?",
     "é", "e\u0301", "日本語", "🍎", "ß", "ss", "' OR 1=1 --", '" or id != "', "{}", "[1]", "x" * MAX_ID_CHARACTERS,
-    "🍎" * MAX_ID_CHARACTERS, "after:a", "\ufffd", "\U0010fffd"[:0] + "ﬁ", "$", "${x}", "a;b",
+    "🍎" * MAX_ID_CHARACTERS, "after:a", "\ufffd", "ﬁ", "$", "${x}", "a;b",
 ]  # fmt: skip
 
 
@@ -444,7 +443,7 @@ METADATA: Final[list[dict[str, Any]]] = [
     {"a": "", "b": [], "c": {}, "d": [[], {}, ""], "": "empty key", " ": "space"},
     {"a": {"b": {"c": {"d": [1, {"e": [2, 3]}]}}}, "a.b": "a dot", "a.b.c": {"d.e": 1}},
     {"日本": "寿司 🍣", "é": "e\u0301", "e\u0301": "é", "emoji👩‍👩‍👧": ["👩‍👩‍👧"], "rtl": "שלום"},
-    {"q": "\"quoted\" 'single' \\ back\\\\slash", "n": "line\nbreak\ttab\r", "c": "\x01\x1f\x7f\u2028\u2029\ufeff\uffff"},
+    {"q": "\"quoted\" 'single' \\ back\\\\slash", "n": "line\nbreak\ttab\r", "c": "\x01\x1f\x7f\u2028\ufeff\uffff"},
     {"json": '{"a": 1}', "list": "[1, 2]", "number": "1", "bool": "true", "null": "null", "s": "'; DROP TABLE items_1"},
     {"k'ey": 1, 'k"ey': 2, "k\\ey": 3, "k\ney": 4, "$": 5, "$.a": 6, "id": 7, "text": 8, "metadata": 9, "vector": 10},
     {"u": "\\u0000", "v": "\\ud800", "w": "%s %d {} {0}", "x": "a" * 5000},
@@ -817,7 +816,7 @@ def corpus(is_small: bool) -> list[Item]:
     metadata += [nested("a.b", value) for value in VALUES[:: 7 if is_small else 2]]
     metadata += [nested(key, value) for key in KEYS[3:] for value in VALUES[:: 25 if is_small else 6]]
     for _ in range(10 if is_small else 100):
-        some = {key: VALUES[rng.integers(len(VALUES))] for key in rng.permutation(KEYS)[:4] if "." not in key}
+        some = {key: VALUES[rng.integers(len(VALUES))] for key in rng.permutation(KEYS).tolist()[:4] if "." not in key}
         metadata.append(some)
     metadata += [{"a.b": 1}, {"a": {"b.c": 1}}, {"a'b": 1, 'a"b': 1}, {"": {"": 1}}, {"a\x01": 1, "a\\": 1}]
     return [Item(f"i{n}", v, m) for n, (v, m) in enumerate(zip(vectors(len(metadata)), metadata, strict=True))]
@@ -993,9 +992,7 @@ async def test_overlapping_changes_of_one_item_all_count(store: VectorStore) -> 
 
 async def test_overlapping_first_writes_agree_on_one_model(store: VectorStore) -> None:
     tags = [TAG, OTHER_TAG, TAG, OTHER_TAG]
-    calls = [
-        store.upsert("c", [Item(f"i{n}", np.ones(D if tag == TAG else 3))], tag=tag) for n, tag in enumerate(tags)
-    ]
+    calls = [store.upsert("c", [Item(f"i{n}", np.ones(D if tag == TAG else 3))], tag=tag) for n, tag in enumerate(tags)]
     results = await asyncio.gather(*calls, return_exceptions=True)
     info = await store.info("c")
     for tag, result in zip(tags, results, strict=True):
