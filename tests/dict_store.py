@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
 from service.search.filters import Filter, matches
 from service.search.store import (
     CollectionInfo,
@@ -35,7 +35,7 @@ from service.search.store import (
 class _Collection:
     spec: CollectionSpec
     items: dict[str, Item] = field(default_factory=dict)
-    requests: dict[str, list[Item]] = field(default_factory=dict)
+    requests: dict[str, str] = field(default_factory=dict)  # key -> the items, as text
 
 
 class DictStore:
@@ -44,11 +44,22 @@ class DictStore:
     capabilities = frozenset({"atomic_upsert", "idempotency"})
 
     def __init__(self) -> None:
-        self._collections: dict[str, _Collection] = {}
+        self._content: dict[str, _Collection] = {}
         self._aliases: dict[str, str] = {}
+        self._is_open = True
+
+    @property
+    def _collections(self) -> dict[str, _Collection]:
+        self._check_open()
+        return self._content
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise StorageFailed("the vector store is closed")
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         check_name(collection)
+        self._check_open()
         if collection in self._aliases:
             raise Conflict(f"{collection!r} is an alias of {self._aliases[collection]!r}")
         if self._collections.setdefault(collection, _Collection(spec)).spec != spec:
@@ -63,12 +74,13 @@ class DictStore:
         return CollectionInfo(name, found.spec, len(found.items))
 
     async def drop(self, collection: str) -> None:
-        if check_name(collection) in self._aliases or collection in self._aliases.values():
-            raise Conflict(f"{collection!r} is or has an alias")
         self._found(collection)
+        if collection in self._aliases or collection in self._aliases.values():
+            raise Conflict(f"{collection!r} is or has an alias")
         del self._collections[collection]
 
     async def aliases(self) -> dict[str, str]:
+        self._check_open()
         return dict(self._aliases)
 
     async def set_alias(self, alias: str, collection: str) -> str | None:
@@ -79,6 +91,7 @@ class DictStore:
         return before
 
     async def drop_alias(self, alias: str) -> None:
+        self._check_open()
         if self._aliases.pop(check_name(alias), None) is None:
             raise CollectionNotFound(f"there is no alias {alias!r}")
 
@@ -101,12 +114,13 @@ class DictStore:
             info = CollectionInfo(collection, CollectionSpec(tag, dimension), 0)
         check_match(info, tag=tag, dimension=dimension)
         found = self._collections.setdefault(info.name, _Collection(info.spec))
-        if request_key is not None and request_key in found.requests:
-            if [item.id for item in found.requests[request_key]] != [item.id for item in items]:
-                raise Conflict(f"the idempotency key {request_key!r} was used with other items")
-            return await self.info(collection)
         if request_key is not None:
-            found.requests[request_key] = list(items)
+            known = request_key in found.requests
+            text = repr([replace(item, vector=item.vector.tolist()) for item in rows.values()])
+            if found.requests.setdefault(request_key, text) != text:
+                raise Conflict(f"the idempotency key {request_key!r} was used with other items")
+            if known:
+                return await self.info(collection)
         found.items.update(rows)
         return await self.info(collection)
 
@@ -116,6 +130,7 @@ class DictStore:
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
         found = self._found(collection)[1]
+        metadata_text(metadata)
         if check_id(item_id) not in found.items:
             raise ItemNotFound(f"collection {collection!r} holds no item {item_id!r}")
         old = found.items[item_id]
@@ -126,7 +141,8 @@ class DictStore:
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
         found = self._found(collection)[1]
-        return sum(found.items.pop(check_id(item_id), None) is not None for item_id in ids)
+        wanted = [check_id(item_id) for item_id in ids]
+        return sum(found.items.pop(item_id, None) is not None for item_id in wanted)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
         found = self._found(collection)[1]
@@ -164,13 +180,14 @@ class DictStore:
         answers = []
         for query in queries:
             hits = [
-                Hit(item.id, float(np.clip(item.vector @ query, -1, 1)), item.metadata, item.source) for item in items
+                Hit(item.id, round(float(np.clip(item.vector @ query, -1, 1)), 6), item.metadata, item.source)
+                for item in items
             ]
             answers.append(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k])
         return answers
 
     async def close(self) -> None:
-        self._collections.clear()
+        self._is_open = False
 
     def _found(self, name: str) -> tuple[str, _Collection]:
         real = self._aliases.get(check_name(name), name)

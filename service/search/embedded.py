@@ -210,7 +210,7 @@ class EmbeddedStore:
         return await self._read(work)
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        check_name(collection), check_id(item_id)
+        check_name(collection), check_id(item_id), metadata_text(metadata)
 
         def work(db: sqlite3.Connection) -> Item:
             row = database.find(db, collection)
@@ -239,8 +239,7 @@ class EmbeddedStore:
     async def delete_where(self, collection: str, where: Filter) -> int:
         """Some at a time, so that other writes need not wait; what is written meanwhile stays."""
         check_name(collection)
-        row = await self._read(lambda db: database.find(db, collection))
-        last = await self._read(lambda db: database.last_number(db, row))
+        row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
         while after < last:
             some, after = await self._write(partial(delete_some, row=row, where=where, after=after, to=last))

@@ -36,18 +36,14 @@ def _sql(condition: Filter, parameters: list[Scalar]) -> str:
 
 def _in(condition: In, parameters: list[Scalar]) -> str:
     value, kind = extract(condition.path), f"json_type(metadata, {_json_path(condition.path)})"
-    plain = [wanted for wanted in condition.values if not _confusable(wanted)]
-    parts = []
-    if plain:
-        parameters += plain
-        parts.append(f"{value} IN ({', '.join('?' * len(plain))})")
+    groups: dict[str, list[Scalar]] = {}  # one list for each check of the type: SQLite takes no deep chains of OR
     for wanted in condition.values:
-        if isinstance(wanted, bool):
-            parts.append(f"({value} = {int(wanted)} AND {kind} = '{'true' if wanted else 'false'}')")
-        elif _confusable(wanted):
-            parameters.append(wanted)
-            kinds = "'text'" if isinstance(wanted, str) else "'integer', 'real'"
-            parts.append(f"({value} = ? AND {kind} IN ({kinds}))")
+        groups.setdefault(_kinds(wanted), []).append(wanted)
+    parts = []
+    for kinds, group in groups.items():
+        parameters += [int(wanted) if isinstance(wanted, bool) else wanted for wanted in group]
+        one_of = f"{value} IN ({', '.join('?' * len(group))})"
+        parts.append(f"({one_of} AND {kind} IN ({kinds}))" if kinds else one_of)
     return "(" + " OR ".join(parts) + ")"
 
 
@@ -68,11 +64,13 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
     return "(" + " AND ".join(parts) + ")"
 
 
-def _confusable(wanted: Scalar) -> bool:
-    """Whether something else than this value gives the same in `json_extract`."""
+def _kinds(wanted: Scalar) -> str:
+    """The JSON types, as SQL, to check for, where a value of another type gives the same in `json_extract`."""
+    if isinstance(wanted, bool):
+        return "'true'" if wanted else "'false'"
     if isinstance(wanted, str):
-        return wanted[:1] in ("{", "[")
-    return isinstance(wanted, bool) or wanted in (0, 1)
+        return "'text'" if wanted[:1] in ("{", "[") else ""
+    return "'integer', 'real'" if wanted in (0, 1) else ""
 
 
 def _json_path(path: tuple[str, ...]) -> str:

@@ -214,7 +214,10 @@ class _Parser:
             raise _wrong(
                 f"a string has at most {MAX_TEXT_CHARACTERS} characters of valid Unicode, not {_quoted(value)}"
             )
-        return _plain(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        try:
+            return _plain(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        except OverflowError:
+            raise _wrong(f"a number is one that a double can hold, not {_quoted(value)}") from None
 
 
 def _encodes(text: str) -> bool:
@@ -230,5 +233,8 @@ def _wrong(why: str) -> InvalidRequest:
 
 
 def _quoted(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a number with thousands of digits
+        return f"that {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -48,6 +48,8 @@ AT_ONCE_S: Final = 0.001
 DIGITS: Final = 6
 """Of a score."""
 MAX_KNOWN: Final = 10_000
+ATTEMPTS: Final = 100
+"""Of a search with a filter; after them it is not a write in between, and the thread must not turn for ever."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ class Searcher:
 
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
         """For each of the vectors; `query` says the rest."""
+        attempts = 0
         while True:
+            attempts += 1
             view = self.view(db, query.collection)
             allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
             started = time.perf_counter()
@@ -145,7 +149,9 @@ class Searcher:
                 seconds = (time.perf_counter() - started) / len(vectors)
                 self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
             elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
-                continue  # it was changed between the filter's answer and this one
+                if attempts < ATTEMPTS:
+                    continue  # it was changed between the filter's answer and this one
+                answers = [[hit for hit in hits if matches(query.where, hit.metadata)] for hits in answers]
             return answers
 
     def _in_view(self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None) -> list[list[Hit]]:
@@ -170,6 +176,7 @@ class Searcher:
         view = self._views.newest(db, database.find(db, name))
         if len(self._known) > MAX_KNOWN:
             self._known.clear()
+            self._seconds.clear()
         self._known[name] = (stamp, view)
         return view
 

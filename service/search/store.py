@@ -34,6 +34,7 @@ MAX_METADATA_BYTES: Final = 64 * 2**10
 MAX_SOURCE_CHARACTERS: Final = 2048
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON: not behind a backslash that is itself escaped
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,8 @@ def metadata_text(metadata: Metadata) -> str:
     """Metadata as the JSON that is stored.
 
     Raises:
-        InvalidRequest: not a JSON object, nested too deeply to be answered with, or too long.
+        InvalidRequest: not a JSON object, nested too deeply to be answered with, too long, or with the character
+            U+0000, at which SQLite before 3.45 ends a string, so that filters would go wrong.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -325,6 +327,8 @@ def metadata_text(metadata: Metadata) -> str:
         orjson.dumps([[[[dict(metadata)]]]])
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
+    if _ZERO.search(text):
+        raise InvalidRequest("metadata must not hold the character U+0000", param="metadata")
     size = len(text.encode())
     if size > MAX_METADATA_BYTES:
         raise InvalidRequest(

@@ -1,0 +1,432 @@
+"""Filters: what is read from a request, what is refused and why, what passes; and the same as SQL."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from service.errors import InvalidRequest
+from service.search.filter_sql import extract, to_sql
+from service.search.filters import (
+    MAX_CONDITIONS,
+    MAX_DEPTH,
+    MAX_KEY_CHARACTERS,
+    MAX_TEXT_CHARACTERS,
+    MAX_VALUES,
+    And,
+    Between,
+    Exists,
+    Filter,
+    In,
+    Not,
+    Or,
+    matches,
+    parse_filter,
+    parse_path,
+)
+
+# ---- reading
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"key": "a", "eq": "x"}, In(("a",), ("x",))),
+        ({"key": "a", "eq": True}, In(("a",), (True,))),
+        ({"eq": 1.5, "key": "a.b.c"}, In(("a", "b", "c"), (1.5,))),
+        ({"key": "a", "in": [1, "1", False]}, In(("a",), (1, "1", False))),
+        ({"key": "a", "exists": True}, Exists(("a",))),
+        ({"key": "a", "exists": False}, Not(Exists(("a",)))),
+        ({"key": "a", "gte": 5, "lt": 10}, Between(("a",), (("gte", 5), ("lt", 10)))),
+        ({"key": "a", "lte": "z", "gt": "b"}, Between(("a",), (("gt", "b"), ("lte", "z")))),
+        ({"and": [{"key": "a", "eq": 1}]}, And((In(("a",), (1,)),))),
+        ({"or": [{"key": "a", "eq": 1}, {"key": "b", "eq": 2}]}, Or((In(("a",), (1,)), In(("b",), (2,))))),
+        ({"not": {"not": {"key": "a", "eq": 1}}}, Not(Not(In(("a",), (1,))))),
+        ({"key": "not", "eq": 1}, In(("not",), (1,))),
+        ({"key": "日 本-x_$[0]", "eq": ""}, In(("日 本-x_$[0]",), ("",))),
+        ({"key": "a", "eq": 2**63 - 1}, In(("a",), (2**63 - 1,))),
+        ({"key": "a", "eq": "\n\x01🍎"}, In(("a",), ("\n\x01🍎",))),
+    ],
+)
+def test_what_is_read(body: dict[str, Any], expected: Filter) -> None:
+    assert parse_filter(body) == expected
+
+
+def test_integers_beyond_64_bits_are_read_as_floats() -> None:
+    for number in (2**63, -(2**63) - 1, 2**64, 10**300):
+        condition = parse_filter({"key": "a", "gte": number})
+        assert isinstance(condition, Between)
+        [(_, bound)] = condition.bounds
+        assert isinstance(bound, float)
+        assert bound == float(number)
+    exact = parse_filter({"key": "a", "eq": -(2**63)})
+    assert isinstance(exact, In)
+    assert isinstance(exact.values[0], int)
+
+
+def deep(levels: int, kind: str = "not") -> Any:
+    """A filter nested so deep."""
+    body: Any = {"key": "a", "eq": 1}
+    for _ in range(levels - 1):
+        body = {"not": body} if kind == "not" else {kind: [body]}
+    return body
+
+
+NEST: Any = []
+for _ in range(100_000):
+    NEST = [NEST]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (None, ["a condition is an object", "None"]),
+        ([], ["a condition is an object", "[]"]),
+        ("brand = 'x'", ["a condition is an object", "brand = 'x'"]),
+        (7, ["a condition is an object", "7"]),
+        ({}, ["{} is no condition", "and, or, not"]),
+        ({"brand": "Arla"}, ["{'brand': 'Arla'} is no condition", "eq, in, exists, gt, gte, lt, lte"]),
+        ({"and": [{"key": "a", "eq": 1}], "or": []}, ["is no condition"]),
+        ({"key": "a"}, ["{'key': 'a'} is no operator"]),
+        ({"key": "a", "like": "x%"}, ["'like' is no operator"]),
+        ({"key": "a", "eq": 1, "or": []}, ["'or' is no operator"]),
+        ({"key": "a", "eq": 1, "gt": 1}, ["eq and gt in one condition", "only gt, gte, lt and lte go together"]),
+        ({"key": "a", "exists": True, "in": [1]}, ["exists and in in one condition"]),
+        ({"and": []}, ["and takes a list of conditions", "[]"]),
+        ({"or": {"key": "a", "eq": 1}}, ["or takes a list of conditions", "{'key': 'a', 'eq': 1}"]),
+        ({"and": [{"key": "a", "eq": 1}, 7]}, ["a condition is an object, not 7"]),
+        ({"not": [{"key": "a", "eq": 1}]}, ["a condition is an object"]),
+        ({"key": "a", "exists": 1}, ["exists is true or false, not 1"]),
+        ({"key": "a", "exists": None}, ["exists is true or false, not None"]),
+        ({"key": "a", "eq": None}, ["a value is a string, a number or a boolean, not None", "exists"]),
+        ({"key": "a", "eq": [1]}, ["a value is a string, a number or a boolean, not [1]"]),
+        ({"key": "a", "eq": {"b": 1}}, ["a value is", "{'b': 1}"]),
+        ({"key": "a", "eq": float("nan")}, ["a value is", "nan"]),
+        ({"key": "a", "gt": float("inf")}, ["a value is", "inf"]),
+        ({"key": "a", "eq": 10**400}, ["a number is one that a double can hold, not 1000"]),
+        ({"key": "a", "eq": 10**5000}, ["a number is one that a double can hold"]),
+        ({"key": "a", "in": [1, -(10**400)]}, ["a number is one that a double can hold, not -1000"]),
+        ({"key": "a", "in": []}, ["in takes a list of values, not []"]),
+        ({"key": "a", "in": "abc"}, ["in takes a list of values, not 'abc'"]),
+        ({"key": "a", "in": [1, None]}, ["a value is", "None"]),
+        ({"key": "a", "in": [[1]]}, ["a value is", "[1]"]),
+        ({"key": "a", "gte": True}, ["gte takes a number or a string, not True"]),
+        ({"key": "a", "gt": 1, "lt": None}, ["a value is", "None"]),
+        ({"key": "a", "eq": "x" * (MAX_TEXT_CHARACTERS + 1)}, [f"at most {MAX_TEXT_CHARACTERS} characters", "xxx..."]),
+        ({"key": "a", "eq": "\ud800"}, ["valid Unicode", "'\\ud800'"]),
+        ({"key": 7, "eq": 1}, ["a key is a string", "7"]),
+        ({"key": None, "eq": 1}, ["a key is a string", "None"]),
+        ({"key": "", "eq": 1}, ["a key is a string of 1 to", "''"]),
+        ({"key": "x" * (MAX_KEY_CHARACTERS + 1), "eq": 1}, [f"a string of 1 to {MAX_KEY_CHARACTERS} characters"]),
+        ({"key": ".", "eq": 1}, ["key '.' is not allowed"]),
+        ({"key": "a..b", "eq": 1}, ["key 'a..b' is not allowed", "dots inside only"]),
+        ({"key": ".a", "eq": 1}, ["key '.a' is not allowed"]),
+        ({"key": "a.", "eq": 1}, ["key 'a.' is not allowed"]),
+        ({"key": "a'b", "eq": 1}, ["is not allowed", "without quotes"]),
+        ({"key": 'a"b', "eq": 1}, ["""key 'a"b' is not allowed"""]),
+        ({"key": "a\\b", "eq": 1}, ["is not allowed", "backslashes"]),
+        ({"key": "a\nb", "eq": 1}, ["key 'a\\nb' is not allowed", "printable"]),
+        ({"key": "a\x00", "eq": 1}, ["key 'a\\x00' is not allowed"]),
+        ({"key": "\ud800", "eq": 1}, ["key '\\ud800' is not allowed"]),
+        (deep(MAX_DEPTH + 1), [f"nested more than {MAX_DEPTH} deep"]),
+        (deep(MAX_DEPTH + 1, "and"), [f"nested more than {MAX_DEPTH} deep"]),
+        (deep(100_000, "or"), [f"nested more than {MAX_DEPTH} deep"]),
+        ({"or": [{"key": "a", "eq": 1}] * MAX_CONDITIONS}, [f"more than {MAX_CONDITIONS} conditions"]),
+        ({"key": "a", "in": [1] * (MAX_VALUES + 1)}, [f"more than {MAX_VALUES:,} values"]),
+        ({"and": [{"key": "a", "in": [1] * 6000}] * 2}, [f"more than {MAX_VALUES:,} values"]),
+        ({"key": "a", "eq": NEST}, ["a value is", "that list"]),
+        ({"key": "a", "like": NEST}, ["'like' is no operator"]),
+        ({"surprise": NEST}, ["that dict is no condition"]),
+        (NEST, ["a condition is an object, not that list"]),
+    ],
+)
+def test_what_is_refused(body: Any, words: list[str]) -> None:
+    """The message names the part at fault, and is short whatever was sent."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_filter(body)
+    message = str(caught.value)
+    assert message.startswith("filter: ")
+    assert len(message) < 400
+    for word in words:
+        assert word in message
+    assert caught.value.param == "filter"
+
+
+def test_limits_are_inclusive() -> None:
+    for kind in ("not", "and", "or"):
+        parse_filter(deep(MAX_DEPTH, kind))
+    parse_filter({"or": [{"key": "a", "eq": 1}] * (MAX_CONDITIONS - 1)})
+    parse_filter({"key": "a", "in": list(range(MAX_VALUES))})
+    parse_filter({"key": "a" * MAX_KEY_CHARACTERS, "eq": "🍎" * MAX_TEXT_CHARACTERS})
+    assert len(parse_path(".".join("a" * 128))) == 128
+
+
+# ---- meaning
+
+META: Final = {
+    "s": "b",
+    "n": 5,
+    "f": 0.5,
+    "whole": 5.0,
+    "t": True,
+    "no": False,
+    "zero": 0,
+    "null": None,
+    "empty": "",
+    "list": ["b", 1],
+    "o": {"p": {"q": 1}, "null": None, "s": "b"},
+    "o.p": "a dot",
+    "größe": "日本",
+    "large": 2**53 + 1,
+    "huge": 2**63,
+    "text": "5",
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"key": "s", "eq": "b"}, True),
+        ({"key": "s", "eq": "B"}, False),
+        ({"key": "s", "eq": "b "}, False),
+        ({"key": "empty", "eq": ""}, True),
+        ({"key": "null", "eq": ""}, False),
+        ({"key": "n", "eq": 5}, True),
+        ({"key": "n", "eq": 5.0}, True),
+        ({"key": "whole", "eq": 5}, True),
+        ({"key": "n", "eq": "5"}, False),
+        ({"key": "text", "eq": 5}, False),
+        ({"key": "t", "eq": True}, True),
+        ({"key": "t", "eq": 1}, False),
+        ({"key": "t", "eq": "true"}, False),
+        ({"key": "no", "eq": 0}, False),
+        ({"key": "no", "eq": False}, True),
+        ({"key": "zero", "eq": False}, False),
+        ({"key": "zero", "eq": -0.0}, True),
+        ({"key": "missing", "eq": False}, False),
+        ({"key": "list", "eq": "b"}, False),
+        ({"key": "list", "in": ["b", 1]}, False),
+        ({"key": "o", "eq": "b"}, False),
+        ({"key": "s", "in": ["a", "b"]}, True),
+        ({"key": "s", "in": ["a", "c"]}, False),
+        ({"key": "t", "in": [1, "1", False]}, False),
+        ({"key": "t", "in": [1, True]}, True),
+        ({"key": "o.p.q", "eq": 1}, True),
+        ({"key": "o.s", "eq": "b"}, True),
+        ({"key": "o.p", "eq": "a dot"}, False),  # a dot goes into an object, never means itself
+        ({"key": "s.b", "exists": True}, False),
+        ({"key": "list.0", "exists": True}, False),
+        ({"key": "größe", "eq": "日本"}, True),
+        ({"key": "s", "exists": True}, True),
+        ({"key": "no", "exists": True}, True),
+        ({"key": "list", "exists": True}, True),
+        ({"key": "o.p", "exists": True}, True),
+        ({"key": "null", "exists": True}, False),
+        ({"key": "null", "exists": False}, True),
+        ({"key": "o.null", "exists": False}, True),
+        ({"key": "missing", "exists": False}, True),
+        ({"key": "missing.deeper", "exists": False}, True),
+        ({"key": "n", "gt": 5}, False),
+        ({"key": "n", "gte": 5}, True),
+        ({"key": "n", "lt": 5.1}, True),
+        ({"key": "n", "gte": 4, "lt": 5}, False),
+        ({"key": "n", "gt": 4, "gte": 5, "lt": 6, "lte": 5}, True),
+        ({"key": "n", "gt": ""}, False),
+        ({"key": "n", "lt": "9"}, False),
+        ({"key": "text", "lt": 9}, False),
+        ({"key": "t", "gte": 1}, False),
+        ({"key": "t", "lte": 1}, False),
+        ({"key": "no", "lt": 1}, False),
+        ({"key": "missing", "lt": 1}, False),
+        ({"key": "null", "lte": ""}, False),
+        ({"key": "list", "gte": ""}, False),
+        ({"key": "s", "gt": "a"}, True),
+        ({"key": "s", "gt": "b"}, False),
+        ({"key": "s", "gt": "Z"}, True),
+        ({"key": "größe", "gt": "z"}, True),
+        ({"key": "größe", "lt": "🍎"}, True),  # by code points, not by UTF-16
+        ({"key": "n", "gte": 1, "lt": "x"}, False),  # nothing is both
+        ({"key": "large", "eq": 2**53}, False),
+        ({"key": "large", "gt": 2**53}, True),
+        ({"key": "large", "gt": float(2**53)}, True),
+        ({"key": "huge", "eq": 2**63}, True),
+        ({"key": "huge", "eq": 2**63 + 1}, True),  # beyond 64 bits numbers are floats
+        ({"key": "huge", "gt": 2**63 - 1}, True),
+        ({"not": {"key": "missing", "eq": 1}}, True),
+        ({"not": {"key": "missing", "gt": 1}}, True),
+        ({"not": {"key": "n", "gt": "a"}}, True),
+        ({"not": {"key": "n", "eq": 5}}, False),
+        ({"and": [{"key": "n", "eq": 5}, {"key": "s", "eq": "b"}]}, True),
+        ({"and": [{"key": "n", "eq": 5}, {"key": "missing", "eq": "b"}]}, False),
+        ({"or": [{"key": "missing", "eq": 5}, {"key": "s", "eq": "b"}]}, True),
+        ({"or": [{"key": "missing", "eq": 5}, {"key": "null", "eq": "b"}]}, False),
+    ],
+)
+def test_what_passes(body: dict[str, Any], expected: bool) -> None:
+    where = parse_filter(body)
+    assert matches(where, META) is expected
+    assert matches(Not(where), META) is not expected
+    with sqlite3.connect(":memory:") as db:
+        assert in_sql(db, where, META) is expected
+        assert in_sql(db, Not(where), META) is not expected
+    db.close()
+
+
+# ---- as SQL
+
+
+def in_sql(db: sqlite3.Connection, where: Filter, metadata: dict[str, Any]) -> bool:
+    """Whether SQLite lets an item with this metadata pass, its text as the embedded store writes it."""
+    condition, parameters = to_sql(where)
+    text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    query = f"SELECT count(*) FROM (SELECT ? AS metadata) WHERE {condition}"
+    return bool(db.execute(query, [text, *parameters]).fetchone()[0])
+
+
+KEYS: Final = ["a", "b", "a.b", "a.b.c", "日本", "with space", "$", "a[0]", "#-1", "%s", "?1", ":a", "-- x", "/*"]
+_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5)
+_numbers = st.one_of(
+    st.integers(-2, 2),
+    *(
+        st.integers(centre - 3, centre + 3)
+        for centre in (2**53, -(2**53), 2**63 - 4, -(2**63) + 3, 2**31, 2**63 + 2048, 2**64 - 5)
+    ),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from([-0.0, 0.0, 1.0, float(2**53), float(2**63), -float(2**63), 9.007199254740994e15, 0.1, 5e-324]),
+)
+_texts = st.one_of(
+    _text,
+    st.sampled_from(["", "a", "b", "{}", "[]", '{"a":1}', "[1]", "1", "0", "1.0", "true", "null", "'", '"', "\\", "é"]),
+)
+_scalars = st.one_of(_numbers, _texts, st.booleans())
+_metadata_numbers = _numbers.filter(lambda number: isinstance(number, float) or -(2**63) <= number < 2**64)
+_values = st.recursive(
+    st.one_of(_metadata_numbers, _texts, st.booleans(), st.none()),
+    lambda inside: st.lists(inside, max_size=2) | st.dictionaries(st.sampled_from("abc"), inside, max_size=3),
+    max_leaves=5,
+)
+_metadata = st.dictionaries(
+    st.sampled_from([*KEYS, "c", "a'b", 'a"b', "a\\", "\n", ""]), _values, max_size=4
+) | st.builds(lambda value: {"a": value}, _values)
+_key = st.sampled_from(KEYS) | st.just("a")
+
+
+def _filters() -> st.SearchStrategy[dict[str, Any]]:
+    ranges = st.dictionaries(
+        st.sampled_from(["gt", "gte", "lt", "lte"]), st.one_of(_numbers, _texts), min_size=1, max_size=3
+    )
+    one = st.one_of(
+        st.builds(lambda key, value: {"key": key, "eq": value}, _key, _scalars),
+        st.builds(lambda key, values: {"key": key, "in": values}, _key, st.lists(_scalars, min_size=1, max_size=8)),
+        st.builds(lambda key, value: {"key": key, "exists": value}, _key, st.booleans()),
+        st.builds(lambda key, limits: {"key": key, **limits}, _key, ranges),
+    )
+    return st.recursive(
+        one,
+        lambda inside: st.one_of(
+            st.builds(lambda part: {"not": part}, inside),
+            st.builds(
+                lambda name, parts: {name: parts},
+                st.sampled_from(["and", "or"]),
+                st.lists(inside, min_size=1, max_size=3),
+            ),
+        ),
+        max_leaves=6,
+    )
+
+
+def _values_of(body: Any) -> Iterator[Any]:
+    if "key" in body:
+        yield from (v for name, given in body.items() if name != "key" for v in (given if name == "in" else [given]))
+    for inside in body.values():
+        for part in inside if isinstance(inside, list) else [inside]:
+            if isinstance(part, dict):
+                yield from _values_of(part)
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(body=_filters(), metadata=_metadata)
+@example(body={"key": "a", "in": [1, True, "[1]"]}, metadata={"a": [1]})
+@example(body={"key": "a", "eq": 2**63}, metadata={"a": 2**63 - 1})
+@example(body={"key": "a", "lte": 2**53}, metadata={"a": 2**53 + 1})
+@example(body={"key": "a", "gte": float(2**63)}, metadata={"a": 2**64 - 1})
+@example(body={"key": "a.b", "eq": 1}, metadata={"a.b": 1})
+@example(body={"key": "a.b", "eq": 1}, metadata={"a": {"b": 1}})
+def test_sql_agrees_with_matches(body: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """On what was drawn, and on metadata that holds each of the filter's own values."""
+    where = parse_filter(body)
+    with sqlite3.connect(":memory:") as db:
+        assert in_sql(db, where, metadata) is matches(where, metadata)
+        for value in _values_of(body):
+            if isinstance(value, int) and not -(2**63) <= value < 2**64:
+                continue  # no store takes it
+            for near in ({"a": value}, {"a": {"b": value}}, {"a": str(value)}, {"a": [value]}):
+                assert in_sql(db, where, near) is matches(where, near), near
+    db.close()
+
+
+@settings(max_examples=400, deadline=None)
+@given(value=_scalars | st.floats(allow_nan=False, allow_infinity=False, width=64))
+def test_every_scalar_equals_itself_in_sql(value: Any) -> None:
+    """Above all floats: SQLite reads the text that Python wrote, to the last bit."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return
+    with sqlite3.connect(":memory:") as db:
+        assert in_sql(db, parse_filter({"key": "a", "eq": value}), {"a": value})
+        if not isinstance(value, bool):
+            assert in_sql(db, parse_filter({"key": "a", "gte": value, "lte": value}), {"a": value})
+            assert not in_sql(db, parse_filter({"key": "a", "gt": value}), {"a": value})
+            assert not in_sql(db, parse_filter({"key": "a", "lt": value}), {"a": value})
+    db.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"key": "a", "in": [*range(MAX_VALUES - 1), 77_777]},
+        {"key": "a", "in": [*(f"[{n}" for n in range(MAX_VALUES - 1)), "[77777"]},
+        {"key": "a", "in": [*[True, False] * (MAX_VALUES // 2 - 1), 77_777]},
+        {"or": [{"key": "a", "eq": n} for n in [*range(MAX_CONDITIONS - 2), 77_777]]},
+        {"or": [{"not": {"key": "a", "gt": n, "gte": 0, "lt": n + 5, "lte": n}} for n in range(127)]},
+        {"and": [{"not": {"key": "a", "in": [n, f"[{n}", True]}} for n in range(127)]},
+        {"not": deep(MAX_DEPTH - 1)},
+    ],
+)
+def test_the_largest_filters_are_not_too_large_for_sqlite(body: dict[str, Any]) -> None:
+    where = parse_filter(body)
+    with sqlite3.connect(":memory:") as db:
+        for metadata in ({"a": 77_777}, {"a": "[77777"}, {"a": True}, {"a": 5}, {}):
+            assert in_sql(db, where, metadata) is matches(where, metadata)
+    db.close()
+
+
+def test_values_are_parameters_and_keys_are_quoted() -> None:
+    condition, parameters = to_sql(parse_filter({"key": "x) OR (1", "in": ["' OR 1=1 --", "[']"]}))
+    assert "1=1" not in condition
+    assert parameters == ["' OR 1=1 --", "[']"]
+    assert condition.count("?") == 2
+    assert extract(("x) OR (1", "b")) == """json_extract(metadata, '$."x) OR (1"."b"')"""
+
+
+def test_a_declared_index_answers() -> None:
+    """The expression is word for word that of the index."""
+    with sqlite3.connect(":memory:") as db:
+        db.execute("CREATE TABLE items (number INTEGER PRIMARY KEY, metadata TEXT)")
+        db.execute(f"CREATE INDEX brand ON items ({extract(parse_path('shelf.brand'))})")
+        for body in (
+            {"key": "shelf.brand", "eq": "x"},
+            {"key": "shelf.brand", "eq": True},
+            {"key": "shelf.brand", "eq": 1},
+            {"key": "shelf.brand", "eq": "[x"},
+            {"key": "shelf.brand", "in": ["x", "y", 3]},
+            {"key": "shelf.brand", "in": ["x", 0, False]},
+            {"key": "shelf.brand", "gte": 3, "lt": 5},
+        ):
+            condition, parameters = to_sql(parse_filter(body))
+            plan = db.execute(f"EXPLAIN QUERY PLAN SELECT number FROM items WHERE {condition}", parameters).fetchall()
+            assert any("USING INDEX brand" in row[3] for row in plan), body
+    db.close()
