@@ -329,8 +329,9 @@ def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
     """What two requests with the same key must agree in."""
     digest = hashlib.sha256()
     for item, vector, metadata in rows:
-        for part in (item.id.encode(), vector, metadata.encode(), (item.source or "").encode()):
-            digest.update(len(part).to_bytes(8, "little") + part)
+        for part in (item.id, metadata, item.source or "", item.digest or ""):
+            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        digest.update(vector)
     return digest.digest()
 
 

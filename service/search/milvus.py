@@ -195,7 +195,7 @@ class MilvusStore:
         return [_item(rows[item_id]) if item_id in rows else None for item_id in wanted]
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        check_id(item_id)
+        check_id(item_id), metadata_text(metadata)
         name, _ = await self._found(collection)
         async with self._writes[name]:
             rows = await self._by_id(name, [item_id], _ITEM)

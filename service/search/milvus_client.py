@@ -44,6 +44,7 @@ class Server:
         self._timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="milvus")
         self._client: Any = None
+        self._is_closed = False
 
     async def connect(self) -> None:
         def work() -> None:
@@ -81,6 +82,8 @@ class Server:
             self._client.load_collection(name, timeout=self._timeout_s)
 
     async def _run(self, work: Callable[[], Any]) -> Any:
+        if self._is_closed:
+            raise StorageFailed("the vector store is closed")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except (MilvusException, grpc.RpcError, ValueError) as error:
@@ -100,6 +103,7 @@ class Server:
         return StorageFailed(f"Milvus at {self.place}: {message[:500]}")
 
     async def close(self) -> None:
+        self._is_closed = True
         await asyncio.to_thread(self._threads.shutdown)
         await asyncio.to_thread(self._client.close)
 

@@ -31,7 +31,6 @@ HOSTILE = [
     '\\"',
     "line\nbreak\t\r",
     "{value}",
-    "\x00",
     "é𝒳",
     "$meta",
     "%",
