@@ -1138,7 +1138,7 @@ _changed: Final = st.lists(metadatas(), min_size=VARIED, max_size=VARIED)
 
 
 @pytest.mark.parametrize("store_name", ["dict", "embedded"], indirect=True)
-@settings(max_examples=150, deadline=None, suppress_health_check=_QUIET)
+@settings(max_examples=40, deadline=None, suppress_health_check=_QUIET)
 @given(body=filters(), changed=_changed)
 async def test_any_filter_is_what_matches_says(
     store: VectorStore, body: dict[str, Any], changed: list[dict[str, Any]]
@@ -1147,7 +1147,7 @@ async def test_any_filter_is_what_matches_says(
 
 
 @pytest.mark.parametrize("store_name", ["milvus"], indirect=True)
-@settings(max_examples=15, deadline=None, suppress_health_check=_QUIET)
+@settings(max_examples=8, deadline=None, suppress_health_check=_QUIET)
 @given(body=filters(), changed=_changed)
 async def test_any_filter_is_what_matches_says_slowly(
     store: VectorStore, body: dict[str, Any], changed: list[dict[str, Any]]
@@ -1222,7 +1222,7 @@ async def check_steps(store: VectorStore, todo: list[tuple[Any, ...]]) -> None:
 
 
 @pytest.mark.parametrize("store_name", ["dict", "embedded"], indirect=True)
-@settings(max_examples=60, deadline=None, suppress_health_check=_QUIET)
+@settings(max_examples=40, deadline=None, suppress_health_check=_QUIET)
 @given(todo=steps(15))
 async def test_any_sequence_equals_a_dictionary(store: VectorStore, todo: list[tuple[Any, ...]]) -> None:
     for info in await store.collections():  # of an example that failed

@@ -92,7 +92,7 @@ _steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=_steps, kind=st.sampled_from(["flat", "hnsw", "ivf_pq", "rabitq"]), half=st.booleans())
 async def test_any_sequence_equals_a_dictionary(
     steps: list[tuple[str, Any]], kind: Any, half: bool, tmp_path_factory: pytest.TempPathFactory

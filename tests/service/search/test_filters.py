@@ -348,7 +348,7 @@ def _values_of(body: Any) -> Iterator[Any]:
                 yield from _values_of(part)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(body=_filters(), metadata=_metadata)
 @example(body={"key": "a", "in": [1, True, "[1]"]}, metadata={"a": [1]})
 @example(body={"key": "a", "eq": 2**63}, metadata={"a": 2**63 - 1})
@@ -369,7 +369,7 @@ def test_sql_agrees_with_matches(body: dict[str, Any], metadata: dict[str, Any])
     db.close()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=_scalars | st.floats(allow_nan=False, allow_infinity=False, width=64))
 def test_every_scalar_equals_itself_in_sql(value: Any) -> None:
     """Above all floats: SQLite reads the text that Python wrote, to the last bit."""
