@@ -86,16 +86,18 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
     for part in parts:
         if not part.segment.whole or len(part.dead) > DEAD_SHARE * len(part.segment.numbers):
             return Plan((part,))
-    if tail >= seal_rows and not settle:
-        return Plan((), with_tail=True)
     sizes = [_alive(part) for part in parts]
-    kind = kind_for(spec, sum(sizes) + (tail if settle else 0))
-    if settle:
-        settled = len(parts) == 1 and not tail and parts[0].segment.row.kind == kind
-        return None if settled or not (parts or tail) else Plan(parts, tail > 0, _can_grow(parts, kind))
+    if settle or tail >= seal_rows:
+        kind = kind_for(spec, sum(sizes) + tail)
+        grow = _can_grow(parts, kind)
+        if settle:
+            settled = len(parts) == 1 and not tail and parts[0].segment.row.kind == kind
+            return None if settled or not (parts or tail) else Plan(parts, tail > 0, grow)
+        # A tail that is a good share of all, as after a bulk upload, goes into the large one at once.
+        return Plan(parts, True, grow) if tail >= (MERGE_SHARE if grow else 1) * sum(sizes) else Plan((), True)
     if not parts:
         return None
-    rest = sum(sizes[1:])
+    kind, rest = kind_for(spec, sum(sizes)), sum(sizes[1:])
     grow = _can_grow(parts, kind)
     share = MERGE_SHARE if grow or kind == "flat" else REBUILD_SHARE
     if parts[0].segment.row.kind != kind or rest > share * sizes[0] or (idle and grow and rest >= seal_rows):
