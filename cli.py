@@ -16,6 +16,7 @@ from cli_search import fail as _fail
 
 app = typer.Typer(
     name="dinov2",
+    rich_markup_mode=None,  # it would take [train] for markup
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it, search.",
@@ -69,6 +70,7 @@ def embed(
     from model.artifact import load_artifact
     from model.engine import load_engine
     from service.embed_files import embed_files, find_files, save_vectors
+    from service.index_files import vector_tag
     from service.models import choose_artifact
 
     try:
@@ -88,7 +90,8 @@ def embed(
                 batch_size=batch_size,
                 advance=lambda count: progress.advance(task, count),
             )
-        save_vectors(out, done, vectors, artifact, {"pooling": pooling, "normalize": normalize})
+        tag = {"tag": vector_tag(artifact, loaded, pooling), "pooling": pooling, "normalize": normalize}
+        save_vectors(out, done, vectors, artifact, tag)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise _fail(error) from error
     for path, reason in report.skipped:
@@ -112,7 +115,7 @@ def train(
         list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.")
     ] = None,
 ) -> None:
-    """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install 'dinov2-service[train]')."""
+    """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install -e '.[train]')."""
     _need_torch("train")
     from training.config import load_config
     from training.train import train as run_training
@@ -216,7 +219,9 @@ def _need_torch(command: str) -> None:
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
-        raise _fail(f"`dinov2 {command}` needs torch: pip install 'dinov2-service[train]'")
+        raise _fail(
+            f"`dinov2 {command}` needs torch: python -m pip install -e '.[train]' (the extra `train` of dinov2-service)"
+        )
 
 
 def _photos_of(folder: Path, limit: int = 32) -> list[Any]:

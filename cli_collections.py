@@ -117,7 +117,7 @@ def create(
             name, CollectionSpec(made_by, width, dtype, choice, tuple(indexed or ()), originals=originals)
         )
 
-    typer.echo(json.dumps(described(run_with(store, data_dir, work)), indent=2))
+    typer.echo(json.dumps(described(run_with(store, data_dir, work, makes=True)), indent=2))
 
 
 @app.command()
@@ -192,7 +192,7 @@ def restore(
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         return await cast("SnapshotStore", able(vectors, "snapshots")).restore(new or name, name, kept)
 
-    info = run_with(store, data_dir, work)
+    info = run_with(store, data_dir, work, makes=True)
     typer.echo(f"restored {info.name}, {info.count} items")
 
 
@@ -280,7 +280,7 @@ def import_(
         with shown("importing", None) as advance:
             return await import_collection(vectors, collection, path, tag=made_by, advance=advance)
 
-    done = run_with(store, data_dir, work)
+    done = run_with(store, data_dir, work, makes=True)
     typer.echo(f"{done.written} imported -> {collection}, {done.count} items")
 
 

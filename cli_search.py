@@ -109,7 +109,7 @@ def index(
         )
         return await _index(found, vectors, collection, artifact, loaded, options, settings, errors)
 
-    _tell(run_with(store, data_dir, work), collection)
+    _tell(run_with(store, data_dir, work, makes=True), collection)
 
 
 def _tell(report: "IndexReport", collection: str) -> None:
@@ -219,13 +219,30 @@ def search(
 # ---- what the commands share
 
 
-def run_with(store: str | None, data_dir: Path, work: "Callable[[VectorStore, Settings], Awaitable[T]]") -> T:
-    """What `work` makes of the store; an error that is the user's to mend is one line and exit status 2."""
+def run_with(
+    store: str | None,
+    data_dir: Path,
+    work: "Callable[[VectorStore, Settings], Awaitable[T]]",
+    *,
+    makes: bool = False,
+) -> T:
+    """What `work` makes of the store; an error that is the user's to mend is one line and exit status 2.
+
+    Args:
+        makes: whether a store that is not there is made; otherwise a mistyped folder would hold an empty one.
+    """
+    from service.errors import CollectionNotFound
 
     async def opened() -> T:
         settings = settings_for(store, data_dir)
+        here = settings.data_dir.resolve() if settings.vector_store == "embedded" else None
+        if here is not None and not makes and not (here / "search.sqlite3").exists():
+            raise ValueError(f"there is no vector store in {here}: --data-dir or DINOV2_DATA_DIR says where it is")
         async with opened_store(settings) as vectors:
-            return await work(vectors, settings)
+            try:
+                return await work(vectors, settings)
+            except CollectionNotFound as error:
+                raise ValueError(f"{error.detail} in {here}" if here is not None else error.detail) from error
 
     return run_async(opened())
 

@@ -231,7 +231,7 @@ def need_parquet() -> Any:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Parquet files need pyarrow: pip install 'dinov2-service[parquet]'", name="pyarrow"
+            "Parquet files need pyarrow: python -m pip install pyarrow", name="pyarrow"
         ) from error
     return pyarrow.parquet
 

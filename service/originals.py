@@ -26,6 +26,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from service.errors import NotFound, ServiceError, StorageFailed
+from service.search.store import Item
 
 THREADS: Final = 4
 """Calls to the storage at one time: each holds a photo, and a slow storage must not take the threads of others."""
@@ -43,6 +44,11 @@ def digest_of(source: str | None) -> str | None:
     """The digest that a source names; None when it is none of ours."""
     digest = (source or "").removeprefix(SCHEME)
     return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
+
+
+def photo_digest(item: Item) -> str | None:
+    """The digest of an item's stored photo, if its collection keeps them: what its source names, else its own."""
+    return digest_of(item.source) or item.digest
 
 
 class Originals:

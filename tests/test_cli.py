@@ -119,4 +119,4 @@ def test_commands_that_need_torch_say_so(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         result = runner.invoke(cli.app, command)
         assert result.exit_code == 2
-        assert "dinov2-service[train]" in result.output
+        assert ".[train]" in result.output

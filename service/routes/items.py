@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.decode import FORMATS, sniff
 from service.errors import InvalidRequest, ItemNotFound, NotFound
-from service.originals import digest_of
+from service.originals import photo_digest
 from service.routes.answers import encode_vector, json_response
 from service.routes.direct import DirectRoute
 from service.routes.uploads import check_fields, off_loop, parse_options, query_fields, read_json, service_of
@@ -34,7 +34,7 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
     service = service_of(request)
     info = await service.vectors.info(check_name(name))
     item = await _found(service, info.name, item_id)
-    digest = (digest_of(item.source) or item.digest) if info.spec.originals else None
+    digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
         raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
     photo = await service.photos.get(digest)

@@ -9,7 +9,6 @@ That is seen in the answer. Only when none can be compared because of a fault of
 
 import asyncio
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +16,10 @@ from typing import Any, Final, Protocol
 
 from model.preprocess import PreprocessSpec, crop_box
 from service.errors import InvalidRequest, NotFound, ServiceError
+from service.originals import digest_of, photo_digest
 from service.routes.origins import Origin, Target
 from service.routes.queries import DEFAULT_RERANK_DEPTH, Query
-from service.search.store import Floats, Hit
+from service.search.store import Floats, Hit, Item
 from service.state import Service
 from service.vision.maxsim import maxsim, maxsim_matches
 from service.vision.patches import Patches, unit_rows
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
 """Two full forward passes at 224 pixels; at most so many photos (of 20 MiB by default) in memory."""
-_ORIGINAL: Final = re.compile("original:([0-9a-f]{64})")
 
 
 class Photos(Protocol):
@@ -75,7 +74,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     step = min(AT_A_TIME, service.settings.items_per_request)
     for start in range(0, min(depth, len(hits)), step):
         some = hits[start : min(start + step, depth)]
-        found = await _patches_of(service, photos, [original_digest(hit.source) for hit in some])
+        found = await _patches_of(service, photos, await _digests(service, target.info.name, some))
         faults += [one for one in found if isinstance(one, ServiceError) and one.status >= 500]
         ranked += await asyncio.to_thread(
             lambda pairs: [compare(*pair) for pair in pairs], list(zip(some, found, strict=True))
@@ -90,17 +89,23 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     return [*compared, *rest, *(Ranked(hit) for hit in hits[depth:])]
 
 
-def original_digest(source: str | None) -> str | None:
-    """The sha256 of the stored photo that an item's source names; None when it names none."""
-    found = _ORIGINAL.fullmatch(source or "")
-    return found[1] if found else None
+async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
+    """Of the hits' stored photos. Where the source names another place, the item knows."""
+    named = [digest_of(hit.source) for hit in hits]
+    asked = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
+    items = iter(await service.vectors.get(name, asked) if asked else [])
+    return [digest or _of_item(next(items)) for digest in named]
+
+
+def _of_item(item: Item | None) -> str | None:
+    return None if item is None else photo_digest(item)
 
 
 async def _query_patches(service: Service, photos: Photos, target: Target, origin: Origin) -> Patches:
     if origin.patches is not None:
         return origin.patches
     assert origin.source is not None
-    digest = original_digest(origin.source.source)
+    digest = photo_digest(origin.source)
     if digest is None:
         raise InvalidRequest(
             f"rerank compares photos, and the one of item {origin.source.id[:80]!r} is not stored", param="id"

@@ -27,7 +27,7 @@ async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore
         if (error.name or "").partition(".")[0] not in ("pymilvus", "grpc"):
             raise
         raise ModuleNotFoundError(
-            "vector_store is Milvus, and its client is not installed: pip install 'dinov2-service[milvus]'",
+            "vector_store is Milvus, and its client is not installed: python -m pip install pymilvus",
             name=error.name,
         ) from error
     return await open_milvus(settings.vector_store)
