@@ -2,8 +2,11 @@
 
 Milvus and Milvus Lite differ in what they make of JSON: Lite takes true for 1, compares text with a number as unknown,
 knows no `in` on a JSON path; Milvus compares large integers as floats. So an expression is either exact on both, or it
-passes more than the filter does and the store looks at what comes back. Under a `not` the bound turns around: what is
-negated must pass less. What cannot be bounded that way (a negated range, a strange key) passes everything.
+passes more than the filter does and the store looks at what comes back.
+
+Of what is negated only `exists` is sent. Where a key has a value of another type, a comparison is false to Milvus up to
+2.6.18 and unknown from then on (milvus-io/milvus#50699, #50702), and its `not` unknown too, so that items would be
+missed. All other negated conditions, and strange keys, pass everything.
 
 Every `==` and range of a path is a scalar comparison; long lists become balanced trees, since servers limit nesting.
 """
@@ -13,13 +16,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-import orjson
-
-from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar
+from service.search.filters import And, Between, Exists, Filter, Not, Or, Scalar
 
 FIELD: Final = "metadata"
-MAX_JSON_BYTES: Final = 65536
-"""Of a JSON field of Milvus."""
 _EXACT_INTEGERS: Final = 2**53
 _PLAIN_KEY: Final = re.compile(r"(?![0-9]+$)[^\[\]\"'\\/~\x00-\x1f]+")
 """A key that Milvus takes for what it is: no index of an array, no part of a JSON pointer."""
@@ -46,20 +45,19 @@ def quoted(text: str) -> str:
 
 
 def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON field holds of metadata, for filters only: what `exists` must not find is left out, and what is
-    empty but there gets content, since versions of Milvus differ on both."""
-    result = _filled(metadata)
-    return result if len(orjson.dumps(result)) <= MAX_JSON_BYTES else metadata
+    """What the JSON field holds of metadata, for filters only; never longer than the metadata, which may fill it.
 
-
-def _filled(metadata: dict[str, Any]) -> dict[str, Any]:
-    result = {}
+    Versions of Milvus differ on whether `exists` finds null, and what is empty through and through. So null is left
+    out, and what is empty is 0: no expression that 0 passes is taken to be exact. A list is 0 too: no filter looks
+    inside.
+    """
+    filled: dict[str, Any] = {}
     for key, value in metadata.items():
         if isinstance(value, dict):
-            result[key] = _filled(value) or [0]
+            filled[key] = filterable(value) or 0
         elif value is not None:
-            result[key] = [0] if isinstance(value, list | tuple) and not value else value
-    return result
+            filled[key] = 0 if isinstance(value, list | tuple) else value
+    return filled
 
 
 def _translate(where: Filter, *, wide: bool) -> Expression:
@@ -74,18 +72,19 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
             _joined([part.text for part in parts], "and" if isinstance(where, And) else "or"),
             all(part.is_exact for part in parts),
         )
+    path = FIELD + "".join(f"[{quoted(key)}]" for key in where.path)
     if not all(_PLAIN_KEY.fullmatch(key) for key in where.path):
         return Expression(wide, False)
-    path = FIELD + "".join(f"[{quoted(key)}]" for key in where.path)
     if isinstance(where, Exists):
         return Expression(f"exists {path}", True)
-    if isinstance(where, In):
-        values = [_equal(path, value, wide) for value in dict.fromkeys(where.values)]
-        text = _joined([value.text for value in values], "or")
-        if not wide and not isinstance(text, bool):  # a missing key is unknown, and `not` leaves it so
-            text = f"exists {path} and ({text})"
-        return Expression(text, all(value.is_exact for value in values))
-    return _between(path, where, wide)
+    if isinstance(where, Between) and len({isinstance(bound, str) for _, bound in where.bounds}) > 1:
+        return Expression(False, True)  # nothing is text and a number
+    if not wide:
+        return Expression(False, False)
+    if isinstance(where, Between):
+        return _between(path, where)
+    values = [_equal(path, value) for _, value in dict.fromkeys((type(value), value) for value in where.values)]
+    return Expression(_joined([value.text for value in values], "or"), all(value.is_exact for value in values))
 
 
 def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
@@ -102,26 +101,18 @@ def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
     return level[0]
 
 
-def _equal(path: str, value: Scalar, wide: bool) -> Expression:
+def _equal(path: str, value: Scalar) -> Expression:
     if isinstance(value, str):
         return Expression(f"{path} == {quoted(value)}", True)
-    if isinstance(value, bool) or value in (0, 1):  # which Lite takes for each other
-        mine, other = (
-            (str(value).lower(), int(value)) if isinstance(value, bool) else (int(value), str(value == 1).lower())
-        )
-        return Expression(f"{path} == {mine}" if wide else f"{path} == {mine} and not ({path} == {other})", False)
+    if isinstance(value, bool):
+        return Expression(f"{path} == {str(value).lower()}", False)  # Lite takes true and 1 for each other
     if abs(value) < _EXACT_INTEGERS:
-        return Expression(f"{path} == {_number(value)}", True)
-    return Expression(_within(path, [("gte", value), ("lte", value)]) if wide else False, False)
+        return Expression(f"{path} == {_number(value)}", value not in (0, 1))
+    return Expression(_within(path, [("gte", value), ("lte", value)]), False)
 
 
-def _between(path: str, where: Between, wide: bool) -> Expression:
-    texts = [bound for _, bound in where.bounds if isinstance(bound, str)]
-    if texts and len(texts) < len(where.bounds):
-        return Expression(False, True)  # nothing is text and a number
-    if not wide:  # text within numbers is unknown to Lite, and `not` leaves it so
-        return Expression(False, False)
-    if texts:
+def _between(path: str, where: Between) -> Expression:
+    if isinstance(where.bounds[0][1], str):
         parts: list[str | bool] = [f"{path} {_SIGNS[op]} {quoted(str(bound))}" for op, bound in where.bounds]
         return Expression(_joined(parts, "and"), True)
     bounds = [(op, bound) for op, bound in where.bounds if not isinstance(bound, str)]

@@ -61,8 +61,11 @@ TIMEOUT_S: Final = 15.0
 DIGITS: Final = 6
 """Of a score, as in the embedded store."""
 _SPEC: Final = "dinov2.spec"
+_SPEC_STARTS: Final = '{"tag":'
 _MAX_LIMIT: Final = 16_384
 """Rows of one answer of Milvus."""
+_MAX_HITS: Final = 50_000
+"""Of one answer, over all its queries: each comes with its metadata, and an answer is one message."""
 _PAGE: Final = 500
 _WRITE_BYTES: Final = 16 * 2**20
 _ITEM: Final = ["id", "vector", "text", "source", "digest"]
@@ -285,16 +288,19 @@ class MilvusStore:
     ) -> list[list[Row]]:
         usual = 128 if expression.text is True else 512  # a filter leaves the graph fewer ways
         ef = max(depth, _MAX_LIMIT if params.exact else params.ef_search or usual)
-        answers = await self._server.call(
-            "search",
-            collection_name=encoded(name),
-            data=[query.tolist() for query in queries],
-            filter=expression.text if isinstance(expression.text, str) else "",
-            limit=depth,
-            output_fields=["text", "source"],
-            search_params={"metric_type": "IP", "params": {"ef": ef}},
-            anns_field="vector",
-        )
+        together = max(1, _MAX_HITS // depth)
+        answers: list[Any] = []
+        for start in range(0, len(queries), together):
+            answers += await self._server.call(
+                "search",
+                collection_name=encoded(name),
+                data=[query.tolist() for query in queries[start : start + together]],
+                filter=expression.text if isinstance(expression.text, str) else "",
+                limit=depth,
+                output_fields=["text", "source"],
+                search_params={"metric_type": "IP", "params": {"ef": ef}},
+                anns_field="vector",
+            )
         return [
             [
                 {"id": hit["id"], "score": _score(hit["distance"]), **{f: hit["entity"][f] for f in ("text", "source")}}
@@ -330,8 +336,8 @@ class MilvusStore:
         except CollectionNotFound:
             raise missing from None
         name = decoded(described["collection_name"])
-        text = described.get("properties", {}).get(_SPEC) or described.get("description")
-        if name is None or not text:
+        text = described.get("properties", {}).get(_SPEC) or described.get("description", "")
+        if name is None or not text.startswith(_SPEC_STARTS):  # somebody else's, with a name like ours
             raise missing
         return name, _spec(name, text)
 

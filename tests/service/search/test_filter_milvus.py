@@ -1,0 +1,182 @@
+"""What is sent to Milvus lets every match through, by what its versions are known to make of JSON.
+
+Milvus Lite is not Milvus: a path that is missing, or of another type than it is compared with, is false to Milvus up to
+2.6.18, and neither true nor false from then on, so that its `not` does not hold either (milvus-io/milvus#50699, #50702,
+#50976). `exists` finds null in 2.4, and later neither null nor what is empty through and through (`isObjectEmpty`). A
+cluster is not part of the tests, so these rules are written down here and expressions are evaluated by them.
+"""
+
+import operator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from milvus_lite.search.filter import ast, parse_expr
+
+from service.search.filter_milvus import filterable, translate
+from service.search.filters import matches, parse_filter
+from service.search.store import MAX_METADATA_BYTES, metadata_text
+
+VERSIONS = ["2.4", "2.5", "2.6.19"]
+_SIGNS = {
+    "==": operator.eq,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_MISSING = object()
+
+
+def evaluate(node: Any, row: Any, version: str) -> bool | None:
+    """True, False, or None for neither."""
+    if isinstance(node, ast.And | ast.Or):
+        decides = isinstance(node, ast.Or)
+        parts = [evaluate(part, row, version) for part in node.operands]
+        return decides if decides in parts else None if None in parts else not decides
+    if isinstance(node, ast.Not):
+        inside = evaluate(node.operand, row, version)
+        return None if inside is None else not inside
+    if isinstance(node, ast.IsNullOp):
+        assert node.from_exists
+        value = _at(node.field, row)
+        if version == "2.4":
+            return value is not _MISSING
+        return value is not _MISSING and not _is_hollow(value)
+    assert isinstance(node, ast.CmpOp)
+    holds = _compared(_at(node.left, row), node.op, node.right.value)
+    return False if holds is None and version != "2.6.19" else holds
+
+
+def _at(node: Any, row: Any) -> Any:
+    """By simdjson's pointer, which enters lists too."""
+    assert isinstance(node, ast.PathAccess)
+    for key in node.path:
+        if isinstance(row, dict) and key in row:
+            row = row[key]
+        elif isinstance(row, list) and str(key).isdigit() and int(key) < len(row):
+            row = row[int(key)]
+        else:
+            return _MISSING
+    return row
+
+
+def _is_hollow(value: Any) -> bool:
+    """Null, or nothing but empty lists and objects, however deep."""
+    if isinstance(value, dict):
+        return all(map(_is_hollow, value.values()))
+    return all(map(_is_hollow, value)) if isinstance(value, list) else value is None
+
+
+def _compared(value: Any, op: str, constant: Any) -> bool | None:
+    """None where the types do not allow it; numbers are compared as int64 if both are, else as double."""
+    if isinstance(constant, bool) or isinstance(value, bool):
+        same = isinstance(constant, bool) and isinstance(value, bool)
+    else:
+        same = isinstance(value, str) if isinstance(constant, str) else isinstance(value, int | float)
+    if not same:
+        return None
+    if isinstance(constant, str):
+        return bool(_SIGNS[op](value.encode(), constant.encode()))
+    if isinstance(constant, int) and isinstance(value, int) and value < 2**63:
+        return bool(_SIGNS[op](value, constant))
+    return bool(_SIGNS[op](float(value), float(constant)))
+
+
+def test_the_rules_are_those_of_the_reports() -> None:
+    other_type, missing = {"a": 5}, {}
+    for row, known in ((other_type, False), (missing, False)):
+        negated = parse_expr('not (metadata["a"] == "x")')
+        assert evaluate(negated, row, "2.5") is not known
+        assert evaluate(negated, row, "2.6.19") is None
+    for row in ({"a": []}, {"a": {"b": [{}]}}, {"a": None}):
+        assert [evaluate(parse_expr('exists metadata["a"]'), row, v) for v in VERSIONS] == [True, False, False]
+
+
+# ---- any filter over any metadata
+
+_NUMBERS = [0, 1, -1, 5, 1.0, 0.5, -0.0, 1e300, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 5.5]
+_STRINGS = ["", "a", "b", "aa", "1", "true", '"', "\\", "é", "🐈", "\uffff", "a\nb"]
+_scalars = st.sampled_from([*_NUMBERS, *_STRINGS, True, False])
+_keys = st.sampled_from(["a", "b", "ключ", "0", "x/y"])
+_values = st.recursive(
+    st.one_of(_scalars, _scalars, st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(_keys, inner, max_size=3)),
+    max_leaves=4,
+)
+_metadata = st.dictionaries(_keys, _values, max_size=5)
+_paths = st.lists(_keys, min_size=1, max_size=2).map(".".join)
+_conditions = st.one_of(
+    st.builds(lambda key, value: {"key": key, "eq": value}, _paths, _scalars),
+    st.builds(lambda key, values: {"key": key, "in": values}, _paths, st.lists(_scalars, min_size=1, max_size=4)),
+    st.builds(lambda key, there: {"key": key, "exists": there}, _paths, st.booleans()),
+    st.builds(
+        lambda key, bounds: {"key": key, **bounds},
+        _paths,
+        st.dictionaries(
+            st.sampled_from(["gt", "gte", "lt", "lte"]),
+            st.sampled_from([*_NUMBERS, *_STRINGS]),
+            min_size=1,
+            max_size=2,
+        ),
+    ),
+)
+_filters = st.recursive(
+    _conditions,
+    lambda inner: st.one_of(
+        st.builds(lambda part: {"not": part}, inner),
+        st.builds(
+            lambda name, parts: {name: parts},
+            st.sampled_from(["and", "or"]),
+            st.lists(inner, min_size=1, max_size=3),
+        ),
+    ),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@settings(max_examples=100, deadline=None, database=None)
+@given(body=_filters, rows=st.lists(_metadata, min_size=8, max_size=8))
+def test_no_match_is_lost_and_what_is_exact_is(version: str, body: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    where = parse_filter(body)
+    sent = translate(where)
+    for metadata in rows:
+        passes = sent.text
+        if isinstance(passes, str):
+            passes = evaluate(parse_expr(passes), filterable(metadata), version) is True
+        if matches(where, metadata) or sent.is_exact:
+            assert passes == matches(where, metadata), (sent.text, metadata)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("body", "metadata"),
+    [
+        ({"not": {"key": "a", "eq": "x"}}, {"a": 5}),
+        ({"not": {"key": "a", "eq": "x"}}, {"a": ["x"]}),
+        ({"not": {"key": "a", "in": ["x", 7]}}, {"a": True}),
+        ({"not": {"key": "a", "in": ["x", 7]}}, {}),
+        ({"not": {"key": "a", "gt": 3}}, {"a": "x"}),
+        ({"key": "a", "in": [1, True]}, {"a": True}),
+        ({"key": "a", "in": [False, 0.0]}, {"a": 0}),
+        ({"key": "a", "exists": True}, {"a": [[]]}),
+        ({"key": "a", "exists": True}, {"a": [None]}),
+        ({"key": "a", "exists": True}, {"a": {"b": [{}]}}),
+        ({"key": "a.b", "exists": True}, {"a": {"b": [{}]}}),
+        ({"key": "a", "exists": False}, {"a": None}),
+    ],
+)
+def test_these_match(version: str, body: dict[str, Any], metadata: dict[str, Any]) -> None:
+    where = parse_filter(body)
+    assert matches(where, metadata)
+    text = translate(where).text
+    assert text is True or evaluate(parse_expr(str(text)), filterable(metadata), version) is True
+
+
+def test_what_filters_see_is_no_longer_than_the_metadata() -> None:
+    """Milvus refuses more than 64 KiB of JSON, which the metadata may have."""
+    assert filterable({"a": [], "b": {}, "c": {"d": None}, "e": None, "f": [{}]}) == {"a": 0, "b": 0, "c": 0, "f": 0}
+    for metadata in ({f"{n:04}": [] for n in range(6550)}, {f"{n:04}": {"": None} for n in range(3800)}):
+        assert len(metadata_text(filterable(metadata))) <= len(metadata_text(metadata)) <= MAX_METADATA_BYTES
