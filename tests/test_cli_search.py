@@ -108,6 +108,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     monkeypatch.setattr("model.artifact.load_artifact", lambda path, derived_dir: fake_artifact())
     monkeypatch.setattr("model.engine.load_engine", lambda artifact, name, threads: found.engine)
     monkeypatch.setenv("DINOV2_DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "search.sqlite3").touch()  # what reads asks for it
     return found
 
 
@@ -317,7 +319,7 @@ def test_export_and_import_say_what_is_wrong(kept: Kept, tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     said = kept.refused("collections", "export", "shop", "--out", tmp_path / "x.parquet")
     assert "pip install pyarrow" in said
-    assert os.listdir(tmp_path) == ["x.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["data", "x.npz"]
 
 
 def test_a_fingerprint_stands_for_the_tag_of_a_model_that_is_here(kept: Kept, tmp_path: Path) -> None:
@@ -356,6 +358,34 @@ def test_a_real_model_and_the_embedded_store(tmp_path: Path, photos: Path, monke
     hit = json.loads(result.output)[0]
     assert hit["id"] == "deep/c.png"
     assert hit["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_reading_makes_no_store_and_names_the_one_it_reads(tmp_path: Path, photos: Path) -> None:
+    data = ["--data-dir", str(tmp_path / "data")]
+    run = CliRunner()
+    for words in (["collections", "list"], ["search", str(photos / "a.png"), "-c", "shop"]):
+        result = run.invoke(cli.app, [*words, *data])
+        assert (result.exit_code, "there is no vector store in" in result.output) == (2, True), result.output
+        assert not (tmp_path / "data" / "search.sqlite3").exists()
+    assert run.invoke(cli.app, ["index", str(photos), "-c", "shop", *data]).exit_code == 0
+    result = run.invoke(cli.app, ["search", str(photos / "a.png"), "-c", "shoop", *data])
+    assert f"there is no collection 'shoop' in {tmp_path / 'data'}" in " ".join(result.output.split())
+
+
+def test_vectors_of_embed_know_what_made_them(tmp_path: Path, photos: Path) -> None:
+    data, out = ["--data-dir", str(tmp_path / "data")], tmp_path / "mean.npz"
+    run = CliRunner()
+    result = run.invoke(cli.app, ["embed", str(photos), "--out", str(out), "--pooling", "mean", *data])
+    assert result.exit_code == 0, result.output
+    result = run.invoke(cli.app, ["collections", "import", str(out), "-c", "shop", *data])
+    assert "3 imported" in result.output, result.output
+    shown = json.loads(run.invoke(cli.app, ["collections", "show", "shop", *data]).output)
+    assert "/mean/l2/" in shown["tag"]
+    result = run.invoke(
+        cli.app, ["collections", "import", str(out), "-c", "x", "--tag", "another/cls/l2/1x1/fp32", *data]
+    )
+    assert result.exit_code == 2
+    assert "its vectors are of" in result.output
 
 
 def documented_commands() -> list[str]:

@@ -672,3 +672,16 @@ def test_the_page_names_every_field():
     assert not {
         name for name in fields | set(ParamsIn.model_fields) if f"`{name}`" not in PAGE and f'"{name}"' not in PAGE
     }
+
+
+async def test_reranking_finds_photos_whose_source_is_elsewhere(tmp_path):
+    """As `dinov2 index --originals` writes them: the address of the file, and the digest of what is stored."""
+    async with running(tmp_path) as run:
+        assert (await run.client.put("/v1/collections/shop", json={"originals": True})).status_code == 201
+        items = [{"id": f"p{i}", "image": text_of(photo(i)), "source": f"file:///{i}.png"} for i in range(3)]
+        added = await run.client.post("/v1/collections/shop/items", json={"items": items})
+        assert added.status_code == 200, added.text
+        found = await run.client.post("/v1/collections/shop/search", json={"id": "p1", "rerank": "patches"})
+    assert found.status_code == 200, found.text
+    assert [hit["id"] for hit in found.json()["data"] if "rerank_score" in hit] != []
+    assert all("rerank_score" in hit for hit in found.json()["data"])

@@ -273,7 +273,7 @@ def test_a_damaged_parquet_is_listed(tmp_path: Path) -> None:
 def test_without_pyarrow_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_table(tmp_path / "x.parquet", {"image": [b"A"]})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(ModuleNotFoundError, match=r"dinov2-service\[parquet\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install pyarrow"):
         list(find_photos([str(path)]))
 
 
