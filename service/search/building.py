@@ -140,7 +140,7 @@ def _inverted_lists(kind: str, spec: CollectionSpec, matrix: npt.NDArray[Any], c
     lists = spec.index.n_lists or int(np.clip(2 ** round(np.log2(4 * np.sqrt(n))), 16, 65_536))
     lists = min(lists, max(1, n // 39))  # fewer points a list than that, and k-means complains
     halves = dimension // 2 if dimension % 2 == 0 else dimension
-    code = f"PQ{halves}x4fs" if kind == "ivf_pq" else "RaBitQfs,Refine(SQ8)"
+    code = f"PQ{halves}x4fs" if kind == "ivf_pq" else "RaBitQfs,Refine(SQ6)"
     index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
     sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
     index.train(np.ascontiguousarray(matrix[sample], np.float32))

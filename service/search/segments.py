@@ -50,10 +50,13 @@ class Mapped:
     """Vectors [n, D] in memory, or mapped into it."""
 
     def __init__(self, matrix: npt.NDArray[Any]) -> None:
-        self.whole = matrix
+        self._type = matrix.dtype
+        # As bytes: mapped floats lie at odd addresses, and numpy would copy all of them to take a few.
+        self._rows = matrix.view(np.uint8).reshape(len(matrix), -1)
 
     def take(self, positions: Positions) -> Floats:
-        return self.whole.take(positions, axis=0).astype(np.float32, copy=False)
+        rows = self._rows.take(positions, axis=0)
+        return rows.view(self._type).astype(np.float32, copy=False)
 
 
 class OnDisk:

@@ -43,6 +43,9 @@ EXACT_ROWS: Final = 4_000
 EXACT_SHARE: Final = 0.02
 """A filter that passes at most this many items, or this share of them, is searched exactly: the index's graph or cells
 would lead past most of what passes."""
+OVERSAMPLE: Final = 3
+MAX_OVERSAMPLED: Final = 4096
+"""Of a graph, for a filter: times as many as are expected to hold k that pass, and how many at most."""
 _FIRST_CAPACITY: Final = 256
 
 
@@ -195,14 +198,33 @@ class View:
             if count <= max(EXACT_ROWS, EXACT_SHARE * total):
                 found.append(_moved(part.segment.exact(queries, k, positions), start))
                 continue
-            bits = allowed.bits(part.segment)
-            alive = bits if part.alive is None else bits & part.alive
-            some = part.segment.search(queries, k, alive, params, widen * total / count)
-            lacking = (some.places[:, min(k, count) - 1] < 0).any()
-            found.append(_moved(part.segment.exact(queries, k, positions) if lacking else some, start))
+            some = _indexed_among(part, queries, k, params, allowed, total / count * widen)
+            found.append(_moved(part.segment.exact(queries, k, positions) if some is None else some, start))
         if len(self.tail.numbers):
             found.append(_moved(self.tail.among(queries, k, allowed.numbers), self.starts[-1]))
         return merged(found or [nothing(len(queries))], k)
+
+
+def _indexed_among(
+    part: LivePart, queries: Floats, k: int, params: SearchParams, allowed: Allowed, widen: float
+) -> Found | None:
+    """The k nearest of a segment that a filter allows, by its index; None when the index does not lead to so many.
+
+    A graph is searched without the filter, deeper: with it, faiss goes through all of a graph whose allowed items lie
+    far from the query. Lists are searched with it.
+    """
+    bits = allowed.bits(part.segment)
+    if part.segment.row.kind != "hnsw":
+        alive = bits if part.alive is None else bits & part.alive
+        found = part.segment.search(queries, k, alive, params, widen)
+    else:
+        depth = int(OVERSAMPLE * k * widen)
+        if depth > MAX_OVERSAMPLED:
+            return None
+        some = part.segment.search(queries, depth, part.alive, params)
+        passing = are_set(bits, np.maximum(some.places, 0).ravel()).reshape(some.places.shape) & (some.places >= 0)
+        found = Found(*top_of(np.where(passing, some.scores, -np.inf), some.places, k))
+    return None if (found.places[:, -1] < 0).any() else found
 
 
 def _moved(found: Found, start: int) -> Found:
