@@ -290,7 +290,7 @@ async def test_without_the_extra_the_message_says_what_to_install(monkeypatch):
     for name in ("service.search.milvus", "service.search.milvus_client"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dinov2-service\[milvus\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install pymilvus"):
         await open_store(Settings(vector_store="milvus://127.0.0.1"))
 
 
