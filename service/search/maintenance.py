@@ -8,6 +8,7 @@ The thread is nice: its processor time is what the service leaves over. A disk t
 logged and tried again later; searches go on with what there is.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -197,7 +198,8 @@ class Maintenance:
     # ---- segments
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        with contextlib.suppress(OSError):  # of one thread only on Linux; elsewhere it goes on as it is
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         faiss.omp_set_num_threads(1)
         db = self._connect()
         lock: IO[bytes] | None = None
