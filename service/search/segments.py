@@ -52,7 +52,7 @@ class Mapped:
     def __init__(self, matrix: npt.NDArray[Any]) -> None:
         self._type = matrix.dtype
         # As bytes: mapped floats lie at odd addresses, and numpy would copy all of them to take a few.
-        self._rows = matrix.view(np.uint8).reshape(len(matrix), -1)
+        self._rows = matrix.view(np.uint8).reshape(len(matrix), matrix.shape[1] * matrix.itemsize)
 
     def take(self, positions: Positions) -> Floats:
         rows = self._rows.take(positions, axis=0)
@@ -288,9 +288,8 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
             raise StorageFailed(f"segment {row.folder}: {name}: {error.strerror}") from error
         if not whole:
             raise StorageFailed(f"segment {row.folder}: {name} is damaged")
-    numbers = np.asarray(
-        np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False)
-    )  # a memmap is slow to index
+    # As a plain array: a memmap is slow to index.
+    numbers = np.asarray(np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False))
     flat = faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
     index = None
     if row.kind != "flat":

@@ -319,6 +319,8 @@ class Views:
             tail, dead = Tail(row.spec.dimension), np.empty(0, np.int64)
         elif row.sealed > old.row.sealed:  # what is in segments now leaves the tail
             tail, dead = tail.without(_rows_gone(old.tail, row.sealed)), np.empty(0, np.int64)
+        else:
+            del tail.payloads[len(old.tail.numbers) :]  # appended by a call that failed before its view was made
         for chunk in database.read_items(db, row, after=last):
             tail.append(chunk)
             last = int(chunk.numbers[-1])

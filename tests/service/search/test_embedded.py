@@ -4,11 +4,12 @@ of a dictionary and a numpy scan; nothing acknowledged is lost to a kill, a full
 
 import asyncio
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
-from service.search import building, maintenance
+from service.search import building, database, maintenance
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
@@ -524,3 +525,47 @@ def test_acknowledged_writes_survive_kill_9(tmp_path: Path, seed: int) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- failures on the way
+
+
+@pytest.mark.usefixtures("small")
+async def test_a_damaged_segment_whose_items_are_all_gone(tmp_path: Path) -> None:
+    store = await opened(tmp_path, interval_s=60.0)
+    await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw")))
+    await store.upsert("c", items(200), tag=TAG)
+    await store.settle("c")
+    await store.upsert("c", items(200, seed=1), tag=TAG)  # replaces all of them
+    await store.close()
+    shutil.rmtree(tmp_path / "segments")
+    again = await opened(tmp_path, interval_s=60.0)
+    plain = DictStore()
+    await plain.upsert("c", items(200, seed=1), tag=TAG)
+    await same(again, plain, 0)
+    await again.settle("c")
+    await same(again, plain, 1, exact=False)
+    await again.close()
+
+
+async def test_a_read_that_fails_half_way_adds_nothing_twice(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = DictStore()
+    for one in (store, plain):
+        await one.upsert("c", items(3, prefix="first"), tag=TAG)
+    await same(store, plain, 0)
+    for one in (store, plain):
+        await one.upsert("c", items(40), tag=TAG)
+    whole = database.read_items
+
+    def torn(*given: Any, **named: Any) -> Iterator[database.Chunk]:
+        yield next(whole(*given, **named, chunk=8))
+        raise StorageFailed("the disk cannot be read")
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(database, "read_items", torn)
+            with pytest.raises(StorageFailed, match="cannot be read"):
+                await store.search("c", np.ones((1, D)), 5, tag=TAG)
+    await same(store, plain, 1, k=43)
