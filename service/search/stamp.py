@@ -2,8 +2,9 @@
 without asking SQLite, which costs a search more than its own Python does.
 
 Whoever commits bumps it before the write is acknowledged, so a reader that finds it unchanged has seen every
-acknowledged write. Two bumps at once may become one: both commits came before either, so a reader that follows the one
-sees both. A process that dies between commit and bump acknowledged nothing; the next bump shows what it wrote.
+acknowledged write. It is a new random number each time: counted up by two processes at once, one could set it back to
+what a reader has seen. A process that dies between commit and bump acknowledged nothing; the next bump shows what it
+wrote.
 """
 
 import mmap
@@ -31,4 +32,4 @@ class Stamp:
         return self._number[0]
 
     def bump(self) -> None:
-        self._number[0] = (self._number[0] + 1) % 2**64
+        self._number[0] = int.from_bytes(os.urandom(8), "little")

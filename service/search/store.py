@@ -323,8 +323,8 @@ def metadata_text(metadata: Metadata) -> str:
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        # As deep as in an answer: what orjson refuses would fail every search that finds it.
-        orjson.dumps([[[[dict(metadata)]]]])
+        # As deep as in an answer (results, groups, hits): what orjson refuses would fail every search that finds it.
+        orjson.dumps([[[[[[[dict(metadata)]]]]]]])
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
     if _ZERO.search(text):

@@ -155,7 +155,7 @@ class View:
         if allowed is not None:
             return self._search_among(queries, k, params, allowed, widen)
         found = [
-            _moved(part.segment.search(queries, k, part.alive, params, widen), start)
+            _moved(_all_of(part, queries, k, params, widen), start)
             for part, start in zip(self.parts, self.starts, strict=False)
         ]
         if len(self.tail.numbers):
@@ -203,6 +203,16 @@ class View:
         if len(self.tail.numbers):
             found.append(_moved(self.tail.among(queries, k, allowed.numbers), self.starts[-1]))
         return merged(found or [nothing(len(queries))], k)
+
+
+def _all_of(part: LivePart, queries: Floats, k: int, params: SearchParams, widen: float) -> Found:
+    """The k nearest of a segment: by its index, or exactly where that leads to fewer than there are (many equal vectors
+    are not all linked in a graph, nor in the lists that are looked at)."""
+    found = part.segment.search(queries, k, part.alive, params, widen)
+    there = min(k, len(part.segment.numbers) - len(part.dead))
+    if there and (found.places[:, there - 1] < 0).any():
+        return part.segment.search(queries, k, part.alive, replace(params, exact=True))
+    return found
 
 
 def _indexed_among(

@@ -132,3 +132,24 @@ async def test_a_vector_of_any_scale_has_a_direction(tmp_path, scale):
         body = {"vector": [value * scale for value in vector]}
         answer = await run.client.post("/v1/collections/shop/search", json=body)
     assert answer.json()["data"][0]["score"] == pytest.approx(1, abs=1e-6)
+
+
+async def test_the_deepest_metadata_that_is_accepted_can_be_answered_in_every_form(tmp_path):
+    image = base64.b64encode(photo()).decode()
+    async with running(tmp_path) as run:
+        accepted = []
+        for levels in range(240, 256):
+            item = {"id": "p", "image": image, "metadata": {"g": 1, **nested(levels)}}
+            answer = await run.client.post(ITEMS, json={"items": [item]})
+            assert answer.status_code in (200, 422), answer.text
+            accepted += [levels] if answer.status_code == 200 else []
+        assert accepted == list(range(240, accepted[-1] + 1))
+        query = {"image": image, "k": 1}
+        for body in (
+            query,
+            {**query, "group_by": "g"},
+            {"queries": [query]},
+            {"queries": [{**query, "group_by": "g"}]},
+        ):
+            found = await run.client.post(ITEMS.replace("/items", "/search"), json=body)
+            assert found.status_code == 200, found.text[:300]

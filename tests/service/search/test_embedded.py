@@ -3,6 +3,7 @@ of a dictionary and a numpy scan; nothing acknowledged is lost to a kill, a full
 """
 
 import asyncio
+import itertools
 import os
 import shutil
 import sqlite3
@@ -23,6 +24,7 @@ from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
 from service.search import building, database, maintenance
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
+from service.search.stamp import Stamp
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 from tests.dict_store import DictStore
 
@@ -569,3 +571,26 @@ async def test_a_read_that_fails_half_way_adds_nothing_twice(
             with pytest.raises(StorageFailed, match="cannot be read"):
                 await store.search("c", np.ones((1, D)), 5, tag=TAG)
     await same(store, plain, 1, k=43)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_pq", "rabitq"])
+@pytest.mark.usefixtures("small")
+async def test_equal_vectors_are_all_found(store: EmbeddedStore, kind: Any) -> None:
+    await store.create("c", CollectionSpec(TAG, 16, index=IndexSpec(kind)))
+    await store.upsert("c", [Item(f"i{n}", np.ones(16)) for n in range(2000)], tag=TAG)
+    await store.settle("c")
+    assert (await store.stats("c"))["segments"][0]["kind"] == kind
+    for k in (1, 100, 1000):
+        [hits] = await store.search("c", np.ones((1, 16)), k, tag=TAG)
+        assert [hit.id for hit in hits] == sorted(f"i{n}" for n in range(2000))[:k]
+
+
+def test_a_stamp_never_comes_back(tmp_path: Path) -> None:
+    """Also when a process that was stopped in the middle of a bump goes on after others."""
+    stamps = [Stamp(tmp_path / "stamp") for _ in range(2)]
+    seen = [stamps[0].read()]
+    for n in range(1000):
+        stamps[n % 2].bump()
+        seen.append(stamps[1].read())
+    assert len(set(seen)) == len(seen)
+    assert max(abs(a - b) for a, b in itertools.pairwise(seen)) > 2**32  # not counted, so never counted back
