@@ -216,8 +216,7 @@ def new_folder() -> str:
     return uuid.uuid4().hex
 
 
-def remove_orphans(root: Path, used: set[str]) -> None:
+def remove_folders(root: Path, names: Iterable[str]) -> None:
     """Delete folders that no segment uses: left by a crash, or replaced. Whoever has them mapped keeps them."""
-    for folder in root.iterdir() if root.is_dir() else ():
-        if folder.name not in used:
-            shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        shutil.rmtree(root / name, ignore_errors=True)

@@ -32,7 +32,7 @@ import orjson
 from service.errors import CollectionNotFound, StorageFailed
 from service.search.filter_sql import extract
 from service.search.filters import parse_path
-from service.search.store import CollectionSpec, Floats, IndexSpec, Item
+from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 
 Numbers = npt.NDArray[np.int64]
 
@@ -89,6 +89,10 @@ class Row:
     version: int
     edits: int
     sealed: int
+
+    @property
+    def info(self) -> CollectionInfo:
+        return CollectionInfo(self.name, self.spec, self.count)
 
     @property
     def dtype(self) -> np.dtype[Any]:

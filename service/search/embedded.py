@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 
 from model.engine import available_cpus
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
+from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
 from service.search import database, snapshots
 from service.search.database import Row, snapshot, translated
 from service.search.filters import Filter
@@ -46,10 +46,9 @@ from service.search.store import (
     check_id,
     check_match,
     check_name,
-    check_source,
+    checked_items,
     merged,
     metadata_text,
-    normalised,
 )
 from service.search.threads import Workers, Write, commit_together
 from service.search.view import Views
@@ -102,21 +101,21 @@ class EmbeddedStore:
             try:
                 row = database.find(db, collection)
             except CollectionNotFound:
-                return _info(database.make(db, collection, spec))
+                return database.make(db, collection, spec).info
             if row.name != collection:
                 raise Conflict(f"{collection!r} is an alias of {row.name!r}")
             if row.spec != spec:
                 raise Conflict(f"collection {collection!r} exists with other settings: {_difference(row.spec, spec)}")
-            return _info(row)
+            return row.info
 
         return await self._write(work)
 
     async def collections(self) -> list[CollectionInfo]:
-        return await self._read(lambda db: [_info(row) for row in database.every(db)])
+        return await self._read(lambda db: [row.info for row in database.every(db)])
 
     async def info(self, collection: str) -> CollectionInfo:
         check_name(collection)
-        return await self._read(lambda db: _info(database.find(db, collection)))
+        return await self._read(lambda db: database.find(db, collection).info)
 
     async def drop(self, collection: str) -> None:
         check_name(collection)
@@ -167,30 +166,24 @@ class EmbeddedStore:
         self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
     ) -> CollectionInfo:
         check_name(collection)
-        if not items:
-            raise InvalidRequest("no items to write")
-        checked = {check_id(check_source(i).id): (i, normalised(i.vector), metadata_text(i.metadata)) for i in items}
-        dimensions = {len(vector) for _, vector, _ in checked.values()}
-        if len(dimensions) > 1:
-            raise InvalidRequest("the vectors of one call must have the same dimension")
-        dimension = dimensions.pop()
+        checked, dimension = checked_items(items)
 
         def work(db: sqlite3.Connection) -> CollectionInfo:
             try:
                 row = database.find(db, collection)
             except CollectionNotFound:
                 row = database.make(db, collection, CollectionSpec(tag, dimension))
-            check_match(_info(row), tag=tag, dimension=dimension)
-            rows = [(item, vector.astype(row.dtype).tobytes(), text) for item, vector, text in checked.values()]
+            check_match(row.info, tag=tag, dimension=dimension)
+            rows = [(item, vector.astype(row.dtype).tobytes(), text) for item, vector, text in checked]
             if request_key is not None:
                 digest = database.request_digest(rows)
                 done = database.already_done(db, row.key, request_key, digest, time.time())
                 if done is None:
                     raise Conflict(f"the idempotency key {request_key[:80]!r} was used with other items")
                 if done:
-                    return _info(row)
+                    return row.info
             database.upsert(db, row.key, rows)
-            return _info(database.find(db, collection))
+            return database.find(db, collection).info
 
         info: CollectionInfo = await self._write(work)
         self._maintenance.wake()
@@ -412,10 +405,6 @@ def _alone(db: sqlite3.Connection, write: Write) -> Any:
         return error
 
 
-def _info(row: Row) -> CollectionInfo:
-    return CollectionInfo(row.name, row.spec, row.count)
-
-
 def _check_free(db: sqlite3.Connection, name: str) -> None:
     try:
         row = database.find(db, name)
@@ -428,7 +417,7 @@ def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
     """A restored collection gets its name."""
     _check_free(db, name)
     db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
-    return _info(database.find(db, name))
+    return database.find(db, name).info
 
 
 def _difference(old: CollectionSpec, new: CollectionSpec) -> str:

@@ -33,7 +33,7 @@ from service.search.building import (
     kind_for,
     new_folder,
     recall,
-    remove_orphans,
+    remove_folders,
     write,
 )
 from service.search.database import Chunk, Point, Row, SegmentRow, snapshot, transaction
@@ -255,8 +255,7 @@ class Maintenance:
         now = time.monotonic()
         there = {folder.name for folder in self._root.iterdir()} if self._root.is_dir() else set()
         self._unused = {name: self._unused.get(name, now) for name in there - used}
-        young = {name for name, since in self._unused.items() if now - since < ORPHAN_S}
-        remove_orphans(self._root, used | young)
+        remove_folders(self._root, [name for name, since in self._unused.items() if now - since >= ORPHAN_S])
 
     def _remove_unfinished(self, db: sqlite3.Connection) -> None:
         """Collections whose restore was cut off by a crash."""

@@ -47,10 +47,9 @@ from service.search.store import (
     check_k,
     check_match,
     check_name,
-    check_source,
+    checked_items,
     merged,
     metadata_text,
-    normalised,
     normalised_rows,
 )
 
@@ -167,13 +166,7 @@ class MilvusStore:
         self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
     ) -> CollectionInfo:
         check_name(collection)
-        if not items:
-            raise InvalidRequest("no items to write")
-        checked = {check_id(check_source(i).id): (i, normalised(i.vector), metadata_text(i.metadata)) for i in items}
-        dimensions = {len(vector) for _, vector, _ in checked.values()}
-        if len(dimensions) > 1:
-            raise InvalidRequest("the vectors of one call must have the same dimension")
-        dimension = dimensions.pop()
+        checked, dimension = checked_items(items)
         try:
             name, spec = await self._found(collection)
         except CollectionNotFound:
@@ -183,9 +176,7 @@ class MilvusStore:
                 except CollectionNotFound:
                     name, spec = await self._made(collection, CollectionSpec(tag, dimension))
         check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=dimension)
-        rows = [
-            _row(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked.values()
-        ]
+        rows = [_row(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked]
         async with self._writes[name]:
             for some in _batches(rows):
                 await self._server.call("upsert", collection_name=encoded(name), data=some)

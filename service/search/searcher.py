@@ -31,7 +31,6 @@ from service.search.selection import Selections
 from service.search.stamp import Stamp
 from service.search.store import (
     MAX_DEPTH,
-    CollectionInfo,
     Floats,
     Hit,
     SearchParams,
@@ -47,7 +46,6 @@ AT_ONCE_S: Final = 0.001
 """A search that usually takes no longer may hold the event loop up for as long."""
 DIGITS: Final = 6
 """Of a score."""
-MAX_KNOWN: Final = 10_000
 ATTEMPTS: Final = 100
 """Of a search with a filter; after them it is not a write in between, and the thread must not turn for ever."""
 
@@ -83,7 +81,7 @@ class Searcher:
         self._local = threading.local()
         self._searching = 0
         self._seconds: dict[str, float] = {}  # a collection's usual search
-        self._known: dict[str, tuple[int, View]] = {}  # name or alias -> stamp and the view that it stands for
+        self._known: tuple[int, dict[str, View]] = (0, {})  # a stamp, and views by name or alias while it stands
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
 
     async def search(
@@ -113,19 +111,18 @@ class Searcher:
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
         """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
         does. None when it may not be quick: not searched lately, written to meanwhile, or filtered."""
-        known = self._known.get(query.collection)
+        stamp, known = self._known
+        view = known.get(query.collection)
         usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
-        if usual > AT_ONCE_S or known is None or known[0] != self._stamp.read() or query.where or query.params.exact:
+        if usual > AT_ONCE_S or view is None or stamp != self._stamp.read() or query.where or query.params.exact:
             return None
         if not getattr(self._local, "alone", False):
             faiss.omp_set_num_threads(1)
             self._local.alone = True
-        return self._in_view(known[1], query, query.vectors, None)
+        return self._in_view(view, query, query.vectors, None)
 
     def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
-        faiss.omp_set_num_threads(
-            1
-        )  # of this thread: queries run beside each other, and the cores belong to the engine
+        faiss.omp_set_num_threads(1)  # of this thread: queries run beside each other, and the engine has the cores
         db = self._connect()
 
         def work(together: Sequence[_Query]) -> Sequence[Any]:
@@ -156,7 +153,7 @@ class Searcher:
 
     def _in_view(self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None) -> list[list[Hit]]:
         row = view.row
-        check_match(CollectionInfo(row.name, row.spec, row.count), tag=query.tag, dimension=vectors.shape[1])
+        check_match(row.info, tag=query.tag, dimension=vectors.shape[1])
         if not row.count:
             return [[] for _ in vectors]
         widen = self._maintenance.boost(row)
@@ -169,15 +166,14 @@ class Searcher:
     def view(self, db: sqlite3.Connection, name: str) -> View:
         """The view of a collection (or alias) that holds every write acknowledged until now."""
         stamp = self._stamp.read()
-        known = self._known.get(name)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        self._known.pop(name, None)
-        view = self._views.newest(db, database.find(db, name))
-        if len(self._known) > MAX_KNOWN:
-            self._known.clear()
-            self._seconds.clear()
-        self._known[name] = (stamp, view)
+        if self._known[0] != stamp:
+            self._known = (stamp, {})  # also lets go of collections that were dropped
+        known_at, known = self._known
+        view = known.get(name) if known_at == stamp else None
+        if view is None:
+            view = self._views.newest(db, database.find(db, name))
+            if known_at == stamp:  # read before the view was: what came in between may be in it, never missing
+                known[name] = view
         return view
 
     def close(self) -> None:

@@ -58,9 +58,6 @@ def _write(source: Path, collection: str, target: Path) -> None:
     with closing(sqlite3.connect(target, isolation_level=None)) as db:
         db.execute("ATTACH ? AS source", (str(source),))
         with transaction(db):
-            found = db.execute("SELECT id FROM source.collections WHERE name = ?", (collection,)).fetchone()
-            if found is None:
-                raise NotFound(f"collection {collection!r} was deleted meanwhile")
             copied = database.find(db, collection, schema="source")
             made = database.make(db, collection, copied.spec)
             for table in ("items", "vectors"):

@@ -377,3 +377,19 @@ def check_source(item: Item) -> Item:
     if item.digest is not None and not re.fullmatch("[0-9a-f]{64}", item.digest):
         raise InvalidRequest(f"digest {item.digest[:80]!r} is not allowed: the sha256 in 64 hex digits", param="digest")
     return item
+
+
+def checked_items(items: Sequence[Item]) -> tuple[list[tuple[Item, Floats, str]], int]:
+    """What a call writes: each item with its vector of length 1 and the text of its metadata, of equal ids the last;
+    and the vectors' dimension.
+
+    Raises:
+        InvalidRequest: there is none, or one of them is not allowed, or their dimensions differ.
+    """
+    if not items:
+        raise InvalidRequest("no items to write")
+    checked = {check_id(check_source(i).id): (i, normalised(i.vector), metadata_text(i.metadata)) for i in items}
+    dimensions = {len(vector) for _, vector, _ in checked.values()}
+    if len(dimensions) > 1:
+        raise InvalidRequest("the vectors of one call must have the same dimension")
+    return list(checked.values()), dimensions.pop()

@@ -83,6 +83,7 @@ class LiveTail(NamedTuple):
     matrix: Floats
     payloads: list[bytes]  # and perhaps later ones
     dead: Positions
+    buffer: Tail  # which the next view's tail continues
 
     def search(self, queries: Floats, k: int) -> Found:
         wanted = min(k + len(self.dead), len(self.numbers))
@@ -251,7 +252,6 @@ class Views:
         self._root = root
         self._lock = threading.Lock()
         self._views: dict[int, View] = {}
-        self._tails: dict[int, Tail] = {}
 
     def at(self, db: sqlite3.Connection, row: Row) -> View | None:
         """The view of a collection as the transaction that read `row` sees it; None if that is already outdated: begin
@@ -285,7 +285,6 @@ class Views:
         with self._lock:
             for key in keys:
                 self._views.pop(key, None)
-                self._tails.pop(key, None)
 
     def keys(self) -> set[int]:
         return set(self._views)
@@ -306,30 +305,30 @@ class Views:
     def _parts(self, db: sqlite3.Connection, row: Row, old: View | None, removed: Numbers) -> tuple[LivePart, ...]:
         known = {part.segment.row.folder: part for part in (old.parts if old else ())}
         every: Numbers | None = None
+        removed = np.unique(removed)
         parts = []
         for wanted in database.segments(db, row.key):
             part = known.get(wanted.folder)
             if part is None:
                 segment = self._open(db, row, wanted)
                 if every is None:
-                    every = np.sort(database.removed_since(db, row, 0)[1])
-                dead = segment.positions_of(np.unique(every))
+                    every = np.unique(database.removed_since(db, row, 0)[1])
+                dead = segment.positions_of(every)
                 part = LivePart(segment, dead, bits_without(len(segment.numbers), dead))
-            elif len(more := part.segment.positions_of(np.unique(removed))):
+            elif len(more := part.segment.positions_of(removed)):
                 dead = np.union1d(part.dead, more)
                 part = LivePart(part.segment, dead, bits_without(len(part.segment.numbers), dead))
             parts.append(part)
         return tuple(parts)
 
     def _tail(self, db: sqlite3.Connection, row: Row, old: View | None, removed: Numbers) -> tuple[int, LiveTail]:
-        tail = self._tails.get(row.key)
         last = max(old.last if old else 0, row.sealed)
-        dead = old.tail.dead if old else np.empty(0, np.int64)
-        if tail is None or old is None:
+        if old is None:
             tail, dead = Tail(row.spec.dimension), np.empty(0, np.int64)
         elif row.sealed > old.row.sealed:  # what is in segments now leaves the tail
-            tail, dead = tail.without(_rows_gone(old.tail, row.sealed)), np.empty(0, np.int64)
+            tail, dead = old.tail.buffer.without(_rows_gone(old.tail, row.sealed)), np.empty(0, np.int64)
         else:
+            tail, dead = old.tail.buffer, old.tail.dead
             del tail.payloads[len(old.tail.numbers) :]  # appended by a call that failed before its view was made
         for chunk in database.read_items(db, row, after=last):
             tail.append(chunk)
@@ -342,8 +341,7 @@ class Views:
             gone[dead] = True
             tail, dead = tail.without(gone), np.empty(0, np.int64)
             length = len(tail.payloads)
-        self._tails[row.key] = tail
-        return last, LiveTail(tail.numbers[:length], tail.matrix[:length], tail.payloads, dead)
+        return last, LiveTail(tail.numbers[:length], tail.matrix[:length], tail.payloads, dead, tail)
 
     def _open(self, db: sqlite3.Connection, row: Row, wanted: SegmentRow) -> Segment:
         """The segment, or the same vectors from the database when its files are damaged."""
