@@ -305,13 +305,13 @@ def able(store: "VectorStore", capability: str) -> object:
 def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
     """The tag of normalised float32 vectors of a model that is here."""
     from model.artifact import read_manifest
+    from service.tags import make_tag
 
     path = artifact_with(fingerprint, data_dir)
     if path is None:
         raise ValueError(f"no model here has the fingerprint {fingerprint!r} (see `dinov2 models`): give --tag")
     manifest = read_manifest(path)
-    height, width = manifest.input_size
-    return f"{manifest.fingerprint}/{pooling}/l2/{height}x{width}/fp32"
+    return make_tag(manifest.fingerprint, pooling, manifest.input_size, "fp32")
 
 
 @contextmanager

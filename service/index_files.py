@@ -40,6 +40,7 @@ from service.search.store import (
     check_source,
     metadata_text,
 )
+from service.tags import make_tag, tag_parts
 
 STAMP_KEY: Final = "_file"
 """Of an item's metadata: what is known of the file."""
@@ -82,9 +83,8 @@ class IndexReport:
 
 
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
-    """What two vectors must share to be compared; as `service.state.Service.tag` has it."""
-    height, width = artifact.manifest.input_size
-    return f"{artifact.fingerprint}/{pooling}/l2/{height}x{width}/{engine.precision}"
+    """Of the vectors that this model makes in this engine."""
+    return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
 
 
 def pooling_of(info: CollectionInfo) -> Pooling:
@@ -93,12 +93,10 @@ def pooling_of(info: CollectionInfo) -> Pooling:
     Raises:
         Conflict: the tag is not one that this service makes.
     """
-    parts = info.tag.split("/")
-    pooling: Pooling
-    for pooling in ("cls", "mean", "cls+mean"):
-        if len(parts) == 5 and parts[1] == pooling:
-            return pooling
-    raise Conflict(f"collection {info.name!r} has the tag {info.tag!r}, which no model here makes")
+    pooling = tag_parts(info.tag).pooling
+    if pooling is None:
+        raise Conflict(f"collection {info.name!r} has the tag {info.tag!r}, which no model here makes")
+    return pooling
 
 
 async def index_photos(

@@ -1,7 +1,7 @@
 """What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
 
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, get_args
+from typing import Any, Final
 
 from model.artifact import Artifact
 from model.engine import Engine
@@ -12,24 +12,11 @@ from service.originals import Originals
 from service.pipeline import Pipeline, Pooling
 from service.search.store import VectorStore
 from service.settings import Settings
+from service.tags import make_tag
 from service.telemetry import Metrics
 
 POOLING: Final[Pooling] = "cls"
 """What a collection holds unless it says otherwise: the class token is DINOv2's feature for retrieval."""
-
-
-class TagParts(NamedTuple):
-    """What a collection's tag says of its vectors that a request needs to know."""
-
-    fingerprint: str
-    pooling: Pooling | None  # None: not made by `Service.tag`, so photos cannot be added
-
-
-def tag_parts(tag: str) -> TagParts:
-    """The reverse of `Service.tag`."""
-    parts = tag.split("/")
-    known: dict[str, Pooling] = {name: name for name in get_args(Pooling)}
-    return TagParts(parts[0], known.get(parts[1]) if len(parts) == 5 else None)
 
 
 @dataclass
@@ -69,8 +56,8 @@ class Service:
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = POOLING) -> str:
         """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""
-        height, width = self.artifact.manifest.input_size
-        return f"{fingerprint or self.artifact.fingerprint}/{pooling}/l2/{height}x{width}/{self.engine.precision}"
+        size = self.artifact.manifest.input_size
+        return make_tag(fingerprint or self.artifact.fingerprint, pooling, size, self.engine.precision)
 
     @property
     def model_names(self) -> list[str]:

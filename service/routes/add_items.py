@@ -45,7 +45,8 @@ from service.search.store import (
     normalised,
 )
 from service.settings import Settings
-from service.state import Service, tag_parts
+from service.state import Service
+from service.tags import tag_parts
 
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 

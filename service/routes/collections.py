@@ -18,7 +18,8 @@ from service.routes.uploads import check_fields, parse_options, read_json, read_
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
 from service.search.filters import parse_path
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore, check_name
-from service.state import Service, tag_parts
+from service.state import Service
+from service.tags import tag_parts
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=DirectRoute)
 

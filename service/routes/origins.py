@@ -23,7 +23,8 @@ from service.routes.answers import slowest
 from service.routes.queries import Part, Query
 from service.search.combine import combined
 from service.search.store import CollectionInfo, Floats, Item, check_match, normalised
-from service.state import POOLING, Service, tag_parts
+from service.state import POOLING, Service
+from service.tags import tag_parts
 from service.vision.patches import Patches
 from service.vision.region import box_weights, mask_weights, region_mean
 

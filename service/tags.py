@@ -1,0 +1,29 @@
+"""A vector's tag: everything that two vectors must share to be compared, in one line.
+
+`fingerprint/pooling/l2/HxW/precision`: the model (weights, architecture, preprocessing), what of its output became the
+vector, that it has length 1, the network's input in pixels, and the arithmetic.
+"""
+
+from typing import NamedTuple, get_args
+
+from service.pipeline import Pooling
+
+
+class TagParts(NamedTuple):
+    """What a collection's tag says of its vectors that a request needs to know."""
+
+    fingerprint: str
+    pooling: Pooling | None  # None: not made by `make_tag`, so photos cannot be added
+
+
+def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:
+    """The tag of normalised vectors; `input_size` is height and width."""
+    height, width = input_size
+    return f"{fingerprint}/{pooling}/l2/{height}x{width}/{precision}"
+
+
+def tag_parts(tag: str) -> TagParts:
+    """The reverse of `make_tag`."""
+    parts = tag.split("/")
+    known: dict[str, Pooling] = {name: name for name in get_args(Pooling)}
+    return TagParts(parts[0], known.get(parts[1]) if len(parts) == 5 else None)
