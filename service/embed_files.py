@@ -5,7 +5,6 @@ two batches are decoded ahead, so memory does not grow with the number of files.
 gives for the same bytes. `dinov2 index` (`service/index_files.py`) shares `load_ahead` and `vectors_of`.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -23,6 +22,7 @@ from model.artifact import Artifact
 from model.engine import Engine, available_cpus
 from model.preprocess import preprocess
 from service.decode import DecodeLimits, decode
+from service.durable import aside
 from service.errors import ServiceError
 from service.pipeline import Embedded, Pooling
 
@@ -167,18 +167,11 @@ def save_vectors(
     Raises:
         OSError: the file cannot be written; an older one is left as it was.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "paths": np.array([str(path) for path in files], dtype=np.str_),
         "vectors": vectors,
         "fingerprint": np.array(artifact.fingerprint),
         **{key: np.array(value) for key, value in tag.items()},
     }
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with aside(out) as file:
+        np.savez(file, allow_pickle=False, **arrays)

@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from service.durable import sync_folder
 from service.errors import NotFound, ServiceError, StorageFailed
 from service.search.store import Item
 
@@ -155,15 +156,7 @@ def _put_local(path: Path, data: bytes | None) -> None:
         finally:
             aside.unlink(missing_ok=True)
     for folder in (path.parent, path.parent.parent, root, *([root.parent] if root_is_new else [])):
-        _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(folder)
 
 
 @contextmanager

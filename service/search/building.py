@@ -16,7 +16,8 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from service.search.database import Chunk, Numbers, SegmentRow, sync_folder
+from service.durable import sync_folder
+from service.search.database import Chunk, Numbers, SegmentRow
 from service.search.segments import (
     Mapped,
     Payloads,

@@ -14,9 +14,7 @@ A reader yields a `Head` and then lists of items; what is wrong with a file is a
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -68,22 +66,6 @@ def _head(tag: Any, spec: Any) -> Head:
     if found is not None and str(tag) != found.tag:
         raise ValueError(f"the tag {str(tag)!r} is not that of the settings, {found.tag!r}")
     return Head(str(tag) if tag is not None else None, found)
-
-
-@contextmanager
-def aside(out: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when all is written and synced; an older one stays if that fails."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            if not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(out)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 # ---- Parquet

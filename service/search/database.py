@@ -16,7 +16,6 @@ does not read the vectors, and numbers stay dense.
 import dataclasses
 import hashlib
 import json
-import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -456,15 +455,6 @@ def swap_segments(
             (until, sealed, row.key, made),
         )
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def folders(db: sqlite3.Connection) -> set[str]:

@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+from service.durable import sync_folder
 from service.errors import InvalidRequest, NotFound, StorageFailed
 from service.search import database
 from service.search.database import Row, transaction, translated
@@ -47,7 +48,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             aside.rename(folder / f"{name}.sqlite3")
-            database.sync_folder(folder)
+            sync_folder(folder)
         finally:
             aside.unlink(missing_ok=True)
     return describe(root, collection, name)

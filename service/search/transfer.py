@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from service.durable import aside
 from service.errors import CollectionNotFound, Conflict
 from service.search.collection_files import (
     BATCH,
@@ -17,7 +18,6 @@ from service.search.collection_files import (
     JsonlWriter,
     NpzWriter,
     ParquetWriter,
-    aside,
     read_jsonl,
     read_npz,
     read_parquet,

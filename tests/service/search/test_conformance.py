@@ -37,6 +37,7 @@ from service.search.store import (
     normalised,
 )
 from tests.dict_store import DictStore
+from tests.service.search.strategies import filter_bodies
 
 TAG: Final = "f" * 64 + "/cls/l2/224x224/fp32"
 OTHER_TAG: Final = "0" * 64 + "/cls/l2/224x224/fp32"
@@ -1071,29 +1072,7 @@ def bounds() -> st.SearchStrategy[Any]:
 
 
 def filters() -> st.SearchStrategy[dict[str, Any]]:
-    key = st.sampled_from([*KEYS, "n", "nothing"])
-    one = st.one_of(
-        st.builds(lambda key, value: {"key": key, "eq": value}, key, scalars()),
-        st.builds(lambda key, values: {"key": key, "in": values}, key, st.lists(scalars(), min_size=1, max_size=6)),
-        st.builds(lambda key, value: {"key": key, "exists": value}, key, st.booleans()),
-        st.builds(
-            lambda key, limits: {"key": key, **limits},
-            key,
-            st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), bounds(), min_size=1, max_size=3),
-        ),
-    )
-    return st.recursive(
-        one,
-        lambda inside: st.one_of(
-            st.builds(lambda part: {"not": part}, inside),
-            st.builds(
-                lambda name, parts: {name: parts},
-                st.sampled_from(["and", "or"]),
-                st.lists(inside, min_size=1, max_size=3),
-            ),
-        ),
-        max_leaves=6,
-    )
+    return filter_bodies(st.sampled_from([*KEYS, "n", "nothing"]), scalars(), bounds())
 
 
 def metadatas() -> st.SearchStrategy[dict[str, Any]]:

@@ -17,6 +17,7 @@ from milvus_lite.search.filter import ast, parse_expr
 from service.search.filter_milvus import filterable, translate
 from service.search.filters import matches, parse_filter
 from service.search.store import MAX_METADATA_BYTES, metadata_text
+from tests.service.search.strategies import filter_bodies
 
 VERSIONS = ["2.4", "2.5", "2.6.19"]
 _SIGNS = {
@@ -107,33 +108,7 @@ _values = st.recursive(
 )
 _metadata = st.dictionaries(_keys, _values, max_size=5)
 _paths = st.lists(_keys, min_size=1, max_size=2).map(".".join)
-_conditions = st.one_of(
-    st.builds(lambda key, value: {"key": key, "eq": value}, _paths, _scalars),
-    st.builds(lambda key, values: {"key": key, "in": values}, _paths, st.lists(_scalars, min_size=1, max_size=4)),
-    st.builds(lambda key, there: {"key": key, "exists": there}, _paths, st.booleans()),
-    st.builds(
-        lambda key, bounds: {"key": key, **bounds},
-        _paths,
-        st.dictionaries(
-            st.sampled_from(["gt", "gte", "lt", "lte"]),
-            st.sampled_from([*_NUMBERS, *_STRINGS]),
-            min_size=1,
-            max_size=2,
-        ),
-    ),
-)
-_filters = st.recursive(
-    _conditions,
-    lambda inner: st.one_of(
-        st.builds(lambda part: {"not": part}, inner),
-        st.builds(
-            lambda name, parts: {name: parts},
-            st.sampled_from(["and", "or"]),
-            st.lists(inner, min_size=1, max_size=3),
-        ),
-    ),
-    max_leaves=5,
-)
+_filters = filter_bodies(_paths, _scalars, st.sampled_from([*_NUMBERS, *_STRINGS]))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -28,6 +28,7 @@ from service.search.filters import (
     parse_filter,
     parse_path,
 )
+from tests.service.search.strategies import filter_bodies
 
 # ---- reading
 
@@ -315,30 +316,6 @@ _metadata = st.dictionaries(
 _key = st.sampled_from(KEYS) | st.just("a")
 
 
-def _filters() -> st.SearchStrategy[dict[str, Any]]:
-    ranges = st.dictionaries(
-        st.sampled_from(["gt", "gte", "lt", "lte"]), st.one_of(_numbers, _texts), min_size=1, max_size=3
-    )
-    one = st.one_of(
-        st.builds(lambda key, value: {"key": key, "eq": value}, _key, _scalars),
-        st.builds(lambda key, values: {"key": key, "in": values}, _key, st.lists(_scalars, min_size=1, max_size=8)),
-        st.builds(lambda key, value: {"key": key, "exists": value}, _key, st.booleans()),
-        st.builds(lambda key, limits: {"key": key, **limits}, _key, ranges),
-    )
-    return st.recursive(
-        one,
-        lambda inside: st.one_of(
-            st.builds(lambda part: {"not": part}, inside),
-            st.builds(
-                lambda name, parts: {name: parts},
-                st.sampled_from(["and", "or"]),
-                st.lists(inside, min_size=1, max_size=3),
-            ),
-        ),
-        max_leaves=6,
-    )
-
-
 def _values_of(body: Any) -> Iterator[Any]:
     if "key" in body:
         yield from (v for name, given in body.items() if name != "key" for v in (given if name == "in" else [given]))
@@ -349,7 +326,7 @@ def _values_of(body: Any) -> Iterator[Any]:
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(body=_filters(), metadata=_metadata)
+@given(body=filter_bodies(_key, _scalars, st.one_of(_numbers, _texts)), metadata=_metadata)
 @example(body={"key": "a", "in": [1, True, "[1]"]}, metadata={"a": [1]})
 @example(body={"key": "a", "eq": 2**63}, metadata={"a": 2**63 - 1})
 @example(body={"key": "a", "lte": 2**53}, metadata={"a": 2**53 + 1})

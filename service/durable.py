@@ -1,0 +1,32 @@
+"""Files that are there whole or not at all, also after a power cut."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when all is written and synced; an older one stays if that fails."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if not file.closed:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(out)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

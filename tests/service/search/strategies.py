@@ -1,0 +1,30 @@
+"""Filters as a request may send them, for hypothesis."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+
+def filter_bodies(
+    keys: st.SearchStrategy[str], scalars: st.SearchStrategy[Any], bounds: st.SearchStrategy[Any]
+) -> st.SearchStrategy[dict[str, Any]]:
+    """Conditions of every kind on these keys, alone and within each other; `bounds` are those of ranges."""
+    ranges = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), bounds, min_size=1, max_size=3)
+    one = st.one_of(
+        st.builds(lambda key, value: {"key": key, "eq": value}, keys, scalars),
+        st.builds(lambda key, values: {"key": key, "in": values}, keys, st.lists(scalars, min_size=1, max_size=8)),
+        st.builds(lambda key, there: {"key": key, "exists": there}, keys, st.booleans()),
+        st.builds(lambda key, limits: {"key": key, **limits}, keys, ranges),
+    )
+    return st.recursive(
+        one,
+        lambda inside: st.one_of(
+            st.builds(lambda part: {"not": part}, inside),
+            st.builds(
+                lambda name, parts: {name: parts},
+                st.sampled_from(["and", "or"]),
+                st.lists(inside, min_size=1, max_size=3),
+            ),
+        ),
+        max_leaves=6,
+    )
