@@ -107,7 +107,10 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
 
 
 def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
-    return bool(parts) and parts[0].segment.row.kind == kind == "hnsw"
+    """Whether the first part's graph can be continued: its files are read for that, and may have been deleted."""
+    if not parts or not parts[0].segment.row.kind == kind == "hnsw":
+        return False
+    return (parts[0].segment.folder / "index.faiss").exists()
 
 
 class Maintenance:

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from service.search.database import Numbers, Row
+from service.search.database import Numbers, Row, check_exists, snapshot
 from service.search.filter_sql import to_sql
 from service.search.filters import Filter, Scalar
 from service.search.view import Allowed, View
@@ -38,7 +38,11 @@ class Selections:
         self._kept: OrderedDict[tuple[int, str, tuple[Scalar, ...]], _Kept] = OrderedDict()
 
     def allowed(self, db: sqlite3.Connection, view: View, where: Filter) -> Allowed:
-        """What passes now, of the view and perhaps of what was deleted before it."""
+        """What passes now, of the view and perhaps of what was deleted before it. Outside of a transaction.
+
+        Raises:
+            CollectionNotFound: it was dropped since the view was made.
+        """
         row = view.row
         condition, parameters = to_sql(where)  # also what tells filters apart: to Python, 1 and True are equal
         key = (row.key, condition, tuple(parameters))
@@ -50,7 +54,9 @@ class Selections:
         if kept is not None and kept.through == view.last and kept.segments == folders:
             allowed = kept.allowed
         else:
-            numbers = passing(db, row, where, after=kept.through if kept else 0, to=view.last)
+            with snapshot(db):
+                check_exists(db, row)
+                numbers = passing(db, row, where, after=kept.through if kept else 0, to=view.last)
             if kept is not None:
                 numbers = np.concatenate([kept.allowed.numbers, numbers])
             allowed = Allowed(numbers)

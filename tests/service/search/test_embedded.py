@@ -594,3 +594,30 @@ def test_a_stamp_never_comes_back(tmp_path: Path) -> None:
         seen.append(stamps[1].read())
     assert len(set(seen)) == len(seen)
     assert max(abs(a - b) for a, b in itertools.pairwise(seen)) > 2**32  # not counted, so never counted back
+
+
+@pytest.mark.usefixtures("small")
+async def test_a_graph_whose_files_are_deleted_under_it_is_made_anew(store: EmbeddedStore, tmp_path: Path) -> None:
+    plain = DictStore()
+    for one in (store, plain):
+        await one.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw")))
+        await one.upsert("c", items(200), tag=TAG)
+    await store.settle("c")
+    shutil.rmtree(tmp_path / "segments")
+    for one in (store, plain):
+        await one.upsert("c", items(50, seed=1, prefix="more"), tag=TAG)
+    await same(store, plain, 0)
+    await store.settle("c")
+    [segment] = (await store.stats("c"))["segments"]
+    assert (segment["kind"], segment["vectors"], segment["whole"]) == ("hnsw", 250, True)
+    await same(store, plain, 1)
+
+
+async def test_a_filtered_search_of_a_collection_that_is_just_dropped(store: EmbeddedStore) -> None:
+    """Dropped between the view and the filter's answer, as a writer beside it may do."""
+    await store.upsert("c", items(20), tag=TAG)
+    await store.search("c", np.ones((1, D)), 5, tag=TAG)
+    view = store.views._views[1]
+    await store.drop("c")
+    with pytest.raises(CollectionNotFound):
+        store._searcher._selections.allowed(store._connect(), view, parse_filter({"key": "n", "lt": 4}))
