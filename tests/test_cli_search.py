@@ -222,13 +222,17 @@ def test_ctrl_c_keeps_what_was_written(kept: Kept, tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return run(pixels)
 
-    before = signal.getsignal(signal.SIGINT)
-    kept.engine.run = interrupted  # type: ignore[method-assign]
-    result = kept.invoke("index", folder, "-c", "shop", "--batch-size", 4)
-    assert result.exit_code == 130
-    assert "run again to go on" in result.output
-    assert 0 < len(kept.store()._collections["shop"].items) == kept.engine.images < 60
-    assert signal.getsignal(signal.SIGINT) == before
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        before = signal.getsignal(signal.SIGINT)
+        kept.engine.run = interrupted  # type: ignore[method-assign]
+        result = kept.invoke("index", folder, "-c", "shop", "--batch-size", 4)
+        assert result.exit_code == 130
+        assert "run again to go on" in result.output
+        assert 0 < len(kept.store()._collections["shop"].items) == kept.engine.images < 60
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_search_says_what_is_wrong(kept: Kept, photos: Path) -> None:
