@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -46,6 +47,11 @@ AT_ONCE_S: Final = 0.001
 """A search that usually takes no longer may hold the event loop up for as long."""
 DIGITS: Final = 6
 """Of a score."""
+AT_ONCE_K: Final = 100
+"""Nor does one that asks for more: what takes a time is known of the usual ones only."""
+TIED: Final = 1024
+"""How deep an approximate search goes to tell which of very many equal scores have the smallest ids. The same depth for
+every k below it, so that pages do not overlap."""
 ATTEMPTS: Final = 100
 """Of a search with a filter; after them it is not a write in between, and the thread must not turn for ever."""
 
@@ -83,6 +89,8 @@ class Searcher:
         self._seconds: dict[str, float] = {}  # a collection's usual search
         self._known: tuple[int, dict[str, View]] = (0, {})  # a stamp, and views by name or alias while it stands
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
+        # Apart, as a filter may read all metadata: no search without one waits for that.
+        self._filtering: Workers[_Query] = Workers("store-filter", threads, self._make_worker)
 
     async def search(
         self,
@@ -97,29 +105,37 @@ class Searcher:
         query = _Query(
             check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or SearchParams()
         )
-        alike = (collection, k, tag, query.params, query.vectors.shape[1]) if where is None else object()
+        answers: list[list[Hit]]
+        if where is not None:
+            answers = await self._filtering.do(query, object())
+            return answers
+        alike = (collection, k, tag, query.params, query.vectors.shape[1])
         self._searching += 1
         try:
             await asyncio.sleep(0)  # whoever else is ready to search counts itself now
             if self._searching == 1 and (found := self._at_once(query)) is not None:
                 return found
-            answers: list[list[Hit]] = await self._workers.do(query, alike)
+            answers = await self._workers.do(query, alike)
             return answers
         finally:
             self._searching -= 1
 
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
         """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
-        does. None when it may not be quick: not searched lately, written to meanwhile, or filtered."""
+        does. None when it may not be quick: not searched lately, written to meanwhile, deep, or tied."""
         stamp, known = self._known
         view = known.get(query.collection)
         usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
-        if usual > AT_ONCE_S or view is None or stamp != self._stamp.read() or query.where or query.params.exact:
+        if usual > AT_ONCE_S or view is None or stamp != self._stamp.read():
+            return None
+        if query.k > AT_ONCE_K or query.params != SearchParams():
             return None
         if not getattr(self._local, "alone", False):
             faiss.omp_set_num_threads(1)
             self._local.alone = True
-        return self._in_view(view, query, query.vectors, None)
+        with suppress(_Tied):
+            return self._in_view(view, query, query.vectors, None, at_once=True)
+        return None
 
     def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
         faiss.omp_set_num_threads(1)  # of this thread: queries run beside each other, and the engine has the cores
@@ -151,14 +167,17 @@ class Searcher:
                 answers = [[hit for hit in hits if matches(query.where, hit.metadata)] for hits in answers]
             return answers
 
-    def _in_view(self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None) -> list[list[Hit]]:
+    def _in_view(
+        self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None, *, at_once: bool = False
+    ) -> list[list[Hit]]:
         row = view.row
         check_match(row.info, tag=query.tag, dimension=vectors.shape[1])
         if not row.count:
             return [[] for _ in vectors]
         widen = self._maintenance.boost(row)
-        find = partial(view.search, vectors, params=query.params, allowed=allowed, widen=widen)
-        candidates = _nearest(find, query.k, row.count)
+        find = partial(view.search, params=query.params, allowed=allowed, widen=widen)
+        deepest = MAX_DEPTH if query.params.exact or query.k >= TIED else TIED
+        candidates = _nearest(find, vectors, query.k, 0 if at_once else min(deepest, row.count))
         if query.where is None:
             self._maintenance.observe(view, vectors, candidates, query.params)
         return [_hits(view, best, query.k) for best in candidates]
@@ -179,23 +198,42 @@ class Searcher:
     def close(self) -> None:
         """Searches that wait are answered."""
         self._workers.close()
+        self._filtering.close()
 
 
-def _nearest(find: Callable[..., Found], k: int, count: int) -> list[list[tuple[float, int]]]:
-    """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them.
-    `find` is the search, still without its k."""
-    depth = min(k + 1, count)
-    while True:
-        found = find(k=depth)
-        answers = [
-            [(round(score, DIGITS), place) for score, place in zip(scores, places, strict=True) if place >= 0]
-            for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
-        ]
-        tied = any(len(best) == depth > k and best[-1][0] == best[k - 1][0] for best in answers)
-        if not tied or depth >= min(count, MAX_DEPTH):
-            break
-        depth = min(4 * depth, count, MAX_DEPTH)
+class _Tied(Exception):
+    """More than the k nearest must be known to tell which they are."""
+
+
+def _nearest(find: Callable[..., Found], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
+    """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them, as
+    far as `deepest`. `find` is the search, still without its vectors and its k.
+
+    Raises:
+        _Tied: there may be more ties, and `deepest` is 0.
+    """
+    answers = _found(find, vectors, k + 1)
+    depth, tied = k + 1, [which for which, best in enumerate(answers) if _is_tied(best, k, k + 1)]
+    if tied and not deepest:
+        raise _Tied
+    while tied and depth < deepest:
+        depth = min(4 * depth, deepest)
+        for which, best in zip(tied, _found(find, vectors[tied], depth), strict=True):
+            answers[which] = best
+        tied = [which for which in tied if _is_tied(answers[which], k, depth)]
     return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
+
+
+def _found(find: Callable[..., Found], vectors: Floats, depth: int) -> list[list[tuple[float, int]]]:
+    found = find(vectors, k=depth)
+    return [
+        [(round(score, DIGITS), place) for score, place in zip(scores, places, strict=True) if place >= 0]
+        for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
+    ]
+
+
+def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
+    return len(best) == depth and best[-1][0] == best[k - 1][0]
 
 
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:

@@ -13,11 +13,12 @@ their vectors, so a score is the cosine whatever the kind.
 Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
 """
 
+import io
 import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -80,9 +81,9 @@ class OnDisk:
 
 
 class Payloads(Sequence[bytes]):
-    """What an answer says of each item of a segment, in a mapped file."""
+    """What an answer says of each item of a segment, in a file: mapped, or read when it is wanted, as with `OnDisk`."""
 
-    def __init__(self, data: bytes | mmap.mmap, starts: npt.NDArray[np.int64]) -> None:
+    def __init__(self, data: bytes | mmap.mmap | io.FileIO, starts: npt.NDArray[np.int64]) -> None:
         self._data = data
         self._starts = starts  # [n + 1]
 
@@ -91,9 +92,12 @@ class Payloads(Sequence[bytes]):
         return Payloads(b"".join(payloads), np.cumsum([0, *map(len, payloads)]))
 
     @staticmethod
-    def opened(folder: Path) -> "Payloads":
+    def opened(folder: Path, *, on_disk: bool) -> "Payloads":
         starts = np.asarray(np.load(folder / "payloads.npy", mmap_mode="r", allow_pickle=False))
-        with (folder / "payloads.bin").open("rb") as file:
+        file = (folder / "payloads.bin").open("rb", buffering=0)  # closed with the object
+        if on_disk:
+            return Payloads(file, starts)
+        with file:
             return Payloads(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), starts)
 
     def __len__(self) -> int:
@@ -102,7 +106,10 @@ class Payloads(Sequence[bytes]):
     def __getitem__(self, place: Any) -> Any:
         if not 0 <= place < len(self):
             raise IndexError(place)
-        return self._data[self._starts[place] : self._starts[place + 1]]
+        start, end = int(self._starts[place]), int(self._starts[place + 1])
+        if isinstance(self._data, io.FileIO):
+            return os.pread(self._data.fileno(), end - start, start)
+        return self._data[start:end]
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,30 @@ class Segment:
             return self._by_code(queries, k, int((params.nprobe or self.row.effort) * widen), selector)
         wanted = max(k, int((params.ef_search or self.row.effort) * widen))
         return Found(*self.index.search(queries, k, params=_hnsw_params(wanted, selector)))
+
+    @property
+    def n_lists(self) -> int:
+        """Of an index of inverted lists."""
+        return int(faiss.extract_index_ivf(self.index).nlist)
+
+    @cached_property
+    def lists(self) -> npt.NDArray[np.int32]:
+        """[n]: the inverted list that each vector is in."""
+        inverted, lists = faiss.extract_index_ivf(self.index).invlists, np.empty(len(self.numbers), np.int32)
+        for number in range(inverted.nlist):
+            lists[faiss.rev_swig_ptr(inverted.get_ids(number), inverted.list_size(number))] = number
+        return lists
+
+    def lists_holding(self, queries: Floats, counts: Numbers, wanted: int) -> int:
+        """How many of a query's nearest lists hold as many vectors, of which list i has counts[i]: of the queries the
+        most."""
+        quantizer = faiss.extract_index_ivf(self.index).quantizer
+        if_even = int(wanted / max(1, counts.sum()) * len(counts))
+        for depth in (min(2 * if_even + 1, len(counts)), len(counts)):
+            held = counts[quantizer.search(queries, depth)[1]].cumsum(axis=1)
+            if (held[:, -1] >= wanted).all():
+                break
+        return min(len(counts), int((held < wanted).sum(axis=1).max()) + 1)
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Found:
         """The k nearest of each query among some positions, by their vectors."""
@@ -162,7 +193,7 @@ class Segment:
         return self.exact(queries, k, every if alive is None else every[are_set(alive, every)])
 
     def _by_code(self, queries: Floats, k: int, nprobe: int, selector: Any) -> Found:
-        ivf = faiss.SearchParametersIVF(nprobe=min(nprobe, faiss.extract_index_ivf(self.index).nlist), sel=selector)
+        ivf = faiss.SearchParametersIVF(nprobe=min(nprobe, self.n_lists), sel=selector)
         if self.row.kind == "rabitq":
             wanted = min(2 * k, len(self.numbers))
             refine = faiss.IndexRefineSearchParameters(k_factor=REFINE, base_index_params=ivf)
@@ -296,10 +327,11 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
         index = faiss.read_index(str(folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
         if row.kind == "hnsw":
             index = with_storage(index, flat)
+    on_disk = row.kind == "rabitq"
     matrix: Mapped | OnDisk = Mapped(matrix_of(flat, dtype))
-    if row.kind == "rabitq":
+    if on_disk:
         matrix = OnDisk(folder / "vectors.faiss", flat.d, dtype, len(numbers))
-    return Segment(row, folder, numbers, flat, matrix, index, Payloads.opened(folder))
+    return Segment(row, folder, numbers, flat, matrix, index, Payloads.opened(folder, on_disk=on_disk))
 
 
 def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:

@@ -46,6 +46,11 @@ would lead past most of what passes."""
 OVERSAMPLE: Final = 3
 MAX_OVERSAMPLED: Final = 4096
 """Of a graph, for a filter: times as many as are expected to hold k that pass, and how many at most."""
+DENSER: Final = 1.5
+"""Of inverted lists, for a filter: times as many candidates as without one."""
+FAR: Final = 2
+"""A filter for which so many times more lists must be searched than if its items were spread evenly passes what is far
+from the query. The nearest of them are then spread over all lists that hold any, so all are searched."""
 _FIRST_CAPACITY: Final = 256
 
 
@@ -118,6 +123,7 @@ class Allowed:
         self.numbers = numbers
         self._positions: dict[str, Positions] = {}
         self._bits: dict[str, Bits] = {}
+        self._in_lists: dict[str, Numbers] = {}
 
     def positions(self, segment: Segment) -> Positions:
         known = self._positions.get(segment.row.folder)
@@ -131,10 +137,18 @@ class Allowed:
             known = self._bits[segment.row.folder] = bits_of(len(segment.numbers), self.positions(segment))
         return known
 
+    def in_lists(self, segment: Segment) -> Numbers:
+        """How many are in each of the segment's inverted lists."""
+        known = self._in_lists.get(segment.row.folder)
+        if known is None:
+            known = np.bincount(segment.lists[self.positions(segment)], minlength=segment.n_lists)
+            self._in_lists[segment.row.folder] = known
+        return known
+
     @property
     def nbytes(self) -> int:
-        arrays: list[np.ndarray[Any, Any]] = [self.numbers, *self._positions.values(), *self._bits.values()]
-        return sum(array.nbytes for array in arrays)
+        kept = (self._positions, self._bits, self._in_lists)
+        return self.numbers.nbytes + sum(array.nbytes for arrays in kept for array in arrays.values())
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class View:
             if count <= max(EXACT_ROWS, EXACT_SHARE * total):
                 found.append(_moved(part.segment.exact(queries, k, positions), start))
                 continue
-            some = _indexed_among(part, queries, k, params, allowed, total / count * widen)
+            some = _indexed_among(part, queries, k, params, allowed, total / count, widen)
             found.append(_moved(part.segment.exact(queries, k, positions) if some is None else some, start))
         if len(self.tail.numbers):
             found.append(_moved(self.tail.among(queries, k, allowed.numbers), self.starts[-1]))
@@ -217,25 +231,48 @@ def _all_of(part: LivePart, queries: Floats, k: int, params: SearchParams, widen
 
 
 def _indexed_among(
-    part: LivePart, queries: Floats, k: int, params: SearchParams, allowed: Allowed, widen: float
+    part: LivePart, queries: Floats, k: int, params: SearchParams, allowed: Allowed, rarity: float, widen: float
 ) -> Found | None:
     """The k nearest of a segment that a filter allows, by its index; None when the index does not lead to so many.
-
-    A graph is searched without the filter, deeper: with it, faiss goes through all of a graph whose allowed items lie
-    far from the query. Lists are searched with it.
-    """
-    bits = allowed.bits(part.segment)
-    if part.segment.row.kind != "hnsw":
-        alive = bits if part.alive is None else bits & part.alive
-        found = part.segment.search(queries, k, alive, params, widen)
+    `rarity` is how many items the segment has for each that is allowed."""
+    segment = part.segment
+    if segment.row.kind == "hnsw":
+        found = _graph_among(part, queries, k, params, allowed.bits(segment), OVERSAMPLE * rarity * widen)
     else:
-        depth = int(OVERSAMPLE * k * widen)
-        if depth > MAX_OVERSAMPLED:
-            return None
-        some = part.segment.search(queries, depth, part.alive, params)
-        passing = are_set(bits, np.maximum(some.places, 0).ravel()).reshape(some.places.shape) & (some.places >= 0)
-        found = Found(*top_of(np.where(passing, some.scores, -np.inf), some.places, k))
-    return None if (found.places[:, -1] < 0).any() else found
+        bits = allowed.bits(segment)
+        alive = bits if part.alive is None else bits & part.alive
+        if segment.index is None:
+            found = segment.search(queries, k, alive, params)
+        else:
+            effort = widen * (params.nprobe or segment.row.effort)
+            found = _lists_among(segment, queries, k, alive, allowed.in_lists(segment), effort, rarity)
+    return None if found is None or (found.places[:, -1] < 0).any() else found
+
+
+def _graph_among(
+    part: LivePart, queries: Floats, k: int, params: SearchParams, bits: Bits, times: float
+) -> Found | None:
+    """Searched without the filter, so many times deeper: with it, faiss goes through all of a graph whose allowed items
+    lie far from the query."""
+    depth = int(times * k)
+    if depth > MAX_OVERSAMPLED:
+        return None
+    some = part.segment.search(queries, depth, part.alive, params)
+    passing = are_set(bits, np.maximum(some.places, 0).ravel()).reshape(some.places.shape) & (some.places >= 0)
+    return Found(*top_of(np.where(passing, some.scores, -np.inf), some.places, k))
+
+
+def _lists_among(
+    segment: Segment, queries: Floats, k: int, alive: Bits, in_lists: Numbers, effort: float, rarity: float
+) -> Found:
+    """So many lists are searched that they hold more allowed items than those of a search without a filter hold items:
+    the nearest that are allowed lie further apart."""
+    usual = effort * len(segment.numbers) / len(in_lists)
+    nprobe = segment.lists_holding(queries, in_lists, int(DENSER * usual))
+    if nprobe <= FAR * DENSER * effort * rarity:
+        return segment.search(queries, k, alive, SearchParams(nprobe=nprobe))
+    found = segment.search(queries, 2 * k, alive, SearchParams(nprobe=len(in_lists)))  # codes tell far ones apart less
+    return Found(found.scores[:, :k], found.places[:, :k])
 
 
 def _moved(found: Found, start: int) -> Found:

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -21,11 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
-from service.search import building, database, maintenance
+from service.search import building, database, maintenance, searcher
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
+from service.search.selection import Selections
 from service.search.stamp import Stamp
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
+from service.search.view import View
 from tests.dict_store import DictStore
 
 ROOT = Path(__file__).parents[3]
@@ -577,12 +580,84 @@ async def test_a_read_that_fails_half_way_adds_nothing_twice(
 @pytest.mark.usefixtures("small")
 async def test_equal_vectors_are_all_found(store: EmbeddedStore, kind: Any) -> None:
     await store.create("c", CollectionSpec(TAG, 16, index=IndexSpec(kind)))
-    await store.upsert("c", [Item(f"i{n}", np.ones(16)) for n in range(2000)], tag=TAG)
+    await store.upsert("c", [Item(f"i{n}", np.ones(16)) for n in range(1000)], tag=TAG)
     await store.settle("c")
     assert (await store.stats("c"))["segments"][0]["kind"] == kind
     for k in (1, 100, 1000):
         [hits] = await store.search("c", np.ones((1, 16)), k, tag=TAG)
-        assert [hit.id for hit in hits] == sorted(f"i{n}" for n in range(2000))[:k]
+        assert [hit.id for hit in hits] == sorted(f"i{n}" for n in range(1000))[:k]
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_pq", "rabitq"])
+@pytest.mark.usefixtures("small")
+async def test_more_equal_vectors_than_are_looked_at(
+    store: EmbeddedStore, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages do not overlap, the first of them are not read whole, and `exact` knows the smallest ids."""
+    await store.create("c", CollectionSpec(TAG, 16, index=IndexSpec(kind)))
+    await store.upsert("c", [Item(f"i{n:04d}", np.ones(16)) for n in range(3000)], tag=TAG)
+    await store.settle("c")
+    read: list[int] = []
+    payload = View.payload
+    monkeypatch.setattr(View, "payload", lambda view, place: read.append(place) or payload(view, place))
+    pages = []
+    for k in (1, 10, 50, 200):
+        read.clear()
+        [hits] = await store.search("c", np.ones((1, 16)), k, tag=TAG)
+        assert len(read) <= searcher.TIED
+        pages.append([hit.id for hit in hits])
+    for shorter, longer in itertools.pairwise(pages):
+        assert len(set(longer)) == len(longer)
+        assert shorter == longer[: len(shorter)]
+    [hits] = await store.search("c", np.ones((1, 16)), 5, tag=TAG, params=SearchParams(exact=True))
+    assert [hit.id for hit in hits] == [f"i{n:04d}" for n in range(5)]
+    [hits] = await store.search("c", np.ones((1, 16)), 2500, tag=TAG)
+    assert len({hit.id for hit in hits}) == 2500
+
+
+async def test_only_a_quick_search_is_answered_in_the_event_loop(store: EmbeddedStore) -> None:
+    """A deep one, or one among equal vectors, is of unknown length."""
+    await store.upsert("c", items(300), tag=TAG)
+    await store.upsert("c", [Item(f"same{n}", np.ones(D) * 10) for n in range(50)], tag=TAG)
+    threads: list[str] = []
+
+    def watched(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return hits_of(*given)
+
+    hits_of, searcher._hits = searcher._hits, watched
+    try:
+        far = -clustered(1)
+        for _ in range(3):
+            await store.search("c", far, 5, tag=TAG)
+        assert [name.startswith("store-search") for name in threads] == [True, False, False]
+        threads.clear()
+        await store.search("c", far, searcher.AT_ONCE_K + 1, tag=TAG)
+        await store.search("c", np.ones((1, D)), 5, tag=TAG)
+        await store.search("c", far, 5, tag=TAG, params=SearchParams(exact=True))
+        assert all(name.startswith("store-search") for name in threads)
+        assert len(threads) == 3
+    finally:
+        searcher._hits = hits_of
+
+
+async def test_a_slow_filter_holds_up_no_search_without_one(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.upsert("c", items(300), tag=TAG)
+    await store.search("c", clustered(1), 5, tag=TAG)
+    go_on = threading.Event()
+    allowed = Selections.allowed
+    monkeypatch.setattr(Selections, "allowed", lambda *given: go_on.wait(20) and allowed(*given))
+    even = parse_filter({"key": "even", "eq": True})
+    filtered = [asyncio.create_task(store.search("c", clustered(1), 5, tag=TAG, where=even)) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    for k in (5, 200):
+        [hits] = await asyncio.wait_for(store.search("c", clustered(1), k, tag=TAG), 10)
+        assert len(hits) == k
+    assert not any(task.done() for task in filtered)
+    go_on.set()
+    assert all(len(hits) == 5 for [hits] in await asyncio.gather(*filtered))
 
 
 def test_a_stamp_never_comes_back(tmp_path: Path) -> None:
@@ -621,3 +696,23 @@ async def test_a_filtered_search_of_a_collection_that_is_just_dropped(store: Emb
     await store.drop("c")
     with pytest.raises(CollectionNotFound):
         store._searcher._selections.allowed(store._connect(), view, parse_filter({"key": "n", "lt": 4}))
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_pq", "rabitq"])
+@pytest.mark.usefixtures("small")
+async def test_a_filter_that_passes_only_what_is_far(store: EmbeddedStore, kind: Any) -> None:
+    """Nothing near the query passes, and the nearest of what does are found all the same."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(100, 32))
+    which = rng.integers(0, 100, 6000)
+    made = centres[which] + 0.3 * rng.normal(size=(6000, 32))
+    await store.create("c", CollectionSpec(TAG, 32, index=IndexSpec(kind)))
+    far = np.argsort(centres @ centres[0])[:20]
+    await store.upsert("c", [Item(f"i{n}", made[n], {"far": int(which[n]) in far}) for n in range(6000)], tag=TAG)
+    await store.settle("c")
+    queries, where = centres[0] + 0.3 * rng.normal(size=(20, 32)), parse_filter({"key": "far", "eq": True})
+    found = await store.search("c", queries, 10, tag=TAG, where=where)
+    truth = await store.search("c", queries, 10, tag=TAG, where=where, params=SearchParams(exact=True))
+    same = [len({a.id for a in ours} & {b.id for b in true}) for ours, true in zip(found, truth, strict=True)]
+    assert all(len(hits) == 10 for hits in found)
+    assert sum(same) / 200 >= 0.99
