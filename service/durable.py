@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a power cut."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,3 +31,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def exclusive(path: Path) -> BinaryIO | None:
+    """The file, made if need be, and locked until it is closed or the process ends, however it ends; None when another
+    has it. Locks of SQLite on the same file are others, and stay."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

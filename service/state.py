@@ -12,7 +12,7 @@ from service.originals import Originals
 from service.pipeline import Pipeline, Pooling
 from service.search.store import VectorStore
 from service.settings import Settings
-from service.tags import make_tag
+from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
 
 POOLING: Final[Pooling] = "cls"
@@ -80,6 +80,9 @@ class Service:
                 param="model",
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What every answer says about the model that made it."""
-        return {"model": self.artifact.name, "fingerprint": self.artifact.fingerprint}
+    def identity(self, tag: str | None = None) -> dict[str, Any]:
+        """What an answer says about the model that made its vectors: the one served, or the one that a collection's tag
+        names; of another than the served one only the fingerprint is known."""
+        fingerprint = self.artifact.fingerprint if tag is None else tag_parts(tag).fingerprint
+        name = self.artifact.name if fingerprint == self.artifact.fingerprint else None
+        return {"model": name, "fingerprint": fingerprint}

@@ -108,7 +108,7 @@ async def add_items(request: Request, name: str) -> Response:
             "count": info.count,
             "items": [{"index": index, "id": one.item.id} for index, one in good],
             "errors": [error.body() for error in bad],
-            **service.identity(),
+            **service.identity(info.tag),
             "timings": timings | {"total": ms_since(started)},
         }
     )

@@ -51,7 +51,7 @@ async def put_collection(request: Request, name: str) -> Response:
         if before is None or before.name != name or before.spec == spec:
             raise
         raise Conflict(f"collection {name!r} exists with {_differences(before.spec, spec)}") from error
-    answer = _described(info, await service.vectors.aliases()) | service.identity()
+    answer = _described(info, await service.vectors.aliases()) | service.identity(info.tag)
     return json_response(answer, status=201 if before is None else 200)
 
 
@@ -60,7 +60,7 @@ async def get_collection(request: Request, name: str) -> Response:
     """Its settings, number of items, and the aliases that lead to it."""
     service = service_of(request)
     info = await service.vectors.info(check_name(name))
-    return json_response(_described(info, await service.vectors.aliases()) | service.identity())
+    return json_response(_described(info, await service.vectors.aliases()) | service.identity(info.tag))
 
 
 @router.delete("/{name}", summary="Delete a collection")
@@ -124,7 +124,7 @@ async def restore_snapshot(request: Request, name: str) -> Response:
     source = name if body.source is None else check_name(body.source)
     request.state.deadline.reschedule(None)
     info = await store.restore(name, source, body.snapshot)
-    return json_response(_described(info, await service.vectors.aliases()) | service.identity(), status=201)
+    return json_response(_described(info, await service.vectors.aliases()) | service.identity(info.tag), status=201)
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:

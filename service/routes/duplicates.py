@@ -49,7 +49,7 @@ async def duplicates(request: Request, name: str) -> Response:
         "compared": found.compared,
         "without_digest": found.skipped,
         "truncated": found.truncated,
-        **service.identity(),
+        **service.identity(info.tag),
         "timings": timings,
     }
     return json_response(body, headers=server_timing(timings))

@@ -53,7 +53,7 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
     info = await service.vectors.info(check_name(name))
     item = await _found(service, info.name, item_id)
     return json_response(
-        _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity()
+        _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity(info.tag)
     )
 
 
@@ -108,7 +108,13 @@ async def scroll_items(request: Request, name: str) -> Response:
     def answer() -> Response:
         data = [_shown(item, body.include, body.encoding_format) for item in page.items]
         return json_response(
-            {"object": "list", **_head(name, info.tag), "data": data, "cursor": page.cursor, **service.identity()}
+            {
+                "object": "list",
+                **_head(name, info.tag),
+                "data": data,
+                "cursor": page.cursor,
+                **service.identity(info.tag),
+            }
         )
 
     return await asyncio.to_thread(answer)

@@ -63,11 +63,13 @@ async def search(request: Request, name: str) -> Response:
     service.check_model(asked.model)
     timings: dict[str, float] = {}
     body: dict[str, Any] = {"object": "list", "collection": name}
-    hits = await _by_one_vector(service, name, asked, timings)
-    if hits is not None:
+    quick = await _by_one_vector(service, name, asked, timings)
+    if quick is not None:
+        tag, hits = quick
         body["data"] = [_row(hit) for hit in hits]
     else:
         target = await Target.of(service, name)
+        tag = target.info.tag
         found = await _find(service, target, asked, timings)
         vectors = await _vectors(service, target, asked, found)
         if asked.batch:
@@ -78,26 +80,28 @@ async def search(request: Request, name: str) -> Response:
                 raise only
             body |= _answer(only, vectors)
     timings["total"] = ms_since(started)
-    return json_response(body | service.identity() | {"timings": timings}, headers=server_timing(timings))
+    return json_response(body | service.identity(tag) | {"timings": timings}, headers=server_timing(timings))
 
 
-async def _by_one_vector(service: Service, name: str, asked: Asked, timings: dict[str, float]) -> Sequence[Hit] | None:
-    """The hits of a request that is one vector and nothing unusual; None when it takes the longer way. That knows the
-    collection's tag, of which the first try takes for granted that its pooling is the usual one."""
+async def _by_one_vector(
+    service: Service, name: str, asked: Asked, timings: dict[str, float]
+) -> tuple[str, Sequence[Hit]] | None:
+    """The collection's tag and the hits of a request that is one vector and nothing unusual; None when it takes the
+    longer way. That looks the tag up; here it is taken for granted that the pooling is the usual one."""
     query = asked.queries[0]
     if asked.batch or isinstance(query, ServiceError) or query.form != "vector" or query.path or query.asked.include:
         return None
     part, started = query.parts[0], time.perf_counter()
     assert part.vector is not None
-    depth = query.asked.k + query.asked.offset
+    tag, depth = service.tag(part.fingerprint), query.asked.k + query.asked.offset
     try:
         [hits] = await service.vectors.search(
-            name, part.vector[None], depth, tag=service.tag(part.fingerprint), where=query.where, params=query.params
+            name, part.vector[None], depth, tag=tag, where=query.where, params=query.params
         )
     except ModelMismatch:
         return None
     timings["search"] = ms_since(started)
-    return _cut(query, hits)
+    return tag, _cut(query, hits)
 
 
 async def _find(

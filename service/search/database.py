@@ -74,6 +74,8 @@ SELECT {_COLUMNS} FROM {{0}}.collections c WHERE c.name = ?1
 UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.id = a.collection WHERE a.name = ?1
 """
 _FIND_HERE: Final = _FIND.format("main")
+HIDDEN: Final = "restoring:"
+"""What names of unfinished collections begin with; no client can give such a name."""
 _REQUESTS_KEPT_S: Final = 24 * 3600
 
 
@@ -140,17 +142,18 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     return db
 
 
-def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL") -> None:
+def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | None = None) -> None:
     """Make the file, or check that it is one of ours.
 
     Raises:
-        StorageFailed: it cannot be used, is damaged or is not ours; the message names it.
+        StorageFailed: it cannot be used, is damaged or is not ours; the message names it, or `what`.
     """
-    with translated(f"vector store {path}"):
+    what = what or f"vector store {path}"
+    with translated(what):
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)) as db:
             if db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-                check_ours(db, path)  # before anything of it is changed
+                check_ours(db, what)  # before anything of it is changed
             db.execute("PRAGMA page_size = 8192")
             db.execute(f"PRAGMA journal_mode = {mode}")
             db.execute("PRAGMA synchronous = FULL")
@@ -159,13 +162,13 @@ def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL") -> None:
                     run_script(db, _SCHEMA)
 
 
-def check_ours(db: sqlite3.Connection, path: Path) -> None:
+def check_ours(db: sqlite3.Connection, what: str) -> None:
     """Raises StorageFailed when the file is not a vector store of this version."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
         raise StorageFailed(
-            f"{path} is not a vector store of this version (application id {application:#x}, version {version}; "
+            f"{what} is not a vector store of this version (application id {application:#x}, version {version}; "
             f"expected {_APPLICATION_ID:#x}, version {_SCHEMA_VERSION})"
         )
 
@@ -254,6 +257,12 @@ def every(db: sqlite3.Connection) -> list[Row]:
     """All collections by name, without those that are being restored."""
     query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
     return [_row(found) for found in db.execute(query)]
+
+
+def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
+    """Keys and names of collections that are being restored, or were when a process died."""
+    found: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
+    return found
 
 
 def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:

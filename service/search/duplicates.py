@@ -4,13 +4,15 @@ By content: items whose photos' bytes have the same sha256. By similarity: items
 a threshold are joined, and what hangs together is a group; so the first and the last of a series of ever so slightly
 different photos are in one group although they differ.
 
-Both go over the collection page by page, and the second searches every item's neighbours, as deep as they are near
-enough. That is one search an item, so the number of items is limited, and the request's deadline ends it at any call.
+Both go over the collection page by page, and the second searches the neighbours of every vector, as deep as they are
+near enough. That is one search an item, but for those whose vectors are equal to the bit, so the number of items is
+limited, and the request's deadline ends it at any call.
 Only the store's protocol is used. With an approximate index a neighbour may be missed; with `SearchParams(exact=True)`
 none is.
 """
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -28,7 +30,9 @@ ROUNDING: Final = 1e-6
 _PAGE: Final = 1000
 _FIRST_K: Final = 4  # most items have no neighbour that near, and hits cost more than the products
 _HITS_PER_CALL: Final = 10_000
-"""Bounds what one call of the store returns, and how long the event loop is held up by joining it."""
+_QUERIES_PER_CALL: Final = 250
+"""Both bound what one call of the store returns, how long the event loop is held up by joining it, and for how long the
+store goes on after the deadline."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,17 @@ async def by_similarity(
     """
     await _check_count(store, info, where)
     families, order = Families(), list[str]()
+    first_with: dict[bytes, str] = {}  # a vector's hash -> the id of the first item that has it
     truncated = False
     async for page in _pages(store, info, where):
         order += [item.id for item in page]
-        pending, k = page, _FIRST_K
+        pending, k = [], _FIRST_K
+        for item in page:
+            first = first_with.setdefault(hashlib.sha256(item.vector.tobytes()).digest(), item.id)
+            if first == item.id:
+                pending.append(item)
+            else:
+                families.join(first, [item.id])
         while pending:
             pending = await _join(store, info, pending, k, threshold - ROUNDING, where, params, families)
             truncated |= bool(pending) and k == MAX_DEPTH
@@ -111,7 +122,7 @@ async def _join(
 ) -> list[Item]:
     """Join the items with their neighbours among the nearest k; those whose k-th is still near enough come back."""
     deeper = []
-    step = max(1, _HITS_PER_CALL // k)
+    step = min(_QUERIES_PER_CALL, max(1, _HITS_PER_CALL // k))
     for start in range(0, len(items), step):
         some = items[start : start + step]
         vectors = np.stack([item.vector for item in some])

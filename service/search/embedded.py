@@ -13,10 +13,9 @@ import logging
 import sqlite3
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -290,17 +289,18 @@ class EmbeddedStore:
         path = snapshots.path_of(self._snapshots, check_name(source), name)
         await self._read(lambda db: _check_free(db, check_name(collection)))
         kept, rows = await asyncio.to_thread(snapshots.read, path)
-        hidden = f"{snapshots.RESTORING}{int(time.time())}:{uuid.uuid4().hex}"
-        row: Row = await self._write(lambda db: database.make(db, hidden, kept.spec))
-        try:
-            while (some := await asyncio.to_thread(next, rows, None)) is not None:
-                await self._write(partial(snapshots.insert, row=row, items=some[0], vectors=some[1]))
-            return await self._write(partial(_named, row=row, name=collection))
-        except BaseException:
-            await asyncio.shield(self._write(partial(database.drop, key=row.key)))
-            raise
-        finally:
-            self._maintenance.wake()
+        with snapshots.restoring(self._snapshots) as hidden:
+            row: Row = await self._write(lambda db: database.make(db, hidden, kept.spec))
+            try:
+                while (some := await asyncio.to_thread(next, rows, None)) is not None:
+                    await self._write(partial(snapshots.insert, row=row, items=some[0], vectors=some[1]))
+                return await self._write(partial(_named, row=row, name=collection))
+            except BaseException:
+                with suppress(StorageFailed):  # why it failed first is what counts, and maintenance removes the rest
+                    await asyncio.shield(self._write(partial(database.drop, key=row.key)))
+                raise
+            finally:
+                self._maintenance.wake()
 
     async def _own_name(self, collection: str) -> str:
         """What an alias leads to; any other name as it is."""

@@ -9,7 +9,6 @@ logged and tried again later; searches go on with what there is.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import random
@@ -19,14 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import faiss
 import numpy as np
 
 from model.engine import available_cpus
+from service.durable import exclusive
 from service.errors import CollectionNotFound, ServiceError
-from service.search import database
+from service.search import database, snapshots
 from service.search.building import (
     Stopped,
     build,
@@ -57,7 +57,6 @@ IDLE_S: Final = 3.0
 RETRY_S: Final = 60.0
 ORPHAN_S: Final = 120.0
 """How long a folder is kept after it was replaced: a reader may just be opening it."""
-UNFINISHED_S: Final = 6 * 3600
 NICE: Final = 10
 RECALL_EVERY_S: Final = 1.0
 RECALL_WINDOW: Final = 128
@@ -135,6 +134,7 @@ class Maintenance:
             on_recall: is told a collection's recall whenever it has been measured again.
         """
         self._root = data_dir / "segments"
+        self._snapshots = data_dir / "snapshots"
         self._lock_path = data_dir / "maintenance.lock"
         self._views = views
         self._stamp = stamp
@@ -205,7 +205,7 @@ class Maintenance:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         faiss.omp_set_num_threads(1)
         db = self._connect()
-        lock: IO[bytes] | None = None
+        lock: BinaryIO | None = None
         changed_at = time.monotonic()
         while not self._stop.is_set():
             if self._wake.wait(self._interval_s):
@@ -215,7 +215,7 @@ class Maintenance:
                 break
             try:
                 self._measure()
-                lock = lock or _locked(self._lock_path)
+                lock = lock or exclusive(self._lock_path)
                 if lock is not None:
                     with self._working:
                         self._tidy(db, idle=time.monotonic() - changed_at > IDLE_S)
@@ -261,14 +261,13 @@ class Maintenance:
         remove_folders(self._root, [name for name, since in self._unused.items() if now - since >= ORPHAN_S])
 
     def _remove_unfinished(self, db: sqlite3.Connection) -> None:
-        """Collections whose restore was cut off by a crash."""
-        limit = time.time() - UNFINISHED_S
-        query = "SELECT id, name FROM collections WHERE name LIKE 'restoring:%'"
-        old = [key for key, name in db.execute(query).fetchall() if int(name.split(":")[1]) < limit]
-        for key in old:
-            with transaction(db):
-                database.drop(db, key)
-            self._stamp.bump()
+        """What snapshots and restores left that were cut off by a crash."""
+        snapshots.tidy(self._snapshots)
+        if database.hidden(db):
+            with transaction(db):  # in which none of them gets its name
+                for key, name in database.hidden(db):
+                    if not snapshots.is_restoring(self._snapshots, name):
+                        database.drop(db, key)
 
     def _current(self, db: sqlite3.Connection, collection: str | int) -> View:
         row = database.find(db, collection) if isinstance(collection, str) else database.by_key(db, collection)
@@ -347,14 +346,3 @@ class Recall:
             self.boost *= 1.5
             self._ratios.clear()  # what follows is measured with the new effort
         return self.mean
-
-
-def _locked(path: Path) -> IO[bytes] | None:
-    """The lock file, locked until it is closed or the process ends; None when another process has it."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file

@@ -5,25 +5,29 @@ what is in the database; segments are built again after a restore. A restore wri
 name yet, some items at a time so that other writes go on, and gives it its name in the end.
 """
 
+import logging
 import os
 import re
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from service.durable import sync_folder
+from service.durable import exclusive, sync_folder
 from service.errors import InvalidRequest, NotFound, StorageFailed
 from service.search import database
 from service.search.database import Row, transaction, translated
 from service.search.store import SnapshotInfo
 
+log = logging.getLogger(__name__)
+
 _NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
 _CHUNK: Final = 2000
-RESTORING: Final = "restoring:"
-"""What names of unfinished collections begin with; no client can give such a name."""
+_YOUNG_S: Final = 60.0
+"""A file that is younger may not be locked yet by whoever has just made it."""
 
 ItemRow = tuple[int, str, str, str | None, str | None]
 VectorRow = tuple[int, bytes, int]
@@ -43,6 +47,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
         folder = root / collection
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{name}.{os.getpid()}.part"
+        lock = exclusive(aside)  # by which `tidy` knows that it is being written
         try:
             _write(source, collection, aside)
             with aside.open("rb") as file:
@@ -51,11 +56,13 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
             sync_folder(folder)
         finally:
             aside.unlink(missing_ok=True)
+            if lock is not None:
+                lock.close()
     return describe(root, collection, name)
 
 
 def _write(source: Path, collection: str, target: Path) -> None:
-    database.prepare(target, mode="DELETE")  # one file, without a log beside it
+    database.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
     with closing(sqlite3.connect(target, isolation_level=None)) as db:
         db.execute("ATTACH ? AS source", (str(source),))
         with transaction(db):
@@ -67,10 +74,21 @@ def _write(source: Path, collection: str, target: Path) -> None:
 
 
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
-    """Of one collection, oldest first; also when the collection itself is gone."""
+    """Of one collection, oldest first; also when the collection itself is gone. Of one that cannot be read the count is
+    None."""
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
-    return [describe(root, collection, name) for name in names if _NAME.fullmatch(name)]
+    found = []
+    for name in names:
+        if _NAME.fullmatch(name):
+            try:
+                found.append(describe(root, collection, name))
+            except StorageFailed as error:
+                log.error("%s", error)
+                found.append(_info(root, collection, name, None))
+            except NotFound:
+                continue  # deleted meanwhile
+    return found
 
 
 def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
@@ -82,8 +100,12 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
     path = path_of(root, collection, name)
     with translated(f"snapshot {name}"), closing(_opened(path)) as db:
         (count,) = db.execute("SELECT count FROM collections").fetchone()
+    return _info(root, collection, name, count)
+
+
+def _info(root: Path, collection: str, name: str, count: int | None) -> SnapshotInfo:
     created = f"{name[:4]}-{name[4:6]}-{name[6:11]}:{name[11:13]}:{name[13:]}"
-    return SnapshotInfo(name, collection, created, path.stat().st_size, count)
+    return SnapshotInfo(name, collection, created, (root / collection / f"{name}.sqlite3").stat().st_size, count)
 
 
 def path_of(root: Path, collection: str, name: str) -> Path:
@@ -141,7 +163,45 @@ def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list
     db.execute("UPDATE collections SET count = count + ?, version = version + 1 WHERE id = ?", (len(items), row.key))
 
 
+# ---- what is under way, and what was left behind
+
+
+@contextmanager
+def restoring(root: Path) -> Iterator[str]:
+    """A name for a collection until it is restored; `is_restoring` is true of it while the process lives and the block
+    goes on."""
+    name = f"{database.HIDDEN}{uuid.uuid4().hex}"
+    path = _lock_path(root, name)
+    with translated("the restore"):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = exclusive(path)
+    try:
+        yield name
+    finally:
+        path.unlink(missing_ok=True)
+        if lock is not None:
+            lock.close()
+
+
+def is_restoring(root: Path, name: str) -> bool:
+    return _lock_path(root, name).exists()
+
+
+def tidy(root: Path) -> None:
+    """Remove the files of snapshots and restores whose process has died."""
+    for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
+        with suppress(FileNotFoundError):  # finished meanwhile
+            if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := exclusive(path)) is not None:
+                with lock:
+                    path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's, of a snapshot
+                    path.unlink()
+
+
+def _lock_path(root: Path, name: str) -> Path:
+    return root / f".{name}.lock"
+
+
 def _opened(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
-    database.check_ours(db, path)
+    database.check_ours(db, f"snapshot {path.stem}")
     return db

@@ -117,13 +117,13 @@ class Page:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """A collection kept as it was; `created` is ISO 8601, UTC."""
+    """A collection kept as it was; `created` is ISO 8601, UTC, and the count None when the snapshot is damaged."""
 
     name: str
     collection: str
     created: str
     bytes: int
-    count: int
+    count: int | None
 
 
 class VectorStore(Protocol):

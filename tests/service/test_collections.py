@@ -196,12 +196,20 @@ async def test_vectors_of_a_model_that_is_not_served(tmp_path):
         made = await run.client.put(SHOP, json={"fingerprint": "clip-b32", "dimension": 3, "pooling": "mean"})
         added = await run.client.post(f"{SHOP}/items", json={"items": [item]})
         found = await run.client.get(f"{SHOP}/items/a?include=vector")
+        described = await run.client.get(SHOP)
+        listed = await run.client.post(f"{SHOP}/items/scroll", json={})
+        by_vector = await run.client.post(f"{SHOP}/search", json={"vector": [1, 2, 2], "fingerprint": "clip-b32"})
+        by_id = await run.client.post(f"{SHOP}/search", json={"id": "a"})
+        same = await run.client.post(f"{SHOP}/duplicates", json={})
         photo_refused = await run.client.post(f"{SHOP}/items", files={"file": photo()})
     assert (unmade.status_code, unmade.json()["code"]) == (409, "model_mismatch")
     assert made.json()["tag"] == "clip-b32/mean/l2/28x28/fp32"
     assert (made.json()["dimension"], added.status_code) == (3, 200)
     assert found.json()["vector"] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert found.json()["tag"] == made.json()["tag"]
+    for answer in (made, added, found, described, listed, by_vector, by_id, same):
+        assert answer.status_code in (200, 201)
+        assert (answer.json()["model"], answer.json()["fingerprint"]) == (None, "clip-b32")
     assert (photo_refused.status_code, photo_refused.json()["code"]) == (409, "model_mismatch")
     assert "clip-b32" in photo_refused.json()["detail"]
     assert "a" * 64 in photo_refused.json()["detail"]

@@ -76,6 +76,23 @@ async def test_equal_vectors_count_at_a_threshold_of_one():
     assert [len(group.ids) for group in found.groups] == [2, 2, 2]
 
 
+async def test_equal_vectors_are_searched_for_once():
+    """A shop's placeholder photo may be there ten thousand times."""
+    store, items = await filled([*np.ones((300, DIMS)), *np.eye(DIMS)[:2], *(np.eye(DIMS)[:2] + 1e-3)])
+    searched = []
+    search = store.search
+
+    async def counted(collection, vectors, k, **more):
+        searched.append((len(vectors), k))
+        return await search(collection, vectors, k, **more)
+
+    store.search = counted
+    found = await by_similarity(store, await store.info("shop"), 0.99)
+    assert [group.ids for group in found.groups] == brute(items, 0.99)
+    assert sorted(len(group.ids) for group in found.groups) == [2, 2, 300]
+    assert sum(count for count, _ in searched) <= 5 + 5  # each vector once, and the frequent one deeper
+
+
 async def test_more_neighbours_than_a_search_returns_are_told(monkeypatch):
     monkeypatch.setattr(duplicates, "MAX_DEPTH", 32)
     store, _ = await filled(np.ones((40, 4)) + np.arange(40)[:, None] * 1e-6)

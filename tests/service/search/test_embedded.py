@@ -21,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service import durable
 from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
-from service.search import building, database, maintenance, searcher
+from service.search import building, database, maintenance, searcher, snapshots
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.selection import Selections
@@ -392,6 +393,79 @@ async def test_a_damaged_snapshot_is_refused_and_leaves_nothing(store: EmbeddedS
     assert [info.name for info in await store.collections()] == ["c"]
     (hidden,) = await store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone())
     assert hidden == 1
+
+
+async def test_a_damaged_snapshot_does_not_hide_the_others(store: EmbeddedStore) -> None:
+    await store.upsert("c", items(20), tag=TAG)
+    taken = [await store.snapshot("c") for _ in range(3)]
+    for damaged, content in ((0, b"no database at all"), (1, b"")):
+        (await store.snapshot_path("c", taken[damaged].name)).write_bytes(content)
+    assert [(one.name, one.count) for one in await store.snapshots("c")] == [
+        (taken[0].name, None),
+        (taken[1].name, None),
+        (taken[2].name, 20),
+    ]
+    await store.drop_snapshot("c", taken[0].name)
+    assert len(await store.snapshots("c")) == 2
+
+
+async def test_what_a_crash_left_of_snapshots_and_restores_is_removed(store: EmbeddedStore, tmp_path: Path) -> None:
+    """Of processes that died only: one that is at it keeps its files and its collection, whatever the clock says."""
+    db = store._connect()
+    with snapshots.restoring(tmp_path / "snapshots") as living:
+        files = {tmp_path / "snapshots" / f".{living}.lock"}
+        with database.transaction(db):
+            for name in (living, f"{database.HIDDEN}dead"):
+                database.make(db, name, CollectionSpec(TAG, D))
+        folder = tmp_path / "snapshots" / "c"
+        folder.mkdir(parents=True)
+        for name in (".dead.1.part", ".dead.1.part-journal", ".young.2.part", ".living.3.part", "kept.sqlite3"):
+            (folder / name).touch()
+        (tmp_path / "snapshots" / f".{database.HIDDEN}old.lock").touch()
+        held = durable.exclusive(folder / ".living.3.part")
+        for path in [*folder.iterdir(), *(tmp_path / "snapshots").glob(".*.lock")]:
+            if "young" not in path.name:
+                os.utime(path, (1e9, 1e9))
+        store._maintenance._tidy(db, idle=False)
+        assert {path.name for path in folder.iterdir()} == {".young.2.part", ".living.3.part", "kept.sqlite3"}
+        assert set((tmp_path / "snapshots").glob(".*.lock")) == files
+        assert [name for _, name in database.hidden(db)] == [living]
+        assert held is not None
+        held.close()
+    store._maintenance._tidy(db, idle=False)
+    assert database.hidden(db) == []
+
+
+async def test_a_restore_says_why_it_failed_also_when_its_remains_cannot_be_removed(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.upsert("c", items(20), tag=TAG)
+    taken = await store.snapshot("c")
+
+    def full(*_given: Any, **_named: Any) -> None:
+        raise StorageFailed("the disk is full")
+
+    def fuller(*_given: Any, **_named: Any) -> None:
+        raise StorageFailed("the disk is still full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "insert", full)
+        patch.setattr(database, "drop", fuller)
+        with pytest.raises(StorageFailed, match="the disk is full"):
+            await store.restore("again", "c", taken.name)
+    db = store._connect()
+    assert len(database.hidden(db)) == 1
+    store._maintenance._tidy(db, idle=False)
+    assert database.hidden(db) == []
+
+
+async def test_a_snapshot_that_fails_names_no_path(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    await store.upsert("c", items(20), tag=TAG)
+    monkeypatch.setattr(database, "_SCHEMA", "CREATE TABLE broken (")
+    with pytest.raises(StorageFailed, match=r"^the snapshot: ") as caught:
+        await store.snapshot("c")
+    assert str(store.path.parent) not in str(caught.value)
+    assert await store.snapshots("c") == []
 
 
 # ---- damage
