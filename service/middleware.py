@@ -5,8 +5,8 @@ with a request id, the metrics count it under its route's template, and the log 
 Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
 
 - The body is counted while it streams in, whatever Content-Length says; above the limit reading stops.
-- When the body is in, a watcher waits for the client to leave and then cancels the work. Cancelling reaches the
-  pipeline, which drops what is still queued.
+- When the body is in and the answer takes a moment, a watcher waits for the client to leave and then cancels the work.
+  Cancelling reaches the pipeline, which drops what is still queued.
 - A `ServiceError` becomes an answer; any other exception becomes a 500 that tells nothing but the request id. Either is
   in the log with its traceback, causes included, if it is a fault of the service (500).
 """
@@ -47,6 +47,7 @@ OPENAI_PATHS = frozenset({"/v1/embeddings"})
 _PROCESS = uuid.uuid4().hex[:20]
 _numbers = itertools.count(1)  # a new random id for each request would cost a system call
 _NO_FAULTS = frozenset({503, 504})  # of load and of stopping: counted, and too many for a traceback each
+_WATCH_AFTER_S = 0.02  # a task for each request, and the garbage that cancelling it leaves, costs more than a search
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class _Exchange:
         self._body_bytes = 0
         self._body_ended = False
         self._gone = asyncio.Event()
+        self._watch_soon: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -86,6 +88,8 @@ class _Exchange:
         try:
             await self._answer(counted)
         finally:
+            if self._watch_soon is not None:
+                self._watch_soon.cancel()
             if self._watcher is not None:
                 self._watcher.cancel()
             service.in_flight -= counted
@@ -161,7 +165,8 @@ class _Exchange:
         self._count(len(message.get("body", b"")))
         if not message.get("more_body", False):
             self._body_ended = True
-            self._watcher = asyncio.create_task(self._watch(asyncio.current_task()))
+            loop = asyncio.get_running_loop()
+            self._watch_soon = loop.call_later(_WATCH_AFTER_S, self._start_watching, asyncio.current_task())
         return message
 
     def _count(self, size: int) -> None:
@@ -174,6 +179,9 @@ class _Exchange:
             raise Unavailable(
                 f"request bodies hold more than {settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
             )
+
+    def _start_watching(self, task: "asyncio.Task[None] | None") -> None:
+        self._watcher = asyncio.create_task(self._watch(task))
 
     async def _watch(self, task: "asyncio.Task[None] | None") -> None:
         """Cancel the work when the client leaves before the answer has begun."""
