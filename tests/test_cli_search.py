@@ -120,8 +120,14 @@ def photos(tmp_path: Path) -> Path:
     for index, name in enumerate(["a.png", "b.png", "deep/c.png"]):
         (folder / name).write_bytes(photo(index))
     (folder / "a.json").write_text('{"brand": "Arla"}')
-    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     return folder
+
+
+@pytest.fixture
+def torn(photos: Path) -> Path:
+    """Among the photos, one that cannot be read."""
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
+    return photos / "torn.jpg"
 
 
 def test_every_option_and_command_has_help(kept: Kept) -> None:
@@ -134,8 +140,8 @@ def test_every_option_and_command_has_help(kept: Kept) -> None:
 
 def test_index_then_search(kept: Kept, photos: Path) -> None:
     said = kept.ok("index", photos, "--collection", "shop", "--metadata", "shop=7", "--metadata", "city=Umeå")
-    assert "3 indexed, 0 already there, 1 failed -> shop" in said
-    assert f"failed {photos / 'torn.jpg'}: the JPEG is damaged" in said
+    assert "3 indexed, 0 already there, 0 failed -> shop" in said
+    assert "left out" not in said
     item = kept.store()._collections["shop"].items["a.png"]
     assert {key: item.metadata[key] for key in ("brand", "shop", "city")} == {
         "brand": "Arla",
@@ -155,13 +161,28 @@ def test_index_then_search(kept: Kept, photos: Path) -> None:
     assert "3 already there" in kept.ok("index", photos, "-c", "shop")
 
 
-def test_index_writes_what_failed(kept: Kept, photos: Path, tmp_path: Path) -> None:
+def test_photos_left_out_are_listed_counted_and_exit_status_1(
+    kept: Kept, photos: Path, torn: Path, tmp_path: Path
+) -> None:
+    result = kept.invoke("index", photos, "-c", "shop")
+    assert result.exit_code == 1
+    assert "3 indexed, 0 already there, 1 failed -> shop" in result.stdout
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith(f"failed {torn}: the JPEG is damaged")
+    assert lines[-1] == "1 photo was left out: all are listed above; --errors FILE keeps the whole list"
+    assert kept.store()._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     for index in range(25):
         (photos / f"{index}.jpg").write_bytes(b"")
-    said = kept.ok("index", photos, "-c", "shop", "--errors", tmp_path / "errors.jsonl")
-    assert "26 failed" in said
-    assert "... and 6 more" in said
-    rows = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    result = kept.invoke("index", photos, "-c", "shop")  # the good ones are there already
+    assert (result.exit_code, result.stderr.count("failed ")) == (1, 20)
+    assert result.stderr.splitlines()[-1] == (
+        "26 photos were left out: the first 20 are listed above; --errors FILE keeps the whole list"
+    )
+    errors = tmp_path / "errors.jsonl"
+    result = kept.invoke("index", photos, "-c", "shop", "--errors", errors)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == f"26 photos were left out: all are listed in {errors}"
+    rows = [json.loads(line) for line in errors.read_text().splitlines()]
     assert len(rows) == 26
     assert rows[0].keys() == {"source", "reason"}
 
@@ -170,9 +191,9 @@ def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = kept.invoke("index", tmp_path / "empty", "-c", "shop")
     assert (result.exit_code, "0 indexed" in result.output) == (1, True)
-    assert kept.invoke("index", photos / "torn.jpg", "-c", "shop").exit_code == 1
     assert kept.invoke("index", photos, "-c", "shop").exit_code == 0
     assert kept.invoke("index", photos, "-c", "shop").exit_code == 0
+    assert kept.invoke("index", tmp_path / "none", "-c", "shop").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -237,6 +258,7 @@ def test_ctrl_c_keeps_what_was_written(kept: Kept, tmp_path: Path) -> None:
 
 def test_search_says_what_is_wrong(kept: Kept, photos: Path) -> None:
     kept.ok("index", photos, "-c", "shop")
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     assert "there is no collection 'none'" in kept.refused("search", photos / "a.png", "-c", "none")
     assert "no such file" in kept.refused("search", photos / "none.png", "-c", "shop").lower()
     assert "damaged" in kept.refused("search", photos / "torn.jpg", "-c", "shop")
