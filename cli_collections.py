@@ -212,26 +212,41 @@ def copy(
     from_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
     to_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
     new: Annotated[str | None, typer.Option("--as", help="Name of the copy. Default: NAME.")] = None,
+    to_originals: Annotated[
+        str | None,
+        typer.Option(help="Where the service at the target keeps photos: a folder or s3://... Default: as here."),
+    ] = None,
     data_dir: DataDirOption = DATA,
 ) -> None:
-    """Copy a collection to another store, or under another name. Run again, it goes on where it ended."""
+    """Copy a collection, with the photos it keeps, to another store or name. Run again, it goes on where it ended."""
     if from_store == to_store and new is None:
         raise fail("within one store a copy needs another name: --as")
 
     async def work() -> "Copied":
+        from service.originals import Originals
         from service.search.transfer import copy_collection
 
         source_settings, target_settings = settings_for(from_store, data_dir), settings_for(to_store, data_dir)
+        kept = Originals(source_settings.originals_place), Originals(to_originals or target_settings.originals_place)
         async with opened_store(source_settings) as source:
             total = (await source.info(name)).count
             with shown("copying", total) as advance:
                 if from_store == to_store:
-                    return await copy_collection(source, source, name, new, advance=advance)
+                    return await copy_collection(source, source, name, new, originals=kept, advance=advance)
                 async with opened_store(target_settings) as target:
-                    return await copy_collection(source, target, name, new, advance=advance)
+                    return await copy_collection(source, target, name, new, originals=kept, advance=advance)
 
     done = run_async(work())
     typer.echo(f"{done.written} copied, {done.present} already there -> {new or name}, {done.count} items")
+    if done.photos is None:
+        return
+    photos = done.photos
+    missing = f", {photos.missing} not stored at the source" if photos.missing else ""
+    typer.echo(f"photos: {photos.copied} copied, {photos.present} already there{missing}")
+    if photos.unreadable:
+        many = "1 photo was" if photos.unreadable == 1 else f"{photos.unreadable} photos were"
+        typer.echo(f"{many} left out, since the source cannot read them: {photos.reason}", err=True)
+        raise typer.Exit(code=1)
 
 
 @app.command("export")

@@ -365,7 +365,7 @@ def _photos_kept(
         return
     from service.originals import Originals
 
-    yield Originals(settings.originals_url or settings.data_dir / "originals").put
+    yield Originals(settings.originals_place).put
 
 
 @contextmanager

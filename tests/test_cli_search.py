@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import cli
 import cli_collections
+from service.originals import Originals
 from service.search.store import CollectionInfo, SnapshotInfo
 from service.settings import Settings, load_settings
 from tests.dict_store import DictStore
@@ -91,18 +92,15 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     async def open_store(chosen: Any) -> KeptStore:
         return found.store(chosen.vector_store)
 
-    class Originals:
-        def __init__(self, place: Path) -> None:
-            assert place == tmp_path / "data" / "originals"
-
+    class Recorded(Originals):
         async def put(self, data: bytes) -> str:
             found.photos.append(data)
-            return ""
+            return await super().put(data)
 
-    opening, originals = ModuleType("service.search.opening"), ModuleType("service.originals")
-    opening.open_store, originals.Originals = open_store, Originals  # type: ignore[attr-defined]
+    opening = ModuleType("service.search.opening")
+    opening.open_store = open_store  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "service.search.opening", opening)
-    monkeypatch.setitem(sys.modules, "service.originals", originals)
+    monkeypatch.setattr("service.originals.Originals", Recorded)
     monkeypatch.setattr("service.settings.load_settings", settings)
     monkeypatch.setattr("service.models.choose_artifact", lambda model, data_dir: Path("artifact"))
     monkeypatch.setattr("model.artifact.load_artifact", lambda path, derived_dir: fake_artifact())
@@ -219,10 +217,11 @@ def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], sa
     assert not kept.engine.batches
 
 
-def test_index_follows_the_collection(kept: Kept, photos: Path) -> None:
+def test_index_follows_the_collection(kept: Kept, photos: Path, tmp_path: Path) -> None:
     kept.ok("collections", "create", "means", "--pooling", "cls+mean", "--originals")
     kept.ok("index", photos, "-c", "means")
     assert len(kept.photos) == 3
+    assert len(files(tmp_path / "data" / "originals")) == 3
     assert kept.store()._collections["means"].spec.dimension == 2 * DIMS
     kept.ok("index", photos, "-c", "means", "--no-originals", "--force")
     assert len(kept.photos) == 3
@@ -313,6 +312,37 @@ def test_copy_between_stores(kept: Kept, photos: Path) -> None:
     assert "0 copied, 3 already there -> shop, 3 items" in kept.ok(*words)
     assert kept.store("milvus://host:19530")._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     assert "3 copied" in kept.ok("collections", "copy", "shop", "--as", "twin")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "data" / "originals", tmp_path / "elsewhere" / "originals"
+    kept.ok("index", photos, "-c", "shop", "--originals")
+    assert "photos" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
+    words = ("collections", "copy", "shop", "--to-store", f"embedded:{tmp_path / 'elsewhere'}")
+    assert "photos: 3 copied, 0 already there\n" in kept.ok(*words)
+    assert files(there) == files(here)
+    stored = [path for path in here.rglob("*") if path.is_file()]
+    stored[0].unlink()
+    stored[1].write_bytes(b"damaged")
+    other = (*words, "--to-originals", tmp_path / "third")
+    result = kept.invoke(*other)
+    assert result.exit_code == 1
+    assert "photos: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("1 photo was left out, since the source cannot read them: the stored photo ")
+    assert files(tmp_path / "third") == [stored[2].name]
+    assert "photos: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
+
+
+def test_a_copy_of_a_collection_without_photos_copies_none(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    words = ("collections", "copy", "shop", "--as", "twin", "--to-originals", tmp_path / "third")
+    assert "photos" not in kept.ok(*words)
+    assert "originals_url: nowhere cannot be opened" in kept.refused(*words[:-1], "nowhere://x")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "jsonl"])

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, StorageFailed
+from service.originals import Originals, photo_digest, source_of
 from service.search.collection_files import spec_from, spec_text
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, Item, normalised
-from service.search.transfer import Copied, copy_collection, export_collection, import_collection
+from service.search.transfer import Copied, Photos, copy_collection, export_collection, import_collection
 from tests.dict_store import DictStore
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
@@ -91,6 +92,57 @@ async def test_copy_says_when_the_counts_differ() -> None:
     await target.create("other", replace(SPEC, tag="another"))
     with pytest.raises(Conflict):
         await copy_collection(source, target, "shop", "other")
+
+
+async def test_copy_takes_the_photos_that_items_lead_to(tmp_path: Path) -> None:
+    """Those of items that were there too, each once, and before the item is written."""
+    here, there = Originals(tmp_path / "here"), Originals(tmp_path / "there")
+    digests = [await here.put(f"photo {index}".encode()) for index in range(30)]
+    source = ExactStore()
+    await source.create("shop", SPEC)
+    some = [replace(one, digest=digest) for one, digest in zip(items(30), digests, strict=True)]
+    some[0] = replace(some[0], digest=None, source=source_of(digests[1]))  # two items, one photo
+    some[2] = replace(some[2], digest=None, source=None)
+    some[3] = replace(some[3], digest="0" * 64)  # is not stored
+    await source.upsert("shop", some, tag=TAG)
+
+    class Checking(ExactStore):
+        async def upsert(self, collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
+            for item in items:
+                digest = photo_digest(item)
+                assert digest in (None, "0" * 64) or await there.get(digest)
+            return await super().upsert(collection, items, **options)
+
+    target = Checking()
+    await target.create("shop", SPEC)
+    await there.put(b"photo 5")
+    done = await copy_collection(source, target, "shop", originals=(here, there))
+    assert done == Copied(30, 0, 30, Photos(copied=26, present=1, missing=1))
+    assert (await there.get(digests[1]), await there.get(digests[29])) == (b"photo 1", b"photo 29")
+    for unwanted in (digests[0], digests[2], digests[3]):
+        assert await there.size(unwanted) is None
+    third = Originals(tmp_path / "third")
+    done = await copy_collection(source, target, "shop", originals=(here, third))
+    assert done == Copied(0, 30, 30, Photos(copied=27, missing=1))
+    same = Originals(f"file://{tmp_path}/here/")
+    assert (await copy_collection(source, target, "shop", originals=(here, same))).photos is None
+
+
+async def test_a_photo_that_cannot_be_stored_ends_the_copy_before_its_item_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = Originals(tmp_path / "here"), Originals(tmp_path / "there")
+    source, target = ExactStore(), ExactStore()
+    await source.create("shop", SPEC)
+    await source.upsert("shop", [replace(items(1)[0], digest=await here.put(b"photo"))], tag=TAG)
+
+    async def full(data: bytes) -> str:
+        raise StorageFailed("the photo cannot be stored: No space left on device")
+
+    monkeypatch.setattr(there, "put", full)
+    with pytest.raises(StorageFailed, match="No space left"):
+        await copy_collection(source, target, "shop", originals=(here, there))
+    assert await target.count("shop") == 0
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
