@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
-from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS
+from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
+from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType, Kind
 
 Pooling = Literal["cls", "mean", "cls+mean"]
 Encoding = Literal["float", "base64"]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
-MAX_DIMENSION = 8192
 Vector = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]] | None,
     FailFast(),
@@ -123,13 +123,16 @@ class DeleteIn(Body):
 
 
 class IndexIn(Body):
-    """How a collection is indexed; what does not concern the kind is ignored."""
+    """How a collection is indexed; what does not concern the kind is ignored. Limits as `check_spec` has them, here for
+    the documentation and so that all that is wrong is told at once."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"] = Field("auto", description="auto: by size")
-    m: int | None = Field(None, ge=2, le=256, description="hnsw: neighbours of a node")
-    ef_construction: int | None = Field(None, ge=4, le=4096, description="hnsw: how carefully it is built")
-    n_lists: int | None = Field(None, ge=1, le=2**20, description="ivf_pq, rabitq: cells")
-    target_recall: float = Field(0.98, ge=0.5, le=1, description="of the ten nearest")
+    kind: Kind = Field("auto", description="auto: by size")
+    m: int | None = Field(None, ge=M[0], le=M[1], description="hnsw: neighbours of a node")
+    ef_construction: int | None = Field(
+        None, ge=EF_CONSTRUCTION[0], le=EF_CONSTRUCTION[1], description="hnsw: how carefully it is built"
+    )
+    n_lists: int | None = Field(None, ge=N_LISTS[0], le=N_LISTS[1], description="ivf_pq, rabitq: cells")
+    target_recall: float = Field(0.98, ge=TARGET_RECALL[0], le=TARGET_RECALL[1], description="of the ten nearest")
 
 
 class CollectionIn(Options):
@@ -138,10 +141,10 @@ class CollectionIn(Options):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     pooling: Pooling = Field("cls", description="class token, mean of the patch tokens, or both joined")
-    dtype: Literal["float32", "float16"] = Field("float32", description="as stored")
+    dtype: DType = Field("float32", description="as stored")
     index: IndexIn = Field(default_factory=lambda: IndexIn.model_validate({}))
     indexed: Annotated[list[str], FailFast()] = Field(
-        default_factory=list, max_length=16, description="metadata keys that filters find fast"
+        default_factory=list, max_length=MAX_INDEXED, description="metadata keys that filters find fast"
     )
     originals: bool = Field(False, description="keep the photos")
     fingerprint: Fingerprint | None = Field(None, description="of a model that is not served: vectors only")

@@ -299,7 +299,21 @@ def test_collections_say_what_is_wrong(kept: Kept) -> None:
     assert "either a collection" in kept.refused("collections", "alias", "live")
     assert "another name" in kept.refused("collections", "copy", "shop")
     assert "no collection" in kept.refused("collections", "show", "none")
-    assert "a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    assert "indexed: a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    for words, said in [
+        (["--m", 1], "index.m=1 is not allowed: a whole number, 2 to 256"),
+        (["--ef-construction", 3], "index.ef_construction=3 is not allowed: a whole number, 4 to 4,096"),
+        (["--n-lists", 2**21], "index.n_lists=2097152 is not allowed: a whole number, 1 to 1,048,576"),
+        (["--target-recall", 0.4], "index.target_recall=0.4 is not allowed: a number, 0.5 to 1.0"),
+        (["--target-recall", "nan"], "index.target_recall=nan is not allowed"),
+        (["--tag", "x", "--dimension", 8193], "dimension=8193 is not allowed: a whole number, 1 to 8,192"),
+        (["--tag", "x" * 257, "--dimension", 8], "is not allowed: 1 to 256 printable characters"),
+        ([word for key in range(17) for word in ("--indexed", f"k{key}")], "is not allowed: up to 16 metadata keys"),
+    ]:
+        assert said in kept.refused("collections", "create", "shop", *words)
+    assert kept.store()._collections == {}
+    made = json.loads(kept.ok("collections", "create", "keys", "--indexed", "b", "--indexed", "a", "--indexed", "b"))
+    assert made["indexed"] == ["a", "b"]  # as over REST, so that both mean the same collection
     kept.store().capabilities = frozenset({"atomic_upsert"})  # type: ignore[misc]
     assert "has no snapshots; it has atomic_upsert" in kept.refused("collections", "snapshot", "shop")
     assert "has no stats" in kept.refused("collections", "stats", "shop")

@@ -30,8 +30,9 @@ from service.routes.uploads import (
     read_json,
     read_upload,
 )
-from service.schemas import MAX_DIMENSION, MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
+from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
 from service.search.filters import MAX_VALUES, And, Filter, In, Not, Or, parse_filter, parse_path
+from service.search.specs import MAX_DIMENSION
 from service.search.store import MAX_DEPTH, SearchParams, check_id
 from service.settings import Settings
 
@@ -127,7 +128,7 @@ class _Reader:
             asked,
             region,
             where=None if asked.filter is None else self._filter(asked.filter),
-            path=None if asked.group_by is None else _group_path(asked.group_by),
+            path=None if asked.group_by is None else parse_path(asked.group_by, "group_by"),
             params=search_params(asked.params),
             like=orjson.dumps([asked.k + asked.offset, asked.filter, asked.params and asked.params.model_dump()]),
         )
@@ -289,13 +290,6 @@ def _check_grouping_and_rerank(form: str, asked: Ranking) -> None:
         raise InvalidRequest(
             f"rerank compares photos, and a query by {form} has none: use image, region or id", param="rerank"
         )
-
-
-def _group_path(key: str) -> tuple[str, ...]:
-    try:
-        return parse_path(key)
-    except InvalidRequest as error:
-        raise InvalidRequest(error.detail.replace("filter:", "group_by:", 1), param="group_by") from error
 
 
 def _from_text(fields: dict[str, Any]) -> dict[str, Any]:

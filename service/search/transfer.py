@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from service.durable import aside
-from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
 from service.originals import THREADS, Originals, photo_digest
 from service.search.collection_files import (
     BATCH,
@@ -27,7 +27,7 @@ from service.search.collection_files import (
     read_npz,
     read_parquet,
 )
-from service.search.store import CollectionSpec, Item, VectorStore
+from service.search.store import CollectionSpec, Item, VectorStore, checked_items
 
 FORMATS: Final = (".parquet", ".npz", ".jsonl")
 
@@ -176,6 +176,7 @@ async def import_collection(
     Raises:
         ValueError: the file is none of ours, says no tag, or is damaged; the message names the line or row. Items
             before that are in the collection.
+        InvalidRequest: an item or a setting is not allowed; the message names the file and the item, counted from 1.
         ModelMismatch, Conflict: the collection is of another model or dimension.
     """
     suffix = check_format(path)
@@ -195,12 +196,27 @@ async def import_collection(
         if not made and head.spec is not None:
             await _make(store, name, head.spec)
             made = True
-        await store.upsert(name, items, tag=known)
+        try:
+            await store.upsert(name, items, tag=known)
+        except InvalidRequest as error:
+            where = _first_refused(items)
+            place = f"item {written + where + 1:,}: " if where is not None else ""
+            raise InvalidRequest(f"{path}: {place}{error.detail}", param=error.param) from error
         written += len(items)
         advance(len(items))
     if not made and head.spec is not None:  # an empty collection is one too
         await _make(store, name, head.spec)
     return Copied(written, 0, await store.count(name) if written or head.spec else 0)
+
+
+def _first_refused(items: Sequence[Item]) -> int | None:
+    """Where the first item stands that no store takes."""
+    for place, item in enumerate(items):
+        try:
+            checked_items([item])
+        except InvalidRequest:
+            return place
+    return None
 
 
 def check_format(path: Path) -> str:
