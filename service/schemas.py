@@ -4,7 +4,8 @@ object for every one of thousands of floats costs more than a small model's forw
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
 from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType, Kind
@@ -172,6 +173,7 @@ class RestoreIn(Body):
 
 
 MAX_PARTS = 16
+MAX_RUNS = 1_000_000
 QueryVector = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION})
 ]
@@ -182,11 +184,7 @@ Run = Annotated[int, Field(ge=0, le=2**31)]
 Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class PartIn(_Strict):
+class PartIn(Body):
     """One of what is combined: exactly one of image, vector, id."""
 
     image: str | None = Field(None, description="data URL or base64")
@@ -196,22 +194,46 @@ class PartIn(_Strict):
     weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative: not like this")
 
 
-class MaskIn(_Strict):
+def _run_lengths(counts: Any) -> Any:
+    """One fault in one sentence: of a union, pydantic would tell what is wrong with each of its kinds."""
+    if not isinstance(counts, str | list) or len(counts) > MAX_RUNS:
+        raise PydanticCustomError(
+            "run_lengths", f"a COCO run-length string, or a list of whole numbers, at most {MAX_RUNS:,} long, is needed"
+        )
+    return counts
+
+
+class MaskIn(Body):
     """COCO run lengths, as `/v1/segment` and pycocotools write them, or uncompressed."""
 
-    size: tuple[Run, Run] = Field(description="height and width of the photo, upright")
-    counts: str | list[Any] = Field(max_length=1_000_000)
+    size: Annotated[list[Run], FailFast()] = Field(
+        min_length=2, max_length=2, description="height and width of the photo, upright"
+    )
+    counts: Annotated[
+        Any,
+        AfterValidator(_run_lengths),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string", "maxLength": MAX_RUNS},
+                    {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_RUNS},
+                ]
+            }
+        ),
+    ]
 
 
-class RegionIn(_Strict):
+class RegionIn(Body):
     """A part of a photo: exactly one of box and mask."""
 
     image: str = Field(description="data URL or base64")
-    box: tuple[Side, Side, Side, Side] | None = Field(None, description="[x, y, width, height], pixels, upright")
+    box: Annotated[list[Side] | None, FailFast()] = Field(
+        None, min_length=4, max_length=4, description="[x, y, width, height], pixels, upright"
+    )
     mask: MaskIn | None = None
 
 
-class ParamsIn(_Strict):
+class ParamsIn(Body):
     """How hard the index tries; what does not concern its kind is ignored."""
 
     exact: bool = False
@@ -219,8 +241,10 @@ class ParamsIn(_Strict):
     nprobe: int | None = Field(None, ge=1, le=65_536, description="ivf_pq, rabitq")
 
 
-class Ranking(_Strict):
+class Ranking(BaseModel):
     """What is done with what a search finds: the same for every form of query."""
+
+    model_config = ConfigDict(extra="forbid")
 
     k: int = Field(10, ge=1, le=1000, description="how many; with group_by, how many groups")
     offset: int = Field(0, ge=0, le=10_000, description="how many of the best to leave out; with k at most 10,000")
@@ -237,6 +261,8 @@ class Ranking(_Strict):
 
 class QueryIn(Ranking):
     """One query: exactly one of image, vector, id, combine, region."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     image: str | None = Field(None, description="data URL or base64")
     vector: QueryVector = None
@@ -265,6 +291,8 @@ class SearchOptions(Ranking):
 
 class DuplicatesIn(Options):
     """Body of `POST /v1/collections/{name}/duplicates`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     by: Literal["content", "similarity"] = Field("content", description="equal bytes, or vectors near each other")
     threshold: float | None = Field(None, ge=0.5, le=1, allow_inf_nan=False, description="cosine; unset: 0.95")

@@ -272,10 +272,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_id(item_id: str) -> str:
+def check_id(item_id: str, where: str = "id") -> str:
+    """`where` names the field that holds it, for the message."""
     if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not item_id.isprintable():
         raise InvalidRequest(
-            f"id {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param="id"
+            f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param=where
         )
     return item_id
 
