@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -80,16 +80,16 @@ def create(
     kind: Annotated[
         Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"], typer.Option(help="Index; auto goes by size.")
     ] = "auto",
-    m: Annotated[int | None, typer.Option(min=2, help="hnsw: neighbours of a node.")] = None,
-    ef_construction: Annotated[int | None, typer.Option(min=1, help="hnsw: how carefully it is built.")] = None,
-    n_lists: Annotated[int | None, typer.Option(min=1, help="ivf_pq, rabitq: cells.")] = None,
-    target_recall: Annotated[float, typer.Option(min=0.1, max=1.0, help="Of the ten nearest.")] = 0.98,
+    m: Annotated[int | None, typer.Option(help="hnsw: neighbours of a node.")] = None,
+    ef_construction: Annotated[int | None, typer.Option(help="hnsw: how carefully it is built.")] = None,
+    n_lists: Annotated[int | None, typer.Option(help="ivf_pq, rabitq: cells.")] = None,
+    target_recall: Annotated[float, typer.Option(help="Of the ten nearest.")] = 0.98,
     indexed: Annotated[
         list[str] | None, typer.Option(help="Metadata key that filters find quickly. Repeatable.")
     ] = None,
     originals: Annotated[bool, typer.Option(help="Keep photos beside their vectors.")] = False,
     tag: TagOption = None,
-    dimension: Annotated[int | None, typer.Option(min=1, help="Numbers in a vector; with --tag.")] = None,
+    dimension: Annotated[int | None, typer.Option(help="Numbers in a vector; with --tag.")] = None,
     model: ModelOption = "auto",
     engine: EngineOption = "auto",
     data_dir: DataDirOption = DATA,
@@ -102,20 +102,18 @@ def create(
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         from service.embed_files import vector_dims
         from service.index_files import vector_tag
-        from service.search.filters import parse_path
+        from service.search.specs import check_spec
         from service.search.store import CollectionSpec, IndexSpec
 
-        for key in indexed or []:
-            parse_path(key)
+        choice = IndexSpec(kind, m, ef_construction, n_lists, target_recall)
+        spec = CollectionSpec("?", 1, dtype, choice, tuple(sorted(set(indexed or ()))), originals)
+        check_spec(spec)  # before a model is loaded
         if tag is not None and dimension is not None:
             made_by, width = tag, dimension
         else:
             artifact, loaded = load_model(model, engine, None, data_dir, None)
             made_by, width = vector_tag(artifact, loaded, pooling or "cls"), vector_dims(artifact, pooling or "cls")
-        choice = IndexSpec(kind, m, ef_construction, n_lists, target_recall)
-        return await vectors.create(
-            name, CollectionSpec(made_by, width, dtype, choice, tuple(indexed or ()), originals=originals)
-        )
+        return await vectors.create(name, replace(spec, tag=made_by, dimension=width))
 
     typer.echo(json.dumps(described(run_with(store, data_dir, work, makes=True)), indent=2))
 
@@ -212,26 +210,41 @@ def copy(
     from_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
     to_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
     new: Annotated[str | None, typer.Option("--as", help="Name of the copy. Default: NAME.")] = None,
+    to_originals: Annotated[
+        str | None,
+        typer.Option(help="Where the service at the target keeps photos: a folder or s3://... Default: as here."),
+    ] = None,
     data_dir: DataDirOption = DATA,
 ) -> None:
-    """Copy a collection to another store, or under another name. Run again, it goes on where it ended."""
+    """Copy a collection, with the photos it keeps, to another store or name. Run again, it goes on where it ended."""
     if from_store == to_store and new is None:
         raise fail("within one store a copy needs another name: --as")
 
     async def work() -> "Copied":
+        from service.originals import Originals
         from service.search.transfer import copy_collection
 
         source_settings, target_settings = settings_for(from_store, data_dir), settings_for(to_store, data_dir)
+        kept = Originals(source_settings.originals_place), Originals(to_originals or target_settings.originals_place)
         async with opened_store(source_settings) as source:
             total = (await source.info(name)).count
             with shown("copying", total) as advance:
                 if from_store == to_store:
-                    return await copy_collection(source, source, name, new, advance=advance)
+                    return await copy_collection(source, source, name, new, originals=kept, advance=advance)
                 async with opened_store(target_settings) as target:
-                    return await copy_collection(source, target, name, new, advance=advance)
+                    return await copy_collection(source, target, name, new, originals=kept, advance=advance)
 
     done = run_async(work())
     typer.echo(f"{done.written} copied, {done.present} already there -> {new or name}, {done.count} items")
+    if done.photos is None:
+        return
+    photos = done.photos
+    missing = f", {photos.missing} not stored at the source" if photos.missing else ""
+    typer.echo(f"photos: {photos.copied} copied, {photos.present} already there{missing}")
+    if photos.unreadable:
+        many = "1 photo was" if photos.unreadable == 1 else f"{photos.unreadable} photos were"
+        typer.echo(f"{many} left out, since the source cannot read them: {photos.reason}", err=True)
+        raise typer.Exit(code=1)
 
 
 @app.command("export")

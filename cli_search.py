@@ -85,7 +85,8 @@ def index(
         Path | None, typer.Option(help="File for what could not be indexed, a JSON object a line.")
     ] = None,
 ) -> None:
-    """Embed photos into a collection. Run again, it goes on where it ended; what cannot be read is listed."""
+    """Embed photos into a collection. Run again, it goes on where it ended; what cannot be read is listed, and the exit
+    status is then 1."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.index_files import IndexOptions, pooling_of
@@ -109,22 +110,25 @@ def index(
         )
         return await _index(found, vectors, collection, artifact, loaded, options, settings, errors)
 
-    _tell(run_with(store, data_dir, work, makes=True), collection)
+    _tell(run_with(store, data_dir, work, makes=True), collection, errors)
 
 
-def _tell(report: "IndexReport", collection: str) -> None:
-    """What became of the photos, as text and as the exit status."""
+def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
+    """What became of the photos, as text and as the exit status: a script must see when some were left out."""
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
-    if report.failed > _LISTED:
-        typer.echo(f"... and {report.failed - _LISTED} more; --errors FILE lists all", err=True)
     typer.echo(
         f"{report.indexed} indexed, {report.present} already there, {report.failed} failed -> {collection} "
         f"({report.images_per_s:.1f} images/s){'; interrupted: run again to go on' if report.interrupted else ''}"
     )
+    if report.failed:
+        above = "all are listed above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
+        where = f"all are listed in {errors}" if errors is not None else f"{above}; --errors FILE keeps the whole list"
+        many = "1 photo was" if report.failed == 1 else f"{report.failed} photos were"
+        typer.echo(f"{many} left out: {where}", err=True)
     if report.interrupted:
         raise typer.Exit(code=130)
-    if not report.indexed and not report.present:
+    if report.failed or not (report.indexed or report.present):
         raise typer.Exit(code=1)
 
 
@@ -361,7 +365,7 @@ def _photos_kept(
         return
     from service.originals import Originals
 
-    yield Originals(settings.originals_url or settings.data_dir / "originals").put
+    yield Originals(settings.originals_place).put
 
 
 @contextmanager

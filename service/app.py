@@ -104,7 +104,7 @@ async def _start(
 
     service.store = await (open_vectors() if open_vectors else open_store(settings, on_recall=measured))
     stack.push_async_callback(service.store.close)
-    service.originals = Originals(settings.originals_url or settings.data_dir / "originals")
+    service.originals = Originals(settings.originals_place)
     stack.push_async_callback(service.originals.close)
     service.cache = (
         cache

@@ -79,6 +79,21 @@ class Originals:
         """
         return await self._call(self._get, digest)
 
+    async def size(self, digest: str) -> int | None:
+        """Bytes of the photo with this sha256, as far as it is stored; None when there is nothing.
+
+        Raises:
+            StorageFailed: the storage does not tell.
+        """
+        return await self._call(self._size_of, digest)
+
+    def is_same_place(self, other: "Originals") -> bool:
+        """Whether what one of them stores is in the other too; addresses that differ in spelling may go unnoticed."""
+        return bool(self._fs == other._fs) and self._real_root() == other._real_root()
+
+    def _real_root(self) -> str:
+        return os.path.realpath(self._root) if isinstance(self._fs, LocalFileSystem) else self._root
+
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -113,6 +128,10 @@ class Originals:
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
             raise StorageFailed(f"the stored photo {digest} is damaged: its sha256 is another one")
         return data
+
+    def _size_of(self, digest: str) -> int | None:
+        with _translated("looked for"):
+            return self._size(self._path(digest))
 
     def _size(self, path: str) -> int | None:
         """In bytes; None when there is nothing."""

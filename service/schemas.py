@@ -4,14 +4,15 @@ object for every one of thousands of floats costs more than a small model's forw
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS
+from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
+from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType, Kind
 
 Pooling = Literal["cls", "mean", "cls+mean"]
 Encoding = Literal["float", "base64"]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
-MAX_DIMENSION = 8192
 Vector = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]] | None,
     FailFast(),
@@ -123,13 +124,16 @@ class DeleteIn(Body):
 
 
 class IndexIn(Body):
-    """How a collection is indexed; what does not concern the kind is ignored."""
+    """How a collection is indexed; what does not concern the kind is ignored. Limits as `check_spec` has them, here for
+    the documentation and so that all that is wrong is told at once."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"] = Field("auto", description="auto: by size")
-    m: int | None = Field(None, ge=2, le=256, description="hnsw: neighbours of a node")
-    ef_construction: int | None = Field(None, ge=4, le=4096, description="hnsw: how carefully it is built")
-    n_lists: int | None = Field(None, ge=1, le=2**20, description="ivf_pq, rabitq: cells")
-    target_recall: float = Field(0.98, ge=0.5, le=1, description="of the ten nearest")
+    kind: Kind = Field("auto", description="auto: by size")
+    m: int | None = Field(None, ge=M[0], le=M[1], description="hnsw: neighbours of a node")
+    ef_construction: int | None = Field(
+        None, ge=EF_CONSTRUCTION[0], le=EF_CONSTRUCTION[1], description="hnsw: how carefully it is built"
+    )
+    n_lists: int | None = Field(None, ge=N_LISTS[0], le=N_LISTS[1], description="ivf_pq, rabitq: cells")
+    target_recall: float = Field(0.98, ge=TARGET_RECALL[0], le=TARGET_RECALL[1], description="of the ten nearest")
 
 
 class CollectionIn(Options):
@@ -138,10 +142,10 @@ class CollectionIn(Options):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     pooling: Pooling = Field("cls", description="class token, mean of the patch tokens, or both joined")
-    dtype: Literal["float32", "float16"] = Field("float32", description="as stored")
+    dtype: DType = Field("float32", description="as stored")
     index: IndexIn = Field(default_factory=lambda: IndexIn.model_validate({}))
     indexed: Annotated[list[str], FailFast()] = Field(
-        default_factory=list, max_length=16, description="metadata keys that filters find fast"
+        default_factory=list, max_length=MAX_INDEXED, description="metadata keys that filters find fast"
     )
     originals: bool = Field(False, description="keep the photos")
     fingerprint: Fingerprint | None = Field(None, description="of a model that is not served: vectors only")
@@ -169,6 +173,7 @@ class RestoreIn(Body):
 
 
 MAX_PARTS = 16
+MAX_RUNS = 1_000_000
 QueryVector = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION})
 ]
@@ -179,11 +184,7 @@ Run = Annotated[int, Field(ge=0, le=2**31)]
 Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class PartIn(_Strict):
+class PartIn(Body):
     """One of what is combined: exactly one of image, vector, id."""
 
     image: str | None = Field(None, description="data URL or base64")
@@ -193,22 +194,46 @@ class PartIn(_Strict):
     weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative: not like this")
 
 
-class MaskIn(_Strict):
+def _run_lengths(counts: Any) -> Any:
+    """One fault in one sentence: of a union, pydantic would tell what is wrong with each of its kinds."""
+    if not isinstance(counts, str | list) or len(counts) > MAX_RUNS:
+        raise PydanticCustomError(
+            "run_lengths", f"a COCO run-length string, or a list of whole numbers, at most {MAX_RUNS:,} long, is needed"
+        )
+    return counts
+
+
+class MaskIn(Body):
     """COCO run lengths, as `/v1/segment` and pycocotools write them, or uncompressed."""
 
-    size: tuple[Run, Run] = Field(description="height and width of the photo, upright")
-    counts: str | list[Any] = Field(max_length=1_000_000)
+    size: Annotated[list[Run], FailFast()] = Field(
+        min_length=2, max_length=2, description="height and width of the photo, upright"
+    )
+    counts: Annotated[
+        Any,
+        AfterValidator(_run_lengths),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string", "maxLength": MAX_RUNS},
+                    {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_RUNS},
+                ]
+            }
+        ),
+    ]
 
 
-class RegionIn(_Strict):
+class RegionIn(Body):
     """A part of a photo: exactly one of box and mask."""
 
     image: str = Field(description="data URL or base64")
-    box: tuple[Side, Side, Side, Side] | None = Field(None, description="[x, y, width, height], pixels, upright")
+    box: Annotated[list[Side] | None, FailFast()] = Field(
+        None, min_length=4, max_length=4, description="[x, y, width, height], pixels, upright"
+    )
     mask: MaskIn | None = None
 
 
-class ParamsIn(_Strict):
+class ParamsIn(Body):
     """How hard the index tries; what does not concern its kind is ignored."""
 
     exact: bool = False
@@ -216,8 +241,10 @@ class ParamsIn(_Strict):
     nprobe: int | None = Field(None, ge=1, le=65_536, description="ivf_pq, rabitq")
 
 
-class Ranking(_Strict):
+class Ranking(BaseModel):
     """What is done with what a search finds: the same for every form of query."""
+
+    model_config = ConfigDict(extra="forbid")
 
     k: int = Field(10, ge=1, le=1000, description="how many; with group_by, how many groups")
     offset: int = Field(0, ge=0, le=10_000, description="how many of the best to leave out; with k at most 10,000")
@@ -234,6 +261,8 @@ class Ranking(_Strict):
 
 class QueryIn(Ranking):
     """One query: exactly one of image, vector, id, combine, region."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     image: str | None = Field(None, description="data URL or base64")
     vector: QueryVector = None
@@ -262,6 +291,8 @@ class SearchOptions(Ranking):
 
 class DuplicatesIn(Options):
     """Body of `POST /v1/collections/{name}/duplicates`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     by: Literal["content", "similarity"] = Field("content", description="equal bytes, or vectors near each other")
     threshold: float | None = Field(None, ge=0.5, le=1, allow_inf_nan=False, description="cosine; unset: 0.95")

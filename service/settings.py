@@ -111,6 +111,11 @@ class Settings(BaseSettings):
         """How many images one request may bring: never more than the queue could take at once."""
         return min(self.max_batch_items, self.queue_max_images)
 
+    @property
+    def originals_place(self) -> str | Path:
+        """Where the photos of collections that keep them lie."""
+        return self.originals_url or self.data_dir / "originals"
+
     def shown(self) -> dict[str, Any]:
         """The settings for the log, without secrets."""
         values = self.model_dump(mode="json")

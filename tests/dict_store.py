@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
 from service.search.filters import Filter, matches
+from service.search.specs import check_spec
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
@@ -58,7 +59,7 @@ class DictStore:
             raise StorageFailed("the vector store is closed")
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
-        check_name(collection)
+        check_name(collection), check_spec(spec)
         self._check_open()
         if collection in self._aliases:
             raise Conflict(f"{collection!r} is an alias of {self._aliases[collection]!r}")
@@ -111,7 +112,7 @@ class DictStore:
         try:
             info = await self.info(collection)
         except CollectionNotFound:
-            info = CollectionInfo(collection, CollectionSpec(tag, dimension), 0)
+            info = CollectionInfo(collection, check_spec(CollectionSpec(tag, dimension)), 0)
         check_match(info, tag=tag, dimension=dimension)
         found = self._collections.setdefault(info.name, _Collection(info.spec))
         if request_key is not None:

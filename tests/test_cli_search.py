@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import cli
 import cli_collections
+from service.originals import Originals
 from service.search.store import CollectionInfo, SnapshotInfo
 from service.settings import Settings, load_settings
 from tests.dict_store import DictStore
@@ -91,18 +92,15 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     async def open_store(chosen: Any) -> KeptStore:
         return found.store(chosen.vector_store)
 
-    class Originals:
-        def __init__(self, place: Path) -> None:
-            assert place == tmp_path / "data" / "originals"
-
+    class Recorded(Originals):
         async def put(self, data: bytes) -> str:
             found.photos.append(data)
-            return ""
+            return await super().put(data)
 
-    opening, originals = ModuleType("service.search.opening"), ModuleType("service.originals")
-    opening.open_store, originals.Originals = open_store, Originals  # type: ignore[attr-defined]
+    opening = ModuleType("service.search.opening")
+    opening.open_store = open_store  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "service.search.opening", opening)
-    monkeypatch.setitem(sys.modules, "service.originals", originals)
+    monkeypatch.setattr("service.originals.Originals", Recorded)
     monkeypatch.setattr("service.settings.load_settings", settings)
     monkeypatch.setattr("service.models.choose_artifact", lambda model, data_dir: Path("artifact"))
     monkeypatch.setattr("model.artifact.load_artifact", lambda path, derived_dir: fake_artifact())
@@ -120,8 +118,14 @@ def photos(tmp_path: Path) -> Path:
     for index, name in enumerate(["a.png", "b.png", "deep/c.png"]):
         (folder / name).write_bytes(photo(index))
     (folder / "a.json").write_text('{"brand": "Arla"}')
-    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     return folder
+
+
+@pytest.fixture
+def torn(photos: Path) -> Path:
+    """Among the photos, one that cannot be read."""
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
+    return photos / "torn.jpg"
 
 
 def test_every_option_and_command_has_help(kept: Kept) -> None:
@@ -134,8 +138,8 @@ def test_every_option_and_command_has_help(kept: Kept) -> None:
 
 def test_index_then_search(kept: Kept, photos: Path) -> None:
     said = kept.ok("index", photos, "--collection", "shop", "--metadata", "shop=7", "--metadata", "city=Umeå")
-    assert "3 indexed, 0 already there, 1 failed -> shop" in said
-    assert f"failed {photos / 'torn.jpg'}: the JPEG is damaged" in said
+    assert "3 indexed, 0 already there, 0 failed -> shop" in said
+    assert "left out" not in said
     item = kept.store()._collections["shop"].items["a.png"]
     assert {key: item.metadata[key] for key in ("brand", "shop", "city")} == {
         "brand": "Arla",
@@ -155,13 +159,28 @@ def test_index_then_search(kept: Kept, photos: Path) -> None:
     assert "3 already there" in kept.ok("index", photos, "-c", "shop")
 
 
-def test_index_writes_what_failed(kept: Kept, photos: Path, tmp_path: Path) -> None:
+def test_photos_left_out_are_listed_counted_and_exit_status_1(
+    kept: Kept, photos: Path, torn: Path, tmp_path: Path
+) -> None:
+    result = kept.invoke("index", photos, "-c", "shop")
+    assert result.exit_code == 1
+    assert "3 indexed, 0 already there, 1 failed -> shop" in result.stdout
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith(f"failed {torn}: the JPEG is damaged")
+    assert lines[-1] == "1 photo was left out: all are listed above; --errors FILE keeps the whole list"
+    assert kept.store()._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     for index in range(25):
         (photos / f"{index}.jpg").write_bytes(b"")
-    said = kept.ok("index", photos, "-c", "shop", "--errors", tmp_path / "errors.jsonl")
-    assert "26 failed" in said
-    assert "... and 6 more" in said
-    rows = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    result = kept.invoke("index", photos, "-c", "shop")  # the good ones are there already
+    assert (result.exit_code, result.stderr.count("failed ")) == (1, 20)
+    assert result.stderr.splitlines()[-1] == (
+        "26 photos were left out: the first 20 are listed above; --errors FILE keeps the whole list"
+    )
+    errors = tmp_path / "errors.jsonl"
+    result = kept.invoke("index", photos, "-c", "shop", "--errors", errors)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == f"26 photos were left out: all are listed in {errors}"
+    rows = [json.loads(line) for line in errors.read_text().splitlines()]
     assert len(rows) == 26
     assert rows[0].keys() == {"source", "reason"}
 
@@ -170,9 +189,9 @@ def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = kept.invoke("index", tmp_path / "empty", "-c", "shop")
     assert (result.exit_code, "0 indexed" in result.output) == (1, True)
-    assert kept.invoke("index", photos / "torn.jpg", "-c", "shop").exit_code == 1
     assert kept.invoke("index", photos, "-c", "shop").exit_code == 0
     assert kept.invoke("index", photos, "-c", "shop").exit_code == 0
+    assert kept.invoke("index", tmp_path / "none", "-c", "shop").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -198,10 +217,11 @@ def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], sa
     assert not kept.engine.batches
 
 
-def test_index_follows_the_collection(kept: Kept, photos: Path) -> None:
+def test_index_follows_the_collection(kept: Kept, photos: Path, tmp_path: Path) -> None:
     kept.ok("collections", "create", "means", "--pooling", "cls+mean", "--originals")
     kept.ok("index", photos, "-c", "means")
     assert len(kept.photos) == 3
+    assert len(files(tmp_path / "data" / "originals")) == 3
     assert kept.store()._collections["means"].spec.dimension == 2 * DIMS
     kept.ok("index", photos, "-c", "means", "--no-originals", "--force")
     assert len(kept.photos) == 3
@@ -237,6 +257,7 @@ def test_ctrl_c_keeps_what_was_written(kept: Kept, tmp_path: Path) -> None:
 
 def test_search_says_what_is_wrong(kept: Kept, photos: Path) -> None:
     kept.ok("index", photos, "-c", "shop")
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     assert "there is no collection 'none'" in kept.refused("search", photos / "a.png", "-c", "none")
     assert "no such file" in kept.refused("search", photos / "none.png", "-c", "shop").lower()
     assert "damaged" in kept.refused("search", photos / "torn.jpg", "-c", "shop")
@@ -278,7 +299,21 @@ def test_collections_say_what_is_wrong(kept: Kept) -> None:
     assert "either a collection" in kept.refused("collections", "alias", "live")
     assert "another name" in kept.refused("collections", "copy", "shop")
     assert "no collection" in kept.refused("collections", "show", "none")
-    assert "a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    assert "indexed: a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    for words, said in [
+        (["--m", 1], "index.m=1 is not allowed: a whole number, 2 to 256"),
+        (["--ef-construction", 3], "index.ef_construction=3 is not allowed: a whole number, 4 to 4,096"),
+        (["--n-lists", 2**21], "index.n_lists=2097152 is not allowed: a whole number, 1 to 1,048,576"),
+        (["--target-recall", 0.4], "index.target_recall=0.4 is not allowed: a number, 0.5 to 1.0"),
+        (["--target-recall", "nan"], "index.target_recall=nan is not allowed"),
+        (["--tag", "x", "--dimension", 8193], "dimension=8193 is not allowed: a whole number, 1 to 8,192"),
+        (["--tag", "x" * 257, "--dimension", 8], "is not allowed: 1 to 256 printable characters"),
+        ([word for key in range(17) for word in ("--indexed", f"k{key}")], "is not allowed: up to 16 metadata keys"),
+    ]:
+        assert said in kept.refused("collections", "create", "shop", *words)
+    assert kept.store()._collections == {}
+    made = json.loads(kept.ok("collections", "create", "keys", "--indexed", "b", "--indexed", "a", "--indexed", "b"))
+    assert made["indexed"] == ["a", "b"]  # as over REST, so that both mean the same collection
     kept.store().capabilities = frozenset({"atomic_upsert"})  # type: ignore[misc]
     assert "has no snapshots; it has atomic_upsert" in kept.refused("collections", "snapshot", "shop")
     assert "has no stats" in kept.refused("collections", "stats", "shop")
@@ -291,6 +326,37 @@ def test_copy_between_stores(kept: Kept, photos: Path) -> None:
     assert "0 copied, 3 already there -> shop, 3 items" in kept.ok(*words)
     assert kept.store("milvus://host:19530")._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     assert "3 copied" in kept.ok("collections", "copy", "shop", "--as", "twin")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "data" / "originals", tmp_path / "elsewhere" / "originals"
+    kept.ok("index", photos, "-c", "shop", "--originals")
+    assert "photos" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
+    words = ("collections", "copy", "shop", "--to-store", f"embedded:{tmp_path / 'elsewhere'}")
+    assert "photos: 3 copied, 0 already there\n" in kept.ok(*words)
+    assert files(there) == files(here)
+    stored = [path for path in here.rglob("*") if path.is_file()]
+    stored[0].unlink()
+    stored[1].write_bytes(b"damaged")
+    other = (*words, "--to-originals", tmp_path / "third")
+    result = kept.invoke(*other)
+    assert result.exit_code == 1
+    assert "photos: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("1 photo was left out, since the source cannot read them: the stored photo ")
+    assert files(tmp_path / "third") == [stored[2].name]
+    assert "photos: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
+
+
+def test_a_copy_of_a_collection_without_photos_copies_none(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    words = ("collections", "copy", "shop", "--as", "twin", "--to-originals", tmp_path / "third")
+    assert "photos" not in kept.ok(*words)
+    assert "originals_url: nowhere cannot be opened" in kept.refused(*words[:-1], "nowhere://x")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "jsonl"])

@@ -16,7 +16,7 @@ from service.routes.answers import json_response
 from service.routes.direct import DirectRoute
 from service.routes.uploads import check_fields, parse_options, read_json, read_optional_json, service_of
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
-from service.search.filters import parse_path
+from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore, check_name
 from service.state import Service
 from service.tags import tag_parts
@@ -131,10 +131,8 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
     """What the body asks for.
 
     Raises:
-        InvalidRequest: no metadata key; a dimension that is not the model's, or none for another model.
+        InvalidRequest: a setting that is not allowed; a dimension that is not the model's, or none for another model.
     """
-    for key in body.indexed:
-        parse_path(key)
     dimension = service.live.dims * (2 if body.pooling == "cls+mean" else 1)
     if body.fingerprint not in (None, service.artifact.fingerprint):
         if body.dimension is None:
@@ -146,13 +144,15 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
             "of another model name its fingerprint",
             param="dimension",
         )
-    return CollectionSpec(
-        service.tag(body.fingerprint, body.pooling),
-        dimension,
-        body.dtype,
-        IndexSpec(**body.index.model_dump()),
-        tuple(sorted(set(body.indexed))),
-        body.originals,
+    return check_spec(
+        CollectionSpec(
+            service.tag(body.fingerprint, body.pooling),
+            dimension,
+            body.dtype,
+            IndexSpec(**body.index.model_dump()),
+            tuple(sorted(set(body.indexed))),
+            body.originals,
+        )
     )
 
 

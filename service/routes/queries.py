@@ -30,8 +30,9 @@ from service.routes.uploads import (
     read_json,
     read_upload,
 )
-from service.schemas import MAX_DIMENSION, MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
+from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
 from service.search.filters import MAX_VALUES, And, Filter, In, Not, Or, parse_filter, parse_path
+from service.search.specs import MAX_DIMENSION
 from service.search.store import MAX_DEPTH, SearchParams, check_id
 from service.settings import Settings
 
@@ -110,7 +111,10 @@ class _Reader:
             assert body.region is not None
             region = body.region.model_dump(include={"box", "mask"}, exclude_none=True)
             if len(region) != 1:
-                raise InvalidRequest("region: exactly one of box and mask is needed", param="region")
+                raise InvalidRequest(
+                    f"region: exactly one of box and mask is needed, not {' and '.join(region) or 'none'}",
+                    param="region",
+                )
             parts = (Part(image=await self._image(body.region.image)),)
         else:
             parts = (await self._part(body, 1.0, ""),)
@@ -127,7 +131,7 @@ class _Reader:
             asked,
             region,
             where=None if asked.filter is None else self._filter(asked.filter),
-            path=None if asked.group_by is None else _group_path(asked.group_by),
+            path=None if asked.group_by is None else parse_path(asked.group_by, "group_by"),
             params=search_params(asked.params),
             like=orjson.dumps([asked.k + asked.offset, asked.filter, asked.params and asked.params.model_dump()]),
         )
@@ -147,7 +151,7 @@ class _Reader:
         if given.fingerprint is not None:
             raise InvalidRequest(f"{where}fingerprint says which model made a vector; there is none", param="combine")
         if given.id is not None:
-            return Part(id=check_id(given.id), weight=weight)
+            return Part(id=check_id(given.id, f"{where}id"), weight=weight)
         return Part(image=await self._image(given.image), weight=weight)
 
     async def _image(self, text: str | None) -> Image:
@@ -241,10 +245,11 @@ def _check_images(queries: list[Query], settings: Settings) -> None:
 
 
 def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
-    """A JSON value as a vector [D]; whether it is a direction is seen when it is scaled.
+    """A JSON value as a vector [D].
 
     Raises:
-        InvalidRequest: not a list of 1 to `MAX_DIMENSION` numbers; the message names the first that is none.
+        InvalidRequest: not a list of 1 to `MAX_DIMENSION` numbers; the message names the first that is none. Or all of
+            them are 0.
     """
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSION:
         size = f" of {len(value):,}" if isinstance(value, list) else ""
@@ -260,6 +265,10 @@ def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
         raise InvalidRequest(
             f"{where}.{index}: a number is needed, not {reprlib.repr(value[index])}", param=where[:80]
         ) from error
+    if not any(numbers):
+        raise InvalidRequest(
+            f"{where}: {len(numbers)} zeros have no direction, so nothing is similar", param=where[:80]
+        )
     return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # a third of the time of np.array
 
 
@@ -289,13 +298,6 @@ def _check_grouping_and_rerank(form: str, asked: Ranking) -> None:
         raise InvalidRequest(
             f"rerank compares photos, and a query by {form} has none: use image, region or id", param="rerank"
         )
-
-
-def _group_path(key: str) -> tuple[str, ...]:
-    try:
-        return parse_path(key)
-    except InvalidRequest as error:
-        raise InvalidRequest(error.detail.replace("filter:", "group_by:", 1), param="group_by") from error
 
 
 def _from_text(fields: dict[str, Any]) -> dict[str, Any]:

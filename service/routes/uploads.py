@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
@@ -205,8 +206,19 @@ def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         known = f"; known are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
         return f"{where}: unknown field{known}"
-    given = "" if problem["type"] == "missing" else f", not {reprlib.repr(problem['input'])}"
-    return f"{where}: {problem['msg']}{given}"
+    text = problem["msg"]
+    if problem["type"] in ("model_type", "dict_type"):
+        text = "Input should be an object"  # pydantic's own words name a class of ours
+    elif problem["type"].startswith(("int_", "float_")) and len(problem["loc"]) == 1:
+        text = text.partition(", ")[0] + _limits(model.model_fields[str(problem["loc"][0])])
+    told = problem["type"] in ("missing", "too_long", "too_short")  # how many there are is in pydantic's words
+    return f"{where}: {text}" + ("" if told else f", not {reprlib.repr(problem['input'])}")
+
+
+def _limits(field: FieldInfo) -> str:
+    """What numbers a field takes, as far as it says."""
+    low, high = ([getattr(one, name) for one in field.metadata if hasattr(one, name)] for name in ("ge", "le"))
+    return f" from {low[0]} to {high[0]}" if low and high else ""
 
 
 class _MemoryParser(MultiPartParser):

@@ -14,6 +14,7 @@ A reader yields a `Head` and then lists of items; what is wrong with a file is a
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy.typing as npt
 import orjson
 
 from service.archives import need_parquet
+from service.errors import InvalidRequest
+from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 
 BATCH: Final = 1000
@@ -47,22 +50,35 @@ def spec_text(spec: CollectionSpec) -> str:
 
 
 def spec_from(text: str) -> CollectionSpec:
-    """Raises ValueError when the text is no such spec."""
+    """Raises ValueError when the text is no such spec, or one that no collection may have."""
     try:
         found = json.loads(text)
-        index = IndexSpec(**found.pop("index"))
-        spec = CollectionSpec(**{**found, "index": index, "indexed": tuple(found["indexed"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the collection's settings cannot be read: {error}") from error
-    types = {one.name: type(getattr(CollectionSpec("", 1), one.name)) for one in fields(CollectionSpec)}
-    wrong = [name for name, kind in types.items() if not isinstance(getattr(spec, name), kind)]
-    if wrong or spec.dimension < 1:
-        raise ValueError(f"the collection's settings cannot be read: {', '.join(wrong) or 'dimension'}")
-    return spec
+    return _spec_of(found)
 
 
-def _head(tag: Any, spec: Any) -> Head:
-    found = spec_from(str(spec)) if spec is not None else None
+def _spec_of(found: Any) -> CollectionSpec:
+    index = found.get("index") if isinstance(found, dict) else None
+    if not isinstance(index, dict) or "tag" not in found or "dimension" not in found:
+        raise ValueError("the collection's settings cannot be read: an object with tag, dimension and index is needed")
+    unknown = [*(found.keys() - _known(CollectionSpec)), *(index.keys() - _known(IndexSpec))]
+    if unknown:
+        raise ValueError(f"the collection's settings cannot be read: {reprlib.repr(min(unknown))} is no setting")
+    indexed = found.get("indexed", [])
+    indexed = tuple(indexed) if isinstance(indexed, list) else indexed
+    try:
+        return check_spec(CollectionSpec(**{**found, "index": IndexSpec(**index), "indexed": indexed}))
+    except InvalidRequest as error:
+        raise ValueError(f"the collection's settings: {error.detail}") from error
+
+
+def _known(kind: type[CollectionSpec] | type[IndexSpec]) -> set[str]:
+    return {one.name for one in fields(kind)}
+
+
+def _head(tag: Any, spec: CollectionSpec | None) -> Head:
+    found = spec
     if found is not None and str(tag) != found.tag:
         raise ValueError(f"the tag {str(tag)!r} is not that of the settings, {found.tag!r}")
     return Head(str(tag) if tag is not None else None, found)
@@ -133,7 +149,7 @@ def read_parquet(path: Path) -> Read:
             kind = table.schema_arrow.field("vector").type
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
                 raise ValueError(f"the vectors are of type {kind}, not lists of floats")
-            yield _head(tag, spec)
+            yield _head(tag, spec_from(spec) if spec is not None else None)
             columns = [name for name in ("id", "vector", "metadata", "source", "digest") if name in names]
             row = 0
             for batch in table.iter_batches(BATCH, columns=columns):
@@ -229,7 +245,7 @@ def read_npz(path: Path) -> Read:
             )
         if lines is not None and len(lines) != len(ids):
             raise ValueError(f"there are fields of {len(lines)} items and {len(ids)} ids")
-        yield _head(tag, spec)
+        yield _head(tag, spec_from(spec) if spec is not None else None)
         floats = _floats(vectors)
         for start in range(0, len(ids), BATCH):
             items = []
@@ -285,7 +301,11 @@ def read_jsonl(path: Path) -> Read:
         if first is None:
             raise ValueError(f"{path}: the file is empty")
         is_head = "id" not in first[1] and "spec" in first[1]
-        yield _head(first[1].get("tag"), json.dumps(first[1]["spec"])) if is_head else Head(None, None)
+        try:
+            head = _head(first[1].get("tag"), _spec_of(first[1]["spec"])) if is_head else Head(None, None)
+        except ValueError as error:
+            raise ValueError(f"{first[0]}: {error}") from error
+        yield head
         items = [] if is_head else [_jsonl_item(*first)]
         try:
             for where, body in lines:

@@ -28,14 +28,20 @@ def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
         float32 [D] of length 1.
 
     Raises:
-        InvalidRequest: a vector without a direction; or they cancel out, so that the sum has none.
+        InvalidRequest: a vector without a direction; all weights are 0; or the vectors cancel out, so that the sum has
+            no direction.
     """
+    if not any(weights):
+        raise InvalidRequest(
+            f"combine: the weights are {list(weights)}, so nothing counts: at least one must not be 0", param="combine"
+        )
     rows = normalised_rows(vectors).astype(np.float64)
     total = np.asarray(weights, np.float64) @ rows  # [D]
     length = float(np.linalg.norm(total))
     if length <= NOTHING_LEFT * sum(abs(weight) for weight in weights):
         raise InvalidRequest(
-            "combine: the weighted vectors cancel out, so there is no direction to search in: change the weights",
+            f"combine: with the weights {list(weights)} the vectors cancel out, so there is no direction to search in: "
+            "other weights or vectors are needed",
             param="combine",
         )
     return (total / length).astype(np.float32)

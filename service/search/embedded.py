@@ -31,6 +31,7 @@ from service.search.maintenance import Maintenance
 from service.search.reading import ITEM, condition_of, delete_some, items_of, metadata_of, number_after
 from service.search.searcher import Searcher
 from service.search.selection import passing
+from service.search.specs import check_spec
 from service.search.stamp import Stamp
 from service.search.store import (
     CollectionInfo,
@@ -94,7 +95,7 @@ class EmbeddedStore:
     # ---- collections
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
-        check_name(collection)
+        check_name(collection), check_spec(spec)
 
         def work(db: sqlite3.Connection) -> CollectionInfo:
             try:
@@ -171,7 +172,7 @@ class EmbeddedStore:
             try:
                 row = database.find(db, collection)
             except CollectionNotFound:
-                row = database.make(db, collection, CollectionSpec(tag, dimension))
+                row = database.make(db, collection, check_spec(CollectionSpec(tag, dimension)))
             check_match(row.info, tag=tag, dimension=dimension)
             rows = [(item, vector.astype(row.dtype).tobytes(), text) for item, vector, text in checked]
             if request_key is not None:

@@ -130,17 +130,19 @@ def parse_filter(body: Any) -> Filter:
     return _Parser().parse(body, 1)
 
 
-def parse_path(key: Any) -> tuple[str, ...]:
-    """`shelf.row` as the keys to follow.
+def parse_path(key: Any, where: str = "filter") -> tuple[str, ...]:
+    """`shelf.row` as the keys to follow; `where` names the field that holds it, for the message.
 
     Raises:
         InvalidRequest: not a key; control characters, quotes and backslashes are not taken.
     """
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_CHARACTERS:
-        raise _wrong(f"a key is a string of 1 to {MAX_KEY_CHARACTERS} characters, not {_quoted(key)}")
+        raise _wrong(f"a key is a string of 1 to {MAX_KEY_CHARACTERS} characters, not {_quoted(key)}", where)
     path = tuple(key.split("."))
     if not all(path) or not key.isprintable() or set(key) & set("\"'\\"):
-        raise _wrong(f"key {_quoted(key)} is not allowed: printable, without quotes and backslashes, dots inside only")
+        raise _wrong(
+            f"key {_quoted(key)} is not allowed: printable, without quotes and backslashes, dots inside only", where
+        )
     return path
 
 
@@ -228,8 +230,8 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _wrong(why: str) -> InvalidRequest:
-    return InvalidRequest(f"filter: {why}", param="filter")
+def _wrong(why: str, where: str = "filter") -> InvalidRequest:
+    return InvalidRequest(f"{where}: {why}", param=where)
 
 
 def _quoted(value: Any) -> str:

@@ -32,6 +32,7 @@ from service.errors import (
 from service.search.filter_milvus import FIELD, Expression, filterable, quoted, translate
 from service.search.filters import Filter, matches
 from service.search.milvus_client import Server, decoded, encoded, index
+from service.search.specs import check_spec
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
@@ -97,7 +98,7 @@ class MilvusStore:
     # ---- collections
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
-        check_name(collection)
+        check_name(collection), check_spec(spec)
         async with self._names:
             try:
                 name, found = await self._found(collection)
@@ -174,7 +175,7 @@ class MilvusStore:
                 try:
                     name, spec = await self._found(collection)
                 except CollectionNotFound:
-                    name, spec = await self._made(collection, CollectionSpec(tag, dimension))
+                    name, spec = await self._made(collection, check_spec(CollectionSpec(tag, dimension)))
         check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=dimension)
         rows = [_row(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked]
         async with self._writes[name]:

@@ -5,6 +5,7 @@ what is in the database; segments are built again after a restore. A restore wri
 name yet, some items at a time so that other writes go on, and gives it its name in the end.
 """
 
+import json
 import logging
 import os
 import re
@@ -16,11 +17,14 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from service.durable import exclusive, sync_folder
 from service.errors import InvalidRequest, NotFound, StorageFailed
 from service.search import database
 from service.search.database import Row, transaction, translated
-from service.search.store import SnapshotInfo
+from service.search.specs import check_spec
+from service.search.store import Item, SnapshotInfo, check_id, check_source, metadata_text
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ _NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
 _CHUNK: Final = 2000
 _YOUNG_S: Final = 60.0
 """A file that is younger may not be locked yet by whoever has just made it."""
+_LENGTH_ERROR: Final = 0.01  # of vectors in float16 with thousands of numbers, many times over
+_NO_VECTOR: Final = np.zeros(0, np.float32)
 
 ItemRow = tuple[int, str, str, str | None, str | None]
 VectorRow = tuple[int, bytes, int]
@@ -125,34 +131,77 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """The collection in a snapshot, and its rows some at a time; every vector is checked.
+    """The collection in a snapshot, and its rows some at a time. The file may come from anywhere, so everything in it
+    is checked as if it were written now.
 
     Raises:
-        StorageFailed: it is damaged, or no snapshot.
+        StorageFailed: it is damaged, no snapshot, or holds what no collection may.
     """
-    with translated(f"snapshot {path.stem}"):
+    what = f"snapshot {path.stem}"
+    with translated(what):
         db = _opened(path)
-        (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if state != "ok":
-            raise StorageFailed(f"snapshot {path.stem} is damaged: {state}")
-        (row,) = database.every(db)
+        try:
+            (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise StorageFailed(f"{what} is damaged: {state}")
+            row = _only_collection(db, what)
+        except BaseException:
+            db.close()
+            raise
 
     def rows() -> Iterator[tuple[list[ItemRow], list[VectorRow]]]:
         after = 0
-        with closing(db), translated(f"snapshot {path.stem}"):
+        with closing(db), translated(what):
             while True:
                 page = f"_{row.key} WHERE number > {after} ORDER BY number LIMIT {_CHUNK}"
                 items = db.execute("SELECT number, id, metadata, source, digest FROM items" + page).fetchall()
                 vectors = db.execute("SELECT number, vector, crc FROM vectors" + page).fetchall()
-                if [item[0] for item in items] != [vector[0] for vector in vectors]:
-                    raise StorageFailed(f"snapshot {path.stem} is damaged: items and vectors differ")
-                database.vectors_of(row, vectors)
+                numbers = [item[0] for item in items]
+                if numbers != [vector[0] for vector in vectors] or not all(map(_is_number, numbers)):
+                    raise StorageFailed(f"{what} is damaged: items and vectors differ")
+                _, matrix = database.vectors_of(row, vectors)
+                lengths = np.linalg.norm(matrix, axis=1)
+                if not (np.abs(lengths - 1) < _LENGTH_ERROR).all():
+                    raise StorageFailed(f"{what} is damaged: a vector has not length 1")
                 if not items:
                     return
-                yield items, vectors
+                yield [_checked(item, what) for item in items], vectors
                 after = items[-1][0]
 
     return row, rows()
+
+
+def _only_collection(db: sqlite3.Connection, what: str) -> Row:
+    try:
+        (row,) = database.every(db)
+        check_spec(row.spec)
+    except InvalidRequest as error:
+        raise StorageFailed(f"{what} cannot be restored: {error.detail}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # of the settings' JSON
+        raise StorageFailed(f"{what} is damaged: its settings cannot be read: {error}") from error
+    return row
+
+
+def _is_number(number: object) -> bool:
+    """Whether an item may have it: SQLite counts on from the largest, and must not come to its end."""
+    return isinstance(number, int) and 0 < number < 2**53
+
+
+def _checked(row: ItemRow, what: str) -> ItemRow:
+    """An item's row as a write would store it."""
+    number, item_id, metadata, source, digest = row
+    try:
+        if not (isinstance(item_id, str) and isinstance(metadata, str)) or not (
+            isinstance(source, str | None) and isinstance(digest, str | None)
+        ):
+            raise ValueError("its id, metadata, source or digest is no text")
+        check_source(Item(check_id(item_id), _NO_VECTOR, source=source, digest=digest))
+        found = json.loads(metadata)
+        if not isinstance(found, dict):
+            raise ValueError("its metadata is no JSON object")
+        return number, item_id, metadata_text(found), source, digest
+    except (InvalidRequest, ValueError, RecursionError) as error:
+        raise StorageFailed(f"{what} cannot be restored: item number {number}: {error}") from error
 
 
 def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list[VectorRow]) -> None:

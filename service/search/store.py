@@ -25,6 +25,7 @@ from service.search.filters import Filter
 Floats = npt.NDArray[np.float32]
 Metadata = Mapping[str, Any]
 Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
+DType = Literal["float32", "float16"]
 
 MAX_K: Final = 1000
 MAX_DEPTH: Final = 10_000
@@ -73,11 +74,11 @@ class IndexSpec:
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """What a collection is, fixed when it is made."""
+    """What a collection is, fixed when it is made; what is allowed says `service/search/specs.py`."""
 
     tag: str  # what made its vectors: two vectors compare only if their tags are equal
     dimension: int
-    dtype: Literal["float32", "float16"] = "float32"  # as stored
+    dtype: DType = "float32"  # as stored
     index: IndexSpec = field(default_factory=IndexSpec)
     indexed: tuple[str, ...] = ()  # metadata keys that filters find without looking at every item
     originals: bool = False  # whether photos are kept beside their vectors
@@ -132,8 +133,9 @@ class VectorStore(Protocol):
 
     Wherever a collection is named, an alias may be.
 
-    Raises, everywhere: CollectionNotFound; InvalidRequest for names, ids, vectors, metadata or numbers that are not
-    allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed when the storage behind it fails.
+    Raises, everywhere: CollectionNotFound; InvalidRequest for names, settings, ids, vectors, metadata or numbers that
+    are not allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed when the storage behind it
+    fails.
     """
 
     capabilities: frozenset[str]
@@ -270,10 +272,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_id(item_id: str) -> str:
+def check_id(item_id: str, where: str = "id") -> str:
+    """`where` names the field that holds it, for the message."""
     if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not item_id.isprintable():
         raise InvalidRequest(
-            f"id {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param="id"
+            f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param=where
         )
     return item_id
 

@@ -3,15 +3,20 @@
 Everything goes through `VectorStore`, some items at a time, so a million vectors need no more memory than a thousand
 (.npz excepted: it is written at once). A copy or import that was interrupted is simply run again: a copy skips the ids
 that are there, an import writes them again with the same content.
+
+A collection that keeps its photos has them beside the store (`service/originals.py`); a copy to where other photos are
+kept takes them along, each before the items that lead to it.
 """
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from service.durable import aside
-from service.errors import CollectionNotFound, Conflict
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
+from service.originals import THREADS, Originals, photo_digest
 from service.search.collection_files import (
     BATCH,
     Head,
@@ -22,11 +27,22 @@ from service.search.collection_files import (
     read_npz,
     read_parquet,
 )
-from service.search.store import CollectionSpec, Item, VectorStore
+from service.search.store import CollectionSpec, Item, VectorStore, checked_items
 
 FORMATS: Final = (".parquet", ".npz", ".jsonl")
 
 Progress = Callable[[int], None]
+
+
+@dataclass
+class Photos:
+    """What became of the photos that the items of a copy lead to."""
+
+    copied: int = 0
+    present: int = 0  # were there already
+    missing: int = 0  # the source does not have them
+    unreadable: int = 0  # the source has them, damaged
+    reason: str = ""  # of the first that could not be read
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class Copied:
     written: int
     present: int  # were there already, and were left
     count: int  # of the collection now
+    photos: Photos | None = None  # None: there were none to take along
 
 
 async def copy_collection(
@@ -44,20 +61,31 @@ async def copy_collection(
     name: str,
     new_name: str | None = None,
     *,
+    originals: tuple[Originals, Originals] | None = None,
     advance: Progress = lambda _: None,
 ) -> Copied:
     """Everything of a collection into another store, or under another name; ids that are there are skipped.
 
+    Args:
+        originals: where the source keeps photos, and where the target does. They are copied if the collection keeps
+            its photos and the places are two, also those of items that were there.
+
     Raises:
         Conflict: the target has the name with other settings, or the counts differ at the end.
+        StorageFailed: a photo cannot be stored at the target, or a store fails.
     """
     info = await source.info(name)
     new_name = new_name or name
     await target.create(new_name, info.spec)
     written = present = 0
+    photos = Photos()
+    if originals is not None and (not info.spec.originals or originals[0].is_same_place(originals[1])):
+        originals = None
     async for page in pages(source, name):
         there = await target.get(new_name, [item.id for item in page])
         missing = [item for item, found in zip(page, there, strict=True) if found is None]
+        if originals is not None:
+            await _copy_photos(page, *originals, photos)
         if missing:
             await target.upsert(new_name, missing, tag=info.tag)
         written, present = written + len(missing), present + len(page) - len(missing)
@@ -68,7 +96,33 @@ async def copy_collection(
             f"{name!r} holds {wanted} items and {new_name!r} now {count}: one of them was written to meanwhile, or "
             f"{new_name!r} held others before; run the copy again, or into a new name"
         )
-    return Copied(written, present, count)
+    return Copied(written, present, count, photos if originals is not None else None)
+
+
+async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
+    """Those that the items lead to, a few at a time; counted in `photos`."""
+    gate = asyncio.Semaphore(THREADS)  # each photo under way is in memory
+
+    async def copy(digest: str) -> None:
+        async with gate:
+            try:
+                size = await source.size(digest)
+                if size is not None and await target.size(digest) == size:
+                    photos.present += 1
+                    return
+                data = await source.get(digest)
+            except NotFound:
+                photos.missing += 1
+                return
+            except StorageFailed as error:
+                photos.unreadable += 1
+                photos.reason = photos.reason or error.detail
+                return
+            await target.put(data)
+            photos.copied += 1
+
+    digests = dict.fromkeys(photo_digest(item) for item in items)
+    await asyncio.gather(*(copy(digest) for digest in digests if digest is not None))
 
 
 async def pages(store: VectorStore, collection: str, size: int = BATCH) -> AsyncIterator[list[Item]]:
@@ -122,6 +176,7 @@ async def import_collection(
     Raises:
         ValueError: the file is none of ours, says no tag, or is damaged; the message names the line or row. Items
             before that are in the collection.
+        InvalidRequest: an item or a setting is not allowed; the message names the file and the item, counted from 1.
         ModelMismatch, Conflict: the collection is of another model or dimension.
     """
     suffix = check_format(path)
@@ -141,12 +196,27 @@ async def import_collection(
         if not made and head.spec is not None:
             await _make(store, name, head.spec)
             made = True
-        await store.upsert(name, items, tag=known)
+        try:
+            await store.upsert(name, items, tag=known)
+        except InvalidRequest as error:
+            where = _first_refused(items)
+            place = f"item {written + where + 1:,}: " if where is not None else ""
+            raise InvalidRequest(f"{path}: {place}{error.detail}", param=error.param) from error
         written += len(items)
         advance(len(items))
     if not made and head.spec is not None:  # an empty collection is one too
         await _make(store, name, head.spec)
     return Copied(written, 0, await store.count(name) if written or head.spec else 0)
+
+
+def _first_refused(items: Sequence[Item]) -> int | None:
+    """Where the first item stands that no store takes."""
+    for place, item in enumerate(items):
+        try:
+            checked_items([item])
+        except InvalidRequest:
+            return place
+    return None
 
 
 def check_format(path: Path) -> str:

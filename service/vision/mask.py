@@ -45,8 +45,12 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
         runs = np.asarray(counts, np.int64)
     else:
         runs = _unpack(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
-    if min(height, width) < 0 or ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
-        raise ValueError(f"the run lengths sum to {runs.sum()}, which does not fill {height} x {width} pixels")
+    pixels = height * width
+    wrong = runs[(runs < 0) | (runs > pixels)]  # each alone first: a sum may wrap around
+    if len(wrong):
+        raise ValueError(f"a run length is {wrong[0]}: 0 to {pixels} is allowed, the {height} x {width} pixels")
+    if min(height, width) < 0 or runs.sum() != pixels:
+        raise ValueError(f"the run lengths sum to {runs.sum()}, not to {pixels}, the {height} x {width} pixels")
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape((height, width), order="F")
 
@@ -69,12 +73,12 @@ def _unpack(text: bytes) -> npt.NDArray[np.int64]:
         return np.zeros(0, np.int64)
     last = (chars & 0x20) == 0
     if chars.min() < 0 or chars.max() > 63 or not last[-1]:
-        raise ValueError("counts is not a compressed COCO run-length string")
+        raise ValueError("not compressed COCO run lengths, such as /v1/segment?format=rle gives")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > _MAX_GROUPS - 1:
-        raise ValueError("counts holds a run length beyond 60 bits")
+        raise ValueError("a run length has more than 60 bits")
     position = np.arange(len(chars)) - np.repeat(starts, lengths)
     values = np.add.reduceat((chars & 0x1F) << (5 * position), starts)
     values -= np.where(chars[ends] & 0x10, np.int64(1) << (5 * lengths), 0)  # the sign

@@ -10,6 +10,7 @@ pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1).
 """
 
 import math
+import reprlib
 from typing import Any, Final
 
 import numpy as np
@@ -33,7 +34,8 @@ def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
     x, y, width, height = box
     if not all(map(math.isfinite, box)) or min(width, height) <= 0:
         raise InvalidRequest(
-            f"region.box {list(box)} has no area: it is [x, y, width, height] in pixels", param="region"
+            f"region.box {list(box)} has no area: it is [x, y, width, height] in pixels, the last two above 0",
+            param="region",
         )
     rows = _overlap(np.array([[y, y + height]]), crop_box[1], crop_box[3], grid[0])  # [h, 1]
     columns = _overlap(np.array([[x, x + width]]), crop_box[0], crop_box[2], grid[1])  # [w, 1]
@@ -53,17 +55,20 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
     """
     if list(rle["size"]) != list(size):
         raise InvalidRequest(
-            f"region.mask is of {list(rle['size'])} and the photo of {list(size)} pixels (height, width; upright)",
+            f"region.mask.size is {list(rle['size'])} and the photo of {list(size)} pixels (height, width; upright)",
             param="region",
         )
     if isinstance(rle["counts"], list) and not {int}.issuperset(map(type, rle["counts"])):
-        raise InvalidRequest("region.mask: counts is a string, or a list of whole numbers", param="region")
+        wrong = next(run for run in rle["counts"] if type(run) is not int)
+        raise InvalidRequest(
+            f"region.mask.counts is a string, or a list of whole numbers; {reprlib.repr(wrong)} is none", param="region"
+        )
     try:
         mask = coco_rle_decode(rle)
     except (ValueError, OverflowError) as error:
-        raise InvalidRequest(f"region.mask: {error}", param="region") from error
+        raise InvalidRequest(f"region.mask.counts: {error}", param="region") from error
     if not mask.any():
-        raise InvalidRequest("region.mask is empty", param="region")
+        raise InvalidRequest("region.mask is empty: at least one pixel must be in it", param="region")
     return _seen(_covered(mask, crop_box, grid), crop_box, "region.mask")
 
 

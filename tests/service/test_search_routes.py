@@ -145,7 +145,7 @@ async def test_combine_is_the_weighted_sum_of_unit_vectors(tmp_path):
     assert pairs(found["data"]) == plain(items, by_hand, exclude=["p01", "p02"])
     assert len(found["data"]) == 10  # as many as asked for, without those two
     assert "cancel out" in cancelled["detail"]
-    assert "cancel out" in nothing["detail"]
+    assert "so nothing counts: at least one must not be 0" in nothing["detail"]
     assert [error["index"] for error in bad["errors"]] == [1]
 
 
@@ -189,7 +189,7 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
     assert pairs(by_box["data"]) == [(i, pytest.approx(s, abs=2e-2)) for i, s in plain(items, in_box.ravel() @ tokens)]
     assert [h["id"] for h in by_mask["data"]] == [i for i, _ in plain(items, in_mask.ravel() @ tokens)]
     assert pairs(whole["data"]) == pairs(whole_image["data"]) == pairs(everything["data"])
-    assert "exactly one of box and mask" in both["detail"]
+    assert "exactly one of box and mask is needed, not box and mask" in both["detail"]
 
 
 @pytest.mark.parametrize(
@@ -197,23 +197,34 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
     [
         ({"box": [0, 0, 5.9, 32]}, "crop box [6.0, 2.0, 28.0, 28.0]"),
         ({"box": [-100, -100, 5, 5]}, "outside what the network saw"),
-        ({"box": [10, 10, 0, 5]}, "no area"),
-        ({"box": [10, 10, 5, -5]}, "no area"),
-        ({"box": [10, 10, 5]}, "region.box"),
-        ({"box": ["x", 10, 5, 5]}, "region.box"),
+        (
+            {"box": [10, 10, 0, 5]},
+            "region.box [10.0, 10.0, 0.0, 5.0] has no area: it is [x, y, width, height] in pixels",
+        ),
+        ({"box": [10, 10, 5, -5]}, "the last two above 0"),
+        ({"box": [10, 10, 5]}, "region.box: List should have at least 4 items after validation, not 3"),
+        ({"box": ["x", 10, 5, 5]}, "region.box.0: Input should be a valid number, not 'x'"),
+        ({"box": [10, 10, "5", 5]}, "region.box.2: Input should be a valid number, not '5'"),
+        ({"box": [10, True, 5, 5]}, "region.box.1: Input should be a valid number, not True"),
         ({"box": [1e308, 1e308, 1e308, 1e308]}, "outside"),
-        ({}, "exactly one of box and mask"),
-        ({"mask": {"size": [40, 32], "counts": [0, 1280]}}, "[40, 32] and the photo of [32, 40]"),
+        ({}, "region: exactly one of box and mask is needed, not none"),
+        ({"mask": {"size": [40, 32], "counts": [0, 1280]}}, "region.mask.size is [40, 32] and the photo of [32, 40]"),
+        ({"mask": 7}, "region.mask: Input should be an object, not 7"),
         ({"mask": {"size": [10**9, 10**9], "counts": "0"}}, "photo of [32, 40]"),
-        ({"mask": {"size": [32, 40], "counts": [1280]}}, "is empty"),
-        ({"mask": {"size": [32, 40], "counts": [0, 10]}}, "does not fill"),
-        ({"mask": {"size": [32, 40], "counts": [2**60] * 16 + [1280]}}, "does not fill"),  # the sum wraps around
+        ({"mask": {"size": [32, 40], "counts": [1280]}}, "region.mask is empty: at least one pixel must be in it"),
+        ({"mask": {"size": [32, 40], "counts": [0, 10]}}, "region.mask.counts: the run lengths sum to 10, not to 1280"),
+        ({"mask": {"size": [32, 40], "counts": [0, -1, 1281]}}, "region.mask.counts: a run length is -1: 0 to 1280"),
+        (
+            {"mask": {"size": [32, 40], "counts": [2**60] * 16 + [1280]}},
+            f"is {2**60}: 0 to 1280",
+        ),  # the sum wraps around
         ({"mask": {"size": [32, 40], "counts": [2**64 - 1]}}, "region.mask"),
-        ({"mask": {"size": [32, 40], "counts": [1.5, "x"]}}, "whole numbers"),
-        ({"mask": {"size": [32, 40], "counts": "not run lengths \x00"}}, "region.mask"),
-        ({"mask": {"size": [32, 40], "counts": None}}, "region.mask.counts"),
-        ({"mask": {"size": [32], "counts": "0"}}, "region.mask.size"),
-        ({"mask": {"size": [32, 40], "counts": "0" * 1_000_001}}, "region.mask.counts"),
+        ({"mask": {"size": [32, 40], "counts": [1, 1.5, "x"]}}, "or a list of whole numbers; 1.5 is none"),
+        ({"mask": {"size": [32, 40], "counts": [True, 1279]}}, "or a list of whole numbers; True is none"),
+        ({"mask": {"size": [32, 40], "counts": "not run lengths \x00"}}, "region.mask.counts: not compressed COCO run"),
+        ({"mask": {"size": [32, 40], "counts": None}}, "at most 1,000,000 long, is needed, not None"),
+        ({"mask": {"size": [32], "counts": "0"}}, "region.mask.size: List should have at least 2 items"),
+        ({"mask": {"size": [32, 40], "counts": "0" * 1_000_001}}, "region.mask.counts: a COCO run-length string, or"),
         ({"box": [10, 10, 5, 5], "polygon": []}, "region.polygon: unknown field"),
     ],
 )
@@ -236,6 +247,56 @@ async def test_a_region_needs_vectors_of_pooling_mean(tmp_path):
     assert "made with pooling mean" in answer["detail"]
     assert run.engine.images == 0
     assert broken["code"] == "invalid_request"
+
+
+async def test_a_part_of_weight_0_counts_nothing(tmp_path):
+    store = DictStore()
+    async with running(tmp_path, store=store) as run:
+        items = await fill(run, store)
+        some = await ask(run, {"combine": [{"id": "p01"}, {"id": "p02", "weight": 0}]})
+        for weights in ([0], [0, 0.0, -0.0]):
+            none = await ask(run, {"combine": [{"id": "p01", "weight": weight} for weight in weights]}, 422)
+            assert none["param"] == "combine"
+            assert f"combine: the weights are {[float(w) for w in weights]}, so nothing counts" in none["detail"]
+            assert "at least one must not be 0" in none["detail"]
+    assert pairs(some["data"]) == plain(items, items[1].vector, exclude=["p01", "p02"])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"k": True}, "k: Input should be a valid integer from 1 to 1000, not True"),
+        ({"k": "5"}, "k: Input should be a valid integer from 1 to 1000, not '5'"),
+        ({"k": 1.5}, "k: Input should be a valid integer from 1 to 1000, not 1.5"),
+        ({"offset": "1"}, "offset: Input should be a valid integer from 0 to 10000, not '1'"),
+        ({"score_threshold": "0.5"}, "score_threshold: Input should be a valid number, not '0.5'"),
+        ({"params": {"exact": "yes"}}, "params.exact: Input should be a valid boolean, not 'yes'"),
+        ({"queries": [{"id": "p01", "k": True}]}, "[0] k: Input should be a valid integer from 1 to 1000, not True"),
+        ({"combine": [{"id": "p01", "weight": "2"}]}, "combine.0.weight: Input should be a valid number, not '2'"),
+        ({"combine": [{"id": "p01", "weight": True}]}, "combine.0.weight: Input should be a valid number, not True"),
+        ({"combine": [5]}, "combine.0: Input should be an object, not 5"),
+        ({"combine": [{"id": "p01"}] * 17}, "combine: List should have at most 16 items after validation, not 17"),
+        ({"combine": [{"id": "\n"}]}, "combine.0.id '\\n' is not allowed: 1 to 256 printable characters"),
+        ({"combine": [{"id": "p01"}, {"vector": [0, 0]}]}, "combine.1.vector: 2 zeros have no direction"),
+        (
+            {"combine": [{"id": "p01"}, {"id": "p01", "weight": -1}]},
+            "combine: with the weights [1.0, -1.0] the vectors cancel out",
+        ),
+    ],
+)
+async def test_values_of_another_type_and_parts_that_make_no_sense(tmp_path, body, words):
+    """JSON has types: what is no number there is none. In forms and addresses everything is text."""
+    store = DictStore()
+    form = {} if "queries" in body or "combine" in body else {"id": "p00"}
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, count=2)
+        answer = await ask(run, {**form, **body}, 422)
+        text = await run.client.post(
+            SEARCH, params={"k": "true"}, content=photo(), headers={"Content-Type": "image/png"}
+        )
+    assert words in answer["detail"]
+    assert len(answer["detail"]) < 400
+    assert "k: Input should be a valid integer from 1 to 1000, not 'true'" in text.json()["detail"]
 
 
 # What is done with what is found

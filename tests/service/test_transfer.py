@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, StorageFailed
+from service.originals import Originals, photo_digest, source_of
 from service.search.collection_files import spec_from, spec_text
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, Item, normalised
-from service.search.transfer import Copied, copy_collection, export_collection, import_collection
+from service.search.transfer import Copied, Photos, copy_collection, export_collection, import_collection
 from tests.dict_store import DictStore
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
@@ -23,6 +25,19 @@ import pyarrow.parquet as pq  # noqa: E402
 TAG = "f" * 64 + "/cls/l2/28x28/fp32"
 SPEC = CollectionSpec(TAG, 5, index=IndexSpec("hnsw", m=16), indexed=("brand", "shelf.row"), originals=True)
 FORMATS = ["parquet", "npz", "jsonl"]
+CRAFTED: list[tuple[dict[str, Any], str]] = [
+    ({**asdict(SPEC), **change}, words)
+    for change, words in [
+        ({"dimension": 10**9}, "dimension=1000000000 is not allowed: a whole number, 1 to 8,192"),
+        ({"dimension": "5"}, "dimension='5' is not allowed"),
+        ({"dtype": "int8"}, "dtype='int8' is not allowed: one of float32, float16"),
+        ({"index": {"kind": "nonsense"}}, "index.kind='nonsense' is not allowed: one of auto, flat,"),
+        ({"index": {"target_recall": "x"}}, "index.target_recall='x' is not allowed: a number, 0.5 to 1.0"),
+        ({"index": {"target_recall": 7}}, "index.target_recall=7 is not allowed"),
+        ({"indexed": ["a'b"]}, 'indexed: key "a\'b" is not allowed'),
+        ({"originals": "yes"}, "originals='yes' is not allowed: true or false"),
+    ]
+]
 
 
 class ExactStore(DictStore):
@@ -93,6 +108,57 @@ async def test_copy_says_when_the_counts_differ() -> None:
         await copy_collection(source, target, "shop", "other")
 
 
+async def test_copy_takes_the_photos_that_items_lead_to(tmp_path: Path) -> None:
+    """Those of items that were there too, each once, and before the item is written."""
+    here, there = Originals(tmp_path / "here"), Originals(tmp_path / "there")
+    digests = [await here.put(f"photo {index}".encode()) for index in range(30)]
+    source = ExactStore()
+    await source.create("shop", SPEC)
+    some = [replace(one, digest=digest) for one, digest in zip(items(30), digests, strict=True)]
+    some[0] = replace(some[0], digest=None, source=source_of(digests[1]))  # two items, one photo
+    some[2] = replace(some[2], digest=None, source=None)
+    some[3] = replace(some[3], digest="0" * 64)  # is not stored
+    await source.upsert("shop", some, tag=TAG)
+
+    class Checking(ExactStore):
+        async def upsert(self, collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
+            for item in items:
+                digest = photo_digest(item)
+                assert digest in (None, "0" * 64) or await there.get(digest)
+            return await super().upsert(collection, items, **options)
+
+    target = Checking()
+    await target.create("shop", SPEC)
+    await there.put(b"photo 5")
+    done = await copy_collection(source, target, "shop", originals=(here, there))
+    assert done == Copied(30, 0, 30, Photos(copied=26, present=1, missing=1))
+    assert (await there.get(digests[1]), await there.get(digests[29])) == (b"photo 1", b"photo 29")
+    for unwanted in (digests[0], digests[2], digests[3]):
+        assert await there.size(unwanted) is None
+    third = Originals(tmp_path / "third")
+    done = await copy_collection(source, target, "shop", originals=(here, third))
+    assert done == Copied(0, 30, 30, Photos(copied=27, missing=1))
+    same = Originals(f"file://{tmp_path}/here/")
+    assert (await copy_collection(source, target, "shop", originals=(here, same))).photos is None
+
+
+async def test_a_photo_that_cannot_be_stored_ends_the_copy_before_its_item_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = Originals(tmp_path / "here"), Originals(tmp_path / "there")
+    source, target = ExactStore(), ExactStore()
+    await source.create("shop", SPEC)
+    await source.upsert("shop", [replace(items(1)[0], digest=await here.put(b"photo"))], tag=TAG)
+
+    async def full(data: bytes) -> str:
+        raise StorageFailed("the photo cannot be stored: No space left on device")
+
+    monkeypatch.setattr(there, "put", full)
+    with pytest.raises(StorageFailed, match="No space left"):
+        await copy_collection(source, target, "shop", originals=(here, there))
+    assert await target.count("shop") == 0
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("count", [0, 1, 2500])
 async def test_files_give_back_what_was_written(tmp_path: Path, suffix: str, count: int) -> None:
@@ -107,11 +173,45 @@ async def test_files_give_back_what_was_written(tmp_path: Path, suffix: str, cou
 
 def test_specs_are_read_as_they_were_written() -> None:
     assert spec_from(spec_text(SPEC)) == SPEC
-    wrong: list[Any] = [1, {}, {**asdict(SPEC), "more": 1}, {**asdict(SPEC), "dimension": "5"}]
-    wrong += [{**asdict(SPEC), "dimension": 0}, {**asdict(SPEC), "index": {"sort": "x"}}]
-    for body in wrong:
-        with pytest.raises(ValueError, match="settings cannot be read"):
+    wrong: list[tuple[Any, str]] = [
+        (1, "an object with tag, dimension and index is needed"),
+        ({}, "an object with tag, dimension and index is needed"),
+        ({**asdict(SPEC), "more": 1}, "'more' is no setting"),
+        ({**asdict(SPEC), "index": {"sort": "x"}}, "'sort' is no setting"),
+        ({**asdict(SPEC), "indexed": "brand"}, "indexed='brand' is not allowed"),
+        *((body, words) for body, words in CRAFTED),
+    ]
+    for body, words in wrong:
+        with pytest.raises(ValueError, match=re.escape(words)):
             spec_from(json.dumps(body))
+    for text in ("{", "[" * 100_000, '{"tag": ' + "1" * 5000 + "}"):
+        with pytest.raises(ValueError, match="settings cannot be read"):
+            spec_from(text)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(("spec", "words"), CRAFTED)
+async def test_a_file_with_settings_that_no_collection_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, spec: dict[str, Any], words: str
+) -> None:
+    """Refused before anything is made, and the message names the file."""
+    path = tmp_path / f"shop.{suffix}"
+    monkeypatch.setattr("service.search.collection_files.asdict", lambda _: spec)
+    await export_collection(await filled(3), "shop", path)
+    monkeypatch.undo()
+    store = DictStore()
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        await import_collection(store, "shop", path)
+    assert str(path) in str(caught.value)
+    assert await store.collections() == []
+
+
+async def test_a_vector_that_is_too_long_makes_no_collection(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", ids=np.array(["a"]), vectors=np.ones((1, 8193), np.float32))
+    store = DictStore()
+    with pytest.raises(InvalidRequest, match="dimension=8193 is not allowed: a whole number, 1 to 8,192"):
+        await import_collection(store, "shop", tmp_path / "x.npz", tag=TAG)
+    assert await store.collections() == []
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -265,6 +365,30 @@ async def test_what_the_store_refuses_is_said_by_the_store(tmp_path: Path) -> No
     np.savez(tmp_path / "x.npz", ids=np.array(["new\nline"]), vectors=np.ones((1, 5), np.float32))
     with pytest.raises(InvalidRequest, match="printable"):
         await import_collection(DictStore(), "shop", tmp_path / "x.npz", tag=TAG)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"id": "a" * 257}, "1 to 256 printable characters"),
+        ({"id": "new\nline"}, "1 to 256 printable characters"),
+        ({"metadata": {"a": "x" * 70_000}}, "at most 65,536 are accepted"),
+        ({"metadata": {"a": "\0"}}, "must not hold the character U+0000"),
+        ({"metadata": {"a": float("nan")}}, "metadata must be a JSON object"),
+        ({"metadata": json.loads('{"a":' * 300 + "1" + "}" * 300)}, "metadata must be a JSON object"),
+        ({"source": "x" * 2049}, "1 to 2048 printable characters"),
+        ({"digest": "DEADBEEF"}, "the sha256 in 64 hex digits"),
+    ],
+)
+async def test_an_item_that_the_api_would_refuse_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    good = [{"id": f"i{index}", "vector": [1.0, 2.0]} for index in range(1100)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*good, {**good[0], "id": "bad", **change}, *good[:5]]))
+    store = DictStore()
+    with pytest.raises(InvalidRequest, match=re.escape(words)) as caught:
+        await import_collection(store, "shop", path, tag=TAG)
+    assert f"{path}: item 1,101: " in caught.value.detail
+    assert await store.count("shop") == 1000
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])

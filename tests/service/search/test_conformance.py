@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -116,6 +117,22 @@ async def test_create_is_idempotent_and_refuses_another_spec(store: VectorStore)
         with pytest.raises(Conflict):
             await store.create("c", other)
     assert await store.info("c") == CollectionInfo("c", spec, 2)
+
+
+async def test_settings_that_are_not_allowed_make_no_collection(store: VectorStore) -> None:
+    for wrong, words in [
+        (replace(SPEC, dimension=10**9), "dimension=1000000000 is not allowed: a whole number, 1 to 8,192"),
+        (replace(SPEC, index=IndexSpec("hnsw", m=1)), "index.m=1 is not allowed: a whole number, 2 to 256"),
+        (replace(SPEC, index=IndexSpec(target_recall=7)), "index.target_recall=7 is not allowed: a number, 0.5 to 1.0"),
+        (replace(SPEC, indexed=("a..b",)), "indexed: key 'a..b' is not allowed"),
+    ]:
+        with pytest.raises(InvalidRequest, match=re.escape(words)):
+            await store.create("c", wrong)
+    with pytest.raises(InvalidRequest, match="dimension=8193 is not allowed"):
+        await store.upsert("c", [Item("a", np.ones(8193, np.float32))], tag=TAG)
+    with pytest.raises(InvalidRequest, match="tag='' is not allowed: 1 to 256 printable characters"):
+        await store.upsert("c", items(1), tag="")
+    assert await store.collections() == []
 
 
 async def test_create_refuses_the_name_of_an_alias(store: VectorStore) -> None:

@@ -1,0 +1,73 @@
+"""Snapshots that somebody else has made or changed: everything that a write would refuse is refused by a restore."""
+
+import sqlite3
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.errors import StorageFailed
+from service.search.embedded import EmbeddedStore
+from service.search.store import Item
+
+TAG = "f" * 64 + "/cls/l2/224x224/fp32"
+D = 8
+ZERO_CRC = 420107693  # of 8 zeros in float32
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
+    made = EmbeddedStore(tmp_path, threads=2, interval_s=60.0)
+    yield made
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        (["UPDATE collections SET spec = replace(spec, '\"auto\"', '\"nonsense\"')"], "index.kind='nonsense' is not"),
+        (["UPDATE collections SET spec = replace(spec, '0.98', '7')"], "target_recall=7 is not allowed: a number, 0.5"),
+        (["UPDATE collections SET spec = replace(spec, '0.98', '\"x\"')"], "target_recall='x' is not allowed"),
+        (["UPDATE collections SET spec = replace(spec, ': 8,', ': 1000000000,')"], "dimension=1000000000 is not"),
+        (["UPDATE collections SET spec = replace(spec, '[]', '[\"a'') x\"]')"], "indexed: key"),
+        (["UPDATE collections SET spec = '{'"], "settings cannot be read"),
+        (["UPDATE collections SET spec = '[]'"], "settings cannot be read"),
+        (['UPDATE collections SET spec = \'{"index": {"sort": 1}}\''], "settings cannot be read"),
+        (["DELETE FROM collections"], "settings cannot be read"),
+        (["UPDATE items_1 SET id = 'new' || char(10) || 'line' WHERE number = 7"], "item number 7: id 'new"),
+        (["UPDATE items_1 SET id = x'00ff' WHERE number = 7"], "item number 7: its id"),
+        (["UPDATE items_1 SET metadata = '[1]' WHERE number = 7"], "item number 7: its metadata is no JSON object"),
+        (["UPDATE items_1 SET metadata = '{' WHERE number = 7"], "item number 7: Expecting"),
+        (["UPDATE items_1 SET metadata = '{\"a\": NaN}' WHERE number = 7"], "item number 7: metadata must be"),
+        (['UPDATE items_1 SET metadata = \'{"a": "\\u0000"}\' WHERE number = 7'], "the character U+0000"),
+        (["UPDATE items_1 SET metadata = x'7b7d' WHERE number = 7"], "item number 7: its id, metadata"),
+        (["UPDATE items_1 SET source = '' WHERE number = 7"], "item number 7: source '' is not allowed"),
+        (["UPDATE items_1 SET digest = 'DEADBEEF' WHERE number = 7"], "item number 7: digest 'DEADBEEF' is not"),
+        (
+            [f"UPDATE {table}_1 SET number = 9223372036854775807 WHERE number = 20" for table in ("items", "vectors")],
+            "items and vectors differ",
+        ),
+        (
+            [f"UPDATE vectors_1 SET vector = zeroblob(32), crc = {ZERO_CRC} WHERE number = 7"],
+            "a vector has not length 1",
+        ),
+    ],
+)
+async def test_a_crafted_snapshot_is_refused_and_leaves_nothing(
+    store: EmbeddedStore, statement: list[str], words: str
+) -> None:
+    assert zlib.crc32(bytes(32)) == ZERO_CRC
+    vectors = np.random.default_rng(0).normal(size=(20, D))
+    await store.upsert("c", [Item(f"i{n}", vector, {"n": n}) for n, vector in enumerate(vectors)], tag=TAG)
+    taken = await store.snapshot("c")
+    with closing(sqlite3.connect(await store.snapshot_path("c", taken.name), isolation_level=None)) as db:
+        for one in statement:
+            assert db.execute(one).rowcount == 1
+    with pytest.raises(StorageFailed) as caught:
+        await store.restore("again", "c", taken.name)
+    assert words in caught.value.detail
+    (hidden,) = await store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone())
+    assert hidden == 1
