@@ -13,7 +13,8 @@ photos, so they are not uniform); queries are new samples of it, and the truth i
     filters  that pass 0.001 %, 0.1 %, 10 % and 50 % of the items, and one that passes only what is far from the query
     memory   of a fresh process that opens one engine and answers 1,000 queries
     open     of a fresh process, files in the page cache
-    http     (with --http) the service as its own process, beside empty servers that read the same body; a lean client
+    http     (with --http) the service as its own process, and as two processes on the same folder with half of the
+             clients each; beside empty servers that read the same body; a lean client
 
 Every part runs in processes of its own. Above 100,000 vectors the peers and our kind `flat` are left out unless named,
 and bare faiss's HNSW is our own segment's graph and vectors, opened by faiss. An engine that is slow takes part in
@@ -418,13 +419,16 @@ def http_part(folder: Path, given: argparse.Namespace) -> Rows:
         head = f"POST /v1/collections/{NAME}/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         requests.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     spawn = multiprocessing.get_context("spawn")
-    ports = {f"ours {kind}": free_port(), "empty fastapi": free_port(), "empty asgi": free_port()}
-    floors = [spawn.Process(target=peers.serve_nothing, args=(name, ports[name])) for name in list(ports)[1:]]
+    ours, floor_ports = [free_port(), free_port()], {"empty fastapi": free_port(), "empty asgi": free_port()}
+    ports = {f"ours {kind}": ours[:1], f"ours {kind}, 2 processes": ours}
+    ports |= {name: [port] for name, port in floor_ports.items()}
+    floors = [spawn.Process(target=peers.serve_nothing, args=pair) for pair in floor_ports.items()]
     try:
         for floor in floors:
             floor.start()
         with (
-            service_process(peers.BUNDLED, folder / kind, ports[f"ours {kind}"]),
+            service_process(peers.BUNDLED, folder / kind, ours[0]),
+            service_process(peers.BUNDLED, folder / kind, ours[1]),
             ProcessPoolExecutor(1, spawn) as pool,
         ):
             return http_rows(ports, lambda *what: pool.submit(peers.load, *what).result(), requests, given.seconds)
@@ -435,7 +439,10 @@ def http_part(folder: Path, given: argparse.Namespace) -> Rows:
 
 
 def http_rows(
-    ports: dict[str, int], send: Callable[..., tuple[float, np.ndarray, bytes]], requests: list[bytes], seconds: float
+    ports: dict[str, list[int]],
+    send: Callable[..., tuple[float, np.ndarray, bytes]],
+    requests: list[bytes],
+    seconds: float,
 ) -> Rows:
     rows: dict[str, dict[str, Any]] = {name: {"server": name, "request_bytes": len(requests[0])} for name in ports}
     for name, port in ports.items():

@@ -409,8 +409,8 @@ class Client(asyncio.Protocol):
             self.done.set_exception(error or ConnectionResetError("the server has closed the connection"))
 
 
-def load(port: int, requests: list[bytes], clients: int, seconds: float) -> tuple[float, np.ndarray, bytes]:
-    """Answers/s, the seconds of each, and one answer."""
+def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) -> tuple[float, np.ndarray, bytes]:
+    """Answers/s, the seconds of each, and one answer; clients take turns among the ports."""
 
     async def run() -> tuple[float, np.ndarray, bytes]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
@@ -418,6 +418,7 @@ def load(port: int, requests: list[bytes], clients: int, seconds: float) -> tupl
         for n in range(clients):
             client = Client(requests, n * len(requests) // clients, started + seconds)
             made.append(client)
+            port = ports[n % len(ports)]
             await loop.create_connection(lambda client=client: client, "127.0.0.1", port)  # type: ignore[misc]
         await asyncio.gather(*(client.done for client in made))
         times = np.concatenate([client.seconds for client in made])

@@ -11,6 +11,7 @@ the process does not wait for its threads: Python would join one that is stuck i
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -143,6 +144,8 @@ class DrainingServer(uvicorn.Server):
             await self._close()
             where = f"{self.config.host}:{self.config.port}"
             raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
+        gc.collect()
+        gc.freeze()  # what is there now stays, and looking through it again and again would hold up requests
         print(greeting(self._service, self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:

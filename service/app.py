@@ -13,6 +13,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import ASGIApp
 
 from model.artifact import Artifact
 from model.engine import Engine
@@ -34,7 +36,6 @@ from service.routes import (
     search,
     segment,
 )
-from service.routes.direct import add_routes
 from service.search.opening import open_store
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -73,7 +74,7 @@ def create_app(
             yield
             service.draining = True
 
-    app = FastAPI(
+    app = _App(
         title="dinov2-service",
         version=_version(),
         description=DESCRIPTION,
@@ -82,12 +83,20 @@ def create_app(
     )
     app.state.service = service
     app.state.cache_status = "ok"  # what /readyz has logged last
-    for resource in (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health):
-        add_routes(app, resource.router)
+    resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health)
+    # In front of the framework's own, and not wrapped once more, as `include_router` would.
+    app.router.routes[:0] = [route for resource in resources for route in resource.router.routes]
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _framework_error)
-    app.add_middleware(Border, service=service)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI with the border around its router instead of its own layers, each of which a search would feel; what they
+    do (errors, a limit on bodies, exit stacks of dependencies) the border does, or no route needs."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)), self.state.service)
 
 
 async def _start(

@@ -96,5 +96,7 @@ def configure_logging(level: str) -> None:
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
     """The one line of a request. No body, no image, no query string."""
+    if not access_log.isEnabledFor(logging.INFO):
+        return
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}
     access_log.info("request", extra={"fields": {**line, "ms": round(seconds * 1e3, 2)}})

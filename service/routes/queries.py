@@ -25,9 +25,9 @@ from service.routes.uploads import (
     check_count,
     check_fields,
     decode_texts,
+    json_of,
     media_type,
     parse_options,
-    read_json,
     read_upload,
 )
 from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
@@ -179,7 +179,7 @@ async def read_search(request: Request, settings: Settings) -> Asked:
         check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
         options = parse_options(SearchOptions, _from_text(upload.fields))
         return Asked([reader.ranked("image", (Part(image=upload.images[0]),), options)], options.model)
-    fields = await read_json(request)
+    fields = await json_of(request)
     body = _parsed(SearchIn, fields)
     if body.queries is None:
         if "on_error" in fields:

@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import faiss
 import numpy as np
@@ -52,12 +51,16 @@ AT_ONCE_K: Final = 100
 TIED: Final = 1024
 """How deep an approximate search goes to tell which of very many equal scores have the smallest ids. The same depth for
 every k below it, so that pages do not overlap."""
+IN_TURN: Final = 4
+"""How many of one task come after each other before it gives way to others."""
 ATTEMPTS: Final = 100
 """Of a search with a filter; after them it is not a write in between, and the thread must not turn for ever."""
 
 
-@dataclass(frozen=True)
-class _Query:
+_USUAL: Final = SearchParams()
+
+
+class _Query(NamedTuple):
     """One call of `search`."""
 
     collection: str
@@ -85,7 +88,9 @@ class Searcher:
         self._connect = connect
         self._selections = Selections()
         self._local = threading.local()
-        self._searching = 0
+        self._searching = 0  # in the search threads
+        self._first: asyncio.Task[Any] | None = None  # to search in this turn of the event loop
+        self._in_turn = 0  # searches of that task
         self._seconds: dict[str, float] = {}  # a collection's usual search
         self._known: tuple[int, dict[str, View]] = (0, {})  # a stamp, and views by name or alias while it stands
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
@@ -102,23 +107,35 @@ class Searcher:
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        query = _Query(
-            check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or SearchParams()
-        )
+        query = _Query(check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or _USUAL)
         answers: list[list[Hit]]
         if where is not None:
             answers = await self._filtering.do(query, object())
             return answers
-        alike = (collection, k, tag, query.params, query.vectors.shape[1])
+        if await self._is_alone() and (found := self._at_once(query)) is not None:
+            return found
         self._searching += 1
         try:
-            await asyncio.sleep(0)  # whoever else is ready to search counts itself now
-            if self._searching == 1 and (found := self._at_once(query)) is not None:
-                return found
-            answers = await self._workers.do(query, alike)
+            answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1]))
             return answers
         finally:
             self._searching -= 1
+
+    async def _is_alone(self) -> bool:
+        """Whether no other task searches now, in a thread or in this turn of the event loop."""
+        task = asyncio.current_task()
+        if self._first is None:
+            self._first, self._in_turn = task, 0
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        if self._first is not task or self._searching:
+            return False
+        self._in_turn += 1
+        if self._in_turn > IN_TURN:
+            await asyncio.sleep(0)
+        return not self._searching
+
+    def _next_turn(self) -> None:
+        self._first = None
 
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
         """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
@@ -128,7 +145,7 @@ class Searcher:
         usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
         if usual > AT_ONCE_S or view is None or stamp != self._stamp.read():
             return None
-        if query.k > AT_ONCE_K or query.params != SearchParams():
+        if query.k > AT_ONCE_K or query.params != _USUAL:
             return None
         if not getattr(self._local, "alone", False):
             faiss.omp_set_num_threads(1)
@@ -239,11 +256,11 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
     """Candidates (score, place) with their ids and metadata; the k best, equal scores by id."""
     hits = []
-    for score, place in best:
-        try:
-            item_id, metadata, source = orjson.loads(view.payload(place))
-        except ValueError as error:
-            raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
-        hits.append(Hit(item_id, min(1.0, max(-1.0, score)), metadata, source))
+    try:
+        for (score, _), payload in zip(best, view.payloads([place for _, place in best]), strict=True):
+            item_id, metadata, source = orjson.loads(payload)
+            hits.append(Hit(item_id, score if -1 <= score <= 1 else round(score), metadata, source))
+    except ValueError as error:
+        raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
     hits.sort(key=lambda hit: (-hit.score, hit.id))
     return hits[:k]

@@ -10,6 +10,7 @@ import bisect
 import logging
 import sqlite3
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -169,6 +170,8 @@ class View:
         """The k nearest [q, k] of all, or of what a filter allows; `widen` multiplies efSearch and nprobe."""
         if allowed is not None:
             return self._search_among(queries, k, params, allowed, widen)
+        if len(self.parts) == 1 and not len(self.tail.numbers):
+            return _all_of(self.parts[0], queries, k, params, widen)
         found = [
             _moved(_all_of(part, queries, k, params, widen), start)
             for part, start in zip(self.parts, self.starts, strict=False)
@@ -177,15 +180,14 @@ class View:
             found.append(_moved(self.tail.search(queries, k), self.starts[-1]))
         return merged(found or [nothing(len(queries))], k)
 
-    def payload(self, place: int) -> bytes:
-        """What an answer says of the item at a place: JSON [id, metadata, source]."""
-        part = bisect.bisect_right(self.starts, place) - 1
-        position = place - self.starts[part]
-        where: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
-        if self.edited and (changed := self.edited.get(int(where.numbers[position]))) is not None:
-            return changed
-        kept: bytes = where.payloads[position]
-        return kept
+    def payloads(self, places: Sequence[int]) -> Iterator[bytes]:
+        """What an answer says of the item at each of these places: JSON [id, metadata, source]."""
+        for place in places:
+            part = bisect.bisect_right(self.starts, place) - 1
+            position = place - self.starts[part]
+            where: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
+            changed = self.edited.get(int(where.numbers[position])) if self.edited else None
+            yield where.payloads[position] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
         """Segments and tail, for people."""
@@ -225,7 +227,7 @@ def _all_of(part: LivePart, queries: Floats, k: int, params: SearchParams, widen
     are not all linked in a graph, nor in the lists that are looked at)."""
     found = part.segment.search(queries, k, part.alive, params, widen)
     there = min(k, len(part.segment.numbers) - len(part.dead))
-    if there and (found.places[:, there - 1] < 0).any():
+    if there and min(found.places[:, there - 1].tolist()) < 0:
         return part.segment.search(queries, k, part.alive, replace(params, exact=True))
     return found
 

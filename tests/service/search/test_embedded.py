@@ -672,8 +672,8 @@ async def test_more_equal_vectors_than_are_looked_at(
     await store.upsert("c", [Item(f"i{n:04d}", np.ones(16)) for n in range(3000)], tag=TAG)
     await store.settle("c")
     read: list[int] = []
-    payload = View.payload
-    monkeypatch.setattr(View, "payload", lambda view, place: read.append(place) or payload(view, place))
+    payloads = View.payloads
+    monkeypatch.setattr(View, "payloads", lambda view, places: read.extend(places) or payloads(view, places))
     pages = []
     for k in (1, 10, 50, 200):
         read.clear()
@@ -713,6 +713,25 @@ async def test_only_a_quick_search_is_answered_in_the_event_loop(store: Embedded
         assert len(threads) == 3
     finally:
         searcher._hits = hits_of
+
+
+async def test_searches_in_a_row_let_others_run(store: EmbeddedStore) -> None:
+    """Each is answered without waiting for anything, so nothing else would get a turn."""
+    await store.upsert("c", items(300), tag=TAG)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(other())
+    vectors = clustered(200, seed=5)
+    for n in range(200):
+        await store.search("c", vectors[n : n + 1], 5, tag=TAG)
+    beside.cancel()
+    assert turns >= 200 // searcher.IN_TURN - 1
 
 
 async def test_a_slow_filter_holds_up_no_search_without_one(
