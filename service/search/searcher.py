@@ -244,7 +244,11 @@ def _nearest(find: Callable[..., Found], vectors: Floats, k: int, deepest: int) 
 def _found(find: Callable[..., Found], vectors: Floats, depth: int) -> list[list[tuple[float, int]]]:
     found = find(vectors, k=depth)
     return [
-        [(round(score, DIGITS), place) for score, place in zip(scores, places, strict=True) if place >= 0]
+        [
+            (min(1.0, max(-1.0, round(score, DIGITS))), place)
+            for score, place in zip(scores, places, strict=True)
+            if place >= 0
+        ]
         for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
     ]
 
@@ -259,7 +263,7 @@ def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
     try:
         for (score, _), payload in zip(best, view.payloads([place for _, place in best]), strict=True):
             item_id, metadata, source = orjson.loads(payload)
-            hits.append(Hit(item_id, score if -1 <= score <= 1 else round(score), metadata, source))
+            hits.append(Hit(item_id, score, metadata, source))
     except ValueError as error:
         raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
     hits.sort(key=lambda hit: (-hit.score, hit.id))

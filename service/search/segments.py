@@ -148,7 +148,8 @@ class Segment:
         """[n]: the inverted list that each vector is in."""
         inverted, lists = faiss.extract_index_ivf(self.index).invlists, np.empty(len(self.numbers), np.int32)
         for number in range(inverted.nlist):
-            lists[faiss.rev_swig_ptr(inverted.get_ids(number), inverted.list_size(number))] = number
+            if size := inverted.list_size(number):  # of none, faiss makes an array of floats
+                lists[faiss.rev_swig_ptr(inverted.get_ids(number), size)] = number
         return lists
 
     def lists_holding(self, queries: Floats, counts: Numbers, wanted: int) -> int:

@@ -54,6 +54,8 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{name}.{os.getpid()}.part"
         lock = exclusive(aside)  # by which `tidy` knows that it is being written
+        if lock is None:
+            raise StorageFailed("the snapshot: another of this collection is taken in the same moment; try again")
         try:
             _write(source, collection, aside)
             with aside.open("rb") as file:
@@ -62,8 +64,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
             sync_folder(folder)
         finally:
             aside.unlink(missing_ok=True)
-            if lock is not None:
-                lock.close()
+            lock.close()
     return describe(root, collection, name)
 
 
@@ -239,7 +240,7 @@ def is_restoring(root: Path, name: str) -> bool:
 def tidy(root: Path) -> None:
     """Remove the files of snapshots and restores whose process has died."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
-        with suppress(FileNotFoundError):  # finished meanwhile
+        with suppress(OSError):  # finished meanwhile; or not ours to delete, and nothing else may wait for that
             if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := exclusive(path)) is not None:
                 with lock:
                     path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's, of a snapshot

@@ -148,8 +148,10 @@ class Allowed:
 
     @property
     def nbytes(self) -> int:
-        kept = (self._positions, self._bits, self._in_lists)
-        return self.numbers.nbytes + sum(array.nbytes for arrays in kept for array in arrays.values())
+        arrays: list[np.ndarray[Any, Any]] = [self.numbers]
+        for kept in (self._positions, self._bits, self._in_lists):
+            arrays += kept.values()  # in one go: another thread may be adding to it
+        return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True)

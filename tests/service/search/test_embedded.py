@@ -809,3 +809,41 @@ async def test_a_filter_that_passes_only_what_is_far(store: EmbeddedStore, kind:
     same = [len({a.id for a in ours} & {b.id for b in true}) for ours, true in zip(found, truth, strict=True)]
     assert all(len(hits) == 10 for hits in found)
     assert sum(same) / 200 >= 0.99
+
+
+@pytest.mark.parametrize("kind", ["ivf_pq", "rabitq"])
+@pytest.mark.usefixtures("small")
+async def test_a_filter_where_inverted_lists_are_empty(store: EmbeddedStore, kind: Any) -> None:
+    """As when most vectors are equal, and so in one list."""
+    await store.create("c", CollectionSpec(TAG, D, index=IndexSpec(kind)))
+    made = [*np.ones((1500, D)), *clustered(200)]
+    await store.upsert("c", [Item(f"i{n:04d}", v, {"even": n % 2 == 0}) for n, v in enumerate(made)], tag=TAG)
+    await store.settle("c")
+    [part] = store.views._views[1].parts
+    assert len(np.unique(part.segment.lists)) < part.segment.n_lists
+    even = parse_filter({"key": "even", "eq": True})
+    for query in (np.ones((1, D)), clustered(1)):
+        [hits] = await store.search("c", query, 10, tag=TAG, where=even)
+        [truth] = await store.search("c", query, 10, tag=TAG, where=even, params=SearchParams(exact=True))
+        assert [hit.score for hit in hits] == [hit.score for hit in truth]
+
+
+async def test_pages_of_near_equal_vectors_do_not_overlap_in_float16(store: EmbeddedStore) -> None:
+    """Rounded to float16 their lengths differ from 1, so cosines would be above it."""
+    await store.create("c", CollectionSpec(TAG, 32, "float16"))
+    base = np.random.default_rng(0).normal(size=32)
+    near = base + 1e-4 * np.random.default_rng(1).normal(size=(40, 32))
+    await store.upsert("c", [Item(f"i{n:02d}", v) for n, v in enumerate(near)], tag=TAG)
+    [every] = await store.search("c", base[None], 40, tag=TAG)
+    assert all(type(hit.score) is float and hit.score <= 1 for hit in every)
+    for k in range(1, 40, 4):
+        [hits] = await store.search("c", base[None], k, tag=TAG)
+        assert [hit.id for hit in hits] == [hit.id for hit in every[:k]]
+
+
+async def test_what_cannot_be_removed_holds_up_nothing(store: EmbeddedStore, tmp_path: Path) -> None:
+    odd = tmp_path / "snapshots" / "c" / ".odd.1.part"
+    odd.mkdir(parents=True)
+    os.utime(odd, (1e9, 1e9))
+    snapshots.tidy(tmp_path / "snapshots")
+    assert odd.is_dir()
