@@ -78,10 +78,9 @@ def _known(kind: type[CollectionSpec] | type[IndexSpec]) -> set[str]:
 
 
 def _head(tag: Any, spec: CollectionSpec | None) -> Head:
-    found = spec
-    if found is not None and str(tag) != found.tag:
-        raise ValueError(f"the tag {str(tag)!r} is not that of the settings, {found.tag!r}")
-    return Head(str(tag) if tag is not None else None, found)
+    if spec is not None and str(tag) != spec.tag:
+        raise ValueError(f"the tag {str(tag)!r} is not that of the settings, {spec.tag!r}")
+    return Head(str(tag) if tag is not None else None, spec)
 
 
 # ---- Parquet
