@@ -4,7 +4,9 @@ The engine can be slowed, stopped at a gate, made to fail on chosen images, and 
 """
 
 import asyncio
+import contextlib
 import io
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -155,3 +157,11 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
         await asyncio.sleep(0.002)
+
+
+def most_s(body: bytes) -> float:
+    """Processor time that refusing `body` may take: many times what reading its JSON costs on this machine, now."""
+    started = time.process_time()
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(body)
+    return 1 + 20 * (time.process_time() - started)

@@ -153,7 +153,7 @@ async def test_killed_redis_costs_misses_then_is_used_again(redis_server) -> Non
         for _ in range(200):
             assert await probe.cache.get_many(["k", "l"]) == [None, None]
             await probe.cache.set_many({"l": b"w"})
-        assert time.monotonic() - started < 1.5  # 400 calls; the breaker lets few of them try
+        assert time.monotonic() - started < 4  # 400 calls; the breaker lets few of them try
         assert probe.events.count("error") < 20
         assert "skipped" in probe.events
         status = await probe.cache.status()
@@ -184,11 +184,11 @@ async def test_hung_redis_costs_bounded_time(redis_server) -> None:
         started = time.monotonic()
         answers = await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(64)))
         assert answers == [[None]] * 64
-        assert time.monotonic() - started < 1  # one time limit for all, not one after the other
+        assert time.monotonic() - started < 3  # one time limit for all, not one after the other
         started = time.monotonic()
         for _ in range(50):
             assert await probe.cache.get_many(["k"]) == [None]
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 2.5
         assert "no answer" in await probe.cache.status() or "imeout" in await probe.cache.status()
         redis_server.signal(signal.SIGCONT)
         await probe.eventually("k", b"v")
@@ -204,7 +204,7 @@ async def test_only_one_call_probes(redis_server) -> None:
         started = time.monotonic()
         await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(20)))
         assert sorted(probe.events) == ["error"] + ["skipped"] * 19
-        assert time.monotonic() - started < 0.6
+        assert time.monotonic() - started < 1.5
 
 
 async def test_a_cancelled_probe_does_not_block_the_next(redis_server) -> None:
@@ -319,7 +319,7 @@ async def test_a_trickling_answer_is_bounded_too() -> None:
         started = time.monotonic()
         async with asyncio.timeout(3):
             assert await probe.cache.get_many(["k"]) == [None]
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 2.5
     server.close()
 
 

@@ -245,7 +245,7 @@ def test_a_bomb_is_refused_by_its_header(side: int) -> None:
     started = time.perf_counter()
     with pytest.raises(ImageTooLarge):
         decode(png_header(side, side) + png_chunk(b"IDAT", zlib.compress(b"")))
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5
 
 
 DECODE = """from service.decode import decode

@@ -18,7 +18,7 @@ from service.search.filters import matches, parse_filter
 from service.search.store import CollectionSpec, Item, SearchParams
 from service.vision.mask import coco_rle_encode
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, SPEC, fake_artifact, photo, running, until
+from tests.fakes import DIMS, SPEC, fake_artifact, most_s, photo, running, until
 
 SEARCH = "/v1/collections/shop/search"
 JSON = {"Content-Type": "application/json"}
@@ -643,7 +643,7 @@ async def test_what_makes_no_sense_is_told_in_few_words(tmp_path, body, words):
         spent = time.process_time() - started
     assert words in json.dumps(answer)
     assert len(answer["detail"]) < 2500 or "queries" in body
-    assert spent < 1
+    assert spent < most_s(json.dumps(body).encode())
 
 
 @pytest.mark.parametrize(
@@ -672,7 +672,7 @@ async def test_raw_bodies_made_to_hurt(tmp_path, body, status):
         spent = time.process_time() - started
     assert answer.status_code == status, answer.text[:300]
     assert status == 200 or len(answer.content) < 3000
-    assert spent < 1
+    assert spent < most_s(body)
 
 
 async def test_names_that_do_not_exist(tmp_path):
