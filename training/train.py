@@ -16,11 +16,10 @@ import math
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -30,154 +29,19 @@ from model.artifact import WEIGHTS, load_artifact
 from model.checkpoint import load_checkpoint, load_state_dict_file, save_checkpoint
 from model.config import ViTConfig
 from model.vit import DinoVisionTransformer
-from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
-from training.dataset import PhotoCache, Split, batch_indices, load_photos, split_folder
+from training.crops import crop_views, make_crops
+from training.dataset import PhotoCache, Split, load_photos, split_folder
 from training.evaluate.knn import Pooling, evaluate_knn, extract_features
-from training.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
-from training.masking import batch_masks
 from training.monitor import Monitor
-from training.optimizer import Part, clip_gradients, make_optimizer, set_schedule
+from training.optimizer import make_optimizer
 from training.provenance import provenance
-from training.schedules import Schedule, cosine, linear_then_constant
 from training.state import Parts, load_state, save_state
-from training.student_teacher import Network, make_teacher, update_teacher
+from training.step import make_schedules, train_step
+from training.student_teacher import Network, make_teacher
 from training.whiten import whiten
 
 WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
-
-
-@dataclass(frozen=True)
-class Crops:
-    """One step's input: `globals_` [2B, 3, G, G], `locals_` [VB, 3, L, L] or None, `masks` bool [2B, N]."""
-
-    globals_: Tensor
-    locals_: Tensor | None
-    masks: Tensor
-
-
-@dataclass(frozen=True)
-class Schedules:
-    """One value per step of everything that changes over the run. `lr` is 0 while a part is frozen."""
-
-    lr: dict[Part, Schedule]
-    weight_decay: Schedule
-    momentum: Schedule
-    teacher_temp: Schedule
-
-
-def make_schedules(config: TrainConfig, total: int) -> Schedules:
-    """The run's schedules, `total` steps each."""
-    peak = config.lr * math.sqrt(config.batch_size / 1024)
-    lr = cosine(peak, config.min_lr, total, warmup=int(config.warmup * total))
-    frozen: dict[Part, float] = {
-        "backbone": config.freeze_backbone,
-        "head": 0,
-        "last_layer": config.freeze_last_layer,
-    }
-    return Schedules(
-        lr={part: np.where(np.arange(total) < int(share * total), 0, lr) for part, share in frozen.items()},
-        weight_decay=cosine(*config.weight_decay, total),
-        momentum=cosine(*config.momentum, total),
-        teacher_temp=linear_then_constant(*config.teacher_temp, total, int(config.teacher_temp_warmup * total)),
-    )
-
-
-def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]:
-    """First global, second global and local view with how many of each, when `share_done` of the run is over."""
-    last = config.last_phase
-    sizes = last if last is not None and share_done >= 1 - last.share else config
-    return [
-        (View(sizes.global_size, sizes.global_scale, config.blur[0]), 1),
-        (View(sizes.global_size, sizes.global_scale, config.blur[1], config.solarize), 1),
-        (View(sizes.local_size, sizes.local_scale, config.blur[2]), config.n_local),
-    ]
-
-
-def make_crops(
-    config: TrainConfig, photos: PhotoCache, step: int, views: list[tuple[View, int]], device: torch.device
-) -> Crops:
-    """The crops and masks of one step, a function of (seed, step) and the `views` asked for."""
-    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
-    indices = batch_indices(len(photos), config.batch_size, step, config.seed)
-    images = photos.pixels[indices].to(device).float() / 255
-    aspect = photos.aspect[indices].to(device)
-    jitter = Jitter(
-        white_balance=config.white_balance,
-        brightness=config.brightness,
-        contrast=config.contrast,
-        saturation=config.saturation,
-        hue=config.hue,
-        probability=config.jitter_probability,
-        gray=config.gray,
-    )
-    first, second, *local = (augmented_views(images, aspect, v, n, jitter, generator) for v, n in views if n)
-    side = views[0][0].size // config.vit_config.patch_size
-    masks = batch_masks(
-        np.random.default_rng((config.seed, step)),
-        2 * len(indices),
-        (side, side),
-        ratio=config.mask_ratio,
-        probability=config.mask_probability,
-    )
-    return Crops(torch.cat((first, second)), local[0] if local else None, torch.from_numpy(masks).to(device))
-
-
-@torch.no_grad()
-def teacher_targets(teacher: Network, crops: Crops, temp: float) -> tuple[Tensor, Tensor]:
-    """Targets for the class tokens [2, B, K] and the masked patches [M, K]."""
-    features = teacher.backbone.forward_features(crops.globals_)
-    cls_probs = sinkhorn_knopp(teacher.dino_head(features["x_norm_clstoken"]), temp)
-    patches = features["x_norm_patchtokens"][crops.masks]
-    patch_probs = sinkhorn_knopp(teacher.ibot_head(patches), temp) if len(patches) else cls_probs[:0]
-    return torch.stack(cls_probs.chunk(2)), patch_probs
-
-
-def losses(
-    student: Network, crops: Crops, cls_probs: Tensor, patch_probs: Tensor, student_temp: float
-) -> dict[str, Tensor]:
-    """The three losses of one step. DINO is the mean over all pairs of different views.
-
-    Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
-    they are divided by 2, so that ln K stays the mark of collapse.
-    """
-    features = student.backbone.forward_features(crops.globals_, crops.masks)
-    cls = features["x_norm_clstoken"]
-    global_logits = torch.stack(student.dino_head(cls).chunk(2))  # [2, B, K]
-    pair_sum = sum(dino_loss(global_logits[view], cls_probs[1 - view], student_temp) for view in range(2))
-    n_pairs = 2
-    if crops.locals_ is not None:
-        local_cls = student.backbone.forward_features(crops.locals_)["x_norm_clstoken"]
-        local_logits = torch.stack(student.dino_head(local_cls).split(cls_probs.shape[1]))  # [V, B, K]
-        pair_sum = pair_sum + dino_loss(local_logits, cls_probs, student_temp)
-        n_pairs += 2 * len(local_logits)
-    patch_logits = student.ibot_head(features["x_norm_patchtokens"][crops.masks])
-    return {
-        "dino": torch.as_tensor(pair_sum) / n_pairs,
-        "ibot": ibot_loss(patch_logits, patch_probs, crops.masks, student_temp),
-        "koleo": sum((koleo_loss(view) for view in cls.chunk(2)), start=cls.new_zeros((), dtype=torch.float32)),
-    }
-
-
-def train_step(
-    config: TrainConfig, parts: Parts, schedules: Schedules, crops: Crops, step: int, autocast: torch.autocast
-) -> dict[str, Tensor]:
-    """One update of student and teacher; the losses, unweighted, and their weighted sum `loss`."""
-    torch.manual_seed(config.seed * 1_000_003 + step)  # drop path draws from the global generator
-    lr = {part: float(schedule[step]) for part, schedule in schedules.lr.items()}
-    set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
-    with autocast:
-        targets = teacher_targets(parts.teacher, crops, float(schedules.teacher_temp[step]))
-        terms = losses(parts.student, crops, *targets, config.student_temp)
-    weights = {"dino": config.dino_weight, "ibot": config.ibot_weight, "koleo": config.koleo_weight}
-    loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-    parts.optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    clip_gradients(parts.student, config.clip_grad)
-    parts.optimizer.step()
-    update_teacher(parts.student, parts.teacher, float(schedules.momentum[step]))
-    entropy = torch.special.entr(targets[0]).sum(dim=-1).mean()
-    return {"loss": loss.detach(), **{n: value.detach() for n, value in terms.items()}, "teacher_entropy": entropy}
 
 
 def check_finite(parts: Parts, terms: dict[str, Tensor], done: int) -> None:

@@ -18,6 +18,7 @@ from model.checkpoint import load_checkpoint, load_state_dict_file
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
+from training import crops, step
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
@@ -102,17 +103,17 @@ class StopError(Exception):
 def test_a_stopped_run_goes_on_bit_for_bit(photos, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected, _, _ = load_checkpoint(loop.train(config(photos, whole), QUIET))
-    step = loop.train_step
+    one_step = loop.train_step
 
     def pulled(*args):
         if args[4] == 5:
             raise StopError
-        return step(*args)
+        return one_step(*args)
 
     monkeypatch.setattr(loop, "train_step", pulled)
     with pytest.raises(StopError):
         loop.train(config(photos, broken, save_every_minutes=1e-9), QUIET)
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", one_step)
     torch.rand(17)  # whatever happened to the global generator in between
     resumed, _, _ = load_checkpoint(loop.train(config(photos, broken), QUIET))
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
@@ -282,7 +283,7 @@ def test_the_losses_pair_different_views_only(n_local):
     dino_head = torch.nn.Linear(3, k)
     ibot_head = torch.nn.Linear(3, k)
     student = SimpleNamespace(backbone=StubBackbone(), dino_head=dino_head, ibot_head=ibot_head)
-    found = loop.losses(student, loop.Crops(globals_, locals_, masks), cls_probs, patch_probs, temp)
+    found = step.losses(student, crops.Crops(globals_, locals_, masks), cls_probs, patch_probs, temp)
 
     def cross_entropy(token, head, target):
         return -float((target * torch.log_softmax(head(token) / temp, dim=-1)).sum().detach())
@@ -359,7 +360,7 @@ def test_collapse_is_said_once(tmp_path, ratio, warnings):
 
 def test_warm_up_and_frozen_last_layer_may_overlap(tmp_path):
     found = load_config("smoke", tmp_path, tmp_path, ["warmup=0.6", "freeze_last_layer=0.6"])
-    assert len(loop.make_schedules(found, 10).lr["last_layer"]) == 10
+    assert len(step.make_schedules(found, 10).lr["last_layer"]) == 10
 
 
 def test_a_run_starts_from_another_ones_backbone(photos, tmp_path):
@@ -402,7 +403,7 @@ def test_a_frozen_backbone_stays_while_the_heads_learn(photos, tmp_path):
 def test_the_last_phase_takes_larger_crops(photos, tmp_path):
     last = {"share": 0.25, "global_size": 42, "local_size": 28, "global_scale": [0.5, 1.0]}
     phased = config(photos, tmp_path / "run", last_phase=last)
-    seen = [[(view.size, view.scale, n) for view, n in loop.crop_views(phased, step / 8)] for step in range(8)]
+    seen = [[(view.size, view.scale, n) for view, n in crops.crop_views(phased, done / 8)] for done in range(8)]
     early = [(28, (0.32, 1.0), 1), (28, (0.32, 1.0), 1), (14, (0.05, 0.32), 2)]
     late = [(42, (0.5, 1.0), 1), (42, (0.5, 1.0), 1), (28, (0.05, 0.32), 2)]
     assert seen == [early] * 6 + [late] * 2
