@@ -3,6 +3,7 @@
 #
 #   docker build -t dinov2-service .                               CPU
 #   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .   CUDA comes with pip's wheels
+#   docker build -t dinov2-service:train --build-arg VARIANT=train .   torch, for deploy/training/
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
@@ -19,7 +20,8 @@ RUN if [ "$VARIANT" = gpu ]; then \
       /opt/venv/bin/pip install -c constraints.txt ".[gpu]" \
       && /opt/venv/bin/pip uninstall -y onnxruntime onnxruntime-gpu \
       && /opt/venv/bin/pip install -c constraints.txt --no-deps onnxruntime-gpu; \
-    elif [ "$VARIANT" != cpu ]; then echo "VARIANT must be cpu or gpu, not $VARIANT" >&2; exit 1; fi
+    elif [ "$VARIANT" = train ]; then /opt/venv/bin/pip install -c constraints.txt ".[train]"; \
+    elif [ "$VARIANT" != cpu ]; then echo "VARIANT must be cpu, gpu or train, not $VARIANT" >&2; exit 1; fi
 COPY cli.py cli_collections.py cli_search.py README.md ./
 COPY model model
 COPY service service

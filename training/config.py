@@ -17,6 +17,7 @@ from model.preprocess import PreprocessSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 Share = float
+Action = Literal["stop", "rollback", "warn"]
 Range = tuple[float, float]
 
 
@@ -46,24 +47,45 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # what and where
-    data: Path = Field(description="folder of images, any depth; `train` and `val` in it are used as the split")
+    data: str = Field(
+        description="folder of images (any depth; `train` and `val` in it are used as the split), tar shards "
+        "(a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved on disk"
+    )
     out: Path = Field(description="folder for checkpoints and logs")
     recipe: str = "none"
     seed: int = 0
     device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
-    compile: bool = Field(False, description="torch.compile each block; pays after a minute of warm-up")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the device has it; fp16 comes with a scaled loss"
+    )
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="with several ranks: a whole copy on each (ddp) or slices (fsdp); auto: fsdp for ViT-g"
+    )
+    checkpoint_blocks: bool = Field(
+        False, description="keep only the blocks' inputs for the backward pass: less memory, a third more computing"
+    )
     held_out_share: Share = Field(0.1, ge=0, lt=1, description="kept for k-NN if `data` has no train and val")
-    cache_size: int = Field(160, ge=32, description="side of the photos in memory, pixels")
+    cache_size: int = Field(160, ge=32, description="side that photos are squashed to before they are cropped, pixels")
+    cache_bytes: int = Field(4 * 2**30, ge=0, description="photos stay in memory if all fit, on each rank; else streamed")
+    workers: int | None = Field(None, ge=1, description="threads that decode photos; None: one per core")
+    max_broken_share: float = Field(0.5, ge=0, le=1, description="more unreadable photos than this stop the run")
 
     # the network
     model: str = "dinov2_vitt14"
     vit: dict[str, Any] = Field(default_factory=dict, description="fields of ViTConfig that differ from the model's")
-    init: Path | None = Field(None, description="checkpoint or artifact whose backbone the run starts from")
+    init: str | None = Field(
+        None, description="backbone to start from: checkpoint file, artifact folder, or name of published weights"
+    )
+    teacher: str | None = Field(
+        None, description="distillation: frozen teacher, given as `init` is; the student's average is what is released"
+    )
+    teacher_model: str = Field("dinov2_vitg14", description="the teacher's name, if its file does not say")
     drop_path: float = Field(0.0, ge=0, lt=1)
     n_prototypes: int = Field(65536, ge=2)
     head_hidden_dim: int = Field(2048, ge=1)
     head_bottleneck_dim: int = Field(256, ge=1)
+    ibot_bottleneck_dim: int | None = Field(None, ge=1, description="of separate heads; None: as head_bottleneck_dim")
     shared_head: bool = True
 
     # crops
@@ -92,12 +114,29 @@ class TrainConfig(BaseModel):
     student_temp: float = 0.1
     teacher_temp: Range = Field((0.04, 0.07), description="first and last value")
     teacher_temp_warmup: Share = 0.3
+    centering: Literal["sinkhorn", "softmax", "batch_norm"] = Field(
+        "sinkhorn",
+        description="of the teacher's logits: Sinkhorn-Knopp; a moving centre, then softmax; batch normalisation",
+    )
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="of the moving centre")
+    koleo_over_ranks: bool = Field(
+        True, description="neighbours are looked for on all ranks; false: each rank's own, as in Meta's code"
+    )
+    ibot_patches: Literal["masked", "all"] = Field(
+        "masked", description="all: every patch of both global crops and nothing hidden, as in distillation"
+    )
     mask_ratio: Range = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
 
     # optimisation
     epochs: float = Field(100, gt=0)
-    batch_size: int = Field(64, ge=2)
+    batch_size: int = Field(64, ge=2, description="photos of one update, over all ranks and micro-batches")
+    micro_batch: int | None = Field(
+        None, ge=1, description="photos of one forward pass on one rank; gradients add up to batch_size; None: no parts"
+    )
+    optimizer: Literal["adamw", "sgd_normalized"] = Field(
+        "adamw", description="sgd_normalized: momentum over unit-norm gradients, for very large batches"
+    )
     lr: float = Field(4e-3, gt=0, description="peak rate at batch 1024; scaled by sqrt(batch / 1024)")
     min_lr: float = 1e-6
     warmup: Share = 0.1
@@ -113,9 +152,19 @@ class TrainConfig(BaseModel):
     clip_grad: float = 3.0
 
     # watching and saving
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl, and between looks at the clock")
     save_every_minutes: float = Field(5, gt=0)
+    keep_states: int = Field(2, ge=1, description="states to go on from, the newest ones")
+    keep_checkpoints_every_epochs: float = Field(0, ge=0, description="checkpoints that stay, for `dinov2 average`")
     eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
+    sheet_every: int = Field(0, ge=0, description="steps between picture sheets; 0: one at the end")
+    wandb: str | None = Field(None, description="Weights & Biases project; None: not used")
+    on_collapse: Action = Field("stop", description="stop, rollback (then half the rates) or warn")
+    on_not_finite: Action = Field("rollback", description="stop, rollback (then without that step) or warn")
+    on_knn: Action = Field("stop", description="k-NN fell by knn_margin: stop, rollback (then half the rates) or warn")
+    knn_margin: float = Field(5.0, gt=0, description="percentage points below the run's best")
+    min_rankme_share: float = Field(0.05, ge=0, le=1, description="effective rank of class tokens: least share")
+    max_rollbacks: int = Field(3, ge=0)
     whiten: float | None = Field(
         None,
         gt=0,

@@ -4,6 +4,7 @@ Legend: B photos per step, V views, N patches of a global crop, K prototypes, M 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,22 @@ from torch import Tensor
 
 from training.config import TrainConfig
 from training.crops import Crops
-from training.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
-from training.optimizer import Part, clip_gradients, set_schedule
+from training.distributed import gather_rows, gradients_stay_local, local, logsumexp_over_ranks, sum_over_ranks
+from training.losses import (
+    batch_norm_center,
+    dino_loss,
+    ibot_loss,
+    koleo_loss,
+    sinkhorn_knopp,
+    softmax_center,
+    update_center,
+)
+from training.optimizer import Part, clip_gradients, optimizer_step, set_schedule
 from training.schedules import Schedule, cosine, linear_then_constant
-from training.state import Parts
-from training.student_teacher import Network, update_teacher
+from training.setup import Setup
+from training.student_teacher import update_teacher
+
+SCALE_GROWS_AFTER = 2000
 
 
 @dataclass(frozen=True)
@@ -46,58 +58,128 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
     )
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the student of one micro-batch is asked for."""
+
+    cls: Tensor  # [2, b, K], rows sum to one
+    patches: Tensor  # [M, K]
+
+
 @torch.no_grad()
-def teacher_targets(teacher: Network, crops: Crops, temp: float) -> tuple[Tensor, Tensor]:
-    """Targets for the class tokens [2, B, K] and the masked patches [M, K]."""
-    features = teacher.backbone.forward_features(crops.globals_)
-    cls_probs = sinkhorn_knopp(teacher.dino_head(features["x_norm_clstoken"]), temp)
-    patches = features["x_norm_patchtokens"][crops.masks]
-    patch_probs = sinkhorn_knopp(teacher.ibot_head(patches), temp) if len(patches) else cls_probs[:0]
-    return torch.stack(cls_probs.chunk(2)), patch_probs
+def teacher_targets(
+    config: TrainConfig, setup: Setup, micros: Sequence[Crops], temp: float
+) -> tuple[list[Targets], Tensor]:
+    """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch. And the
+    teacher's class tokens [b, D] of the first view."""
+    outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
+    seen = torch.cat([output.cls.chunk(2)[0] for output in outputs])
+    cls = _center(config, setup, "dino", [output.global_logits for output in outputs], temp)
+    patches = _center(config, setup, "ibot", [output.patch_logits for output in outputs], temp)
+    return [Targets(torch.stack(c.chunk(2)), p) for c, p in zip(cls, patches, strict=True)], seen
 
 
-def losses(
-    student: Network, crops: Crops, cls_probs: Tensor, patch_probs: Tensor, student_temp: float
-) -> dict[str, Tensor]:
-    """The three losses of one step. DINO is the mean over all pairs of different views.
+def _center(config: TrainConfig, setup: Setup, head: str, logits: list[Tensor], temp: float) -> list[Tensor]:
+    """Logits [n, K] of each micro-batch to targets. The moving centre is updated after it was used."""
+    if config.ibot_weight == 0 and head == "ibot":
+        return [part.float() for part in logits]  # no rows
+    if config.centering == "sinkhorn":
+        return sinkhorn_knopp(logits, temp, combine=logsumexp_over_ranks(setup.world))
+    if config.centering == "batch_norm":
+        return batch_norm_center(logits, temp, total=sum_over_ranks(setup.world))
+    center = setup.parts.buffers[head]
+    probs = [softmax_center(part, center, temp) for part in logits]
+    center.copy_(update_center(center, logits, config.center_momentum, total=sum_over_ranks(setup.world)))
+    return probs
+
+
+def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) -> dict[str, Tensor]:
+    """The three losses of one micro-batch. DINO is the mean over all pairs of different views.
 
     Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
     they are divided by 2, so that ln K stays the mark of collapse.
     """
-    features = student.backbone.forward_features(crops.globals_, crops.masks)
-    cls = features["x_norm_clstoken"]
-    global_logits = torch.stack(student.dino_head(cls).chunk(2))  # [2, B, K]
-    pair_sum = sum(dino_loss(global_logits[view], cls_probs[1 - view], student_temp) for view in range(2))
+    temp = config.student_temp
+    out = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
+    global_logits = torch.stack(out.global_logits.chunk(2))  # [2, b, K]
+    pair_sum = sum(dino_loss(global_logits[view], targets.cls[1 - view], temp) for view in range(2))
     n_pairs = 2
-    if crops.locals_ is not None:
-        local_cls = student.backbone.forward_features(crops.locals_)["x_norm_clstoken"]
-        local_logits = torch.stack(student.dino_head(local_cls).split(cls_probs.shape[1]))  # [V, B, K]
-        pair_sum = pair_sum + dino_loss(local_logits, cls_probs, student_temp)
+    if out.local_logits is not None:
+        local_logits = torch.stack(out.local_logits.split(targets.cls.shape[1]))  # [V, b, K]
+        pair_sum = pair_sum + dino_loss(local_logits, targets.cls, temp)
         n_pairs += 2 * len(local_logits)
-    patch_logits = student.ibot_head(features["x_norm_patchtokens"][crops.masks])
+    zero = out.cls.new_zeros((), dtype=torch.float32)
     return {
         "dino": torch.as_tensor(pair_sum) / n_pairs,
-        "ibot": ibot_loss(patch_logits, patch_probs, crops.masks, student_temp),
-        "koleo": sum((koleo_loss(view) for view in cls.chunk(2)), start=cls.new_zeros((), dtype=torch.float32)),
+        "ibot": ibot_loss(out.patch_logits, targets.patches, crops.masks, temp, weights=crops.weights),
+        "koleo": sum((_koleo(config, setup, view) for view in out.cls.chunk(2)), start=zero),
     }
 
 
+def _koleo(config: TrainConfig, setup: Setup, cls: Tensor) -> Tensor:
+    """Of one global view of this micro-batch; neighbours are looked for on all ranks, if the configuration says so."""
+    if config.koleo_weight == 0:
+        return cls.new_zeros((), dtype=torch.float32)
+    if setup.world.size == 1 or not config.koleo_over_ranks:
+        return koleo_loss(cls)
+    return koleo_loss(cls, gather_rows(setup.world, cls), offset=setup.world.rank * len(cls))
+
+
 def train_step(
-    config: TrainConfig, parts: Parts, schedules: Schedules, crops: Crops, step: int, autocast: torch.autocast
-) -> dict[str, Tensor]:
-    """One update of student and teacher; the losses, unweighted, and their weighted sum `loss`."""
-    torch.manual_seed(config.seed * 1_000_003 + step)  # drop path draws from the global generator
-    lr = {part: float(schedule[step]) for part, schedule in schedules.lr.items()}
+    config: TrainConfig, setup: Setup, schedules: Schedules, micros: Sequence[Crops], step: int, lr_factor: float = 1.0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One update of student and average (`ema`).
+
+    A step whose gradients are not finite changes neither weights nor optimizer; `finite` says so, without a wait for
+    the device.
+
+    Args:
+        config, setup, schedules: of the run.
+        micros: this rank's photos in micro-batches of one size.
+        step: index into the schedules.
+        lr_factor: on all learning rates: lowered by a run that was rolled back.
+
+    Returns:
+        scalars on the device, means over this rank: `dino`, `ibot`, `koleo` unweighted, their weighted sum `loss`,
+        `teacher_entropy`, norms of the gradients before clipping, `finite` (1 or 0); and the teacher's class tokens
+        [b, D] of the first view of each photo, for RankMe.
+    """
+    parts, world = setup.parts, setup.world
+    # Drop path draws from the global generator.
+    torch.manual_seed((config.seed * 1_000_003 + step) * world.size + world.rank)
+    lr = {part: float(schedule[step]) * lr_factor for part, schedule in schedules.lr.items()}
     set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
-    with autocast:
-        targets = teacher_targets(parts.teacher, crops, float(schedules.teacher_temp[step]))
-        terms = losses(parts.student, crops, *targets, config.student_temp)
+    with setup.autocast:
+        targets, seen = teacher_targets(config, setup, micros, float(schedules.teacher_temp[step]))
+    scale = parts.buffers.get("loss_scale")
     weights = {"dino": config.dino_weight, "ibot": config.ibot_weight, "koleo": config.koleo_weight}
-    loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    sums: dict[str, Tensor] = {}
     parts.optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    clip_gradients(parts.student, config.clip_grad)
-    parts.optimizer.step()
-    update_teacher(parts.student, parts.teacher, float(schedules.momentum[step]))
-    entropy = torch.special.entr(targets[0]).sum(dim=-1).mean()
-    return {"loss": loss.detach(), **{n: value.detach() for n, value in terms.items()}, "teacher_entropy": entropy}
+    for number, (crops, target) in enumerate(zip(micros, targets, strict=True)):
+        with gradients_stay_local(setup.learner, when=number + 1 < len(micros)):
+            with setup.autocast:
+                terms = losses(config, setup, crops, target)
+            loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum() / len(micros)
+            torch.autograd.backward(loss if scale is None else loss * scale)
+        terms["loss"] = loss * len(micros)
+        terms["teacher_entropy"] = torch.special.entr(target.cls).sum(dim=-1).mean()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / len(micros)
+    if scale is not None:
+        grads = [parameter.grad for parameter in parts.student.parameters() if parameter.grad is not None]
+        torch._foreach_mul_([local(grad) for grad in grads], 1 / scale)
+    norms = clip_gradients(parts.student, config.clip_grad)
+    finite = torch.stack(list(norms.values())).isfinite().all()
+    optimizer_step(parts.optimizer, finite)
+    if scale is not None:
+        adapt_scale(parts.buffers, finite)
+    update_teacher(parts.student, parts.ema, float(schedules.momentum[step]))
+    return {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}, "finite": finite.float()}, seen
+
+
+def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:
+    """fp16's loss scale: halved after a step that was not finite, doubled after 2,000 that were (torch's GradScaler)."""
+    good = torch.where(finite, buffers["good_steps"] + 1, 0)
+    grown = torch.where(good >= SCALE_GROWS_AFTER, 2.0, 1.0)
+    buffers["loss_scale"].mul_(torch.where(finite, grown, 0.5))
+    buffers["good_steps"].copy_(torch.where(good >= SCALE_GROWS_AFTER, 0, good))

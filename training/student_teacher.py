@@ -9,6 +9,7 @@ Legend: D width of the backbone, K prototypes, n tokens.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from model.config import ViTConfig
 from model.vit import DinoVisionTransformer
+from training.distributed import local
 
 
 class PrototypeLayer(nn.Module):
@@ -54,6 +56,15 @@ class DinoHead(nn.Module):
         return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
 
 
+class Output(NamedTuple):
+    """What a network makes of one micro-batch."""
+
+    cls: Tensor  # [2b, D] class tokens of the global crops, before the head
+    global_logits: Tensor  # [2b, K]
+    local_logits: Tensor | None  # [V*b, K]
+    patch_logits: Tensor  # [M, K] of the selected patches
+
+
 class Network(nn.Module):
     """Backbone with its two heads; with `shared_head` both losses use one head, as DINOv2's short recipe does."""
 
@@ -66,17 +77,35 @@ class Network(nn.Module):
         bottleneck_dim: int,
         shared_head: bool,
         drop_path_rate: float,
+        ibot_bottleneck_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone = DinoVisionTransformer(config, drop_path_rate=drop_path_rate)
         self.dino_head = DinoHead(config.embed_dim, n_prototypes, hidden_dim, bottleneck_dim)
-        self.own_ibot_head = (
-            None if shared_head else DinoHead(config.embed_dim, n_prototypes, hidden_dim, bottleneck_dim)
-        )
+        ibot_dim = bottleneck_dim if ibot_bottleneck_dim is None else ibot_bottleneck_dim
+        self.own_ibot_head = None if shared_head else DinoHead(config.embed_dim, n_prototypes, hidden_dim, ibot_dim)
 
-    @property
-    def ibot_head(self) -> DinoHead:
-        return self.dino_head if self.own_ibot_head is None else self.own_ibot_head
+    def forward(self, globals_: Tensor, locals_: Tensor | None, hidden: Tensor | None, selected: Tensor) -> Output:
+        """One micro-batch.
+
+        Args:
+            globals_: [2b, 3, G, G].
+            locals_: [V*b, 3, L, L], or None (the teacher sees none).
+            hidden: bool [2b, N], patches replaced by the mask token, or None.
+            selected: int64 [M], the patches whose logits are wanted, as positions in [2b * N].
+        """
+        features = self.backbone.forward_features(globals_, hidden)
+        cls = features["x_norm_clstoken"]
+        tokens = [cls]
+        if locals_ is not None:
+            tokens.append(self.backbone.forward_features(locals_)["x_norm_clstoken"])
+        patches = features["x_norm_patchtokens"].flatten(0, 1).index_select(0, selected)
+        if self.own_ibot_head is None:
+            tokens.append(patches)
+        # One call of a head: its last layer's K x 256 weights are normalised once, not once for each kind of token.
+        logits = self.dino_head(torch.cat(tokens)).split([len(kind) for kind in tokens])
+        patch_logits = logits[-1] if self.own_ibot_head is None else self.own_ibot_head(patches)
+        return Output(cls, logits[0], None if locals_ is None else logits[1], patch_logits)
 
 
 def make_teacher(student: Network) -> Network:
@@ -86,5 +115,7 @@ def make_teacher(student: Network) -> Network:
 
 @torch.no_grad()
 def update_teacher(student: Network, teacher: Network, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters at once."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters (of sharded ones: this rank's) at
+    once."""
+    mine = [local(parameter) for parameter in teacher.parameters()]
+    torch._foreach_lerp_(mine, [local(parameter) for parameter in student.parameters()], 1 - momentum)

@@ -1,0 +1,274 @@
+"""Images/s of our training step beside one made of the official code's modules, on the same crops.
+
+    python benchmarks/training_step.py --official CHECKOUT_OF_FACEBOOKRESEARCH_DINOV2 [--preset small|vits14] [--rounds 4]
+
+The official step needs xFormers, which needs a GPU; what runs here are its blocks, heads, losses, parameter groups and
+average, called once per crop size (its own fallback on `scaled_dot_product_attention`), in the order of
+`dinov2/train/ssl_meta_arch.py`. Both steps take turns in one process on one batch of crops, so that a busy neighbour
+hurts both alike; the ratio is the median of the rounds' ratios. The limit is the best matrix product of the same run.
+Both start from the same weights, and the losses of the first step must agree.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training.config import TrainConfig
+from training.crops import Crops, crop_views, make_crops
+from training.distributed import World
+from training.flops import step_flops
+from training.setup import Setup, attention_kernel, compute_dtype, make_setup
+from training.step import make_schedules, train_step
+
+RESULTS = Path(__file__).parent / "results"
+COMMON = {"data": "-", "out": "-", "epochs": 1, "drop_path": 0.0, "freeze_last_layer": 0.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    # the crops and widths of the recipes for CPUs
+    "small": {
+        "model": "dinov2_vitt14",
+        "vit": {"depth": 4, "img_size": 84, "layerscale_init": 1.0},
+        "global_size": 84,
+        "local_size": 42,
+        "n_local": 4,
+        "n_prototypes": 1024,
+        "head_hidden_dim": 512,
+        "head_bottleneck_dim": 128,
+        "batch_size": 32,
+    },
+    "vits14": {
+        "model": "dinov2_vits14",
+        "vit": {"img_size": 224, "pos_embed_rule": "antialias"},
+        "n_prototypes": 65536,
+        "batch_size": 4,
+    },
+    "vitb14": {"model": "dinov2_vitb14", "vit": {"img_size": 224, "pos_embed_rule": "antialias"}, "batch_size": 64},
+    "vitl14": {
+        "model": "dinov2_vitl14",
+        "vit": {"img_size": 224, "pos_embed_rule": "antialias"},
+        "n_prototypes": 131072,
+        "shared_head": False,
+        "drop_path": 0.4,
+        "batch_size": 32,
+    },
+}
+
+
+class Official:
+    """The official modules, one step of them."""
+
+    def __init__(self, checkout: Path, config: TrainConfig, ours: Setup) -> None:
+        os.environ["XFORMERS_DISABLED"] = "1"
+        warnings.filterwarnings("ignore", message="xFormers")
+        sys.path.insert(0, str(checkout))
+        from dinov2.layers import DINOHead, MemEffAttention, NestedTensorBlock
+        from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+        from dinov2.models.vision_transformer import DinoVisionTransformer
+        from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
+
+        vit, device = config.vit_config, ours.device
+        self.config, self.autocast = config, ours.autocast
+        shared = config.shared_head
+
+        def network(drop_path: float) -> nn.ModuleDict:
+            head = partial(
+                DINOHead,
+                in_dim=vit.embed_dim,
+                out_dim=config.n_prototypes,
+                hidden_dim=config.head_hidden_dim,
+                bottleneck_dim=config.head_bottleneck_dim,
+            )
+            parts = {
+                "backbone": DinoVisionTransformer(
+                    img_size=vit.img_size,
+                    patch_size=vit.patch_size,
+                    embed_dim=vit.embed_dim,
+                    depth=vit.depth,
+                    num_heads=vit.num_heads,
+                    init_values=vit.layerscale_init,
+                    ffn_layer="mlp" if vit.ffn == "mlp" else "swiglu",
+                    block_chunks=0,
+                    drop_path_rate=drop_path,
+                    drop_path_uniform=True,
+                    block_fn=partial(NestedTensorBlock, attn_class=MemEffAttention),
+                    interpolate_antialias=True,
+                    interpolate_offset=0.0,
+                ),
+                "dino_head": head(),
+            }
+            if not shared:
+                parts["ibot_head"] = head()
+            return nn.ModuleDict(parts).to(device)
+
+        self.student, self.teacher = network(config.drop_path), network(0.0)
+        own = ours.parts.student.state_dict()
+        for key, value in self.student.state_dict().items():
+            # torch's weight_norm keeps direction and length under other names
+            name = key.replace("parametrizations.weight.original0", "weight_g")
+            name = name.replace("parametrizations.weight.original1", "weight_v").replace("ibot_head", "own_ibot_head")
+            value.copy_(own[name])
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.eval().requires_grad_(False)
+        self.student.train()
+        self.dino, self.ibot, self.koleo = DINOLoss(config.n_prototypes), iBOTPatchLoss(config.n_prototypes), KoLeoLoss()
+        self.dino.to(device), self.ibot.to(device)
+        groups = []
+        for module in self.student.values():
+            found = get_params_groups_with_decay(
+                model=module, lr_decay_rate=config.layer_decay, patch_embed_lr_mult=config.patch_embed_lr_mult
+            )
+            groups += list(fuse_params_groups(found))
+        for group in groups:
+            group["foreach"] = True
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas)
+
+    def head(self, network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        if "ibot_head" in network:
+            return network["dino_head"](cls), network["ibot_head"](patches)
+        out = network["dino_head"](torch.cat((cls, patches)))
+        return out[: len(cls)], out[len(cls) :]
+
+    @torch.no_grad()
+    def targets(self, crops: Crops, temp: float) -> tuple[Tensor, Tensor]:
+        found = self.teacher["backbone"](crops.globals_, is_training=True)
+        a, b = found["x_norm_clstoken"].chunk(2)
+        patches = torch.index_select(found["x_norm_patchtokens"].flatten(0, 1), 0, crops.selected)
+        cls, patches = self.head(self.teacher, torch.cat((b, a)), patches)
+        cls = self.dino.sinkhorn_knopp_teacher(cls, temp).view(2, -1, cls.shape[-1])
+        # its own sinkhorn_knopp_teacher of patches wants a process group; the class tokens' is the same procedure
+        return cls, self.dino.sinkhorn_knopp_teacher(patches, temp)
+
+    def step(self, crops: Crops, lr: float, weight_decay: float, momentum: float, temp: float) -> float:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr * group["lr_multiplier"], weight_decay * group["wd_multiplier"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast:
+            cls_targets, patch_targets = self.targets(crops, temp)
+            backbone = self.student["backbone"]
+            large = backbone(crops.globals_, masks=crops.hidden, is_training=True)
+            small = backbone(crops.locals_, is_training=True)["x_norm_clstoken"]
+            patches = torch.index_select(large["x_norm_patchtokens"].flatten(0, 1), 0, crops.selected)
+            n_small, cls = len(small), large["x_norm_clstoken"]
+            logits, patch_logits = self.head(self.student, torch.cat((small, cls)), patches)
+            n_pairs = 2 + 2 * config.n_local
+            local_loss = self.dino(logits[:n_small].chunk(config.n_local), cls_targets) / n_pairs
+            global_loss = self.dino([logits[n_small:]], [cls_targets.flatten(0, 1)]) * 2 / n_pairs
+            koleo = sum(self.koleo(part) for part in cls.chunk(2))
+            ibot = self.ibot.forward_masked(
+                patch_logits, patch_targets, crops.masks, n_masked_patches=len(patches), masks_weight=crops.weights
+            )
+            loss = config.dino_weight * (local_loss + global_loss) + config.koleo_weight * koleo
+            loss = loss + config.ibot_weight * ibot
+        loss.backward()
+        for module in self.student.values():
+            nn.utils.clip_grad_norm_(module.parameters(), config.clip_grad)
+        self.optimizer.step()
+        with torch.no_grad():
+            mine, theirs = list(self.teacher.parameters()), list(self.student.parameters())
+            torch._foreach_mul_(mine, momentum)
+            torch._foreach_add_(mine, theirs, alpha=1 - momentum)
+        return float(loss.detach())
+
+
+def limit(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
+    """Best GFLOP/s of an n x n matrix product."""
+    if device.type == "cuda":
+        n *= 4
+    a, best = torch.randn(n, n, device=device, dtype=dtype), float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best / 1e9
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, required=True, help="a checkout of facebookresearch/dinov2")
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile per block")
+    arguments = parser.parse_args()
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device
+    )
+    preset = PRESETS[arguments.preset] | ({"batch_size": arguments.batch} if arguments.batch else {})
+    changes = {"precision": arguments.precision, "compile": arguments.compile}
+    config = TrainConfig.model_validate(COMMON | preset | changes)
+    batch = config.batch_size
+    ours = make_setup(config, World(0, 1, device))
+    theirs = Official(arguments.official, config, ours)
+    schedules = make_schedules(config, 1000)
+    images = torch.randint(0, 256, (batch, 3, config.cache_size, config.cache_size), dtype=torch.uint8)
+    crops = make_crops(config, images, torch.ones(batch), 0, torch.arange(batch), crop_views(config, 0.0), device)
+    step, rates = 500, {"ours": [], "official": []}  # in the middle of the schedules
+    values = (schedules.lr["head"][step], schedules.weight_decay[step], schedules.momentum[step])
+    temp, first = schedules.teacher_temp[step], {}
+    for number in range(arguments.rounds + 1):
+        for name in rates:
+            start = time.perf_counter()
+            if name == "official":
+                loss = theirs.step(crops, *map(float, values), float(temp))
+            else:
+                with attention_kernel(device):
+                    loss = train_step(config, ours, schedules, [crops], step)[0]["loss"].item()
+            wait(device)
+            first.setdefault(name, loss)
+            if number:  # the first warms up
+                rates[name].append(batch / (time.perf_counter() - start))
+    difference = abs(first["ours"] / first["official"] - 1)
+    dtype = compute_dtype(ours.autocast)
+    assert difference < (1e-4 if dtype == torch.float32 else 2e-2), first
+    peak, gflop = limit(device, dtype), step_flops(config) / batch / 1e9
+    ratio = float(np.median(np.array(rates["ours"]) / np.array(rates["official"])))
+    print(f"{arguments.preset}: batch {batch}, {config.global_size} + {config.n_local} x {config.local_size} px, {dtype}")
+    print(f"{'':<10}{'img/s median':>14}{'best':>8}{'GFLOP/s':>10}{'of limit':>10}")
+    for name, found in rates.items():
+        median = float(np.median(found))
+        print(f"{name:<10}{median:>14.2f}{max(found):>8.2f}{median * gflop:>10.0f}{median * gflop / peak:>10.0%}")
+    print(f"ratio {ratio:.2f} (rounds: {', '.join(f'{a / b:.2f}' for a, b in zip(*rates.values(), strict=True))})")
+    report = {
+        "benchmark": "training_step",
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python benchmarks/training_step.py", *sys.argv[1:]]).replace(str(arguments.official), "CHECKOUT"),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "preset": arguments.preset,
+        "batch": batch,
+        "dtype": str(dtype),
+        "compile": arguments.compile,
+        "images_per_s": {name: round(float(np.median(found)), 3) for name, found in rates.items()},
+        "ratio": round(ratio, 3),
+        "gflop_per_image": round(gflop, 1),
+        "limit_gflop_per_s": round(peak, 1),
+        "loss_difference": difference,
+    }
+    text = json.dumps(report)
+    name = f"{report['date']}-training-step-{arguments.preset}-{device.type}.json"
+    (RESULTS / name).write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+#!/bin/bash
+# Training on SLURM: one torchrun per machine.
+#
+#   DATA=/photos OUT=/runs/vitl14 sbatch deploy/training/slurm.sh [key=value ...]
+#
+# Change: nodes, GPUs, time. Five minutes before the time is up this script gets SIGTERM and passes it on; the run saves
+# and leaves, and the job queues itself again. An error ends the job.
+#SBATCH --job-name=dinov2-train
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+set -euo pipefail
+
+DATA=${DATA:?the folder of images, tar shards or data set to train on}
+OUT=${OUT:?the folder of the run, on a file system that all machines see}
+RECIPE=${RECIPE:-vitl14}
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun \
+  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
+  --rdzv-backend=c10d --rdzv-endpoint="$head:29400" --rdzv-id="$SLURM_JOB_ID" \
+  -m training --data "$DATA" --out "$OUT" --recipe "$RECIPE" "$@" &
+run=$! stopped=
+trap 'stopped=yes; kill -TERM "$run"' TERM
+status=0
+wait "$run" || status=$?
+if [ "$stopped" ]; then
+  wait "$run" || true  # the first wait ended with the signal
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,182 @@
+"""Two processes are one: the same losses and weights as a single one with the whole batch, whatever keeps the weights."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from training.config import TrainConfig
+from training.crops import crop_views, make_crops
+from training.distributed import World, agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks
+from training.losses import koleo_loss
+from training.setup import make_setup
+from training.state import check_same_settings, find_state, load_state, save_state
+from training.step import make_schedules, train_step
+
+STEPS, BATCH = 5, 8
+SETTINGS = {
+    "data": "-",
+    "out": "-",
+    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
+    "global_size": 28,
+    "local_size": 14,
+    "n_local": 2,
+    "cache_size": 32,
+    "n_prototypes": 24,
+    "head_hidden_dim": 16,
+    "head_bottleneck_dim": 8,
+    "batch_size": BATCH,
+    "precision": "fp32",
+    "lr": 0.05,
+    "warmup": 0.0,
+    "freeze_last_layer": 0.0,
+}
+CASES = {
+    "sinkhorn": {},
+    "softmax": {"centering": "softmax", "shared_head": False, "ibot_bottleneck_dim": 4},
+    "batch_norm": {"centering": "batch_norm"},
+    "sgd": {"optimizer": "sgd_normalized", "koleo_weight": 0.0},
+    "micro": {"micro_batch": 2, "koleo_weight": 0.0},
+    "masks off": {"mask_probability": 0.0, "ibot_weight": 0.0, "centering": "softmax"},
+}
+
+
+def config_of(**changes):
+    return TrainConfig.model_validate({**SETTINGS, **changes})
+
+
+def photos():
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.ones(BATCH)
+
+
+def run(config, world, first=0, last=STEPS, resume_from=None, save_to=None):
+    """Losses of each step, averaged over the ranks, and the whole weights of student and average at the end."""
+    images, aspect = photos()
+    setup, schedules = make_setup(config, world), make_schedules(config, 10)
+    if resume_from is not None:
+        saved, broken = find_state(resume_from)
+        assert not broken
+        assert saved.step == first
+        check_same_settings(saved, config.model_dump(mode="json"))
+        load_state(saved, setup.parts)
+    mine = torch.arange(BATCH)[world.rank * BATCH // world.size : (world.rank + 1) * BATCH // world.size]
+    micro = config.micro_batch or len(mine)
+    figures = []
+    for step in range(first, last):
+        micros = [
+            make_crops(config, images[p], aspect[p], step, p, crop_views(config, 0.0), world.device)
+            for p in mine.split(micro)
+        ]
+        terms, _ = train_step(config, setup, schedules, micros, step)
+        means = torch.stack([terms[name] for name in ("dino", "ibot", "koleo", "loss")])
+        figures.append(sum_over_ranks(world)(means) / world.size)
+    if save_to is not None:
+        save_state(save_to, setup.parts, last, config.model_dump(mode="json"), {}, 2, world)
+    from training.distributed import whole
+
+    networks = (setup.parts.student, setup.parts.ema)
+    weights = {f"{i}.{k}": whole(v).clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()}
+    return torch.stack(figures), weights
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def rank_main(rank, port, folder):
+    """What each of two processes does; its findings go to files."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    with join("cpu") as world:
+        assert (world.rank, world.size) == (rank, 2)
+        found = {}
+        for strategy in ("ddp", "fsdp"):
+            for name, changes in CASES.items():
+                if name == "micro":
+                    changes = {**changes, "micro_batch": 2}
+                found[strategy, name] = run(config_of(**changes, strategy=strategy), world)
+            out = folder / strategy
+            if world.is_main:
+                out.mkdir()
+            run(config_of(strategy=strategy), world, last=3, save_to=out)
+            found[strategy, "resumed"] = run(config_of(strategy=strategy), world, first=3, resume_from=out)
+        x = torch.arange(6.0).reshape(3, 2) + 10 * rank
+        found["sum"] = sum_over_ranks(world)(x)
+        found["lse"] = logsumexp_over_ranks(world)(x[:1])
+        found["agree"] = (agree(world, rank == 1), agree(world, False))
+        found["from_main"] = from_main(world, f"rank {rank}")
+        rows = torch.randn(4, 5, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        loss = koleo_loss(rows, gather_rows(world, rows), offset=4 * rank)
+        loss.backward()
+        found["koleo"] = (rows.detach(), loss.detach(), rows.grad)
+        torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(rank_main, args=(free_port(), folder), nprocs=2, start_method="spawn")
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def one():
+    # The large batch at once: what micro-batches and ranks are compared with.
+    return {name: run(config_of(**{**changes, "micro_batch": None}), ALONE) for name, changes in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_equal_one(two, one, strategy, name):
+    figures, weights = one[name]
+    for rank in range(2):
+        found, theirs = two[1][rank][strategy, name]
+        torch.testing.assert_close(found, figures, rtol=1e-5, atol=1e-5)
+        assert theirs.keys() == weights.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_the_comparison_could_fail(one):
+    assert not torch.allclose(one["sinkhorn"][0], one["softmax"][0], rtol=1e-3)
+    assert not torch.allclose(one["sinkhorn"][0][:, 0], one["batch_norm"][0][:, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_two_ranks_wrote_is_gone_on_with_by_one(two, one, strategy):
+    folder, found = two
+    figures, weights = run(config_of(), ALONE, first=3, resume_from=folder / strategy)
+    torch.testing.assert_close(figures, one["sinkhorn"][0][3:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][strategy, "resumed"][0], one["sinkhorn"][0][3:], rtol=1e-5, atol=1e-5)
+    for key, value in one["sinkhorn"][1].items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_equal_one_batch(one):
+    figures, weights = one["micro"]
+    for micro in (1, 4):
+        found, theirs = run(config_of(koleo_weight=0.0, micro_batch=micro), ALONE)
+        torch.testing.assert_close(found[:, [0, 1, 3]], figures[:, [0, 1, 3]], rtol=1e-5, atol=1e-5)
+        for key, value in weights.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_ranks_tell_each_other(two):
+    for rank, found in enumerate(two[1]):
+        x = torch.arange(6.0).reshape(3, 2)
+        torch.testing.assert_close(found["sum"], 2 * x + 10)
+        torch.testing.assert_close(found["lse"], torch.logsumexp(torch.stack((x[:1], x[:1] + 10)), dim=0))
+        assert found["agree"] == (True, False)
+        assert found["from_main"] == "rank 0"
+        rows = torch.cat([other["koleo"][0] for other in two[1]]).requires_grad_()
+        koleo_loss(rows).backward()
+        # each rank's loss is the mean over its rows: their mean is the whole one, and DDP averages gradients
+        torch.testing.assert_close(found["koleo"][2] / 2, rows.grad[4 * rank : 4 * rank + 4])

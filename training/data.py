@@ -1,0 +1,114 @@
+"""The photos of one run: what is trained on, what is kept for the evaluation, what could not be read."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from training.config import TrainConfig
+from training.dataset import Photo, Skipped, photos_of, split_source
+from training.distributed import World, wait_for_all
+from training.loader import Loader, open_loader, shuffled
+from training.sources import open_source, source_digest
+
+KNN_PHOTOS = 50_000  # of the training photos: enough neighbours, and minutes on a GPU
+INDEX = "index"  # of tar shards, in the run's folder
+SHOWN = 5  # unreadable photos on the screen; all are in skipped.txt
+
+
+@dataclass
+class Data:
+    """`known` are training photos that k-NN looks among, `digest` tells this data from other."""
+
+    loader: Loader
+    known: list[Photo]
+    held_out: list[Photo]
+    digest: str
+    source: str
+    _listed: list[Skipped] = field(default_factory=list)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is something to classify: held-out photos, and more than one label."""
+        return bool(self.held_out) and len({photo.label for photo in self.known} - {None}) > 1
+
+    def check_same(self, digest: str) -> None:
+        """Refuse to go on with other photos: their order is part of what a resumed run repeats.
+
+        Raises:
+            ValueError: the run's state was made with others.
+        """
+        if digest != self.digest:
+            raise ValueError(
+                f"the photos in {self.source} are not those of the run so far: files were added, removed or changed; "
+                "choose another out folder, or remove this one to start anew"
+            )
+
+    def unlisted(self) -> Sequence[Skipped]:
+        """Unreadable photos found since the last call."""
+        found = self.loader.skipped[len(self._listed) :]
+        self._listed.extend(found)
+        return found
+
+
+@contextmanager
+def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[Data]:
+    """Open the data of a run; unreadable photos are listed in `skipped.txt` and counted on the screen.
+
+    Raises:
+        ValueError: no data there, none readable, or fewer photos than a batch has.
+        OSError: the place of the photos does not answer.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    per_rank, rest = divmod(config.batch_size, world.size)
+    if rest or (config.micro_batch and per_rank % config.micro_batch):
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {world.size} ranks"
+            + (f" times micro_batch={config.micro_batch}" if config.micro_batch else "")
+        )
+    if not world.is_main:
+        wait_for_all(world)  # rank 0 makes the shards' index, the others read it
+    source = open_source(config.data, config.out / INDEX)
+    if world.is_main:
+        wait_for_all(world)
+    train, held_out = split_source(source, config.held_out_share, config.seed)
+    if len(train) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} is more than the {len(train)} photos to train on")
+    share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    loader = open_loader(
+        train,
+        config.cache_size,
+        shuffled(config.batch_size, config.seed, share),
+        cache_bytes=config.cache_bytes,
+        workers=config.workers,
+        max_broken_share=config.max_broken_share,
+        device=world.device,
+    )
+    with loader:
+        if len(loader) < config.batch_size:
+            raise ValueError(f"batch_size={config.batch_size} is more than the {len(loader)} readable photos")
+        digest = source_digest(loader.source, contents=loader.in_memory)
+        known = photos_of(loader.source)
+        step = -(-len(known) // KNN_PHOTOS)
+        data = Data(loader, known[::step], photos_of(held_out), digest, config.data)
+        if world.is_main:
+            list_skipped([*source.skipped, *data.unlisted()], config.out, console)
+        yield data
+        if world.is_main:
+            list_skipped(data.unlisted(), config.out, console)
+
+
+def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
+    """Write unreadable photos to `skipped.txt`, and the first few to the screen."""
+    if not skipped:
+        return
+    listing = out / "skipped.txt"
+    known = listing.read_text().splitlines() if listing.exists() else []
+    lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
+    listing.write_text("".join(line + "\n" for line in dict.fromkeys(known + lines)))
+    console.print(f"{len(skipped)} photos could not be read and are skipped, listed in {listing}; the first:")
+    for line in lines[:SHOWN]:
+        console.print(f"  {line}", markup=False)

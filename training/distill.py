@@ -1,0 +1,129 @@
+"""The teacher of a distillation: larger, frozen, and with something to agree on.
+
+DINOv2's small models learn from the frozen giant with the recipe's own losses (arXiv 2304.07193, section 5), which need
+the giant's heads. A run of this project has them, in its states. Released weights have not: Meta kept the heads. Then the
+prototypes are the teacher's own features: K class tokens of training photos (for iBOT: K of their patches), centred and
+of unit length, and the teacher's logits are the cosines to them. What is asked of the student is then where a photo
+stands among K others, as the teacher sees it.
+
+Legend: D width of the teacher, K prototypes, M selected patches, n rows.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.artifact import read_manifest
+from model.checkpoint import is_own_checkpoint, load_checkpoint
+from model.config import ViTConfig, config_for
+from model.vit import DinoVisionTransformer
+from training.config import TrainConfig
+from training.crops import Crops
+from training.distributed import World, gather_rows
+from training.setup import initial_weights
+from training.state import FOLDER, find_state
+from training.student_teacher import Network, Output
+
+
+class PrototypeTeacher(nn.Module):
+    """A frozen backbone whose logits are cosines to `choose`n features of its own. Called as `Network` is."""
+
+    def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        for kind in ("cls", "patch"):
+            self.register_buffer(f"{kind}_mean", torch.zeros(backbone.embed_dim))
+            self.register_buffer(f"{kind}_prototypes", torch.zeros(n_prototypes, backbone.embed_dim))
+        self.eval().requires_grad_(False)
+
+    def _logits(self, kind: str, tokens: Tensor) -> Tensor:
+        centred = F.normalize(tokens.float() - self.get_buffer(f"{kind}_mean"), dim=-1)
+        return centred @ self.get_buffer(f"{kind}_prototypes").T
+
+    def forward(self, globals_: Tensor, locals_: Tensor | None, hidden: Tensor | None, selected: Tensor) -> Output:
+        assert locals_ is None and hidden is None
+        features = self.backbone.forward_features(globals_)
+        cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
+        patches = patches.flatten(0, 1).index_select(0, selected)
+        return Output(cls, self._logits("cls", cls), None, self._logits("patch", patches))
+
+    @torch.no_grad()
+    def choose(self, micros: Iterable[Crops], world: World) -> None:
+        """Take prototypes from the crops of some steps, as many as are needed; the same on all ranks.
+
+        Raises:
+            ValueError: the crops end before there are enough.
+        """
+        n_wanted = len(self.get_buffer("cls_prototypes"))
+        found: dict[str, list[Tensor]] = {"cls": [], "patch": []}
+        n_cls = 0
+        for crops in micros:
+            features = self.backbone.forward_features(crops.globals_)
+            cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
+            # As many patches as class tokens, each from another place of its photo.
+            place = torch.arange(len(patches), device=patches.device)
+            found["patch"].append(gather_rows(world, patches[place, (place * 7919) % patches.shape[1]].float()))
+            found["cls"].append(gather_rows(world, cls.float()))
+            n_cls += len(found["cls"][-1])
+            if n_cls >= n_wanted:
+                break
+        if n_cls < n_wanted:
+            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} crops that the teacher was shown")
+        for kind, parts in found.items():
+            rows = torch.cat(parts)[:n_wanted]
+            mean = rows.mean(dim=0)
+            self.get_buffer(f"{kind}_mean").copy_(mean)
+            self.get_buffer(f"{kind}_prototypes").copy_(F.normalize(rows - mean, dim=-1))
+
+
+def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
+    """The teacher that `config.teacher` names: a run's folder (with heads), else a backbone without.
+
+    Raises:
+        ValueError: no such teacher, or heads with another number of prototypes than the student's.
+        model.zoo.DownloadError: published weights that cannot be had.
+    """
+    assert config.teacher is not None
+    path = Path(config.teacher)
+    if (path / FOLDER).is_dir():
+        return _of_run(path, config)
+    vit = _config_of(path, config.teacher_model)
+    backbone = DinoVisionTransformer(vit)
+    backbone.load_state_dict(initial_weights(config.teacher, config.teacher_model, vit))
+    return PrototypeTeacher(backbone, config.n_prototypes)
+
+
+def _config_of(path: Path, model: str) -> ViTConfig:
+    """The shape of what lies at `path`, or, if nothing does, of the published model that it names."""
+    if path.is_dir():
+        return read_manifest(path).config
+    if path.suffix == ".safetensors" and path.exists() and is_own_checkpoint(path):
+        return load_checkpoint(path)[1]
+    return config_for(model if path.exists() else str(path))
+
+
+def _of_run(path: Path, config: TrainConfig) -> Network:
+    """The average of a finished run, with its heads."""
+    theirs = TrainConfig.model_validate(json.loads((path / "config.json").read_text()))
+    if theirs.n_prototypes != config.n_prototypes:
+        raise ValueError(
+            f"teacher={path} has {theirs.n_prototypes} prototypes: n_prototypes={config.n_prototypes} must be the same"
+        )
+    saved, _ = find_state(path)
+    if saved is None:
+        raise ValueError(f"teacher={path} has no state that is whole in {path / FOLDER}")
+    network = Network(
+        theirs.vit_config,
+        n_prototypes=theirs.n_prototypes,
+        hidden_dim=theirs.head_hidden_dim,
+        bottleneck_dim=theirs.head_bottleneck_dim,
+        shared_head=theirs.shared_head or theirs.ibot_weight == 0,
+        drop_path_rate=0.0,
+        ibot_bottleneck_dim=theirs.ibot_bottleneck_dim,
+    )
+    network.load_state_dict(torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)["ema"])
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,156 @@
+"""What a run starts with: student, teacher, optimizer, and how they lie on the ranks.
+
+Legend: D width of the backbone, K prototypes.
+"""
+
+import functools
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from model.artifact import WEIGHTS, load_artifact
+from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model, load_state_dict_file
+from model.config import ViTConfig
+from training.config import TrainConfig
+from training.distributed import World, replicate, shard
+from training.optimizer import make_optimizer
+from training.state import Parts
+from training.student_teacher import Network, make_teacher
+
+LOSS_SCALE = 2.0**16  # of fp16 at the start, as torch's GradScaler
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every step uses. `learner` is what is called to train: the student, behind DDP where there are ranks."""
+
+    parts: Parts
+    learner: nn.Module
+    autocast: torch.autocast
+    world: World
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+
+def make_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 or fp16 for matrix products where asked; `auto` is bf16 where the device multiplies it natively."""
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native))
+
+
+def compute_dtype(autocast: torch.autocast) -> torch.dtype:
+    """What matrix products compute in."""
+    return autocast.fast_dtype if autocast._enabled else torch.float32
+
+
+def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
+    """The attention to train with.
+
+    On a CPU the fused kernel's backward pass is a quarter of the step at the 10 to 65 tokens of small crops; plain
+    matrix products take a third of that.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tensor]:
+    """The backbone to start from.
+
+    Args:
+        init: an artifact's folder, a checkpoint (ours, or of the formats that `model.checkpoint` reads), or the name of
+            published weights, which are downloaded once.
+        model: torch hub's name of the run's network, for files that do not say what they are.
+        config: the run's network.
+
+    Raises:
+        ValueError: none of these, damaged, or of another shape than `config`.
+        model.zoo.DownloadError: published weights that cannot be had.
+    """
+    path = Path(init)
+    if path.is_dir():
+        # What loading makes on the way does not belong into the artifact.
+        with tempfile.TemporaryDirectory() as derived:
+            found = load_artifact(path, derived_dir=Path(derived)).manifest.config
+        weights = load_state_dict_file(path / WEIGHTS)
+    elif path.suffix == ".safetensors" and is_own_checkpoint(path):
+        weights, found, _ = load_checkpoint(path)
+    else:
+        loaded = load_model(model, path) if path.exists() else load_model(init)
+        weights, found = loaded.state_dict(), loaded.config
+    if found != config:
+        raise ValueError(f"init={init} is another network than the run's: {found}, not {config}")
+    return weights
+
+
+def make_network(config: TrainConfig) -> Network:
+    """A student at step 0, a function of the seed and of `config.init`."""
+    torch.manual_seed(config.seed)
+    network = Network(
+        config.vit_config,
+        n_prototypes=config.n_prototypes,
+        hidden_dim=config.head_hidden_dim,
+        bottleneck_dim=config.head_bottleneck_dim,
+        shared_head=config.shared_head or config.ibot_weight == 0,
+        drop_path_rate=config.drop_path,
+        ibot_bottleneck_dim=config.ibot_bottleneck_dim,
+    )
+    if config.init is not None:
+        network.backbone.load_state_dict(initial_weights(config.init, config.model, config.vit_config))
+    return network
+
+
+def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | None = None) -> Setup:
+    """Everything at step 0, a function of the configuration.
+
+    Args:
+        config: the run's settings.
+        world: this process among the ranks.
+        given_teacher: of a distillation: a frozen network called as `Network` is.
+    """
+    autocast = make_autocast(config.precision, world.device)
+    student = make_network(config).to(world.device)
+    ema = make_teacher(student)
+    if config.checkpoint_blocks:
+        for block in student.backbone.blocks:
+            # Everything but a block's input is computed again in the backward pass.
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    if config.compile if isinstance(config.compile, bool) else world.device.type == "cuda":
+        for network in (student, ema):
+            for block in network.backbone.blocks:
+                block.compile()
+    sharded = world.size > 1 and strategy_of(config) == "fsdp"
+    if sharded:
+        for network in (student, ema):
+            shard(network, network.backbone.blocks, world, compute_dtype(autocast))
+    optimizer = make_optimizer(
+        student,
+        kind=config.optimizer,
+        layer_decay=config.layer_decay,
+        patch_embed_lr_mult=config.patch_embed_lr_mult,
+        betas=config.betas,
+    )
+    buffers = {}
+    if config.centering == "softmax":
+        names = ("dino", "ibot") if config.ibot_weight > 0 else ("dino",)
+        buffers = {name: torch.zeros(1, config.n_prototypes, device=world.device) for name in names}
+    if config.precision == "fp16":
+        buffers["loss_scale"] = torch.tensor(LOSS_SCALE, device=world.device)
+        buffers["good_steps"] = torch.tensor(0.0, device=world.device)
+    parts = Parts(student, ema, given_teacher or ema, optimizer, buffers)
+    return Setup(parts, student if sharded else replicate(student, world), autocast, world)
+
+
+def strategy_of(config: TrainConfig) -> str:
+    """`ddp` keeps a whole copy on every rank and is faster; the giant's optimizer state wants `fsdp`."""
+    if config.strategy != "auto":
+        return config.strategy
+    return "fsdp" if config.vit_config.embed_dim * config.vit_config.depth >= 1536 * 40 else "ddp"
