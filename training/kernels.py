@@ -53,7 +53,7 @@ def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
     """The definition of `soft_cross_entropy`, in the precision of float32 or, for float64 logits, of float64."""
     probs = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets).sum(dim=0)  # [B, K]
     student = student_logits.double() if student_logits.dtype == torch.float64 else student_logits.float()
-    log_probs = F.log_softmax(student / student_temp, dim=-1).unflatten(0, (-1, len(probs)))  # [S, B, K]
+    log_probs = F.log_softmax(student / student_temp, dim=-1).view(-1, *probs.shape)  # [S, B, K]
     return -(probs * log_probs).sum(dim=-1).flatten()
 
 
@@ -85,7 +85,7 @@ def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
     """`soft_cross_entropy` in plain torch, piece by piece."""
     views = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets)
     probs = views[0] if len(views) == 1 else views.sum(dim=0)
-    return _TorchCrossEntropy.apply(student_logits, probs, student_temp)
+    return _TorchCrossEntropy.apply(student_logits, probs, student_temp)  # type: ignore[no-untyped-call]
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -99,14 +99,16 @@ class _TorchCrossEntropy(torch.autograd.Function):
         ctx.temp = temp
         ctx.save_for_backward(student_logits, probs)
         out = torch.empty(len(student_logits), device=student_logits.device)  # [R]
-        with torch.autocast(student_logits.device.type, enabled=False):  # which would take the products in half precision
+        with torch.autocast(
+            student_logits.device.type, enabled=False
+        ):  # which would take the products in half precision
             for rows, target_rows in _chunks(student_logits, len(probs)):
                 log_probs = torch.log_softmax(student_logits[rows].float() / temp, dim=-1)
                 torch.linalg.vecdot(log_probs, probs[target_rows].float(), out=out[rows])
         return out.neg_()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         student_logits, probs = ctx.saved_tensors
         mass = probs.sum(dim=-1, keepdim=True, dtype=torch.float32)  # [B, 1]

@@ -12,6 +12,10 @@ from the cache.
 Legend: K prototypes, B rows of targets, T teacher views whose targets are summed, R = S * B rows of the student.
 """
 
+# Triton has no types, and its constants are in capitals:
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-call, no-untyped-def, untyped-decorator"
+# ruff: noqa: N803
+
 from typing import Any
 
 import torch
@@ -64,7 +68,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         student_logits, targets, u, v, lse, mass = ctx.saved_tensors
         out = torch.empty_like(student_logits)
@@ -77,7 +81,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
 
 @triton.jit
-def _rows(n_targets, n_students):  # type: ignore[no-untyped-def]
+def _rows(n_targets, n_students):
     """This program's row of the student and of the targets; neighbours share the latter."""
     program = tl.program_id(0).to(tl.int64)  # row * k passes 2^31
     target_row = program // n_students
@@ -85,8 +89,18 @@ def _rows(n_targets, n_students):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _targets(  # type: ignore[no-untyped-def]
-    targets, u, v, row, columns, inside, n_targets, k, scale, N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr  # noqa: N803
+def _targets(
+    targets,
+    u,
+    v,
+    row,
+    columns,
+    inside,
+    n_targets,
+    k,
+    scale,
+    N_TEACHERS: tl.constexpr,
+    FACTORED: tl.constexpr,
 ):
     """One block of a row's targets, summed over the teacher's views; 0 outside."""
     total = tl.zeros_like(columns).to(tl.float32)
@@ -101,10 +115,10 @@ def _targets(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n_targets", "n_students"])
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     student, targets, u, v, loss, lse, mass,
     n_targets, n_students, k, student_scale, target_scale,
-    N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, target_row = _rows(n_targets, n_students)
     lanes = tl.arange(0, BLOCK)
@@ -132,10 +146,10 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n_targets", "n_students"])
-def _backward(  # type: ignore[no-untyped-def]
+def _backward(
     student, targets, u, v, lse, mass, grad, out,
     n_targets, n_students, k, student_scale, target_scale,
-    N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, target_row = _rows(n_targets, n_students)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -147,6 +147,41 @@ def test_the_kernels_in_their_interpreter():
     assert " passed" in run.stdout
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+@pytest.mark.parametrize("factored", [False, True])
+def test_the_kernels_compile_for_a_gpu(name, factored, tmp_path, monkeypatch):
+    """Triton's compiler needs no GPU: the code it makes for an H100 reads 16 bytes at a time."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from training import triton_cross_entropy
+
+    kernel = getattr(triton_cross_entropy, name)
+    constants = {"N_TEACHERS": 2, "FACTORED": factored, "BLOCK": 2048, **({} if factored else {"u": None, "v": None})}
+    integers, floats, halves = {"n_targets", "n_students", "k"}, {"student_scale", "target_scale"}, {"student", "out"}
+    types = {
+        argument: "constexpr" if argument in constants else "i32" if argument in integers else "fp32"
+        if argument in floats else "*bf16" if argument in halves else "*fp32"
+        for argument in kernel.arg_names
+    }  # fmt: skip
+    source = ASTSource(
+        kernel,
+        types,
+        constexprs={(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
+        attrs={
+            (place,): [["tt.divisibility", 16]]
+            for place, argument in enumerate(kernel.arg_names)
+            if types[argument].startswith("*") or argument == "k"
+        },
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    assert "ld.global.v4.b32" in code
+
+
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU here: the kernels are tested in Triton's interpreter only")
 def test_cuda_at_full_size():
     student, probs, grad = draw(16, (2, 8), 131_072, torch.bfloat16)
