@@ -1,25 +1,48 @@
-"""The three losses of DINOv2 and the two ways to turn teacher logits into targets.
+"""The three losses of DINOv2 and the ways to turn teacher logits into targets.
 
 DINO (arXiv 2104.14294) asks that crops of one photo agree on a soft assignment to K prototypes; iBOT (arXiv 2111.07832)
 asks the same of each masked patch; KoLeo (arXiv 1806.03198) spreads the embeddings of a batch. Definitions as in
 facebookresearch/dinov2, `dinov2/loss/`. Two deliberate differences, neither visible in the value: everything is
-float32 whatever the network computed in, and Sinkhorn-Knopp works on logarithms, since `exp(logit / 0.04)` leaves
-float32 once a logit passes 3.5.
+float32 whatever the network computed in, and Sinkhorn-Knopp works on logarithms where the range needs it, since
+`exp(logit / 0.04)` leaves float32 once a logit passes 3.5.
+
+A batch may come as a list of micro-batches, and be spread over ranks: what spans ranks is a callable, so that nothing
+here knows how they talk. Every rank has to call it equally often, also one without a single masked patch.
 
 Legend: B images, K prototypes, N patches per image, M masked patches of the batch, S student views, T teacher views.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.kernels import TeacherTargets, chunk_elements, soft_cross_entropy
+
 EPS = 1e-8
+LEAST_VARIANCE = 1e-5  # of a prototype, as a share of the mean variance
+OverRanks = Callable[[Tensor], Tensor]
+"""Combines a tensor of this rank with those of the others, and gives all the same."""
 
 
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+@overload
+def sinkhorn_knopp(
+    logits: Tensor, temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
+) -> Tensor: ...
+@overload
+def sinkhorn_knopp(
+    logits: Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
+) -> list[Tensor]: ...
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(
+    logits: Tensor | Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
+) -> Tensor | list[Tensor]:
     """Teacher targets that use all prototypes equally often: alternate scaling of prototypes and samples.
 
     With Q = exp(logits / temp) the definition is, n times: divide each prototype's column by its sum and by K, then
@@ -27,79 +50,241 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
     iterated: log Q = logits / temp - u[sample] - v[prototype]. Constants (K, B) cancel in the last row scaling.
 
     Args:
-        logits: [B, K], any float type.
+        logits: [..., K], any float type, or micro-batches of it, which are scaled as one batch; a batch may be empty.
         temp: the teacher's temperature.
         n_iterations: rounds; 3 in the paper.
+        combine: log-sum-exp over ranks of a float32 [1, K].
 
     Returns:
-        float32 [B, K], rows sum to one.
+        float32 [..., K], rows sum to one; a list if `logits` is one.
     """
-    scores = logits.float() / temp
-    u = scores.new_zeros(scores.shape[0], 1)
-    for _ in range(n_iterations):
-        v = torch.logsumexp(scores - u, dim=0, keepdim=True)  # [1, K]
-        u = torch.logsumexp(scores - v, dim=1, keepdim=True)  # [B, 1]
-    if n_iterations == 0:
-        return scores.softmax(dim=-1)
-    return (scores - u - v).exp()
+    batches = [logits] if isinstance(logits, Tensor) else logits
+    pieces, _, row_factors, _, column_factor = _scale(batches, temp, n_iterations, combine or _alone)
+    for piece, factor in zip(pieces, row_factors, strict=True):
+        for rows, factors in zip(_row_chunks(piece), _row_chunks(factor, piece.shape[1]), strict=True):
+            rows.mul_(factors).mul_(column_factor)
+    probs = [piece.view(batch.shape) for piece, batch in zip(pieces, batches, strict=True)]
+    return probs[0] if isinstance(logits, Tensor) else probs
+
+
+@torch.no_grad()
+def sinkhorn_targets(
+    logits: Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
+) -> list[TeacherTargets]:
+    """`sinkhorn_knopp` of micro-batches whose result is not written out: the logits themselves, with u and v."""
+    _, us, row_factors, v, column_factor = _scale(logits, temp, n_iterations, combine or _alone)
+    v = (v - column_factor.log())[0]  # [K]
+    return [
+        TeacherTargets(batch, (u - factor.log()).view(batch.shape[:-1]), v, temp)
+        for batch, u, factor in zip(logits, us, row_factors, strict=True)
+    ]
+
+
+def _scale(
+    batches: Sequence[Tensor], temp: float, n_iterations: int, combine: OverRanks
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The rounds of Sinkhorn-Knopp on micro-batches [b, K].
+
+    The first round needs logarithms: logits of different samples may be thousands apart. With its v, and each row's
+    maximum as u, P = exp(logits / temp - u - v) is written once. After that round rows sum to one and columns to
+    1 / (B * K) or more, so that what underflows in P cannot matter, and what is left to do is products of P with a
+    vector: row factors, and a column factor for each further round.
+
+    Returns:
+        P [b, K], u [b, 1] and row factors [b, 1] for each batch; v and column factor [1, K] for all: the targets are
+        row factor * P * column factor.
+    """
+    batches = [batch.flatten(0, -2) for batch in batches]
+    k, device = batches[0].shape[1], batches[0].device
+    with torch.autocast(device.type, enabled=False):
+        v = torch.zeros(1, k, device=device)
+        if n_iterations > 0:
+            v = combine(torch.stack([_column_logsumexp(batch, temp) for batch in batches]).logsumexp(dim=0))
+        pieces = [torch.empty(batch.shape, device=device) for batch in batches]
+        us, row_factors = [], []
+        for batch, piece in zip(batches, pieces, strict=True):
+            chunks = list(zip(_row_chunks(batch), _row_chunks(piece), strict=True))
+            tops = [torch.div(x.float(), temp, out=p).sub_(v).amax(dim=1, keepdim=True) for x, p in chunks]
+            sums = [p.sub_(top).exp_().sum(dim=1, keepdim=True) for (_, p), top in zip(chunks, tops, strict=True)]
+            us.append(torch.cat(tops))
+            row_factors.append(torch.cat(sums).reciprocal_())
+        column_factor = torch.ones_like(v)
+        for _ in range(n_iterations - 1):
+            total = torch.zeros_like(v)
+            for piece, factor in zip(pieces, row_factors, strict=True):
+                total += factor.T @ piece
+            column_factor = (v - combine(v + total.log())).exp()
+            row_factors = [(piece @ column_factor.T).reciprocal_() for piece in pieces]
+    return pieces, us, row_factors, v, column_factor
+
+
+def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
+    """Pieces of rows; equally many rows as of an array with so many `columns`."""
+    return torch.split(x, max(1, chunk_elements(x.device) // (columns or x.shape[1])))
+
+
+def _column_logsumexp(batch: Tensor, temp: float) -> Tensor:
+    """log sum over rows of exp(batch / temp), float32 [1, K]; -inf without rows."""
+    columns = max(256, chunk_elements(batch.device) // max(1, len(batch)))
+    return torch.cat(
+        [(x.float() / temp).logsumexp(dim=0, keepdim=True) for x in torch.split(batch, columns, dim=1)], dim=1
+    )
 
 
 @torch.no_grad()
 def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
-    """Teacher targets by centering and sharpening (DINO): softmax((logits - center) / temp), float32 [B, K]."""
+    """Teacher targets by centering and sharpening (DINO): softmax((logits - center) / temp), float32 [..., K]."""
     return ((logits.float() - center) / temp).softmax(dim=-1)
 
 
-def _views(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """One view [B, K], stacked views [S, B, K] or a sequence of views, as stacked float32."""
-    if isinstance(x, Tensor):
-        return (x if x.dim() == 3 else x.unsqueeze(0)).float()
-    return torch.stack([view.float() for view in x])
+@torch.no_grad()
+def center_targets(logits: Tensor, center: Tensor, temp: float) -> TeacherTargets:
+    """`softmax_center` whose result is not written out: the logits themselves, with u and v."""
+    v = center.flatten() / temp  # [K]
+    rows = _row_chunks(logits.flatten(0, -2))
+    u = torch.cat([(x.float() / temp).sub_(v).logsumexp(dim=1) for x in rows])
+    return TeacherTargets(logits, u.view(logits.shape[:-1]), v, temp)
+
+
+@torch.no_grad()
+def update_center(
+    center: Tensor,
+    logits: Tensor | Sequence[Tensor],
+    momentum: float = 0.9,
+    *,
+    sum_over_ranks: OverRanks | None = None,
+) -> Tensor:
+    """The next moving centre: momentum * center + (1 - momentum) * mean of the batch (DINO, section 3.1).
+
+    Args:
+        center: float32 [1, K], of the step before; zeros at first. Targets of a step use the centre from before it.
+        logits: the teacher's, [..., K], or micro-batches of it. If no rank has a row, the centre stays.
+        sum_over_ranks: sum over ranks of a float32 vector.
+
+    Returns:
+        float32 [1, K].
+    """
+    mean, count = _batch_mean([logits] if isinstance(logits, Tensor) else logits, sum_over_ranks or _alone)
+    return torch.where(count > 0, center.lerp(mean, 1 - momentum), center)
+
+
+@overload
+def batch_norm_center(logits: Tensor, temp: float, *, sum_over_ranks: OverRanks | None = None) -> Tensor: ...
+@overload
+def batch_norm_center(
+    logits: Sequence[Tensor], temp: float, *, sum_over_ranks: OverRanks | None = None
+) -> list[Tensor]: ...
+@torch.no_grad()
+def batch_norm_center(
+    logits: Tensor | Sequence[Tensor], temp: float, *, sum_over_ranks: OverRanks | None = None
+) -> Tensor | list[Tensor]:
+    """Teacher targets by batch normalisation of the teacher's output, in place of a moving centre.
+
+    Each prototype's logits lose their mean over the batch and are divided by their deviation over it (biased, as in
+    arXiv 1502.03167, without learned scale and shift), so that no prototype wins or varies more than another. There is
+    no one definition for DINO. Ours multiplies by the root mean square over all prototypes of these deviations, so that
+    the temperature means what it does in the other two ways. What keeps a prototype that does not vary from being blown
+    up is a share of that mean square, since the spread of cosines to prototypes has no scale to rely on.
+
+    Args:
+        logits: [..., K], any float type, or micro-batches of it with common statistics.
+        temp: the teacher's temperature.
+        sum_over_ranks: sum over ranks of a float32 vector; called twice.
+
+    Returns:
+        float32 [..., K], rows sum to one; a list if `logits` is one.
+    """
+    batches = [logits] if isinstance(logits, Tensor) else logits
+    total = sum_over_ranks or _alone
+    mean, count = _batch_mean(batches, total)
+    squares = [(batch.flatten(0, -2).float() - mean).square_().sum(dim=0) for batch in batches]
+    variance = total(torch.stack(squares).sum(dim=0)) / count.clamp(min=1)  # [K]
+    mean_variance = variance.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (variance / mean_variance + LEAST_VARIANCE).rsqrt_().div_(temp)
+    probs = [(batch.float() - mean).mul_(scale).softmax(dim=-1) for batch in batches]
+    return probs[0] if isinstance(logits, Tensor) else probs
+
+
+def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Tensor]:
+    """Mean over all rows of all ranks [1, K], 0 without rows, and their number, a scalar."""
+    rows = [batch.flatten(0, -2).float() for batch in batches]
+    count = rows[0].new_full((1,), sum(map(len, rows)))
+    sums = total(torch.cat([torch.stack([x.sum(dim=0) for x in rows]).sum(dim=0), count]))  # [K + 1]
+    return (sums[:-1] / sums[-1].clamp(min=1)).unsqueeze(0), sums[-1]
 
 
 def dino_loss(
-    student_logits: Tensor | Sequence[Tensor], teacher_probs: Tensor | Sequence[Tensor], student_temp: float
+    student_logits: Tensor | Sequence[Tensor],
+    teacher_probs: Tensor | Sequence[Tensor] | TeacherTargets,
+    student_temp: float,
 ) -> Tensor:
     """Cross-entropy of every student view against every teacher view: summed over pairs, mean over images.
 
     Args:
         student_logits: one view [B, K], or S of them as [S, B, K] or a sequence.
-        teacher_probs: targets, one view [B, K] or T of them; rows sum to one.
+        teacher_probs: targets, one view [B, K] or T of them as [T, B, K] or a sequence; rows sum to one.
         student_temp: the student's temperature.
 
     Returns:
         scalar: sum over S x T pairs of mean over B of -sum_k p log softmax(logits / student_temp).
     """
-    student, targets = _views(student_logits) / student_temp, _views(teacher_probs).sum(dim=0)
-    # -sum_k p (s_k - lse(s)) = mass * lse(s) - p.s: no second [S, B, K] array of log-probabilities.
-    cross = targets.sum(dim=-1) * torch.logsumexp(student, dim=-1) - torch.einsum("sbk,bk->sb", student, targets)
-    return cross.mean(dim=1).sum()
+    student = student_logits if isinstance(student_logits, Tensor) else torch.stack(list(student_logits))
+    targets = teacher_probs if isinstance(teacher_probs, Tensor | TeacherTargets) else torch.stack(list(teacher_probs))
+    cross = soft_cross_entropy(student.flatten(0, -2), targets, student_temp)  # [S * B]
+    return cross.sum() / student.shape[-2]
 
 
-def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float) -> Tensor:
+def ibot_loss(
+    student_logits: Tensor,
+    teacher_probs: Tensor | TeacherTargets,
+    masks: Tensor,
+    student_temp: float,
+    *,
+    selected: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy on masked patches: mean over an image's masked patches, then over all images, masked or not.
 
     Args:
         student_logits, teacher_probs: [M, K], the masked patches in the order of `masks`, row-major.
         masks: bool [B, N] with M True entries.
         student_temp: the student's temperature.
+        selected: int64 [M], the places of the True entries in the flattened masks. Without them they are looked up,
+            for which the host waits for a GPU.
     """
-    student, targets = student_logits.float() / student_temp, teacher_probs.float()
-    cross = targets.sum(dim=-1) * torch.logsumexp(student, dim=-1) - (student * targets).sum(dim=-1)  # [M]
-    per_image = masks.sum(dim=-1).clamp(min=1)  # [B]
-    weights = (1.0 / per_image).unsqueeze(-1).expand_as(masks)[masks]  # [M]
-    return (cross * weights).sum() / masks.shape[0]
+    cross = soft_cross_entropy(student_logits, teacher_probs, student_temp)  # [M]
+    image = (masks.flatten().nonzero().squeeze(1) if selected is None else selected) // masks.shape[1]  # [M]
+    weights = 1.0 / masks.sum(dim=-1).clamp(min=1)  # [B]
+    return (cross * weights[image]).sum() / masks.shape[0]
 
 
-def koleo_loss(x: Tensor) -> Tensor:
+def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor:
     """Minus the mean log distance of each L2-normalised row of `x` [B, D] to its nearest other row.
 
-    In float32: half precision turns near-duplicates into infinities. 0 for a batch of one, which has no neighbour.
+    In float32: half precision turns near-duplicates into infinities.
+
+    Args:
+        x: [B, D].
+        pool: [n, D], where neighbours are looked for: `x` itself, or the rows of all ranks, gathered so that gradients
+            flow back. With equally many rows a rank, the mean of the ranks' losses is the loss of all rows, also in
+            its gradient.
+        offset: row i of `x` is row offset + i of the pool, and no neighbour of itself.
+
+    Returns:
+        scalar, 0 for a pool of one row.
+
+    Raises:
+        ValueError: rows of `x` that are not in the pool.
     """
-    if x.shape[0] < 2:
+    pool = x if pool is None else pool
+    if not 0 <= offset <= len(pool) - len(x):
+        raise ValueError(f"offset={offset}: {len(x)} rows from there on are not among the pool's {len(pool)}")
+    if len(pool) < 2:
         return x.float().sum() * 0.0
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.float(), eps=EPS, dim=-1)
+        rows = F.normalize(x.float(), eps=EPS, dim=-1)
+        others = rows if pool is x else F.normalize(pool.float(), eps=EPS, dim=-1)
         with torch.no_grad():
-            nearest = (x @ x.T).fill_diagonal_(-1).argmax(dim=1)
-        return -(F.pairwise_distance(x, x[nearest], eps=EPS) + EPS).log().mean()
+            similarity = rows @ others.T  # [B, n]
+            similarity[:, offset : offset + len(x)].fill_diagonal_(-2)
+            nearest = similarity.argmax(dim=1)
+        return -(F.pairwise_distance(rows, others[nearest], eps=EPS) + EPS).log().mean()

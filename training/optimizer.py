@@ -1,22 +1,27 @@
-"""AdamW with DINOv2's parameter groups, and clipping per sub-module.
+"""Optimizers with DINOv2's parameter groups, clipping per sub-module, and steps that change nothing if a number broke.
 
 From facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate falls by `layer_decay` per block towards
 the input, the patch embedding learns at a fraction of it, biases, norms and LayerScale have no weight decay (positions,
 class, mask and register tokens and the prototypes' lengths do), and the prototypes are frozen at first. (So can be the
 whole backbone, which is ours: fresh heads on a trained backbone first learn alone.)
 
-A group carries its multipliers; `set_schedule` turns the step's values into every group's rates.
+A group carries its multipliers; `set_schedule` turns the step's values into every group's rates. Nothing here waits for
+a GPU: norms and the question whether a step counts stay tensors.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from training.distributed import local, whole
 from training.student_teacher import Network
 
 Part = Literal["backbone", "head", "last_layer"]
-"""What learns at its own times: see `Schedules.lr` in `training/train.py`."""
+"""What learns at its own times: see `Schedules.lr` in `training/step.py`."""
+
+OptimizerKind = Literal["adamw", "sgd_normalized"]
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -30,27 +35,40 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def make_optimizer(
-    network: Network, *, layer_decay: float, patch_embed_lr_mult: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over all parameters; groups have `part` (of `set_schedule`), `lr_mult` and `wd_mult`."""
+    network: Network,
+    *,
+    layer_decay: float,
+    patch_embed_lr_mult: float,
+    betas: tuple[float, float],
+    kind: OptimizerKind = "adamw",
+) -> torch.optim.Optimizer:
+    """An optimizer of all parameters; groups have `part` and `unit`, `lr_mult` and `wd_mult`.
+
+    Args:
+        betas: of the running averages of gradients and, for AdamW, of their squares.
+        kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
+
+    Raises:
+        ValueError: another kind.
+    """
     depth = len(network.backbone.blocks)
-    groups: dict[tuple[Part, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, Part, float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         lr_mult = layer_decay ** (depth + 1 - layer_of(name, depth))
         if "patch_embed" in name:
             lr_mult *= patch_embed_lr_mult
         decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
         part: Part = "backbone" if name.startswith("backbone.") else "last_layer" if "last_layer" in name else "head"
-        groups.setdefault((part, lr_mult, float(decays)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "part": part, "lr_mult": lr_mult, "wd_mult": wd_mult}
-            for (part, lr_mult, wd_mult), parameters in groups.items()
-        ],
-        lr=0.0,
-        betas=betas,
-        fused=True,
-    )
+        groups.setdefault((name.split(".")[0], part, lr_mult, float(decays)), []).append(parameter)
+    described = [
+        {"params": parameters, "unit": unit, "part": part, "lr_mult": lr_mult, "wd_mult": wd_mult}
+        for (unit, part, lr_mult, wd_mult), parameters in groups.items()
+    ]
+    if kind == "adamw":
+        return torch.optim.AdamW(described, lr=0.0, betas=betas, fused=True)
+    if kind == "sgd_normalized":
+        return NormalizedSGD(described, beta=betas[0])
+    raise ValueError(f"optimizer={kind!r}: choose adamw or sgd_normalized")
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight_decay: float) -> None:
@@ -60,6 +78,98 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight
         group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
-def clip_gradients(network: Network, max_norm: float) -> dict[str, Tensor]:
-    """Clip each sub-module's gradient to `max_norm` on its own; the norms before, by sub-module name."""
-    return {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm) for name, module in network.named_children()}
+@torch.no_grad()
+def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
+    """Clip each sub-module's gradient to `max_norm` on its own; the norms before, by sub-module name.
+
+    The norms are scalars on the network's device, over all ranks where gradients are sharded.
+    """
+    norms = {}
+    for name, module in network.named_children():
+        norms[name] = gradient_norm(list(module.parameters()))
+        factor = (max_norm / (norms[name] + 1e-6)).clamp(max=1)
+        gradients = [local(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+    return norms
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """L2 norm of the gradients of some parameters as one vector, the same on every rank; 0 if there are none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return local(parameters[0]).new_zeros(())
+    return whole(nn.utils.get_total_norm(gradients))
+
+
+@torch.no_grad()
+def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One update where `finite` is true; otherwise weights and optimizer state, its count of steps too, stay.
+
+    The host does not learn which it was. Both kinds of `make_optimizer` read the attribute that torch's gradient scaler
+    sets for optimizers that can leave a step out themselves (`torch/optim/adam.py`, `_fused_adam`).
+
+    Args:
+        finite: bool scalar on the network's device, the same on all ranks: whether loss and gradient norms are finite.
+    """
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+class NormalizedSGD(torch.optim.Optimizer):
+    """SGD with momentum over normalised gradients, for very large batches.
+
+    With g the gradient of a whole unit (backbone, each head: what is also clipped together) and w a weight of it:
+
+        m = beta * m + (1 - beta) * g / |g|,    w = w - lr * weight_decay * w - lr * m
+
+    so that a step's length is at most lr whatever the size of the gradient, and neither clipping nor the scale of the
+    loss changes it. m starts at 0 and is not corrected for it: the warm-up of lr covers the first 1 / (1 - beta) steps.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], *, lr: float = 0.0, beta: float = 0.9, weight_decay: float = 0.0):
+        """Groups of `params` have a `unit`, the name under which gradients are measured together.
+
+        Raises:
+            ValueError: beta outside 0..1.
+        """
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta={beta}: wanted at least 0 and less than 1")
+        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay})
+        self._step_supports_amp_scaling = True  # a gradient scaler may set found_inf; its scale falls out
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all weights that have a gradient, or none of them if the attribute `found_inf` is 1."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        units: dict[str, list[nn.Parameter]] = {}
+        for group in self.param_groups:
+            units.setdefault(group["unit"], []).extend(group["params"])
+        norms = {unit: gradient_norm(parameters) for unit, parameters in units.items()}
+        for group in self.param_groups:
+            self._update(group, norms[group["unit"]], None if found_inf is None else found_inf > 0)
+
+    def _update(self, group: dict[str, Any], norm: Tensor, broken: Tensor | None) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        averages = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        weights = [local(parameter) for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters]
+        beta, lr = group["beta"], group["lr"]
+        share = (1 - beta) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        shrink = 1 - lr * group["weight_decay"]
+        if broken is not None:  # m and w become 1 * themselves + 0 * numbers that are finite
+            gradients = [gradient.masked_fill(broken, 0) for gradient in gradients]
+            share, lr = share.masked_fill(broken, 0), torch.where(broken, 0.0, lr)
+            beta, shrink = torch.where(broken, 1.0, beta), torch.where(broken, 1.0, shrink)
+        torch._foreach_mul_(averages, beta)
+        torch._foreach_add_(averages, torch._foreach_mul(gradients, share))
+        torch._foreach_mul_(weights, shrink)
+        torch._foreach_sub_(weights, torch._foreach_mul(averages, lr))

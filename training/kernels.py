@@ -1,0 +1,152 @@
+"""The cross-entropy of student logits with soft teacher targets over K prototypes, on a diet of memory.
+
+With K = 65,536 to 262,144 prototypes this is bound by memory: a plain expression writes the scaled logits, their
+logarithm of softmax and the products as arrays as large as the logits, and autograd keeps them. Here
+
+    loss = -sum_k p log softmax(x / temp) = mass * logsumexp(x / temp) - sum_k p x / temp,   mass = sum_k p
+    dloss/dx = (mass * softmax(x / temp) - p) / temp
+
+so that two numbers a row are enough for the backward pass, which reads the logits again. On a GPU each pass is one
+Triton kernel (`triton_cross_entropy.py`); elsewhere torch does the same in pieces that stay in the cache
+(benchmarks/cross_entropy.py). `plain_cross_entropy` is the definition, which the tests compare both with.
+
+The targets can also stay what they are made from, the teacher's logits and two vectors (`TeacherTargets`): then no
+target array is written at all on a GPU.
+
+Legend: K prototypes, B rows of targets, T teacher views whose targets are summed, R = S * B rows of the student.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Targets that are not written out: exp(logits / temp - u - v).
+
+    Sinkhorn-Knopp and centering have this form (`training/losses.py`).
+    """
+
+    logits: Tensor  # [..., B, K], any float type
+    u: Tensor  # float32 [..., B]
+    v: Tensor  # float32 [K]
+    temp: float
+
+    def __getitem__(self, index: Any) -> "TeacherTargets":
+        """The targets of some rows: an index into the leading dimensions."""
+        return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
+
+    def probs(self) -> Tensor:
+        """The targets as an array: float32 [..., B, K]."""
+        return (self.logits.float() / self.temp).sub_(self.u.unsqueeze(-1)).sub_(self.v).exp_()
+
+
+def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
+    """The definition of `soft_cross_entropy`, in the precision of float32 or, for float64 logits, of float64."""
+    probs = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets).sum(dim=0)  # [B, K]
+    student = student_logits.double() if student_logits.dtype == torch.float64 else student_logits.float()
+    log_probs = F.log_softmax(student / student_temp, dim=-1).view(-1, *probs.shape)  # [S, B, K]
+    return -(probs * log_probs).sum(dim=-1).flatten()
+
+
+def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
+    """-sum_k p log softmax(student_logits / student_temp) for each row, differentiable in the student's logits.
+
+    Args:
+        student_logits: [R, K], any float type; R is a multiple of B, and row r has the targets of row r % B.
+        targets: [B, K], or [T, B, K] to be summed over T; no need that rows sum to one. No gradient flows to them.
+        student_temp: the student's temperature.
+
+    Returns:
+        float32 [R].
+
+    Raises:
+        ValueError: shapes that do not fit, or targets that want a gradient.
+    """
+    _check(student_logits, targets)
+    if not len(student_logits):
+        return student_logits.float().sum(dim=-1)
+    if student_logits.device.type == "cuda" and _has_triton():
+        from training.triton_cross_entropy import triton_cross_entropy
+
+        return triton_cross_entropy(student_logits, targets, student_temp)
+    return torch_cross_entropy(student_logits, targets, student_temp)
+
+
+def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
+    """`soft_cross_entropy` in plain torch, piece by piece."""
+    views = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets)
+    probs = views[0] if len(views) == 1 else views.sum(dim=0)
+    return _TorchCrossEntropy.apply(student_logits, probs, student_temp)  # type: ignore[no-untyped-call]
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many numbers to work on at once: what stays in a core's cache; on a GPU, what bounds the scratch memory."""
+    return 1 << 19 if device.type == "cpu" else 1 << 27
+
+
+class _TorchCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, probs: Tensor, temp: float) -> Tensor:
+        ctx.temp = temp
+        ctx.save_for_backward(student_logits, probs)
+        out = torch.empty(len(student_logits), device=student_logits.device)  # [R]
+        with torch.autocast(
+            student_logits.device.type, enabled=False
+        ):  # which would take the products in half precision
+            for rows, target_rows in _chunks(student_logits, len(probs)):
+                log_probs = torch.log_softmax(student_logits[rows].float() / temp, dim=-1)
+                torch.linalg.vecdot(log_probs, probs[target_rows].float(), out=out[rows])
+        return out.neg_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        student_logits, probs = ctx.saved_tensors
+        mass = probs.sum(dim=-1, keepdim=True, dtype=torch.float32)  # [B, 1]
+        grad = (grad / ctx.temp).unsqueeze(-1)  # [R, 1]
+        out = torch.empty_like(student_logits)
+        for rows, target_rows in _chunks(student_logits, len(probs)):
+            piece = torch.softmax(student_logits[rows].float() / ctx.temp, dim=-1)
+            out[rows] = piece.mul_(mass[target_rows]).sub_(probs[target_rows]).mul_(grad[rows])
+        return out, None, None
+
+
+def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of the student's rows, each with the rows of its targets."""
+    size = max(1, chunk_elements(student_logits.device) // student_logits.shape[1])
+    for view in range(0, len(student_logits), n_targets):
+        for start in range(0, n_targets, size):
+            end = min(start + size, n_targets)
+            yield slice(view + start, view + end), slice(start, end)
+
+
+def _views(targets: Tensor) -> Tensor:
+    """[T, B, K], T = 1 for targets of one view."""
+    return targets if targets.dim() == 3 else targets.unsqueeze(0)
+
+
+def _check(student_logits: Tensor, targets: Tensor | TeacherTargets) -> None:
+    written = targets.logits if isinstance(targets, TeacherTargets) else targets
+    shape, target_shape = tuple(student_logits.shape), tuple(written.shape)
+    fits = len(shape) == 2 and len(target_shape) in (2, 3) and shape[1] == target_shape[-1]
+    if not fits or (shape[0] % target_shape[-2] if target_shape[-2] else shape[0]):
+        raise ValueError(
+            f"student logits {list(shape)} do not fit targets {list(target_shape)}: wanted [R, K] and [B, K] or"
+            " [T, B, K] with R a multiple of B"
+        )
+    if written.requires_grad:
+        raise ValueError("targets require a gradient, which this loss does not give: pass targets.detach()")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,160 @@
+"""Two Triton kernels for `kernels.soft_cross_entropy`: a forward and a backward pass, each reading the logits once.
+
+Imported only where Triton is wanted: it comes with torch's CUDA builds, and not with others.
+
+Forward: one program a row walks over K in blocks. Every lane keeps its own running maximum m and sum s of
+exp(x - m), so that lanes meet once, at the end. With d = x - m and e = exp(-|d|), one exponential a number is enough:
+if d > 0 the maximum moves and s becomes s * e + 1, else s + e. Backward: one program per row and block.
+
+Programs of all student views of one image run side by side, so that its targets are read from memory once and then
+from the cache.
+
+Legend: K prototypes, B rows of targets, T teacher views whose targets are summed, R = S * B rows of the student.
+"""
+
+# Triton has no types, and its constants are in capitals:
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-call, no-untyped-def, untyped-decorator"
+# ruff: noqa: N803
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from training.kernels import TeacherTargets
+
+BLOCK = 2048
+WARPS = 8
+
+
+def triton_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
+    """See `kernels.soft_cross_entropy`: student_logits [R, K], R > 0; float32 [R]."""
+    if isinstance(targets, TeacherTargets):
+        u, v, temp = targets.u.float().contiguous(), targets.v.float().contiguous(), targets.temp
+        return _TritonCrossEntropy.apply(student_logits, targets.logits, u, v, temp, student_temp)
+    return _TritonCrossEntropy.apply(student_logits, targets, None, None, 1.0, student_temp)
+
+
+class _TritonCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        targets: Tensor,
+        u: Tensor | None,
+        v: Tensor | None,
+        target_temp: float,
+        student_temp: float,
+    ) -> Tensor:
+        student_logits, targets = student_logits.contiguous(), targets.contiguous()
+        n_rows, k = student_logits.shape
+        loss, lse, mass = torch.empty(3, n_rows, device=student_logits.device, dtype=torch.float32).unbind()
+        ctx.sizes = {
+            "n_targets": targets.shape[-2],
+            "n_students": n_rows // targets.shape[-2],
+            "k": k,
+            "student_scale": 1 / student_temp,
+            "target_scale": 1 / target_temp,
+            "N_TEACHERS": targets.shape[0] if targets.dim() == 3 else 1,
+            "FACTORED": u is not None,
+            "BLOCK": min(BLOCK, triton.next_power_of_2(k)),
+        }
+        with torch.cuda.device_of(student_logits):  # Triton launches on the current GPU
+            _forward[(n_rows,)](student_logits, targets, u, v, loss, lse, mass, **ctx.sizes, num_warps=WARPS)
+        ctx.save_for_backward(student_logits, targets, u, v, lse, mass)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        student_logits, targets, u, v, lse, mass = ctx.saved_tensors
+        out = torch.empty_like(student_logits)
+        grid = (len(student_logits), triton.cdiv(ctx.sizes["k"], ctx.sizes["BLOCK"]))
+        with torch.cuda.device_of(student_logits):
+            _backward[grid](
+                student_logits, targets, u, v, lse, mass, grad.contiguous(), out, **ctx.sizes, num_warps=WARPS
+            )
+        return out, None, None, None, None, None
+
+
+@triton.jit
+def _rows(n_targets, n_students):
+    """This program's row of the student and of the targets; neighbours share the latter."""
+    program = tl.program_id(0).to(tl.int64)  # row * k passes 2^31
+    target_row = program // n_students
+    return program % n_students * n_targets + target_row, target_row
+
+
+@triton.jit
+def _targets(
+    targets,
+    u,
+    v,
+    row,
+    columns,
+    inside,
+    n_targets,
+    k,
+    scale,
+    N_TEACHERS: tl.constexpr,
+    FACTORED: tl.constexpr,
+):
+    """One block of a row's targets, summed over the teacher's views; 0 outside."""
+    total = tl.zeros_like(columns).to(tl.float32)
+    for view in tl.static_range(N_TEACHERS):
+        view_row = view * n_targets + row
+        p = tl.load(targets + view_row * k + columns, mask=inside, other=0.0).to(tl.float32)
+        if FACTORED:
+            p = p * scale - tl.load(u + view_row) - tl.load(v + columns, mask=inside, other=0.0)
+            p = tl.where(inside, tl.exp(p), 0.0)
+        total += p
+    return total
+
+
+@triton.jit(do_not_specialize=["n_targets", "n_students"])
+def _forward(
+    student, targets, u, v, loss, lse, mass,
+    n_targets, n_students, k, student_scale, target_scale,
+    N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, target_row = _rows(n_targets, n_students)
+    lanes = tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], -3.0e38, tl.float32)  # not -inf: lanes beyond k subtract it from -inf
+    total = tl.zeros([BLOCK], tl.float32)
+    dot = tl.zeros([BLOCK], tl.float32)
+    weight = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, k, BLOCK):
+        columns = start + lanes
+        inside = columns < k
+        x = tl.load(student + row * k + columns, mask=inside, other=0.0).to(tl.float32) * student_scale
+        p = _targets(targets, u, v, target_row, columns, inside, n_targets, k, target_scale, N_TEACHERS, FACTORED)
+        dot += p * x
+        weight += p
+        d = tl.where(inside, x, float("-inf")) - highest
+        e = tl.exp(-tl.abs(d))
+        total = tl.where(d > 0, total * e + 1.0, total + e)
+        highest = tl.where(d > 0, x, highest)
+    top = tl.max(highest, axis=0)
+    row_lse = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
+    row_mass = tl.sum(weight, axis=0)
+    tl.store(lse + row, row_lse)
+    tl.store(mass + row, row_mass)
+    tl.store(loss + row, row_mass * row_lse - tl.sum(dot, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_targets", "n_students"])
+def _backward(
+    student, targets, u, v, lse, mass, grad, out,
+    n_targets, n_students, k, student_scale, target_scale,
+    N_TEACHERS: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, target_row = _rows(n_targets, n_students)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < k
+    x = tl.load(student + row * k + columns, mask=inside, other=0.0).to(tl.float32) * student_scale
+    p = _targets(targets, u, v, target_row, columns, inside, n_targets, k, target_scale, N_TEACHERS, FACTORED)
+    d = tl.load(grad + row) * student_scale * (tl.load(mass + row) * tl.exp(x - tl.load(lse + row)) - p)
+    tl.store(out + row * k + columns, d.to(out.dtype.element_ty), mask=inside)
