@@ -4,8 +4,8 @@ A tar shard is such a file: its index is made by hopping over headers, and a pho
 operations are needed (size, version, range), so fsspec's own HTTP file system, which needs a further package, is not:
 httpx is there anyway, and says clearly when a server has no ranges.
 
-Errors mean one of two things. ValueError: the file is not what it should be, and will not be so tomorrow. OSError: the
-place did not answer, three times; nothing is known of the file.
+Errors mean one of two things. ValueError: this file cannot be used, today or tomorrow. OSError: the place did not
+answer, three times, or the file is being changed; nothing is known of what it holds.
 """
 
 import os
@@ -39,18 +39,21 @@ class Blob(Protocol):
         """Exactly `length` bytes.
 
         Raises:
-            ValueError: the file has changed since it was opened, or is shorter.
+            Changed: the file has changed since it was opened, or is shorter.
             OSError: the place does not answer.
         """
 
 
-def _changed(url: str) -> ValueError:
-    return ValueError(f"{url} has changed since the run opened it")
+class Changed(OSError):
+    """A file is another one than when it was opened: a run cannot go on with it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url} has changed since it was opened; start again with files that stay as they are")
 
 
 def _whole(data: bytes, length: int, url: str) -> bytes:
     if len(data) != length:
-        raise _changed(url)
+        raise Changed(url)
     return data
 
 
@@ -59,7 +62,7 @@ def _repeated(operation: Callable[[], T]) -> T:
     for attempt in range(1, TRIES):
         try:
             return operation()
-        except FileNotFoundError:
+        except (FileNotFoundError, Changed):
             raise
         except OSError:
             time.sleep(attempt)
@@ -80,7 +83,7 @@ class LocalBlob:
         try:
             found = os.fstat(file)
             if (found.st_size, found.st_mtime_ns) != (self.size, self._modified):
-                raise _changed(self.url)
+                raise Changed(self.url)
             return _whole(os.pread(file, length, offset), length, self.url)
         finally:
             os.close(file)
@@ -127,7 +130,7 @@ class HttpBlob:
                 if status in REPEATABLE:
                     raise OSError(f"{self.url}: HTTP {status}")
                 if status == 412:  # our If-Match
-                    raise _changed(self.url)
+                    raise Changed(self.url)
                 if status == 404:
                     raise FileNotFoundError(f"{self.url}: HTTP 404, no such file")
                 if status not in (200, 206):
