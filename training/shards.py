@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -114,6 +114,13 @@ class ShardIndex:
 def printable(name: str) -> str:
     """A name with its undecodable bytes written out, so that it can be logged and stored."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def common_folder(names: Sequence[str]) -> int:
+    """Length of the folder, with its last slash, that all names begin with."""
+    first, last = min(names, default=""), max(names, default="")
+    differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first.rfind("/", 0, differ) + 1
 
 
 def _key(name: str) -> str:
@@ -223,7 +230,7 @@ def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
 def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
     facts = {"identity": identity, "classes": index.classes, "skipped": [[s.name, s.reason] for s in index.skipped]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
+    arrays: dict[str, Any] = {
         "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
         "names": np.frombuffer(index.names.text, np.uint8),
         "ends": index.names.ends,
@@ -309,7 +316,7 @@ class TarSource:
             of_item = np.repeat([str(word) for word in words], [len(index.names) for _, _, index in self._shards])
         else:
             names = [name for _, _, index in self._shards for name in (index.names[i] for i in range(len(index.names)))]
-            start = os.path.commonprefix(names).rfind("/") + 1
+            start = common_folder(names)
             of_item = np.array([name[start:].partition("/")[0] for name in names])
         parts = {part: np.flatnonzero(of_item == part) for part in ("train", "val")}
         return parts if all(len(part) for part in parts.values()) else {}

@@ -18,7 +18,7 @@ import numpy as np
 
 from training.blobs import HTTP_TIMEOUT_S, file_system, open_blob
 from training.dataset import SUFFIXES, Indices, Skipped, Source, read_file, walk_files
-from training.shards import COMPRESSED, TarSource, is_compressed, load_index, printable, unpacked
+from training.shards import COMPRESSED, TarSource, common_folder, is_compressed, load_index, printable, unpacked
 
 MAX_BRACES = 1_000_000
 INDEXING_THREADS = 8
@@ -195,6 +195,11 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
 
 
+def _path_of(url: str) -> str:
+    """Without the query that a signed URL carries."""
+    return url.partition("?")[0] if "://" in url else url
+
+
 def _is_tar(name: str) -> bool:
     stem = name.lower()
     return stem.endswith((".tar", ".tgz")) or any(stem.endswith(".tar" + suffix) for suffix in COMPRESSED)
@@ -205,7 +210,7 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
     def index(url: str, name: str) -> tuple[str, Any, Any]:
         blob = open_blob(url, client)
-        if is_compressed(url.partition("?")[0]):
+        if is_compressed(_path_of(url)):
             blob = unpacked(blob)
         return name, blob, load_index(blob, name, index_dir)
 
@@ -219,14 +224,14 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
     """What is left of the URLs without the folder that all share: what they are called in logs and digests."""
-    plain = [url.partition("?")[0] for url in urls]
-    start = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in plain]).rfind("/") + 1
+    plain = [_path_of(url) for url in urls]
+    start = common_folder(plain)
     return [printable(url[start:]) for url in plain]
 
 
 def _remote_shards(url: str) -> list[str]:
     """The tars that a URL names: itself, a pattern's, or those below a folder."""
-    if _is_tar(url.partition("?")[0]) and "*" not in url:
+    if _is_tar(_path_of(url)) and "*" not in url:
         return [url]
     if url.startswith(("http://", "https://")):
         raise ValueError(f"{url}: over HTTP, name the shards: .../name.tar or .../name-{{000..123}}.tar")
@@ -274,8 +279,8 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     ]
     if path.is_dir() and not shards:
         raise ValueError(
-            f"nothing to train on in {path}: looked for images ({', '.join(sorted(SUFFIXES))}) at any depth, tar shards "
-            "(.tar), and a Hugging Face dataset (dataset_info.json or dataset_dict.json, written by save_to_disk)"
+            f"nothing to train on in {path}: looked for images ({', '.join(sorted(SUFFIXES))}) at any depth, for tar "
+            "shards (.tar), and for a Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
         )
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
