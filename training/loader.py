@@ -372,10 +372,7 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
         side: of the squares, pixels.
         workers: threads that decoded.
     """
-    if share <= CHUNK = 32
-"""Photos that a thread takes at a time, where all are to be decoded."""
-
-WAIT_WORTH_A_WORD:
+    if share <= WAIT_WORTH_A_WORD:
         return None
     waited = f"{share:.0%} of the time went into waiting for photos"
     if loader.in_memory:
