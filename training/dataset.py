@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model.preprocess import PreprocessSpec, output_size
@@ -194,14 +194,22 @@ def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
     """
     height, width = photo.shape[:2]
     output_size(height, width, PreprocessSpec())
-    square = Image.fromarray(photo).resize((side, side), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), width / height
+    return _channels_first(np.asarray(_square(Image.fromarray(photo), side))), width / height
+
+
+def _square(photo: Image.Image, side: int, box: tuple[float, float, float, float] | None = None) -> Image.Image:
+    return photo.resize((side, side), Image.Resampling.BICUBIC, box)
+
+
+def _channels_first(square: Pixels) -> Pixels:
+    return np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
 def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
     """`squash(decode(data), side)`, but a JPEG much larger than the square is decoded at a fraction of its size.
 
-    The square then differs a little (`DRAFT_MARGIN`); it is the same on every call.
+    The square then differs a little (`DRAFT_MARGIN`); it is the same on every call. A photo that EXIF turns is turned
+    as a square, which may round a value to its neighbour.
 
     Raises:
         ValueError: as `decode` and `squash`.
@@ -210,14 +218,12 @@ def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
     with _translated(data), Image.open(BytesIO(data)) as image:
         width, height = image.size
         output_size(height, width, PreprocessSpec())  # before the pixels are paid for
-        image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))  # does nothing to other formats
-        drawn_width = image.width
-        photo = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    pixels, aspect = squash(photo, side)
-    if drawn_width != width:  # the fraction's sides are rounded up: the shape is that of the whole photo
-        turned = (photo.shape[1] > photo.shape[0]) != (width > height)
-        aspect = height / width if turned else width / height
-    return pixels, aspect
+        drawn = image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))  # None for other formats
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # a fraction's sides are rounded up: the box says where the photo ends within the last pixels
+        square = _square(image.convert("RGB"), side, drawn[1] if drawn else None)
+        upright = np.asarray(ImageOps.exif_transpose(square))
+        return _channels_first(upright), height / width if turned else width / height
 
 
 def read_file(path: Path) -> bytes:

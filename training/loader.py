@@ -39,6 +39,7 @@ CHUNK = 32
 """Photos that a thread takes at a time, where all are to be decoded."""
 
 WAIT_WORTH_A_WORD = 0.1
+GOOD, BROKEN = 1, 2
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class StreamLoader:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="photos")
         self._steps: dict[int, _Step] = {}
         self._lock = threading.Lock()  # of the three below
-        self._broken: set[int] = set()
+        self._found = bytearray(len(source))  # per photo: not tried yet, GOOD or BROKEN
         self._n_tried = 0
         self._closed = False
 
@@ -260,7 +261,7 @@ class StreamLoader:
             index = (first + offset) % len(self.source)
             if self._closed:
                 return
-            if index in self._broken:
+            if self._found[index] == BROKEN:
                 continue
             square = self._tried(index)
             if square is not None:
@@ -278,12 +279,11 @@ class StreamLoader:
         except ValueError as error:
             reason = str(error)
         with self._lock:
-            if square is not None or index not in self._broken:  # two threads may try one photo at once
-                self._n_tried += 1
-            if square is None and index not in self._broken:
-                self._broken.add(index)
+            self._n_tried += not self._found[index]
+            if square is None and self._found[index] != BROKEN:  # two threads may try one photo at once
                 self.skipped.append(Skipped(self.source.name(index), reason))
-            n_broken, n_tried = len(self._broken), self._n_tried
+            self._found[index] = BROKEN if square is None else GOOD
+            n_broken, n_tried = len(self.skipped), self._n_tried
         if n_tried >= MIN_TRIES and n_broken > self._max_broken_share * n_tried:
             first = self.skipped[0]
             raise ValueError(
