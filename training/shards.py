@@ -138,7 +138,7 @@ def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfil
                 yield member
             reader.seek(tar.offset)
     except tarfile.ReadError as error:
-        problems.append(f"ends early or is damaged: {error}")
+        problems.append(f"no tar, or damaged, or cut off: {error}")
         return
     # tarfile takes a damaged header after the first for the end
     end = reader.read(BLOCK)
@@ -160,16 +160,14 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
         shard: its name, for what is listed as skipped.
 
     Raises:
-        ValueError: not a tar. OSError: the place does not answer.
+        OSError: the place does not answer.
     """
     reader = _Reader(blob, READ_AHEAD_LOCAL if isinstance(blob, LocalBlob | MemoryBlob) else READ_AHEAD_REMOTE)
     images: list[tuple[str, int, int]] = []
     by_key: dict[str, str] = {}
     problems: list[str] = []
     skipped: list[Skipped] = []
-    n_members = 0
     for member in _members(reader, blob.size, problems):
-        n_members += 1
         name = printable(member.name.removeprefix("./").lstrip("/"))
         is_image = os.path.splitext(name)[1].lower() in SUFFIXES
         cut = member.offset_data + member.size > blob.size
@@ -184,8 +182,6 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
         elif member.size <= MAX_LABEL:
             reader.seek(member.offset_data)
             by_key[_key(name)] = reader.read(member.size).decode(errors="replace").strip()
-    if problems and not n_members:
-        raise ValueError(f"{blob.url} is not a readable tar: {problems[0]}")
     skipped += [Skipped(shard, problem) for problem in problems]
     labels = [by_key.get(_key(name)) or _folder_of(name) for name, _, _ in images]
     classes = sorted({label for label in labels if label})

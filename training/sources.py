@@ -217,8 +217,8 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
     with ThreadPoolExecutor(INDEXING_THREADS) as pool:
         source = TarSource(list(pool.map(index, urls, names)))
     if not len(source):
-        skipped = f"; the first of {len(source.skipped)} skipped: {source.skipped[0]}" if source.skipped else ""
-        raise ValueError(f"no images in {spec}: looked for members that end in {', '.join(sorted(SUFFIXES))}{skipped}")
+        problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
+        raise ValueError(f"no images in {spec}: looked for members that end in {', '.join(sorted(SUFFIXES))}{problems}")
     return source
 
 
