@@ -1,11 +1,29 @@
-"""Folders of photos: depth, splits, broken files, and the order of a run."""
+"""Photos: what is decoded and what refused, folders and their splits, and the order of a run."""
+
+import os
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from training.dataset import batch_indices, find_images, load_photos, read_photo, split_folder
+import training.dataset
+from training.dataset import (
+    Photo,
+    Subset,
+    batch_indices,
+    decode,
+    decode_square,
+    find_images,
+    label_of,
+    load_photos,
+    read_photo,
+    split_folder,
+    split_source,
+    squash,
+)
+from training.sources import FolderSource
 
 
 def save(path, size=(20, 10), color=(200, 10, 10), **options):
@@ -95,3 +113,138 @@ def test_a_photo_too_thin_for_the_evaluation_is_skipped_at_loading(tmp_path):
     cache = load_photos(find_images(tmp_path), 16)
     assert [p.name for p in cache.paths] == ["good.png"]
     assert [s.path.name for s in cache.skipped] == ["thin.png"]
+
+
+def encoded(size, seed=0, **options):
+    """A smooth picture with some noise: like a photo to a JPEG encoder."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (size[1], size[0], 1))
+    file = BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, **({"format": "jpeg", "quality": 90} | options))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(100, 60), (127, 64), (64, 64)])
+def test_a_square_of_a_photo_not_much_larger_is_the_plain_one(size):
+    data = encoded(size)
+    pixels, aspect = decode_square(data, 32)
+    plain, plain_aspect = squash(decode(data), 32)
+    assert np.array_equal(pixels, plain)
+    assert aspect == plain_aspect == size[0] / size[1]
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs(monkeypatch):
+    data = encoded((801, 603))
+    pixels, aspect = decode_square(data, 64)
+    plain, _ = squash(decode(data), 64)
+    difference = np.abs(pixels.astype(int) - plain)
+    assert 0 < difference.mean() < 1  # not zero: the fraction was taken; of 255
+    assert difference.max() <= 8
+    assert aspect == 801 / 603  # not the fraction's 401 / 302
+    png = encoded((801, 603), format="png")
+    assert np.array_equal(decode_square(png, 64)[0], squash(decode(png), 64)[0])
+
+
+def test_a_turned_large_jpeg_keeps_the_shape_of_the_upright_photo():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded((801, 603), exif=exif)
+    pixels, aspect = decode_square(data, 64)
+    plain, plain_aspect = squash(decode(data), 64)
+    assert aspect == plain_aspect == 603 / 801
+    assert np.abs(pixels.astype(int) - plain).mean() < 1
+
+
+def test_reasons_name_no_address_in_memory(tmp_path):
+    for data, reason in ((b"hello, I am text", "starts with 68 65 6c 6c"), (b"", "it is empty")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            decode(data)
+        assert "0x" not in str(caught.value)
+
+
+def test_a_decompression_bomb_and_an_oversized_file_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="DecompressionBombError"):
+        decode_square(encoded((80, 80)), 16)
+    monkeypatch.setattr(training.dataset, "MAX_BYTES", 100)
+    path = save(tmp_path / "a.png", size=(300, 300))
+    with pytest.raises(ValueError, match="more than the 100 that a photo may have"):
+        read_photo(path)
+    with pytest.raises(ValueError, match="more than the 100"):
+        decode(path.read_bytes())
+
+
+def test_any_error_of_the_decoder_is_a_broken_photo(monkeypatch):
+    def broken(*arguments, **options):
+        raise KeyError("tag 7")
+
+    monkeypatch.setattr(training.dataset.ImageOps, "exif_transpose", broken)
+    with pytest.raises(ValueError, match="KeyError: 'tag 7'"):
+        decode(encoded((8, 8)))
+
+
+def test_a_pipe_named_like_a_photo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="no images"):
+        find_images(tmp_path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_photo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="FileNotFoundError"):
+        read_photo(tmp_path / "gone.jpg")
+
+
+def test_links_are_followed_once_and_loops_are_not(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere" / "far.png").parent
+    data = save(tmp_path / "data" / "a" / "near.png").parent.parent
+    (data / "b").symlink_to(elsewhere)
+    (data / "a" / "loop").symlink_to(data)
+    (data / "a" / "up").symlink_to(tmp_path)  # holds the folder itself
+    (data / "self.png").symlink_to(data / "self.png")
+    (data / "nowhere").symlink_to(tmp_path / "nothing")
+    assert find_images(data) == [data / "a" / "near.png", data / "b" / "far.png"]
+
+
+def test_the_order_is_that_of_sorted_paths_whatever_the_names(tmp_path):
+    names = ["a/z.png", "a-b/y.png", "a.png", "a b/ü ñ.png", "日本/ä.PNG", "B/x.png"]
+    for name in names:
+        save(tmp_path / name)
+    assert find_images(tmp_path) == sorted(tmp_path / name for name in names)
+
+
+def test_a_source_is_split_as_its_folder_is(tmp_path):
+    for i in range(20):
+        save(tmp_path / "a" / f"{i}.png")
+    source, paths = FolderSource(tmp_path), split_folder(tmp_path, 0.25, seed=7)
+    train, held_out = split_source(source, 0.25, seed=7)
+    assert [tmp_path / train.name(i) for i in range(len(train))] == paths.train
+    assert [tmp_path / held_out.name(i) for i in range(len(held_out))] == paths.held_out
+    # what the held-out photos were before there were sources: a seed keeps its meaning
+    order = np.random.default_rng(7).permutation(20)
+    assert paths.held_out == [find_images(tmp_path)[i] for i in sorted(order[:5])]
+
+
+def test_a_photo_of_a_source_stands_for_a_path(tmp_path):
+    path = save(tmp_path / "cats" / "1.png")
+    photo = Photo(Subset(FolderSource(tmp_path), np.array([0])), 0)
+    assert photo.name == "cats/1.png"
+    assert label_of(photo) == label_of(path) == "cats"
+    assert np.array_equal(read_photo(photo), read_photo(path))
+
+
+def test_an_order_is_the_permutation_of_its_epoch_and_made_once(monkeypatch):
+    expected = np.random.default_rng((5, 2)).permutation(1000)
+    made = []
+    real = np.random.default_rng
+    monkeypatch.setattr(training.dataset.np.random, "default_rng", lambda seed: made.append(seed) or real(seed))
+    training.dataset._epoch_order.cache_clear()
+    got = torch.cat([batch_indices(1000, 10, 200 + i, seed=5) for i in range(100)])
+    assert np.array_equal(got, expected)
+    assert got.dtype == torch.int64
+    assert made == [(5, 2)]
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_a_batch_that_the_photos_do_not_fill_is_refused(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be 1 to 10"):
+        batch_indices(10, batch_size, 0, seed=0)

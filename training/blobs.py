@@ -1,0 +1,205 @@
+"""Large files read at any place by any thread: on this machine, over HTTP, or behind a file system that fsspec knows.
+
+A tar shard is such a file: its index is made by hopping over headers, and a photo is one range of it. Only three
+operations are needed (size, version, range), so fsspec's own HTTP file system, which needs a further package, is not:
+httpx is there anyway, and says clearly when a server has no ranges.
+
+Errors mean one of two things. ValueError: this file cannot be used, today or tomorrow. OSError: the place did not
+answer, three times, or the file is being changed; nothing is known of what it holds.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import fsspec
+import httpx
+
+T = TypeVar("T")
+
+TRIES = 3
+HTTP_TIMEOUT_S = 30.0
+REPEATABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP status codes that may be gone a moment later."""
+
+VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""What fsspec's file systems call that which changes with the file."""
+
+
+class Blob(Protocol):
+    """A file of `size` bytes. `version` changes when it does ("" where the place cannot tell)."""
+
+    url: str
+    size: int
+    version: str
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes.
+
+        Raises:
+            Changed: the file has changed since it was opened, or is shorter.
+            OSError: the place does not answer.
+        """
+
+
+class Changed(OSError):
+    """A file is another one than when it was opened: a run cannot go on with it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url} has changed since it was opened; start again with files that stay as they are")
+
+
+def _whole(data: bytes, length: int, url: str) -> bytes:
+    if len(data) != length:
+        raise Changed(url)
+    return data
+
+
+def _repeated(operation: Callable[[], T]) -> T:
+    """What the operation gives, tried again after 1 and 2 seconds where it raises OSError."""
+    for attempt in range(1, TRIES):
+        try:
+            return operation()
+        except (FileNotFoundError, Changed):
+            raise
+        except OSError:
+            time.sleep(attempt)
+    return operation()
+
+
+class LocalBlob:
+    """A file on this machine. It is opened for each read (10 us), so thousands of shards need no open files."""
+
+    def __init__(self, path: Path) -> None:
+        self.url = str(path)
+        found = path.stat()
+        self.size, self._modified = found.st_size, found.st_mtime_ns
+        self.version = str(found.st_mtime_ns)
+
+    def read(self, offset: int, length: int) -> bytes:
+        file = os.open(self.url, os.O_RDONLY)
+        try:
+            found = os.fstat(file)
+            if (found.st_size, found.st_mtime_ns) != (self.size, self._modified):
+                raise Changed(self.url)
+            return _whole(os.pread(file, length, offset), length, self.url)
+        finally:
+            os.close(file)
+
+
+class MemoryBlob:
+    """Bytes that are here already."""
+
+    def __init__(self, url: str, data: bytes) -> None:
+        self.url, self._data, self.size, self.version = url, data, len(data), ""
+
+    def read(self, offset: int, length: int) -> bytes:
+        return _whole(self._data[offset : offset + length], length, self.url)
+
+
+class HttpBlob:
+    """A file on a web server that answers range requests.
+
+    Raises:
+        ValueError: it does not, or it refuses.
+        OSError: it does not answer.
+    """
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        self.url, self._client = url, client
+        self._match: dict[str, str] = {}
+        response = _repeated(lambda: self._get(0, 1)[0])
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code == 200 or not total.isdecimal():
+            raise ValueError(f"{url}: the server does not answer range requests; download the file and name it locally")
+        self.size = int(total)
+        etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+        self.version = etag or modified
+        if etag and not etag.startswith("W/"):
+            self._match = {"If-Match": etag}
+        elif modified:
+            self._match = {"If-Unmodified-Since": modified}
+
+    def _get(self, offset: int, length: int) -> tuple[httpx.Response, bytes]:
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity", **self._match}
+        try:
+            with self._client.stream("GET", self.url, headers=headers) as response:
+                status = response.status_code
+                if status in REPEATABLE:
+                    raise OSError(f"{self.url}: HTTP {status}")
+                if status == 412:  # our If-Match
+                    raise Changed(self.url)
+                if status == 404:
+                    raise FileNotFoundError(f"{self.url}: HTTP 404, no such file")
+                if status not in (200, 206):
+                    raise ValueError(f"{self.url}: HTTP {status}" + (", the file is empty" if status == 416 else ""))
+                # a server without ranges sends all of a file of any size: not to be read
+                return response, response.read() if status == 206 else b""
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{self.url}: {error}") from error
+        except httpx.HTTPError as error:
+            raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        return _whole(_repeated(lambda: self._get(offset, length)[1]), length, self.url) if length else b""
+
+
+class FsspecBlob:
+    """A file behind fsspec (s3, gs, memory, ...); its package, such as s3fs, must be installed.
+
+    A change between opening and reading is only noticed where it makes the file shorter.
+    """
+
+    def __init__(self, url: str, system: fsspec.AbstractFileSystem, path: str) -> None:
+        self.url, self._system, self._path = url, system, path
+        found: dict[str, Any] = _repeated(lambda: self._asked(lambda: system.info(path)))
+        self.size = int(found["size"])
+        self.version = next((str(found[key]) for key in VERSION_KEYS if found.get(key) is not None), "")
+
+    def _asked(self, operation: Callable[[], T]) -> T:
+        try:
+            return operation()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.url}: no such file") from error
+        except OSError:
+            raise
+        except Exception as error:  # botocore's, gcsfs's, ...: none of them is known here
+            raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        if not length:
+            return b""
+        data = _repeated(lambda: self._asked(lambda: self._system.cat_file(self._path, offset, offset + length)))
+        return _whole(bytes(data), length, self.url)
+
+
+def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that a URL names, and the path in it.
+
+    Raises:
+        ValueError: the protocol is unknown, or its package is not installed.
+    """
+    try:
+        system, path = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: {error}") from error
+    return system, path
+
+
+def open_blob(url: str, client: httpx.Client) -> Blob:
+    """A file by its URL or local path. `client` is for http and https; one serves all files.
+
+    Raises:
+        ValueError: no such file, an unknown protocol, or a server without range requests.
+        OSError: the place does not answer.
+    """
+    try:
+        if "://" not in url:
+            return LocalBlob(Path(url))
+        if url.startswith(("http://", "https://")):
+            return HttpBlob(url, client)
+        return FsspecBlob(url, *file_system(url))
+    except FileNotFoundError as error:
+        raise ValueError(str(error) if "://" in url else f"{url}: no such file") from error
