@@ -33,6 +33,7 @@ from training.sinks import Sink
 
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
 WAIT_TO_WARN = 0.1  # share of the time spent waiting for data
+NO_CURVES = {"step", "time", "seconds"}
 LINES_TO_WARN = 3  # in a row: one slow line is noise
 Figure = Tensor | float | str | None
 
@@ -208,6 +209,7 @@ class Monitor:
             line["peak_memory_bytes"] = peak
         if self._peak_flops and self._flops:
             line["mfu"] = round(self._flops / seconds / self._peak_flops, 4)
+        line["seconds"] = round(seconds, 3)  # of training since the last line
         line["time"] = round(time.time(), 1)
         self._start_line()
         self._append(METRICS, line)
@@ -242,7 +244,7 @@ class Monitor:
         self._guarded(name, write_file)
         if name == EVENTS:
             return
-        numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in ("step", "time")}
+        numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in NO_CURVES}
         for sink in list(self._sinks):
             if not self._guarded(sink.name, partial(sink.write, line["step"], numbers)):
                 self._sinks.remove(sink)
