@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -48,10 +49,11 @@ body { margin: 0 auto; max-width: 1100px; padding: 32px 20px 64px; background: v
   font: 15px/1.5 system-ui, sans-serif; color-scheme: light dark; }
 h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 17px; margin: 36px 0 10px; }
 p { margin: 4px 0; } .muted { color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 10px; margin: 20px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px; margin: 20px 0 0; }
 .tile, figure { background: var(--card); border-radius: 10px; padding: 12px 14px; margin: 0; }
-.tile b { display: block; font-size: 21px; font-weight: 600; } .tile span { color: var(--muted); font-size: 13px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 12px; }
+.tile b { display: block; font-size: 19px; font-weight: 600; white-space: nowrap; }
+.tile span { color: var(--muted); font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 12px; }
 figcaption { font-weight: 600; font-size: 14px; margin: 0 0 4px 2px; }
 table { border-collapse: collapse; font-size: 14px; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -227,7 +229,9 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
     """All curves that there are figures for."""
     prototypes = _number(config.get("n_prototypes"))
     ln_k = math.log(prototypes) if prototypes and prototypes > 1 else None
-    both = [*metrics, *evaluations]
+    both = sorted([*metrics, *evaluations], key=lambda line: _number(line.get("step")) or 0)
+    rank = "rankme" if _values(both, "rankme") else "rankme_share"
+    rates = [name for name in _names(metrics, "lr") if name != "lr_factor"]
 
     def lines(*names: str, of: Lines = metrics) -> list[Series]:
         return [Series(name, points) for name in names if (points := _column(of, name))]
@@ -245,9 +249,9 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
             mark=None if ln_k is None else (ln_k, "ln K: targets that say nothing"),
             floor=0,
         ),
-        line_chart(lines(*_names(both, "rankme"), of=both), title="RankMe of class tokens", y_label="rank", floor=0),
+        line_chart(lines(rank, of=both), title="RankMe of class tokens", y_label="effective rank", floor=0),
         line_chart(lines(*_names(metrics, "grad")), title="Gradient norms", y_label="before clipping", floor=0),
-        line_chart(lines(*_names(metrics, "lr")), title="Learning rate", floor=0),
+        line_chart(lines(*rates), title="Learning rate", floor=0),
         line_chart(lines("images_per_s"), title="Speed", y_label="images/s", floor=0),
         line_chart(lines("mfu", "data_wait_share"), title="Use of the machine", y_label="share", floor=0),
     ]
@@ -332,10 +336,12 @@ def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
     """Commands: serve what came out, or train on."""
     steps = []
     if (out / "checkpoint.safetensors").exists():
-        steps.append(f"dinov2 export {out / 'checkpoint.safetensors'} --out artifacts   # then: dinov2 serve")
+        checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))
+        steps.append(f"dinov2 export {checkpoint} --out artifacts   # then: dinov2 serve")
     if "data" in config:
+        data, recipe, folder = (shlex.quote(str(x)) for x in (config["data"], config.get("recipe"), out))
         steps.append(
-            f"dinov2 train --data {config['data']} --recipe {config.get('recipe')} --out {out}"
+            f"dinov2 train --data {data} --recipe {recipe} --out {folder}"
             "   # goes on where it stopped; add the settings it was started with"
         )
     return f"<pre>{escape(chr(10).join(steps))}</pre>" if steps else ""
