@@ -1,0 +1,167 @@
+"""Line charts as SVG text, without a library: for the report of a run and the comparison of runs.
+
+A chart is data in, text out; colours and fonts come from the page's style sheet (`CSS`, light and dark), so a chart
+follows the reader's scheme. Points carry `<title>`s, which browsers show under the pointer.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 440, 240
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 38
+MAX_POINTS = 400  # more than pixels are wasted on the page's size
+MAX_DOTS = 100  # values to be read under the pointer
+COLOURS = 6
+
+CSS = """
+.chart { width: 100%; height: auto; display: block; }
+.chart text { font: 11px system-ui, sans-serif; fill: var(--muted); }
+.chart .axis { stroke: var(--line); stroke-width: 1; fill: none; }
+.chart .mark { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 3 3; }
+.chart path, .chart circle { stroke-width: 1.7; fill: none; stroke-linejoin: round; }
+.chart .hover { stroke: none; fill: transparent; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--muted); padding-left: 12px; }
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
+  vertical-align: middle; }
+:root { --c0: #2563eb; --c1: #d9480f; --c2: #2b8a3e; --c3: #9c36b5; --c4: #0b7285; --c5: #a17400; }
+@media (prefers-color-scheme: dark) {
+  :root { --c0: #74a9ff; --c1: #ff9a62; --c2: #69db7c; --c3: #da8fee; --c4: #5cd0e4; --c5: #ffd43b; }
+}
+"""
+"""What a chart needs of its page, which defines the colours `--muted` and `--line`."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line: points (x, y) in order of x. Points that are None or not finite are gaps."""
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart, about so many."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def tick_label(value: float) -> str:
+    """A tick in at most about six letters: 0.05, 1,200, 25k, 3M, 2e-06."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if size >= 1e-3 or size < 1e-12 else f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+
+
+def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
+    return [(x, y) for one in series for x, y in one.points if y is not None and math.isfinite(y)]
+
+
+def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """At most `MAX_POINTS`, the last one among them."""
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    return [point for i, point in enumerate(points) if (len(points) - 1 - i) % stride == 0]
+
+
+def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
+    """Range of the y axis: the values, the mark if it is near, `floor` if given, and some air."""
+    low, high = min(values), max(values)
+    if mark is not None:
+        low, high = min(low, mark), max(high, mark)
+    if floor is not None:
+        low = min(low, floor)
+    air = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return (low if low == floor else low - air), high + air
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    y_label: str = "",
+    x_label: str = "step",
+    mark: tuple[float, str] | None = None,
+    floor: float | None = None,
+) -> str:
+    """A chart as `<figure>` with SVG and legend; empty text if there is not one finite point.
+
+    Args:
+        series: lines, at most six told apart by colour.
+        title: heading, and what screen readers say.
+        y_label, x_label: what the axes mean, with units.
+        mark: a dashed horizontal line at this y, with a word.
+        floor: the y axis starts here, if the values are above: 0 for what is counted.
+    """
+    found = _finite(series)
+    if not found:
+        return ""
+    x_low, x_high = min(x for x, _ in found), max(x for x, _ in found)
+    y_low, y_high = _bounds([y for _, y in found], mark[0] if mark else None, floor)
+    if x_low == x_high:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for y in ticks(y_low, y_high):
+        parts.append(f'<path class="axis" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{py(y) + 4:.1f}" text-anchor="end">{tick_label(y)}</text>')
+    below = HEIGHT - BOTTOM + 16
+    parts += [
+        f'<text x="{px(x):.1f}" y="{below}" text-anchor="middle">{tick_label(x)}</text>' for x in ticks(x_low, x_high)
+    ]
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(
+        f'<text transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
+    if mark:
+        parts.append(f'<path class="mark" d="M{LEFT} {py(mark[0]):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{py(mark[0]) - 4:.1f}" text-anchor="end">{escape(mark[1])}</text>')
+    for index, one in enumerate(series):
+        parts.append(_line(one, index, px, py))
+    name = escape(title)
+    legend = "".join(
+        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(one.name)}</span>'
+        for i, one in enumerate(series)
+        if _finite([one])
+    )
+    return (
+        f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{name}">{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
+    )
+
+
+def _line(one: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
+    """One series: a path broken at gaps, and a point under the pointer for each value."""
+    path, dots, pen_down = [], [], False
+    colour = f'style="stroke:var(--c{index % COLOURS})"'
+    points = _thinned(one.points)
+    few, stride = len(points) <= 25, math.ceil(len(points) / MAX_DOTS)
+    for i, (x, y) in enumerate(points):
+        if y is None or not math.isfinite(y):
+            pen_down = False
+            continue
+        path.append(f"{'L' if pen_down else 'M'}{px(x):.1f} {py(y):.1f}")
+        pen_down, place = True, f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
+        if few:
+            dots.append(f'<circle {colour} {place} r="1.8"/>')
+        if (len(points) - 1 - i) % stride == 0:
+            text = escape(f"{one.name}: {y:.5g} at {tick_label(x)}")
+            dots.append(f'<circle class="hover" {place} r="5"><title>{text}</title></circle>')
+    return f'<path {colour} d="{"".join(path)}"/>' + "".join(dots)
