@@ -195,7 +195,9 @@ def compute_features(
         model.train(was_training)
     advance(len(skipped))
     if skipped and not read.any():
-        raise ValueError(f"none of {len(paths)} photos could be read; the first: {skipped[0].path}: {skipped[0].reason}")
+        raise ValueError(
+            f"none of {len(paths)} photos could be read; the first: {skipped[0].path}: {skipped[0].reason}"
+        )
     kept = read.nonzero().flatten()
     whole = len(kept) == len(paths)
     return ImageFeatures(kept, cls if whole else cls[kept], mean if whole else mean[kept], skipped)

@@ -1,11 +1,12 @@
 """Logistic regression on frozen features: the figure that needs no learning rate.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2, float64; C is the best of 45 between
-1e-6 and 1e5 on a tenth of the training photos, drawn with a fixed seed; then all training photos are fitted with it. The
-features are taken as they are, not normalised. What differs: the original's solver is cuML's with tolerance 1e-12 and 1,000
-iterations, so for a large C it stops at the iterations; here it is L-BFGS until the largest entry of the gradient of
-the mean loss (see below) is below `tolerance`, each C started from the solution of the next smaller one. C is as in scikit-learn:
-minimised is C * sum of the log losses + 0.5 * sum of the squared weights, the bias being free.
+Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2, float64; C is the best of 45
+between 1e-6 and 1e5 on a tenth of the training photos, drawn with a fixed seed; then all training photos are fitted
+with it. The features are taken as they are, not normalised. What differs: the original's solver is cuML's with
+tolerance 1e-12 and 1,000 iterations, so for a large C it stops at the iterations; here it is L-BFGS until the largest
+entry of the gradient of the mean loss (see below) is below `tolerance`, each C started from the solution of the next
+smaller one. C is as in scikit-learn: minimised is C * sum of the log losses + 0.5 * sum of the squared weights, the
+bias being free.
 
 L-BFGS wants unknowns of one curvature, and at C = 1e-6 the penalty makes that of the weights a million times that of
 the biases. So it solves for other unknowns: features are centred, which only moves the bias, and each weight is divided
@@ -50,7 +51,7 @@ def fit_logistic(
     n_classes: int,
     *,
     start: Logistic | None = None,
-    tolerance: float = 1e-8,
+    tolerance: float = 1e-6,
     max_iterations: int = 1000,
 ) -> Logistic:
     """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 on the features' device.
@@ -92,10 +93,10 @@ def fit_logistic(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(scaled @ weight.T + bias, labels) + (weight * scale).square().sum() * penalty / 2
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     found = weight.detach() * scale
     return Logistic(found, bias.detach() - found @ mean)
 
@@ -134,7 +135,7 @@ def evaluate_logistic(
     c_grid: Sequence[float] = C_GRID,
     held_out_share: float = 0.1,
     seed: int = 0,
-    tolerance: float = 1e-8,
+    tolerance: float = 1e-6,
     max_iterations: int = 1000,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LogisticReport:
