@@ -5,26 +5,61 @@ vote with weight exp(cosine / 0.07); the class with most votes wins. (The origin
 the 200 nearest, which changes no vote.) The original's preprocessing is short side 256, crop 224; here it is the
 model's own spec, stated beside every figure.
 
+Similarities are computed in blocks, of which only the nearest are kept: memory does not grow with n or m.
+
 Legend: n training photos, m test photos, D features, C classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.preprocess import PreprocessSpec, preprocess
+from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.dataset import read_photo
+from training.evaluate.features import POOLINGS, Pooling, extract_features
+
+__all__ = ["KS", "POOLINGS", "Pooling", "evaluate_knn", "extract_features", "knn_accuracy", "labels_of"]
 
 TEMPERATURE = 0.07
-Pooling = Literal["cls", "mean", "cls+mean"]
-POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "cls+mean")
+KS = (10, 20, 100, 200)  # of the paper's tables; 20 is usually the best
+
+
+def nearest(
+    train: Tensor, test: Tensor, k: int, *, leave_one_out: bool = False, rows: int = 1024, columns: int = 65_536
+) -> tuple[Tensor, Tensor]:
+    """The k most similar training photos of each test photo.
+
+    Args:
+        train, test: features [n, D], [m, D], any scale.
+        k: at most n, or n - 1 with `leave_one_out`.
+        leave_one_out: `test` is `train`, and a photo is never its own neighbour.
+        rows, columns: test and train photos of one block; a block of similarities takes 4 * rows * columns bytes.
+
+    Returns:
+        cosines [m, k], falling, and positions in `train` [m, k].
+    """
+    n, m = len(train), len(test)
+    assert k <= n - int(leave_one_out)
+    assert n == m or not leave_one_out
+    values, indices = torch.empty(m, k, device=test.device), torch.empty(m, k, dtype=torch.long, device=test.device)
+    for top in range(0, m, rows):
+        queries = F.normalize(test[top : top + rows].float(), dim=1)
+        best = torch.empty(len(queries), 0, device=test.device)
+        where = torch.empty(len(queries), 0, dtype=torch.long, device=test.device)
+        for left in range(0, n, columns):
+            similarity = queries @ F.normalize(train[left : left + columns].float(), dim=1).T  # [rows, columns]
+            if leave_one_out:
+                same = torch.arange(max(top, left), min(top + len(queries), left + similarity.shape[1]))
+                similarity[same - top, same - left] = -torch.inf
+            block = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best, where = torch.cat((best, block.values), dim=1), torch.cat((where, block.indices + left), dim=1)
+            kept = best.topk(min(k, best.shape[1]), dim=1)
+            best, where = kept.values, where.gather(1, kept.indices)
+        values[top : top + rows], indices[top : top + rows] = best, where
+    return values, indices
 
 
 def knn_accuracy(
@@ -35,6 +70,8 @@ def knn_accuracy(
     ks: Sequence[int],
     *,
     leave_one_out: bool = False,
+    rows: int = 1024,
+    columns: int = 65_536,
 ) -> dict[int, float]:
     """Share of test photos classified rightly, for each k.
 
@@ -44,18 +81,23 @@ def knn_accuracy(
         test, test_labels: [m, D], [m].
         ks: neighbours; more than there are photos means all of them.
         leave_one_out: `test` is `train`, and a photo is never its own neighbour.
+        rows, columns: as in `nearest`.
     """
-    similarity = F.normalize(test.float(), dim=1) @ F.normalize(train.float(), dim=1).T  # [m, n]
-    if leave_one_out:
-        assert similarity.shape[0] == similarity.shape[1]
-        similarity.fill_diagonal_(-torch.inf)
+    most = len(train) - int(leave_one_out)
+    values, indices = nearest(
+        train, test, min(max(ks), most), leave_one_out=leave_one_out, rows=rows, columns=columns
+    )  # [m, k]
+    weights, votes_for = (values / TEMPERATURE).exp(), train_labels[indices]
     n_classes = int(torch.cat((train_labels, test_labels)).max()) + 1
     accuracy = {}
     for k in ks:
-        top = similarity.topk(min(k, similarity.shape[1] - int(leave_one_out)), dim=1)
-        votes = torch.zeros(len(test), n_classes, device=test.device)
-        votes.scatter_add_(1, train_labels[top.indices], (top.values / TEMPERATURE).exp())
-        accuracy[k] = (votes.argmax(dim=1) == test_labels).float().mean().item()
+        right = 0
+        for top in range(0, len(test), rows):
+            part = slice(top, top + rows)
+            votes = torch.zeros(len(values[part]), n_classes, device=test.device)
+            votes.scatter_add_(1, votes_for[part, :k], weights[part, :k])
+            right += int((votes.argmax(dim=1) == test_labels[part]).sum())
+        accuracy[k] = right / len(test)
     return accuracy
 
 
@@ -64,45 +106,6 @@ def labels_of(paths: Sequence[Path], classes: dict[str, int] | None = None) -> t
     classes = dict(classes or {})
     numbers = [classes.setdefault(path.parent.name, len(classes)) for path in paths]
     return torch.tensor(numbers), classes
-
-
-def _batches(
-    paths: Sequence[Path], spec: PreprocessSpec, batch_size: int
-) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-    """Preprocessed photos of one size, [b, 3, h, w], with their positions in `paths`."""
-    waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.float32]]]] = {}
-    for index, path in enumerate(paths):
-        pixels = preprocess(read_photo(path), spec)
-        same_size = waiting.setdefault(pixels.shape, [])
-        same_size.append((index, pixels))
-        if len(same_size) == batch_size:
-            yield [i for i, _ in same_size], np.stack([p for _, p in same_size])
-            same_size.clear()
-    for rest in waiting.values():
-        if rest:
-            yield [i for i, _ in rest], np.stack([p for _, p in rest])
-
-
-@torch.inference_mode()
-def extract_features(
-    model: DinoVisionTransformer, paths: Sequence[Path], spec: PreprocessSpec, batch_size: int = 64
-) -> dict[Pooling, Tensor]:
-    """Features [n, D] (cls+mean: [n, 2D]) of photos, float32 on the CPU. The halves of cls+mean have unit length each.
-
-    Raises:
-        ValueError: a photo that cannot be read.
-    """
-    was_training, device = model.training, model.cls_token.device
-    model.eval()
-    cls = torch.empty(len(paths), model.embed_dim)
-    mean = torch.empty(len(paths), model.embed_dim)
-    for positions, pixels in _batches(paths, spec, batch_size):
-        out = model.forward_features(torch.from_numpy(pixels).to(device))
-        cls[positions] = out["x_norm_clstoken"].float().cpu()
-        mean[positions] = out["x_norm_patchtokens"].float().mean(dim=1).cpu()
-    model.train(was_training)
-    both = torch.cat((F.normalize(cls, dim=1), F.normalize(mean, dim=1)), dim=1)
-    return {"cls": cls, "mean": mean, "cls+mean": both}
 
 
 def evaluate_knn(

@@ -1,0 +1,291 @@
+"""Frozen features of photos: read once, in threads, one size a batch, kept on disk if asked.
+
+Every evaluation but the dense ones (segmentation, depth) starts from the class tokens of the last blocks and the mean
+patch token of the last; they are a few numbers per photo, so all of a data set fit into memory and one pass over the
+photos serves k-NN, logistic regression, the linear probe and retrieval. What a user evaluates may hold broken files:
+they are skipped and listed. The training loop has read its photos before, so there a broken file is an error.
+
+Legend: n photos, b photos of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.checkpoint import save_safetensors
+from model.preprocess import PreprocessSpec, preprocess
+from model.vit import DinoVisionTransformer
+from training.dataset import Skipped, read_photo
+
+Pooling = Literal["cls", "mean", "cls+mean"]
+POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "cls+mean")
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the photo
+Precision = Literal["fp32", "bf16"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of n photos, float32 on the CPU.
+
+    `kept` [n] are the positions, in what was asked for, of the photos that could be read; `cls` [n, L, D] class tokens
+    after each of the last L blocks, the last block last; `mean` [n, D] the mean patch token of the last block.
+    """
+
+    kept: Tensor
+    cls: Tensor
+    mean: Tensor
+    skipped: list[Skipped]
+
+    def pooled(self, pooling: Pooling) -> Tensor:
+        """[n, D], or [n, 2D] for cls+mean, whose halves have unit length each."""
+        return pool(self.cls[:, -1], self.mean, pooling)
+
+
+def pool(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a photo from its class token [n, D] and mean patch token [n, D]."""
+    if pooling == "cls+mean":
+        return torch.cat((F.normalize(cls, dim=1), F.normalize(mean, dim=1)), dim=1)
+    return cls if pooling == "cls" else mean
+
+
+def read_pixels(path: Path, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
+    """The network's input [3, h, w] of a photo, or of the part of it in `box`. All evaluations read photos here.
+
+    Raises:
+        ValueError: a photo that cannot be read, or a box without a pixel of it.
+    """
+    photo = read_photo(path)
+    if box is not None:
+        height, width = photo.shape[:2]
+        left, top = max(0, round(box[0])), max(0, round(box[1]))
+        right, bottom = min(width, round(box[0] + box[2])), min(height, round(box[1] + box[3]))
+        if left >= right or top >= bottom:
+            raise ValueError(f"box {box} (x, y, width, height) holds no pixel of {path}, {height}x{width} pixels")
+        photo = photo[top:bottom, left:right]
+    return preprocess(photo, spec)
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`work(item)` of each item in the order of `items`, computed ahead in threads, never more than 4 a thread.
+
+    Pillow decodes and resizes without the interpreter's lock, so reading overlaps with the forward pass.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool_of_threads:
+        try:
+            for item in items:
+                waiting.append(pool_of_threads.submit(work, item))
+                if len(waiting) == 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batches(
+    photos: Sequence[tuple[Path, Box | None]],
+    spec: PreprocessSpec,
+    batch_size: int,
+    workers: int,
+    skipped: list[Skipped] | None,
+) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
+    """Inputs of one size, [b, 3, h, w], with their positions in `photos`; what cannot be read goes to `skipped`."""
+
+    def read(photo: tuple[Path, Box | None]) -> npt.NDArray[np.float32] | Skipped:
+        try:
+            return read_pixels(photo[0], spec, photo[1])
+        except ValueError as error:
+            if skipped is None:
+                raise
+            return Skipped(photo[0], str(error))
+
+    waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.float32]]]] = {}
+    for index, pixels in enumerate(in_order(read, photos, workers)):
+        if isinstance(pixels, Skipped):
+            assert skipped is not None
+            skipped.append(pixels)
+            continue
+        same_size = waiting.setdefault(pixels.shape, [])
+        same_size.append((index, pixels))
+        if len(same_size) == batch_size:
+            yield [i for i, _ in same_size], np.stack([p for _, p in same_size])
+            same_size.clear()
+    for rest in waiting.values():
+        if rest:
+            yield [i for i, _ in rest], np.stack([p for _, p in rest])
+
+
+def default_workers() -> int:
+    """Threads that read photos."""
+    return min(8, os.cpu_count() or 1)
+
+
+def _photos(paths: Sequence[Path], boxes: Sequence[Box | None] | None) -> list[tuple[Path, Box | None]]:
+    assert boxes is None or len(boxes) == len(paths)
+    return list(zip(paths, boxes or [None] * len(paths), strict=True))
+
+
+@torch.no_grad()  # not inference_mode: probes are trained on what comes out
+def compute_features(
+    model: DinoVisionTransformer,
+    paths: Sequence[Path],
+    spec: PreprocessSpec,
+    *,
+    n_blocks: int = 1,
+    boxes: Sequence[Box | None] | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    precision: Precision = "fp32",
+    skip_broken: bool = True,
+    advance: Callable[[int], object] = lambda count: None,
+) -> ImageFeatures:
+    """Features of photos, in their order, on the model's device.
+
+    Args:
+        model: left in the mode (train or eval) that it was in.
+        paths: n photos.
+        n_blocks: L, how many of the last blocks give their class token (after the last norm, as in Meta's probes).
+        boxes: the part of each photo to look at; None: the whole.
+        workers: threads that read photos; None: one a CPU, at most 8.
+        precision: bf16 runs the forward pass in autocast.
+        skip_broken: list a photo that cannot be read; otherwise it is an error.
+        advance: told of each batch how many photos it was.
+
+    Raises:
+        ValueError: more blocks than the model has; with `skip_broken`, not one photo could be read, without it, one
+            could not.
+    """
+    was_training, device = model.training, model.cls_token.device
+    model.eval()
+    cls = torch.empty(len(paths), n_blocks, model.embed_dim)
+    mean = torch.empty(len(paths), model.embed_dim)
+    read = torch.zeros(len(paths), dtype=torch.bool)
+    skipped: list[Skipped] = []
+    batches = _batches(
+        _photos(paths, boxes), spec, batch_size, workers or default_workers(), skipped if skip_broken else None
+    )
+    try:
+        for positions, pixels in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                layers = model.get_intermediate_layers(
+                    torch.from_numpy(pixels).to(device), n=n_blocks, return_class_token=True
+                )
+            cls[positions] = torch.stack([token for _, token in layers], dim=1).float().cpu()
+            mean[positions] = layers[-1][0].float().mean(dim=1).cpu()
+            read[positions] = True
+            advance(len(positions))
+    finally:
+        model.train(was_training)
+    advance(len(skipped))
+    if skipped and not read.any():
+        raise ValueError(
+            f"none of {len(paths)} photos could be read; the first: {skipped[0].path}: {skipped[0].reason}"
+        )
+    kept = read.nonzero().flatten()
+    whole = len(kept) == len(paths)
+    return ImageFeatures(kept, cls if whole else cls[kept], mean if whole else mean[kept], skipped)
+
+
+def extract_features(
+    model: DinoVisionTransformer, paths: Sequence[Path], spec: PreprocessSpec, batch_size: int = 64
+) -> dict[Pooling, Tensor]:
+    """Features [n, D] (cls+mean: [n, 2D]) of photos, float32 on the CPU. The halves of cls+mean have unit length each.
+
+    Raises:
+        ValueError: a photo that cannot be read.
+    """
+    found = compute_features(model, paths, spec, batch_size=batch_size, skip_broken=False)
+    return {pooling: found.pooled(pooling) for pooling in POOLINGS}
+
+
+def cache_key(
+    model_digest: str, spec: PreprocessSpec, paths: Sequence[Path], boxes: Sequence[Box | None] | None, precision: str
+) -> str:
+    """sha256 (64 hex digits) over all that decides the features: model, preprocessing, and the photos by path and size.
+
+    Contents are not read, so a photo that is replaced by one of exactly as many bytes goes unnoticed.
+    """
+    digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
+    for path, box in _photos(paths, boxes):
+        size = path.stat().st_size if path.is_file() else -1
+        digest.update(f"{path.absolute()}\0{size}\0{box}\n".encode())
+    return digest.hexdigest()
+
+
+def _save(path: Path, features: ImageFeatures) -> None:
+    skipped = json.dumps([[str(s.path), s.reason] for s in features.skipped])
+    tensors = {"kept": features.kept, "cls": features.cls, "mean": features.mean}
+    save_safetensors(path, tensors, {"skipped": skipped})
+
+
+def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
+    """Features of a cache file; None if there is none, it is damaged, or it holds fewer blocks."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            skipped = [Skipped(Path(p), reason) for p, reason in json.loads(file.metadata()["skipped"])]
+            kept, cls, mean = (file.get_tensor(name) for name in ("kept", "cls", "mean"))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return ImageFeatures(kept, cls[:, -n_blocks:], mean, skipped) if cls.shape[1] >= n_blocks else None
+
+
+def cached_features(
+    cache: Path | None,
+    model_digest: str,
+    model: DinoVisionTransformer,
+    paths: Sequence[Path],
+    spec: PreprocessSpec,
+    *,
+    n_blocks: int = 1,
+    boxes: Sequence[Box | None] | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    precision: Precision = "fp32",
+    advance: Callable[[int], object] = lambda count: None,
+) -> ImageFeatures:
+    """`compute_features`, kept as a file in the folder `cache` (None: not kept) and taken from there the next time.
+
+    Raises:
+        ValueError: as `compute_features`.
+        OSError: the cache cannot be written.
+    """
+    file = None
+    if cache is not None:
+        file = cache / f"{cache_key(model_digest, spec, paths, boxes, precision)}.safetensors"
+        found = _load(file, n_blocks)
+        if found is not None:
+            advance(len(paths))
+            return found
+    features = compute_features(
+        model,
+        paths,
+        spec,
+        n_blocks=n_blocks,
+        boxes=boxes,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        advance=advance,
+    )
+    if file is not None:
+        _save(file, features)
+    return features

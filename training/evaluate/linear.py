@@ -1,0 +1,199 @@
+"""The linear probe: every learning rate and every choice of layers, trained in one pass over cached features.
+
+Protocol (facebookresearch/dinov2, `dinov2/eval/linear.py`): a linear layer on the class tokens of the last 1 or 4
+blocks, joined, with or without the mean patch token of the last; SGD with momentum 0.9, no weight decay, cosine to
+zero, batch 1,024, 12,500 iterations, learning rate times batch / 256; the best head by val accuracy is the figure, so
+it is a little too good where val is small: all heads are reported. What differs: the original draws a new random crop
+and flip of each photo each time; here the features are those of the evaluation's own crop, computed once.
+
+All inputs are neighbouring columns of one row per photo, [class token of block -4 | -3 | -2 | -1 | mean patch token],
+and heads that share an input are columns of one matrix. Their losses are summed, and no weight is in two of them, so
+each gets the gradient that it would get alone. That gradient has a closed form, so there is no autograd and no Python
+loop over heads: two matrix products an input and step.
+
+Legend: n photos, b photos of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.9
+INIT_STD = 0.01
+CODE_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+"""The grid of the published code."""
+PAPER_LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
+"""The grid of the paper."""
+
+
+@dataclass(frozen=True, order=True)
+class Head:
+    """One linear head: what it looks at, and its learning rate before scaling by batch / 256."""
+
+    blocks: int
+    avgpool: bool
+    lr: float
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """Val accuracy of every head, and the best head (the first of equally good ones, in the order of the grid)."""
+
+    accuracy: dict[Head, float]
+    best: Head
+
+
+@dataclass
+class _Group:
+    """Heads of one input: `weight` [F, H, C] and `bias` [H, C] with their momentum, and the input's columns."""
+
+    columns: slice
+    weight: Tensor
+    bias: Tensor
+    weight_momentum: Tensor
+    bias_momentum: Tensor
+
+
+def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
+    """[n, (L + 1) D] of class tokens [n, L, D] (last block last) and mean patch tokens [n, D]."""
+    return torch.cat((cls.flatten(1), mean), dim=1)
+
+
+def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Positions [batch_size] without end: permutation after permutation, a batch may span two."""
+    rest, epoch = np.empty(0, np.int64), 0
+    while True:
+        while len(rest) < batch_size:
+            rest = np.concatenate((rest, np.random.default_rng((seed, epoch)).permutation(n)))
+            epoch += 1
+        yield torch.from_numpy(rest[:batch_size])
+        rest = rest[batch_size:]
+
+
+def _make_group(
+    blocks: int, avgpool: bool, n_lrs: int, n_classes: int, depth: int, features: Tensor, seed: int
+) -> _Group:
+    """Heads at the start: all learning rates of an input begin with the same weights, so that they compare."""
+    dim = features.shape[1] // (depth + 1)
+    columns = slice((depth - blocks) * dim, (depth + int(avgpool)) * dim)
+    draw = torch.Generator().manual_seed(seed * 1000 + blocks * 2 + int(avgpool))
+    start = INIT_STD * torch.randn(columns.stop - columns.start, 1, n_classes, generator=draw)
+    weight = start.expand(-1, n_lrs, -1).to(features.device).contiguous()
+    bias = torch.zeros(n_lrs, n_classes, device=features.device)
+    return _Group(columns, weight, bias, torch.zeros_like(weight), torch.zeros_like(bias))
+
+
+def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
+    """One step of SGD of all heads of an input, in place. x [b, F], labels [b], lrs [H]."""
+    f, h, c = group.weight.shape
+    logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias
+    gradient = logits.softmax(dim=2)
+    gradient[torch.arange(len(x), device=x.device), :, labels] -= 1
+    gradient /= len(x)  # of the mean cross-entropy by the logits [b, H, C]
+    group.weight_momentum.view(f, h * c).mul_(MOMENTUM).addmm_(x.T, gradient.view(len(x), h * c))
+    group.bias_momentum.mul_(MOMENTUM).add_(gradient.sum(dim=0))
+    group.weight.sub_(group.weight_momentum * lrs[:, None])
+    group.bias.sub_(group.bias_momentum * lrs[:, None])
+
+
+def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096) -> list[float]:
+    """Share of photos that each head [H] classifies rightly."""
+    f, h, c = group.weight.shape
+    right = torch.zeros(h, dtype=torch.long, device=features.device)
+    for top in range(0, len(features), rows):
+        x = features[top : top + rows, group.columns]
+        logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias
+        right += (logits.argmax(dim=2) == labels[top : top + rows, None]).sum(dim=0)
+    return (right.double() / len(features)).tolist()
+
+
+@torch.no_grad()
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    *,
+    depth: int,
+    lrs: Sequence[float],
+    inputs: Sequence[tuple[int, bool]],
+    iterations: int,
+    batch_size: int,
+    seed: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> dict[tuple[int, bool], _Group]:
+    """Train all heads; see `evaluate_linear`. `depth` is L, the number of blocks in `features` [n, (L + 1) D]."""
+    groups = {
+        (blocks, avgpool): _make_group(blocks, avgpool, len(lrs), n_classes, depth, features, seed)
+        for blocks, avgpool in inputs
+    }
+    scaled = torch.tensor(lrs, dtype=torch.float64) * batch_size / 256
+    cosine = (1 + np.cos(np.pi * np.arange(iterations) / iterations)) / 2
+    stream = batch_stream(len(features), batch_size, seed)
+    for factor in cosine.tolist():
+        batch = next(stream).to(features.device)
+        x, y, now = features[batch], labels[batch], (scaled * factor).to(features)
+        for group in groups.values():
+            _step(group, x[:, group.columns], y, now)
+        advance(1)
+    return groups
+
+
+@torch.no_grad()
+def evaluate_linear(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    *,
+    depth: int,
+    lrs: Sequence[float] = CODE_LRS,
+    blocks: Sequence[int] = (1, 4),
+    avgpools: Sequence[bool] = (False, True),
+    iterations: int = 12_500,
+    batch_size: int = 1024,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda count: None,
+) -> LinearReport:
+    """Val accuracy of a linear head for each learning rate, number of blocks, with and without the mean patch token.
+
+    Args:
+        train, val: [n, (L + 1) D], [m, (L + 1) D] from `stack_features`, float32; on a GPU all is computed there.
+        train_labels, val_labels: class numbers [n], [m]; a class that only val has is never predicted.
+        depth: L, the class tokens that the features hold.
+        lrs: before scaling by batch_size / 256.
+        batch_size: also where there are fewer photos; a batch then holds some of them twice.
+        advance: told of each iteration.
+
+    Raises:
+        ValueError: nothing to train, or more blocks than the features hold.
+    """
+    if not lrs or not blocks or not avgpools:
+        raise ValueError("a linear probe needs at least one learning rate, number of blocks and choice of avgpool")
+    if min(lrs) <= 0 or iterations < 1 or batch_size < 1:
+        raise ValueError(f"lrs={list(lrs)}, iterations={iterations}, batch_size={batch_size} must be above 0")
+    if min(blocks) < 1 or max(blocks) > depth:
+        raise ValueError(f"blocks={list(blocks)}: each must be from 1 to the {depth} that the features hold")
+    if not len(train) or not len(val):
+        raise ValueError(f"a linear probe needs photos of both splits, found {len(train)} and {len(val)}")
+    inputs = [(count, avgpool) for count in blocks for avgpool in avgpools]
+    groups = train_heads(
+        train,
+        train_labels,
+        int(train_labels.max()) + 1,
+        depth=depth,
+        lrs=lrs,
+        inputs=inputs,
+        iterations=iterations,
+        batch_size=batch_size,
+        seed=seed,
+        advance=advance,
+    )
+    found = {
+        Head(count, avgpool, lr): share
+        for (count, avgpool), group in groups.items()
+        for lr, share in zip(lrs, _accuracy(group, val, val_labels), strict=True)
+    }
+    return LinearReport(found, max(found, key=lambda head: found[head]))

@@ -1,0 +1,209 @@
+"""Retrieval: rank a database by cosine, score the ranking; with the junk rule of revisited Oxford and Paris.
+
+Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label what each query's photo shows in the
+database as easy, hard or junk (the query itself, or too little of it to tell). Each setup counts some of them as
+relevant and takes others out of the ranking before it is scored:
+
+    setup    relevant       taken out
+    easy     easy           hard, junk
+    medium   easy, hard     junk
+    hard     hard           easy, junk
+
+Average precision is the area under precision by recall by the trapezoid rule, as in the Oxford buildings' own program:
+the mean, over the relevant photos, of the precision before and at each of them. Queries without a relevant photo do not
+count. For photos in class folders every photo is a query, those of its folder are relevant, and the query itself is
+taken out; there average precision is the plain mean of the precision at each relevant photo, as usual in metric
+learning. recall@k is the share of queries with at least one relevant photo among the first k.
+
+Ground truth as JSON, paths relative to the images' folder:
+
+    {"database": ["a.jpg", ...],
+     "queries": [{"image": "q.jpg", "box": [x, y, width, height], "easy": [...], "hard": [...], "junk": [...]}, ...]}
+
+`box` may be left out; Oxford's queries have one, and without the crop the figures are others.
+
+Legend: q queries, n database photos, D features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from training.evaluate.features import Box
+
+KS = (1, 5, 10)
+Rule = Literal["trapezoid", "mean"]
+Setup = Literal["easy", "medium", "hard"]
+SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "easy": (("easy",), ("hard", "junk")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("easy", "junk")),
+}
+"""What counts as relevant and what is taken out, by setup."""
+
+
+class Query(BaseModel):
+    """One query: its photo, the part of it to search with, and labels of database photos by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str
+    box: Box | None = None
+    easy: list[str] = Field(default_factory=list)
+    hard: list[str] = Field(default_factory=list)
+    junk: list[str] = Field(default_factory=list)
+
+
+class GroundTruth(BaseModel):
+    """Queries and the database that they search."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queries: list[Query] = Field(min_length=1)
+    database: list[str] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over `queries` queries, those that have a relevant photo."""
+
+    mean_ap: float
+    recall: dict[int, float]
+    queries: int
+
+
+def read_ground_truth(path: Path) -> GroundTruth:
+    """Parse and check a ground truth file.
+
+    Raises:
+        ValueError: it cannot be read, has another form, names a photo twice, or labels one that the database lacks.
+    """
+    try:
+        truth = GroundTruth.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: not a ground truth for retrieval: {error}") from error
+    known = set(truth.database)
+    if len(known) != len(truth.database):
+        raise ValueError(f"{path}: the database names a photo twice")
+    for number, query in enumerate(truth.queries):
+        labels = [*query.easy, *query.hard, *query.junk]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"{path}: query {number} ({query.image}) labels a photo twice")
+        unknown = sorted(set(labels) - known)
+        if unknown:
+            raise ValueError(
+                f"{path}: query {number} ({query.image}) labels {len(unknown)} photos that the database lacks, "
+                f"e.g. {unknown[0]}"
+            )
+    return truth
+
+
+def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
+    """Positions (from 0) of the relevant photos in a ranking from which the ignored ones are taken out.
+
+    Args:
+        relevant, ignored: bool [n], best first, never both.
+    """
+    places = torch.cumsum(~ignored, dim=0) - 1
+    return places[relevant]
+
+
+def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoid") -> float:
+    """Average precision from the rising positions (from 0) of relevant photos.
+
+    Args:
+        positions: of those that the ranking holds.
+        n_relevant: how many there are; what the ranking lacks counts as never found.
+        rule: "trapezoid" averages the precision before and at each relevant photo, "mean" takes that at it.
+    """
+    assert n_relevant > 0
+    place = positions.double()
+    found = torch.arange(len(positions), device=positions.device, dtype=torch.float64)
+    at = (found + 1) / (place + 1)
+    if rule == "mean":
+        return float(at.sum() / n_relevant)
+    before = torch.where(place == 0, 1.0, found / place.clamp(min=1))
+    return float(((before + at) / 2).sum() / n_relevant)
+
+
+def score(
+    queries: Tensor,
+    database: Tensor,
+    relevant: Sequence[Tensor],
+    ignored: Sequence[Tensor],
+    *,
+    ks: Sequence[int] = KS,
+    rule: Rule = "trapezoid",
+    block_bytes: int = 2**28,
+) -> Scores:
+    """Rank the database for each query by cosine and score it.
+
+    Args:
+        queries, database: features [q, D], [n, D], any scale.
+        relevant, ignored: of each query, positions in the database; ignored photos are taken out of its ranking.
+        block_bytes: memory for similarities; queries are ranked in blocks.
+
+    Raises:
+        ValueError: no query has a relevant photo.
+    """
+    n = len(database)
+    database = F.normalize(database.float(), dim=1)
+    rows = max(1, block_bytes // (12 * n))  # a float32 and an int64 each
+    aps: list[float] = []
+    hits = dict.fromkeys(ks, 0)
+    for top in range(0, len(queries), rows):
+        similarity = F.normalize(queries[top : top + rows].float(), dim=1) @ database.T
+        for index, row in enumerate(similarity, start=top):
+            if not len(relevant[index]):
+                continue
+            marks = torch.zeros(2, n, dtype=torch.bool, device=row.device)
+            marks[0, relevant[index]], marks[1, ignored[index]] = True, True
+            order = row.argsort(descending=True, stable=True)
+            positions = positions_without(marks[0, order], marks[1, order])
+            aps.append(average_precision(positions, len(relevant[index]), rule))
+            for k in ks:
+                hits[k] += bool((positions < k).any())
+    if not aps:
+        raise ValueError("no query has a relevant photo in the database")
+    return Scores(sum(aps) / len(aps), {k: count / len(aps) for k, count in hits.items()}, len(aps))
+
+
+def score_setup(
+    truth: GroundTruth,
+    setup: Setup,
+    queries: Tensor,
+    database: Tensor,
+    *,
+    ks: Sequence[int] = KS,
+) -> Scores | None:
+    """Scores of one setup; None if no query has a photo that counts in it. Features are in the order of `truth`."""
+    places = {name: place for place, name in enumerate(truth.database)}
+    good, out = SETUPS[setup]
+
+    def labelled(query: Query, kinds: tuple[str, ...]) -> Tensor:
+        return torch.tensor([places[name] for kind in kinds for name in getattr(query, kind)], dtype=torch.long)
+
+    relevant = [labelled(query, good) for query in truth.queries]
+    if not any(len(places_of) for places_of in relevant):
+        return None
+    return score(queries, database, relevant, [labelled(query, out) for query in truth.queries], ks=ks)
+
+
+def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
+    """Every photo [n, D] searches all others; those of its class [n] are relevant. Plain average precision.
+
+    Raises:
+        ValueError: no class has two photos.
+    """
+    members = {int(label): (labels == label).nonzero().flatten() for label in set(labels.tolist())}
+    itself = torch.arange(len(labels), device=labels.device)
+    relevant = [(same := members[int(label)])[same != i] for i, label in enumerate(labels)]
+    return score(features, features, relevant, list(itself[:, None]), ks=ks, rule="mean")
