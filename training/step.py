@@ -14,13 +14,14 @@ from torch import Tensor
 from training.config import TrainConfig
 from training.crops import Crops
 from training.distributed import gather_rows, gradients_stay_local, local, logsumexp_over_ranks, sum_over_ranks
+from training.kernels import TeacherTargets
 from training.losses import (
     batch_norm_center,
+    center_targets,
     dino_loss,
     ibot_loss,
     koleo_loss,
-    sinkhorn_knopp,
-    softmax_center,
+    sinkhorn_targets,
     update_center,
 )
 from training.optimizer import Part, clip_gradients, optimizer_step, set_schedule
@@ -60,10 +61,10 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student of one micro-batch is asked for."""
+    """What the student of one micro-batch is asked for: class tokens [2, b, K] and patches [M, K], rows sum to one."""
 
-    cls: Tensor  # [2, b, K], rows sum to one
-    patches: Tensor  # [M, K]
+    cls: Tensor | TeacherTargets
+    patches: Tensor | TeacherTargets
 
 
 @torch.no_grad()
@@ -73,24 +74,35 @@ def teacher_targets(
     """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch. And the
     teacher's class tokens [b, D] of the first view."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
-    seen = torch.cat([output.cls.chunk(2)[0] for output in outputs])
-    cls = _center(config, setup, "dino", [output.global_logits for output in outputs], temp)
-    patches = _center(config, setup, "ibot", [output.patch_logits for output in outputs], temp)
-    return [Targets(torch.stack(c.chunk(2)), p) for c, p in zip(cls, patches, strict=True)], seen
+    cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
+    cls = _center(config, setup, "dino", cls_logits, temp)
+    patches: Sequence[Tensor | TeacherTargets] = [output.patch_logits for output in outputs]
+    if config.ibot_weight > 0:
+        patches = _center(config, setup, "ibot", [output.patch_logits for output in outputs], temp)
+    targets = [Targets(*pair) for pair in zip(cls, patches, strict=True)]
+    return targets, torch.cat([output.cls.chunk(2)[0] for output in outputs])
 
 
-def _center(config: TrainConfig, setup: Setup, head: str, logits: list[Tensor], temp: float) -> list[Tensor]:
-    """Logits [n, K] of each micro-batch to targets. The moving centre is updated after it was used."""
-    if config.ibot_weight == 0 and head == "ibot":
-        return [part.float() for part in logits]  # no rows
+def _center(
+    config: TrainConfig, setup: Setup, head: str, logits: list[Tensor], temp: float
+) -> Sequence[Tensor | TeacherTargets]:
+    """Logits [..., K] of each micro-batch to targets. The moving centre is updated after it was used."""
+    total = sum_over_ranks(setup.world)
     if config.centering == "sinkhorn":
-        return sinkhorn_knopp(logits, temp, combine=logsumexp_over_ranks(setup.world))
+        return sinkhorn_targets(logits, temp, combine=logsumexp_over_ranks(setup.world))
     if config.centering == "batch_norm":
-        return batch_norm_center(logits, temp, total=sum_over_ranks(setup.world))
+        return batch_norm_center(logits, temp, sum_over_ranks=total)
     center = setup.parts.buffers[head]
-    probs = [softmax_center(part, center, temp) for part in logits]
-    center.copy_(update_center(center, logits, config.center_momentum, total=sum_over_ranks(setup.world)))
-    return probs
+    targets = [center_targets(part, center.clone(), temp) for part in logits]
+    center.copy_(update_center(center, logits, config.center_momentum, sum_over_ranks=total))
+    return targets
+
+
+def entropy(targets: Tensor | TeacherTargets) -> Tensor:
+    """Mean entropy of the rows of targets [2, b, K], view by view, since each is a copy of K columns."""
+    views = [targets[view] for view in range(2)]
+    probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
+    return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
 
 
 def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) -> dict[str, Tensor]:
@@ -101,17 +113,17 @@ def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) ->
     """
     temp = config.student_temp
     out = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
-    global_logits = torch.stack(out.global_logits.chunk(2))  # [2, b, K]
+    global_logits = out.global_logits.unflatten(0, (2, -1))  # [2, b, K]
     pair_sum = sum(dino_loss(global_logits[view], targets.cls[1 - view], temp) for view in range(2))
     n_pairs = 2
     if out.local_logits is not None:
-        local_logits = torch.stack(out.local_logits.split(targets.cls.shape[1]))  # [V, b, K]
+        local_logits = out.local_logits.unflatten(0, (-1, global_logits.shape[1]))  # [V, b, K]
         pair_sum = pair_sum + dino_loss(local_logits, targets.cls, temp)
         n_pairs += 2 * len(local_logits)
     zero = out.cls.new_zeros((), dtype=torch.float32)
     return {
         "dino": torch.as_tensor(pair_sum) / n_pairs,
-        "ibot": ibot_loss(out.patch_logits, targets.patches, crops.masks, temp, weights=crops.weights),
+        "ibot": ibot_loss(out.patch_logits, targets.patches, crops.masks, temp, selected=crops.selected),
         "koleo": sum((_koleo(config, setup, view) for view in out.cls.chunk(2)), start=zero),
     }
 
@@ -126,7 +138,7 @@ def _koleo(config: TrainConfig, setup: Setup, cls: Tensor) -> Tensor:
 
 
 def train_step(
-    config: TrainConfig, setup: Setup, schedules: Schedules, micros: Sequence[Crops], step: int, lr_factor: float = 1.0
+    config: TrainConfig, setup: Setup, schedules: Schedules, micros: Sequence[Crops], step: int, lr_factor: float = 1.0, measure: bool = True
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One update of student and average (`ema`).
 
@@ -138,6 +150,7 @@ def train_step(
         micros: this rank's photos in micro-batches of one size.
         step: index into the schedules.
         lr_factor: on all learning rates: lowered by a run that was rolled back.
+        measure: give `teacher_entropy` too, which costs a pass over the targets.
 
     Returns:
         scalars on the device, means over this rank: `dino`, `ibot`, `koleo` unweighted, their weighted sum `loss`,
@@ -162,7 +175,8 @@ def train_step(
             loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum() / len(micros)
             torch.autograd.backward(loss if scale is None else loss * scale)
         terms["loss"] = loss * len(micros)
-        terms["teacher_entropy"] = torch.special.entr(target.cls).sum(dim=-1).mean()
+        if measure:
+            terms["teacher_entropy"] = entropy(target.cls)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(micros)
     if scale is not None:

@@ -108,7 +108,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             while step < run.total:
                 if not run.sentinels.passes_over(step + 1):
                     terms, seen = one_step(run, step)
-                    run.not_finite.note(step + 1, terms if config.precision != "fp16" else {"loss": terms["loss"]})
+                    # fp16 finds its loss scale by gradients that overflow
+                    run.not_finite.note(step + 1, {k: v for k, v in terms.items() if k == "loss" or watched(config, k)})
                 step += 1
                 run.monitor.advance(step, run.facts["flops_per_step"])
                 if look_up(run, step, stop):
@@ -116,12 +117,18 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             return finish(run)
 
 
+def watched(config: TrainConfig, name: str) -> bool:
+    """Whether a figure must be finite in every step."""
+    return name.startswith("grad_norm") and config.precision != "fp16"
+
+
 def one_step(run: Run, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Photos, crops, update."""
     with run.monitor.waiting():
         batch = run.data.loader.batch(step)
     micros = make_micros(run.config, run.world, batch.pixels, batch.aspect, step, run.total)
-    return train_step(run.config, run.setup, run.schedules, micros, step, run.sentinels.lr_factor)
+    measure = is_time(step + 1, run.config.log_every) or step + 1 == run.total
+    return train_step(run.config, run.setup, run.schedules, micros, step, run.sentinels.lr_factor, measure)
 
 
 def make_micros(
@@ -245,7 +252,7 @@ def check(run: Run, step: int, terms: dict[str, torch.Tensor], seen: torch.Tenso
     """
     config, world, monitor = run.config, run.world, run.monitor
     verdict = check_finite(run)
-    if verdict is None and (step % config.log_every == 0 or step == run.total):
+    if verdict is None and (is_time(step, config.log_every) or step == run.total):
         verdict = write_line(run, step, terms, seen)
     if verdict is None and step < run.total and is_time(step, every_steps(run, config.eval_every_epochs)):
         verdict = guard_knn(run, step)
