@@ -1,6 +1,6 @@
-"""What one step looks at: crops and masks of its photos, a function of (seed, step).
+"""What one step looks at: crops and masks of its photos, a function of (seed, step, position).
 
-Legend: B photos per step, V views, N patches of a global crop.
+Legend: b photos of this micro-batch, V views, N patches of a global crop, M selected patches.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,23 @@ from torch import Tensor
 
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
-from training.dataset import PhotoCache, batch_indices
 from training.masking import batch_masks
 
 
 @dataclass(frozen=True)
 class Crops:
-    """One step's input: `globals_` [2B, 3, G, G], `locals_` [VB, 3, L, L] or None, `masks` bool [2B, N]."""
+    """One micro-batch's input.
+
+    `globals_` [2b, 3, G, G], all first views, then all second ones; `locals_` [V*b, 3, L, L] or None; `hidden` bool
+    [2b, N], patches that the student does not see; `masks` bool [2b, N], patches that iBOT asks for; `selected` int64
+    [M], the places of these in [2b * N].
+    """
 
     globals_: Tensor
     locals_: Tensor | None
+    hidden: Tensor
     masks: Tensor
+    selected: Tensor
 
 
 def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]:
@@ -36,13 +42,15 @@ def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]
 
 
 def make_crops(
-    config: TrainConfig, photos: PhotoCache, step: int, views: list[tuple[View, int]], device: torch.device
+    config: TrainConfig,
+    images: Tensor,
+    aspect: Tensor,
+    step: int,
+    positions: Tensor,
+    views: list[tuple[View, int]],
+    device: torch.device,
 ) -> Crops:
-    """The crops and masks of one step, a function of (seed, step) and the `views` asked for."""
-    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
-    indices = batch_indices(len(photos), config.batch_size, step, config.seed)
-    images = photos.pixels[indices].to(device).float() / 255
-    aspect = photos.aspect[indices].to(device)
+    parts = []
     jitter = Jitter(
         white_balance=config.white_balance,
         brightness=config.brightness,
@@ -52,13 +60,16 @@ def make_crops(
         probability=config.jitter_probability,
         gray=config.gray,
     )
-    first, second, *local = (augmented_views(images, aspect, v, n, jitter, generator) for v, n in views if n)
+    for k, p in enumerate(positions.tolist()):
+        generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step * 1000 + p)
+        x = images[k : k + 1].to(device).float() / 255
+        parts.append([augmented_views(x, aspect[k : k + 1], v, n, jitter, generator) for v, n in views if n])
+    first, second, *local = (torch.stack(v).transpose(0, 1).flatten(0, 1) for v in zip(*parts))
     side = views[0][0].size // config.vit_config.patch_size
+    at = positions.tolist() + [config.batch_size + p for p in positions.tolist()]
     masks = batch_masks(
-        np.random.default_rng((config.seed, step)),
-        2 * len(indices),
-        (side, side),
-        ratio=config.mask_ratio,
-        probability=config.mask_probability,
+        config.seed, step, at, 2 * config.batch_size, (side, side), ratio=config.mask_ratio, probability=config.mask_probability
     )
-    return Crops(torch.cat((first, second)), local[0] if local else None, torch.from_numpy(masks).to(device))
+    masks = torch.from_numpy(masks)
+    selected = masks.flatten().nonzero().squeeze(1)
+    return Crops(torch.cat((first, second)), local[0] if local else None, masks, masks, selected)

@@ -11,15 +11,16 @@ when it computes it.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -126,11 +127,27 @@ def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
     return combine
 
 
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks; in the backward pass each rank gets what all of them want of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather_rows(world: World, x: Tensor) -> Tensor:
     """Rows of all ranks [size * n, D] in their order; a gradient flows back to where each row came from."""
-    if world.size == 1:
-        return x
-    return torch.cat(list(differentiable.all_gather(x.contiguous())))
+    gathered: Tensor = x if world.size == 1 else _GatherRows.apply(x)
+    return gathered
 
 
 def mean_over_ranks(world: World, values: Tensor) -> Tensor:
@@ -154,15 +171,19 @@ def min_over_ranks(world: World, value: Tensor) -> Tensor:
 def shard(network: nn.Module, blocks: Iterable[nn.Module], world: World, compute_dtype: torch.dtype) -> None:
     """Cut a network's weights into one slice per rank, in place: first its `blocks`, then what is left.
 
-    Gradients are averaged in float32; a block's weights travel in `compute_dtype`.
+    Gradients are averaged in float32; a block's weights travel in `compute_dtype`. After a forward pass all are slices
+    again, which a network without a backward pass (the teacher) has no other occasion for.
     """
+    # The outputs are views, and nobody writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
     )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    whole_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    fully_shard(network, mesh=mesh, mp_policy=whole_policy, reshard_after_forward=True)
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:

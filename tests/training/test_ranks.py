@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from training.config import TrainConfig
 from training.crops import crop_views, make_crops
-from training.distributed import World, agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks
+from training.distributed import World, agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks, whole
 from training.losses import koleo_loss
 from training.setup import make_setup
 from training.state import check_same_settings, find_state, load_state, save_state
@@ -41,6 +41,9 @@ CASES = {
     "micro": {"micro_batch": 2, "koleo_weight": 0.0},
     "masks off": {"mask_probability": 0.0, "ibot_weight": 0.0, "centering": "softmax"},
 }
+
+
+SHARDED = ("sinkhorn", "sgd", "micro")  # what keeps the weights does not change how they are centred
 
 
 def config_of(**changes):
@@ -75,8 +78,6 @@ def run(config, world, first=0, last=STEPS, resume_from=None, save_to=None):
         figures.append(sum_over_ranks(world)(means) / world.size)
     if save_to is not None:
         save_state(save_to, setup.parts, last, config.model_dump(mode="json"), {}, 2, world)
-    from training.distributed import whole
-
     networks = (setup.parts.student, setup.parts.ema)
     weights = {f"{i}.{k}": whole(v).clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()}
     return torch.stack(figures), weights
@@ -97,8 +98,8 @@ def rank_main(rank, port, folder):
         found = {}
         for strategy in ("ddp", "fsdp"):
             for name, changes in CASES.items():
-                if name == "micro":
-                    changes = {**changes, "micro_batch": 2}
+                if strategy == "fsdp" and name not in SHARDED:
+                    continue
                 found[strategy, name] = run(config_of(**changes, strategy=strategy), world)
             out = folder / strategy
             if world.is_main:
@@ -133,16 +134,25 @@ def one():
     return {name: run(config_of(**{**changes, "micro_batch": None}), ALONE) for name, changes in CASES.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def same_weights(found, expected):
+    """To float rounding, but for the keys' biases: softmax takes no notice of them, so that their gradient is rounding
+    and nothing else, which Adam and normalisation blow up."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        theirs, keys = found[key], slice(len(value) // 3, 2 * len(value) // 3)
+        if key.endswith("qkv.bias"):
+            theirs, value = theirs.clone(), value.clone()
+            theirs[keys] = value[keys] = 0
+        torch.testing.assert_close(theirs, value, rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("ddp", name) for name in CASES] + [("fsdp", name) for name in SHARDED])
 def test_two_ranks_equal_one(two, one, strategy, name):
     figures, weights = one[name]
     for rank in range(2):
         found, theirs = two[1][rank][strategy, name]
         torch.testing.assert_close(found, figures, rtol=1e-5, atol=1e-5)
-        assert theirs.keys() == weights.keys()
-        for key, value in weights.items():
-            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        same_weights(theirs, weights)
 
 
 def test_the_comparison_could_fail(one):
@@ -156,8 +166,7 @@ def test_what_two_ranks_wrote_is_gone_on_with_by_one(two, one, strategy):
     figures, weights = run(config_of(), ALONE, first=3, resume_from=folder / strategy)
     torch.testing.assert_close(figures, one["sinkhorn"][0][3:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0][strategy, "resumed"][0], one["sinkhorn"][0][3:], rtol=1e-5, atol=1e-5)
-    for key, value in one["sinkhorn"][1].items():
-        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
+    same_weights(weights, one["sinkhorn"][1])
 
 
 def test_micro_batches_equal_one_batch(one):
@@ -165,8 +174,7 @@ def test_micro_batches_equal_one_batch(one):
     for micro in (1, 4):
         found, theirs = run(config_of(koleo_weight=0.0, micro_batch=micro), ALONE)
         torch.testing.assert_close(found[:, [0, 1, 3]], figures[:, [0, 1, 3]], rtol=1e-5, atol=1e-5)
-        for key, value in weights.items():
-            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5)
+        same_weights(theirs, weights)
 
 
 def test_what_the_ranks_tell_each_other(two):
