@@ -100,7 +100,7 @@ class MemoryBlob:
 
 
 class HttpBlob:
-    """A file on a web server that answers range requests.
+    """A file on a web server that answers range requests. `url` is without what a signed one keeps secret.
 
     Raises:
         ValueError: it does not, or it refuses.
@@ -108,12 +108,15 @@ class HttpBlob:
     """
 
     def __init__(self, url: str, client: httpx.Client) -> None:
-        self.url, self._client = url, client
+        self._address, self._client = httpx.URL(url), client
+        self.url = str(self._address.copy_with(query=None, userinfo=b""))
         self._match: dict[str, str] = {}
         response = _repeated(lambda: self._get(0, 1)[0])
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if response.status_code == 200 or not total.isdecimal():
-            raise ValueError(f"{url}: the server does not answer range requests; download the file and name it locally")
+            raise ValueError(
+                f"{self.url}: the server does not answer range requests; download the file and name it locally"
+            )
         self.size = int(total)
         etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
         self.version = etag or modified
@@ -125,7 +128,7 @@ class HttpBlob:
     def _get(self, offset: int, length: int) -> tuple[httpx.Response, bytes]:
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity", **self._match}
         try:
-            with self._client.stream("GET", self.url, headers=headers) as response:
+            with self._client.stream("GET", self._address, headers=headers) as response:
                 status = response.status_code
                 if status in REPEATABLE:
                     raise OSError(f"{self.url}: HTTP {status}")
@@ -137,8 +140,6 @@ class HttpBlob:
                     raise ValueError(f"{self.url}: HTTP {status}" + (", the file is empty" if status == 416 else ""))
                 # a server without ranges sends all of a file of any size: not to be read
                 return response, response.read() if status == 206 else b""
-        except httpx.InvalidURL as error:
-            raise ValueError(f"{self.url}: {error}") from error
         except httpx.HTTPError as error:
             raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
 
@@ -203,3 +204,5 @@ def open_blob(url: str, client: httpx.Client) -> Blob:
         return FsspecBlob(url, *file_system(url))
     except FileNotFoundError as error:
         raise ValueError(str(error) if "://" in url else f"{url}: no such file") from error
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url}: {error}") from error

@@ -32,6 +32,9 @@ from model.preprocess import PreprocessSpec, output_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What a file may be, whatever its name says. Pillow knows more; some of those start programs (EPS)."""
+
 MAX_BYTES = 256 * 2**20
 """Of one encoded photo. A larger file is no photo, and is not read into memory to find out."""
 
@@ -165,9 +168,21 @@ def _translated(data: bytes) -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:  # its own message holds the address of an object
         what = f"it starts with {data[:8].hex(' ')}" if data else "it is empty"
-        raise ValueError(f"not an image that Pillow knows: {what}") from error
+        raise ValueError(f"not one of {', '.join(_formats())}: {what}") from error
     except Exception as error:  # hostile bytes make Pillow raise nearly anything: KeyError, struct.error, MemoryError
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow was built with. Naming them also closes a gap: without, the first photos of several
+    threads may find Pillow's plugins half loaded, and fine WebP files would count as broken."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data), formats=_formats())
 
 
 def _check_bytes(size: int) -> None:
@@ -182,7 +197,7 @@ def decode(data: bytes) -> Pixels:
         ValueError: not a readable image, or one that is too large; the message says why.
     """
     _check_bytes(len(data))
-    with _translated(data), Image.open(BytesIO(data)) as image:
+    with _translated(data), _opened(data) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -215,7 +230,7 @@ def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
         ValueError: as `decode` and `squash`.
     """
     _check_bytes(len(data))
-    with _translated(data), Image.open(BytesIO(data)) as image:
+    with _translated(data), _opened(data) as image:
         width, height = image.size
         output_size(height, width, PreprocessSpec())  # before the pixels are paid for
         drawn = image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))  # None for other formats

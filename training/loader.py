@@ -62,13 +62,17 @@ class Loader(AbstractContextManager["Loader"], Protocol):
     """What the loop sees. Closing it ends its threads.
 
     `source` has the photos that the plan's numbers mean, `skipped` those found unreadable so far, `waited_s` the
-    seconds that `batch` took from its caller.
+    seconds that `batch` took from its caller, `fetching_share` how much of the threads' time went into getting bytes
+    rather than decoding them.
     """
 
     source: Source
     skipped: list[Skipped]
     waited_s: float
     in_memory: bool
+
+    @property
+    def fetching_share(self) -> float: ...
 
     def __len__(self) -> int: ...
 
@@ -94,6 +98,7 @@ class MemoryLoader:
     """
 
     in_memory = True
+    fetching_share = 0.0
 
     def __init__(self, source: Source, side: int, plan: Plan, *, workers: int, device: torch.device) -> None:
         self._plan, self._device = plan, device
@@ -204,13 +209,19 @@ class StreamLoader:
         self._ahead_steps, self._ahead_bytes, self._max_broken_share = ahead_steps, ahead_bytes, max_broken_share
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="photos")
         self._steps: dict[int, _Step] = {}
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # of the four below
+        self._seconds = {"fetching": 0.0, "decoding": 0.0}
         self._found = bytearray(len(source))  # per photo: not tried yet, GOOD or BROKEN
         self._n_tried = 0
         self._closed = False
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def fetching_share(self) -> float:
+        """Of the threads' time."""
+        return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
 
     def batch(self, step: int) -> Batch:
         """The photos of a step; the steps after it are begun. Steps in another order than ascending cost a new start.
@@ -274,11 +285,17 @@ class StreamLoader:
     def _tried(self, index: int) -> tuple[Pixels, float] | None:
         """The square of a photo; None, and it is listed, if it is broken."""
         square, reason = None, ""
+        start = fetched = time.perf_counter()
         try:
-            square = decode_square(self.source.encoded(index), self._side)
+            data = self.source.encoded(index)
+            fetched = time.perf_counter()
+            square = decode_square(data, self._side)
         except ValueError as error:
             reason = str(error)
+        end = time.perf_counter()
         with self._lock:
+            self._seconds["fetching"] += fetched - start
+            self._seconds["decoding"] += end - fetched
             self._n_tried += not self._found[index]
             if square is None and self._found[index] != BROKEN:  # two threads may try one photo at once
                 self.skipped.append(Skipped(self.source.name(index), reason))
@@ -377,8 +394,12 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
     waited = f"{share:.0%} of the time went into waiting for photos"
     if loader.in_memory:
         return f"{waited}, although they are in memory: lower cache_size (now {side}), or run fewer other things here"
-    idle = n_cores() - workers
-    more = f"raise workers (now {workers}), " if idle > 0 else f"all {workers} cores decode; "
+    if loader.fetching_share > 0.5:
+        more = f"raise workers (now {workers}; {loader.fetching_share:.0%} of their time is fetching), "
+    elif workers < n_cores():
+        more = f"raise workers (now {workers}), "
+    else:
+        more = f"all {n_cores()} cores decode; "
     needed = math.ceil(len(loader) * 3 * side**2 / 2**30)
     return (
         f"{waited}: {more}shrink the photos beforehand (short side near {2 * side}), or let them fit into memory "

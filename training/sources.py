@@ -44,7 +44,8 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._paths = [os.path.relpath(path, folder) for path in walk_files(folder, SUFFIXES)]
+        start = len(os.path.join(folder, ""))
+        self._paths = [path[start:] for path in walk_files(folder, SUFFIXES)]
         self.parts: Mapping[str, Indices] = {}
         if all((folder / part).is_dir() for part in ("train", "val")):
             tops = np.array([path.partition(os.sep)[0] for path in self._paths])

@@ -115,9 +115,9 @@ def test_a_photo_too_thin_for_the_evaluation_is_skipped_at_loading(tmp_path):
     assert [s.path.name for s in cache.skipped] == ["thin.png"]
 
 
-def encoded(size, seed=0, **options):
+def encoded(size, **options):
     """A smooth picture with some noise: like a photo to a JPEG encoder."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noisy = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (size[1], size[0], 1))
     file = BytesIO()
@@ -134,7 +134,7 @@ def test_a_square_of_a_photo_not_much_larger_is_the_plain_one(size):
     assert aspect == plain_aspect == size[0] / size[1]
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs(monkeypatch):
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs():
     data = encoded((801, 603))
     pixels, aspect = decode_square(data, 64)
     plain, _ = squash(decode(data), 64)
@@ -248,3 +248,14 @@ def test_an_order_is_the_permutation_of_its_epoch_and_made_once(monkeypatch):
 def test_a_batch_that_the_photos_do_not_fill_is_refused(batch_size):
     with pytest.raises(ValueError, match=f"batch_size={batch_size} must be 1 to 10"):
         batch_indices(10, batch_size, 0, seed=0)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+def test_formats_that_are_read(name):
+    assert decode(encoded((20, 10), format=name)).shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize("name", ["eps", "ppm", "ico"])
+def test_formats_that_are_not_whatever_the_file_is_called(name):
+    with pytest.raises(ValueError, match=r"not one of JPEG, PNG, WEBP.*starts with"):
+        decode(encoded((20, 10), format=name))

@@ -161,7 +161,7 @@ def test_a_few_broken_ones_at_the_start_do_not():
 
 @pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])
 def test_nothing_readable_is_an_error(options):
-    with pytest.raises(ValueError, match=r"none of 5 photos could be read; the first: photo [0-4]: not an image"):
+    with pytest.raises(ValueError, match=r"none of 5 photos could be read; the first: photo [0-4]: not one of JPEG"):
         open_loader(Fake(5, broken=range(5)), SIDE, in_order, **options).batch(0)
     assert not photo_threads()
 
@@ -244,6 +244,12 @@ def test_advice_says_what_to_change(monkeypatch):
         )
         assert "cache_bytes, 1 GiB" in advice
         assert "all 8 cores decode" in waiting_advice(0.5, loader, side=160, workers=8)
+    with streaming(Fake(10)) as slow:
+        assert slow.fetching_share == 0
+        slow.batch(0)
+        assert 0 < slow.fetching_share < 1
+        slow._seconds = {"fetching": 9.0, "decoding": 1.0}
+        assert "raise workers (now 8; 90% of their time" in waiting_advice(0.5, slow, side=160, workers=8)
     memory = open_loader(Fake(10), SIDE, in_order)
     assert "although they are in memory" in waiting_advice(0.5, memory, side=160, workers=2)
     monkeypatch.undo()

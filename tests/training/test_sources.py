@@ -135,6 +135,7 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
         ("noimages.tar", r"no images in .*noimages\.tar: looked for members that end in \.avif"),
         ("a-{3..1}.tar", r"\{3\.\.1\} must run upwards"),
         ("bogus://x/y.tar", "bogus"),
+        ("http://[::/a.tar", "Invalid"),
         ("http://127.0.0.1:1/folder/", r"over HTTP, name the shards: \.\.\./name\.tar or \.\.\./name-\{000\.\.123\}"),
     ],
 )
@@ -428,6 +429,7 @@ def test_shards_on_a_web_server(tmp_path, index_dir, serve, monkeypatch):
     source = open_source(f"{url}/data/s-{{0..1}}.tar?token=secret", index_dir)
     assert names(source) == [f"s-{n}.tar/cats/00{n}{i}.png" for n in range(2) for i in range(3)]
     assert labels(source) == ["cats"] * 6
+    assert sorted(path.name.rpartition("-")[0] for path in index_dir.iterdir()) == ["s-0.tar", "s-1.tar"]  # no secret
     with open_loader(source, 8, shuffled(3, seed=0), cache_bytes=0, workers=4) as loader:
         assert len({*loader.batch(0).names, *loader.batch(1).names}) == 6
 
@@ -437,7 +439,7 @@ def test_shards_on_a_web_server(tmp_path, index_dir, serve, monkeypatch):
     assert values(source)[:1] == [0]
     assert pauses == [1, 2]
     server.failures += [503, 503, 503]
-    with pytest.raises(OSError, match="HTTP 503"):
+    with pytest.raises(OSError, match=r"/data/s-0\.tar: HTTP 503"):
         source.encoded(0)
     server.etag = '"2"'
     with pytest.raises(Changed, match="has changed"):
