@@ -168,7 +168,8 @@ def _duration(seconds: float) -> str:
 
 
 def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -> str:
-    shape = ", ".join(f"{key} {value}" for key, value in (config.get("vit") or {}).items())
+    vit = config.get("vit")
+    shape = ", ".join(f"{key} {value}" for key, value in vit.items()) if isinstance(vit, dict) else ""
     model = f"{config.get('model', 'unknown model')}{f' ({shape})' if shape else ''}"
     times = _values(metrics, "time")
     when = f"{_when(times[0])} to {_when(times[-1])}" if times else ""
@@ -189,7 +190,9 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
     best = _best_knn(knn)
     during = [v for name in _names(evaluations, "knn") for v in _values(evaluations, name)]
     if best is not None or during:
-        tiles.append((f"{best if best is not None else during[-1]:.1%}", "k-NN, best" if best else "k-NN, last"))
+        tiles.append(
+            (f"{best if best is not None else during[-1]:.1%}", "k-NN, last" if best is None else "k-NN, best")
+        )
     steps = _values(metrics, "step")
     if steps:
         tiles.append((f"{steps[-1]:,.0f}", "steps"))

@@ -278,13 +278,14 @@ def save_replay(
     Raises:
         OSError: it cannot be written.
     """
+    assert keep >= 1
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.safetensors"
     record = {
+        **(facts or {}),
         "step": step,
         "names": list(names),
         "terms": {name: str(float(value)) for name, value in terms.items()},  # JSON has no NaN
-        **(facts or {}),
     }
     save_safetensors(path, crops, {"replay": json.dumps(record)})
     path.with_suffix(".json").write_text(json.dumps(record, indent=1))  # for people; the tensors' file holds it too

@@ -44,6 +44,18 @@ HEAT = np.array(
 )
 
 
+def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
+    """The photo at the size that `preprocess` makes of it before cropping: a gallery of these fits into memory.
+
+    `preprocess` of it gives the same pixels as of the photo itself.
+    """
+    assert spec.resize is not None
+    height, width = photo.shape[:2]
+    short = min(height, width)
+    size = (int(spec.resize * width / short), int(spec.resize * height / short))  # Pillow's order; one is `resize`
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
+
+
 def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
     """Normalised crops [n, 3, S, S] as photos, for looking at."""
     mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in (spec.mean, spec.std))
@@ -148,7 +160,7 @@ def picture_sheet(
 
     Args:
         backbone: whole and on one device; its mode is as before afterwards.
-        gallery: a sample of the training photos, RGB uint8 [H, W, 3] of any sizes.
+        gallery: a sample of the training photos, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
         shown: the n photos of the sheet, as indices of `gallery`.
         spec: the evaluation's preprocessing; must crop.
         globals_, masks, locals_: the crops of the n photos as `training.crops.Crops` holds them, view by view:

@@ -25,7 +25,9 @@ class Sink:
     close: Callable[[], None]
 
 
-def make_sinks(out: Path, first_step: int, wandb: str | None, settings: Mapping[str, Any]) -> list[Sink]:
+def make_sinks(
+    out: Path, first_step: int, wandb: str | None, settings: Mapping[str, Any], say: Callable[[str], None]
+) -> list[Sink]:
     """The sinks of a run: TensorBoard if installed, wandb if a project is named.
 
     Args:
@@ -33,16 +35,24 @@ def make_sinks(out: Path, first_step: int, wandb: str | None, settings: Mapping[
         first_step: steps done before: later ones of an earlier attempt are hidden.
         wandb: name of the project; None: not used.
         settings: what wandb shows as the run's configuration.
+        say: told why one that is installed cannot be used (no network, a broken installation); the run goes on.
 
     Raises:
         ValueError: a project is named, and wandb is not installed.
     """
-    sinks = []
+    makers: dict[str, Callable[[], Sink]] = {}
     # `torch.utils.tensorboard` exists without it; asking for the package itself costs no import.
     if importlib.util.find_spec("tensorboard") is not None:
-        sinks.append(tensorboard_sink(out / "tensorboard", first_step))
+        makers["tensorboard"] = lambda: tensorboard_sink(out / "tensorboard", first_step)
     if wandb is not None:
-        sinks.append(wandb_sink(wandb, out, settings))
+        client = _load_wandb(wandb)
+        makers["wandb"] = lambda: wandb_sink(client, wandb, out, settings)
+    sinks = []
+    for name, make in makers.items():
+        try:
+            sinks.append(make())
+        except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run goes on
+            say(f"warning: {name} cannot be used in this run ({type(error).__name__}: {error})")
     return sinks
 
 
@@ -60,20 +70,22 @@ def tensorboard_sink(folder: Path, first_step: int) -> Sink:
     return Sink("tensorboard", write, writer.close)
 
 
-def wandb_sink(project: str, out: Path, settings: Mapping[str, Any]) -> Sink:
-    """A run of a Weights & Biases project, named after the folder; a resumed run goes on in the same one.
-
-    Raises:
-        ValueError: wandb is not installed.
-    """
+def _load_wandb(project: str) -> Any:
     try:
-        wandb: Any = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(f"wandb={project!r} needs Weights & Biases: pip install wandb") from error
+
+
+def wandb_sink(client: Any, project: str, out: Path, settings: Mapping[str, Any]) -> Sink:
+    """A run of a Weights & Biases project, named after the folder; a resumed run goes on in the same one.
+
+    `client` is the module `wandb`.
+    """
     known = out / WANDB_ID
     if not known.exists():
         known.write_text(uuid.uuid4().hex)
-    run = wandb.init(
+    run = client.init(
         project=project, name=out.name, dir=str(out), id=known.read_text(), resume="allow", config=dict(settings)
     )
     return Sink("wandb", lambda step, numbers: run.log(dict(numbers), step=step), run.finish)

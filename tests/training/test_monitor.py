@@ -11,7 +11,7 @@ from rich.console import Console
 
 from training import monitor as module
 from training.monitor import Monitor, cut_lines, peak_memory_bytes, read_lines, to_numbers
-from training.sinks import Sink, make_sinks, wandb_sink
+from training.sinks import Sink, make_sinks
 
 FIGURES = {"loss": 2.0, "dino_over_ln_k": 0.9}
 
@@ -204,7 +204,7 @@ def test_peak_memory_is_of_this_process():
 
 def test_tensorboard_gets_the_figures(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    sinks = make_sinks(tmp_path, 0, None, {})
+    sinks = make_sinks(tmp_path, 0, None, {}, pytest.fail)
     assert [sink.name for sink in sinks] == ["tensorboard"]
     with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, console(), sinks=sinks) as monitor:
         monitor.write(3, FIGURES)
@@ -218,7 +218,7 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     stub = SimpleNamespace(init=lambda **settings: started.append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", stub)
     for _ in range(2):
-        wandb_sink("groceries", tmp_path, {"lr": 1}).write(5, {"loss": 1.0})
+        make_sinks(tmp_path, 0, "groceries", {"lr": 1}, pytest.fail)[-1].write(5, {"loss": 1.0})
     assert started[0]["id"] == started[1]["id"]
     assert (started[0]["project"], started[0]["config"]) == ("groceries", {"lr": 1})
     assert logged == [(5, {"loss": 1.0})] * 2
@@ -227,7 +227,17 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
 def test_wandb_asked_for_and_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        make_sinks(tmp_path, 0, "groceries", {})
+        make_sinks(tmp_path, 0, "groceries", {}, pytest.fail)
+
+
+def test_a_sink_that_cannot_start_is_said_and_left_out(tmp_path, monkeypatch):
+    def no_network(**_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=no_network))
+    said = []
+    assert "wandb" not in [sink.name for sink in make_sinks(tmp_path, 0, "groceries", {}, said.append)]
+    assert said == ["warning: wandb cannot be used in this run (ConnectionError: no network)"]
 
 
 def test_every_line_is_json_for_strict_readers(tmp_path):

@@ -151,7 +151,7 @@ def test_what_is_missing_or_damaged_is_left_out(whole_run, tmp_path, missing):
 
 
 def test_values_of_odd_types_do_no_harm(tmp_path):
-    odd = {"vit": None, "n_prototypes": "many", "recipe": ["x"], "unknown_setting": {"a": 1}}
+    odd = {"vit": ["none"], "n_prototypes": "many", "recipe": ["x"], "unknown_setting": {"a": 1}}
     (tmp_path / "config.json").write_text(json.dumps(odd))
     lines = [{"step": "one", "loss": 1}, {"step": 2, "loss": "low", "time": 1e30}, {"step": 3, "loss": True}, {"x": 1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -178,6 +178,63 @@ def test_a_resumed_run_decides_the_same():
     assert whole.state.rollbacks == 2
 
 
+class KilledError(Exception):
+    """Stands for kill -9."""
+
+
+def toy_run(disk, total, kill_at):
+    """A loop as the real one uses the sentinels: one number as weight, a line each 5 steps, a checkpoint each 4.
+
+    Step 13 gives NaN; k-NN falls after step 30 as long as the rate is whole. `disk` holds checkpoints by step.
+    """
+    watch, bad = sentinels(total_steps=total, on_knn="rollback"), FirstNotFinite(torch.device("cpu"))
+    step, weight = 0, torch.zeros(())
+    if disk:
+        step = max(disk)
+        weight, saved = disk[step]
+        watch.load_state_dict(json.loads(saved))
+    while step < total:
+        done = step + 1
+        if done == kill_at:
+            raise KilledError
+        if not watch.passes_over(done):
+            loss = torch.tensor(math.nan if done == 13 else done * 0.1)
+            weight = weight + watch.lr_factor * loss
+            bad.note(done, {"loss": loss})
+        step = done
+        verdict = None
+        if done % 5 == 0 or done % 4 == 0:  # before a line and before a save
+            found = bad.read()
+            verdict = watch.check_finite(*found, None) if found else None
+        if verdict is None and done % 10 == 0:
+            verdict = watch.check_knn(done, 0.2 if done > 30 and watch.lr_factor == 1 else 0.6)
+        if verdict is not None:
+            assert verdict.action == "rollback"
+            step = max((s for s in disk if s <= verdict.back_to), default=0)
+            for later in [s for s in disk if s > step]:
+                del disk[later]
+            weight = disk[step][0] if step else torch.zeros(())
+            bad.clear()
+        elif done % 4 == 0:
+            disk[done] = (weight, json.dumps(watch.state_dict()))
+    return weight, watch.state_dict()
+
+
+def test_a_run_with_rollbacks_ends_the_same_wherever_it_is_killed():
+    expected, state = toy_run({}, 50, kill_at=None)
+    assert state["passed_over"] == [13]
+    assert state["lr_factor"] == 0.5
+    plain = sum(step * 0.1 for step in range(1, 29) if step != 13) + sum(step * 0.05 for step in range(29, 51))
+    assert float(expected) == pytest.approx(plain, rel=1e-5)  # back to step 28, the newest checkpoint before 30
+    for kill_at in range(1, 51):
+        disk = {}
+        with pytest.raises(KilledError):
+            toy_run(disk, 50, kill_at)
+        weight, found = toy_run(disk, 50, kill_at=None)
+        assert torch.equal(weight, expected), kill_at
+        assert found == state, kill_at
+
+
 def test_a_saved_state_shares_nothing_with_the_running_one():
     watch = sentinels()
     saved = watch.state_dict()

@@ -17,6 +17,7 @@ from training.sheets import (
     picture_sheet,
     save_sheet,
     shade_masked,
+    shrunk,
     to_pixels,
 )
 
@@ -52,6 +53,14 @@ def test_crops_come_back_as_pixels():
     expected = np.asarray(resized)[2:30, 7:35]
     assert found.dtype == np.uint8
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(300, 401), (401, 300), (33, 33), (20, 77), (32, 32)])
+def test_a_shrunk_photo_gives_the_same_input(size):
+    photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    small = shrunk(photo, SPEC)
+    assert min(small.shape[:2]) == 32
+    assert np.array_equal(preprocess(small, SPEC), preprocess(photo, SPEC))
 
 
 def test_only_masked_patches_are_shaded():
