@@ -1,0 +1,89 @@
+"""The model that an evaluation is of: from a checkpoint, an artifact or a published name, with its preprocessing."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import zoo
+from model.artifact import MANIFEST, WEIGHTS, bundled_artifact, find_artifacts, fingerprint, load_artifact
+from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model, load_state_dict_file
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.evaluate.settings import DenseSettings, TaskSettings
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model to evaluate, in eval mode, with its own preprocessing and fingerprint (as its artifact's)."""
+
+    name: str
+    model: DinoVisionTransformer
+    spec: PreprocessSpec
+    fingerprint: str
+
+
+def _artifact_of(source: str, data_dir: Path) -> Path | None:
+    if source == "auto":
+        return (find_artifacts(data_dir) or [bundled_artifact()])[0]
+    if (Path(source) / MANIFEST).is_file():
+        return Path(source)
+    return next((path for path in find_artifacts(data_dir) if source in (path.name, path.name[:-9])), None)
+
+
+def load_backbone(
+    source: str, *, arch: str | None = None, data_dir: Path = Path("data"), device: torch.device | str = "cpu"
+) -> Backbone:
+    """A model from a checkpoint file, an artifact folder or its name, "auto", or a published name (downloaded).
+
+    Args:
+        source: as above; "auto" is the newest artifact of `data_dir`, else the bundled one.
+        arch: torch hub's name of the architecture, for files that do not say it.
+
+    Raises:
+        ValueError: nothing answers to that name, a damaged file, or one that needs `arch`.
+        zoo.DownloadError: a published model cannot be downloaded.
+    """
+    path, name = Path(source), source
+    artifact = _artifact_of(source, data_dir)
+    spec: PreprocessSpec | None = None
+    if artifact is not None:
+        with tempfile.TemporaryDirectory() as derived:  # what loading makes on the way is not the artifact's
+            loaded = load_artifact(artifact, derived_dir=Path(derived))
+        config, spec, name = loaded.manifest.config, loaded.manifest.preprocess, loaded.name
+        state = load_state_dict_file(artifact / WEIGHTS)
+        digest = loaded.fingerprint
+    else:
+        provenance: Mapping[str, Any] = {}
+        if path.is_file() and is_own_checkpoint(path):
+            state, config, provenance = load_checkpoint(path)
+        elif path.exists() and arch is None:
+            what = "does not say its architecture: add --arch, e.g. --arch dinov2_vits14"
+            raise ValueError(f"{source} {what}" if path.is_file() else f"{source} holds no {MANIFEST}: no artifact")
+        else:
+            named = zoo.resolve(source).name if arch is None else arch
+            other = load_model(named, weights=path if path.is_file() else None)
+            state, config = other.state_dict(), other.config
+        spec = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
+        digest = fingerprint({key: tensor.numpy() for key, tensor in state.items()}, config, spec)
+    model = DinoVisionTransformer(config)
+    model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    return Backbone(name, model.eval().to(device), spec, digest)
+
+
+def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
+    """The model's preprocessing with the resize and crop of the settings.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    whole = isinstance(settings, DenseSettings) or settings.crop == 0
+    changes: dict[str, Any] = {"crop": None} if whole else {}
+    if settings.resize is not None:
+        changes["resize"] = settings.resize
+    if settings.crop:
+        changes["crop"] = settings.crop
+    return PreprocessSpec.model_validate(own.model_dump() | changes)

@@ -1,0 +1,217 @@
+"""What segmentation and depth share: photos with a map each, patch tokens in memory, a small head trained on them.
+
+A folder `images/{train,val}/...` and beside it one of maps with the same names (`masks/`, `depth/`). Each photo is seen
+whole, resized to a multiple of the patch size at its own aspect: no windows, no crops, no flips, so its tokens are
+always the same and computed once. Tokens are many (a photo's take as much as its pixels or more), so they are kept up
+to a limit of memory; those beyond it are computed anew each time, with the same result.
+
+Legend: h, w patches of a photo, F features of a patch, L blocks, D width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.dataset import Skipped, find_images
+from training.evaluate.features import Precision, default_workers, in_order, read_pixels
+from training.evaluate.linear import batch_stream
+
+Advance = Callable[[int], object]
+WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo and the file of its map."""
+
+    image: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """AdamW with a linear warm-up (3.75 % of the iterations) and linear decay to zero."""
+
+    iterations: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    seed: int
+
+
+def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Pair]:
+    """Photos below `folder/images/split` and the files of the same name below `folder/kind/split`, sorted.
+
+    Raises:
+        ValueError: no such folders, no photos, or a photo without its map.
+    """
+    images, targets = folder / "images" / split, folder / kind / split
+    pairs, missing = [], []
+    for image in find_images(images):
+        stem = image.relative_to(images).with_suffix("")
+        found = next((p for suffix in suffixes if (p := targets / f"{stem}{suffix}").is_file()), None)
+        if found is None:
+            missing.append(image)
+        else:
+            pairs.append(Pair(image, found))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} photos of {images} have no {' or '.join(suffixes)} of their name in {targets}, "
+            f"e.g. {missing[0].name}"
+        )
+    return pairs
+
+
+class DenseData:
+    """Tokens [h, w, F] and maps of pairs, by position; what cannot be read is in `skipped` and not counted.
+
+    Args:
+        model: in eval mode; its device is where tokens are computed and kept.
+        pairs: photos and maps.
+        spec: preprocessing without a crop.
+        read_target: a map [H, W] of a file; ValueError where it cannot be read.
+        n_blocks: L, tokens of the last blocks, joined: F = L * D.
+        with_cls: join each block's class token to each of its patch tokens: F = 2 * L * D.
+        memory_bytes: tokens beyond this much are not kept.
+        precision: bf16 runs the forward pass in autocast.
+
+    Raises:
+        ValueError: not one pair could be read, or more blocks than the model has.
+    """
+
+    def __init__(
+        self,
+        model: DinoVisionTransformer,
+        pairs: Sequence[Pair],
+        spec: PreprocessSpec,
+        read_target: Callable[[Path], Tensor],
+        *,
+        n_blocks: int,
+        with_cls: bool,
+        memory_bytes: int,
+        precision: Precision = "fp32",
+        advance: Advance = lambda count: None,
+    ) -> None:
+        assert spec.crop is None
+        assert not model.training
+        self.read_target = read_target
+        self.skipped: list[Skipped] = []
+        self.pairs: list[Pair] = []
+        self._model, self._spec, self._precision = model, spec, precision
+        self._n_blocks, self._with_cls = n_blocks, with_cls
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        for pair, found in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
+            advance(1)
+            if isinstance(found, Skipped):
+                self.skipped.append(found)
+                continue
+            pixels, target = found
+            tokens = self._tokens(pixels)
+            size = tokens.numel() * tokens.element_size() + target.numel() * target.element_size()
+            if size <= memory_bytes:
+                memory_bytes -= size
+                self._kept[len(self.pairs)] = tokens, self._at_input_size(target, pixels)
+            self.pairs.append(pair)
+        if not self.pairs:
+            first = self.skipped[0]
+            raise ValueError(f"none of {len(pairs)} pairs could be read; the first: {first.path}: {first.reason}")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens [h, w, F] float32 and the map at the size of the network's input, by nearest neighbour."""
+        if index in self._kept:
+            tokens, target = self._kept[index]
+        else:
+            found = self._read(self.pairs[index])
+            if isinstance(found, Skipped):
+                raise ValueError(f"{found.path}: {found.reason}")
+            tokens, target = self._tokens(found[0]), self._at_input_size(found[1], found[0])
+        return tokens.float(), target
+
+    def _read(self, pair: Pair) -> tuple[Tensor, Tensor] | Skipped:
+        try:
+            pixels = torch.from_numpy(read_pixels(pair.image, self._spec))
+        except ValueError as error:
+            return Skipped(pair.image, str(error))
+        try:
+            return pixels, self.read_target(pair.target)
+        except ValueError as error:
+            return Skipped(pair.target, str(error))
+
+    @torch.no_grad()
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        device = self._model.cls_token.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            layers = self._model.get_intermediate_layers(
+                pixels[None].to(device), n=self._n_blocks, return_class_token=True
+            )
+        p = self._model.patch_size
+        parts = []
+        for patches, cls in layers:
+            parts.append(patches[0])  # [N, D]
+            if self._with_cls:
+                parts.append(cls[0].expand_as(patches[0]))
+        return torch.cat(parts, dim=1).view(pixels.shape[1] // p, pixels.shape[2] // p, -1)
+
+    def _at_input_size(self, target: Tensor, pixels: Tensor) -> Tensor:
+        resized = F.interpolate(target[None, None].float(), size=tuple(pixels.shape[1:]), mode="nearest-exact")
+        return resized[0, 0].to(target.dtype).to(self._model.cls_token.device)
+
+
+def learning_rates(training: HeadTraining) -> list[float]:
+    """The learning rate of each iteration."""
+    warmup = round(WARMUP_SHARE * training.iterations)
+    rise = (np.arange(warmup) + 1) / max(1, warmup)
+    fall = 1 - np.arange(training.iterations - warmup) / max(1, training.iterations - warmup)
+    return (training.lr * np.concatenate((rise, fall))).tolist()
+
+
+def _batches(data: DenseData, training: HeadTraining) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    stream = batch_stream(len(data), min(training.batch_size, len(data)), training.seed)
+    for _ in range(training.iterations):
+        items = [data[index] for index in next(stream).tolist()]
+        yield [tokens for tokens, _ in items], [target for _, target in items]
+
+
+def train_head(
+    head: nn.Module,
+    data: DenseData,
+    loss_of: Callable[[list[Tensor], list[Tensor]], Tensor],
+    training: HeadTraining,
+    advance: Advance = lambda count: None,
+) -> float:
+    """Train `head` in place; gives the last loss.
+
+    Args:
+        loss_of: the loss of a batch, from tokens [h, w, F] and maps at the input's size, one each a photo.
+
+    Raises:
+        ValueError: fewer than one iteration or photo a batch.
+        FloatingPointError: the loss is not finite.
+    """
+    if training.iterations < 1 or training.batch_size < 1:
+        raise ValueError(f"iterations={training.iterations}, batch_size={training.batch_size} must be at least 1")
+    optimizer = torch.optim.AdamW(head.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    head.train()
+    loss = torch.tensor(0.0)
+    for lr, (tokens, targets) in zip(learning_rates(training), _batches(data, training), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = loss_of(tokens, targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        advance(1)
+    head.eval()
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the head's loss is {loss.item()} after {training.iterations} iterations; lower lr")
+    return loss.item()

@@ -1,0 +1,178 @@
+"""Linear depth: metres of each pixel from frozen tokens.
+
+Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`): each patch token joined
+with the class token, of the last block ("lin. 1") or the last four ("lin. 4"); one linear layer to 256 bins, uniform
+between the least and the largest depth; logits enlarged 4 times, bilinearly; relu plus 0.1, divided by their sum; the
+depth is the expectation of the bins, enlarged to the map. Loss: the scale-invariant one of log depth (root of the
+variance plus 0.15 times the squared mean) plus 0.5 times the difference of gradients at four scales (MegaDepth's). What
+differs from the paper: the whole photo, no augmentation, no flipped second view, and no crop of the map's border.
+
+RMSE, AbsRel and delta1 (share within a factor of 1.25) are taken for each photo and then averaged, over pixels with a
+depth above `min_depth` and up to `max_depth`; predictions are clamped to that range.
+
+Legend: K bins, h x w patches, H x W pixels of the map, F features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from training.evaluate.dense import Advance, DenseData, HeadTraining, train_head
+
+SUFFIXES = (".png", ".npy")
+N_BINS = 256
+UPSAMPLE = 4
+BIN_FLOOR = 0.1
+LOG_EPS = 1e-3
+MEAN_WEIGHT = 0.15
+GRADIENT_WEIGHT = 0.5
+STRIDES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """Means over val photos, and the last training loss."""
+
+    rmse: float
+    abs_rel: float
+    delta1: float
+    photos: int
+    loss: float
+
+
+def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
+    """Metres float32 [H, W] of a 16-bit gray PNG (millimetres; KITTI: units_per_metre=256) or a .npy (metres).
+
+    Zero, negative and non-finite values mean "unknown" and become zero.
+
+    Raises:
+        ValueError: it cannot be read, or is neither.
+    """
+    try:
+        if path.suffix == ".npy":
+            metres = np.load(path, allow_pickle=False).astype(np.float32)
+        else:
+            with Image.open(path) as image:
+                if image.mode not in ("I;16", "I;16B", "I"):
+                    raise ValueError(f"a depth map is a 16-bit gray PNG, not one of mode {image.mode}")
+                metres = np.asarray(image).astype(np.float32) / units_per_metre
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if metres.ndim != 2:
+        raise ValueError(f"a depth map has the shape [H, W], not {list(metres.shape)}")
+    return torch.from_numpy(np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32))
+
+
+class LinearDepth(nn.Module):
+    """One linear layer to K uniform bins, normalised linearly."""
+
+    bins: Tensor
+
+    def __init__(self, dim: int, min_depth: float, max_depth: float, n_bins: int = N_BINS, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 < min_depth < max_depth:
+            raise ValueError(f"min_depth={min_depth} and max_depth={max_depth}: 0 < min_depth < max_depth")
+        self.linear = nn.Linear(dim, n_bins)
+        self.register_buffer("bins", torch.linspace(min_depth, max_depth, n_bins))
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.linear.weight.copy_(0.01 * torch.randn(n_bins, dim, generator=draw))
+            self.linear.bias.zero_()
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Metres [H, W] = `size` of tokens [h, w, F]."""
+        logits = self.linear(tokens).permute(2, 0, 1)[None]  # [1, K, h, w]
+        logits = F.interpolate(logits, scale_factor=UPSAMPLE, mode="bilinear", align_corners=False)
+        weights = logits.relu() + BIN_FLOOR
+        metres = torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), self.bins)
+        return F.interpolate(metres[:, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
+    """Root of variance + 0.15 * mean^2 of the difference of log depths; both [n], of known pixels."""
+    difference = (predicted + LOG_EPS).log() - (depth + LOG_EPS).log()
+    spread = difference.var(correction=0) + MEAN_WEIGHT * difference.mean().square()
+    return (spread + 1e-12).sqrt()  # the root has no gradient at zero
+
+
+def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
+    """Absolute differences of the log error between neighbours, by known pixels, over four strides; all [H, W]."""
+    total = predicted.new_zeros(())
+    for stride in STRIDES:
+        p, d, k = (part[::stride, ::stride] for part in (predicted, depth, known))
+        error = torch.where(k, (p + LOG_EPS).log() - (d + LOG_EPS).log(), 0.0)
+        down = (error[1:] - error[:-1]).abs() * (k[1:] & k[:-1])
+        right = (error[:, 1:] - error[:, :-1]).abs() * (k[:, 1:] & k[:, :-1])
+        total = total + (down.sum() + right.sum()) / k.sum().clamp(min=1)
+    return total
+
+
+def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float]:
+    """RMSE, AbsRel and delta1 of one photo; both [n] metres, of known pixels."""
+    p, d = predicted.double(), depth.double()
+    ratio = torch.maximum(p / d, d / p)
+    return (
+        (p - d).square().mean().sqrt().item(),
+        ((p - d).abs() / d).mean().item(),
+        (ratio < 1.25).double().mean().item(),
+    )
+
+
+def evaluate_depth(
+    train: DenseData,
+    val: DenseData,
+    training: HeadTraining,
+    *,
+    min_depth: float,
+    max_depth: float,
+    n_bins: int = N_BINS,
+    gradient_weight: float = GRADIENT_WEIGHT,
+    advance: Advance = lambda count: None,
+) -> DepthReport:
+    """Train a linear depth head on the tokens of `train`, score it on `val` at the maps' own size.
+
+    Args:
+        train, val: with `read_depth`'s maps and `with_cls`.
+        min_depth, max_depth: metres; the range of the bins and of the pixels that count.
+        advance: told of each iteration.
+
+    Raises:
+        ValueError: an empty range, or no map of a split has a pixel in it.
+        FloatingPointError: the head did not train.
+    """
+    first = train[0][0]
+    head = LinearDepth(first.shape[-1], min_depth, max_depth, n_bins, training.seed).to(first.device)
+
+    def known(depth: Tensor) -> Tensor:
+        return (depth > min_depth) & (depth <= max_depth)
+
+    def loss_of(tokens: list[Tensor], maps: list[Tensor]) -> Tensor:
+        pairs = [(head(t, (d.shape[0], d.shape[1])), d) for t, d in zip(tokens, maps, strict=True)]
+        inside = [known(d) for d in maps]
+        p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
+        d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
+        if not len(d):  # a batch of maps without a known pixel teaches nothing
+            return pairs[0][0].sum() * 0
+        gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
+        return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()
+
+    if not any(bool(known(train[index][1]).any()) for index in range(len(train))):
+        raise ValueError(f"no train map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
+    loss = train_head(head, train, loss_of, training, advance)
+    found = []
+    with torch.no_grad():
+        for index, pair in enumerate(val.pairs):
+            depth = val.read_target(pair.target)
+            inside = known(depth)
+            if inside.any():
+                metres = head(val[index][0], (depth.shape[0], depth.shape[1])).cpu().clamp(min_depth, max_depth)
+                found.append(depth_metrics(metres[inside], depth[inside]))
+    if not found:
+        raise ValueError(f"no val map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
+    rmse, abs_rel, delta1 = np.mean(found, axis=0).tolist()
+    return DepthReport(rmse, abs_rel, delta1, len(found), loss)

@@ -1,0 +1,134 @@
+"""One evaluation, from a model and a folder to a report: what `dinov2 eval` and `dinov2 compare` call."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from training.dataset import Skipped
+from training.evaluate import tasks
+from training.evaluate.backbone import Backbone, spec_for
+from training.evaluate.settings import (
+    DepthSettings,
+    KnnSettings,
+    LinearSettings,
+    LogisticSettings,
+    RetrievalSettings,
+    SegmentationSettings,
+    Task,
+    make_settings,
+)
+from training.evaluate.tasks import Track
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one evaluation found. `rows` is the table, `figures` the same and more for programs; shares are 0 to 1."""
+
+    task: Task
+    model: str
+    fingerprint: str
+    protocol: dict[str, Any]
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    figures: dict[str, Any]
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for `json.dump`."""
+        return {
+            "task": self.task,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "protocol": self.protocol,
+            "figures": self.figures,
+            "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
+        }
+
+
+def no_progress(what: str, total: int) -> Callable[[int], object]:
+    """A `Track` that shows nothing."""
+    return lambda count: None
+
+
+def evaluate(
+    task: Task,
+    backbone: Backbone,
+    data: Path,
+    given: Mapping[str, Any] | None = None,
+    *,
+    cache: Path | None = None,
+    track: Track = no_progress,
+) -> Report:
+    """Run one evaluation.
+
+    Args:
+        data: the folder; what must be in it depends on the task (docs/evaluation.md).
+        given: settings of the task that differ from its defaults.
+        cache: folder where features are kept between calls; not for segmentation and depth.
+        track: starts progress bars.
+
+    Raises:
+        ValueError: unusable settings or data; the message names them.
+        FloatingPointError: a head did not train.
+        OSError: the cache cannot be written.
+    """
+    settings = make_settings(task, given or {})
+    context = tasks.Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
+    match settings:
+        case KnnSettings():
+            table, skipped = tasks.run_knn(context, settings)
+        case LogisticSettings():
+            table, skipped = tasks.run_logistic(context, settings)
+        case LinearSettings():
+            table, skipped = tasks.run_linear(context, settings)
+        case SegmentationSettings():
+            table, skipped = tasks.run_segmentation(context, settings)
+        case DepthSettings():
+            table, skipped = tasks.run_depth(context, settings)
+        case RetrievalSettings():
+            table, skipped = tasks.run_retrieval(context, settings)
+        case _:
+            raise AssertionError(task)
+    chosen = settings.model_dump(mode="json", exclude={"resize", "crop"})
+    protocol = {"preprocess": context.spec.model_dump(mode="json"), **chosen, **table.protocol}
+    return Report(
+        task, backbone.name, backbone.fingerprint, protocol, table.columns, table.rows, table.figures, skipped
+    )
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Protocol, table and skipped files."""
+    spec = report.protocol["preprocess"]
+    size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole photo")
+    rest = ", ".join(f"{key} {_short(value)}" for key, value in report.protocol.items() if key != "preprocess")
+    console.print(f"{report.task} of {report.model}, fingerprint {report.fingerprint[:8]}", markup=False)
+    console.print(f"protocol: {size}, {spec['interpolation']}; {rest}", markup=False, highlight=False)
+    table = Table()
+    for index, column in enumerate(report.columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in report.rows:
+        table.add_row(*row)
+    console.print(table)
+    for item in report.skipped[:20]:
+        console.print(f"skipped {item.path}: {item.reason}", markup=False, highlight=False)
+    if len(report.skipped) > 20:
+        console.print(f"... and {len(report.skipped) - 20} more; --out lists them all")
+
+
+def _short(value: Any) -> str:
+    return "/".join(str(part) for part in value) if isinstance(value, list) else str(value)
+
+
+def write_json(report: Report, path: Path) -> None:
+    """The report as a JSON file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.as_json(), indent=1) + "\n")

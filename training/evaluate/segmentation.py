@@ -1,0 +1,185 @@
+"""Linear segmentation: what a patch token knows of the class of its pixels.
+
+Protocol, after that of the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`): batch
+normalisation and a 1x1 convolution on the patch tokens of the last block ("linear") or the last four ("+ms" without its
+larger photos and test-time views), cross-entropy, AdamW 1e-3, weight decay 1e-3; logits are enlarged bilinearly to the
+mask. Masks are never shrunk for the score: other set-ups do, and lose or gain points by it. What differs from the
+paper: the whole photo is seen at once and unchanged, where the original trains on random crops of 512 and slides a
+window.
+
+mIoU is over the whole val set at once (one confusion matrix), the mean of the classes that occur in it or are
+predicted.
+
+Legend: C classes, h x w patches, H x W pixels, F features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from training.evaluate.dense import Advance, DenseData, HeadTraining, train_head
+
+IGNORE = 255
+SUFFIXES = (".png",)
+
+
+@dataclass(frozen=True)
+class SegmentationReport:
+    """`iou` [C] by class, nan for one that neither occurs nor is predicted; the last training loss."""
+
+    mean_iou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    iou: list[float]
+    loss: float
+
+
+def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
+    """Class numbers uint8 [H, W] of an indexed or gray PNG; 255 is ignored.
+
+    Args:
+        zero_is_ignored: 0 means "no class" too, and class 1 becomes 0 (ADE20k's masks).
+
+    Raises:
+        ValueError: it cannot be read, or its pixels are colours.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise ValueError(f"a mask is an indexed or 8-bit gray PNG, not one of mode {image.mode}")
+            mask = torch.from_numpy(np.array(image, dtype=np.uint8))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return torch.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1) if zero_is_ignored else mask
+
+
+def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> int:
+    """The number of classes: as given, else one more than the largest of all masks.
+
+    Raises:
+        ValueError: nothing but ignored pixels, or a mask with a class beyond `n_classes`.
+    """
+    most = -1
+    for part in data:
+        for pair in part.pairs:
+            mask = part.read_target(pair.target)
+            labelled = mask[mask != IGNORE]
+            most = max(most, int(labelled.max())) if len(labelled) else most
+            if n_classes is not None and most >= n_classes:
+                raise ValueError(
+                    f"{pair.target} holds class {most}, but classes={n_classes}: from 0 to {n_classes - 1}"
+                )
+    if most < 0:
+        raise ValueError(f"the masks hold only ignored pixels ({IGNORE})")
+    return most + 1 if n_classes is None else n_classes
+
+
+class LinearSegmenter(nn.Module):
+    """Batch normalisation and a 1x1 convolution, as a linear layer, so that photos of several sizes share a batch."""
+
+    def __init__(self, dim: int, n_classes: int, seed: int = 0) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, n_classes)
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.linear.weight.copy_(0.01 * torch.randn(n_classes, dim, generator=draw))
+            self.linear.bias.zero_()
+
+    def forward(self, tokens: list[Tensor]) -> list[Tensor]:
+        """Logits [C, h, w] of tokens [h, w, F], a photo each; normalised over the patches of all of them."""
+        flat = torch.cat([photo.flatten(0, 1) for photo in tokens])  # [patches of the batch, F]
+        logits = self.linear(self.bn(flat)).split([photo.shape[0] * photo.shape[1] for photo in tokens])
+        return [part.T.reshape(-1, *photo.shape[:2]) for part, photo in zip(logits, tokens, strict=True)]
+
+
+def segmentation_loss(logits: list[Tensor], masks: list[Tensor]) -> Tensor:
+    """Mean cross-entropy over the labelled pixels of a batch: logits [C, h, w] enlarged to their masks [H, W]."""
+    total = logits[0].new_zeros(())
+    count = 0
+    for photo, mask in zip(logits, masks, strict=True):
+        large = F.interpolate(photo[None], size=tuple(mask.shape), mode="bilinear", align_corners=False)
+        total = total + F.cross_entropy(large, mask[None].long(), ignore_index=IGNORE, reduction="sum")
+        count += int((mask != IGNORE).sum())
+    return total / max(1, count)
+
+
+def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) -> Tensor:
+    """The class [H, W] with the largest enlarged logit; a few classes at a time, since masks may be large.
+
+    Args:
+        logits: [C, h, w].
+        size: (H, W).
+    """
+    best = torch.full(size, -torch.inf, device=logits.device)
+    where = torch.zeros(size, dtype=torch.long, device=logits.device)
+    for first in range(0, len(logits), classes_at_once):
+        part = logits[None, first : first + classes_at_once]
+        values, index = F.interpolate(part, size=size, mode="bilinear", align_corners=False)[0].max(dim=0)
+        better = values > best
+        best, where = torch.where(better, values, best), torch.where(better, index + first, where)
+    return where
+
+
+def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
+    """Counts int64 [C, C] (row: class of the mask, column: predicted) over pixels that are not ignored."""
+    labelled = mask != IGNORE
+    pairs = mask[labelled].long() * n_classes + predicted[labelled]
+    return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+
+
+def iou_of(confusion: Tensor) -> Tensor:
+    """Intersection over union by class [C], float64; nan for a class that neither occurs nor is predicted."""
+    counts = confusion.double()
+    hits = counts.diagonal()
+    return hits / (counts.sum(0) + counts.sum(1) - hits)
+
+
+def evaluate_segmentation(
+    train: DenseData,
+    val: DenseData,
+    training: HeadTraining,
+    *,
+    n_classes: int | None = None,
+    advance: Advance = lambda count: None,
+) -> SegmentationReport:
+    """Train a linear head on the tokens of `train`, score it on `val` at the masks' own size.
+
+    Args:
+        train, val: with `read_mask`'s maps.
+        n_classes: C; None: one more than the largest class of the masks.
+        advance: told of each iteration.
+
+    Raises:
+        ValueError: a mask with a class beyond `n_classes`, or only ignored pixels.
+        FloatingPointError: the head did not train.
+    """
+    classes = count_classes([train, val], n_classes)
+    first = train[0][0]
+    head = LinearSegmenter(first.shape[-1], classes, training.seed).to(first.device)
+
+    def loss_of(tokens: list[Tensor], masks: list[Tensor]) -> Tensor:
+        return segmentation_loss(head(tokens), masks)
+
+    loss = train_head(head, train, loss_of, training, advance)
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    with torch.no_grad():
+        for index, pair in enumerate(val.pairs):
+            mask = val.read_target(pair.target)
+            logits = head([val[index][0]])[0]
+            confusion += confusion_matrix(predict(logits, (mask.shape[0], mask.shape[1])).cpu(), mask, classes)
+    iou, counts = iou_of(confusion), confusion.double()
+    recall = counts.diagonal() / counts.sum(1)
+    return SegmentationReport(
+        mean_iou=iou.nanmean().item(),
+        pixel_accuracy=(counts.diagonal().sum() / counts.sum()).item(),
+        mean_accuracy=recall.nanmean().item(),
+        iou=iou.tolist(),
+        loss=loss,
+    )

@@ -1,0 +1,133 @@
+"""The settings of each evaluation: every choice that moves a figure, all of them printed in the report.
+
+A setting that a task does not have is an error, not a silent nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from training.evaluate.features import Pooling, Precision
+
+Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
+
+
+class TaskSettings(BaseModel):
+    """What every task has. `resize`, `crop` None: the model's own; crop 0: the whole photo at its aspect."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: int | None = Field(default=None, ge=1, le=4096, description="short side, pixels")
+    crop: int | None = Field(default=None, ge=0, le=4096, description="centre crop, pixels; 0: none")
+    precision: Precision = Field(default="fp32", description="of the backbone's forward pass")
+    seed: int = Field(default=0, ge=0, description="of splits, batches and heads")
+
+
+class KnnSettings(TaskSettings):
+    """k-NN."""
+
+    k: tuple[int, ...] = Field(default=(10, 20, 100, 200), min_length=1, description="neighbours that vote")
+    pooling: Pooling = "cls"
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if min(self.k) < 1:
+            raise ValueError(f"k={self.k} must be at least 1")
+        return self
+
+
+class LogisticSettings(TaskSettings):
+    """Logistic regression."""
+
+    pooling: Pooling = "cls"
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of train that C is chosen on")
+    tolerance: float = Field(default=1e-6, gt=0, description="of the gradient, to end a fit")
+    iterations: int = Field(default=1000, ge=1, description="at most, a fit")
+
+
+class LinearSettings(TaskSettings):
+    """Linear probe."""
+
+    grid: Literal["code", "paper"] = Field(default="code", description="learning rates: 1e-5..0.1 or 1e-4..0.5")
+    blocks: tuple[int, ...] = Field(default=(1, 4), min_length=1, description="last blocks whose class tokens are used")
+    iterations: int = Field(default=12_500, ge=1)
+    batch_size: int = Field(default=1024, ge=1)
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of photos to score, without a val folder")
+
+
+class DenseSettings(TaskSettings):
+    """What segmentation and depth share; there is no crop."""
+
+    blocks: int = Field(default=1, ge=1, description="last blocks whose tokens are joined: 1 or 4 in the paper")
+    iterations: int = Field(default=4000, ge=1)
+    batch_size: int = Field(default=16, ge=1, description="at most as many as there are photos")
+    weight_decay: float = Field(default=1e-3, ge=0)
+    memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed anew each time")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.crop not in (None, 0):
+            raise ValueError(
+                f"crop={self.crop}: segmentation and depth look at the whole photo; --resize sets its size"
+            )
+        return self
+
+
+class SegmentationSettings(DenseSettings):
+    """Linear segmentation."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    classes: int | None = Field(default=None, ge=1, le=255, description="null: one more than the largest in the masks")
+    zero_is_ignored: bool = Field(default=False, description="masks are 1..C with 0 for no class (ADE20k)")
+
+
+class DepthSettings(DenseSettings):
+    """Linear depth."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    min_depth: float = Field(default=1e-3, gt=0, description="metres")
+    max_depth: float = Field(default=10.0, gt=0, description="metres; KITTI 80")
+    units_per_metre: float = Field(default=1000.0, gt=0, description="of 16-bit PNG; KITTI 256")
+    bins: int = Field(default=256, ge=2)
+    gradient_weight: float = Field(default=0.5, ge=0)
+
+
+class RetrievalSettings(TaskSettings):
+    """Retrieval."""
+
+    k: tuple[int, ...] = Field(default=(1, 5, 10), min_length=1, description="of recall@k")
+    pooling: Pooling = "cls"
+    ground_truth: Path | None = Field(default=None, description="JSON; null: class folders")
+
+
+SETTINGS: Mapping[Task, type[TaskSettings]] = {
+    "knn": KnnSettings,
+    "logistic": LogisticSettings,
+    "linear": LinearSettings,
+    "segmentation": SegmentationSettings,
+    "depth": DepthSettings,
+    "retrieval": RetrievalSettings,
+}
+
+
+def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
+    """The settings of a task, `given` over its defaults.
+
+    Raises:
+        ValueError: an unknown task, a setting that it does not have, or an impossible value; the message names it.
+    """
+    if task not in SETTINGS:
+        raise ValueError(f"task {task!r}: one of {', '.join(SETTINGS)}")
+    try:
+        return SETTINGS[task].model_validate(dict(given))
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                problems.append(f"{name} is no setting of {task}; it has {', '.join(SETTINGS[task].model_fields)}")
+            else:
+                problems.append(f"{name}={problem['input']!r}: {problem['msg']}" if name else problem["msg"])
+        raise ValueError("; ".join(problems)) from error

@@ -1,0 +1,347 @@
+"""The six tasks: find the data, get features, call the evaluation, lay out a table. `run.py` chooses among them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.preprocess import PreprocessSpec
+from training.dataset import Skipped, find_images, split_folder
+from training.evaluate import depth, segmentation
+from training.evaluate.backbone import Backbone
+from training.evaluate.dense import DenseData, HeadTraining, Pair, find_pairs
+from training.evaluate.features import Box, ImageFeatures, Precision, cached_features
+from training.evaluate.knn import TEMPERATURE, knn_accuracy, labels_of
+from training.evaluate.linear import CODE_LRS, PAPER_LRS, Head, evaluate_linear, stack_features
+from training.evaluate.logistic import C_GRID, evaluate_logistic
+from training.evaluate.retrieval import SETUPS, Scores, read_ground_truth, score_classes, score_setup
+from training.evaluate.settings import (
+    DenseSettings,
+    DepthSettings,
+    KnnSettings,
+    LinearSettings,
+    LogisticSettings,
+    RetrievalSettings,
+    SegmentationSettings,
+)
+
+Track = Callable[[str, int], Callable[[int], object]]
+"""Starts a progress bar (what, how many) and gives what advances it."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every task needs: the model, the folder, the preprocessing, where features are kept, progress."""
+
+    backbone: Backbone
+    data: Path
+    spec: PreprocessSpec
+    precision: Precision
+    cache: Path | None
+    track: Track
+
+    def features(
+        self, what: str, paths: Sequence[Path], n_blocks: int = 1, boxes: Sequence[Box | None] | None = None
+    ) -> ImageFeatures:
+        return cached_features(
+            self.cache,
+            self.backbone.fingerprint,
+            self.backbone.model,
+            paths,
+            self.spec,
+            n_blocks=n_blocks,
+            boxes=boxes,
+            precision=self.precision,
+            advance=self.track(f"features of {what}", len(paths)),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.model.cls_token.device
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """A task's table, its figures for programs, and what of the protocol is not a setting."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    figures: dict[str, Any]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features of both splits with class numbers; classes are folder names, numbered as train has them first."""
+
+    train: ImageFeatures
+    train_labels: Tensor
+    val: ImageFeatures
+    val_labels: Tensor
+    protocol: dict[str, Any]
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        return [*self.train.skipped, *self.val.skipped]
+
+
+Result = tuple[TaskTable, list[Skipped]]
+
+
+def percent(share: float) -> str:
+    """A share as it stands in a table."""
+    return f"{100 * share:.1f} %"
+
+
+def _read(features: ImageFeatures, paths: Sequence[Path]) -> list[Path]:
+    """The photos that could be read."""
+    return [paths[index] for index in features.kept.tolist()]
+
+
+def _has_splits(folder: Path) -> bool:
+    return (folder / "train").is_dir() and (folder / "val").is_dir()
+
+
+def _check_classes(classes: dict[str, int], where: Path) -> None:
+    if len(classes) < 2:
+        raise ValueError(f"{where}: photos lie in {len(classes)} class folder, and a classification needs at least 2")
+
+
+def _labelled(context: Context, n_blocks: int, held_out: float, seed: int) -> Labelled:
+    """Features and labels of train and val, or of a share held out with `seed` where the folder has no splits."""
+    split = split_folder(context.data, held_out, seed)
+    if not split.held_out:
+        raise ValueError(f"{context.data}: {len(split.train)} photos are too few to hold out a share of {held_out}")
+    train = context.features("train", split.train, n_blocks)
+    val = context.features("val", split.held_out, n_blocks)
+    train_labels, classes = labels_of(_read(train, split.train))
+    _check_classes(classes, context.data)
+    val_labels, _ = labels_of(_read(val, split.held_out), classes)
+    protocol = {
+        "split": "train/ and val/" if _has_splits(context.data) else f"a share of {held_out} held out by the seed",
+        "train_photos": len(train_labels),
+        "val_photos": len(val_labels),
+        "train_classes": len(classes),
+        "val_photos_of_classes_not_in_train": int((val_labels >= len(classes)).sum()),
+    }
+    device = context.device
+    return Labelled(train, train_labels.to(device), val, val_labels.to(device), protocol)
+
+
+def run_knn(context: Context, settings: KnnSettings) -> Result:
+    """val among train, or without splits every photo among all others (leave-one-out)."""
+    device = context.device
+    if _has_splits(context.data):
+        found = _labelled(context, 1, 0.1, settings.seed)
+        train, val = (f.pooled(settings.pooling).to(device) for f in (found.train, found.val))
+        accuracy = knn_accuracy(train, found.train_labels, val, found.val_labels, settings.k)
+        protocol, skipped = found.protocol, found.skipped
+    else:
+        paths = find_images(context.data)
+        features = context.features("photos", paths)
+        labels, classes = labels_of(_read(features, paths))
+        _check_classes(classes, context.data)
+        labels, pooled = labels.to(device), features.pooled(settings.pooling).to(device)
+        accuracy = knn_accuracy(pooled, labels, pooled, labels, settings.k, leave_one_out=True)
+        protocol, skipped = {"split": "leave-one-out", "photos": len(labels), "classes": len(classes)}, features.skipped
+    protocol |= {"metric": "cosine", "votes": f"exp(cosine / {TEMPERATURE})"}
+    rows = [(str(k), percent(share)) for k, share in accuracy.items()]
+    return TaskTable(("k", "accuracy"), rows, {"accuracy": {str(k): a for k, a in accuracy.items()}}, protocol), skipped
+
+
+def run_logistic(context: Context, settings: LogisticSettings) -> Result:
+    """C chosen on a share of train, all of train fitted, val scored."""
+    found, device = _labelled(context, 1, settings.held_out, settings.seed), context.device
+    report = evaluate_logistic(
+        found.train.pooled(settings.pooling).to(device),
+        found.train_labels,
+        found.val.pooled(settings.pooling).to(device),
+        found.val_labels,
+        held_out_share=settings.held_out,
+        seed=settings.seed,
+        tolerance=settings.tolerance,
+        max_iterations=settings.iterations,
+        advance=context.track("values of C", len(C_GRID)),
+    )
+    row = (f"{report.c:.3g}", percent(report.sweep[report.c]), percent(report.accuracy))
+    figures = {"accuracy": report.accuracy, "c": report.c, "held_out_accuracy_by_c": list(report.sweep.items())}
+    protocol = found.protocol | {"penalty": "L2", "C": "45 values, 1e-6 to 1e5", "solver": "L-BFGS, float64"}
+    return TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol), found.skipped
+
+
+def run_linear(context: Context, settings: LinearSettings) -> Result:
+    """All heads; the table has the best learning rate of each input, the figures have every head."""
+    depth_wanted = max(settings.blocks)
+    found = _labelled(context, depth_wanted, settings.held_out, settings.seed)
+    device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
+    report = evaluate_linear(
+        stack_features(found.train.cls, found.train.mean).to(device),
+        found.train_labels,
+        stack_features(found.val.cls, found.val.mean).to(device),
+        found.val_labels,
+        depth=depth_wanted,
+        lrs=lrs,
+        blocks=settings.blocks,
+        iterations=settings.iterations,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        advance=context.track("iterations", settings.iterations),
+    )
+    rows = []
+    for blocks, avgpool in dict.fromkeys((head.blocks, head.avgpool) for head in report.accuracy):
+        same = {h: a for h, a in report.accuracy.items() if (h.blocks, h.avgpool) == (blocks, avgpool)}
+        best = max(same, key=lambda head: same[head])
+        marked = percent(same[best]) + (" *" if best == report.best else "")
+        rows.append((f"last {blocks}", "yes" if avgpool else "no", f"{best.lr:g}", marked))
+
+    def entry(head: Head) -> dict[str, Any]:
+        named = {"blocks": head.blocks, "avgpool": head.avgpool, "lr": head.lr}
+        return named | {"accuracy": report.accuracy[head]}
+
+    figures = {"best": entry(report.best), "heads": [entry(head) for head in report.accuracy]}
+    protocol = found.protocol | {
+        "optimizer": "SGD, momentum 0.9, no weight decay, cosine to 0",
+        "lr": "times batch / 256",
+        "lrs": list(lrs),
+        "augmentation": "none",
+        "figure": "best head by val accuracy (*)",
+    }
+    return TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol), found.skipped
+
+
+def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Sequence[str], read: Any) -> list[DenseData]:
+    pairs: dict[str, list[Pair]] = {
+        split: find_pairs(context.data, split, kind, suffixes) for split in ("train", "val")
+    }
+    left, data = int(settings.memory_gb * 1e9), []
+    for split, found in pairs.items():
+        data.append(
+            DenseData(
+                context.backbone.model,
+                found,
+                context.spec,
+                read,
+                n_blocks=settings.blocks,
+                with_cls=isinstance(settings, DepthSettings),
+                memory_bytes=left if split == "train" else 0,  # val tokens are needed once more only
+                precision=context.precision,
+                advance=context.track(f"tokens of {split}", len(found)),
+            )
+        )
+    return data
+
+
+def _training(settings: DenseSettings, lr: float) -> HeadTraining:
+    return HeadTraining(settings.iterations, settings.batch_size, lr, settings.weight_decay, settings.seed)
+
+
+DENSE_PROTOCOL = {
+    "view": "whole photo, sides to multiples of the patch",
+    "augmentation": "none",
+    "optimizer": "AdamW, linear warm-up 3.75 %, linear decay to 0",
+}
+
+
+def run_segmentation(context: Context, settings: SegmentationSettings) -> Result:
+    """BN and 1x1 convolution; mIoU at the masks' own size."""
+    read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
+    train, val = _dense(context, settings, "masks", segmentation.SUFFIXES, read)
+    report = segmentation.evaluate_segmentation(
+        train,
+        val,
+        _training(settings, settings.lr),
+        n_classes=settings.classes,
+        advance=context.track("iterations", settings.iterations),
+    )
+    figures = {
+        "mean_iou": report.mean_iou,
+        "pixel_accuracy": report.pixel_accuracy,
+        "mean_accuracy": report.mean_accuracy,
+        "iou": [None if value != value else value for value in report.iou],  # JSON has no nan
+        "train_loss": report.loss,
+    }
+    row = tuple(percent(share) for share in (report.mean_iou, report.mean_accuracy, report.pixel_accuracy))
+    protocol = DENSE_PROTOCOL | {
+        "head": "batch norm + 1x1 convolution",
+        "scored": "at the mask's size, 255 ignored, one confusion matrix",
+        "classes": len(report.iou),
+        "train_photos": len(train),
+        "val_photos": len(val),
+    }
+    table = TaskTable(("mIoU", "mean accuracy", "pixel accuracy"), [row], figures, protocol)
+    return table, train.skipped + val.skipped
+
+
+def run_depth(context: Context, settings: DepthSettings) -> Result:
+    """256 bins; RMSE, AbsRel and delta1 at the maps' own size."""
+    read = partial(depth.read_depth, units_per_metre=settings.units_per_metre)
+    train, val = _dense(context, settings, "depth", depth.SUFFIXES, read)
+    report = depth.evaluate_depth(
+        train,
+        val,
+        _training(settings, settings.lr),
+        min_depth=settings.min_depth,
+        max_depth=settings.max_depth,
+        n_bins=settings.bins,
+        gradient_weight=settings.gradient_weight,
+        advance=context.track("iterations", settings.iterations),
+    )
+    figures = {
+        "rmse": report.rmse,
+        "abs_rel": report.abs_rel,
+        "delta1": report.delta1,
+        "photos": report.photos,
+        "train_loss": report.loss,
+    }
+    row = (f"{report.rmse:.3f} m", f"{report.abs_rel:.3f}", percent(report.delta1))
+    protocol = DENSE_PROTOCOL | {
+        "head": "patch and class tokens, linear to uniform bins, linear normalisation, 4 times enlarged",
+        "loss": "scale-invariant log + gradients",
+        "scored": "at the map's size, mean over photos, no border crop",
+        "train_photos": len(train),
+        "val_photos": report.photos,
+    }
+    return TaskTable(("RMSE", "AbsRel", "delta1"), [row], figures, protocol), train.skipped + val.skipped
+
+
+def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> TaskTable:
+    ks = list(next(iter(scores.values())).recall)
+    rows = [
+        (name, str(s.queries), percent(s.mean_ap), *(percent(s.recall[k]) for k in ks)) for name, s in scores.items()
+    ]
+    figures = {
+        name: {"map": s.mean_ap, "recall": {str(k): s.recall[k] for k in ks}, "queries": s.queries}
+        for name, s in scores.items()
+    }
+    return TaskTable(("relevant", "queries", "mAP", *(f"recall@{k}" for k in ks)), rows, figures, protocol)
+
+
+def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
+    """Easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
+    device = context.device
+    if settings.ground_truth is None:
+        paths = find_images(context.data)
+        features = context.features("photos", paths)
+        labels, classes = labels_of(_read(features, paths))
+        found = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
+        protocol = {"ap": "mean precision at relevant photos", "photos": len(labels), "classes": len(classes)}
+        return _retrieval_table({"same folder": found}, protocol | {"metric": "cosine"}), features.skipped
+    truth = read_ground_truth(settings.ground_truth)
+    database = context.features("database", [context.data / name for name in truth.database])
+    queries = context.features(
+        "queries", [context.data / query.image for query in truth.queries], boxes=[query.box for query in truth.queries]
+    )
+    skipped = queries.skipped + database.skipped
+    if skipped:  # without them the figures are those of another, easier or harder, set
+        raise ValueError(f"{len(skipped)} photos of the ground truth cannot be read, e.g. {skipped[0].path}")
+    known, asked = (f.pooled(settings.pooling).to(device) for f in (database, queries))
+    scores = {setup: score_setup(truth, setup, asked, known, ks=settings.k) for setup in SETUPS}
+    kept = {str(setup): found for setup, found in scores.items() if found is not None}
+    if not kept:
+        raise ValueError(f"{settings.ground_truth}: no query has an easy or hard photo")
+    protocol = {"ap": "trapezoid rule", "photos": len(truth.database), "metric": "cosine"}
+    return _retrieval_table(kept, protocol), []
