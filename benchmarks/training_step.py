@@ -1,6 +1,8 @@
 """Images/s of our training step beside one made of the official code's modules, on the same crops.
 
-    python benchmarks/training_step.py --official CHECKOUT_OF_FACEBOOKRESEARCH_DINOV2 [--preset small|vits14] [--rounds 4]
+    python benchmarks/training_step.py --official CHECKOUT [--preset small|vits14|...] [--rounds 6]
+
+CHECKOUT is one of facebookresearch/dinov2.
 
 The official step needs xFormers, which needs a GPU; what runs here are its blocks, heads, losses, parameter groups and
 average, called once per crop size (its own fallback on `scaled_dot_product_attention`), in the order of
@@ -13,7 +15,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import sys
 import time
 import warnings
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from training.config import TrainConfig
 from training.crops import Crops, crop_views, make_crops
 from training.distributed import World
-from training.flops import step_flops
+from training.flops import describe_device, work_of_step
 from training.setup import Setup, attention_kernel, compute_dtype, make_setup
 from training.step import make_schedules, train_step
 
@@ -121,7 +122,11 @@ class Official:
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.eval().requires_grad_(False)
         self.student.train()
-        self.dino, self.ibot, self.koleo = DINOLoss(config.n_prototypes), iBOTPatchLoss(config.n_prototypes), KoLeoLoss()
+        self.dino, self.ibot, self.koleo = (
+            DINOLoss(config.n_prototypes),
+            iBOTPatchLoss(config.n_prototypes),
+            KoLeoLoss(),
+        )
         self.dino.to(device), self.ibot.to(device)
         groups = []
         for module in self.student.values():
@@ -240,19 +245,24 @@ def main() -> None:
     difference = abs(first["ours"] / first["official"] - 1)
     dtype = compute_dtype(ours.autocast)
     assert difference < (1e-4 if dtype == torch.float32 else 2e-2), first
-    peak, gflop = limit(device, dtype), step_flops(config) / batch / 1e9
+    peak, gflop = limit(device, dtype), work_of_step(config) / batch / 1e9
     ratio = float(np.median(np.array(rates["ours"]) / np.array(rates["official"])))
-    print(f"{arguments.preset}: batch {batch}, {config.global_size} + {config.n_local} x {config.local_size} px, {dtype}")
+    print(
+        f"{arguments.preset}: batch {batch}, {config.global_size} + {config.n_local} x {config.local_size} px, {dtype}"
+    )
     print(f"{'':<10}{'img/s median':>14}{'best':>8}{'GFLOP/s':>10}{'of limit':>10}")
     for name, found in rates.items():
         median = float(np.median(found))
         print(f"{name:<10}{median:>14.2f}{max(found):>8.2f}{median * gflop:>10.0f}{median * gflop / peak:>10.0%}")
     print(f"ratio {ratio:.2f} (rounds: {', '.join(f'{a / b:.2f}' for a, b in zip(*rates.values(), strict=True))})")
+    command = " ".join(["python benchmarks/training_step.py", *sys.argv[1:]])
     report = {
         "benchmark": "training_step",
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/training_step.py", *sys.argv[1:]]).replace(str(arguments.official), "CHECKOUT"),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "command": command.replace(str(arguments.official), "CHECKOUT"),
+            str(arguments.official), "CHECKOUT"
+        ),
+        "machine": describe_device(device),
         "torch": torch.__version__,
         "preset": arguments.preset,
         "batch": batch,

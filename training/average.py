@@ -1,8 +1,8 @@
 """One checkpoint out of several: the mean of their weights, and what each of them and the mean are worth.
 
 Weights of one run at different times, or of runs that share a long beginning, lie in one valley of the loss, and their
-mean is often better than each (arXiv 1803.05407, arXiv 2203.05482). Often is not always, so each is evaluated beside the
-mean, and the table says which to take.
+mean is often better than each (arXiv 1803.05407, arXiv 2203.05482). Often is not always, so each is evaluated beside
+the mean, and the table says which to take.
 """
 
 import hashlib

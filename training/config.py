@@ -66,9 +66,11 @@ class TrainConfig(BaseModel):
         False, description="keep only the blocks' inputs for the backward pass: less memory, a third more computing"
     )
     held_out_share: Share = Field(0.1, ge=0, lt=1, description="kept for k-NN if `data` has no train and val")
-    cache_size: int = Field(160, ge=32, description="side that photos are squashed to before they are cropped, pixels")
-    cache_bytes: int = Field(4 * 2**30, ge=0, description="photos stay in memory if all fit, on each rank; else streamed")
+    cache_size: int = Field(160, ge=32, description="side that photos are squashed to before they are cropped")
+    cache_bytes: int = Field(4 * 2**30, ge=0, description="photos stay in memory if all fit (per rank), else streamed")
     workers: int | None = Field(None, ge=1, description="threads that decode photos; None: one per core")
+    ahead_steps: int = Field(4, ge=1, description="steps decoded ahead when photos are streamed")
+    ahead_bytes: int = Field(2**30, ge=1, description="most memory for that")
     max_broken_share: float = Field(0.5, ge=0, le=1, description="more unreadable photos than this stop the run")
 
     # the network
@@ -158,10 +160,15 @@ class TrainConfig(BaseModel):
     keep_checkpoints_every_epochs: float = Field(0, ge=0, description="checkpoints that stay, for `dinov2 average`")
     eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
     sheet_every: int = Field(0, ge=0, description="steps between picture sheets; 0: one at the end")
+    measure_peak: bool = Field(False, description="measure a matrix product at the start, for MFU on unknown devices")
     wandb: str | None = Field(None, description="Weights & Biases project; None: not used")
     on_collapse: Action = Field("stop", description="stop, rollback (then half the rates) or warn")
-    on_not_finite: Action = Field("rollback", description="stop, rollback (then without that step) or warn")
+    on_not_finite: Literal["stop", "rollback"] = Field(
+        "rollback", description="stop, rollback (then without that step)"
+    )
     on_knn: Action = Field("stop", description="k-NN fell by knn_margin: stop, rollback (then half the rates) or warn")
+    sentinel_lines: int = Field(5, ge=1, description="bad lines of metrics.jsonl in a row before collapse is called")
+    rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="on the rates, after a rollback")
     knn_margin: float = Field(5.0, gt=0, description="percentage points below the run's best")
     min_rankme_share: float = Field(0.05, ge=0, le=1, description="effective rank of class tokens: least share")
     max_rollbacks: int = Field(3, ge=0)

@@ -5,7 +5,6 @@ Legend: b photos of this micro-batch, V views, N patches of a global crop, M sel
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +67,13 @@ def make_crops(
     side = views[0][0].size // config.vit_config.patch_size
     at = positions.tolist() + [config.batch_size + p for p in positions.tolist()]
     masks = batch_masks(
-        config.seed, step, at, 2 * config.batch_size, (side, side), ratio=config.mask_ratio, probability=config.mask_probability
+        config.seed,
+        step,
+        at,
+        2 * config.batch_size,
+        (side, side),
+        ratio=config.mask_ratio,
+        probability=config.mask_probability,
     )
     masks = torch.from_numpy(masks)
     selected = masks.flatten().nonzero().squeeze(1)

@@ -84,6 +84,8 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
         shuffled(config.batch_size, config.seed, share),
         cache_bytes=config.cache_bytes,
         workers=config.workers,
+        ahead_steps=config.ahead_steps,
+        ahead_bytes=config.ahead_bytes,
         max_broken_share=config.max_broken_share,
         device=world.device,
     )

@@ -1,10 +1,10 @@
 """The teacher of a distillation: larger, frozen, and with something to agree on.
 
-DINOv2's small models learn from the frozen giant with the recipe's own losses (arXiv 2304.07193, section 5), which need
-the giant's heads. A run of this project has them, in its states. Released weights have not: Meta kept the heads. Then the
-prototypes are the teacher's own features: K class tokens of training photos (for iBOT: K of their patches), centred and
-of unit length, and the teacher's logits are the cosines to them. What is asked of the student is then where a photo
-stands among K others, as the teacher sees it.
+DINOv2's small models learn from the frozen giant with the recipe's own losses (arXiv 2304.07193, section 5), which
+need the giant's heads. A run of this project has them, in its states. Released weights have not: Meta kept the heads.
+Then the prototypes are the teacher's own features: K class tokens of training photos (for iBOT: K of their patches),
+centred and of unit length, and the teacher's logits are the cosines to them. What is asked of the student is then where
+a photo stands among K others, as the teacher sees it.
 
 Legend: D width of the teacher, K prototypes, M selected patches, n rows.
 """
@@ -45,7 +45,8 @@ class PrototypeTeacher(nn.Module):
         return centred @ self.get_buffer(f"{kind}_prototypes").T
 
     def forward(self, globals_: Tensor, locals_: Tensor | None, hidden: Tensor | None, selected: Tensor) -> Output:
-        assert locals_ is None and hidden is None
+        assert locals_ is None
+        assert hidden is None
         features = self.backbone.forward_features(globals_)
         cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
         patches = patches.flatten(0, 1).index_select(0, selected)

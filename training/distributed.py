@@ -1,9 +1,9 @@
 """Several processes, one run: the only file that knows torch.distributed and torchrun's variables.
 
 `torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"), each with its share of every step's photos.
-What the losses need of the others comes through the functions here: a log-sum-exp over all ranks (Sinkhorn-Knopp), a sum
-(moving centre, batch normalisation), gathered rows (KoLeo). With one process they return what they were given, and no
-process group exists.
+What the losses need of the others comes through the functions here: a log-sum-exp over all ranks (Sinkhorn-Knopp), a
+sum (moving centre, batch normalisation), gathered rows (KoLeo). With one process they return what they were given, and
+no process group exists.
 
 Two ways to keep the weights: DDP, a whole copy on every rank (S, B and L fit, and it is faster), and FSDP2
 (`fully_shard`), where each rank keeps a slice of weights, gradients and optimizer state and fetches a block's weights
@@ -137,7 +137,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
@@ -146,8 +146,7 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(world: World, x: Tensor) -> Tensor:
     """Rows of all ranks [size * n, D] in their order; a gradient flows back to where each row came from."""
-    gathered: Tensor = x if world.size == 1 else _GatherRows.apply(x)
-    return gathered
+    return x if world.size == 1 else _GatherRows.apply(x)  # type: ignore[no-untyped-call]
 
 
 def mean_over_ranks(world: World, values: Tensor) -> Tensor:
@@ -224,7 +223,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def put(target: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole, as a tensor kept like `target`: sharded the same way, on the same device (all ranks must call)."""
+    """`value`, whole, as a tensor kept like `target`: sharded as it is, on its device (all ranks must call)."""
     if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value.to(target.device)

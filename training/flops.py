@@ -27,11 +27,13 @@ Legend: B photos per step, V local views, M masked patches of the batch.
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from model.config import ViTConfig
+from training.config import TrainConfig
+from training.crops import crop_views
 
 # Dense peak in 10^12 operations per second with bf16 inputs and fp32 accumulation, fp16 where the card has no bf16
 # (V100, T4). Makers' data sheets; figures "with sparsity" halved. The first pattern that is found in the name
@@ -210,3 +212,25 @@ def describe_device(device: torch.device) -> str:
     except OSError:
         name = "CPU"
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def work_of_step(config: TrainConfig, share_done: float = 0.0) -> float:
+    """Useful work of one step of a run with these settings, when `share_done` of it is over."""
+    (first, _), _, (small, n_local) = crop_views(config, share_done)
+    n_images, n_patches = 2 * config.batch_size, (first.size // config.vit_config.patch_size) ** 2
+    n_masked = float(n_images * n_patches)
+    if config.ibot_patches == "masked":
+        n_masked = expected_masked(n_images, n_patches, config.mask_ratio, config.mask_probability)
+    head = HeadShape(config.n_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
+    own = replace(head, bottleneck_dim=config.ibot_bottleneck_dim or config.head_bottleneck_dim)
+    return step_flops(
+        config.vit_config,
+        batch_size=config.batch_size,
+        global_size=first.size,
+        local_size=small.size,
+        n_local=n_local,
+        n_masked=n_masked if config.ibot_weight > 0 else 0.0,
+        dino_head=head,
+        ibot_head=None if config.shared_head else own,
+        drop_path=config.drop_path,
+    ).total

@@ -110,6 +110,7 @@ class Monitor:
         device: whose memory is reported.
         sinks: who else gets the figures.
         peak_flops: of all devices together, per second (`training/flops.py`); None: no MFU.
+        advise: what to say when this share of the time goes into waiting for photos.
     """
 
     def __init__(
@@ -124,11 +125,12 @@ class Monitor:
         device: torch.device | None = None,
         sinks: Sequence[Sink] = (),
         peak_flops: float | None = None,
+        advise: Callable[[float], str | None] = "{:.0%} of the time went into waiting for photos".format,
     ) -> None:
         self.console = console
         self._folder, self._batch_size, self._total_steps = path.parent, batch_size, total_steps
         self._active, self._device = active, device or torch.device("cpu")
-        self._sinks, self._peak_flops = list(sinks), peak_flops
+        self._sinks, self._peak_flops, self._advise = list(sinks), peak_flops, advise
         self._steps, self._flops, self._waited, self._slow_lines = 0, 0.0, 0.0, 0
         self._since, self._failed = time.perf_counter(), set[str]()
         self._progress = Progress(
@@ -282,9 +284,4 @@ class Monitor:
     def _warn_of_waiting(self, steps_done: int, wait: float) -> None:
         self._slow_lines = self._slow_lines + 1 if wait > WAIT_TO_WARN else 0
         if self._slow_lines == LINES_TO_WARN:
-            self.say(
-                steps_done,
-                "warning",
-                f"step {steps_done}: {wait:.0%} of the time goes into waiting for data; more workers for decoding, a "
-                "smaller cache_size, photos on a faster disk, or smaller files help",
-            )
+            self.say(steps_done, "warning", f"step {steps_done}: {self._advise(wait)}")

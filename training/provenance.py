@@ -2,7 +2,6 @@
 
 import hashlib
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,6 @@ import torch
 
 from model.artifact import WEIGHTS
 from training.config import TrainConfig
-
-
-def data_digest(paths: Sequence[Path], root: Path) -> str:
-    """sha256 over the photos' paths below `root` and their contents, in the given order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def code_revision() -> str:
@@ -35,29 +25,37 @@ def code_revision() -> str:
     return revision.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
-def initial_digest(init: Path) -> dict[str, str]:
-    """What a run started from: name and sha256 of the weights' file, without the folder that it lay in."""
-    weights = init / WEIGHTS if init.is_dir() else init
-    return {"name": init.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+def initial_digest(init: str) -> dict[str, str]:
+    """What a run started from: its name and, of a file, the sha256, without the folder that it lay in."""
+    path = Path(init)
+    if not path.exists():
+        return {"name": init}  # published weights
+    weights = path / WEIGHTS if path.is_dir() else path
+    return {"name": path.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
-def provenance(config: TrainConfig, photos: Sequence[Path]) -> dict[str, Any]:
+def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
     """What a checkpoint says of itself; `name` and `preprocess` are what an artifact of it gets by default.
 
     The loop adds `steps` and, at the end, `knn`.
 
     Args:
         config: the run's settings.
-        photos: what is trained on, below `config.data`.
+        data_sha256: `training.sources.source_digest` of the photos.
+        n_photos: how many are trained on.
+        hardware: in words.
     """
+    private = {"data", "out", "init", "teacher", "wandb"}
     return {
         "name": f"{config.model}_{config.recipe}",
         "preprocess": config.eval_spec.model_dump(mode="json"),
         "recipe": config.recipe,
-        "settings": config.model_dump(mode="json", exclude={"data", "out", "init"}),
+        "settings": config.model_dump(mode="json", exclude=private),
         "init": None if config.init is None else initial_digest(config.init),
-        "photos": len(photos),
-        "data_sha256": data_digest(photos, config.data),
+        "teacher": None if config.teacher is None else Path(config.teacher).name,
+        "photos": n_photos,
+        "data_sha256": data_sha256,
         "revision": code_revision(),
         "torch": torch.__version__,
+        "hardware": hardware,
     }

@@ -122,7 +122,7 @@ def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | Non
     if config.checkpoint_blocks:
         for block in student.backbone.blocks:
             # Everything but a block's input is computed again in the backward pass.
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile if isinstance(config.compile, bool) else world.device.type == "cuda":
         for network in (student, ema):
             for block in network.backbone.blocks:

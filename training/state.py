@@ -3,8 +3,8 @@
 The random choices of a step depend on (seed, step, sample) alone (`training/randomness.py`), so the networks, the
 optimizer, moving centres, what the sentinels remember and the step number are the whole state.
 
-`states/` in the run's folder holds the last few, each a file of tensors (`000001200.pt`) and a small JSON beside it that
-is written last and carries the file's digest: a state without it, or with another digest, was cut off, and the one
+`states/` in the run's folder holds the last few, each a file of tensors (`000001200.pt`) and a small JSON beside it
+that is written last and carries the file's digest: a state without it, or with another digest, was cut off, and the one
 before it is taken. Tensors are whole, whatever the ranks kept of them, so a run of two ranks goes on with one.
 Read with `weights_only`: a state file cannot run code.
 """
@@ -28,7 +28,16 @@ FOLDER = "states"
 # What may change between the run that stopped and the run that goes on: where it runs, and what it shows.
 FREE_SETTINGS = {
     *("out", "data", "device", "compile", "strategy", "micro_batch", "checkpoint_blocks"),
-    *("workers", "log_every", "save_every_minutes", "keep_states", "keep_checkpoints_every_epochs"),
+    *(
+        "workers",
+        "ahead_steps",
+        "ahead_bytes",
+        "measure_peak",
+        "log_every",
+        "save_every_minutes",
+        "keep_states",
+        "keep_checkpoints_every_epochs",
+    ),
     *("eval_every_epochs", "sheet_every", "wandb", "whiten", "eval_resize", "eval_crop"),
 }
 
@@ -148,8 +157,8 @@ class Saved:
 
 
 def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, list[str]]:
-    """The newest state that is whole (of step `at_most` or before), and what is to be said of newer ones that are not."""
-    broken = []
+    """The newest whole state (of step `at_most` or before), and what is to be said of newer ones that are not whole."""
+    broken: list[str] = []
     for note in sorted((out / FOLDER).glob("*.json"), reverse=True):
         path = note.with_suffix(".pt")
         if at_most is not None and int(path.stem) > at_most:

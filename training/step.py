@@ -138,7 +138,13 @@ def _koleo(config: TrainConfig, setup: Setup, cls: Tensor) -> Tensor:
 
 
 def train_step(
-    config: TrainConfig, setup: Setup, schedules: Schedules, micros: Sequence[Crops], step: int, lr_factor: float = 1.0, measure: bool = True
+    config: TrainConfig,
+    setup: Setup,
+    schedules: Schedules,
+    micros: Sequence[Crops],
+    step: int,
+    lr_factor: float = 1.0,
+    measure: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One update of student and average (`ema`).
 
@@ -192,7 +198,7 @@ def train_step(
 
 
 def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:
-    """fp16's loss scale: halved after a step that was not finite, doubled after 2,000 that were (torch's GradScaler)."""
+    """fp16's loss scale: halved after a step that was not finite, doubled after 2,000 that were (as torch's)."""
     good = torch.where(finite, buffers["good_steps"] + 1, 0)
     grown = torch.where(good >= SCALE_GROWS_AFTER, 2.0, 1.0)
     buffers["loss_scale"].mul_(torch.where(finite, grown, 0.5))

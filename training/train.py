@@ -14,10 +14,9 @@ ranks see what one would. The host waits for the device only where a line is wri
     out/skipped.txt              photos that could not be read
 """
 
-import copy
+import functools
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -28,29 +27,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from model.checkpoint import save_checkpoint
-from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.crops import Crops, crop_views, make_crops
 from training.data import Data, open_data
 from training.distill import PrototypeTeacher, load_teacher
-from training.distributed import World, agree, from_main, join, mean_over_ranks, min_over_ranks, wait_for_all, whole
-from training.evaluate.knn import Pooling, evaluate_knn, extract_features
-from training.flops import device_peak_flops, step_work
+from training.distributed import World, agree, from_main, join, mean_over_ranks, min_over_ranks, wait_for_all
+from training.flops import describe_device, device_peak_flops, work_of_step
+from training.loader import n_cores, waiting_advice
 from training.monitor import Monitor
-from training.optimizer import Part
+from training.outcome import CHECKPOINT, finish, released_backbone, report_knn, write_checkpoint, write_sheet
 from training.provenance import provenance
-from training.report import write_report
 from training.sentinels import NEVER, FirstNotFinite, Limits, Sentinels, Verdict, rankme_share, save_replay
-from training.setup import Setup, attention_kernel, make_setup
-from training.sheets import write_sheet
+from training.setup import Setup, attention_kernel, compute_dtype, make_setup
 from training.sinks import make_sinks
-from training.state import Saved, check_same_settings, drop_states, find_state, load_state, save_state
+from training.state import check_same_settings, drop_states, find_state, load_state, save_state
 from training.step import Schedules, make_schedules, train_step
-from training.whiten import whiten
 
-WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
 RANKME_ROWS = 1024  # enough for an effective rank, and a short wait
 
 
@@ -111,10 +105,14 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                     # fp16 finds its loss scale by gradients that overflow
                     run.not_finite.note(step + 1, {k: v for k, v in terms.items() if k == "loss" or watched(config, k)})
                 step += 1
-                run.monitor.advance(step, run.facts["flops_per_step"])
+                run.monitor.advance(step, work_of_step(config, (step - 1) / run.total))
                 if look_up(run, step, stop):
                     step = check(run, step, terms, seen, stop)
-            return finish(run)
+            path, words = finish(config, world, data, run.setup.parts, run.facts, run.total)
+            if world.is_main:
+                console.print(words, markup=False)
+            wait_for_all(world)
+            return path
 
 
 def watched(config: TrainConfig, name: str) -> bool:
@@ -122,7 +120,7 @@ def watched(config: TrainConfig, name: str) -> bool:
     return name.startswith("grad_norm") and config.precision != "fp16"
 
 
-def one_step(run: Run, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def one_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor]:
     """Photos, crops, update."""
     with run.monitor.waiting():
         batch = run.data.loader.batch(step)
@@ -132,7 +130,7 @@ def one_step(run: Run, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor
 
 
 def make_micros(
-    config: TrainConfig, world: World, pixels: torch.Tensor, aspect: torch.Tensor, step: int, total: int
+    config: TrainConfig, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
     """This rank's photos of a step as crops, cut into micro-batches."""
     views = crop_views(config, step / total)
@@ -141,7 +139,7 @@ def make_micros(
     size = config.micro_batch or len(pixels)
     return [
         make_crops(config, p, a, step, at, views, world.device)
-        for p, a, at in zip(pixels.split(size), aspect.split(size), positions.split(size), strict=True)
+        for p, a, at in zip(*(torch.split(x, size) for x in (pixels, aspect, positions)), strict=True)
     ]
 
 
@@ -151,13 +149,16 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
     total = max(1, round(config.epochs * steps_per_epoch))
     teacher = load_teacher(config).to(world.device) if config.teacher else None
     setup = make_setup(config, world, teacher)
-    facts = provenance(config, data.digest, len(data.loader)) | {"flops_per_step": step_work(config)}
+    hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
+    facts = provenance(config, data.digest, len(data.loader), hardware)
     limits = Limits(
         total,
         config.n_prototypes,
         on_collapse=config.on_collapse,
         on_not_finite=config.on_not_finite,
         on_knn=config.on_knn,
+        patience=config.sentinel_lines,
+        rollback_lr_factor=config.rollback_lr_factor,
         min_rankme_share=config.min_rankme_share,
         knn_margin=config.knn_margin,
         max_rollbacks=config.max_rollbacks,
@@ -168,6 +169,11 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
     if saved:
         check_same_settings(saved, settings)
         data.check_same(saved.memory["data"])
+    peak = (
+        None
+        if compute_dtype(setup.autocast) == torch.float32 and world.device.type == "cuda"
+        else device_peak_flops(world.device, measure=config.measure_peak)
+    )
     monitor = Monitor(
         config.out / "metrics.jsonl",
         total,
@@ -176,8 +182,11 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
         console,
         active=world.is_main,
         device=world.device,
-        sinks=make_sinks(config.out, first, config.wandb, settings) if world.is_main else [],
-        peak_flops=(device_peak_flops(world.device) or 0) * world.size or None,
+        sinks=make_sinks(config.out, first, config.wandb, settings, console.print) if world.is_main else [],
+        peak_flops=None if peak is None else peak * world.size,
+        advise=functools.partial(
+            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or n_cores()
+        ),
     )
     run = Run(
         config,
@@ -244,7 +253,7 @@ def save_is_due(run: Run) -> bool:
     return time.monotonic() - run.saved_at > 60 * run.config.save_every_minutes
 
 
-def check(run: Run, step: int, terms: dict[str, torch.Tensor], seen: torch.Tensor, stop: list[bool]) -> int:
+def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: list[bool]) -> int:
     """Write a line, ask the sentinels, save what is due. The step to go on after: an earlier one after a rollback.
 
     Raises:
@@ -264,9 +273,11 @@ def check(run: Run, step: int, terms: dict[str, torch.Tensor], seen: torch.Tenso
             return go_back(run, verdict)
     with monitor.paused():
         if is_time(step, every_steps(run, config.keep_checkpoints_every_epochs)):
-            write_checkpoint(run, released_backbone(run), step, config.out / "checkpoints" / f"step_{step:08}.safetensors")
+            keep_checkpoint(run, config.out / "checkpoints" / f"step_{step:08}.safetensors", step)
         if is_time(step, config.sheet_every) and step < run.total:
-            picture(run, step)
+            backbone = released_backbone(config, run.setup.parts)
+            if world.is_main:
+                write_sheet(config, run.data, backbone, step, run.total)
         stopping = agree(world, stop[0])
         if agree(world, save_is_due(run)) or stopping or step == run.total:
             save(run, step)
@@ -280,7 +291,7 @@ def is_time(step: int, every: int) -> bool:
 
 
 def check_finite(run: Run) -> Verdict | None:
-    """What was not finite since the last look; its batch is kept. The weights have not taken it in (training/step.py)."""
+    """What was not finite since the last look; its batch is kept. Weights have not taken it in (training/step.py)."""
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
         return None
@@ -290,26 +301,25 @@ def check_finite(run: Run) -> Verdict | None:
     path = None
     if run.world.is_main:
         [crops, *_] = make_micros(run.config, run.world, batch.pixels, batch.aspect, first - 1, run.total)
-        tensors = {"globals": crops.globals_, "masks": crops.masks}
-        tensors |= {} if crops.locals_ is None else {"locals": crops.locals_}
+        tensors = {"globals_": crops.globals_, "masks": crops.masks}
+        tensors |= {} if crops.locals_ is None else {"locals_": crops.locals_}
         facts = {"indices": batch.indices, "seed": run.config.seed}
-        path = save_replay(run.config.out / "replay", first, batch.names, tensors, figures, facts=facts)
+        path = save_replay(run.config.out / "replays", first, batch.names, tensors, figures, facts=facts)
     verdict = from_main(run.world, run.sentinels.check_finite(first, figures, path))
     run.not_finite.clear()
     return verdict
 
 
-def write_line(run: Run, step: int, terms: dict[str, torch.Tensor], seen: torch.Tensor) -> Verdict | None:
+def write_line(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor) -> Verdict | None:
     """A line of metrics.jsonl; what the collapse sentinel says of it."""
     config = run.config
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(config.n_prototypes)
     figures["rankme_share"] = rankme_share(seen[:RANKME_ROWS])
-    parts: tuple[Part, ...] = ("head", "backbone")
     figures |= {
         "epoch": step / run.steps_per_epoch,
-        **{("lr" if p == "head" else f"lr_{p}"): float(run.schedules.lr[p][step - 1]) for p in parts},
+        "lr": float(run.schedules.lr["head"][step - 1]) * run.sentinels.lr_factor,
         "weight_decay": float(run.schedules.weight_decay[step - 1]),
         "momentum": float(run.schedules.momentum[step - 1]),
         "teacher_temp": float(run.schedules.teacher_temp[step - 1]),
@@ -322,14 +332,13 @@ def guard_knn(run: Run, step: int) -> Verdict | None:
     """k-NN on the held-out photos, if it is asked for during the run; what its sentinel says."""
     if not run.config.eval_every_epochs:
         return None
-    backbone = released_backbone(run)
     verdict = None
     with run.monitor.paused():
-        if run.world.is_main and (knn := report_knn(run, backbone)):
-            run.monitor.evaluated(step, {f"knn_{k}": value for k, value in knn["cls"].items()})
+        backbone = released_backbone(run.config, run.setup.parts)
+        if run.world.is_main and (knn := report_knn(run.config, run.data, backbone)):
+            run.monitor.evaluated(step, {f"knn_{p}_{k}": value for p, by_k in knn.items() for k, value in by_k.items()})
             verdict = run.sentinels.check_knn(step, knn["cls"][10])
-        verdict = from_main(run.world, verdict)
-    return verdict
+        return from_main(run.world, verdict)
 
 
 def go_back(run: Run, verdict: Verdict) -> int:
@@ -351,65 +360,21 @@ def go_back(run: Run, verdict: Verdict) -> int:
     return saved.step
 
 
+def keep_checkpoint(run: Run, path: Path, step: int) -> None:
+    """The average's backbone as a checkpoint. Every rank must call it."""
+    backbone = released_backbone(run.config, run.setup.parts)
+    if run.world.is_main:
+        write_checkpoint(path, run.config, backbone, run.facts, step)
+
+
 def save(run: Run, step: int) -> None:
     """State and checkpoint. Every rank must call it."""
     memory = {"data": run.data.digest, "sentinels": run.sentinels.state_dict()}
     memory = from_main(run.world, memory)
     save_state(run.config.out, run.setup.parts, step, run.settings, memory, run.config.keep_states, run.world)
     if step:
-        write_checkpoint(run, released_backbone(run), step, run.config.out / "checkpoint.safetensors")
+        keep_checkpoint(run, run.config.out / CHECKPOINT, step)
     run.saved_at = time.monotonic()
-
-
-def released_backbone(run: Run) -> DinoVisionTransformer:
-    """The average's backbone as a plain network on this device, whatever the ranks keep of it. All ranks must call it."""
-    ema = run.setup.parts.ema.backbone
-    with torch.device("meta"):
-        backbone = DinoVisionTransformer(run.config.vit_config)
-    backbone.load_state_dict({key: whole(value).clone() for key, value in ema.state_dict().items()}, assign=True)
-    return backbone.eval().requires_grad_(False)
-
-
-def report_knn(run: Run, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """k-NN of the backbone on the held-out photos; empty if there are none or only one class."""
-    return evaluate_knn(backbone, run.data.known, run.data.held_out, run.config.eval_spec) if run.data.has_classes else {}
-
-
-def picture(run: Run, step: int) -> None:
-    """A picture sheet of some held-out photos, or of training photos."""
-    backbone = released_backbone(run)
-    if run.world.is_main:
-        write_sheet(run.config, backbone, run.data.loader, step, run.total, run.config.out / "sheets")
-
-
-def write_checkpoint(run: Run, backbone: DinoVisionTransformer, step: int, path: Path, **facts: Any) -> None:
-    """A backbone in the format that `dinov2 export` reads."""
-    if run.world.is_main:
-        path.parent.mkdir(exist_ok=True)
-        save_checkpoint(path, backbone.state_dict(), run.config.vit_config, {**run.facts, "steps": step, **facts})
-
-
-def finish(run: Run) -> Path:
-    """Whitening, k-NN, the final checkpoint, a picture and the report."""
-    config, out = run.config, run.config.out
-    path = out / "checkpoint.safetensors"
-    backbone = released_backbone(run)
-    if run.world.is_main:
-        if config.whiten is not None:
-            backbone = copy.deepcopy(backbone)
-            sample = run.data.known[:: math.ceil(len(run.data.known) / WHITENING_PHOTOS)]
-            whiten(backbone, extract_features(backbone, sample, config.eval_spec)["cls"], config.whiten)
-        knn = report_knn(run, backbone)
-        (out / "knn.json").write_text(json.dumps(knn, indent=1))
-        write_checkpoint(run, backbone, run.total, path, knn=knn)
-        write_sheet(config, backbone, run.data.loader, run.total, run.total, out / "sheets")
-        report = write_report(out)
-        run.monitor.console.print(
-            f"k-NN on {len(run.data.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}\nreport: {report}",
-            markup=False,
-        )
-    wait_for_all(run.world)
-    return path
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Two processes are one: the same losses and weights as a single one with the whole batch, whatever keeps the weights."""
+"""Two processes are one: the losses and weights of a single one with the whole batch, whatever keeps the weights."""
 
 import os
 import socket
@@ -79,7 +79,9 @@ def run(config, world, first=0, last=STEPS, resume_from=None, save_to=None):
     if save_to is not None:
         save_state(save_to, setup.parts, last, config.model_dump(mode="json"), {}, 2, world)
     networks = (setup.parts.student, setup.parts.ema)
-    weights = {f"{i}.{k}": whole(v).clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()}
+    weights = {
+        f"{i}.{k}": whole(v).clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()
+    }
     return torch.stack(figures), weights
 
 
@@ -92,7 +94,9 @@ def free_port():
 def rank_main(rank, port, folder):
     """What each of two processes does; its findings go to files."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
+    )
     with join("cpu") as world:
         assert (world.rank, world.size) == (rank, 2)
         found = {}

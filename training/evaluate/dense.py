@@ -141,11 +141,11 @@ class DenseData:
         try:
             pixels = torch.from_numpy(read_pixels(pair.image, self._spec))
         except ValueError as error:
-            return Skipped(pair.image, str(error))
+            return Skipped(str(pair.image), str(error))
         try:
             return pixels, self.read_target(pair.target)
         except ValueError as error:
-            return Skipped(pair.target, str(error))
+            return Skipped(str(pair.target), str(error))
 
     @torch.no_grad()
     def _tokens(self, pixels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from model.checkpoint import save_safetensors
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
-from training.dataset import Skipped, read_photo
+from training.dataset import Photo, Skipped, read_photo
 
 Pooling = Literal["cls", "mean", "cls+mean"]
 POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "cls+mean")
@@ -63,7 +63,7 @@ def pool(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
     return cls if pooling == "cls" else mean
 
 
-def read_pixels(path: Path, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
+def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
     """The network's input [3, h, w] of a photo, or of the part of it in `box`. All evaluations read photos here.
 
     Raises:
@@ -78,6 +78,11 @@ def read_pixels(path: Path, spec: PreprocessSpec, box: Box | None = None) -> npt
             raise ValueError(f"box {box} (x, y, width, height) holds no pixel of {path}, {height}x{width} pixels")
         photo = photo[top:bottom, left:right]
     return preprocess(photo, spec)
+
+
+def name_of(photo: Path | Photo) -> str:
+    """What a photo is called in a message: a file by its path."""
+    return str(photo) if isinstance(photo, Path) else photo.name
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -100,7 +105,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
 
 
 def _batches(
-    photos: Sequence[tuple[Path, Box | None]],
+    photos: Sequence[tuple[Path | Photo, Box | None]],
     spec: PreprocessSpec,
     batch_size: int,
     workers: int,
@@ -108,13 +113,13 @@ def _batches(
 ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
     """Inputs of one size, [b, 3, h, w], with their positions in `photos`; what cannot be read goes to `skipped`."""
 
-    def read(photo: tuple[Path, Box | None]) -> npt.NDArray[np.float32] | Skipped:
+    def read(photo: tuple[Path | Photo, Box | None]) -> npt.NDArray[np.float32] | Skipped:
         try:
             return read_pixels(photo[0], spec, photo[1])
         except ValueError as error:
             if skipped is None:
                 raise
-            return Skipped(photo[0], str(error))
+            return Skipped(name_of(photo[0]), str(error))
 
     waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.float32]]]] = {}
     for index, pixels in enumerate(in_order(read, photos, workers)):
@@ -137,7 +142,7 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _photos(paths: Sequence[Path], boxes: Sequence[Box | None] | None) -> list[tuple[Path, Box | None]]:
+def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -> list[tuple[Path | Photo, Box | None]]:
     assert boxes is None or len(boxes) == len(paths)
     return list(zip(paths, boxes or [None] * len(paths), strict=True))
 
@@ -145,7 +150,7 @@ def _photos(paths: Sequence[Path], boxes: Sequence[Box | None] | None) -> list[t
 @torch.no_grad()  # not inference_mode: probes are trained on what comes out
 def compute_features(
     model: DinoVisionTransformer,
-    paths: Sequence[Path],
+    paths: Sequence[Path | Photo],
     spec: PreprocessSpec,
     *,
     n_blocks: int = 1,
@@ -196,7 +201,7 @@ def compute_features(
     advance(len(skipped))
     if skipped and not read.any():
         raise ValueError(
-            f"none of {len(paths)} photos could be read; the first: {skipped[0].path}: {skipped[0].reason}"
+            f"none of {len(paths)} photos could be read; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     kept = read.nonzero().flatten()
     whole = len(kept) == len(paths)
@@ -204,7 +209,7 @@ def compute_features(
 
 
 def extract_features(
-    model: DinoVisionTransformer, paths: Sequence[Path], spec: PreprocessSpec, batch_size: int = 64
+    model: DinoVisionTransformer, paths: Sequence[Path | Photo], spec: PreprocessSpec, batch_size: int = 64
 ) -> dict[Pooling, Tensor]:
     """Features [n, D] (cls+mean: [n, 2D]) of photos, float32 on the CPU. The halves of cls+mean have unit length each.
 
@@ -216,7 +221,11 @@ def extract_features(
 
 
 def cache_key(
-    model_digest: str, spec: PreprocessSpec, paths: Sequence[Path], boxes: Sequence[Box | None] | None, precision: str
+    model_digest: str,
+    spec: PreprocessSpec,
+    paths: Sequence[Path | Photo],
+    boxes: Sequence[Box | None] | None,
+    precision: str,
 ) -> str:
     """sha256 (64 hex digits) over all that decides the features: model, preprocessing, and the photos by path and size.
 
@@ -241,7 +250,7 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            skipped = [Skipped(Path(p), reason) for p, reason in json.loads(file.metadata()["skipped"])]
+            skipped = [Skipped(p, reason) for p, reason in json.loads(file.metadata()["skipped"])]
             kept, cls, mean = (file.get_tensor(name) for name in ("kept", "cls", "mean"))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
@@ -252,7 +261,7 @@ def cached_features(
     cache: Path | None,
     model_digest: str,
     model: DinoVisionTransformer,
-    paths: Sequence[Path],
+    paths: Sequence[Path | Photo],
     spec: PreprocessSpec,
     *,
     n_blocks: int = 1,

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.evaluate.features import POOLINGS, Pooling, extract_features
-
-__all__ = ["KS", "POOLINGS", "Pooling", "evaluate_knn", "extract_features", "knn_accuracy", "labels_of"]
+from training.dataset import Photo, label_of
+from training.evaluate.features import POOLINGS, Pooling, compute_features
 
 TEMPERATURE = 0.07
 KS = (10, 20, 100, 200)  # of the paper's tables; 20 is usually the best
@@ -101,22 +100,27 @@ def knn_accuracy(
     return accuracy
 
 
-def labels_of(paths: Sequence[Path], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
-    """Class numbers by the name of the folder a photo lies in; `classes` is extended by names it lacks."""
+def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
+    """Class numbers by label (of a path: the name of its folder); `classes` is extended by names it lacks."""
     classes = dict(classes or {})
-    numbers = [classes.setdefault(path.parent.name, len(classes)) for path in paths]
+    numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
     return torch.tensor(numbers), classes
 
 
 def evaluate_knn(
     model: DinoVisionTransformer,
-    train: Sequence[Path],
-    test: Sequence[Path],
+    train: Sequence[Path | Photo],
+    test: Sequence[Path | Photo],
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """k-NN accuracy of `test` photos among `train` photos, by pooling and k. Classes are folder names."""
+    """k-NN accuracy of `test` photos among `train` photos, by pooling and k; photos that cannot be read do not count.
+
+    Raises:
+        ValueError: a photo without a label, or not one of either kind that can be read.
+    """
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)
-    known, unknown = extract_features(model, train, spec), extract_features(model, test, spec)
-    return {p: knn_accuracy(known[p], train_labels, unknown[p], test_labels, ks) for p in POOLINGS}
+    known, unknown = compute_features(model, train, spec), compute_features(model, test, spec)
+    labels = train_labels[known.kept], test_labels[unknown.kept]
+    return {p: knn_accuracy(known.pooled(p), labels[0], unknown.pooled(p), labels[1], ks) for p in POOLINGS}
