@@ -28,7 +28,8 @@ from model.checkpoint import load_checkpoint
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.dataset import find_images, read_photo
-from training.evaluate.knn import extract_features, knn_accuracy, labels_of
+from training.evaluate.features import extract_features
+from training.evaluate.knn import knn_accuracy, labels_of
 
 KS = (1, 5, 10, 20)
 RANDOM_SEEDS = (0, 1, 2)

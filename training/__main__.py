@@ -10,7 +10,9 @@ from training.train import train
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train DINOv2 on a folder of images.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of images, any depth")
+    parser.add_argument(
+        "--data", required=True, help="folder of images, tar shards (also as a URL), Hugging Face dataset"
+    )
     parser.add_argument("--recipe", default="smoke", help=f"one of: {', '.join(recipe_names())}")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs; resumes a run in it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe's")

@@ -8,9 +8,9 @@ compressed.
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from model.config import ViTConfig, config_for
 from model.preprocess import PreprocessSpec
@@ -19,6 +19,8 @@ RECIPES = Path(__file__).parent / "recipes"
 Share = float
 Action = Literal["stop", "rollback", "warn"]
 Range = tuple[float, float]
+Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A path or a URL: `Path` would make `s3:/` of `s3://`."""
 
 
 class LastPhase(BaseModel):
@@ -47,7 +49,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # what and where
-    data: str = Field(
+    data: Address = Field(
         description="folder of images (any depth; `train` and `val` in it are used as the split), tar shards "
         "(a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved on disk"
     )
@@ -76,10 +78,10 @@ class TrainConfig(BaseModel):
     # the network
     model: str = "dinov2_vitt14"
     vit: dict[str, Any] = Field(default_factory=dict, description="fields of ViTConfig that differ from the model's")
-    init: str | None = Field(
+    init: Address | None = Field(
         None, description="backbone to start from: checkpoint file, artifact folder, or name of published weights"
     )
-    teacher: str | None = Field(
+    teacher: Address | None = Field(
         None, description="distillation: frozen teacher, given as `init` is; the student's average is what is released"
     )
     teacher_model: str = Field("dinov2_vitg14", description="the teacher's name, if its file does not say")
@@ -225,7 +227,7 @@ def _parse_value(text: str) -> object:
         return text
 
 
-def load_config(recipe: str, data: Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
+def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
     """A recipe with `key=value` overrides.
 
     Raises:

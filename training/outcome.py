@@ -59,7 +59,7 @@ def write_sheet(config: TrainConfig, data: Data, backbone: DinoVisionTransformer
             pixels = photo.read()
         except ValueError:  # a streamed photo that is broken: the loader lists it
             continue
-        if len(squares) < SHEET_PHOTOS:
+        if len(squares) < min(SHEET_PHOTOS, config.batch_size):
             squares.append(squash(pixels, config.cache_size))
         gallery.append(shrunk(pixels, config.eval_spec))
         names.append(photo.label or "")

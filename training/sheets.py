@@ -261,5 +261,5 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     """As PNG, written aside and renamed: a page that shows it never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    sheet.save(temporary, "PNG", optimize=True)
+    sheet.save(temporary, "PNG")
     temporary.replace(path)

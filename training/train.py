@@ -100,10 +100,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         run, step = begin(config, world, data, console)
         with run.monitor:
             while step < run.total:
-                if not run.sentinels.passes_over(step + 1):
-                    terms, seen = one_step(run, step)
-                    # fp16 finds its loss scale by gradients that overflow
-                    run.not_finite.note(step + 1, {k: v for k, v in terms.items() if k == "loss" or watched(config, k)})
+                if run.sentinels.passes_over(step + 1):
+                    step += 1
+                    continue
+                terms, seen = one_step(run, step)
+                run.not_finite.note(step + 1, {name: terms[name] for name in terms if is_watched(config, name)})
                 step += 1
                 run.monitor.advance(step, work_of_step(config, (step - 1) / run.total))
                 if look_up(run, step, stop):
@@ -115,9 +116,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             return path
 
 
-def watched(config: TrainConfig, name: str) -> bool:
-    """Whether a figure must be finite in every step."""
-    return name.startswith("grad_norm") and config.precision != "fp16"
+def is_watched(config: TrainConfig, name: str) -> bool:
+    """Whether a figure must be finite in every step. fp16 finds its loss scale by gradients that overflow."""
+    return name == "loss" or (name.startswith("grad_norm") and config.precision != "fp16")
 
 
 def one_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -11,7 +11,8 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.dataset import read_photo
-from training.evaluate.knn import evaluate_knn, extract_features, knn_accuracy, labels_of
+from training.evaluate.features import extract_features
+from training.evaluate.knn import evaluate_knn, knn_accuracy, labels_of
 
 TINY = ViTConfig(embed_dim=16, depth=1, num_heads=2, img_size=28, pos_embed_rule="antialias")
 

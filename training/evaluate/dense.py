@@ -121,7 +121,7 @@ class DenseData:
             self.pairs.append(pair)
         if not self.pairs:
             first = self.skipped[0]
-            raise ValueError(f"none of {len(pairs)} pairs could be read; the first: {first.path}: {first.reason}")
+            raise ValueError(f"none of {len(pairs)} pairs could be read; the first: {first.name}: {first.reason}")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -133,7 +133,7 @@ class DenseData:
         else:
             found = self._read(self.pairs[index])
             if isinstance(found, Skipped):
-                raise ValueError(f"{found.path}: {found.reason}")
+                raise ValueError(f"{found.name}: {found.reason}")
             tokens, target = self._tokens(found[0]), self._at_input_size(found[1], found[0])
         return tokens.float(), target
 

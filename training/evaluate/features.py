@@ -223,7 +223,7 @@ def extract_features(
 def cache_key(
     model_digest: str,
     spec: PreprocessSpec,
-    paths: Sequence[Path | Photo],
+    paths: Sequence[Path],
     boxes: Sequence[Box | None] | None,
     precision: str,
 ) -> str:
@@ -232,14 +232,14 @@ def cache_key(
     Contents are not read, so a photo that is replaced by one of exactly as many bytes goes unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
-    for path, box in _photos(paths, boxes):
+    for path, box in zip(paths, boxes or [None] * len(paths), strict=True):
         size = path.stat().st_size if path.is_file() else -1
         digest.update(f"{path.absolute()}\0{size}\0{box}\n".encode())
     return digest.hexdigest()
 
 
 def _save(path: Path, features: ImageFeatures) -> None:
-    skipped = json.dumps([[str(s.path), s.reason] for s in features.skipped])
+    skipped = json.dumps([[s.name, s.reason] for s in features.skipped])
     tensors = {"kept": features.kept, "cls": features.cls, "mean": features.mean}
     save_safetensors(path, tensors, {"skipped": skipped})
 

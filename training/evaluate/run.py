@@ -46,7 +46,7 @@ class Report:
             "fingerprint": self.fingerprint,
             "protocol": self.protocol,
             "figures": self.figures,
-            "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
+            "skipped": [{"path": s.name, "reason": s.reason} for s in self.skipped],
         }
 
 
@@ -115,7 +115,7 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for item in report.skipped[:20]:
-        console.print(f"skipped {item.path}: {item.reason}", markup=False, highlight=False)
+        console.print(f"skipped {item.name}: {item.reason}", markup=False, highlight=False)
     if len(report.skipped) > 20:
         console.print(f"... and {len(report.skipped) - 20} more; --out lists them all")
 

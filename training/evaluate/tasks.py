@@ -337,7 +337,7 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     )
     skipped = queries.skipped + database.skipped
     if skipped:  # without them the figures are those of another, easier or harder, set
-        raise ValueError(f"{len(skipped)} photos of the ground truth cannot be read, e.g. {skipped[0].path}")
+        raise ValueError(f"{len(skipped)} photos of the ground truth cannot be read, e.g. {skipped[0].name}")
     known, asked = (f.pooled(settings.pooling).to(device) for f in (database, queries))
     scores = {setup: score_setup(truth, setup, asked, known, ks=settings.k) for setup in SETUPS}
     kept = {str(setup): found for setup, found in scores.items() if found is not None}
