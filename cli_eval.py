@@ -29,7 +29,7 @@ def evaluate(
     data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
         "data"
     ),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     resize: Annotated[int | None, typer.Option(help="Short side, pixels. Default: the model's.")] = None,
     crop: Annotated[int | None, typer.Option(help="Centre crop, pixels; 0: the whole photo. Default: model's.")] = None,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the forward pass. [fp32]")] = None,
@@ -123,6 +123,8 @@ def _run(
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
+        if chosen == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device here")
         make_settings(task, given)  # before a download, or an hour of features
         backbone = load_backbone(model, arch=arch, data_dir=data_dir, device=chosen)
         with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
@@ -134,7 +136,7 @@ def _run(
             report = run_evaluation(task, backbone, data, given, cache=cache, track=track)
         if out is not None:
             write_json(report, out)
-    except (ValueError, OSError, RuntimeError, FloatingPointError, DownloadError) as error:
+    except (ValueError, OSError, FloatingPointError, DownloadError) as error:
         raise fail(error) from error
     print_report(report, Console())
     if out is not None:

@@ -72,6 +72,8 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
 class DenseData:
     """Tokens [h, w, F] and maps of pairs, by position; what cannot be read is in `skipped` and not counted.
 
+    `memory_left` are the bytes of `memory_bytes` that nothing took.
+
     Args:
         model: in eval mode; its device is where tokens are computed and kept.
         pairs: photos and maps.
@@ -107,17 +109,18 @@ class DenseData:
         self._model, self._spec, self._precision = model, spec, precision
         self._n_blocks, self._with_cls = n_blocks, with_cls
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.memory_left = memory_bytes
         for pair, found in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
             advance(1)
             if isinstance(found, Skipped):
                 self.skipped.append(found)
                 continue
             pixels, target = found
-            tokens = self._tokens(pixels)
-            size = tokens.numel() * tokens.element_size() + target.numel() * target.element_size()
-            if size <= memory_bytes:
-                memory_bytes -= size
-                self._kept[len(self.pairs)] = tokens, self._at_input_size(target, pixels)
+            kept = self._tokens(pixels), self._at_input_size(target, pixels)
+            size = sum(part.numel() * part.element_size() for part in kept)
+            if size <= self.memory_left:
+                self.memory_left -= size
+                self._kept[len(self.pairs)] = kept
             self.pairs.append(pair)
         if not self.pairs:
             first = self.skipped[0]

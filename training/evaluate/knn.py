@@ -51,7 +51,8 @@ def nearest(
         for left in range(0, n, columns):
             similarity = queries @ F.normalize(train[left : left + columns].float(), dim=1).T  # [rows, columns]
             if leave_one_out:
-                same = torch.arange(max(top, left), min(top + len(queries), left + similarity.shape[1]))
+                first, last = max(top, left), min(top + len(queries), left + similarity.shape[1])
+                same = torch.arange(first, max(first, last))  # photos that are in both
                 similarity[same - top, same - left] = -torch.inf
             block = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best, where = torch.cat((best, block.values), dim=1), torch.cat((where, block.indices + left), dim=1)

@@ -217,7 +217,7 @@ def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Seque
     pairs: dict[str, list[Pair]] = {
         split: find_pairs(context.data, split, kind, suffixes) for split in ("train", "val")
     }
-    left, data = int(settings.memory_gb * 1e9), []
+    data: list[DenseData] = []
     for split, found in pairs.items():
         data.append(
             DenseData(
@@ -227,7 +227,7 @@ def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Seque
                 read,
                 n_blocks=settings.blocks,
                 with_cls=isinstance(settings, DepthSettings),
-                memory_bytes=left if split == "train" else 0,  # val tokens are needed once more only
+                memory_bytes=data[-1].memory_left if data else int(settings.memory_gb * 1e9),
                 precision=context.precision,
                 advance=context.track(f"tokens of {split}", len(found)),
             )
