@@ -1,23 +1,26 @@
-"""What one step looks at: crops and masks of its photos, a function of (seed, step).
+"""What one step looks at: crops and masks of its photos, each a function of (seed, step, position in the batch).
 
-Legend: B photos per step, V views, N patches of a global crop.
+Legend: B photos per step, b of them on this rank and in this micro-batch, V views, N patches of a global crop, S side
+of a stored photo, G and L sides of global and local crops.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
-from training.dataset import PhotoCache, batch_indices
 from training.masking import batch_masks
+from training.randomness import SampleRandom, sample_keys
 
 
 @dataclass(frozen=True)
 class Crops:
-    """One step's input: `globals_` [2B, 3, G, G], `locals_` [VB, 3, L, L] or None, `masks` bool [2B, N]."""
+    """A step's input: `globals_` [2b, 3, G, G], `locals_` [V*b, 3, L, L] or None, `masks` bool [2b, N].
+
+    All photos' first views come first, then all second ones.
+    """
 
     globals_: Tensor
     locals_: Tensor | None
@@ -36,13 +39,27 @@ def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]
 
 
 def make_crops(
-    config: TrainConfig, photos: PhotoCache, step: int, views: list[tuple[View, int]], device: torch.device
+    config: TrainConfig,
+    images: Tensor,
+    aspect: Tensor,
+    step: int,
+    positions: Tensor,
+    views: list[tuple[View, int]],
+    device: torch.device,
 ) -> Crops:
-    """The crops and masks of one step, a function of (seed, step) and the `views` asked for."""
-    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
-    indices = batch_indices(len(photos), config.batch_size, step, config.seed)
-    images = photos.pixels[indices].to(device).float() / 255
-    aspect = photos.aspect[indices].to(device)
+    """Crops and masks of some photos of a step, the same ones in whatever split of the batch they are asked for.
+
+    Args:
+        config: the run's settings; its seed is the root of all randomness.
+        images: the photos, uint8 [b, 3, S, S].
+        aspect: their width / height before they were squashed, float [b], on the CPU.
+        step: counted from 0.
+        positions: where they stand among the `config.batch_size` photos of the step, over all ranks and micro-batches;
+            int64 [b], on the CPU. The first view of photo p is image p of the step's masks, the second batch_size + p.
+        views: `crop_views`.
+        device: where the crops are made and stay.
+    """
+    assert len(images) == len(aspect) == len(positions), (len(images), len(aspect), len(positions))
     jitter = Jitter(
         white_balance=config.white_balance,
         brightness=config.brightness,
@@ -52,13 +69,20 @@ def make_crops(
         probability=config.jitter_probability,
         gray=config.gray,
     )
-    first, second, *local = (augmented_views(images, aspect, v, n, jitter, generator) for v, n in views if n)
+    photos = images.to(device, non_blocking=True)
+    random = SampleRandom(sample_keys(config.seed, step, positions))
+    first, second, *local = (
+        augmented_views(photos, aspect, view, n, jitter, random.fork(kind)) for kind, (view, n) in enumerate(views) if n
+    )
     side = views[0][0].size // config.vit_config.patch_size
     masks = batch_masks(
-        np.random.default_rng((config.seed, step)),
-        2 * len(indices),
+        config.seed,
+        step,
+        torch.cat((positions, config.batch_size + positions)).tolist(),
+        2 * config.batch_size,
         (side, side),
         ratio=config.mask_ratio,
         probability=config.mask_probability,
     )
-    return Crops(torch.cat((first, second)), local[0] if local else None, torch.from_numpy(masks).to(device))
+    there = torch.from_numpy(masks).to(device, non_blocking=True)
+    return Crops(torch.cat((first, second)), local[0] if local else None, there)

@@ -31,7 +31,7 @@ from model.config import ViTConfig
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.crops import crop_views, make_crops
-from training.dataset import PhotoCache, Split, load_photos, split_folder
+from training.dataset import PhotoCache, Split, batch_indices, load_photos, split_folder
 from training.evaluate.knn import Pooling, evaluate_knn, extract_features
 from training.monitor import Monitor
 from training.optimizer import make_optimizer
@@ -217,7 +217,16 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         Monitor(config.out / "metrics.jsonl", total, first, config.batch_size, console) as monitor,
     ):
         for step in range(first, total):
-            crops = make_crops(config, photos, step, crop_views(config, step / total), device)
+            indices = batch_indices(len(photos), config.batch_size, step, config.seed)
+            crops = make_crops(
+                config,
+                photos.pixels[indices],
+                photos.aspect[indices],
+                step,
+                torch.arange(config.batch_size),
+                crop_views(config, step / total),
+                device,
+            )
             terms = train_step(config, parts, schedules, crops, step, autocast)
             done = step + 1
             monitor.advance(done)
