@@ -1,35 +1,52 @@
 """Random crops and colours of whole batches, in plain tensor code that runs where the network runs.
 
 What DINOv2 does per crop with Pillow and torchvision in worker processes (`dinov2/data/augmentations.py`) is done here
-for all crops of a batch at once. Resizing and blurring are linear along each axis, so a crop is two small matrix
-products, rows @ image @ columns^T: antialiased exactly as Pillow does it (with a box and the bilinear filter), with the
-flip folded into the columns, and as good for a CPU as for a GPU. `tests/training/test_augment.py` compares each
-operation with a plain per-image definition.
+for many crops at once. Resizing is linear along each axis, so a crop is two small matrix products, rows @ image @
+columns^T: antialiased exactly as Pillow does it (with a box and the bilinear filter), with the flip folded into the
+columns. `tests/training/test_augment.py` compares each operation with a plain per-image definition.
+
+What is drawn for a view (`draw_views`) is a handful of numbers, made on the CPU and keyed by sample
+(`training/randomness.py`): a photo's views do not depend on its batch, and the program knows without asking a GPU which
+crops to blur, turn in hue or solarise, so that nothing is computed for the others. Each crop has its own order of
+colour operations, as in torchvision: brightness, contrast and saturation are one operation, a blend with another
+image, so that three rounds of it serve all orders, and the hue comes in between where it is due.
+
+Crops go through all operations a part of the batch at a time: on a CPU as many as stay in its cache, on a GPU all of
+them, up to what its memory should hold. On a CPU a crop's surroundings are cut out of the photo before the products, as
+most of a photo is outside a local crop.
 
 Decided knowingly: DINOv2's `GaussianBlur(p)` blurs with probability 1 - p, so the released weights saw blur on 0 / 90 /
 50 % of first global, second global and local crops. The probabilities here mean what they say; the recipes state the
 effective ones.
 
-The order of the colour operations is drawn once per call, not per crop. Nothing here draws from a global generator.
-
-Legend: V views per photo, B photos, S side of the stored square photo, o side of a crop. Images are float [.., 3, H, W]
-in 0..1. A box is (top, left, height, width) as fractions of the photo's sides. Photos are stored squashed to squares;
-`aspect` is their true width / height, so that a crop's aspect is right in the photo's own pixels.
+Legend: V views per photo, B photos, n crops, S side of the stored square photo, W side of the window cut out of it, o
+side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the photo's
+sides. Photos are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
+crop's aspect is right in the photo's own pixels. Functions with a trailing underscore work in place.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from model.preprocess import PreprocessSpec
+from training.randomness import SampleRandom
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_TAPS = 9
 BLUR_SIGMA = (0.1, 2.0)
+TAPS_FROM_SIDE = 64  # on a CPU, larger crops are blurred tap by tap, smaller ones by matrices
 CROP_ATTEMPTS = 10
 CROP_ASPECT = (3 / 4, 4 / 3)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)  # kinds of blend
+BLEND_ORDERS = tuple(itertools.permutations(range(3)))
+DRAW_BOX, DRAW_LOOK = range(2)  # numbers of a sample's draws
+WINDOW_STEP = 32  # pixels
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**26  # elements of crops that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -58,24 +75,41 @@ class Jitter:
     gray: float = 0.2
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
+@dataclass(frozen=True)
+class Draws:
+    """What chance decided for n crops, all on the CPU.
+
+    `boxes` [n, 4]; `flips` bool [n]; `gains` [n, 3] or None; `blends` int [n, 3] and `factors` [n, 3], the kind and
+    strength of each round of blending (factor 1 changes nothing); `hue` [n] in turns, due before round `hue_round` [n]
+    (3: after the last; -1: never); `gray` and `solarize` bool [n]; `sigma` [n] of the blur in pixels, 0 for none.
+    """
+
+    boxes: Tensor
+    flips: Tensor
+    gains: Tensor | None
+    blends: Tensor
+    factors: Tensor
+    hue: Tensor
+    hue_round: Tensor
+    gray: Tensor
+    sigma: Tensor
+    solarize: Tensor
 
 
-def _chance(n: int, probability: float, generator: Generator) -> Tensor:
-    return torch.rand(n, generator=generator, device=generator.device) < probability
-
-
-def sample_boxes(aspect: Tensor, scale: tuple[float, float], generator: Generator) -> Tensor:
+def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
     """Random-resized-crop boxes [n, 4] for photos of width / height `aspect` [n].
 
     Area uniform in `scale`, log aspect uniform in 3/4 to 4/3, ten attempts; if none fits, the largest centred box whose
     aspect is in range (torchvision's RandomResizedCrop).
     """
-    n = aspect.shape[0]
-    area = _uniform((n, CROP_ATTEMPTS), *scale, generator)
-    low, high = (torch.tensor(a).log().item() for a in CROP_ASPECT)
-    ratio = _uniform((n, CROP_ATTEMPTS), low, high, generator).exp() / aspect[:, None]  # in units of the photo's sides
+    # Doubles: whether an attempt fits, and the rounded box, must not hang on how exp was vectorised.
+    area, ratio, shift = (
+        random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double().split((CROP_ATTEMPTS, CROP_ATTEMPTS, 2), dim=1)
+    )
+    aspect = aspect.double()
+    area = scale[0] + (scale[1] - scale[0]) * area
+    low, high = (math.log(bound) for bound in CROP_ASPECT)
+    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the photo's sides
     widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
     fits = (widths <= 1) & (heights <= 1)
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -83,165 +117,263 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], generator: Generato
     centred = aspect.clamp(*CROP_ASPECT) / aspect  # width / height of the fallback box, in units of the sides
     width = torch.where(found, widths.gather(1, first)[:, 0], centred.clamp(max=1))
     height = torch.where(found, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
-    shift = torch.where(found[:, None], _uniform((n, 2), 0, 1, generator), torch.full_like(ratio[:, :2], 0.5))
-    return torch.stack((shift[:, 0] * (1 - height), shift[:, 1] * (1 - width), height, width), dim=1)
+    top, left = torch.where(found[:, None], shift, 0.5).unbind(1)
+    return torch.stack((top * (1 - height), left * (1 - width), height, width), dim=1).float()
+
+
+def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
+    """The draws of one crop of each photo of width / height `aspect` [n]; `random` has n keys."""
+    flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
+    strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
+    chosen = jittered < jitter.probability
+
+    def around(neutral: float, strength: float | Tensor, uniform: Tensor) -> Tensor:
+        drawn = neutral - strength + 2 * strength * uniform
+        return torch.where(chosen.view(-1, *[1] * (uniform.ndim - 1)), drawn, neutral)
+
+    each = torch.tensor((jitter.brightness, jitter.contrast, jitter.saturation))
+    factors = around(1.0, each, strengths).clamp(min=0)
+    sequence = (order * (4 * len(BLEND_ORDERS))).long()  # all 24 orders of three blends and the hue
+    blends = torch.tensor(BLEND_ORDERS)[sequence % len(BLEND_ORDERS)]
+    turned = chosen & (jitter.hue > 0)
+    return Draws(
+        boxes=sample_boxes(aspect, view.scale, random),
+        flips=flip < 0.5,
+        gains=around(1.0, jitter.white_balance, gains) if jitter.white_balance > 0 else None,
+        blends=blends,
+        factors=factors.gather(1, blends),
+        hue=around(0.0, jitter.hue, hue),
+        hue_round=torch.where(turned, sequence // len(BLEND_ORDERS), -1),
+        gray=gray < jitter.gray,
+        sigma=torch.where(blur < view.blur, BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * sigma, 0),
+        solarize=solarize < view.solarize,
+    )
+
+
+def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """`crops` [n, ...] with `change(crops, *parameters)` done to the `chosen` ones (bool [n], on the CPU) only."""
+    n_chosen = int(chosen.sum())
+    if n_chosen == 0:
+        return crops
+    if n_chosen == len(chosen):
+        return change(crops, *(p.to(crops.device, non_blocking=True) for p in parameters))
+    index = chosen.nonzero()[:, 0]
+    there = index.to(crops.device, non_blocking=True)
+    values = (p[index].to(crops.device, non_blocking=True) for p in parameters)
+    return crops.index_copy_(0, there, change(crops.index_select(0, there), *values))
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
     """Rows [n, out, source] that resample [start, start + length] (pixels, [n]) to `out` pixels.
 
-    A triangle of half width max(1, length / out) around each output pixel's centre, cut at the image's edge and
-    normalised: Pillow's `resize(..., BILINEAR, box=...)`.
+    A triangle of half width max(1, |length| / out) around each output pixel's centre, cut at the image's edge and
+    normalised: Pillow's `resize(..., BILINEAR, box=...)`. With a negative length the pixels come in reverse: a mirror.
     """
     step = length / out  # source pixels per output pixel, [n]
     centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
-    pixels = torch.arange(source, device=start.device) + 0.5
-    distance = (pixels - centres[:, :, None]).abs() / step.clamp(min=1)[:, None, None]
-    weights = (1 - distance).clamp(min=0)
-    return weights / weights.sum(dim=-1, keepdim=True)
+    reach = step.abs().clamp(min=1)[:, None, None]
+    pixels = (torch.arange(source, device=start.device) + 0.5) / reach  # [n, 1, source]
+    weights = (pixels - centres[:, :, None] / reach).abs_().neg_().add_(1).clamp_(min=0)
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
-def crop_resize(images: Tensor, boxes: Tensor, out: int, flips: Tensor) -> Tensor:
-    """Crops [V, B, 3, o, o] of `images` [B, 3, S, S] by `boxes` [V, B, 4], mirrored where `flips` [V, B]."""
-    n_views, n_images = boxes.shape[:2]
+def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
+    """Side int [n] of a square window, in steps, that holds all pixels that a crop by `boxes` [n, 4] looks at."""
+    length = boxes[:, 2:] * side
+    seen = (length + 2 * (length / out).clamp(min=1)).amax(dim=1) + 2
+    return ((seen / WINDOW_STEP).ceil().long() * WINDOW_STEP).clamp(max=side)
+
+
+def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: Tensor, window: int) -> Tensor:
+    """Crops float [n, 3, o, o] in 0..1.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        photo: which of them each crop shows, int [n] on the CPU.
+        boxes, flips: where, [n, 4], and whether mirrored, bool [n]; on the CPU.
+        out: side of the crops.
+        window: side of the part of the photo that is multiplied, at least `window_sides`; S is always right.
+    """
     side = images.shape[-1]
-    # Photo before view, so that a photo's views share one product and nothing is copied to broadcast it.
-    top, left, height, width = (boxes.transpose(0, 1).flatten(0, 1) * side).unbind(1)  # each [B*V]
-    rows = resize_weights(top, height, side, out).view(n_images, n_views * out, side)
-    columns = resize_weights(left, width, side, out)
-    columns = torch.where(flips.T.flatten()[:, None, None], columns.flip(1), columns)  # [B*V, o, S]
-    by_row = images.transpose(1, 2).flatten(2)  # [B, S, 3*S]
-    crops = (rows @ by_row).view(n_images * n_views, -1, side) @ columns.transpose(1, 2)  # [B*V, o*3, o]
-    return crops.view(n_images, n_views, out, -1, out).permute(1, 0, 3, 2, 4)
+    start, length = (boxes * side).split(2, dim=1)  # each [n, 2]: vertical, horizontal
+    if window < side:
+        corner = (start - (length / out).clamp(min=1)).floor().clamp(0, side - window).long()
+        places = zip(photo.tolist(), *corner.T.tolist(), strict=True)
+        pixels = torch.stack([images[p, :, top : top + window, left : left + window] for p, top, left in places])
+        start = start - corner
+    else:
+        pixels = images.index_select(0, photo.to(images.device, non_blocking=True))
+    sign = torch.stack((torch.ones(len(boxes)), 1 - 2 * flips.float()), dim=1)
+    start, length = start + length * (sign < 0), length * sign
+    spans = torch.stack((start, length)).flatten(1).to(images.device, non_blocking=True)  # [2, n*2]
+    rows, columns = resize_weights(spans[0], spans[1], window, out).view(-1, 2, out, window).unbind(1)
+    narrow = pixels.flatten(1, 2).float() @ columns.transpose(1, 2)  # [n, 3*W, W] @ [n, W, o]
+    return (rows / 255).unsqueeze(1) @ narrow.view(-1, 3, window, out)  # [n, 1, o, W] @ [n, 3, W, o]
 
 
 def grayscale(images: Tensor) -> Tensor:
     """Luma [n, 1, H, W] of `images` [n, 3, H, W]."""
-    r, g, b = images.unbind(1)
-    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(1)
+    r, g, b = images.split(1, dim=1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(other.expand_as(images), images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """`images` [n, 3, H, W] times `factor` [n], clipped to 0..1."""
-    return (images * factor.view(-1, 1, 1, 1)).clamp(0, 1)
-
-
-def adjust_white_balance(images: Tensor, gains: Tensor) -> Tensor:
+def adjust_white_balance_(images: Tensor, gains: Tensor) -> Tensor:
     """`images` [n, 3, H, W] times one gain per channel [n, 3], clipped to 0..1: the colour of the light."""
-    return (images * gains[:, :, None, None]).clamp(0, 1)
+    return images.mul_(gains[:, :, None, None]).clamp_(0, 1)
 
 
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with each image's mean luma: 0 flat, 1 unchanged."""
-    return _blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), factor)
+def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+    """Each of `images` [n, 3, H, W] blended with another one, clipped to 0..1; factor 1 changes nothing.
+
+    `kind` and `factor` [n] are on the CPU. Brightness blends with black, contrast with the image's mean luma,
+    saturation with its luma: factor * image + (1 - factor) * other.
+    """
+    if bool((factor == 1).all()):
+        return images
+    rest = (1 - factor) * torch.stack((torch.ones_like(factor), kind == CONTRAST, kind == SATURATION))
+    rest[0] = factor
+    weights = rest.to(images.device, non_blocking=True)[:, :, None, None, None]  # [3, n, 1, 1, 1]
+    if bool((kind == BRIGHTNESS).all()):
+        return images.mul_(weights[0]).clamp_(0, 1)
+    luma = grayscale(images)
+    flat = luma.mean(dim=(1, 2, 3), keepdim=True) * weights[1]
+    return images.mul_(weights[0]).add_(luma.mul_(weights[2]).add_(flat)).clamp_(0, 1)
 
 
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the gray image: 0 gray, 1 unchanged."""
-    return _blend(images, grayscale(images), factor)
+def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
+    """The hue of `images` [n, 3, H, W] moved by `turn` [n] of a full circle, in HSV."""
+    r, g, b = images.split(1, dim=1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    # The hue in turns: the difference of the two weaker channels from where the strongest one's sector has its middle.
+    # Sums with 0 and 1 for false and true: `torch.where` is several times slower on a CPU.
+    red = (r >= value).to(images.dtype)
+    green = (g >= value).to(images.dtype).mul_(1 - red)
+    blue = (1 - red).sub_(green)
+    difference = (g - b).mul_(red).addcmul_(b - r, green).addcmul_(r - g, blue)
+    hue = difference.div_(chroma.clamp(min=1e-12).mul_(6)).add_(green, alpha=1 / 3).add_(blue, alpha=2 / 3)
+    hue.add_(turn.view(-1, 1, 1, 1))
+    # A channel keeps the value up to a sixth of a turn from its own hue and has lost the chroma at two sixths. Own hues
+    # are 0, 1/3, 2/3; with 1/2 and a whole turn more (the fraction of negatives is negative) the distance is from 1/2.
+    own = hue.new_tensor([1.5, 7 / 6, 5 / 6]).view(3, 1, 1)
+    distance = (hue + own).frac_().sub_(0.5).abs_()  # [n, 3, H, W]
+    lost = distance.mul_(6).sub_(1).clamp_(0, 1)
+    return torch.addcmul(value, lost, chroma, value=-1, out=images)
 
 
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of `images` [n, 3, H, W] by `shift` [n] of a full circle, in HSV."""
-    value, strongest = images.max(dim=1)
-    chroma = value - images.amin(dim=1)
-    r, g, b = images.unbind(1)
-    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
-    by_strongest = torch.stack(((g - b) / safe, 2 + (b - r) / safe, 4 + (r - g) / safe), dim=1)
-    hue = by_strongest.gather(1, strongest.unsqueeze(1))[:, 0] + 6 * shift.view(-1, 1, 1)  # sixths of the circle
-    channels = []
-    for offset in (5.0, 3.0, 1.0):  # red, green, blue: v - c * max(0, min(k, 4 - k, 1)), k = offset + hue mod 6
-        k = (offset + hue) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+def _gaussian_taps(sigma: Tensor) -> Tensor:
+    """A 9-tap Gaussian of `sigma` [n] pixels, [n, 9]; sigma 0 is the identity."""
+    offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
+    taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    return taps / taps.sum(dim=1, keepdim=True)
 
 
 def blur_weights(sigma: Tensor, side: int) -> Tensor:
-    """Matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, edges reflected; sigma 0 is the identity."""
-    half = BLUR_TAPS // 2
-    offsets = torch.arange(-half, half + 1, device=sigma.device)
-    taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)  # [n, taps]
-    taps = taps / taps.sum(dim=1, keepdim=True)
-    source = torch.arange(side, device=sigma.device)[:, None] + offsets  # [side, taps]
-    source = source.abs()
+    """Matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, edges reflected."""
+    offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
+    source = (torch.arange(side, device=sigma.device)[:, None] + offsets).abs()  # [side, taps]
     source = torch.where(source >= side, 2 * (side - 1) - source, source)
-    weights = sigma.new_zeros(sigma.shape[0], side, side)
     index = source.expand(sigma.shape[0], -1, -1)
-    return weights.scatter_add_(2, index, taps[:, None, :].expand_as(index))
+    weights = sigma.new_zeros(sigma.shape[0], side, side)
+    return weights.scatter_add_(2, index, _gaussian_taps(sigma)[:, None, :].expand_as(index))
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """`images` [n, 3, o, o] blurred with `sigma` [n] pixels each."""
+def _blur_by_matrices(images: Tensor, sigma: Tensor) -> Tensor:
     weights = blur_weights(sigma, images.shape[-1]).unsqueeze(1)
     return weights @ images @ weights.transpose(-1, -2)
 
 
-def solarize(images: Tensor, chosen: Tensor) -> Tensor:
-    """Invert the values from 128/255 up of the `chosen` [n] images (Pillow's `ImageOps.solarize` at 128)."""
-    return torch.where(chosen.view(-1, 1, 1, 1) & (images >= 128 / 255), 1 - images, images)
-
-
-def color_jitter(images: Tensor, jitter: Jitter, generator: Generator) -> Tensor:
-    """Each image [n, 3, H, W] with its own factors; those not chosen get the neutral ones."""
-    n = images.shape[0]
-    chosen = _chance(n, jitter.probability, generator)
-
-    def factors(strength: float, neutral: float) -> Tensor:
-        drawn = _uniform((n,), neutral - strength, neutral + strength, generator).clamp(min=neutral - 1)
-        return torch.where(chosen, drawn, torch.full_like(drawn, neutral))
-
-    if jitter.white_balance > 0:
-        gains = [factors(jitter.white_balance, 1.0) for _ in range(images.shape[1])]
-        images = adjust_white_balance(images, torch.stack(gains, dim=1))
-    table: list[tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = [
-        (adjust_brightness, jitter.brightness, 1.0),
-        (adjust_contrast, jitter.contrast, 1.0),
-        (adjust_saturation, jitter.saturation, 1.0),
-        (adjust_hue, jitter.hue, 0.0),
-    ]
-    for index in torch.randperm(len(table), generator=generator, device=generator.device).tolist():
-        adjust, strength, neutral = table[index]
-        if strength > 0:
-            images = adjust(images, factors(strength, neutral))
-    if jitter.gray > 0:
-        gray = _chance(n, jitter.gray, generator).view(-1, 1, 1, 1)
-        images = torch.where(gray, grayscale(images), images)
+def _blur_by_taps(images: Tensor, sigma: Tensor) -> Tensor:
+    half, side = BLUR_TAPS // 2, images.shape[-1]
+    taps = _gaussian_taps(sigma)[:, :, None, None, None]
+    for axis in (3, 2):
+        pad = (half, half, 0, 0) if axis == 3 else (0, 0, half, half)
+        padded = torch.nn.functional.pad(images, pad, mode="reflect")
+        images = padded.narrow(axis, half, side) * taps[:, half]
+        for offset in (o for o in range(BLUR_TAPS) if o != half):
+            images.addcmul_(padded.narrow(axis, offset, side), taps[:, offset])
     return images
 
 
-def normalize(images: Tensor) -> Tensor:
-    """ImageNet's mean and deviation, as `model.preprocess` applies them in evaluation and serving."""
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """`images` [n, 3, o, o] blurred with a 9-tap Gaussian of `sigma` [n] pixels each, edges reflected.
+
+    Few large products suit a GPU and small crops; on a CPU a large crop's nine taps are less work than its matrices.
+    """
+    by_taps = images.device.type == "cpu" and images.shape[-1] >= TAPS_FROM_SIDE
+    return _blur_by_taps(images, sigma) if by_taps else _blur_by_matrices(images, sigma)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """The values from 128/255 up inverted (Pillow's `ImageOps.solarize` at 128)."""
+    return torch.where(images >= 128 / 255, 1 - images, images)
+
+
+def _to_gray_(images: Tensor) -> Tensor:
+    return images.copy_(grayscale(images).expand_as(images))
+
+
+def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
+    """White balance, jitter and gray of `crops` [n, 3, o, o] with the draws at `index` [n]."""
+    if draws.gains is not None:
+        crops = adjust_white_balance_(crops, draws.gains[index].to(crops.device, non_blocking=True))
+    hue, hue_round = draws.hue[index], draws.hue_round[index]
+    blends, factors = draws.blends[index], draws.factors[index]
+    for turn in range(4):
+        crops = _change(hue_round == turn, crops, adjust_hue_, hue)
+        if turn < 3:
+            crops = blend_(crops, blends[:, turn], factors[:, turn])
+    return _change(draws.gray[index], crops, _to_gray_)
+
+
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     spec = PreprocessSpec()
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (spec.mean, spec.std))
-    return (images - mean) / std
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    return mean, std
+
+
+def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
+    """ImageNet's mean and deviation, as `model.preprocess` applies them in evaluation and serving, in one pass."""
+    mean, std = _mean_and_std(images)
+    return torch.addcmul(-mean / std, images, 1 / std, out=out)
+
+
+def denormalize(images: Tensor) -> Tensor:
+    """The inverse of `normalize`: float [..., 3, H, W] back in 0..1, for looking at."""
+    mean, std = _mean_and_std(images)
+    return torch.addcmul(mean, images, std)
 
 
 def augmented_views(
-    images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, generator: Generator
+    images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, random: SampleRandom
 ) -> Tensor:
-    """`n_views` random crops of each photo, ready for the network.
+    """`n_views` random crops of each photo, normalised, ready for the network.
 
     Args:
-        images: float [B, 3, S, S] in 0..1.
-        aspect: width / height of the photos before they were squashed [B].
+        images: uint8 [B, 3, S, S].
+        aspect: width / height of the photos before they were squashed [B], on the CPU.
         view, n_views, jitter: what to draw.
-        generator: on the device of the images; the only source of randomness.
+        random: B keys on the CPU, the only source of randomness: a photo's views depend on its key alone.
 
     Returns:
-        [V * B, 3, o, o], all photos' first views first.
+        float [V * B, 3, o, o], all photos' first views first.
     """
-    n = n_views * images.shape[0]
-    boxes = sample_boxes(aspect.repeat(n_views), view.scale, generator).view(n_views, -1, 4)
-    flips = _chance(n, 0.5, generator).view(n_views, -1)
-    crops = crop_resize(images, boxes, view.size, flips).flatten(0, 1)
-    crops = color_jitter(crops, jitter, generator)
-    if view.blur > 0:
-        sigma = _uniform((n,), *BLUR_SIGMA, generator) * _chance(n, view.blur, generator)
-        crops = gaussian_blur(crops, sigma)
-    if view.solarize > 0:
-        crops = solarize(crops, _chance(n, view.solarize, generator))
-    return normalize(crops)
+    n_photos, side, out = len(images), images.shape[-1], view.size
+    draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))
+    on_cpu = images.device.type == "cpu"
+    windows = window_sides(draws.boxes, side, out) if on_cpu else torch.full((len(draws.boxes),), side)
+    per_chunk = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // (3 * out**2))
+    result = torch.empty(len(windows), 3, out, out, device=images.device)
+    for window in windows.unique().tolist():
+        for index in (windows == window).nonzero()[:, 0].split(per_chunk):
+            crops = crop_resize(images, index % n_photos, draws.boxes[index], out, draws.flips[index], window)
+            crops = change_colors_(crops, draws, index)
+            sigma = draws.sigma[index]
+            crops = _change(sigma > 0, crops, gaussian_blur, sigma)
+            crops = _change(draws.solarize[index], crops, solarize)
+            first, last = int(index[0]), int(index[-1])
+            if last - first + 1 == len(index):
+                normalize(crops, out=result[first : last + 1])
+            else:
+                result.index_copy_(0, index.to(images.device, non_blocking=True), normalize(crops))
+    return result

@@ -1,32 +1,30 @@
-"""What one step looks at: crops and masks of its photos, a function of (seed, step, position).
+"""What one step looks at: crops and masks of its photos, each a function of (seed, step, position in the batch).
 
-Legend: b photos of this micro-batch, V views, N patches of a global crop, M selected patches.
+Legend: B photos per step, b of them on this rank and in this micro-batch, V views, N patches of a global crop, M of
+all of them selected, S side of a stored photo, G and L sides of global and local crops.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
 from training.masking import batch_masks
+from training.randomness import SampleRandom, sample_keys
 
 
 @dataclass(frozen=True)
 class Crops:
-    """One micro-batch's input.
+    """One micro-batch's input. All photos' first views come first, then all second ones."""
 
-    `globals_` [2b, 3, G, G], all first views, then all second ones; `locals_` [V*b, 3, L, L] or None; `hidden` bool
-    [2b, N], patches that the student does not see; `masks` bool [2b, N], patches that iBOT asks for; `selected` int64
-    [M], the places of these in [2b * N].
-    """
-
-    globals_: Tensor
-    locals_: Tensor | None
-    hidden: Tensor
-    masks: Tensor
-    selected: Tensor
+    globals_: Tensor  # [2b, 3, G, G]
+    locals_: Tensor | None  # [V*b, 3, L, L]
+    hidden: Tensor  # bool [2b, N]: patches that the student does not see
+    masks: Tensor  # bool [2b, N]: patches that iBOT asks for
+    selected: Tensor  # int64 [M]: the places of these in [2b * N]
 
 
 def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]:
@@ -49,7 +47,19 @@ def make_crops(
     views: list[tuple[View, int]],
     device: torch.device,
 ) -> Crops:
-    parts = []
+    """Crops and masks of some photos of a step, the same ones in whatever split of the batch they are asked for.
+
+    Args:
+        config: the run's settings; its seed is the root of all randomness.
+        images: the photos, uint8 [b, 3, S, S].
+        aspect: their width / height before they were squashed, float [b], on the CPU.
+        step: counted from 0.
+        positions: where they stand among the `config.batch_size` photos of the step, over all ranks and micro-batches;
+            int64 [b], on the CPU. The first view of photo p is image p of the step's masks, the second batch_size + p.
+        views: `crop_views`.
+        device: where the crops are made and stay.
+    """
+    assert len(images) == len(aspect) == len(positions), (len(images), len(aspect), len(positions))
     jitter = Jitter(
         white_balance=config.white_balance,
         brightness=config.brightness,
@@ -59,22 +69,22 @@ def make_crops(
         probability=config.jitter_probability,
         gray=config.gray,
     )
-    for k, p in enumerate(positions.tolist()):
-        generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step * 1000 + p)
-        x = images[k : k + 1].to(device).float() / 255
-        parts.append([augmented_views(x, aspect[k : k + 1], v, n, jitter, generator) for v, n in views if n])
-    first, second, *local = (torch.stack(v).transpose(0, 1).flatten(0, 1) for v in zip(*parts))
+    photos = images.to(device, non_blocking=True)
+    random = SampleRandom(sample_keys(config.seed, step, positions))
+    first, second, *local = (
+        augmented_views(photos, aspect, view, n, jitter, random.fork(kind)) for kind, (view, n) in enumerate(views) if n
+    )
     side = views[0][0].size // config.vit_config.patch_size
-    at = positions.tolist() + [config.batch_size + p for p in positions.tolist()]
-    masks = batch_masks(
+    hidden = batch_masks(
         config.seed,
         step,
-        at,
+        torch.cat((positions, config.batch_size + positions)).tolist(),
         2 * config.batch_size,
         (side, side),
         ratio=config.mask_ratio,
-        probability=config.mask_probability,
+        probability=config.mask_probability if config.ibot_patches == "masked" else 0.0,
     )
-    masks = torch.from_numpy(masks)
-    selected = masks.flatten().nonzero().squeeze(1)
-    return Crops(torch.cat((first, second)), local[0] if local else None, masks, masks, selected)
+    masks = hidden if config.ibot_patches == "masked" else np.ones_like(hidden)
+    # Looked up here, where the masks are made: on a GPU the host would have to wait for the answer.
+    there = [torch.from_numpy(x).to(device, non_blocking=True) for x in (hidden, masks, np.flatnonzero(masks))]
+    return Crops(torch.cat((first, second)), local[0] if local else None, *there)

@@ -44,8 +44,8 @@ GOOD, BROKEN = 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's photos on the device: `pixels` uint8 [b, 3, S, S], `aspect` float [b] (width / height), and which of
-    the source's photos they are, `indices` [b]."""
+    """One step's photos: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
+    which of the source's photos they are, `indices` [b]."""
 
     pixels: Tensor
     aspect: Tensor
@@ -139,8 +139,7 @@ class MemoryLoader:
         indices = self._plan(len(self), step)
         pixels = _empty_batch(len(indices), self.pixels.shape[-1], self._device)
         torch.index_select(self.pixels, 0, indices, out=pixels)
-        aspect = self.aspect[indices].to(self._device)
-        batch = Batch(to_device(pixels, self._device), aspect, indices.tolist(), self.source)
+        batch = Batch(to_device(pixels, self._device), self.aspect[indices], indices.tolist(), self.source)
         self.waited_s += time.perf_counter() - start
         return batch
 
@@ -243,8 +242,7 @@ class StreamLoader:
         except BaseException:
             self.close()
             raise
-        aspect = current.aspect.to(self._device)
-        batch = Batch(to_device(current.pixels, self._device), aspect, current.used, self.source)
+        batch = Batch(to_device(current.pixels, self._device), current.aspect, current.used, self.source)
         self.waited_s += time.perf_counter() - start
         return batch
 

@@ -7,8 +7,8 @@ is masked, and their ratios are stratified over the range, so that every batch h
 The strata are spread over the whole batch of a step, but each image's mask is drawn from a generator of its own: ranks
 and micro-batches build the masks of their images only, and together they have those of one process with all images.
 
-A grid is one Python integer, a bit per patch: a block is put on it and counted in a few operations on 256 bits, ten
-times as fast as on a small array.
+A grid is one Python integer, a bit per patch: a block is put on it and counted in a few operations on 256 bits, where
+each operation on a small array costs a microsecond.
 
 Legend: h x w patches of one image, B images.
 """

@@ -65,7 +65,7 @@ def write_sheet(config: TrainConfig, data: Data, backbone: DinoVisionTransformer
         names.append(photo.label or "")
     device = backbone.cls_token.device
     images = torch.from_numpy(np.stack([square for square, _ in squares])).to(device)
-    aspect = torch.tensor([aspect for _, aspect in squares], device=device)
+    aspect = torch.tensor([aspect for _, aspect in squares])
     views = crop_views(config, (step - 1) / total)
     crops = make_crops(config, images, aspect, step - 1, torch.arange(len(squares)), views, device)
     sheet = picture_sheet(

@@ -1,7 +1,7 @@
 """Random numbers that belong to a sample, not to a process.
 
-A generator hands out numbers in turn, so what a photo gets depends on who asked before: on the batch's size, on the rank,
-on the device. Here a number is a hash of what it is for (seed, step, position in the step's batch, purpose): one rank
+A generator hands out numbers in turn, so what a photo gets depends on who asked before: on the batch's size, the rank,
+the device. Here a number is a hash of what it is for (seed, step, position in the step's batch, purpose): one rank
 with a batch of 2b, two ranks with b, or micro-batches of it see the same crops, a resumed run needs no state, and no
 draw moves another one. Counter-based generators are the known way (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011); the hash is SplitMix64's step and finaliser (Steele et al., OOPSLA 2014).
@@ -77,7 +77,8 @@ class SampleRandom:
 
     def views(self, n_views: int) -> "SampleRandom":
         """`n_views` forks in one, [n_views * n]: all samples' first views, then all second ones."""
-        return SampleRandom(torch.cat([self.fork(view).keys for view in range(n_views)]))
+        steps = torch.arange(1, n_views + 1, device=self.keys.device) * FORK_STEP
+        return SampleRandom(_mix(self.keys + steps[:, None]).flatten())
 
     def uniform(self, draw: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Float32 [n, *shape], uniform in [0, 1) in steps of 2^-24."""
