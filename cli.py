@@ -1,4 +1,4 @@
-"""The command line: `dinov2 serve | embed | index | search | collections | train | export | models`.
+"""The command line: `dinov2 serve | embed | index | search | collections | train | eval | export | models`.
 
 Each command imports what it needs when it runs, so `dinov2 serve` works without torch and `dinov2 --help` is quick.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import cli_collections
+import cli_eval
 import cli_search
 from cli_search import fail as _fail
 
@@ -104,26 +105,34 @@ def embed(
 app.command()(cli_search.index)
 app.command()(cli_search.search)
 app.add_typer(cli_collections.app, name="collections")
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder of images, any depth.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics.")],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery.")] = "smoke",
+    data: Annotated[
+        str, typer.Option(help="Folder of images, tar shards (also as a URL), or a Hugging Face dataset on disk.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics. A run in it goes on.")],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.")
     ] = None,
 ) -> None:
     """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install -e '.[train]')."""
     _need_torch("train")
+    from model.zoo import DownloadError
     from training.config import load_config
+    from training.train import INTERRUPTED, Interrupted, RunStopped
     from training.train import train as run_training
 
     try:
         checkpoint = run_training(load_config(recipe, data, out, overrides or []))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RunStopped, DownloadError) as error:
         raise _fail(error) from error
+    except Interrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(code=INTERRUPTED) from interrupted
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
 
 

@@ -260,8 +260,6 @@ def main() -> None:
         "benchmark": "training_step",
         "date": datetime.date.today().isoformat(),
         "command": command.replace(str(arguments.official), "CHECKOUT"),
-            str(arguments.official), "CHECKOUT"
-        ),
         "machine": describe_device(device),
         "torch": torch.__version__,
         "preset": arguments.preset,

@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from model.zoo import DownloadError
 from training.config import load_config, recipe_names
-from training.train import train
+from training.train import INTERRUPTED, Interrupted, RunStopped, train
 
 
 def main() -> int:
@@ -13,15 +14,18 @@ def main() -> int:
     parser.add_argument(
         "--data", required=True, help="folder of images, tar shards (also as a URL), Hugging Face dataset"
     )
-    parser.add_argument("--recipe", default="smoke", help=f"one of: {', '.join(recipe_names())}")
+    parser.add_argument("--recipe", default="smoke", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs; resumes a run in it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe's")
     arguments = parser.parse_args()
     try:
         train(load_config(arguments.recipe, arguments.data, arguments.out, arguments.overrides))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RunStopped, DownloadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

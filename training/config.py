@@ -228,15 +228,21 @@ def _parse_value(text: str) -> object:
 
 
 def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """A recipe with `key=value` overrides.
+    """A recipe, by its name here or as a TOML file of your own, with `key=value` overrides.
 
     Raises:
-        ValueError: unknown recipe (the names are listed), an override without `=`, an unknown key, a bad value.
+        OSError: a recipe's file that cannot be read.
+        ValueError: unknown recipe (the names are listed), no TOML, an override without `=`, an unknown key, a bad value.
     """
     path = RECIPES / f"{recipe}.toml"
-    if recipe not in recipe_names():
-        raise ValueError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}")
-    values: dict[str, object] = tomllib.loads(path.read_text())
+    if recipe.endswith(".toml"):
+        path, recipe = Path(recipe), Path(recipe).stem
+    elif recipe not in recipe_names():
+        raise ValueError(f"unknown recipe {recipe!r}: a TOML file, or one of {', '.join(recipe_names())}")
+    try:
+        values: dict[str, object] = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator:

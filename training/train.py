@@ -45,6 +45,7 @@ from training.sinks import make_sinks
 from training.state import check_same_settings, drop_states, find_state, load_state, save_state
 from training.step import Schedules, make_schedules, train_step
 
+INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, saved
 RANKME_ROWS = 1024  # enough for an effective rank, and a short wait
 
 

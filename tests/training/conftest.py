@@ -1,4 +1,4 @@
-"""Networks of the tests are tiny: a team of threads would only wait for each other, longest where the cores are busy."""
+"""Networks of the tests are tiny: a team of threads would only wait for each other, longest where cores are busy."""
 
 import torch
 

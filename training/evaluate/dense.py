@@ -211,7 +211,7 @@ def train_head(
             group["lr"] = lr
         loss = loss_of(tokens, targets)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         advance(1)
     head.eval()

@@ -223,7 +223,7 @@ def extract_features(
 def cache_key(
     model_digest: str,
     spec: PreprocessSpec,
-    paths: Sequence[Path],
+    paths: Sequence[Path | Photo],
     boxes: Sequence[Box | None] | None,
     precision: str,
 ) -> str:
@@ -233,8 +233,11 @@ def cache_key(
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
     for path, box in zip(paths, boxes or [None] * len(paths), strict=True):
-        size = path.stat().st_size if path.is_file() else -1
-        digest.update(f"{path.absolute()}\0{size}\0{box}\n".encode())
+        if isinstance(path, Photo):
+            name, size = path.name, path.source.fingerprint(path.index)
+        else:
+            name, size = str(path.absolute()), str(path.stat().st_size if path.is_file() else -1)
+        digest.update(f"{name}\0{size}\0{box}\n".encode())
     return digest.hexdigest()
 
 

@@ -93,10 +93,10 @@ def fit_logistic(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(scaled @ weight.T + bias, labels) + (weight * scale).square().sum() * penalty / 2
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     found = weight.detach() * scale
     return Logistic(found, bias.detach() - found @ mean)
 
