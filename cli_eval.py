@@ -20,7 +20,7 @@ def evaluate(
         str, typer.Argument(help="A checkpoint file, an artifact folder, auto, or a published model's name.")
     ],
     task: Annotated[TaskName, typer.Option(help="Which evaluation.")],
-    data: Annotated[Path, typer.Option(help="Folder of the data, see docs/evaluation.md.", exists=True)],
+    data: Annotated[str, typer.Option(help="Folder (or other data that can be trained on), see docs/evaluation.md.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for protocol, figures and skipped files.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder where features are kept for the next call (not segmentation, depth).")
@@ -100,7 +100,7 @@ def evaluate(
 def _run(
     model: str,
     task: TaskName,
-    data: Path,
+    data: str,
     given: dict[str, Any],
     *,
     out: Path | None,

@@ -14,7 +14,6 @@ Legend: n photos, S side of the squares, b photos of a step.
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,11 +51,6 @@ class Skipped:
 
     name: str
     reason: str
-
-    @property
-    def path(self) -> Path:
-        """The name as a path."""
-        return Path(self.name)
 
 
 class Source(Protocol):
@@ -359,59 +353,3 @@ def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tenso
     epoch, position = divmod(step, n_photos // batch_size)
     order = _epoch_order(n_photos, seed, epoch)
     return torch.from_numpy(order[position * batch_size : (position + 1) * batch_size].astype(np.int64))
-
-
-# Lists of paths: what the loop had before there were sources
-
-
-@dataclass(frozen=True)
-class Split:
-    """Photos to train on and photos kept for the evaluation."""
-
-    train: list[Path]
-    held_out: list[Path]
-
-
-def split_folder(folder: Path, held_out_share: float, seed: int) -> Split:
-    """As `split_source`, for the paths of a folder."""
-    if (folder / "train").is_dir() and (folder / "val").is_dir():
-        return Split(find_images(folder / "train"), find_images(folder / "val"))
-    paths = find_images(folder)
-    train, held_out = _held_out(len(paths), held_out_share, seed)
-    return Split([paths[i] for i in train], [paths[i] for i in held_out])
-
-
-@dataclass(frozen=True)
-class PhotoCache:
-    """Photos in memory: `pixels` uint8 [n, 3, S, S], `aspect` float [n] (width / height), and where each came from."""
-
-    paths: list[Path]
-    pixels: Tensor
-    aspect: Tensor
-    skipped: list[Skipped]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-def load_photos(paths: list[Path], side: int) -> PhotoCache:
-    """Decode all photos to squares of `side` pixels, in threads (Pillow decodes without the interpreter's lock).
-
-    Raises:
-        ValueError: not one photo could be read.
-    """
-
-    def load(path: Path) -> tuple[Pixels, float] | Skipped:
-        try:
-            return decode_square(read_file(path), side)
-        except ValueError as error:
-            return Skipped(str(path), str(error))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(load, paths))
-    good = [(path, *r) for path, r in zip(paths, results, strict=True) if not isinstance(r, Skipped)]
-    skipped = [r for r in results if isinstance(r, Skipped)]
-    if not good:
-        raise ValueError(f"none of {len(paths)} files could be read; the first: {skipped[0].name}: {skipped[0].reason}")
-    pixels = torch.from_numpy(np.stack([pixels for _, pixels, _ in good]))
-    return PhotoCache([path for path, _, _ in good], pixels, torch.tensor([a for _, _, a in good]), skipped)

@@ -17,12 +17,11 @@ from training.dataset import (
     decode_square,
     find_images,
     label_of,
-    load_photos,
     read_photo,
-    split_folder,
     split_source,
     squash,
 )
+from training.loader import open_loader, shuffled
 from training.sources import FolderSource
 
 
@@ -30,6 +29,14 @@ def save(path, size=(20, 10), color=(200, 10, 10), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path, **options)
     return path
+
+
+def load(folder):
+    return open_loader(FolderSource(folder), 16, shuffled(1, seed=0))
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
 
 
 def test_images_are_found_at_any_depth_and_other_files_ignored(tmp_path):
@@ -57,16 +64,16 @@ def test_broken_files_are_skipped_and_listed(tmp_path):
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder.jpg").mkdir()
-    cache = load_photos(find_images(tmp_path), 16)
-    assert [p.name for p in cache.paths] == ["good.jpg", "whole.png"]
-    assert {s.path.name for s in cache.skipped} == set(bad)
+    cache = load(tmp_path)
+    assert names(cache.source) == ["good.jpg", "whole.png"]
+    assert {s.name for s in cache.skipped} == set(bad)
     assert all(s.reason for s in cache.skipped)
 
 
 def test_only_broken_files_is_an_error(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"bad\.jpg"):
-        load_photos(find_images(tmp_path), 16)
+        load(tmp_path)
 
 
 def test_photos_are_upright_rgb_squares_with_their_aspect(tmp_path):
@@ -74,7 +81,7 @@ def test_photos_are_upright_rgb_squares_with_their_aspect(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees
     save(tmp_path / "turned.jpg", size=(40, 10), exif=exif)
     Image.new("L", (30, 10), 7).save(tmp_path / "gray.png")
-    cache = load_photos(find_images(tmp_path), 16)
+    cache = load(tmp_path)
     assert cache.pixels.shape == (2, 3, 16, 16)
     assert cache.pixels.dtype == torch.uint8
     assert cache.aspect.tolist() == [3.0, 0.25]
@@ -83,18 +90,22 @@ def test_photos_are_upright_rgb_squares_with_their_aspect(tmp_path):
 
 
 def test_a_folder_with_train_and_val_is_taken_at_its_word(tmp_path):
-    train, val = save(tmp_path / "train" / "a" / "1.png"), save(tmp_path / "val" / "a" / "2.png")
-    split = split_folder(tmp_path, 0.1, seed=0)
-    assert (split.train, split.held_out) == ([train], [val])
+    save(tmp_path / "train" / "a" / "1.png")
+    save(tmp_path / "val" / "a" / "2.png")
+    train, held_out = split_source(FolderSource(tmp_path), 0.1, seed=0)
+    assert (names(train), names(held_out)) == (["train/a/1.png"], ["val/a/2.png"])
 
 
 def test_otherwise_a_share_is_held_out_by_seed(tmp_path):
-    paths = {save(tmp_path / "a" / f"{i}.png") for i in range(20)}
-    split = split_folder(tmp_path, 0.25, seed=0)
-    assert len(split.held_out) == 5
-    assert {*split.train, *split.held_out} == paths
-    assert split == split_folder(tmp_path, 0.25, seed=0)
-    assert split != split_folder(tmp_path, 0.25, seed=1)
+    for i in range(20):
+        save(tmp_path / "a" / f"{i}.png")
+    source = FolderSource(tmp_path)
+    train, held_out = (names(part) for part in split_source(source, 0.25, seed=0))
+    # what the held-out photos were before there were sources: a seed keeps its meaning
+    order = np.random.default_rng(0).permutation(20)
+    assert held_out == [names(source)[i] for i in sorted(order[:5])]
+    assert sorted(train + held_out) == names(source)
+    assert held_out != names(split_source(source, 0.25, seed=1)[1])
 
 
 def test_an_epoch_shows_every_photo_once_and_the_next_in_another_order():
@@ -110,9 +121,9 @@ def test_an_epoch_shows_every_photo_once_and_the_next_in_another_order():
 def test_a_photo_too_thin_for_the_evaluation_is_skipped_at_loading(tmp_path):
     save(tmp_path / "good.png")
     save(tmp_path / "thin.png", size=(300, 2))
-    cache = load_photos(find_images(tmp_path), 16)
-    assert [p.name for p in cache.paths] == ["good.png"]
-    assert [s.path.name for s in cache.skipped] == ["thin.png"]
+    cache = load(tmp_path)
+    assert names(cache.source) == ["good.png"]
+    assert [s.name for s in cache.skipped] == ["thin.png"]
 
 
 def encoded(size, **options):
@@ -210,18 +221,6 @@ def test_the_order_is_that_of_sorted_paths_whatever_the_names(tmp_path):
     for name in names:
         save(tmp_path / name)
     assert find_images(tmp_path) == sorted(tmp_path / name for name in names)
-
-
-def test_a_source_is_split_as_its_folder_is(tmp_path):
-    for i in range(20):
-        save(tmp_path / "a" / f"{i}.png")
-    source, paths = FolderSource(tmp_path), split_folder(tmp_path, 0.25, seed=7)
-    train, held_out = split_source(source, 0.25, seed=7)
-    assert [tmp_path / train.name(i) for i in range(len(train))] == paths.train
-    assert [tmp_path / held_out.name(i) for i in range(len(held_out))] == paths.held_out
-    # what the held-out photos were before there were sources: a seed keeps its meaning
-    order = np.random.default_rng(7).permutation(20)
-    assert paths.held_out == [find_images(tmp_path)[i] for i in sorted(order[:5])]
 
 
 def test_a_photo_of_a_source_stands_for_a_path(tmp_path):

@@ -58,7 +58,7 @@ def no_progress(what: str, total: int) -> Callable[[int], object]:
 def evaluate(
     task: Task,
     backbone: Backbone,
-    data: Path,
+    data: str | Path,
     given: Mapping[str, Any] | None = None,
     *,
     cache: Path | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     """Run one evaluation.
 
     Args:
-        data: the folder; what must be in it depends on the task (docs/evaluation.md).
+        data: the folder, or for tasks with classes whatever can be trained on; what must be in it depends on the task (docs/evaluation.md).
         given: settings of the task that differ from its defaults.
         cache: folder where features are kept between calls; not for segmentation and depth.
         track: starts progress bars.

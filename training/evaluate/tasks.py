@@ -1,5 +1,6 @@
 """The six tasks: find the data, get features, call the evaluation, lay out a table. `run.py` chooses among them."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.preprocess import PreprocessSpec
-from training.dataset import Skipped, find_images, split_folder
+from training.dataset import Photo, Skipped, Source, photos_of, split_source
 from training.evaluate import depth, segmentation
 from training.evaluate.backbone import Backbone
 from training.evaluate.dense import DenseData, HeadTraining, Pair, find_pairs
@@ -28,6 +29,7 @@ from training.evaluate.settings import (
     RetrievalSettings,
     SegmentationSettings,
 )
+from training.sources import open_source
 
 Track = Callable[[str, int], Callable[[int], object]]
 """Starts a progress bar (what, how many) and gives what advances it."""
@@ -35,17 +37,17 @@ Track = Callable[[str, int], Callable[[int], object]]
 
 @dataclass(frozen=True)
 class Context:
-    """What every task needs: the model, the folder, the preprocessing, where features are kept, progress."""
+    """What every task needs: the model, the data, the preprocessing, where features are kept, progress."""
 
     backbone: Backbone
-    data: Path
+    data: str | Path
     spec: PreprocessSpec
     precision: Precision
     cache: Path | None
     track: Track
 
     def features(
-        self, what: str, paths: Sequence[Path], n_blocks: int = 1, boxes: Sequence[Box | None] | None = None
+        self, what: str, paths: Sequence[Path | Photo], n_blocks: int = 1, boxes: Sequence[Box | None] | None = None
     ) -> ImageFeatures:
         return cached_features(
             self.cache,
@@ -58,6 +60,17 @@ class Context:
             precision=self.precision,
             advance=self.track(f"features of {what}", len(paths)),
         )
+
+    @property
+    def source(self) -> Source:
+        """The photos of a task that knows their classes: whatever can be trained on."""
+        with tempfile.TemporaryDirectory() as index:  # of tar shards; what is needed of it stays in memory
+            return open_source(self.data, Path(index))
+
+    @property
+    def folder(self) -> Path:
+        """The data of a task that pairs files by their names."""
+        return Path(self.data)
 
     @property
     def device(self) -> torch.device:
@@ -97,32 +110,28 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _read(features: ImageFeatures, paths: Sequence[Path]) -> list[Path]:
+def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
     """The photos that could be read."""
     return [paths[index] for index in features.kept.tolist()]
 
 
-def _has_splits(folder: Path) -> bool:
-    return (folder / "train").is_dir() and (folder / "val").is_dir()
-
-
-def _check_classes(classes: dict[str, int], where: Path) -> None:
+def _check_classes(classes: dict[str, int], where: str | Path) -> None:
     if len(classes) < 2:
-        raise ValueError(f"{where}: photos lie in {len(classes)} class folder, and a classification needs at least 2")
+        raise ValueError(f"{where}: the photos are of {len(classes)} class, and a classification needs at least 2")
 
 
-def _labelled(context: Context, n_blocks: int, held_out: float, seed: int) -> Labelled:
-    """Features and labels of train and val, or of a share held out with `seed` where the folder has no splits."""
-    split = split_folder(context.data, held_out, seed)
-    if not split.held_out:
-        raise ValueError(f"{context.data}: {len(split.train)} photos are too few to hold out a share of {held_out}")
-    train = context.features("train", split.train, n_blocks)
-    val = context.features("val", split.held_out, n_blocks)
-    train_labels, classes = labels_of(_read(train, split.train))
+def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
+    """Features and labels of train and val, or of a share held out with `seed` where the data has no such parts."""
+    known, asked = (photos_of(part) for part in split_source(source, held_out, seed))
+    if not asked:
+        raise ValueError(f"{context.data}: {len(known)} photos are too few to hold out a share of {held_out}")
+    train = context.features("train", known, n_blocks)
+    val = context.features("val", asked, n_blocks)
+    train_labels, classes = labels_of(_read(train, known))
     _check_classes(classes, context.data)
-    val_labels, _ = labels_of(_read(val, split.held_out), classes)
+    val_labels, _ = labels_of(_read(val, asked), classes)
     protocol = {
-        "split": "train/ and val/" if _has_splits(context.data) else f"a share of {held_out} held out by the seed",
+        "split": "train and val" if source.parts else f"a share of {held_out} held out by the seed",
         "train_photos": len(train_labels),
         "val_photos": len(val_labels),
         "train_classes": len(classes),
@@ -135,15 +144,16 @@ def _labelled(context: Context, n_blocks: int, held_out: float, seed: int) -> La
 def run_knn(context: Context, settings: KnnSettings) -> Result:
     """val among train, or without splits every photo among all others (leave-one-out)."""
     device = context.device
-    if _has_splits(context.data):
-        found = _labelled(context, 1, 0.1, settings.seed)
+    source = context.source
+    if source.parts:
+        found = _labelled(context, source, 1, 0.1, settings.seed)
         train, val = (f.pooled(settings.pooling).to(device) for f in (found.train, found.val))
         accuracy = knn_accuracy(train, found.train_labels, val, found.val_labels, settings.k)
         protocol, skipped = found.protocol, found.skipped
     else:
-        paths = find_images(context.data)
-        features = context.features("photos", paths)
-        labels, classes = labels_of(_read(features, paths))
+        photos = photos_of(source)
+        features = context.features("photos", photos)
+        labels, classes = labels_of(_read(features, photos))
         _check_classes(classes, context.data)
         labels, pooled = labels.to(device), features.pooled(settings.pooling).to(device)
         accuracy = knn_accuracy(pooled, labels, pooled, labels, settings.k, leave_one_out=True)
@@ -155,7 +165,7 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
     """C chosen on a share of train, all of train fitted, val scored."""
-    found, device = _labelled(context, 1, settings.held_out, settings.seed), context.device
+    found, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         found.train.pooled(settings.pooling).to(device),
         found.train_labels,
@@ -176,7 +186,7 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 def run_linear(context: Context, settings: LinearSettings) -> Result:
     """All heads; the table has the best learning rate of each input, the figures have every head."""
     depth_wanted = max(settings.blocks)
-    found = _labelled(context, depth_wanted, settings.held_out, settings.seed)
+    found = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
     report = evaluate_linear(
         stack_features(found.train.cls, found.train.mean).to(device),
@@ -215,7 +225,7 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
 
 def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Sequence[str], read: Any) -> list[DenseData]:
     pairs: dict[str, list[Pair]] = {
-        split: find_pairs(context.data, split, kind, suffixes) for split in ("train", "val")
+        split: find_pairs(context.folder, split, kind, suffixes) for split in ("train", "val")
     }
     data: list[DenseData] = []
     for split, found in pairs.items():
@@ -324,16 +334,19 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     """Easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
     device = context.device
     if settings.ground_truth is None:
-        paths = find_images(context.data)
-        features = context.features("photos", paths)
-        labels, classes = labels_of(_read(features, paths))
+        source = context.source
+        photos = photos_of(source)
+        features = context.features("photos", photos)
+        labels, classes = labels_of(_read(features, photos))
         found = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
         protocol = {"ap": "mean precision at relevant photos", "photos": len(labels), "classes": len(classes)}
         return _retrieval_table({"same folder": found}, protocol | {"metric": "cosine"}), features.skipped
     truth = read_ground_truth(settings.ground_truth)
-    database = context.features("database", [context.data / name for name in truth.database])
+    database = context.features("database", [context.folder / name for name in truth.database])
     queries = context.features(
-        "queries", [context.data / query.image for query in truth.queries], boxes=[query.box for query in truth.queries]
+        "queries",
+        [context.folder / query.image for query in truth.queries],
+        boxes=[query.box for query in truth.queries],
     )
     skipped = queries.skipped + database.skipped
     if skipped:  # without them the figures are those of another, easier or harder, set
