@@ -304,8 +304,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """The values from 128/255 up inverted (Pillow's `ImageOps.solarize` at 128)."""
-    return torch.where(images >= 128 / 255, 1 - images, images)
+    """The values above one half inverted: on bytes, Pillow's `ImageOps.solarize` at 128.
+
+    Between the bytes 127 and 128 this choice is continuous: a difference in rounding cannot grow.
+    """
+    return torch.minimum(images, 1 - images)
 
 
 def _to_gray_(images: Tensor) -> Tensor:
