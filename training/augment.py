@@ -103,9 +103,8 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     aspect is in range (torchvision's RandomResizedCrop).
     """
     # Doubles: whether an attempt fits, and the rounded box, must not hang on how exp was vectorised.
-    area, ratio, shift = (
-        random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double().split((CROP_ATTEMPTS, CROP_ATTEMPTS, 2), dim=1)
-    )
+    drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
+    area, ratio, shift = drawn[:, :CROP_ATTEMPTS], drawn[:, CROP_ATTEMPTS:-2], drawn[:, -2:]
     aspect = aspect.double()
     area = scale[0] + (scale[1] - scale[0]) * area
     low, high = (math.log(bound) for bound in CROP_ASPECT)
@@ -195,7 +194,7 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
         window: side of the part of the photo that is multiplied, at least `window_sides`; S is always right.
     """
     side = images.shape[-1]
-    start, length = (boxes * side).split(2, dim=1)  # each [n, 2]: vertical, horizontal
+    start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
     if window < side:
         corner = (start - (length / out).clamp(min=1)).floor().clamp(0, side - window).long()
         places = zip(photo.tolist(), *corner.T.tolist(), strict=True)
@@ -213,7 +212,7 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
 
 def grayscale(images: Tensor) -> Tensor:
     """Luma [n, 1, H, W] of `images` [n, 3, H, W]."""
-    r, g, b = images.split(1, dim=1)
+    r, g, b = images.chunk(3, dim=1)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
@@ -242,7 +241,7 @@ def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
     """The hue of `images` [n, 3, H, W] moved by `turn` [n] of a full circle, in HSV."""
-    r, g, b = images.split(1, dim=1)
+    r, g, b = images.chunk(3, dim=1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
     # The hue in turns: the difference of the two weaker channels from where the strongest one's sector has its middle.
@@ -305,8 +304,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """The values from 128/255 up inverted (Pillow's `ImageOps.solarize` at 128)."""
-    return torch.where(images >= 128 / 255, 1 - images, images)
+    """The values above one half inverted: on bytes, Pillow's `ImageOps.solarize` at 128.
+
+    Between the bytes 127 and 128 this choice is continuous: a difference in rounding cannot grow.
+    """
+    return torch.minimum(images, 1 - images)
 
 
 def _to_gray_(images: Tensor) -> Tensor:
@@ -364,8 +366,8 @@ def augmented_views(
     windows = window_sides(draws.boxes, side, out) if on_cpu else torch.full((len(draws.boxes),), side)
     per_chunk = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // (3 * out**2))
     result = torch.empty(len(windows), 3, out, out, device=images.device)
-    for window in windows.unique().tolist():
-        for index in (windows == window).nonzero()[:, 0].split(per_chunk):
+    for window in sorted(set(windows.tolist())):
+        for index in torch.split((windows == window).nonzero()[:, 0], per_chunk):
             crops = crop_resize(images, index % n_photos, draws.boxes[index], out, draws.flips[index], window)
             crops = change_colors_(crops, draws, index)
             sigma = draws.sigma[index]
