@@ -232,7 +232,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
     Raises:
         OSError: a recipe's file that cannot be read.
-        ValueError: unknown recipe (the names are listed), no TOML, an override without `=`, an unknown key, a bad value.
+        ValueError: unknown recipe (the names are listed), no TOML, an override without `=`, unknown key, bad value.
     """
     path = RECIPES / f"{recipe}.toml"
     if recipe.endswith(".toml"):

@@ -1,7 +1,5 @@
 """A step's crops and masks: their shapes and order, and that ranks and micro-batches see what one process sees."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 
@@ -53,12 +51,17 @@ def joined(settings, photos, split, step=4):
 
 def test_shapes_and_order(photos):
     crops = crops_of(config(), photos, list(range(BATCH)))
-    assert [f.name for f in fields(crops)] == ["globals_", "locals_", "masks"]
     assert crops.globals_.shape == (2 * BATCH, 3, 56, 56)
     assert crops.locals_.shape == (3 * BATCH, 3, 28, 28)
     assert crops.masks.shape == (2 * BATCH, 16)
     assert crops.masks.dtype == torch.bool
     assert int(crops.masks.any(dim=1).sum()) == BATCH  # half of the images
+    assert torch.equal(crops.hidden, crops.masks)
+    assert crops.selected.tolist() == crops.masks.flatten().nonzero().flatten().tolist()
+    everything = crops_of(config(ibot_patches="all"), photos, [0, 1])
+    assert not everything.hidden.any()
+    assert everything.masks.all()
+    assert everything.selected.tolist() == list(range(2 * 2 * 16))
     assert crops_of(config(n_local=0), photos, [0, 1]).locals_ is None
 
 

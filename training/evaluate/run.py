@@ -67,7 +67,8 @@ def evaluate(
     """Run one evaluation.
 
     Args:
-        data: the folder, or for tasks with classes whatever can be trained on; what must be in it depends on the task (docs/evaluation.md).
+        data: the folder, or for tasks with classes whatever can be trained on; what must be in it depends on the
+            task (docs/evaluation.md).
         given: settings of the task that differ from its defaults.
         cache: folder where features are kept between calls; not for segmentation and depth.
         track: starts progress bars.
