@@ -6,6 +6,7 @@ the mean, and the table says which to take.
 """
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.dataset import split_folder
+from training.dataset import photos_of, split_source
 from training.evaluate.knn import evaluate_knn
+from training.sources import open_source
 
 
 def average_weights(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -63,7 +65,9 @@ def knn_of(path: Path, data: Path, ks: Sequence[int] = (10, 20)) -> dict[int, fl
     backbone = DinoVisionTransformer(config)
     backbone.load_state_dict(weights)
     settings = facts.get("settings", {})
-    split = split_folder(data, settings.get("held_out_share", 0.1), settings.get("seed", 0))
+    with tempfile.TemporaryDirectory() as index:
+        source = open_source(data, Path(index))
+    train, held_out = split_source(source, settings.get("held_out_share", 0.1), settings.get("seed", 0))
     spec = PreprocessSpec.model_validate(facts["preprocess"])
     with torch.inference_mode():
-        return evaluate_knn(backbone, split.train, split.held_out, spec, ks)["cls"]
+        return evaluate_knn(backbone, photos_of(train), photos_of(held_out), spec, ks)["cls"]
