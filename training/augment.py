@@ -46,7 +46,7 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)  # kinds of blend
 BLEND_ORDERS = tuple(itertools.permutations(range(3)))
 DRAW_BOX, DRAW_LOOK = range(2)  # numbers of a sample's draws
 WINDOW_STEP = 32  # pixels
-CPU_CHUNK, GPU_CHUNK = 2**20, 2**26  # elements of crops that are worked on at once
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # elements of crops, or of what they are cut from, at once
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,10 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
     start, length = start + length * (sign < 0), length * sign
     spans = torch.stack((start, length)).flatten(1).to(images.device, non_blocking=True)  # [2, n*2]
     rows, columns = resize_weights(spans[0], spans[1], window, out).view(-1, 2, out, window).unbind(1)
-    narrow = pixels.flatten(1, 2).float() @ columns.transpose(1, 2)  # [n, 3*W, W] @ [n, W, o]
-    return (rows / 255).unsqueeze(1) @ narrow.view(-1, 3, window, out)  # [n, 1, o, W] @ [n, 3, W, o]
+    # Channels between the axes: each product then takes all three at once.
+    wide = pixels.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2)  # [n, W, 3*W]
+    narrow = ((rows / 255) @ wide).view(-1, out * 3, window) @ columns.transpose(1, 2)  # [n, o*3, o]
+    return narrow.view(-1, out, 3, out).transpose(1, 2).contiguous()
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -364,9 +366,10 @@ def augmented_views(
     draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))
     on_cpu = images.device.type == "cpu"
     windows = window_sides(draws.boxes, side, out) if on_cpu else torch.full((len(draws.boxes),), side)
-    per_chunk = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // (3 * out**2))
+    chunk = CPU_CHUNK if on_cpu else GPU_CHUNK
     result = torch.empty(len(windows), 3, out, out, device=images.device)
     for window in sorted(set(windows.tolist())):
+        per_chunk = max(1, chunk // (3 * max(out, window) ** 2))
         for index in torch.split((windows == window).nonzero()[:, 0], per_chunk):
             crops = crop_resize(images, index % n_photos, draws.boxes[index], out, draws.flips[index], window)
             crops = change_colors_(crops, draws, index)

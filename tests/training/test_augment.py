@@ -305,7 +305,7 @@ def plain_view(image, draws, i, size):
     return normalize(crop)[0]
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 28**2 * 5, 2**20])
+@pytest.mark.parametrize("chunk", [1, 3 * 64**2 * 5, 2**21])
 def test_views_are_the_operations_on_one_photo_at_a_time(photos, chunk, monkeypatch):
     monkeypatch.setattr(augment, "CPU_CHUNK", chunk)
     images = torch.nn.functional.interpolate(to_tensor(photos), 100, mode="bilinear").mul(255).byte()
