@@ -71,7 +71,7 @@ class Official:
 
     def __init__(self, checkout: Path, config: TrainConfig, ours: Setup) -> None:
         os.environ["XFORMERS_DISABLED"] = "1"
-        warnings.filterwarnings("ignore", message="xFormers")
+        warnings.filterwarnings("ignore")
         sys.path.insert(0, str(checkout))
         from dinov2.layers import DINOHead, MemEffAttention, NestedTensorBlock
         from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
@@ -159,6 +159,8 @@ class Official:
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["lr_multiplier"], weight_decay * group["wd_multiplier"]
         self.optimizer.zero_grad(set_to_none=True)
+        # its data loader makes these, not the step
+        weights = (1 / crops.masks.sum(-1).clamp(min=1))[crops.selected // crops.masks.shape[1]]
         with self.autocast:
             cls_targets, patch_targets = self.targets(crops, temp)
             backbone = self.student["backbone"]
@@ -172,7 +174,7 @@ class Official:
             global_loss = self.dino([logits[n_small:]], [cls_targets.flatten(0, 1)]) * 2 / n_pairs
             koleo = sum(self.koleo(part) for part in cls.chunk(2))
             ibot = self.ibot.forward_masked(
-                patch_logits, patch_targets, crops.masks, n_masked_patches=len(patches), masks_weight=crops.weights
+                patch_logits, patch_targets, crops.masks, n_masked_patches=len(patches), masks_weight=weights
             )
             loss = config.dino_weight * (local_loss + global_loss) + config.koleo_weight * koleo
             loss = loss + config.ibot_weight * ibot
@@ -224,6 +226,7 @@ def main() -> None:
     batch = config.batch_size
     ours = make_setup(config, World(0, 1, device))
     theirs = Official(arguments.official, config, ours)
+    dtype = compute_dtype(ours.autocast)
     schedules = make_schedules(config, 1000)
     images = torch.randint(0, 256, (batch, 3, config.cache_size, config.cache_size), dtype=torch.uint8)
     crops = make_crops(config, images, torch.ones(batch), 0, torch.arange(batch), crop_views(config, 0.0), device)
@@ -236,14 +239,13 @@ def main() -> None:
             if name == "official":
                 loss = theirs.step(crops, *map(float, values), float(temp))
             else:
-                with attention_kernel(device):
+                with attention_kernel(device, dtype):
                     loss = train_step(config, ours, schedules, [crops], step)[0]["loss"].item()
             wait(device)
             first.setdefault(name, loss)
             if number:  # the first warms up
                 rates[name].append(batch / (time.perf_counter() - start))
     difference = abs(first["ours"] / first["official"] - 1)
-    dtype = compute_dtype(ours.autocast)
     assert difference < (1e-4 if dtype == torch.float32 else 2e-2), first
     peak, gflop = limit(device, dtype), work_of_step(config) / batch / 1e9
     ratio = float(np.median(np.array(rates["ours"]) / np.array(rates["official"])))

@@ -53,13 +53,13 @@ def compute_dtype(autocast: torch.autocast) -> torch.dtype:
     return autocast.fast_dtype if autocast._enabled else torch.float32
 
 
-def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
-    """The attention to train with.
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """The attention to train with: the fused kernel, but for bf16 on a CPU.
 
-    On a CPU the fused kernel's backward pass is a quarter of the step at the 10 to 65 tokens of small crops; plain
-    matrix products take a third of that.
+    There its backward pass is a quarter of the step at the 10 to 65 tokens of small crops, and plain matrix products
+    take a third of that. In float32 the fused one is faster at every size (docs/decisions/0010-training-on-a-cpu.md).
     """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
 
 
 def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from training.monitor import Monitor
 from training.outcome import CHECKPOINT, finish, released_backbone, report_knn, write_checkpoint, write_sheet
 from training.provenance import provenance
 from training.sentinels import NEVER, FirstNotFinite, Limits, Sentinels, Verdict, rankme_share, save_replay
-from training.setup import Setup, attention_kernel, compute_dtype, make_setup
+from training.setup import Setup, attention_kernel, compute_dtype, make_autocast, make_setup
 from training.sinks import make_sinks
 from training.state import check_same_settings, drop_states, find_state, load_state, save_state
 from training.step import Schedules, make_schedules, train_step
@@ -96,7 +96,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         sigterm_noted() as stop,
         join(config.device) as world,
         open_data(config, world, console) as data,
-        attention_kernel(world.device),
+        attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
         run, step = begin(config, world, data, console)
         with run.monitor:
