@@ -15,7 +15,7 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.average import average_checkpoints, average_weights, in_common, knn_of, split_for
-from training.dataset import split_folder
+from training.dataset import photos_of, split_source
 from training.evaluate.knn import evaluate_knn
 from training.sources import open_source
 
@@ -113,20 +113,21 @@ def test_each_is_tested_as_its_run_would(three, photos, tmp_path):
     mean = tmp_path / "mean.safetensors"
     average_checkpoints(three, mean)
     accuracies, n = knn_of(three, mean, str(photos), ks=(1, 5))
-    split = split_folder(photos, SETTINGS["held_out_share"], SETTINGS["seed"])
-    assert n == len(split.held_out) == 6
+    source = open_source(photos, tmp_path)
+    known, held_out = (photos_of(part) for part in split_source(source, SETTINGS["held_out_share"], SETTINGS["seed"]))
+    assert n == len(held_out) == 6
     for path, found in zip([*three, mean], accuracies, strict=True):
         weights, config, _ = load_checkpoint(path)
         model = DinoVisionTransformer(config)
         model.load_state_dict(weights)
-        assert found == evaluate_knn(model, split.train, split.held_out, SPEC, (1, 5))["cls"]
+        assert found == evaluate_knn(model, known, held_out, SPEC, (1, 5))["cls"]
 
 
 def test_only_photos_that_all_held_out_are_fair(photos, tmp_path):
     facts = [{"settings": {"held_out_share": 0.5, "seed": seed}} for seed in (0, 1)]
     source = open_source(photos, tmp_path)
     known, test = split_for(source, facts)
-    held_out = [{str(p.relative_to(photos)) for p in split_folder(photos, 0.5, seed).held_out} for seed in (0, 1)]
+    held_out = [{photo.name for photo in photos_of(split_source(source, 0.5, seed)[1])} for seed in (0, 1)]
     assert {photo.name for photo in test} == held_out[0] & held_out[1]
     assert len(known) + len(test) == 24
     assert {photo.name for photo in known}.isdisjoint({photo.name for photo in test})
