@@ -107,7 +107,11 @@ def print_table(found: Mapping[str, Any], console: Console) -> None:
 
 def page(found: Mapping[str, Any], out: Path) -> str:
     """The page, of the figures and of the two runs in `out`."""
-    table = [[group, name, *cells] for group, name, cells in rows(found)]
+    lines = rows(found)
+    groups = [group for group, _, _ in lines]
+    table = [
+        ["" if i and groups[i - 1] == group else group, name, *cells] for i, (group, name, cells) in enumerate(lines)
+    ]
     changes = [[key, json.dumps(dino), json.dumps(found["settings"][key])] for key, dino in found["changes"].items()]
     events = [(RUNS[name], event) for name in RUNS for event in found["networks"][name]["run"]["events"]]
     origin = [[key, str(found[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]

@@ -39,7 +39,7 @@ n_prototypes = 32
 head_hidden_dim = 16
 head_bottleneck_dim = 8
 batch_size = 8
-epochs = 2
+epochs = 3
 eval_resize = 28
 eval_crop = 28
 precision = "fp32"
@@ -110,8 +110,8 @@ def test_both_train_before_anything_is_evaluated_and_on_the_same_budget(place, m
 
 def test_every_figure_is_of_the_run_or_of_its_network(place, found):
     assert json.loads((place / "out" / "compare.json").read_text()) == found
-    assert (found["photos"], found["held_out"], found["classes"], found["steps"]) == (22, 5, 3, 4)
-    assert found["photos_seen"] == 32
+    assert (found["photos"], found["held_out"], found["classes"], found["steps"]) == (22, 5, 3, 6)
+    assert found["photos_seen"] == 48
     both = configs(place)
     known, held_out = photos_to_judge(both["dinov2"], place / "index")
     backbones = {name: trained(config) for name, config in both.items()}
@@ -129,14 +129,14 @@ def test_every_figure_is_of_the_run_or_of_its_network(place, found):
     for name in RUNS:
         lines = read_lines(place / "out" / name / "metrics.jsonl")
         run = found["networks"][name]["run"]
-        assert run["lines"] == len(lines) == 4
+        assert run["lines"] == len(lines) == 6
         assert run["images_per_s"] == statistics.median(line["images_per_s"] for line in lines)
         assert run["peak_memory_bytes"] == max(line["peak_memory_bytes"] for line in lines)
         assert run["seconds"] == pytest.approx(sum(line["seconds"] for line in lines), abs=0.1)
         assert run["dino_over_ln_k"] == pytest.approx(lines[-1]["dino"] / math.log(32))
         assert run["stability"] == stability([line["dino_over_ln_k"] for line in lines])
-    assert [line["ibot"] > 0 for line in read_lines(place / "out" / "dinov2" / "metrics.jsonl")] == [True] * 4
-    assert [line["ibot"] for line in read_lines(place / "out" / "dino" / "metrics.jsonl")] == [0.0] * 4
+    assert [line["ibot"] > 0 for line in read_lines(place / "out" / "dinov2" / "metrics.jsonl")] == [True] * 6
+    assert [line["ibot"] for line in read_lines(place / "out" / "dino" / "metrics.jsonl")] == [0.0] * 6
 
 
 def test_the_command_goes_on_and_finds_the_same(place, found, monkeypatch):
