@@ -90,11 +90,8 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
 
 def is_whitened(facts: dict[str, Any]) -> bool:
-    """Whether a checkpoint's weights are: whitening is a run's last act, and only after it there is a k-NN to tell.
-
-    The checkpoints before it (`keep_checkpoints_every_epochs`) share the run's settings and are as trained.
-    """
-    return facts.get("settings", {}).get("whiten") is not None and "knn" in facts
+    """Whether a checkpoint's weights are. Whitening is a run's last act: the checkpoints that it keeps are as trained."""
+    return bool(facts.get("whitened"))
 
 
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from training.flops import describe_device
 from training.monitor import EVENTS, METRICS, read_lines
 from training.outcome import CHECKPOINT
 from training.provenance import code_revision
-from training.report import _column, _values
+from training.report import points_of, values_of
 from training.sentinels import rankme_share
 from training.setup import make_network
 from training.sources import open_source
@@ -265,13 +265,13 @@ def judge(
 def run_figures(config: TrainConfig) -> dict[str, Any]:
     """What a run's files tell of it."""
     lines = read_lines(config.out / METRICS)
-    speeds, memory = _values(lines, "images_per_s"), _values(lines, "peak_memory_bytes")
-    loss = _values(lines, "dino_over_ln_k")
+    speeds, memory = values_of(lines, "images_per_s"), values_of(lines, "peak_memory_bytes")
+    loss = values_of(lines, "dino_over_ln_k")
     return {
-        "stability": stability([value for _, value in _column(lines, "dino_over_ln_k")]),
+        "stability": stability([value for _, value in points_of(lines, "dino_over_ln_k")]),
         "dino_over_ln_k": loss[-1] if loss else None,
         "images_per_s": statistics.median(speeds) if speeds else None,
-        "seconds": round(sum(_values(lines, "seconds")), 1),
+        "seconds": round(sum(values_of(lines, "seconds")), 1),
         "peak_memory_bytes": max(memory, default=None),
         "lines": len(lines),
         "events": [f"{line.get('kind')}: {line.get('message')}" for line in read_lines(config.out / EVENTS)],

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from training.charts import Series, line_chart
 from training.monitor import EVALUATIONS, METRICS, read_lines
-from training.report import CSS, _column, _names, _section, _table
+from training.report import CSS, html_section, html_table, names_of, points_of
 
 RUNS = {"dino": "DINO", "dinov2": "DINOv2"}
 NETWORKS = {"untrained": "untrained", **RUNS}
@@ -117,12 +117,12 @@ def page(found: Mapping[str, Any], out: Path) -> str:
     origin = [[key, str(found[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]
     body = [
         f'<h1>DINO beside DINOv2</h1><p class="muted">{escape(heading(found))}</p>',
-        _section("Figures", _table(table, ["", "figure", *NETWORKS.values()], range(2, 2 + len(NETWORKS)))),
+        html_section("Figures", html_table(table, ["", "figure", *NETWORKS.values()], range(2, 2 + len(NETWORKS)))),
         f'<p class="muted">{escape(LEGEND)}</p>',
-        _section("Curves", charts(out)),
-        _section("What the runs said", _table(events) if events else ""),
-        _section("What they differ in", _table(changes, ["setting", *RUNS.values()])),
-        _section("Where it comes from", _table(origin)),
+        html_section("Curves", charts(out)),
+        html_section("What the runs said", html_table(events) if events else ""),
+        html_section("What they differ in", html_table(changes, ["setting", *RUNS.values()])),
+        html_section("Where it comes from", html_table(origin)),
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DINO beside DINOv2</title>'
@@ -137,9 +137,9 @@ def charts(out: Path) -> str:
     evaluations = {name: read_lines(out / name / EVALUATIONS) for name in RUNS}
 
     def both(of: Mapping[str, list[dict[str, Any]]], figure: str) -> list[Series]:
-        return [Series(RUNS[name], _column(lines, figure)) for name, lines in of.items()]
+        return [Series(RUNS[name], points_of(lines, figure)) for name, lines in of.items()]
 
-    during = [name for name in _names(evaluations["dinov2"], "knn_cls_") if not name.endswith("_1")]
+    during = [name for name in names_of(evaluations["dinov2"], "knn_cls_") if not name.endswith("_1")]
     found = [
         line_chart(both(metrics, "dino_over_ln_k"), title="DINO loss", y_label="share of ln K", mark=(1.0, "collapse")),
         *(line_chart(both(evaluations, x), title=f"k-NN during the run, {x}", y_label="accuracy") for x in during),

@@ -95,7 +95,7 @@ def finish(
         whiten(backbone, extract_features(backbone, sample, config.eval_spec)["cls"], config.whiten)
     knn = report_knn(config, data, backbone)
     (config.out / "knn.json").write_text(json.dumps(knn, indent=1))
-    write_checkpoint(path, config, backbone, facts | {"knn": knn}, total)
+    write_checkpoint(path, config, backbone, facts | {"knn": knn, "whitened": config.whiten is not None}, total)
     write_sheet(config, data, backbone, total, total)
     report = write_report(config.out)
     found = f"k-NN on {len(data.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}"

@@ -102,7 +102,7 @@ def test_what_cannot_be_averaged_is_refused(three, tmp_path):
 
 def test_whitened_weights_are_refused_and_those_before_the_whitening_are_not(tmp_path):
     kept = [checkpoint(tmp_path / f"step_{i}.safetensors", i, settings={"whiten": 0.1}, steps=i) for i in range(2)]
-    last = checkpoint(tmp_path / "last.safetensors", 2, settings={"whiten": 0.1}, steps=9, knn={})
+    last = checkpoint(tmp_path / "last.safetensors", 2, settings={"whiten": 0.1}, steps=9, knn={}, whitened=True)
     with pytest.raises(ValueError, match=r"last\.safetensors is whitened"):
         average_checkpoints([*kept, last], tmp_path / "mean.safetensors")
     average_checkpoints(kept, tmp_path / "mean.safetensors")
