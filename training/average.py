@@ -90,7 +90,7 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
 
 def is_whitened(facts: dict[str, Any]) -> bool:
-    """Whether a checkpoint's weights are. Whitening is a run's last act: the checkpoints that it keeps are as trained."""
+    """Whether a checkpoint's weights are. Whitening is a run's last act: what it keeps before is as trained."""
     return bool(facts.get("whitened"))
 
 
