@@ -54,6 +54,17 @@ class Data:
         return found
 
 
+def check_apart(data: str, out: Path) -> None:
+    """Refuse a run's folder among the photos: its picture sheets would be trained on.
+
+    Raises:
+        ValueError: `out` is the folder of the photos, or lies in it.
+    """
+    folder = Path(data.removeprefix("file://"))
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"out={out} lies in data={data}: its pictures would be taken for photos; choose another out")
+
+
 @contextmanager
 def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[Data]:
     """Open the data of a run; unreadable photos are listed in `skipped.txt` and counted on the screen.

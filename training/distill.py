@@ -10,11 +10,12 @@ Legend: D width of the teacher, K prototypes, M selected patches, n rows.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 
 from model.artifact import read_manifest
@@ -53,22 +54,36 @@ class PrototypeTeacher(nn.Module):
         return Output(cls, self._logits("cls", cls), None, self._logits("patch", patches))
 
     @torch.no_grad()
-    def choose(self, micros: Iterable[Crops], world: World) -> None:
-        """Take prototypes from the crops of some steps, as many as are needed; the same on all ranks.
+    def choose(self, steps: Iterable[Sequence[Crops]], world: World) -> None:
+        """Take prototypes from this rank's micro-batches of some steps, as many as are needed; the same on all ranks.
+
+        They are numbered by step, view and place in the step's batch, so that the student's heads still fit when the
+        run goes on in other micro-batches or on other ranks.
 
         Raises:
-            ValueError: the crops end before there are enough.
+            ValueError: the steps end before there are enough.
         """
         n_wanted = len(self.get_buffer("cls_prototypes"))
         found: dict[str, list[Tensor]] = {"cls": [], "patch": []}
         n_cls = 0
-        for crops in micros:
-            features = self.backbone.forward_features(crops.globals_)
-            cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
-            # As many patches as class tokens, each from another place of its photo.
-            place = torch.arange(len(patches), device=patches.device)
-            found["patch"].append(gather_rows(world, patches[place, (place * 7919) % patches.shape[1]].float()))
-            found["cls"].append(gather_rows(world, cls.float()))
+        for micros in steps:
+            tokens: dict[str, list[Tensor]] = {"cls": [], "patch": []}  # [2, b, D] of each micro-batch
+            n_mine = sum(len(crops.globals_) // 2 for crops in micros)
+            at = world.rank * n_mine  # in the step's batch
+            for crops in micros:
+                features = self.backbone.forward_features(crops.globals_)
+                patches = features["x_norm_patchtokens"]
+                # As many patches as class tokens, each from another place of its photo.
+                b = len(patches) // 2
+                number = torch.arange(at, at + b, device=patches.device)
+                number = torch.cat((number, number + world.size * n_mine))
+                picked = patches[torch.arange(2 * b, device=patches.device), (number * 7919) % patches.shape[1]]
+                at += b
+                tokens["patch"].append(picked.float().unflatten(0, (2, -1)))
+                tokens["cls"].append(features["x_norm_clstoken"].float().unflatten(0, (2, -1)))
+            for kind, parts in tokens.items():
+                mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [b, 2, D]: ranks follow each other
+                found[kind].append(gather_rows(world, mine).transpose(0, 1).flatten(0, 1))
             n_cls += len(found["cls"][-1])
             if n_cls >= n_wanted:
                 break
@@ -85,7 +100,9 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
     """The teacher that `config.teacher` names: a run's folder (with heads), else a backbone without.
 
     Raises:
-        ValueError: no such teacher, or heads with another number of prototypes than the student's.
+        ValueError: no such teacher, patches of another size than the student's, or heads with another number of
+            prototypes.
+        OSError: a file of it cannot be read.
         model.zoo.DownloadError: published weights that cannot be had.
     """
     assert config.teacher is not None
@@ -93,9 +110,42 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
     if (path / FOLDER).is_dir():
         return _of_run(path, config)
     vit = _config_of(path, config.teacher_model)
+    _check_grid(vit, config)
     backbone = DinoVisionTransformer(vit)
     backbone.load_state_dict(initial_weights(config.teacher, config.teacher_model, vit))
     return PrototypeTeacher(backbone, config.n_prototypes)
+
+
+def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
+    """iBOT compares patch with patch: both networks must cut a crop into the same ones."""
+    if vit.patch_size != config.vit_config.patch_size:
+        raise ValueError(
+            f"teacher={config.teacher} has patches of {vit.patch_size} pixels, the student ({config.model}) of "
+            f"{config.vit_config.patch_size}: they must be the same"
+        )
+
+
+def teacher_digest(teacher: nn.Module) -> str:
+    """Of the weights, whatever file they came from. Prototypes follow from them and the photos."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in teacher.state_dict().items():
+        if not name.endswith(("_mean", "_prototypes")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None) -> None:
+    """Refuse to go on with another teacher: that of a run that has gone on, say.
+
+    Raises:
+        ValueError: the run's state was made with another one.
+    """
+    if theirs != mine:
+        raise ValueError(
+            f"teacher={config.teacher} has other weights than this run's teacher had so far; "
+            "choose another out folder, or put the old ones back"
+        )
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
@@ -114,6 +164,7 @@ def _of_run(path: Path, config: TrainConfig) -> Network:
         raise ValueError(
             f"teacher={path} has {theirs.n_prototypes} prototypes: n_prototypes={config.n_prototypes} must be the same"
         )
+    _check_grid(theirs.vit_config, config)
     saved, _ = find_state(path)
     if saved is None:
         raise ValueError(f"teacher={path} has no state that is whole in {path / FOLDER}")

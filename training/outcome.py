@@ -15,7 +15,7 @@ from training.crops import crop_views, make_crops
 from training.data import Data
 from training.dataset import squash
 from training.distributed import World, whole
-from training.evaluate.features import Pooling, extract_features
+from training.evaluate.features import Pooling, compute_features
 from training.evaluate.knn import evaluate_knn
 from training.report import write_report
 from training.sheets import picture_sheet, save_sheet, shrunk
@@ -57,12 +57,15 @@ def write_sheet(config: TrainConfig, data: Data, backbone: DinoVisionTransformer
     for photo in data.known[::step_of_gallery][:GALLERY]:
         try:
             pixels = photo.read()
+            square = squash(pixels, config.cache_size)
         except ValueError:  # a streamed photo that is broken: the loader lists it
             continue
         if len(squares) < min(SHEET_PHOTOS, config.batch_size):
-            squares.append(squash(pixels, config.cache_size))
+            squares.append(square)
         gallery.append(shrunk(pixels, config.eval_spec))
         names.append(photo.label or "")
+    if not gallery:  # of many streamed photos, all looked at are broken
+        return
     device = backbone.cls_token.device
     images = torch.from_numpy(np.stack([square for square, _ in squares])).to(device)
     aspect = torch.tensor([aspect for _, aspect in squares])
@@ -92,7 +95,7 @@ def finish(
         return path, ""
     if config.whiten is not None:
         sample = data.known[:: math.ceil(len(data.known) / WHITENING_PHOTOS)]
-        whiten(backbone, extract_features(backbone, sample, config.eval_spec)["cls"], config.whiten)
+        whiten(backbone, compute_features(backbone, sample, config.eval_spec).pooled("cls"), config.whiten)
     knn = report_knn(config, data, backbone)
     (config.out / "knn.json").write_text(json.dumps(knn, indent=1))
     write_checkpoint(path, config, backbone, facts | {"knn": knn, "whitened": config.whiten is not None}, total)

@@ -155,6 +155,13 @@ class Sentinels:
         """Whether this step (counted from 1) is left out: no update, the next photos are the next step's."""
         return step in self.state.passed_over
 
+    def may_go_back_to(self) -> list[int]:
+        """Steps that a rollback may ask for, however long ago they were: their states must stay. (What was not finite
+        asks for the newest.)"""
+        limits, state = self.limits, self.state
+        steps = [state.good_step] if limits.on_collapse == "rollback" else []
+        return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
+
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
         """Collapse, from one line's `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`."""
         signs = self._signs(figures)

@@ -7,11 +7,16 @@ optimizer, moving centres, what the sentinels remember and the step number are t
 that is written last and carries the file's digest: a state without it, or with another digest, was cut off, and the one
 before it is taken. Tensors are whole, whatever the ranks kept of them, so a run of two ranks goes on with one.
 Read with `weights_only`: a state file cannot run code.
+
+One process at a time may write there (`alone_in`): two would drop each other's states.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from training.distributed import World, put, wait_for_all, whole
 from training.student_teacher import Network
 
 FOLDER = "states"
+LOCK = "lock"
 
 # What may change between the run that stopped and the run that goes on: where it runs, and what it shows.
 FREE_SETTINGS = {
@@ -99,14 +105,24 @@ def _sync(path: Path) -> None:
 
 
 def save_state(
-    out: Path, parts: Parts, step: int, settings: dict[str, Any], memory: dict[str, Any], keep: int, world: World
-) -> None:
-    """Write the state after `step` steps, and drop all but the newest `keep`. Every rank must call it; rank 0 writes.
+    out: Path,
+    parts: Parts,
+    step: int,
+    settings: dict[str, Any],
+    memory: dict[str, Any],
+    keep: int,
+    world: World,
+    needed: Sequence[int] = (),
+) -> "Saved | None":
+    """Write the state after `step` steps, and drop what is no longer needed. Every rank must call it; rank 0 writes,
+    and gets what it wrote.
 
     Args:
         out: the run's folder.
         settings: of the run; a run with others is refused.
         memory: JSON of what else must come back (sentinels, data).
+        keep: how many of the newest states stay.
+        needed: steps that a sentinel may go back to: of each, the newest state of it or before stays too.
 
     Raises:
         OSError: it cannot be written; the states before it are as they were.
@@ -117,33 +133,76 @@ def save_state(
         "optimizer": _whole(_optimizer_tensors(parts), world.is_main),
         "buffers": _whole(parts.buffers, world.is_main),
     }
+    saved = None
     if world.is_main:
         folder = out / FOLDER
-        folder.mkdir(exist_ok=True)
         path = folder / f"{step:09}.pt"
-        temporary = path.with_suffix(".part")
+        try:
+            folder.mkdir(exist_ok=True)
+            digest = _write_tensors(path, state)
+            note: dict[str, Any] = {"step": step, "digest": digest, "settings": comparable(settings), "memory": memory}
+            _write_note(path.with_suffix(".json"), note)
+        except OSError as error:
+            raise OSError(
+                f"the state of step {step} cannot be written: {error}. Those before it are whole: make room in "
+                f"{folder} (keep_states says how many are kept), and the same command goes on"
+            ) from error
+        _prune(folder, step, keep, needed)
+        saved = Saved(path, step, note["settings"], memory)
+    wait_for_all(world)
+    return saved
+
+
+def _write_tensors(path: Path, state: dict[str, Any]) -> str:
+    """The state's file; its digest."""
+    temporary = path.with_suffix(".part")
+    try:
         try:
             torch.save(state, temporary)
-            _sync(temporary)
-            note = {"step": step, "digest": _digest(temporary), "settings": comparable(settings), "memory": memory}
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _write_note(path.with_suffix(".json"), note)
-        for old in sorted(folder.glob("*.json"))[:-keep]:
-            old.unlink()
-            old.with_suffix(".pt").unlink(missing_ok=True)
-    wait_for_all(world)
+        except RuntimeError as error:  # a full disk arrives as one
+            raise OSError(f"{temporary}: {str(error).splitlines()[0]}") from error
+        _sync(temporary)
+        digest = _digest(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
 
 
 def _write_note(path: Path, note: dict[str, Any]) -> None:
     temporary = path.with_suffix(".note.part")
-    with temporary.open("w") as file:
-        json.dump(note, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            json.dump(note, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def _notes(folder: Path) -> list[Path]:
+    """The states' JSON files, the newest first."""
+    return sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), reverse=True)
+
+
+def _drop(note: Path) -> None:
+    """Remove a state: first the note, without which it counts as never written."""
+    note.unlink()
+    note.with_suffix(".pt").unlink(missing_ok=True)
+
+
+def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
+    """Drop states that are neither among the newest `keep` nor what a sentinel may go back to."""
+    notes = _notes(folder)
+    stay = set(notes[:keep])
+    for old in needed:
+        stay |= set([note for note in notes if int(note.stem) <= old][:1])
+    assert folder / f"{step:09}.json" in stay, "a state of a later step is left"
+    for note in notes:
+        if note not in stay:
+            _drop(note)
 
 
 @dataclass(frozen=True)
@@ -159,7 +218,7 @@ class Saved:
 def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, list[str]]:
     """The newest whole state (of step `at_most` or before), and what is to be said of newer ones that are not whole."""
     broken: list[str] = []
-    for note in sorted((out / FOLDER).glob("*.json"), reverse=True):
+    for note in _notes(out / FOLDER):
         path = note.with_suffix(".pt")
         if at_most is not None and int(path.stem) > at_most:
             continue
@@ -168,17 +227,84 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
             if _digest(path) != found["digest"]:
                 raise ValueError("its contents are not what was written")
             return Saved(path, found["step"], found["settings"], found["memory"]), broken
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but no object
             broken.append(f"{path.name} is damaged ({error}): the state before it is taken")
     return None, broken
 
 
+def start_from(out: Path) -> tuple[Saved | None, list[str]]:
+    """What a run in `out` goes on from, None for a fresh start, and what is to be said of damaged states.
+
+    Only the process that holds the lock may call it: what a killed one left half written is removed.
+
+    Raises:
+        ValueError: states of a run are there, and not one is whole: starting anew is not for us to decide.
+    """
+    folder = out / FOLDER
+    for leftover in [*folder.glob("*.part"), *out.glob(".*.part")]:
+        leftover.unlink()
+    saved, broken = find_state(out)
+    written = {path.stem for path in (*_notes(folder), *folder.glob("*.pt")) if path.stem.isdecimal()}
+    lost = sorted(int(stem) for stem in written if int(stem) > 0)  # before the first step there is nothing to lose
+    if saved is None and lost:
+        reasons = "; ".join(message.partition(":")[0] for message in broken) or "their .json files are missing"
+        raise ValueError(
+            f"{folder} holds states of a run up to step {lost[-1]}, and none is whole: {reasons}. Put a whole one "
+            f"back, or remove {folder} to start anew (init={out / 'checkpoint.safetensors'} starts from its backbone)"
+        )
+    if saved is not None:
+        known = {note.stem for note in _notes(folder)}
+        for path in folder.glob("*.pt"):
+            if path.stem not in known:  # killed before its note was written, or between the two steps of `_drop`
+                path.unlink()
+    return saved, broken
+
+
+def remember(saved: Saved, memory: dict[str, Any]) -> None:
+    """Replace what a state remembers besides the tensors.
+
+    Raises:
+        OSError: it cannot be written; the state is as it was.
+    """
+    note = saved.path.with_suffix(".json")
+    _write_note(note, {**json.loads(note.read_text()), "memory": memory})
+
+
 def drop_states(out: Path, after: int) -> None:
-    """Remove the states of later steps than `after`: a run that was rolled back makes others."""
-    for note in (out / FOLDER).glob("*.json"):
+    """Remove the states of later steps than `after`: damaged ones, or those of a run that was rolled back."""
+    for note in _notes(out / FOLDER):
         if int(note.stem) > after:
-            note.unlink()
-            note.with_suffix(".pt").unlink(missing_ok=True)
+            _drop(note)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the run's folder: another process that comes here is refused until this one has ended, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = out / LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(
+                f"another process trains in {out} ({holder}): wait for it, or choose another out"
+            ) from error
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{path} cannot be locked ({error}): start no second run in {out}", stacklevel=3)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ All randomness of a step is drawn from (seed, step, sample): a stopped run goes 
 ranks see what one would. The host waits for the device only where a line is written.
 
     out/checkpoint.safetensors   what is released: the average's backbone; `dinov2 export` reads it
-    out/states/                  what a stopped run goes on from
+    out/states/                  what a stopped run goes on from; out/lock is held while a process trains here
     out/metrics.jsonl ...        training/monitor.py; report.html at the end
     out/skipped.txt              photos that could not be read
 """
@@ -18,11 +18,13 @@ import functools
 import json
 import math
 import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,18 +33,28 @@ from torch import Tensor
 
 from training.config import TrainConfig
 from training.crops import Crops, crop_views, make_crops
-from training.data import Data, open_data
-from training.distill import PrototypeTeacher, load_teacher
+from training.data import Data, check_apart, open_data
+from training.distill import PrototypeTeacher, check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World, agree, from_main, join, mean_over_ranks, min_over_ranks, wait_for_all
 from training.flops import describe_device, device_peak_flops, work_of_step
 from training.loader import n_cores, waiting_advice
-from training.monitor import Monitor
+from training.monitor import EVALUATIONS, METRICS, Monitor, cut_lines
 from training.outcome import CHECKPOINT, finish, released_backbone, report_knn, write_checkpoint, write_sheet
 from training.provenance import provenance
 from training.sentinels import NEVER, FirstNotFinite, Limits, Sentinels, Verdict, rankme_share, save_replay
 from training.setup import Setup, attention_kernel, compute_dtype, make_autocast, make_setup
 from training.sinks import make_sinks
-from training.state import check_same_settings, drop_states, find_state, load_state, save_state
+from training.state import (
+    Saved,
+    alone_in,
+    check_same_settings,
+    drop_states,
+    find_state,
+    load_state,
+    remember,
+    save_state,
+    start_from,
+)
 from training.step import Schedules, make_schedules, train_step
 
 INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, saved
@@ -54,7 +66,20 @@ class RunStopped(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM came; the state is saved and the same command goes on."""
+    """SIGTERM came; what was done is saved, and the same command goes on."""
+
+
+@dataclass
+class Sigterm:
+    """What a run does when it is asked to leave: at once, or, while `deferred`, when the loop has saved."""
+
+    came: bool = False
+    deferred: bool = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if not self.deferred:
+            raise Interrupted("stopped by SIGTERM; nothing was under way that is not saved: the same command goes on")
 
 
 @dataclass
@@ -69,6 +94,7 @@ class Run:
     total: int
     steps_per_epoch: int
     facts: dict[str, Any]
+    teacher_digest: str | None
     sentinels: Sentinels
     monitor: Monitor
     not_finite: FirstNotFinite
@@ -86,8 +112,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the checkpoint's path.
 
     Raises:
-        ValueError: no usable photos, or `config.out` holds a run with other settings or photos.
-        OSError: the photos' place or the run's folder does not answer.
+        ValueError: no usable photos, another process trains in `config.out`, or it holds a run with other settings or
+            photos, or with states of which none is whole.
+        OSError: the photos' place does not answer, or the run's folder cannot be written.
         RunStopped: a sentinel ended it.
         Interrupted: SIGTERM ended it.
     """
@@ -95,26 +122,46 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with (
         sigterm_noted() as stop,
         join(config.device) as world,
+        run_folder(config, world),
         open_data(config, world, console) as data,
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
-        run, step = begin(config, world, data, console)
+        run, saved, broken = begin(config, world, data, console)
         with run.monitor:
-            while step < run.total:
-                if run.sentinels.passes_over(step + 1):
-                    step += 1
-                    continue
-                terms, seen = one_step(run, step)
-                run.not_finite.note(step + 1, {name: terms[name] for name in terms if is_watched(config, name)})
-                step += 1
-                run.monitor.advance(step, work_of_step(config, (step - 1) / run.total))
-                if look_up(run, step, stop):
-                    step = check(run, step, terms, seen, stop)
+            start(run, saved, broken)
+            stop.deferred = True
+            loop(run, saved.step if saved else 0, stop)
+            stop.deferred = False
             path, words = finish(config, world, data, run.setup.parts, run.facts, run.total)
             if world.is_main:
                 console.print(words, markup=False)
             wait_for_all(world)
             return path
+
+
+@contextmanager
+def run_folder(config: TrainConfig, world: World) -> Iterator[None]:
+    """The run's folder, made if it is missing, and this run's alone."""
+    check_apart(config.data, config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(config.out) if world.is_main else nullcontext():
+        yield
+
+
+def loop(run: Run, step: int, stop: Sigterm) -> None:
+    """All steps after the first `step`."""
+    while step < run.total:
+        if run.sentinels.passes_over(step + 1):
+            step += 1
+            if step == run.total:
+                save(run, step)
+            continue
+        terms, seen = one_step(run, step)
+        run.not_finite.note(step + 1, {name: terms[name] for name in terms if is_watched(run.config, name)})
+        step += 1
+        run.monitor.advance(step, work_of_step(run.config, (step - 1) / run.total))
+        if look_up(run, step, stop):
+            step = check(run, step, terms, seen, stop)
 
 
 def is_watched(config: TrainConfig, name: str) -> bool:
@@ -145,8 +192,8 @@ def make_micros(
     ]
 
 
-def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tuple[Run, int]:
-    """Everything before the first step, and the number of steps done before."""
+def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tuple[Run, Saved | None, list[str]]:
+    """The run as it is before its first step; the state to go on from, and what is to be said of damaged ones."""
     steps_per_epoch = len(data.loader) // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))
     teacher = load_teacher(config).to(world.device) if config.teacher else None
@@ -165,19 +212,21 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
         knn_margin=config.knn_margin,
         max_rollbacks=config.max_rollbacks,
     )
-    saved, broken = from_main(world, find_state(config.out) if world.is_main else (None, []))
+    digest = teacher_digest(teacher) if teacher is not None else None
+    saved, broken = from_main(world, start_from(config.out) if world.is_main else (None, []))
     first = saved.step if saved else 0
     settings = config.model_dump(mode="json")
     if saved:
         check_same_settings(saved, settings)
         data.check_same(saved.memory["data"])
+        check_same_teacher(config, saved.memory["teacher"], digest)
     peak = (
         None
         if compute_dtype(setup.autocast) == torch.float32 and world.device.type == "cuda"
         else device_peak_flops(world.device, measure=config.measure_peak)
     )
     monitor = Monitor(
-        config.out / "metrics.jsonl",
+        config.out / METRICS,
         total,
         first,
         config.batch_size,
@@ -199,28 +248,47 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
         total,
         steps_per_epoch,
         facts,
+        digest,
         Sentinels(limits),
         monitor,
         FirstNotFinite(world.device),
         time.monotonic(),
     )
+    return run, saved, broken
+
+
+def start(run: Run, saved: Saved | None, broken: list[str]) -> None:
+    """What a run does before its first step, or to go on from a state."""
+    config, world, parts = run.config, run.world, run.setup.parts
+    first = saved.step if saved else 0
     for message in broken:
-        monitor.say(first, "warning", message)
-    if isinstance(teacher, PrototypeTeacher):
-        batches = (data.loader.batch(step) for step in range(total))
-        teacher.choose(
-            (c for n, b in enumerate(batches) for c in make_micros(config, world, b.pixels, b.aspect, n, total)), world
-        )
+        run.monitor.say(first, "warning", message)
+    if isinstance(parts.teacher, PrototypeTeacher):
+        choose_prototypes(run, parts.teacher)
     if saved:
-        load_state(saved, setup.parts)
+        load_state(saved, parts)
         run.sentinels.load_state_dict(saved.memory["sentinels"])
+        if world.is_main:
+            drop_states(config.out, first)  # damaged ones, in the way of those to come
     else:
-        save(run, 0)  # says at once whether the folder can hold a state, and is what a rollback may need
+        saved = save(run, 0)  # says at once whether the folder can hold a state, and is what a rollback may need
+    if first == 0 and run.sentinels.state.best_knn is None:
+        if world.is_main:
+            cut_lines(config.out / EVALUATIONS, -1)
         guard_knn(run, 0)
+        if world.is_main and saved:
+            remember(saved, memory_of(run))
     if world.is_main:
-        (config.out / "config.json").write_text(json.dumps(settings, indent=1))
-        announce(run, first, console)
-    return run, first
+        temporary = config.out / ".config.json.part"
+        temporary.write_text(json.dumps(run.settings, indent=1))
+        temporary.replace(config.out / "config.json")
+        announce(run, first, run.monitor.console)
+
+
+def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
+    """From the run's first photos; the same ones in whatever micro-batches and on whatever ranks."""
+    steps = ((step, run.data.loader.batch(step)) for step in range(run.total))
+    teacher.choose((make_micros(run.config, run.world, b.pixels, b.aspect, n, run.total) for n, b in steps), run.world)
 
 
 def announce(run: Run, first: int, console: Console) -> None:
@@ -236,14 +304,17 @@ def announce(run: Run, first: int, console: Console) -> None:
     )
 
 
-def look_up(run: Run, step: int, stop: list[bool]) -> bool:
-    """Whether to wait for the device, write and decide after this step; the same on all ranks."""
+def look_up(run: Run, step: int, stop: Sigterm) -> bool:
+    """Whether to wait for the device, write and decide after this step; the same on all ranks.
+
+    Ranks have clocks and signals of their own, so they ask each other: torchrun gives them 30 seconds to leave.
+    """
     config = run.config
     every = [config.log_every, every_steps(run, config.eval_every_epochs), config.sheet_every]
     every.append(every_steps(run, config.keep_checkpoints_every_epochs))
     if step == run.total or any(step % n == 0 for n in every if n):
         return True
-    return run.world.size == 1 and (stop[0] or save_is_due(run))  # ranks have clocks of their own
+    return agree(run.world, stop.came or save_is_due(run))
 
 
 def every_steps(run: Run, epochs: float) -> int:
@@ -255,7 +326,7 @@ def save_is_due(run: Run) -> bool:
     return time.monotonic() - run.saved_at > 60 * run.config.save_every_minutes
 
 
-def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: list[bool]) -> int:
+def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: Sigterm) -> int:
     """Write a line, ask the sentinels, save what is due. The step to go on after: an earlier one after a rollback.
 
     Raises:
@@ -280,10 +351,11 @@ def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: lis
             backbone = released_backbone(config, run.setup.parts)
             if world.is_main:
                 write_sheet(config, run.data, backbone, step, run.total)
-        stopping = agree(world, stop[0])
-        if agree(world, save_is_due(run)) or stopping or step == run.total:
+        stopping = agree(world, stop.came)
+        best = config.on_knn == "rollback" and step == run.sentinels.state.best_knn_step  # to go back to just this
+        if agree(world, save_is_due(run)) or best or stopping or step == run.total:
             save(run, step)
-    if stopping and step < run.total:
+    if stopping:
         raise Interrupted(f"stopped by SIGTERM after step {step} of {run.total}: saved; the same command goes on")
     return step
 
@@ -307,8 +379,15 @@ def check_finite(run: Run) -> Verdict | None:
         tensors |= {} if crops.locals_ is None else {"locals_": crops.locals_}
         facts = {"indices": batch.indices, "seed": run.config.seed}
         path = save_replay(run.config.out / "replays", first, batch.names, tensors, figures, facts=facts)
-    verdict = from_main(run.world, run.sentinels.check_finite(first, figures, path))
     run.not_finite.clear()
+    return decide(run, lambda: run.sentinels.check_finite(first, figures, path))
+
+
+def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
+    """What the sentinels of rank 0 answer. The others learn what these remember: each rank's figures are its own."""
+    verdict = ask() if run.world.is_main else None
+    verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
+    run.sentinels.load_state_dict(state)
     return verdict
 
 
@@ -327,20 +406,23 @@ def write_line(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor) -> V
         "teacher_temp": float(run.schedules.teacher_temp[step - 1]),
     }
     run.monitor.write(step, figures)
-    return from_main(run.world, run.sentinels.check_line(step, figures))
+    return decide(run, lambda: run.sentinels.check_line(step, figures))
 
 
 def guard_knn(run: Run, step: int) -> Verdict | None:
     """k-NN on the held-out photos, if it is asked for during the run; what its sentinel says."""
     if not run.config.eval_every_epochs:
         return None
-    verdict = None
     with run.monitor.paused():
         backbone = released_backbone(run.config, run.setup.parts)
-        if run.world.is_main and (knn := report_knn(run.config, run.data, backbone)):
+
+        def ask() -> Verdict | None:
+            if not (knn := report_knn(run.config, run.data, backbone)):
+                return None
             run.monitor.evaluated(step, {f"knn_{p}_{k}": value for p, by_k in knn.items() for k, value in by_k.items()})
-            verdict = run.sentinels.check_knn(step, knn["cls"][10])
-        return from_main(run.world, verdict)
+            return run.sentinels.check_knn(step, knn["cls"][10])
+
+        return decide(run, ask)
 
 
 def go_back(run: Run, verdict: Verdict) -> int:
@@ -354,11 +436,14 @@ def go_back(run: Run, verdict: Verdict) -> int:
     if saved is None:
         raise RunStopped(f"{verdict.message} No state of step {verdict.back_to} or before is left: the run stops.")
     load_state(saved, run.setup.parts)
-    run.monitor.rewind(saved.step)
     if run.world.is_main:
         drop_states(run.config.out, saved.step)
+        remember(saved, memory_of(run))  # what the sentinels have learned
+    if saved.step:
+        keep_checkpoint(run, run.config.out / CHECKPOINT, saved.step)
+    run.monitor.rewind(saved.step)
     run.monitor.say(saved.step, "rollback", f"goes on after step {saved.step}")
-    save(run, saved.step)  # with what the sentinels have learned
+    run.saved_at = time.monotonic()
     return saved.step
 
 
@@ -369,22 +454,33 @@ def keep_checkpoint(run: Run, path: Path, step: int) -> None:
         write_checkpoint(path, run.config, backbone, run.facts, step)
 
 
-def save(run: Run, step: int) -> None:
-    """State and checkpoint. Every rank must call it."""
-    memory = {"data": run.data.digest, "sentinels": run.sentinels.state_dict()}
-    memory = from_main(run.world, memory)
-    save_state(run.config.out, run.setup.parts, step, run.settings, memory, run.config.keep_states, run.world)
+def memory_of(run: Run) -> dict[str, Any]:
+    """What a state holds besides tensors, of JSON types."""
+    return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
+
+
+def save(run: Run, step: int) -> Saved | None:
+    """State and checkpoint. Every rank must call it; None on those that do not write."""
+    config, sentinels = run.config, run.sentinels
+    needed = sentinels.may_go_back_to()
+    saved = save_state(
+        config.out, run.setup.parts, step, run.settings, memory_of(run), config.keep_states, run.world, needed
+    )
     if step:
-        keep_checkpoint(run, run.config.out / CHECKPOINT, step)
+        keep_checkpoint(run, config.out / CHECKPOINT, step)
     run.saved_at = time.monotonic()
+    return saved
 
 
 @contextmanager
-def sigterm_noted() -> Iterator[list[bool]]:
-    """A flag that SIGTERM sets, so that the loop can save and leave between two steps."""
-    flag = [False]
-    before = signal.signal(signal.SIGTERM, lambda number, frame: flag.__setitem__(0, True))
+def sigterm_noted() -> Iterator[Sigterm]:
+    """Inside, SIGTERM is what `Sigterm` says. Only a process's main thread hears signals: in others nothing changes."""
+    stop = Sigterm()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield flag
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
