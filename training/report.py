@@ -230,6 +230,8 @@ def names_of(lines: Lines, start: str) -> list[str]:
 def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
     """All curves that there are figures for."""
     prototypes = _number(config.get("n_prototypes"))
+    knn_all = names_of(evaluations, "knn")
+    knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to see it rise
     ln_k = math.log(prototypes) if prototypes and prototypes > 1 else None
     both = sorted([*metrics, *evaluations], key=lambda line: _number(line.get("step")) or 0)
     rank = "rankme" if values_of(both, "rankme") else "rankme_share"
@@ -243,9 +245,7 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
         line_chart(
             lines("dino_over_ln_k"), title="DINO loss beside ln K", y_label="share of ln K", mark=(1.0, "collapse")
         ),
-        line_chart(
-            lines(*names_of(evaluations, "knn"), of=evaluations), title="k-NN during the run", y_label="accuracy"
-        ),
+        line_chart(lines(*knn_shown, of=evaluations), title="k-NN during the run", y_label="accuracy"),
         line_chart(
             lines("teacher_entropy"),
             title="Entropy of the teacher's targets",
