@@ -12,7 +12,7 @@ when it computes it.
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -97,6 +97,15 @@ def from_main(world: World, value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def from_all(world: World, values: Sequence[T]) -> list[T]:
+    """What all ranks passed, in their order, on every rank (pickled, as in `from_main`)."""
+    if world.size == 1:
+        return list(values)
+    boxes: list[list[T]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(boxes, list(values))
+    return [value for box in boxes for value in box]
 
 
 def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
