@@ -59,6 +59,8 @@ def join(device: str) -> Iterator[World]:
         chosen = torch.device(kind)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch {torch.__version__} sees no GPU here")
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -332,12 +332,14 @@ def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: Sig
         RunStopped, Interrupted.
     """
     config, world, monitor = run.config, run.world, run.monitor
-    verdict = check_finite(run)
-    if verdict is None and (is_time(step, config.log_every) or step == run.total):
-        verdict = write_line(run, step, terms, seen)
-    if verdict is None and step < run.total and is_time(step, every_steps(run, config.eval_every_epochs)):
-        verdict = guard_knn(run, step)
-    if verdict is not None:
+    asked: list[Callable[[], Verdict | None]] = [lambda: check_finite(run)]
+    if is_time(step, config.log_every) or step == run.total:
+        asked.append(lambda: write_line(run, step, terms, seen))
+    if step < run.total and is_time(step, every_steps(run, config.eval_every_epochs)):
+        asked.append(lambda: guard_knn(run, step))
+    for ask in asked:
+        if (verdict := ask()) is None:
+            continue
         monitor.say(step, {"warn": "warning"}.get(verdict.action, verdict.action), verdict.message)
         if verdict.action == "stop":
             raise RunStopped(verdict.message)
@@ -435,6 +437,7 @@ def go_back(run: Run, verdict: Verdict) -> int:
     if saved is None:
         raise RunStopped(f"{verdict.message} No state of step {verdict.back_to} or before is left: the run stops.")
     load_state(saved, run.setup.parts)
+    run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.config.out, saved.step)
         remember(saved, memory_of(run))  # what the sentinels have learned

@@ -47,6 +47,7 @@ TINY = {
     "on_collapse": "warn",
 }
 QUIET = Console(quiet=True)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of a team of threads round differently
 FIGURES = ("step", "loss", "dino", "ibot", "koleo", "lr", "grad_norm_backbone", "rankme_share")
 
 
@@ -97,36 +98,35 @@ def recipe(folder, **changes):
 
 def start(photos, out, path, *overrides, **options):
     command = [sys.executable, "-m", "training", "--data", photos, "--out", out, "--recipe", path, *overrides]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT, **options
+    )
 
 
-def wait_for_lines(process, out, n):
-    while len(lines(out)) < n:
+def wait_for_step(process, out, step):
+    while not any(line[0] >= step for line in lines(out)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
 
 
 def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path):
     """One run through three processes of `python -m training`; in the end nobody can tell."""
-    path = recipe(tmp_path, epochs=60)
+    path = recipe(tmp_path, epochs=20)
     whole, out = tmp_path / "whole", tmp_path / "run"
     with start(photos, out, path, "save_every_minutes=1e-9") as process:
-        wait_for_lines(process, out, 5)
+        wait_for_step(process, out, 5)
         process.kill()
     killed_after = find_state(out)[0].step
-    assert 1 <= killed_after < 180
-    with start(photos, out, path, "save_every_minutes=60", "log_every=1000") as process:
-        while not (out / "events.jsonl").exists() and process.poll() is None:  # the wait for photos is warned of, or:
-            time.sleep(0.01)
-            if find_state(out)[0] and (out / "config.json").stat().st_mtime > (out / "lock").stat().st_mtime:
-                break
+    assert 1 <= killed_after < 60
+    with start(photos, out, path, "save_every_minutes=60") as process:
+        wait_for_step(process, out, killed_after + 5)
         process.send_signal(signal.SIGTERM)
         message = process.stderr.read()
     assert process.returncode == loop.INTERRUPTED == 143, message
     assert "stopped by SIGTERM" in message
     assert "the same command goes on" in message
     stopped_after = find_state(out)[0].step
-    assert killed_after <= stopped_after < 180
+    assert killed_after <= stopped_after < 60
 
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # a state has more
@@ -137,12 +137,9 @@ def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path):
     assert "cannot be written" in message
     assert "Traceback" not in message
     assert find_state(out)[0].step == stopped_after
-    resumed = loop.train(config(photos, out, epochs=60, recipe="tiny"), QUIET)
-    assert same_weights(resumed, loop.train(config(photos, whole, epochs=60, recipe="tiny"), QUIET))
-    found, expected = lines(out), lines(whole)
-    kept = {line[0] for line in found}
-    assert found == [line for line in expected if line[0] in kept]  # while log_every was 1000 there were fewer
-    assert len(kept) > 170
+    resumed = loop.train(config(photos, out, epochs=20, recipe="tiny"), QUIET)
+    assert same_weights(resumed, loop.train(config(photos, whole, epochs=20, recipe="tiny"), QUIET))
+    assert lines(out) == lines(whole)
 
 
 def test_kills_at_random_moments_in_all_kinds_of_runs():
@@ -223,7 +220,7 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
     settings = {
         "on_collapse": "rollback",
         "sentinel_lines": 2,
-        "min_rankme_share": 0.11,
+        "min_rankme_share": 0.14,
         "save_every_minutes": 1e-9,
         "keep_states": 1,
         "dino_weight": 1.0,
@@ -248,7 +245,7 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
     assert same_weights(loop.train(config(photos, out, **settings), QUIET), expected)
     assert lines(out) == lines(whole)
     assert find_state(out)[0].memory == find_state(whole)[0].memory
-    with pytest.raises(loop.RunStopped, match="collapse.*The run stops; its checkpoints are kept"):
+    with pytest.raises(loop.RunStopped, match=r"collapse.*The run stops; its checkpoints are kept"):
         loop.train(config(photos, tmp_path / "stop", **{**settings, "on_collapse": "stop"}), QUIET)
     assert (tmp_path / "stop" / "checkpoint.safetensors").exists()
 
@@ -340,40 +337,28 @@ def test_the_guard_keeps_what_the_weights_had_before_the_first_step(photos, tmp_
         assert find_state(out)[0].memory["sentinels"]["best_knn"] == line["knn_cls_10"]
 
 
-def stripes(folder):
-    """Two classes that any network tells apart until its features are ruined."""
+def colours(folder):
+    """Two classes that a network soon tells apart, and only just."""
     rng = np.random.default_rng(1)
-    for label, turned in (("flat", False), ("steep", True)):
+    for label, shade in (("red", (133, 120, 117)), ("blue", (117, 120, 133))):
         (folder / label).mkdir(parents=True)
         for i in range(20):
-            wave = 127 + 100 * np.sin(np.arange(32) * 0.9 + rng.uniform(0, 6))
-            pixels = np.tile(wave, (32, 1)) + rng.normal(0, 9, (32, 32))
-            pixels = pixels.T if turned else pixels
-            rgb = np.repeat(pixels.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            Image.fromarray(rgb).save(folder / label / f"{i}.png")
+            pixels = rng.normal(shade, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
     return folder
 
 
 def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
-    """From a checkpoint that tells stripes apart, at a rate that wrecks it: the run stops, or goes back and slows down."""
-    data = stripes(tmp_path / "stripes")
-    settings = {"held_out_share": 0.4, "epochs": 8, "drop_path": 0.0, "clip_grad": 100.0, "lr": 1e-6, "n_local": 0}
-    good = loop.train(config(data, tmp_path / "good", **settings, seed=2), QUIET)
+    """From a checkpoint that tells colours apart, at a rate that wrecks it: the run stops, or slows down."""
+    data = colours(tmp_path / "colours")
+    settings = {"held_out_share": 0.4, "n_local": 0, "drop_path": 0.0, "clip_grad": 100.0, "warmup": 0.0, "seed": 2}
+    good = loop.train(config(data, tmp_path / "good", **settings, lr=1.0, momentum=[0.5, 0.5]), QUIET)
     before = json.loads((tmp_path / "good" / "knn.json").read_text())["cls"]["10"]
     assert before >= 0.9
-    ruin = {
-        **settings,
-        "lr": 50.0,
-        "warmup": 0.0,
-        "momentum": [0.0, 0.0],
-        "eval_every_epochs": 1,
-        "init": good,
-        "seed": 2,
-    }
+    ruin = {**settings, "lr": 50.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4, "init": good}
     out = tmp_path / "ruined"
     with pytest.raises(loop.RunStopped, match=rf"k-NN is .*and was {before:.1%} at step 0.*points are lost.*lower lr"):
         loop.train(config(data, out, **ruin), QUIET)
-    assert read_lines(out / "evaluations.jsonl")[0] == {"step": 0} | read_lines(out / "evaluations.jsonl")[0]
     out = tmp_path / "back"
     slow = {**ruin, "on_knn": "rollback", "rollback_lr_factor": 1e-9}
     loop.train(config(data, out, **slow), QUIET)
@@ -398,7 +383,7 @@ def test_one_in_twenty_files_broken_in_a_folder_and_in_shards(tmp_path):
         for path in files:
             tar.add(path, str(path.relative_to(data)))
     held_out_too = {"held_out_share": 0.5, "eval_every_epochs": 1, "sheet_every": 2, "epochs": 2, "whiten": 0.1}
-    for name, where, cache in (("folder", data, 2**32), ("streamed", data, 0), ("shards", tmp_path / "shards", 0)):
+    for name, where, cache in (("folder", data, 2**32), ("streamed", data, 0), ("tar", tmp_path / "shards", 0)):
         out = tmp_path / name
         loop.train(config(where, out, cache_bytes=cache, **held_out_too), QUIET)
         listed = (out / "skipped.txt").read_text().splitlines()
@@ -419,11 +404,7 @@ def test_streamed_photos_are_listed_though_the_run_is_killed(photos, tmp_path, m
     out, one_step = tmp_path / "run", loop.train_step
     streamed = config(data, out, cache_bytes=0, save_every_minutes=1e-9, held_out_share=0.0)
 
-    def killed(data):
-        raise PulledError
-
     monkeypatch.setattr(loop, "train_step", pulled(one_step, 7))
-    monkeypatch.setattr(type(loop.time), "sleep", time.sleep, raising=False)
     with pytest.raises(PulledError):
         loop.train(streamed, QUIET)
     assert {line.split(":")[0] for line in (out / "skipped.txt").read_text().splitlines()} == {
@@ -450,7 +431,7 @@ def test_streamed_photos_are_listed_though_the_run_is_killed(photos, tmp_path, m
 def test_what_cannot_be_is_refused_in_words(photos, tmp_path, changes, message):
     if torch.cuda.is_available() and str(changes.get("device", "")).startswith("cuda"):
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         loop.train(config(photos, tmp_path / "run", **changes), QUIET)
 
 
