@@ -117,9 +117,9 @@ def changeable_knn(config: TrainConfig, data: Any, backbone: torch.nn.Module) ->
 def child(config: TrainConfig, case: str) -> int:
     """Run to the end, or to what a sentinel makes of it: that must be the same too."""
     if config.save_every_minutes < 1:
-        os.fsync = slow(os.fsync)
+        setattr(os, "fsync", slow(os.fsync))  # noqa: B010 - its type is wider
     if case == "not finite":
-        loop.train_step = spoiled(loop.train_step)  # type: ignore[assignment]
+        loop.train_step = spoiled(loop.train_step)  # type: ignore[assignment,attr-defined]
     if case == "k-NN guard":
         loop.report_knn = changeable_knn  # type: ignore[assignment,attr-defined]
     try:
