@@ -13,6 +13,7 @@ from training.dataset import Photo, Skipped, photos_of, split_source
 from training.distributed import World, wait_for_all
 from training.loader import Loader, open_loader, shuffled
 from training.sources import open_source, source_digest
+from training.state import write_whole
 
 KNN_PHOTOS = 50_000  # of the training photos: enough neighbours, and minutes on a GPU
 INDEX = "index"  # of tar shards, in the run's folder
@@ -109,9 +110,11 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
         data = Data(loader, known[::step], photos_of(held_out), digest, config.data)
         if world.is_main:
             list_skipped([*source.skipped, *data.unlisted()], config.out, console)
-        yield data
-        if world.is_main:
-            list_skipped(data.unlisted(), config.out, console)
+        try:
+            yield data
+        finally:  # what ends the run may be that so many are broken
+            if world.is_main:
+                list_skipped(data.unlisted(), config.out, console)
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
@@ -121,7 +124,7 @@ def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> Non
     listing = out / "skipped.txt"
     known = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
-    listing.write_text("".join(line + "\n" for line in dict.fromkeys(known + lines)))
+    write_whole(listing, "".join(line + "\n" for line in dict.fromkeys(known + lines)))
     console.print(f"{len(skipped)} photos could not be read and are skipped, listed in {listing}; the first:")
     for line in lines[:SHOWN]:
         console.print(f"  {line}", markup=False)

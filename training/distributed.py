@@ -12,7 +12,7 @@ when it computes it.
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -59,6 +59,8 @@ def join(device: str) -> Iterator[World]:
         chosen = torch.device(kind)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch {torch.__version__} sees no GPU here")
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,6 +99,15 @@ def from_main(world: World, value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def from_all(world: World, values: Sequence[T]) -> list[T]:
+    """What all ranks passed, in their order, on every rank (pickled, as in `from_main`)."""
+    if world.size == 1:
+        return list(values)
+    boxes: list[list[T]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(boxes, list(values))
+    return [value for box in boxes for value in box]
 
 
 def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from training.evaluate.features import Pooling, compute_features
 from training.evaluate.knn import evaluate_knn
 from training.report import write_report
 from training.sheets import picture_sheet, save_sheet, shrunk
-from training.state import Parts
+from training.state import Parts, write_whole
 from training.whiten import whiten
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -97,7 +97,7 @@ def finish(
         sample = data.known[:: math.ceil(len(data.known) / WHITENING_PHOTOS)]
         whiten(backbone, compute_features(backbone, sample, config.eval_spec).pooled("cls"), config.whiten)
     knn = report_knn(config, data, backbone)
-    (config.out / "knn.json").write_text(json.dumps(knn, indent=1))
+    write_whole(config.out / "knn.json", json.dumps(knn, indent=1))
     write_checkpoint(path, config, backbone, facts | {"knn": knn, "whitened": config.whiten is not None}, total)
     write_sheet(config, data, backbone, total, total)
     report = write_report(config.out)

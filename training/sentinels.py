@@ -11,10 +11,10 @@ Three ways in which self-supervised training fails, each with its sign and its c
   from released weights can lose what they had (facebookresearch/dinov2#204: 80 to 10 %).
 
 The action is `stop`, `warn` (said once each time it begins), or `rollback`: the run takes the newest checkpoint of step
-`Verdict.back_to` or before, throws later ones away, keeps the sentinels' own state (it is what has been learned), and
-goes on differently, or the same would happen again. After "not finite" it passes over the offending step
-(`passes_over`): its photos are not trained on in this epoch. After the two others the rates are multiplied by
-`lr_factor` from there on. After `max_rollbacks`, or where no checkpoint is old enough, it stops.
+`Verdict.back_to` or before, throws later ones away, keeps what the sentinels have learned (but for what the later
+steps showed, `forget_after`), and goes on differently, or the same would happen again. After "not finite" it passes
+over the offending step (`passes_over`): its photos are not trained on in this epoch. After the two others the rates are
+multiplied by `lr_factor` from there on. After `max_rollbacks`, or where no checkpoint is old enough, it stops.
 
 Everything is decided from the figures of the lines and a state of plain JSON types, so a resumed run decides the same.
 Steps are counted as in metrics.jsonl: the first is 1. K is the number of prototypes.
@@ -145,6 +145,20 @@ class Sentinels:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """At the start of a resumed run; not at a rollback."""
         self.state = State(**json.loads(json.dumps(state)))  # a copy that shares nothing
+
+    def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
+        """At a rollback: what was noticed after the state that is gone back to is noticed again.
+
+        Args:
+            then: `state_dict` of that state.
+            kind: of the verdict. After the guard's own, the best accuracy so far stays the mark.
+        """
+        old = State(**json.loads(json.dumps(then)))
+        self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
+        if kind != "knn":
+            self.state = replace(
+                self.state, best_knn=old.best_knn, best_knn_step=old.best_knn_step, knn_fallen=old.knn_fallen
+            )
 
     @property
     def lr_factor(self) -> float:

@@ -141,7 +141,7 @@ def save_state(
             folder.mkdir(exist_ok=True)
             digest = _write_tensors(path, state)
             note: dict[str, Any] = {"step": step, "digest": digest, "settings": comparable(settings), "memory": memory}
-            _write_note(path.with_suffix(".json"), note)
+            write_whole(path.with_suffix(".json"), json.dumps(note))
         except OSError as error:
             raise OSError(
                 f"the state of step {step} cannot be written: {error}. Those before it are whole: make room in "
@@ -169,11 +169,16 @@ def _write_tensors(path: Path, state: dict[str, Any]) -> str:
     return digest
 
 
-def _write_note(path: Path, note: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".note.part")
+def write_whole(path: Path, text: str) -> None:
+    """A small file that is always the old or the new one, whenever the process is killed.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("w") as file:
-            json.dump(note, file)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -267,7 +272,7 @@ def remember(saved: Saved, memory: dict[str, Any]) -> None:
         OSError: it cannot be written; the state is as it was.
     """
     note = saved.path.with_suffix(".json")
-    _write_note(note, {**json.loads(note.read_text()), "memory": memory})
+    write_whole(note, json.dumps({**json.loads(note.read_text()), "memory": memory}))
 
 
 def drop_states(out: Path, after: int) -> None:

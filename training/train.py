@@ -33,9 +33,9 @@ from torch import Tensor
 
 from training.config import TrainConfig
 from training.crops import Crops, crop_views, make_crops
-from training.data import Data, check_apart, open_data
+from training.data import Data, check_apart, list_skipped, open_data
 from training.distill import PrototypeTeacher, check_same_teacher, load_teacher, teacher_digest
-from training.distributed import World, agree, from_main, join, mean_over_ranks, min_over_ranks, wait_for_all
+from training.distributed import World, agree, from_all, from_main, join, mean_over_ranks, min_over_ranks, wait_for_all
 from training.flops import describe_device, device_peak_flops, work_of_step
 from training.loader import n_cores, waiting_advice
 from training.monitor import EVALUATIONS, METRICS, Monitor, cut_lines
@@ -54,6 +54,7 @@ from training.state import (
     remember,
     save_state,
     start_from,
+    write_whole,
 )
 from training.step import Schedules, make_schedules, train_step
 
@@ -279,9 +280,7 @@ def start(run: Run, saved: Saved | None, broken: list[str]) -> None:
         if world.is_main and saved:
             remember(saved, memory_of(run))
     if world.is_main:
-        temporary = config.out / ".config.json.part"
-        temporary.write_text(json.dumps(run.settings, indent=1))
-        temporary.replace(config.out / "config.json")
+        write_whole(config.out / "config.json", json.dumps(run.settings, indent=1))
         announce(run, first, run.monitor.console)
 
 
@@ -333,12 +332,14 @@ def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: Sig
         RunStopped, Interrupted.
     """
     config, world, monitor = run.config, run.world, run.monitor
-    verdict = check_finite(run)
-    if verdict is None and (is_time(step, config.log_every) or step == run.total):
-        verdict = write_line(run, step, terms, seen)
-    if verdict is None and step < run.total and is_time(step, every_steps(run, config.eval_every_epochs)):
-        verdict = guard_knn(run, step)
-    if verdict is not None:
+    asked: list[Callable[[], Verdict | None]] = [lambda: check_finite(run)]
+    if is_time(step, config.log_every) or step == run.total:
+        asked.append(lambda: write_line(run, step, terms, seen))
+    if step < run.total and is_time(step, every_steps(run, config.eval_every_epochs)):
+        asked.append(lambda: guard_knn(run, step))
+    for ask in asked:
+        if (verdict := ask()) is None:
+            continue
         monitor.say(step, {"warn": "warning"}.get(verdict.action, verdict.action), verdict.message)
         if verdict.action == "stop":
             raise RunStopped(verdict.message)
@@ -436,6 +437,7 @@ def go_back(run: Run, verdict: Verdict) -> int:
     if saved is None:
         raise RunStopped(f"{verdict.message} No state of step {verdict.back_to} or before is left: the run stops.")
     load_state(saved, run.setup.parts)
+    run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.config.out, saved.step)
         remember(saved, memory_of(run))  # what the sentinels have learned
@@ -461,8 +463,10 @@ def memory_of(run: Run) -> dict[str, Any]:
 
 def save(run: Run, step: int) -> Saved | None:
     """State and checkpoint. Every rank must call it; None on those that do not write."""
-    config, sentinels = run.config, run.sentinels
-    needed = sentinels.may_go_back_to()
+    config, needed = run.config, run.sentinels.may_go_back_to()
+    skipped = from_all(run.world, run.data.unlisted())  # a run that goes on from here does not try their photos again
+    if run.world.is_main:
+        list_skipped(skipped, config.out, run.monitor.console)
     saved = save_state(
         config.out, run.setup.parts, step, run.settings, memory_of(run), config.keep_states, run.world, needed
     )

@@ -1,0 +1,272 @@
+"""Kill training runs at random moments and look whether they go on as if nothing had happened.
+
+Each case is a small run with other settings (how targets are centred, streamed photos, micro-batches, a last phase, a
+distillation, steps that are not finite, a k-NN guard that takes the run back). It is run once unbroken. Then the same
+run is started, killed with SIGKILL at a random moment, started again and so on, until it comes to its end; half of the
+starts save after every step to a slow disk, so that many kills fall into the writing of a state. Demanded: the lines of
+metrics.jsonl (but for times and memory), the evaluations, the released checkpoint and the last state's tensors are the
+unbroken run's, to the last bit, and nothing half written is left.
+
+    python benchmarks/training_crash.py [--kills 100] [--seed 0] [--case NAME]... [--folder DIR]
+
+`--kills` is per case. Prints a table and, last, one JSON line; exit status 1 when a run differs. Children are forked
+from a process that has torch, which saves its seconds of starting; tests/training/test_safety.py also kills
+`python -m training` itself.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model.checkpoint import load_checkpoint
+from training import train as loop
+from training.config import TrainConfig
+from training.monitor import read_lines
+from training.state import find_state
+
+SETTINGS: dict[str, Any] = {
+    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
+    "global_size": 28,
+    "local_size": 14,
+    "n_local": 2,
+    "cache_size": 32,
+    "n_prototypes": 32,
+    "head_hidden_dim": 16,
+    "head_bottleneck_dim": 8,
+    "batch_size": 8,
+    "epochs": 5,
+    "drop_path": 0.2,
+    "log_every": 1,
+    "eval_resize": 28,
+    "eval_crop": 28,
+    "precision": "fp32",
+    "lr": 0.02,
+    "on_collapse": "warn",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "sinkhorn": {},
+    "softmax, separate heads": {"centering": "softmax", "shared_head": False, "ibot_bottleneck_dim": 4},
+    "streamed, micro-batches": {"cache_bytes": 0, "micro_batch": 4, "optimizer": "sgd_normalized"},
+    "last phase, fp16": {
+        "last_phase": {"share": 0.4, "global_size": 42, "local_size": 28},
+        "precision": "fp16",
+        "log_every": 2,
+    },
+    "distillation": {"ibot_patches": "all"},
+    "not finite": {"log_every": 3},
+    "k-NN guard": {"on_knn": "rollback", "eval_every_epochs": 0.4, "knn_margin": 20, "keep_states": 1},
+}
+MEASURED = {"time", "seconds", "images_per_s", "data_wait_share", "peak_memory_bytes", "mfu"}
+BAD_STEP = 7  # of "not finite", counted from 0
+
+
+def make_photos(folder: Path) -> None:
+    """27 photos of three classes, and three files that are none."""
+    rng = np.random.default_rng(0)
+    for label in ("apples", "pears", "plums"):
+        (folder / label).mkdir(parents=True)
+        for number in range(9):
+            small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((40, 30)).save(folder / label / f"{number}.png")
+        (folder / label / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+
+
+def spoiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step with a loss that is not finite, each time that it is taken."""
+
+    def run(*arguments: Any) -> Any:
+        terms, seen = step(*arguments)
+        return (terms | {"loss": terms["loss"] * math.nan} if arguments[4] == BAD_STEP else terms), seen
+
+    return run
+
+
+def slow(sync: Callable[[int], None]) -> Callable[[int], None]:
+    """A disk that takes its time, so that a kill finds files half written."""
+
+    def run(descriptor: int) -> None:
+        time.sleep(0.004)
+        sync(descriptor)
+
+    return run
+
+
+def changeable_knn(config: TrainConfig, data: Any, backbone: torch.nn.Module) -> dict[str, dict[int, float]]:
+    """Instead of the accuracy, which hardly moves in so small a run, a number that only the weights decide."""
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in backbone.state_dict().values())).digest()
+    return {"cls": {10: digest[0] / 255}}
+
+
+def child(config: TrainConfig, case: str) -> int:
+    """Run to the end, or to what a sentinel makes of it: that must be the same too."""
+    if config.save_every_minutes < 1:
+        setattr(os, "fsync", slow(os.fsync))  # noqa: B010 - its type is wider
+    if case == "not finite":
+        loop.train_step = spoiled(loop.train_step)  # type: ignore[assignment,attr-defined]
+    if case == "k-NN guard":
+        loop.report_knn = changeable_knn  # type: ignore[assignment,attr-defined]
+    try:
+        loop.train(config, Console(quiet=True))
+    except loop.RunStopped as stopped:
+        (config.out / "stopped.txt").write_text(str(stopped))
+    return 0
+
+
+def start(config: TrainConfig, case: str) -> int:
+    """A forked child's process number."""
+    number = os.fork()
+    if number == 0:
+        status = 70
+        try:
+            status = child(config, case)
+        except BaseException as error:  # noqa: BLE001 - nothing may reach the parent's stack
+            print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    return number
+
+
+def ended_within(number: int, seconds: float | None) -> bool:
+    """Whether the child came to its end; it is killed if it did not."""
+    until = math.inf if seconds is None else time.monotonic() + seconds
+    while time.monotonic() < until:
+        found, status = os.waitpid(number, os.WNOHANG)
+        if found:
+            assert status == 0, f"exit status {os.waitstatus_to_exitcode(status)}"
+            return True
+        time.sleep(0.001)
+    os.kill(number, signal.SIGKILL)
+    os.waitpid(number, 0)
+    return False
+
+
+def tensors_digest(value: Any) -> str:
+    """Of all tensors of a state, in the order of their names."""
+    digest = hashlib.sha256()
+    for kind in sorted(value):
+        for name in sorted(value[kind]):
+            digest.update(f"{kind}.{name}".encode() + value[kind][name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """What a run left, without what may differ."""
+    saved, broken = find_state(out)
+    assert saved is not None
+    assert not broken, broken
+    half = [path.name for path in out.rglob("*.part")]
+    assert not half, f"left half written: {half}"
+    names = [path.stem for path in (out / "states").iterdir()]
+    assert all(names.count(name) == 2 for name in names), f"half a state is left: {sorted(names)}"
+    weights, vit, facts = load_checkpoint(out / "checkpoint.safetensors")
+    facts["settings"].pop("save_every_minutes")
+    skipped = sorted((out / "skipped.txt").read_text().splitlines())  # of a stream, in the order of its threads
+    files = {name: out / name for name in ("knn.json", "stopped.txt")}
+    return {
+        "lines": [{k: v for k, v in line.items() if k not in MEASURED} for line in read_lines(out / "metrics.jsonl")],
+        "evaluations": read_lines(out / "evaluations.jsonl"),
+        "state": (saved.step, saved.memory, tensors_digest(torch.load(saved.path, weights_only=True))),
+        "skipped": skipped,
+        "checkpoint": (tensors_digest({"backbone": weights}), vit, facts),
+        **{name: path.read_text() if path.exists() else None for name, path in files.items()},
+    }
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Names of what is not the same."""
+    wrong = [name for name in expected if name != "lines" and found.get(name) != expected[name]]
+    steps = [b["step"] for a, b in zip(found["lines"], expected["lines"], strict=False) if a != b]
+    if found["lines"] != expected["lines"]:
+        wrong.append(f"lines from step {steps[0] if steps else '(their number)'}")
+    return wrong
+
+
+def run_case(
+    case: str, folder: Path, photos: Path, teacher: Path, kills: int, moments: random.Random
+) -> dict[str, Any]:
+    """Kill a case's run so many times; over several runs, as each comes to its end at last."""
+
+    def config(out: Path, every_step: bool) -> TrainConfig:
+        given = {**SETTINGS, **CASES[case], "data": photos, "out": out}
+        given |= {"teacher": teacher} if case == "distillation" else {}
+        return TrainConfig.model_validate(given | {"save_every_minutes": 1e-9 if every_step else 5})
+
+    started = time.monotonic()
+    ended_within(start(config(folder / "whole", False), case), None)
+    seconds = time.monotonic() - started
+    expected = outcome(folder / "whole")
+    figures = {"kills": 0, "while_writing": 0, "runs": 0, "steps": expected["state"][0], "seconds": round(seconds, 2)}
+    while figures["kills"] < kills:
+        out = folder / f"run{figures['runs']}"
+        ended = False
+        while not ended:
+            enough = figures["kills"] >= kills
+            number = start(config(out, moments.random() < 0.5), case)
+            ended = ended_within(number, None if enough else moments.random() * seconds)
+            if not ended:
+                figures["kills"] += 1
+                figures["while_writing"] += any(out.rglob("*.part"))
+        wrong = differences(outcome(out), expected)
+        assert not wrong, f"{case}, after {figures['kills']} kills: differs in {', '.join(wrong)} (see {out})"
+        figures["runs"] += 1
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="per case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
+    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # forked children may not use the parent's team of threads
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        make_photos(folder / "photos")
+        teacher = folder / "teacher"
+        ended_within(
+            start(TrainConfig(**{**SETTINGS, "data": str(folder / "photos"), "out": teacher, "epochs": 1}), ""), None
+        )
+        print(f"{'case':<26}{'kills':>6}{'while writing':>15}{'runs':>6}{'steps':>7}", flush=True)
+        for case in given.case or CASES:
+            try:
+                figures = run_case(
+                    case,
+                    folder / case.replace(" ", "-"),
+                    folder / "photos",
+                    teacher,
+                    given.kills,
+                    random.Random(f"{given.seed} {case}"),
+                )
+            except AssertionError as error:
+                print(f"DIFFERS: {error}")
+                return 1
+            found[case] = figures
+            print(
+                f"{case:<26}{figures['kills']:>6}{figures['while_writing']:>15}{figures['runs']:>6}{figures['steps']:>7}",
+                flush=True,
+            )
+    print(json.dumps({"benchmark": "training_crash", "seed": given.seed, "cases": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,540 @@
+"""A run under everything that happens to runs: killed, asked to leave, a full disk, broken files, odd users."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from model.checkpoint import load_checkpoint
+from training import train as loop
+from training.__main__ import main
+from training.config import TrainConfig
+from training.monitor import read_lines
+from training.sentinels import Verdict
+from training.state import alone_in, find_state
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
+    "global_size": 28,
+    "local_size": 14,
+    "n_local": 2,
+    "cache_size": 32,
+    "n_prototypes": 32,
+    "head_hidden_dim": 16,
+    "head_bottleneck_dim": 8,
+    "batch_size": 8,
+    "epochs": 3,
+    "drop_path": 0.2,
+    "log_every": 1,
+    "eval_resize": 28,
+    "eval_crop": 28,
+    "precision": "fp32",
+    "on_collapse": "warn",
+}
+QUIET = Console(quiet=True)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of a team of threads round differently
+FIGURES = ("step", "loss", "dino", "ibot", "koleo", "lr", "grad_norm_backbone", "rankme_share")
+
+
+def make_photos(folder, n=9):
+    rng = np.random.default_rng(0)
+    for name in ("apples", "pears", "plums"):
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((40, 30)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos") / "here")
+
+
+def config(photos, out, **changes):
+    return TrainConfig.model_validate({"data": photos, "out": out, **TINY, **changes})
+
+
+def lines(out):
+    return [[line.get(name) for name in FIGURES] for line in read_lines(out / "metrics.jsonl")]
+
+
+def events(out, kind):
+    return [line["message"] for line in read_lines(out / "events.jsonl") if line["kind"] == kind]
+
+
+def same_weights(a, b):
+    first, second = load_checkpoint(a)[0], load_checkpoint(b)[0]
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def recipe(folder, **changes):
+    """The tiny settings as a recipe's file."""
+
+    def toml(value):
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + "}"
+        return json.dumps(value)
+
+    path = folder / "tiny.toml"
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in {**TINY, **changes}.items()))
+    return path
+
+
+def start(photos, out, path, *overrides, **options):
+    command = [sys.executable, "-m", "training", "--data", photos, "--out", out, "--recipe", path, *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT, **options
+    )
+
+
+def wait_for_step(process, out, step):
+    while not any(line[0] >= step for line in lines(out)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+
+
+def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path, monkeypatch, capsys):
+    """One run through several processes of `python -m training`; in the end nobody can tell."""
+    path = recipe(tmp_path, epochs=20)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    with start(photos, out, path, "save_every_minutes=1e-9") as process:
+        wait_for_step(process, out, 5)
+        process.kill()
+    killed_after = find_state(out)[0].step
+    assert 1 <= killed_after < 60
+    with start(photos, out, path, "save_every_minutes=60") as process:
+        wait_for_step(process, out, killed_after + 5)
+        process.send_signal(signal.SIGTERM)
+        message = process.stderr.read()
+    assert process.returncode == loop.INTERRUPTED == 143, message
+    assert "stopped by SIGTERM" in message
+    assert "the same command goes on" in message
+    stopped_after = find_state(out)[0].step
+    assert killed_after <= stopped_after < 60
+
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, free[1]))  # bytes of a file: a state has more
+    try:
+        given = ["--data", photos, "--out", out, "--recipe", path, "save_every_minutes=1e-9"]
+        monkeypatch.setattr("sys.argv", ["training", *map(str, given)])
+        assert main() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    message = capsys.readouterr().err
+    assert "cannot be written" in message
+    assert "the same command goes on" in message
+    assert find_state(out)[0].step == stopped_after
+    resumed = loop.train(config(photos, out, epochs=20, recipe="tiny"), QUIET)
+    assert same_weights(resumed, loop.train(config(photos, whole, epochs=20, recipe="tiny"), QUIET))
+    assert lines(out) == lines(whole)
+
+
+def test_kills_at_random_moments_in_all_kinds_of_runs():
+    """A few; the script alone takes all cases and as many kills as one has time for."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "training_crash.py"), "--kills", "2", "--seed", "3"]
+    for case in ("softmax, separate heads", "streamed, micro-batches", "not finite"):
+        command += ["--case", case]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    cases = json.loads(found.stdout.splitlines()[-1])["cases"]
+    assert len(cases) == 3
+    assert all(case["kills"] >= 2 for case in cases.values())
+
+
+class PulledError(Exception):
+    """Stands for the plug."""
+
+
+def pulled(step, at):
+    def run(*arguments):
+        if arguments[4] == at:
+            raise PulledError
+        return step(*arguments)
+
+    return run
+
+
+def test_sigterm_is_heard_after_the_step_and_before_the_first_one(photos, tmp_path, monkeypatch):
+    out, one_step = tmp_path / "run", loop.train_step
+
+    def asked(*arguments):
+        if arguments[4] == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return one_step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", asked)
+    with pytest.raises(loop.Interrupted, match="after step 5 of 9: saved"):
+        loop.train(config(photos, out, log_every=100), QUIET)
+    assert find_state(out)[0].step == 5
+    monkeypatch.setattr(loop, "train_step", one_step)
+    monkeypatch.setattr(loop, "load_state", lambda saved, parts: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(loop.Interrupted, match="the same command goes on"):
+        loop.train(config(photos, out), QUIET)
+    assert find_state(out)[0].step == 5
+
+
+def test_damaged_states_are_passed_over_in_the_loop(photos, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    expected = loop.train(config(photos, whole), QUIET)
+    loop.train(config(photos, out, save_every_minutes=1e-9, keep_states=4), QUIET)
+    newest = find_state(out)[0]
+    newest.path.write_bytes(newest.path.read_bytes()[:-1])
+    tampered = config(photos, out, keep_states=1)
+    assert same_weights(loop.train(tampered, QUIET), expected)
+    assert lines(out) == lines(whole)
+    assert any("000000009.pt is damaged" in message for message in events(out, "warning"))
+    for path in (out / "states").glob("*.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="none is whole"):
+        loop.train(tampered, QUIET)
+    shutil.rmtree(out / "states")  # what the message says
+    assert same_weights(loop.train(tampered, QUIET), expected)
+    assert lines(out) == lines(whole)
+
+
+# Sentinels
+
+
+def flat(figures_from):
+    """`rankme_share` as if the features had collapsed from some step on, until the rates are lowered."""
+
+    def run(run, step, terms, seen):
+        shown = seen[:1].expand(len(seen), -1) if step >= figures_from and run.sentinels.lr_factor == 1 else seen
+        return write_line(run, step, terms, shown)
+
+    write_line = loop.write_line
+    return run
+
+
+def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(photos, tmp_path, monkeypatch):
+    settings = {
+        "on_collapse": "rollback",
+        "sentinel_lines": 2,
+        "min_rankme_share": 0.14,
+        "save_every_minutes": 1e-9,
+        "keep_states": 1,
+        "dino_weight": 1.0,
+        "n_prototypes": 4096,  # so that the loss starts below ln K
+        "teacher_temp": [0.02, 0.02],
+        "lr": 1e-3,
+    }
+    monkeypatch.setattr(loop, "write_line", flat(4))
+    monkeypatch.setattr(loop.Sentinels, "_signs", only_rank)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    expected = loop.train(config(photos, whole, **settings), QUIET)
+    [message, after] = events(whole, "rollback")
+    assert "collapse" in message
+    assert "back to step 3 or before, and on with 0.5 of the lr" in message
+    assert after == "goes on after step 3"  # though but one state is kept
+    one_step = loop.train_step
+    for at in (4, 7):
+        monkeypatch.setattr(loop, "train_step", pulled(one_step, at))
+        with pytest.raises(PulledError):
+            loop.train(config(photos, out, **settings), QUIET)
+    monkeypatch.setattr(loop, "train_step", one_step)
+    assert same_weights(loop.train(config(photos, out, **settings), QUIET), expected)
+    assert lines(out) == lines(whole)
+    assert find_state(out)[0].memory == find_state(whole)[0].memory
+    with pytest.raises(loop.RunStopped, match=r"collapse.*The run stops; its checkpoints are kept"):
+        loop.train(config(photos, tmp_path / "stop", **{**settings, "on_collapse": "stop"}), QUIET)
+    assert (tmp_path / "stop" / "checkpoint.safetensors").exists()
+
+
+def only_rank(self, figures):
+    share = figures["rankme_share"]
+    return {"rank": "the class tokens are one"} if share < self.limits.min_rankme_share else {}
+
+
+def test_a_network_that_really_collapses_is_stopped(photos, tmp_path):
+    """Without centring that holds and at a high temperature the targets say nothing."""
+    ruin = {"teacher_temp": [50.0, 50.0], "centering": "softmax", "on_collapse": "stop", "epochs": 6, "lr": 1e-4}
+    with pytest.raises(loop.RunStopped, match=r"collapse.*(of ln K|entropy)"):
+        loop.train(config(photos, tmp_path / "run", sentinel_lines=3, **ruin), QUIET)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 18
+    assert len(events(tmp_path / "run", "stop")) == 1
+
+
+def test_a_nan_of_the_last_step_is_passed_over_and_the_run_is_over(photos, tmp_path, monkeypatch):
+    one_step = loop.train_step
+
+    def spoiled(*arguments):
+        terms, seen = one_step(*arguments)
+        return (terms | {"loss": terms["loss"] * math.nan} if arguments[4] == 8 else terms), seen
+
+    monkeypatch.setattr(loop, "train_step", spoiled)
+    out = tmp_path / "run"
+    loop.train(config(photos, out), QUIET)
+    saved, _ = find_state(out)
+    assert (saved.step, saved.memory["sentinels"]["passed_over"]) == (9, [9])
+    with pytest.raises(loop.RunStopped, match=r"loss is nan.*batch is kept"):
+        loop.train(config(photos, tmp_path / "stop", on_not_finite="stop"), QUIET)
+
+
+def falling(values):
+    """k-NN by the number of steps that the average has moved: what the guard is told, whatever the network."""
+
+    def run(run, step):
+        verdict = run.sentinels.check_knn(step, values(step, run.sentinels.lr_factor))
+        run.monitor.evaluated(step, {"knn_cls_10": values(step, run.sentinels.lr_factor)})
+        return verdict
+
+    return run
+
+
+def test_the_guard_goes_back_to_the_best_step_however_long_ago(photos, tmp_path, monkeypatch):
+    def accuracy(step, lr_factor):
+        return 0.5 + step / 100 if step <= 3 or lr_factor < 1 else 0.6 - step / 25
+
+    monkeypatch.setattr(loop, "guard_knn", falling(accuracy))
+    settings = {"on_knn": "rollback", "eval_every_epochs": 1, "epochs": 4, "keep_states": 1, "save_every_minutes": 1e-9}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    expected = loop.train(config(photos, whole, **settings), QUIET)
+    assert events(whole, "rollback")[-1] == "goes on after step 3"
+    assert [line["step"] for line in read_lines(whole / "evaluations.jsonl")] == [0, 3, 6, 9]
+    half = load_checkpoint(expected)[2]["settings"]["lr"] * math.sqrt(8 / 1024) / 2
+    assert max(line["lr"] for line in read_lines(whole / "metrics.jsonl")[3:]) <= half * 1.001
+    one_step = loop.train_step
+    for at in (0, 5, 4, 8):
+        monkeypatch.setattr(loop, "train_step", pulled(one_step, at))
+        with pytest.raises(PulledError):
+            loop.train(config(photos, out, **settings), QUIET)
+    monkeypatch.setattr(loop, "train_step", one_step)
+    assert same_weights(loop.train(config(photos, out, **settings), QUIET), expected)
+    assert lines(out) == lines(whole)
+    assert read_lines(out / "evaluations.jsonl") == read_lines(whole / "evaluations.jsonl")
+
+
+def test_the_guard_keeps_what_the_weights_had_before_the_first_step(photos, tmp_path, monkeypatch):
+    """Killed between the first state and the first step, a run still knows what it started from."""
+    first = loop.train(config(photos, tmp_path / "first"), QUIET)
+    out, guard = tmp_path / "run", loop.guard_knn
+    settings = {"init": first, "eval_every_epochs": 1, "epochs": 2, "held_out_share": 0.4, "batch_size": 4}
+
+    def killed(run, step):
+        raise PulledError
+
+    monkeypatch.setattr(loop, "guard_knn", killed)
+    with pytest.raises(PulledError):
+        loop.train(config(photos, out, **settings), QUIET)
+    assert find_state(out)[0].step == 0
+    monkeypatch.setattr(loop, "guard_knn", guard)
+    monkeypatch.setattr(loop, "train_step", pulled(loop.train_step, 0))
+    for _ in range(2):
+        with pytest.raises(PulledError):
+            loop.train(config(photos, out, **settings), QUIET)
+        [line] = read_lines(out / "evaluations.jsonl")  # measured once
+        assert line["step"] == 0
+        assert find_state(out)[0].memory["sentinels"]["best_knn"] == line["knn_cls_10"]
+
+
+def colours(folder):
+    """Two classes that a network soon tells apart, and only just."""
+    rng = np.random.default_rng(1)
+    for label, shade in (("red", (133, 120, 117)), ("blue", (117, 120, 133))):
+        (folder / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.normal(shade, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder
+
+
+def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
+    """From a checkpoint that tells colours apart, at a rate that wrecks it: the run stops, or slows down."""
+    data = colours(tmp_path / "colours")
+    settings = {"held_out_share": 0.4, "n_local": 0, "drop_path": 0.0, "clip_grad": 100.0, "warmup": 0.0, "seed": 2}
+    good = loop.train(config(data, tmp_path / "good", **settings, lr=1.0, momentum=[0.5, 0.5]), QUIET)
+    before = json.loads((tmp_path / "good" / "knn.json").read_text())["cls"]["10"]
+    assert before >= 0.9
+    ruin = {**settings, "lr": 50.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4, "init": good}
+    out = tmp_path / "ruined"
+    with pytest.raises(loop.RunStopped, match=rf"k-NN is .*and was {before:.1%} at step 0.*points are lost.*lower lr"):
+        loop.train(config(data, out, **ruin), QUIET)
+    out = tmp_path / "back"
+    slow = {**ruin, "on_knn": "rollback", "rollback_lr_factor": 1e-9}
+    loop.train(config(data, out, **slow), QUIET)
+    assert "goes on after step 0" in events(out, "rollback")
+    assert json.loads((out / "knn.json").read_text())["cls"]["10"] == pytest.approx(before, abs=0.1)
+
+
+# Data
+
+
+def test_one_in_twenty_files_broken_in_a_folder_and_in_shards(tmp_path):
+    data = make_photos(tmp_path / "photos", n=20)
+    files = sorted(data.rglob("*.png"))
+    whole = files[5].read_bytes()
+    files[3].write_bytes(whole[: len(whole) // 2])  # cut
+    files[30].write_bytes(b"")
+    Image.new("RGB", (400, 2)).save(files[45])  # reads, but no photo
+    names = [str(files[i].relative_to(data)) for i in (3, 30, 45)]
+    shard = tmp_path / "shards" / "a.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        for path in files:
+            tar.add(path, str(path.relative_to(data)))
+    held_out_too = {"held_out_share": 0.5, "eval_every_epochs": 1, "sheet_every": 2, "epochs": 2, "whiten": 0.1}
+    for name, where, cache in (("folder", data, 2**32), ("streamed", data, 0), ("tar", tmp_path / "shards", 0)):
+        out = tmp_path / name
+        loop.train(config(where, out, cache_bytes=cache, **held_out_too), QUIET)
+        listed = (out / "skipped.txt").read_text().splitlines()
+        trained = [line for line in listed if ": " in line and line.split(": ", 1)[1]]
+        assert len(trained) == len(listed)
+        found = {line.split(": ")[0].rpartition("a.tar/")[2] for line in listed}
+        assert found <= set(names), listed
+        assert found, name
+        knn = json.loads((out / "knn.json").read_text())["cls"]["10"]
+        assert 0 <= knn <= 1
+        assert len(read_lines(out / "metrics.jsonl")) == len(read_lines(tmp_path / "folder" / "metrics.jsonl"))
+
+
+def test_streamed_photos_are_listed_though_the_run_is_killed(photos, tmp_path, monkeypatch):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    for name in ("apples", "pears"):
+        (data / name / "3.png").write_bytes(b"no photo")
+    out, one_step = tmp_path / "run", loop.train_step
+    streamed = config(data, out, cache_bytes=0, save_every_minutes=1e-9, held_out_share=0.0)
+
+    monkeypatch.setattr(loop, "train_step", pulled(one_step, 7))
+    with pytest.raises(PulledError):
+        loop.train(streamed, QUIET)
+    assert {line.split(":")[0] for line in (out / "skipped.txt").read_text().splitlines()} == {
+        "apples/3.png",
+        "pears/3.png",
+    }
+
+
+# Users
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64}, r"batch_size=64 is more than the 25 photos"),
+        ({"device": "cuda"}, r"device='cuda': torch .* sees no GPU"),
+        ({"device": "cuda:7"}, r"device='cuda:7'"),
+        ({"device": "toaster"}, r"device='toaster'"),
+        ({"device": "meta"}, r"device='meta'.*cpu.*cuda"),
+        ({"micro_batch": 3}, r"batch_size=8 must be a multiple of .*micro_batch=3"),
+        ({"init": "nowhere.safetensors"}, r"nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(photos, tmp_path, changes, message):
+    if torch.cuda.is_available() and str(changes.get("device", "")).startswith("cuda"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises((ValueError, OSError), match=message):
+        loop.train(config(photos, tmp_path / "run", **changes), QUIET)
+
+
+@pytest.mark.parametrize("place", [".", "runs/mine", "apples"])
+def test_a_run_among_its_own_photos_is_refused(photos, place):
+    with pytest.raises(ValueError, match=r"lies in data=.*its pictures would be taken for photos"):
+        loop.train(config(photos, photos / place), QUIET)
+    assert not (photos / "runs").exists()
+
+
+def test_a_second_process_on_the_same_run_is_refused(photos, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with alone_in(out), pytest.raises(ValueError, match="another process trains in"):
+        loop.train(config(photos, out), QUIET)
+    assert {path.name for path in out.iterdir()} == {"lock"}
+    loop.train(config(photos, out, epochs=1), QUIET)
+
+
+def test_the_command_line_says_what_is_wrong_in_a_line(photos, tmp_path, capsys, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["training", *(str(a) for a in arguments)])
+        return main(), capsys.readouterr().err
+
+    path = recipe(tmp_path)
+    (tmp_path / "file").write_text("")
+    status, message = run("--data", photos, "--recipe", path, "--out", tmp_path / "file" / "run")
+    assert (status, "file" in message) == (2, True)
+    path.write_text(path.read_text() + "lerning_rate = 3\n")
+    status, message = run("--data", photos, "--recipe", path, "--out", tmp_path / "run")
+    assert (status, "lerning_rate" in message) == (2, True)
+    status, message = run("--data", photos, "--recipe", "smoke", "--out", tmp_path / "run", "batchsize=3")
+    assert (status, "batchsize" in message) == (2, True)
+    status, message = run("--data", photos, "--recipe", tmp_path / "none.toml", "--out", tmp_path / "run")
+    assert (status, "none.toml" in message) == (2, True)
+
+
+def test_half_precision_on_a_cpu_trains(photos, tmp_path):
+    loop.train(config(photos, tmp_path / "run", precision="fp16", epochs=1), QUIET)
+    assert all(math.isfinite(line[1]) for line in lines(tmp_path / "run"))
+
+
+def test_nothing_is_left_behind(photos, tmp_path, monkeypatch):
+    def state():
+        return (
+            {thread.name for thread in threading.enumerate()},
+            signal.getsignal(signal.SIGTERM),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.distributed.is_initialized(),
+            sorted(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else [],
+        )
+
+    loop.train(config(photos, tmp_path / "warm", epochs=1), QUIET)  # what libraries keep for ever
+    before = state()
+    loop.train(config(photos, tmp_path / "run", epochs=1, cache_bytes=0), QUIET)
+    assert state() == before
+    monkeypatch.setattr(loop, "train_step", pulled(loop.train_step, 1))
+    with pytest.raises(PulledError):
+        loop.train(config(photos, tmp_path / "pulled", cache_bytes=0), QUIET)
+    assert state() == before
+    monkeypatch.undo()
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(loop, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(config(photos, tmp_path / "full", cache_bytes=0), QUIET)
+    assert state() == before
+
+
+def test_a_run_in_another_thread_than_the_main_one(photos, tmp_path):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(loop.train(config(photos, tmp_path / "run", epochs=1), QUIET)))
+    thread.start()
+    thread.join()
+    assert done
+
+
+def test_ranks_share_what_the_sentinels_of_the_first_decide(monkeypatch):
+    """Rank 1 has figures of its own; it must not act on them."""
+    from types import SimpleNamespace
+
+    told = {"rollbacks": 1, "lr_factor": 0.5}
+    sentinels = loop.Sentinels(loop.Limits(10, 32))
+    verdict = Verdict("knn", "rollback", 6, 3, "x")
+    state = {**sentinels.state_dict(), **told}
+    monkeypatch.setattr(loop, "from_main", lambda world, value: (verdict, state))
+    run = SimpleNamespace(world=SimpleNamespace(is_main=False), sentinels=sentinels)
+
+    def never():
+        raise AssertionError("rank 1 asked its own")
+
+    assert loop.decide(run, never) == verdict
+    assert (sentinels.lr_factor, sentinels.state.rollbacks) == (0.5, 1)

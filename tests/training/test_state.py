@@ -1,0 +1,235 @@
+"""States on disk: whole or not there, the one before where one is damaged, never a new start over a long run."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import state as states
+from training.config import TrainConfig
+from training.distributed import World
+from training.setup import make_setup
+from training.state import alone_in, drop_states, find_state, load_state, remember, save_state, start_from
+
+ALONE = World(0, 1, torch.device("cpu"))
+SETTINGS = {
+    "data": "-",
+    "out": "-",
+    "vit": {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 28},
+    "global_size": 28,
+    "local_size": 14,
+    "eval_crop": 28,
+    "n_prototypes": 8,
+    "head_hidden_dim": 8,
+    "head_bottleneck_dim": 4,
+    "centering": "softmax",
+}
+
+
+def parts_at(step):
+    """The parts of a run whose weights, centre and optimizer say which step it is."""
+    config = TrainConfig.model_validate(SETTINGS)
+    parts = make_setup(config, ALONE).parts
+    for parameter in parts.student.parameters():
+        torch.nn.init.constant_(parameter, step)
+        parts.optimizer.state[parameter] = {"step": torch.tensor(float(step)), "exp_avg": torch.full_like(parameter, 7)}
+    parts.buffers["dino"].fill_(step)
+    return parts
+
+
+def save(out, step, keep=3, needed=()):
+    return save_state(out, parts_at(step), step, SETTINGS, {"note": step}, keep, ALONE, needed)
+
+
+def steps_in(out):
+    names = sorted(path.name for path in (out / "states").iterdir())
+    assert all(f"{name[:9]}.{other}" in names for name in names for other in ("pt", "json")), names
+    return sorted({int(name[:9]) for name in names})
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    for step in (0, 10, 20):
+        save(folder, step)
+    return folder
+
+
+@pytest.fixture
+def out(three, tmp_path):
+    return shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+
+
+def test_a_state_comes_back_whole(out):
+    saved, broken = start_from(out)
+    assert (saved.step, saved.memory, broken) == (20, {"note": 20}, [])
+    parts = parts_at(5)
+    load_state(saved, parts)
+    assert all((p == 20).all() for p in parts.student.parameters())
+    assert (parts.buffers["dino"] == 20).all()
+    assert {float(state["step"]) for state in parts.optimizer.state.values()} == {20.0}
+    assert all((state["exp_avg"] == 7).all() for state in parts.optimizer.state.values())
+
+
+def cut(folder, name):
+    path = folder / f"{name}.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder, name):
+    path = folder / f"{name}.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose(folder, name):
+    (folder / f"{name}.pt").unlink()
+
+
+def tear(folder, name):
+    path = folder / f"{name}.json"
+    path.write_text(path.read_text()[:40])
+
+
+def empty(folder, name):
+    (folder / f"{name}.json").write_bytes(b"")
+
+
+def replace(folder, name):
+    (folder / f"{name}.json").write_text("[1, 2]")
+
+
+def zero(folder, name):  # what a file system may leave after the power was cut
+    path = folder / f"{name}.json"
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+DAMAGES = [cut, flip, lose, tear, empty, replace, zero]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_passed_over_and_that_is_said(out, damage):
+    damage(out / "states", "000000020")
+    saved, broken = start_from(out)
+    assert saved.step == 10
+    assert len(broken) == 1
+    assert "000000020.pt is damaged" in broken[0]
+    assert "the state before it" in broken[0]
+    assert find_state(out, at_most=9)[0].step == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_without_a_whole_state_is_not_started_anew(out, damage):
+    for step in (0, 10, 20):
+        damage(out / "states", f"{step:09}")
+    with pytest.raises(ValueError, match=r"up to step 20, and none is whole.*remove .*states to start anew"):
+        start_from(out)
+    assert len(list((out / "states").glob("*.json"))) == 3  # still there, to be mended
+
+
+def test_states_without_their_notes_are_not_thrown_away(out):
+    for path in (out / "states").glob("*.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"their \.json files are missing"):
+        start_from(out)
+    assert len(list((out / "states").glob("*.pt"))) == 3
+
+
+def test_before_the_first_step_there_is_nothing_to_lose(tmp_path):
+    assert start_from(tmp_path) == (None, [])
+    save(tmp_path, 0)
+    flip(tmp_path / "states", "000000000")
+    saved, broken = start_from(tmp_path)
+    assert saved is None
+    assert len(broken) == 1
+    (tmp_path / "states" / "000000000.json").unlink()  # killed before the note was written
+    assert start_from(tmp_path) == (None, [])
+
+
+def test_what_a_killed_process_left_half_written_is_removed(out):
+    folder = out / "states"
+    for name in ("000000030.part", ".000000030.json.part", "000000030.pt", "000000005.pt"):
+        (folder / name).write_bytes(b"half")
+    (out / ".checkpoint.safetensors-abc.part").write_bytes(b"half")
+    assert start_from(out)[0].step == 20
+    assert steps_in(out) == [0, 10, 20]
+    assert not list(out.glob(".*.part"))
+
+
+def test_damaged_states_do_not_push_out_whole_ones(out):
+    flip(out / "states", "000000020")
+    assert start_from(out)[0].step == 10
+    drop_states(out, 10)
+    save(out, 15, keep=1)
+    assert steps_in(out) == [15]
+    assert find_state(out)[0].step == 15
+
+
+def test_the_newest_stay_and_what_a_sentinel_may_go_back_to(out):
+    save(out, 30, keep=1, needed=[12])
+    assert steps_in(out) == [10, 30]
+    save(out, 40, keep=2, needed=[35])
+    assert steps_in(out) == [30, 40]
+    (out / "states" / "notes of mine.json").write_text("{}")
+    assert find_state(out, at_most=39)[0].step == 30
+
+
+def test_what_is_remembered_changes_without_the_tensors(out):
+    saved, _ = find_state(out)
+    before = saved.path.read_bytes()
+    remember(saved, {"note": "other"})
+    again, broken = find_state(out)
+    assert (again.step, again.memory, again.settings, broken) == (20, {"note": "other"}, saved.settings, [])
+    assert saved.path.read_bytes() == before
+
+
+class FullDisk:
+    """`os.fsync` of a disk that is full at the n-th call: each file is flushed, so each can be hit."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, descriptor):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_full_disk_leaves_the_states_before_it(out, monkeypatch, at):
+    monkeypatch.setattr(os, "fsync", FullDisk(at))
+    with pytest.raises(OSError, match=r"state of step 30 cannot be written.*No space left.*make room"):
+        save(out, 30)
+    monkeypatch.undo()
+    saved, broken = start_from(out)
+    assert (saved.step, broken) == (20, [])
+    assert steps_in(out) == [0, 10, 20]
+
+
+def test_torchs_own_error_of_a_full_disk_is_one_of_the_system(out, monkeypatch):
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598\nstack")
+
+    monkeypatch.setattr(states.torch, "save", full)
+    with pytest.raises(OSError, match=r"step 30 cannot be written.*unexpected pos"):
+        save(out, 30)
+    assert not list((out / "states").glob("*.part"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with alone_in(tmp_path):
+        with (
+            pytest.raises(ValueError, match=f"another process trains in .*process {os.getpid()} on "),
+            alone_in(tmp_path),
+        ):
+            pass
+        with pytest.raises(ValueError, match="another process"), alone_in(tmp_path):  # the refused one freed nothing
+            pass
+    with alone_in(tmp_path):  # what lies there is no lock, if nobody holds it
+        assert json.dumps(str(os.getpid())).strip('"') in (tmp_path / "lock").read_text()
