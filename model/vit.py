@@ -10,6 +10,7 @@ Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w,
 D width, A attention heads.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ViTConfig
+from model.config import PosEmbedRule, ViTConfig
 from model.pos_embed import resize_matrix
 
 NORM_EPS = 1e-6
@@ -31,6 +32,13 @@ class FeatureDict(TypedDict):
     x_norm_patchtokens: Tensor
     x_prenorm: Tensor
     masks: NotRequired[Tensor | None]
+
+
+@functools.lru_cache(maxsize=64)
+def _resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
+    """`resize_matrix` on a device: once, since a GPU's host would wait for the copy in every forward pass."""
+    with torch.inference_mode(False):
+        return torch.tensor(resize_matrix(side, n, rule), device=device)
 
 
 class PatchEmbed(nn.Module):
@@ -126,7 +134,7 @@ class Block(nn.Module):
         if self.training and self.drop_path_rate > 0:
             for branch in (self._attn_branch, self._mlp_branch):
                 kept, scale = self._kept_samples(x)
-                x = x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
+                x = x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
             return x
         x = x + self._attn_branch(x)
         return x + self._mlp_branch(x)
@@ -183,7 +191,7 @@ class DinoVisionTransformer(nn.Module):
         if (h, w) == (side, side):
             return self.pos_embed
         rule = self.config.pos_embed_rule
-        rows, columns = (torch.tensor(resize_matrix(side, n, rule), device=self.pos_embed.device) for n in (h, w))
+        rows, columns = (_resize_tensor(side, n, rule, self.pos_embed.device) for n in (h, w))
         patches = self.pos_embed[0, 1:].float().view(side, side, -1)  # [M, M, D]
         resized = torch.einsum("hi,ijd->hjd", rows, patches)
         resized = torch.einsum("wj,hjd->hwd", columns, resized).reshape(1, h * w, -1)
@@ -199,7 +207,8 @@ class DinoVisionTransformer(nn.Module):
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Pixels [B, 3, H, W] to tokens [B, T, D]; `masks` [B, N] bool puts the mask token where True."""
         h, w = self._grid_of(x)
-        x = self.patch_embed(x)
+        # The residual stream keeps the weights' precision; under autocast the convolution's result is a half.
+        x = self.patch_embed(x).to(self.pos_embed.dtype)
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)

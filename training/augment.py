@@ -25,6 +25,7 @@ sides. Photos are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is th
 crop's aspect is right in the photo's own pixels. Functions with a trailing underscore work in place.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -256,7 +257,7 @@ def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
     hue.add_(turn.view(-1, 1, 1, 1))
     # A channel keeps the value up to a sixth of a turn from its own hue and has lost the chroma at two sixths. Own hues
     # are 0, 1/3, 2/3; with 1/2 and a whole turn more (the fraction of negatives is negative) the distance is from 1/2.
-    own = hue.new_tensor([1.5, 7 / 6, 5 / 6]).view(3, 1, 1)
+    own = _per_channel((1.5, 7 / 6, 5 / 6), hue.device, hue.dtype)
     distance = (hue + own).frac_().sub_(0.5).abs_()  # [n, 3, H, W]
     lost = distance.mul_(6).sub_(1).clamp_(0, 1)
     return torch.addcmul(value, lost, chroma, value=-1, out=images)
@@ -330,9 +331,16 @@ def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
     return _change(draws.gray[index], crops, _to_gray_)
 
 
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Constants [3, 1, 1] on a device: once, since a GPU's host would wait for the copy in every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
+
+
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     spec = PreprocessSpec()
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = (_per_channel(tuple(v), images.device, images.dtype) for v in (spec.mean, spec.std))
     return mean, std
 
 

@@ -26,8 +26,9 @@ Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(
 class LastPhase(BaseModel):
     """The end of a run on larger crops: most steps stay cheap, and the network still learns the sizes it will serve.
 
-    DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution"). Everything else, the
-    schedules included, goes on as before.
+    DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution"), with all schedules run
+    through once more. So does `lr_mult`; without it everything goes on as before, at the end of the schedules: the
+    student still learns, and little of it reaches the average that is released.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,10 +38,12 @@ class LastPhase(BaseModel):
     local_size: int
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
+    lr_mult: float | None = Field(None, gt=0, description="of the peak rate: rate and momentum begin anew from it")
+    micro_batch: int | None = Field(None, ge=1, description="as the run's, for the larger crops; None: the run's")
 
 
 class TrainConfig(BaseModel):
-    """One run. Defaults are DINOv2's short recipe where it has the setting, sizes aside.
+    """One run. Defaults are DINOv2's short recipe where it has the setting; sizes, drop path and centering aside.
 
     Raises:
         pydantic.ValidationError (a ValueError): an unknown key, or a value out of range.

@@ -86,5 +86,7 @@ def make_crops(
     )
     masks = hidden if config.ibot_patches == "masked" else np.ones_like(hidden)
     # Looked up here, where the masks are made: on a GPU the host would have to wait for the answer.
-    there = [torch.from_numpy(x).to(device, non_blocking=True) for x in (hidden, masks, np.flatnonzero(masks))]
+    there = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
+    if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+        there = [x.pin_memory().to(device, non_blocking=True) for x in there]
     return Crops(torch.cat((first, second)), local[0] if local else None, *there)

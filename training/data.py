@@ -9,14 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from training.config import TrainConfig
-from training.dataset import Photo, Skipped, photos_of, split_source
-from training.distributed import World, wait_for_all
-from training.loader import Loader, open_loader, shuffled
+from training.dataset import Photo, Skipped, Source, split_source
+from training.distributed import World, from_main, wait_for_all
+from training.loader import Loader, n_cores, open_loader, shuffled
 from training.sources import open_source, source_digest
 from training.state import write_whole
 
 KNN_PHOTOS = 50_000  # of the training photos: enough neighbours, and minutes on a GPU
 INDEX = "index"  # of tar shards, in the run's folder
+ASKED_PHOTOS = 10_000  # of the held-out ones: half a percent of accuracy
 SHOWN = 5  # unreadable photos on the screen; all are in skipped.txt
 
 
@@ -76,11 +77,15 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
     """
     config.out.mkdir(parents=True, exist_ok=True)
     per_rank, rest = divmod(config.batch_size, world.size)
-    if rest or (config.micro_batch and per_rank % config.micro_batch):
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of {world.size} ranks"
-            + (f" times micro_batch={config.micro_batch}" if config.micro_batch else "")
-        )
+    parts = {"micro_batch": config.micro_batch}
+    if config.last_phase is not None:
+        parts["last_phase.micro_batch"] = config.last_phase.micro_batch
+    for name, size in parts.items():
+        if rest or (size and per_rank % size):
+            raise ValueError(
+                f"batch_size={config.batch_size} must be a multiple of {world.size} ranks"
+                + (f" times {name}={size}" if size else "")
+            )
     if not world.is_main:
         wait_for_all(world)  # rank 0 makes the shards' index, the others read it
     source = open_source(config.data, config.out / INDEX)
@@ -95,7 +100,7 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
         config.cache_size,
         shuffled(config.batch_size, config.seed, share),
         cache_bytes=config.cache_bytes,
-        workers=config.workers,
+        workers=config.workers or max(1, n_cores() // world.on_machine),
         ahead_steps=config.ahead_steps,
         ahead_bytes=config.ahead_bytes,
         max_broken_share=config.max_broken_share,
@@ -104,10 +109,9 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
     with loader:
         if len(loader) < config.batch_size:
             raise ValueError(f"batch_size={config.batch_size} is more than the {len(loader)} readable photos")
-        digest = source_digest(loader.source, contents=loader.in_memory)
-        known = photos_of(loader.source)
-        step = -(-len(known) // KNN_PHOTOS)
-        data = Data(loader, known[::step], photos_of(held_out), digest, config.data)
+        digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
+        known, asked = (sample(part, most) for part, most in ((loader.source, KNN_PHOTOS), (held_out, ASKED_PHOTOS)))
+        data = Data(loader, known, asked, digest, config.data)
         if world.is_main:
             list_skipped([*source.skipped, *data.unlisted()], config.out, console)
         try:
@@ -115,6 +119,11 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
         finally:  # what ends the run may be that so many are broken
             if world.is_main:
                 list_skipped(data.unlisted(), config.out, console)
+
+
+def sample(source: Source, most: int) -> list[Photo]:
+    """All photos of a source, or at most so many of them, evenly taken."""
+    return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:

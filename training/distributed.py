@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 Strategy = Literal["ddp", "fsdp"]
 T = TypeVar("T")
+CONTROL_TIMEOUT = timedelta(hours=24)  # one rank evaluates while the others wait
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    on_machine: int = 1  # ranks that share this machine's cores
+    control: dist.ProcessGroup | None = None  # for words between the processes, which may take as long as an evaluation
 
     @property
     def is_main(self) -> bool:
@@ -67,12 +71,15 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, chosen)
         return
-    if chosen.type == "cuda" and chosen.index is None:
+    if chosen.type == "cuda" and chosen.index is not None:
+        raise ValueError(f"device={device!r}: each of {size} ranks takes a GPU of its own; give device=cuda")
+    if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size, chosen)
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        yield World(dist.get_rank(), size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), control)
     finally:
         dist.destroy_process_group()
 
@@ -80,7 +87,7 @@ def join(device: str) -> Iterator[World]:
 def wait_for_all(world: World) -> None:
     """Return when every rank has come here."""
     if world.size > 1:
-        dist.barrier()
+        dist.barrier(world.control)
 
 
 def agree(world: World, value: bool) -> bool:
@@ -88,7 +95,7 @@ def agree(world: World, value: bool) -> bool:
     if world.size == 1:
         return value
     flag = torch.tensor(int(value))
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=world.control)
     return bool(flag)
 
 
@@ -97,7 +104,7 @@ def from_main(world: World, value: T) -> T:
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=world.control)
     return box[0]
 
 
@@ -178,22 +185,26 @@ def min_over_ranks(world: World, value: Tensor) -> Tensor:
     return value
 
 
-def shard(network: nn.Module, blocks: Iterable[nn.Module], world: World, compute_dtype: torch.dtype) -> None:
+def shard(
+    network: nn.Module, blocks: Iterable[nn.Module], world: World, compute_dtype: torch.dtype, *, trains: bool
+) -> None:
     """Cut a network's weights into one slice per rank, in place: first its `blocks`, then what is left.
 
-    Gradients are averaged in float32; a block's weights travel in `compute_dtype`. After a forward pass all are slices
-    again, which a network without a backward pass (the teacher) has no other occasion for.
+    Gradients are averaged in float32; a block's weights travel in `compute_dtype`. A network that does not train is
+    slices again after its forward pass; one that does keeps its heads whole for the backward pass, which begins there.
     """
     # The outputs are views, and nobody writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     whole_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    fully_shard(network, mesh=mesh, mp_policy=whole_policy, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, mp_policy=whole_policy, reshard_after_forward=not trains)
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:

@@ -214,8 +214,8 @@ def describe_device(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def work_of_step(config: TrainConfig, share_done: float = 0.0) -> float:
-    """Useful work of one step of a run with these settings, when `share_done` of it is over."""
+def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
+    """Useful work of one step of a run when `share_done` of it is over; `teacher`: of a distillation."""
     (first, _), _, (small, n_local) = crop_views(config, share_done)
     n_images, n_patches = 2 * config.batch_size, (first.size // config.vit_config.patch_size) ** 2
     n_masked = float(n_images * n_patches)
@@ -233,4 +233,5 @@ def work_of_step(config: TrainConfig, share_done: float = 0.0) -> float:
         dino_head=head,
         ibot_head=None if config.shared_head else own,
         drop_path=config.drop_path,
+        teacher=teacher,
     ).total

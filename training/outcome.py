@@ -28,12 +28,20 @@ SHEET_PHOTOS = 6
 GALLERY = 128  # photos that a sheet's neighbours come from
 
 
-def released_backbone(config: TrainConfig, parts: Parts) -> DinoVisionTransformer:
-    """The average's backbone as a plain network on its device, whatever the ranks keep of it. All of them must call."""
+def released_backbone(config: TrainConfig, world: World, parts: Parts) -> DinoVisionTransformer:
+    """The average's backbone as a plain network on rank 0's device, whatever the ranks keep of it.
+
+    All ranks must call it; elsewhere it is empty.
+    """
     with torch.device("meta"):
         backbone = DinoVisionTransformer(config.vit_config)
-    tensors = {key: whole(value).clone() for key, value in parts.ema.backbone.state_dict().items()}
-    backbone.load_state_dict(tensors, assign=True)
+    tensors = {}
+    for key, value in parts.ema.backbone.state_dict().items():
+        tensor = whole(value)
+        if world.is_main:  # the others only help to put it together
+            tensors[key] = tensor.clone()
+    if world.is_main:
+        backbone.load_state_dict(tensors, assign=True)
     return backbone.eval().requires_grad_(False)
 
 
@@ -90,7 +98,7 @@ def finish(
 ) -> tuple[Path, str]:
     """Whitening, k-NN, the last checkpoint, a picture and the report; the checkpoint's path and what to tell people."""
     path = config.out / CHECKPOINT
-    backbone = released_backbone(config, parts)
+    backbone = released_backbone(config, world, parts)
     if not world.is_main:
         return path, ""
     if config.whiten is not None:

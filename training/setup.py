@@ -42,7 +42,10 @@ class Setup:
 
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16 or fp16 for matrix products where asked; `auto` is bf16 where the device multiplies it natively."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
     if precision == "fp16":
         return torch.autocast(device.type, torch.float16)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native))
@@ -124,13 +127,11 @@ def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | Non
             # Everything but a block's input is computed again in the backward pass.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile if isinstance(config.compile, bool) else world.device.type == "cuda":
-        for network in (student, ema):
-            for block in network.backbone.blocks:
-                block.compile()
+        compile_blocks(student, given_teacher or ema)
     sharded = world.size > 1 and strategy_of(config) == "fsdp"
     if sharded:
         for network in (student, ema):
-            shard(network, network.backbone.blocks, world, compute_dtype(autocast))
+            shard(network, network.backbone.blocks, world, compute_dtype(autocast), trains=network is student)
     optimizer = make_optimizer(
         student,
         kind=config.optimizer,
@@ -147,6 +148,18 @@ def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | Non
         buffers["good_steps"] = torch.tensor(0.0, device=world.device)
     parts = Parts(student, ema, given_teacher or ema, optimizer, buffers)
     return Setup(parts, student if sharded else replicate(student, world), autocast, world)
+
+
+def compile_blocks(*networks: nn.Module) -> None:
+    """torch.compile of each block. All blocks are one piece of code to it, compiled anew for each kind of input."""
+    # Kinds: crop sizes x (student, teacher) x (main and last phase); 8 by default, after which it gives up silently.
+    torch._dynamo.config.recompile_limit = 64
+    # It would look for DDP's buckets in a block that is smaller than one, and fails where a block is larger.
+    torch._dynamo.config.optimize_ddp = False
+    for network in networks:
+        for block in network.get_submodule("backbone.blocks").children():
+            # Few sizes come, and sizes that may vary do not get along with drop path's share of the batch.
+            block.compile(dynamic=False)
 
 
 def strategy_of(config: TrainConfig) -> str:

@@ -43,18 +43,32 @@ class Schedules:
 
 
 def make_schedules(config: TrainConfig, total: int) -> Schedules:
-    """The run's schedules, `total` steps each."""
-    peak = config.lr * math.sqrt(config.batch_size / 1024)
-    lr = cosine(peak, config.min_lr, total, warmup=int(config.warmup * total))
-    frozen: dict[Part, float] = {
-        "backbone": config.freeze_backbone,
-        "head": 0,
-        "last_layer": config.freeze_last_layer,
+    """The run's schedules, `total` steps each.
+
+    With a frozen backbone the heads warm up in the first half of its rest, so that they have learned something when it
+    begins, and its own warm-up begins with it. A last phase with an `lr_mult` has a rate and a momentum of its own.
+    """
+    peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
+    frozen = int(config.freeze_backbone * total)
+    heads = cosine(peak, config.min_lr, total, warmup=min(warmup, frozen // 2) if frozen else warmup)
+    rest = cosine(peak, config.min_lr, total - frozen, warmup=min(warmup, total - frozen))
+    fixed_layer = np.arange(total) < int(config.freeze_last_layer * total)
+    lr: dict[Part, Schedule] = {
+        "backbone": np.concatenate((np.zeros(frozen), rest)),
+        "head": heads,
+        "last_layer": np.where(fixed_layer, 0, heads),
     }
+    momentum = cosine(*config.momentum, total)
+    if config.last_phase is not None and config.last_phase.lr_mult is not None:
+        phase = np.arange(total) / total >= 1 - config.last_phase.share  # as `crop_views` has it
+        n_steps = int(phase.sum())
+        for schedule in lr.values():
+            schedule[phase] = cosine(peak * config.last_phase.lr_mult, config.min_lr, n_steps)
+        momentum[phase] = cosine(*config.momentum, n_steps)
     return Schedules(
-        lr={part: np.where(np.arange(total) < int(share * total), 0, lr) for part, share in frozen.items()},
+        lr=lr,
         weight_decay=cosine(*config.weight_decay, total),
-        momentum=cosine(*config.momentum, total),
+        momentum=momentum,
         teacher_temp=linear_then_constant(*config.teacher_temp, total, int(config.teacher_temp_warmup * total)),
     )
 
@@ -68,19 +82,15 @@ class Targets:
 
 
 @torch.no_grad()
-def teacher_targets(
-    config: TrainConfig, setup: Setup, micros: Sequence[Crops], temp: float
-) -> tuple[list[Targets], Tensor]:
-    """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch. And the
-    teacher's class tokens [b, D] of the first view."""
+def teacher_targets(config: TrainConfig, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
+    """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
     cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
     cls = _center(config, setup, "dino", cls_logits, temp)
     patches: Sequence[Tensor | TeacherTargets] = [output.patch_logits for output in outputs]
     if config.ibot_weight > 0:
         patches = _center(config, setup, "ibot", [output.patch_logits for output in outputs], temp)
-    targets = [Targets(*pair) for pair in zip(cls, patches, strict=True)]
-    return targets, torch.cat([output.cls.chunk(2)[0] for output in outputs])
+    return [Targets(*pair) for pair in zip(cls, patches, strict=True)]
 
 
 def _center(
@@ -94,7 +104,8 @@ def _center(
         return batch_norm_center(logits, temp, sum_over_ranks=total)
     center = setup.parts.buffers[head]
     targets = [center_targets(part, center.clone(), temp) for part in logits]
-    center.copy_(update_center(center, logits, config.center_momentum, sum_over_ranks=total))
+    moved = update_center(center, logits, config.center_momentum, sum_over_ranks=total)
+    center.copy_(torch.where(moved.isfinite().all(), moved, center))
     return targets
 
 
@@ -105,8 +116,10 @@ def entropy(targets: Tensor | TeacherTargets) -> Tensor:
     return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
 
 
-def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) -> dict[str, Tensor]:
-    """The three losses of one micro-batch. DINO is the mean over all pairs of different views.
+def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
+    """The three losses of one micro-batch, and the student's class tokens [b, D] of the first view, detached.
+
+    DINO is the mean over all pairs of different views.
 
     Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
     they are divided by 2, so that ln K stays the mark of collapse.
@@ -121,11 +134,14 @@ def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) ->
         pair_sum = pair_sum + dino_loss(local_logits, targets.cls, temp)
         n_pairs += 2 * len(local_logits)
     zero = out.cls.new_zeros((), dtype=torch.float32)
-    return {
+    terms = {
         "dino": torch.as_tensor(pair_sum) / n_pairs,
-        "ibot": ibot_loss(out.patch_logits, targets.patches, crops.masks, temp, selected=crops.selected),
+        "ibot": zero
+        if config.ibot_weight == 0
+        else ibot_loss(out.patch_logits, targets.patches, crops.masks, temp, selected=crops.selected),
         "koleo": sum((_koleo(config, setup, view) for view in out.cls.chunk(2)), start=zero),
     }
+    return terms, out.cls.detach().chunk(2)[0]
 
 
 def _koleo(config: TrainConfig, setup: Setup, cls: Tensor) -> Tensor:
@@ -160,7 +176,7 @@ def train_step(
 
     Returns:
         scalars on the device, means over this rank: `dino`, `ibot`, `koleo` unweighted, their weighted sum `loss`,
-        `teacher_entropy`, norms of the gradients before clipping, `finite` (1 or 0); and the teacher's class tokens
+        `teacher_entropy`, norms of the gradients before clipping, `finite` (1 or 0); and the student's class tokens
         [b, D] of the first view of each photo, for RankMe.
     """
     parts, world = setup.parts, setup.world
@@ -169,15 +185,17 @@ def train_step(
     lr = {part: float(schedule[step]) * lr_factor for part, schedule in schedules.lr.items()}
     set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
     with setup.autocast:
-        targets, seen = teacher_targets(config, setup, micros, float(schedules.teacher_temp[step]))
+        targets = teacher_targets(config, setup, micros, float(schedules.teacher_temp[step]))
     scale = parts.buffers.get("loss_scale")
     weights = {"dino": config.dino_weight, "ibot": config.ibot_weight, "koleo": config.koleo_weight}
     sums: dict[str, Tensor] = {}
+    tokens = []
     parts.optimizer.zero_grad(set_to_none=True)
     for number, (crops, target) in enumerate(zip(micros, targets, strict=True)):
         with gradients_stay_local(setup.learner, when=number + 1 < len(micros)):
             with setup.autocast:
-                terms = losses(config, setup, crops, target)
+                terms, cls = losses(config, setup, crops, target)
+            tokens.append(cls)
             loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum() / len(micros)
             torch.autograd.backward(loss if scale is None else loss * scale)
         terms["loss"] = loss * len(micros)
@@ -194,7 +212,9 @@ def train_step(
     if scale is not None:
         adapt_scale(parts.buffers, finite)
     update_teacher(parts.student, parts.ema, float(schedules.momentum[step]))
-    return {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}, "finite": finite.float()}, seen
+    return {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}, "finite": finite.float()}, torch.cat(
+        tokens
+    )
 
 
 def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:

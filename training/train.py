@@ -99,6 +99,7 @@ class Run:
     sentinels: Sentinels
     monitor: Monitor
     not_finite: FirstNotFinite
+    work: Callable[[float], float]  # floating-point operations of a step, when so much of the run is over
     saved_at: float  # time.monotonic() of the last save
 
     @property
@@ -160,7 +161,7 @@ def loop(run: Run, step: int, stop: Sigterm) -> None:
         terms, seen = one_step(run, step)
         run.not_finite.note(step + 1, {name: terms[name] for name in terms if is_watched(run.config, name)})
         step += 1
-        run.monitor.advance(step, work_of_step(run.config, (step - 1) / run.total))
+        run.monitor.advance(step, run.work((step - 1) / run.total))
         if look_up(run, step, stop):
             step = check(run, step, terms, seen, stop)
 
@@ -187,6 +188,8 @@ def make_micros(
     mine = range(world.rank * len(pixels), (world.rank + 1) * len(pixels))
     positions = torch.arange(mine.start, mine.stop)
     size = config.micro_batch or len(pixels)
+    if views[0][0].size != config.global_size and config.last_phase is not None:
+        size = config.last_phase.micro_batch or size
     return [
         make_crops(config, p, a, step, at, views, world.device)
         for p, a, at in zip(*(torch.split(x, size) for x in (pixels, aspect, positions)), strict=True)
@@ -253,6 +256,7 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
         Sentinels(limits),
         monitor,
         FirstNotFinite(world.device),
+        functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
         time.monotonic(),
     )
     return run, saved, broken
@@ -349,7 +353,7 @@ def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: Sig
         if is_time(step, every_steps(run, config.keep_checkpoints_every_epochs)):
             keep_checkpoint(run, config.out / "checkpoints" / f"step_{step:08}.safetensors", step)
         if is_time(step, config.sheet_every) and step < run.total:
-            backbone = released_backbone(config, run.setup.parts)
+            backbone = released_backbone(config, world, run.setup.parts)
             if world.is_main:
                 write_sheet(config, run.data, backbone, step, run.total)
         stopping = agree(world, stop.came)
@@ -415,7 +419,7 @@ def guard_knn(run: Run, step: int) -> Verdict | None:
     if not run.config.eval_every_epochs:
         return None
     with run.monitor.paused():
-        backbone = released_backbone(run.config, run.setup.parts)
+        backbone = released_backbone(run.config, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
             if not (knn := report_knn(run.config, run.data, backbone)):
@@ -451,7 +455,7 @@ def go_back(run: Run, verdict: Verdict) -> int:
 
 def keep_checkpoint(run: Run, path: Path, step: int) -> None:
     """The average's backbone as a checkpoint. Every rank must call it."""
-    backbone = released_backbone(run.config, run.setup.parts)
+    backbone = released_backbone(run.config, run.world, run.setup.parts)
     if run.world.is_main:
         write_checkpoint(path, run.config, backbone, run.facts, step)
 

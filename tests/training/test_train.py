@@ -303,8 +303,9 @@ def test_the_losses_pair_different_views_only(n_local):
     learner = StubNetwork(k).requires_grad_(False)
     setup = SimpleNamespace(learner=learner, world=ALONE)
     crops = Crops(globals_, locals_, masks, masks, selected)
-    asked = SimpleNamespace(student_temp=temp, koleo_weight=0.1, koleo_over_ranks=True)
-    found = step.losses(asked, setup, crops, step.Targets(cls_probs, patch_probs))
+    asked = SimpleNamespace(student_temp=temp, ibot_weight=1.0, koleo_weight=0.1, koleo_over_ranks=True)
+    found, seen = step.losses(asked, setup, crops, step.Targets(cls_probs, patch_probs))
+    assert torch.equal(seen, StubNetwork.tokens(globals_, masks).mean(dim=1)[:n])
 
     def cross_entropy(token, head, target):
         return -float((target * torch.log_softmax(head(token) / temp, dim=-1)).sum())
@@ -424,6 +425,43 @@ def test_a_frozen_backbone_stays_while_the_heads_learn(photos, tmp_path):
     after = torch.load(find_state(tmp_path / "run")[0].path, weights_only=True)["student"]
     moved = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
     assert moved == {"dino_head"}
+
+
+def test_compiled_blocks_train_like_plain_ones_with_drop_path_and_several_sizes(photos, tmp_path, monkeypatch):
+    # Traced and differentiated as for inductor, whose C++ takes minutes to compile: that was tried by hand.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+    last = {"share": 0.4, "global_size": 42, "local_size": 28}
+    one_block = {"vit": {**TINY["vit"], "depth": 1}, "last_phase": last, "drop_path": 0.3, "epochs": 1}
+    losses = []
+    for compiled in (False, True):
+        out = tmp_path / f"compile={compiled}"
+        loop.train(config(photos, out, compile=compiled, **one_block), QUIET)
+        losses.append([line["loss"] for line in lines(out)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # two sizes of each phase, student and teacher
+
+
+def test_a_last_phase_with_a_rate_of_its_own_begins_anew(tmp_path):
+    last = "last_phase={share = 0.2, global_size = 98, local_size = 42, lr_mult = 0.5}"
+    plain, phased = (
+        step.make_schedules(load_config("smoke", tmp_path, tmp_path, ["warmup=0.1", *more]), 100)
+        for more in ([], [last])
+    )
+    assert np.array_equal(plain.lr["head"][:80], phased.lr["head"][:80])
+    assert phased.lr["head"][80] == phased.lr["backbone"][80] == pytest.approx(plain.lr["head"].max() / 2)
+    assert phased.lr["head"][-1] < 0.1 * phased.lr["head"][80]
+    assert (phased.momentum[80], plain.momentum[80] > 0.99) == (0.98, True)
+
+
+def test_a_backbone_warms_up_when_it_begins_and_the_heads_before(tmp_path):
+    found = load_config("smoke", tmp_path, tmp_path, ["freeze_backbone=0.2", "warmup=0.1"])
+    lr = step.make_schedules(found, 100).lr
+    assert not lr["backbone"][:20].any()
+    assert np.all(np.diff(lr["backbone"][20:30]) > 0)
+    assert lr["head"][10] == lr["head"].max() == lr["backbone"].max()
 
 
 def test_the_last_phase_takes_larger_crops(photos, tmp_path):

@@ -123,5 +123,7 @@ def evaluate_knn(
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)
     known, unknown = compute_features(model, train, spec), compute_features(model, test, spec)
-    labels = train_labels[known.kept], test_labels[unknown.kept]
-    return {p: knn_accuracy(known.pooled(p), labels[0], unknown.pooled(p), labels[1], ks) for p in POOLINGS}
+    device = model.cls_token.device
+    labels = train_labels[known.kept].to(device), test_labels[unknown.kept].to(device)
+    pooled = {p: (known.pooled(p).to(device), unknown.pooled(p).to(device)) for p in POOLINGS}
+    return {p: knn_accuracy(a, labels[0], b, labels[1], ks) for p, (a, b) in pooled.items()}
