@@ -62,8 +62,14 @@ SETTINGS: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "sinkhorn": {},
-    "softmax, separate heads": {"centering": "softmax", "shared_head": False, "ibot_bottleneck_dim": 4},
-    "streamed, micro-batches": {"cache_bytes": 0, "micro_batch": 4, "optimizer": "sgd_normalized"},
+    "softmax, two heads, streamed": {
+        "centering": "softmax",
+        "shared_head": False,
+        "ibot_bottleneck_dim": 4,
+        "cache_bytes": 0,
+        "micro_batch": 4,
+    },
+    "batch norm, sgd": {"centering": "batch_norm", "optimizer": "sgd_normalized"},
     "last phase, fp16": {
         "last_phase": {"share": 0.4, "global_size": 42, "local_size": 28},
         "precision": "fp16",
@@ -119,7 +125,7 @@ def child(config: TrainConfig, case: str) -> int:
     if config.save_every_minutes < 1:
         setattr(os, "fsync", slow(os.fsync))  # noqa: B010 - its type is wider
     if case == "not finite":
-        loop.train_step = spoiled(loop.train_step)  # type: ignore[assignment,attr-defined]
+        loop.train_step = spoiled(loop.train_step)  # type: ignore[attr-defined]
     if case == "k-NN guard":
         loop.report_knn = changeable_knn  # type: ignore[assignment,attr-defined]
     try:
@@ -245,7 +251,7 @@ def main() -> int:
         ended_within(
             start(TrainConfig(**{**SETTINGS, "data": str(folder / "photos"), "out": teacher, "epochs": 1}), ""), None
         )
-        print(f"{'case':<26}{'kills':>6}{'while writing':>15}{'runs':>6}{'steps':>7}", flush=True)
+        print(f"{'case':<30}{'kills':>6}{'while writing':>15}{'runs':>6}{'steps':>7}", flush=True)
         for case in given.case or CASES:
             try:
                 figures = run_case(
@@ -261,7 +267,7 @@ def main() -> int:
                 return 1
             found[case] = figures
             print(
-                f"{case:<26}{figures['kills']:>6}{figures['while_writing']:>15}{figures['runs']:>6}{figures['steps']:>7}",
+                f"{case:<30}{figures['kills']:>6}{figures['while_writing']:>15}{figures['runs']:>6}{figures['steps']:>7}",
                 flush=True,
             )
     print(json.dumps({"benchmark": "training_crash", "seed": given.seed, "cases": found}))
