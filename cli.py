@@ -1,4 +1,4 @@
-"""The command line: `dinov2 serve | embed | index | search | collections | train | eval | export | models`.
+"""The command line: `dinov2 serve | embed | index | search | collections | train | compare | eval | export | ...`.
 
 Each command imports what it needs when it runs, so `dinov2 serve` works without torch and `dinov2 --help` is quick.
 """
@@ -13,7 +13,9 @@ import typer
 import cli_collections
 import cli_eval
 import cli_search
+import cli_training
 from cli_search import fail as _fail
+from cli_training import need_torch
 
 app = typer.Typer(
     name="dinov2",
@@ -106,34 +108,10 @@ app.command()(cli_search.index)
 app.command()(cli_search.search)
 app.add_typer(cli_collections.app, name="collections")
 app.command("eval")(cli_eval.evaluate)
-
-
-@app.command()
-def train(
-    data: Annotated[
-        str, typer.Option(help="Folder of images, tar shards (also as a URL), or a Hugging Face dataset on disk.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics. A run in it goes on.")],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.")
-    ] = None,
-) -> None:
-    """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install -e '.[train]')."""
-    _need_torch("train")
-    from model.zoo import DownloadError
-    from training.config import load_config
-    from training.train import INTERRUPTED, Interrupted, RunStopped
-    from training.train import train as run_training
-
-    try:
-        checkpoint = run_training(load_config(recipe, data, out, overrides or []))
-    except (ValueError, OSError, RunStopped, DownloadError) as error:
-        raise _fail(error) from error
-    except Interrupted as interrupted:
-        typer.echo(str(interrupted), err=True)
-        raise typer.Exit(code=INTERRUPTED) from interrupted
-    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
+app.command()(cli_training.train)
+app.command()(cli_training.compare)
+app.command()(cli_training.average)
+app.command()(cli_training.report)
 
 
 @app.command()
@@ -165,7 +143,7 @@ def export(
     keep_onnx: Annotated[bool, typer.Option(help="--no-keep-onnx leaves out what loading can derive.")] = True,
 ) -> None:
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
-    _need_torch("export")
+    need_torch("export")
     from model.export_onnx import export_checkpoint
     from model.zoo import DownloadError
 
@@ -222,15 +200,6 @@ def models(
     typer.echo("Published (dinov2 serve --model NAME downloads and exports it once; needs the train extra):")
     for row in published:
         typer.echo(f"  {row['name']:<28} {row['licence']}  {row['url']}")
-
-
-def _need_torch(command: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise _fail(
-            f"`dinov2 {command}` needs torch: python -m pip install -e '.[train]' (the extra `train` of dinov2-service)"
-        )
 
 
 def _photos_of(folder: Path, limit: int = 32) -> list[Any]:

@@ -15,7 +15,7 @@ runner = CliRunner()
 
 
 def test_every_option_and_command_has_help() -> None:
-    for command in ("serve", "embed", "train", "export", "models"):
+    for command in ("serve", "embed", "train", "compare", "average", "report", "export", "models"):
         result = runner.invoke(cli.app, [command, "--help"])
         assert result.exit_code == 0
         info = next(c for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command)
@@ -116,6 +116,9 @@ def test_commands_that_need_torch_say_so(tmp_path: Path, monkeypatch: pytest.Mon
     for command in (
         ["export", "dinov2_vits14", "--out", str(tmp_path)],
         ["train", "--data", str(tmp_path), "--out", "o"],
+        ["compare", "--data", str(tmp_path), "--out", "o"],
+        ["average", "a.safetensors", "b.safetensors", "--out", "o"],
+        ["report", "o"],
     ):
         result = runner.invoke(cli.app, command)
         assert result.exit_code == 2

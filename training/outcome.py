@@ -98,7 +98,7 @@ def finish(
         whiten(backbone, compute_features(backbone, sample, config.eval_spec).pooled("cls"), config.whiten)
     knn = report_knn(config, data, backbone)
     write_whole(config.out / "knn.json", json.dumps(knn, indent=1))
-    write_checkpoint(path, config, backbone, facts | {"knn": knn}, total)
+    write_checkpoint(path, config, backbone, facts | {"knn": knn, "whitened": config.whiten is not None}, total)
     write_sheet(config, data, backbone, total, total)
     report = write_report(config.out)
     found = f"k-NN on {len(data.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}"

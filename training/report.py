@@ -57,7 +57,7 @@ p { margin: 4px 0; } .muted { color: var(--muted); }
 figcaption { font-weight: 600; font-size: 14px; margin: 0 0 4px 2px; }
 table { border-collapse: collapse; font-size: 14px; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--muted); font-weight: 500; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+th { color: var(--muted); font-weight: 500; } .n { text-align: right; font-variant-numeric: tabular-nums; }
 code, pre { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { background: var(--card); border-radius: 10px; padding: 12px 14px; overflow-x: auto; margin: 6px 0; }
 ul { margin: 0; padding-left: 20px; } li { margin: 3px 0; } li b { color: var(--warn); font-weight: 600; }
@@ -82,14 +82,14 @@ def write_report(out: Path) -> Path:
     sections = [
         _head(config, facts, metrics),
         _tiles(metrics, evaluations, knn, facts),
-        _section("What it said", _events(read_lines(out / EVENTS))),
-        _section("Curves", _charts(metrics, evaluations, config)),
-        _section("What it sees", _sheet(out / SHEETS)),
-        _section("k-NN on held-out photos", _knn_table(knn)),
-        _section("Data", _data(config, facts, out / "skipped.txt")),
-        _section("Settings that differ from the default", _settings(config)),
-        _section("Where it comes from", _origin(facts)),
-        _section("How to go on", _next_steps(out, config)),
+        html_section("What it said", _events(read_lines(out / EVENTS))),
+        html_section("Curves", _charts(metrics, evaluations, config)),
+        html_section("What it sees", _sheet(out / SHEETS)),
+        html_section("k-NN on held-out photos", _knn_table(knn)),
+        html_section("Data", _data(config, facts, out / "skipped.txt")),
+        html_section("Settings that differ from the default", _settings(config)),
+        html_section("Where it comes from", _origin(facts)),
+        html_section("How to go on", _next_steps(out, config)),
     ]
     title = escape(f"{config.get('recipe', 'run')}: {out.name}")
     page = (
@@ -129,29 +129,28 @@ def _number(value: Any) -> float | None:
     return float(value) if good else None
 
 
-def _column(lines: Lines, name: str) -> list[tuple[float, float | None]]:
+def points_of(lines: Lines, name: str) -> list[tuple[float, float | None]]:
     """(step, value) of every line that has the figure."""
     return [(step, _number(x[name])) for x in lines if name in x and (step := _number(x.get("step"))) is not None]
 
 
-def _values(lines: Lines, name: str) -> list[float]:
-    return [value for _, value in _column(lines, name) if value is not None]
+def values_of(lines: Lines, name: str) -> list[float]:
+    return [value for _, value in points_of(lines, name) if value is not None]
 
 
-def _section(title: str, body: str) -> str:
+def html_section(title: str, body: str) -> str:
     return f"<h2>{escape(title)}</h2>{body}" if body else ""
 
 
-def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
+def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
     """Cells are text, not HTML; columns in `numbers` are set right."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=n' if i in numbers else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kind = [" class=n" if i in numbers else "" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kind, cells, strict=True)) + "</tr>"
+
+    lines = ([line(header, "th")] if header else []) + [line(row, "td") for row in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _when(seconds: float) -> str:
@@ -171,7 +170,7 @@ def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -
     vit = config.get("vit")
     shape = ", ".join(f"{key} {value}" for key, value in vit.items()) if isinstance(vit, dict) else ""
     model = f"{config.get('model', 'unknown model')}{f' ({shape})' if shape else ''}"
-    times = _values(metrics, "time")
+    times = values_of(metrics, "time")
     when = f"{_when(times[0])} to {_when(times[-1])}" if times else ""
     parts = [f"{model}, on {config.get('data', 'unknown data')}", str(facts.get("hardware", "")), when]
     text = "".join(f'<p class="muted">{escape(part)}</p>' for part in parts if part)
@@ -188,17 +187,17 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
     """The figures that people ask for first."""
     tiles: list[tuple[str, str]] = []
     best = _best_knn(knn)
-    during = [v for name in _names(evaluations, "knn") for v in _values(evaluations, name)]
+    during = [v for name in names_of(evaluations, "knn") for v in values_of(evaluations, name)]
     if best is not None or during:
         tiles.append(
             (f"{best if best is not None else during[-1]:.1%}", "k-NN, last" if best is None else "k-NN, best")
         )
-    steps = _values(metrics, "step")
+    steps = values_of(metrics, "step")
     if steps:
         tiles.append((f"{steps[-1]:,.0f}", "steps"))
     if isinstance(facts.get("photos"), int):
         tiles.append((f"{facts['photos']:,}", "photos"))
-    seconds = sum(_values(metrics, "seconds"))
+    seconds = sum(values_of(metrics, "seconds"))
     if seconds:
         tiles.append((_duration(seconds), "training time"))
     middle: list[tuple[str, str, Callable[[float], str]]] = [
@@ -207,9 +206,9 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
         ("data_wait_share", "of the time waiting for data", lambda v: f"{v:.1%}"),
     ]
     for name, words, shown in middle:
-        if values := sorted(_values(metrics, name)):
+        if values := sorted(values_of(metrics, name)):
             tiles.append((shown(values[len(values) // 2]), words))
-    if memory := _values(metrics, "peak_memory_bytes"):
+    if memory := values_of(metrics, "peak_memory_bytes"):
         tiles.append((f"{max(memory) / 2**30:.2f} GiB", "peak memory"))
     cells = "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles)
     return f'<div class="tiles">{cells}</div>' if tiles else ""
@@ -223,7 +222,7 @@ def _events(events: Lines) -> str:
     return f"<ul>{items}</ul>{more if len(events) > len(shown) else ''}" if events else ""
 
 
-def _names(lines: Lines, start: str) -> list[str]:
+def names_of(lines: Lines, start: str) -> list[str]:
     """Figures whose names begin so, in order of appearance."""
     return list(dict.fromkeys(name for line in lines for name in line if name.startswith(start)))
 
@@ -231,20 +230,22 @@ def _names(lines: Lines, start: str) -> list[str]:
 def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
     """All curves that there are figures for."""
     prototypes = _number(config.get("n_prototypes"))
+    knn_all = names_of(evaluations, "knn")
+    knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to see it rise
     ln_k = math.log(prototypes) if prototypes and prototypes > 1 else None
     both = sorted([*metrics, *evaluations], key=lambda line: _number(line.get("step")) or 0)
-    rank = "rankme" if _values(both, "rankme") else "rankme_share"
-    rates = [name for name in _names(metrics, "lr") if name != "lr_factor"]
+    rank = "rankme" if values_of(both, "rankme") else "rankme_share"
+    rates = [name for name in names_of(metrics, "lr") if name != "lr_factor"]
 
     def lines(*names: str, of: Lines = metrics) -> list[Series]:
-        return [Series(name, points) for name in names if (points := _column(of, name))]
+        return [Series(name, points) for name in names if (points := points_of(of, name))]
 
     charts = [
         line_chart(lines("loss", "dino", "ibot", "koleo"), title="Losses", y_label="nats"),
         line_chart(
             lines("dino_over_ln_k"), title="DINO loss beside ln K", y_label="share of ln K", mark=(1.0, "collapse")
         ),
-        line_chart(lines(*_names(evaluations, "knn"), of=evaluations), title="k-NN during the run", y_label="accuracy"),
+        line_chart(lines(*knn_shown, of=evaluations), title="k-NN during the run", y_label="accuracy"),
         line_chart(
             lines("teacher_entropy"),
             title="Entropy of the teacher's targets",
@@ -253,7 +254,7 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
             floor=0,
         ),
         line_chart(lines(rank, of=both), title="RankMe of class tokens", y_label="effective rank", floor=0),
-        line_chart(lines(*_names(metrics, "grad")), title="Gradient norms", y_label="before clipping", floor=0),
+        line_chart(lines(*names_of(metrics, "grad")), title="Gradient norms", y_label="before clipping", floor=0),
         line_chart(lines(*rates), title="Learning rate", floor=0),
         line_chart(lines("images_per_s"), title="Speed", y_label="images/s", floor=0),
         line_chart(lines("mfu", "data_wait_share"), title="Use of the machine", y_label="share", floor=0),
@@ -290,7 +291,7 @@ def _knn_table(knn: Mapping[str, Any]) -> str:
         return "" if number is None else f"{number:.1%}"
 
     table = [[name, *(cell(row.get(k)) for k in ks)] for name, row in rows.items()]
-    return _table(table, ["features", *(f"k = {k}" for k in ks)], range(1, len(ks) + 1))
+    return html_table(table, ["features", *(f"k = {k}" for k in ks)], range(1, len(ks) + 1))
 
 
 def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
@@ -299,7 +300,7 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) ->
             if key in facts]  # fmt: skip
     if "data" in config:
         rows.insert(0, ["folder", str(config["data"])])
-    body = _table(rows) if rows else ""
+    body = html_table(rows) if rows else ""
     if skipped.exists():
         lines = [line for line in skipped.read_text(encoding="utf-8", errors="replace").splitlines() if line]
         first = "".join(f"<li><code>{escape(line)}</code></li>" for line in lines[:SKIPPED_SHOWN])
@@ -321,7 +322,7 @@ def _settings(config: Mapping[str, Any]) -> str:
         for name, value in config.items()
         if name not in ("data", "out", "recipe") and (default := defaults.get(name, missing)) != value
     ]
-    return _table(rows, ["setting", "value", "default"]) if rows else ""
+    return html_table(rows, ["setting", "value", "default"]) if rows else ""
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
@@ -332,7 +333,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
         for key, shown in words.items()
         if facts.get(key) is not None
     ]
-    return _table(rows) if rows else ""
+    return html_table(rows) if rows else ""
 
 
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:

@@ -30,7 +30,8 @@ class PrototypeLayer(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1, eps=1e-12))
+        # torch's fused kernel, forward and backward: K x 256 weights are more than most steps' logits.
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DinoHead(nn.Module):

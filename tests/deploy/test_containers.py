@@ -3,6 +3,7 @@ promises on running containers.
 """
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,17 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
     copied = {path for line in re.findall(r"^COPY (?!--from)(.+)$", BUILD, re.MULTILINE) for path in line.split()[:-1]}
     assert copied == sent
     assert [path for path in sorted(copied) if not (ROOT / path).exists()] == []
+
+
+def test_every_module_beside_the_packages_is_built_into_the_image() -> None:
+    """`py-modules` of pyproject.toml are what `pip install` looks for: first as empty files, then as themselves."""
+    modules = {
+        f"{name}.py"
+        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    }
+    assert modules == {path.name for path in ROOT.glob("*.py")}
+    touched = re.search(r"&& touch (.+?) &&", BUILD)
+    copied = re.search(r"^COPY (cli\.py .+) \./$", BUILD, re.MULTILINE)
+    assert touched
+    assert copied
+    assert modules | {"README.md"} == set(touched[1].split()) == set(copied[1].split())

@@ -1,0 +1,165 @@
+"""Averages of checkpoints: the arithmetic, what is refused, and a fair test of each beside the mean."""
+
+import hashlib
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import cli
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.config import ViTConfig
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.average import average_checkpoints, average_weights, in_common, knn_of, split_for
+from training.dataset import photos_of, split_source
+from training.evaluate.knn import evaluate_knn
+from training.sources import open_source
+
+CONFIG = ViTConfig(embed_dim=16, depth=1, num_heads=2, img_size=28, layerscale_init=1.0)
+SPEC = PreprocessSpec(resize=28, crop=28)
+SETTINGS = {"held_out_share": 0.25, "seed": 3, "whiten": None, "lr": 1e-3}
+FACTS = {"name": "tiny", "recipe": "smoke", "preprocess": SPEC.model_dump(mode="json"), "settings": SETTINGS}
+
+
+def checkpoint(path, seed, config=CONFIG, settings=None, **facts):
+    torch.manual_seed(seed)
+    settings = SETTINGS | (settings or {})
+    save_checkpoint(path, DinoVisionTransformer(config).state_dict(), config, FACTS | {"settings": settings} | facts)
+    return path
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [checkpoint(tmp_path / f"{i}.safetensors", i, steps=10 * i, knn={"cls": {"10": 0.5}}) for i in range(3)]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, colour in (("apples", (200, 40, 40)), ("pears", (60, 180, 60)), ("plums", (90, 40, 160))):
+        for i in range(8):
+            path = tmp_path / "photos" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = rng.integers(-40, 40, (30, 40, 3))
+            Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def test_the_mean_of_weights_in_double():
+    states = [{"w": torch.tensor([x, 1.0]), "h": torch.tensor([x], dtype=torch.float16)} for x in (1.0, 2.0, 6.0)]
+    found = average_weights(iter(states))
+    assert torch.equal(found["w"], torch.tensor([3.0, 1.0]))
+    assert found["h"].dtype == torch.float16
+    small = [{"w": torch.tensor([x])} for x in (1e8, 1.0, 1.0, -1e8)]  # in float32 the ones are lost
+    assert average_weights(small)["w"].item() == 0.5
+    assert states[0]["w"].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="nothing to average"):
+        average_weights([])
+
+
+def test_a_checkpoint_of_checkpoints_loads_and_says_what_it_is(three, tmp_path):
+    average_checkpoints(three, tmp_path / "mean.safetensors")
+    weights, config, facts = load_checkpoint(tmp_path / "mean.safetensors")
+    assert config == CONFIG
+    DinoVisionTransformer(config).load_state_dict(weights, strict=True)
+    each = [load_checkpoint(path)[0] for path in three]
+    for key in weights:
+        torch.testing.assert_close(weights[key], torch.stack([state[key] for state in each]).mean(dim=0))
+    assert facts == FACTS | {
+        "average_of": [
+            {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "steps": 10 * i}
+            for i, path in enumerate(three)
+        ]
+    }
+
+
+def test_what_all_say_alike_is_kept():
+    a = {"recipe": "x", "settings": {"seed": 0, "lr": 1}, "steps": 5, "knn": None, "photos": 3, "name": "n"}
+    b = {"recipe": "x", "settings": {"seed": 1, "lr": 1}, "steps": 5, "knn": None, "photos": 4}
+    assert in_common([a, b]) == {"recipe": "x", "settings": {"lr": 1}}
+
+
+def test_what_cannot_be_averaged_is_refused(three, tmp_path):
+    out = tmp_path / "mean.safetensors"
+    with pytest.raises(ValueError, match="at least two checkpoints, not 1"):
+        average_checkpoints(three[:1], out)
+    wide = checkpoint(tmp_path / "wide.safetensors", 0, ViTConfig(embed_dim=32, depth=1, num_heads=2, img_size=28))
+    with pytest.raises(ValueError, match=r"wide\.safetensors is another network than .*0\.safetensors"):
+        average_checkpoints([three[0], wide], out)
+    with pytest.raises(ValueError, match="is one of the checkpoints"):
+        average_checkpoints(three, tmp_path / "photos" / ".." / "1.safetensors")
+    with pytest.raises(ValueError, match=r"the folder .*nowhere does not exist"):
+        average_checkpoints(three, tmp_path / "nowhere" / "mean.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        average_checkpoints([three[0], tmp_path / "other.safetensors"], out)
+    assert not out.exists()
+
+
+def test_whitened_weights_are_refused_and_those_before_the_whitening_are_not(tmp_path):
+    kept = [checkpoint(tmp_path / f"step_{i}.safetensors", i, settings={"whiten": 0.1}, steps=i) for i in range(2)]
+    last = checkpoint(tmp_path / "last.safetensors", 2, settings={"whiten": 0.1}, steps=9, knn={}, whitened=True)
+    with pytest.raises(ValueError, match=r"last\.safetensors is whitened"):
+        average_checkpoints([*kept, last], tmp_path / "mean.safetensors")
+    average_checkpoints(kept, tmp_path / "mean.safetensors")
+    average_checkpoints([*kept, tmp_path / "mean.safetensors"], tmp_path / "again.safetensors")
+
+
+def test_each_is_tested_as_its_run_would(three, photos, tmp_path):
+    mean = tmp_path / "mean.safetensors"
+    average_checkpoints(three, mean)
+    accuracies, n = knn_of(three, mean, str(photos), ks=(1, 5))
+    source = open_source(photos, tmp_path)
+    known, held_out = (photos_of(part) for part in split_source(source, SETTINGS["held_out_share"], SETTINGS["seed"]))
+    assert n == len(held_out) == 6
+    for path, found in zip([*three, mean], accuracies, strict=True):
+        weights, config, _ = load_checkpoint(path)
+        model = DinoVisionTransformer(config)
+        model.load_state_dict(weights)
+        assert found == evaluate_knn(model, known, held_out, SPEC, (1, 5))["cls"]
+
+
+def test_only_photos_that_all_held_out_are_fair(photos, tmp_path):
+    facts = [{"settings": {"held_out_share": 0.5, "seed": seed}} for seed in (0, 1)]
+    source = open_source(photos, tmp_path)
+    known, test = split_for(source, facts)
+    held_out = [{photo.name for photo in photos_of(split_source(source, 0.5, seed)[1])} for seed in (0, 1)]
+    assert {photo.name for photo in test} == held_out[0] & held_out[1]
+    assert len(known) + len(test) == 24
+    assert {photo.name for photo in known}.isdisjoint({photo.name for photo in test})
+    with pytest.raises(ValueError, match=r"held out by every checkpoint \(held_out_share=0.0 seed=0"):
+        split_for(source, [{"settings": {"held_out_share": 0.0}}, *facts])
+    one_class = open_source(photos / "pears", tmp_path)
+    with pytest.raises(ValueError, match="at least two classes"):
+        split_for(one_class, facts)
+
+
+def test_train_and_val_are_the_split_if_they_are_there(photos, tmp_path):
+    for part, name in (("train", "apples"), ("train", "pears"), ("val", "plums")):
+        (tmp_path / "split" / part).mkdir(parents=True, exist_ok=True)
+        (photos / name).rename(tmp_path / "split" / part / name)
+    known, test = split_for(open_source(tmp_path / "split", tmp_path), [{}, {"settings": {"seed": 5}}])
+    assert {photo.label for photo in test} == {"plums"}
+    assert len(known) == 16
+
+
+def test_the_command_prints_a_table_and_reads_tars_too(three, photos, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        file.add(photos, "photos")
+    mean = tmp_path / "mean.safetensors"
+    command = ["average", *map(str, three), "--out", str(mean)]
+    quiet = CliRunner().invoke(cli.app, command)
+    assert quiet.exit_code == 0, quiet.output
+    assert "k-NN" not in quiet.output
+    for data in (photos, tmp_path / "photos.tar"):
+        result = CliRunner().invoke(cli.app, [*command, "--data", str(data)])
+        assert result.exit_code == 0, result.output
+        assert "their mean" in result.output
+        assert "class token, 6 photos that no checkpoint was trained on" in result.output
+    refused = CliRunner().invoke(cli.app, ["average", str(three[0]), "--out", str(mean)])
+    assert refused.exit_code == 2
+    assert "at least two" in refused.output

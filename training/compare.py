@@ -1,0 +1,297 @@
+"""DINO beside DINOv2: two runs that differ in what the papers differ in, and in nothing else.
+
+Both are one recipe on the same photos with the same network, crops, schedules, seed and number of photos seen; `dino`
+is that recipe with the changes in `DINO`. A third network, the one that both begin with, is the floor. Then each is
+asked the same: k-NN, logistic regression, robustness of its features; and each run tells its speed, memory and how
+steady its loss was.
+
+Stability of the loss is the standard deviation of the change of the DINO loss from one line of metrics.jsonl to the
+next, over the last half of the lines, in shares of ln K (K prototypes; the loss of a network that has learned nothing).
+A change, not the loss: a steady fall moves its mean and not its deviation, and the two runs' losses stand at different
+heights, as their centerings make targets of different sharpness. The last half: every run falls fast at first. Beside
+it stands the number of jumps: lines of the whole run that rise by more than `JUMP` of ln K, or are not finite. Both see
+the same crops at the same steps, so chance is the same in both.
+
+Each run trains in a process of its own: a process's peak memory is the most it ever held. Linux hands it on to the
+processes that one starts, so nothing is evaluated before both have trained.
+
+    out/dino, out/dinov2   two runs like any other: they go on where they stopped
+    out/compare.json       every figure
+    out/compare.html       the table and the curves, one page
+"""
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from model.checkpoint import load_checkpoint
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.compare_page import NETWORKS, RUNS, page, print_table
+from training.config import TrainConfig, load_config
+from training.data import INDEX, KNN_PHOTOS
+from training.dataset import Photo, photos_of, split_source
+from training.distributed import join
+from training.evaluate.features import Pooling, compute_features
+from training.evaluate.knn import knn_accuracy, labels_of
+from training.evaluate.logistic import C_GRID, evaluate_logistic
+from training.evaluate.robustness import robustness
+from training.flops import describe_device
+from training.monitor import EVENTS, METRICS, read_lines
+from training.outcome import CHECKPOINT
+from training.provenance import code_revision
+from training.report import points_of, values_of
+from training.sentinels import rankme_share
+from training.setup import make_network
+from training.sources import open_source
+from training.train import INTERRUPTED, Interrupted, RunStopped
+
+DINO: dict[str, object] = {
+    "centering": "softmax",
+    "ibot_weight": 0.0,
+    "koleo_weight": 0.0,
+    "mask_probability": 0.0,
+}
+"""What version 1 (arXiv 2104.14294) has otherwise: a moving centre and sharpening, no iBOT, no KoLeo, no masks."""
+
+WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
+"""Of both runs, unless told otherwise: enough lines to judge the loss by, and a collapse is a finding."""
+
+JSON_FILE, HTML_FILE = "compare.json", "compare.html"
+KS = (10, 20)
+KNN_POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
+CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours of the full grid differ by a few photos
+ROBUSTNESS_PHOTOS = 2000  # recall@1 falls with their number, so it is bounded and given
+JUMP = 0.05  # of ln K
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"  # as -m
+Runner = Callable[[Sequence[str]], None]
+
+
+def compare(
+    data: str, out: Path, *, base: str = "smoke", overrides: Sequence[str] = (), console: Console | None = None,
+    run: Runner | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train both, evaluate three networks, write compare.json and compare.html in `out`, print the table.
+
+    Args:
+        data: a folder of images, tar shards or a dataset on disk, as for training.
+        out: folder of the comparison; what is in it goes on.
+        base: the recipe that both are.
+        overrides: `key=value` for both.
+        run: trains, given the arguments of `python -m training`; None: in a process of its own.
+
+    Returns:
+        what compare.json holds.
+
+    Raises:
+        ValueError: an unknown recipe or setting, one that the two must differ in, no photos to train or test on.
+        OSError: the photos' place or `out` does not answer.
+        RunStopped: a training run ended with an error, which it has printed.
+        Interrupted: SIGTERM; both runs' states are saved, and the same command goes on.
+    """
+    console, run = console or Console(), run or run_apart
+    commands = {name: arguments(name, data, out, base, overrides) for name in RUNS}
+    configs = {name: config_of(command) for name, command in commands.items()}
+    check_fair(configs["dinov2"], overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    known, held_out = photos_to_judge(configs["dinov2"], out / INDEX)
+    for name, command in commands.items():
+        console.print(f"training {RUNS[name]} in {configs[name].out}", markup=False)
+        run(command)
+    found = measure(configs, known, held_out, console)
+    (out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    (out / HTML_FILE).write_text(page(found, out), encoding="utf-8")
+    print_table(found, console)
+    console.print(f"{out / HTML_FILE}, {out / JSON_FILE}", markup=False)
+    return found
+
+
+def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[str]) -> list[str]:
+    """Of `python -m training`: a run by its name in `RUNS`. Later settings win over earlier ones."""
+    changes = DINO if name == "dino" else {}
+    settings = [f"{key}={json.dumps(value)}" for key, value in WATCHED.items()]
+    settings += [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
+    return ["--data", data, "--recipe", base, "--out", str(out / name), *settings]
+
+
+def config_of(command: Sequence[str]) -> TrainConfig:
+    """The run's settings.
+
+    Raises:
+        ValueError, OSError: as `load_config`.
+    """
+    _, data, _, base, _, out, *settings = command
+    return load_config(base, data, Path(out), settings)
+
+
+def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Refuse what would not be a comparison of the two.
+
+    Raises:
+        ValueError: it names the setting.
+    """
+    given = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
+    if given:
+        raise ValueError(f"{', '.join(given)}: this is what DINO and DINOv2 differ in, so it cannot be set for both")
+    if config.teacher is not None:
+        raise ValueError(
+            f"recipe {config.recipe} has a frozen teacher: DINO and DINOv2 differ in how they teach themselves"
+        )
+
+
+def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list[Photo]]:
+    """Photos that k-NN looks among, and held-out ones, split as the runs split them.
+
+    Raises:
+        ValueError: fewer than two are held out, or no data.
+    """
+    train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
+    if len(held_out) < 2:
+        raise ValueError(f"{config.data}: {len(held_out)} photos are held out; a comparison needs two (held_out_share)")
+    known = photos_of(train)
+    return known[:: math.ceil(len(known) / KNN_PHOTOS)], photos_of(held_out)
+
+
+def run_apart(command: Sequence[str]) -> None:
+    """Train in another process that shares the terminal; SIGTERM is handed on to it, and it saves and leaves.
+
+    Raises:
+        Interrupted, RunStopped: it said that it was, or ended in another way.
+    """
+    root = str(Path(__file__).parents[1])
+    program = [sys.executable, "-c", START, root, *command]
+    with subprocess.Popen(program) as process, handed_on(process):  # noqa: S603 - our own code, no shell
+        status = process.wait()
+    if status in (INTERRUPTED, -signal.SIGTERM):  # the latter before it had begun
+        raise Interrupted("stopped by SIGTERM; the same command goes on")
+    if status:
+        raise RunStopped(f"the training run ended with status {status}; what it said is above")
+
+
+@contextmanager
+def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """SIGTERM goes to `process`."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def measure(
+    configs: Mapping[str, TrainConfig], known: Sequence[Photo], held_out: Sequence[Photo], console: Console
+) -> dict[str, Any]:
+    """Every figure of the comparison, of runs that are done."""
+    config = configs["dinov2"]
+    labels = {photo.label for photo in known}
+    classes = len(labels) if None not in labels else 0
+    found: dict[str, dict[str, Any]] = {}
+    with join(config.device) as world:
+        for name, title in NETWORKS.items():
+            console.print(f"evaluating {title}", markup=False)
+            backbone = trained(configs[name]) if name in RUNS else make_network(config).backbone
+            found[name] = judge(backbone.eval().to(world.device), known, held_out, config.eval_spec, classes > 1)
+        for name in RUNS:
+            found[name]["run"] = run_figures(configs[name])
+        hardware = describe_device(world.device)
+    _, _, facts = load_checkpoint(config.out / CHECKPOINT)
+    return {
+        "base": config.recipe,
+        "settings": config.model_dump(mode="json", exclude={"data", "out", "init", "teacher", "wandb"}),
+        "changes": DINO,
+        "data": Path(config.data).name,
+        "data_sha256": facts["data_sha256"],
+        "photos": facts["photos"],
+        "held_out": len(held_out),
+        "classes": classes,
+        "steps": facts["steps"],
+        "photos_seen": facts["steps"] * config.batch_size,
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "revision": code_revision(),
+        "networks": found,
+    }
+
+
+def trained(config: TrainConfig) -> DinoVisionTransformer:
+    """The backbone that a run released."""
+    weights, vit_config, _ = load_checkpoint(config.out / CHECKPOINT)
+    backbone = DinoVisionTransformer(vit_config)
+    backbone.load_state_dict(weights)
+    return backbone
+
+
+def judge(
+    backbone: DinoVisionTransformer,
+    known: Sequence[Photo],
+    held_out: Sequence[Photo],
+    spec: PreprocessSpec,
+    has_classes: bool,
+) -> dict[str, Any]:
+    """What a network is worth: `knn` (pooling, then k) and `logistic` where there are classes, `robustness`, and
+    `rankme_share`, the effective rank of the held-out photos' class tokens as a share of the most it could be."""
+    test = compute_features(backbone, held_out, spec)
+    stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
+    found: dict[str, Any] = {
+        "robustness": robustness(backbone, held_out[::stride], spec),
+        "rankme_share": rankme_share(test.pooled("cls")),
+    }
+    if not has_classes:
+        return found
+    train = compute_features(backbone, known, spec)
+    train_labels, classes = labels_of([known[i] for i in train.kept.tolist()])
+    test_labels, _ = labels_of([held_out[i] for i in test.kept.tolist()], classes)
+    pairs = {pooling: (train.pooled(pooling), test.pooled(pooling)) for pooling in KNN_POOLINGS}
+    found["knn"] = {
+        pooling: {str(k): share for k, share in knn_accuracy(a, train_labels, b, test_labels, KS).items()}
+        for pooling, (a, b) in pairs.items()
+    }
+    report = evaluate_logistic(pairs["cls"][0], train_labels, pairs["cls"][1], test_labels, c_grid=CS)
+    found["logistic"] = {"accuracy": report.accuracy, "c": report.c}
+    return found
+
+
+def run_figures(config: TrainConfig) -> dict[str, Any]:
+    """What a run's files tell of it."""
+    lines = read_lines(config.out / METRICS)
+    speeds, memory = values_of(lines, "images_per_s"), values_of(lines, "peak_memory_bytes")
+    loss = values_of(lines, "dino_over_ln_k")
+    return {
+        "stability": stability([value for _, value in points_of(lines, "dino_over_ln_k")]),
+        "dino_over_ln_k": loss[-1] if loss else None,
+        "images_per_s": statistics.median(speeds) if speeds else None,
+        "seconds": round(sum(values_of(lines, "seconds")), 1),
+        "peak_memory_bytes": max(memory, default=None),
+        "lines": len(lines),
+        "events": [f"{line.get('kind')}: {line.get('message')}" for line in read_lines(config.out / EVENTS)],
+    }
+
+
+def stability(loss: Sequence[float | None]) -> dict[str, Any]:
+    """How steady a loss is, see the top of this file.
+
+    Args:
+        loss: of each line, over ln K; None where it was not finite.
+
+    Returns:
+        `change_std` (None with fewer than three finite lines in the last half) and `jumps`.
+    """
+
+    def changes(values: Sequence[float | None]) -> list[float]:
+        finite = [value for value in values if value is not None]
+        return [b - a for a, b in pairwise(finite)]
+
+    last = changes(loss[len(loss) // 2 :])
+    jumps = sum(value is None for value in loss) + sum(change > JUMP for change in changes(loss))
+    return {"change_std": statistics.stdev(last) if len(last) > 1 else None, "jumps": jumps}

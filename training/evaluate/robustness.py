@@ -1,0 +1,182 @@
+"""How much of a photo's features survives a fixed change of the photo: nearer, blurred, other light, JPEG.
+
+Augmentations of training are random; here each photo gets the same eight changes, so two networks are asked the same
+questions. The changes are made on what the network sees (the photo after its preprocessing, as uint8 pixels): a blur of
+2 pixels is then as strong on a large photo as on a small one, and a figure depends on the network's input size alone.
+Strengths are at or beyond the ends of what training draws.
+
+Two figures for each change, both of the class token:
+
+- cosine: mean cosine of the photo and its changed version. It reads easily and says little alone: a collapsed network,
+  for which all photos are alike, has 1. So the mean cosine of different photos is given beside it.
+- recall@1: share of photos whose changed version is nearer to its own photo than to any other of the set. It compares
+  across networks. It falls with the number of photos, which is given.
+
+Legend: n photos, b photos of a batch, D width, s side of the network's input.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    SATURATION,
+    adjust_hue_,
+    blend_,
+    crop_resize,
+    gaussian_blur,
+    grayscale,
+)
+from training.dataset import Photo, Skipped
+from training.evaluate.features import default_workers, in_order, name_of, read_pixels
+from training.evaluate.knn import nearest
+
+CROP_SIDE = 0.7
+BLUR_SIGMA = 2.0
+BRIGHTER, FLATTER, PALER = 1.4, 0.6, 0.4
+HUE_TURN = 0.05
+JPEG_QUALITY = 20
+
+
+def centre_crop(pixels: Tensor) -> Tensor:
+    """The middle, `CROP_SIDE` of each side (half the area), resized back: uint8 [b, 3, s, s] to float 0..1."""
+    box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
+    still = torch.zeros(len(pixels), dtype=torch.bool)
+    return crop_resize(pixels, torch.arange(len(pixels)), box, pixels.shape[-1], still, pixels.shape[-1])
+
+
+def jpeg(pixels: Tensor) -> Tensor:
+    """Pillow's JPEG at `JPEG_QUALITY`, colour at half the resolution: uint8 [b, 3, s, s] to float 0..1."""
+    decoded = []
+    for photo in pixels.permute(0, 2, 3, 1).numpy():
+        file = BytesIO()
+        Image.fromarray(photo).save(file, "JPEG", quality=JPEG_QUALITY)
+        decoded.append(np.asarray(Image.open(file, formats=("JPEG",))))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2) / 255
+
+
+def _blended(kind: int, factor: float) -> Callable[[Tensor], Tensor]:
+    def change(pixels: Tensor) -> Tensor:
+        return blend_(pixels / 255, torch.full((len(pixels),), kind), torch.full((len(pixels),), factor))
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    f"centre crop {CROP_SIDE:.0%}": centre_crop,
+    f"blur sigma {BLUR_SIGMA:g}": lambda x: gaussian_blur(x / 255, torch.full((len(x),), BLUR_SIGMA)),
+    f"brightness x{BRIGHTER}": _blended(BRIGHTNESS, BRIGHTER),
+    f"contrast x{FLATTER}": _blended(CONTRAST, FLATTER),
+    f"saturation x{PALER}": _blended(SATURATION, PALER),
+    f"hue +{HUE_TURN}": lambda x: adjust_hue_(x / 255, torch.full((len(x),), HUE_TURN)),
+    "grey": lambda x: grayscale(x / 255).expand(-1, 3, -1, -1),
+    f"JPEG quality {JPEG_QUALITY}": jpeg,
+}
+"""Each from uint8 [b, 3, s, s] on the CPU to float [b, 3, s, s] in 0..1, in the words of the tables."""
+
+
+def _squares(
+    photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
+) -> Iterator[Tensor]:
+    """What the network sees of each photo, uint8 [3, s, s]; what cannot be read goes to `skipped`."""
+    plain = spec.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})  # 0..1, not normalised
+
+    def read(photo: Path | Photo) -> Tensor | Skipped:
+        try:
+            return torch.from_numpy(read_pixels(photo, plain)).mul_(255).round_().byte()
+        except ValueError as error:
+            return Skipped(name_of(photo), str(error))
+
+    for found in in_order(read, photos, workers):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            yield found
+
+
+@torch.no_grad()
+def robustness(
+    model: DinoVisionTransformer,
+    photos: Sequence[Path | Photo],
+    spec: PreprocessSpec,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """Cosine and recall@1 of the class tokens of changed photos among the unchanged ones.
+
+    Args:
+        model: left in the mode (train or eval) that it was in.
+        photos: at least two that can be read; no labels are needed.
+        spec: with a crop, as inputs must be squares of one size.
+        workers: threads that read photos; None: one a CPU, at most 8.
+        advance: told of each batch how many photos it was.
+
+    Returns:
+        JSON types: `photos` (n), `skipped` (how many could not be read), `other_photos_cosine` (mean over pairs of
+        different unchanged photos), `changes` (by the name in `CHANGES`: `cosine`, `recall@1`), and `mean`, of both
+        over the changes.
+
+    Raises:
+        ValueError: a spec without a crop, or fewer than two readable photos.
+    """
+    if spec.crop is None:
+        raise ValueError("robustness needs a preprocessing with a crop: photos of one size, and square")
+    was_training, device = model.training, model.cls_token.device
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
+
+    def features(pixels: Tensor) -> Tensor:
+        """Class tokens [b, D] of pixels float [b, 3, s, s] in 0..1."""
+        [(_, cls)] = model.get_intermediate_layers((pixels.to(device) - mean) / std, n=1, return_class_token=True)
+        return cls.float().cpu()
+
+    clean, changed, skipped = list[Tensor](), {name: list[Tensor]() for name in CHANGES}, list[Skipped]()
+    model.eval()
+    try:
+        squares = _squares(photos, spec, workers or default_workers(), skipped)
+        while batch := list(islice(squares, batch_size)):
+            pixels = torch.stack(batch)
+            clean.append(features(pixels / 255))
+            for name, change in CHANGES.items():
+                changed[name].append(features(change(pixels)))
+            advance(len(pixels))
+    finally:
+        model.train(was_training)
+    advance(len(skipped))
+    n = sum(map(len, clean))
+    if n < 2:
+        first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+        raise ValueError(f"robustness needs at least two photos that can be read, not {n} of {len(photos)}{first}")
+    rows = F.normalize(torch.cat(clean), dim=1)
+    figures = {name: _kept(rows, F.normalize(torch.cat(found), dim=1)) for name, found in changed.items()}
+    # Sum over all pairs, of a photo with itself too, is the squared length of the sum.
+    others = (rows.double().sum(dim=0).square().sum() - n) / (n * (n - 1))
+    return {
+        "photos": n,
+        "skipped": len(skipped),
+        "other_photos_cosine": float(others),
+        "changes": figures,
+        "mean": {key: sum(f[key] for f in figures.values()) / len(figures) for key in ("cosine", "recall@1")},
+    }
+
+
+def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
+    """Both figures of rows [n, D] of unit length."""
+    _, found = nearest(clean, changed, 1)  # [n, 1]
+    return {
+        "cosine": float((clean * changed).sum(dim=1).mean()),
+        "recall@1": float((found[:, 0] == torch.arange(len(clean))).double().mean()),
+    }
