@@ -62,8 +62,14 @@ SETTINGS: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "sinkhorn": {},
-    "softmax, separate heads": {"centering": "softmax", "shared_head": False, "ibot_bottleneck_dim": 4},
-    "streamed, micro-batches": {"cache_bytes": 0, "micro_batch": 4, "optimizer": "sgd_normalized"},
+    "softmax, two heads, streamed": {
+        "centering": "softmax",
+        "shared_head": False,
+        "ibot_bottleneck_dim": 4,
+        "cache_bytes": 0,
+        "micro_batch": 4,
+    },
+    "batch norm, sgd": {"centering": "batch_norm", "optimizer": "sgd_normalized"},
     "last phase, fp16": {
         "last_phase": {"share": 0.4, "global_size": 42, "local_size": 28},
         "precision": "fp16",
@@ -119,7 +125,7 @@ def child(config: TrainConfig, case: str) -> int:
     if config.save_every_minutes < 1:
         setattr(os, "fsync", slow(os.fsync))  # noqa: B010 - its type is wider
     if case == "not finite":
-        loop.train_step = spoiled(loop.train_step)  # type: ignore[assignment,attr-defined]
+        loop.train_step = spoiled(loop.train_step)  # type: ignore[attr-defined]
     if case == "k-NN guard":
         loop.report_knn = changeable_knn  # type: ignore[assignment,attr-defined]
     try:
@@ -143,10 +149,9 @@ def start(config: TrainConfig, case: str) -> int:
     return number
 
 
-def ended_within(number: int, seconds: float | None) -> bool:
-    """Whether the child came to its end; it is killed if it did not."""
-    until = math.inf if seconds is None else time.monotonic() + seconds
-    while time.monotonic() < until:
+def ended_before(number: int, moment: Callable[[], bool]) -> bool:
+    """Whether the child came to its end; it is killed at the moment."""
+    while not moment():
         found, status = os.waitpid(number, os.WNOHANG)
         if found:
             assert status == 0, f"exit status {os.waitstatus_to_exitcode(status)}"
@@ -155,6 +160,29 @@ def ended_within(number: int, seconds: float | None) -> bool:
     os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)
     return False
+
+
+def never() -> bool:
+    """The moment that does not come."""
+    return False
+
+
+def moment_in(out: Path, seconds: float, moments: random.Random) -> Callable[[], bool]:
+    """When to kill: a quarter of the times anywhere in `seconds`, else a little after one of the next steps."""
+    if moments.random() < 0.25:
+        until = time.monotonic() + moments.random() * seconds
+        return lambda: time.monotonic() > until
+    metrics = out / "metrics.jsonl"
+    began = time.time()
+    n_lines, later = moments.randint(1, 4), moments.random() * 0.1
+    at: list[float] = []
+
+    def come() -> bool:
+        if not at and sum(line["time"] > began for line in read_lines(metrics)) >= n_lines:
+            at.append(time.monotonic() + later)
+        return bool(at) and time.monotonic() > at[0]
+
+    return come
 
 
 def tensors_digest(value: Any) -> str:
@@ -209,7 +237,7 @@ def run_case(
         return TrainConfig.model_validate(given | {"save_every_minutes": 1e-9 if every_step else 5})
 
     started = time.monotonic()
-    ended_within(start(config(folder / "whole", False), case), None)
+    ended_before(start(config(folder / "whole", False), case), never)
     seconds = time.monotonic() - started
     expected = outcome(folder / "whole")
     figures = {"kills": 0, "while_writing": 0, "runs": 0, "steps": expected["state"][0], "seconds": round(seconds, 2)}
@@ -218,8 +246,8 @@ def run_case(
         ended = False
         while not ended:
             enough = figures["kills"] >= kills
-            number = start(config(out, moments.random() < 0.5), case)
-            ended = ended_within(number, None if enough else moments.random() * seconds)
+            moment = never if enough else moment_in(out, seconds, moments)
+            ended = ended_before(start(config(out, moments.random() < 0.5), case), moment)
             if not ended:
                 figures["kills"] += 1
                 figures["while_writing"] += any(out.rglob("*.part"))
@@ -242,10 +270,9 @@ def main() -> int:
         folder = given.folder or Path(temporary)
         make_photos(folder / "photos")
         teacher = folder / "teacher"
-        ended_within(
-            start(TrainConfig(**{**SETTINGS, "data": str(folder / "photos"), "out": teacher, "epochs": 1}), ""), None
-        )
-        print(f"{'case':<26}{'kills':>6}{'while writing':>15}{'runs':>6}{'steps':>7}", flush=True)
+        settings = {**SETTINGS, "data": folder / "photos", "out": teacher, "epochs": 1}
+        ended_before(start(TrainConfig.model_validate(settings), ""), never)
+        print(f"{'case':<30}{'kills':>6}{'while writing':>15}{'runs':>6}{'steps':>7}", flush=True)
         for case in given.case or CASES:
             try:
                 figures = run_case(
@@ -261,7 +288,7 @@ def main() -> int:
                 return 1
             found[case] = figures
             print(
-                f"{case:<26}{figures['kills']:>6}{figures['while_writing']:>15}{figures['runs']:>6}{figures['steps']:>7}",
+                f"{case:<30}{figures['kills']:>6}{figures['while_writing']:>15}{figures['runs']:>6}{figures['steps']:>7}",
                 flush=True,
             )
     print(json.dumps({"benchmark": "training_crash", "seed": given.seed, "cases": found}))

@@ -79,12 +79,12 @@ class PulledError(Exception):
 @pytest.mark.parametrize("kind", ["run", "checkpoint"])
 def test_a_student_learns_from_a_frozen_teacher_and_goes_on_bit_for_bit(photos, teacher, tmp_path, monkeypatch, kind):
     given = teacher if kind == "run" else teacher / "checkpoint.safetensors"
-    settings = {"teacher": given, "vit": SMALL, "epochs": 15, "lr": 0.05, "koleo_weight": 0.0, "seed": 1, "n_local": 0}
+    settings = {"teacher": given, "vit": SMALL, "epochs": 8, "lr": 0.1, "koleo_weight": 0.0, "seed": 1, "n_local": 0}
     before = teacher_digest(load_teacher(config(photos, tmp_path, **settings)))
     whole, out = tmp_path / "whole", tmp_path / "run"
     path = loop.train(config(photos, whole, **settings), QUIET)
     losses = [line[1] for line in lines(whole)]
-    assert np.mean(losses[-9:]) < 0.9 * np.mean(losses[:9])
+    assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:6])
     assert teacher_digest(load_teacher(config(photos, tmp_path, **settings))) == before
     weights, vit, facts = load_checkpoint(path)
     average = torch.load(find_state(whole)[0].path, weights_only=True)["ema"]
@@ -94,7 +94,7 @@ def test_a_student_learns_from_a_frozen_teacher_and_goes_on_bit_for_bit(photos, 
     one_step = loop.train_step
 
     def pulled(*arguments):
-        if arguments[4] == 20:
+        if arguments[4] == 10:
             raise PulledError
         return one_step(*arguments)
 

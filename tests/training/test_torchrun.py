@@ -30,7 +30,7 @@ n_prototypes = 32
 head_hidden_dim = 16
 head_bottleneck_dim = 8
 batch_size = 8
-epochs = 16
+epochs = 10
 log_every = 1
 lr = 1e-3
 eval_resize = 28
@@ -110,19 +110,19 @@ def test_two_ranks_killed_stopped_and_gone_on_with_by_one(photos, tmp_path):
     assert "Signal 9 (SIGKILL)" in message
     assert not ranks_of(out)
     killed_after = find_state(out)[0].step
-    assert 3 <= killed_after < 48
+    assert 3 <= killed_after < 30
     with torchrun(photos, out, recipe) as process:
         wait_for_step(process, out, killed_after + 3)
         process.send_signal(signal.SIGTERM)
         _, message = process.communicate(timeout=60)
     assert message.count("stopped by SIGTERM after step") == 2  # both ranks after the same
     stopped_after = find_state(out)[0].step
-    assert killed_after + 3 <= stopped_after < 48
+    assert killed_after + 3 <= stopped_after < 30
     listed = {line.split(":")[0] for line in (out / "skipped.txt").read_text().splitlines()}
     assert listed == {f"{name}/broken.png" for name in ("apples", "pears", "plums")}  # whichever rank came upon them
     for place in (out, whole):
         loop.train(load_config(str(recipe), photos, place), Console(quiet=True))
     found, expected = (read_lines(place / "metrics.jsonl") for place in (out, whole))
-    assert [line["step"] for line in found] == list(range(1, 49)) == [line["step"] for line in expected]
+    assert [line["step"] for line in found] == list(range(1, 31)) == [line["step"] for line in expected]
     for name in ("loss", "dino", "ibot", "koleo"):
         np.testing.assert_allclose([x[name] for x in found], [x[name] for x in expected], rtol=2e-4, err_msg=name)
