@@ -5,6 +5,7 @@ keys and impossible values are errors. Lengths of warm-ups are shares of the run
 compressed.
 """
 
+import difflib
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -251,4 +252,9 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
         if not separator:
             raise ValueError(f"override {override!r} must look like key=value")
         values[key] = _parse_value(text)
+    for key in values:
+        if key not in TrainConfig.model_fields:
+            near = difflib.get_close_matches(key, TrainConfig.model_fields, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "the settings are the fields of training/config.py"
+            raise ValueError(f"unknown setting {key!r}: {hint}")
     return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})

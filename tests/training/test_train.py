@@ -179,7 +179,7 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
     [
         ("nonsense", [], "nonsense.*smoke"),
         ("smoke", ["epochs"], "key=value"),
-        ("smoke", ["epoch=3"], "epoch"),
+        ("smoke", ["epoch=3"], "unknown setting 'epoch': did you mean epochs"),
         ("smoke", ["epochs=-1"], "epochs"),
         ("smoke", ["global_size=99"], "global_size=99"),
         ("smoke", ["vit={width = 3}"], "width"),
