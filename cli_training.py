@@ -3,6 +3,8 @@
 Everything heavy is imported when a command runs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,21 @@ def need_torch(command: str) -> None:
         )
 
 
+@contextmanager
+def run_ends_told() -> Iterator[None]:
+    """What ends a training run before its time, as a message and an exit status."""
+    from model.zoo import DownloadError
+    from training.train import INTERRUPTED, Interrupted, RunStopped
+
+    try:
+        yield
+    except (ValueError, OSError, RunStopped, DownloadError) as error:
+        raise fail(error) from error
+    except Interrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(code=INTERRUPTED) from interrupted
+
+
 def train(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics. A run in it goes on.")],
@@ -36,18 +53,11 @@ def train(
 ) -> None:
     """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install -e '.[train]')."""
     need_torch("train")
-    from model.zoo import DownloadError
     from training.config import load_config
-    from training.train import INTERRUPTED, Interrupted, RunStopped
     from training.train import train as run_training
 
-    try:
+    with run_ends_told():
         checkpoint = run_training(load_config(recipe, data, out, overrides or []))
-    except (ValueError, OSError, RunStopped, DownloadError) as error:
-        raise fail(error) from error
-    except Interrupted as interrupted:
-        typer.echo(str(interrupted), err=True)
-        raise typer.Exit(code=INTERRUPTED) from interrupted
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
 
 
@@ -59,17 +69,10 @@ def compare(
 ) -> None:
     """Train DINO and DINOv2 on the same data, budget and seed, and set their figures side by side (docs/compare.md)."""
     need_torch("compare")
-    from model.zoo import DownloadError
     from training.compare import compare as run_comparison
-    from training.train import INTERRUPTED, Interrupted, RunStopped
 
-    try:
+    with run_ends_told():
         run_comparison(data, out, base=base, overrides=overrides or [])
-    except (ValueError, OSError, RunStopped, DownloadError) as error:
-        raise fail(error) from error
-    except Interrupted as interrupted:
-        typer.echo(str(interrupted), err=True)
-        raise typer.Exit(code=INTERRUPTED) from interrupted
 
 
 def average(

@@ -78,7 +78,7 @@ class Official:
         from dinov2.models.vision_transformer import DinoVisionTransformer
         from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 
-        vit, device = config.vit_config, ours.device
+        vit, device = config.vit_config, ours.world.device
         self.config, self.autocast = config, ours.autocast
         shared = config.shared_head
 

@@ -3,15 +3,16 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from model.engine import available_cpus
 from training.config import TrainConfig
 from training.dataset import Photo, Skipped, Source, split_source
 from training.distributed import World, from_main, wait_for_all
-from training.loader import Loader, n_cores, open_loader, shuffled
+from training.loader import Loader, open_loader, shuffled
 from training.sources import open_source, source_digest
 from training.state import write_whole
 
@@ -30,7 +31,7 @@ class Data:
     held_out: list[Photo]
     digest: str
     source: str
-    _listed: list[Skipped] = field(default_factory=list)
+    _n_listed: int = 0  # of the loader's unreadable photos
 
     @property
     def has_classes(self) -> bool:
@@ -51,8 +52,8 @@ class Data:
 
     def unlisted(self) -> Sequence[Skipped]:
         """Unreadable photos found since the last call."""
-        found = self.loader.skipped[len(self._listed) :]
-        self._listed.extend(found)
+        found = self.loader.skipped[self._n_listed :]
+        self._n_listed += len(found)
         return found
 
 
@@ -100,7 +101,7 @@ def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[D
         config.cache_size,
         shuffled(config.batch_size, config.seed, share),
         cache_bytes=config.cache_bytes,
-        workers=config.workers or max(1, n_cores() // world.on_machine),
+        workers=config.workers or max(1, available_cpus() // world.on_machine),
         ahead_steps=config.ahead_steps,
         ahead_bytes=config.ahead_bytes,
         max_broken_share=config.max_broken_share,

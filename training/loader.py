@@ -13,7 +13,6 @@ Legend: n photos, b photos of this rank's step, S side of the squares.
 """
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.engine import available_cpus
 from training.dataset import Pixels, Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
@@ -352,7 +352,7 @@ def open_loader(
     """
     if not len(source):
         raise ValueError("there are no photos to train on")
-    workers = n_cores() if workers is None else workers
+    workers = available_cpus() if workers is None else workers
     if min(workers, ahead_steps, ahead_bytes) < 1 or not 0 <= max_broken_share <= 1:
         raise ValueError(
             f"workers={workers}, ahead_steps={ahead_steps} and ahead_bytes={ahead_bytes} must be at least 1, "
@@ -373,11 +373,6 @@ def open_loader(
     )
 
 
-def n_cores() -> int:
-    """Cores that this process may use, fewer than the machine's in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
     """What to do about waiting for photos, a sentence; None below 10 % of the time.
 
@@ -394,10 +389,10 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
         return f"{waited}, although they are in memory: lower cache_size (now {side}), or run fewer other things here"
     if loader.fetching_share > 0.5:
         more = f"raise workers (now {workers}; {loader.fetching_share:.0%} of their time is fetching), "
-    elif workers < n_cores():
+    elif workers < available_cpus():
         more = f"raise workers (now {workers}), "
     else:
-        more = f"all {n_cores()} cores decode; "
+        more = f"all {available_cpus()} cores decode; "
     needed = math.ceil(len(loader) * 3 * side**2 / 2**30)
     return (
         f"{waited}: {more}shrink the photos beforehand (short side near {2 * side}), or let them fit into memory "

@@ -14,7 +14,6 @@ is the speed of training.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from training.loader import WAIT_WORTH_A_WORD
 from training.sinks import Sink
+from training.state import write_whole
 
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
-WAIT_TO_WARN = 0.1  # share of the time spent waiting for data
 NO_CURVES = {"step", "time", "seconds"}
 LINES_TO_WARN = 3  # in a row: one slow line is noise
 Figure = Tensor | float | str | None
@@ -61,14 +61,8 @@ def cut_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = "".join(json.dumps(x) + "\n" for x in read_lines(path) if x.get("step", 0) <= last_step)
-    if kept == path.read_text(errors="replace"):
-        return
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    if kept != path.read_text(errors="replace"):
+        write_whole(path, kept)
 
 
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
@@ -274,7 +268,7 @@ class Monitor:
             (f"dino/lnK {line['dino_over_ln_k']:.3f}" if isinstance(line.get("dino_over_ln_k"), float) else ""),
             f"{line['images_per_s']:.0f} img/s",
             f"mfu {line['mfu']:.0%}" if "mfu" in line else "",
-            f"waits {line['data_wait_share']:.0%}" if line["data_wait_share"] >= WAIT_TO_WARN else "",
+            f"waits {line['data_wait_share']:.0%}" if line["data_wait_share"] >= WAIT_WORTH_A_WORD else "",
         ]
         shown = "  ".join(part for part in parts if part)
         self._progress.update(self._task, figures=shown)
@@ -282,6 +276,6 @@ class Monitor:
             self.console.print(f"step {line['step']}/{self._total_steps}  {shown}", markup=False)
 
     def _warn_of_waiting(self, steps_done: int, wait: float) -> None:
-        self._slow_lines = self._slow_lines + 1 if wait > WAIT_TO_WARN else 0
+        self._slow_lines = self._slow_lines + 1 if wait > WAIT_WORTH_A_WORD else 0
         if self._slow_lines == LINES_TO_WARN:
             self.say(steps_done, "warning", f"step {steps_done}: {self._advise(wait)}")

@@ -27,6 +27,7 @@ from training.charts import CSS as CHART_CSS
 from training.charts import Series, line_chart
 from training.config import TrainConfig
 from training.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
+from training.state import write_whole
 
 REPORT = "report.html"
 SHEETS = "sheets"
@@ -98,9 +99,7 @@ def write_report(out: Path) -> Path:
         f"<body>{''.join(sections)}</body></html>\n"
     )
     path = out / REPORT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, page)
     return path
 
 

@@ -35,10 +35,6 @@ class Setup:
     autocast: torch.autocast
     world: World
 
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
-
 
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16 or fp16 for matrix products where asked; `auto` is bf16 where the device multiplies it natively."""

@@ -31,13 +31,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from model.engine import available_cpus
 from training.config import TrainConfig
 from training.crops import Crops, crop_views, make_crops
 from training.data import Data, check_apart, list_skipped, open_data
 from training.distill import PrototypeTeacher, check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World, agree, from_all, from_main, join, mean_over_ranks, min_over_ranks, wait_for_all
 from training.flops import describe_device, device_peak_flops, work_of_step
-from training.loader import n_cores, waiting_advice
+from training.loader import waiting_advice
 from training.monitor import EVALUATIONS, METRICS, Monitor, cut_lines
 from training.outcome import CHECKPOINT, finish, released_backbone, report_knn, write_checkpoint, write_sheet
 from training.provenance import provenance
@@ -240,7 +241,7 @@ def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tu
         sinks=make_sinks(config.out, first, config.wandb, settings, console.print) if world.is_main else [],
         peak_flops=None if peak is None else peak * world.size,
         advise=functools.partial(
-            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or n_cores()
+            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or available_cpus()
         ),
     )
     run = Run(

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from model.checkpoint import load_checkpoint
+from tests.training.tiny import ALONE, QUIET
 from training import distill
 from training import train as loop
 from training.config import TrainConfig
@@ -40,8 +40,6 @@ TINY = {
     "ibot_patches": "all",
 }
 SMALL = {**VIT, "embed_dim": 8}
-ALONE = World(0, 1, torch.device("cpu"))
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")

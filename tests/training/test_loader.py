@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from training.dataset import batch_indices
-from training.loader import MIN_TRIES, MemoryLoader, StreamLoader, n_cores, open_loader, shuffled, waiting_advice
+from training.loader import MIN_TRIES, MemoryLoader, StreamLoader, available_cpus, open_loader, shuffled, waiting_advice
 
 SIDE = 8
 
@@ -235,7 +235,7 @@ def test_no_photos_is_an_error():
 
 
 def test_advice_says_what_to_change(monkeypatch):
-    monkeypatch.setattr("training.loader.n_cores", lambda: 8)
+    monkeypatch.setattr("training.loader.available_cpus", lambda: 8)
     with streaming(Fake(10)) as loader:
         assert waiting_advice(0.1, loader, side=SIDE, workers=2) is None
         advice = waiting_advice(0.124, loader, side=160, workers=2)
@@ -253,7 +253,7 @@ def test_advice_says_what_to_change(monkeypatch):
     memory = open_loader(Fake(10), SIDE, in_order)
     assert "although they are in memory" in waiting_advice(0.5, memory, side=160, workers=2)
     monkeypatch.undo()
-    assert n_cores() >= 1
+    assert available_cpus() >= 1
 
 
 def test_a_large_memory_load_keeps_the_order():

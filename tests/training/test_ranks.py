@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.training.tiny import ALONE
 from training.config import TrainConfig
 from training.crops import crop_views, make_crops
-from training.distributed import World, agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks, whole
+from training.distributed import agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks, whole
 from training.losses import koleo_loss
 from training.setup import make_setup
 from training.state import check_same_settings, find_state, load_state, save_state
@@ -127,9 +128,6 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(rank_main, args=(free_port(), folder), nprocs=2, start_method="spawn")
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from model.checkpoint import load_checkpoint
+from tests.training.tiny import QUIET, TINY
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig
@@ -28,25 +28,6 @@ from training.sentinels import Verdict
 from training.state import alone_in, find_state
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
-    "global_size": 28,
-    "local_size": 14,
-    "n_local": 2,
-    "cache_size": 32,
-    "n_prototypes": 32,
-    "head_hidden_dim": 16,
-    "head_bottleneck_dim": 8,
-    "batch_size": 8,
-    "epochs": 3,
-    "drop_path": 0.2,
-    "log_every": 1,
-    "eval_resize": 28,
-    "eval_crop": 28,
-    "precision": "fp32",
-    "on_collapse": "warn",
-}
-QUIET = Console(quiet=True)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of a team of threads round differently
 FIGURES = ("step", "loss", "dino", "ibot", "koleo", "lr", "grad_norm_backbone", "rankme_share")
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.tiny import ALONE
 from training import state as states
 from training.config import TrainConfig
-from training.distributed import World
 from training.setup import make_setup
 from training.state import alone_in, drop_states, find_state, load_state, remember, save_state, start_from
 
-ALONE = World(0, 1, torch.device("cpu"))
 SETTINGS = {
     "data": "-",
     "out": "-",

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from model.artifact import bundled_artifact, read_manifest
 from model.checkpoint import load_checkpoint, load_state_dict_file
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
+from tests.training.tiny import ALONE, QUIET, TINY
 from training import crops, step
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
 from training.crops import Crops
-from training.distributed import World
 from training.evaluate.features import extract_features
 from training.losses import koleo_loss
 from training.monitor import read_lines
@@ -32,27 +31,6 @@ from training.sentinels import load_replay
 from training.setup import make_setup
 from training.state import find_state
 from training.student_teacher import Network, Output, make_teacher, update_teacher
-
-TINY = {
-    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
-    "global_size": 28,
-    "local_size": 14,
-    "n_local": 2,
-    "cache_size": 32,
-    "n_prototypes": 32,
-    "head_hidden_dim": 16,
-    "head_bottleneck_dim": 8,
-    "batch_size": 8,
-    "epochs": 3,
-    "drop_path": 0.2,
-    "log_every": 1,
-    "eval_resize": 28,
-    "eval_crop": 28,
-    "precision": "fp32",
-    "on_collapse": "warn",  # so small a network hardly learns
-}
-ALONE = World(0, 1, torch.device("cpu"))
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture

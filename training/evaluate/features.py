@@ -10,7 +10,6 @@ Legend: n photos, b photos of a batch, L blocks, D width, N patches, h x w pixel
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.checkpoint import save_safetensors
+from model.engine import available_cpus
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.dataset import Photo, Skipped, read_photo
@@ -139,7 +139,7 @@ def _batches(
 
 def default_workers() -> int:
     """Threads that read photos."""
-    return min(8, os.cpu_count() or 1)
+    return min(8, available_cpus())
 
 
 def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -> list[tuple[Path | Photo, Box | None]]:
