@@ -34,7 +34,8 @@ def need_torch(command: str) -> None:
 def run_ends_told() -> Iterator[None]:
     """What ends a training run before its time, as a message and an exit status."""
     from model.zoo import DownloadError
-    from training.train import INTERRUPTED, Interrupted, RunStopped
+    from training.run import Interrupted, RunStopped
+    from training.train import INTERRUPTED
 
     try:
         yield

@@ -36,6 +36,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model.checkpoint import load_checkpoint
+from training import run as between
 from training import train as loop
 from training.config import TrainConfig
 from training.monitor import read_lines
@@ -127,10 +128,10 @@ def child(config: TrainConfig, case: str) -> int:
     if case == "not finite":
         loop.train_step = spoiled(loop.train_step)  # type: ignore[attr-defined]
     if case == "k-NN guard":
-        loop.report_knn = changeable_knn  # type: ignore[assignment,attr-defined]
+        between.report_knn = changeable_knn  # type: ignore[assignment,attr-defined]
     try:
         loop.train(config, Console(quiet=True))
-    except loop.RunStopped as stopped:
+    except between.RunStopped as stopped:
         (config.out / "stopped.txt").write_text(str(stopped))
     return 0
 

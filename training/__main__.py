@@ -6,7 +6,8 @@ from pathlib import Path
 
 from model.zoo import DownloadError
 from training.config import load_config, recipe_names
-from training.train import INTERRUPTED, Interrupted, RunStopped, train
+from training.run import Interrupted, RunStopped
+from training.train import INTERRUPTED, train
 
 
 def main() -> int:

@@ -52,10 +52,11 @@ from training.monitor import EVENTS, METRICS, read_lines
 from training.outcome import CHECKPOINT
 from training.provenance import code_revision
 from training.report import points_of, values_of
+from training.run import Interrupted, RunStopped
 from training.sentinels import rankme_share
 from training.setup import make_network
 from training.sources import open_source
-from training.train import INTERRUPTED, Interrupted, RunStopped
+from training.train import INTERRUPTED
 
 DINO: dict[str, object] = {
     "centering": "softmax",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training.augment import Jitter, View, augmented_views
 from training.config import TrainConfig
+from training.distributed import World
 from training.masking import batch_masks
 from training.randomness import SampleRandom, sample_keys
 
@@ -90,3 +91,19 @@ def make_crops(
     if device.type == "cuda":  # from pinned memory the host need not wait for the copy
         there = [x.pin_memory().to(device, non_blocking=True) for x in there]
     return Crops(torch.cat((first, second)), local[0] if local else None, *there)
+
+
+def make_micros(
+    config: TrainConfig, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
+) -> list[Crops]:
+    """This rank's photos of a step as crops, cut into micro-batches."""
+    views = crop_views(config, step / total)
+    mine = range(world.rank * len(pixels), (world.rank + 1) * len(pixels))
+    positions = torch.arange(mine.start, mine.stop)
+    size = config.micro_batch or len(pixels)
+    if views[0][0].size != config.global_size and config.last_phase is not None:
+        size = config.last_phase.micro_batch or size
+    return [
+        make_crops(config, p, a, step, at, views, world.device)
+        for p, a, at in zip(*(torch.split(x, size) for x in (pixels, aspect, positions)), strict=True)
+    ]

@@ -26,8 +26,9 @@ from training.evaluate.knn import evaluate_knn
 from training.evaluate.logistic import evaluate_logistic
 from training.evaluate.robustness import CHANGES, robustness
 from training.monitor import read_lines
+from training.run import Interrupted, RunStopped
 from training.setup import make_network
-from training.train import INTERRUPTED, Interrupted, RunStopped, train
+from training.train import INTERRUPTED, train
 
 TINY = """
 vit = { embed_dim = 16, depth = 2, num_heads = 2, img_size = 28, layerscale_init = 1.0 }

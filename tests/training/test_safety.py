@@ -20,11 +20,13 @@ from PIL import Image
 
 from model.checkpoint import load_checkpoint
 from tests.training.tiny import QUIET, TINY
+from training import run as between
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig
 from training.monitor import read_lines
-from training.sentinels import Verdict
+from training.run import Interrupted, RunStopped
+from training.sentinels import Limits, Sentinels, Verdict
 from training.state import alone_in, find_state
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +93,12 @@ def with_sigterm(step, at):
         return step(*arguments)
 
     return run
+
+
+def guarded_by(guard, monkeypatch):
+    """The k-NN guard before the first step and after later ones."""
+    for module in (loop, between):
+        monkeypatch.setattr(module, "guard_knn", guard)
 
 
 def wait_for_step(process, out, step):
@@ -164,12 +172,12 @@ def test_sigterm_is_heard_after_the_step_and_before_the_first_one(photos, tmp_pa
     out, one_step = tmp_path / "run", loop.train_step
 
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, 4))
-    with pytest.raises(loop.Interrupted, match="after step 5 of 9: saved"):
+    with pytest.raises(Interrupted, match="after step 5 of 9: saved"):
         loop.train(config(photos, out, log_every=100), QUIET)
     assert find_state(out)[0].step == 5
     monkeypatch.setattr(loop, "train_step", one_step)
     monkeypatch.setattr(loop, "load_state", lambda saved, parts: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(loop.Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command goes on"):
         loop.train(config(photos, out), QUIET)
     assert find_state(out)[0].step == 5
 
@@ -204,7 +212,7 @@ def flat(figures_from):
         shown = seen[:1].expand(len(seen), -1) if step >= figures_from and run.sentinels.lr_factor == 1 else seen
         return write_line(run, step, terms, shown)
 
-    write_line = loop.write_line
+    write_line = between.write_line
     return run
 
 
@@ -220,8 +228,8 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
         "teacher_temp": [0.02, 0.02],
         "lr": 1e-3,
     }
-    monkeypatch.setattr(loop, "write_line", flat(4))
-    monkeypatch.setattr(loop.Sentinels, "_signs", only_rank)
+    monkeypatch.setattr(between, "write_line", flat(4))
+    monkeypatch.setattr(Sentinels, "_signs", only_rank)
     whole, out = tmp_path / "whole", tmp_path / "run"
     expected = loop.train(config(photos, whole, **settings), QUIET)
     [message, after] = events(whole, "rollback")
@@ -237,7 +245,7 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
     assert same_weights(loop.train(config(photos, out, **settings), QUIET), expected)
     assert lines(out) == lines(whole)
     assert find_state(out)[0].memory == find_state(whole)[0].memory
-    with pytest.raises(loop.RunStopped, match=r"collapse.*The run stops; its checkpoints are kept"):
+    with pytest.raises(RunStopped, match=r"collapse.*The run stops; its checkpoints are kept"):
         loop.train(config(photos, tmp_path / "stop", **{**settings, "on_collapse": "stop"}), QUIET)
     assert (tmp_path / "stop" / "checkpoint.safetensors").exists()
 
@@ -250,7 +258,7 @@ def only_rank(self, figures):
 def test_a_network_that_really_collapses_is_stopped(photos, tmp_path):
     """Without centring that holds and at a high temperature the targets say nothing."""
     ruin = {"teacher_temp": [50.0, 50.0], "centering": "softmax", "on_collapse": "stop", "epochs": 6, "lr": 1e-4}
-    with pytest.raises(loop.RunStopped, match=r"collapse.*(of ln K|entropy)"):
+    with pytest.raises(RunStopped, match=r"collapse.*(of ln K|entropy)"):
         loop.train(config(photos, tmp_path / "run", sentinel_lines=3, **ruin), QUIET)
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 18
     assert len(events(tmp_path / "run", "stop")) == 1
@@ -268,7 +276,7 @@ def test_a_nan_of_the_last_step_is_passed_over_and_the_run_is_over(photos, tmp_p
     loop.train(config(photos, out), QUIET)
     saved, _ = find_state(out)
     assert (saved.step, saved.memory["sentinels"]["passed_over"]) == (9, [9])
-    with pytest.raises(loop.RunStopped, match=r"loss is nan.*batch is kept"):
+    with pytest.raises(RunStopped, match=r"loss is nan.*batch is kept"):
         loop.train(config(photos, tmp_path / "stop", on_not_finite="stop"), QUIET)
 
 
@@ -287,7 +295,7 @@ def test_the_guard_goes_back_to_the_best_step_however_long_ago(photos, tmp_path,
     def accuracy(step, lr_factor):
         return 0.5 + step / 100 if step <= 3 or lr_factor < 1 else 0.6 - step / 25
 
-    monkeypatch.setattr(loop, "guard_knn", falling(accuracy))
+    guarded_by(falling(accuracy), monkeypatch)
     settings = {"on_knn": "rollback", "eval_every_epochs": 1, "epochs": 4, "keep_states": 1, "save_every_minutes": 1e-9}
     whole, out = tmp_path / "whole", tmp_path / "run"
     expected = loop.train(config(photos, whole, **settings), QUIET)
@@ -315,11 +323,11 @@ def test_the_guard_keeps_what_the_weights_had_before_the_first_step(photos, tmp_
     def killed(run, step):
         raise PulledError
 
-    monkeypatch.setattr(loop, "guard_knn", killed)
+    guarded_by(killed, monkeypatch)
     with pytest.raises(PulledError):
         loop.train(config(photos, out, **settings), QUIET)
     assert find_state(out)[0].step == 0
-    monkeypatch.setattr(loop, "guard_knn", guard)
+    guarded_by(guard, monkeypatch)
     monkeypatch.setattr(loop, "train_step", pulled(loop.train_step, 0))
     for _ in range(2):
         with pytest.raises(PulledError):
@@ -349,7 +357,7 @@ def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
     assert before >= 0.9
     ruin = {**settings, "lr": 50.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4, "init": good}
     out = tmp_path / "ruined"
-    with pytest.raises(loop.RunStopped, match=rf"k-NN is .*and was {before:.1%} at step 0.*points are lost.*lower lr"):
+    with pytest.raises(RunStopped, match=rf"k-NN is .*and was {before:.1%} at step 0.*points are lost.*lower lr"):
         loop.train(config(data, out, **ruin), QUIET)
     out = tmp_path / "back"
     slow = {**ruin, "on_knn": "rollback", "rollback_lr_factor": 1e-9}
@@ -494,7 +502,7 @@ def test_nothing_is_left_behind(photos, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(loop, "save_state", full)
+    monkeypatch.setattr(between, "save_state", full)
     with pytest.raises(OSError, match="No space left"):
         loop.train(config(photos, tmp_path / "full", cache_bytes=0), QUIET)
     assert state() == before
@@ -513,14 +521,14 @@ def test_ranks_share_what_the_sentinels_of_the_first_decide(monkeypatch):
     from types import SimpleNamespace
 
     told = {"rollbacks": 1, "lr_factor": 0.5}
-    sentinels = loop.Sentinels(loop.Limits(10, 32))
+    sentinels = Sentinels(Limits(10, 32))
     verdict = Verdict("knn", "rollback", 6, 3, "x")
     state = {**sentinels.state_dict(), **told}
-    monkeypatch.setattr(loop, "from_main", lambda world, value: (verdict, state))
+    monkeypatch.setattr(between, "from_main", lambda world, value: (verdict, state))
     run = SimpleNamespace(world=SimpleNamespace(is_main=False), sentinels=sentinels)
 
     def never():
         raise AssertionError("rank 1 asked its own")
 
-    assert loop.decide(run, never) == verdict
+    assert between.decide(run, never) == verdict
     assert (sentinels.lr_factor, sentinels.state.rollbacks) == (0.5, 1)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,12 +22,13 @@ from training import crops, step
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
-from training.crops import Crops
+from training.crops import Crops, make_micros
 from training.evaluate.features import extract_features
 from training.losses import koleo_loss
 from training.monitor import read_lines
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision
+from training.run import RunStopped
 from training.sentinels import load_replay
 from training.setup import make_setup
 from training.state import find_state
@@ -149,7 +151,7 @@ def test_the_command_line(photos, tmp_path, capsys, monkeypatch):
 def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
     found = load_config(recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7"])
     assert (found.epochs, found.global_scale, found.seed, found.recipe) == (2.5, (0.5, 1.0), 7, recipe)
-    assert "-m training" in (loop.Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").read_text()
+    assert "-m training" in (Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def spoiled(step, at):
 def test_what_is_not_finite_is_said_with_the_photos_and_never_saved(photos, tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setattr(loop, "train_step", spoiled(loop.train_step, 2))
-    with pytest.raises(loop.RunStopped, match=r"step 3: loss is nan.*step_00000003"):
+    with pytest.raises(RunStopped, match=r"step 3: loss is nan.*step_00000003"):
         loop.train(config(photos, out, save_every_minutes=1e-9, log_every=100, on_not_finite="stop"), QUIET)
     assert find_state(out)[0].step == 2
     replay = load_replay(out / "replays" / "step_00000003.safetensors")
@@ -344,7 +346,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weights(photos, tmp_path):
     started = config(photos, tmp_path / "run")
     setup = make_setup(started, ALONE)
     pixels = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
-    [crops_] = loop.make_micros(started, ALONE, pixels, torch.ones(8), 0, 9)
+    [crops_] = make_micros(started, ALONE, pixels, torch.ones(8), 0, 9)
     crops_.globals_[0] = math.nan
     before = [p.clone() for p in setup.parts.student.parameters()]
     terms, _ = step.train_step(started, setup, step.make_schedules(started, 9), [crops_], 5)
