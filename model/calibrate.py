@@ -24,6 +24,7 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
         ValueError: a side of the photos is not a multiple of the patch size; no photo; a value that is not finite.
     """
     import model.engine_onnx  # noqa: F401 - it tells ONNX Runtime to report to nobody, before that loads
+    from model.engine import available_cpus
 
     import onnxruntime as ort  # isort: skip
 
@@ -35,7 +36,9 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
         graph = onnx.load(path, load_external_data=False)
         layers = _add_largest(graph)
         onnx.save(graph, path)
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = available_cpus()
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         parts = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
         found = [session.run([f"{layer}.largest" for layer in layers], {"pixels": part}) for part in parts]
     largest = np.max(np.array(found, dtype=np.float64), axis=0)
