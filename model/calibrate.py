@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from model.config import ViTConfig
+from model.engine import available_cpus
 from model.onnx_graph import GraphSpec, write_onnx
 from model.onnx_nodes import FloatArray, Weights
 
@@ -24,7 +25,6 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
         ValueError: a side of the photos is not a multiple of the patch size; no photo; a value that is not finite.
     """
     import model.engine_onnx  # noqa: F401 - it tells ONNX Runtime to report to nobody, before that loads
-    from model.engine import available_cpus
 
     import onnxruntime as ort  # isort: skip
 
@@ -43,7 +43,7 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
         found = [session.run([f"{layer}.largest" for layer in layers], {"pixels": part}) for part in parts]
     largest = np.max(np.array(found, dtype=np.float64), axis=0)
     if not np.isfinite(largest).all():
-        raise ValueError(f"not finite: inputs of {[layer for layer, x in zip(layers, largest, strict=True) if x != x]}")
+        raise ValueError(f"inputs that are not finite: {[layers[i] for i in np.flatnonzero(~np.isfinite(largest))]}")
     return dict(zip(layers, map(float, largest), strict=True))
 
 

@@ -148,6 +148,14 @@ def test_size_off_the_patch_grid_is_refused(size: tuple[int, int]) -> None:
         build_onnx({}, BASE, GraphSpec(size))
 
 
+def test_a_graph_for_any_size_looks_at_whole_patches_only() -> None:
+    """Engines refuse such sizes; the graph itself drops what is beyond the last whole patch."""
+    graph, pixels = built(random_model(BASE), GraphSpec(None)), random_pixels(1, (97, 71))
+    whole = np.ascontiguousarray(pixels[:, :, :84, :70])
+    for ours, cut in zip(run(graph, pixels), run(graph, whole), strict=True):
+        np.testing.assert_allclose(ours, cut, atol=1e-6)
+
+
 @pytest.mark.parametrize("output", ["layer.3", "layer.-1", "layer.x", "x_norm", "Attention"])
 def test_an_unknown_output_is_refused(output: str) -> None:
     allowed = r"cls, patches, registers, attention, layer\.0 to layer\.2"
