@@ -213,7 +213,7 @@ def test_activations_refuse_what_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match="at least one photo"):
         measure_activations({}, BASE, np.zeros((0, 3, 98, 98), np.float32))
     weights = arrays(random_model(BASE))
-    with pytest.raises(ValueError, match=r"not finite: \['blocks\.0\.attn\.qkv'"):
+    with pytest.raises(ValueError, match="not finite"):
         measure_activations(weights, BASE, np.full((1, 3, 98, 98), np.nan, np.float32))
 
 
