@@ -89,8 +89,8 @@ def build_onnx(
         ValueError: a side of the size is not a multiple of the patch size; an output that the model does not have;
             fp8 without the activations of every layer.
     """
-    _check(config, spec)
-    return _build(GraphBuilder(weights), config, spec, activations)
+    _check(config, spec, activations or {})
+    return _build(GraphBuilder(weights), config, spec, activations or {})
 
 
 def write_onnx(
@@ -111,7 +111,8 @@ def write_onnx(
         ValueError: see `build_onnx`.
         OSError: it cannot be written.
     """
-    _check(config, spec)
+    activations = activations or {}
+    _check(config, spec, activations)
     names = [path.name]
     if _weight_bytes(config, spec) > EXTERNAL_ABOVE_BYTES:
         names.append(f"{path.name}.data")
@@ -131,7 +132,8 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _check(config: ViTConfig, spec: GraphSpec) -> None:
+def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]) -> None:
+    """Before anything is written: what `build_onnx` raises."""
     p = config.patch_size
     if spec.size is not None and (any(side % p for side in spec.size) or min(spec.size) < p):
         height, width = spec.size
@@ -150,6 +152,9 @@ def _check(config: ViTConfig, spec: GraphSpec) -> None:
     for name in spec.float_layers:
         if not any(is_named(layer, name) for layer in layers):
             raise ValueError(f"float_layers: no layer is named {name!r}; a block's are {', '.join(parts)}")
+    for layer in layers if spec.precision == "fp8" else []:
+        if layer not in activations and not any(is_named(layer, name) for name in spec.float_layers):
+            raise ValueError(f"fp8 needs the largest input of every linear layer: activations hold no {layer!r}")
 
 
 def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
@@ -161,9 +166,9 @@ def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
 
 
 def _build(
-    graph: GraphBuilder, config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float] | None
+    graph: GraphBuilder, config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]
 ) -> onnx.ModelProto:
-    linear = Linear(graph, spec.precision, activations or {}, spec.int8_weights, spec.float_layers)
+    linear = Linear(graph, spec.precision, activations, spec.int8_weights, spec.float_layers)
     x = _tokens(graph, config, spec)
     for index in range(config.depth):
         x = _block(graph, linear, x, index, config, spec)

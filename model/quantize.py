@@ -40,8 +40,11 @@ def int8_per_channel(
 
 
 def fp8_per_channel(weight: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
-    """Weight [out, in] as (float8 E4M3 [out, in], float32 scale [out]); weight = float8 * scale, nearly."""
-    scale = _scale(weight, FP8_LARGEST)
+    """Weight [out, in] as (float8 E4M3 [out, in], float32 scale [out]); weight = float8 * scale, nearly.
+
+    The scales are bfloat16 numbers, as the graph stores them.
+    """
+    scale = _scale(weight, FP8_LARGEST).astype(ml_dtypes.bfloat16).astype(np.float32)
     return np.clip(weight / scale[:, None], -FP8_LARGEST, FP8_LARGEST).astype(ml_dtypes.float8_e4m3fn), scale
 
 
