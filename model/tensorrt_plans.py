@@ -1,0 +1,206 @@
+"""Plans on disk: what a TensorRT plan is tied to, and the folder that keeps those that may serve.
+
+A plan is machine code for one GPU, made by one version of the library from one graph. Its key is a sha256 over all of
+that, so that after an update of driver, library, GPU or weights no plan is found and one is built, instead of loading
+one that is slow, refused or wrong.
+
+    <derived folder>/plans/
+      <key>.plan            the plan
+      <key>.json            its record: what it is tied to, its sha256, how long the build took, its parity figures
+      <graph>.graph.json    sha256 of the ONNX graph that was derived for an artifact, size and precision, so that a
+                            server finds its plan's key without writing the graph again
+
+A record without `passed` is the memory of a plan that strayed from the reference: there is no plan beside it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.artifact import ParityRecord
+from model.cuda_memory import Gpu
+
+PlanPrecision = Literal["bf16", "fp16", "fp8"]
+
+
+class Profile(NamedTuple):
+    """Batches that one set of kernels is made for, and the one it is tuned at."""
+
+    low: int
+    best: int
+    high: int
+
+
+PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
+"""A single image at the lowest latency; what waits together under usual load; full batches."""
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+"""Batches that get a CUDA graph; others are padded up to the next."""
+
+
+class PlanMissing(ValueError):
+    """There is no plan to serve from; the message says why and how to build one."""
+
+
+class PlanKey(BaseModel):
+    """Everything that a plan is tied to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    onnx_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    precision: PlanPrecision
+    library: str
+    version: str
+    gpu: str
+    capability: tuple[int, int]
+    driver: str
+    profiles: tuple[Profile, ...] = PROFILES
+    refit: bool = False
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits: the name of the plan's files."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+class PlanRecord(BaseModel):
+    """What `<key>.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: PlanKey
+    artifact: str  # its name with the first 8 digits of the fingerprint
+    size: tuple[int, int]  # (H, W) pixels
+    sha256: str
+    bytes: int
+    passed: bool
+    parity: list[ParityRecord]  # one for each batch bucket, in their order
+    reference: str  # the engine that the figures are against
+    fused_attention: int
+    build: dict[str, Any]  # seconds of its parts, library; as the build reported
+    created: str  # ISO 8601, UTC
+
+
+def make_key(onnx_sha256: str, precision: PlanPrecision, library: str, version: str, gpu: Gpu, *, refit: bool) -> PlanKey:
+    """The key of a plan for this GPU and library."""
+    return PlanKey(
+        onnx_sha256=onnx_sha256,
+        precision=precision,
+        library=library,
+        version=version,
+        gpu=gpu.name,
+        capability=gpu.capability,
+        driver=gpu.driver,
+        refit=refit,
+    )
+
+
+def read_plan(folder: Path, keys: Sequence[PlanKey]) -> tuple[bytes, PlanRecord]:
+    """The plan of the first of `keys` that has one, checked against its record.
+
+    Raises:
+        PlanMissing: there is none that may serve.
+    """
+    reasons = []
+    for key in keys:
+        try:
+            return _read_one(folder, key)
+        except PlanMissing as missing:
+            reasons.append(str(missing))
+    raise PlanMissing("; ".join(dict.fromkeys(reasons)))
+
+
+def _read_one(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
+    name = key.digest
+    try:
+        record = PlanRecord.model_validate_json((folder / f"{name}.json").read_bytes())
+    except FileNotFoundError:
+        raise PlanMissing(
+            f"no {key.precision} plan for {key.library} {key.version} on {key.gpu} with driver {key.driver}: "
+            "`dinov2 build-engine` makes one"
+        ) from None
+    except (OSError, ValidationError, ValueError) as error:
+        raise PlanMissing(f"{folder / name}.json: damaged ({error}): build it again") from error
+    if record.key != key:
+        raise PlanMissing(f"{folder / name}.json: is the record of another plan: build it again")
+    if not record.passed:
+        raise PlanMissing(f"the {key.precision} plan failed parity: {figures(record.parity)}")
+    try:
+        plan = (folder / f"{name}.plan").read_bytes()
+    except OSError as error:
+        raise PlanMissing(f"{folder / name}.plan: {error.strerror}: build it again") from error
+    if hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise PlanMissing(f"{folder / name}.plan: was changed or cut short: build it again")
+    return plan, record
+
+
+def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
+    """Keep a plan and its record, or the record alone; the plan comes first, so no record ever promises too much.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{record.key.digest}.plan"
+    if plan is None:
+        target.unlink(missing_ok=True)
+    else:
+        _write(target, plan)
+    text = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
+    _write(target.with_suffix(".json"), text.encode())
+    return target
+
+
+def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
+    """Note which bytes the derived graph of `identity` has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}).encode())
+
+
+def recall_graph(folder: Path, identity: str) -> str:
+    """The sha256 noted by `remember_graph`.
+
+    Raises:
+        PlanMissing: nothing was built for this graph here.
+    """
+    try:
+        found = json.loads((folder / f"{identity}.graph.json").read_bytes())["onnx_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PlanMissing("no plan was built for this model here: `dinov2 build-engine` makes one") from None
+    return str(found)
+
+
+def figures(parity: Sequence[ParityRecord]) -> str:
+    """The worst figures over all batches, for people."""
+    return (
+        f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
+        f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "
+        f"max error {max(record.max_abs_error for record in parity):.3g}, {parity[0].images} photos"
+    )
+
+
+def file_digest(paths: Sequence[Path]) -> str:
+    """sha256 over files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
