@@ -84,7 +84,8 @@ class Cuda:
         address = int(self.call("cudaHostAlloc", size, 0, asked=f"{size / 2**20:.0f} MiB of pinned host memory"))
         ctypes.memset(address, 0, size)
         memory = (ctypes.c_float * (size // 4)).from_address(address)
-        return np.frombuffer(memory, dtype=np.float32)[: int(np.prod(shape))].reshape(shape)
+        array: FloatArray = np.ctypeslib.as_array(memory)[: int(np.prod(shape))].reshape(shape)
+        return array
 
     def free_pinned(self, array: FloatArray) -> None:
         """Give page-locked memory back; `array` must not be touched afterwards."""

@@ -18,15 +18,14 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 OLDEST_TENSORRT = (10, 14)
-INSTALL_HINT = (
-    "pip install -e '.[tensorrt]' (its wheels come from NVIDIA's index) or '.[tensorrt-rtx]' (from PyPI)"
-)
+INSTALL_HINT = "pip install -e '.[tensorrt]' (its wheels come from NVIDIA's index) or '.[tensorrt-rtx]' (from PyPI)"
 _FUSED = re.compile(rb"(?<![A-Za-z0-9_])_gemm_mha_v2(?![A-Za-z0-9_])")
 _STEP_INTERVAL_S = 0.2
 
@@ -112,20 +111,29 @@ class _Events:
             self.send(phase=phase, step=step)
 
 
-def _logger(trt: Any, errors: list[str]) -> Any:
-    """The library's messages go to standard error; its errors are kept."""
+def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
+    """The library's own logger, which passes on everything but its verbose lines: severity's name, message."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                errors.append(message)
             if severity <= trt.ILogger.Severity.INFO:
-                print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
+                on_message(severity.name, message)
 
     return Logger()
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    """Messages go to standard error; errors are kept."""
+
+    def on_message(severity: str, message: str) -> None:
+        if "ERROR" in severity:
+            errors.append(message)
+        print(f"[{severity}] {message}", file=sys.stderr, flush=True)
+
+    return make_logger(trt, on_message)
 
 
 def _monitor(trt: Any, events: _Events) -> Any:
@@ -191,6 +199,8 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
             raise BuildError(f"TensorRT refuses the profile {shapes}")
     if job.get("refit"):
         config.set_flag(trt.BuilderFlag.REFIT)
+    if flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
+        config.set_flag(flag)  # TensorRT for RTX asks for it where its work is captured in CUDA graphs
     targets = job.get("targets") or []
     if targets:
         config.num_compute_capabilities = len(targets)

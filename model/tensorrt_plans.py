@@ -17,13 +17,16 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.artifact import ParityRecord
-from model.cuda_memory import Gpu
+from model.artifact import Artifact, ParityRecord
+from model.cuda_memory import Cuda, Gpu, describe_gpu, load_runtime
+from model.onnx_graph import GraphSpec
+from model.tensorrt_build import Library, find_library
 
 PlanPrecision = Literal["bf16", "fp16", "fp8"]
 
@@ -41,6 +44,56 @@ PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batches that get a CUDA graph; others are padded up to the next."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What builds and runs plans on this host."""
+
+    library: Library
+    cuda: Cuda
+    gpu: Gpu
+
+
+def find_toolchain(library: str | None = None) -> Toolchain:
+    """TensorRT (the one named, else the full library, else the one for RTX), CUDA and the GPU of this host.
+
+    Raises:
+        ModuleNotFoundError: no TensorRT, or no CUDA bindings; the message says how to install them.
+        ValueError: no GPU that CUDA can use, or a library that is too old.
+    """
+    found, cuda = find_library(library), Cuda(load_runtime())
+    return Toolchain(found, cuda, describe_gpu(cuda))
+
+
+def plans_folder(derived_dir: Path) -> Path:
+    """Where the plans of a data folder lie; `derived_dir` is its folder for what can be made again."""
+    return derived_dir / "plans"
+
+
+def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
+    """The graph that a plan is built from.
+
+    bf16 attention keeps its softmax in float32. fp16 attention keeps it in fp16, unless q, k and v are cast up around
+    it: TensorRT for RTX fuses that form, the full library does from 11.3 on (its release notes), so it is taken there.
+    `registers` is left out of models without, since an output of no elements is worth nothing.
+    """
+    major, minor = (int(part) for part in library.version.split(".")[:2])
+    casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
+    registers = ("registers",) if artifact.manifest.config.num_register_tokens else ()
+    return GraphSpec(
+        size=artifact.manifest.input_size,
+        precision=precision,
+        outputs=("cls", "patches", *registers),
+        attention="upcast" if casts else "standard",
+    )
+
+
+def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
+    """32 hex digits for what decides the graph's bytes: the weights, the spec and the code that writes it."""
+    code = Path(__file__).parent
+    writer = file_digest(sorted([*code.glob("onnx_*.py"), code / "pos_embed.py"]))
+    return hashlib.sha256(f"{artifact.fingerprint} {spec} {writer}".encode()).hexdigest()[:32]
 
 
 class PlanMissing(ValueError):
@@ -86,36 +139,46 @@ class PlanRecord(BaseModel):
     created: str  # ISO 8601, UTC
 
 
-def make_key(onnx_sha256: str, precision: PlanPrecision, library: str, version: str, gpu: Gpu, *, refit: bool) -> PlanKey:
-    """The key of a plan for this GPU and library."""
+def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *, refit: bool) -> PlanKey:
+    """The key of a plan on this host."""
     return PlanKey(
         onnx_sha256=onnx_sha256,
         precision=precision,
-        library=library,
-        version=version,
-        gpu=gpu.name,
-        capability=gpu.capability,
-        driver=gpu.driver,
+        library=toolchain.library.name,
+        version=toolchain.library.version,
+        gpu=toolchain.gpu.name,
+        capability=toolchain.gpu.capability,
+        driver=toolchain.gpu.driver,
         refit=refit,
     )
 
 
-def read_plan(folder: Path, keys: Sequence[PlanKey]) -> tuple[bytes, PlanRecord]:
-    """The plan of the first of `keys` that has one, checked against its record.
+def find_plan(
+    artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
+) -> tuple[bytes, PlanRecord]:
+    """The plan that may serve `artifact` on this host, one that can be refitted or not.
+
+    Raises:
+        PlanMissing: there is none; the message has the reason.
+    """
+    identity = graph_identity(artifact, graph_spec(artifact, precision, toolchain.library))
+    onnx_sha256 = recall_graph(folder, identity)
+    reasons = []
+    for refit in (False, True):
+        try:
+            return read_plan(folder, make_key(onnx_sha256, precision, toolchain, refit=refit))
+        except PlanMissing as missing:
+            reasons.append(str(missing))
+    told = [reason for reason in reasons if not reason.startswith("no ")] or reasons
+    raise PlanMissing(told[0])
+
+
+def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
+    """The plan of `key`, checked against its record.
 
     Raises:
         PlanMissing: there is none that may serve.
     """
-    reasons = []
-    for key in keys:
-        try:
-            return _read_one(folder, key)
-        except PlanMissing as missing:
-            reasons.append(str(missing))
-    raise PlanMissing("; ".join(dict.fromkeys(reasons)))
-
-
-def _read_one(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
     name = key.digest
     try:
         record = PlanRecord.model_validate_json((folder / f"{name}.json").read_bytes())
