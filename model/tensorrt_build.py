@@ -274,7 +274,7 @@ def main(job_file: str) -> int:
         library = find_library(job["library"])
         action = {"build": build, "refit": refit}[job["action"]]
         done = action(library.module, job, events)
-    except (BuildError, ModuleNotFoundError, OSError) as error:
+    except (ValueError, ModuleNotFoundError, OSError) as error:
         events.send(error=str(error))
         return 1
     events.send(result=done | {"library": library.name, "version": library.version})

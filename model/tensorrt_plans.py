@@ -188,7 +188,8 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
             "`dinov2 build-engine` makes one"
         ) from None
     except (OSError, ValidationError, ValueError) as error:
-        raise PlanMissing(f"{folder / name}.json: damaged ({error}): build it again") from error
+        first_line = str(error).splitlines()[0]
+        raise PlanMissing(f"{folder / name}.json: damaged ({first_line}): build it again") from error
     if record.key != key:
         raise PlanMissing(f"{folder / name}.json: is the record of another plan: build it again")
     if not record.passed:
