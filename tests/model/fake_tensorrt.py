@@ -1,8 +1,8 @@
 """A recording stand-in for CUDA and TensorRT: memory is the host's, a plan computes by a fixed rule.
 
-`FakeCuda` has the functions of `cuda.bindings.runtime` that the project calls. It keeps what is allocated, so that a test
-sees what was not given back, and lists every call. Work put on a stream runs at once, or, while the stream is captured,
-when the graph is launched: a graph that was captured with a wrong address or shape gives wrong features, as on a GPU.
+`FakeCuda` has the functions of `cuda.bindings.runtime` that the project calls. It keeps what is allocated, so that a
+test sees what was not given back, and lists every call. Work put on a stream runs at once, or, while the stream is
+captured, when the graph is launched: one that was captured with a wrong address gives wrong features, as on a GPU.
 
 `fake_tensorrt(cuda)` has the classes of `tensorrt` that loading and running a plan needs. A plan is JSON (`fake_plan`).
 """

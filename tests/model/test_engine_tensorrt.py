@@ -1,14 +1,14 @@
-"""The TensorRT engine against a stand-in that computes in ordinary memory: what is padded, captured, freed, and said."""
+"""The TensorRT engine against a stand-in that computes in ordinary memory: padding, capture, release, errors."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.model.fake_tensorrt import SIDE, FakeCuda, fake_plan, fake_toolchain, features_of
 
 from model.cuda_memory import Cuda, CudaError, describe_gpu
 from model.engine_tensorrt import TensorRTEngine, bucket_of, choose_profile
 from model.tensorrt_plans import BUCKETS
+from tests.model.fake_tensorrt import SIDE, FakeCuda, fake_plan, fake_toolchain, features_of
 
 RTX = pytest.mark.parametrize("rtx", [False, True], ids=["tensorrt", "tensorrt_rtx"])
 
@@ -203,7 +203,7 @@ def test_the_gpu_is_described(tmp_path: Path) -> None:
 
 
 def test_no_gpu_is_said() -> None:
-    with pytest.raises(ValueError, match="no GPU that CUDA can use: .*driver version is insufficient"):
+    with pytest.raises(ValueError, match=r"no GPU that CUDA can use: .*driver version is insufficient"):
         describe_gpu(Cuda(FakeCuda(fail={"cudaGetDeviceCount": (0, 35)})))
     with pytest.raises(ValueError, match="no GPU 0: CUDA sees 0"):
         describe_gpu(Cuda(FakeCuda(devices=0)))

@@ -1,4 +1,4 @@
-"""From an artifact to a plan that may serve: keys, parity, refit, damage, and a build that dies. TensorRT is a stand-in."""
+"""From an artifact to a plan that may serve: keys, parity, refit, damage, a build that dies; TensorRT is a stand-in."""
 
 import dataclasses
 import json
@@ -122,7 +122,7 @@ def test_loading_finds_library_gpu_and_plan(artifact: Artifact, tmp_path: Path, 
     with pytest.raises(PlanMissing, match="no plan was built for this model here: `dinov2 build-engine` makes one"):
         load_tensorrt(artifact, "fp16", tmp_path)
     toolchain.cuda.runtime.fail["cudaMalloc"] = (0, 2)
-    with pytest.raises(ValueError, match="the TensorRT plan cannot be loaded: .*out of memory"):
+    with pytest.raises(ValueError, match=r"the TensorRT plan cannot be loaded: .*out of memory"):
         load_tensorrt(artifact, "bf16", tmp_path)
 
 
