@@ -23,7 +23,7 @@ import transformers
 from model.config import ViTConfig, config_for
 from model.engine import available_cpus
 from model.engine_onnx import OnnxEngine
-from model.onnx_graph import build_onnx, write_onnx
+from model.onnx_graph import GraphSpec, write_onnx
 from model.vit import DinoVisionTransformer
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ def runtimes(name: str, threads: int, folder: Path) -> dict[str, Callable[[np.nd
     torch.set_num_threads(threads)
     ours = DinoVisionTransformer(config).eval()
     weights = {key: tensor.numpy() for key, tensor in ours.state_dict().items()}
-    write_onnx(build_onnx(weights, config, (SIZE, SIZE)), folder / "model.onnx")
+    write_onnx(weights, config, GraphSpec((SIZE, SIZE)), folder / "model.onnx")
     onnx = OnnxEngine(folder / "model.onnx", threads=threads)
     theirs = transformers.Dinov2Model(
         transformers.Dinov2Config(
