@@ -57,7 +57,7 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """Whether an int8 graph may serve: k-NN with its class tokens beside k-NN with float32's (see `model/parity.py`)."""
+    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's (see `model/parity.py`)."""
 
     status: Literal["passed", "failed", "not measured"]
     reason: str  # why not, in one line; of a passed gate its figures
@@ -142,7 +142,7 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder of what hosts make from this artifact: other forms of the graph, engine plans. It may not exist."""
+        """The folder of what hosts make from this artifact: further graphs, engine plans. It may not exist."""
         return (self.derived_dir or self.path.parent) / self.path.name
 
     @property
@@ -163,12 +163,12 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
             self._file = safe_open(path, framework="numpy")
         except Exception as error:  # safetensors raises its own unrelated class, and OSError
             raise ArtifactError(f"{path}: not weights: {error}") from error
-        self._keys = list(self._file.keys())
+        self._keys: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, key: str) -> npt.NDArray[np.floating]:
         if key not in self._keys:
             raise KeyError(key)
-        array: npt.NDArray[np.floating] = self._file.get_tensor(key)
+        array: npt.NDArray[np.floating] = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
         return array
 
     def __iter__(self) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""Which engine serves: the one asked for, the first of a fixed order that is here and right, or the fastest on this CPU.
+"""Which engine serves: the one asked for, the first of a fixed order that is right, or the fastest on this CPU.
 
-Nothing serves before its numbers were compared. The reference on a serving host is ONNX Runtime's CPU engine in float32,
-whose own parity with torch the manifest records; every other engine runs the same few photos when it is loaded, and one
-that strays is discarded. Whatever was tried is logged in order, with the reason, and kept for /v1/models.
+Nothing serves before its numbers were compared. The reference on a serving host is ONNX Runtime's CPU engine in
+float32, whose own parity with torch the manifest records; every other engine runs the same few photos when it is
+loaded, and one that strays is discarded. Whatever was tried is logged in order, with the reason, and kept for
+/v1/models.
 
 `auto` never takes int8: a vector's tag has its precision, and a service must not begin to write other vectors because
 it was started on another host. A GPU's bf16 is another precision too, so a collection that was filled on a GPU is
@@ -154,9 +155,7 @@ def images_per_s(
 class _Host:
     """What loading an engine needs, and the reference's features once they were asked for."""
 
-    def __init__(
-        self, artifact: Artifact, threads: int, photos: Sequence[npt.NDArray[np.uint8]] | None = None
-    ) -> None:
+    def __init__(self, artifact: Artifact, threads: int, photos: Sequence[npt.NDArray[np.uint8]] | None = None) -> None:
         self.artifact, self.threads = artifact, threads
         self._photos = photos
 

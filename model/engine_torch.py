@@ -4,7 +4,7 @@ On a CPU it runs eagerly: compiled it gains little there (docs/decisions/0002-en
 and needs a C++ compiler. On a GPU it is compiled with a free batch size, and each batch of the usual size is padded up
 to the next of a few buckets, whose launches were captured once as a CUDA graph and are replayed: at small batches the
 host's launches, not the arithmetic, set the pace. The graphs are captured here by hand and not by torch.compile's mode
-"reduce-overhead", whose graphs belong to the thread that made them; engines are loaded by one thread and run by another.
+"reduce-overhead", whose graphs belong to the thread that made them: one thread loads an engine, another runs it.
 
 bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast beforehand: the numbers are
 autocast's (residual stream, LayerNorm and positions stay float32, where a bf16 residual loses a digit a few blocks on),
@@ -44,7 +44,7 @@ class TorchEngine:
         threads: CPU threads of a forward pass.
         device: None is CUDA where there is one.
         precision: "fp32", or "bf16".
-        compile: torch.compile; None compiles on a GPU only.
+        compiled: with torch.compile; None compiles on a GPU only.
         input_size: (H, W) pixels that a GPU captures CUDA graphs for; None captures none.
 
     Raises:
@@ -61,12 +61,12 @@ class TorchEngine:
         threads: int,
         device: str | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
-        compile: bool | None = None,
+        compiled: bool | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> None:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"the torch engine computes in fp32 or bf16, not {precision!r}")
-        self.precision = precision
+        self.precision: str = precision
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._on_gpu = self.device.startswith("cuda")
         if self._on_gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -74,7 +74,7 @@ class TorchEngine:
         torch.set_num_threads(threads)
         self._model = _load(weights, config, self.device, half=precision == "bf16")
         self._compiled: Callable[[Tensor], tuple[Tensor, ...]] = self._forward
-        if compile if compile is not None else self._on_gpu:
+        if compiled if compiled is not None else self._on_gpu:
             self._compiled = torch.compile(self._forward)
         self._graphs: dict[int, _Replayed] = {}
         self._input_shape = (3, *input_size) if input_size else None
@@ -87,7 +87,8 @@ class TorchEngine:
         return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Chosen outputs, as exported graphs have them: those of `Features`, `attention` [B, A, T], `layer.N` [B, T, D].
+        """Chosen outputs as exported graphs have them: those of `Features`, `attention` [B, A, T], `layer.N`
+        [B, T, D].
 
         Attention and layers run beside the fast path, each in its own pass.
 
@@ -125,10 +126,7 @@ class TorchEngine:
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         with self._autocast():
             features = self._model.forward_features(x)
-        return tuple(
-            features[name].float()  # type: ignore[literal-required]
-            for name in ("x_norm_clstoken", "x_norm_patchtokens", "x_norm_regtokens")
-        )
+        return tuple(features[name].float() for name in ("x_norm_clstoken", "x_norm_patchtokens", "x_norm_regtokens"))
 
     def _run_part(self, pixels: FloatArray) -> Features:
         with torch.inference_mode():
@@ -188,8 +186,16 @@ def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> DinoV
     """The model with its weights in float32; with `half` those of linear layers and the patch embedding in bf16."""
     with torch.device("meta"):
         model = DinoVisionTransformer(config)
-    halves = {f"{name}.{part}" for name, module in model.named_modules() for part in ("weight", "bias")
-              if isinstance(module, nn.Linear | nn.Conv2d)} if half else set()
+    halves = (
+        {
+            f"{name}.{part}"
+            for name, module in model.named_modules()
+            for part in ("weight", "bias")
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        if half
+        else set()
+    )
     state = {
         key: tensor.to(torch.bfloat16 if key in halves else torch.float32) for key, tensor in load_file(weights).items()
     }

@@ -91,7 +91,8 @@ def pixels_at(photos: Sequence[Photo], spec: PreprocessSpec, size: tuple[int, in
 
     A size that is not square is cut from the centre of the square that holds it.
     """
-    assert spec.crop is not None and spec.resize is not None  # an artifact's graph has one size
+    assert spec.crop is not None  # an artifact's graph has one size
+    assert spec.resize is not None
     side = max(size)
     resized = spec.model_copy(update={"crop": side, "resize": round(spec.resize * side / spec.crop)})
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
@@ -129,6 +130,20 @@ def measure(
         size=size,
         batch=BATCH,
         gate=gate,
+    )
+
+
+def with_extras(
+    record: ParityRecord, reference: dict[str, FloatArray], candidate: dict[str, FloatArray]
+) -> ParityRecord:
+    """The record with further outputs in its figures: the error, and as patch tokens every vector of theirs."""
+    errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
+    cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
+    return record.model_copy(
+        update={
+            "max_abs_error": max(record.max_abs_error, *errors),
+            "min_cosine_patches": min(record.min_cosine_patches, *cosines),
+        }
     )
 
 
@@ -174,11 +189,13 @@ class ClassTokens:
 
 def find_labelled(folder: Path, read: Callable[[Path], Photo | None]) -> LabelledPhotos | None:
     """The labelled photos of a folder that holds `train/` and `val/`, each with a folder per class; None of another."""
-    found = []
-    for part in ("train", "val"):
+
+    def files_of(part: str) -> list[tuple[Path, str]]:
         classes = sorted(path for path in (folder / part).glob("*") if path.is_dir())
-        found.append([(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.is_file()])
-    return LabelledPhotos(*found, read) if all(found) else None
+        return [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.is_file()]
+
+    train, val = files_of("train"), files_of("val")
+    return LabelledPhotos(train, val, read) if train and val else None
 
 
 def class_tokens(engine: Engine, photos: LabelledPhotos, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
