@@ -154,8 +154,8 @@ def test_a_graph_of_several_files_must_be_kept(tmp_path: Path, monkeypatch: pyte
 def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = parity.measure
 
-    def wrong(*arguments):
-        return build(*arguments).model_copy(update={"min_cosine_cls": 0.9})
+    def wrong(*arguments, **named):
+        return build(*arguments, **named).model_copy(update={"min_cosine_cls": 0.9})
 
     monkeypatch.setattr(parity, "measure", wrong)
     with pytest.raises(parity.ParityError, match=r"class cosine 0\.900000 \(at least 0\.99999\)"):
