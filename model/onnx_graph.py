@@ -74,7 +74,7 @@ def build_onnx(
 
     Args:
         weights: Meta's parameter names to arrays, of any float type.
-        activations: the largest absolute input of each linear layer (`model.quantize.measure_activations`): needed for
+        activations: the largest absolute input of each linear layer (`model.calibrate.measure_activations`): needed for
             fp8, not looked at otherwise.
 
     Raises:

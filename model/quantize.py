@@ -1,11 +1,11 @@
-"""Weights in eight bits, with numpy alone, and how large the inputs of each layer get.
+"""Weights in eight bits, with numpy alone.
 
 int8: symmetric, one scale per output channel, values within +-64. Seven bits because AVX2's u8 x s8 product adds two
 neighbours in 16 bits and saturates: 2 * 255 * 64 still fits. The same numbers as
 `onnxruntime.quantization.quantize_dynamic(per_channel=True, reduce_range=True)`, which the tests compare with.
 
-fp8 (E4M3, largest value 448): weights by their largest value per output channel, inputs by the largest value that
-`measure_activations` saw.
+fp8 (E4M3, largest value 448): weights by their largest value per output channel; inputs by the largest value that
+`model.calibrate.measure_activations` saw.
 """
 
 from typing import Any
