@@ -27,7 +27,7 @@ from model.artifact import Artifact
 from model.cuda_memory import CudaError
 from model.engine import Features, FloatArray
 from model.tensorrt_build import make_logger
-from model.tensorrt_plans import BUCKETS, PlanPrecision, Toolchain, find_plan, find_toolchain, plans_folder
+from model.tensorrt_plans import BUCKETS, PRECISIONS, PlanPrecision, Toolchain, find_plan, find_toolchain, plans_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,22 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 
 def load_tensorrt(
-    artifact: Artifact, precision: PlanPrecision, derived_dir: Path, *, library: str | None = None
+    artifact: Artifact, precision: str, derived_dir: Path, *, library: str | None = None
 ) -> "TensorRTEngine":
     """The engine of `artifact`, from the plan that `dinov2 build-engine` made on this host.
 
     Args:
-        derived_dir: the data folder's folder for what can be made again; plans lie in its `plans`.
+        precision: "bf16", "fp16" or "fp8".
+        derived_dir: the artifact's folder for what this host made from it (`artifact.derived`); plans lie in its
+            `plans`.
         library: "tensorrt" or "tensorrt_rtx"; None takes the one that is there, the full one first.
 
     Raises:
         ModuleNotFoundError: no TensorRT, or no CUDA bindings.
         ValueError: no GPU, no plan that may serve (the message says why), or one that this GPU refuses.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"TensorRT plans are {', '.join(PRECISIONS)}, not {precision!r}")
     toolchain = find_toolchain(library)
     folder = plans_folder(derived_dir)
     plan, record = find_plan(artifact, precision, toolchain, folder)

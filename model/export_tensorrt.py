@@ -25,13 +25,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from model import parity, tensorrt_build
-from model.artifact import WEIGHTS, Artifact, ParityRecord
+from model.artifact import Artifact, ParityRecord
 from model.engine import Engine, Features, FloatArray
 from model.onnx_graph import write_onnx
-from model.preprocess import preprocess
 from model.tensorrt_build import BuildError, count_fused_attention
 from model.tensorrt_plans import (
     BUCKETS,
@@ -53,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Told each event of a build: {"phase", "parent", "steps"} when one begins, {"phase", "step"}, {"phase", "done"}."""
-
-LIMITS = parity.ParityLimits(max_abs_error=float("inf"), min_cosine_cls=0.999, min_cosine_patches=0.998)
-"""What a plan must reach at every batch, whatever its number format."""
 
 LOG_TAIL_LINES = 12
 
@@ -114,9 +109,8 @@ def build_plan(
     spec = graph_spec(artifact, options.precision, toolchain.library)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
         work = Path(temporary)
-        weights, config = load_file(artifact.file(WEIGHTS)), artifact.manifest.config
-        names = write_onnx(weights, config, spec, work / "graph.onnx", activations=options.activations)
-        del weights  # a second copy of a large model while it is built
+        config = artifact.manifest.config
+        names = write_onnx(artifact.weights, config, spec, work / "graph.onnx", activations=options.activations)
         key = make_key(
             file_digest([work / name for name in names]),
             options.precision,
@@ -139,9 +133,10 @@ def build_plan(
     path = write_plan(folder, plan if record.passed else None, record)
     remember_graph(folder, graph_identity(artifact, spec), key.onnx_sha256)
     if not record.passed:
+        limits = parity.LIMITS[options.precision]
         raise parity.ParityError(
             f"the {options.precision} plan strays from {record.reference} and was dropped: {figures(records)}; "
-            f"at least {LIMITS.min_cosine_cls} and {LIMITS.min_cosine_patches} are asked. "
+            f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are asked. "
             f"The figures are in {path.with_suffix('.json')}"
         )
     logger.info("plan %s (%s): %s", path, options.precision, figures(records))
@@ -252,8 +247,8 @@ def measure_batches(
     """
     if len(photos) < 2:
         raise ValueError(f"parity needs at least two photos, not {len(photos)}")
-    pixels = np.stack([preprocess(photo, artifact.manifest.preprocess) for photo in photos])
-    expected = _run(reference, pixels, 4)
+    pixels = parity.pixels_at(photos, artifact.manifest.preprocess, artifact.manifest.input_size)
+    expected = _run(reference, pixels, parity.BATCH)
     return [_measure(expected, candidate, pixels, batch) for batch in BUCKETS]
 
 
@@ -272,6 +267,7 @@ def _measure(expected: Features, candidate: Engine, pixels: FloatArray, batch: i
         min_cosine_cls=cls,
         min_cosine_patches=patches,
         neighbour_agreement=agreement,
+        batch=batch,
     )
 
 
@@ -289,23 +285,27 @@ def _record(
     fused: int,
     done: Mapping[str, Any],
 ) -> PlanRecord:
-    passed = all(
-        record.min_cosine_cls >= LIMITS.min_cosine_cls and record.min_cosine_patches >= LIMITS.min_cosine_patches
-        for record in records
-    )
     return PlanRecord(
         key=key,
         artifact=artifact.name,
         size=artifact.manifest.input_size,
         sha256=hashlib.sha256(plan).hexdigest(),
         bytes=len(plan),
-        passed=passed,
+        passed=all(_within_limits(record) for record in records),
         parity=records,
         reference=f"{reference.name} {reference.precision}",
         fused_attention=fused,
         build=dict(done),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def _within_limits(record: ParityRecord) -> bool:
+    try:
+        parity.check(record)
+    except parity.ParityError:
+        return False
+    return True
 
 
 def _load(plan: bytes, toolchain: Toolchain, precision: PlanPrecision) -> Engine:

@@ -172,7 +172,7 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
         reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         raise BuildError(f"TensorRT cannot read the graph: {' | '.join(reasons[-3:])}")
     parsed = time.monotonic()
-    config, monitor = _configure(trt, builder, job, events)
+    config, profiles, monitor = _configure(trt, builder, job, events)
     plan = builder.build_serialized_network(network, config)
     del monitor  # it has to outlive the build
     if plan is None:
@@ -182,21 +182,23 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
         _write(Path(cache), config.get_timing_cache().serialize())
     _write(Path(job["plan"]), plan)
     return {
-        "profiles": config.num_optimization_profiles,
+        "profiles": profiles,
         "parse_s": round(parsed - started, 3),
         "build_s": round(built - parsed, 3),
     }
 
 
-def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, Any]:
-    """The builder's configuration and the progress monitor, which must live as long as the build."""
+def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
+    """The builder's configuration, its profiles as it holds them, and the monitor, which must outlive the build."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for whoever inspects a plan
+    profiles = []
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
         profile.set_shape(job["input"], *(tuple(shape) for shape in shapes))
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"TensorRT refuses the profile {shapes}")
+        profiles.append([list(shape) for shape in profile.get_shape(job["input"])])
     if job.get("refit"):
         config.set_flag(trt.BuilderFlag.REFIT)
     if flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
@@ -217,7 +219,7 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
     if hasattr(trt, "IProgressMonitor"):
         monitor = _monitor(trt, events)
         config.progress_monitor = monitor
-    return config, monitor
+    return config, profiles, monitor
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
@@ -249,7 +251,7 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     settings = engine.create_serialization_config()
     settings.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     _write(Path(job["plan"]), engine.serialize_with_config(settings))
-    return {"profiles": engine.num_optimization_profiles, "refit_s": round(time.monotonic() - started, 3)}
+    return {"refit_s": round(time.monotonic() - started, 3)}
 
 
 def _write(path: Path, data: Any) -> None:

@@ -4,7 +4,7 @@ A plan is machine code for one GPU, made by one version of the library from one 
 that, so that after an update of driver, library, GPU or weights no plan is found and one is built, instead of loading
 one that is slow, refused or wrong.
 
-    <derived folder>/plans/
+    <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
       <key>.json            its record: what it is tied to, its sha256, how long the build took, its parity figures
       <graph>.graph.json    sha256 of the ONNX graph that was derived for an artifact, size and precision, so that a
@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,7 @@ from model.onnx_graph import GraphSpec
 from model.tensorrt_build import Library, find_library
 
 PlanPrecision = Literal["bf16", "fp16", "fp8"]
+PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
 
 
 class Profile(NamedTuple):
@@ -67,7 +68,7 @@ def find_toolchain(library: str | None = None) -> Toolchain:
 
 
 def plans_folder(derived_dir: Path) -> Path:
-    """Where the plans of a data folder lie; `derived_dir` is its folder for what can be made again."""
+    """Where plans lie; `derived_dir` is the artifact's folder for what this host made from it (`Artifact.derived`)."""
     return derived_dir / "plans"
 
 
