@@ -8,10 +8,10 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from model.config import CONFIGS, ViTConfig
+from benchmarks.tensorrt_build import random_weights
+from model.config import CONFIGS
 from model.export_tensorrt import check_fusion, run_job
 from model.onnx_graph import GraphSpec, write_onnx
 from model.tensorrt_build import BuildError, count_fused_attention
@@ -24,29 +24,6 @@ pytestmark = pytest.mark.skipif(
 
 S, S_REG = "dinov2_vits14", "dinov2_vits14_reg"
 ONE = (PROFILES[1],)
-
-
-def random_weights(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Weights of Meta's names, small enough that no number format overflows."""
-    rng, d, hidden = np.random.default_rng(0), config.embed_dim, config.hidden_dim
-    shapes = {
-        "cls_token": (1, 1, d),
-        "pos_embed": (1, 1 + config.grid**2, d),
-        "patch_embed.proj.weight": (d, 3, 14, 14),
-        "patch_embed.proj.bias": (d,),
-        "norm.weight": (d,),
-        "norm.bias": (d,),
-    }
-    if config.num_register_tokens:
-        shapes["register_tokens"] = (1, config.num_register_tokens, d)
-    for index in range(config.depth):
-        block = f"blocks.{index}"
-        linears = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
-        for name, shape in linears.items():
-            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
-            shapes[f"{block}.{name}"] = (d,)
-    return {name: rng.standard_normal(shape, dtype=np.float32) / 20 for name, shape in shapes.items()}
 
 
 def build(
