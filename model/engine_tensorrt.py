@@ -27,7 +27,16 @@ from model.artifact import Artifact
 from model.cuda_memory import CudaError
 from model.engine import Features, FloatArray
 from model.tensorrt_build import make_logger
-from model.tensorrt_plans import BUCKETS, PRECISIONS, PlanPrecision, Toolchain, find_plan, find_toolchain, plans_folder
+from model.tensorrt_plans import (
+    BUCKETS,
+    PRECISIONS,
+    PlanPrecision,
+    Toolchain,
+    find_plan,
+    find_toolchain,
+    plans_folder,
+    write_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +137,9 @@ class TensorRTEngine:
         if hasattr(self._runtime, "get_engine_validity"):
             validity, diagnostics = self._runtime.get_engine_validity(plan)
             if validity == trt.EngineValidity.INVALID:
-                raise ValueError(f"{self.name} refuses this plan on this GPU (diagnostics {int(diagnostics):#x})")
+                raise ValueError(
+                    f"{self.name} refuses this plan on this GPU (diagnostics {diagnostics:#x}): {self._told()}"
+                )
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise ValueError(f"{self.name} cannot load the plan: {self._told()}")
@@ -197,7 +208,7 @@ class TensorRTEngine:
         """How contexts are made: with memory that we give them, and in TensorRT for RTX with its compiled kernels."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(trt, "IRuntimeCache"):
+        if self.name != "tensorrt_rtx":
             return strategy
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(strategy)
@@ -213,7 +224,7 @@ class TensorRTEngine:
         if path is None or self._jit is None:
             return
         try:
-            path.write_bytes(bytes(self._jit.serialize()))
+            write_whole(path, bytes(self._jit.serialize()))
         except OSError as error:  # only the next start is slower
             logger.warning("%s: compiled kernels are not kept: %s", path, error.strerror)
 

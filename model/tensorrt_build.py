@@ -201,8 +201,8 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
         profiles.append([list(shape) for shape in profile.get_shape(job["input"])])
     if job.get("refit"):
         config.set_flag(trt.BuilderFlag.REFIT)
-    if flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
-        config.set_flag(flag)  # TensorRT for RTX asks for it where its work is captured in CUDA graphs
+    if job["library"] == "tensorrt_rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # asked for where CUDA graphs capture its work
     targets = job.get("targets") or []
     if targets:
         config.num_compute_capabilities = len(targets)

@@ -7,6 +7,7 @@ one that is slow, refused or wrong.
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
       <key>.json            its record: what it is tied to, its sha256, how long the build took, its parity figures
+      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written by the first start
       <graph>.graph.json    sha256 of the ONNX graph that was derived for an artifact, size and precision, so that a
                             server finds its plan's key without writing the graph again
 
@@ -212,19 +213,20 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{record.key.digest}.plan"
+    target.with_suffix(".jit").unlink(missing_ok=True)  # kernels compiled for the plan of before
     if plan is None:
         target.unlink(missing_ok=True)
     else:
-        _write(target, plan)
+        write_whole(target, plan)
     text = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
-    _write(target.with_suffix(".json"), text.encode())
+    write_whole(target.with_suffix(".json"), text.encode())
     return target
 
 
 def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
     """Note which bytes the derived graph of `identity` has."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}).encode())
+    write_whole(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}).encode())
 
 
 def recall_graph(folder: Path, identity: str) -> str:
@@ -259,7 +261,8 @@ def file_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """All of a file or nothing: written aside, flushed to the disk, renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("wb") as file:
