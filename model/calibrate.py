@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from model.config import ViTConfig
+from model.engine import available_cpus
 from model.onnx_graph import GraphSpec, write_onnx
 from model.onnx_nodes import FloatArray, Weights
 
@@ -35,12 +36,14 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
         graph = onnx.load(path, load_external_data=False)
         layers = _add_largest(graph)
         onnx.save(graph, path)
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = available_cpus()
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         parts = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
         found = [session.run([f"{layer}.largest" for layer in layers], {"pixels": part}) for part in parts]
     largest = np.max(np.array(found, dtype=np.float64), axis=0)
     if not np.isfinite(largest).all():
-        raise ValueError(f"not finite: inputs of {[layer for layer, x in zip(layers, largest, strict=True) if x != x]}")
+        raise ValueError(f"inputs that are not finite: {[layers[i] for i in np.flatnonzero(~np.isfinite(largest))]}")
     return dict(zip(layers, map(float, largest), strict=True))
 
 

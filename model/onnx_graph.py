@@ -70,7 +70,7 @@ class GraphSpec:
 def build_onnx(
     weights: Weights, config: ViTConfig, spec: GraphSpec, *, activations: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """The graph for any batch.
+    """The graph for any batch, whole in memory; beyond 2 GiB (a giant) it can only be written, by `write_onnx`.
 
     Args:
         weights: Meta's parameter names to arrays, of any float type.
