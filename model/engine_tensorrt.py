@@ -17,7 +17,7 @@ Legend: B batch, H x W pixels, N patches, R registers, D width.
 import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,11 @@ class TensorRTEngine:
     def close(self) -> None:
         """Give the GPU's memory back. The engine cannot run afterwards."""
         self._resources.close()
+
+    def __del__(self) -> None:
+        """An engine that is passed over must not keep the GPU's memory."""
+        with suppress(Exception):  # at the end of the process CUDA may be gone already, or a load that failed
+            self.close()
 
     def _deserialize(self, plan: bytes, stack: ExitStack) -> None:
         trt = self._trt

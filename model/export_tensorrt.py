@@ -118,7 +118,14 @@ def build_plan(
             refit=options.refit or options.refit_from is not None,
         )
         done = run(
-            make_job(toolchain.library.name, work / "graph.onnx", work / "plan", artifact.manifest.input_size, options),
+            make_job(
+                toolchain.library.name,
+                work / "graph.onnx",
+                work / "plan",
+                artifact.manifest.input_size,
+                options,
+                targets=targets_of(toolchain),
+            ),
             work,
             time_limit_s=options.time_limit_s,
             progress=progress,
@@ -128,7 +135,12 @@ def build_plan(
     if options.refit_from is None:  # a refit changes no kernels
         check_fusion(toolchain.library.name, fused, config.depth)
     progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
-    records = measure_batches(reference, make_engine(plan, toolchain, options.precision), artifact, options.photos)
+    candidate = make_engine(plan, toolchain, options.precision)
+    try:
+        records = measure_batches(reference, candidate, artifact, options.photos)
+    finally:
+        if close := getattr(candidate, "close", None):  # the GPU's memory, for the engine that will serve
+            close()
     record = _record(artifact, key, plan, records, reference, fused, done)
     path = write_plan(folder, plan if record.passed else None, record)
     remember_graph(folder, graph_identity(artifact, spec), key.onnx_sha256)
@@ -143,13 +155,35 @@ def build_plan(
     return path, record
 
 
-def make_job(library: str, onnx: Path, plan: Path, size: tuple[int, int], options: BuildOptions) -> dict[str, Any]:
+def targets_of(toolchain: Toolchain) -> list[str]:
+    """The GPU that TensorRT for RTX is to build for, by its name there.
+
+    For a GPU that it has no name for (SM90) it is not told any: its plans then run on compute capability 8.0, 8.6, 8.9,
+    12.0 "and later", by its documentation; it checks a plan itself when one is loaded. The full library builds for the
+    GPU that is there.
+    """
+    if toolchain.library.name != "tensorrt_rtx":
+        return []
+    name = "SM{}{}".format(*toolchain.gpu.capability)
+    return [name] if hasattr(toolchain.library.module.ComputeCapability, name) else []
+
+
+def make_job(
+    library: str,
+    onnx: Path,
+    plan: Path,
+    size: tuple[int, int],
+    options: BuildOptions,
+    *,
+    targets: Sequence[str] = (),
+) -> dict[str, Any]:
     """What the building process is told (see `model/tensorrt_build.py`)."""
     job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
     if options.refit_from is not None:
         return job | {"action": "refit", "from": str(options.refit_from.resolve())}
     shapes = [[[batch, 3, *size] for batch in profile] for profile in PROFILES]
     job |= {"action": "build", "input": "pixels", "profiles": shapes, "refit": options.refit}
+    job |= {"targets": list(targets)}
     if options.timing_cache is not None and library == "tensorrt":  # the one for RTX measures nothing while it builds
         job["timing_cache"] = str(options.timing_cache.resolve())
     return job

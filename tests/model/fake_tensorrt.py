@@ -317,6 +317,7 @@ def fake_tensorrt(cuda: FakeCuda, *, rtx: bool = False) -> Any:
     module = SimpleNamespace(
         ILogger=ILogger,
         Runtime=Runtime,
+        ComputeCapability=SimpleNamespace(SM80=80, SM89=89, SM120=120),
         EngineValidity=SimpleNamespace(INVALID="invalid"),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),

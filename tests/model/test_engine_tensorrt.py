@@ -1,5 +1,6 @@
 """The TensorRT engine against a stand-in that computes in ordinary memory: padding, capture, release, errors."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_close_gives_everything_back(rtx: bool) -> None:
     assert names[-1] == "cudaStreamDestroy"
     assert names.index("cudaGraphExecDestroy") < names.index("cudaFree")  # nothing is freed under a graph
     engine.close()  # twice is once
+
+
+def test_an_engine_that_is_let_go_keeps_nothing() -> None:
+    cuda = FakeCuda()
+    TensorRTEngine(fake_plan(), fake_toolchain(cuda), "bf16")
+    gc.collect()
+    assert not cuda.live
+    assert not cuda.open
 
 
 @pytest.mark.parametrize("name", ["cudaMalloc", "cudaHostAlloc"])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,10 @@ from safetensors.numpy import save_file
 from model import export_tensorrt, tensorrt_build
 from model.artifact import Artifact, Manifest
 from model.config import ViTConfig
-from model.cuda_memory import Gpu
+from model.cuda_memory import CudaError, Gpu
 from model.engine import Features
 from model.engine_tensorrt import TensorRTEngine, load_tensorrt
-from model.export_tensorrt import BuildOptions, build_plan, check_fusion, make_job, run_job
+from model.export_tensorrt import BuildOptions, build_plan, check_fusion, make_job, run_job, targets_of
 from model.parity import ParityError, sample_photos
 from model.preprocess import PreprocessSpec
 from model.tensorrt_build import BuildError, count_fused_attention, find_library, plain_reason
@@ -210,6 +211,27 @@ def test_the_job_of_a_build(tmp_path: Path) -> None:
     assert PROFILES == ((1, 1, 1), (2, 8, 16), (17, 32, 64))
     assert (job["action"], job["refit"], job["timing_cache"]) == ("build", True, str(tmp_path / "timings"))
     assert "timing_cache" not in make_job("tensorrt_rtx", tmp_path / "g", tmp_path / "p", (224, 224), options)
+
+
+def test_the_gpu_that_a_plan_is_built_for(artifact: Artifact, tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    assert targets_of(fake_toolchain(cuda, rtx=True)) == ["SM89"]
+    hopper = dataclasses.replace(GPU, capability=(9, 0))
+    assert targets_of(fake_toolchain(cuda, rtx=True, gpu=hopper)) == []  # it has no name for it
+    assert targets_of(fake_toolchain(cuda)) == []  # the full library builds for the one that is there
+    builder = Builder(fake_plan(fused=6))
+    toolchain = fake_toolchain(cuda, rtx=True)
+    build_plan(artifact, toolchain, Reference(), tmp_path, BuildOptions(photos=PHOTOS), run=builder)
+    assert builder.jobs[0]["targets"] == ["SM89"]
+
+
+def test_parity_gives_the_gpus_memory_back(artifact: Artifact, tmp_path: Path) -> None:
+    for plan in (fake_plan(), fake_plan(fails=[8])):
+        cuda = FakeCuda()
+        with suppress(CudaError):
+            build(artifact, tmp_path, plan, fake_toolchain(cuda))
+        assert "cudaMalloc" in cuda.names()
+        assert not cuda.live
 
 
 def test_the_graph_that_a_plan_is_built_from(artifact: Artifact, tmp_path: Path, graphs: list) -> None:

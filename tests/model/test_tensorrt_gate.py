@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tensorrt_build import random_weights
+from model.artifact import bundled_artifact, load_artifact
 from model.config import CONFIGS
-from model.export_tensorrt import check_fusion, run_job
+from model.cuda_memory import Cuda, Gpu
+from model.export_tensorrt import BuildOptions, build_plan, check_fusion, run_job
 from model.onnx_graph import GraphSpec, write_onnx
-from model.tensorrt_build import BuildError, count_fused_attention
-from model.tensorrt_plans import PROFILES, Profile
+from model.parity import sample_photos
+from model.tensorrt_build import BuildError, count_fused_attention, find_library
+from model.tensorrt_plans import PROFILES, Profile, Toolchain, find_plan, plans_folder
+from tests.model.fake_tensorrt import FakeCuda
 
 pytestmark = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None,
@@ -110,6 +114,24 @@ def test_float32_slips_through_at_batch_one_and_is_caught_by_the_count(tmp_path:
     result, plan = build(tmp_path, S, "fp32", "SM89", depth=2, profiles=PROFILES[:1])
     with pytest.raises(BuildError, match="attention was not fused: the plan has 0 fused attention kernels"):
         check_fusion(result["library"], count_fused_attention(plan), 2)
+
+
+def test_the_bundled_artifact_becomes_a_plan(tmp_path: Path) -> None:
+    """All of `dinov2 build-engine` but the GPU: ONNX Runtime's CPU answers in the plan's place."""
+    from model.engine_onnx import OnnxEngine
+
+    artifact = load_artifact(bundled_artifact(), derived_dir=tmp_path)
+    reference = OnnxEngine(artifact.file("model.onnx"), threads=1)
+    library = find_library("tensorrt_rtx")
+    toolchain = Toolchain(library, Cuda(FakeCuda()), Gpu("NVIDIA RTX 4090", (8, 9), "580.65.06 (CUDA 13.0)"))
+    options = BuildOptions(photos=sample_photos(2))
+    folder = plans_folder(artifact.derived)
+    path, record = build_plan(
+        artifact, toolchain, reference, folder, options, make_engine=lambda plan, toolchain, precision: reference
+    )
+    assert record.fused_attention == artifact.manifest.config.depth * len(PROFILES)
+    assert record.build["version"] == library.version
+    assert find_plan(artifact, "bf16", toolchain, folder) == (path.read_bytes(), record)
 
 
 def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
