@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.tensorrt_build import random_weights
 from model.artifact import bundled_artifact, load_artifact
-from model.config import CONFIGS
+from model.config import CONFIGS, FeedForward
 from model.cuda_memory import Cuda, Gpu
 from model.export_tensorrt import BuildOptions, build_plan, check_fusion, run_job
 from model.onnx_graph import GraphSpec, write_onnx
@@ -39,9 +39,10 @@ def build(
     depth: int = 12,
     profiles: tuple[Profile, ...] = ONE,
     attention: str = "standard",
+    ffn: FeedForward = "mlp",
     **job,
 ) -> tuple[dict, bytes]:
-    config = dataclasses.replace(CONFIGS[model], depth=depth, img_size=224)
+    config = dataclasses.replace(CONFIGS[model], depth=depth, img_size=224, ffn=ffn)
     registers = ("registers",) if config.num_register_tokens else ()
     spec = GraphSpec((224, 224), precision, outputs=("cls", "patches", *registers), attention=attention)
     weights = random_weights(config)
@@ -82,6 +83,14 @@ def test_the_profiles_that_serving_uses(tmp_path: Path) -> None:
     result, plan = build(tmp_path, S, "bf16", "SM89", profiles=PROFILES)
     check_fusion(result["library"], count_fused_attention(plan), 12)
     assert count_fused_attention(plan) == 12 * len(PROFILES)
+
+
+def test_the_largest_models_form_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SwiGLU, and weights in a file beside the graph, as giant has them."""
+    monkeypatch.setattr("model.onnx_graph.EXTERNAL_ABOVE_BYTES", 1000)
+    _, plan = build(tmp_path, S_REG, "bf16", "SM89", depth=2, ffn="swiglu")
+    assert (tmp_path / "graph.onnx.data").exists()
+    assert count_fused_attention(plan) == 2
 
 
 @pytest.mark.parametrize(("target", "attention"), [("SM89", "standard"), ("SM120", "upcast")])
