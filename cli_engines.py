@@ -50,6 +50,7 @@ def build_engine(
         Path | None,
         typer.Option(help="Such a .plan of an earlier model of the same shape: takes the new weights, no build."),
     ] = None,
+    rebuild: Annotated[bool, typer.Option(help="Build although a plan that passed is there.")] = False,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a build is stopped.")] = 3600,
 ) -> None:
     """Build an artifact's TensorRT plan for this host's GPU, and keep it if it passes parity (docs/tensorrt.md)."""
@@ -68,6 +69,7 @@ def build_engine(
             refit_from=refit_from,
             timing_cache=timing_cache,
             time_limit_s=time_limit,
+            rebuild=rebuild,
             **given,
         )
         if precision == "fp8":

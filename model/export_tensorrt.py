@@ -35,6 +35,7 @@ from model.tensorrt_plans import (
     BUCKETS,
     PROFILES,
     PlanKey,
+    PlanMissing,
     PlanPrecision,
     PlanRecord,
     Toolchain,
@@ -43,6 +44,8 @@ from model.tensorrt_plans import (
     graph_identity,
     graph_spec,
     make_key,
+    plan_path,
+    read_plan,
     remember_graph,
     write_plan,
 )
@@ -61,6 +64,7 @@ class BuildOptions:
 
     `refit` makes its weights replaceable; `refit_from` is such a plan to take instead of a build. `timing_cache` is a
     file that the full library keeps its measurements of kernels in. `photos` are uint8 [H, W, 3], for parity.
+    `rebuild` builds although a plan of the same key is there.
     `activations` are the largest inputs of each linear layer, which fp8 needs.
     """
 
@@ -71,6 +75,7 @@ class BuildOptions:
     photos: Sequence[npt.NDArray[np.uint8]] = field(default_factory=parity.sample_photos)
     activations: Mapping[str, float] | None = None
     time_limit_s: float = 3600.0
+    rebuild: bool = False
 
 
 JobRunner = Callable[..., dict[str, Any]]
@@ -97,7 +102,7 @@ def build_plan(
         run, make_engine: what runs the job and loads the plan; the tests give their own.
 
     Returns:
-        the plan's file and its record.
+        the plan's file and its record; those that are there already, unless `options.rebuild`.
 
     Raises:
         BuildError (a ValueError): TensorRT cannot build or refit; the message has the reason and the log's end.
@@ -107,33 +112,24 @@ def build_plan(
     run, make_engine = run or run_job, make_engine or _load
     folder.mkdir(parents=True, exist_ok=True)
     spec = graph_spec(artifact, options.precision, toolchain.library)
+    depth = artifact.manifest.config.depth
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
         work = Path(temporary)
-        config = artifact.manifest.config
-        names = write_onnx(artifact.weights, config, spec, work / "graph.onnx", activations=options.activations)
-        key = make_key(
-            file_digest([work / name for name in names]),
-            options.precision,
-            toolchain,
-            refit=options.refit or options.refit_from is not None,
+        names = write_onnx(
+            artifact.weights, artifact.manifest.config, spec, work / "graph.onnx", activations=options.activations
         )
-        done = run(
-            make_job(
-                toolchain.library.name,
-                work / "graph.onnx",
-                work / "plan",
-                artifact.manifest.input_size,
-                options,
-                targets=targets_of(toolchain),
-            ),
-            work,
-            time_limit_s=options.time_limit_s,
-            progress=progress,
-        )
+        onnx_sha256 = file_digest([work / name for name in names])
+        replaceable = options.refit or options.refit_from is not None
+        key = make_key(onnx_sha256, options.precision, toolchain, refit=replaceable)
+        if (known := None if options.rebuild else _known(folder, key)) is not None:
+            remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
+            return known
+        size, targets = artifact.manifest.input_size, targets_of(toolchain)
+        job = make_job(toolchain.library.name, work / names[0], work / "plan", size, options, targets=targets)
+        done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
         plan = (work / "plan").read_bytes()
-    fused = count_fused_attention(plan)
     if options.refit_from is None:  # a refit changes no kernels
-        check_fusion(toolchain.library.name, fused, config.depth)
+        check_fusion(toolchain.library.name, count_fused_attention(plan), depth)
     progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
     candidate = make_engine(plan, toolchain, options.precision)
     try:
@@ -141,9 +137,9 @@ def build_plan(
     finally:
         if close := getattr(candidate, "close", None):  # the GPU's memory, for the engine that will serve
             close()
-    record = _record(artifact, key, plan, records, reference, fused, done)
+    record = _record(artifact, key, plan, records, reference, done)
     path = write_plan(folder, plan if record.passed else None, record)
-    remember_graph(folder, graph_identity(artifact, spec), key.onnx_sha256)
+    remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
     if not record.passed:
         limits = parity.LIMITS[options.precision]
         raise parity.ParityError(
@@ -153,6 +149,16 @@ def build_plan(
         )
     logger.info("plan %s (%s): %s", path, options.precision, figures(records))
     return path, record
+
+
+def _known(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
+    """The plan of this key, if one is there that may serve."""
+    try:
+        record = read_plan(folder, key)[1]
+    except PlanMissing as missing:
+        logger.info("%s", missing)
+        return None
+    return plan_path(folder, key), record
 
 
 def targets_of(toolchain: Toolchain) -> list[str]:
@@ -316,7 +322,6 @@ def _record(
     plan: bytes,
     records: list[ParityRecord],
     reference: Engine,
-    fused: int,
     done: Mapping[str, Any],
 ) -> PlanRecord:
     return PlanRecord(
@@ -328,7 +333,7 @@ def _record(
         passed=all(_within_limits(record) for record in records),
         parity=records,
         reference=f"{reference.name} {reference.precision}",
-        fused_attention=fused,
+        fused_attention=count_fused_attention(plan),
         build=dict(done),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

@@ -94,7 +94,7 @@ def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -
 def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
     """32 hex digits for what decides the graph's bytes: the weights, the spec and the code that writes it."""
     code = Path(__file__).parent
-    writer = file_digest(sorted([*code.glob("onnx_*.py"), code / "pos_embed.py"]))
+    writer = file_digest(sorted([*code.glob("onnx_*.py"), code / "pos_embed.py", code / "quantize.py"]))
     return hashlib.sha256(f"{artifact.fingerprint} {spec} {writer}".encode()).hexdigest()[:32]
 
 
@@ -155,6 +155,11 @@ def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *
     )
 
 
+def plan_path(folder: Path, key: PlanKey) -> Path:
+    """The file of a plan, whether it is there or not."""
+    return folder / f"{key.digest}.plan"
+
+
 def find_plan(
     artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
 ) -> tuple[bytes, PlanRecord]:
@@ -212,7 +217,7 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{record.key.digest}.plan"
+    target = plan_path(folder, record.key)
     target.with_suffix(".jit").unlink(missing_ok=True)  # kernels compiled for the plan of before
     if plan is None:
         target.unlink(missing_ok=True)

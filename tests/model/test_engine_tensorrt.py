@@ -235,6 +235,11 @@ def test_nvidias_bindings_take_the_arguments_that_are_given(monkeypatch: pytest.
         lambda: cuda.to_host(array, 64, 0),
         lambda: cuda.wait(0),
         lambda: cuda.capture(1, lambda: None),
+        lambda: cuda.launch(runtime.cudaGraphExec_t(64), 1),
+        lambda: cuda.call("cudaStreamEndCapture", 1),
+        lambda: cuda.call("cudaGraphInstantiate", runtime.cudaGraph_t(64), 0),
+        lambda: cuda.call("cudaGraphDestroy", runtime.cudaGraph_t(64)),
+        lambda: cuda.call("cudaGraphExecDestroy", runtime.cudaGraphExec_t(64)),
         lambda: cuda.call("cudaStreamDestroy", 1),
         lambda: cuda.call("cudaFree", 64),
     ]

@@ -91,7 +91,7 @@ class Builder:
 
 def build(artifact: Artifact, folder: Path, plan: bytes | None = None, toolchain=None, **options):
     builder = Builder(plan)
-    options = BuildOptions(photos=PHOTOS, **options)
+    options = BuildOptions(photos=PHOTOS, **({"rebuild": True} | options))
     toolchain = toolchain or fake_toolchain(FakeCuda())
     return build_plan(artifact, toolchain, Reference(), folder, options, run=builder)
 
@@ -111,6 +111,20 @@ def test_a_plan_that_passes_is_kept_and_served(artifact: Artifact, tmp_path: Pat
     pixels = np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE), dtype=np.float32)
     served = TensorRTEngine(plan, toolchain, "bf16").run(pixels)
     np.testing.assert_allclose(served.cls, features_of(pixels)["cls"], atol=1e-6)
+
+
+def test_what_is_there_is_not_built_again(artifact: Artifact, tmp_path: Path) -> None:
+    """So that a container can ask for its plan at every start."""
+    first = build(artifact, tmp_path)
+    builder = Builder()
+    options = BuildOptions(photos=PHOTOS)
+    toolchain = fake_toolchain(FakeCuda())
+    assert build_plan(artifact, toolchain, Reference(), tmp_path, options, run=builder) == first
+    assert builder.jobs == []
+    first[0].write_bytes(b"torn")
+    build_plan(artifact, toolchain, Reference(), tmp_path, options, run=builder)
+    assert len(builder.jobs) == 1
+    assert find_plan(artifact, "bf16", toolchain, tmp_path)[1].passed
 
 
 def test_loading_finds_library_gpu_and_plan(artifact: Artifact, tmp_path: Path, monkeypatch) -> None:
