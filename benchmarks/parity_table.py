@@ -43,13 +43,14 @@ MODELS = {
     "giant, 2 blocks": dataclasses.replace(config_for("dinov2_vitg14"), depth=2),
     "tiny": ViTConfig(embed_dim=64, depth=2, num_heads=4, img_size=98, num_register_tokens=2),
 }
-ROWS = {  # name: precision, whether the size is baked in, whether halves are rounded after each operator
-    "fp32": ("fp32", True, False),
-    "dynamic": ("fp32", False, False),
-    "fp16": ("fp16", True, False),
-    "fp16 rounded": ("fp16", True, True),
-    "bf16 rounded": ("bf16", True, True),
-    "int8": ("int8", True, False),
+ROWS = {  # name: what is written (with size None taken for any size), whether halves are rounded after each operator
+    "fp32": (GraphSpec((0, 0)), False),
+    "dynamic": (GraphSpec(None), False),
+    "fp16": (GraphSpec((0, 0), "fp16"), False),
+    "fp16 rounded": (GraphSpec((0, 0), "fp16"), True),
+    "bf16 rounded": (GraphSpec((0, 0), "bf16"), True),
+    "int8 s7": (GraphSpec((0, 0), "int8"), False),
+    "int8 u8": (GraphSpec((0, 0), "int8", int8_weights="u8"), False),
 }
 
 
@@ -100,15 +101,15 @@ def rows_of(
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     inputs = {(size, batch): photos(batch, size) for size in sizes for batch in batches}
     expected = {key: torch_features(model, pixels) for key, pixels in inputs.items()}
-    for row, (precision, baked, rounded) in ROWS.items():
-        any_size = None
+    for row, (spec, rounded) in ROWS.items():
+        loaded = None
         for size in sizes:
-            if baked or any_size is None:
-                spec = GraphSpec(size if baked else None, precision)
-                graph = build_onnx(weights, model.config, spec)
-                any_size = session(emulate_half(graph) if rounded else graph, threads)
+            if spec.size is not None or loaded is None:
+                baked = spec if spec.size is None else dataclasses.replace(spec, size=size)
+                graph = build_onnx(weights, model.config, baked)
+                loaded = session(emulate_half(graph) if rounded else graph, threads)
             for batch in batches:
-                outputs = any_size.run(["cls", "patches", "registers"], {"pixels": inputs[size, batch]})
+                outputs = loaded.run(["cls", "patches", "registers"], {"pixels": inputs[size, batch]})
                 error, cls, patches, _ = compare(expected[size, batch], Features(*outputs))
                 yield {
                     "model": name,
