@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so `dinov2 serve` works without
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -167,6 +168,7 @@ def export(
     from model.zoo import DownloadError
     from service.models import read_photo, read_photos
 
+    tell = partial(typer.echo, err=True)
     try:
         artifact = export_checkpoint(
             source,
@@ -176,14 +178,14 @@ def export(
             resize=resize,
             crop=crop,
             weights_dtype=weights_dtype,
-            photos=read_photos(images, 32) if images else None,
+            photos=read_photos(images, 32, tell) if images else None,
             model_card=card.read_text() if card else None,
             licence=licence,
             keep_onnx=keep_onnx,
             sizes=_items(sizes),
             precisions=_items(precision),
             outputs=_items(outputs),
-            labelled=find_labelled(images, read_photo) if images else None,
+            labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
         )
     except (ValueError, OSError, DownloadError) as error:
         raise _fail(error) from error

@@ -215,14 +215,13 @@ class _Host:
                 raise ModuleNotFoundError("tensorrt is not installed: docs/tensorrt.md") from error
             engine: Engine = load_tensorrt(artifact, precision, artifact.derived)
             return engine
-        from model.engine_onnx import OnnxEngine
+        from model.engine_onnx import OnnxEngine, need_provider
 
-        path = self._graph_file(precision)
-        if candidate.runtime == "onnxruntime":
-            return OnnxEngine(path, threads=self.threads, precision=precision)
-        cache = artifact.derived
-        cache.mkdir(parents=True, exist_ok=True)
-        provider: Literal["cuda", "tensorrt"] = "cuda" if candidate.runtime == "onnxruntime-cuda" else "tensorrt"
+        provider = _PROVIDERS[candidate.runtime]
+        need_provider(provider)  # before a graph is made for it
+        path, cache = self._graph_file(precision), artifact.derived
+        if provider == "tensorrt":
+            cache.mkdir(parents=True, exist_ok=True)
         return OnnxEngine(path, threads=self.threads, precision=precision, provider=provider, cache_dir=cache)
 
     def _graph(self, precision: str) -> GraphRecord | None:
@@ -262,6 +261,11 @@ class _Host:
         return parity.features(self._open(self._recorded), self._pixels)
 
 
+_PROVIDERS: Final[dict[str, Literal["cpu", "cuda", "tensorrt"]]] = {
+    "onnxruntime": "cpu",
+    "onnxruntime-cuda": "cuda",
+    "onnxruntime-tensorrt": "tensorrt",
+}
 _STATUS = {"failed": "failed", "not measured": "was not measured"}
 
 

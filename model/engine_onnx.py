@@ -75,10 +75,7 @@ class OnnxEngine:
         cache_dir: Path | None = None,
         spinning: bool = False,
     ) -> None:
-        if _PROVIDERS[provider] not in ort.get_available_providers():
-            raise ModuleNotFoundError(
-                f"this ONNX Runtime has no {_PROVIDERS[provider]}: pip install onnxruntime-gpu instead of onnxruntime"
-            )
+        need_provider(provider)
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's own unrelated class, or OSError
@@ -143,6 +140,18 @@ class OnnxEngine:
                 raise ValueError(f"pixels of shape {shape}: this model takes [B, {allowed}]")
         elif not fits or any(side < p or side % p for side in shape[2:]):
             raise ValueError(f"pixels of shape {shape}: this model takes [B, 3, H, W], H and W multiples of {p}")
+
+
+def need_provider(provider: Provider) -> None:
+    """Raise unless the installed ONNX Runtime was built with a provider.
+
+    Raises:
+        ModuleNotFoundError: it was not.
+    """
+    if _PROVIDERS[provider] not in ort.get_available_providers():
+        raise ModuleNotFoundError(
+            f"this ONNX Runtime has no {_PROVIDERS[provider]}: pip install onnxruntime-gpu instead of onnxruntime"
+        )
 
 
 def _options(threads: int, spinning: bool, path: Path) -> ort.SessionOptions:

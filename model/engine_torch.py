@@ -69,6 +69,8 @@ class TorchEngine:
         self.precision: str = precision
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._on_gpu = self.device.startswith("cuda")
+        if self._on_gpu and not torch.cuda.is_available():
+            raise ValueError(f"torch {torch.__version__} finds no CUDA device")
         if self._on_gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bf16")
         torch.set_num_threads(threads)

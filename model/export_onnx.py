@@ -223,7 +223,7 @@ class _Comparison:
         except ValueError as error:
             if spec.precision != "bf16":
                 raise
-            self.not_compared[file] = f"ONNX Runtime's CPU does not run it: {' '.join(str(error).split())[-200:]}"
+            self.not_compared[file] = f"ONNX Runtime's CPU does not run it: {_reason(error)}"
             return
         extras = [name for name in spec.outputs if name not in Features._fields]
         for size, reference in references.items():
@@ -240,15 +240,17 @@ class _Comparison:
     def _gate(
         self, record: ParityRecord, engine: Any, size: tuple[int, int], reference: parity.ClassTokens | None
     ) -> GateRecord:
-        """Whether an int8 graph may serve."""
+        """Whether an int8 graph may serve: by the cosines of its record, and by k-NN."""
+        gate = parity.NO_LABELS
+        if self.labelled is not None:
+            assert reference is not None
+            gate = parity.knn_gate(reference, parity.class_tokens(engine, self.labelled, self.preprocess, size))
         try:
             parity.check(record)
         except parity.ParityError as error:
-            return GateRecord(status="failed", reason=str(error))
-        if self.labelled is None:
-            return parity.NO_LABELS
-        assert reference is not None
-        return parity.knn_gate(reference, parity.class_tokens(engine, self.labelled, self.preprocess, size))
+            reason = f"{error}; {gate.reason}" if self.labelled is not None else str(error)
+            return gate.model_copy(update={"status": "failed", "reason": reason})
+        return gate
 
 
 def wanted_graphs(
@@ -381,3 +383,8 @@ def _write_durably(path: Path, manifest: Manifest) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _reason(error: ValueError) -> str:
+    """What a runtime said, in one line without the temporary folder's path."""
+    return " ".join(str(error.__cause__ or error).split())[:300]

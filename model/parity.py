@@ -160,9 +160,10 @@ def check(record: ParityRecord, reference: str = "torch float32") -> None:
         and record.min_cosine_patches >= limits.min_cosine_patches
     )
     if not passed:
+        limit = f" (limit {limits.max_abs_error:g})" if np.isfinite(limits.max_abs_error) else ""
         raise ParityError(
             f"{record.engine} {record.precision} strays from {reference} on {record.images} photos: "
-            f"max error {record.max_abs_error:.3g} (limit {limits.max_abs_error:g}), "
+            f"max error {record.max_abs_error:.3g}{limit}, "
             f"class cosine {record.min_cosine_cls:.6f} (at least {limits.min_cosine_cls}), "
             f"patch cosine {record.min_cosine_patches:.6f} (at least {limits.min_cosine_patches})"
         )

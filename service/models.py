@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,16 +49,16 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
     return _export(name, data_dir)
 
 
-def read_photo(path: Path) -> npt.NDArray[np.uint8] | None:
-    """A photo's pixels [H, W, 3]; None, with a line in the log, if the file is none."""
+def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
+    """A photo's pixels [H, W, 3]; None, and a line to `tell`, if the file is none."""
     try:
         return decode(path.read_bytes(), DecodeLimits())
     except ServiceError as error:
-        log.warning("skipped %s: %s", path, error.detail)
+        tell(f"skipped {path}: {error.detail}")
         return None
 
 
-def read_photos(folder: Path, limit: int) -> list[npt.NDArray[np.uint8]]:
+def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
     """Up to `limit` photos of a folder at any depth, spread over it, so that of sorted classes every part is seen.
 
     Raises:
@@ -69,10 +70,10 @@ def read_photos(folder: Path, limit: int) -> list[npt.NDArray[np.uint8]]:
     for path in [*first_pass, *(path for path in paths if path not in first_pass)]:
         if len(photos) == limit:
             break
-        if (photo := read_photo(path)) is not None:
+        if (photo := read_photo(path, tell)) is not None:
             photos.append(photo)
     if len(photos) < 2:
-        raise ValueError(f"{folder}: the comparison of engines needs two readable photos or more, found {len(photos)}")
+        raise ValueError(f"{folder}: the comparison of engines needs at least two readable photos, found {len(photos)}")
     return photos
 
 
