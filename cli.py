@@ -5,8 +5,10 @@ Each command imports what it needs when it runs, so `dinov2 serve` works without
 
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +18,9 @@ import cli_search
 import cli_training
 from cli_search import fail as _fail
 from cli_training import need_torch
+
+if TYPE_CHECKING:
+    from model.artifact import Manifest
 
 app = typer.Typer(
     name="dinov2",
@@ -33,6 +38,9 @@ ModelOption = Annotated[
 ]
 
 
+ENGINE_HELP = "auto, fastest (of this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
+
+
 @app.command()
 def serve(
     model: Annotated[
@@ -41,7 +49,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [DINOV2_HOST]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [DINOV2_PORT]")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Collections, artifacts, downloads. [DINOV2_DATA_DIR]")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, onnxruntime or torch. [DINOV2_ENGINE]")] = None,
+    engine: Annotated[str | None, typer.Option(help=f"{ENGINE_HELP} [DINOV2_ENGINE]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass. [DINOV2_THREADS]")] = None,
 ) -> None:
     """Start the REST service. Settings come from DINOV2_* variables; an option given here wins."""
@@ -59,7 +67,7 @@ def embed(
     data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
         "data"
     ),
-    engine: Annotated[str, typer.Option(help="auto, onnxruntime or torch.")] = "auto",
+    engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")
     ] = None,
@@ -133,8 +141,19 @@ def export(
         int | None, typer.Option(help="Side of the input, pixels. Default: the checkpoint's, else 224.")
     ] = None,
     weights_dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How weights are stored.")] = "float32",
+    sizes: Annotated[
+        str, typer.Option(help="Further graphs' input sizes, e.g. 224,518,224x336,dynamic. Default: the crop.")
+    ] = "",
+    precision: Annotated[str, typer.Option(help="Further graphs' precisions: fp32,fp16,bf16,int8.")] = "",
+    outputs: Annotated[
+        str, typer.Option(help="Further graphs' outputs: cls,patches,registers and any of attention,layer.N.")
+    ] = "",
     images: Annotated[
-        Path | None, typer.Option(help="Folder of photos for the parity check. Default: generated.")
+        Path | None,
+        typer.Option(
+            help="Folder of photos for the parity check; for int8 it holds train/ and val/, a folder per class in "
+            "each. Default: generated pictures."
+        ),
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Model card (markdown) to put into the artifact.")] = None,
     licence: Annotated[
@@ -145,8 +164,11 @@ def export(
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
     need_torch("export")
     from model.export_onnx import export_checkpoint
+    from model.parity import find_labelled
     from model.zoo import DownloadError
+    from service.models import read_photo, read_photos
 
+    tell = partial(typer.echo, err=True)
     try:
         artifact = export_checkpoint(
             source,
@@ -156,19 +178,42 @@ def export(
             resize=resize,
             crop=crop,
             weights_dtype=weights_dtype,
-            photos=_photos_of(images) if images else None,
+            photos=read_photos(images, 32, tell) if images else None,
             model_card=card.read_text() if card else None,
             licence=licence,
             keep_onnx=keep_onnx,
+            sizes=_items(sizes),
+            precisions=_items(precision),
+            outputs=_items(outputs),
+            labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
         )
     except (ValueError, OSError, DownloadError) as error:
         raise _fail(error) from error
-    parity = artifact.manifest.parity[0]
-    typer.echo(
-        f"{artifact.path}\nfingerprint {artifact.fingerprint}\nparity on {parity.images} images: "
-        f"max error {parity.max_abs_error:.2e}, class cosine {parity.min_cosine_cls:.7f}, "
-        f"patch cosine {parity.min_cosine_patches:.7f}\nnext: dinov2 serve --model {artifact.path}"
-    )
+    typer.echo(f"{artifact.path}\nfingerprint {artifact.fingerprint}")
+    for line in _parity_lines(artifact.manifest):
+        typer.echo(line)
+    typer.echo(f"next: dinov2 serve --model {artifact.path}")
+
+
+def _items(text: str) -> list[str]:
+    """Parts of a list with commas; an empty one has none."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parity_lines(manifest: "Manifest") -> Iterator[str]:
+    """What the export measured, a line per graph and size."""
+    for record in manifest.parity:
+        size = "x".join(map(str, record.size or manifest.input_size))
+        yield (
+            f"{record.file} at {size}: parity on {record.images} images: max error {record.max_abs_error:.2e}, "
+            f"class cosine {record.min_cosine_cls:.7f}, patch cosine {record.min_cosine_patches:.7f}"
+        )
+        if record.gate is not None:
+            serves = "may serve" if record.gate.status == "passed" else "will not serve"
+            yield f"{record.file} {serves}: gate {record.gate.status}: {record.gate.reason}"
+    for graph in manifest.graphs:
+        if graph.not_compared is not None:
+            yield f"{graph.file}: not compared: {graph.not_compared}"
 
 
 @app.command()
@@ -200,23 +245,6 @@ def models(
     typer.echo("Published (dinov2 serve --model NAME downloads and exports it once; needs the train extra):")
     for row in published:
         typer.echo(f"  {row['name']:<28} {row['licence']}  {row['url']}")
-
-
-def _photos_of(folder: Path, limit: int = 32) -> list[Any]:
-    from service.decode import DecodeLimits, decode
-    from service.errors import ServiceError
-
-    photos = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            photos.append(decode(path.read_bytes(), DecodeLimits()))
-        except ServiceError as error:
-            typer.echo(f"skipped {path}: {error.detail}", err=True)
-        if len(photos) == limit:
-            break
-    if len(photos) < 2:
-        raise ValueError(f"{folder}: the parity check needs at least two readable photos, found {len(photos)}")
-    return photos
 
 
 def main() -> None:

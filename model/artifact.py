@@ -4,6 +4,7 @@
       manifest.json         what it is: shape, preprocessing, parity, provenance, licence, every file with its sha256
       weights.safetensors   the backbone under Meta's parameter names
       model.onnx            the graph that serving runs (may be left out: it is derived from the weights, byte for byte)
+      model-<size>-<precision>.onnx   further graphs, each with its record in the manifest; derived in the same way
       README.md             the model card, when there is one
 
 The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from model.config import ViTConfig
-from model.onnx_graph import GraphSpec, write_onnx
+from model.onnx_graph import AttentionForm, GraphSpec, Precision, write_onnx
 from model.preprocess import PreprocessSpec, output_size
 
 MANIFEST = "manifest.json"
@@ -55,6 +56,18 @@ class FileRecord(_Record):
     derived: bool = False
 
 
+class GateRecord(_Record):
+    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's (see `model/parity.py`)."""
+
+    status: Literal["passed", "failed", "not measured"]
+    reason: str  # why not, in one line; of a passed gate its figures
+    k: int | None = None  # neighbours that vote
+    val_photos: int | None = None
+    val_right: tuple[int, int] | None = None  # photos of val classified rightly: float32, int8
+    train_photos: int | None = None
+    train_right: tuple[int, int] | None = None  # the same of train, each photo among the others
+
+
 class ParityRecord(_Record):
     """How close one runtime comes to torch float32 on the same pixels (see `model/parity.py`)."""
 
@@ -65,6 +78,26 @@ class ParityRecord(_Record):
     min_cosine_cls: float
     min_cosine_patches: float
     neighbour_agreement: float
+    file: str = "model.onnx"  # the graph compared
+    size: tuple[int, int] | None = None  # (H, W) pixels that were compared; None: the artifact's input size
+    batch: int | None = None  # images in one forward pass
+    gate: GateRecord | None = None  # of an int8 graph
+
+
+class GraphRecord(_Record):
+    """A further graph of the artifact, and what it was built as."""
+
+    file: str = Field(pattern=r"^model-[a-z0-9]+-[a-z0-9]+\.onnx$")
+    size: tuple[int, int] | None  # (H, W) pixels that it takes; None: any multiples of the patch size
+    precision: Precision
+    outputs: tuple[str, ...]
+    attention: AttentionForm
+    not_compared: str | None = None  # why no parity record stands beside it; then an engine must pass at load
+
+    @property
+    def spec(self) -> GraphSpec:
+        """What `model/onnx_graph.py` makes it from."""
+        return GraphSpec(size=self.size, precision=self.precision, outputs=self.outputs, attention=self.attention)
 
 
 class Manifest(_Record):
@@ -77,6 +110,7 @@ class Manifest(_Record):
     preprocess: PreprocessSpec
     input_size: tuple[int, int]  # (H, W) pixels that the graph takes
     parity: list[ParityRecord]
+    graphs: list[GraphRecord] = Field(default_factory=list)  # beside model.onnx
     provenance: dict[str, Any]
     licence: str
     created: str  # ISO 8601, UTC
@@ -90,6 +124,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     locations: Mapping[str, Path]
+    derived_dir: Path | None = None  # where files made from the artifact are kept; None: beside its folder
 
     @property
     def name(self) -> str:
@@ -104,6 +139,43 @@ class Artifact:
         if name not in self.locations:
             raise ArtifactError(f"{self.path}: holds no {name}; it has {', '.join(sorted(self.locations))}")
         return self.locations[name]
+
+    @property
+    def derived(self) -> Path:
+        """The folder of what hosts make from this artifact: further graphs, engine plans. It may not exist."""
+        return (self.derived_dir or self.path.parent) / self.path.name
+
+    @property
+    def weights(self) -> Weights:
+        """The weights as stored, each tensor read when it is asked for."""
+        return StoredWeights(self.file(WEIGHTS))
+
+
+class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
+    """A `weights.safetensors` as a mapping that holds none of it: what walks through it needs memory for one tensor.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except Exception as error:  # safetensors raises its own unrelated class, and OSError
+            raise ArtifactError(f"{path}: not weights: {error}") from error
+        self._keys: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
+
+    def __getitem__(self, key: str) -> npt.NDArray[np.floating]:
+        if key not in self._keys:
+            raise KeyError(key)
+        array: npt.NDArray[np.floating] = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:
@@ -151,6 +223,9 @@ def read_manifest(path: Path) -> Manifest:
     for name in manifest.files:
         if Path(name).name != name or name in (MANIFEST, "..", "."):
             raise ArtifactError(f"{path / MANIFEST}: file name {name!r} leaves the artifact's folder")
+    for graph in manifest.graphs:
+        if graph.file not in manifest.files:
+            raise ArtifactError(f"{path / MANIFEST}: describes {graph.file}, which is none of its files")
     return manifest
 
 
@@ -174,13 +249,13 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
         locations[name] = location
     if WEIGHTS not in locations:
         raise ArtifactError(f"{path / MANIFEST}: names no {WEIGHTS}")
-    found = fingerprint(load_file(locations[WEIGHTS]), manifest.config, manifest.preprocess)
+    found = fingerprint(StoredWeights(locations[WEIGHTS]), manifest.config, manifest.preprocess)
     if found != manifest.fingerprint:
         raise ArtifactError(
             f"{path / MANIFEST}: fingerprint is {manifest.fingerprint}, but weights, architecture and preprocessing "
             f"give {found}: one of them was changed"
         )
-    return Artifact(path=path, manifest=manifest, locations=locations)
+    return Artifact(path=path, manifest=manifest, locations=locations, derived_dir=derived_dir)
 
 
 def bundled_artifact() -> Path:
@@ -226,18 +301,29 @@ def _verify(path: Path, record: FileRecord) -> None:
 
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
     """Make a derived file from the weights, unless an earlier start left it; the caller verifies it."""
-    if name != ONNX:
-        raise ArtifactError(f"{path / name}: missing, and only {ONNX} can be derived")
+    specs = {ONNX: GraphSpec(size=manifest.input_size)} | {graph.file: graph.spec for graph in manifest.graphs}
+    if name not in specs:
+        raise ArtifactError(f"{path / name}: missing, and only graphs can be derived")
     target = directory / name
     if target.exists() and describe_file(target).sha256 == manifest.files[name].sha256:
         return target
     _verify(path / WEIGHTS, manifest.files[WEIGHTS])
+    derive_graph(StoredWeights(path / WEIGHTS), manifest.config, specs[name], target)
+    return target
+
+
+def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: Path) -> None:
+    """Write a graph as `target`, whole or not at all.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    directory = target.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
-            weights, spec = load_file(path / WEIGHTS), GraphSpec(manifest.input_size)
-            for written in write_onnx(weights, manifest.config, spec, Path(temporary) / name):
+            names = write_onnx(weights, config, spec, Path(temporary) / target.name)
+            for written in reversed(names):  # the graph's own file last: with it, the others are there
                 os.replace(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error
-    return target

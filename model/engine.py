@@ -1,24 +1,25 @@
-"""What serving needs of a runtime: one small protocol, and the choice between its implementations.
+"""What serving needs of a runtime: one small protocol, the names of the runtimes, and how one is asked for.
 
 An engine turns a batch of normalised pixels into all features of one forward pass. It is called by one worker thread
-at a time. Concrete engines live in `engine_onnx.py` and `engine_torch.py` and are imported here only when chosen, so
+at a time. Concrete engines live in `engine_*.py` and are imported by `engine_choice.py` only when their turn comes, so
 that a server without torch never looks for it.
 
 Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
 """
 
-import logging
-import os
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Artifact
+from model.cpus import available_cpus
+
+__all__ = ["Choice", "Engine", "Features", "FloatArray", "Tried", "available_cpus", "load_engine", "parse_engine"]
 
 FloatArray = npt.NDArray[np.float32]
-log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
@@ -44,43 +45,56 @@ class Engine(Protocol):
         ...
 
 
-ENGINES = ("onnxruntime", "torch")
+class Tried(NamedTuple):
+    """One engine that was tried at the start, and what came of it, in one line."""
+
+    engine: str  # runtime:precision
+    outcome: Literal["serves", "passed over"]
+    reason: str
 
 
-def load_engine(artifact: Artifact, name: str = "auto", *, threads: int | None = None) -> Engine:
-    """Load `artifact` in a runtime: "auto" is ONNX Runtime.
+@dataclass(frozen=True)
+class Choice:
+    """The engine that serves, and everything that was tried, in order."""
 
-    Args:
-        artifact: the verified artifact.
-        name: "auto", "onnxruntime" or "torch".
-        threads: CPU threads of one forward pass; None takes what the machine and its cgroup grant.
+    engine: Engine
+    tried: tuple[Tried, ...]
+
+
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("fp32", "fp16", "bf16", "int8"),
+    "onnxruntime-cuda": ("bf16", "fp16", "fp32"),
+    "onnxruntime-tensorrt": ("bf16", "fp16"),
+    "torch": ("fp32", "bf16"),
+    "tensorrt": ("bf16", "fp16", "fp8"),
+}
+"""Runtimes with their precisions; the first is meant when none is given."""
+
+
+def parse_engine(name: str) -> tuple[str, str]:
+    """`runtime[:precision]` as (runtime, precision); `auto` and `fastest` have no precision ("").
 
     Raises:
-        ValueError: an unknown engine name, or `threads` below 1.
-        ModuleNotFoundError: the runtime is not installed.
+        ValueError: an unknown runtime, or a precision that it does not have.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    n_threads = threads or available_cpus()
-    if name in ("auto", "onnxruntime"):
-        from model.engine_onnx import OnnxEngine
-
-        engine: Engine = OnnxEngine(artifact.file("model.onnx"), threads=n_threads)
-    elif name == "torch":
-        from model.engine_torch import TorchEngine
-
-        engine = TorchEngine(artifact.file("weights.safetensors"), artifact.manifest.config, threads=n_threads)
-    else:
-        raise ValueError(f"unknown engine {name!r}: one of auto, {', '.join(ENGINES)}")
-    log.info("engine %s (%s), %d threads, model %s", engine.name, engine.precision, n_threads, artifact.name)
-    return engine
+    runtime, colon, precision = name.partition(":")
+    if name in ("auto", "fastest"):
+        return name, ""
+    if runtime not in RUNTIMES:
+        raise ValueError(f"unknown engine {name!r}: one of auto, fastest, {', '.join(RUNTIMES)}")
+    if colon and precision not in RUNTIMES[runtime]:
+        raise ValueError(f"engine {name!r}: {runtime} computes in {', '.join(RUNTIMES[runtime])}")
+    return runtime, precision or RUNTIMES[runtime][0]
 
 
-def available_cpus() -> int:
-    """CPUs this process may use: its affinity, cut by a cgroup v2 quota; at least 1."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):  # no cgroup v2 here: nothing cuts the affinity
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+def load_engine(
+    artifact: Artifact,
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    photos: Sequence[npt.NDArray[np.uint8]] | None = None,
+) -> Engine:
+    """The engine that `model.engine_choice.choose_engine` chooses; see there."""
+    from model.engine_choice import choose_engine
+
+    return choose_engine(artifact, name, threads=threads, photos=photos).engine

@@ -2,16 +2,30 @@
 
 Four figures: the largest absolute difference of any output; the lowest cosine of a class token and of a patch token;
 and how often the nearest other photo, by class token, stays the same. The last one is what a search user would notice.
+
+Graphs of other sizes are compared on the same photos with the crop resized. Reference features are plain arrays, so
+that the engine that made them can be let go before the next one is loaded: two copies of a large model do not fit.
+
+An int8 graph has to pass one gate more, since cosines say little about which photo is nearest: k-NN classification of
+labelled photos (`training/evaluate/knn.py` has the protocol and its source; `model` may not import it), with its class
+tokens and with float32's.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import ParityRecord
+from model.artifact import ONNX, GateRecord, ParityRecord
 from model.engine import Engine, Features, FloatArray
 from model.preprocess import PreprocessSpec, preprocess
+
+BATCH: Final = 4
+
+Photo = npt.NDArray[np.uint8]  # RGB [H, W, 3]
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,19 @@ class ParityLimits:
     min_cosine_patches: float
 
 
-LIMITS = {"fp32": ParityLimits(max_abs_error=1e-3, min_cosine_cls=0.99999, min_cosine_patches=0.9999)}
+_HALF = ParityLimits(max_abs_error=np.inf, min_cosine_cls=0.999, min_cosine_patches=0.998)
+LIMITS = {
+    "fp32": ParityLimits(max_abs_error=1e-3, min_cosine_cls=0.99999, min_cosine_patches=0.9999),
+    "fp16": _HALF,
+    "bf16": _HALF,
+    "fp8": _HALF,
+    "int8": ParityLimits(max_abs_error=np.inf, min_cosine_cls=0.998, min_cosine_patches=0.998),
+}
+
+KNN_K: Final = 20  # the usual best of the paper's
+KNN_TEMPERATURE: Final = 0.07
+MAX_VAL_LOSS: Final = 2  # photos of val that int8 may classify wrongly and float32 rightly, net
+MAX_TRAIN_LOSS: Final = 0.005  # share of train, each photo among the others
 
 
 class ParityError(ValueError):
@@ -60,26 +86,69 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
     )
 
 
+def pixels_at(photos: Sequence[Photo], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
+    """Photos as a graph of `size` (H, W) takes them, [B, 3, H, W]: the preprocessing with its crop resized.
+
+    A size that is not square is cut from the centre of the square that holds it.
+    """
+    assert spec.crop is not None  # an artifact's graph has one size
+    assert spec.resize is not None
+    side = max(size)
+    resized = spec.model_copy(update={"crop": side, "resize": round(spec.resize * side / spec.crop)})
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    square = np.stack([preprocess(photo, resized) for photo in photos])
+    return np.ascontiguousarray(square[:, :, top : top + size[0], left : left + size[1]])
+
+
+def features(engine: Engine, pixels: FloatArray) -> Features:
+    """All features of `pixels` in small batches, so that parity of a large model fits in memory."""
+    parts = [engine.run(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
+    return Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+
+
 def measure(
-    reference: Engine, candidate: Engine, photos: list[npt.NDArray[np.uint8]], spec: PreprocessSpec
+    reference: Features,
+    candidate: Engine,
+    pixels: FloatArray,
+    *,
+    file: str = ONNX,
+    size: tuple[int, int] | None = None,
+    gate: GateRecord | None = None,
 ) -> ParityRecord:
-    """Run both engines on `photos` (uint8 [H, W, 3], at least two) and compare all outputs."""
-    assert len(photos) > 1, "nearest neighbours need two photos"
-    pixels = np.stack([preprocess(photo, spec) for photo in photos])
-    error, cls, patches, agreement = compare(_run(reference, pixels), _run(candidate, pixels))
+    """Run `candidate` on `pixels` [B, 3, H, W] (at least two) and compare all outputs with the reference's."""
+    assert len(pixels) > 1, "nearest neighbours need two photos"
+    error, cls, patches, agreement = compare(reference, features(candidate, pixels))
     return ParityRecord(
         engine=candidate.name,
         precision=candidate.precision,
-        images=len(photos),
+        images=len(pixels),
         max_abs_error=error,
         min_cosine_cls=cls,
         min_cosine_patches=patches,
         neighbour_agreement=agreement,
+        file=file,
+        size=size,
+        batch=BATCH,
+        gate=gate,
     )
 
 
-def check(record: ParityRecord) -> None:
-    """Raise unless the record is within the limits of its precision (NaN is not).
+def with_extras(
+    record: ParityRecord, reference: dict[str, FloatArray], candidate: dict[str, FloatArray]
+) -> ParityRecord:
+    """The record with further outputs in its figures: the error, and as patch tokens every vector of theirs."""
+    errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
+    cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
+    return record.model_copy(
+        update={
+            "max_abs_error": max(record.max_abs_error, *errors),
+            "min_cosine_patches": min(record.min_cosine_patches, *cosines),
+        }
+    )
+
+
+def check(record: ParityRecord, reference: str = "torch float32") -> None:
+    """Raise unless the record is within the limits of its precision (NaN is not). The gate of int8 is another matter.
 
     Raises:
         ParityError: the engine must not serve.
@@ -91,18 +160,134 @@ def check(record: ParityRecord) -> None:
         and record.min_cosine_patches >= limits.min_cosine_patches
     )
     if not passed:
+        limit = f" (limit {limits.max_abs_error:g})" if np.isfinite(limits.max_abs_error) else ""
         raise ParityError(
-            f"{record.engine} {record.precision} strays from torch float32 on {record.images} photos: "
-            f"max error {record.max_abs_error:.3g} (limit {limits.max_abs_error:g}), "
+            f"{record.engine} {record.precision} strays from {reference} on {record.images} photos: "
+            f"max error {record.max_abs_error:.3g}{limit}, "
             f"class cosine {record.min_cosine_cls:.6f} (at least {limits.min_cosine_cls}), "
             f"patch cosine {record.min_cosine_patches:.6f} (at least {limits.min_cosine_patches})"
         )
 
 
-def _run(engine: Engine, pixels: FloatArray, batch: int = 4) -> Features:
-    """All features of `pixels` in small batches, so that parity of a large model fits in memory."""
-    parts = [engine.run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
-    return Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+@dataclass(frozen=True)
+class LabelledPhotos:
+    """Files of `train/` and `val/`, each with its class; `read` gives a file's pixels, or None if it is no photo."""
+
+    train: Sequence[tuple[Path, str]]
+    val: Sequence[tuple[Path, str]]
+    read: Callable[[Path], Photo | None]
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """Class tokens [n, D] of the labelled photos that could be read, and their class numbers [n]."""
+
+    train: FloatArray
+    train_labels: npt.NDArray[np.intp]
+    val: FloatArray
+    val_labels: npt.NDArray[np.intp]
+
+
+def find_labelled(folder: Path, read: Callable[[Path], Photo | None]) -> LabelledPhotos | None:
+    """The labelled photos of a folder that holds `train/` and `val/`, each with a folder per class; None of another."""
+
+    def files_of(part: str) -> list[tuple[Path, str]]:
+        classes = sorted(path for path in (folder / part).glob("*") if path.is_dir())
+        return [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.is_file()]
+
+    train, val = files_of("train"), files_of("val")
+    return LabelledPhotos(train, val, read) if train and val else None
+
+
+def class_tokens(engine: Engine, photos: LabelledPhotos, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
+    """Class tokens of all labelled photos at `size`, read one after the other."""
+    numbers = {name: i for i, name in enumerate(sorted({name for _, name in [*photos.train, *photos.val]}))}
+
+    def of(files: Sequence[tuple[Path, str]]) -> tuple[FloatArray, npt.NDArray[np.intp]]:
+        labels: list[int] = []
+
+        def readable() -> Iterator[FloatArray]:
+            for path, name in files:
+                if (photo := photos.read(path)) is not None:
+                    labels.append(numbers[name])
+                    yield pixels_at([photo], spec, size)[0]
+
+        tokens = [engine.run(np.stack(batch)).cls for batch in _batches(readable())]
+        if not tokens:
+            raise ValueError(f"{files[0][0].parent.parent}: none of its {len(files)} files can be read as a photo")
+        return np.concatenate(tokens), np.array(labels)
+
+    return ClassTokens(*of(photos.train), *of(photos.val))
+
+
+def _batches(images: Iterator[FloatArray]) -> Iterator[list[FloatArray]]:
+    batch: list[FloatArray] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def knn_right(
+    train: FloatArray,
+    train_labels: npt.NDArray[np.intp],
+    test: FloatArray,
+    test_labels: npt.NDArray[np.intp],
+    k: int = KNN_K,
+    *,
+    leave_one_out: bool = False,
+) -> int:
+    """How many of `test` [m, D] the k nearest of `train` [n, D] classify rightly, votes weighted by exp(cosine / T).
+
+    With `leave_one_out` both are the same photos, and none is its own neighbour. Fewer than k photos all vote.
+    """
+    k = min(k, len(train) - leave_one_out)
+    known, right = _unit(train), 0
+    for top in range(0, len(test), 1024):
+        rows = np.arange(top, min(top + 1024, len(test)))
+        similarity = _unit(test[rows]) @ known.T  # [rows, n]
+        if leave_one_out:
+            similarity[rows - top, rows] = -np.inf
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / KNN_TEMPERATURE)
+        votes = np.zeros((len(rows), int(max(train_labels.max(), test_labels.max())) + 1))
+        np.add.at(votes, (np.arange(len(rows))[:, None], train_labels[nearest]), weights)
+        right += int((votes.argmax(axis=1) == test_labels[rows]).sum())
+    return right
+
+
+def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
+    """Whether k-NN with the candidate's class tokens is as good as with float32's."""
+    val, train = [], []
+    for tokens in (reference, candidate):
+        known = (tokens.train, tokens.train_labels)
+        val.append(knn_right(*known, tokens.val, tokens.val_labels))
+        train.append(knn_right(*known, *known, leave_one_out=True))
+    n_val, n_train = len(reference.val_labels), len(reference.train_labels)
+    finite = bool(np.isfinite(candidate.train).all() and np.isfinite(candidate.val).all())
+    passed = finite and val[0] - val[1] <= MAX_VAL_LOSS and train[0] - train[1] <= MAX_TRAIN_LOSS * n_train
+    return GateRecord(
+        status="passed" if passed else "failed",
+        reason=(
+            f"k-NN of {KNN_K} on val {val[0]} -> {val[1]} of {n_val} photos (may fall by {MAX_VAL_LOSS}), "
+            f"leave-one-out on train {100 * train[0] / n_train:.2f} -> {100 * train[1] / n_train:.2f} % "
+            f"(may fall by {100 * MAX_TRAIN_LOSS:g} points){'' if finite else '; not every feature is finite'}"
+        ),
+        k=KNN_K,
+        val_photos=n_val,
+        val_right=(val[0], val[1]),
+        train_photos=n_train,
+        train_right=(train[0], train[1]),
+    )
+
+
+NO_LABELS: Final = GateRecord(
+    status="not measured",
+    reason="the export had no labelled photos: --images FOLDER with train/ and val/, a folder per class in each",
+)
 
 
 def _min_cosine(a: FloatArray, b: FloatArray) -> float:
@@ -111,8 +296,12 @@ def _min_cosine(a: FloatArray, b: FloatArray) -> float:
     return float(np.min(dot / np.maximum(norms, 1e-12)))
 
 
+def _unit(vectors: FloatArray) -> FloatArray:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
+
+
 def _nearest_other(cls: FloatArray) -> npt.NDArray[np.intp]:
-    unit = cls / np.maximum(np.linalg.norm(cls, axis=1, keepdims=True), 1e-12)
+    unit = _unit(cls)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
     return np.asarray(similarity.argmax(axis=1))

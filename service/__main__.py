@@ -28,11 +28,11 @@ import uvicorn
 from PIL import Image
 
 from model.artifact import load_artifact
-from model.engine import load_engine
+from model.engine_choice import PHOTOS_AT_LOAD, choose_engine
 from service.app import create_app
 from service.errors import ServiceError
 from service.http_protocol import BoundedHttpProtocol
-from service.models import choose_artifact
+from service.models import choose_artifact, read_photos
 from service.settings import Settings, load_settings
 from service.state import Service
 from service.telemetry import configure_logging
@@ -89,8 +89,9 @@ def make_server(settings: Settings) -> "DrainingServer":
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     path = choose_artifact(settings.model, settings.data_dir)
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
-    engine = load_engine(artifact, settings.engine, threads=settings.threads)
-    app = create_app(settings, artifact, engine)
+    photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
+    choice = choose_engine(artifact, settings.engine, threads=settings.threads, photos=photos)
+    app = create_app(settings, artifact, choice.engine, tried=choice.tried)
 
     class HttpProtocol(BoundedHttpProtocol):
         header_timeout_s = settings.header_timeout_s
@@ -189,7 +190,8 @@ def greeting(service: Service, url: str) -> str:
     example = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii")
     return (
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
-        f"model {service.artifact.name} from {service.artifact.path}, engine {service.engine.name}\n\n"
+        f"model {service.artifact.name} from {service.artifact.path}, "
+        f"engine {service.engine.name} ({service.engine.precision})\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
         f"or without a photo at hand:\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"

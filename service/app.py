@@ -17,7 +17,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from model.artifact import Artifact
-from model.engine import Engine
+from model.engine import Engine, Tried
 from service.cache import Cache, make_cache
 from service.decode import DecodeLimits
 from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
@@ -54,6 +54,7 @@ def create_app(
     artifact: Artifact,
     engine: Engine,
     *,
+    tried: tuple[Tried, ...] = (),
     cache: Cache | None = None,
     open_vectors: Callable[[], Awaitable[VectorStore]] | None = None,
 ) -> FastAPI:
@@ -62,10 +63,11 @@ def create_app(
     Args:
         settings: what the operator chose.
         artifact, engine: the verified model and the runtime that has it loaded.
+        tried: the engines that were tried before it, for /v1/models.
         cache: None makes the one that the settings ask for.
         open_vectors: opens the vector store; None opens the one that the settings name.
     """
-    service = Service(settings=settings, artifact=artifact, engine=engine, metrics=Metrics())
+    service = Service(settings=settings, artifact=artifact, engine=engine, metrics=Metrics(), tried=tried)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

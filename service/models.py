@@ -3,11 +3,17 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
 from model.zoo import resolve
+from service.decode import DecodeLimits, decode
+from service.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,34 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
         if _name(path) == name:
             return path
     return _export(name, data_dir)
+
+
+def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
+    """A photo's pixels [H, W, 3]; None, and a line to `tell`, if the file is none."""
+    try:
+        return decode(path.read_bytes(), DecodeLimits())
+    except ServiceError as error:
+        tell(f"skipped {path}: {error.detail}")
+        return None
+
+
+def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
+    """Up to `limit` photos of a folder at any depth, spread over it, so that of sorted classes every part is seen.
+
+    Raises:
+        ValueError: fewer than two can be read.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    photos: list[npt.NDArray[np.uint8]] = []
+    first_pass = paths[:: max(1, len(paths) // limit)]
+    for path in [*first_pass, *(path for path in paths if path not in first_pass)]:
+        if len(photos) == limit:
+            break
+        if (photo := read_photo(path, tell)) is not None:
+            photos.append(photo)
+    if len(photos) < 2:
+        raise ValueError(f"{folder}: the comparison of engines needs at least two readable photos, found {len(photos)}")
+    return photos
 
 
 def _name(path: Path) -> str | None:

@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model.engine import available_cpus
+from model.engine import available_cpus, parse_engine
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
@@ -34,7 +34,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     data_dir: Path = Field(Path("data"), description="collections, artifacts, derived files")
     model: str = Field("auto", description="auto, an artifact folder, or a published model's name")
-    engine: Literal["auto", "onnxruntime", "torch"] = Field("auto", description="the runtime")
+    engine: str = Field("auto", description="auto, fastest, or runtime[:precision]; docs/engines.md has them")
+    engine_photos: Path | None = Field(
+        None, description="folder of photos that an engine is compared on before it serves; unset: generated pictures"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
 
     redis_url: str | None = Field(None, description="redis://[:password@]host:port/db; unset: cache in process")
@@ -79,6 +82,12 @@ class Settings(BaseSettings):
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
         """An empty host would listen on every interface, and an empty data folder would be the current one."""
         return {name: value for name, value in values.items() if value != ""}
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, value: str) -> str:
+        parse_engine(value)
+        return value
 
     @field_validator("redis_url")
     @classmethod

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from model.artifact import Artifact
-from model.engine import Engine
+from model.engine import Engine, Tried
 from model.zoo import ENTRIES
 from service.cache import Cache
 from service.errors import ModelNotFound
@@ -27,6 +27,7 @@ class Service:
     artifact: Artifact
     engine: Engine
     metrics: Metrics
+    tried: tuple[Tried, ...] = ()  # engines at the start, in order, the one that serves last
     pipeline: Pipeline | None = None  # from start-up to shutdown
     cache: Cache | None = None
     store: VectorStore | None = None

@@ -66,6 +66,29 @@ def test_a_checkpoint_becomes_an_artifact(tmp_path: Path) -> None:
     assert manifest.files["README.md"]
 
 
+def test_further_graphs_and_the_gate_are_told(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    for index, name in enumerate(["train/a/1", "train/b/2", "train/b/3", "val/a/4", "val/b/5"]):
+        pixels = np.random.default_rng(index).integers(0, 255, (90, 80, 3), dtype=np.uint8)
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(photos / f"{name}.png")
+    command = ["export", str(checkpoint(tmp_path / "c.safetensors")), "--out", str(tmp_path / "out"), "--crop", "70"]
+    asked = ["--sizes", "70, dynamic", "--precision", "bf16,int8", "--outputs", "cls,patches,registers,layer.0"]
+    result = runner.invoke(cli.app, [*command, *asked, "--images", str(photos)])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("model-70-bf16.onnx: not compared: ")]
+    assert [line for line in lines if line.startswith("model-dynamic-int8.onnx at 84x112: parity on 5 images: ")]
+    assert "model-70-int8.onnx" in result.stdout
+    assert "serve: gate " in result.stdout
+    assert "of 2 photos" in result.stdout
+    (folder,) = (tmp_path / "out").iterdir()
+    assert len(load_artifact(folder).manifest.graphs) == 4
+
+
 def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
@@ -93,6 +116,9 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
         (["FOREIGN"], "add --arch"),
         (["OWN", "--crop", "300"], "does not fit into resize"),
         (["OWN", "--crop", "71"], "must be a multiple of patch_size=14"),
+        (["OWN", "--sizes", "70,100"], "size '100': a multiple of the patch size 14"),
+        (["OWN", "--precision", "fp4"], "precision 'fp4': one of fp32, fp16, bf16, int8"),
+        (["OWN", "--outputs", "cls,patches,registers,layer.99"], "output 'layer.99'"),
     ],
 )
 def test_export_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:

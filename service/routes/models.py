@@ -41,6 +41,7 @@ def describe(service: Service) -> dict[str, Any]:
         "preprocess": manifest.preprocess.model_dump(mode="json"),
         "engine": service.engine.name,
         "precision": service.engine.precision,
+        "engines_tried": [tried._asdict() for tried in service.tried],
         "parity": [record.model_dump(mode="json") for record in manifest.parity],
         "provenance": manifest.provenance,
         "licence": manifest.licence,

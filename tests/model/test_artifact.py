@@ -9,26 +9,12 @@ import pytest
 
 from model import parity
 from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
-from model.config import ViTConfig
 from model.engine import Features, available_cpus, load_engine
 from model.export_onnx import export_artifact
 from model.preprocess import PreprocessSpec, preprocess
+from tests.model.tiny import CONFIG, SPEC, random_weights
 
 torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
-
-CONFIG = ViTConfig(embed_dim=48, depth=2, num_heads=3, img_size=70, layerscale_init=0.5, num_register_tokens=2)
-SPEC = PreprocessSpec(resize=80, crop=70)
-
-
-def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    from model.vit import DinoVisionTransformer
-
-    torch.manual_seed(seed)
-    model = DinoVisionTransformer(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
 
 
 def export(out: Path, **changes):
@@ -154,8 +140,8 @@ def test_a_graph_of_several_files_must_be_kept(tmp_path: Path, monkeypatch: pyte
 def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = parity.measure
 
-    def wrong(*arguments):
-        return build(*arguments).model_copy(update={"min_cosine_cls": 0.9})
+    def wrong(*arguments, **named):
+        return build(*arguments, **named).model_copy(update={"min_cosine_cls": 0.9})
 
     monkeypatch.setattr(parity, "measure", wrong)
     with pytest.raises(parity.ParityError, match=r"class cosine 0\.900000 \(at least 0\.99999\)"):

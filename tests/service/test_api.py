@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.engine import Tried
 from service.vision.mask import coco_rle_decode
 from tests.fakes import DIMS, N_PATCHES, FakeEngine, fake_artifact, photo, running, until
 
@@ -109,6 +110,18 @@ async def test_models(tmp_path):
     assert one["engine"] == "fake"
     assert one["parity"][0]["min_cosine_cls"] == 1.0
     assert one["licence"] == "Apache-2.0"
+    assert one["engines_tried"] == []
+
+
+async def test_the_model_says_which_engines_were_tried(tmp_path):
+    tried = (Tried("tensorrt:bf16", "passed over", "no GPU"), Tried("onnxruntime:fp32", "serves", "the first that can"))
+    async with running(tmp_path) as run:
+        run.service.tried = tried
+        (one,) = (await run.client.get("/v1/models")).json()["data"]
+    assert one["engines_tried"] == [
+        {"engine": "tensorrt:bf16", "outcome": "passed over", "reason": "no GPU"},
+        {"engine": "onnxruntime:fp32", "outcome": "serves", "reason": "the first that can"},
+    ]
 
 
 async def test_collections_find_the_photo_itself_first(tmp_path):

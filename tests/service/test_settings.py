@@ -40,6 +40,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(monkeypatch):
     [
         ("port", 70000),
         ("engine", "magic"),
+        ("engine", "torch:int8"),
         ("threads", 0),
         ("request_deadline_s", 0),
         ("redis_url", "http://x"),

@@ -1,0 +1,22 @@
+"""A backbone that is small and where every part shows: LayerScale far from 1, registers, no weight near zero."""
+
+import numpy as np
+
+from model.config import ViTConfig
+from model.preprocess import PreprocessSpec
+
+CONFIG = ViTConfig(embed_dim=48, depth=2, num_heads=3, img_size=70, layerscale_init=0.5, num_register_tokens=2)
+SPEC = PreprocessSpec(resize=80, crop=70)
+
+
+def random_weights(seed: int = 0, config: ViTConfig = CONFIG) -> dict[str, np.ndarray]:
+    import torch
+
+    from model.vit import DinoVisionTransformer
+
+    torch.manual_seed(seed)
+    model = DinoVisionTransformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
