@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load_file
 
 from model.config import ViTConfig
-from model.onnx_graph import build_onnx, write_onnx
+from model.onnx_graph import GraphSpec, write_onnx
 from model.preprocess import PreprocessSpec, output_size
 
 MANIFEST = "manifest.json"
@@ -235,8 +235,8 @@ def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
-            graph = build_onnx(load_file(path / WEIGHTS), manifest.config, manifest.input_size)
-            for written in write_onnx(graph, Path(temporary) / name):
+            weights, spec = load_file(path / WEIGHTS), GraphSpec(manifest.input_size)
+            for written in write_onnx(weights, manifest.config, spec, Path(temporary) / name):
                 os.replace(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

@@ -32,7 +32,7 @@ from model.artifact import (
 )
 from model.config import ViTConfig
 from model.engine import available_cpus
-from model.onnx_graph import build_onnx, write_onnx
+from model.onnx_graph import GraphSpec, write_onnx
 from model.preprocess import PreprocessSpec
 
 WeightsDtype = Literal["float32", "float16"]
@@ -82,7 +82,7 @@ def export_artifact(
         folder = Path(temporary) / f"{name}-{digest[:8]}"
         folder.mkdir()
         save_file(stored, folder / WEIGHTS)
-        onnx_files = write_onnx(build_onnx(stored, config, size), folder / ONNX)
+        onnx_files = write_onnx(stored, config, GraphSpec(size), folder / ONNX)
         if not keep_onnx and len(onnx_files) > 1:
             raise ValueError(f"{name}: the graph needs {len(onnx_files)} files and cannot be derived: keep_onnx=True")
         record = parity.measure(

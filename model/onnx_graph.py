@@ -1,23 +1,29 @@
 """The ONNX graph of a backbone, written from its weights with numpy alone.
 
-Why not `torch.onnx.export`: this graph has one standard `Attention` operator a block (opset 23: fused by ONNX Runtime
-and TensorRT), the position embedding baked for the input size, LayerScale folded into the layer before it, and
-initializers that keep Meta's parameter names. It needs no torch, so a server can derive `model.onnx` from
-`weights.safetensors` by itself; the same weights always give the same bytes.
+Why not `torch.onnx.export`: this graph has one attention operator a block (fused by ONNX Runtime and TensorRT), the
+position embedding baked for the input size, LayerScale folded into the layer before it, and initializers that keep
+Meta's parameter names. It needs no torch, so a server can derive `model.onnx` from `weights.safetensors` by itself;
+the same weights and `GraphSpec` always give the same bytes.
 
-Input `pixels` [B, 3, H, W] float32; outputs `cls` [B, D], `patches` [B, N, D], `registers` [B, R, D] (R may be 0).
+Input `pixels` [B, 3, H, W] float32; outputs, all float32: `cls` [B, D], `patches` [B, N, D], `registers` [B, R, D]
+(R may be 0).
+
+Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens,
+D width, A attention heads.
 """
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from model.config import ViTConfig
+from model.onnx_nodes import FloatArray, GraphBuilder, Weights
 from model.pos_embed import resize_pos_embed
 
 OPSET = 23
@@ -25,68 +31,129 @@ IR_VERSION = 11
 NORM_EPS = 1e-6
 EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
 
-FloatArray = npt.NDArray[np.float32]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+AttentionForm = Literal["standard", "tiled", "upcast"]
 
 
-class _Graph:
-    """Nodes and initializers in the order they are added; every name is given, none invented."""
+@dataclass(frozen=True)
+class GraphSpec:
+    """What is to be written of a backbone.
 
-    def __init__(self, weights: Mapping[str, npt.NDArray[np.floating]]) -> None:
-        self._weights = weights
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+    `size` is (H, W) in pixels, baked in; None takes any multiple of the patch size. `attention`: "standard" is ONNX's
+    `Attention` (opset 23), "tiled" ONNX Runtime's `MultiHeadAttention`, which needs memory linear in the tokens on a
+    CPU, "upcast" the standard one between casts to float32 (the same as "standard" where q, k, v are float32 anyway).
 
-    def weight(self, key: str) -> FloatArray:
-        return self._weights[key].astype(np.float32)
+    Raises:
+        ValueError: a field holds something else than what is allowed.
+    """
 
-    def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        return name
+    size: tuple[int, int] | None
+    precision: Precision = "fp32"
+    outputs: tuple[str, ...] = ("cls", "patches", "registers")
+    attention: AttentionForm = "standard"
 
-    def node(self, op: str, inputs: list[str], output: str, **attributes: int | float | list[int]) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
-        return output
-
-    def layer_norm(self, x: str, key: str) -> str:
-        scale = self.constant(f"{key}.weight", self.weight(f"{key}.weight"))
-        bias = self.constant(f"{key}.bias", self.weight(f"{key}.bias"))
-        return self.node("LayerNormalization", [x, scale, bias], f"{key}.out", axis=-1, epsilon=NORM_EPS)
-
-    def linear(self, x: str, key: str, gain: FloatArray | None = None) -> str:
-        """x @ W^T + b, with LayerScale's `gain` per output channel folded into both."""
-        weight, bias = self.weight(f"{key}.weight"), self.weight(f"{key}.bias")
-        if gain is not None:
-            weight, bias = weight * gain[:, None], bias * gain
-        product = self.node("MatMul", [x, self.constant(f"{key}.weight", weight.T)], f"{key}.matmul")
-        return self.node("Add", [product, self.constant(f"{key}.bias", bias)], f"{key}.out")
+    def __post_init__(self) -> None:
+        for name, allowed in (("precision", get_args(Precision)), ("attention", get_args(AttentionForm))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
 
 def build_onnx(
-    weights: Mapping[str, npt.NDArray[np.floating]], config: ViTConfig, image_size: tuple[int, int]
+    weights: Weights, config: ViTConfig, spec: GraphSpec, *, activations: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """The graph for inputs of `image_size` = (H, W) pixels and any batch.
+    """The graph for any batch.
 
     Args:
-        weights: Meta's parameter names to arrays, of any float type; the graph computes in float32.
+        weights: Meta's parameter names to arrays, of any float type.
+        activations: the largest absolute input of each linear layer, for fp8.
 
     Raises:
-        ValueError: a side of `image_size` is not a multiple of the patch size.
+        ValueError: a side of the size is not a multiple of the patch size; an unknown output.
     """
-    height, width = image_size
+    check_spec(config, spec)
+    return _build(GraphBuilder(weights), config, spec)
+
+
+def write_onnx(
+    weights: Weights,
+    config: ViTConfig,
+    spec: GraphSpec,
+    path: Path,
+    *,
+    activations: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Write the graph, large weights beside it in `<path>.data`; returns the names written. See `build_onnx`.
+
+    Large weights are read, converted and written one at a time. All is flushed to the disk, but not renamed: a killed
+    call can leave half a file, so callers write into a temporary folder.
+
+    Raises:
+        ValueError: see `build_onnx`.
+        OSError: it cannot be written.
+    """
+    check_spec(config, spec)
+    names = [path.name]
+    if _weight_bytes(config) > EXTERNAL_ABOVE_BYTES:
+        names.append(f"{path.name}.data")
+        with path.with_name(names[1]).open("wb") as data:
+            model = _build(GraphBuilder(weights, data, names[1]), config, spec)
+            _to_disk(data)
+    else:
+        model = _build(GraphBuilder(weights), config, spec)
+    with path.open("wb") as file:
+        file.write(model.SerializeToString(deterministic=True))
+        _to_disk(file)
+    return names
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def check_spec(config: ViTConfig, spec: GraphSpec) -> None:
+    if spec.precision != "fp32" or spec.size is None:
+        raise NotImplementedError
+    height, width = spec.size
     p = config.patch_size
     if height % p or width % p or min(height, width) < p:
         raise ValueError(f"image size {height}x{width}: both sides must be multiples of the patch size {p}")
+
+
+def _weight_bytes(config: ViTConfig) -> int:
+    """Roughly the float32 size: the matrices of all blocks and the positions."""
+    d = config.embed_dim
+    feed_forward = (2 if config.ffn == "mlp" else 3) * d * config.hidden_dim
+    return 4 * (config.depth * (4 * d * d + feed_forward) + config.grid**2 * d)
+
+
+def _layer_norm(graph: GraphBuilder, x: str, key: str) -> str:
+    scale = graph.constant(f"{key}.weight", graph.weight(f"{key}.weight"))
+    bias = graph.constant(f"{key}.bias", graph.weight(f"{key}.bias"))
+    return graph.node("LayerNormalization", [x, scale, bias], f"{key}.out", axis=-1, epsilon=NORM_EPS)
+
+
+def _linear(graph: GraphBuilder, x: str, key: str, gain: FloatArray | None = None) -> str:
+    """x @ W^T + b, with LayerScale's `gain` per output channel folded into both."""
+    weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")
+    if gain is not None:
+        weight, bias = weight * gain[:, None], bias * gain
+    product = graph.node("MatMul", [x, graph.constant(f"{key}.weight", weight.T)], f"{key}.matmul")
+    return graph.node("Add", [product, graph.constant(f"{key}.bias", bias)], f"{key}.out")
+
+
+def _build(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> onnx.ModelProto:
+    assert spec.size is not None
+    height, width = spec.size
+    p = config.patch_size
     grid = (height // p, width // p)
     n_patches, dim, registers = grid[0] * grid[1], config.embed_dim, config.num_register_tokens
-    graph = _Graph(weights)
     x = _tokens(graph, config, grid)
     for index in range(config.depth):
-        x = _block(graph, x, f"blocks.{index}", config)
-    x = graph.layer_norm(x, "norm")
+        x = _block(graph, x, f"blocks.{index}", config, spec)
+    x = _layer_norm(graph, x, "norm")
     sizes = graph.constant("token_split", np.array([1, registers, n_patches], np.int64))
-    graph.nodes.append(
-        helper.make_node("Split", [x, sizes], ["cls_token_out", "registers", "patches"], name="split", axis=1)
-    )
+    graph.split([x, sizes], ["cls_token_out", "registers", "patches"], "split", axis=1)
     graph.node("Squeeze", ["cls_token_out", graph.constant("token_axis", np.array([1], np.int64))], "cls")
     float32 = TensorProto.FLOAT
     outputs = [
@@ -97,10 +164,12 @@ def build_onnx(
     pixels = helper.make_tensor_value_info("pixels", float32, ["batch", 3, height, width])
     proto = helper.make_graph(graph.nodes, "dinov2", [pixels], outputs, graph.initializers)
     opset = [helper.make_opsetid("", OPSET)]
+    if spec.attention == "tiled":
+        opset.append(helper.make_opsetid("com.microsoft", 1))
     return helper.make_model(proto, opset_imports=opset, ir_version=IR_VERSION, producer_name="dinov2-service")
 
 
-def _tokens(graph: _Graph, config: ViTConfig, grid: tuple[int, int]) -> str:
+def _tokens(graph: GraphBuilder, config: ViTConfig, grid: tuple[int, int]) -> str:
     """Pixels to tokens [B, 1 + R + N, D]: patches and class token with positions, registers without."""
     kernel = graph.constant("patch_embed.proj.weight", graph.weight("patch_embed.proj.weight"))
     bias = graph.constant("patch_embed.proj.bias", graph.weight("patch_embed.proj.bias"))
@@ -122,45 +191,32 @@ def _tokens(graph: _Graph, config: ViTConfig, grid: tuple[int, int]) -> str:
     return graph.node("Concat", [expanded, positioned], "tokens", axis=1)
 
 
-def _block(graph: _Graph, x: str, key: str, config: ViTConfig) -> str:
+def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, spec: GraphSpec) -> str:
+    if spec.attention == "tiled":
+        return graph.node("MultiHeadAttention", parts, output, domain="com.microsoft", num_heads=heads)
+    return graph.node("Attention", parts, output, q_num_heads=heads, kv_num_heads=heads)
+
+
+def _block(graph: GraphBuilder, x: str, key: str, config: ViTConfig, spec: GraphSpec) -> str:
     gains: list[FloatArray | None] = [None, None]
     if config.layerscale_init is not None:
         gains = [graph.weight(f"{key}.ls{i}.gamma") for i in (1, 2)]
-    heads = config.num_heads
-    qkv = graph.linear(graph.layer_norm(x, f"{key}.norm1"), f"{key}.attn.qkv")
-    parts = [f"{key}.attn.{part}" for part in "qkv"]
-    graph.nodes.append(helper.make_node("Split", [qkv], parts, name=f"{key}.attn.split", axis=-1, num_outputs=3))
-    mixed = graph.node("Attention", parts, f"{key}.attn.out", q_num_heads=heads, kv_num_heads=heads)
-    x = graph.node("Add", [x, graph.linear(mixed, f"{key}.attn.proj", gains[0])], f"{key}.attn.residual")
+    qkv = _linear(graph, _layer_norm(graph, x, f"{key}.norm1"), f"{key}.attn.qkv")
+    parts = graph.split([qkv], [f"{key}.attn.{part}" for part in "qkv"], f"{key}.attn.split", axis=-1, num_outputs=3)
+    mixed = _attention(graph, parts, f"{key}.attn.out", config.num_heads, spec)
+    x = graph.node("Add", [x, _linear(graph, mixed, f"{key}.attn.proj", gains[0])], f"{key}.attn.residual")
 
-    normed = graph.layer_norm(x, f"{key}.norm2")
+    normed = _layer_norm(graph, x, f"{key}.norm2")
     if config.ffn == "mlp":
-        hidden = graph.node("Gelu", [graph.linear(normed, f"{key}.mlp.fc1")], f"{key}.mlp.gelu")
-        out = graph.linear(hidden, f"{key}.mlp.fc2", gains[1])
+        hidden = graph.node("Gelu", [_linear(graph, normed, f"{key}.mlp.fc1")], f"{key}.mlp.gelu")
+        out = _linear(graph, hidden, f"{key}.mlp.fc2", gains[1])
     else:
-        gate_value = graph.linear(normed, f"{key}.mlp.w12")
-        halves = [f"{key}.mlp.gate", f"{key}.mlp.value"]
-        graph.nodes.append(
-            helper.make_node("Split", [gate_value], halves, name=f"{key}.mlp.split", axis=-1, num_outputs=2)
+        gate_value = _linear(graph, normed, f"{key}.mlp.w12")
+        gate, value = graph.split(
+            [gate_value], [f"{key}.mlp.gate", f"{key}.mlp.value"], f"{key}.mlp.split", axis=-1, num_outputs=2
         )
-        sigmoid = graph.node("Sigmoid", [halves[0]], f"{key}.mlp.sigmoid")
-        silu = graph.node("Mul", [halves[0], sigmoid], f"{key}.mlp.silu")
-        hidden = graph.node("Mul", [silu, halves[1]], f"{key}.mlp.gated")
-        out = graph.linear(hidden, f"{key}.mlp.w3", gains[1])
+        sigmoid = graph.node("Sigmoid", [gate], f"{key}.mlp.sigmoid")
+        silu = graph.node("Mul", [gate, sigmoid], f"{key}.mlp.silu")
+        hidden = graph.node("Mul", [silu, value], f"{key}.mlp.gated")
+        out = _linear(graph, hidden, f"{key}.mlp.w3", gains[1])
     return graph.node("Add", [x, out], f"{key}.mlp.residual")
-
-
-def write_onnx(model: onnx.ModelProto, path: Path) -> list[str]:
-    """Write the model, its weights beside it when they outgrow one file; returns the names written.
-
-    Attribute and field order is fixed, so equal graphs give equal bytes.
-    """
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE_BYTES:
-        data = f"{path.name}.data"
-        onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data)
-        return [path.name, data]
-    with path.open("wb") as file:
-        file.write(model.SerializeToString(deterministic=True))
-        file.flush()
-        os.fsync(file.fileno())
-    return [path.name]

@@ -166,12 +166,12 @@ def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_parity_sees_a_dropped_layerscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import model.export_onnx as module
 
-    def forgetful(weights, config, size):
+    def forgetful(weights, *rest):
         forgotten = {key: np.ones_like(value) if "gamma" in key else value for key, value in weights.items()}
-        return original(forgotten, config, size)
+        return original(forgotten, *rest)
 
-    original = module.build_onnx
-    monkeypatch.setattr(module, "build_onnx", forgetful)
+    original = module.write_onnx
+    monkeypatch.setattr(module, "write_onnx", forgetful)
     with pytest.raises(parity.ParityError):
         export(tmp_path)
 

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from model.config import ViTConfig
-from model.onnx_graph import build_onnx, write_onnx
+from model.onnx_graph import GraphSpec, build_onnx, write_onnx
 
 torch = pytest.importorskip("torch", reason="torch is the reference: pip install '.[train]'")
 
@@ -43,7 +43,7 @@ def arrays(model) -> dict[str, np.ndarray]:
 def test_equals_torch(variant: str, size: tuple[int, int], batch: int) -> None:
     config = VARIANTS[variant]
     model = random_model(config)
-    graph = build_onnx(arrays(model), config, size)
+    graph = build_onnx(arrays(model), config, GraphSpec(size))
     onnx.checker.check_model(graph, full_check=True)
     session = ort.InferenceSession(graph.SerializeToString())
     pixels = np.random.default_rng(1).standard_normal((batch, 3, *size), dtype=np.float32)
@@ -57,7 +57,7 @@ def test_equals_torch(variant: str, size: tuple[int, int], batch: int) -> None:
 
 
 def test_one_fused_attention_a_block_and_nothing_that_breaks_fusion() -> None:
-    graph = build_onnx(arrays(random_model(BASE)), BASE, (98, 98)).graph
+    graph = build_onnx(arrays(random_model(BASE)), BASE, GraphSpec((98, 98))).graph
     census = Counter(node.op_type for node in graph.node)
     assert census["Attention"] == BASE.depth
     assert census["LayerNormalization"] == 2 * BASE.depth + 1
@@ -67,16 +67,16 @@ def test_one_fused_attention_a_block_and_nothing_that_breaks_fusion() -> None:
 
 def test_same_weights_same_bytes(tmp_path) -> None:
     weights = arrays(random_model(BASE))
-    write_onnx(build_onnx(weights, BASE, (98, 98)), tmp_path / "a.onnx")
+    write_onnx(weights, BASE, GraphSpec((98, 98)), tmp_path / "a.onnx")
     shuffled = dict(reversed(weights.items()))
-    write_onnx(build_onnx(shuffled, BASE, (98, 98)), tmp_path / "b.onnx")
+    write_onnx(shuffled, BASE, GraphSpec((98, 98)), tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("model.onnx_graph.EXTERNAL_ABOVE_BYTES", 1000)
     model = random_model(BASE)
-    names = write_onnx(build_onnx(arrays(model), BASE, (98, 98)), tmp_path / "model.onnx")
+    names = write_onnx(arrays(model), BASE, GraphSpec((98, 98)), tmp_path / "model.onnx")
     assert names == ["model.onnx", "model.onnx.data"]
     pixels = np.zeros((1, 3, 98, 98), np.float32)
     cls = ort.InferenceSession(tmp_path / "model.onnx").run(["cls"], {"pixels": pixels})[0]
@@ -87,4 +87,4 @@ def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("size", [(98, 97), (0, 98)])
 def test_size_off_the_patch_grid_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="multiples of the patch size 14"):
-        build_onnx({}, BASE, size)
+        build_onnx({}, BASE, GraphSpec(size))
