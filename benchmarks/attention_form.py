@@ -30,7 +30,7 @@ FORMS = ("standard", "tiled", "torch")
 
 
 def start(model: RandomModel, name: str, form: str, size: int, threads: int) -> Worker:
-    engine = "torch" if form == "torch" else "onnxruntime"
+    engine = "torch" if form == "torch" else "graph"
     path = model.weights_file if form == "torch" else model.graph(size, attention=form)  # type: ignore[arg-type]
     extra = {"model": name, "depth": model.config.depth}
     return Worker(engine, path, size=size, threads=threads, spinning=False, **extra)

@@ -90,7 +90,7 @@ def measure(
             else:
                 runs[name] = lambda run=run, pixels=pixels: run(pixels)
         seconds = interleaved(runs | limits, rounds, warmup)
-        limit = {name: work / seconds[name].min() / 1e9 for name in limits}
+        limit = {name: float(work / seconds[name].min() / 1e9) for name in limits}
         eager, flops = seconds[engines[0]], backbone_flops(case.config, case.size)
         for name in runs:
             best = float(seconds[name].min())
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--waiting", choices=["passive", "default"], default="passive")
     parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
     parser.add_argument("--skip", nargs="+", default=[], help="engines to leave out, by the table's names")
     arguments = parser.parse_args()
     if "torch" in sys.modules:
@@ -187,10 +188,11 @@ def main() -> None:
         "missing": missing,
     }
     print(json.dumps(result))
-    RESULTS.mkdir(exist_ok=True)
     suffix = "" if arguments.waiting == "passive" else "-default-waiting"
     suffix += "" if arguments.model == "dinov2_vits14" else f"-{arguments.model}"
-    (RESULTS / f"{result['date']}-engine{suffix}.json").write_text(json.dumps(result, indent=2) + "\n")
+    out = arguments.out or RESULTS / f"{result['date']}-engine{suffix}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

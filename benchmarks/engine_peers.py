@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from workers import onnx_session
 
 from model.checkpoint import _expected_shapes
 from model.config import ViTConfig
@@ -139,7 +140,6 @@ def openvino(case: Case) -> Run:
 def plain_export(case: Case, *, opset: int = 18) -> Run:
     """What most people run: `torch.onnx.export` of transformers' model, any batch, on ONNX Runtime."""
     require("onnxscript")
-    ort = require("onnxruntime")
     path = case.folder / f"plain-{case.size}.onnx"
     example = torch.zeros(2, 3, case.size, case.size)  # with batch 1 the exporter would take it as fixed
     torch.onnx.export(
@@ -153,11 +153,7 @@ def plain_export(case: Case, *, opset: int = 18) -> Run:
         output_names=["tokens"],
         verbose=False,
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = case.threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if case.spinning else "0")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path, case.threads, spinning=case.spinning)
     return lambda pixels: session.run(["tokens"], {"pixels": pixels})[0][:, 0]
 
 
@@ -189,17 +185,14 @@ def products(threads: int, *, spinning: bool, n: int = 2048) -> tuple[float, dic
     Returns:
         its floating-point operations, and the two as functions.
     """
-    ort, helper = require("onnxruntime"), require("onnx.helper")
+    helper = require("onnx.helper")
     a, b = torch.randn(2, n, n)
     kind = 1  # TensorProto.FLOAT
     infos = {name: helper.make_tensor_value_info(name, kind, [n, n]) for name in "abc"}
     node = helper.make_node("MatMul", ["a", "b"], ["c"])
     graph = helper.make_graph([node], "product", [infos["a"], infos["b"]], [infos["c"]])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(model.SerializeToString(), threads, spinning=spinning)
     feed = {"a": a.numpy(), "b": b.numpy()}
     return 2 * n**3, {"product in torch": lambda: a @ b, "product in ONNX Runtime": lambda: session.run(["c"], feed)}
 

@@ -28,7 +28,8 @@ class Worker:
     """The parent's end.
 
     Args:
-        engine: "onnxruntime", with `path` of a graph, or "torch", with `path` of weights and `model`, `depth`.
+        engine: "onnxruntime", the service's engine with `path` of a graph; "graph", the graph in a plain session, as
+            it is written; or "torch", with `path` of weights and `model`, `depth`.
         size: side of the input in pixels.
         threads: of one forward pass.
         spinning: whether threads spin while they wait: ONNX Runtime's switch; for torch, what libgomp does by itself.
@@ -66,6 +67,19 @@ class Worker:
         self._process.wait(30)
 
 
+def onnx_session(path: Path | bytes, threads: int, *, spinning: bool) -> Any:
+    """A graph on ONNX Runtime's CPU provider, nothing of it replaced."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 def memory() -> dict[str, float | None]:
     """Resident memory of this process and its peak since the last call, MB; None where the peak cannot be reset."""
     text = Path("/proc/self/status").read_text()
@@ -91,6 +105,9 @@ def load(run: Any, at: float, seconds: float) -> dict[str, Any]:
 
 def engine_of(spec: dict[str, Any]) -> Any:
     """The engine's function of pixels."""
+    if spec["engine"] == "graph":
+        session = onnx_session(Path(spec["path"]), spec["threads"], spinning=spec["spinning"])
+        return lambda pixels: session.run(None, {"pixels": pixels})
     if spec["engine"] == "onnxruntime":
         from model.engine_onnx import OnnxEngine
 
