@@ -46,7 +46,9 @@ def run_case(workers: list[Worker], seconds: float) -> tuple[float, list[float]]
     return sum(answer["done"] for answer in answers) / seconds, [s for answer in answers for s in answer["latencies"]]
 
 
-def measure(model: RandomModel, name: str, size: int, cases: list[Case], seconds: float, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    model: RandomModel, name: str, size: int, cases: list[Case], seconds: float, rounds: int
+) -> list[dict[str, Any]]:
     """A row for each case."""
     workers: dict[Case, list[Worker]] = {}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
@@ -102,7 +104,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = RandomModel(arguments.model, arguments.depth, Path(folder))
         rows = measure(model, arguments.model, arguments.size, cases, arguments.seconds, arguments.rounds)
-    print(f"{'engine':<13}{'processes':>10}{'threads':>8}{'spinning':>9}{'img/s':>8}{'of alone':>9}{'p50 ms':>9}{'p99':>9}")
+    print(
+        f"{'engine':<13}{'processes':>10}{'threads':>8}{'spinning':>9}{'img/s':>8}{'of alone':>9}"
+        f"{'p50 ms':>9}{'p99':>9}"
+    )
     for row in rows:
         print(
             f"{row['engine']:<13}{row['processes']:>10}{row['threads']:>8}{row['spinning']!s:>9}{row['images_per_s']:>8}"

@@ -65,6 +65,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows of one input size, and the engines that cannot run here with the reason."""
     from engine_peers import BUILDERS, MissingError, products
+
     from training.flops import backbone_flops
 
     built, missing = {}, {}
@@ -105,7 +106,9 @@ def measure(
                     "share_of_limit": round(batch * flops / best / 1e9 / max(limit.values()), 3),
                     "ratio_to_torch": round(float(np.median(eager / seconds[name])), 3),
                     "ratio_to_torch_best": round(float(eager.min() / best), 3),
-                    "ratio_of_rounds": [round(float(value), 2) for value in np.percentile(eager / seconds[name], [10, 90])],
+                    "ratio_of_rounds": [
+                        round(float(value), 2) for value in np.percentile(eager / seconds[name], [10, 90])
+                    ],
                     "cosine": round(cosines[name], 6),
                     "limit_gflop_per_s": {key: round(value, 1) for key, value in limit.items()},
                 }
@@ -151,10 +154,10 @@ def main() -> None:
         raise RuntimeError("torch was imported before OpenMP's variables were set")
     variables = PASSIVE if arguments.waiting == "passive" else {}
     os.environ.update(variables | {"OMP_NUM_THREADS": str(arguments.threads)})
-    from engine_peers import BUILDERS, make_case, versions
-    from training.flops import describe_device
-
     import torch
+    from engine_peers import BUILDERS, make_case, versions
+
+    from training.flops import describe_device
 
     unknown = set(arguments.skip) - set(BUILDERS)
     if unknown:

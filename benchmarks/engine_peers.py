@@ -9,7 +9,6 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
 from pathlib import Path
 from typing import Any
 

@@ -13,6 +13,7 @@ leaves what it had. Nothing is installed; what a machine lacks is told once and 
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -55,7 +56,7 @@ def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
     found = [
         Check("device", "device", 60, common),
         Check("cross-entropy", "cross_entropy", 60, common),
-        Check("training step vits14", "training_step", 90, common | {"preset": "vits14", "batch": 64}),
+        Check("training step vits14", "training_step", 120, common | {"preset": "vits14", "batch": 64}),
     ]
 
     def engine(kind: str, size: str, pixels: int) -> Check:
@@ -65,8 +66,9 @@ def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
         return Check(f"{kind} {size} {pixels}", kind, limit_s, arguments)
 
     kinds = ("torch", "onnxruntime", "tensorrt")
+    found.append(Check("served", "served", 90, common))
     found += [engine(kind, size, 224) for size in ("s", "l") for kind in kinds]
-    found += [Check("training step vitl14", "training_step", 90, common | {"preset": "vitl14", "official": official})]
+    found += [Check("training step vitl14", "training_step", 120, common | {"preset": "vitl14", "official": official})]
     found += [engine(kind, size, 518) for size in ("s", "l") for kind in kinds]
     found += [engine(kind, size, pixels) for kind in kinds for size, pixels in (("b", 224), ("b", 518))]
     found += [engine(kind, "g", pixels) for kind in kinds for pixels in (224, 518)]
@@ -102,7 +104,11 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
         found |= {"status": "timed out", "reason": f"not done after {limit_s:.0f} s", "messages": said}
     elif code != 0:
         by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        found |= {"status": "failed", "reason": f"{by}: {said.splitlines()[-1] if said else 'no message'}", "messages": said}
+        found |= {
+            "status": "failed",
+            "reason": f"{by}: {said.splitlines()[-1] if said else 'no message'}",
+            "messages": said,
+        }
     elif skipped is not None:
         found |= {"status": "skipped", "reason": skipped}
     return found | {"seconds": round(time.monotonic() - start, 1)}
@@ -110,10 +116,8 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a check's whole session, whether or not the check itself is still there."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nothing of it is left
     process.wait()
 
 

@@ -208,7 +208,7 @@ def wait(device: torch.device) -> None:
 
 
 def measure(
-    config: TrainConfig, device: torch.device, rounds: int, official: Path | None = None
+    config: TrainConfig, device: torch.device, rounds: int, official: Path | None = None, side: int = 2048
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Images/s of each step in each round, "ours" first, and what was measured, for the report.
 
@@ -216,6 +216,7 @@ def measure(
         config: the run's settings.
         rounds: without the first, which warms up.
         official: a checkout to compare with.
+        side: of the matrix product that is the limit; four times it on a GPU.
     """
     batch = config.batch_size
     ours = make_setup(config, World(0, 1, device))
@@ -248,7 +249,7 @@ def measure(
         "dtype": str(dtype),
         "images_per_s": {name: round(float(np.median(found)), 3) for name, found in rates.items()},
         "gflop_per_image": round(work_of_step(config) / batch / 1e9, 1),
-        "limit_gflop_per_s": round(limit(device, dtype), 1),
+        "limit_gflop_per_s": round(limit(device, dtype, side), 1),
     }
     if theirs:
         difference = abs(first["ours"] / first["official"] - 1)
