@@ -37,7 +37,7 @@ class GraphBuilder:
         self.initializers: list[onnx.TensorProto] = []
 
     def weight(self, key: str) -> FloatArray:
-        return self._weights[key].astype(np.float32)
+        return self._weights[key].astype(np.float32, copy=False)
 
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
         """An initializer; one of the same name is the same one."""
@@ -66,6 +66,7 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain or None, **attributes))
         return output
 
-    def split(self, inputs: list[str], outputs: list[str], name: str, **attributes: Attribute) -> list[str]:
-        self.nodes.append(helper.make_node("Split", inputs, outputs, name=name, **attributes))
+    def several(self, op: str, inputs: list[str], outputs: list[str], name: str, **attributes: Attribute) -> list[str]:
+        """A node of several outputs."""
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
         return outputs

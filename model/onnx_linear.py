@@ -1,0 +1,112 @@
+"""Linear layers of a graph in each precision, and the casts around them.
+
+- fp32: MatMul and Add; LayerScale's gain is folded into weight and bias.
+- fp16, bf16: linear layers, attention and the feed-forward's activation in half precision. float32 stays what half
+  precision would spoil: LayerNormalization (its sums), the residual stream (every block adds to it, and trained ViTs
+  carry a few channels in the thousands, where bfloat16 steps by 8 and float16 comes near its end at 65504), and
+  LayerScale (gains start at 1e-5: folded into float16 weights they would underflow).
+- int8: each linear layer quantises its input by its own range as it comes and multiplies integers; weights per output
+  channel (`model/quantize.py`), LayerScale folded. The five operators are those that ONNX Runtime fuses into one.
+  All the rest is float32.
+- fp8: for TensorRT. Inputs and weights of linear layers pass through E4M3; all the rest is as in bf16.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from model.onnx_nodes import FloatArray, GraphBuilder
+from model.quantize import FP8_LARGEST, fp8_per_channel, int8_per_channel
+
+
+class Half(NamedTuple):
+    """A half precision as ONNX and as numpy name it."""
+
+    onnx: int
+    numpy: npt.DTypeLike
+
+
+HALVES = {
+    "fp16": Half(TensorProto.FLOAT16, np.float16),
+    "bf16": Half(TensorProto.BFLOAT16, ml_dtypes.bfloat16),
+    "fp8": Half(TensorProto.BFLOAT16, ml_dtypes.bfloat16),
+}
+
+
+def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
+    """float32 to the half of `precision`; as it is where there is none."""
+    half = HALVES.get(precision)
+    return x if half is None else graph.node("Cast", [x], f"{x}.half", to=half.onnx)
+
+
+def widen(graph: GraphBuilder, x: str, precision: str) -> str:
+    """Back to float32."""
+    return x if precision not in HALVES else graph.node("Cast", [x], f"{x}.float", to=TensorProto.FLOAT)
+
+
+class Linear:
+    """Writes linear layers x @ W^T + b of one precision into a graph."""
+
+    def __init__(self, graph: GraphBuilder, precision: str, activations: Mapping[str, float]) -> None:
+        self._graph, self._precision, self._activations = graph, precision, activations
+        self._half = HALVES.get(precision)
+
+    def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
+        """One layer with LayerScale's `gain` per output channel folded in; result and input in the half, if any."""
+        graph = self._graph
+        weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]
+        if gain is not None:
+            weight, bias = weight * gain[:, None], bias * gain
+        if self._precision == "int8":
+            product = self._int8(x, key, weight)
+        elif self._precision == "fp8":
+            product = self._fp8(x, key, weight)
+        else:
+            product = graph.node("MatMul", [x, self._stored(f"{key}.weight", weight.T)], f"{key}.matmul")
+        return graph.node("Add", [product, self._stored(f"{key}.bias", bias)], f"{key}.out")
+
+    def branch_end(self, x: str, key: str, gain: FloatArray | None, scale_key: str) -> str:
+        """The layer that ends a residual branch, with LayerScale, in float32."""
+        if self._half is None:
+            return self(x, key, gain)
+        out = widen(self._graph, self(x, key), self._precision)
+        if gain is None:
+            return out
+        gamma = self._graph.constant(f"{scale_key}.gamma", gain)
+        return self._graph.node("Mul", [out, gamma], f"{scale_key}.out")
+
+    def _stored(self, name: str, value: FloatArray) -> str:
+        return self._graph.constant(name, value if self._half is None else value.astype(self._half.numpy))
+
+    def _int8(self, x: str, key: str, weight: FloatArray) -> str:
+        graph = self._graph
+        quantized, scale = int8_per_channel(weight)
+        stored = graph.constant(f"{key}.weight", quantized.T)
+        scales = graph.constant(f"{key}.weight_scale", scale)
+        zeros = graph.constant(f"{key}.weight_zero_point", np.zeros(len(scale), np.int8))
+        x_int, x_scale, x_zero = graph.several(
+            "DynamicQuantizeLinear", [x], [f"{key}.in", f"{key}.in_scale", f"{key}.in_zero_point"], f"{key}.in"
+        )
+        sums = graph.node("MatMulInteger", [x_int, stored, x_zero, zeros], f"{key}.sums")
+        sums = graph.node("Cast", [sums], f"{key}.sums_float", to=TensorProto.FLOAT)
+        both = graph.node("Mul", [x_scale, scales], f"{key}.scales")
+        return graph.node("Mul", [sums, both], f"{key}.matmul")
+
+    def _fp8(self, x: str, key: str, weight: FloatArray) -> str:
+        if key not in self._activations:
+            raise ValueError(f"fp8 needs the largest input of every linear layer: activations hold no {key!r}")
+        graph, zero = self._graph, np.zeros((), ml_dtypes.float8_e4m3fn)
+        quantized, scale = fp8_per_channel(weight)
+        stored = graph.constant(f"{key}.weight", quantized.T)
+        scales = self._stored(f"{key}.weight_scale", scale)
+        w = graph.node("DequantizeLinear", [stored, scales], f"{key}.weight_half", axis=1)
+        largest = np.array(max(self._activations[key], 1e-6) / FP8_LARGEST, np.float32)
+        x_scale, x_zero = self._stored(f"{key}.in_scale", largest), graph.constant("fp8_zero", zero)
+        x_fp8 = graph.node("QuantizeLinear", [x, x_scale, x_zero], f"{key}.in")
+        return graph.node(
+            "MatMul", [graph.node("DequantizeLinear", [x_fp8, x_scale, x_zero], f"{key}.in_half"), w], f"{key}.matmul"
+        )
