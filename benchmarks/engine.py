@@ -193,6 +193,7 @@ def main() -> None:
     print(json.dumps(result))
     suffix = "" if arguments.waiting == "passive" else "-default-waiting"
     suffix += "" if arguments.model == "dinov2_vits14" else f"-{arguments.model}"
+    suffix += "" if arguments.sizes == [224] else "-" + "-".join(map(str, arguments.sizes))
     out = arguments.out or RESULTS / f"{result['date']}-engine{suffix}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")

@@ -174,6 +174,7 @@ def torch_bf16(setting: Setting, emit: Emit) -> None:
         for name in ("torch eager bf16", "torch compiled bf16, CUDA graph"):
             start = time.perf_counter()
             if name.startswith("torch compiled"):
+                torch._dynamo.config.recompile_limit = 64  # a batch each; 8 by default, then it gives up silently
                 for block in network.blocks:  # all blocks are one piece of code, so one compilation for each batch
                     block.compile(dynamic=False, backend="eager" if setting.tiny else "inductor")
             runs = {}
