@@ -79,8 +79,8 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
     """Start a check, wait for it and say what came of it.
 
     Returns:
-        `status`: "ok", "skipped", "failed" or "timed out", `seconds`, `rows` (of whatever outcome), and a `reason`
-        unless it is ok.
+        `status`: "ok", "skipped", "failed" (also when a row's numbers stray) or "timed out", `seconds`, `rows` (of
+        whatever outcome), and a `reason` unless it is ok.
     """
     start = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1"}
@@ -111,6 +111,9 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
         }
     elif skipped is not None:
         found |= {"status": "skipped", "reason": skipped}
+    elif strays := [row for row in found["rows"] if row.get("passed") is False]:
+        named = ", ".join(str(row.get("engine") or row.get("dtype")) for row in strays)
+        found |= {"status": "failed", "reason": f"further from its reference than is allowed: {named}"}
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 

@@ -66,6 +66,13 @@ def test_a_check_that_crashes_says_how_and_keeps_its_rows(suite, end: str, words
     assert found["rows"] == [{"n": 1}]
 
 
+def test_numbers_that_stray_fail_their_check(suite) -> None:
+    code = "import json; print(json.dumps({'row': {'engine': 'torch', 'passed': False}}))"
+    found = suite.run_check(python(suite, code), limit_s=30.0)
+    assert found["status"] == "failed"
+    assert "further from its reference than is allowed: torch" in found["reason"]
+
+
 def test_one_crash_costs_one_check_and_a_lack_is_told_once(suite, tmp_path, capsys) -> None:
     lacks = 'print(\'{"skipped": "no such library"}\')'
     checks = [
