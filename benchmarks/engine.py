@@ -1,141 +1,202 @@
-"""Images/s of the engines on this machine, beside transformers' Dinov2Model and the machine's own limit.
+"""Images/s of the engines on this machine's CPU, beside other people's and the machine's own limit.
 
-    python benchmarks/engine.py [--model dinov2_vits14] [--batches 1 8] [--rounds 12]
+    python benchmarks/engine.py [--model dinov2_vits14] [--sizes 224 518] [--batches 1 8] [--rounds 12]
 
-Random weights: speed does not depend on them. All runtimes share one process and take turns within each round, so that
-a busy neighbour hurts all alike; the ratios are medians of per-round ratios against torch eager. The limit is the best
-float32 matrix product of the same run.
+Rows: our backbone in torch, eager and compiled; our ONNX graph on ONNX Runtime in fp32 and int8, and on OpenVINO;
+transformers' Dinov2Model eager and compiled; and a plain `torch.onnx.export` of it (opset 18) on ONNX Runtime. All have
+the weights of one random network, since speed does not depend on them; `cosine` is the lowest of the class tokens with
+torch eager's, for int8 on these random weights only (its gate on photos is elsewhere). What is not installed is named.
+
+What makes the comparison fair:
+
+- One process, turns within each round, the first place moving on from round to round: a busy neighbour, a hot cache or
+  a throttled clock hurts all alike. Ratios are medians of the rounds' ratios to torch eager, and of the best times.
+- The same number of threads for all, and a pause before each turn, in which the last one's threads go to sleep.
+- Waiting threads either sleep at once in all runtimes (`--waiting passive`, the default and how the service runs:
+  OMP_WAIT_POLICY=passive and KMP_BLOCKTIME=0 for torch, spinning off for ONNX Runtime) or each does what its makers
+  chose (`--waiting default`). A spinning pool gains a little alone and takes cores from whatever runs beside it
+  (benchmarks/contention.py); which of the two is kinder to which runtime is a reason to run both.
+- Compilation, graph optimisation and `--warmup` rounds come before the measurement.
+- GFLOP/s count what the network needs (training/flops.py), so int8's are those of float32's work. The limit is the
+  faster of two float32 matrix products, torch's and ONNX Runtime's, which take turns in the same rounds.
 """
 
 import argparse
 import datetime
 import json
-import platform
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
-
-from model.config import ViTConfig, config_for
-from model.engine import available_cpus
-from model.engine_onnx import OnnxEngine
-from model.onnx_graph import GraphSpec, write_onnx
-from model.vit import DinoVisionTransformer
 
 RESULTS = Path(__file__).parent / "results"
-SIZE = 224
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+PAUSE_S = 0.02
 
 
-def flops(config: ViTConfig, size: int) -> float:
-    """Floating-point operations (multiply and add count as two) of one image."""
-    n = (size // config.patch_size) ** 2
-    tokens, d = 1 + config.num_register_tokens + n, config.embed_dim
-    ffn = (2 if config.ffn == "mlp" else 3) * d * config.hidden_dim
-    block = 2 * tokens * (4 * d * d + ffn) + 4 * tokens * tokens * d
-    return config.depth * block + 2 * n * 3 * config.patch_size**2 * d
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, np.ndarray]:
+    """Seconds of each function in each round; the first place moves on from round to round."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            runs[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(times) for name, times in seconds.items()}
 
 
-def runtimes(name: str, threads: int, folder: Path) -> dict[str, Callable[[np.ndarray], object]]:
-    """Each runtime as a function of pixels [B, 3, H, W]."""
-    config = config_for(name)
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    ours = DinoVisionTransformer(config).eval()
-    weights = {key: tensor.numpy() for key, tensor in ours.state_dict().items()}
-    write_onnx(weights, config, GraphSpec((SIZE, SIZE)), folder / "model.onnx")
-    onnx = OnnxEngine(folder / "model.onnx", threads=threads)
-    theirs = transformers.Dinov2Model(
-        transformers.Dinov2Config(
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            image_size=config.img_size,
-            patch_size=config.patch_size,
+def lowest_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the rows [B, D] of both."""
+    return float(np.min(np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))))
+
+
+def measure(
+    case: Any, batches: list[int], engines: list[str], rounds: int, warmup: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of one input size, and the engines that cannot run here with the reason."""
+    from engine_peers import BUILDERS, MissingError, products
+
+    from training.flops import backbone_flops
+
+    built, missing = {}, {}
+    for name in engines:
+        print(f"{case.size} px: building {name}", file=sys.stderr, flush=True)
+        try:
+            built[name] = BUILDERS[name](case)
+        except MissingError as error:
+            missing[name] = str(error)
+        except Exception as error:  # noqa: BLE001  a peer that breaks costs its row, not the run
+            missing[name] = f"fails: {type(error).__name__}: {str(error)[:300]}"
+    work, limits = products(case.threads, spinning=case.spinning)
+    rows = []
+    for batch in batches:
+        pixels = np.random.default_rng(0).standard_normal((batch, 3, case.size, case.size), dtype=np.float32)
+        reference, runs, cosines = built[engines[0]](pixels), {}, {}
+        for name, run in list(built.items()):
+            try:
+                cosines[name] = lowest_cosine(reference, run(pixels))  # compiles where something is to be compiled
+            except Exception as error:  # noqa: BLE001
+                missing[name] = f"fails at batch {batch}: {type(error).__name__}: {str(error)[:300]}"
+                del built[name]
+            else:
+                runs[name] = lambda run=run, pixels=pixels: run(pixels)
+        seconds = interleaved(runs | limits, rounds, warmup)
+        limit = {name: float(work / seconds[name].min() / 1e9) for name in limits}
+        eager, flops = seconds[engines[0]], backbone_flops(case.config, case.size)
+        for name in runs:
+            best = float(seconds[name].min())
+            rows.append(
+                {
+                    "engine": name,
+                    "size": case.size,
+                    "batch": batch,
+                    "images_per_s": round(batch / best, 2),
+                    "images_per_s_median": round(batch / float(np.median(seconds[name])), 2),
+                    "gflop_per_s": round(batch * flops / best / 1e9, 1),
+                    "share_of_limit": round(batch * flops / best / 1e9 / max(limit.values()), 3),
+                    "ratio_to_torch": round(float(np.median(eager / seconds[name])), 3),
+                    "ratio_to_torch_best": round(float(eager.min() / best), 3),
+                    "ratio_of_rounds": [
+                        round(float(value), 2) for value in np.percentile(eager / seconds[name], [10, 90])
+                    ],
+                    "cosine": round(cosines[name], 6),
+                    "limit_gflop_per_s": {key: round(value, 1) for key, value in limit.items()},
+                }
+            )
+    return rows, missing
+
+
+def print_table(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
+    print(
+        f"{'engine':<24}{'px':>5}{'batch':>6}{'img/s best':>12}{'median':>9}{'GFLOP/s':>9}{'of limit':>9}"
+        f"{'vs torch':>9}{'best':>7}{'10-90 %':>12}{'cosine':>10}"
+    )
+    for row in rows:
+        low, high = row["ratio_of_rounds"]
+        print(
+            f"{row['engine']:<24}{row['size']:>5}{row['batch']:>6}{row['images_per_s']:>12}"
+            f"{row['images_per_s_median']:>9}{row['gflop_per_s']:>9}{row['share_of_limit']:>9.0%}"
+            f"{row['ratio_to_torch']:>9}{row['ratio_to_torch_best']:>7}{f'{low}-{high}':>12}{row['cosine']:>10.6f}"
         )
-    ).eval()
-
-    def run_torch(model: torch.nn.Module) -> Callable[[np.ndarray], object]:
-        def run(pixels: np.ndarray) -> object:
-            with torch.inference_mode():
-                return model(torch.from_numpy(pixels))
-
-        return run
-
-    return {"torch": run_torch(ours), "onnxruntime": onnx.run, "transformers": run_torch(theirs)}
-
-
-def matrix_product_rate(rounds: int = 8, n: int = 2048) -> float:
-    """Best float32 GFLOP/s of an n x n matrix product in torch."""
-    a = torch.randn(n, n)
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best / 1e9
+    for row in {json.dumps(row["limit_gflop_per_s"]): row for row in rows}.values():
+        print(f"limit at {row['size']} px, batch {row['batch']}: {row['limit_gflop_per_s']} GFLOP/s")
+    for name, reason in missing.items():
+        print(f"{name}: {reason}")
 
 
 def main() -> None:
+    from model.config import config_for
+    from model.engine import available_cpus
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dinov2_vits14")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="sides of the input in pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before the measurement")
     parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--waiting", choices=["passive", "default"], default="passive")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
+    parser.add_argument("--skip", nargs="+", default=[], help="engines to leave out, by the table's names")
     arguments = parser.parse_args()
-    gflop = flops(config_for(arguments.model), SIZE) / 1e9
-    peaks = [matrix_product_rate()]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        engines = runtimes(arguments.model, arguments.threads, Path(folder))
-        for batch in arguments.batches:
-            pixels = np.random.default_rng(0).standard_normal((batch, 3, SIZE, SIZE), dtype=np.float32)
-            seconds: dict[str, list[float]] = {name: [] for name in engines}
-            for _ in range(arguments.rounds + 1):
-                for name, run in engines.items():
-                    start = time.perf_counter()
-                    run(pixels)
-                    seconds[name].append(time.perf_counter() - start)
-            eager = np.array(seconds["torch"][1:])  # the first round warms up
-            for name, times in seconds.items():
-                array = np.array(times[1:])
-                rate = batch / array.min()
-                rows.append(
-                    {
-                        "engine": name,
-                        "batch": batch,
-                        "images_per_s": round(rate, 2),
-                        "images_per_s_median": round(batch / float(np.median(array)), 2),
-                        "gflop_per_s": round(rate * gflop, 1),
-                        "ratio_to_torch": round(float(np.median(eager / array)), 3),
-                    }
-                )
-            peaks.append(matrix_product_rate())
-    print(f"{'engine':<14}{'batch':>6}{'img/s best':>12}{'median':>9}{'GFLOP/s':>9}{'of limit':>9}{'vs torch':>10}")
-    for row in rows:
-        share = row["gflop_per_s"] / max(peaks)
-        print(
-            f"{row['engine']:<14}{row['batch']:>6}{row['images_per_s']:>12}{row['images_per_s_median']:>9}"
-            f"{row['gflop_per_s']:>9}{share:>9.0%}{row['ratio_to_torch']:>10}"
-        )
+    if "torch" in sys.modules:
+        raise RuntimeError("torch was imported before OpenMP's variables were set")
+    variables = PASSIVE if arguments.waiting == "passive" else {}
+    os.environ.update(variables | {"OMP_NUM_THREADS": str(arguments.threads)})
+    import torch
+    from engine_peers import BUILDERS, make_case, versions
+
+    from training.flops import describe_device
+
+    unknown = set(arguments.skip) - set(BUILDERS)
+    if unknown:
+        parser.error(f"--skip: no engine {sorted(unknown)}: {', '.join(BUILDERS)}")
+    engines = [name for name in BUILDERS if name not in arguments.skip]
+    config = config_for(arguments.model)
+    if arguments.depth:
+        config = replace(config, depth=arguments.depth)
+    rows, missing = [], {}
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            spinning = arguments.waiting == "default"
+            case = make_case(config, size, arguments.threads, spinning=spinning, folder=Path(folder))
+            found, gone = measure(case, arguments.batches, engines, arguments.rounds, arguments.warmup)
+        rows += found
+        missing |= gone
+    print_table(rows, missing)
     result = {
         "benchmark": "engine",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python benchmarks/engine.py", *sys.argv[1:]]),
         "model": arguments.model,
-        "size": SIZE,
+        "depth": config.depth,
         "threads": arguments.threads,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "matrix_product_gflop_per_s": round(max(peaks), 1),
+        "waiting": arguments.waiting,
+        "variables": variables,
+        "rounds": arguments.rounds,
+        "machine": describe_device(torch.device("cpu")),
+        "versions": versions(),
         "rows": rows,
+        "missing": missing,
     }
     print(json.dumps(result))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{result['date']}-engine.json").write_text(json.dumps(result, indent=2) + "\n")
+    suffix = "" if arguments.waiting == "passive" else "-default-waiting"
+    suffix += "" if arguments.model == "dinov2_vits14" else f"-{arguments.model}"
+    suffix += "" if arguments.sizes == [224] else "-" + "-".join(map(str, arguments.sizes))
+    out = arguments.out or RESULTS / f"{result['date']}-engine{suffix}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

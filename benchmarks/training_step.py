@@ -1,8 +1,8 @@
 """Images/s of our training step beside one made of the official code's modules, on the same crops.
 
-    python benchmarks/training_step.py --official CHECKOUT [--preset small|vits14|...] [--rounds 6]
+    python benchmarks/training_step.py [--official CHECKOUT] [--preset small|vits14|...] [--rounds 6]
 
-CHECKOUT is one of facebookresearch/dinov2.
+CHECKOUT is one of facebookresearch/dinov2; without it only ours runs.
 
 The official step needs xFormers, which needs a GPU; what runs here are its blocks, heads, losses, parameter groups and
 average, called once per crop size (its own fallback on `scaled_dot_product_attention`), in the order of
@@ -207,9 +207,61 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def measure(
+    config: TrainConfig, device: torch.device, rounds: int, official: Path | None = None, side: int = 2048
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Images/s of each step in each round, "ours" first, and what was measured, for the report.
+
+    Args:
+        config: the run's settings.
+        rounds: without the first, which warms up.
+        official: a checkout to compare with.
+        side: of the matrix product that is the limit; four times it on a GPU.
+    """
+    batch = config.batch_size
+    ours = make_setup(config, World(0, 1, device))
+    theirs = Official(official, config, ours) if official else None
+    dtype = compute_dtype(ours.autocast)
+    schedules = make_schedules(config, 1000)
+    images = torch.randint(0, 256, (batch, 3, config.cache_size, config.cache_size), dtype=torch.uint8)
+    crops = make_crops(config, images, torch.ones(batch), 0, torch.arange(batch), crop_views(config, 0.0), device)
+    step, rates = 500, {name: [] for name in ("ours", "official") if name == "ours" or theirs}
+    # in the middle of the schedules
+    values = (schedules.lr["head"][step], schedules.weight_decay[step], schedules.momentum[step])
+    temp, first = schedules.teacher_temp[step], {}
+    for number in range(rounds + 1):
+        for name in rates:
+            start = time.perf_counter()
+            if name == "official":
+                assert theirs is not None
+                loss = theirs.step(crops, *map(float, values), float(temp))
+            else:
+                with attention_kernel(device, dtype):
+                    loss = train_step(config, ours, schedules, [crops], step)[0]["loss"].item()
+            wait(device)
+            first.setdefault(name, loss)
+            if number:  # the first warms up
+                rates[name].append(batch / (time.perf_counter() - start))
+    report = {
+        "machine": describe_device(device),
+        "torch": torch.__version__,
+        "batch": batch,
+        "dtype": str(dtype),
+        "images_per_s": {name: round(float(np.median(found)), 3) for name, found in rates.items()},
+        "gflop_per_image": round(work_of_step(config) / batch / 1e9, 1),
+        "limit_gflop_per_s": round(limit(device, dtype, side), 1),
+    }
+    if theirs:
+        difference = abs(first["ours"] / first["official"] - 1)
+        assert difference < (1e-4 if dtype == torch.float32 else 2e-2), first
+        ratio = float(np.median(np.array(rates["ours"]) / np.array(rates["official"])))
+        report |= {"ratio": round(ratio, 3), "loss_difference": difference}
+    return rates, report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", type=Path, required=True, help="a checkout of facebookresearch/dinov2")
+    parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/dinov2")
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=6)
@@ -223,56 +275,27 @@ def main() -> None:
     preset = PRESETS[arguments.preset] | ({"batch_size": arguments.batch} if arguments.batch else {})
     changes = {"precision": arguments.precision, "compile": arguments.compile}
     config = TrainConfig.model_validate(COMMON | preset | changes)
-    batch = config.batch_size
-    ours = make_setup(config, World(0, 1, device))
-    theirs = Official(arguments.official, config, ours)
-    dtype = compute_dtype(ours.autocast)
-    schedules = make_schedules(config, 1000)
-    images = torch.randint(0, 256, (batch, 3, config.cache_size, config.cache_size), dtype=torch.uint8)
-    crops = make_crops(config, images, torch.ones(batch), 0, torch.arange(batch), crop_views(config, 0.0), device)
-    step, rates = 500, {"ours": [], "official": []}  # in the middle of the schedules
-    values = (schedules.lr["head"][step], schedules.weight_decay[step], schedules.momentum[step])
-    temp, first = schedules.teacher_temp[step], {}
-    for number in range(arguments.rounds + 1):
-        for name in rates:
-            start = time.perf_counter()
-            if name == "official":
-                loss = theirs.step(crops, *map(float, values), float(temp))
-            else:
-                with attention_kernel(device, dtype):
-                    loss = train_step(config, ours, schedules, [crops], step)[0]["loss"].item()
-            wait(device)
-            first.setdefault(name, loss)
-            if number:  # the first warms up
-                rates[name].append(batch / (time.perf_counter() - start))
-    difference = abs(first["ours"] / first["official"] - 1)
-    assert difference < (1e-4 if dtype == torch.float32 else 2e-2), first
-    peak, gflop = limit(device, dtype), work_of_step(config) / batch / 1e9
-    ratio = float(np.median(np.array(rates["ours"]) / np.array(rates["official"])))
+    rates, report = measure(config, device, arguments.rounds, arguments.official)
+    gflop, peak = report["gflop_per_image"], report["limit_gflop_per_s"]
     print(
-        f"{arguments.preset}: batch {batch}, {config.global_size} + {config.n_local} x {config.local_size} px, {dtype}"
+        f"{arguments.preset}: batch {config.batch_size}, {config.global_size} + {config.n_local} x"
+        f" {config.local_size} px, {report['dtype']}"
     )
     print(f"{'':<10}{'img/s median':>14}{'best':>8}{'GFLOP/s':>10}{'of limit':>10}")
     for name, found in rates.items():
         median = float(np.median(found))
         print(f"{name:<10}{median:>14.2f}{max(found):>8.2f}{median * gflop:>10.0f}{median * gflop / peak:>10.0%}")
-    print(f"ratio {ratio:.2f} (rounds: {', '.join(f'{a / b:.2f}' for a, b in zip(*rates.values(), strict=True))})")
+    if "ratio" in report:
+        rounds = ", ".join(f"{a / b:.2f}" for a, b in zip(*rates.values(), strict=True))
+        print(f"ratio {report['ratio']:.2f} (rounds: {rounds})")
     command = " ".join(["python benchmarks/training_step.py", *sys.argv[1:]])
     report = {
         "benchmark": "training_step",
         "date": datetime.date.today().isoformat(),
         "command": command.replace(str(arguments.official), "CHECKOUT"),
-        "machine": describe_device(device),
-        "torch": torch.__version__,
         "preset": arguments.preset,
-        "batch": batch,
-        "dtype": str(dtype),
         "compile": arguments.compile,
-        "images_per_s": {name: round(float(np.median(found)), 3) for name, found in rates.items()},
-        "ratio": round(ratio, 3),
-        "gflop_per_image": round(gflop, 1),
-        "limit_gflop_per_s": round(peak, 1),
-        "loss_difference": difference,
+        **report,
     }
     text = json.dumps(report)
     name = f"{report['date']}-training-step-{arguments.preset}-{device.type}.json"

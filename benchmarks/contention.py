@@ -1,0 +1,134 @@
+"""Two engines in two processes on the same CPUs, beside one alone: images/s together and the time of a request.
+
+    python benchmarks/contention.py [--model dinov2_vits14] [--seconds 10] [--rounds 3] [--engines onnxruntime torch]
+
+Each process runs one request (one image) after the other. Cases: one process and two, each with one thread and with a
+thread for every CPU, spinning while they wait or not (ONNX Runtime's switch; torch: what libgomp does by itself, or
+OMP_WAIT_POLICY=passive). All cases take turns in each round. `of alone` is the median of the rounds' ratios to the
+service's own setting: the first engine, one process, a thread for every CPU, no spinning. Two engines that share
+well keep it at 1; the time of a request then doubles, since each has half the machine.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from random_model import RandomModel
+from workers import Worker
+
+from model.engine import available_cpus
+from training.flops import describe_device
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Case(NamedTuple):
+    engine: str
+    processes: int
+    threads: int
+    spinning: bool
+
+
+def run_case(workers: list[Worker], seconds: float) -> tuple[float, list[float]]:
+    """Images/s of all together and the latencies of every request, seconds."""
+    at = time.monotonic() + 0.2
+    for worker in workers:
+        worker.send(do="load", at=at, seconds=seconds, batch=1)
+    answers = [worker.receive() for worker in workers]
+    return sum(answer["done"] for answer in answers) / seconds, [s for answer in answers for s in answer["latencies"]]
+
+
+def measure(
+    model: RandomModel, name: str, size: int, cases: list[Case], seconds: float, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each case."""
+    workers: dict[Case, list[Worker]] = {}
+    rates: dict[Case, list[float]] = {case: [] for case in cases}
+    latencies: dict[Case, list[float]] = {case: [] for case in cases}
+    try:
+        for case in cases:
+            path = model.graph(size) if case.engine == "onnxruntime" else model.weights_file
+            settings = {"size": size, "threads": case.threads, "spinning": case.spinning}
+            extra = {"model": name, "depth": model.config.depth}
+            workers[case] = [Worker(case.engine, path, **settings, **extra) for _ in range(case.processes)]
+            for worker in workers[case]:
+                worker.ask(do="run", batch=1)
+        for number in range(rounds):
+            for case in cases[number % len(cases) :] + cases[: number % len(cases)]:
+                rate, found = run_case(workers[case], seconds)
+                rates[case].append(rate)
+                latencies[case] += found
+    finally:
+        for worker in itertools.chain.from_iterable(workers.values()):
+            worker.close()
+    alone = np.array(rates[cases[0]])
+    return [
+        case._asdict()
+        | {
+            "images_per_s": round(float(np.median(rates[case])), 2),
+            "of_alone": round(float(np.median(np.array(rates[case]) / alone)), 3),
+            "requests": len(latencies[case]),
+            "ms_p50": round(float(np.percentile(latencies[case], 50)) * 1e3, 1),
+            "ms_p99": round(float(np.percentile(latencies[case], 99)) * 1e3, 1),
+        }
+        for case in cases
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dinov2_vits14")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", choices=["onnxruntime", "torch"], default=["onnxruntime", "torch"])
+    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
+    arguments = parser.parse_args()
+    cpus = available_cpus()
+    cases = [
+        Case(engine, processes, threads, spinning)
+        for engine in arguments.engines
+        for spinning in (False, True)
+        for processes in (1, 2)
+        for threads in sorted({1, cpus}, reverse=True)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        model = RandomModel(arguments.model, arguments.depth, Path(folder))
+        rows = measure(model, arguments.model, arguments.size, cases, arguments.seconds, arguments.rounds)
+    print(
+        f"{'engine':<13}{'processes':>10}{'threads':>8}{'spinning':>9}{'img/s':>8}{'of alone':>9}"
+        f"{'p50 ms':>9}{'p99':>9}"
+    )
+    for row in rows:
+        print(
+            f"{row['engine']:<13}{row['processes']:>10}{row['threads']:>8}{row['spinning']!s:>9}{row['images_per_s']:>8}"
+            f"{row['of_alone']:>9}{row['ms_p50']:>9}{row['ms_p99']:>9}"
+        )
+    result = {
+        "benchmark": "contention",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python benchmarks/contention.py", *sys.argv[1:]]),
+        "model": arguments.model,
+        "depth": model.config.depth,
+        "size": arguments.size,
+        "cpus": cpus,
+        "machine": describe_device(torch.device("cpu")),
+        "rows": rows,
+    }
+    print(json.dumps(result))
+    out = arguments.out or RESULTS / f"{result['date']}-contention.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The engines that benchmarks/engine.py lets take turns: ours and others', all with the weights of one random network.
+
+transformers' model is drawn first and ours are converted from it, so every row computes the same function and its
+answer can be compared. Imported after the variables that OpenMP reads once at load are set.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from workers import onnx_session
+
+from model.checkpoint import _expected_shapes
+from model.config import ViTConfig
+from model.convert import convert
+from model.engine_onnx import OnnxEngine
+from model.onnx_graph import AttentionForm, GraphSpec, Precision, write_onnx
+from model.vit import DinoVisionTransformer
+
+FloatArray = npt.NDArray[np.float32]
+Run = Callable[[FloatArray], FloatArray]
+"""Pixels [B, 3, H, W] to class tokens [B, D]; everything else of the forward pass is computed too."""
+
+
+class MissingError(Exception):
+    """A peer that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every engine is built for."""
+
+    config: ViTConfig
+    theirs: Any  # transformers' model
+    ours: DinoVisionTransformer
+    size: int
+    threads: int
+    spinning: bool
+    folder: Path
+
+
+def make_case(config: ViTConfig, size: int, threads: int, *, spinning: bool, folder: Path) -> Case:
+    """One random network, as transformers' model and as ours. LayerScale lies near one, so that every block counts."""
+    transformers = require("transformers")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    registers = config.num_register_tokens
+    family = "Dinov2WithRegisters" if registers else "Dinov2"
+    theirs = getattr(transformers, f"{family}Model")(
+        getattr(transformers, f"{family}Config")(
+            hidden_size=config.embed_dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            mlp_ratio=int(config.mlp_ratio),
+            image_size=config.img_size,
+            patch_size=config.patch_size,
+            use_swiglu_ffn=config.ffn == "swiglu",
+            layerscale_value=0.5,
+            **({"num_register_tokens": registers} if registers else {}),
+        )
+    ).eval()
+    converted = convert(theirs.state_dict(), config, _expected_shapes)
+    ours = DinoVisionTransformer(converted.config).eval()
+    ours.load_state_dict(converted.state_dict, strict=True)
+    return Case(converted.config, theirs, ours, size, threads, spinning, folder)
+
+
+def require(package: str) -> Any:
+    """The module, or `MissingError` with its name."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingError(f"{package} is not installed ({error})") from error
+
+
+def our_torch(case: Case, *, compiled: bool) -> Run:
+    return _torch_run(case.ours.forward_features, "x_norm_clstoken", compiled=compiled)
+
+
+def their_torch(case: Case, *, compiled: bool) -> Run:
+    return _torch_run(lambda pixels: case.theirs(pixel_values=pixels), "pooler_output", compiled=compiled)
+
+
+def _torch_run(model: Callable[[torch.Tensor], Any], output: str, *, compiled: bool) -> Run:
+    function = torch.compile(model, dynamic=False) if compiled else model
+
+    def run(pixels: FloatArray) -> FloatArray:
+        with torch.inference_mode():
+            return function(torch.from_numpy(pixels))[output].numpy()
+
+    return run
+
+
+def write_graph(case: Case, *, precision: Precision = "fp32", attention: AttentionForm = "standard") -> Path:
+    """Our graph, for this size and any batch."""
+    path = case.folder / f"ours-{case.size}-{precision}-{attention}.onnx"
+    if not path.exists():
+        weights = {key: tensor.numpy() for key, tensor in case.ours.state_dict().items()}
+        spec = GraphSpec(size=(case.size, case.size), precision=precision, attention=attention)
+        write_onnx(weights, case.config, spec, path)
+    return path
+
+
+def our_onnx(case: Case, *, precision: Precision = "fp32", attention: AttentionForm = "standard") -> Run:
+    """As the service runs it."""
+    path = write_graph(case, precision=precision, attention=attention)
+    engine = OnnxEngine(path, threads=case.threads, spinning=case.spinning)
+    return lambda pixels: engine.run(pixels).cls
+
+
+def openvino(case: Case) -> Run:
+    """OpenVINO on our float32 graph, told not to compute in less."""
+    ov = require("openvino")
+    settings = {
+        "INFERENCE_NUM_THREADS": case.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = ov.Core().compile_model(write_graph(case), "CPU", settings)
+    used = compiled.get_property("INFERENCE_NUM_THREADS")
+    if used != case.threads:
+        raise MissingError(f"OpenVINO takes {used} threads instead of {case.threads}")
+    request = compiled.create_infer_request()
+
+    def run(pixels: FloatArray) -> FloatArray:
+        request.infer({"pixels": pixels}, share_inputs=True)
+        return request.get_tensor("cls").data.copy()
+
+    return run
+
+
+def plain_export(case: Case, *, opset: int = 18) -> Run:
+    """What most people run: `torch.onnx.export` of transformers' model, any batch, on ONNX Runtime."""
+    require("onnxscript")
+    path = case.folder / f"plain-{case.size}.onnx"
+    example = torch.zeros(2, 3, case.size, case.size)  # with batch 1 the exporter would take it as fixed
+    torch.onnx.export(
+        _LastHidden(case.theirs).eval(),
+        (example,),
+        path,
+        opset_version=opset,
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        input_names=["pixels"],
+        output_names=["tokens"],
+        verbose=False,
+    )
+    session = onnx_session(path, case.threads, spinning=case.spinning)
+    return lambda pixels: session.run(["tokens"], {"pixels": pixels})[0][:, 0]
+
+
+class _LastHidden(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixels).last_hidden_state
+
+
+BUILDERS: dict[str, Callable[[Case], Run]] = {
+    "torch eager": partial(our_torch, compiled=False),
+    "torch compiled": partial(our_torch, compiled=True),
+    "ONNX Runtime fp32": our_onnx,
+    "ONNX Runtime int8": partial(our_onnx, precision="int8"),
+    "transformers eager": partial(their_torch, compiled=False),
+    "transformers compiled": partial(their_torch, compiled=True),
+    "OpenVINO fp32": openvino,
+    "plain export, opset 18": plain_export,
+}
+"""Every row by its name; the first one is what the others are compared with."""
+
+
+def products(threads: int, *, spinning: bool, n: int = 2048) -> tuple[float, dict[str, Callable[[], object]]]:
+    """A float32 matrix product of n x n in torch and in ONNX Runtime: the machine's limit is the faster one.
+
+    Returns:
+        its floating-point operations, and the two as functions.
+    """
+    helper = require("onnx.helper")
+    a, b = torch.randn(2, n, n)
+    kind = 1  # TensorProto.FLOAT
+    infos = {name: helper.make_tensor_value_info(name, kind, [n, n]) for name in "abc"}
+    node = helper.make_node("MatMul", ["a", "b"], ["c"])
+    graph = helper.make_graph([node], "product", [infos["a"], infos["b"]], [infos["c"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = onnx_session(model.SerializeToString(), threads, spinning=spinning)
+    feed = {"a": a.numpy(), "b": b.numpy()}
+    return 2 * n**3, {"product in torch": lambda: a @ b, "product in ONNX Runtime": lambda: session.run(["c"], feed)}
+
+
+def versions() -> dict[str, str]:
+    """Of every runtime that is installed."""
+    found = {}
+    for package in ("torch", "onnxruntime", "transformers", "openvino", "onnxscript"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,205 @@
+"""Every check of this project that needs a GPU, in one command of under ten minutes, with one JSON result.
+
+    python benchmarks/gpu_suite.py [--out FILE] [--budget-s 540] [--official CHECKOUT] [--only PREFIX ...]
+    python benchmarks/gpu_suite.py --device cpu --tiny      the same code with tiny models, where there is no GPU
+
+Checks (benchmarks/gpu_checks.py does them): the device itself; the Triton cross-entropy against its definition and the
+memory's bandwidth; training steps; images/s, MFU, batch-1 latency and parity of torch compiled in bf16 with CUDA
+graphs, of ONNX Runtime's CUDA provider and of TensorRT, for the published sizes at 224 and 518 pixels.
+
+Each check is a process of its own with a time limit, so that a crash or a hang costs that check and nothing else, and
+keeps the rows it had. The most telling come first. The result is written after every check: a run that is cut off
+leaves what it had. Nothing is installed; what a machine lacks is told once and skipped. This file needs Python alone.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+LEAST_S = 15.0  # too little for any check
+MESSAGE_CHARACTERS = 1500
+
+
+@dataclass(frozen=True)
+class Check:
+    """One process to start. What makes one check of a `kind` impossible (a missing package) does so for all."""
+
+    name: str
+    kind: str
+    limit_s: float
+    arguments: dict[str, Any] = field(default_factory=dict)
+    command: Sequence[str] = ()
+
+    def line(self) -> list[str]:
+        """The command line; by default the function of benchmarks/gpu_checks.py that is called as the kind."""
+        if self.command:
+            return list(self.command)
+        return [sys.executable, str(HERE / "gpu_checks.py"), self.kind, json.dumps(self.arguments)]
+
+
+def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
+    """Every check, the most telling first."""
+    common: dict[str, Any] = {"device": device, "tiny": tiny}
+    found = [
+        Check("device", "device", 60, common),
+        Check("cross-entropy", "cross_entropy", 60, common),
+        Check("training step vits14", "training_step", 120, common | {"preset": "vits14", "batch": 64}),
+    ]
+
+    def engine(kind: str, size: str, pixels: int) -> Check:
+        # The giant's graph is 4 GB to write and to read.
+        limit_s = 60 if kind == "torch" else 90 if size != "g" else 150
+        arguments = common | {"model": f"dinov2_vit{size}14", "pixels": pixels}
+        return Check(f"{kind} {size} {pixels}", kind, limit_s, arguments)
+
+    kinds = ("torch", "onnxruntime", "tensorrt")
+    found.append(Check("served", "served", 90, common))
+    found += [engine(kind, size, 224) for size in ("s", "l") for kind in kinds]
+    found += [Check("training step vitl14", "training_step", 120, common | {"preset": "vitl14", "official": official})]
+    found += [engine(kind, size, 518) for size in ("s", "l") for kind in kinds]
+    found += [engine(kind, size, pixels) for kind in kinds for size, pixels in (("b", 224), ("b", 518))]
+    found += [engine(kind, "g", pixels) for kind in kinds for pixels in (224, 518)]
+    return found
+
+
+def run_check(check: Check, limit_s: float) -> dict[str, Any]:
+    """Start a check, wait for it and say what came of it.
+
+    Returns:
+        `status`: "ok", "skipped", "failed" (also when a row's numbers stray) or "timed out", `seconds`, `rows` (of
+        whatever outcome), and a `reason` unless it is ok.
+    """
+    start = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as messages:
+        # A session of its own: what it started ends with it.
+        process = subprocess.Popen(
+            check.line(), stdout=out, stderr=messages, env=environment, cwd=HERE.parent, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+        out.seek(0)
+        messages.seek(0)
+        lines, said = _json_lines(out.read()), messages.read().strip()[-MESSAGE_CHARACTERS:]
+    found: dict[str, Any] = {"status": "ok", "rows": [line["row"] for line in lines if "row" in line]}
+    skipped = next((line["skipped"] for line in lines if "skipped" in line), None)
+    if code is None:
+        found |= {"status": "timed out", "reason": f"not done after {limit_s:.0f} s", "messages": said}
+    elif code != 0:
+        by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        found |= {
+            "status": "failed",
+            "reason": f"{by}: {said.splitlines()[-1] if said else 'no message'}",
+            "messages": said,
+        }
+    elif skipped is not None:
+        found |= {"status": "skipped", "reason": skipped}
+    elif strays := [row for row in found["rows"] if row.get("passed") is False]:
+        named = ", ".join(str(row.get("engine") or row.get("dtype")) for row in strays)
+        found |= {"status": "failed", "reason": f"further from its reference than is allowed: {named}"}
+    return found | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a check's whole session, whether or not the check itself is still there."""
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _json_lines(text: str) -> list[dict[str, Any]]:
+    """The lines that are JSON objects: a process that was killed may leave half a line."""
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def run_all(checks: Sequence[Check], budget_s: float, out: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """Run the checks in order within the budget; `out` is written after each."""
+    start = time.monotonic()
+    result: dict[str, Any] = head | {"budget_s": budget_s, "checks": {}}
+    impossible: dict[str, str] = {}
+    for check in checks:
+        left = budget_s - (time.monotonic() - start)
+        reason = impossible.get("device") or impossible.get(check.kind)
+        if reason is None and left < LEAST_S:
+            reason = f"{max(0.0, left):.0f} s of the budget are left"
+        if reason is not None:
+            found: dict[str, Any] = {"status": "skipped", "reason": reason, "rows": [], "seconds": 0.0}
+        else:
+            found = run_check(check, min(check.limit_s, left))
+            if found["status"] == "skipped":
+                impossible[check.kind] = found["reason"]
+        result["checks"][check.name] = found
+        result["seconds"] = round(time.monotonic() - start, 1)
+        write(out, result)
+        say(check.name, found)
+    return result
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def say(name: str, found: dict[str, Any]) -> None:
+    """A check's line and its rows."""
+    print(f"{name:<24}{found['status']:<11}{found['seconds']:>6} s  {found.get('reason', '')}", flush=True)
+    for row in found["rows"]:
+        print("    " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
+    parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: does the code run, not how fast is it")
+    parser.add_argument("--official", help="a checkout of facebookresearch/dinov2, for the training step beside it")
+    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="checks whose name begins so (and device)")
+    parser.add_argument("--list", action="store_true", help="the checks' names, and nothing else")
+    arguments = parser.parse_args()
+    official = str(Path(arguments.official).resolve()) if arguments.official else None
+    checks = all_checks(arguments.device, tiny=arguments.tiny, official=official)
+    if arguments.only:
+        checks = [c for c in checks if c.name == "device" or c.name.startswith(tuple(arguments.only))]
+    if arguments.list:
+        print("\n".join(check.name for check in checks))
+        return 0
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    out = arguments.out or RESULTS / f"{date}-gpu-suite{'-tiny' if arguments.tiny else ''}.json"
+    head = {"benchmark": "gpu_suite", "date": date, "device": arguments.device, "tiny": arguments.tiny}
+    result = run_all(checks, arguments.budget_s, out, head)
+    outcomes = [found["status"] for found in result["checks"].values()]
+    print(json.dumps({status: outcomes.count(status) for status in sorted(set(outcomes))} | {"out": str(out)}))
+    return 1 if {"failed", "timed out"} & set(outcomes) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
