@@ -90,11 +90,19 @@ def choose_engine(
     elif name == "auto":
         choice = _first(host, AUTO)
     else:
-        choice = Choice(host.load(asked := Candidate(runtime, precision)), (Tried(asked.name, "serves", "asked for"),))
+        choice = _asked(host, Candidate(runtime, precision))
     for tried in choice.tried:
         log.info("engine %s %s: %s", *tried)
     log.info("engine %s (%s), %d threads", choice.engine.name, choice.engine.precision, host.threads)
     return choice
+
+
+def _asked(host: "_Host", candidate: Candidate) -> Choice:
+    try:
+        engine = host.load(candidate)
+    except NotHere as error:
+        raise NotHere(f"engine {candidate.name}: {error}") from error
+    return Choice(engine, (Tried(candidate.name, "serves", "asked for"),))
 
 
 def _first(host: "_Host", candidates: Sequence[Candidate]) -> Choice:
@@ -167,7 +175,7 @@ class _Host:
             ModuleNotFoundError: its runtime is not installed.
         """
         if (fault := self._fault(candidate)) is not None:
-            raise NotHere(f"{candidate.name}: {fault}")
+            raise NotHere(fault)
         engine = self._open(candidate)
         if candidate != self._recorded:
             parity.check(parity.measure(self._reference, engine, self._pixels), "the float32 reference")
@@ -193,8 +201,8 @@ class _Host:
         bad = [gate for gate in gates if gate.status != "passed"]
         return f"the gate of {graph.file} {_STATUS[bad[0].status]}: {bad[0].reason}" if bad else None
 
-    def _open(self, candidate: Candidate) -> Engine:
-        """Load without comparing. A package that is missing raises ModuleNotFoundError, which names it."""
+    def _open(self, candidate: Candidate, *, once: bool = False) -> Engine:
+        """Load without comparing; `once`: for a few passes, so memory counts more than speed."""
         artifact, precision = self.artifact, candidate.precision
         config, size = artifact.manifest.config, artifact.manifest.input_size
         if candidate.runtime == "torch":
@@ -222,7 +230,9 @@ class _Host:
         path, cache = self._graph_file(precision), artifact.derived
         if provider == "tensorrt":
             cache.mkdir(parents=True, exist_ok=True)
-        return OnnxEngine(path, threads=self.threads, precision=precision, provider=provider, cache_dir=cache)
+        return OnnxEngine(
+            path, threads=self.threads, precision=precision, provider=provider, cache_dir=cache, prepack=not once
+        )
 
     def _graph(self, precision: str) -> GraphRecord | None:
         """The artifact's graph of this precision for its input size: one of that size, else a dynamic one."""
@@ -258,7 +268,7 @@ class _Host:
 
     @cached_property
     def _reference(self) -> Features:
-        return parity.features(self._open(self._recorded), self._pixels)
+        return parity.features(self._open(self._recorded, once=True), self._pixels)
 
 
 _PROVIDERS: Final[dict[str, Literal["cpu", "cuda", "tensorrt"]]] = {

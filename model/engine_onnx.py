@@ -37,9 +37,6 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 TILED_ABOVE_TOKENS: Final = 1024
 """Patch tokens of an image from which a CPU session takes tiled attention."""
 
-NO_PREPACK_ABOVE_BYTES: Final = 2 << 30
-"""Graphs larger than this keep their weights as they lie in the file: packing them for the CPU makes a second copy."""
-
 LARGEST_BATCH: Final = 64  # that TensorRT's profile is built for
 
 _NAMES = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda", "tensorrt": "onnxruntime-tensorrt"}
@@ -58,6 +55,7 @@ class OnnxEngine:
         tiled: attention in its tiled form; None decides by the number of tokens, on a CPU only.
         cache_dir: where TensorRT keeps its engines and timings.
         spinning: let waiting threads spin.
+        prepack: lay the weights out anew for the CPU: faster, and a second copy of them.
 
     Raises:
         ValueError: the file is not a model that ONNX Runtime loads, or the provider does not run it.
@@ -74,6 +72,7 @@ class OnnxEngine:
         tiled: bool | None = None,
         cache_dir: Path | None = None,
         spinning: bool = False,
+        prepack: bool = True,
     ) -> None:
         need_provider(provider)
         try:
@@ -88,7 +87,7 @@ class OnnxEngine:
         )
         tokens = self._tokens()
         self.tiled = tiled if tiled is not None else provider == "cpu" and (not tokens or tokens > TILED_ABOVE_TOKENS)
-        options = _options(threads, spinning, path)
+        options = _options(threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
         ort.preload_dlls()  # CUDA as pip's wheels bring it; without, the GPU build looks only where the system keeps it
@@ -154,7 +153,7 @@ def need_provider(provider: Provider) -> None:
         )
 
 
-def _options(threads: int, spinning: bool, path: Path) -> ort.SessionOptions:
+def _options(threads: int, spinning: bool, prepack: bool, path: Path) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -163,10 +162,8 @@ def _options(threads: int, spinning: bool, path: Path) -> ort.SessionOptions:
         "session.intra_op.allow_spinning": "1" if spinning else "0",
         "session.model_external_initializers_file_folder_path": str(path.parent),
         "session.record_ep_graph_assignment_info": "1",
+        "session.disable_prepacking": "0" if prepack else "1",
     }
-    data = path.with_name(f"{path.name}.data")
-    if data.exists() and data.stat().st_size > NO_PREPACK_ABOVE_BYTES:
-        entries["session.disable_prepacking"] = "1"
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     return options

@@ -219,7 +219,9 @@ class _Comparison:
         from model.engine_onnx import OnnxEngine
 
         try:
-            engine = OnnxEngine(self.folder / file, threads=available_cpus(), precision=spec.precision)
+            path = self.folder / file
+            prepack = not path.with_name(f"{file}.data").exists()  # of a large model, a second copy is too much
+            engine = OnnxEngine(path, threads=available_cpus(), precision=spec.precision, prepack=prepack)
         except ValueError as error:
             if spec.precision != "bf16":
                 raise

@@ -71,8 +71,7 @@ def test_other_shapes_are_refused(graphs: Path, graph: str, shape: tuple[int, ..
 def test_many_tokens_are_tiled_and_the_numbers_stay(graphs: Path, graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
     standard = OnnxEngine(graphs / f"{graph}.onnx", threads=1)
     monkeypatch.setattr(module, "TILED_ABOVE_TOKENS", 34)  # the graph has 35 patches
-    monkeypatch.setattr(module, "NO_PREPACK_ABOVE_BYTES", 1000)
-    tiled = OnnxEngine(graphs / f"{graph}.onnx", threads=1)
+    tiled = OnnxEngine(graphs / f"{graph}.onnx", threads=1, prepack=False)
     assert (standard.tiled, tiled.tiled) == (False, True)
     batch = pixels(2, 3, 70, 98)
     for ours, theirs in zip(tiled.run(batch), standard.run(batch), strict=True):
