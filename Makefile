@@ -56,7 +56,7 @@ clean: ## remove environments and caches, not the data folder
 
 # What pip installs into each (variables, since a comma would end an argument of `call`).
 $(RUN_ENV)_PACKAGES := -e .
-$(TEST_ENV)_PACKAGES := $(TORCH) -e '.[train,test,reference,dev]'
+$(TEST_ENV)_PACKAGES := $(TORCH) -e '.[train,test,reference,tensorrt-rtx,dev]'
 $(SERVICE_ENV)_PACKAGES := -e '.[test]'
 
 # $(1): folder. A folder without pip, or of another Python, is made anew; any other is continued.

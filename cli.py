@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import cli_collections
+import cli_engines
 import cli_eval
 import cli_search
 import cli_training
@@ -214,6 +215,9 @@ def _parity_lines(manifest: "Manifest") -> Iterator[str]:
     for graph in manifest.graphs:
         if graph.not_compared is not None:
             yield f"{graph.file}: not compared: {graph.not_compared}"
+
+
+app.command("build-engine")(cli_engines.build_engine)
 
 
 @app.command()

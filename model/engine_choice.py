@@ -217,10 +217,8 @@ class _Host:
                 input_size=size,
             )
         if candidate.runtime == "tensorrt":
-            try:
-                from model.engine_tensorrt import load_tensorrt
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError("tensorrt is not installed: docs/tensorrt.md") from error
+            from model.engine_tensorrt import load_tensorrt
+
             engine: Engine = load_tensorrt(artifact, precision, artifact.derived)
             return engine
         from model.engine_onnx import OnnxEngine, need_provider
