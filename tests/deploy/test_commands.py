@@ -92,7 +92,7 @@ def test_constraints_pin_every_requirement() -> None:
 
 
 def test_the_makefile_installs_extras_that_exist() -> None:
-    asked = re.findall(r"\[([a-z,-]+)\]", (ROOT / "Makefile").read_text())
+    asked = re.findall(r"\.\[([a-z,-]+)\]", (ROOT / "Makefile").read_text())
     assert asked
     assert {extra for group in asked for extra in group.split(",")} <= set(
         PYPROJECT["project"]["optional-dependencies"]

@@ -126,8 +126,9 @@ def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: p
 
 def test_tensorrt_that_is_not_installed(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
-    monkeypatch.setitem(sys.modules, "model.engine_tensorrt", None)
-    with pytest.raises(ModuleNotFoundError, match="tensorrt is not installed"):
+    for library in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match="TensorRT is not installed"):
         load_engine(exported, "tensorrt:fp16", threads=1)
 
 
