@@ -28,10 +28,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from model.config import ViTConfig
-from model.onnx_linear import HALVES, Linear, narrow, widen
+from model.onnx_linear import HALVES, Linear, is_named, narrow, widen
 from model.onnx_nodes import FloatArray, GraphBuilder, Weights
 from model.onnx_positions import positions_for_any_grid
 from model.pos_embed import resize_pos_embed
+from model.quantize import Int8Weights
 
 OPSET = 23
 IR_VERSION = 11
@@ -52,6 +53,9 @@ class GraphSpec:
     `MultiHeadAttention`, which needs memory linear in the tokens on a CPU, "upcast" the standard one between casts to
     float32 (no different from "standard" where q, k and v are float32 anyway).
 
+    `int8_weights`: the form of int8's weights, see `model/quantize.py`. `float_layers`: linear layers that int8 and fp8
+    leave alone, by name ("blocks.3.mlp.fc2"), by its end ("mlp.fc2": of all blocks) or beginning ("blocks.3").
+
     Raises:
         ValueError: a field holds something else than what is allowed.
     """
@@ -60,29 +64,33 @@ class GraphSpec:
     precision: Precision = "fp32"
     outputs: tuple[str, ...] = ("cls", "patches", "registers")
     attention: AttentionForm = "standard"
+    int8_weights: Int8Weights = "s7"
+    float_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", get_args(Precision)), ("attention", get_args(AttentionForm))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name, kind in (("precision", Precision), ("attention", AttentionForm), ("int8_weights", Int8Weights)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        if self.float_layers and self.precision not in ("int8", "fp8"):
+            raise ValueError(f"float_layers are for int8 and fp8, not for {self.precision}")
 
 
 def build_onnx(
     weights: Weights, config: ViTConfig, spec: GraphSpec, *, activations: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """The graph for any batch.
+    """The graph for any batch, whole in memory; beyond 2 GiB (a giant) it can only be written, by `write_onnx`.
 
     Args:
         weights: Meta's parameter names to arrays, of any float type.
-        activations: the largest absolute input of each linear layer (`model.quantize.measure_activations`): needed for
+        activations: the largest absolute input of each linear layer (`model.calibrate.measure_activations`): needed for
             fp8, not looked at otherwise.
 
     Raises:
         ValueError: a side of the size is not a multiple of the patch size; an output that the model does not have;
             fp8 without the activations of every layer.
     """
-    _check(config, spec)
-    return _build(GraphBuilder(weights), config, spec, activations)
+    _check(config, spec, activations or {})
+    return _build(GraphBuilder(weights), config, spec, activations or {})
 
 
 def write_onnx(
@@ -103,7 +111,8 @@ def write_onnx(
         ValueError: see `build_onnx`.
         OSError: it cannot be written.
     """
-    _check(config, spec)
+    activations = activations or {}
+    _check(config, spec, activations)
     names = [path.name]
     if _weight_bytes(config, spec) > EXTERNAL_ABOVE_BYTES:
         names.append(f"{path.name}.data")
@@ -123,7 +132,8 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _check(config: ViTConfig, spec: GraphSpec) -> None:
+def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]) -> None:
+    """Before anything is written: what `build_onnx` raises."""
     p = config.patch_size
     if spec.size is not None and (any(side % p for side in spec.size) or min(spec.size) < p):
         height, width = spec.size
@@ -137,6 +147,14 @@ def _check(config: ViTConfig, spec: GraphSpec) -> None:
             )
     if not spec.outputs or len(set(spec.outputs)) < len(spec.outputs):
         raise ValueError(f"outputs must be one or more names, each once, not {list(spec.outputs)}")
+    parts = ("attn.qkv", "attn.proj", *(("mlp.fc1", "mlp.fc2") if config.ffn == "mlp" else ("mlp.w12", "mlp.w3")))
+    layers = [f"blocks.{i}.{part}" for i in range(config.depth) for part in parts]
+    for name in spec.float_layers:
+        if not any(is_named(layer, name) for layer in layers):
+            raise ValueError(f"float_layers: no layer is named {name!r}; a block's are {', '.join(parts)}")
+    for layer in layers if spec.precision == "fp8" else []:
+        if layer not in activations and not any(is_named(layer, name) for name in spec.float_layers):
+            raise ValueError(f"fp8 needs the largest input of every linear layer: activations hold no {layer!r}")
 
 
 def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
@@ -148,9 +166,9 @@ def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
 
 
 def _build(
-    graph: GraphBuilder, config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float] | None
+    graph: GraphBuilder, config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]
 ) -> onnx.ModelProto:
-    linear = Linear(graph, spec.precision, activations or {})
+    linear = Linear(graph, spec.precision, activations, spec.int8_weights, spec.float_layers)
     x = _tokens(graph, config, spec)
     for index in range(config.depth):
         x = _block(graph, linear, x, index, config, spec)

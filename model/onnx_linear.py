@@ -9,6 +9,8 @@
   channel (`model/quantize.py`), LayerScale folded. The five operators are those that ONNX Runtime fuses into one.
   All the rest is float32.
 - fp8: for TensorRT. Inputs and weights of linear layers pass through E4M3; all the rest is as in bf16.
+
+`float_layers` are left out of int8 and fp8: they stay in float32 and bfloat16.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from model.onnx_nodes import FloatArray, GraphBuilder
-from model.quantize import FP8_LARGEST, fp8_per_channel, int8_per_channel
+from model.quantize import FP8_LARGEST, Int8Weights, fp8_per_channel, int8_per_channel
 
 
 class Half(NamedTuple):
@@ -48,11 +50,24 @@ def widen(graph: GraphBuilder, x: str, precision: str) -> str:
     return x if precision not in HALVES else graph.node("Cast", [x], f"{x}.float", to=TensorProto.FLOAT)
 
 
-class Linear:
-    """Writes linear layers x @ W^T + b of one precision into a graph."""
+def is_named(layer: str, name: str) -> bool:
+    """Whether `layer` (blocks.3.mlp.fc2) is what `name` says: itself, the end (mlp.fc2) or the beginning (blocks.3)."""
+    return f".{layer}".endswith(f".{name}") or f"{layer}.".startswith(f"{name}.")
 
-    def __init__(self, graph: GraphBuilder, precision: str, activations: Mapping[str, float]) -> None:
+
+class Linear:
+    """Writes linear layers x @ W^T + b of one precision into a graph; see `GraphSpec` for the arguments."""
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        precision: str,
+        activations: Mapping[str, float],
+        int8_weights: Int8Weights,
+        float_layers: tuple[str, ...],
+    ) -> None:
         self._graph, self._precision, self._activations = graph, precision, activations
+        self._int8_weights, self._float_layers = int8_weights, float_layers
         self._half = HALVES.get(precision)
 
     def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
@@ -61,9 +76,10 @@ class Linear:
         weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]
         if gain is not None:
             weight, bias = weight * gain[:, None], bias * gain
-        if self._precision == "int8":
+        eight_bits = not any(is_named(key, layers) for layers in self._float_layers)
+        if self._precision == "int8" and eight_bits:
             product = self._int8(x, key, weight)
-        elif self._precision == "fp8":
+        elif self._precision == "fp8" and eight_bits:
             product = self._fp8(x, key, weight)
         else:
             product = graph.node("MatMul", [x, self._stored(f"{key}.weight", weight.T)], f"{key}.matmul")
@@ -84,10 +100,10 @@ class Linear:
 
     def _int8(self, x: str, key: str, weight: FloatArray) -> str:
         graph = self._graph
-        quantized, scale = int8_per_channel(weight)
+        quantized, scale, zero = int8_per_channel(weight, self._int8_weights)
         stored = graph.constant(f"{key}.weight", quantized.T)
         scales = graph.constant(f"{key}.weight_scale", scale)
-        zeros = graph.constant(f"{key}.weight_zero_point", np.zeros(len(scale), np.int8))
+        zeros = graph.constant(f"{key}.weight_zero_point", zero)
         x_int, x_scale, x_zero = graph.several(
             "DynamicQuantizeLinear", [x], [f"{key}.in", f"{key}.in_scale", f"{key}.in_zero_point"], f"{key}.in"
         )
@@ -97,8 +113,6 @@ class Linear:
         return graph.node("Mul", [sums, both], f"{key}.matmul")
 
     def _fp8(self, x: str, key: str, weight: FloatArray) -> str:
-        if key not in self._activations:
-            raise ValueError(f"fp8 needs the largest input of every linear layer: activations hold no {key!r}")
         graph, zero = self._graph, np.zeros((), ml_dtypes.float8_e4m3fn)
         quantized, scale = fp8_per_channel(weight)
         stored = graph.constant(f"{key}.weight", quantized.T)
