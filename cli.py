@@ -149,6 +149,12 @@ def export(
     outputs: Annotated[
         str, typer.Option(help="Further graphs' outputs: cls,patches,registers and any of attention,layer.N.")
     ] = "",
+    int8_weights: Annotated[
+        Literal["s7", "u8"], typer.Option(help="int8's weights: s7, the fastest on AVX2; u8, half the error.")
+    ] = "s7",
+    float_layers: Annotated[
+        str, typer.Option(help="Linear layers that int8 leaves in float, e.g. mlp.fc2,blocks.0 (ends or beginnings).")
+    ] = "",
     images: Annotated[
         Path | None,
         typer.Option(
@@ -186,6 +192,8 @@ def export(
             sizes=_items(sizes),
             precisions=_items(precision),
             outputs=_items(outputs),
+            int8_weights=int8_weights,
+            float_layers=_items(float_layers),
             labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
         )
     except (ValueError, OSError, DownloadError) as error:

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from model.config import ViTConfig
 from model.onnx_graph import AttentionForm, GraphSpec, Precision, write_onnx
 from model.preprocess import PreprocessSpec, output_size
+from model.quantize import Int8Weights
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -92,12 +93,14 @@ class GraphRecord(_Record):
     precision: Precision
     outputs: tuple[str, ...]
     attention: AttentionForm
+    int8_weights: Int8Weights = "s7"
+    float_layers: tuple[str, ...] = ()  # that int8 leaves alone
     not_compared: str | None = None  # why no parity record stands beside it; then an engine must pass at load
 
     @property
     def spec(self) -> GraphSpec:
         """What `model/onnx_graph.py` makes it from."""
-        return GraphSpec(size=self.size, precision=self.precision, outputs=self.outputs, attention=self.attention)
+        return GraphSpec(**{name: getattr(self, name) for name in GraphSpec.__dataclass_fields__})
 
 
 class Manifest(_Record):

@@ -75,7 +75,7 @@ class TorchEngine:
             raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bf16")
         torch.set_num_threads(threads)
         self._model = _load(weights, config, self.device, half=precision == "bf16")
-        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] = self._forward
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method here would be a cycle
         if compiled if compiled is not None else self._on_gpu:
             self._compiled = torch.compile(self._forward)
         self._graphs: dict[int, _Replayed] = {}
@@ -136,19 +136,19 @@ class TorchEngine:
             if pixels.shape[1:] == self._input_shape and self._graphs:
                 outputs = self._graphs[bucket(len(pixels))](x)
             else:
-                outputs = self._compiled(x.to(self.device))
+                outputs = (self._compiled or self._forward)(x.to(self.device))
             return Features(*(output[: len(pixels)].cpu().numpy() for output in outputs))
 
     def _capture(self, shape: tuple[int, ...]) -> None:
         """A CUDA graph per bucket. What cannot be compiled is captured as it runs eagerly."""
         try:
             for batch in BUCKETS:
-                self._graphs[batch] = _Replayed(self._compiled, batch, shape, self.device)
+                self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
         except Exception as error:  # torch's compiler raises what it likes: no C compiler, no triton, its own faults
-            if self._compiled == self._forward:
+            if self._compiled is None:
                 raise
             log.warning("torch.compile failed, running without it: %s", _first_line(error))
-            self._compiled = self._forward
+            self._compiled = None
             self._graphs = {b: _Replayed(self._forward, b, shape, self.device) for b in BUCKETS}
 
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ from model.engine import Features, FloatArray, available_cpus
 from model.engine_choice import graph_name
 from model.onnx_graph import GraphSpec, Precision, write_onnx
 from model.preprocess import PreprocessSpec
+from model.quantize import Int8Weights
 
 WeightsDtype = Literal["float32", "float16"]
 PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
@@ -126,14 +127,7 @@ def export_artifact(
             input_size=size,
             parity=comparison.records,
             graphs=[
-                GraphRecord(
-                    file=file,
-                    size=spec.size,
-                    precision=spec.precision,
-                    outputs=spec.outputs,
-                    attention=spec.attention,
-                    not_compared=comparison.not_compared.get(file),
-                )
+                GraphRecord(file=file, not_compared=comparison.not_compared.get(file), **asdict(spec))
                 for file, spec in specs.items()
                 if file != ONNX
             ],
@@ -262,6 +256,8 @@ def wanted_graphs(
     sizes: Sequence[str] = (),
     precisions: Sequence[str] = (),
     outputs: Sequence[str] = (),
+    int8_weights: Int8Weights = "s7",
+    float_layers: Sequence[str] = (),
 ) -> list[GraphSpec]:
     """The further graphs that a command line asks for: every size in every precision, less what `model.onnx` is.
 
@@ -271,6 +267,7 @@ def wanted_graphs(
         sizes: "224" (square), "224x336" (H x W) or "dynamic"; none: the size of `model.onnx`.
         precisions: of `PRECISIONS`; none: fp32.
         outputs: cls, patches and registers, which serving reads, and any of attention and layer.N; none: those three.
+        int8_weights, float_layers: of int8 graphs, see `GraphSpec`.
 
     Raises:
         ValueError: another value; the message names it and what is allowed.
@@ -278,6 +275,8 @@ def wanted_graphs(
     for precision in precisions:
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
+    if float_layers and "int8" not in precisions:
+        raise ValueError(f"float layers {','.join(float_layers)} are for int8, which is not among the precisions")
     chosen = tuple(outputs) or Features._fields
     allowed = [*Features._fields, "attention", *(f"layer.{i}" for i in range(config.depth))]
     for output in chosen:
@@ -289,8 +288,14 @@ def wanted_graphs(
     if missing:
         raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be among them, serving reads it")
     wanted = [_parse_size(text, config.patch_size) for text in sizes] or [size]
-    specs = [GraphSpec(size=s, precision=PRECISIONS[p], outputs=chosen) for s in wanted for p in precisions or ["fp32"]]
-    return [spec for spec in dict.fromkeys(specs) if spec != GraphSpec(size=size)]
+    specs = []
+    for text in precisions or ["fp32"]:
+        spec = GraphSpec(size=size, precision=PRECISIONS[text], outputs=chosen)
+        if text == "int8":
+            spec = replace(spec, int8_weights=int8_weights, float_layers=tuple(float_layers))
+        specs.append(spec)
+    every = dict.fromkeys(replace(spec, size=each) for each in wanted for spec in specs)
+    return [spec for spec in every if spec != GraphSpec(size=size)]
 
 
 def _parse_size(text: str, patch_size: int) -> tuple[int, int] | None:
@@ -322,6 +327,8 @@ def export_checkpoint(
     sizes: Sequence[str] = (),
     precisions: Sequence[str] = (),
     outputs: Sequence[str] = (),
+    int8_weights: Int8Weights = "s7",
+    float_layers: Sequence[str] = (),
     labelled: parity.LabelledPhotos | None = None,
 ) -> Artifact:
     """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
@@ -332,7 +339,7 @@ def export_checkpoint(
         name: the artifact's; default: what our own checkpoint's provenance names, else the architecture.
         licence: SPDX identifier of the weights; a published model brings its own.
         resize, crop: of the preprocessing; default: what the checkpoint was evaluated with, else 256 and 224.
-        sizes, precisions, outputs: further graphs, see `wanted_graphs`.
+        sizes, precisions, outputs, int8_weights, float_layers: further graphs, see `wanted_graphs`.
 
     Others: see `export_artifact`.
 
@@ -361,7 +368,15 @@ def export_checkpoint(
     evaluated = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
     changes = {key: value for key, value in (("resize", resize), ("crop", crop)) if value is not None}
     spec = PreprocessSpec.model_validate(evaluated.model_dump() | changes)
-    graphs = wanted_graphs(config, input_size(spec), sizes=sizes, precisions=precisions, outputs=outputs)
+    graphs = wanted_graphs(
+        config,
+        input_size(spec),
+        sizes=sizes,
+        precisions=precisions,
+        outputs=outputs,
+        int8_weights=int8_weights,
+        float_layers=float_layers,
+    )
     return export_artifact(
         {key: tensor.numpy() for key, tensor in state.items()},
         config,

@@ -88,6 +88,9 @@ def test_a_wrong_further_output_fails_the_export(tmp_path: Path, monkeypatch: py
 
 
 def test_graphs_are_derived_like_the_first(exported: Artifact, tmp_path: Path) -> None:
+    changed = GraphSpec(size=(84, 84), precision="int8", int8_weights="u8", float_layers=("mlp.fc2",), outputs=EXTRAS)
+    other = export(tmp_path / "other", graphs=[changed], keep_onnx=False).path
+    assert load_artifact(other).manifest.graphs[0].spec == changed  # derived as it was written, or refused
     specs = [graph.spec for graph in exported.manifest.graphs if graph.precision in ("int8", "fp16")]
     lean = export(tmp_path / "lean", graphs=specs, keep_onnx=False).path
     assert sorted(path.name for path in lean.iterdir()) == ["manifest.json", "weights.safetensors"]
@@ -151,6 +154,11 @@ def test_what_is_asked_for() -> None:
     assert names(sizes=["70", "84x98", "dynamic"], precisions=["fp32", "fp16"]) == [
         ((70, 70), "fp16"), ((84, 98), "fp32"), ((84, 98), "fp16"), (None, "fp32"), (None, "fp16"),
     ]  # fmt: skip
+    half, eight = wanted_graphs(
+        CONFIG, (70, 70), precisions=["fp16", "int8"], int8_weights="u8", float_layers=["mlp.fc2"]
+    )
+    assert half == GraphSpec(size=(70, 70), precision="fp16")
+    assert eight == GraphSpec(size=(70, 70), precision="int8", int8_weights="u8", float_layers=("mlp.fc2",))
     (spec,) = wanted_graphs(CONFIG, (70, 70), outputs=list(EXTRAS))
     assert spec == GraphSpec(size=(70, 70), outputs=EXTRAS)
 
@@ -163,6 +171,7 @@ def test_what_is_asked_for() -> None:
         ({"sizes": ["0"]}, "size '0'"),
         ({"sizes": ["-14"]}, "size '-14'"),
         ({"precisions": ["fp8"]}, "precision 'fp8': one of fp32, fp16, bf16, int8"),
+        ({"float_layers": ["mlp.fc2"]}, r"float layers mlp\.fc2 are for int8, which is not among the precisions"),
         ({"outputs": ["cls", "patches"]}, "outputs cls,patches: registers must be among them"),
         ({"outputs": ["cls", "tokens"]}, r"output 'tokens': one of cls, patches, registers, attention, layer\.0 to"),
         ({"outputs": ["layer.2"]}, r"output 'layer\.2': .* layer\.0 to layer\.1"),
