@@ -38,7 +38,7 @@ StoreOption = Annotated[
 ModelOption = Annotated[
     str, typer.Option(help="auto (the collection's own, else as `dinov2 serve`), an artifact folder, or a name.")
 ]
-EngineOption = Annotated[str, typer.Option(help="auto, onnxruntime or torch.")]
+EngineOption = Annotated[str, typer.Option(help="auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")]
 PoolingOption = Annotated[
     Literal["cls", "mean", "cls+mean"] | None,
