@@ -21,7 +21,8 @@ from model.checkpoint import _expected_shapes
 from model.config import ViTConfig
 from model.convert import convert
 from model.engine_onnx import OnnxEngine
-from model.onnx_graph import AttentionForm, GraphSpec, Precision, write_onnx
+from model.onnx_graph import GraphSpec, Precision, write_onnx
+from model.quantize import Int8Weights
 from model.vit import DinoVisionTransformer
 
 FloatArray = npt.NDArray[np.float32]
@@ -98,19 +99,20 @@ def _torch_run(model: Callable[[torch.Tensor], Any], output: str, *, compiled: b
     return run
 
 
-def write_graph(case: Case, *, precision: Precision = "fp32", attention: AttentionForm = "standard") -> Path:
-    """Our graph, for this size and any batch."""
-    path = case.folder / f"ours-{case.size}-{precision}-{attention}.onnx"
+def write_graph(case: Case, precision: Precision = "fp32", weights: Int8Weights = "s7", floats: str = "") -> Path:
+    """Our graph, for this size and any batch; `weights` and `floats` (comma-separated) are of int8: see `GraphSpec`."""
+    path = case.folder / f"ours-{case.size}-{precision}-{weights}-{floats}.onnx"
     if not path.exists():
-        weights = {key: tensor.numpy() for key, tensor in case.ours.state_dict().items()}
-        spec = GraphSpec(size=(case.size, case.size), precision=precision, attention=attention)
-        write_onnx(weights, case.config, spec, path)
+        state = {key: tensor.numpy() for key, tensor in case.ours.state_dict().items()}
+        left = tuple(floats.split(",")) if floats else ()
+        spec = GraphSpec((case.size, case.size), precision, int8_weights=weights, float_layers=left)
+        write_onnx(state, case.config, spec, path)
     return path
 
 
-def our_onnx(case: Case, *, precision: Precision = "fp32", attention: AttentionForm = "standard") -> Run:
+def our_onnx(case: Case, precision: Precision = "fp32", weights: Int8Weights = "s7", floats: str = "") -> Run:
     """As the service runs it."""
-    path = write_graph(case, precision=precision, attention=attention)
+    path = write_graph(case, precision, weights, floats)
     engine = OnnxEngine(path, threads=case.threads, spinning=case.spinning)
     return lambda pixels: engine.run(pixels).cls
 
@@ -169,7 +171,10 @@ BUILDERS: dict[str, Callable[[Case], Run]] = {
     "torch eager": partial(our_torch, compiled=False),
     "torch compiled": partial(our_torch, compiled=True),
     "ONNX Runtime fp32": our_onnx,
-    "ONNX Runtime int8": partial(our_onnx, precision="int8"),
+    "ONNX Runtime int8, s7": partial(our_onnx, precision="int8"),
+    "int8 s7, fc2 and proj float": partial(our_onnx, precision="int8", floats="mlp.fc2,attn.proj"),
+    "int8 u8, fc2 float": partial(our_onnx, precision="int8", weights="u8", floats="mlp.fc2"),
+    "int8 u8, fc2 and proj float": partial(our_onnx, precision="int8", weights="u8", floats="mlp.fc2,attn.proj"),
     "transformers eager": partial(their_torch, compiled=False),
     "transformers compiled": partial(their_torch, compiled=True),
     "OpenVINO fp32": openvino,
