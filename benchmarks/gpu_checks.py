@@ -250,7 +250,7 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     if not package_there("onnx"):
         raise SkipError("onnx is not installed")
     from model.engine_tensorrt import TensorRTEngine
-    from model.export_tensorrt import BuildOptions, make_job, run_job
+    from model.export_tensorrt import BuildOptions, make_job, run_job, targets_of
     from model.tensorrt_build import count_fused_attention
     from model.tensorrt_plans import find_toolchain
 
@@ -266,7 +266,8 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         path = graph_file(folder, weights, config, setting, "bf16", "standard")
-        job = make_job(toolchain.library.name, path, folder / "plan", size, BuildOptions(precision="bf16"))
+        options, targets = BuildOptions(precision="bf16"), targets_of(toolchain)
+        job = make_job(toolchain.library.name, path, folder / "plan", size, options, targets=targets)
         run_job(job, folder, time_limit_s=140, progress=lambda event: None)
         plan = (folder / "plan").read_bytes()
     built = time.perf_counter() - start
