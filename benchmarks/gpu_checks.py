@@ -181,6 +181,8 @@ def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
     except ImportError as error:
         raise SkipError(f"onnxruntime is not installed ({error})") from error
     provider = "CUDAExecutionProvider" if setting.cuda else "CPUExecutionProvider"
+    if setting.cuda:
+        ort.preload_dlls()  # before the question: where the provider is a plugin, it registers when CUDA loads
     if provider not in ort.get_available_providers():
         raise SkipError(f"onnxruntime {ort.__version__} has no {provider}: onnxruntime-gpu has")
     network, pixels, reference = network_of(setting)
@@ -204,7 +206,6 @@ def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
 def _session_row(name: str, path: Path, provider: str, setting: Setting, pixels: Any, reference: Any) -> dict[str, Any]:
     import onnxruntime as ort
 
-    ort.preload_dlls()
     start = time.perf_counter()
     options = ort.SessionOptions()
     options.log_severity_level = 3

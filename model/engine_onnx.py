@@ -93,9 +93,6 @@ class OnnxEngine:
         options = _options(threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
-        if provider != "cpu":
-            with redirect_stdout(sys.stderr):  # it prints what it does not find
-                ort.preload_dlls()  # CUDA as pip's wheels bring it; else only where the system keeps it
         try:
             self._session = ort.InferenceSession(
                 _with_tiled_attention(model) if self.tiled else str(path),
@@ -155,6 +152,11 @@ def need_provider(provider: Provider) -> None:
     Raises:
         ModuleNotFoundError: it was not.
     """
+    if provider != "cpu":
+        # CUDA as pip's wheels bring it: the GPU build itself looks only where the system keeps it. Builds whose CUDA
+        # provider is a plugin register it only when these load, so this comes before the question.
+        with redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()
     if _PROVIDERS[provider] not in ort.get_available_providers():
         raise ModuleNotFoundError(
             f"this ONNX Runtime has no {_PROVIDERS[provider]}: pip install onnxruntime-gpu instead of onnxruntime"

@@ -141,3 +141,18 @@ def test_tensorrt_runs_no_more_than_its_profile_at_once(graphs: Path) -> None:
 
 def test_a_session_never_goes_on_with_another_provider(graphs: Path) -> None:
     assert not OnnxEngine(graphs / "fixed.onnx", threads=1)._session._enable_fallback
+
+
+def test_libraries_of_a_gpu_are_loaded_for_a_gpu_before_its_provider_is_looked_for(
+    graphs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(module.ort, "preload_dlls", lambda: (asked.append("load"), print("Failed to load libcudart")))
+    monkeypatch.setattr(module.ort, "get_available_providers", lambda: asked.append("look") or ["CPUExecutionProvider"])
+    with pytest.raises(ModuleNotFoundError):
+        module.need_provider("cuda")
+    assert asked == ["load", "look"]
+    assert capfd.readouterr().out == ""  # an output that a program reads
+    asked.clear()
+    OnnxEngine(graphs / "fixed.onnx", threads=1)
+    assert "load" not in asked
