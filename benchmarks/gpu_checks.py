@@ -181,6 +181,8 @@ def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
     except ImportError as error:
         raise SkipError(f"onnxruntime is not installed ({error})") from error
     provider = "CUDAExecutionProvider" if setting.cuda else "CPUExecutionProvider"
+    if setting.cuda:
+        ort.preload_dlls()  # before the question: where the provider is a plugin, it registers when CUDA loads
     if provider not in ort.get_available_providers():
         raise SkipError(f"onnxruntime {ort.__version__} has no {provider}: onnxruntime-gpu has")
     network, pixels, reference = network_of(setting)
@@ -204,7 +206,6 @@ def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
 def _session_row(name: str, path: Path, provider: str, setting: Setting, pixels: Any, reference: Any) -> dict[str, Any]:
     import onnxruntime as ort
 
-    ort.preload_dlls()
     start = time.perf_counter()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -250,7 +251,7 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     if not package_there("onnx"):
         raise SkipError("onnx is not installed")
     from model.engine_tensorrt import TensorRTEngine
-    from model.export_tensorrt import BuildOptions, make_job, run_job
+    from model.export_tensorrt import BuildOptions, make_job, run_job, targets_of
     from model.tensorrt_build import count_fused_attention
     from model.tensorrt_plans import find_toolchain
 
@@ -266,7 +267,8 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         path = graph_file(folder, weights, config, setting, "bf16", "standard")
-        job = make_job(toolchain.library.name, path, folder / "plan", size, BuildOptions(precision="bf16"))
+        options, targets = BuildOptions(precision="bf16"), targets_of(toolchain)
+        job = make_job(toolchain.library.name, path, folder / "plan", size, options, targets=targets)
         run_job(job, folder, time_limit_s=140, progress=lambda event: None)
         plan = (folder / "plan").read_bytes()
     built = time.perf_counter() - start

@@ -156,7 +156,7 @@ def compare(reference: Any, found: Any) -> tuple[float, float, float]:
         a, b = ours.astype(np.float64), theirs.astype(np.float64)
         cosines.append(float(np.min((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))))
         errors.append(float(np.abs(a - b).max()))
-    return cosines[0], cosines[1], max(errors)
+    return cosines[0], cosines[1], float(np.max(errors))
 
 
 def parity_row(parity: tuple[float, float, float]) -> dict[str, Any]:

@@ -114,6 +114,8 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
     elif strays := [row for row in found["rows"] if row.get("passed") is False]:
         named = ", ".join(str(row.get("engine") or row.get("dtype")) for row in strays)
         found |= {"status": "failed", "reason": f"further from its reference than is allowed: {named}"}
+    elif found["rows"] and all("failed" in row for row in found["rows"]):
+        found |= {"status": "failed", "reason": f"no engine ran: {found['rows'][0]['failed']}"}
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 

@@ -145,8 +145,11 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder of what hosts make from this artifact: further graphs, engine plans. It may not exist."""
-        return (self.derived_dir or self.path.parent) / self.path.name
+        """The folder of what hosts make from this artifact: further graphs, engine plans. It may not exist.
+
+        Named by the fingerprint: an artifact's folder can be renamed, and another model put in its place.
+        """
+        return (self.derived_dir or self.path.parent) / self.name
 
     @property
     def weights(self) -> Weights:

@@ -11,6 +11,7 @@ searched on one.
 """
 
 import ctypes
+import gc
 import logging
 import statistics
 import time
@@ -102,6 +103,8 @@ def _asked(host: "_Host", candidate: Candidate) -> Choice:
         engine = host.load(candidate)
     except NotHere as error:
         raise NotHere(f"engine {candidate.name}: {error}") from error
+    except RuntimeError as error:  # CUDA's, mostly; ValueError is what a start that fails in one line knows
+        raise ValueError(f"engine {candidate.name}: {_line(error)}") from error
     return Choice(engine, (Tried(candidate.name, "serves", "asked for"),))
 
 
@@ -110,10 +113,13 @@ def _first(host: "_Host", candidates: Sequence[Candidate]) -> Choice:
     for candidate in candidates:
         try:
             engine = host.load(candidate)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:  # the next one may be able to
+        except Exception as error:  # whatever a GPU's libraries raise, the next one may be able to
+            if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+                log.warning("engine %s failed in a way of its own", candidate.name, exc_info=True)
             tried.append(Tried(candidate.name, "passed over", _line(error)))
-            continue
-        return Choice(engine, (*tried, Tried(candidate.name, "serves", "the first that can")))
+        else:
+            return Choice(engine, (*tried, Tried(candidate.name, "serves", "the first that can")))
+        gc.collect()  # what was passed over may hold memory, the GPU's among it, in cycles
     raise ValueError(f"no engine can serve {host.artifact.name}: {'; '.join(f'{t.engine}: {t.reason}' for t in tried)}")
 
 
@@ -178,7 +184,12 @@ class _Host:
             raise NotHere(fault)
         engine = self._open(candidate)
         if candidate != self._recorded:
-            parity.check(parity.measure(self._reference, engine, self._pixels), "the float32 reference")
+            try:
+                parity.check(parity.measure(self._reference, engine, self._pixels), "the float32 reference")
+            except BaseException:
+                if close := getattr(engine, "close", None):  # the GPU's memory, for the next one
+                    close()
+                raise
         return engine
 
     def _fault(self, candidate: Candidate) -> str | None:
@@ -225,7 +236,7 @@ class _Host:
 
         provider = _PROVIDERS[candidate.runtime]
         need_provider(provider)  # before a graph is made for it
-        path, cache = self._graph_file(precision), artifact.derived
+        path, cache = self._graph_file(precision, any_size=provider == "cpu"), artifact.derived
         if provider == "tensorrt":
             cache.mkdir(parents=True, exist_ok=True)
         return OnnxEngine(
@@ -238,12 +249,15 @@ class _Host:
         usable = [graph for graph in graphs if graph.size in (self.artifact.manifest.input_size, None)]
         return min(usable, key=lambda graph: graph.size is None, default=None)
 
-    def _graph_file(self, precision: str) -> Path:
-        """The graph's file: the artifact's, or one that this host makes from the weights and keeps."""
+    def _graph_file(self, precision: str, *, any_size: bool = True) -> Path:
+        """The graph's file: the artifact's, or one that this host makes from the weights and keeps.
+
+        `any_size`: a dynamic graph will do. TensorRT takes none.
+        """
         artifact = self.artifact
         if precision == "fp32" and ONNX in artifact.locations:
             return artifact.file(ONNX)
-        if (graph := self._graph(precision)) is not None:
+        if (graph := self._graph(precision)) is not None and (any_size or graph.size is not None):
             return artifact.file(graph.file)
         size = artifact.manifest.input_size
         spec = GraphSpec(size=size, precision=_graph_precision(precision))

@@ -19,7 +19,9 @@ Legend: B batch, H x W pixels, T tokens, D width.
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -79,6 +81,7 @@ class OnnxEngine:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's own unrelated class, or OSError
             raise ValueError(f"{path}: not an ONNX graph: {error}") from error
+        self._largest_batch = LARGEST_BATCH if provider == "tensorrt" else None
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
         self.outputs = tuple(output.name for output in model.graph.output)
         self.patch_size = _patch_size(model)
@@ -90,13 +93,13 @@ class OnnxEngine:
         options = _options(threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
-        ort.preload_dlls()  # CUDA as pip's wheels bring it; without, the GPU build looks only where the system keeps it
         try:
             self._session = ort.InferenceSession(
                 _with_tiled_attention(model) if self.tiled else str(path),
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
                 provider_options=settings,
+                enable_fallback=0,  # on a fault of the GPU it would go on with the CPU, then and in every later pass
             )
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}") from error
@@ -120,7 +123,9 @@ class OnnxEngine:
         missing = [name for name in names if name not in self.outputs]
         if missing:
             raise ValueError(f"this graph has no output {missing[0]!r}: it has {', '.join(self.outputs)}")
-        found = self._session.run(list(names), {"pixels": pixels})
+        step = self._largest_batch or len(pixels)  # beyond its profile TensorRT would build anew, for minutes
+        parts = [self._session.run(list(names), {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
+        found = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, found, strict=True)}
 
     def _tokens(self) -> int:
@@ -147,6 +152,11 @@ def need_provider(provider: Provider) -> None:
     Raises:
         ModuleNotFoundError: it was not.
     """
+    if provider != "cpu":
+        # CUDA as pip's wheels bring it: the GPU build itself looks only where the system keeps it. Builds whose CUDA
+        # provider is a plugin register it only when these load, so this comes before the question.
+        with redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()
     if _PROVIDERS[provider] not in ort.get_available_providers():
         raise ModuleNotFoundError(
             f"this ONNX Runtime has no {_PROVIDERS[provider]}: pip install onnxruntime-gpu instead of onnxruntime"

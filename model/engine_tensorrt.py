@@ -156,6 +156,8 @@ class TensorRTEngine:
             raise ValueError(f"not a plan of this project: its tensors are {', '.join(names)}")
         self._input_shape = shapes.pop(INPUT)[1:]  # (3, H, W)
         self._output_shapes = {name: shape[1:] for name, shape in shapes.items()}
+        if free := [name for name, shape in self._output_shapes.items() if min(shape) < 0]:
+            raise ValueError(f"not a plan of this project: {', '.join(free)} has other free dimensions than the batch")
         ranges = []
         for index in range(engine.num_optimization_profiles):
             low, _, high = engine.get_tensor_profile_shape(INPUT, index)  # each [B, 3, H, W]
@@ -165,6 +167,7 @@ class TensorRTEngine:
     def _forget(self) -> None:
         """Let the library's objects go in the order in which they depend on each other."""
         self._contexts: dict[int, Any] = {}
+        self._jit: Any = None  # the bindings let it hold the engine, and with it the weights
         self._engine = None
         self._runtime = None
 
@@ -193,7 +196,7 @@ class TensorRTEngine:
         """One execution context a bucket, with its profile, shape and addresses."""
         self._contexts = {}
         stack.callback(self._contexts.clear)
-        self._jit: Any = None
+        self._jit = None
         settings = self._runtime_settings(jit_cache)
         for bucket in BUCKETS:
             context = self._engine.create_execution_context(settings)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from model.config import ViTConfig
 from model.engine import Features, FloatArray
-from model.vit import DinoVisionTransformer
+from model.vit import DinoVisionTransformer, resize_tensor
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
 """Batches that a GPU has CUDA graphs for; others are padded up, larger ones cut."""
@@ -77,6 +77,7 @@ class TorchEngine:
         self._model = _load(weights, config, self.device, half=precision == "bf16")
         self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method here would be a cycle
         if compiled if compiled is not None else self._on_gpu:
+            torch.compiler.assume_constant_result(resize_tensor)  # marks it; what is beneath cannot be traced
             self._compiled = torch.compile(self._forward)
         self._graphs: dict[int, _Replayed] = {}
         self._input_shape = (3, *input_size) if input_size else None
@@ -85,6 +86,8 @@ class TorchEngine:
 
     def run(self, pixels: FloatArray) -> Features:
         """See `model.engine.Engine`."""
+        if not len(pixels):
+            raise ValueError(f"pixels of shape {pixels.shape}: at least one image is needed")
         parts = [self._run_part(pixels[i : i + BUCKETS[-1]]) for i in range(0, len(pixels), BUCKETS[-1])]
         return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -145,7 +144,7 @@ def export_artifact(
             path.chmod(0o644)  # safetensors makes its file for the owner alone; a container's user must read it too
         target = out_dir / folder.name
         if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
-            shutil.rmtree(target)
+            os.rename(target, Path(temporary) / "replaced")
         os.rename(folder, target)
     return Artifact(target, manifest, {name: target / name for name in files if (target / name).exists()})
 

@@ -74,8 +74,9 @@ def sample_photos(count: int = 16, seed: int = 0) -> list[npt.NDArray[np.uint8]]
 
 def compare(reference: Features, candidate: Features) -> tuple[float, float, float, float]:
     """(max abs error, lowest class cosine, lowest patch cosine, share of equal nearest neighbours) of two batches."""
-    error = max(
-        float(np.abs(ours - theirs).max(initial=0.0)) for ours, theirs in zip(candidate, reference, strict=True)
+    # numpy's maximum keeps a NaN, Python's may lose it.
+    error = float(
+        np.max([np.abs(ours - theirs).max(initial=0.0) for ours, theirs in zip(candidate, reference, strict=True)])
     )
     agreement = float(np.mean(_nearest_other(candidate.cls) == _nearest_other(reference.cls)))
     return (
@@ -141,8 +142,8 @@ def with_extras(
     cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
     return record.model_copy(
         update={
-            "max_abs_error": max(record.max_abs_error, *errors),
-            "min_cosine_patches": min(record.min_cosine_patches, *cosines),
+            "max_abs_error": float(np.max([record.max_abs_error, *errors])),  # a NaN stays
+            "min_cosine_patches": float(np.min([record.min_cosine_patches, *cosines])),
         }
     )
 

@@ -52,7 +52,7 @@ def find_library(name: str | None = None) -> Library:
     for candidate in (name,) if name else LIBRARIES:
         try:
             module = importlib.import_module(candidate)
-        except ImportError as error:  # also a wheel whose shared library is missing
+        except (ImportError, OSError) as error:  # OSError: a wheel whose shared library is missing or does not load
             reasons.append(f"{candidate}: {error}")
             continue
         version = str(module.__version__)
@@ -178,9 +178,12 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     if plan is None:
         raise BuildError(plain_reason(errors))
     built = time.monotonic()
-    if cache := job.get("timing_cache"):
-        _write(Path(cache), config.get_timing_cache().serialize())
     _write(Path(job["plan"]), plan)
+    if cache := job.get("timing_cache"):
+        try:
+            _write(Path(cache), config.get_timing_cache().serialize())
+        except OSError as error:  # only the next build is slower
+            print(f"{cache}: measurements of kernels are not kept: {error.strerror}", file=sys.stderr)
     return {
         "profiles": profiles,
         "parse_s": round(parsed - started, 3),
@@ -213,7 +216,7 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
     if cache := job.get("timing_cache"):
         known = Path(cache).read_bytes() if Path(cache).exists() else b""
         timings = config.create_timing_cache(known)
-        if not config.set_timing_cache(timings, False):  # of another GPU or version: begin a new one
+        if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: begin a new one
             config.set_timing_cache(config.create_timing_cache(b""), False)
     monitor = None
     if hasattr(trt, "IProgressMonitor"):

@@ -41,6 +41,12 @@ def _resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) 
         return torch.tensor(resize_matrix(side, n, rule), device=device)
 
 
+def resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
+    """As `_resize_tensor`. What compiles a whole pass marks this function as constant: torch's compiler looks through
+    `lru_cache` and cannot trace the numpy beneath."""
+    return _resize_tensor(side, n, rule, device)
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -191,7 +197,7 @@ class DinoVisionTransformer(nn.Module):
         if (h, w) == (side, side):
             return self.pos_embed
         rule = self.config.pos_embed_rule
-        rows, columns = (_resize_tensor(side, n, rule, self.pos_embed.device) for n in (h, w))
+        rows, columns = (resize_tensor(side, n, rule, self.pos_embed.device) for n in (h, w))
         patches = self.pos_embed[0, 1:].float().view(side, side, -1)  # [M, M, D]
         resized = torch.einsum("hi,ijd->hjd", rows, patches)
         resized = torch.einsum("wj,hjd->hwd", columns, resized).reshape(1, h * w, -1)

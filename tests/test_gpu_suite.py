@@ -73,6 +73,13 @@ def test_numbers_that_stray_fail_their_check(suite) -> None:
     assert "further from its reference than is allowed: torch" in found["reason"]
 
 
+def test_a_check_of_which_nothing_ran_failed(suite) -> None:
+    code = "import json; print(json.dumps({'row': {'engine': 'a', 'failed': 'ValueError: no kernel'}}))"
+    found = suite.run_check(python(suite, code), limit_s=30.0)
+    assert found["status"] == "failed"
+    assert found["reason"] == "no engine ran: ValueError: no kernel"
+
+
 def test_one_crash_costs_one_check_and_a_lack_is_told_once(suite, tmp_path, capsys) -> None:
     lacks = 'print(\'{"skipped": "no such library"}\')'
     checks = [

@@ -1,5 +1,6 @@
 """GET /v1/models: what is served, and how it was checked."""
 
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -41,9 +42,21 @@ def describe(service: Service) -> dict[str, Any]:
         "preprocess": manifest.preprocess.model_dump(mode="json"),
         "engine": service.engine.name,
         "precision": service.engine.precision,
-        "engines_tried": [tried._asdict() for tried in service.tried],
+        "engines_tried": [t._asdict() | {"reason": _without_folders(t.reason, service)} for t in service.tried],
         "parity": [record.model_dump(mode="json") for record in manifest.parity],
         "provenance": manifest.provenance,
         "licence": manifest.licence,
         "created_at": manifest.created,
     }
+
+
+_FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"]+/)+")
+"""The folders of an absolute path, not those of an address."""
+
+
+def _without_folders(text: str, service: Service) -> str:
+    """A reason with its files' names alone: where they lie on the host is for the log."""
+    for folder in (service.artifact.path, service.artifact.derived, service.settings.data_dir.absolute()):
+        if folder.is_absolute():
+            text = text.replace(f"{folder}/", "/")  # it may hold spaces
+    return _FOLDERS.sub("", text)

@@ -257,3 +257,57 @@ def test_the_benchmark_takes_turns_and_ends() -> None:
     slow = Timed("c", 60.0)
     assert images_per_s([slow], np.zeros((1, 3, 14, 14), np.float32), clock=lambda: now[0]) == pytest.approx([1 / 60])
     assert order.count("c") == 2
+
+
+class Failing:
+    """A runtime whose library raises something unforeseen, in its first pass."""
+
+    name, precision = "failing", "bf16"
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.closed = error, False
+
+    def run(self, pixels: np.ndarray) -> Features:
+        raise self.error
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def failing_tensorrt(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Failing:
+    engine, fake = Failing(error), types.ModuleType("model.engine_tensorrt")
+    fake.load_tensorrt = lambda *_: engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "model.engine_tensorrt", fake)
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return engine
+
+
+def test_no_fault_of_a_gpu_keeps_auto_from_serving(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = failing_tensorrt(monkeypatch, AttributeError("no set_device_memory"))
+    choice = choose_engine(exported, threads=1)
+    assert choice.engine.name == "onnxruntime"
+    assert choice.tried[0] == ("tensorrt:bf16", "passed over", "no set_device_memory")
+    assert engine.closed
+
+
+def test_a_gpu_that_was_asked_for_and_fails_is_told_in_one_line(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = failing_tensorrt(monkeypatch, RuntimeError("CUDA: out\nof memory"))
+    with pytest.raises(ValueError, match=r"engine tensorrt:bf16: CUDA: out of memory$"):
+        choose_engine(exported, "tensorrt", threads=1)
+    assert engine.closed
+
+
+def test_graphs_made_here_belong_to_the_weights_and_not_to_the_folder(exported: Artifact, tmp_path: Path) -> None:
+    renamed = replace(exported, path=tmp_path / "mine", derived_dir=tmp_path / "derived")
+    other = replace(renamed, manifest=renamed.manifest.model_copy(update={"fingerprint": "b" * 64}))
+    assert renamed.derived != other.derived
+
+
+def test_tensorrt_is_given_a_graph_of_one_size(exported: Artifact, tmp_path: Path) -> None:
+    graph = GraphRecord(file="model-dynamic-fp16.onnx", size=None, precision="fp16", outputs=(), attention="standard")
+    manifest = exported.manifest.model_copy(update={"graphs": [graph]})
+    host = engine_choice._Host(replace(exported, manifest=manifest, derived_dir=tmp_path), 1)
+    assert host._graph_file("fp16", any_size=False) == tmp_path / exported.name / "model-70-fp16.onnx"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -123,3 +124,35 @@ def test_tensorrt_s_options(tmp_path: Path) -> None:
     assert options["trt_engine_cache_path"] == str(tmp_path)
     with pytest.raises(ValueError, match="one size, not a dynamic one"):
         module._settings("tensorrt", "bf16", (3, "height", "width"), tmp_path)
+
+
+def test_tensorrt_runs_no_more_than_its_profile_at_once(graphs: Path) -> None:
+    engine = OnnxEngine(graphs / "fixed.onnx", threads=1)
+    batch = pixels(5, 3, 70, 98)
+    whole, sizes = engine.run(batch), []
+    session, engine._largest_batch = engine._session, 2
+    engine._session = SimpleNamespace(
+        run=lambda names, fed: sizes.append(len(fed["pixels"])) or session.run(names, fed)
+    )
+    for ours, theirs in zip(engine.run(batch), whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert sizes == [2, 2, 1]
+
+
+def test_a_session_never_goes_on_with_another_provider(graphs: Path) -> None:
+    assert not OnnxEngine(graphs / "fixed.onnx", threads=1)._session._enable_fallback
+
+
+def test_libraries_of_a_gpu_are_loaded_for_a_gpu_before_its_provider_is_looked_for(
+    graphs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(module.ort, "preload_dlls", lambda: (asked.append("load"), print("Failed to load libcudart")))
+    monkeypatch.setattr(module.ort, "get_available_providers", lambda: asked.append("look") or ["CPUExecutionProvider"])
+    with pytest.raises(ModuleNotFoundError):
+        module.need_provider("cuda")
+    assert asked == ["load", "look"]
+    assert capfd.readouterr().out == ""  # an output that a program reads
+    asked.clear()
+    OnnxEngine(graphs / "fixed.onnx", threads=1)
+    assert "load" not in asked

@@ -102,6 +102,7 @@ def test_close_gives_everything_back(rtx: bool) -> None:
     names = cuda.names()
     assert names[-1] == "cudaStreamDestroy"
     assert names.index("cudaGraphExecDestroy") < names.index("cudaFree")  # nothing is freed under a graph
+    assert engine._jit is None  # it would hold the library's engine
     engine.close()  # twice is once
 
 

@@ -75,14 +75,22 @@ def test_other_precisions_are_refused(weights: Path) -> None:
         open_engine(weights, precision="fp16")
 
 
-def test_compiled_gives_the_same(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("side", [70, 42])  # at 42 the positions are resized
+def test_compiled_gives_the_same(weights: Path, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced by torch.compile in one piece; without its code generation, which takes most of a minute here."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend="eager", fullgraph=True))
+    torch._dynamo.reset()  # it remembers sizes across engines
     compiled, eager = open_engine(weights, compiled=True), open_engine(weights)
     for batch in (2, 5):
-        for ours, theirs in zip(compiled.run(pixels(batch)), eager.run(pixels(batch)), strict=True):
+        images = np.ascontiguousarray(pixels(batch)[:, :, :side, :side])
+        for ours, theirs in zip(compiled.run(images), eager.run(images), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_no_image_is_an_error(weights: Path) -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        open_engine(weights).run(pixels(0))
 
 
 class StandIn:

@@ -181,3 +181,12 @@ def test_what_is_asked_for() -> None:
 def test_what_cannot_be_asked_for_is_named(asked: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wanted_graphs(CONFIG, (70, 70), **asked)
+
+
+def test_an_export_over_an_older_one_replaces_it_and_leaves_nothing_else(tmp_path: Path) -> None:
+    first = export(tmp_path)
+    (first.path / "old.txt").write_text("older")
+    again = export(tmp_path)
+    assert again.path == first.path
+    assert not (again.path / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [again.path.name]

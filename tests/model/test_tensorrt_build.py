@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from model.tensorrt_build import BuildError, _Events, build, refit
+from model.tensorrt_build import BuildError, _Events, build, find_library, refit
 
 
 class Flag(IntEnum):
@@ -235,6 +235,33 @@ def test_timings_are_kept_and_those_of_another_gpu_begun_anew(tmp_path: Path) ->
         ("set_timing_cache", b"new timings", False),
         ("set_timing_cache", b"", False),
     ]
+
+
+def test_timings_that_cannot_be_read_are_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Config.create_timing_cache
+    monkeypatch.setattr(Config, "create_timing_cache", lambda self, data: made(self, data) if not data else None)
+    (tmp_path / "timings").write_bytes(b"noise")
+    recorder = Recorder()
+    build(recorder, build_job(tmp_path, timing_cache=str(tmp_path / "timings")), events())
+    assert [call for call in recorder.calls if call[0] == "set_timing_cache"] == [("set_timing_cache", b"", False)]
+
+
+def test_timings_that_cannot_be_kept_cost_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(Recorder(), build_job(tmp_path, timing_cache=str(tmp_path / "absent" / "timings")), events())
+    assert (tmp_path / "plan").exists()
+    assert "measurements of kernels are not kept" in capsys.readouterr().err
+
+
+def test_a_wheel_that_does_not_load_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name == "tensorrt":
+            raise OSError("libnvinfer.so.10: cannot open shared object file")
+        return SimpleNamespace(__version__="1.7.1.116")
+
+    monkeypatch.setattr("model.tensorrt_build.importlib.import_module", load)
+    assert find_library().name == "tensorrt_rtx"
+    with pytest.raises(ModuleNotFoundError, match=r"libnvinfer\.so\.10"):
+        find_library("tensorrt")
 
 
 def refit_job(folder: Path) -> dict[str, Any]:

@@ -124,6 +124,20 @@ async def test_the_model_says_which_engines_were_tried(tmp_path):
     ]
 
 
+async def test_the_model_does_not_say_where_files_lie(tmp_path):
+    reasons = {
+        f"{tmp_path / 'some data' / 'derived' / 'x' / 'model.onnx'}: no graph": "model.onnx: no graph",
+        "libfoo.so => /usr/lib/x86_64/libfoo.so.1: missing": "libfoo.so => libfoo.so.1: missing",
+        "see https://example.org/a/b.html": "see https://example.org/a/b.html",
+        "a class cosine of 0.9/0.99": "a class cosine of 0.9/0.99",
+    }
+    async with running(tmp_path) as run:
+        run.service.settings = run.service.settings.model_copy(update={"data_dir": tmp_path / "some data"})
+        run.service.tried = tuple(Tried("torch:fp32", "passed over", reason) for reason in reasons)
+        (one,) = (await run.client.get("/v1/models")).json()["data"]
+    assert [tried["reason"] for tried in one["engines_tried"]] == [*reasons.values()]
+
+
 async def test_collections_find_the_photo_itself_first(tmp_path):
     items = [{"id": f"p{i}", "image": data_url(photo(i)), "metadata": {"i": i}} for i in range(6)]
     async with running(tmp_path) as run:
