@@ -22,7 +22,7 @@ import torch
 from random_model import RandomModel
 from workers import Worker
 
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from training.flops import describe_device
 
 RESULTS = Path(__file__).parent / "results"

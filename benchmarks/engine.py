@@ -136,7 +136,7 @@ def print_table(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
 
 def main() -> None:
     from model.config import config_for
-    from model.engine import available_cpus
+    from model.cpus import available_cpus
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dinov2_vits14")

@@ -27,7 +27,8 @@ from serving import random_artifact  # benchmarks/serving.py
 
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
-from model.engine import Engine, available_cpus, load_engine
+from model.cpus import available_cpus
+from model.engine import Engine, load_engine
 from model.preprocess import REFERENCE_224, preprocess
 from service.decode import decode
 from service.index_files import IndexOptions, IndexReport, index_photos

@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 
 from model.config import ViTConfig, config_for
-from model.engine import Features, available_cpus
+from model.cpus import available_cpus
+from model.engine import Features
 from model.onnx_emulate import emulate_half
 from model.onnx_graph import GraphSpec, build_onnx
 from model.parity import compare, sample_photos

@@ -53,7 +53,7 @@ import search_peers as peers  # benchmarks/search_peers.py
 import uvloop
 from search_peers import KEYS, NAME, Engine, K, Where
 
-from model.engine import available_cpus
+from model.cpus import available_cpus
 
 RESULTS = Path(__file__).parent / "results"
 D, SPREAD, CHUNK = 384, 0.5, 50_000

@@ -25,7 +25,7 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model.artifact import read_manifest
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from service.search import database
 from service.search.database import SegmentRow
 from service.search.embedded import EmbeddedStore, open_embedded

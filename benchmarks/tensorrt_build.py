@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from model.config import ViTConfig, config_for
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from model.export_tensorrt import run_job
 from model.onnx_graph import GraphSpec, write_onnx
 from model.tensorrt_build import BuildError, count_fused_attention, find_library

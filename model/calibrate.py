@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from model.config import ViTConfig
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from model.onnx_graph import GraphSpec, write_onnx
 from model.onnx_nodes import FloatArray, Weights
 

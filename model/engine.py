@@ -9,15 +9,12 @@ Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Artifact
-from model.cpus import available_cpus
-
-__all__ = ["Choice", "Engine", "Features", "FloatArray", "Tried", "available_cpus", "load_engine", "parse_engine"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -61,6 +58,9 @@ class Choice:
     tried: tuple[Tried, ...]
 
 
+BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
+"""Batches that a GPU has CUDA graphs for; others are padded up, larger ones cut."""
+
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "bf16", "int8"),
     "onnxruntime-cuda": ("bf16", "fp16", "fp32"),
@@ -69,6 +69,11 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "tensorrt": ("bf16", "fp16", "fp8"),
 }
 """Runtimes with their precisions; the first is meant when none is given."""
+
+
+def bucket_of(batch: int) -> int:
+    """The smallest bucket that a batch of 1 to 64 fits into."""
+    return next(bucket for bucket in BUCKETS if bucket >= batch)
 
 
 def parse_engine(name: str) -> tuple[str, str]:

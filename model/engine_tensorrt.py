@@ -25,10 +25,9 @@ import numpy as np
 
 from model.artifact import Artifact
 from model.cuda_memory import CudaError
-from model.engine import Features, FloatArray
+from model.engine import BUCKETS, Features, FloatArray, bucket_of
 from model.tensorrt_build import make_logger
 from model.tensorrt_plans import (
-    BUCKETS,
     PRECISIONS,
     PlanPrecision,
     Toolchain,
@@ -277,11 +276,6 @@ class TensorRTEngine:
 
     def _told(self) -> str:
         return " | ".join(self._errors) or "it gave no reason"
-
-
-def bucket_of(batch: int) -> int:
-    """The smallest bucket that holds `batch` images; above the largest there is none."""
-    return next(bucket for bucket in BUCKETS if bucket >= batch)
 
 
 def choose_profile(ranges: list[tuple[int, int]], batch: int) -> int:

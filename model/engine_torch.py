@@ -18,7 +18,7 @@ Legend: B batch, D width, T tokens, A heads.
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,11 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.config import ViTConfig
-from model.engine import Features, FloatArray
+from model.engine import BUCKETS, Features, FloatArray, bucket_of
 from model.vit import DinoVisionTransformer, resize_tensor
-
-BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
-"""Batches that a GPU has CUDA graphs for; others are padded up, larger ones cut."""
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +134,7 @@ class TorchEngine:
         with torch.inference_mode():
             x = torch.from_numpy(pixels)
             if pixels.shape[1:] == self._input_shape and self._graphs:
-                outputs = self._graphs[bucket(len(pixels))](x)
+                outputs = self._graphs[bucket_of(len(pixels))](x)
             else:
                 outputs = (self._compiled or self._forward)(x.to(self.device))
             return Features(*(output[: len(pixels)].cpu().numpy() for output in outputs))
@@ -180,11 +177,6 @@ class _Replayed:
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()
         return self._outputs
-
-
-def bucket(batch: int) -> int:
-    """The smallest bucket that a batch fits into."""
-    return next(size for size in BUCKETS if size >= batch)
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> DinoVisionTransformer:

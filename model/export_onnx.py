@@ -41,7 +41,8 @@ from model.artifact import (
     load_artifact,
 )
 from model.config import ViTConfig
-from model.engine import Features, FloatArray, available_cpus
+from model.cpus import available_cpus
+from model.engine import Features, FloatArray
 from model.engine_choice import graph_name
 from model.onnx_graph import GraphSpec, Precision, write_onnx
 from model.preprocess import PreprocessSpec

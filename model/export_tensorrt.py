@@ -28,11 +28,10 @@ import numpy.typing as npt
 
 from model import parity, tensorrt_build
 from model.artifact import Artifact, ParityRecord
-from model.engine import Engine, Features, FloatArray
+from model.engine import BUCKETS, Engine
 from model.onnx_graph import write_onnx
 from model.tensorrt_build import BuildError, count_fused_attention
 from model.tensorrt_plans import (
-    BUCKETS,
     PROFILES,
     PlanKey,
     PlanMissing,
@@ -281,39 +280,12 @@ def check_fusion(library: str, fused: int, depth: int) -> None:
 def measure_batches(
     reference: Engine, candidate: Engine, artifact: Artifact, photos: Sequence[npt.NDArray[np.uint8]]
 ) -> list[ParityRecord]:
-    """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch of `BUCKETS`.
-
-    A batch above the number of photos holds some of them several times, so that each of its rows is compared.
-    """
+    """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch of `BUCKETS`."""
     if len(photos) < 2:
         raise ValueError(f"parity needs at least two photos, not {len(photos)}")
     pixels = parity.pixels_at(photos, artifact.manifest.preprocess, artifact.manifest.input_size)
-    expected = _run(reference, pixels, parity.BATCH)
-    return [_measure(expected, candidate, pixels, batch) for batch in BUCKETS]
-
-
-def _measure(expected: Features, candidate: Engine, pixels: FloatArray, batch: int) -> ParityRecord:
-    n = len(pixels)
-    rows = np.arange(max(n, batch)) % n
-    found = _run(candidate, pixels[rows], batch)
-    error, cls, patches, _ = parity.compare(Features(*(part[rows] for part in expected)), found)
-    # The nearest other photo of one that is there twice would be itself.
-    agreement = parity.compare(expected, Features(*(part[:n] for part in found)))[3]
-    return ParityRecord(
-        engine=candidate.name,
-        precision=candidate.precision,
-        images=n,
-        max_abs_error=error,
-        min_cosine_cls=cls,
-        min_cosine_patches=patches,
-        neighbour_agreement=agreement,
-        batch=batch,
-    )
-
-
-def _run(engine: Engine, pixels: FloatArray, batch: int) -> Features:
-    parts = [engine.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
-    return Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    expected = parity.features(reference, pixels)
+    return [parity.measure(expected, candidate, pixels, batch=batch) for batch in BUCKETS]
 
 
 def _record(

@@ -101,9 +101,9 @@ def pixels_at(photos: Sequence[Photo], spec: PreprocessSpec, size: tuple[int, in
     return np.ascontiguousarray(square[:, :, top : top + size[0], left : left + size[1]])
 
 
-def features(engine: Engine, pixels: FloatArray) -> Features:
-    """All features of `pixels` in small batches, so that parity of a large model fits in memory."""
-    parts = [engine.run(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
+def features(engine: Engine, pixels: FloatArray, batch: int = BATCH) -> Features:
+    """All features of `pixels`, by default in small batches, so that parity of a large model fits in memory."""
+    parts = [engine.run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
     return Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
@@ -112,24 +112,33 @@ def measure(
     candidate: Engine,
     pixels: FloatArray,
     *,
+    batch: int = BATCH,
     file: str = ONNX,
     size: tuple[int, int] | None = None,
     gate: GateRecord | None = None,
 ) -> ParityRecord:
-    """Run `candidate` on `pixels` [B, 3, H, W] (at least two) and compare all outputs with the reference's."""
-    assert len(pixels) > 1, "nearest neighbours need two photos"
-    error, cls, patches, agreement = compare(reference, features(candidate, pixels))
+    """Run `candidate` on `pixels` [B, 3, H, W] (at least two) and compare all outputs with the reference's.
+
+    A batch above the number of photos holds some of them several times, so that each of its rows is compared.
+    """
+    n = len(pixels)
+    assert n > 1, "nearest neighbours need two photos"
+    rows = np.arange(max(n, batch)) % n
+    found = features(candidate, pixels[rows], batch)
+    error, cls, patches, _ = compare(Features(*(part[rows] for part in reference)), found)
+    # The nearest other photo of one that is there twice would be itself.
+    agreement = compare(reference, Features(*(part[:n] for part in found)))[3]
     return ParityRecord(
         engine=candidate.name,
         precision=candidate.precision,
-        images=len(pixels),
+        images=n,
         max_abs_error=error,
         min_cosine_cls=cls,
         min_cosine_patches=patches,
         neighbour_agreement=agreement,
         file=file,
         size=size,
-        batch=BATCH,
+        batch=batch,
         gate=gate,
     )
 

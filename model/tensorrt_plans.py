@@ -44,9 +44,6 @@ class Profile(NamedTuple):
 PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
 """A single image at the lowest latency; what waits together under usual load; full batches."""
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-"""Batches that get a CUDA graph; others are padded up to the next."""
-
 
 @dataclass(frozen=True)
 class Toolchain:

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Artifact
-from model.engine import Engine, available_cpus
+from model.cpus import available_cpus
+from model.engine import Engine
 from model.preprocess import preprocess
 from service.decode import DecodeLimits, decode
 from service.durable import aside

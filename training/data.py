@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from training.config import TrainConfig
 from training.dataset import Photo, Skipped, Source, split_source
 from training.distributed import World, from_main, wait_for_all

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from training.config import TrainConfig
 from training.crops import make_micros
 from training.data import Data, check_apart, open_data

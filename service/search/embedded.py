@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy.typing as npt
 
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
 from service.search import database, snapshots
 from service.search.database import Row, snapshot, translated

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import faiss
 import numpy as np
 
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from service.durable import exclusive
 from service.errors import CollectionNotFound, ServiceError
 from service.search import database, snapshots

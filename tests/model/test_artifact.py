@@ -9,7 +9,8 @@ import pytest
 
 from model import parity
 from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
-from model.engine import Features, available_cpus, load_engine
+from model.cpus import available_cpus
+from model.engine import Features, load_engine
 from model.export_onnx import export_artifact
 from model.preprocess import PreprocessSpec, preprocess
 from tests.model.tiny import CONFIG, SPEC, random_weights

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from model.cuda_memory import Cuda, CudaError, describe_gpu
-from model.engine_tensorrt import TensorRTEngine, bucket_of, choose_profile
-from model.tensorrt_plans import BUCKETS
+from model.engine import BUCKETS, bucket_of
+from model.engine_tensorrt import TensorRTEngine, choose_profile
 from tests.model.fake_tensorrt import SIDE, FakeCuda, fake_plan, fake_toolchain, features_of
 
 RTX = pytest.mark.parametrize("rtx", [False, True], ids=["tensorrt", "tensorrt_rtx"])

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from model import parity
+from model.engine import BUCKETS
 from tests.model.tiny import CONFIG, random_weights
 
 torch = pytest.importorskip("torch", reason="the torch engine needs torch: pip install '.[train]'")
 module = pytest.importorskip("model.engine_torch")
 
-BUCKETS, TorchEngine, bucket = module.BUCKETS, module.TorchEngine, module.bucket
+TorchEngine = module.TorchEngine
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +142,6 @@ def _calls_forward(plain):
         forward(torch.zeros(1, *shape))
 
     return init
-
-
-def test_buckets() -> None:
-    assert [bucket(batch) for batch in (1, 2, 3, 5, 17, 33, 64)] == [1, 2, 4, 8, 32, 64, 64]
 
 
 def test_outputs_that_there_are_not(weights: Path) -> None:

@@ -17,13 +17,13 @@ from model import export_tensorrt, tensorrt_build
 from model.artifact import Artifact, Manifest
 from model.config import ViTConfig
 from model.cuda_memory import CudaError, Gpu
-from model.engine import Features
+from model.engine import BUCKETS, Features
 from model.engine_tensorrt import TensorRTEngine, load_tensorrt
 from model.export_tensorrt import BuildOptions, build_plan, check_fusion, make_job, run_job, targets_of
 from model.parity import ParityError, sample_photos
 from model.preprocess import PreprocessSpec
 from model.tensorrt_build import BuildError, count_fused_attention, find_library, plain_reason
-from model.tensorrt_plans import BUCKETS, PROFILES, PlanMissing, find_plan, graph_spec, plans_folder
+from model.tensorrt_plans import PROFILES, PlanMissing, find_plan, graph_spec, plans_folder
 from tests.model.fake_tensorrt import DIM, GPU, SIDE, FakeCuda, fake_plan, fake_toolchain, features_of
 
 CONFIG = ViTConfig(embed_dim=DIM, depth=2, num_heads=2, img_size=SIDE, num_register_tokens=2)

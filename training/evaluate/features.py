@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.checkpoint import save_safetensors
-from model.engine import available_cpus
+from model.cpus import available_cpus
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.dataset import Photo, Skipped, read_photo
