@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from model import parity
@@ -98,7 +99,10 @@ def export_artifact(
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".exporting-") as temporary:
         folder = Path(temporary) / f"{name}-{digest[:8]}"
         folder.mkdir()
-        save_file(stored, folder / WEIGHTS)
+        try:
+            save_file(stored, folder / WEIGHTS)
+        except SafetensorError as error:  # a full disk arrives as one
+            raise OSError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
         del stored
         specs = {ONNX: GraphSpec(size=size)} | {graph_name(spec.size, spec.precision): spec for spec in graphs}
         written = {}
@@ -360,8 +364,13 @@ def export_checkpoint(
             raise ValueError(f"{source} does not say its architecture: add --arch, e.g. --arch dinov2_vits14")
         model = load_model(arch, weights=path)
         state, config, provenance = model.state_dict(), model.config, {"file": path.name}
+    elif path.is_dir():
+        raise ValueError(f"{source} is a folder; a checkpoint file is exported, a run's is its checkpoint.safetensors")
     else:
-        entry = zoo.resolve(source)
+        try:
+            entry = zoo.resolve(source)
+        except ValueError as error:
+            raise ValueError(f"{source}: no such file; {error}") from error
         model = load_model(entry.name)
         state, config, licence = model.state_dict(), model.config, entry.licence
         provenance, arch = {"url": entry.url}, entry.name

@@ -113,6 +113,8 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
+        (["nowhere/checkpoint.safetensors"], "nowhere/checkpoint.safetensors: no such file"),
+        (["tests"], "tests is a folder; a checkpoint file is exported"),
         (["FOREIGN"], "add --arch"),
         (["OWN", "--crop", "300"], "does not fit into resize"),
         (["OWN", "--crop", "71"], "must be a multiple of patch_size=14"),

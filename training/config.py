@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ViTConfig, config_for
 from model.preprocess import PreprocessSpec
@@ -32,7 +32,7 @@ class LastPhase(BaseModel):
     student still learns, and little of it reaches the average that is released.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     share: Share = Field(gt=0, lt=1, description="of the run's steps")
     global_size: int
@@ -50,7 +50,7 @@ class TrainConfig(BaseModel):
         pydantic.ValidationError (a ValueError): an unknown key, or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # what and where
     data: Address = Field(
@@ -59,7 +59,7 @@ class TrainConfig(BaseModel):
     )
     out: Path = Field(description="folder for checkpoints and logs")
     recipe: str = "none"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the device has it; fp16 comes with a scaled loss"
@@ -137,7 +137,7 @@ class TrainConfig(BaseModel):
     mask_probability: float = Field(0.5, ge=0, le=1)
 
     # optimisation
-    epochs: float = Field(100, gt=0)
+    epochs: float = Field(100, gt=0, le=1e6)
     batch_size: int = Field(64, ge=2, description="photos of one update, over all ranks and micro-batches")
     micro_batch: int | None = Field(
         None, ge=1, description="photos of one forward pass on one rank; gradients add up to batch_size; None: no parts"
@@ -196,6 +196,10 @@ class TrainConfig(BaseModel):
         for name, size in sizes.items():
             if size < patch or size % patch:
                 raise ValueError(f"{name}={size} must be a multiple of the patch size {patch}")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name}=[{low:g}, {high:g}] is a range of shares of the photo: above 0, up to 1")
         for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the run: 0 to 1")
@@ -257,4 +261,15 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
             near = difflib.get_close_matches(key, TrainConfig.model_fields, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "the settings are the fields of training/config.py"
             raise ValueError(f"unknown setting {key!r}: {hint}")
-    return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
+    try:
+        return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
+    except ValidationError as error:
+        raise ValueError("; ".join(_in_words(problem) for problem in error.errors())) from error
+
+
+def _in_words(problem: Any) -> str:
+    """One of pydantic's problems in one line, without its types and links."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return str(message)
+    return f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {message}"

@@ -124,7 +124,7 @@ def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: Sig
             if world.is_main:
                 write_sheet(config, run.data, backbone, step, run.total)
         stopping = agree(world, stop.came)
-        best = config.on_knn == "rollback" and step == run.sentinels.state.best_knn_step  # to go back to just this
+        best = config.on_knn != "warn" and step == run.sentinels.state.best_knn_step  # to go back to, or to stay
         if agree(world, save_is_due(run)) or best or stopping or step == run.total:
             save(run, step)
     if stopping:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from model import parity
 from model.artifact import Artifact, ArtifactError, bundled_artifact, load_artifact, read_manifest
@@ -99,6 +100,16 @@ def test_graphs_are_derived_like_the_first(exported: Artifact, tmp_path: Path) -
         name = f"model-70-{spec.precision}.onnx"
         assert loaded.file(name).read_bytes() == exported.file(name).read_bytes()
     assert loaded.derived == tmp_path / "derived" / lean.name
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("model.export_onnx.save_file", full)
+    with pytest.raises(OSError, match=r"weights\.safetensors: cannot be written: .*No space left"):
+        export(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_int8_without_labelled_photos_has_no_passed_gate(tmp_path: Path) -> None:

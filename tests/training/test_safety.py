@@ -314,6 +314,15 @@ def test_the_guard_goes_back_to_the_best_step_however_long_ago(photos, tmp_path,
     assert read_lines(out / "evaluations.jsonl") == read_lines(whole / "evaluations.jsonl")
 
 
+def test_a_run_that_the_guard_stops_keeps_its_best_step(photos, tmp_path, monkeypatch):
+    guarded_by(falling(lambda step, _: 0.5 if step <= 3 else 0.1), monkeypatch)
+    out = tmp_path / "run"
+    with pytest.raises(RunStopped, match="its checkpoints are kept"):
+        loop.train(config(photos, out, on_knn="stop", eval_every_epochs=1, epochs=4), QUIET)
+    assert find_state(out)[0].step == 3
+    assert (out / "checkpoint.safetensors").exists()
+
+
 def test_the_guard_keeps_what_the_weights_had_before_the_first_step(photos, tmp_path, monkeypatch):
     """Killed between the first state and the first step, a run still knows what it started from."""
     first = loop.train(config(photos, tmp_path / "first"), QUIET)

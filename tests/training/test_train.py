@@ -168,6 +168,12 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
         ("smoke", ["freeze_backbone=-0.1"], "freeze_backbone=-0.1"),
         ("smoke", ["local_size=0"], "local_size=0"),
         ("smoke", ["last_phase={share = 0.2, global_size = 100, local_size = 42}"], "last_phase.global_size=100"),
+        ("smoke", ["lr=inf"], "^lr=inf: Input should be a finite number$"),
+        ("smoke", ["epochs=1e30"], "^epochs=1e\\+30: Input should be less"),
+        ("smoke", ["epochs=three"], "^epochs='three': Input should be a valid number"),
+        ("smoke", ["seed=-1"], "^seed=-1: Input should be greater"),
+        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. is a range"),
+        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. is a range"),
         ("smoke", ["last_phase={share = 1.2, global_size = 98, local_size = 42}"], "last_phase.share"),
     ],
 )

@@ -79,6 +79,9 @@ def evaluate(
         OSError: the cache cannot be written.
     """
     settings = make_settings(task, given or {})
+    blocks, depth = getattr(settings, "blocks", 1), len(backbone.model.blocks)
+    if (most := blocks if isinstance(blocks, int) else max(blocks)) > depth:
+        raise ValueError(f"{task} takes the last {most} blocks, and the model has {depth}: set blocks (--blocks)")
     context = tasks.Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
     match settings:
         case KnnSettings():

@@ -99,6 +99,15 @@ def test_settings_that_do_not_apply_are_refused():
         make_settings("cluster", {})
 
 
+def test_more_blocks_than_the_model_has_are_named_with_the_option(checkpoint, colours):
+    with pytest.raises(
+        ValueError, match=r"linear takes the last 5 blocks, and the model has 4: set blocks \(--blocks\)"
+    ):
+        evaluate("linear", load_backbone(str(checkpoint)), colours, {"blocks": (1, 5)})
+    with pytest.raises(ValueError, match="segmentation takes the last 5 blocks"):
+        evaluate("segmentation", load_backbone(str(checkpoint)), colours, {"blocks": 5})
+
+
 def test_sizes(checkpoint):
     own = load_backbone(str(checkpoint)).spec
     assert spec_for(own, make_settings("knn", {})) == own
