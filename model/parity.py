@@ -50,6 +50,8 @@ KNN_K: Final = 20  # the usual best of the paper's
 KNN_TEMPERATURE: Final = 0.07
 MAX_VAL_LOSS: Final = 2  # photos of val that int8 may classify wrongly and float32 rightly, net
 MAX_TRAIN_LOSS: Final = 0.005  # share of train, each photo among the others
+MIN_VAL: Final = 200  # photos, below which losing two of them says nothing
+MIN_TRAIN: Final = 500
 
 
 class ParityError(ValueError):
@@ -270,7 +272,7 @@ def knn_right(
 
 
 def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
-    """Whether k-NN with the candidate's class tokens is as good as with float32's."""
+    """Whether k-NN with the candidate's class tokens is as good as with float32's; of few photos it can only fail."""
     val, train = [], []
     for tokens in (reference, candidate):
         known = (tokens.train, tokens.train_labels)
@@ -279,9 +281,12 @@ def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
     n_val, n_train = len(reference.val_labels), len(reference.train_labels)
     finite = bool(np.isfinite(candidate.train).all() and np.isfinite(candidate.val).all())
     passed = finite and val[0] - val[1] <= MAX_VAL_LOSS and train[0] - train[1] <= MAX_TRAIN_LOSS * n_train
+    enough = n_val >= MIN_VAL and n_train >= MIN_TRAIN
+    few = "" if enough else f"too few photos, at least {MIN_TRAIN} of train and {MIN_VAL} of val are needed: "
     return GateRecord(
-        status="passed" if passed else "failed",
-        reason=(
+        status="failed" if not passed else "passed" if enough else "not measured",
+        reason=few
+        + (
             f"k-NN of {KNN_K} on val {val[0]} -> {val[1]} of {n_val} photos (may fall by {MAX_VAL_LOSS}), "
             f"leave-one-out on train {100 * train[0] / n_train:.2f} -> {100 * train[1] / n_train:.2f} % "
             f"(may fall by {100 * MAX_TRAIN_LOSS:g} points){'' if finite else '; not every feature is finite'}"

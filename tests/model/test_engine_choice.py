@@ -11,7 +11,7 @@ import pytest
 
 from model import engine_choice, parity
 from model.artifact import Artifact, GateRecord, GraphRecord, ParityRecord, load_artifact
-from model.engine import Features, load_engine, parse_engine
+from model.engine import BUCKETS, Features, load_engine, parse_engine
 from model.engine_choice import choose_engine, images_per_s
 from model.export_onnx import export_artifact
 from model.onnx_graph import GraphSpec
@@ -89,7 +89,7 @@ def test_auto_without_a_gpu_takes_the_cpu_and_says_why(
     exported: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(engine_choice, "no_gpu", lambda: "no NVIDIA driver")
-    monkeypatch.setattr(parity, "measure", lambda *_: pytest.fail("the recorded engine is not compared again"))
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: pytest.fail("the recorded engine is not compared again"))
     caplog.set_level(logging.INFO, "model.engine_choice")
     choice = choose_engine(with_gate(exported, PASSED), threads=1)
     assert (choice.engine.name, choice.engine.precision) == ("onnxruntime", "fp32")  # never int8
@@ -121,6 +121,32 @@ def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: p
     assert not exported.derived.exists()  # no graph is made for a runtime that is not there
     assert given == [(exported, "bf16", exported.derived)]
     with pytest.raises(parity.ParityError, match="wrong bf16 strays"):  # asked for by name: nothing else serves
+        load_engine(exported, "tensorrt", threads=1)
+
+
+@pytest.mark.parametrize("wrong_at", [None, 1, 16, 64])
+def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch, wrong_at: int | None
+) -> None:
+    """Each batch has kernels of its own, so each could be wrong by itself."""
+    right, batches = load_engine(exported, "onnxruntime", threads=1), []
+
+    class Gpu:
+        name, precision, device = "gpu", "bf16", "cuda"
+
+        def run(self, pixels: np.ndarray) -> Features:
+            batches.append(len(pixels))
+            return (Wrong() if len(pixels) == wrong_at else right).run(pixels)
+
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    fake = types.ModuleType("model.engine_tensorrt")
+    fake.load_tensorrt = lambda *_: Gpu()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "model.engine_tensorrt", fake)
+    if wrong_at is None:
+        assert load_engine(exported, "tensorrt", threads=1).name == "gpu"
+        assert set(BUCKETS) <= set(batches)
+        return
+    with pytest.raises(parity.ParityError, match="gpu bf16 strays"):
         load_engine(exported, "tensorrt", threads=1)
 
 
@@ -173,7 +199,7 @@ def record(**figures: float) -> ParityRecord:
 def test_int8_is_compared_again_on_this_host(
     exported: Artifact, monkeypatch: pytest.MonkeyPatch, cosine: float, serves: bool
 ) -> None:
-    monkeypatch.setattr(parity, "measure", lambda *_: record(min_cosine_cls=cosine))
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: record(min_cosine_cls=cosine))
     if serves:
         assert load_engine(with_gate(exported, PASSED), "onnxruntime:int8", threads=1).precision == "int8"
         return
@@ -219,7 +245,7 @@ def test_the_fastest_that_is_right(
     exported: Artifact, monkeypatch: pytest.MonkeyPatch, int8: float, expected: str
 ) -> None:
     monkeypatch.setattr(engine_choice, "images_per_s", lambda engines, pixels: [100.0, int8])
-    monkeypatch.setattr(parity, "measure", lambda *_: record())
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: record())
     choice = choose_engine(with_gate(exported, PASSED), "fastest", threads=1)
     assert choice.engine.precision == expected
     assert {tried.engine: tried.reason for tried in choice.tried} == {

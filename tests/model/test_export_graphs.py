@@ -132,6 +132,8 @@ def test_int8_needs_its_cosines_too(
     monkeypatch.setattr(parity, "measure", measured)
     monkeypatch.setattr(parity, "MAX_VAL_LOSS", 4)
     monkeypatch.setattr(parity, "MAX_TRAIN_LOSS", 1.0)
+    monkeypatch.setattr(parity, "MIN_VAL", 0)
+    monkeypatch.setattr(parity, "MIN_TRAIN", 0)
     (_, record) = export(
         tmp_path, graphs=[GraphSpec(size=(70, 70), precision="int8")], labelled=LABELLED
     ).manifest.parity

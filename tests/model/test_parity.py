@@ -35,7 +35,7 @@ def test_knn_is_what_training_measures(leave_one_out: bool, k: int) -> None:
     assert theirs > 0.5 if k < 1000 else theirs > 0
 
 
-def tokens(val_wrong: int, train_wrong: int, *, n_val: int = 40, n_train: int = 1000) -> ClassTokens:
+def tokens(val_wrong: int, train_wrong: int, *, n_val: int = 240, n_train: int = 1000) -> ClassTokens:
     """Two classes far apart; so many photos of each part lie with the wrong class."""
 
     def of(n: int, wrong: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,9 +53,9 @@ def tokens(val_wrong: int, train_wrong: int, *, n_val: int = 40, n_train: int = 
 def test_what_int8_may_lose(val: int, train: int, status: str) -> None:
     gate = knn_gate(tokens(1, 10), tokens(1 + val, 10 + train))
     assert gate.status == status
-    assert gate.val_right == (39, 39 - val)
+    assert gate.val_right == (239, 239 - val)
     assert gate.train_right == (990, 990 - train)
-    assert f"val 39 -> {39 - val} of 40 photos (may fall by 2)" in gate.reason
+    assert f"val 239 -> {239 - val} of 240 photos (may fall by 2)" in gate.reason
     assert f"train 99.00 -> {99 - train / 10:.2f} % (may fall by 0.5 points)" in gate.reason
 
 
@@ -64,6 +64,16 @@ def test_more_right_than_float32_passes_and_nan_does_not() -> None:
     broken = tokens(0, 0)
     broken.train[3] = np.nan
     assert knn_gate(tokens(0, 0), broken).status == "failed"
+
+
+@pytest.mark.parametrize(("n_val", "n_train"), [(199, 1000), (200, 499)])
+def test_few_photos_let_nothing_pass(n_val: int, n_train: int) -> None:
+    few = {"n_val": n_val, "n_train": n_train}
+    gate = knn_gate(tokens(0, 0, **few), tokens(0, 0, **few))
+    assert gate.status == "not measured"
+    assert gate.reason.startswith("too few photos, at least 500 of train and 200 of val are needed: k-NN of 20 on val ")
+    assert knn_gate(tokens(0, 0, **few), tokens(3, 0, **few)).status == "failed"
+    assert knn_gate(*[tokens(0, 0, n_val=200, n_train=500)] * 2).status == "passed"
 
 
 def test_labelled_folders(tmp_path: Path) -> None:
