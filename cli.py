@@ -153,8 +153,12 @@ def export(
         Literal["s7", "u8"], typer.Option(help="int8's weights: s7, the fastest on AVX2; u8, half the error.")
     ] = "s7",
     float_layers: Annotated[
-        str, typer.Option(help="Linear layers that int8 leaves in float, e.g. mlp.fc2,blocks.0 (ends or beginnings).")
-    ] = "",
+        str | None,
+        typer.Option(
+            help="Linear layers that int8 leaves in float, by ends or beginnings of names (mlp.fc2,blocks.0), or none. "
+            "Default: attn.proj and mlp.fc2 (or mlp.w3)."
+        ),
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -193,7 +197,7 @@ def export(
             precisions=_items(precision),
             outputs=_items(outputs),
             int8_weights=int8_weights,
-            float_layers=_items(float_layers),
+            float_layers=None if float_layers is None else _items("" if float_layers == "none" else float_layers),
             labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
         )
     except (ValueError, OSError, DownloadError) as error:

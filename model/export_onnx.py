@@ -261,7 +261,7 @@ def wanted_graphs(
     precisions: Sequence[str] = (),
     outputs: Sequence[str] = (),
     int8_weights: Int8Weights = "s7",
-    float_layers: Sequence[str] = (),
+    float_layers: Sequence[str] | None = None,
 ) -> list[GraphSpec]:
     """The further graphs that a command line asks for: every size in every precision, less what `model.onnx` is.
 
@@ -271,7 +271,8 @@ def wanted_graphs(
         sizes: "224" (square), "224x336" (H x W) or "dynamic"; none: the size of `model.onnx`.
         precisions: of `PRECISIONS`; none: fp32.
         outputs: cls, patches and registers, which serving reads, and any of attention and layer.N; none: those three.
-        int8_weights, float_layers: of int8 graphs, see `GraphSpec`.
+        int8_weights, float_layers: of int8 graphs, see `GraphSpec`; None: the layers that end a residual branch, since
+            with them in int8 a trained model missed the gate (docs/decisions/0018-int8.md).
 
     Raises:
         ValueError: another value; the message names it and what is allowed.
@@ -296,10 +297,16 @@ def wanted_graphs(
     for text in precisions or ["fp32"]:
         spec = GraphSpec(size=size, precision=PRECISIONS[text], outputs=chosen)
         if text == "int8":
-            spec = replace(spec, int8_weights=int8_weights, float_layers=tuple(float_layers))
+            left = branch_ends(config) if float_layers is None else tuple(float_layers)
+            spec = replace(spec, int8_weights=int8_weights, float_layers=left)
         specs.append(spec)
     every = dict.fromkeys(replace(spec, size=each) for each in wanted for spec in specs)
     return [spec for spec in every if spec != GraphSpec(size=size)]
+
+
+def branch_ends(config: ViTConfig) -> tuple[str, str]:
+    """The linear layers whose results are added to the residual stream."""
+    return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3"
 
 
 def _parse_size(text: str, patch_size: int) -> tuple[int, int] | None:
@@ -332,7 +339,7 @@ def export_checkpoint(
     precisions: Sequence[str] = (),
     outputs: Sequence[str] = (),
     int8_weights: Int8Weights = "s7",
-    float_layers: Sequence[str] = (),
+    float_layers: Sequence[str] | None = None,
     labelled: parity.LabelledPhotos | None = None,
 ) -> Artifact:
     """Export a checkpoint file of any format that `load_model` reads, or a published model by name.

@@ -1,6 +1,7 @@
 """Further graphs of an artifact: which ones, what the manifest says of them, and the gate of int8."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,12 @@ def test_what_is_asked_for() -> None:
     )
     assert half == GraphSpec(size=(70, 70), precision="fp16")
     assert eight == GraphSpec(size=(70, 70), precision="int8", int8_weights="u8", float_layers=("mlp.fc2",))
+    (eight,) = wanted_graphs(CONFIG, (70, 70), precisions=["int8"])
+    assert eight.float_layers == ("attn.proj", "mlp.fc2")
+    (eight,) = wanted_graphs(replace(CONFIG, ffn="swiglu"), (70, 70), precisions=["int8"])
+    assert eight.float_layers == ("attn.proj", "mlp.w3")
+    (eight,) = wanted_graphs(CONFIG, (70, 70), precisions=["int8"], float_layers=[])
+    assert eight.float_layers == ()
     (spec,) = wanted_graphs(CONFIG, (70, 70), outputs=list(EXTRAS))
     assert spec == GraphSpec(size=(70, 70), outputs=EXTRAS)
 
