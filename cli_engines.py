@@ -93,7 +93,7 @@ def _reference(artifact: "Artifact") -> "Engine":
     from importlib.util import find_spec
 
     from model.artifact import ONNX, WEIGHTS
-    from model.engine import available_cpus
+    from model.cpus import available_cpus
 
     if find_spec("torch") is not None:
         from model.engine_torch import TorchEngine

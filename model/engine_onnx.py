@@ -5,7 +5,7 @@ spinning is off here (figures: docs/decisions/0002-engine-threads.md).
 
 On a CPU the standard `Attention` operator holds a whole T x T matrix a head, `com.microsoft.MultiHeadAttention` is
 tiled: at many tokens it is faster and needs a fraction of the memory, at few it is a little slower
-(docs/decisions/0001-onnx-graph-from-weights.md). So a graph of many tokens has its attention nodes replaced in memory
+(docs/decisions/0017-attention-form.md). So a graph of many tokens has its attention nodes replaced in memory
 as it is loaded; weights that lie beside the graph stay where they are.
 
 A provider that was asked for answers or there is an error: ONNX Runtime itself would go on with its CPU kernels and say
