@@ -156,7 +156,7 @@ def export(
         str | None,
         typer.Option(
             help="Linear layers that int8 leaves in float, by ends or beginnings of names (mlp.fc2,blocks.0), or none. "
-            "Default: attn.proj and mlp.fc2 (or mlp.w3)."
+            "Default: attn.proj, mlp.fc2 (or mlp.w3) and the last block."
         ),
     ] = None,
     images: Annotated[

@@ -173,6 +173,7 @@ BUILDERS: dict[str, Callable[[Case], Run]] = {
     "ONNX Runtime fp32": our_onnx,
     "ONNX Runtime int8, s7": partial(our_onnx, precision="int8"),
     "int8 s7, fc2 and proj float": partial(our_onnx, precision="int8", floats="mlp.fc2,attn.proj"),
+    "int8, the export's default": partial(our_onnx, precision="int8", floats="mlp.fc2,attn.proj,blocks.11"),
     "int8 u8, fc2 float": partial(our_onnx, precision="int8", weights="u8", floats="mlp.fc2"),
     "int8 u8, fc2 and proj float": partial(our_onnx, precision="int8", weights="u8", floats="mlp.fc2,attn.proj"),
     "transformers eager": partial(their_torch, compiled=False),

@@ -271,8 +271,8 @@ def wanted_graphs(
         sizes: "224" (square), "224x336" (H x W) or "dynamic"; none: the size of `model.onnx`.
         precisions: of `PRECISIONS`; none: fp32.
         outputs: cls, patches and registers, which serving reads, and any of attention and layer.N; none: those three.
-        int8_weights, float_layers: of int8 graphs, see `GraphSpec`; None: the layers that end a residual branch, since
-            with them in int8 a trained model missed the gate (docs/decisions/0018-int8.md).
+        int8_weights, float_layers: of int8 graphs, see `GraphSpec`; None: `sensitive_layers`, since with them
+            in int8 a trained model missed the gate (docs/decisions/0018-int8.md).
 
     Raises:
         ValueError: another value; the message names it and what is allowed.
@@ -297,16 +297,16 @@ def wanted_graphs(
     for text in precisions or ["fp32"]:
         spec = GraphSpec(size=size, precision=PRECISIONS[text], outputs=chosen)
         if text == "int8":
-            left = branch_ends(config) if float_layers is None else tuple(float_layers)
+            left = sensitive_layers(config) if float_layers is None else tuple(float_layers)
             spec = replace(spec, int8_weights=int8_weights, float_layers=left)
         specs.append(spec)
     every = dict.fromkeys(replace(spec, size=each) for each in wanted for spec in specs)
     return [spec for spec in every if spec != GraphSpec(size=size)]
 
 
-def branch_ends(config: ViTConfig) -> tuple[str, str]:
-    """The linear layers whose results are added to the residual stream."""
-    return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3"
+def sensitive_layers(config: ViTConfig) -> tuple[str, ...]:
+    """Linear layers whose error reaches the features: those that end a residual branch, and the last block's."""
+    return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3", f"blocks.{config.depth - 1}"
 
 
 def _parse_size(text: str, patch_size: int) -> tuple[int, int] | None:
