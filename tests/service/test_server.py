@@ -299,12 +299,6 @@ def test_a_damaged_store_is_told_in_a_line(tmp_path):
     assert "damaged or not a database" in why_not_started(tmp_path)
 
 
-def test_a_store_in_use_is_told_in_a_line(tmp_path):
-    with contextlib.closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        assert "in use by another process" in why_not_started(tmp_path)
-
-
 def test_a_broken_manifest_is_told_in_a_line(tmp_path):
     (tmp_path / "manifest.json").write_text('{"name": 1')
     assert "not a manifest of format 1" in why_not_started(tmp_path, DINOV2_MODEL=str(tmp_path))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -847,3 +848,14 @@ async def test_what_cannot_be_removed_holds_up_nothing(store: EmbeddedStore, tmp
     os.utime(odd, (1e9, 1e9))
     snapshots.tidy(tmp_path / "snapshots")
     assert odd.is_dir()
+
+
+async def test_a_store_that_another_process_keeps_locked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that fails is one line of the same words: tests/service/test_server.py."""
+    monkeypatch.setattr(database, "_BUSY_MS", 20)
+    with closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageFailed, match="in use by another process"):
+            await open_embedded(tmp_path)
