@@ -26,7 +26,7 @@ import numpy as np
 from model.artifact import Artifact
 from model.cuda_memory import CudaError
 from model.engine import BUCKETS, Features, FloatArray, bucket_of
-from model.tensorrt_build import make_logger
+from model.tensorrt_build import make_logger, write_whole
 from model.tensorrt_plans import (
     PRECISIONS,
     PlanPrecision,
@@ -34,7 +34,6 @@ from model.tensorrt_plans import (
     find_plan,
     find_toolchain,
     plans_folder,
-    write_whole,
 )
 
 logger = logging.getLogger(__name__)

@@ -178,10 +178,10 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     if plan is None:
         raise BuildError(plain_reason(errors))
     built = time.monotonic()
-    _write(Path(job["plan"]), plan)
+    write_whole(Path(job["plan"]), plan)
     if cache := job.get("timing_cache"):
         try:
-            _write(Path(cache), config.get_timing_cache().serialize())
+            write_whole(Path(cache), config.get_timing_cache().serialize())
         except OSError as error:  # only the next build is slower
             print(f"{cache}: measurements of kernels are not kept: {error.strerror}", file=sys.stderr)
     return {
@@ -253,12 +253,12 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
         raise BuildError(f"the weights cannot be replaced: {plain_reason(errors)}")
     settings = engine.create_serialization_config()
     settings.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    _write(Path(job["plan"]), engine.serialize_with_config(settings))
+    write_whole(Path(job["plan"]), engine.serialize_with_config(settings))
     return {"refit_s": round(time.monotonic() - started, 3)}
 
 
-def _write(path: Path, data: Any) -> None:
-    """All of it or nothing: written aside, flushed to the disk, renamed."""
+def write_whole(path: Path, data: Any) -> None:
+    """All of a file or nothing: written aside, flushed to the disk, renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("wb") as file:

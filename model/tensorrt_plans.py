@@ -16,7 +16,6 @@ A record without `passed` is the memory of a plan that strayed from the referenc
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model.artifact import Artifact, ParityRecord
 from model.cuda_memory import Cuda, Gpu, describe_gpu, load_runtime
 from model.onnx_graph import GraphSpec
-from model.tensorrt_build import Library, find_library
+from model.tensorrt_build import Library, find_library, write_whole
 
 PlanPrecision = Literal["bf16", "fp16", "fp8"]
 PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
@@ -261,16 +260,3 @@ def file_digest(paths: Sequence[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """All of a file or nothing: written aside, flushed to the disk, renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
