@@ -37,6 +37,7 @@ from gpu_measure import (
     row_of,
     setting_of,
 )
+from tiny_training import TINY
 
 Emit = Callable[[dict[str, Any]], None]
 PACKAGES = ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
@@ -97,19 +98,7 @@ def cross_entropy(setting: Setting, emit: Emit) -> None:
             emit({"dtype": str(dtype), "rows": rows, **row})
 
 
-TINY_STEP: dict[str, Any] = {
-    "model": "dinov2_vitt14",
-    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
-    "global_size": 28,
-    "local_size": 14,
-    "n_local": 2,
-    "cache_size": 32,
-    "n_prototypes": 32,
-    "head_hidden_dim": 16,
-    "head_bottleneck_dim": 8,
-    "batch_size": 4,
-    "compile": False,
-}
+TINY_STEP = TINY | {"model": "dinov2_vitt14", "batch_size": 4, "compile": False}
 
 
 def training_step(setting: Setting, emit: Emit) -> None:

@@ -35,6 +35,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tiny_training import TINY
+
 from model.checkpoint import load_checkpoint
 from training import run as between
 from training import train as loop
@@ -42,25 +44,7 @@ from training.config import TrainConfig
 from training.monitor import read_lines
 from training.state import find_state
 
-SETTINGS: dict[str, Any] = {
-    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
-    "global_size": 28,
-    "local_size": 14,
-    "n_local": 2,
-    "cache_size": 32,
-    "n_prototypes": 32,
-    "head_hidden_dim": 16,
-    "head_bottleneck_dim": 8,
-    "batch_size": 8,
-    "epochs": 5,
-    "drop_path": 0.2,
-    "log_every": 1,
-    "eval_resize": 28,
-    "eval_crop": 28,
-    "precision": "fp32",
-    "lr": 0.02,
-    "on_collapse": "warn",
-}
+SETTINGS = TINY | {"epochs": 5, "lr": 0.02}
 CASES: dict[str, dict[str, Any]] = {
     "sinkhorn": {},
     "softmax, two heads, streamed": {

@@ -3,25 +3,10 @@
 import torch
 from rich.console import Console
 
+from benchmarks.tiny_training import TINY
 from training.distributed import World
 
-TINY = {
-    "vit": {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0},
-    "global_size": 28,
-    "local_size": 14,
-    "n_local": 2,
-    "cache_size": 32,
-    "n_prototypes": 32,
-    "head_hidden_dim": 16,
-    "head_bottleneck_dim": 8,
-    "batch_size": 8,
-    "epochs": 3,
-    "drop_path": 0.2,
-    "log_every": 1,
-    "eval_resize": 28,
-    "eval_crop": 28,
-    "precision": "fp32",
-    "on_collapse": "warn",  # so small a network hardly learns
-}
+__all__ = ["ALONE", "QUIET", "TINY"]
+
 ALONE = World(0, 1, torch.device("cpu"))
 QUIET = Console(quiet=True)
