@@ -12,6 +12,7 @@ left out above `--largest-batched` pixels.
 import argparse
 import datetime
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -96,7 +97,7 @@ def main() -> None:
     result = {
         "benchmark": "attention_form",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python benchmarks/attention_form.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/attention_form.py", *sys.argv[1:]]),
         "model": arguments.model,
         "depth": model.config.depth,
         "threads": arguments.threads,

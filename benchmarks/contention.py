@@ -13,6 +13,7 @@ import argparse
 import datetime
 import itertools
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -116,7 +117,7 @@ def main() -> None:
     result = {
         "benchmark": "contention",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python benchmarks/contention.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/contention.py", *sys.argv[1:]]),
         "model": arguments.model,
         "depth": model.config.depth,
         "size": arguments.size,

@@ -25,6 +25,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -178,7 +179,7 @@ def main() -> None:
     result = {
         "benchmark": "engine",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python benchmarks/engine.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
         "model": arguments.model,
         "depth": config.depth,
         "threads": arguments.threads,

@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -288,7 +289,7 @@ def main() -> None:
     if "ratio" in report:
         rounds = ", ".join(f"{a / b:.2f}" for a, b in zip(*rates.values(), strict=True))
         print(f"ratio {report['ratio']:.2f} (rounds: {rounds})")
-    command = " ".join(["python benchmarks/training_step.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]])
     report = {
         "benchmark": "training_step",
         "date": datetime.date.today().isoformat(),
