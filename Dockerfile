@@ -14,7 +14,7 @@ WORKDIR /src
 # Dependencies first, with empty packages in the project's place: they change less often than the code, and this layer
 # is kept.
 COPY pyproject.toml constraints.txt LICENSE ./
-RUN mkdir model service training && touch cli.py cli_collections.py cli_engines.py cli_eval.py cli_search.py cli_training.py README.md && /opt/venv/bin/pip install -c constraints.txt .
+RUN mkdir cli model service training && touch README.md && /opt/venv/bin/pip install -c constraints.txt .
 # Both builds of ONNX Runtime are one Python module, so the GPU one is installed after both are gone.
 RUN if [ "$VARIANT" = gpu ]; then \
       /opt/venv/bin/pip install -c constraints.txt ".[gpu]" \
@@ -22,7 +22,8 @@ RUN if [ "$VARIANT" = gpu ]; then \
       && /opt/venv/bin/pip install -c constraints.txt --no-deps onnxruntime-gpu; \
     elif [ "$VARIANT" = train ]; then /opt/venv/bin/pip install -c constraints.txt ".[train]"; \
     elif [ "$VARIANT" != cpu ]; then echo "VARIANT must be cpu, gpu or train, not $VARIANT" >&2; exit 1; fi
-COPY cli.py cli_collections.py cli_engines.py cli_eval.py cli_search.py cli_training.py README.md ./
+COPY README.md ./
+COPY cli cli
 COPY model model
 COPY service service
 COPY training training

@@ -24,7 +24,7 @@ from random_model import RandomModel
 from workers import Worker
 
 from model.cpus import available_cpus
-from training.flops import describe_device
+from training.watch.flops import describe_device
 
 RESULTS = Path(__file__).parent / "results"
 FORMS = ("standard", "tiled", "torch")

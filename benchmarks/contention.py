@@ -26,7 +26,7 @@ from random_model import RandomModel
 from workers import Worker
 
 from model.cpus import available_cpus
-from training.flops import describe_device
+from training.watch.flops import describe_device
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,8 +17,8 @@ What makes the comparison fair:
   chose (`--waiting default`). A spinning pool gains a little alone and takes cores from whatever runs beside it
   (benchmarks/contention.py); which of the two is kinder to which runtime is a reason to run both.
 - Compilation, graph optimisation and `--warmup` rounds come before the measurement.
-- GFLOP/s count what the network needs (training/flops.py), so int8's are those of float32's work. The limit is the
-  faster of two float32 matrix products, torch's and ONNX Runtime's, which take turns in the same rounds.
+- GFLOP/s count what the network needs (training/watch/flops.py), so int8's are those of float32's work. The limit is
+  the faster of two float32 matrix products, torch's and ONNX Runtime's, which take turns in the same rounds.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def measure(
     """Rows of one input size, and the engines that cannot run here with the reason."""
     from engine_peers import BUILDERS, MissingError, products
 
-    from training.flops import backbone_flops
+    from training.watch.flops import backbone_flops
 
     built, missing = {}, {}
     for name in engines:
@@ -158,7 +158,7 @@ def main() -> None:
     import torch
     from engine_peers import BUILDERS, make_case, versions
 
-    from training.flops import describe_device
+    from training.watch.flops import describe_device
 
     unknown = set(arguments.skip) - set(BUILDERS)
     if unknown:

@@ -20,9 +20,9 @@ from workers import onnx_session
 from model.checkpoint import _expected_shapes
 from model.config import ViTConfig
 from model.convert import convert
-from model.engine_onnx import OnnxEngine
-from model.onnx_graph import GraphSpec, Precision, write_onnx
-from model.quantize import Int8Weights
+from model.engines.onnxruntime_engine import OnnxEngine
+from model.onnx_graph.build import GraphSpec, Precision, write_onnx
+from model.onnx_graph.quantize import Int8Weights
 from model.vit import DinoVisionTransformer
 
 FloatArray = npt.NDArray[np.float32]

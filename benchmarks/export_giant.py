@@ -42,8 +42,8 @@ def write_checkpoint(path: Path, config: ViTConfig) -> None:
 
 def export(path: Path, out: Path, arguments: argparse.Namespace) -> None:
     """What `dinov2 export` does, on four generated pictures."""
-    from model import parity
-    from model.export_onnx import export_checkpoint
+    from model.engines import parity
+    from model.onnx_graph.export import export_checkpoint
 
     artifact = export_checkpoint(
         str(path),

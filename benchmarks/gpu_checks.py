@@ -5,9 +5,9 @@ output. Networks have random weights with LayerScale at 0.5, so that every block
 float32 (TF32 off); photos and trained weights are for `dinov2 export` and `build-engine`, which gate what serves.
 
 Images/s are of a batch that lies on the GPU, by the wall clock, synchronised at both ends, best and median of five
-windows; MFU is the work that the network needs (training/flops.py) over the maker's dense bf16 peak. Latency is that of
-one image from the host's memory to its class token there. A TensorRT row is of the engine's own CUDA graph, in which
-the copies of pixels and all features are; the others copy the class token alone.
+windows; MFU is the work that the network needs (training/watch/flops.py) over the maker's dense bf16 peak. Latency is
+that of one image from the host's memory to its class token there. A TensorRT row is of the engine's own CUDA graph, in
+which the copies of pixels and all features are; the others copy the class token alone.
 """
 
 import importlib.metadata
@@ -47,7 +47,7 @@ def device(setting: Setting, emit: Emit) -> None:
     """The GPU, what is installed, and what it reaches: a bf16 matrix product and a copy."""
     import torch
 
-    from training.flops import describe_device, device_peak_flops
+    from training.watch.flops import describe_device, device_peak_flops
 
     installed = {}
     for package in PACKAGES:
@@ -106,7 +106,7 @@ def training_step(setting: Setting, emit: Emit) -> None:
     from training_step import COMMON, PRESETS, measure
 
     from training.config import TrainConfig
-    from training.flops import device_peak_flops, work_of_step
+    from training.watch.flops import device_peak_flops, work_of_step
 
     asked = setting.arguments
     changes = {"batch_size": asked["batch"]} if asked.get("batch") else {}
@@ -239,10 +239,10 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
         raise SkipError("TensorRT runs on a GPU only")
     if not package_there("onnx"):
         raise SkipError("onnx is not installed")
-    from model.engine_tensorrt import TensorRTEngine
-    from model.export_tensorrt import BuildOptions, make_job, run_job, targets_of
-    from model.tensorrt_build import count_fused_attention
-    from model.tensorrt_plans import find_toolchain
+    from model.engines.tensorrt_build import count_fused_attention
+    from model.engines.tensorrt_engine import TensorRTEngine
+    from model.engines.tensorrt_export import BuildOptions, make_job, run_job, targets_of
+    from model.engines.tensorrt_plans import find_toolchain
 
     try:
         toolchain = find_toolchain()
@@ -279,9 +279,9 @@ def served(setting: Setting, emit: Emit) -> None:
     """The demo artifact in every engine that the service has for a GPU, as the service loads and calls them."""
     import numpy as np
 
-    from model import parity
     from model.artifact import load_artifact
-    from model.engine import load_engine
+    from model.engines import parity
+    from model.engines.protocol import load_engine
     from model.preprocess import preprocess
 
     bundled = next(

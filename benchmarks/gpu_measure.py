@@ -15,7 +15,7 @@ BATCH = {224: 64, 518: 16}
 WINDOWS = 5
 LATENCY_CALLS = 200
 COMPARED = 4  # images
-MIN_COSINE = (0.999, 0.998)  # of class tokens and patches, as model/export_tensorrt.py asks of a plan
+MIN_COSINE = (0.999, 0.998)  # of class tokens and patches, as model/engines/tensorrt_export.py asks of a plan
 
 
 class SkipError(Exception):
@@ -75,7 +75,7 @@ def network_of(setting: Setting) -> tuple[Any, Any, Any]:
 
 
 def graph_file(folder: Path, weights: Any, config: Any, setting: Setting, precision: str, attention: str) -> Path:
-    from model.onnx_graph import GraphSpec, write_onnx
+    from model.onnx_graph.build import GraphSpec, write_onnx
 
     side = 56 if setting.tiny else setting.arguments["pixels"]
     spec = GraphSpec(size=(side, side), precision=precision, outputs=("cls", "patches"), attention=attention)
@@ -175,7 +175,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Everything of one engine and one network."""
     from model.config import config_for
-    from training.flops import backbone_flops, device_peak_flops
+    from training.watch.flops import backbone_flops, device_peak_flops
 
     model, side = setting.arguments["model"], setting.arguments["pixels"]
     batch = COMPARED if setting.tiny else BATCH.get(side, 16)

@@ -28,13 +28,13 @@ from serving import random_artifact  # benchmarks/serving.py
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
 from model.cpus import available_cpus
-from model.engine import Engine, load_engine
+from model.engines.protocol import Engine, load_engine
 from model.preprocess import REFERENCE_224, preprocess
 from service.decode import decode
-from service.index_files import IndexOptions, IndexReport, index_photos
+from service.ingest.index import IndexOptions, IndexReport, index_photos
+from service.ingest.sources import find_photos
 from service.search.embedded import open_embedded
 from service.search.store import VectorStore
-from service.sources import find_photos
 
 RESULTS = Path(__file__).parent / "results"
 Batches = list[np.ndarray]

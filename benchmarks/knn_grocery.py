@@ -27,7 +27,7 @@ from torch import Tensor
 from model.checkpoint import load_checkpoint
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.dataset import find_images, read_photo
+from training.data.dataset import find_images, read_photo
 from training.evaluate.features import extract_features
 from training.evaluate.knn import knn_accuracy, labels_of
 

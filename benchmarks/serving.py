@@ -15,7 +15,7 @@ import torch
 
 from model.artifact import Artifact
 from model.config import ViTConfig
-from model.export_onnx import export_artifact
+from model.onnx_graph.export import export_artifact
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from model.config import ViTConfig, config_for
 from model.cpus import available_cpus
-from model.export_tensorrt import run_job
-from model.onnx_graph import GraphSpec, write_onnx
-from model.tensorrt_build import BuildError, count_fused_attention, find_library
-from model.tensorrt_plans import PROFILES
+from model.engines.tensorrt_build import BuildError, count_fused_attention, find_library
+from model.engines.tensorrt_export import run_job
+from model.engines.tensorrt_plans import PROFILES
+from model.onnx_graph.build import GraphSpec, write_onnx
 
 RESULTS = Path(__file__).parent / "results"
 

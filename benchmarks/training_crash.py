@@ -41,8 +41,8 @@ from model.checkpoint import load_checkpoint
 from training import run as between
 from training import train as loop
 from training.config import TrainConfig
-from training.monitor import read_lines
 from training.state import find_state
+from training.watch.monitor import read_lines
 
 SETTINGS = TINY | {"epochs": 5, "lr": 0.02}
 CASES: dict[str, dict[str, Any]] = {

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainConfig
-from training.crops import Crops, crop_views, make_crops
+from training.data.crops import Crops, crop_views, make_crops
 from training.distributed import World
-from training.flops import describe_device, work_of_step
 from training.setup import Setup, attention_kernel, compute_dtype, make_setup
 from training.step import make_schedules, train_step
+from training.watch.flops import describe_device, work_of_step
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = {"data": "-", "out": "-", "epochs": 1, "drop_path": 0.0, "freeze_last_layer": 0.0}

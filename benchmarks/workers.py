@@ -109,7 +109,7 @@ def engine_of(spec: dict[str, Any]) -> Any:
         session = onnx_session(Path(spec["path"]), spec["threads"], spinning=spec["spinning"])
         return lambda pixels: session.run(None, {"pixels": pixels})
     if spec["engine"] == "onnxruntime":
-        from model.engine_onnx import OnnxEngine
+        from model.engines.onnxruntime_engine import OnnxEngine
 
         return OnnxEngine(Path(spec["path"]), threads=spec["threads"], spinning=spec["spinning"]).run
     from dataclasses import replace
@@ -117,7 +117,7 @@ def engine_of(spec: dict[str, Any]) -> Any:
     import torch
 
     from model.config import config_for
-    from model.engine_torch import TorchEngine
+    from model.engines.torch_engine import TorchEngine
 
     config = replace(config_for(spec["model"]), **({"depth": spec["depth"]} if spec.get("depth") else {}))
     torch.set_num_threads(spec["threads"])

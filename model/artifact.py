@@ -27,9 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
 from model.config import ViTConfig
-from model.onnx_graph import AttentionForm, GraphSpec, Precision, write_onnx
+from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
+from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec, output_size
-from model.quantize import Int8Weights
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -58,7 +58,7 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's (see `model/parity.py`)."""
+    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's (see `model/engines/parity.py`)."""
 
     status: Literal["passed", "failed", "not measured"]
     reason: str  # why not, in one line; of a passed gate its figures
@@ -70,7 +70,7 @@ class GateRecord(_Record):
 
 
 class ParityRecord(_Record):
-    """How close one runtime comes to torch float32 on the same pixels (see `model/parity.py`)."""
+    """How close one runtime comes to torch float32 on the same pixels (see `model/engines/parity.py`)."""
 
     engine: str
     precision: str
@@ -99,7 +99,7 @@ class GraphRecord(_Record):
 
     @property
     def spec(self) -> GraphSpec:
-        """What `model/onnx_graph.py` makes it from."""
+        """What `model/onnx_graph/build.py` makes it from."""
         return GraphSpec(**{name: getattr(self, name) for name in GraphSpec.__dataclass_fields__})
 
 

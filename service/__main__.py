@@ -28,11 +28,11 @@ import uvicorn
 from PIL import Image
 
 from model.artifact import load_artifact
-from model.engine_choice import PHOTOS_AT_LOAD, choose_engine
+from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
 from service.app import create_app
+from service.artifact_choice import choose_artifact, read_photos
 from service.errors import ServiceError
 from service.http_protocol import BoundedHttpProtocol
-from service.models import choose_artifact, read_photos
 from service.settings import Settings, load_settings
 from service.state import Service
 from service.telemetry import configure_logging

@@ -17,13 +17,13 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from model.artifact import Artifact
-from model.engine import Engine, Tried
-from service.cache import Cache, make_cache
+from model.engines.protocol import Engine, Tried
 from service.decode import DecodeLimits
 from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
+from service.features.cache import Cache, make_cache
+from service.features.pipeline import Pipeline
 from service.middleware import Border, error_body
 from service.originals import Originals
-from service.pipeline import Pipeline
 from service.routes import (
     add_items,
     aliases,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from model.artifact import Artifact
-from model.engine import Engine, Tried
+from model.engines.protocol import Engine, Tried
 from model.zoo import ENTRIES
-from service.cache import Cache
 from service.errors import ModelNotFound
+from service.features.cache import Cache
+from service.features.pipeline import Pipeline, Pooling
 from service.originals import Originals
-from service.pipeline import Pipeline, Pooling
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.tags import make_tag, tag_parts

@@ -6,7 +6,7 @@ vector, that it has length 1, the network's input in pixels, and the arithmetic.
 
 from typing import NamedTuple, get_args
 
-from service.pipeline import Pooling
+from service.features.pipeline import Pooling
 
 
 class TagParts(NamedTuple):

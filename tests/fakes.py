@@ -22,7 +22,7 @@ from PIL import Image
 
 from model.artifact import Artifact, Manifest, ParityRecord
 from model.config import ViTConfig
-from model.engine import Features, FloatArray
+from model.engines.protocol import Features, FloatArray
 from model.preprocess import PreprocessSpec
 from service.app import create_app
 from service.search.store import VectorStore

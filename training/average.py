@@ -20,9 +20,9 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
-from training.dataset import Photo, Source, photos_of, split_source
+from training.data.dataset import Photo, Source, photos_of, split_source
+from training.data.sources import open_source
 from training.evaluate.knn import evaluate_knn
-from training.sources import open_source
 
 KS = (10, 20)
 UNLIKE = {"steps", "knn"}  # facts of one checkpoint, not of a mean

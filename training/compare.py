@@ -38,25 +38,25 @@ from rich.console import Console
 from model.checkpoint import load_checkpoint
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.compare_page import NETWORKS, RUNS, page, print_table
 from training.config import TrainConfig, load_config
-from training.data import INDEX, KNN_PHOTOS
-from training.dataset import Photo, photos_of, split_source
+from training.data.dataset import Photo, photos_of, split_source
+from training.data.run_images import INDEX, KNN_PHOTOS
+from training.data.sources import open_source
 from training.distributed import join
 from training.evaluate.features import Pooling, compute_features
 from training.evaluate.knn import knn_accuracy, labels_of
 from training.evaluate.logistic import C_GRID, evaluate_logistic
 from training.evaluate.robustness import robustness
-from training.flops import describe_device
-from training.monitor import EVENTS, METRICS, read_lines
 from training.outcome import CHECKPOINT
+from training.pages.compare_page import NETWORKS, RUNS, page, print_table
+from training.pages.report import points_of, values_of
 from training.provenance import code_revision
-from training.report import points_of, values_of
 from training.run import Interrupted, RunStopped
-from training.sentinels import rankme_share
 from training.setup import make_network
-from training.sources import open_source
 from training.train import INTERRUPTED
+from training.watch.flops import describe_device
+from training.watch.monitor import EVENTS, METRICS, read_lines
+from training.watch.sentinels import rankme_share
 
 DINO: dict[str, object] = {
     "centering": "softmax",

@@ -23,7 +23,7 @@ from model.checkpoint import is_own_checkpoint, load_checkpoint
 from model.config import ViTConfig, config_for
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
-from training.crops import Crops
+from training.data.crops import Crops
 from training.distributed import World, gather_rows
 from training.setup import initial_weights
 from training.state import FOLDER, find_state

@@ -11,14 +11,14 @@ import torch
 from model.checkpoint import save_checkpoint
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
-from training.crops import crop_views, make_crops
-from training.data import Data
-from training.dataset import squash
+from training.data.crops import crop_views, make_crops
+from training.data.dataset import squash
+from training.data.run_images import Data
 from training.distributed import World, whole
 from training.evaluate.features import Pooling, compute_features
 from training.evaluate.knn import evaluate_knn
-from training.report import write_report
-from training.sheets import picture_sheet, save_sheet, shrunk
+from training.pages.report import write_report
+from training.pages.sheets import picture_sheet, save_sheet, shrunk
 from training.state import Parts, write_whole
 from training.whiten import whiten
 

@@ -41,7 +41,7 @@ def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: s
 
     Args:
         config: the run's settings.
-        data_sha256: `training.sources.source_digest` of the photos.
+        data_sha256: `training.data.sources.source_digest` of the photos.
         n_photos: how many are trained on.
         hardware: in words.
     """

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from training.config import TrainConfig
-from training.crops import make_micros
-from training.data import Data, list_skipped
+from training.data.crops import make_micros
+from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
-from training.monitor import Monitor
 from training.outcome import CHECKPOINT, released_backbone, report_knn, write_checkpoint, write_sheet
-from training.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
 from training.setup import Setup
 from training.state import Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules
+from training.watch.monitor import Monitor
+from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
 
 RANKME_ROWS = 1024  # enough for an effective rank, and a short wait
 

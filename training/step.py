@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.config import TrainConfig
-from training.crops import Crops
+from training.data.crops import Crops
 from training.distributed import gather_rows, gradients_stay_local, local, logsumexp_over_ranks, sum_over_ranks
 from training.kernels import TeacherTargets
 from training.losses import (

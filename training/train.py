@@ -10,7 +10,7 @@ ranks see what one would. The host waits for the device only where a line is wri
 
     out/checkpoint.safetensors   what is released: the average's backbone; `dinov2 export` reads it
     out/states/                  what a stopped run goes on from; out/lock is held while a process trains here
-    out/metrics.jsonl ...        training/monitor.py; report.html at the end
+    out/metrics.jsonl ...        training/watch/monitor.py; report.html at the end
     out/skipped.txt              photos that could not be read
 """
 
@@ -30,19 +30,15 @@ from torch import Tensor
 
 from model.cpus import available_cpus
 from training.config import TrainConfig
-from training.crops import make_micros
-from training.data import Data, check_apart, open_data
+from training.data.crops import make_micros
+from training.data.loader import waiting_advice
+from training.data.run_images import Data, check_apart, open_data
 from training.distill import PrototypeTeacher, check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World, from_main, join, wait_for_all
-from training.flops import describe_device, device_peak_flops, work_of_step
-from training.loader import waiting_advice
-from training.monitor import EVALUATIONS, METRICS, Monitor, cut_lines
 from training.outcome import finish
 from training.provenance import provenance
 from training.run import Run, Sigterm, check, guard_knn, is_time, look_up, memory_of, save
-from training.sentinels import FirstNotFinite, Limits, Sentinels
 from training.setup import attention_kernel, compute_dtype, make_autocast, make_setup
-from training.sinks import make_sinks
 from training.state import (
     Saved,
     alone_in,
@@ -54,6 +50,10 @@ from training.state import (
     write_whole,
 )
 from training.step import make_schedules, train_step
+from training.watch.flops import describe_device, device_peak_flops, work_of_step
+from training.watch.monitor import EVALUATIONS, METRICS, Monitor, cut_lines
+from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
+from training.watch.sinks import make_sinks
 
 INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, saved
 

@@ -16,8 +16,8 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from service.errors import CollectionNotFound, InvalidRequest, ModelMismatch, ServiceError
+from service.features.pipeline import Embedded
 from service.originals import source_of
-from service.pipeline import Embedded
 from service.routes.answers import json_response, ms_since, slowest, split_items
 from service.routes.direct import DirectRoute
 from service.routes.uploads import (

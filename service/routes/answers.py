@@ -11,7 +11,7 @@ import orjson
 from fastapi import Response
 
 from service.errors import InvalidItems, ItemError, ServiceError
-from service.pipeline import Embedded
+from service.features.pipeline import Embedded
 
 T = TypeVar("T")
 

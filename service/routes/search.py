@@ -17,14 +17,14 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidItems, ItemError, ModelMismatch, ServiceError
+from service.retrieval.grouping import Group, grouped
+from service.retrieval.origins import Origin, Target, find_origins
+from service.retrieval.rerank import Ranked, rerank_depth, reranked
 from service.routes.answers import json_response, ms_since, server_timing
 from service.routes.direct import DirectRoute
-from service.routes.origins import Origin, Target, find_origins
 from service.routes.queries import Asked, Query, read_search
-from service.routes.rerank import Ranked, rerank_depth, reranked
 from service.routes.uploads import service_of
 from service.schemas import QueryIn, SearchIn, SearchOptions, json_schema
-from service.search.grouping import Group, grouped
 from service.search.store import MAX_DEPTH, Hit, check_name
 from service.state import Service
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request, Response
 
 from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
-from service.pipeline import Analysed, Embedded
+from service.features.pipeline import Analysed, Embedded
 from service.routes.answers import json_response, server_timing, slowest
 from service.routes.direct import DirectRoute
 from service.routes.uploads import check_count, parse_options, read_upload, service_of

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from service.archives import need_parquet
 from service.errors import InvalidRequest
+from service.ingest.archives import need_parquet
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 

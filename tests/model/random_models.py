@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 
 from model.config import ViTConfig
-from model.engine import Features
-from model.onnx_graph import GraphSpec, build_onnx
+from model.engines.protocol import Features
+from model.onnx_graph.build import GraphSpec, build_onnx
 
 BASE = ViTConfig(embed_dim=64, depth=3, num_heads=4, patch_size=14, img_size=98, layerscale_init=0.3)
 VARIANTS = {

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import parity
 from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
 from model.cpus import available_cpus
-from model.engine import Features, load_engine
-from model.export_onnx import export_artifact
+from model.engines import parity
+from model.engines.protocol import Features, load_engine
+from model.onnx_graph.export import export_artifact
 from model.preprocess import PreprocessSpec, preprocess
 from tests.model.tiny import CONFIG, SPEC, random_weights
 
@@ -130,7 +130,7 @@ def test_the_graph_is_derived_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_a_graph_of_several_files_must_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.onnx_graph.EXTERNAL_ABOVE_BYTES", 1000)
+    monkeypatch.setattr("model.onnx_graph.build.EXTERNAL_ABOVE_BYTES", 1000)
     with pytest.raises(ValueError, match=r"needs 2 files and cannot be derived"):
         export(tmp_path, keep_onnx=False)
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +151,7 @@ def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_parity_sees_a_dropped_layerscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import model.export_onnx as module
+    import model.onnx_graph.export as module
 
     def forgetful(weights, *rest):
         forgotten = {key: np.ones_like(value) if "gamma" in key else value for key, value in weights.items()}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.engine import Tried
+from model.engines.protocol import Tried
 from service.vision.mask import coco_rle_decode
 from tests.fakes import DIMS, N_PATCHES, FakeEngine, fake_artifact, photo, running, until
 

@@ -15,9 +15,9 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.average import average_checkpoints, average_weights, in_common, knn_of, split_for
-from training.dataset import photos_of, split_source
+from training.data.dataset import photos_of, split_source
+from training.data.sources import open_source
 from training.evaluate.knn import evaluate_knn
-from training.sources import open_source
 
 CONFIG = ViTConfig(embed_dim=16, depth=1, num_heads=2, img_size=28, layerscale_init=1.0)
 SPEC = PreprocessSpec(resize=28, crop=28)

@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 import cli
 from training import compare as module
 from training.compare import DINO, arguments, compare, config_of, judge, photos_to_judge, run_apart, stability, trained
-from training.compare_page import NETWORKS, RUNS, page, rows
 from training.config import RECIPES
 from training.evaluate.knn import evaluate_knn
 from training.evaluate.logistic import evaluate_logistic
 from training.evaluate.robustness import CHANGES, robustness
-from training.monitor import read_lines
+from training.pages.compare_page import NETWORKS, RUNS, page, rows
 from training.run import Interrupted, RunStopped
 from training.setup import make_network
 from training.train import INTERRUPTED, train
+from training.watch.monitor import read_lines
 
 TINY = """
 vit = { embed_dim = 16, depth = 2, num_heads = 2, img_size = 28, layerscale_init = 1.0 }

@@ -13,12 +13,12 @@ from tests.training.tiny import ALONE, QUIET
 from training import distill
 from training import train as loop
 from training.config import TrainConfig
-from training.crops import crop_views, make_crops
+from training.data.crops import crop_views, make_crops
 from training.distill import PrototypeTeacher, load_teacher, teacher_digest
 from training.distributed import World
-from training.monitor import read_lines
 from training.state import find_state
 from training.student_teacher import Network
+from training.watch.monitor import read_lines
 
 VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0}
 TINY = {

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from tests.training.tiny import ALONE
 from training.config import TrainConfig
-from training.crops import crop_views, make_crops
+from training.data.crops import crop_views, make_crops
 from training.distributed import agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks, whole
 from training.losses import koleo_loss
 from training.setup import make_setup

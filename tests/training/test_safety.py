@@ -24,10 +24,10 @@ from training import run as between
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig
-from training.monitor import read_lines
 from training.run import Interrupted, RunStopped
-from training.sentinels import Limits, Sentinels, Verdict
 from training.state import alone_in, find_state
+from training.watch.monitor import read_lines
+from training.watch.sentinels import Limits, Sentinels, Verdict
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of a team of threads round differently

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from training import train as loop
 from training.config import load_config
-from training.monitor import read_lines
 from training.state import find_state
+from training.watch.monitor import read_lines
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

@@ -18,21 +18,22 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from tests.training.tiny import ALONE, QUIET, TINY
-from training import crops, step
+from training import step
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
-from training.crops import Crops, make_micros
+from training.data import crops
+from training.data.crops import Crops, make_micros
 from training.evaluate.features import extract_features
 from training.losses import koleo_loss
-from training.monitor import read_lines
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision
 from training.run import RunStopped
-from training.sentinels import load_replay
 from training.setup import make_setup
 from training.state import find_state
 from training.student_teacher import Network, Output, make_teacher, update_teacher
+from training.watch.monitor import read_lines
+from training.watch.sentinels import load_replay
 
 
 @pytest.fixture

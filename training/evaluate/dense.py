@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.dataset import Skipped, find_images
+from training.data.dataset import Skipped, find_images
 from training.evaluate.features import Precision, default_workers, in_order, read_pixels
 from training.evaluate.linear import batch_stream
 

@@ -28,7 +28,7 @@ from model.checkpoint import save_safetensors
 from model.cpus import available_cpus
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
-from training.dataset import Photo, Skipped, read_photo
+from training.data.dataset import Photo, Skipped, read_photo
 
 Pooling = Literal["cls", "mean", "cls+mean"]
 POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "cls+mean")

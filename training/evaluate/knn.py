@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.dataset import Photo, label_of
+from training.data.dataset import Photo, label_of
 from training.evaluate.features import POOLINGS, Pooling, compute_features
 
 TEMPERATURE = 0.07

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.augment import (
+from training.data.augment import (
     BRIGHTNESS,
     CONTRAST,
     SATURATION,
@@ -39,7 +39,7 @@ from training.augment import (
     gaussian_blur,
     grayscale,
 )
-from training.dataset import Photo, Skipped
+from training.data.dataset import Photo, Skipped
 from training.evaluate.features import default_workers, in_order, name_of, read_pixels
 from training.evaluate.knn import nearest
 

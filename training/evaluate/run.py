@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from training.dataset import Skipped
+from training.data.dataset import Skipped
 from training.evaluate import tasks
 from training.evaluate.backbone import Backbone, spec_for
 from training.evaluate.settings import (

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model.preprocess import PreprocessSpec
-from training.dataset import Photo, Skipped, Source, photos_of, split_source
+from training.data.dataset import Photo, Skipped, Source, photos_of, split_source
+from training.data.sources import open_source
 from training.evaluate import depth, segmentation
 from training.evaluate.backbone import Backbone
 from training.evaluate.dense import DenseData, HeadTraining, Pair, find_pairs
@@ -29,7 +30,6 @@ from training.evaluate.settings import (
     RetrievalSettings,
     SegmentationSettings,
 )
-from training.sources import open_source
 
 Track = Callable[[str, int], Callable[[int], object]]
 """Starts a progress bar (what, how many) and gives what advances it."""

@@ -8,7 +8,7 @@ from PIL import Image
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
-from training.dataset import read_photo
+from training.data.dataset import read_photo
 from training.evaluate.features import cached_features, compute_features, extract_features, in_order, read_pixels
 
 TINY = ViTConfig(embed_dim=16, depth=3, num_heads=2, img_size=28, pos_embed_rule="antialias")

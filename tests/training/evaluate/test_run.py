@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-import cli_eval
+from cli import evaluate as cli_eval
 from model.artifact import bundled_artifact, read_manifest
 from model.checkpoint import save_checkpoint
 from model.config import ViTConfig

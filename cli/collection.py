@@ -1,0 +1,338 @@
+"""`dinov2 collections ...`: what there is, new ones, aliases, snapshots, and the way from one store to another."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from cli.search import (
+    DATA,
+    DataDirOption,
+    EngineOption,
+    JsonOption,
+    ModelOption,
+    PoolingOption,
+    StoreOption,
+    artifact_with,
+    fail,
+    load_model,
+    opened_store,
+    run_async,
+    run_with,
+    settings_for,
+)
+
+if TYPE_CHECKING:
+    from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore
+    from service.search.transfer import Copied
+    from service.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, help="List, make, copy, export and look after collections.")
+
+NameArgument = Annotated[str, typer.Argument(help="Name of the collection, or an alias.")]
+TagOption = Annotated[str | None, typer.Option(help="What made the vectors, as `dinov2 collections show` has it.")]
+
+
+@app.command("list")
+def list_(data_dir: DataDirOption = DATA, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """List collections and their aliases."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> list[dict[str, Any]]:
+        aliases = await vectors.aliases()
+        return [
+            described(info) | {"aliases": sorted(alias for alias, name in aliases.items() if name == info.name)}
+            for info in await vectors.collections()
+        ]
+
+    rows = run_with(store, data_dir, work)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    width = max([10, *(len(row["name"]) for row in rows)])
+    typer.echo(f"{'name':<{width}}  {'items':>10}  {'dim':>5}  {'model':<8}  {'pooling':<8}  aliases")
+    for row in rows:
+        fingerprint, _, rest = row["tag"].partition("/")
+        numbers = f"{row['count']:>10}  {row['dimension']:>5}"
+        made_by = f"{fingerprint[:8]:<8}  {rest.partition('/')[0]:<8}"
+        typer.echo(f"{row['name']:<{width}}  {numbers}  {made_by}  {', '.join(row['aliases'])}")
+
+
+@app.command()
+def show(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
+    """What a collection is: size, model, index, as JSON."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
+        return described(await vectors.info(name))
+
+    typer.echo(json.dumps(run_with(store, data_dir, work), indent=2))
+
+
+@app.command()
+def create(
+    name: NameArgument,
+    pooling: PoolingOption = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How vectors are stored.")] = "float32",
+    kind: Annotated[
+        Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"], typer.Option(help="Index; auto goes by size.")
+    ] = "auto",
+    m: Annotated[int | None, typer.Option(help="hnsw: neighbours of a node.")] = None,
+    ef_construction: Annotated[int | None, typer.Option(help="hnsw: how carefully it is built.")] = None,
+    n_lists: Annotated[int | None, typer.Option(help="ivf_pq, rabitq: cells.")] = None,
+    target_recall: Annotated[float, typer.Option(help="Of the ten nearest.")] = 0.98,
+    indexed: Annotated[
+        list[str] | None, typer.Option(help="Metadata key that filters find quickly. Repeatable.")
+    ] = None,
+    originals: Annotated[bool, typer.Option(help="Keep photos beside their vectors.")] = False,
+    tag: TagOption = None,
+    dimension: Annotated[int | None, typer.Option(help="Numbers in a vector; with --tag.")] = None,
+    model: ModelOption = "auto",
+    engine: EngineOption = "auto",
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Make an empty collection, for a model that is here, or for the vectors of --tag and --dimension."""
+    if (tag is None) != (dimension is None):
+        raise fail("--tag and --dimension go together")
+
+    async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
+        from service.ingest.embed import vector_dims
+        from service.ingest.index import vector_tag
+        from service.search.specs import check_spec
+        from service.search.store import CollectionSpec, IndexSpec
+
+        choice = IndexSpec(kind, m, ef_construction, n_lists, target_recall)
+        spec = CollectionSpec("?", 1, dtype, choice, tuple(sorted(set(indexed or ()))), originals)
+        check_spec(spec)  # before a model is loaded
+        if tag is not None and dimension is not None:
+            made_by, width = tag, dimension
+        else:
+            artifact, loaded = load_model(model, engine, None, data_dir, None)
+            made_by, width = vector_tag(artifact, loaded, pooling or "cls"), vector_dims(artifact, pooling or "cls")
+        return await vectors.create(name, replace(spec, tag=made_by, dimension=width))
+
+    typer.echo(json.dumps(described(run_with(store, data_dir, work, makes=True)), indent=2))
+
+
+@app.command()
+def drop(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Remove a collection with all its items. Its snapshots stay."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
+        info = await vectors.info(name)
+        if not yes:
+            typer.confirm(f"Drop {info.name} with its {info.count} items?", abort=True)
+        await vectors.drop(name)
+        return info
+
+    info = run_with(store, data_dir, work)
+    typer.echo(f"dropped {info.name}, {info.count} items")
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The alias.")],
+    collection: Annotated[str | None, typer.Argument(help="Where it leads to from now on.")] = None,
+    remove: Annotated[bool, typer.Option("--drop", help="Remove the alias.")] = False,
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Point an alias to a collection, from one moment to the next, or remove it."""
+    if remove == (collection is not None):
+        raise fail("an alias takes either a collection to lead to, or --drop")
+
+    async def work(vectors: "VectorStore", _: "Settings") -> str:
+        if collection is None:
+            await vectors.drop_alias(name)
+            return f"dropped {name}"
+        before = await vectors.set_alias(name, collection)
+        return f"{name} -> {collection}{f' (was {before})' if before else ''}"
+
+    typer.echo(run_with(store, data_dir, work))
+
+
+@app.command()
+def snapshot(
+    name: NameArgument,
+    only_list: Annotated[bool, typer.Option("--list", help="List those there are; take none.")] = False,
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Keep a collection as it is now."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> "list[SnapshotInfo]":
+        keeper = cast("SnapshotStore", able(vectors, "snapshots"))
+        return await keeper.snapshots(name) if only_list else [await keeper.snapshot(name)]
+
+    for kept in run_with(store, data_dir, work):
+        typer.echo(f"{kept.name}  {kept.created}  {kept.count} items  {kept.bytes} bytes")
+
+
+@app.command()
+def restore(
+    name: Annotated[str, typer.Argument(help="The collection that the snapshot was taken of.")],
+    kept: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its name, see `snapshot --list`.")],
+    new: Annotated[str | None, typer.Option("--as", help="Name of the collection made of it. Default: NAME.")] = None,
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Make a collection of a snapshot. Its name must be free: restore beside it, then move the alias."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
+        return await cast("SnapshotStore", able(vectors, "snapshots")).restore(new or name, name, kept)
+
+    info = run_with(store, data_dir, work, makes=True)
+    typer.echo(f"restored {info.name}, {info.count} items")
+
+
+@app.command()
+def stats(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
+    """How a collection is indexed, as JSON."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
+        return await cast("StatsStore", able(vectors, "stats")).stats(name)
+
+    typer.echo(json.dumps(run_with(store, data_dir, work), indent=2, default=str))
+
+
+@app.command()
+def copy(
+    name: NameArgument,
+    from_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
+    to_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
+    new: Annotated[str | None, typer.Option("--as", help="Name of the copy. Default: NAME.")] = None,
+    to_originals: Annotated[
+        str | None,
+        typer.Option(help="Where the service at the target keeps photos: a folder or s3://... Default: as here."),
+    ] = None,
+    data_dir: DataDirOption = DATA,
+) -> None:
+    """Copy a collection, with the photos it keeps, to another store or name. Run again, it goes on where it ended."""
+    if from_store == to_store and new is None:
+        raise fail("within one store a copy needs another name: --as")
+
+    async def work() -> "Copied":
+        from service.originals import Originals
+        from service.search.transfer import copy_collection
+
+        source_settings, target_settings = settings_for(from_store, data_dir), settings_for(to_store, data_dir)
+        kept = Originals(source_settings.originals_place), Originals(to_originals or target_settings.originals_place)
+        async with opened_store(source_settings) as source:
+            total = (await source.info(name)).count
+            with shown("copying", total) as advance:
+                if from_store == to_store:
+                    return await copy_collection(source, source, name, new, originals=kept, advance=advance)
+                async with opened_store(target_settings) as target:
+                    return await copy_collection(source, target, name, new, originals=kept, advance=advance)
+
+    done = run_async(work())
+    typer.echo(f"{done.written} copied, {done.present} already there -> {new or name}, {done.count} items")
+    if done.photos is None:
+        return
+    photos = done.photos
+    missing = f", {photos.missing} not stored at the source" if photos.missing else ""
+    typer.echo(f"photos: {photos.copied} copied, {photos.present} already there{missing}")
+    if photos.unreadable:
+        many = "1 photo was" if photos.unreadable == 1 else f"{photos.unreadable} photos were"
+        typer.echo(f"{many} left out, since the source cannot read them: {photos.reason}", err=True)
+        raise typer.Exit(code=1)
+
+
+@app.command("export")
+def export(
+    name: NameArgument,
+    out: Annotated[Path, typer.Option(help="File to write: .parquet, .npz or .jsonl.")],
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Write a collection to a file: vectors, metadata, and what made them."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> int:
+        from service.search.transfer import check_format, export_collection
+
+        check_format(out)
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: the folder {out.parent} does not exist")
+        with shown("exporting", (await vectors.info(name)).count) as advance:
+            return await export_collection(vectors, name, out, advance=advance)
+
+    typer.echo(f"{run_with(store, data_dir, work)} items -> {out}")
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help=".parquet, .npz or .jsonl, as `export` writes them.")],
+    collection: Annotated[str, typer.Option("--collection", "-c", help="Name of the collection; made if need be.")],
+    tag: TagOption = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Of the model that made the vectors, which is here; instead of --tag.")
+    ] = None,
+    pooling: PoolingOption = None,
+    data_dir: DataDirOption = DATA,
+    store: StoreOption = None,
+) -> None:
+    """Add a file's items to a collection; ids that are there are replaced."""
+
+    async def work(vectors: "VectorStore", _: "Settings") -> "Copied":
+        from service.search.transfer import import_collection
+
+        made_by = tag
+        if fingerprint is not None:
+            if tag is not None:
+                raise ValueError("give --tag or --fingerprint, not both")
+            made_by = _tag_of(fingerprint, pooling or "cls", data_dir)
+        with shown("importing", None) as advance:
+            return await import_collection(vectors, collection, path, tag=made_by, advance=advance)
+
+    done = run_with(store, data_dir, work, makes=True)
+    typer.echo(f"{done.written} imported -> {collection}, {done.count} items")
+
+
+# ---- what they share
+
+
+def described(info: "CollectionInfo") -> dict[str, Any]:
+    return {"name": info.name, "count": info.count, **asdict(info.spec)}
+
+
+def able(store: "VectorStore", capability: str) -> object:
+    """The store, if it can do this; the caller says which protocol that is.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if capability not in store.capabilities:
+        raise ValueError(f"this vector store has no {capability}; it has {', '.join(sorted(store.capabilities))}")
+    return store
+
+
+def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
+    """The tag of normalised float32 vectors of a model that is here."""
+    from model.artifact import read_manifest
+    from service.tags import make_tag
+
+    path = artifact_with(fingerprint, data_dir)
+    if path is None:
+        raise ValueError(f"no model here has the fingerprint {fingerprint!r} (see `dinov2 models`): give --tag")
+    manifest = read_manifest(path)
+    return make_tag(manifest.fingerprint, pooling, manifest.input_size, "fp32")
+
+
+@contextmanager
+def shown(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)

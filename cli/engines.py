@@ -1,0 +1,145 @@
+"""`dinov2 build-engine`: the TensorRT plan of an artifact, built and compared on the GPU that will run it.
+
+Everything heavy is imported when the command runs.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cli.search import fail
+
+if TYPE_CHECKING:
+    from model.artifact import Artifact
+    from model.engines.protocol import Engine
+
+PHOTOS = 32
+"""Of a folder; parity and fp8's ranges take no more."""
+
+
+def build_engine(
+    artifact: Annotated[
+        str,
+        typer.Argument(help="An artifact folder, a published name, or auto (newest in the data folder, else bundled)."),
+    ],
+    precision: Annotated[
+        Literal["bf16", "fp16", "fp8"],
+        typer.Option(
+            help="Number format of the plan. fp8 needs a GPU of compute capability 8.9 and takes its ranges "
+            "from --images."
+        ),
+    ] = "bf16",
+    data_dir: Annotated[
+        Path, typer.Option(help="Where artifacts are looked for and plans are kept.", envvar="DINOV2_DATA_DIR")
+    ] = Path("data"),
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photos for the parity check. Default: generated pictures.")
+    ] = None,
+    library: Annotated[
+        Literal["tensorrt", "tensorrt_rtx"] | None, typer.Option(help="Default: the one installed, tensorrt first.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(help="File in which tensorrt keeps its measurements of kernels: later builds are quicker."),
+    ] = None,
+    refit: Annotated[bool, typer.Option(help="Build a plan whose weights can be replaced later.")] = False,
+    refit_from: Annotated[
+        Path | None,
+        typer.Option(help="Such a .plan of an earlier model of the same shape: takes the new weights, no build."),
+    ] = None,
+    rebuild: Annotated[bool, typer.Option(help="Build although a plan that passed is there.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a build is stopped.")] = 3600,
+) -> None:
+    """Build an artifact's TensorRT plan for this host's GPU, and keep it if it passes parity (docs/tensorrt.md)."""
+    from model.artifact import load_artifact
+    from model.engines.tensorrt_export import BuildOptions, build_plan
+    from model.engines.tensorrt_plans import figures, find_toolchain, plans_folder
+    from service.artifact_choice import choose_artifact, read_photos
+
+    try:
+        toolchain = find_toolchain(library)  # first: without a GPU nothing else is worth its time
+        chosen = load_artifact(choose_artifact(artifact, data_dir), derived_dir=data_dir / "derived")
+        given: dict[str, Any] = {"photos": read_photos(images, PHOTOS)} if images else {}
+        options = BuildOptions(
+            precision=precision,
+            refit=refit,
+            refit_from=refit_from,
+            timing_cache=timing_cache,
+            time_limit_s=time_limit,
+            rebuild=rebuild,
+            **given,
+        )
+        if precision == "fp8":
+            options = _with_activations(options, chosen)
+        with _Shown() as progress:
+            path, record = build_plan(
+                chosen, toolchain, _reference(chosen), plans_folder(chosen.derived), options, progress=progress
+            )
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        raise fail(error) from error
+    typer.echo(
+        f"{path}\n{toolchain.library.name} {toolchain.library.version} on {toolchain.gpu.name}, "
+        f"{record.bytes / 2**20:.0f} MiB\nparity with {record.reference} at batches "
+        f"{', '.join(str(parity.batch) for parity in record.parity)}: {figures(record.parity)}\n"
+        f"next: dinov2 serve --model {chosen.path} --engine tensorrt:{precision}"
+    )
+
+
+def _reference(artifact: "Artifact") -> "Engine":
+    """Float32 on the CPU: torch where it is installed, else ONNX Runtime with the artifact's graph."""
+    from importlib.util import find_spec
+
+    from model.artifact import ONNX, WEIGHTS
+    from model.cpus import available_cpus
+
+    if find_spec("torch") is not None:
+        from model.engines.torch_engine import TorchEngine
+
+        return TorchEngine(artifact.file(WEIGHTS), artifact.manifest.config, threads=available_cpus(), device="cpu")
+    from model.engines.onnxruntime_engine import OnnxEngine
+
+    return OnnxEngine(artifact.file(ONNX), threads=available_cpus())
+
+
+def _with_activations(options: Any, artifact: "Artifact") -> Any:
+    """The ranges that fp8 needs, measured on the photos of the parity check."""
+    from dataclasses import replace
+
+    from model.engines.parity import pixels_at
+    from model.onnx_graph.calibrate import measure_activations
+
+    manifest = artifact.manifest
+    pixels = pixels_at(options.photos, manifest.preprocess, manifest.input_size)
+    return replace(options, activations=measure_activations(artifact.weights, manifest.config, pixels))
+
+
+class _Shown:
+    """A build's phases on a terminal; without one, a line for each."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Shown":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        phase = event["phase"]
+        if "steps" in event:
+            if not sys.stderr.isatty() and event.get("parent") is None:
+                typer.echo(f"{phase} ...", err=True)
+            self._tasks[phase] = self._progress.add_task(phase, total=event["steps"])
+        elif phase in self._tasks and event.get("done"):
+            self._progress.remove_task(self._tasks.pop(phase))
+        elif phase in self._tasks:
+            self._progress.update(self._tasks[phase], completed=event["step"] + 1)

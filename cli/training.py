@@ -1,0 +1,118 @@
+"""`dinov2 train`, `compare`, `average` and `report`: everything that makes or weighs checkpoints, but `eval`.
+
+Everything heavy is imported when a command runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.search import fail
+
+DataOption = Annotated[
+    str, typer.Option(help="Folder of images, tar shards (also as a URL), or a Hugging Face dataset on disk.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.", metavar="KEY=VALUE")
+]
+
+
+def need_torch(command: str) -> None:
+    """Leave with advice where torch is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise fail(
+            f"`dinov2 {command}` needs torch: python -m pip install -e '.[train]' (the extra `train` of dinov2-service)"
+        )
+
+
+@contextmanager
+def run_ends_told() -> Iterator[None]:
+    """What ends a training run before its time, as a message and an exit status."""
+    from model.zoo import DownloadError
+    from training.run import Interrupted, RunStopped
+    from training.train import INTERRUPTED
+
+    try:
+        yield
+    except (ValueError, OSError, RunStopped, DownloadError) as error:
+        raise fail(error) from error
+    except Interrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(code=INTERRUPTED) from interrupted
+
+
+def train(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics. A run in it goes on.")],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
+    overrides: OverridesArgument = None,
+) -> None:
+    """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install -e '.[train]')."""
+    need_torch("train")
+    from training.config import load_config
+    from training.train import train as run_training
+
+    with run_ends_told():
+        checkpoint = run_training(load_config(recipe, data, out, overrides or []))
+    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
+
+
+def compare(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder of both runs, compare.json, compare.html. Runs in it go on.")],
+    base: Annotated[str, typer.Option(help="Recipe of both runs: a name, or a TOML file.")] = "smoke",
+    overrides: OverridesArgument = None,
+) -> None:
+    """Train DINO and DINOv2 on the same data, budget and seed, and set their figures side by side (docs/compare.md)."""
+    need_torch("compare")
+    from training.compare import compare as run_comparison
+
+    with run_ends_told():
+        run_comparison(data, out, base=base, overrides=overrides or [])
+
+
+def average(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one network, two or more.")],
+    out: Annotated[Path, typer.Option(help="File to write: their mean, a checkpoint.")],
+    data: Annotated[
+        str | None, typer.Option(help="As for train: k-NN of each and of the mean, on photos that all held out.")
+    ] = None,
+) -> None:
+    """Average the weights of checkpoints, for instance those that a run kept (keep_checkpoints_every_epochs)."""
+    need_torch("average")
+    from rich.console import Console
+    from rich.table import Table
+
+    from training.average import KS, average_checkpoints, knn_of
+
+    try:
+        average_checkpoints(checkpoints, out)
+        typer.echo(f"the mean of {len(checkpoints)} checkpoints: {out}")
+        if data is None:
+            return
+        accuracies, photos = knn_of(checkpoints, out, data)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    table = Table("checkpoint", *(f"k-NN, k={k}" for k in KS))
+    for name, accuracy in zip([*map(str, checkpoints), "their mean"], accuracies, strict=True):
+        table.add_row(name, *(f"{accuracy[k]:.1%}" for k in KS))
+    Console().print(table)
+    typer.echo(f"class token, {photos} photos that no checkpoint was trained on")
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+) -> None:
+    """Write the page of a run, report.html, from the files in its folder."""
+    need_torch("report")
+    from training.pages.report import write_report
+
+    try:
+        typer.echo(write_report(out))
+    except (ValueError, OSError) as error:
+        raise fail(error) from error

@@ -1,0 +1,1 @@
+"""Runtimes behind one protocol, which one serves, and the comparison with the reference."""

@@ -1,0 +1,291 @@
+"""What talks to TensorRT's builder: which library is there, and one build or refit, in a process of its own.
+
+A graph that the builder dislikes can end the process that builds (seen: by a signal), so
+`model/engines/tensorrt_export.py` runs this file as a program: `python -P tensorrt_build.py JOB.json`. It imports
+nothing of the project. Standard output carries one JSON object a line (progress, then the result); everything that the
+libraries print goes to standard error.
+
+Two libraries speak this API: `tensorrt` (10.14 or newer: the first with the `Attention` operator) and `tensorrt_rtx`
+(TensorRT for RTX, whose wheels install from PyPI and which builds without a GPU when it is told the target).
+
+Attention must become one fused kernel a block. The operator is not decomposable by default, so that a build which finds
+no kernel fails; but TensorRT-RTX 1.7.1 was seen to decompose a float32 operator all the same when the batch is fixed to
+1. Its plans name their kernels, so they are counted too (`count_fused_attention`).
+"""
+
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+OLDEST_TENSORRT = (10, 14)
+INSTALL_HINT = "pip install -e '.[tensorrt]' (its wheels come from NVIDIA's index) or '.[tensorrt-rtx]' (from PyPI)"
+_FUSED = re.compile(rb"(?<![A-Za-z0-9_])_gemm_mha_v2(?![A-Za-z0-9_])")
+_STEP_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Library:
+    """TensorRT as it is installed."""
+
+    name: str  # of LIBRARIES
+    version: str
+    module: Any
+
+
+def find_library(name: str | None = None) -> Library:
+    """The TensorRT to use: the one named, else the full library, else TensorRT for RTX.
+
+    Raises:
+        ModuleNotFoundError: none can be imported; the message has each one's reason and how to install one.
+        ValueError: an unknown name, or a `tensorrt` older than 10.14.
+    """
+    if name is not None and name not in LIBRARIES:
+        raise ValueError(f"unknown library {name!r}: one of {', '.join(LIBRARIES)}")
+    reasons = []
+    for candidate in (name,) if name else LIBRARIES:
+        try:
+            module = importlib.import_module(candidate)
+        except (ImportError, OSError) as error:  # OSError: a wheel whose shared library is missing or does not load
+            reasons.append(f"{candidate}: {error}")
+            continue
+        version = str(module.__version__)
+        if candidate == "tensorrt" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TENSORRT:
+            reasons.append(f"tensorrt {version}: has no fused attention operator, 10.14 or newer is needed")
+            continue
+        return Library(candidate, version, module)
+    if all("10.14" in reason for reason in reasons):
+        raise ValueError("; ".join(reasons))
+    raise ModuleNotFoundError(f"TensorRT is not installed ({'; '.join(reasons)}): {INSTALL_HINT}")
+
+
+def count_fused_attention(plan: bytes) -> int:
+    """How many fused attention kernels a plan of TensorRT-RTX names: one a block and profile when all are fused.
+
+    Plans of the full library were never seen; there the count is information and decides nothing.
+    """
+    return len(_FUSED.findall(plan))
+
+
+class BuildError(ValueError):
+    """TensorRT refused; the message is its reason in plain words, with its own."""
+
+
+def plain_reason(errors: list[str]) -> str:
+    """What the builder's errors mean to whoever asked for the build."""
+    said = " | ".join(errors[-3:]) or "it gave no reason"
+    if "not supported by a dedicated kernel" in said:
+        return (
+            "attention cannot be fused on this target: TensorRT has no kernel for its number format, head width or "
+            f"length (float32 never fuses: build bf16 or fp16). TensorRT says: {said}"
+        )
+    if "HW-specific datatypes" in said:
+        return f"the target GPU cannot compute in this number format (bf16 needs 8.0, fp8 8.9). TensorRT says: {said}"
+    if "CUDA_SUCCESS" in said or "CUDA initialization failure" in said or "cudaError" in said:
+        return f"this build needs a GPU that CUDA can use, and there is none. TensorRT says: {said}"
+    if "out of memory" in said.lower():
+        return f"the GPU's memory was too small for the build: stop what else uses it. TensorRT says: {said}"
+    return f"TensorRT cannot build this graph. It says: {said}"
+
+
+@dataclass
+class _Events:
+    """Progress to whoever waits, one JSON object a line."""
+
+    out: TextIO
+    last_step: float = 0.0
+
+    def send(self, **event: Any) -> None:
+        self.out.write(json.dumps(event) + "\n")
+        self.out.flush()
+
+    def step(self, phase: str, step: int) -> None:
+        if time.monotonic() - self.last_step > _STEP_INTERVAL_S:
+            self.last_step = time.monotonic()
+            self.send(phase=phase, step=step)
+
+
+def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
+    """The library's own logger, which passes on everything but its verbose lines: severity's name, message."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.INFO:
+                on_message(severity.name, message)
+
+    return Logger()
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    """Messages go to standard error; errors are kept."""
+
+    def on_message(severity: str, message: str) -> None:
+        if "ERROR" in severity:
+            errors.append(message)
+        print(f"[{severity}] {message}", file=sys.stderr, flush=True)
+
+    return make_logger(trt, on_message)
+
+
+def _monitor(trt: Any, events: _Events) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            events.send(phase=phase_name, parent=parent_phase, steps=num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            events.send(phase=phase_name, done=True)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            events.step(phase_name, step)
+            return True
+
+    return Monitor()
+
+
+def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
+    """Parse `job["onnx"]`, build it, write `job["plan"]`; what was done, as JSON.
+
+    Raises:
+        BuildError: it cannot be parsed or built.
+    """
+    errors: list[str] = []
+    logger = _logger(trt, errors)
+    builder = trt.Builder(logger)
+    # From 11 on every network is strongly typed and the flag may be gone.
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, logger)
+    started = time.monotonic()
+    if not parser.parse_from_file(job["onnx"]):
+        reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise BuildError(f"TensorRT cannot read the graph: {' | '.join(reasons[-3:])}")
+    parsed = time.monotonic()
+    config, profiles, monitor = _configure(trt, builder, job, events)
+    plan = builder.build_serialized_network(network, config)
+    del monitor  # it has to outlive the build
+    if plan is None:
+        raise BuildError(plain_reason(errors))
+    built = time.monotonic()
+    write_whole(Path(job["plan"]), plan)
+    if cache := job.get("timing_cache"):
+        try:
+            write_whole(Path(cache), config.get_timing_cache().serialize())
+        except OSError as error:  # only the next build is slower
+            print(f"{cache}: measurements of kernels are not kept: {error.strerror}", file=sys.stderr)
+    return {
+        "profiles": profiles,
+        "parse_s": round(parsed - started, 3),
+        "build_s": round(built - parsed, 3),
+    }
+
+
+def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
+    """The builder's configuration, its profiles as it holds them, and the monitor, which must outlive the build."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for whoever inspects a plan
+    profiles = []
+    for shapes in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(job["input"], *(tuple(shape) for shape in shapes))
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT refuses the profile {shapes}")
+        profiles.append([list(shape) for shape in profile.get_shape(job["input"])])
+    if job.get("refit"):
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if job["library"] == "tensorrt_rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # asked for where CUDA graphs capture its work
+    targets = job.get("targets") or []
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            capability = getattr(trt.ComputeCapability, target, None)
+            if capability is None or not config.set_compute_capability(capability, index):
+                raise BuildError(f"this TensorRT cannot build for {target}")
+    if cache := job.get("timing_cache"):
+        known = Path(cache).read_bytes() if Path(cache).exists() else b""
+        timings = config.create_timing_cache(known)
+        if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: begin a new one
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+    monitor = None
+    if hasattr(trt, "IProgressMonitor"):
+        monitor = _monitor(trt, events)
+        config.progress_monitor = monitor
+    return config, profiles, monitor
+
+
+def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
+    """Put the weights of `job["onnx"]` into the plan `job["from"]`, write `job["plan"]`; what was done, as JSON.
+
+    Raises:
+        BuildError: the plan cannot be loaded, was built without the refit flag, or is of another graph.
+    """
+    errors: list[str] = []
+    logger = _logger(trt, errors)
+    started = time.monotonic()
+    events.send(phase="refit", parent=None, steps=1)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(Path(job["from"]).read_bytes())
+    if engine is None:
+        raise BuildError(f"{job['from']}: TensorRT cannot load it: {plain_reason(errors)}")
+    if not engine.refittable:
+        raise BuildError(f"{job['from']}: was built without --refit, so its weights cannot be replaced")
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(job["onnx"]):
+        reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise BuildError(f"the plan is of another graph than these weights: {' | '.join(reasons[-3:] or errors[-3:])}")
+    missing = list(refitter.get_missing_weights())
+    if missing:
+        raise BuildError(f"the new graph leaves {len(missing)} weights of the plan without values: {missing[:5]}")
+    if not refitter.refit_cuda_engine():
+        raise BuildError(f"the weights cannot be replaced: {plain_reason(errors)}")
+    settings = engine.create_serialization_config()
+    settings.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    write_whole(Path(job["plan"]), engine.serialize_with_config(settings))
+    return {"refit_s": round(time.monotonic() - started, 3)}
+
+
+def write_whole(path: Path, data: Any) -> None:
+    """All of a file or nothing: written aside, flushed to the disk, renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def main(job_file: str) -> int:
+    """Do the job; 0 and a last line {"result": ...}, or 1 and {"error": ...}."""
+    events = _Events(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)  # the libraries print there too
+    job = json.loads(Path(job_file).read_text())
+    try:
+        library = find_library(job["library"])
+        action = {"build": build, "refit": refit}[job["action"]]
+        done = action(library.module, job, events)
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        events.send(error=str(error))
+        return 1
+    events.send(result=done | {"library": library.name, "version": library.version})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

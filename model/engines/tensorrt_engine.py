@@ -1,0 +1,289 @@
+"""The TensorRT engine: a plan on one NVIDIA GPU, without torch.
+
+Batches are padded up to the next of 1, 2, 4, ..., 64, and each of these has a CUDA graph: copy the pixels in, run the
+plan, copy the features out, all launched by one call. The graphs are captured when the engine loads, after one pass
+that lets the library set itself up. NVIDIA asks for one execution context for each captured graph; they share the
+weights and one piece of memory for activations, since one stream runs them one after the other.
+
+Plans are built by `model/engines/tensorrt_export.py`, which keeps only those that passed parity; `load_tensorrt` takes
+no others. A refitted plan is loaded as a new engine, so its graphs are captured anew.
+
+Status: written against the documented API of both libraries and tested against a recording stand-in
+(`tests/model/engines/fake_tensorrt.py`); see docs/tensorrt.md for what has run on a GPU.
+
+Legend: B batch, H x W pixels, N patches, R registers, D width.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.artifact import Artifact
+from model.engines.cuda_memory import CudaError
+from model.engines.protocol import BUCKETS, Features, FloatArray, bucket_of
+from model.engines.tensorrt_build import make_logger, write_whole
+from model.engines.tensorrt_plans import (
+    PRECISIONS,
+    PlanPrecision,
+    Toolchain,
+    find_plan,
+    find_toolchain,
+    plans_folder,
+)
+
+logger = logging.getLogger(__name__)
+
+INPUT = "pixels"
+_LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
+
+
+def load_tensorrt(
+    artifact: Artifact, precision: str, derived_dir: Path, *, library: str | None = None
+) -> "TensorRTEngine":
+    """The engine of `artifact`, from the plan that `dinov2 build-engine` made on this host.
+
+    Args:
+        precision: "bf16", "fp16" or "fp8".
+        derived_dir: the artifact's folder for what this host made from it (`artifact.derived`); plans lie in its
+            `plans`.
+        library: "tensorrt" or "tensorrt_rtx"; None takes the one that is there, the full one first.
+
+    Raises:
+        ModuleNotFoundError: no TensorRT, or no CUDA bindings.
+        ValueError: no GPU, no plan that may serve (the message says why), or one that this GPU refuses.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"TensorRT plans are {', '.join(PRECISIONS)}, not {precision!r}")
+    toolchain = find_toolchain(library)
+    folder = plans_folder(derived_dir)
+    plan, record = find_plan(artifact, precision, toolchain, folder)
+    try:
+        return TensorRTEngine(plan, toolchain, precision, jit_cache=folder / f"{record.key.digest}.jit")
+    except CudaError as error:  # memory, mostly
+        raise ValueError(f"the TensorRT plan cannot be loaded: {error}") from error
+
+
+class TensorRTEngine:
+    """Runs one plan; see `model.engines.protocol.Engine`. Called by one thread at a time, not always the same one.
+
+    Args:
+        plan: its bytes.
+        precision: of the graph that it was built from.
+        jit_cache: file of compiled kernels, for TensorRT for RTX, which compiles on the GPU it runs on; None: none.
+
+    Raises:
+        ValueError: TensorRT refuses the plan, or it is not one of ours.
+        CudaError: the GPU's memory is too small, or another call failed.
+    """
+
+    def __init__(
+        self, plan: bytes, toolchain: Toolchain, precision: PlanPrecision, *, jit_cache: Path | None = None
+    ) -> None:
+        self.name = toolchain.library.name
+        self.precision: str = precision
+        self.device = "cuda"
+        self._trt, self._cuda = toolchain.library.module, toolchain.cuda
+        self._errors: deque[str] = deque(maxlen=5)
+        self._graphs: dict[int, Callable[[], None]] = {}
+        with ExitStack() as stack:  # gives everything back if the rest fails
+            self._cuda.use(0)
+            self._stream = self._cuda.stream()
+            stack.callback(self._cuda.call, "cudaStreamDestroy", self._stream)
+            self._deserialize(plan, stack)
+            self._allocate(stack)
+            self._make_contexts(stack, jit_cache)
+            self._capture_all(stack)
+            self._save_jit_cache(jit_cache)
+            self._resources = stack.pop_all()
+
+    def run(self, pixels: FloatArray) -> Features:
+        """See `model.engines.protocol.Engine`. Batches above the largest bucket run in pieces.
+
+        Raises:
+            ValueError: a shape that the plan was not built for.
+            CudaError: the GPU failed.
+        """
+        if pixels.ndim != 4 or pixels.shape[1:] != self._input_shape:
+            shape = ", ".join(map(str, self._input_shape))
+            raise ValueError(f"pixels of shape {pixels.shape}: this model takes [B, {shape}]")
+        self._cuda.use(0)
+        batch = len(pixels)
+        outputs = {name: np.empty((batch, *host.shape[1:]), np.float32) for name, host in self._host_out.items()}
+        for start in range(0, batch, BUCKETS[-1]):
+            piece = pixels[start : start + BUCKETS[-1]]
+            self._host_in[: len(piece)] = piece
+            self._graphs[bucket_of(len(piece))]()  # rows above the piece hold older images; nobody reads their features
+            self._cuda.wait(self._stream)
+            for name, host in self._host_out.items():
+                outputs[name][start : start + len(piece)] = host[: len(piece)]
+        cls, patches = outputs["cls"], outputs["patches"]
+        registers = outputs.get("registers", np.zeros((batch, 0, cls.shape[1]), np.float32))
+        return Features(cls, patches, registers)
+
+    def close(self) -> None:
+        """Give the GPU's memory back. The engine cannot run afterwards."""
+        self._resources.close()
+
+    def __del__(self) -> None:
+        """An engine that is passed over must not keep the GPU's memory."""
+        with suppress(Exception):  # at the end of the process CUDA may be gone already, or a load that failed
+            self.close()
+
+    def _deserialize(self, plan: bytes, stack: ExitStack) -> None:
+        trt = self._trt
+        self._runtime = trt.Runtime(make_logger(trt, self._heard))
+        if hasattr(self._runtime, "get_engine_validity"):
+            validity, diagnostics = self._runtime.get_engine_validity(plan)
+            if validity == trt.EngineValidity.INVALID:
+                raise ValueError(
+                    f"{self.name} refuses this plan on this GPU (diagnostics {diagnostics:#x}): {self._told()}"
+                )
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise ValueError(f"{self.name} cannot load the plan: {self._told()}")
+        self._engine = engine
+        stack.callback(self._forget)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+        if INPUT not in shapes or not {"cls", "patches"} <= set(names):
+            raise ValueError(f"not a plan of this project: its tensors are {', '.join(names)}")
+        self._input_shape = shapes.pop(INPUT)[1:]  # (3, H, W)
+        self._output_shapes = {name: shape[1:] for name, shape in shapes.items()}
+        if free := [name for name, shape in self._output_shapes.items() if min(shape) < 0]:
+            raise ValueError(f"not a plan of this project: {', '.join(free)} has other free dimensions than the batch")
+        ranges = []
+        for index in range(engine.num_optimization_profiles):
+            low, _, high = engine.get_tensor_profile_shape(INPUT, index)  # each [B, 3, H, W]
+            ranges.append((int(low[0]), int(high[0])))
+        self._profile_of = {bucket: choose_profile(ranges, bucket) for bucket in BUCKETS}
+
+    def _forget(self) -> None:
+        """Let the library's objects go in the order in which they depend on each other."""
+        self._contexts: dict[int, Any] = {}
+        self._jit: Any = None  # the bindings let it hold the engine, and with it the weights
+        self._engine = None
+        self._runtime = None
+
+    def _allocate(self, stack: ExitStack) -> None:
+        """Buffers of the largest bucket, which all buckets share, and the memory of the activations."""
+        cuda, largest = self._cuda, BUCKETS[-1]
+
+        def pinned(shape: tuple[int, ...]) -> FloatArray:
+            array = cuda.pinned((largest, *shape))
+            stack.callback(cuda.free_pinned, array)
+            return array
+
+        def on_device(size: int) -> int:
+            address = cuda.allocate(max(256, size))
+            stack.callback(cuda.call, "cudaFree", address)
+            return address
+
+        self._host_in = pinned(self._input_shape)
+        self._host_out = {name: pinned(shape) for name, shape in self._output_shapes.items()}
+        self._addresses = {INPUT: on_device(self._host_in.nbytes)}
+        self._addresses |= {name: on_device(host.nbytes) for name, host in self._host_out.items()}
+        self._activation_bytes = int(self._engine.device_memory_size_v2)
+        self._activations = on_device(self._activation_bytes)
+
+    def _make_contexts(self, stack: ExitStack, jit_cache: Path | None) -> None:
+        """One execution context a bucket, with its profile, shape and addresses."""
+        self._contexts = {}
+        stack.callback(self._contexts.clear)
+        self._jit = None
+        settings = self._runtime_settings(jit_cache)
+        for bucket in BUCKETS:
+            context = self._engine.create_execution_context(settings)
+            if context is None:
+                raise ValueError(f"{self.name} gives no execution context: {self._told()}")
+            context.set_device_memory(self._activations, self._activation_bytes)
+            done = context.set_optimization_profile_async(self._profile_of[bucket], self._stream)
+            self._cuda.wait(self._stream)
+            done = done and context.set_input_shape(INPUT, (bucket, *self._input_shape))
+            for name, address in self._addresses.items():
+                done = done and context.set_tensor_address(name, address)
+            if not done:
+                raise ValueError(f"{self.name} refuses batch {bucket}: {self._told()}")
+            self._contexts[bucket] = context
+
+    def _runtime_settings(self, jit_cache: Path | None) -> Any:
+        """How contexts are made: with memory that we give them, and in TensorRT for RTX with its compiled kernels."""
+        trt = self._trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.name != "tensorrt_rtx":
+            return strategy
+        settings = self._engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(strategy)
+        # Kernels for each bucket's shape are compiled at its first pass, so that the capture gets those.
+        settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._jit = settings.create_runtime_cache()
+        if jit_cache is not None and jit_cache.exists() and not self._jit.deserialize(jit_cache.read_bytes()):
+            logger.warning("%s: not a cache of this library and GPU, kernels are compiled again", jit_cache)
+        settings.set_runtime_cache(self._jit)
+        return settings
+
+    def _save_jit_cache(self, path: Path | None) -> None:
+        if path is None or self._jit is None:
+            return
+        try:
+            write_whole(path, bytes(self._jit.serialize()))
+        except OSError as error:  # only the next start is slower
+            logger.warning("%s: compiled kernels are not kept: %s", path, error.strerror)
+
+    def _capture_all(self, stack: ExitStack) -> None:
+        for bucket in BUCKETS:
+            self._queue(bucket)  # the library allocates and compiles in its first pass, which no graph may hold
+            self._cuda.wait(self._stream)
+            self._graphs[bucket] = self._captured(bucket, stack)
+        stack.callback(self._graphs.clear)
+
+    def _captured(self, bucket: int, stack: ExitStack) -> Callable[[], None]:
+        """What runs the bucket: its graph, or call by call where it cannot be captured."""
+
+        def queue() -> None:
+            self._queue(bucket)
+
+        context = self._contexts[bucket]
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._stream):
+            logger.warning("batch %d cannot be captured as a CUDA graph, it runs call by call", bucket)
+            return queue
+        try:
+            graph = self._cuda.capture(self._stream, queue)
+        except CudaError as error:
+            logger.warning("batch %d cannot be captured as a CUDA graph, it runs call by call: %s", bucket, error)
+            return queue
+        stack.callback(self._cuda.call, "cudaGraphExecDestroy", graph)
+        return lambda: self._cuda.launch(graph, self._stream)
+
+    def _queue(self, bucket: int) -> None:
+        """Put a pass of `bucket` rows on the stream: pixels in, plan, features out."""
+        self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
+        if not self._contexts[bucket].execute_async_v3(self._stream):
+            raise CudaError(f"{self.name} failed at batch {bucket}: {self._told()}")
+        for name, host in self._host_out.items():
+            self._cuda.to_host(host[:bucket], self._addresses[name], self._stream)
+
+    def _heard(self, severity: str, message: str) -> None:
+        level = _LEVELS.get(severity, logging.DEBUG)
+        if level == logging.ERROR:
+            self._errors.append(message)
+        logger.log(level, "%s: %s", self.name, message)
+
+    def _told(self) -> str:
+        return " | ".join(self._errors) or "it gave no reason"
+
+
+def choose_profile(ranges: list[tuple[int, int]], batch: int) -> int:
+    """The narrowest profile whose (lowest, highest) batch holds `batch`.
+
+    Raises:
+        ValueError: none does, so the plan is of another version of this project.
+    """
+    fitting = [(high - low, index) for index, (low, high) in enumerate(ranges) if low <= batch <= high]
+    if not fitting:
+        raise ValueError(f"the plan has no profile for batch {batch}, only {ranges}")
+    return min(fitting)[1]

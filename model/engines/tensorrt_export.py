@@ -1,0 +1,325 @@
+"""An artifact becomes a TensorRT plan on the host that will run it, and only one that passed parity is kept.
+
+The graph is derived from the artifact's weights in the plan's number format (the network is strongly typed: formats
+come from the graph alone), built in a process of its own (`model/engines/tensorrt_build.py`), loaded as serving will
+load it, and compared with the reference on photos at every batch that serving runs, since each profile has kernels of
+its own. Plans that stray are dropped; their figures stay (`model/engines/tensorrt_plans.py` keeps both).
+
+A refit puts the weights of a retrained model into a plan that was built with `refit=True`: quicker than a build,
+checked in the same way, and kept under the new weights' own key.
+"""
+
+import datetime
+import hashlib
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.artifact import Artifact, ParityRecord
+from model.engines import parity, tensorrt_build
+from model.engines.protocol import BUCKETS, Engine
+from model.engines.tensorrt_build import BuildError, count_fused_attention
+from model.engines.tensorrt_plans import (
+    PROFILES,
+    PlanKey,
+    PlanMissing,
+    PlanPrecision,
+    PlanRecord,
+    Toolchain,
+    figures,
+    file_digest,
+    graph_identity,
+    graph_spec,
+    make_key,
+    plan_path,
+    read_plan,
+    remember_graph,
+    write_plan,
+)
+from model.onnx_graph.build import write_onnx
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[Mapping[str, Any]], None]
+"""Told each event of a build: {"phase", "parent", "steps"} when one begins, {"phase", "step"}, {"phase", "done"}."""
+
+LOG_TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a plan is built.
+
+    `refit` makes its weights replaceable; `refit_from` is such a plan to take instead of a build. `timing_cache` is a
+    file that the full library keeps its measurements of kernels in. `photos` are uint8 [H, W, 3], for parity.
+    `rebuild` builds although a plan of the same key is there.
+    `activations` are the largest inputs of each linear layer, which fp8 needs.
+    """
+
+    precision: PlanPrecision = "bf16"
+    refit: bool = False
+    refit_from: Path | None = None
+    timing_cache: Path | None = None
+    photos: Sequence[npt.NDArray[np.uint8]] = field(default_factory=parity.sample_photos)
+    activations: Mapping[str, float] | None = None
+    time_limit_s: float = 3600.0
+    rebuild: bool = False
+
+
+JobRunner = Callable[..., dict[str, Any]]
+EngineMaker = Callable[[bytes, Toolchain, PlanPrecision], Engine]
+
+
+def build_plan(
+    artifact: Artifact,
+    toolchain: Toolchain,
+    reference: Engine,
+    folder: Path,
+    options: BuildOptions,
+    *,
+    progress: Progress = lambda event: None,
+    run: JobRunner | None = None,
+    make_engine: EngineMaker | None = None,
+) -> tuple[Path, PlanRecord]:
+    """Build (or refit) the plan of `artifact` for this host, compare it with `reference`, keep it in `folder`.
+
+    Args:
+        reference: float32, on the CPU: torch where it is installed, else ONNX Runtime with the artifact's graph.
+        folder: of plans; made when missing.
+        progress: called with each event of the build.
+        run, make_engine: what runs the job and loads the plan; the tests give their own.
+
+    Returns:
+        the plan's file and its record; those that are there already, unless `options.rebuild`.
+
+    Raises:
+        BuildError (a ValueError): TensorRT cannot build or refit; the message has the reason and the log's end.
+        ParityError (a ValueError): the plan strays from the reference; it was dropped, its figures are kept.
+        OSError: the folder cannot be written.
+    """
+    run, make_engine = run or run_job, make_engine or _load
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = graph_spec(artifact, options.precision, toolchain.library)
+    depth = artifact.manifest.config.depth
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
+        work = Path(temporary)
+        names = write_onnx(
+            artifact.weights, artifact.manifest.config, spec, work / "graph.onnx", activations=options.activations
+        )
+        onnx_sha256 = file_digest([work / name for name in names])
+        replaceable = options.refit or options.refit_from is not None
+        key = make_key(onnx_sha256, options.precision, toolchain, refit=replaceable)
+        if (known := None if options.rebuild else _known(folder, key)) is not None:
+            remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
+            return known
+        size, targets = artifact.manifest.input_size, targets_of(toolchain)
+        job = make_job(toolchain.library.name, work / names[0], work / "plan", size, options, targets=targets)
+        done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
+        plan = (work / "plan").read_bytes()
+    if options.refit_from is None:  # a refit changes no kernels
+        check_fusion(toolchain.library.name, count_fused_attention(plan), depth)
+    progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
+    candidate = make_engine(plan, toolchain, options.precision)
+    try:
+        records = measure_batches(reference, candidate, artifact, options.photos)
+    finally:
+        if close := getattr(candidate, "close", None):  # the GPU's memory, for the engine that will serve
+            close()
+    record = _record(artifact, key, plan, records, reference, done)
+    path = write_plan(folder, plan if record.passed else None, record)
+    remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
+    if not record.passed:
+        limits = parity.LIMITS[options.precision]
+        raise parity.ParityError(
+            f"the {options.precision} plan strays from {record.reference} and was dropped: {figures(records)}; "
+            f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are asked. "
+            f"The figures are in {path.with_suffix('.json')}"
+        )
+    logger.info("plan %s (%s): %s", path, options.precision, figures(records))
+    return path, record
+
+
+def _known(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
+    """The plan of this key, if one is there that may serve."""
+    try:
+        record = read_plan(folder, key)[1]
+    except PlanMissing as missing:
+        logger.info("%s", missing)
+        return None
+    return plan_path(folder, key), record
+
+
+def targets_of(toolchain: Toolchain) -> list[str]:
+    """The GPU that TensorRT for RTX is to build for, by its name there.
+
+    For a GPU that it has no name for (SM90) it is not told any: its plans then run on compute capability 8.0, 8.6, 8.9,
+    12.0 "and later", by its documentation; it checks a plan itself when one is loaded. The full library builds for the
+    GPU that is there.
+    """
+    if toolchain.library.name != "tensorrt_rtx":
+        return []
+    name = "SM{}{}".format(*toolchain.gpu.capability)
+    return [name] if hasattr(toolchain.library.module.ComputeCapability, name) else []
+
+
+def make_job(
+    library: str,
+    onnx: Path,
+    plan: Path,
+    size: tuple[int, int],
+    options: BuildOptions,
+    *,
+    targets: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What the building process is told (see `model/engines/tensorrt_build.py`)."""
+    job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
+    if options.refit_from is not None:
+        return job | {"action": "refit", "from": str(options.refit_from.resolve())}
+    shapes = [[[batch, 3, *size] for batch in profile] for profile in PROFILES]
+    job |= {"action": "build", "input": "pixels", "profiles": shapes, "refit": options.refit}
+    job |= {"targets": list(targets)}
+    if options.timing_cache is not None and library == "tensorrt":  # the one for RTX measures nothing while it builds
+        job["timing_cache"] = str(options.timing_cache.resolve())
+    return job
+
+
+def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progress: Progress) -> dict[str, Any]:
+    """Run one job in its own process; its result.
+
+    Args:
+        folder: for the job's file and its log.
+
+    Raises:
+        BuildError: it failed, was ended by a signal, or took longer than `time_limit_s`.
+    """
+    job_file, log = folder / "job.json", folder / "build.log"
+    job_file.write_text(json.dumps(job))
+    # -P: the script's own folder would put this package's files before modules of the same names.
+    command = [sys.executable, "-P", str(Path(tensorrt_build.__file__).resolve()), str(job_file)]
+    late = threading.Event()
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(  # noqa: S603 - our own file, no shell
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder
+        ) as process,
+    ):
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(time_limit_s, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            last = _follow(process.stdout, progress)
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            timer.cancel()
+    if late.is_set():
+        raise BuildError(f"the build took longer than {time_limit_s:g} s and was stopped. {_tail(log)}")
+    if code < 0:
+        raise BuildError(
+            f"the build was ended by {_signal_name(-code)}: TensorRT crashed on this graph, or memory ran out. "
+            f"{_tail(log)}"
+        )
+    if "error" in last:
+        raise BuildError(str(last["error"]))
+    if code != 0 or "result" not in last:
+        raise BuildError(f"the build ended with status {code} and no result. {_tail(log)}")
+    result: dict[str, Any] = last["result"]
+    return result
+
+
+def _follow(lines: Iterable[str], progress: Progress) -> dict[str, Any]:
+    """Pass the events on; the last one is returned."""
+    last: dict[str, Any] = {}
+    for line in lines:
+        last = json.loads(line)
+        if "phase" in last:
+            progress(last)
+    return last
+
+
+def _tail(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"Its log ends: {' | '.join(lines[-LOG_TAIL_LINES:])}" if lines else "Its log is empty."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def check_fusion(library: str, fused: int, depth: int) -> None:
+    """One fused kernel a block and profile. Only plans of TensorRT for RTX are known to name theirs."""
+    wanted = depth * len(PROFILES)
+    if library == "tensorrt_rtx" and fused != wanted:
+        raise BuildError(
+            f"attention was not fused: the plan has {fused} fused attention kernels, and {depth} blocks with "
+            f"{len(PROFILES)} profiles need {wanted}"
+        )
+
+
+def measure_batches(
+    reference: Engine, candidate: Engine, artifact: Artifact, photos: Sequence[npt.NDArray[np.uint8]]
+) -> list[ParityRecord]:
+    """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch of `BUCKETS`."""
+    if len(photos) < 2:
+        raise ValueError(f"parity needs at least two photos, not {len(photos)}")
+    pixels = parity.pixels_at(photos, artifact.manifest.preprocess, artifact.manifest.input_size)
+    expected = parity.features(reference, pixels)
+    return [parity.measure(expected, candidate, pixels, batch=batch) for batch in BUCKETS]
+
+
+def _record(
+    artifact: Artifact,
+    key: PlanKey,
+    plan: bytes,
+    records: list[ParityRecord],
+    reference: Engine,
+    done: Mapping[str, Any],
+) -> PlanRecord:
+    return PlanRecord(
+        key=key,
+        artifact=artifact.name,
+        size=artifact.manifest.input_size,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        bytes=len(plan),
+        passed=all(_within_limits(record) for record in records),
+        parity=records,
+        reference=f"{reference.name} {reference.precision}",
+        fused_attention=count_fused_attention(plan),
+        build=dict(done),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _within_limits(record: ParityRecord) -> bool:
+    try:
+        parity.check(record)
+    except parity.ParityError:
+        return False
+    return True
+
+
+def _load(plan: bytes, toolchain: Toolchain, precision: PlanPrecision) -> Engine:
+    from model.engines.tensorrt_engine import TensorRTEngine
+
+    return TensorRTEngine(plan, toolchain, precision)

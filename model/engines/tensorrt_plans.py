@@ -1,0 +1,262 @@
+"""Plans on disk: what a TensorRT plan is tied to, and the folder that keeps those that may serve.
+
+A plan is machine code for one GPU, made by one version of the library from one graph. Its key is a sha256 over all of
+that, so that after an update of driver, library, GPU or weights no plan is found and one is built, instead of loading
+one that is slow, refused or wrong.
+
+    <data folder>/derived/<artifact>/plans/
+      <key>.plan            the plan
+      <key>.json            its record: what it is tied to, its sha256, how long the build took, its parity figures
+      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written by the first start
+      <graph>.graph.json    sha256 of the ONNX graph that was derived for an artifact, size and precision, so that a
+                            server finds its plan's key without writing the graph again
+
+A record without `passed` is the memory of a plan that strayed from the reference: there is no plan beside it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.artifact import Artifact, ParityRecord
+from model.engines.cuda_memory import Cuda, Gpu, describe_gpu, load_runtime
+from model.engines.tensorrt_build import Library, find_library, write_whole
+from model.onnx_graph.build import GraphSpec
+
+PlanPrecision = Literal["bf16", "fp16", "fp8"]
+PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
+
+
+class Profile(NamedTuple):
+    """Batches that one set of kernels is made for, and the one it is tuned at."""
+
+    low: int
+    best: int
+    high: int
+
+
+PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
+"""A single image at the lowest latency; what waits together under usual load; full batches."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What builds and runs plans on this host."""
+
+    library: Library
+    cuda: Cuda
+    gpu: Gpu
+
+
+def find_toolchain(library: str | None = None) -> Toolchain:
+    """TensorRT (the one named, else the full library, else the one for RTX), CUDA and the GPU of this host.
+
+    Raises:
+        ModuleNotFoundError: no TensorRT, or no CUDA bindings; the message says how to install them.
+        ValueError: no GPU that CUDA can use, or a library that is too old.
+    """
+    found, cuda = find_library(library), Cuda(load_runtime())
+    return Toolchain(found, cuda, describe_gpu(cuda))
+
+
+def plans_folder(derived_dir: Path) -> Path:
+    """Where plans lie; `derived_dir` is the artifact's folder for what this host made from it (`Artifact.derived`)."""
+    return derived_dir / "plans"
+
+
+def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
+    """The graph that a plan is built from.
+
+    bf16 attention keeps its softmax in float32. fp16 attention keeps it in fp16, unless q, k and v are cast up around
+    it: TensorRT for RTX fuses that form, the full library does from 11.3 on (its release notes), so it is taken there.
+    `registers` is left out of models without, since an output of no elements is worth nothing.
+    """
+    major, minor = (int(part) for part in library.version.split(".")[:2])
+    casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
+    registers = ("registers",) if artifact.manifest.config.num_register_tokens else ()
+    return GraphSpec(
+        size=artifact.manifest.input_size,
+        precision=precision,
+        outputs=("cls", "patches", *registers),
+        attention="upcast" if casts else "standard",
+    )
+
+
+def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
+    """32 hex digits for what decides the graph's bytes: the weights, the spec and the code that writes it."""
+    package = Path(__file__).parents[1]
+    writer = file_digest(sorted([*(package / "onnx_graph").glob("*.py"), package / "pos_embed.py"]))
+    return hashlib.sha256(f"{artifact.fingerprint} {spec} {writer}".encode()).hexdigest()[:32]
+
+
+class PlanMissing(ValueError):
+    """There is no plan to serve from; the message says why and how to build one."""
+
+
+class PlanKey(BaseModel):
+    """Everything that a plan is tied to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    onnx_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    precision: PlanPrecision
+    library: str
+    version: str
+    gpu: str
+    capability: tuple[int, int]
+    driver: str
+    profiles: tuple[Profile, ...] = PROFILES
+    refit: bool = False
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits: the name of the plan's files."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+class PlanRecord(BaseModel):
+    """What `<key>.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: PlanKey
+    artifact: str  # its name with the first 8 digits of the fingerprint
+    size: tuple[int, int]  # (H, W) pixels
+    sha256: str
+    bytes: int
+    passed: bool
+    parity: list[ParityRecord]  # one for each batch bucket, in their order
+    reference: str  # the engine that the figures are against
+    fused_attention: int
+    build: dict[str, Any]  # seconds of its parts, library; as the build reported
+    created: str  # ISO 8601, UTC
+
+
+def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *, refit: bool) -> PlanKey:
+    """The key of a plan on this host."""
+    return PlanKey(
+        onnx_sha256=onnx_sha256,
+        precision=precision,
+        library=toolchain.library.name,
+        version=toolchain.library.version,
+        gpu=toolchain.gpu.name,
+        capability=toolchain.gpu.capability,
+        driver=toolchain.gpu.driver,
+        refit=refit,
+    )
+
+
+def plan_path(folder: Path, key: PlanKey) -> Path:
+    """The file of a plan, whether it is there or not."""
+    return folder / f"{key.digest}.plan"
+
+
+def find_plan(
+    artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
+) -> tuple[bytes, PlanRecord]:
+    """The plan that may serve `artifact` on this host, one that can be refitted or not.
+
+    Raises:
+        PlanMissing: there is none; the message has the reason.
+    """
+    identity = graph_identity(artifact, graph_spec(artifact, precision, toolchain.library))
+    onnx_sha256 = recall_graph(folder, identity)
+    reasons = []
+    for refit in (False, True):
+        try:
+            return read_plan(folder, make_key(onnx_sha256, precision, toolchain, refit=refit))
+        except PlanMissing as missing:
+            reasons.append(str(missing))
+    told = [reason for reason in reasons if not reason.startswith("no ")] or reasons
+    raise PlanMissing(told[0])
+
+
+def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
+    """The plan of `key`, checked against its record.
+
+    Raises:
+        PlanMissing: there is none that may serve.
+    """
+    name = key.digest
+    try:
+        record = PlanRecord.model_validate_json((folder / f"{name}.json").read_bytes())
+    except FileNotFoundError:
+        raise PlanMissing(
+            f"no {key.precision} plan for {key.library} {key.version} on {key.gpu} with driver {key.driver}: "
+            "`dinov2 build-engine` makes one"
+        ) from None
+    except (OSError, ValidationError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise PlanMissing(f"{folder / name}.json: damaged ({first_line}): build it again") from error
+    if record.key != key:
+        raise PlanMissing(f"{folder / name}.json: is the record of another plan: build it again")
+    if not record.passed:
+        raise PlanMissing(f"the {key.precision} plan failed parity: {figures(record.parity)}")
+    try:
+        plan = (folder / f"{name}.plan").read_bytes()
+    except OSError as error:
+        raise PlanMissing(f"{folder / name}.plan: {error.strerror}: build it again") from error
+    if hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise PlanMissing(f"{folder / name}.plan: was changed or cut short: build it again")
+    return plan, record
+
+
+def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
+    """Keep a plan and its record, or the record alone; the plan comes first, so no record ever promises too much.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = plan_path(folder, record.key)
+    target.with_suffix(".jit").unlink(missing_ok=True)  # kernels compiled for the plan of before
+    if plan is None:
+        target.unlink(missing_ok=True)
+    else:
+        write_whole(target, plan)
+    text = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
+    write_whole(target.with_suffix(".json"), text.encode())
+    return target
+
+
+def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
+    """Note which bytes the derived graph of `identity` has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}).encode())
+
+
+def recall_graph(folder: Path, identity: str) -> str:
+    """The sha256 noted by `remember_graph`.
+
+    Raises:
+        PlanMissing: nothing was built for this graph here.
+    """
+    try:
+        found = json.loads((folder / f"{identity}.graph.json").read_bytes())["onnx_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PlanMissing("no plan was built for this model here: `dinov2 build-engine` makes one") from None
+    return str(found)
+
+
+def figures(parity: Sequence[ParityRecord]) -> str:
+    """The worst figures over all batches, for people."""
+    return (
+        f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
+        f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "
+        f"max error {max(record.max_abs_error for record in parity):.3g}, {parity[0].images} photos"
+    )
+
+
+def file_digest(paths: Sequence[Path]) -> str:
+    """sha256 over files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,207 @@
+"""The torch engine: the reference that every other engine is compared with, able to serve without an export.
+
+On a CPU it runs eagerly: compiled it gains little there (docs/decisions/0002-engine-threads.md has the CPU's choice),
+and needs a C++ compiler. On a GPU it is compiled with a free batch size, and each batch of the usual size is padded up
+to the next of a few buckets, whose launches were captured once as a CUDA graph and are replayed: at small batches the
+host's launches, not the arithmetic, set the pace. The graphs are captured here by hand and not by torch.compile's mode
+"reduce-overhead", whose graphs belong to the thread that made them: one thread loads an engine, another runs it.
+
+bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast beforehand: the numbers are
+autocast's (residual stream, LayerNorm and positions stay float32, where a bf16 residual loses a digit a few blocks on),
+without casting every weight again in each pass. TF32 is off: fp32 means fp32.
+
+The GPU parts have never run in this project; docs/engines.md says what has.
+
+Legend: B batch, D width, T tokens, A heads.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model.config import ViTConfig
+from model.engines.protocol import BUCKETS, Features, FloatArray, bucket_of
+from model.vit import DinoVisionTransformer, resize_tensor
+
+log = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """Runs `weights.safetensors`.
+
+    Args:
+        weights: the file, of any float type.
+        config: the shape.
+        threads: CPU threads of a forward pass.
+        device: None is CUDA where there is one.
+        precision: "fp32", or "bf16".
+        compiled: with torch.compile; None compiles on a GPU only.
+        input_size: (H, W) pixels that a GPU captures CUDA graphs for; None captures none.
+
+    Raises:
+        ValueError: another precision, or a GPU that does not compute in it.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        weights: Path,
+        config: ViTConfig,
+        *,
+        threads: int,
+        device: str | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        compiled: bool | None = None,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"the torch engine computes in fp32 or bf16, not {precision!r}")
+        self.precision: str = precision
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._on_gpu = self.device.startswith("cuda")
+        if self._on_gpu and not torch.cuda.is_available():
+            raise ValueError(f"torch {torch.__version__} finds no CUDA device")
+        if self._on_gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bf16")
+        torch.set_num_threads(threads)
+        self._model = _load(weights, config, self.device, half=precision == "bf16")
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method here would be a cycle
+        if compiled if compiled is not None else self._on_gpu:
+            torch.compiler.assume_constant_result(resize_tensor)  # marks it; what is beneath cannot be traced
+            self._compiled = torch.compile(self._forward)
+        self._graphs: dict[int, _Replayed] = {}
+        self._input_shape = (3, *input_size) if input_size else None
+        if self._on_gpu and self._input_shape:
+            self._capture(self._input_shape)
+
+    def run(self, pixels: FloatArray) -> Features:
+        """See `model.engines.protocol.Engine`."""
+        if not len(pixels):
+            raise ValueError(f"pixels of shape {pixels.shape}: at least one image is needed")
+        parts = [self._run_part(pixels[i : i + BUCKETS[-1]]) for i in range(0, len(pixels), BUCKETS[-1])]
+        return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+
+    def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
+        """Chosen outputs as exported graphs have them: those of `Features`, `attention` [B, A, T], `layer.N`
+        [B, T, D].
+
+        Attention and layers run beside the fast path, each in its own pass.
+
+        Raises:
+            ValueError: an output that there is not.
+        """
+        found = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
+        x = torch.from_numpy(pixels).to(self.device)
+        with torch.inference_mode(), self._autocast():
+            for name in names:
+                if name == "attention":
+                    found[name] = self._model.get_attention(x)[:, :, 0].float().cpu().numpy()  # [B, A, T]
+                elif name.startswith("layer."):
+                    found[name] = self._layer(x, int(name.removeprefix("layer."))).float().cpu().numpy()
+                elif name not in found:
+                    raise ValueError(f"no output {name!r}: {', '.join(Features._fields)}, attention or layer.N")
+        return {name: found[name] for name in names}
+
+    def _layer(self, x: Tensor, index: int) -> Tensor:
+        """All tokens [B, T, D] after block `index`, normed."""
+        depth = len(self._model.blocks)
+        if not 0 <= index < depth:
+            raise ValueError(f"layer.{index}: the model has {depth} blocks, 0 to {depth - 1}")
+        x = self._model.prepare_tokens_with_masks(x)
+        for block in self._model.blocks[: index + 1]:
+            x = block(x)
+        normed: Tensor = self._model.norm(x)
+        return normed
+
+    def _autocast(self) -> torch.autocast:
+        kind = "cuda" if self._on_gpu else "cpu"
+        # A cache of cast weights would be captured with the first graph; there is nothing left to cast either.
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with self._autocast():
+            features = self._model.forward_features(x)
+        return tuple(features[name].float() for name in ("x_norm_clstoken", "x_norm_patchtokens", "x_norm_regtokens"))
+
+    def _run_part(self, pixels: FloatArray) -> Features:
+        with torch.inference_mode():
+            x = torch.from_numpy(pixels)
+            if pixels.shape[1:] == self._input_shape and self._graphs:
+                outputs = self._graphs[bucket_of(len(pixels))](x)
+            else:
+                outputs = (self._compiled or self._forward)(x.to(self.device))
+            return Features(*(output[: len(pixels)].cpu().numpy() for output in outputs))
+
+    def _capture(self, shape: tuple[int, ...]) -> None:
+        """A CUDA graph per bucket. What cannot be compiled is captured as it runs eagerly."""
+        try:
+            for batch in BUCKETS:
+                self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
+        except Exception as error:  # torch's compiler raises what it likes: no C compiler, no triton, its own faults
+            if self._compiled is None:
+                raise
+            log.warning("torch.compile failed, running without it: %s", _first_line(error))
+            self._compiled = None
+            self._graphs = {b: _Replayed(self._forward, b, shape, self.device) for b in BUCKETS}
+
+
+class _Replayed:
+    """A forward pass of one batch size, captured once: fixed buffers, and one launch for all kernels."""
+
+    def __init__(
+        self, forward: Callable[[Tensor], tuple[Tensor, ...]], batch: int, shape: tuple[int, ...], device: str
+    ) -> None:
+        with torch.inference_mode():
+            self._pixels = torch.zeros(batch, *shape, device=device)
+            if batch > 1:  # one compilation for all of them; 1 is special to the compiler anyway
+                torch._dynamo.mark_dynamic(self._pixels, 0)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compilation and the libraries' first-time work, outside of the capture
+                for _ in range(2):
+                    forward(self._pixels)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._outputs = forward(self._pixels)
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the whole bucket; rows beyond `pixels` are of whatever ran before."""
+        self._pixels[: len(pixels)].copy_(pixels)
+        self._graph.replay()
+        return self._outputs
+
+
+def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> DinoVisionTransformer:
+    """The model with its weights in float32; with `half` those of linear layers and the patch embedding in bf16."""
+    with torch.device("meta"):
+        model = DinoVisionTransformer(config)
+    halves = (
+        {
+            f"{name}.{part}"
+            for name, module in model.named_modules()
+            for part in ("weight", "bias")
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        if half
+        else set()
+    )
+    state = {
+        key: tensor.to(torch.bfloat16 if key in halves else torch.float32) for key, tensor in load_file(weights).items()
+    }
+    model.load_state_dict(state, strict=True, assign=True)
+    if device.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

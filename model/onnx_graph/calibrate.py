@@ -1,0 +1,62 @@
+"""How large the inputs of each linear layer get on given photos: what fp8 needs to know beforehand."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from model.config import ViTConfig
+from model.cpus import available_cpus
+from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.nodes import FloatArray, Weights
+
+
+def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray, *, batch: int = 4) -> dict[str, float]:
+    """The largest absolute input of every linear layer, by the layer's name, in float32 on ONNX Runtime's CPU.
+
+    Args:
+        weights: Meta's parameter names to arrays.
+        pixels: normalised photos [B, 3, H, W], like those that will be served.
+        batch: photos at a time.
+
+    Raises:
+        ValueError: a side of the photos is not a multiple of the patch size; no photo; a value that is not finite.
+    """
+    import model.engines.onnxruntime_engine  # noqa: F401 - it tells ONNX Runtime to report to nobody, before that loads
+
+    import onnxruntime as ort  # isort: skip
+
+    if not len(pixels):
+        raise ValueError("at least one photo is needed to measure activations")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model.onnx"
+        write_onnx(weights, config, GraphSpec((pixels.shape[2], pixels.shape[3]), outputs=("cls",)), path)
+        graph = onnx.load(path, load_external_data=False)
+        layers = _add_largest(graph)
+        onnx.save(graph, path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = available_cpus()
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        parts = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
+        found = [session.run([f"{layer}.largest" for layer in layers], {"pixels": part}) for part in parts]
+    largest = np.max(np.array(found, dtype=np.float64), axis=0)
+    if not np.isfinite(largest).all():
+        raise ValueError(f"inputs that are not finite: {[layers[i] for i in np.flatnonzero(~np.isfinite(largest))]}")
+    return dict(zip(layers, map(float, largest), strict=True))
+
+
+def _add_largest(model: onnx.ModelProto) -> list[str]:
+    """Outputs `<layer>.largest` for every linear layer; returns the layers."""
+    graph, layers = model.graph, []
+    stored = {tensor.name for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type != "MatMul" or node.input[1] not in stored:
+            continue
+        layer = node.input[1].removesuffix(".weight")
+        layers.append(layer)
+        graph.node.append(helper.make_node("Abs", [node.input[0]], [f"{layer}.absolute"]))
+        graph.node.append(helper.make_node("ReduceMax", [f"{layer}.absolute"], [f"{layer}.largest"], keepdims=0))
+        graph.output.append(helper.make_tensor_value_info(f"{layer}.largest", TensorProto.FLOAT, []))
+    return layers

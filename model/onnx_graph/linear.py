@@ -1,0 +1,126 @@
+"""Linear layers of a graph in each precision, and the casts around them.
+
+- fp32: MatMul and Add; LayerScale's gain is folded into weight and bias.
+- fp16, bf16: linear layers, attention and the feed-forward's activation in half precision. float32 stays what half
+  precision would spoil: LayerNormalization (its sums), the residual stream (every block adds to it, and trained ViTs
+  carry a few channels in the thousands, where bfloat16 steps by 8 and float16 comes near its end at 65504), and
+  LayerScale (gains start at 1e-5: folded into float16 weights they would underflow).
+- int8: each linear layer quantises its input by its own range as it comes and multiplies integers; weights per output
+  channel (`model/onnx_graph/quantize.py`), LayerScale folded. The five operators are those that ONNX Runtime fuses into
+  one. All the rest is float32.
+- fp8: for TensorRT. Inputs and weights of linear layers pass through E4M3; all the rest is as in bf16.
+
+`float_layers` are left out of int8 and fp8: they stay in float32 and bfloat16.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from model.onnx_graph.nodes import FloatArray, GraphBuilder
+from model.onnx_graph.quantize import FP8_LARGEST, Int8Weights, fp8_per_channel, int8_per_channel
+
+
+class Half(NamedTuple):
+    """A half precision as ONNX and as numpy name it."""
+
+    onnx: int
+    numpy: npt.DTypeLike
+
+
+HALVES = {
+    "fp16": Half(TensorProto.FLOAT16, np.float16),
+    "bf16": Half(TensorProto.BFLOAT16, ml_dtypes.bfloat16),
+    "fp8": Half(TensorProto.BFLOAT16, ml_dtypes.bfloat16),
+}
+
+
+def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
+    """float32 to the half of `precision`; as it is where there is none."""
+    half = HALVES.get(precision)
+    return x if half is None else graph.node("Cast", [x], f"{x}.half", to=half.onnx)
+
+
+def widen(graph: GraphBuilder, x: str, precision: str) -> str:
+    """Back to float32."""
+    return x if precision not in HALVES else graph.node("Cast", [x], f"{x}.float", to=TensorProto.FLOAT)
+
+
+def is_named(layer: str, name: str) -> bool:
+    """Whether `layer` (blocks.3.mlp.fc2) is what `name` says: itself, the end (mlp.fc2) or the beginning (blocks.3)."""
+    return f".{layer}".endswith(f".{name}") or f"{layer}.".startswith(f"{name}.")
+
+
+class Linear:
+    """Writes linear layers x @ W^T + b of one precision into a graph; see `GraphSpec` for the arguments."""
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        precision: str,
+        activations: Mapping[str, float],
+        int8_weights: Int8Weights,
+        float_layers: tuple[str, ...],
+    ) -> None:
+        self._graph, self._precision, self._activations = graph, precision, activations
+        self._int8_weights, self._float_layers = int8_weights, float_layers
+        self._half = HALVES.get(precision)
+
+    def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
+        """One layer with LayerScale's `gain` per output channel folded in; result and input in the half, if any."""
+        graph = self._graph
+        weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]
+        if gain is not None:
+            weight, bias = weight * gain[:, None], bias * gain
+        eight_bits = not any(is_named(key, layers) for layers in self._float_layers)
+        if self._precision == "int8" and eight_bits:
+            product = self._int8(x, key, weight)
+        elif self._precision == "fp8" and eight_bits:
+            product = self._fp8(x, key, weight)
+        else:
+            product = graph.node("MatMul", [x, self._stored(f"{key}.weight", weight.T)], f"{key}.matmul")
+        return graph.node("Add", [product, self._stored(f"{key}.bias", bias)], f"{key}.out")
+
+    def branch_end(self, x: str, key: str, gain: FloatArray | None, scale_key: str) -> str:
+        """The layer that ends a residual branch, with LayerScale, in float32."""
+        if self._half is None:
+            return self(x, key, gain)
+        out = widen(self._graph, self(x, key), self._precision)
+        if gain is None:
+            return out
+        gamma = self._graph.constant(f"{scale_key}.gamma", gain)
+        return self._graph.node("Mul", [out, gamma], f"{scale_key}.out")
+
+    def _stored(self, name: str, value: FloatArray) -> str:
+        return self._graph.constant(name, value if self._half is None else value.astype(self._half.numpy))
+
+    def _int8(self, x: str, key: str, weight: FloatArray) -> str:
+        graph = self._graph
+        quantized, scale, zero = int8_per_channel(weight, self._int8_weights)
+        stored = graph.constant(f"{key}.weight", quantized.T)
+        scales = graph.constant(f"{key}.weight_scale", scale)
+        zeros = graph.constant(f"{key}.weight_zero_point", zero)
+        x_int, x_scale, x_zero = graph.several(
+            "DynamicQuantizeLinear", [x], [f"{key}.in", f"{key}.in_scale", f"{key}.in_zero_point"], f"{key}.in"
+        )
+        sums = graph.node("MatMulInteger", [x_int, stored, x_zero, zeros], f"{key}.sums")
+        sums = graph.node("Cast", [sums], f"{key}.sums_float", to=TensorProto.FLOAT)
+        both = graph.node("Mul", [x_scale, scales], f"{key}.scales")
+        return graph.node("Mul", [sums, both], f"{key}.matmul")
+
+    def _fp8(self, x: str, key: str, weight: FloatArray) -> str:
+        graph, zero = self._graph, np.zeros((), ml_dtypes.float8_e4m3fn)
+        quantized, scale = fp8_per_channel(weight)
+        stored = graph.constant(f"{key}.weight", quantized.T)
+        scales = self._stored(f"{key}.weight_scale", scale)
+        w = graph.node("DequantizeLinear", [stored, scales], f"{key}.weight_half", axis=1)
+        largest = np.array(max(self._activations[key], 1e-6) / FP8_LARGEST, np.float32)
+        x_scale, x_zero = self._stored(f"{key}.in_scale", largest), graph.constant("fp8_zero", zero)
+        x_fp8 = graph.node("QuantizeLinear", [x, x_scale, x_zero], f"{key}.in")
+        return graph.node(
+            "MatMul", [graph.node("DequantizeLinear", [x_fp8, x_scale, x_zero], f"{key}.in_half"), w], f"{key}.matmul"
+        )

@@ -1,0 +1,1 @@
+"""One decode and one forward pass per image: pipeline, batcher, cache."""

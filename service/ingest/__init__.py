@@ -1,0 +1,1 @@
+"""Images from folders, archives and lists into collections and files of vectors."""

@@ -1,0 +1,361 @@
+"""Photos inside tar and Parquet files, for `dinov2 index`; nothing is unpacked to a disk.
+
+Tar, webdataset style: `x.jpg` beside `x.json`, which is its metadata. A plain tar on this machine is read by position:
+what is skipped is never read, and decode threads read on their own. A compressed or remote one can only be read from
+its beginning to its end.
+
+Parquet: one column holds the photos (bytes, or {bytes, path} as Hugging Face writes them) or where they are; the
+others become metadata. The column of photos is read a few rows at a time, and only from row groups with a row that is
+wanted.
+"""
+
+import base64
+import datetime
+import decimal
+import json
+import lzma
+import math
+import posixpath
+import tarfile
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from service.errors import ImageTooLarge
+from service.ingest.folders import Content, File, Photo, Problem, iso_time
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+)
+MAX_SIDECAR_BYTES: Final = 2**20
+_ROWS: Final = 16
+"""Rows of a Parquet file read at a time; a few such batches are in memory."""
+_BATCHES_KEPT: Final = 4
+_URI_COLUMNS: Final = (
+    "image",
+    "photo",
+    "path",
+    "uri",
+    "url",
+    "file",
+    "file_name",
+    "filename",
+    "image_path",
+    "image_url",
+)
+_DAMAGED: Final = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+Read = Callable[[], bytes]
+
+
+def suffix_of(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def json_object(data: bytes | str, what: str) -> dict[str, Any]:
+    """Raises ValueError, which names `what`, unless it is a JSON object."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what}: not a JSON object")
+    return found
+
+
+# ---- tar
+
+
+@dataclass
+class _Group:
+    """Members with one stem, which stand side by side."""
+
+    stem: str = ""
+    photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # name, reader, bytes held
+    sidecar: tuple[str, Read] | None = None
+
+
+def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
+    """Photos of a tar; ids are the members' names after `prefix`. What is wrong with it ends it as a `Problem`."""
+    by_position = file.place.is_local and suffix_of(file.name) == ".tar"
+    try:
+        with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
+            yield from _TarReader(file, prefix, max_bytes, tar, by_position).photos()
+            if by_position and not _has_end_mark(raw, tar.offset):
+                yield Problem(file.address, "the tar has no end mark: it may be cut off, or damaged here")
+    except _DAMAGED as error:
+        yield Problem(file.address, f"the tar is damaged or cut off: {error}; the photos before that were taken")
+
+
+def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
+    """tarfile takes a damaged header, and no header, for the end."""
+    raw.seek(offset)
+    block = raw.read(tarfile.BLOCKSIZE)
+    return len(block) == tarfile.BLOCKSIZE and not any(block)
+
+
+class _TarReader:
+    """One pass over a tar's members."""
+
+    def __init__(self, file: File, prefix: str, max_bytes: int, tar: tarfile.TarFile, by_position: bool) -> None:
+        self._file = file
+        self._prefix = prefix
+        self._max_bytes = max_bytes
+        self._tar = tar
+        self._by_position = by_position
+
+    def photos(self) -> Iterator[Photo | Problem]:
+        group = _Group()
+        try:
+            while (member := self._tar.next()) is not None:
+                self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep a record of every member
+                name = posixpath.normpath(member.name)
+                if member.isdir() or any(part[:1] == "." and part != ".." for part in name.split("/")):
+                    continue
+                reason = self._refused(member, name)
+                if reason is not None:
+                    yield Problem(self._address(name), reason)
+                    continue
+                stem, suffix = posixpath.splitext(name)
+                if stem != group.stem:
+                    yield from self._of(group)
+                    group = _Group(stem)
+                if suffix.lower() == ".json":
+                    group.sidecar = (name, self._reader(member)[0])
+                elif suffix.lower() in IMAGE_SUFFIXES:
+                    group.photos.append((member, name, *self._reader(member)))
+        except _DAMAGED:
+            yield from self._of(group)
+            raise
+        yield from self._of(group)
+
+    def _refused(self, member: tarfile.TarInfo, name: str) -> str | None:
+        if name.startswith("/") or ".." in name.split("/"):
+            return "the name leads out of the archive"
+        if not member.isreg() or member.issparse():
+            return "not a plain file"
+        limit = MAX_SIDECAR_BYTES if suffix_of(name) == ".json" else self._max_bytes
+        return f"has {member.size} bytes; the limit is {limit}" if member.size > limit else None
+
+    def _reader(self, member: tarfile.TarInfo) -> tuple[Read, int]:
+        """How the member's bytes are had, and how many are in memory already."""
+        if self._by_position:
+            return partial(_read_at, self._file, member.offset_data, member.size), 0
+        stream = self._tar.extractfile(member)
+        data = stream.read() if stream is not None else b""
+        return (lambda: data), len(data)
+
+    def _of(self, group: _Group) -> Iterator[Photo | Problem]:
+        if group.sidecar is not None and not group.photos:
+            reason = "metadata with no photo next to it: x.jpg and x.json must follow each other (tar --sort=name)"
+            yield Problem(self._address(group.sidecar[0]), reason)
+        for member, name, read, held in group.photos:
+            yield Photo(
+                id=f"{self._prefix}{name}",
+                source=self._address(name),
+                load=partial(_content, read, group.sidecar),
+                stamp={"bytes": member.size, "modified": iso_time(member.mtime)},
+                held_bytes=held,
+            )
+
+    def _address(self, name: str) -> str:
+        """fsspec's chained form, which fsspec opens."""
+        return f"tar://{name}::{self._file.address}"
+
+
+def _content(read: Read, sidecar: tuple[str, Read] | None) -> Content:
+    metadata = json_object(sidecar[1](), sidecar[0]) if sidecar is not None else {}
+    return Content(read(), metadata)
+
+
+def _read_at(file: File, offset: int, size: int) -> bytes:
+    with file.open() as raw:
+        raw.seek(offset)
+        data = raw.read(size)
+    if len(data) < size:
+        raise OSError(f"the tar is cut off: {len(data)} of {size} bytes are there")
+    return data
+
+
+# ---- Parquet
+
+
+def parquet_photos(
+    file: File, wanted: str | None, max_bytes: int, at_uri: Callable[[str, dict[str, Any]], Photo | Problem]
+) -> Iterator[Photo | Problem]:
+    """Photos of a Parquet file, `NAME#ROW` their ids; of a column of addresses, what `at_uri` makes of each.
+
+    Raises:
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    pq = need_parquet()
+    import pyarrow as pa
+
+    try:
+        with file.open() as raw, pq.ParquetFile(raw) as table:
+            column = image_column(table.schema_arrow, wanted)
+            is_text = _is_text(table.schema_arrow.field(column).type)
+            images = _Images(file, column)
+            names = [name for name in _metadata_columns(table.schema_arrow) if is_text or name != column]
+            row = 0
+            for group in range(table.num_row_groups):
+                done = 0
+                for fields in _rows(table, group, names):
+                    metadata = {name: fields[name] for name in names if name != column and fields[name] is not None}
+                    if not is_text:
+                        load = partial(_row_content, images, group, done, metadata, max_bytes)
+                        yield Photo(f"{file.name}#{row}", f"{file.address}#{row}", load, None)
+                    elif not fields[column]:
+                        yield Problem(f"{file.address}#{row}", "the row has no address")
+                    else:
+                        yield at_uri(fields[column], metadata)
+                    row, done = row + 1, done + 1
+    except (pa.ArrowException, OSError, ValueError) as error:
+        yield Problem(file.address, f"the Parquet file cannot be read: {error}")
+
+
+def need_parquet() -> Any:
+    """The module pyarrow.parquet.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says what to install.
+    """
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Parquet files need pyarrow: python -m pip install pyarrow", name="pyarrow"
+        ) from error
+    return pyarrow.parquet
+
+
+def image_column(schema: "pa.Schema", wanted: str | None) -> str:
+    """The column that holds the photos, or says where they are.
+
+    Raises:
+        ValueError: there is none, or more than one; the message names the columns.
+    """
+    listed = ", ".join(schema.names)
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise ValueError(f"no column {wanted!r}; there are {listed}")
+        if not _holds_bytes(schema.field(wanted).type) and not _is_text(schema.field(wanted).type):
+            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, neither photos nor addresses")
+        return wanted
+    photos = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    if len(photos) > 1 and "image" in photos:
+        return "image"
+    if len(photos) > 1:
+        raise ValueError(f"more than one column could be the photos: {', '.join(photos)}; choose with --image-column")
+    if photos:
+        return str(photos[0])
+    for name in _URI_COLUMNS:
+        if name in schema.names and _is_text(schema.field(name).type):
+            return name
+    raise ValueError(f"no column of photos among {listed}; choose with --image-column")
+
+
+def _holds_bytes(kind: "pa.DataType") -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return any(part.name == "bytes" and _holds_bytes(part.type) for part in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _metadata_columns(schema: "pa.Schema") -> list[str]:
+    return [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
+
+
+def _rows(table: Any, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    if not names:
+        for _ in range(table.metadata.row_group(group).num_rows):
+            yield {}
+        return
+    for batch in table.iter_batches(256, row_groups=[group], columns=names, use_threads=False):
+        for fields in batch.to_pylist():
+            yield {name: plain(value) for name, value in fields.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value of a table as JSON has it: dates as ISO 8601, bytes in base64, what is not a number as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(below) for below in value]
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, decimal.Decimal):
+        return float(value) if value.is_finite() else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+class _Images:
+    """The photos of a Parquet file, asked for by many threads in roughly ascending order."""
+
+    def __init__(self, file: File, column: str) -> None:
+        self._file = file
+        self._column = column
+        self._lock = threading.Lock()
+        self._table: Any = None
+        self._group = -1
+        self._next = 0  # row of the group that comes next
+        self._batches: Iterator[Any] = iter(())
+        self._kept: deque[tuple[int, int, Any]] = deque(maxlen=_BATCHES_KEPT)  # group, first row, batch
+
+    def get(self, group: int, row: int) -> Any:
+        """What stands in a row of a row group; None for null."""
+        with self._lock:
+            while True:
+                for kept_group, first, batch in self._kept:
+                    if kept_group == group and first <= row < first + batch.num_rows:
+                        return batch.column(0)[row - first].as_py()
+                if group != self._group or row < self._next:  # another row group, or asked for too late
+                    self._start(group)
+                batch = next(self._batches, None)
+                if batch is None:
+                    self._group = -1
+                    raise OSError("the Parquet file is damaged: rows are missing")
+                self._kept.append((group, self._next, batch))
+                self._next += batch.num_rows
+
+    def _start(self, group: int) -> None:
+        if self._table is None:
+            self._table = need_parquet().ParquetFile(self._file.open(), pre_buffer=False, buffer_size=2**20)
+        self._batches = self._table.iter_batches(_ROWS, row_groups=[group], columns=[self._column], use_threads=False)
+        self._group, self._next = group, 0
+
+
+def _row_content(images: _Images, group: int, row: int, metadata: dict[str, Any], max_bytes: int) -> Content:
+    import pyarrow as pa
+
+    try:
+        value = images.get(group, row)
+    except pa.ArrowException as error:
+        raise OSError(f"the Parquet file is damaged: {error}") from error
+    if isinstance(value, dict):
+        if isinstance(value.get("path"), str):
+            metadata = {"path": value["path"], **metadata}
+        value = value.get("bytes")
+    if value is None:
+        raise ValueError("the row has no photo")
+    if len(value) > max_bytes:
+        raise ImageTooLarge(f"the photo has {len(value)} bytes; the limit is {max_bytes}")
+    return Content(value, metadata)

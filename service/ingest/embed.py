@@ -1,0 +1,178 @@
+"""Embed files in bulk into one .npz: `dinov2 embed`, without a server.
+
+Decoding runs in threads ahead of the engine, so the engine waits only when decoding is the slower of the two; at most
+two batches are decoded ahead, so memory does not grow with the number of files. The vectors are those that the service
+gives for the same bytes. `dinov2 index` (`service/ingest/index.py`) shares `load_ahead` and `vectors_of`.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from model.artifact import Artifact
+from model.cpus import available_cpus
+from model.engines.protocol import Engine
+from model.preprocess import preprocess
+from service.decode import DecodeLimits, decode
+from service.durable import aside
+from service.errors import ServiceError
+from service.features.pipeline import Embedded, Pooling
+
+FloatArray = npt.NDArray[np.float32]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What became of the files: how many were embedded, and which were not, with the reason."""
+
+    embedded: int
+    skipped: list[tuple[Path, str]]
+    seconds: float
+
+    @property
+    def images_per_s(self) -> float:
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths` and below its folders, sorted within each folder, hidden ones left out.
+
+    Raises:
+        ValueError: a path that does not exist, or no file at all.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            below = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+            files += [path / file for file in sorted(below) if not any(part.startswith(".") for part in file.parts)]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+    if not files:
+        raise ValueError(f"no files in {', '.join(map(str, paths))}")
+    return files
+
+
+def embed_files(
+    files: Sequence[Path],
+    artifact: Artifact,
+    engine: Engine,
+    *,
+    pooling: Pooling = "cls",
+    normalize: bool = True,
+    batch_size: int = 16,
+    limits: DecodeLimits | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[list[Path], FloatArray, EmbedReport]:
+    """Vectors of all readable files.
+
+    Args:
+        files: images in any format that the service reads.
+        advance: called with the number of files just dealt with.
+
+    Returns:
+        The files embedded, their vectors [n, D] float32 (D doubles for "cls+mean"), and the report.
+    """
+    started = time.perf_counter()
+    limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess
+
+    def load(path: Path) -> FloatArray | str:
+        try:
+            return preprocess(decode(path.read_bytes(), limits), spec)
+        except (ServiceError, OSError, ValueError) as error:
+            return str(error)
+
+    done: list[Path] = []
+    vectors: list[FloatArray] = []
+    skipped: list[tuple[Path, str]] = []
+    loaded = load_ahead(files, load, ahead=2 * batch_size)
+    while batch := list(islice(loaded, batch_size)):
+        good = [(path, pixels) for path, pixels in batch if not isinstance(pixels, str)]
+        skipped += [(path, pixels) for path, pixels in batch if isinstance(pixels, str)]
+        if good:
+            done += [path for path, _ in good]
+            vectors += vectors_of(engine, [pixels for _, pixels in good], pooling, normalize)
+        advance(len(batch))
+    dims = vector_dims(artifact, pooling)
+    matrix = np.stack(vectors) if vectors else np.zeros((0, dims), np.float32)
+    return done, matrix, EmbedReport(len(done), skipped, time.perf_counter() - started)
+
+
+def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
+    """The vectors [D] of one forward pass over preprocessed images [3, h, w] of one size."""
+    features = engine.run(np.stack(pixels))
+    means = features.patches.mean(axis=1)  # [B, D]
+    rows = zip(features.cls, means, strict=True)
+    return [Embedded(cls, mean, tokens=0).vector(pooling, normalize) for cls, mean in rows]
+
+
+def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
+    return artifact.manifest.config.embed_dim * (2 if pooling == "cls+mean" else 1)
+
+
+def load_ahead(
+    tasks: Iterable[T], load: Callable[[T], R], *, ahead: int, workers: int | None = None
+) -> Generator[tuple[T, R], None, None]:
+    """Each task with what `load` makes of it, in order; at most `ahead` of them are begun and not yet taken.
+
+    `load` runs in `workers` threads (None: one per CPU). `tasks` is gone through in a thread of its own, so it may
+    wait for a disk or a network without holding up who takes the results. What either raises is raised here; closing
+    the iterator ends the threads, after the loads that have begun.
+    """
+    begun: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
+    pool = ThreadPoolExecutor(workers or available_cpus(), thread_name_prefix="decode")
+    feeder = ThreadPoolExecutor(1, thread_name_prefix="feed")
+
+    def feed() -> None:
+        try:
+            for task in tasks:
+                room.acquire()
+                if closed.is_set():
+                    return
+                begun.put((task, pool.submit(load, task)))
+        finally:
+            begun.put(None)
+
+    try:
+        feeding = feeder.submit(feed)
+        while (first := begun.get()) is not None:
+            task, future = first
+            room.release()
+            yield task, future.result()
+        feeding.result()
+    finally:
+        closed.set()
+        room.release()
+        feeder.shutdown()
+        pool.shutdown(cancel_futures=True)
+
+
+def save_vectors(
+    out: Path, files: Sequence[Path], vectors: FloatArray, artifact: Artifact, tag: dict[str, object]
+) -> None:
+    """Write `paths` [n], `vectors` [n, D], `fingerprint` and what else decides a vector, aside and then renamed.
+
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "paths": np.array([str(path) for path in files], dtype=np.str_),
+        "vectors": vectors,
+        "fingerprint": np.array(artifact.fingerprint),
+        **{key: np.array(value) for key, value in tag.items()},
+    }
+    with aside(out) as file:
+        np.savez(file, allow_pickle=False, **arrays)

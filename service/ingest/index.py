@@ -1,0 +1,389 @@
+"""Photos of any source into a collection: `dinov2 index`, without a server.
+
+    source ─▶ feed thread: which are there already? ─▶ decode threads, two batches ahead ─▶ engine thread
+           ─▶ event loop: writes in groups, one at a time, while the next batches are embedded
+
+The engine waits for nothing but decoding: sources are listed, and the store is asked, in the feed thread; a write runs
+beside the next batches. At most two batches are decoded ahead and two groups wait to be written, so memory does not
+grow with the source.
+
+An item that the collection holds under the same id is left alone, unread, unless its file has changed: what is known of
+the file (size, time, etag) is kept in the item's metadata, under `_file`. So a second run goes on where the first one
+ended. An id that belongs to another file is a problem that is listed, not a silent replacement.
+"""
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from model.artifact import Artifact
+from model.engines.protocol import Engine
+from model.preprocess import preprocess
+from service.decode import DEFAULT_LIMITS, DecodeLimits, decode
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, ServiceError, StorageFailed
+from service.features.pipeline import Pooling
+from service.ingest.embed import FloatArray, load_ahead, vector_dims, vectors_of
+from service.ingest.folders import Photo, Problem
+from service.search.store import (
+    CollectionInfo,
+    CollectionSpec,
+    Item,
+    VectorStore,
+    check_id,
+    check_source,
+    metadata_text,
+)
+from service.tags import make_tag, tag_parts
+
+STAMP_KEY: Final = "_file"
+"""Of an item's metadata: what is known of the file."""
+MAX_LISTED: Final = 1000
+"""Problems that a report keeps; all go to `on_problem`."""
+_WRITE_ITEMS: Final = 256
+_WRITE_S: Final = 1.0
+_CHECK_ITEMS: Final = 256
+_CHECK_BYTES: Final = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """The choices of one run."""
+
+    pooling: Pooling = "cls"
+    batch_size: int = 16
+    workers: int | None = None  # decode threads; None: one per CPU
+    id_by: Literal["path", "sha256"] = "path"
+    force: bool = False  # also what is there and unchanged
+    originals: bool = False  # what a new collection says about keeping photos
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of every item; wins over the source's
+    limits: DecodeLimits = DEFAULT_LIMITS
+
+
+@dataclass
+class IndexReport:
+    """Where a run stands. Photos are counted once: indexed (written), present (skipped) or failed."""
+
+    indexed: int = 0
+    present: int = 0
+    failed: int = 0
+    problems: list[Problem] = field(default_factory=list)  # the first MAX_LISTED
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def images_per_s(self) -> float:
+        return self.indexed / self.seconds if self.seconds else 0.0
+
+
+def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
+    """Of the vectors that this model makes in this engine."""
+    return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
+
+
+def pooling_of(info: CollectionInfo) -> Pooling:
+    """How a collection's vectors were pooled, from its tag.
+
+    Raises:
+        Conflict: the tag is not one that this service makes.
+    """
+    pooling = tag_parts(info.tag).pooling
+    if pooling is None:
+        raise Conflict(f"collection {info.name!r} has the tag {info.tag!r}, which no model here makes")
+    return pooling
+
+
+async def index_photos(
+    found: Iterable[Photo | Problem],
+    store: VectorStore,
+    collection: str,
+    artifact: Artifact,
+    engine: Engine,
+    options: IndexOptions,
+    *,
+    stop: threading.Event | None = None,
+    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None = None,
+    on_problem: Callable[[Problem], None] = lambda _: None,
+    on_progress: Callable[[IndexReport], None] = lambda _: None,
+) -> IndexReport:
+    """Embed and write what is found; the first write makes the collection.
+
+    Args:
+        found: from `service.ingest.sources.find_photos`; gone through in a thread.
+        stop: once set, the batch in hand is finished and written, and the run ends.
+        keep: stores a photo's bytes, before its item is written.
+        on_problem, on_progress: called in threads of the run.
+
+    Raises:
+        ModelMismatch: the collection holds vectors of another model.
+        StorageFailed and what else the store, the engine or the source raise: what was written is kept.
+    """
+    run = _Run(store, collection, artifact, engine, options, stop or threading.Event(), keep, on_problem, on_progress)
+    await run.check()
+    return await run.go(found)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A photo that can be embedded."""
+
+    photo: Photo
+    item_id: str
+    digest: str
+    metadata: Mapping[str, Any]
+    pixels: FloatArray  # [3, h, w]
+
+
+class _Present:
+    """What loading gives for a photo whose content is in the collection."""
+
+
+@dataclass
+class _Run:
+    """One run's state; what several threads change is changed under the lock."""
+
+    store: VectorStore
+    collection: str
+    artifact: Artifact
+    engine: Engine
+    options: IndexOptions
+    stop: threading.Event
+    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None
+    on_problem: Callable[[Problem], None]
+    on_progress: Callable[[IndexReport], None]
+    report: IndexReport = field(default_factory=IndexReport)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    under_way: dict[str, Photo] = field(default_factory=dict)  # from the check until the write, by the item's id
+    exists: bool = True  # the collection
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.tag = vector_tag(self.artifact, self.engine, self.options.pooling)
+        self.loop = asyncio.get_running_loop()
+
+    async def check(self) -> None:
+        try:
+            info = await self.store.info(self.collection)
+        except CollectionNotFound:
+            self.exists = False
+            return
+        if info.tag != self.tag:
+            raise ModelMismatch(
+                f"collection {info.name!r} holds vectors of {info.tag!r}; this model makes {self.tag!r}: they cannot "
+                "be compared"
+            )
+
+    async def go(self, found: Iterable[Photo | Problem]) -> IndexReport:
+        """The event loop's part: takes batch after batch from the engine's thread and writes them in groups."""
+        batches = self._embedded(found)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        upcoming = self.loop.run_in_executor(thread, next, batches, None)
+        writing: asyncio.Task[None] | None = None
+        pending: list[Item] = []
+        last_write = time.perf_counter()
+        try:
+            while (items := await asyncio.shield(upcoming)) is not None:
+                upcoming = self.loop.run_in_executor(thread, next, batches, None)
+                pending += items
+                if len(pending) >= _WRITE_ITEMS or time.perf_counter() - last_write >= _WRITE_S:
+                    if writing is not None:
+                        await asyncio.shield(writing)
+                    writing = asyncio.create_task(self._write(pending))
+                    pending, last_write = [], time.perf_counter()
+        finally:
+            self.stop.set()  # when cancelled, or after an error: the threads end with what they have in hand
+            await asyncio.gather(*filter(None, [writing]), upcoming, return_exceptions=True)
+            await self.loop.run_in_executor(thread, batches.close)
+            thread.shutdown()
+        if writing is not None:
+            await writing
+        await self._write(pending)
+        self.report.seconds = time.perf_counter() - self.started
+        return self.report
+
+    # ---- feed thread
+
+    def _wanted(self, found: Iterable[Photo | Problem]) -> Iterator[Photo]:
+        """Photos that are to be loaded, asked of the store some at a time; first few, so that work begins soon."""
+        some: list[Photo] = []
+        size = self.options.batch_size
+        for one in found:
+            if self.stop.is_set():
+                self.report.interrupted = True
+                return
+            if isinstance(one, Problem):
+                self._fail(one)
+                continue
+            if self.options.id_by == "sha256":  # known when it is read
+                yield one
+                continue
+            try:
+                check_id(one.id)
+            except InvalidRequest as error:
+                self._fail(Problem(one.source, f"{error.detail}; --id sha256 takes any path"))
+                continue
+            some.append(one)
+            if len(some) >= size or sum(photo.held_bytes for photo in some) > _CHECK_BYTES:
+                yield from self._not_present(some)
+                some, size = [], min(2 * size, _CHECK_ITEMS)
+        yield from self._not_present(some)
+
+    def _not_present(self, some: Sequence[Photo]) -> Iterator[Photo]:
+        with self.lock:  # before the store is asked: what is written meanwhile is in one of both
+            before = {photo.id: self.under_way[photo.id] for photo in some if photo.id in self.under_way}
+        held = self._held([photo.id for photo in some])
+        for photo in some:
+            with self.lock:
+                other = before.get(photo.id) or self.under_way.get(photo.id)
+            if other is not None:
+                verdict = self._compare(photo, other.stamp, other.source)
+            elif photo.id in held:
+                verdict = self._compare(photo, held[photo.id].metadata.get(STAMP_KEY), held[photo.id].source)
+            else:
+                verdict = "new"
+            if verdict == "same":
+                self._count(present=1)
+            elif verdict == "new":
+                with self.lock:
+                    self.under_way[photo.id] = photo
+                yield photo
+            else:
+                self._fail(Problem(photo.source, f"its id {photo.id!r} is taken by {verdict}; --force replaces it"))
+
+    def _compare(self, photo: Photo, stamp: Any, source: str | None) -> str:
+        """Of a photo and what has its id: "same", "new" (a changed file), or the other file's source."""
+        if self.options.force:
+            return "new"
+        if photo.stamp is None or not isinstance(stamp, Mapping):
+            return "same" if source in (None, photo.source) else source
+        if dict(stamp) == dict(photo.stamp):
+            return "same"
+        return "new" if source in (None, photo.source) else source
+
+    def _held(self, ids: Sequence[str]) -> dict[str, Item]:
+        """What the collection holds of these; asked from a thread."""
+        if not ids or not self.exists:
+            return {}
+        items = asyncio.run_coroutine_threadsafe(self.store.get(self.collection, list(ids)), self.loop).result()
+        return {item.id: item for item in items if item is not None}
+
+    # ---- decode threads
+
+    def _load(self, photo: Photo) -> _Ready | _Present | str:
+        try:
+            data, metadata = photo.load()
+            digest = hashlib.sha256(data).hexdigest()
+            by_content = self.options.id_by == "sha256"
+            if by_content and not self.options.force and self._is_here(digest):
+                return _Present()
+            metadata = {**metadata, **self.options.metadata}
+            metadata.pop(STAMP_KEY, None)
+            if photo.stamp is not None:
+                metadata[STAMP_KEY] = dict(photo.stamp)
+            metadata_text(metadata)
+            item_id = digest if by_content else photo.id
+            check_source(Item(item_id, np.zeros(0, np.float32), source=photo.source))
+            pixels = preprocess(decode(data, self.options.limits), self.artifact.manifest.preprocess)
+            if self.keep is not None:
+                asyncio.run_coroutine_threadsafe(self.keep(data), self.loop).result()
+        except StorageFailed:  # of no photo: the next one would fare no better
+            raise
+        except (ServiceError, OSError, ValueError, ImportError) as error:
+            return str(error)
+        if by_content:
+            with self.lock:
+                if self.under_way.setdefault(digest, photo) is not photo:
+                    return _Present()
+        return _Ready(photo, item_id, digest, metadata, pixels)
+
+    def _is_here(self, digest: str) -> bool:
+        with self.lock:
+            if digest in self.under_way:
+                return True
+        return bool(self._held([digest]))
+
+    # ---- engine thread
+
+    def _embedded(self, found: Iterable[Photo | Problem]) -> Generator[list[Item], None, None]:
+        size = self.options.batch_size
+        workers = self.options.workers
+        loaded = load_ahead(self._wanted(found), self._load, ahead=max(2 * size, workers or 0), workers=workers)
+        ready: list[_Ready] = []
+        try:
+            for photo, outcome in loaded:
+                if isinstance(outcome, _Ready):
+                    ready.append(outcome)
+                elif isinstance(outcome, _Present):
+                    self._count(present=1)
+                else:
+                    self._fail(Problem(photo.source, outcome), photo.id)
+                if len(ready) == size:
+                    yield self._items(ready)
+                    ready = []
+                if self.stop.is_set():
+                    self.report.interrupted = True
+                    break
+            if ready and not self.stop.is_set():
+                yield self._items(ready)
+        finally:
+            loaded.close()
+
+    def _items(self, ready: Sequence[_Ready]) -> list[Item]:
+        vectors = vectors_of(self.engine, [one.pixels for one in ready], self.options.pooling, True)
+        items = []
+        for one, vector in zip(ready, vectors, strict=True):
+            if np.isfinite(vector).all() and vector.any():
+                items.append(Item(one.item_id, vector, one.metadata, one.photo.source, one.digest))
+            else:
+                self._fail(Problem(one.photo.source, "the engine's features are not finite"), one.item_id)
+        return items
+
+    # ---- event loop
+
+    async def _write(self, items: Sequence[Item]) -> None:
+        if not items:
+            return
+        if not self.exists:
+            spec = CollectionSpec(
+                self.tag, vector_dims(self.artifact, self.options.pooling), originals=self.options.originals
+            )
+            await self.store.create(self.collection, spec)
+            self.exists = True
+        try:
+            await self.store.upsert(self.collection, items, tag=self.tag)
+        except InvalidRequest as error:  # a store with limits of its own: find the item that they concern
+            if len(items) == 1:
+                self._fail(Problem(items[0].source or items[0].id, error.detail), items[0].id)
+                return
+            for item in items:
+                await self._write([item])
+            return
+        with self.lock:
+            for item in items:
+                self.under_way.pop(item.id, None)
+        self._count(indexed=len(items))
+
+    # ---- any thread
+
+    def _fail(self, problem: Problem, item_id: str | None = None) -> None:
+        with self.lock:
+            self.report.failed += 1
+            if len(self.report.problems) < MAX_LISTED:
+                self.report.problems.append(problem)
+            if item_id is not None:
+                self.under_way.pop(item_id, None)
+            self.on_problem(problem)
+        self._count()
+
+    def _count(self, *, indexed: int = 0, present: int = 0) -> None:
+        with self.lock:
+            self.report.indexed += indexed
+            self.report.present += present
+            self.report.seconds = time.perf_counter() - self.started
+            self.on_progress(self.report)

@@ -1,0 +1,204 @@
+"""From what a query names to where its search starts: one vector of the collection's kind.
+
+All photos of a request go through the pipeline together, and all ids through the store. What the collection holds
+decides what is made of them: its tag says the pooling. Photos are refused if the served model's tag is another one; a
+stored item is always of its collection's kind, whatever is served now.
+
+A region, and a photo that candidates are compared with patch by patch, need the patch tokens themselves: one forward
+pass each, past the cache, which holds only their mean.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from model.preprocess import crop_box
+from service.errors import InvalidItems, InvalidRequest, ItemError, ItemNotFound, ServiceError
+from service.features.pipeline import Analysed, Embedded, Pooling
+from service.retrieval.combine import combined
+from service.routes.answers import slowest
+from service.routes.queries import Part, Query
+from service.search.store import CollectionInfo, Floats, Item, check_match, normalised
+from service.state import POOLING, Service
+from service.tags import tag_parts
+from service.vision.patches import Patches
+from service.vision.region import box_weights, mask_weights, region_mean
+
+
+@dataclass(frozen=True)
+class Target:
+    """The collection that is searched, under its own name, and the pooling of its vectors."""
+
+    info: CollectionInfo
+    pooling: Pooling
+
+    @staticmethod
+    async def of(service: Service, name: str) -> "Target":
+        info = await service.vectors.info(name)
+        return Target(info, tag_parts(info.tag).pooling or POOLING)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a search starts.
+
+    vector: [D], length 1. exclude: ids that are left out of the answer. patches, weights: of the photo that candidates
+    are compared with, and what part of each counts [N] (None: all of all); only where a re-ranking asks for them.
+    timings: milliseconds by stage.
+    """
+
+    vector: Floats
+    exclude: frozenset[str] = frozenset()
+    patches: Patches | None = None
+    weights: Floats | None = None
+    source: Item | None = None  # the item that was named
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+async def find_origins(
+    service: Service, target: Target, queries: Sequence[Query | ServiceError]
+) -> list[Origin | ServiceError]:
+    """For each query where its search starts, or why it cannot.
+
+    Raises:
+        ServiceError: of the request as a whole, as when the queue is full.
+    """
+    checked = [query if isinstance(query, ServiceError) else _checked(service, target, query) for query in queries]
+    good = {number: query for number, query in enumerate(checked) if isinstance(query, Query)}
+    looked_at = {number: query for number, query in good.items() if query.needs_patches}
+    photos = {
+        (number, i): part.image
+        for number, query in good.items()
+        if number not in looked_at
+        for i, part in enumerate(query.parts)
+        if part.image is not None
+    }
+    found = await service.live.embed(list(photos.values())) if photos else []
+    embedded = dict(zip(photos, found, strict=True))
+    ids = list({part.id: None for query in good.values() for part in query.parts if part.id is not None})
+    items = dict(zip(ids, await service.vectors.get(target.info.name, ids) if ids else [], strict=True))
+    analysed = await _analyse_all(service, target, looked_at)
+
+    def origin(number: int, query: Query | ServiceError) -> Origin | ServiceError:
+        if isinstance(query, ServiceError):
+            return query
+        if number in analysed:
+            return analysed[number]
+        parts = [
+            _Part(part, embedded.get((number, i)), items.get(part.id) if part.id else None)
+            for i, part in enumerate(query.parts)
+        ]
+        try:
+            return _origin(target, query, parts)
+        except ServiceError as error:
+            return error
+
+    return [origin(number, query) for number, query in enumerate(checked)]
+
+
+class _Part(NamedTuple):
+    part: Part
+    embedded: Embedded | ServiceError | None  # of a photo
+    item: Item | None  # of an id
+
+
+def _checked(service: Service, target: Target, query: Query) -> Query | ServiceError:
+    """The query, unless it cannot be compared with what the collection holds: known before any work is done."""
+    info = target.info
+    try:
+        if query.needs_model:
+            check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
+        for part in query.parts:
+            if part.vector is not None:
+                told_right = part.fingerprint is not None and part.fingerprint == tag_parts(info.tag).fingerprint
+                tag = info.tag if told_right else service.tag(part.fingerprint, target.pooling)
+                check_match(info, tag=tag, dimension=len(part.vector))
+        if query.form == "region" and target.pooling != "mean":
+            raise InvalidRequest(
+                f"a region is the mean of its patch tokens, which compares with vectors of pooling mean only; "
+                f"collection {info.name!r} holds {target.pooling}: index the photos in a collection made with "
+                "pooling mean",
+                param="region",
+            )
+    except ServiceError as error:
+        return error
+    return query
+
+
+def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
+    """Of photos that are embedded, items that are read, and vectors."""
+    bad = [ItemError(i, part.embedded) for i, part in enumerate(parts) if isinstance(part.embedded, ServiceError)]
+    if bad:
+        raise InvalidItems(bad, total=len(parts), param=query.form)
+    vectors = [_vector(target, part) for part in parts]
+    if query.form == "combine":
+        vector = combined(np.stack(vectors), [part.weight for part in query.parts])
+    else:
+        [vector] = vectors
+    return Origin(
+        vector,
+        frozenset(part.id for part in query.parts if part.id is not None),
+        source=parts[0].item,
+        timings=slowest(part.embedded for part in parts if isinstance(part.embedded, Embedded)),
+    )
+
+
+def _vector(target: Target, given: _Part) -> Floats:
+    part, embedded, item = given
+    if part.id is not None:
+        if item is None:
+            raise ItemNotFound(f"collection {target.info.name!r} holds no item {part.id[:80]!r}", param="id")
+        return item.vector
+    if part.vector is not None:
+        return normalised(part.vector)
+    assert isinstance(embedded, Embedded)
+    return normalised(embedded.vector(target.pooling, True))
+
+
+async def _analyse_all(
+    service: Service, target: Target, queries: Mapping[int, Query]
+) -> dict[int, Origin | ServiceError]:
+    """Side by side, so that their photos share forward passes as far as they are decoded together."""
+    found = await asyncio.gather(
+        *(_analysed(service, target, query) for query in queries.values()), return_exceptions=True
+    )
+    origins: dict[int, Origin | ServiceError] = {}
+    for number, outcome in zip(queries, found, strict=True):
+        if not isinstance(outcome, Origin | ServiceError):
+            raise outcome
+        origins[number] = outcome
+    return origins
+
+
+async def _analysed(service: Service, target: Target, query: Query) -> Origin:
+    image = query.parts[0].image
+    assert image is not None
+    try:
+        if isinstance(image, ServiceError):
+            raise image
+        return await service.live.analyse(image, partial(_of_patches, service, target, query))
+    except ServiceError as error:
+        if error.status >= 500 or error.param == "region":  # the photo is good, what is asked of it is not
+            raise
+        raise InvalidItems([ItemError(0, error)], total=1, param=query.form) from error
+
+
+def _of_patches(service: Service, target: Target, query: Query, analysed: Analysed) -> Origin:
+    """Of all features of one photo, off the event loop."""
+    weights = None
+    vector = analysed.embedded.vector(target.pooling, True)
+    height, width = analysed.image.shape[:2]
+    if query.region is not None:
+        seen = crop_box(height, width, service.artifact.manifest.preprocess)
+        if "box" in query.region:
+            weights = box_weights(query.region["box"], seen, analysed.grid)
+        else:
+            weights = mask_weights(query.region["mask"], (height, width), seen, analysed.grid)
+        vector = region_mean(analysed.patches, weights)
+    kept = Patches.of(analysed.patches, analysed.grid, (height, width)) if query.asked.rerank else None
+    flat = None if weights is None else weights.ravel()
+    return Origin(normalised(vector), patches=kept, weights=flat, timings=slowest([analysed.embedded]))

@@ -1,0 +1,340 @@
+"""Which engine serves, why others do not, and that none serves whose numbers were not compared."""
+
+import logging
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.artifact import Artifact, GateRecord, GraphRecord, ParityRecord, load_artifact
+from model.engines import choice as engine_choice
+from model.engines import parity
+from model.engines.choice import choose_engine, images_per_s
+from model.engines.protocol import BUCKETS, Features, load_engine, parse_engine
+from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.export import export_artifact
+from tests.model.tiny import CONFIG, SPEC, random_weights
+
+torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
+
+PASSED = GateRecord(status="passed", reason="as the test says")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """With an fp16 graph, and an int8 graph whose gate was not measured."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    graphs = [GraphSpec(size=(70, 70), precision=precision) for precision in ("fp16", "int8")]
+    made = export_artifact(
+        random_weights(), CONFIG, folder, name="tiny", preprocess=SPEC, provenance={}, licence="x", graphs=graphs
+    )
+    return load_artifact(made.path, derived_dir=folder / "derived")
+
+
+def with_gate(artifact: Artifact, gate: GateRecord | None) -> Artifact:
+    """The artifact as if its int8 graph had this gate."""
+    records = [r.model_copy(update={"gate": gate}) if r.precision == "int8" else r for r in artifact.manifest.parity]
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"parity": records}))
+
+
+def without_graphs(artifact: Artifact) -> Artifact:
+    weights = {name: path for name, path in artifact.locations.items() if not name.endswith(".onnx")}
+    return replace(artifact, locations=weights, manifest=artifact.manifest.model_copy(update={"graphs": []}))
+
+
+class Wrong:
+    """An engine whose features have nothing to do with the photo."""
+
+    name, precision = "wrong", "bf16"
+
+    def run(self, pixels: np.ndarray) -> Features:
+        noise = np.random.default_rng(0).normal(size=(len(pixels), 28, 48)).astype(np.float32)
+        return Features(noise[:, 0], noise[:, 3:], noise[:, 1:3])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("auto", ("auto", "")),
+        ("fastest", ("fastest", "")),
+        ("onnxruntime", ("onnxruntime", "fp32")),
+        ("onnxruntime:int8", ("onnxruntime", "int8")),
+        ("torch", ("torch", "fp32")),
+        ("tensorrt", ("tensorrt", "bf16")),
+        ("onnxruntime-cuda:fp16", ("onnxruntime-cuda", "fp16")),
+    ],
+)
+def test_names(name: str, expected: tuple[str, str]) -> None:
+    assert parse_engine(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda9", "unknown engine 'cuda9': one of auto, fastest, onnxruntime, .*, tensorrt"),
+        ("", "unknown engine ''"),
+        ("auto:fp32", "unknown engine 'auto:fp32'"),
+        ("torch:int8", "engine 'torch:int8': torch computes in fp32, bf16"),
+        ("torch:", "engine 'torch:': torch computes in"),
+    ],
+)
+def test_names_that_are_none(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_engine(name)
+
+
+def test_auto_without_a_gpu_takes_the_cpu_and_says_why(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: "no NVIDIA driver")
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: pytest.fail("the recorded engine is not compared again"))
+    caplog.set_level(logging.INFO, "model.engines.choice")
+    choice = choose_engine(with_gate(exported, PASSED), threads=1)
+    assert (choice.engine.name, choice.engine.precision) == ("onnxruntime", "fp32")  # never int8
+    assert [(tried.engine, tried.outcome) for tried in choice.tried] == [
+        ("tensorrt:bf16", "passed over"),
+        ("onnxruntime-cuda:bf16", "passed over"),
+        ("torch:bf16", "passed over"),
+        ("onnxruntime:fp32", "serves"),
+    ]
+    assert all("no NVIDIA driver" in tried.reason for tried in choice.tried[:3])
+    order = [caplog.text.index(f"engine {tried.engine} {tried.outcome}: ") for tried in choice.tried]
+    assert order == sorted(order)
+
+
+def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    given = []
+    fake = types.ModuleType("model.engines.tensorrt_engine")
+    fake.load_tensorrt = lambda *arguments: given.append(arguments) or Wrong()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "model.engines.tensorrt_engine", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as a torch built for the CPU says on a GPU host
+    choice = choose_engine(exported, threads=1)
+    assert choice.engine.name == "onnxruntime"
+    reasons = {tried.engine: tried.reason for tried in choice.tried}
+    assert "wrong bf16 strays from the float32 reference on 5 photos" in reasons["tensorrt:bf16"]
+    assert "(at least 0.999)" in reasons["tensorrt:bf16"]
+    assert "has no CUDAExecutionProvider" in reasons["onnxruntime-cuda:bf16"]
+    assert "finds no CUDA device" in reasons["torch:bf16"]
+    assert not exported.derived.exists()  # no graph is made for a runtime that is not there
+    assert given == [(exported, "bf16", exported.derived)]
+    with pytest.raises(parity.ParityError, match="wrong bf16 strays"):  # asked for by name: nothing else serves
+        load_engine(exported, "tensorrt", threads=1)
+
+
+@pytest.mark.parametrize("wrong_at", [None, 1, 16, 64])
+def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch, wrong_at: int | None
+) -> None:
+    """Each batch has kernels of its own, so each could be wrong by itself."""
+    right, batches = load_engine(exported, "onnxruntime", threads=1), []
+
+    class Gpu:
+        name, precision, device = "gpu", "bf16", "cuda"
+
+        def run(self, pixels: np.ndarray) -> Features:
+            batches.append(len(pixels))
+            return (Wrong() if len(pixels) == wrong_at else right).run(pixels)
+
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    fake = types.ModuleType("model.engines.tensorrt_engine")
+    fake.load_tensorrt = lambda *_: Gpu()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "model.engines.tensorrt_engine", fake)
+    if wrong_at is None:
+        assert load_engine(exported, "tensorrt", threads=1).name == "gpu"
+        assert set(BUCKETS) <= set(batches)
+        return
+    with pytest.raises(parity.ParityError, match="gpu bf16 strays"):
+        load_engine(exported, "tensorrt", threads=1)
+
+
+def test_tensorrt_that_is_not_installed(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    for library in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match="TensorRT is not installed"):
+        load_engine(exported, "tensorrt:fp16", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "precision"),
+    [
+        ("onnxruntime:fp16", "onnxruntime", "fp16"),
+        ("torch", "torch", "fp32"),
+        ("torch:bf16", "torch", "bf16"),
+    ],
+)
+def test_engines_by_name_are_near_the_reference(exported: Artifact, name: str, engine: str, precision: str) -> None:
+    choice = choose_engine(exported, name, threads=1, photos=parity.sample_photos(3, seed=5))
+    assert (choice.engine.name, choice.engine.precision) == (engine, precision)
+    assert choice.tried == ((name if ":" in name else f"{name}:fp32", "serves", "asked for"),)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (GateRecord(status="failed", reason="k-NN fell"), r"gate of model-70-int8\.onnx failed: k-NN fell"),
+        (parity.NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
+        (None, r"model-70-int8\.onnx has no gate in the manifest"),
+    ],
+)
+def test_int8_without_a_passed_gate_is_refused(exported: Artifact, gate: GateRecord | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_engine(with_gate(exported, gate), "onnxruntime:int8", threads=1)
+
+
+def test_int8_that_is_not_in_the_artifact(exported: Artifact) -> None:
+    with pytest.raises(ValueError, match=r"onnxruntime:int8: the artifact has no int8 graph .* dinov2 export"):
+        load_engine(without_graphs(exported), "onnxruntime:int8", threads=1)
+
+
+def record(**figures: float) -> ParityRecord:
+    zero = {"max_abs_error": 0.0, "min_cosine_cls": 1.0, "min_cosine_patches": 1.0, "neighbour_agreement": 1.0}
+    return ParityRecord(engine="onnxruntime", precision="int8", images=5, **(zero | figures))
+
+
+@pytest.mark.parametrize(("cosine", "serves"), [(0.9985, True), (0.9975, False)])
+def test_int8_is_compared_again_on_this_host(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch, cosine: float, serves: bool
+) -> None:
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: record(min_cosine_cls=cosine))
+    if serves:
+        assert load_engine(with_gate(exported, PASSED), "onnxruntime:int8", threads=1).precision == "int8"
+        return
+    with pytest.raises(parity.ParityError, match=r"int8 strays .* class cosine 0\.997500 \(at least 0\.998\)"):
+        load_engine(with_gate(exported, PASSED), "onnxruntime:int8", threads=1)
+
+
+def test_a_graph_that_the_artifact_lacks_is_made_and_kept(exported: Artifact, tmp_path: Path) -> None:
+    bare = replace(exported, derived_dir=tmp_path)
+    bare = replace(bare, manifest=bare.manifest.model_copy(update={"graphs": []}))
+    assert load_engine(bare, "onnxruntime:fp16", threads=1).precision == "fp16"
+    made = tmp_path / exported.path.name / "model-70-fp16.onnx"
+    assert made.read_bytes() == exported.file("model-70-fp16.onnx").read_bytes()
+    stamp = made.stat().st_mtime_ns
+    load_engine(bare, "onnxruntime:fp16", threads=1)
+    assert made.stat().st_mtime_ns == stamp
+
+
+def test_a_dynamic_graph_serves_where_there_is_no_fixed_one(exported: Artifact) -> None:
+    graph = GraphRecord(file="model-dynamic-fp16.onnx", size=None, precision="fp16", outputs=(), attention="standard")
+    manifest = exported.manifest.model_copy(update={"graphs": [graph]})
+    host = engine_choice._Host(replace(exported, manifest=manifest), 1)
+    assert host._graph("fp16") == graph
+    both = manifest.model_copy(update={"graphs": [graph, *exported.manifest.graphs]})
+    found = engine_choice._Host(replace(exported, manifest=both), 1)._graph("fp16")
+    assert found is not None
+    assert found.file == "model-70-fp16.onnx"
+
+
+def test_weights_alone_are_served_by_torch(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: "no NVIDIA driver")
+    bare = without_graphs(exported)
+    choice = choose_engine(bare, threads=1)
+    assert (choice.engine.name, choice.engine.precision) == ("torch", "fp32")
+    assert choice.tried[-2].reason == "the artifact has no model.onnx"
+    assert load_engine(bare, "torch:bf16", threads=1).precision == "bf16"  # compared with torch fp32
+    with pytest.raises(ValueError, match=r"the artifact has no model\.onnx"):
+        load_engine(bare, "onnxruntime", threads=1)
+
+
+@pytest.mark.parametrize(("int8", "expected"), [(50.0, "fp32"), (108.0, "fp32"), (112.0, "int8")])
+def test_the_fastest_that_is_right(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch, int8: float, expected: str
+) -> None:
+    monkeypatch.setattr(engine_choice, "images_per_s", lambda engines, pixels: [100.0, int8])
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: record())
+    choice = choose_engine(with_gate(exported, PASSED), "fastest", threads=1)
+    assert choice.engine.precision == expected
+    assert {tried.engine: tried.reason for tried in choice.tried} == {
+        "onnxruntime:fp32": "100.0 images/s",
+        "onnxruntime:int8": f"{int8:.1f} images/s",
+    }
+    assert [tried.engine for tried in choice.tried if tried.outcome == "serves"] == [f"onnxruntime:{expected}"]
+
+
+def test_fastest_without_a_gate_measures_nothing(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice, "images_per_s", lambda *_: pytest.fail("nothing to choose from"))
+    choice = choose_engine(exported, "fastest", threads=1)
+    assert choice.engine.precision == "fp32"
+    assert [tried.outcome for tried in choice.tried] == ["passed over", "serves"]
+
+
+def test_the_benchmark_takes_turns_and_ends() -> None:
+    now, order = [0.0], []
+
+    class Timed:
+        precision = "fp32"
+
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name, self.seconds = name, seconds
+
+        def run(self, pixels: np.ndarray) -> Features:
+            order.append(self.name)
+            now[0] += self.seconds
+            return Features(*[np.zeros(0, np.float32)] * 3)
+
+    engines = [Timed("a", 0.1), Timed("b", 0.3)]
+    speeds = images_per_s(engines, np.zeros((2, 3, 14, 14), np.float32), seconds=2.0, clock=lambda: now[0])
+    assert speeds == pytest.approx([20, 2 / 0.3])
+    assert "".join(order) == "ab" * 5  # a warm-up, and rounds until two seconds are over
+    slow = Timed("c", 60.0)
+    assert images_per_s([slow], np.zeros((1, 3, 14, 14), np.float32), clock=lambda: now[0]) == pytest.approx([1 / 60])
+    assert order.count("c") == 2
+
+
+class Failing:
+    """A runtime whose library raises something unforeseen, in its first pass."""
+
+    name, precision = "failing", "bf16"
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.closed = error, False
+
+    def run(self, pixels: np.ndarray) -> Features:
+        raise self.error
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def failing_tensorrt(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Failing:
+    engine, fake = Failing(error), types.ModuleType("model.engines.tensorrt_engine")
+    fake.load_tensorrt = lambda *_: engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "model.engines.tensorrt_engine", fake)
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return engine
+
+
+def test_no_fault_of_a_gpu_keeps_auto_from_serving(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = failing_tensorrt(monkeypatch, AttributeError("no set_device_memory"))
+    choice = choose_engine(exported, threads=1)
+    assert choice.engine.name == "onnxruntime"
+    assert choice.tried[0] == ("tensorrt:bf16", "passed over", "no set_device_memory")
+    assert engine.closed
+
+
+def test_a_gpu_that_was_asked_for_and_fails_is_told_in_one_line(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = failing_tensorrt(monkeypatch, RuntimeError("CUDA: out\nof memory"))
+    with pytest.raises(ValueError, match=r"engine tensorrt:bf16: CUDA: out of memory$"):
+        choose_engine(exported, "tensorrt", threads=1)
+    assert engine.closed
+
+
+def test_graphs_made_here_belong_to_the_weights_and_not_to_the_folder(exported: Artifact, tmp_path: Path) -> None:
+    renamed = replace(exported, path=tmp_path / "mine", derived_dir=tmp_path / "derived")
+    other = replace(renamed, manifest=renamed.manifest.model_copy(update={"fingerprint": "b" * 64}))
+    assert renamed.derived != other.derived
+
+
+def test_tensorrt_is_given_a_graph_of_one_size(exported: Artifact, tmp_path: Path) -> None:
+    graph = GraphRecord(file="model-dynamic-fp16.onnx", size=None, precision="fp16", outputs=(), attention="standard")
+    manifest = exported.manifest.model_copy(update={"graphs": [graph]})
+    host = engine_choice._Host(replace(exported, manifest=manifest, derived_dir=tmp_path), 1)
+    assert host._graph_file("fp16", any_size=False) == tmp_path / exported.name / "model-70-fp16.onnx"

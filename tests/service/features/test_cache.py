@@ -1,0 +1,339 @@
+"""Both caches keep their promises; Redis, a true server here, may die, hang, lie or come back and costs only misses."""
+
+import asyncio
+import logging
+import random
+import signal
+import time
+import tracemalloc
+
+import pytest
+
+from service.features.cache import MemoryCache, RedisCache, cache_key, frame, make_cache, unframe
+
+# ---- keys
+
+
+def test_a_key_changes_with_everything_that_changes_the_vector() -> None:
+    options = {"pooling": "cls", "normalize": True, "size": 224}
+    base = cache_key("a" * 64, "f" * 64, options)
+    assert base == cache_key("a" * 64, "f" * 64, dict(reversed(options.items())))
+    others = [
+        cache_key("b" * 64, "f" * 64, options),
+        cache_key("a" * 64, "e" * 64, options),
+        cache_key("a" * 64, "f" * 8 + "0" * 56, options),  # the readable part is the same
+        *(cache_key("a" * 64, "f" * 64, {**options, name: 1}) for name in ("pooling", "size", "more")),
+        cache_key("a" * 64, "f" * 64, {**options, "normalize": False}),
+        cache_key("a" * 64, "f" * 64, {}),
+    ]
+    assert len({base, *others}) == len(others) + 1
+    assert base.startswith("ffffffff:")
+
+
+# ---- memory
+
+
+async def test_memory_keeps_the_lately_used_within_its_budget() -> None:
+    entry = 2 + 100 + 330
+    cache = MemoryCache(3 * entry)
+    await cache.set_many({f"k{n}": bytes([n]) * 100 for n in range(3)})
+    assert await cache.get_many(["k0", "none", "k2"]) == [b"\0" * 100, None, b"\2" * 100]
+    await cache.set_many({"k3": b"3" * 100})  # k1 was used longest ago
+    assert [value is not None for value in await cache.get_many(["k0", "k1", "k2", "k3"])] == [True, False, True, True]
+    assert cache.used_bytes == 3 * entry
+    await cache.set_many({"k0": b"short"})
+    assert (await cache.get_many(["k0"])) == [b"short"]
+    assert cache.used_bytes == 3 * entry - 95
+    await cache.set_many({"big": bytes(4 * entry)})
+    assert await cache.get_many(["big", "k3"]) == [None, b"3" * 100]
+    await cache.close()
+    assert (len(cache), cache.used_bytes) == (0, 0)
+
+
+async def test_memory_budget_is_real_memory() -> None:
+    """Ten times more goes in than fits; what Python allocates stays near the budget, from both sides."""
+    budget = 2 * 2**20
+    rng = random.Random(1)
+    tracemalloc.start()
+    cache = MemoryCache(budget)
+    for n in range(20_000):
+        await cache.set_many({cache_key(f"{n}", "f", {}): rng.randbytes(768)})
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert 0.7 * budget < taken < 1.05 * budget
+    assert cache.used_bytes <= budget
+
+
+async def test_no_budget_keeps_nothing() -> None:
+    cache = make_cache(None, max_bytes=0, ttl_s=1)
+    await cache.set_many({"k": b"v"})
+    assert await cache.get_many(["k"]) == [None]
+    assert (cache.name, await cache.status()) == ("memory", "ok")
+    with pytest.raises(ValueError, match="max_bytes=-1"):
+        MemoryCache(-1)
+
+
+# ---- Redis
+
+
+class Probe:
+    """A RedisCache with its events, quick to retry."""
+
+    def __init__(self, url: str, **options: float) -> None:
+        self.events: list[str] = []
+        settings = {"ttl_s": 60, "timeout_s": 0.3, "retry_s": 0.1, "max_retry_s": 0.3, **options}
+        self.cache = RedisCache(url, on_event=self.events.append, **settings)
+
+    async def __aenter__(self) -> "Probe":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.cache.close()
+
+    async def eventually(self, key: str, value: bytes, within_s: float = 5) -> None:
+        """Uses the cache as the service does until it works again."""
+        deadline = time.monotonic() + within_s
+        while await self.cache.get_many([key]) != [value]:
+            assert time.monotonic() < deadline, self.events
+            await self.cache.set_many({key: value})
+            await asyncio.sleep(0.05)
+
+
+async def test_two_clients_share(redis_server) -> None:
+    async with Probe(redis_server.url) as one, Probe(redis_server.url) as two:
+        values = {f"k{n}": bytes([n]) * n for n in range(50)}  # an empty value too
+        await one.cache.set_many(values)
+        keys = [*values, "none"]
+        assert await two.cache.get_many(keys) == [*values.values(), None]
+        assert await two.cache.get_many([]) == []
+        await two.cache.set_many({})
+        assert await two.cache.status() == "ok"
+        assert one.events == two.events == []
+
+
+async def test_entries_expire(redis_server) -> None:
+    async with Probe(redis_server.url, ttl_s=1) as probe:
+        await probe.cache.set_many({"k": b"v"})
+        assert await probe.cache.get_many(["k"]) == [b"v"]
+        await asyncio.sleep(1.2)
+        assert await probe.cache.get_many(["k"]) == [None]
+
+
+async def test_foreign_and_damaged_values_are_misses(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        await probe.cache.set_many({f"k{n}": b"value" for n in range(6)})
+        client = redis_server.client()
+        [full] = [key for key in client.keys("*") if key.endswith(b":k0")]
+        assert full.startswith(b"dinov2:v1:")
+        name = full[:-1].decode()
+        whole = client.get(name + "0")
+        client.set(name + "1", b"foreign")
+        client.set(name + "2", whole[:-1])
+        client.set(name + "3", whole + b"!")
+        client.set(name + "4", whole[:-1] + b"E")
+        client.delete(name + "5")
+        client.lpush(name + "5", "a list")
+        assert await probe.cache.get_many([f"k{n}" for n in range(6)]) == [b"value"] + [None] * 5
+        assert probe.events == ["corrupt"] * 4
+        assert await probe.cache.status() == "ok"
+
+
+def test_frames_are_recognised() -> None:
+    for value in (b"", b"x", bytes(5000)):
+        assert unframe(frame(value)) == value
+        for wrong in (frame(value)[:-1], frame(value) + b"x", b"X" + frame(value)[1:], b""):
+            assert unframe(wrong) is None
+
+
+async def test_killed_redis_costs_misses_then_is_used_again(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        await probe.cache.set_many({"k": b"v"})
+        redis_server.kill()
+        started = time.monotonic()
+        for _ in range(200):
+            assert await probe.cache.get_many(["k", "l"]) == [None, None]
+            await probe.cache.set_many({"l": b"w"})
+        assert time.monotonic() - started < 4  # 400 calls; the breaker lets few of them try
+        assert probe.events.count("error") < 20
+        assert "skipped" in probe.events
+        status = await probe.cache.status()
+        assert status.startswith("degraded: redis: ")
+        assert redis_server.password not in status
+        redis_server.start()
+        await probe.eventually("l", b"w")
+        assert await probe.cache.get_many(["k"]) == [b"v"]  # the append-only file kept it
+        assert probe.events[-1] == "recovered"
+        assert await probe.cache.status() == "ok"
+
+
+async def test_status_alone_notices_fault_and_recovery(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        assert await probe.cache.status() == "ok"
+        redis_server.kill()
+        assert "ConnectionError" in await probe.cache.status()
+        redis_server.start()
+        await asyncio.sleep(0.35)
+        assert await probe.cache.status() == "ok"
+
+
+async def test_hung_redis_costs_bounded_time(redis_server) -> None:
+    """SIGSTOP: connections stay open and new ones are accepted by the kernel, but nobody answers."""
+    async with Probe(redis_server.url) as probe:
+        await probe.cache.set_many({"k": b"v"})
+        redis_server.signal(signal.SIGSTOP)
+        started = time.monotonic()
+        answers = await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(64)))
+        assert answers == [[None]] * 64
+        assert time.monotonic() - started < 3  # one time limit for all, not one after the other
+        started = time.monotonic()
+        for _ in range(50):
+            assert await probe.cache.get_many(["k"]) == [None]
+        assert time.monotonic() - started < 2.5
+        assert "no answer" in await probe.cache.status() or "imeout" in await probe.cache.status()
+        redis_server.signal(signal.SIGCONT)
+        await probe.eventually("k", b"v")
+        assert await probe.cache.status() == "ok"
+
+
+async def test_only_one_call_probes(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        redis_server.signal(signal.SIGSTOP)
+        await probe.cache.get_many(["k"])
+        await asyncio.sleep(0.15)
+        probe.events.clear()
+        started = time.monotonic()
+        await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(20)))
+        assert sorted(probe.events) == ["error"] + ["skipped"] * 19
+        assert time.monotonic() - started < 1.5
+
+
+async def test_a_cancelled_probe_does_not_block_the_next(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        redis_server.signal(signal.SIGSTOP)
+        await probe.cache.get_many(["k"])
+        await asyncio.sleep(0.15)
+        task = asyncio.create_task(probe.cache.get_many(["k"]))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        redis_server.signal(signal.SIGCONT)
+        await probe.eventually("k", b"v")
+
+
+async def test_cancelled_calls_do_not_mix_answers_up(redis_server) -> None:
+    async with Probe(redis_server.url, max_connections=2) as probe:
+        await probe.cache.set_many({f"k{n}": str(n).encode() for n in range(40)})
+
+        async def read(n: int) -> None:
+            assert await probe.cache.get_many([f"k{n}"]) in ([str(n).encode()], [None])
+
+        tasks = [asyncio.create_task(read(n % 40)) for n in range(400)]
+        for task in random.Random(0).sample(tasks, 200):
+            await asyncio.sleep(0)
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(r is None or isinstance(r, asyncio.CancelledError) for r in results)
+        assert await probe.cache.get_many(["k7"]) == [b"7"]
+
+
+@pytest.mark.parametrize("password", [":wrong@", ""])
+async def test_wrong_password_is_degraded_and_says_why(redis_server, password: str, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with Probe(f"redis://{password}127.0.0.1:{redis_server.port}/0") as probe:
+        assert await probe.cache.get_many(["k"]) == [None]
+        await probe.cache.set_many({"k": b"v"})
+        status = await probe.cache.status()
+        assert "assword" in status or "uthentication" in status
+    assert "wrong@" not in status + caplog.text
+    assert redis_server.password not in caplog.text
+
+
+async def test_full_redis_still_serves_reads(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        await probe.cache.set_many({"k": b"v"})
+        redis_server.client().config_set("maxmemory", 1)
+        await probe.cache.set_many({"l": bytes(1000)})
+        assert await probe.cache.get_many(["k", "l"]) == [b"v", None]
+        assert "set: " in await probe.cache.status()
+        redis_server.client().config_set("maxmemory", 0)
+        await probe.cache.set_many({"l": b"w"})
+        assert await probe.cache.status() == "ok"
+
+
+async def test_what_speaks_no_redis_is_a_fault_like_any_other() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+        assert await probe.cache.get_many(["k"]) == [None]
+        assert (await probe.cache.status()).startswith("degraded")
+    server.close()
+
+
+@pytest.mark.parametrize("answer", [b"+OK", b":7", b"*0", b"*2\r\n$1\r\na\r\n$1\r\nb", b"*1\r\n:7", b"*1\r\n*1\r\n+b"])
+async def test_an_answer_of_another_kind_is_a_fault(answer: bytes) -> None:
+    """From something that knows PING, but not MGET."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while sent := await reader.read(65536):
+            for command in sent.split(b"*")[1:]:
+                writer.write(
+                    answer + b"\r\n" if b"MGET" in command else b"+PONG\r\n" if b"PING" in command else b"+OK\r\n"
+                )
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+        assert await probe.cache.get_many(["k"]) == [None]
+        assert await probe.cache.get_many(["k"]) == [None]
+        assert probe.events == ["error", "skipped"]
+        await asyncio.sleep(0.15)  # the breaker lets one call try again
+        assert (await probe.cache.status()).startswith("degraded: redis: get: InvalidResponse")
+        assert probe.events == ["error", "skipped", "error"]
+    server.close()
+
+
+async def test_a_trickling_answer_is_bounded_too() -> None:
+    """Each byte arrives in time for the socket's limit, so only the limit on the whole call ends it."""
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                writer.write(b"+")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        except ConnectionError:
+            writer.close()
+
+    server = await asyncio.start_server(trickle, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+        started = time.monotonic()
+        async with asyncio.timeout(3):
+            assert await probe.cache.get_many(["k"]) == [None]
+        assert time.monotonic() - started < 2.5
+    server.close()
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cr/et@host:1", "http://:s3cret@host", "s3cret", "redis://:s3cret@host:x"])
+def test_a_wrong_url_is_refused_without_showing_the_password(url: str) -> None:
+    with pytest.raises(ValueError, match="is not valid") as caught:
+        make_cache(url, max_bytes=1, ttl_s=1)
+    assert "s3cr" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_make_cache_takes_redis_when_there_is_a_url() -> None:
+    cache = make_cache("redis://:pw@localhost:1/0", max_bytes=1, ttl_s=1)
+    assert cache.name == "redis"
+    assert "pw" not in repr(cache)
+    with pytest.raises(ValueError, match="ttl_s=0"):
+        RedisCache("redis://localhost", ttl_s=0)

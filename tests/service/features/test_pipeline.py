@@ -1,0 +1,333 @@
+"""The straight line: single flight, departures, the deadline, the cache's part, images that fail on their own."""
+
+import asyncio
+import base64
+import importlib
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
+from service.features.cache import MemoryCache
+from service.features.pipeline import Embedded
+from tests.fakes import DIMS, FakeEngine, photo, plain_photo, running, until
+
+
+async def test_identical_images_in_flight_compute_once(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        tasks = [asyncio.create_task(run.service.live.embed([photo()])) for _ in range(5)]
+        await until(engine.entered.is_set)
+        engine.gate.set()
+        results = await asyncio.gather(*tasks)
+    assert engine.images == 1
+    assert len({result[0].cls.tobytes() for result in results}) == 1
+
+
+async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        leader = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(engine.entered.is_set)
+        follower = asyncio.create_task(run.service.live.embed([photo()]))
+        await asyncio.sleep(0.01)
+        leader.cancel()
+        engine.gate.set()
+        assert isinstance((await follower)[0], Embedded)
+        assert engine.images == 1
+        assert run.service.live.batcher.images == 0
+
+
+async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        leaving = asyncio.create_task(run.service.live.embed([photo(1), photo(2)]))
+        at_once = asyncio.create_task(run.service.live.embed([photo(3)]))
+        await asyncio.sleep(0)
+        at_once.cancel()  # before its computation has begun
+        await until(lambda: run.service.live.batcher.waiting >= 2)
+        leaving.cancel()
+        await until(lambda: run.service.live.batcher.images == 1)  # only what the engine is busy with
+        engine.gate.set()
+        await busy
+        again = await run.service.live.embed([photo(1)])
+    assert isinstance(again[0], Embedded)
+    assert [shape[0] for shape in engine.batches] == [1, 1]
+
+
+async def post_and_leave(app, body: bytes, leave: asyncio.Event) -> list[dict]:
+    """A client that sends a whole request and hangs up when `leave` is set; what the service still sent it."""
+    sent: list[dict] = []
+    first = True
+
+    async def receive():
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "raw_path": b"/v1/embeddings",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("test", 1),
+        "server": ("test", 80),
+    }
+    await app(scope, receive, send)
+    return sent
+
+
+async def test_a_client_that_hangs_up_costs_no_engine_time(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        leave = asyncio.Event()
+        body = json.dumps({"input": base64.b64encode(photo(1)).decode()}).encode()
+        client = asyncio.create_task(post_and_leave(run.app, body, leave))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        leave.set()
+        assert await client == []
+        engine.gate.set()
+        await busy
+        await run.service.live.embed([photo(2)])
+        text = (await run.client.get("/metrics")).text
+    assert engine.images == 2
+    assert "dinov2_dropped_images_total 1.0" in text
+    assert 'status="499"' in text
+
+
+async def test_images_fail_on_their_own(tmp_path):
+    engine = FakeEngine(fails=lambda pixels: bool((pixels == pixels[:, :, :1, :1]).all(axis=(1, 2, 3)).any()))
+    async with running(tmp_path, cache_bytes=0) as run:
+        engine.batches.clear()
+        run.engine.fails = engine.fails
+        images = [photo(0), photo(1)[:50], plain_photo(128), BrokenImage("not base64"), photo(2)]
+        results = await run.service.live.embed(images)
+    kinds = [type(result) for result in results]
+    assert kinds == [Embedded, BrokenImage, EngineFailed, BrokenImage, Embedded]
+
+
+async def test_a_failure_is_not_cached(tmp_path):
+    async with running(tmp_path) as run:
+        run.engine.fails = lambda pixels: True
+        assert isinstance((await run.service.live.embed([photo()]))[0], EngineFailed)
+        run.engine.fails = lambda pixels: False
+        assert isinstance((await run.service.live.embed([photo()]))[0], Embedded)
+
+
+async def test_a_request_that_does_not_fit_starts_nothing(tmp_path):
+    async with running(tmp_path, queue_max_images=2, cache_bytes=0) as run:
+        with pytest.raises(QueueFull):
+            await run.service.live.embed([photo(i) for i in range(3)])
+        assert run.service.live.batcher.images == 0
+        assert run.engine.batches == []
+        assert len(await run.service.live.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
+
+
+async def test_a_slow_cache_leaves_no_gap_to_compute_twice_in(tmp_path):
+    class Slow(MemoryCache):
+        async def set_many(self, items):
+            await asyncio.sleep(0.2)
+            await super().set_many(items)
+
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache=Slow(2**20)) as run:
+        first = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(engine.entered.is_set)
+        await asyncio.sleep(0.1)  # computed, and on its way into the cache
+        await run.service.live.embed([photo()])
+        await first
+    assert engine.images == 1
+
+
+async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
+    class Liar:
+        name = "liar"
+
+        async def get_many(self, keys):
+            return [b"\x01\x02\x03" for _ in keys]
+
+        async def set_many(self, items):
+            self.items = items
+
+        async def status(self):
+            return "ok"
+
+        async def close(self): ...
+
+    cache = Liar()
+    async with running(tmp_path, cache=cache) as run:
+        result = (await run.service.live.embed([photo()]))[0]
+    assert not result.cached
+    stored = Embedded.from_bytes(next(iter(cache.items.values())), DIMS)
+    np.testing.assert_array_equal(stored.cls, result.cls)
+    np.testing.assert_array_equal(stored.mean, result.mean)
+    assert stored.tokens == result.tokens
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_cache_entry_that_is_not_finite_is_a_miss(value):
+    for place in range(2 * DIMS):
+        both = np.ones(2 * DIMS, np.float32)
+        both[place] = value
+        data = Embedded(both[:DIMS], both[DIMS:], tokens=5).to_bytes()
+        assert Embedded.from_bytes(data, DIMS) is None
+
+
+@pytest.mark.parametrize("part", ["cls", "patches"])
+async def test_features_that_are_not_finite_fail_and_are_not_cached(tmp_path, part):
+    async with running(tmp_path) as run:
+        right = run.engine.run
+
+        def wrong(pixels):
+            features = right(pixels)
+            plain = (pixels == pixels[:, :, :1, :1]).all(axis=(1, 2, 3))
+            getattr(features, part)[plain] = np.nan
+            return features
+
+        run.engine.run = wrong
+        good, bad = await run.service.live.embed([photo(), plain_photo(100)])
+        assert isinstance(good, Embedded)
+        assert isinstance(bad, EngineFailed)
+        found = await run.service.live.embed([photo(), plain_photo(100)])
+        assert [type(result) for result in found] == [Embedded, EngineFailed]
+        assert found[0].cached
+        answer = await run.client.post("/v1/segment", content=plain_photo(100), headers={"Content-Type": "image/png"})
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "engine_failed"
+
+
+async def test_closing_fails_what_is_under_way(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        second = asyncio.create_task(run.service.live.embed([photo(1)]))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        threading.Timer(0.05, engine.gate.set).start()
+    assert isinstance((await second)[0], ShuttingDown)
+    assert isinstance((await first)[0], Embedded)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
+def test_normalised_vectors_have_length_one(pooling):
+    rng = np.random.default_rng(0)
+    cls, mean = rng.normal(size=(2, DIMS)).astype(np.float32)
+    embedded = Embedded(cls, 100 * mean, tokens=5)
+    assert np.linalg.norm(embedded.vector(pooling, True)) == pytest.approx(1, abs=1e-6)
+    if pooling == "cls+mean":  # neither half drowns the other
+        assert np.linalg.norm(embedded.vector(pooling, True)[:DIMS]) == pytest.approx(0.5**0.5, abs=1e-6)
+    zero = Embedded(np.zeros(DIMS, np.float32), np.zeros(DIMS, np.float32), tokens=5)
+    assert np.isfinite(zero.vector(pooling, True)).all()
+
+
+class Blocked:
+    """Stands in for a function: each call waits until the block ends, and then is the function's."""
+
+    def __init__(self, monkeypatch, target: str) -> None:
+        self.calls = 0
+        self.opened = threading.Event()
+        module, name = target.rsplit(".", 1)
+        function = getattr(importlib.import_module(module), name)
+
+        def waiting(*args):
+            self.calls += 1
+            assert self.opened.wait(30)
+            return function(*args)
+
+        monkeypatch.setattr(target, waiting)
+
+    def __enter__(self) -> "Blocked":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.opened.set()
+
+
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("/v1/embeddings", "service.features.pipeline.decode"),
+        ("/v1/segment", "service.features.pipeline.decode"),
+        ("/v1/segment", "service.routes.segment.segment_foreground"),
+    ],
+)
+async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, monkeypatch, path, where):
+    async with running(tmp_path, queue_max_images=2, request_deadline_s=0.3, cache_bytes=0) as run:
+        with Blocked(monkeypatch, where) as blocked:
+            late = await asyncio.gather(*(run.client.post(path, content=photo(i), headers=PNG) for i in range(2)))
+            assert [answer.status_code for answer in late] == [504, 504]
+            assert blocked.calls == 2
+            assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 503
+            assert (await run.client.get("/readyz")).json()["reasons"] == {"queue": "full"}
+        await until(lambda: run.service.live.batcher.images == 0)
+        assert (await run.client.get("/readyz")).status_code == 200
+        assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 200
+
+
+async def test_decodes_that_have_not_begun_are_dropped_at_once(tmp_path, monkeypatch):
+    async with running(tmp_path, request_deadline_s=0.3, cache_bytes=0) as run:
+        with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
+            await asyncio.gather(*(run.client.post("/v1/embeddings", content=photo(i), headers=PNG) for i in range(5)))
+            await until(lambda: run.service.live.batcher.images == 2)
+        await until(lambda: run.service.live.batcher.images == 0)
+        assert blocked.calls == 2
+    assert run.engine.images == 0
+
+
+async def test_what_is_cached_waits_for_no_decode(tmp_path, monkeypatch):
+    large = photo(size=(400, 300))  # more than is hashed on the event loop
+    assert len(large) > 2**18
+    async with running(tmp_path) as run:
+        await run.service.live.embed([large])
+        with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
+            others = [asyncio.create_task(run.service.live.embed([photo(i)])) for i in range(1, 4)]
+            await until(lambda: blocked.calls == 2)
+            async with asyncio.timeout(5):
+                assert (await run.service.live.embed([large]))[0].cached
+        await asyncio.gather(*others)
+
+
+@pytest.mark.parametrize("where", ["the engine", "service.routes.segment.segment_foreground"])
+async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_threads(tmp_path, monkeypatch, where):
+    async with running(tmp_path, cache_bytes=0) as run:
+        decodes = Blocked(monkeypatch, "service.features.pipeline.decode")
+        decodes.opened.set()
+        gate = threading.Event()
+        if where == "the engine":
+            run.engine.gate = gate
+        else:
+            masks = Blocked(monkeypatch, where)
+            gate = masks.opened
+        posts = [asyncio.create_task(run.client.post("/v1/segment", content=photo(i), headers=PNG)) for i in range(6)]
+        await until(lambda: decodes.calls == 2)
+        await asyncio.sleep(0.2)
+        assert decodes.calls == 2
+        assert run.service.live.batcher.images == 6
+        gate.set()
+        assert [(await post).status_code for post in posts] == [200] * 6

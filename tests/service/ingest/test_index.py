@@ -1,0 +1,377 @@
+"""Indexing: what lands in the collection, what a second run leaves alone, and that nothing waits that need not."""
+
+import asyncio
+import io
+import os
+import tarfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.preprocess import preprocess
+from service.decode import DecodeLimits, decode
+from service.errors import Conflict, InvalidRequest, ModelMismatch, StorageFailed
+from service.features.pipeline import Pooling
+from service.ingest.embed import load_ahead
+from service.ingest.index import IndexOptions, IndexReport, index_photos, pooling_of, vector_tag
+from service.ingest.sources import find_photos
+from service.search.store import CollectionInfo, CollectionSpec, Item
+from service.settings import Settings
+from service.state import Service
+from tests.dict_store import DictStore
+from tests.fakes import DIMS, SPEC, FakeEngine, fake_artifact, photo
+
+ARTIFACT = fake_artifact()
+
+
+class Recorder(DictStore):
+    """A store that notes how much each write brought, and can be slow or fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[int] = []
+        self.delay_s = 0.0
+        self.fails_at: int | None = None  # which write
+        self.refuses: set[str] = set()
+
+    async def upsert(self, collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
+        if self.fails_at == len(self.writes):
+            raise StorageFailed("the disk is full")
+        if refused := self.refuses & {item.id for item in items}:
+            raise InvalidRequest(f"{refused} is not to this store's taste")
+        await asyncio.sleep(self.delay_s)
+        self.writes.append(len(items))
+        return await super().upsert(collection, items, **options)
+
+
+async def run(
+    *sources: Path, store: DictStore, engine: FakeEngine | None = None, to: str = "shop", **given: Any
+) -> IndexReport:
+    collaborators = {name: given.pop(name) for name in ("stop", "keep", "on_problem", "on_progress") if name in given}
+    found = given.pop("found", None) or find_photos([str(source) for source in sources])
+    options = IndexOptions(**{"batch_size": 4, "workers": 2, **given})
+    return await index_photos(found, store, to, ARTIFACT, engine or FakeEngine(), options, **collaborators)
+
+
+def write_photos(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(photo(seed + index))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six photos at two depths, one with metadata, and three files that are none."""
+    path = write_photos(tmp_path / "photos", ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png", "ü/写.png"])
+    (path / "a.json").write_text('{"brand": "Arla", "price": 5}')
+    (path / "empty.jpg").write_bytes(b"")
+    (path / "torn.png").write_bytes(photo()[:100])
+    (path / "text.jpg").write_text("no photo")
+    return path
+
+
+async def test_photos_become_items(folder: Path) -> None:
+    store = DictStore()
+    report = await run(folder, store=store, metadata={"shop": 7})
+    assert (report.indexed, report.present, report.failed, report.interrupted) == (6, 0, 3, False)
+    assert {Path(problem.source).name for problem in report.problems} == {"empty.jpg", "torn.png", "text.jpg"}
+    item = (await store.get("shop", ["a.png"]))[0]
+    assert item is not None
+    stat = (folder / "a.png").stat()
+    assert item.metadata["_file"]["bytes"] == stat.st_size
+    assert {key: item.metadata[key] for key in ("brand", "price", "shop")} == {"brand": "Arla", "price": 5, "shop": 7}
+    assert item.source == str(folder / "a.png")
+    assert item.digest == __import__("hashlib").sha256(photo(0)).hexdigest()
+    pixels = preprocess(decode(photo(0)), SPEC)
+    expected = FakeEngine().run(pixels[None]).cls[0]
+    np.testing.assert_allclose(item.vector, expected / np.linalg.norm(expected), atol=1e-6)
+    assert (await store.info("shop")).spec == CollectionSpec(vector_tag(ARTIFACT, FakeEngine(), "cls"), DIMS)
+
+
+def test_the_tag_is_the_services(tmp_path: Path) -> None:
+    service = Service(Settings(data_dir=tmp_path), ARTIFACT, FakeEngine(), metrics=None)
+    pooling: Pooling
+    for pooling in ("cls", "mean", "cls+mean"):
+        tag = vector_tag(ARTIFACT, FakeEngine(), pooling)
+        assert tag == service.tag(pooling=pooling)
+        assert pooling_of(CollectionInfo("shop", CollectionSpec(tag, DIMS), 0)) == pooling
+    with pytest.raises(Conflict, match="no model here makes"):
+        pooling_of(CollectionInfo("shop", CollectionSpec("mine", DIMS), 0))
+
+
+async def test_a_second_run_reads_and_embeds_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, engine = DictStore(), FakeEngine()
+    await run(folder, store=store)
+    for name in ("empty.jpg", "torn.png", "text.jpg"):
+        (folder / name).unlink()
+    read: list[str] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or b"")
+    report = await run(folder, store=store, engine=engine)
+    assert (report.indexed, report.present, report.failed) == (0, 6, 0)
+    assert not engine.batches
+    assert not read
+
+
+async def test_changed_files_are_embedded_again(folder: Path) -> None:
+    store, engine = DictStore(), FakeEngine()
+    await run(folder, store=store)
+    (folder / "b.png").write_bytes(photo(77))
+    report = await run(folder, store=store, engine=engine)
+    assert (report.indexed, report.present) == (1, 5)
+    assert engine.images == 1
+    item = (await store.get("shop", ["b.png"]))[0]
+    assert item is not None
+    assert item.digest == __import__("hashlib").sha256(photo(77)).hexdigest()
+    assert (await run(folder, store=store, force=True)).indexed == 6
+
+
+async def test_a_folder_that_moved_is_the_same_photos(folder: Path, tmp_path: Path) -> None:
+    store = DictStore()
+    await run(folder, store=store)
+    os.rename(folder, tmp_path / "elsewhere")
+    report = await run(tmp_path / "elsewhere", store=store)
+    assert (report.indexed, report.present) == (0, 6)
+
+
+async def test_two_sources_with_one_relative_path(tmp_path: Path) -> None:
+    one = write_photos(tmp_path / "one", ["a.png", "b.png"])
+    two = write_photos(tmp_path / "two", ["a.png", "c.png"], seed=10)
+    store = DictStore()
+    for _ in range(2):
+        report = await run(one, two, store=store)
+        assert [problem.source for problem in report.problems] == [str(two / "a.png")]
+        assert f"is taken by {one / 'a.png'}; --force" in report.problems[0].reason
+    assert (await store.info("shop")).count == 3
+    assert (await run(one, two, store=store, id_by="sha256", to="other")).indexed == 4
+
+
+async def test_an_item_without_a_source_is_left_alone(tmp_path: Path) -> None:
+    store = DictStore()
+    await store.upsert("shop", [Item("a.png", np.ones(DIMS))], tag=vector_tag(ARTIFACT, FakeEngine(), "cls"))
+    report = await run(write_photos(tmp_path / "p", ["a.png"]), store=store)
+    assert (report.indexed, report.present) == (0, 1)
+
+
+async def test_ids_by_content(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos", [f"{index}.png" for index in range(9)])
+    for index in range(9):
+        (folder / f"twin-{index}.png").write_bytes(photo(index))
+    store, engine = DictStore(), FakeEngine()
+    report = await run(folder, store=store, id_by="sha256")
+    assert (report.indexed, report.present) == (9, 9)
+    items = (await store.scroll("shop")).items
+    assert all(item.id == item.digest for item in items)
+    assert (await run(folder, store=store, engine=engine, id_by="sha256")).present == 18
+    assert not engine.batches
+
+
+async def test_what_no_store_would_take_is_listed(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos", ["good.png", "new\nline.png", "d" * 200 + "/" + "n" * 100 + ".png"])
+    write_photos(folder, [os.fsdecode(b"\xff.png")], seed=9)
+    (folder / "long.png").write_bytes(photo(10))
+    (folder / "long.json").write_text('{"text": "%s"}' % ("x" * 70_000))
+    report = await run(folder, store=DictStore())
+    assert (report.indexed, report.failed) == (1, 4)
+    reasons = sorted(problem.reason for problem in report.problems)
+    assert sum("--id sha256" in reason for reason in reasons) == 3
+    assert "metadata has" in reasons[-1]
+    report = await run(folder, store=DictStore(), id_by="sha256")
+    assert (report.indexed, report.failed) == (4, 1)
+
+
+async def test_an_item_that_this_store_refuses_costs_no_other(folder: Path) -> None:
+    store = Recorder()
+    store.refuses = {"b.png"}
+    report = await run(folder, store=store)
+    assert (report.indexed, report.failed) == (5, 4)
+    assert "not to this store's taste" in report.problems[-1].reason
+
+
+async def test_limits_hold_and_features_that_are_not_finite_are_listed(folder: Path) -> None:
+    report = await run(folder, store=DictStore(), limits=DecodeLimits(max_pixels=10))
+    assert (report.indexed, report.failed) == (0, 9)
+
+    class Broken(FakeEngine):
+        def run(self, pixels: Any) -> Any:
+            features = super().run(pixels)
+            features.cls[0] = np.nan
+            return features
+
+    report = await run(folder, store=DictStore(), engine=Broken())
+    assert (report.indexed, report.failed) == (4, 5)
+    assert "not finite" in " ".join(problem.reason for problem in report.problems)
+
+
+async def test_another_model_is_refused_before_any_work(folder: Path) -> None:
+    store, engine = DictStore(), FakeEngine()
+    await store.create("shop", CollectionSpec("another/cls/l2/28x28/fake", DIMS))
+    with pytest.raises(ModelMismatch, match="another/cls"):
+        await run(folder, store=store, engine=engine)
+    assert not engine.batches
+
+
+async def test_pooling_and_originals(folder: Path) -> None:
+    store, kept = DictStore(), []
+
+    async def keep(data: bytes) -> None:
+        kept.append(data)
+
+    report = await run(folder, store=store, pooling="cls+mean", originals=True, keep=keep)
+    info = await store.info("shop")
+    assert (info.dimension, info.spec.originals) == (2 * DIMS, True)
+    assert sorted(kept) == sorted(photo(index) for index in range(6))
+    assert report.indexed == 6
+
+    async def full(data: bytes) -> None:
+        raise StorageFailed("the disk is full")
+
+    with pytest.raises(StorageFailed, match="disk is full"):
+        await run(folder, store=store, to="other", keep=full)
+
+
+async def test_nothing_found_makes_no_collection(tmp_path: Path) -> None:
+    store = DictStore()
+    assert (await run(tmp_path, store=store)).indexed == 0
+    assert await store.collections() == []
+
+
+async def test_writes_are_grouped(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, [f"{index:03}.png" for index in range(600)])
+    store = Recorder()
+    reports: list[int] = []
+    report = await run(folder, store=store, batch_size=32, on_progress=lambda state: reports.append(state.indexed))
+    assert report.indexed == sum(store.writes) == 600
+    assert len(store.writes) <= 2 + 600 // 256 + int(report.seconds)
+    assert reports[-1] == 600
+
+
+async def test_the_engine_works_while_the_store_writes(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, [f"{index:03}.png" for index in range(64)])
+    store, engine = Recorder(), FakeEngine(delay_s=0.05)
+    store.delay_s = 0.5
+    started = time.perf_counter()
+    await run(folder, store=store, engine=engine, batch_size=2)  # 1.6 s of engine, 0.5 s a write
+    assert len(store.writes) >= 2
+    assert time.perf_counter() - started < 1.6 + 0.5 + 0.7
+
+
+async def test_only_a_few_photos_are_in_memory(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, [f"{index:03}.png" for index in range(80)])
+    loaded: list[str] = []
+
+    def found() -> Any:
+        for one in find_photos([str(folder)]):
+            yield replace(one, load=lambda one=one: loaded.append(one.id) or one.load())
+
+    engine = FakeEngine(gate=threading.Event())
+    task = asyncio.create_task(run(folder, store=DictStore(), engine=engine, found=found()))
+    await asyncio.to_thread(engine.entered.wait, 10)
+    await asyncio.sleep(0.3)
+    assert len(loaded) <= 4 + 2 * 4 + 1  # in the engine, ahead, in hand
+    assert engine.gate is not None
+    engine.gate.set()
+    assert (await task).indexed == 80
+
+
+async def test_stopping_keeps_what_is_embedded(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, [f"{index:03}.png" for index in range(100)])
+    store, stop = DictStore(), threading.Event()
+    engine = FakeEngine(delay_s=0.02)
+
+    def after_some(state: IndexReport) -> None:
+        if len(engine.batches) >= 3:
+            stop.set()
+
+    engine_run = engine.run
+
+    def counting(pixels: Any) -> Any:
+        after_some(IndexReport())
+        return engine_run(pixels)
+
+    engine.run = counting  # type: ignore[method-assign]
+    report = await run(folder, store=store, engine=engine, stop=stop)
+    assert report.interrupted
+    assert report.indexed == (await store.info("shop")).count == engine.images
+    assert 8 <= report.indexed < 40
+    again = await run(folder, store=store)
+    assert (again.indexed, again.present) == (100 - report.indexed, report.indexed)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "feed", "engine"))]
+
+
+async def test_cancelling_ends_the_threads(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, [f"{index:03}.png" for index in range(100)])
+    store, engine = DictStore(), FakeEngine(delay_s=0.05)
+    task = asyncio.create_task(run(folder, store=store, engine=engine))
+    await asyncio.to_thread(engine.entered.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.images < 40
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "feed", "engine"))]
+
+
+async def test_a_store_that_fails_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, [f"{index:03}.png" for index in range(300)])
+    store = Recorder()
+    store.fails_at = 1
+    with pytest.raises(StorageFailed, match="disk is full"):
+        await run(folder, store=store, batch_size=32)
+    store.fails_at = None
+    report = await run(folder, store=store)
+    assert report.present == store.writes[0]
+    assert report.indexed + report.present == 300
+
+
+async def test_an_engine_that_fails_ends_the_run(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="told to fail"):
+        await run(folder, store=DictStore(), engine=FakeEngine(fails=lambda pixels: True))
+
+
+async def test_a_source_that_raises_ends_the_run(folder: Path) -> None:
+    def found() -> Any:
+        yield from find_photos([str(folder)])
+        raise ModuleNotFoundError("pip install something")
+
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
+        await run(folder, store=DictStore(), found=found())
+
+
+async def test_archives_resume_too(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for index in range(10):
+            info = tarfile.TarInfo(f"{index}.png")
+            info.size = len(photo(index))
+            tar.addfile(info, io.BytesIO(photo(index)))
+    store = DictStore()
+    assert (await run(path, store=store)).indexed == 10
+    assert (await run(path, store=store)).present == 10
+
+
+async def test_all_problems_are_told_and_some_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.ingest.index.MAX_LISTED", 3)
+    for index in range(8):
+        (tmp_path / f"{index}.jpg").write_bytes(b"")
+    told: list[str] = []
+    report = await run(tmp_path, store=DictStore(), on_problem=lambda problem: told.append(problem.source))
+    assert (report.failed, len(report.problems), len(told)) == (8, 3, 8)
+
+
+def test_loading_ahead_keeps_the_order_and_passes_errors_on() -> None:
+    def slow(number: int) -> int:
+        time.sleep(0.01 * (number % 3))
+        return number * number
+
+    assert list(load_ahead(range(20), slow, ahead=4)) == [(number, number * number) for number in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(load_ahead([1, 0], lambda number: 1 / number, ahead=4))
+    taken = load_ahead(iter(range(10**9)), slow, ahead=4)
+    assert next(taken) == (0, 0)
+    taken.close()

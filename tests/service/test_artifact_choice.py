@@ -1,0 +1,78 @@
+"""Which artifact `--model` means."""
+
+import shutil
+
+import pytest
+
+from model.artifact import MANIFEST, bundled_artifact, read_manifest
+from service import artifact_choice as models
+from service.artifact_choice import choose_artifact
+
+
+def put(data_dir, *, name="mine", created="2026-01-01T00:00:00+00:00"):
+    """A folder with the bundled artifact's manifest under another name and time."""
+    manifest = read_manifest(bundled_artifact()).model_copy(update={"name": name, "created": created})
+    folder = data_dir / "artifacts" / f"{name}-{created[:10]}"
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+def test_auto_is_the_bundled_one_until_the_data_folder_has_one_and_then_its_newest(tmp_path):
+    assert choose_artifact("auto", tmp_path) == bundled_artifact()
+    put(tmp_path)
+    newest = put(tmp_path, created="2026-03-01T00:00:00+00:00")
+    put(tmp_path, created="2026-02-01T00:00:00+00:00")
+    assert choose_artifact("auto", tmp_path) == newest
+
+
+def test_a_folder_a_folders_name_and_a_models_name(tmp_path):
+    mine = put(tmp_path)
+    assert choose_artifact(str(mine), tmp_path / "elsewhere") == mine
+    assert choose_artifact(mine.name, tmp_path) == mine
+    assert choose_artifact("mine", tmp_path) == mine
+
+
+def test_a_published_name_takes_its_export_when_there_is_one(tmp_path):
+    exported = put(tmp_path, name="dinov2_vits14")
+    assert choose_artifact("dinov2_vits14", tmp_path) == exported
+    assert choose_artifact("facebook/dinov2-small", tmp_path) == exported
+
+
+def test_a_published_name_without_torch_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'dinov2-service\[train\]'"):
+        choose_artifact("dinov2_vits14", tmp_path)
+
+
+def test_what_names_nothing_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="not an artifact folder"):
+        choose_artifact(str(tmp_path / "empty"), tmp_path)
+    with pytest.raises(ValueError, match="dinov2_vits14"):
+        choose_artifact("dinov2_vits41", tmp_path)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_the_export_runs_once_as_its_own_process(tmp_path, monkeypatch, leaves):
+    calls = []
+
+    class Done:
+        returncode = 0
+
+    def run(command, **_):
+        calls.append(command)
+        if leaves:
+            shutil.copytree(put(tmp_path / "made", name="dinov2_vits14"), tmp_path / "artifacts" / "x")
+        return Done
+
+    monkeypatch.setattr(models, "find_spec", lambda name: True)
+    monkeypatch.setattr(models.subprocess, "run", run)
+    if leaves:
+        assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
+        assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
+    else:
+        with pytest.raises(ValueError, match="left no artifact"):
+            choose_artifact("dinov2_vits14", tmp_path)
+    assert len(calls) == 1
+    assert calls[0][-4:] == ["export", "dinov2_vits14", "--out", str(tmp_path / "artifacts")]

@@ -1,0 +1,260 @@
+"""Photos: what is decoded and what refused, folders and their splits, and the order of a run."""
+
+import os
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import training.data.dataset
+from training.data.dataset import (
+    Photo,
+    Subset,
+    batch_indices,
+    decode,
+    decode_square,
+    find_images,
+    label_of,
+    read_photo,
+    split_source,
+    squash,
+)
+from training.data.loader import open_loader, shuffled
+from training.data.sources import FolderSource
+
+
+def save(path, size=(20, 10), color=(200, 10, 10), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path, **options)
+    return path
+
+
+def load(folder):
+    return open_loader(FolderSource(folder), 16, shuffled(1, seed=0))
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_images_are_found_at_any_depth_and_other_files_ignored(tmp_path):
+    expected = [save(tmp_path / "a.png"), save(tmp_path / "x" / "y" / "z" / "b.JPG", format="jpeg")]
+    (tmp_path / "notes.txt").write_text("no image")
+    assert find_images(tmp_path) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_folder_without_images_is_refused(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=name):
+        find_images(tmp_path / name)
+
+
+def test_broken_files_are_skipped_and_listed(tmp_path):
+    good = save(tmp_path / "good.jpg")
+    whole = save(tmp_path / "whole.png", size=(300, 300)).read_bytes()
+    bad = {
+        "empty.jpg": b"",
+        "text.png": b"hello",
+        "cut.png": whole[: len(whole) // 2],
+        "half.jpg": good.read_bytes()[:90],
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder.jpg").mkdir()
+    cache = load(tmp_path)
+    assert names(cache.source) == ["good.jpg", "whole.png"]
+    assert {s.name for s in cache.skipped} == set(bad)
+    assert all(s.reason for s in cache.skipped)
+
+
+def test_only_broken_files_is_an_error(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"bad")
+    with pytest.raises(ValueError, match=r"bad\.jpg"):
+        load(tmp_path)
+
+
+def test_photos_are_upright_rgb_squares_with_their_aspect(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    save(tmp_path / "turned.jpg", size=(40, 10), exif=exif)
+    Image.new("L", (30, 10), 7).save(tmp_path / "gray.png")
+    cache = load(tmp_path)
+    assert cache.pixels.shape == (2, 3, 16, 16)
+    assert cache.pixels.dtype == torch.uint8
+    assert cache.aspect.tolist() == [3.0, 0.25]
+    assert (cache.pixels[0] == 7).all()
+    assert read_photo(tmp_path / "turned.jpg").shape == (40, 10, 3)
+
+
+def test_a_folder_with_train_and_val_is_taken_at_its_word(tmp_path):
+    save(tmp_path / "train" / "a" / "1.png")
+    save(tmp_path / "val" / "a" / "2.png")
+    train, held_out = split_source(FolderSource(tmp_path), 0.1, seed=0)
+    assert (names(train), names(held_out)) == (["train/a/1.png"], ["val/a/2.png"])
+
+
+def test_otherwise_a_share_is_held_out_by_seed(tmp_path):
+    for i in range(20):
+        save(tmp_path / "a" / f"{i}.png")
+    source = FolderSource(tmp_path)
+    train, held_out = (names(part) for part in split_source(source, 0.25, seed=0))
+    # what the held-out photos were before there were sources: a seed keeps its meaning
+    order = np.random.default_rng(0).permutation(20)
+    assert held_out == [names(source)[i] for i in sorted(order[:5])]
+    assert sorted(train + held_out) == names(source)
+    assert held_out != names(split_source(source, 0.25, seed=1)[1])
+
+
+def test_an_epoch_shows_every_photo_once_and_the_next_in_another_order():
+    def epoch(number):
+        return torch.cat([batch_indices(12, 4, step, seed=3) for step in range(3 * number, 3 * number + 3)])
+
+    assert sorted(epoch(0).tolist()) == list(range(12))
+    assert sorted(epoch(1).tolist()) == list(range(12))
+    assert epoch(0).tolist() != epoch(1).tolist()
+    assert np.array_equal(batch_indices(12, 4, 4, seed=3), epoch(1)[4:8])
+
+
+def test_a_photo_too_thin_for_the_evaluation_is_skipped_at_loading(tmp_path):
+    save(tmp_path / "good.png")
+    save(tmp_path / "thin.png", size=(300, 2))
+    cache = load(tmp_path)
+    assert names(cache.source) == ["good.png"]
+    assert [s.name for s in cache.skipped] == ["thin.png"]
+
+
+def encoded(size, **options):
+    """A smooth picture with some noise: like a photo to a JPEG encoder."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (size[1], size[0], 1))
+    file = BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, **({"format": "jpeg", "quality": 90} | options))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(100, 60), (127, 64), (64, 64)])
+def test_a_square_of_a_photo_not_much_larger_is_the_plain_one(size):
+    data = encoded(size)
+    pixels, aspect = decode_square(data, 32)
+    plain, plain_aspect = squash(decode(data), 32)
+    assert np.array_equal(pixels, plain)
+    assert aspect == plain_aspect == size[0] / size[1]
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs():
+    data = encoded((801, 603))
+    pixels, aspect = decode_square(data, 64)
+    plain, _ = squash(decode(data), 64)
+    difference = np.abs(pixels.astype(int) - plain)
+    assert 0 < difference.mean() < 1  # not zero: the fraction was taken; of 255
+    assert difference.max() <= 8
+    assert aspect == 801 / 603  # not the fraction's 401 / 302
+    png = encoded((801, 603), format="png")
+    assert np.array_equal(decode_square(png, 64)[0], squash(decode(png), 64)[0])
+
+
+def test_a_turned_large_jpeg_keeps_the_shape_of_the_upright_photo():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded((801, 603), exif=exif)
+    pixels, aspect = decode_square(data, 64)
+    plain, plain_aspect = squash(decode(data), 64)
+    assert aspect == plain_aspect == 603 / 801
+    assert np.abs(pixels.astype(int) - plain).mean() < 1
+
+
+def test_reasons_name_no_address_in_memory(tmp_path):
+    for data, reason in ((b"hello, I am text", "starts with 68 65 6c 6c"), (b"", "it is empty")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            decode(data)
+        assert "0x" not in str(caught.value)
+
+
+def test_a_decompression_bomb_and_an_oversized_file_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="DecompressionBombError"):
+        decode_square(encoded((80, 80)), 16)
+    monkeypatch.setattr(training.dataset, "MAX_BYTES", 100)
+    path = save(tmp_path / "a.png", size=(300, 300))
+    with pytest.raises(ValueError, match="more than the 100 that a photo may have"):
+        read_photo(path)
+    with pytest.raises(ValueError, match="more than the 100"):
+        decode(path.read_bytes())
+
+
+def test_any_error_of_the_decoder_is_a_broken_photo(monkeypatch):
+    def broken(*arguments, **options):
+        raise KeyError("tag 7")
+
+    monkeypatch.setattr(training.dataset.ImageOps, "exif_transpose", broken)
+    with pytest.raises(ValueError, match="KeyError: 'tag 7'"):
+        decode(encoded((8, 8)))
+
+
+def test_a_pipe_named_like_a_photo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="no images"):
+        find_images(tmp_path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_photo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="FileNotFoundError"):
+        read_photo(tmp_path / "gone.jpg")
+
+
+def test_links_are_followed_once_and_loops_are_not(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere" / "far.png").parent
+    data = save(tmp_path / "data" / "a" / "near.png").parent.parent
+    (data / "b").symlink_to(elsewhere)
+    (data / "a" / "loop").symlink_to(data)
+    (data / "a" / "up").symlink_to(tmp_path)  # holds the folder itself
+    (data / "self.png").symlink_to(data / "self.png")
+    (data / "nowhere").symlink_to(tmp_path / "nothing")
+    assert find_images(data) == [data / "a" / "near.png", data / "b" / "far.png"]
+
+
+def test_the_order_is_that_of_sorted_paths_whatever_the_names(tmp_path):
+    names = ["a/z.png", "a-b/y.png", "a.png", "a b/ü ñ.png", "日本/ä.PNG", "B/x.png"]
+    for name in names:
+        save(tmp_path / name)
+    assert find_images(tmp_path) == sorted(tmp_path / name for name in names)
+
+
+def test_a_photo_of_a_source_stands_for_a_path(tmp_path):
+    path = save(tmp_path / "cats" / "1.png")
+    photo = Photo(Subset(FolderSource(tmp_path), np.array([0])), 0)
+    assert photo.name == "cats/1.png"
+    assert label_of(photo) == label_of(path) == "cats"
+    assert np.array_equal(read_photo(photo), read_photo(path))
+
+
+def test_an_order_is_the_permutation_of_its_epoch_and_made_once(monkeypatch):
+    expected = np.random.default_rng((5, 2)).permutation(1000)
+    made = []
+    real = np.random.default_rng
+    monkeypatch.setattr(training.dataset.np.random, "default_rng", lambda seed: made.append(seed) or real(seed))
+    training.dataset._epoch_order.cache_clear()
+    got = torch.cat([batch_indices(1000, 10, 200 + i, seed=5) for i in range(100)])
+    assert np.array_equal(got, expected)
+    assert got.dtype == torch.int64
+    assert made == [(5, 2)]
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_a_batch_that_the_photos_do_not_fill_is_refused(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be 1 to 10"):
+        batch_indices(10, batch_size, 0, seed=0)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+def test_formats_that_are_read(name):
+    assert decode(encoded((20, 10), format=name)).shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize("name", ["eps", "ppm", "ico"])
+def test_formats_that_are_not_whatever_the_file_is_called(name):
+    with pytest.raises(ValueError, match=r"not one of JPEG, PNG, WEBP.*starts with"):
+        decode(encoded((20, 10), format=name))

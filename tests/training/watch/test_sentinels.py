@@ -1,0 +1,297 @@
+"""The sentinels: what they notice, what they leave alone, what they say, and that a resumed run decides the same."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from training.watch.sentinels import (
+    FirstNotFinite,
+    Limits,
+    Sentinels,
+    Verdict,
+    load_replay,
+    rankme,
+    rankme_share,
+    save_replay,
+)
+
+LN_K = math.log(64)
+HEALTHY = {"dino_over_ln_k": 0.8, "teacher_entropy": 0.6 * LN_K, "rankme_share": 0.4}
+
+
+def sentinels(**changes):
+    return Sentinels(Limits(**{"total_steps": 90, "n_prototypes": 64, "patience": 3, **changes}))
+
+
+def run(watch, lines):
+    """Verdicts of lines at steps 1, 2, ..., as the loop sees them."""
+    found = [watch.check_line(step, line) for step, line in enumerate(lines, 1)]
+    return [verdict for verdict in found if verdict]
+
+
+def test_rankme_on_known_matrices():
+    eye = torch.eye(8)
+    assert rankme(eye) == pytest.approx(8, rel=1e-4)
+    assert rankme(torch.cat((eye, 3 * eye))) == pytest.approx(8, rel=1e-4)
+    assert rankme(torch.ones(10, 4) * torch.arange(1, 11)[:, None]) == pytest.approx(1, abs=1e-3)
+    singular = torch.tensor([4.0, 2.0, 1.0])
+    shares = (singular / 7).tolist()
+    basis, _ = torch.linalg.qr(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)))
+    assert rankme(basis * singular) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-4)
+    assert rankme(5 * basis.half()) == pytest.approx(3, rel=1e-2)
+    assert rankme_share(torch.cat((eye, eye))) == pytest.approx(1, rel=1e-4)
+    assert rankme(torch.zeros(4, 4)) == pytest.approx(1, abs=1e-3)  # no direction at all
+    assert math.isnan(rankme(torch.full((3, 3), float("inf"))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dino_over_ln_k": 0.995}, "DINO loss stays at 0.995 of ln K"),
+        ({"teacher_entropy": 0.999 * LN_K}, "targets say nothing"),
+        ({"teacher_entropy": 0.001}, "one prototype"),
+        ({"rankme_share": 0.01}, "RankMe"),
+    ],
+)
+def test_each_sign_of_collapse_is_noticed(changes, words):
+    watch = sentinels()
+    [verdict, *more] = run(watch, [HEALTHY] * 40 + [{**HEALTHY, **changes}] * 3)
+    assert not more
+    assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("collapse", "stop", 43, 40)
+    assert words in verdict.message
+    for word in ("step 43", "collapse", "3 lines in a row", "The run stops", "teacher_temp"):
+        assert word in verdict.message
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{**HEALTHY, "dino_over_ln_k": 1.0}] * 29 + [HEALTHY] * 61,  # a healthy run may begin at ln K
+        ([{**HEALTHY, "dino_over_ln_k": 1.0}] * 2 + [HEALTHY]) * 30,  # single bad lines are noise
+        [{"dino_over_ln_k": None, "teacher_entropy": None}] * 90,  # not finite: another sentinel's
+        [{**HEALTHY, "dino_over_ln_k": 0.98, "teacher_entropy": 0.98 * LN_K, "rankme_share": 0.06}] * 90,
+    ],
+    ids=["beginning", "noise", "not finite", "near"],
+)
+def test_what_is_no_collapse(lines):
+    assert run(sentinels(), lines) == []
+
+
+def test_two_signs_in_turn_are_no_row():
+    flat, low = {**HEALTHY, "dino_over_ln_k": 1.0}, {**HEALTHY, "rankme_share": 0.0}
+    assert run(sentinels(), [HEALTHY] * 40 + [flat, low] * 10) == []
+
+
+def test_collapse_from_the_start_is_said_after_a_third():
+    [first, *_] = run(sentinels(), [{**HEALTHY, "dino_over_ln_k": 1.0}] * 40)
+    assert (first.step, first.back_to) == (30, 0)
+
+
+def test_a_warning_is_said_once_each_time_it_begins():
+    bad = {**HEALTHY, "dino_over_ln_k": 1.0}
+    found = run(sentinels(on_collapse="warn"), [HEALTHY] * 40 + [bad] * 10 + [HEALTHY] + [bad] * 10)
+    assert [(v.step, v.action) for v in found] == [(43, "warn"), (54, "warn")]
+
+
+def test_rollbacks_after_collapse_lower_the_rate_and_end():
+    watch = sentinels(on_collapse="rollback", max_rollbacks=2)
+    bad = {**HEALTHY, "dino_over_ln_k": 1.0}
+    found = run(watch, [HEALTHY] * 40 + [bad] * 9)
+    assert [(v.step, v.action, v.back_to) for v in found] == [
+        (43, "rollback", 40),
+        (46, "rollback", 40),
+        (49, "stop", 40),
+    ]
+    assert watch.lr_factor == 0.25
+    assert "step 40 or before, and on with 0.5 of the lr (rollback 1 of 2)" in found[0].message
+    assert "gone back 2 times already" in found[2].message
+
+
+def test_not_finite_goes_back_before_the_step_and_passes_over_it():
+    watch = sentinels()
+    verdict = watch.check_finite(13, {"loss": math.nan, "gradient": 2.0, "head": math.inf}, None)
+    assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("not_finite", "rollback", 13, 12)
+    assert "step 13: loss is nan, head is inf." in verdict.message
+    assert "passes over step 13" in verdict.message
+    assert [step for step in range(1, 20) if watch.passes_over(step)] == [13]
+    assert watch.lr_factor == 1.0
+    watch.check_finite(7, {"loss": math.nan}, None)
+    watch.check_finite(8, {"loss": math.nan}, None)
+    assert watch.check_finite(9, {"loss": math.nan}, None).action == "stop"
+    assert watch.state.passed_over == [7, 8, 13]
+
+
+def test_not_finite_may_just_stop(tmp_path):
+    watch = sentinels(on_not_finite="stop")
+    verdict = watch.check_finite(13, {"loss": math.nan}, tmp_path / "step_13")
+    assert verdict.action == "stop"
+    assert f"The batch is kept in {tmp_path / 'step_13'}" in verdict.message
+    assert not watch.passes_over(13)
+
+
+def test_the_knn_guard_measures_from_the_best():
+    watch = sentinels(knn_margin=5)
+    assert [watch.check_knn(step, k) for step, k in [(0, 0.60), (10, 0.56), (20, 0.70), (30, 0.655)]] == [None] * 4
+    verdict = watch.check_knn(40, 0.62)
+    assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("knn", "stop", 40, 20)
+    assert "k-NN is 62.0%, and was 70.0% at step 20" in verdict.message
+
+
+def test_the_knn_guard_warns_once_and_again_after_a_recovery():
+    watch = sentinels(on_knn="warn")
+    found = [watch.check_knn(step, k) for step, k in enumerate([0.6, 0.5, 0.4, 0.59, 0.5])]
+    assert [v.step if v else None for v in found] == [None, 1, None, None, 4]
+
+
+def test_a_rollback_of_the_knn_guard_lowers_the_rate():
+    watch = sentinels(on_knn="rollback", rollback_lr_factor=0.1)
+    watch.check_knn(0, 0.6)
+    assert watch.check_knn(10, 0.1) == Verdict(
+        "knn",
+        "rollback",
+        10,
+        0,
+        "step 10: k-NN is 10.0%, and was 60.0% at step 0: more than 5 points are lost. The run goes back to step 0 or "
+        "before, and on with 0.1 of the lr (rollback 1 of 3). A lower lr, a longer freeze_backbone or a larger "
+        "layer_decay keep more of what the weights had.",
+    )
+    assert watch.lr_factor == 0.1
+
+
+def test_a_resumed_run_decides_the_same():
+    def lines():
+        for step in range(1, 91):
+            bad = 50 <= step < 60 or 70 <= step < 71 or step > 80
+            yield step, {**HEALTHY, "dino_over_ln_k": 1.0 if bad else 0.8}, 0.6 if step < 65 else 0.5
+
+    settings = {"on_collapse": "rollback", "on_knn": "warn", "max_rollbacks": 2}
+    whole, broken = sentinels(**settings), sentinels(**settings)
+    for step, line, knn in lines():
+        expected = (whole.check_line(step, line), whole.check_knn(step, knn))
+        resumed = sentinels(**settings)
+        resumed.load_state_dict(json.loads(json.dumps(broken.state_dict())))  # killed after each step
+        broken = resumed
+        assert (broken.check_line(step, line), broken.check_knn(step, knn)) == expected
+    assert whole.state_dict() == broken.state_dict()
+    assert whole.state.rollbacks == 2
+
+
+class KilledError(Exception):
+    """Stands for kill -9."""
+
+
+def toy_run(disk, total, kill_at):
+    """A loop as the real one uses the sentinels: one number as weight, a line each 5 steps, a checkpoint each 4.
+
+    Step 13 gives NaN; k-NN falls after step 30 as long as the rate is whole. `disk` holds checkpoints by step.
+    """
+    watch, bad = sentinels(total_steps=total, on_knn="rollback"), FirstNotFinite(torch.device("cpu"))
+    step, weight = 0, torch.zeros(())
+    if disk:
+        step = max(disk)
+        weight, saved = disk[step]
+        watch.load_state_dict(json.loads(saved))
+    while step < total:
+        done = step + 1
+        if done == kill_at:
+            raise KilledError
+        if not watch.passes_over(done):
+            loss = torch.tensor(math.nan if done == 13 else done * 0.1)
+            weight = weight + watch.lr_factor * loss
+            bad.note(done, {"loss": loss})
+        step = done
+        verdict = None
+        if done % 5 == 0 or done % 4 == 0:  # before a line and before a save
+            found = bad.read()
+            verdict = watch.check_finite(*found, None) if found else None
+        if verdict is None and done % 10 == 0:
+            verdict = watch.check_knn(done, 0.2 if done > 30 and watch.lr_factor == 1 else 0.6)
+        if verdict is not None:
+            assert verdict.action == "rollback"
+            step = max((s for s in disk if s <= verdict.back_to), default=0)
+            for later in [s for s in disk if s > step]:
+                del disk[later]
+            weight = disk[step][0] if step else torch.zeros(())
+            bad.clear()
+        elif done % 4 == 0:
+            disk[done] = (weight, json.dumps(watch.state_dict()))
+    return weight, watch.state_dict()
+
+
+def test_a_run_with_rollbacks_ends_the_same_wherever_it_is_killed():
+    expected, state = toy_run({}, 50, kill_at=None)
+    assert state["passed_over"] == [13]
+    assert state["lr_factor"] == 0.5
+    plain = sum(step * 0.1 for step in range(1, 29) if step != 13) + sum(step * 0.05 for step in range(29, 51))
+    assert float(expected) == pytest.approx(plain, rel=1e-5)  # back to step 28, the newest checkpoint before 30
+    for kill_at in range(1, 51):
+        disk = {}
+        with pytest.raises(KilledError):
+            toy_run(disk, 50, kill_at)
+        weight, found = toy_run(disk, 50, kill_at=None)
+        assert torch.equal(weight, expected), kill_at
+        assert found == state, kill_at
+
+
+def test_a_saved_state_shares_nothing_with_the_running_one():
+    watch = sentinels()
+    saved = watch.state_dict()
+    watch.check_finite(3, {"loss": math.nan}, None)
+    assert saved["passed_over"] == []
+    other = sentinels()
+    other.load_state_dict(saved)
+    other.check_finite(4, {"loss": math.nan}, None)
+    assert saved["passed_over"] == []
+
+
+def test_the_first_step_that_is_not_finite_is_noted_without_waiting(monkeypatch):
+    seen = FirstNotFinite(torch.device("cpu"))
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waited for the device"))
+    for step, loss in enumerate([1.0, 2.0, math.nan, 4.0, math.inf], 1):
+        seen.note(step, {"loss": torch.tensor(loss), "gradient": torch.tensor([step * 10.0])})
+    monkeypatch.undo()
+    step, figures = seen.read()
+    assert (step, figures["gradient"], math.isnan(figures["loss"])) == (3, 30.0, True)
+    assert int(seen.step) == 3
+    seen.clear()
+    assert seen.read() is None
+    seen.note(6, {"loss": torch.tensor(1.0), "gradient": torch.tensor(-math.inf)})
+    assert seen.read() == (6, {"loss": 1.0, "gradient": -math.inf})
+
+
+def test_a_kept_batch_comes_back(tmp_path):
+    crops = {
+        "globals_": torch.randn(4, 3, 8, 8),
+        "masks": torch.tensor([[True, False]]),
+        "half": torch.ones(2).bfloat16(),
+    }
+    terms = {"loss": math.nan, "dino": 1.5, "koleo": math.inf}
+    path = save_replay(tmp_path / "replays", 812, ["a/b.jpg", "ü.png"], crops, terms, facts={"indices": [3, 5]})
+    found = load_replay(path)
+    assert (found.step, found.names) == (812, ["a/b.jpg", "ü.png"])
+    assert all(torch.equal(found.crops[key], crops[key]) for key in crops)
+    assert math.isnan(found.terms["loss"])
+    assert (found.terms["dino"], found.terms["koleo"]) == (1.5, math.inf)
+    assert json.loads(path.with_suffix(".json").read_text())["indices"] == [3, 5]
+
+
+def test_only_the_latest_replays_are_kept(tmp_path):
+    for step in (5, 40, 300, 2000):
+        save_replay(tmp_path, step, ["x"], {"x": torch.zeros(1)}, {}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000300.json",
+        "step_00000300.safetensors",
+        "step_00002000.json",
+        "step_00002000.safetensors",
+    ]
+
+
+def test_what_is_no_replay_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_replay(tmp_path / "missing.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"x\.safetensors is no batch kept"):
+        load_replay(tmp_path / "x.safetensors")

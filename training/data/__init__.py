@@ -1,0 +1,1 @@
+"""Images to crops: sources, decoding, loading, augmentation, masking."""

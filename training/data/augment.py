@@ -1,0 +1,392 @@
+"""Random crops and colours of whole batches, in plain tensor code that runs where the network runs.
+
+What DINOv2 does per crop with Pillow and torchvision in worker processes (`dinov2/data/augmentations.py`) is done here
+for many crops at once. Resizing is linear along each axis, so a crop is two small matrix products, rows @ image @
+columns^T: antialiased exactly as Pillow does it (with a box and the bilinear filter), with the flip folded into the
+columns. `tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
+
+What is drawn for a view (`draw_views`) is a handful of numbers, made on the CPU and keyed by sample
+(`training/randomness.py`): a photo's views do not depend on its batch, and the program knows without asking a GPU which
+crops to blur, turn in hue or solarise, so that nothing is computed for the others. Each crop has its own order of
+colour operations, as in torchvision: brightness, contrast and saturation are one operation, a blend with another
+image, so that three rounds of it serve all orders, and the hue comes in between where it is due.
+
+Crops go through all operations a part of the batch at a time: on a CPU as many as stay in its cache, on a GPU all of
+them, up to what its memory should hold. On a CPU a crop's surroundings are cut out of the photo before the products, as
+most of a photo is outside a local crop.
+
+Decided knowingly: DINOv2's `GaussianBlur(p)` blurs with probability 1 - p, so the released weights saw blur on 0 / 90 /
+50 % of first global, second global and local crops. The probabilities here mean what they say; the recipes state the
+effective ones.
+
+Legend: V views per photo, B photos, n crops, S side of the stored square photo, W side of the window cut out of it, o
+side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the photo's
+sides. Photos are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
+crop's aspect is right in the photo's own pixels. Functions with a trailing underscore work in place.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.preprocess import PreprocessSpec
+from training.randomness import SampleRandom
+
+LUMA = (0.2989, 0.587, 0.114)
+BLUR_TAPS = 9
+BLUR_SIGMA = (0.1, 2.0)
+TAPS_FROM_SIDE = 64  # on a CPU, larger crops are blurred tap by tap, smaller ones by matrices
+CROP_ATTEMPTS = 10
+CROP_ASPECT = (3 / 4, 4 / 3)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)  # kinds of blend
+BLEND_ORDERS = tuple(itertools.permutations(range(3)))
+DRAW_BOX, DRAW_LOOK = range(2)  # numbers of a sample's draws
+WINDOW_STEP = 32  # pixels
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # elements of crops, or of what they are cut from, at once
+
+
+@dataclass(frozen=True)
+class View:
+    """One kind of crop: side in pixels, range of the share of the photo's area, and probabilities of the extras."""
+
+    size: int
+    scale: tuple[float, float]
+    blur: float = 0.0
+    solarize: float = 0.0
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Strengths as in torchvision's ColorJitter, applied with `probability`; `gray` is the share of gray crops.
+
+    `white_balance` is ours: the light of another shop or hour, which the four others do not imitate.
+    """
+
+    white_balance: float = 0.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    probability: float = 0.8
+    gray: float = 0.2
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decided for n crops, all on the CPU.
+
+    `boxes` [n, 4]; `flips` bool [n]; `gains` [n, 3] or None; `blends` int [n, 3] and `factors` [n, 3], the kind and
+    strength of each round of blending (factor 1 changes nothing); `hue` [n] in turns, due before round `hue_round` [n]
+    (3: after the last; -1: never); `gray` and `solarize` bool [n]; `sigma` [n] of the blur in pixels, 0 for none.
+    """
+
+    boxes: Tensor
+    flips: Tensor
+    gains: Tensor | None
+    blends: Tensor
+    factors: Tensor
+    hue: Tensor
+    hue_round: Tensor
+    gray: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+
+def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
+    """Random-resized-crop boxes [n, 4] for photos of width / height `aspect` [n].
+
+    Area uniform in `scale`, log aspect uniform in 3/4 to 4/3, ten attempts; if none fits, the largest centred box whose
+    aspect is in range (torchvision's RandomResizedCrop).
+    """
+    # Doubles: whether an attempt fits, and the rounded box, must not hang on how exp was vectorised.
+    drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
+    area, ratio, shift = drawn[:, :CROP_ATTEMPTS], drawn[:, CROP_ATTEMPTS:-2], drawn[:, -2:]
+    aspect = aspect.double()
+    area = scale[0] + (scale[1] - scale[0]) * area
+    low, high = (math.log(bound) for bound in CROP_ASPECT)
+    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the photo's sides
+    widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
+    fits = (widths <= 1) & (heights <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    centred = aspect.clamp(*CROP_ASPECT) / aspect  # width / height of the fallback box, in units of the sides
+    width = torch.where(found, widths.gather(1, first)[:, 0], centred.clamp(max=1))
+    height = torch.where(found, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
+    top, left = torch.where(found[:, None], shift, 0.5).unbind(1)
+    return torch.stack((top * (1 - height), left * (1 - width), height, width), dim=1).float()
+
+
+def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
+    """The draws of one crop of each photo of width / height `aspect` [n]; `random` has n keys."""
+    flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
+    strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
+    chosen = jittered < jitter.probability
+
+    def around(neutral: float, strength: float | Tensor, uniform: Tensor) -> Tensor:
+        drawn = neutral - strength + 2 * strength * uniform
+        return torch.where(chosen.view(-1, *[1] * (uniform.ndim - 1)), drawn, neutral)
+
+    each = torch.tensor((jitter.brightness, jitter.contrast, jitter.saturation))
+    factors = around(1.0, each, strengths).clamp(min=0)
+    sequence = (order * (4 * len(BLEND_ORDERS))).long()  # all 24 orders of three blends and the hue
+    blends = torch.tensor(BLEND_ORDERS)[sequence % len(BLEND_ORDERS)]
+    turned = chosen & (jitter.hue > 0)
+    return Draws(
+        boxes=sample_boxes(aspect, view.scale, random),
+        flips=flip < 0.5,
+        gains=around(1.0, jitter.white_balance, gains) if jitter.white_balance > 0 else None,
+        blends=blends,
+        factors=factors.gather(1, blends),
+        hue=around(0.0, jitter.hue, hue),
+        hue_round=torch.where(turned, sequence // len(BLEND_ORDERS), -1),
+        gray=gray < jitter.gray,
+        sigma=torch.where(blur < view.blur, BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * sigma, 0),
+        solarize=solarize < view.solarize,
+    )
+
+
+def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """`crops` [n, ...] with `change(crops, *parameters)` done to the `chosen` ones (bool [n], on the CPU) only."""
+    n_chosen = int(chosen.sum())
+    if n_chosen == 0:
+        return crops
+    if n_chosen == len(chosen):
+        return change(crops, *(p.to(crops.device, non_blocking=True) for p in parameters))
+    index = chosen.nonzero()[:, 0]
+    there = index.to(crops.device, non_blocking=True)
+    values = (p[index].to(crops.device, non_blocking=True) for p in parameters)
+    return crops.index_copy_(0, there, change(crops.index_select(0, there), *values))
+
+
+def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
+    """Rows [n, out, source] that resample [start, start + length] (pixels, [n]) to `out` pixels.
+
+    A triangle of half width max(1, |length| / out) around each output pixel's centre, cut at the image's edge and
+    normalised: Pillow's `resize(..., BILINEAR, box=...)`. With a negative length the pixels come in reverse: a mirror.
+    """
+    step = length / out  # source pixels per output pixel, [n]
+    centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
+    reach = step.abs().clamp(min=1)[:, None, None]
+    pixels = (torch.arange(source, device=start.device) + 0.5) / reach  # [n, 1, source]
+    weights = (pixels - centres[:, :, None] / reach).abs_().neg_().add_(1).clamp_(min=0)
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
+
+
+def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
+    """Side int [n] of a square window, in steps, that holds all pixels that a crop by `boxes` [n, 4] looks at."""
+    length = boxes[:, 2:] * side
+    seen = (length + 2 * (length / out).clamp(min=1)).amax(dim=1) + 2
+    return ((seen / WINDOW_STEP).ceil().long() * WINDOW_STEP).clamp(max=side)
+
+
+def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: Tensor, window: int) -> Tensor:
+    """Crops float [n, 3, o, o] in 0..1.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        photo: which of them each crop shows, int [n] on the CPU.
+        boxes, flips: where, [n, 4], and whether mirrored, bool [n]; on the CPU.
+        out: side of the crops.
+        window: side of the part of the photo that is multiplied, at least `window_sides`; S is always right.
+    """
+    side = images.shape[-1]
+    start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
+    if window < side:
+        corner = (start - (length / out).clamp(min=1)).floor().clamp(0, side - window).long()
+        places = zip(photo.tolist(), *corner.T.tolist(), strict=True)
+        pixels = torch.stack([images[p, :, top : top + window, left : left + window] for p, top, left in places])
+        start = start - corner
+    else:
+        pixels = images.index_select(0, photo.to(images.device, non_blocking=True))
+    sign = torch.stack((torch.ones(len(boxes)), 1 - 2 * flips.float()), dim=1)
+    start, length = start + length * (sign < 0), length * sign
+    spans = torch.stack((start, length)).flatten(1).to(images.device, non_blocking=True)  # [2, n*2]
+    rows, columns = resize_weights(spans[0], spans[1], window, out).view(-1, 2, out, window).unbind(1)
+    # Channels between the axes: each product then takes all three at once.
+    wide = pixels.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2)  # [n, W, 3*W]
+    narrow = ((rows / 255) @ wide).view(-1, out * 3, window) @ columns.transpose(1, 2)  # [n, o*3, o]
+    return narrow.view(-1, out, 3, out).transpose(1, 2).contiguous()
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Luma [n, 1, H, W] of `images` [n, 3, H, W]."""
+    r, g, b = images.chunk(3, dim=1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
+
+
+def adjust_white_balance_(images: Tensor, gains: Tensor) -> Tensor:
+    """`images` [n, 3, H, W] times one gain per channel [n, 3], clipped to 0..1: the colour of the light."""
+    return images.mul_(gains[:, :, None, None]).clamp_(0, 1)
+
+
+def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+    """Each of `images` [n, 3, H, W] blended with another one, clipped to 0..1; factor 1 changes nothing.
+
+    `kind` and `factor` [n] are on the CPU. Brightness blends with black, contrast with the image's mean luma,
+    saturation with its luma: factor * image + (1 - factor) * other.
+    """
+    if bool((factor == 1).all()):
+        return images
+    rest = (1 - factor) * torch.stack((torch.ones_like(factor), kind == CONTRAST, kind == SATURATION))
+    rest[0] = factor
+    weights = rest.to(images.device, non_blocking=True)[:, :, None, None, None]  # [3, n, 1, 1, 1]
+    if bool((kind == BRIGHTNESS).all()):
+        return images.mul_(weights[0]).clamp_(0, 1)
+    luma = grayscale(images)
+    flat = luma.mean(dim=(1, 2, 3), keepdim=True) * weights[1]
+    return images.mul_(weights[0]).add_(luma.mul_(weights[2]).add_(flat)).clamp_(0, 1)
+
+
+def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
+    """The hue of `images` [n, 3, H, W] moved by `turn` [n] of a full circle, in HSV."""
+    r, g, b = images.chunk(3, dim=1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    # The hue in turns: the difference of the two weaker channels from where the strongest one's sector has its middle.
+    # Sums with 0 and 1 for false and true: `torch.where` is several times slower on a CPU.
+    red = (r >= value).to(images.dtype)
+    green = (g >= value).to(images.dtype).mul_(1 - red)
+    blue = (1 - red).sub_(green)
+    difference = (g - b).mul_(red).addcmul_(b - r, green).addcmul_(r - g, blue)
+    hue = difference.div_(chroma.clamp(min=1e-12).mul_(6)).add_(green, alpha=1 / 3).add_(blue, alpha=2 / 3)
+    hue.add_(turn.view(-1, 1, 1, 1))
+    # A channel keeps the value up to a sixth of a turn from its own hue and has lost the chroma at two sixths. Own hues
+    # are 0, 1/3, 2/3; with 1/2 and a whole turn more (the fraction of negatives is negative) the distance is from 1/2.
+    own = _per_channel((1.5, 7 / 6, 5 / 6), hue.device, hue.dtype)
+    distance = (hue + own).frac_().sub_(0.5).abs_()  # [n, 3, H, W]
+    lost = distance.mul_(6).sub_(1).clamp_(0, 1)
+    return torch.addcmul(value, lost, chroma, value=-1, out=images)
+
+
+def _gaussian_taps(sigma: Tensor) -> Tensor:
+    """A 9-tap Gaussian of `sigma` [n] pixels, [n, 9]; sigma 0 is the identity."""
+    offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
+    taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    return taps / taps.sum(dim=1, keepdim=True)
+
+
+def blur_weights(sigma: Tensor, side: int) -> Tensor:
+    """Matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, edges reflected."""
+    offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
+    source = (torch.arange(side, device=sigma.device)[:, None] + offsets).abs()  # [side, taps]
+    source = torch.where(source >= side, 2 * (side - 1) - source, source)
+    index = source.expand(sigma.shape[0], -1, -1)
+    weights = sigma.new_zeros(sigma.shape[0], side, side)
+    return weights.scatter_add_(2, index, _gaussian_taps(sigma)[:, None, :].expand_as(index))
+
+
+def _blur_by_matrices(images: Tensor, sigma: Tensor) -> Tensor:
+    weights = blur_weights(sigma, images.shape[-1]).unsqueeze(1)
+    return weights @ images @ weights.transpose(-1, -2)
+
+
+def _blur_by_taps(images: Tensor, sigma: Tensor) -> Tensor:
+    half, side = BLUR_TAPS // 2, images.shape[-1]
+    taps = _gaussian_taps(sigma)[:, :, None, None, None]
+    for axis in (3, 2):
+        pad = (half, half, 0, 0) if axis == 3 else (0, 0, half, half)
+        padded = torch.nn.functional.pad(images, pad, mode="reflect")
+        images = padded.narrow(axis, half, side) * taps[:, half]
+        for offset in (o for o in range(BLUR_TAPS) if o != half):
+            images.addcmul_(padded.narrow(axis, offset, side), taps[:, offset])
+    return images
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """`images` [n, 3, o, o] blurred with a 9-tap Gaussian of `sigma` [n] pixels each, edges reflected.
+
+    Few large products suit a GPU and small crops; on a CPU a large crop's nine taps are less work than its matrices.
+    """
+    by_taps = images.device.type == "cpu" and images.shape[-1] >= TAPS_FROM_SIDE
+    return _blur_by_taps(images, sigma) if by_taps else _blur_by_matrices(images, sigma)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """The values above one half inverted: on bytes, Pillow's `ImageOps.solarize` at 128.
+
+    Between the bytes 127 and 128 this choice is continuous: a difference in rounding cannot grow.
+    """
+    return torch.minimum(images, 1 - images)
+
+
+def _to_gray_(images: Tensor) -> Tensor:
+    return images.copy_(grayscale(images).expand_as(images))
+
+
+def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
+    """White balance, jitter and gray of `crops` [n, 3, o, o] with the draws at `index` [n]."""
+    if draws.gains is not None:
+        crops = adjust_white_balance_(crops, draws.gains[index].to(crops.device, non_blocking=True))
+    hue, hue_round = draws.hue[index], draws.hue_round[index]
+    blends, factors = draws.blends[index], draws.factors[index]
+    for turn in range(4):
+        crops = _change(hue_round == turn, crops, adjust_hue_, hue)
+        if turn < 3:
+            crops = blend_(crops, blends[:, turn], factors[:, turn])
+    return _change(draws.gray[index], crops, _to_gray_)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Constants [3, 1, 1] on a device: once, since a GPU's host would wait for the copy in every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
+
+
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    spec = PreprocessSpec()
+    mean, std = (_per_channel(tuple(v), images.device, images.dtype) for v in (spec.mean, spec.std))
+    return mean, std
+
+
+def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
+    """ImageNet's mean and deviation, as `model.preprocess` applies them in evaluation and serving, in one pass."""
+    mean, std = _mean_and_std(images)
+    return torch.addcmul(-mean / std, images, 1 / std, out=out)
+
+
+def denormalize(images: Tensor) -> Tensor:
+    """The inverse of `normalize`: float [..., 3, H, W] back in 0..1, for looking at."""
+    mean, std = _mean_and_std(images)
+    return torch.addcmul(mean, images, std)
+
+
+def augmented_views(
+    images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, random: SampleRandom
+) -> Tensor:
+    """`n_views` random crops of each photo, normalised, ready for the network.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        aspect: width / height of the photos before they were squashed [B], on the CPU.
+        view, n_views, jitter: what to draw.
+        random: B keys on the CPU, the only source of randomness: a photo's views depend on its key alone.
+
+    Returns:
+        float [V * B, 3, o, o], all photos' first views first.
+    """
+    n_photos, side, out = len(images), images.shape[-1], view.size
+    draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))
+    on_cpu = images.device.type == "cpu"
+    windows = window_sides(draws.boxes, side, out) if on_cpu else torch.full((len(draws.boxes),), side)
+    chunk = CPU_CHUNK if on_cpu else GPU_CHUNK
+    result = torch.empty(len(windows), 3, out, out, device=images.device)
+    for window in sorted(set(windows.tolist())):
+        per_chunk = max(1, chunk // (3 * max(out, window) ** 2))
+        for index in torch.split((windows == window).nonzero()[:, 0], per_chunk):
+            crops = crop_resize(images, index % n_photos, draws.boxes[index], out, draws.flips[index], window)
+            crops = change_colors_(crops, draws, index)
+            sigma = draws.sigma[index]
+            crops = _change(sigma > 0, crops, gaussian_blur, sigma)
+            crops = _change(draws.solarize[index], crops, solarize)
+            first, last = int(index[0]), int(index[-1])
+            if last - first + 1 == len(index):
+                normalize(crops, out=result[first : last + 1])
+            else:
+                result.index_copy_(0, index.to(images.device, non_blocking=True), normalize(crops))
+    return result

@@ -1,0 +1,355 @@
+"""Photos as training sees them: numbered items with a name, perhaps a label, and bytes that may be broken.
+
+Three places hold them (`training/data/sources.py`): folders, tar shards, Hugging Face datasets. Whatever the place, an
+item is encoded bytes that are decoded here, under one set of limits, so a hostile or damaged file is a ValueError with
+a reason and never more.
+
+Ten crops per photo and epoch from JPEGs would decode each photo again and again. A photo is decoded once per step (or
+once per run, where all fit into memory: `training/data/loader.py`) and squashed to a square, so that a batch is one
+tensor; `aspect` keeps its shape (see `training/data/augment.py`).
+
+Legend: n photos, S side of the squares, b photos of a step.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from model.preprocess import PreprocessSpec, output_size
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What a file may be, whatever its name says. Pillow knows more; some of those start programs (EPS)."""
+
+MAX_BYTES = 256 * 2**20
+"""Of one encoded photo. A larger file is no photo, and is not read into memory to find out."""
+
+DRAFT_MARGIN = 2
+"""libjpeg may decode at 1/2, 1/4, 1/8 of a side, as long as this many times the square's side remain: the bicubic
+resize then still averages over pixels, and the squares differ by about one of 255 levels."""
+
+Pixels = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+class Source(Protocol):
+    """A numbered collection of encoded photos. All methods may be called from any thread.
+
+    The order is a function of the data alone. `parts` holds the items' numbers by `train` and `val` where the data is
+    already split so, and is empty where it is not. `skipped` lists what was known to be unreadable on opening; it has
+    no number.
+    """
+
+    @property
+    def parts(self) -> Mapping[str, Indices]: ...
+
+    @property
+    def skipped(self) -> Sequence[Skipped]: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Unique in the source, the same on every machine, printable."""
+
+    def label(self, index: int) -> str | None: ...
+
+    def encoded(self, index: int) -> bytes:
+        """The photo as its file has it.
+
+        Raises:
+            ValueError: this item is broken, and will be so tomorrow; the message says why.
+            OSError: the place does not answer; nothing is known of the item.
+        """
+
+    def fingerprint(self, index: int) -> str:
+        """What can be told of the content without reading it (its size in bytes)."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One item of a source: what the evaluation takes in the place of a path."""
+
+    source: Source
+    index: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name(self.index)
+
+    @property
+    def label(self) -> str | None:
+        return self.source.label(self.index)
+
+    def read(self) -> Pixels:
+        """RGB uint8 [H, W, 3], upright; errors as `decode` and `Source.encoded`."""
+        return decode(self.source.encoded(self.index))
+
+
+class Subset:
+    """Some items of a source, renumbered; itself a source."""
+
+    parts: Mapping[str, Indices]
+
+    def __init__(self, source: Source, indices: Indices) -> None:
+        self._source, self._indices, self.parts = source, indices, {}
+
+    @property
+    def skipped(self) -> Sequence[Skipped]:
+        """Those of the whole source."""
+        return self._source.skipped
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def label(self, index: int) -> str | None:
+        return self._source.label(int(self._indices[index]))
+
+    def encoded(self, index: int) -> bytes:
+        return self._source.encoded(int(self._indices[index]))
+
+    def fingerprint(self, index: int) -> str:
+        return self._source.fingerprint(int(self._indices[index]))
+
+
+def photos_of(source: Source) -> list[Photo]:
+    """The items of a source, as the evaluation takes them."""
+    return [Photo(source, i) for i in range(len(source))]
+
+
+def label_of(photo: Path | Photo) -> str:
+    """Class of a photo: its label, for a file the name of its folder.
+
+    Raises:
+        ValueError: it has none.
+    """
+    label = photo.parent.name if isinstance(photo, Path) else photo.label
+    if label is None:
+        raise ValueError(f"{photo.name} has no label")
+    return label
+
+
+# Reading
+
+
+@contextmanager
+def _translated(data: bytes) -> Iterator[None]:
+    """The border: whatever Pillow raises becomes a ValueError with a reason that is the same on every machine."""
+    try:
+        yield
+    except UnidentifiedImageError as error:  # its own message holds the address of an object
+        what = f"it starts with {data[:8].hex(' ')}" if data else "it is empty"
+        raise ValueError(f"not one of {', '.join(_formats())}: {what}") from error
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything: KeyError, struct.error, MemoryError
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow was built with. Naming them also closes a gap: without, the first photos of several
+    threads may find Pillow's plugins half loaded, and fine WebP files would count as broken."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data), formats=_formats())
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"{size} bytes: more than the {MAX_BYTES} that a photo may have")
+
+
+def decode(data: bytes) -> Pixels:
+    """RGB uint8 [H, W, 3], EXIF orientation applied.
+
+    Raises:
+        ValueError: not a readable image, or one that is too large; the message says why.
+    """
+    _check_bytes(len(data))
+    with _translated(data), _opened(data) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
+    """A photo [H, W, 3] as a square uint8 [3, side, side], bicubic, and its aspect (width / height).
+
+    Raises:
+        ValueError: a side of it is more than 100 times the other; what the evaluation refuses is nothing to train on.
+    """
+    height, width = photo.shape[:2]
+    output_size(height, width, PreprocessSpec())
+    return _channels_first(np.asarray(_square(Image.fromarray(photo), side))), width / height
+
+
+def _square(photo: Image.Image, side: int, box: tuple[float, float, float, float] | None = None) -> Image.Image:
+    return photo.resize((side, side), Image.Resampling.BICUBIC, box)
+
+
+def _channels_first(square: Pixels) -> Pixels:
+    return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+
+def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
+    """`squash(decode(data), side)`, but a JPEG much larger than the square is decoded at a fraction of its size.
+
+    The square then differs a little (`DRAFT_MARGIN`); it is the same on every call. A photo that EXIF turns is turned
+    as a square, which may round a value to its neighbour.
+
+    Raises:
+        ValueError: as `decode` and `squash`.
+    """
+    _check_bytes(len(data))
+    with _translated(data), _opened(data) as image:
+        width, height = image.size
+        output_size(height, width, PreprocessSpec())  # before the pixels are paid for
+        drawn = image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))  # None for other formats
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # a fraction's sides are rounded up: the box says where the photo ends within the last pixels
+        square = _square(image.convert("RGB"), side, drawn[1] if drawn else None)
+        upright = np.asarray(ImageOps.exif_transpose(square))
+        return _channels_first(upright), height / width if turned else width / height
+
+
+def read_file(path: Path) -> bytes:
+    """Content of a photo's file.
+
+    Raises:
+        ValueError: no regular file, not there, not allowed to be read, or larger than `MAX_BYTES`.
+        OSError: the disk or the system is at fault, not this file.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            raise ValueError("not a regular file")
+        _check_bytes(found.st_size)
+        return path.read_bytes()
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise ValueError(f"{type(error).__name__}: {error.strerror}") from error
+
+
+def read_photo(photo: Path | Photo) -> Pixels:
+    """RGB uint8 [H, W, 3], EXIF orientation applied.
+
+    Raises:
+        ValueError: not a readable image; the message says why.
+    """
+    return decode(read_file(photo)) if isinstance(photo, Path) else photo.read()
+
+
+# Folders of files
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Files below a folder in the order of their paths' parts. `above`: (device, inode) of the folders that lead here;
+    a link to one of them is a loop."""
+    here = os.stat(folder)
+    above |= {(here.st_dev, here.st_ino)}
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        try:
+            if entry.is_dir():
+                target = entry.stat()
+                if (target.st_dev, target.st_ino) not in above:
+                    yield from _walk(entry.path, above, suffixes)
+            elif entry.name.lower().endswith(suffixes) and entry.is_file():
+                yield entry.path
+        except PermissionError as error:
+            raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
+        except OSError as error:
+            if not entry.is_symlink():  # a link that leads nowhere, or to itself, is no file
+                raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
+
+
+def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
+    """Files below `folder`, at any depth, whose lower-case names end so; sorted by the parts of their paths.
+
+    Links are followed, but not to a folder that holds the link.
+
+    Raises:
+        ValueError: no such folder, or a part of it cannot be listed.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data folder {folder} does not exist or is no folder")
+    above = [parent.stat() for parent in folder.resolve().parents]
+    loops = frozenset((found.st_dev, found.st_ino) for found in above)
+    return _walk(str(folder), loops, tuple(sorted(suffixes)))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below `folder`, at any depth, sorted.
+
+    Raises:
+        ValueError: no such folder, a part of it that cannot be listed, or no image in it.
+    """
+    found = [Path(path) for path in walk_files(folder, SUFFIXES)]
+    if not found:
+        raise ValueError(f"no images below {folder}: looked for {', '.join(sorted(SUFFIXES))}")
+    return found
+
+
+# Splits and the order of a run
+
+
+def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
+    """Numbers of the photos to train on and of those held out, each ascending."""
+    order = np.random.default_rng(seed).permutation(n_photos)
+    n_held_out = int(n_photos * share)
+    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+
+
+def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
+    """Photos to train on and photos kept for the evaluation.
+
+    Data with the parts `train` and `val` is taken at its word. Otherwise a share of all photos, drawn with `seed`, is
+    held out and never trained on.
+    """
+    if {"train", "val"} <= set(source.parts):
+        return Subset(source, source.parts["train"]), Subset(source, source.parts["val"])
+    train, held_out = _held_out(len(source), held_out_share, seed)
+    return Subset(source, train), Subset(source, held_out)
+
+
+@lru_cache(maxsize=2)  # the epoch at hand, and the next while photos are read ahead
+def _epoch_order(n_photos: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
+    return np.random.default_rng((seed, epoch)).permutation(n_photos).astype(np.uint32)
+
+
+def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The photos [batch_size] of one step: a fresh permutation per epoch, the incomplete last batch dropped.
+
+    A pure function of (seed, step), so a resumed run goes on with exactly the photos that come next.
+
+    Raises:
+        ValueError: fewer photos than a batch has.
+    """
+    if not 1 <= batch_size <= n_photos:
+        raise ValueError(f"batch_size={batch_size} must be 1 to {n_photos}, the number of photos")
+    epoch, position = divmod(step, n_photos // batch_size)
+    order = _epoch_order(n_photos, seed, epoch)
+    return torch.from_numpy(order[position * batch_size : (position + 1) * batch_size].astype(np.int64))

@@ -1,0 +1,400 @@
+"""The photos of each step: out of memory where all fit, else decoded in threads ahead of the loop.
+
+Both are asked the same: `batch(step)` gives the squares that a `plan` (a pure function of the step) names, so a resumed
+run goes on with the photos that come next, however many threads decode and whatever they finish first.
+
+A photo that cannot be read never stops a run. In memory it is left out before the first step. Streamed, its place is
+taken by the next one that can be read, a function of the data alone, and it is listed once. A place that does not
+answer (OSError) does stop it: what would stand in for those photos would differ from run to run.
+
+Threads, not processes: Pillow decodes without the interpreter's lock, and threads share memory.
+
+Legend: n photos, b photos of this rank's step, S side of the squares.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.cpus import available_cpus
+from training.data.dataset import Pixels, Skipped, Source, Subset, batch_indices, decode_square
+
+Plan = Callable[[int, int], Tensor]
+"""(number of photos, step) -> the numbers [b] of the photos that this rank needs."""
+
+MIN_TRIES = 100
+"""Before so many photos were tried, a share of broken ones says little."""
+
+CHUNK = 32
+"""Photos that a thread takes at a time, where all are to be decoded."""
+
+WAIT_WORTH_A_WORD = 0.1
+GOOD, BROKEN = 1, 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's photos: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
+    which of the source's photos they are, `indices` [b]."""
+
+    pixels: Tensor
+    aspect: Tensor
+    indices: list[int]
+    source: Source
+
+    @property
+    def names(self) -> list[str]:
+        """Names [b]; made when asked for, as only a sentinel does."""
+        return [self.source.name(index) for index in self.indices]
+
+
+class Loader(AbstractContextManager["Loader"], Protocol):
+    """What the loop sees. Closing it ends its threads.
+
+    `source` has the photos that the plan's numbers mean, `skipped` those found unreadable so far, `waited_s` the
+    seconds that `batch` took from its caller, `fetching_share` how much of the threads' time went into getting bytes
+    rather than decoding them.
+    """
+
+    source: Source
+    skipped: list[Skipped]
+    waited_s: float
+    in_memory: bool
+
+    @property
+    def fetching_share(self) -> float: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, step: int) -> Batch: ...
+
+
+def shuffled(batch_size: int, seed: int, share: slice = slice(None)) -> Plan:
+    """The plan of a run: `batch_indices`, of which this rank takes the positions `share`."""
+    return lambda n_photos, step: batch_indices(n_photos, batch_size, step, seed)[share]
+
+
+def to_device(pixels: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. From pinned memory it runs beside the computation; PyTorch keeps the memory until then."""
+    return pixels.to(device, non_blocking=True)
+
+
+class MemoryLoader:
+    """All photos of a source as squares in memory: 3 * S^2 bytes each.
+
+    Raises:
+        ValueError: not one photo could be read.
+        OSError: the place of the photos does not answer.
+    """
+
+    in_memory = True
+    fetching_share = 0.0
+
+    def __init__(self, source: Source, side: int, plan: Plan, *, workers: int, device: torch.device) -> None:
+        self._plan, self._device = plan, device
+        self.waited_s = 0.0
+        pixels, aspect = torch.empty(len(source), 3, side, side, dtype=torch.uint8), torch.empty(len(source))
+        squares, aspects = pixels.numpy(), aspect.numpy()
+
+        def load(start: int) -> list[Skipped | None]:
+            outcome: list[Skipped | None] = []
+            for index in range(start, min(start + CHUNK, len(source))):
+                try:
+                    squares[index], aspects[index] = decode_square(source.encoded(index), side)
+                    outcome.append(None)
+                except ValueError as error:
+                    outcome.append(Skipped(source.name(index), str(error)))
+            return outcome
+
+        pool = ThreadPoolExecutor(workers)
+        try:
+            outcome = [item for chunk in pool.map(load, range(0, len(source), CHUNK)) for item in chunk]
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self.skipped = [problem for problem in outcome if problem is not None]
+        good = np.array([i for i, problem in enumerate(outcome) if problem is None], np.int64)
+        if not len(good):
+            raise ValueError(_none_readable(len(source), self.skipped))
+        if self.skipped:
+            _compact(pixels, aspect, good)
+        self.source: Source = Subset(source, good) if self.skipped else source
+        self.pixels, self.aspect = pixels[: len(good)], aspect[: len(good)]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, step: int) -> Batch:
+        """The photos of a step."""
+        start = time.perf_counter()
+        indices = self._plan(len(self), step)
+        pixels = _empty_batch(len(indices), self.pixels.shape[-1], self._device)
+        torch.index_select(self.pixels, 0, indices, out=pixels)
+        batch = Batch(to_device(pixels, self._device), self.aspect[indices], indices.tolist(), self.source)
+        self.waited_s += time.perf_counter() - start
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass  # its threads ended before the first step
+
+
+def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
+    first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+    return f"none of {n} photos could be read{first}"
+
+
+def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    """Move the `good` rows to the front, in place: a second copy might not fit."""
+    for to, at in enumerate(good.tolist()):
+        if to != at:
+            pixels[to], aspect[to] = pixels[at], aspect[at]
+
+
+def _empty_batch(n: int, side: int, device: torch.device) -> Tensor:
+    return torch.empty(n, 3, side, side, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+@dataclass
+class _Step:
+    """A step being decoded."""
+
+    pixels: Tensor
+    aspect: Tensor
+    used: list[int]  # numbers of the photos in it, after replacements
+    decoded: list[Future[None]] = field(default_factory=list)
+
+
+class StreamLoader:
+    """Decodes the photos of coming steps in threads, at most `ahead_steps` steps and `ahead_bytes` of squares ahead.
+
+    Args:
+        source: the photos.
+        side: of the squares.
+        plan: which photos a step has.
+        workers: threads that decode.
+        ahead_steps, ahead_bytes: bounds of the read-ahead; one step at least.
+        max_broken_share: of the photos tried so far, at least 100.
+        device: where batches go.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self,
+        source: Source,
+        side: int,
+        plan: Plan,
+        *,
+        workers: int,
+        ahead_steps: int,
+        ahead_bytes: int,
+        max_broken_share: float,
+        device: torch.device,
+    ) -> None:
+        self.source, self.skipped, self.waited_s = source, list[Skipped](), 0.0
+        self._side, self._plan, self._device = side, plan, device
+        self._ahead_steps, self._ahead_bytes, self._max_broken_share = ahead_steps, ahead_bytes, max_broken_share
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="photos")
+        self._steps: dict[int, _Step] = {}
+        self._lock = threading.Lock()  # of the four below
+        self._seconds = {"fetching": 0.0, "decoding": 0.0}
+        self._found = bytearray(len(source))  # per photo: not tried yet, GOOD or BROKEN
+        self._n_tried = 0
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def fetching_share(self) -> float:
+        """Of the threads' time."""
+        return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
+
+    def batch(self, step: int) -> Batch:
+        """The photos of a step; the steps after it are begun. Steps in another order than ascending cost a new start.
+
+        Raises:
+            ValueError: too many photos are broken.
+            OSError: the place of the photos does not answer.
+        """
+        assert not self._closed
+        start = time.perf_counter()
+        for stale in [number for number in self._steps if number < step or number > step + self._ahead_steps]:
+            for future in self._steps.pop(stale).decoded:
+                future.cancel()
+        try:
+            self._begin(step)
+            current = self._steps.pop(step)
+            for future in current.decoded:
+                future.result()
+        except BaseException:
+            self.close()
+            raise
+        batch = Batch(to_device(current.pixels, self._device), current.aspect, current.used, self.source)
+        self.waited_s += time.perf_counter() - start
+        return batch
+
+    def _begin(self, step: int) -> None:
+        """Hand the photos of this step and of those that fit into the read-ahead to the threads."""
+        square = 3 * self._side**2
+        held = 0
+        for number in range(step, step + self._ahead_steps + 1):
+            if number not in self._steps:
+                indices = self._plan(len(self), number).tolist()
+                if number > step and held + len(indices) * square > self._ahead_bytes:
+                    return
+                begun = _Step(
+                    _empty_batch(len(indices), self._side, self._device), torch.empty(len(indices)), list(indices)
+                )
+                self._steps[number] = begun
+                begun.decoded = [self._pool.submit(self._fill, begun, at) for at in range(len(indices))]
+            if number > step:
+                held += len(self._steps[number].used) * square
+
+    def _fill(self, step: _Step, position: int) -> None:
+        """Decode one photo, or the next that can be read, into its place."""
+        first = step.used[position]
+        for offset in range(len(self.source)):
+            index = (first + offset) % len(self.source)
+            if self._closed:
+                return
+            if self._found[index] == BROKEN:
+                continue
+            square = self._tried(index)
+            if square is not None:
+                # through numpy: torch would start a team of threads for each of ours
+                step.pixels.numpy()[position], step.aspect.numpy()[position] = square
+                step.used[position] = index
+                return
+        raise ValueError(_none_readable(len(self.source), self.skipped))
+
+    def _tried(self, index: int) -> tuple[Pixels, float] | None:
+        """The square of a photo; None, and it is listed, if it is broken."""
+        square, reason = None, ""
+        start = fetched = time.perf_counter()
+        try:
+            data = self.source.encoded(index)
+            fetched = time.perf_counter()
+            square = decode_square(data, self._side)
+        except ValueError as error:
+            reason = str(error)
+        end = time.perf_counter()
+        with self._lock:
+            self._seconds["fetching"] += fetched - start
+            self._seconds["decoding"] += end - fetched
+            self._n_tried += not self._found[index]
+            if square is None and self._found[index] != BROKEN:  # two threads may try one photo at once
+                self.skipped.append(Skipped(self.source.name(index), reason))
+            self._found[index] = BROKEN if square is None else GOOD
+            n_broken, n_tried = len(self.skipped), self._n_tried
+        if n_tried >= MIN_TRIES and n_broken > self._max_broken_share * n_tried:
+            first = self.skipped[0]
+            raise ValueError(
+                f"{n_broken} of the {n_tried} photos tried so far cannot be read, more than "
+                f"max_broken_share={self._max_broken_share:g}; the first: {first.name}: {first.reason}"
+            )
+        return square
+
+    def close(self) -> None:
+        """End the threads: what is being decoded is finished, nothing else is begun."""
+        self._closed = True
+        self._steps.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def open_loader(
+    source: Source,
+    side: int,
+    plan: Plan,
+    *,
+    cache_bytes: int = 4 * 2**30,
+    workers: int | None = None,
+    ahead_steps: int = 4,
+    ahead_bytes: int = 2**30,
+    max_broken_share: float = 0.5,
+    device: torch.device | None = None,
+) -> Loader:
+    """The loader for a source: in memory if n * 3 * side^2 is at most `cache_bytes`, else streaming.
+
+    Which of the two is part of what a resumed run repeats: broken photos shift the order in memory, and are replaced
+    where streamed.
+
+    Args:
+        source: the photos.
+        side: of the squares, pixels.
+        plan: which photos a step has, such as `shuffled(...)`.
+        cache_bytes: per process.
+        workers: threads that decode; None: one for each core that this process may use.
+        ahead_steps, ahead_bytes, max_broken_share: see `StreamLoader`.
+        device: where batches go; None: the CPU.
+
+    Raises:
+        ValueError: no photo could be read, or a setting is out of range.
+        OSError: the place of the photos does not answer.
+    """
+    if not len(source):
+        raise ValueError("there are no photos to train on")
+    workers = available_cpus() if workers is None else workers
+    if min(workers, ahead_steps, ahead_bytes) < 1 or not 0 <= max_broken_share <= 1:
+        raise ValueError(
+            f"workers={workers}, ahead_steps={ahead_steps} and ahead_bytes={ahead_bytes} must be at least 1, "
+            f"max_broken_share={max_broken_share} between 0 and 1"
+        )
+    device = device or torch.device("cpu")
+    if len(source) * 3 * side**2 <= cache_bytes:
+        return MemoryLoader(source, side, plan, workers=workers, device=device)
+    return StreamLoader(
+        source,
+        side,
+        plan,
+        workers=workers,
+        ahead_steps=ahead_steps,
+        ahead_bytes=ahead_bytes,
+        max_broken_share=max_broken_share,
+        device=device,
+    )
+
+
+def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
+    """What to do about waiting for photos, a sentence; None below 10 % of the time.
+
+    Args:
+        share: of the loop's time that went into `Loader.batch`.
+        loader: whose it was.
+        side: of the squares, pixels.
+        workers: threads that decoded.
+    """
+    if share <= WAIT_WORTH_A_WORD:
+        return None
+    waited = f"{share:.0%} of the time went into waiting for photos"
+    if loader.in_memory:
+        return f"{waited}, although they are in memory: lower cache_size (now {side}), or run fewer other things here"
+    if loader.fetching_share > 0.5:
+        more = f"raise workers (now {workers}; {loader.fetching_share:.0%} of their time is fetching), "
+    elif workers < available_cpus():
+        more = f"raise workers (now {workers}), "
+    else:
+        more = f"all {available_cpus()} cores decode; "
+    needed = math.ceil(len(loader) * 3 * side**2 / 2**30)
+    return (
+        f"{waited}: {more}shrink the photos beforehand (short side near {2 * side}), or let them fit into memory "
+        f"(cache_bytes, {needed} GiB)"
+    )

@@ -1,0 +1,347 @@
+"""Tar shards (WebDataset's format) as numbered photos.
+
+A tar has no table of contents, so one is made: `tarfile` hops from header to header (of a remote shard, blocks of 4 MiB
+are read, and those without a header are left out), and names, offsets and labels are kept beside the run. Then photo i
+is one range of one file, and the order of a run is free, where a stream of shards knows only shuffle buffers.
+
+WebDataset's rules (https://github.com/webdataset/webdataset): members that share a path up to the first dot of the file
+name are one sample. Here each image of a sample is a photo; its label is the content of the sample's `.cls` member,
+else the name of the folder it lies in.
+
+A shard that was cut off gives what is whole; the rest is listed as skipped.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from training.data.blobs import Blob, LocalBlob, MemoryBlob
+from training.data.dataset import MAX_BYTES, SUFFIXES, Indices, Skipped
+
+COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
+"""Endings of compressed tars, and what unpacks them."""
+
+MAX_UNPACKED = 2**30
+"""A compressed tar cannot be read at any place; up to this many bytes it is unpacked into memory."""
+
+READ_AHEAD_REMOTE, READ_AHEAD_LOCAL = 4 * 2**20, 2**10
+"""Of headers, in bytes: a request costs as much time as a few MiB. On a disk, a header and a `.cls` member."""
+
+MAX_HEADER = 2**20
+"""tarfile reads a long name as long as its header says it is."""
+
+MAX_LABEL = 256
+INDEX_VERSION = 1
+BLOCK = 512
+
+
+class _Reader(io.RawIOBase):
+    """A blob as the file that tarfile wants: one block of read-ahead, no more."""
+
+    def __init__(self, blob: Blob, ahead: int) -> None:
+        self._blob, self._ahead, self._at = blob, ahead, 0
+        self._start, self._held = 0, b""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        self._at = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        end = min(self._at + size, self._blob.size)
+        if end <= self._at:
+            return b""
+        if not self._start <= self._at <= end <= self._start + len(self._held):
+            length = min(max(self._ahead, size), self._blob.size - self._at)
+            self._start, self._held = self._at, self._blob.read(self._at, length)
+        data = self._held[self._at - self._start : end - self._start]
+        self._at = end
+        return data
+
+
+@dataclass(frozen=True)
+class Names:
+    """Many strings as one: a million names in a list would take 100 MB."""
+
+    text: bytes  # UTF-8, one after the other
+    ends: Indices  # [n]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Names":
+        encoded = [name.encode() for name in names]
+        return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].decode()
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The images of one shard: names, where their bytes lie, the numbers of their labels in `classes` (-1: none), and
+    what could not be taken."""
+
+    names: Names
+    offsets: Indices  # [n] bytes from the shard's start
+    sizes: Indices  # [n] bytes
+    labels: Indices  # [n]
+    classes: list[str]
+    skipped: list[Skipped]
+
+
+def printable(name: str) -> str:
+    """A name with its undecodable bytes written out, so that it can be logged and stored."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def common_folder(names: Sequence[str]) -> int:
+    """Length of the folder, with its last slash, that all names begin with."""
+    first, last = min(names, default=""), max(names, default="")
+    differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first.rfind("/", 0, differ) + 1
+
+
+def _key(name: str) -> str:
+    """What the members of one WebDataset sample share."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfile.TarInfo]:
+    """Members up to the first that cannot be read; why the shard ends before its closing zeros goes to `problems`."""
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:", errors="surrogateescape") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them: 1 kB each
+                yield member
+            reader.seek(tar.offset)
+    except tarfile.ReadError as error:
+        problems.append(f"no tar, or damaged, or cut off: {error}")
+        return
+    # tarfile takes a damaged header after the first for the end
+    end = reader.read(BLOCK)
+    if len(end) < BLOCK:
+        problems.append("ends without the zeros that close a tar: cut off?")
+    elif any(end):
+        problems.append(f"damaged at byte {reader.tell() - BLOCK} of {size}: what follows is lost")
+
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0].rpartition("/")[2]
+
+
+def index_shard(blob: Blob, shard: str) -> ShardIndex:
+    """The images of a shard, by their headers.
+
+    Args:
+        blob: its bytes.
+        shard: its name, for what is listed as skipped.
+
+    Raises:
+        OSError: the place does not answer.
+    """
+    reader = _Reader(blob, READ_AHEAD_LOCAL if isinstance(blob, LocalBlob | MemoryBlob) else READ_AHEAD_REMOTE)
+    images: list[tuple[str, int, int]] = []
+    by_key: dict[str, str] = {}
+    problems: list[str] = []
+    skipped: list[Skipped] = []
+    for member in _members(reader, blob.size, problems):
+        name = printable(member.name.removeprefix("./").lstrip("/"))
+        is_image = os.path.splitext(name)[1].lower() in SUFFIXES
+        cut = member.offset_data + member.size > blob.size
+        if member.isdir() or not (is_image or name.endswith(".cls")):
+            continue
+        if not member.isreg() or member.issparse():
+            skipped.append(Skipped(f"{shard}/{name}", "a link or a sparse file: its bytes are not in one piece here"))
+        elif cut:
+            skipped.append(Skipped(f"{shard}/{name}", f"the shard ends in its middle, at byte {blob.size}"))
+        elif is_image:
+            images.append((name, member.offset_data, member.size))
+        elif member.size <= MAX_LABEL:
+            reader.seek(member.offset_data)
+            by_key[_key(name)] = reader.read(member.size).decode(errors="replace").strip()
+    skipped += [Skipped(shard, problem) for problem in problems]
+    labels = [by_key.get(_key(name)) or _folder_of(name) for name, _, _ in images]
+    classes = sorted({label for label in labels if label})
+    numbers = {label: number for number, label in enumerate(classes)}
+    return ShardIndex(
+        Names.of([name for name, _, _ in images]),
+        np.array([offset for _, offset, _ in images], np.int64),
+        np.array([size for _, _, size in images], np.int64),
+        np.array([numbers.get(label, -1) for label in labels], np.int64),
+        classes,
+        skipped,
+    )
+
+
+# The index on disk
+
+
+def _index_path(blob: Blob, index_dir: Path) -> Path:
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in printable(blob.url.rpartition("/")[2]))[:80]
+    url = os.path.abspath(blob.url) if "://" not in blob.url else blob.url
+    return index_dir / f"{stem}-{hashlib.sha256(os.fsencode(url)).hexdigest()[:12]}.npz"
+
+
+def _identity(blob: Blob, shard: str) -> list[object]:
+    return [INDEX_VERSION, shard, blob.size, blob.version]
+
+
+def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
+    """The index of that file of that version; None where there is none, or a damaged one, which is made anew."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            facts = json.loads(bytes(file["facts"]))
+            if facts["identity"] != identity:
+                return None
+            names = Names(bytes(file["names"]), file["ends"])
+            skipped = [Skipped(*item) for item in facts["skipped"]]
+            return ShardIndex(names, file["offsets"], file["sizes"], file["labels"], facts["classes"], skipped)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
+    facts = {"identity": identity, "classes": index.classes, "skipped": [[s.name, s.reason] for s in index.skipped]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
+        "names": np.frombuffer(index.names.text, np.uint8),
+        "ends": index.names.ends,
+        "offsets": index.offsets,
+        "sizes": index.sizes,
+        "labels": index.labels,
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        np.savez(Path(folder) / path.name, allow_pickle=False, **arrays)
+        os.replace(Path(folder) / path.name, path)  # whole or not at all; ranks that write the same write the same
+
+
+def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
+    """The index kept in `index_dir`, or a new one where the shard's size or version is another; errors as
+    `index_shard`."""
+    if isinstance(blob, MemoryBlob):
+        return index_shard(blob, shard)
+    path, identity = _index_path(blob, index_dir), _identity(blob, shard)
+    index = _saved(path, identity)
+    if index is None:
+        index = index_shard(blob, shard)
+        _save(path, identity, index)
+    return index
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a tar's name says that it is compressed."""
+    return os.path.splitext(name)[1].lower() in COMPRESSED
+
+
+def _opener(suffix: str) -> Callable[[IO[bytes]], IO[bytes]]:
+    return cast(Callable[[IO[bytes]], IO[bytes]], {".bz2": bz2.open, ".xz": lzma.open}.get(suffix, gzip.open))
+
+
+def unpacked(blob: Blob) -> MemoryBlob:
+    """A compressed tar in memory.
+
+    Raises:
+        ValueError: too large for that, damaged, or of a compression that Python does not read.
+    """
+    suffix = os.path.splitext(blob.url)[1].lower()
+    advice = f"unpack it ({COMPRESSED[suffix]}): a compressed tar cannot be read at any place"
+    if suffix == ".zst":
+        raise ValueError(f"{blob.url}: {advice}")
+    if blob.size > MAX_UNPACKED:
+        raise ValueError(f"{blob.url} has {blob.size} bytes; {advice}, and only small ones are unpacked in memory")
+    packed = io.BytesIO(blob.read(0, blob.size))
+    try:
+        with _opener(suffix)(packed) as file:
+            data = file.read(MAX_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{blob.url} cannot be unpacked: {error}") from error
+    if len(data) > MAX_UNPACKED:
+        raise ValueError(f"{blob.url} unpacks to more than {MAX_UNPACKED} bytes; {advice}")
+    return MemoryBlob(blob.url, data)
+
+
+# The source
+
+
+def _word(shard: str) -> str | None:
+    """`train` or `val` where a shard's path has it as a folder or as a word of its name."""
+    words = shard.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-")
+    found = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
+    return found.pop() if len(found) == 1 else None
+
+
+class TarSource:
+    """The images of tar shards, in the order of the shards and of their members. Names are `shard/member`.
+
+    `parts`: shards whose names have the word `train` or `val`; else members by the first folder in which they differ.
+    """
+
+    def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:
+        self._shards = list(shards)
+        self._ends = np.cumsum([len(index.names) for _, _, index in shards], dtype=np.int64)
+        self.skipped: Sequence[Skipped] = [s for _, _, index in shards for s in index.skipped]
+        self.parts: Mapping[str, Indices] = self._parts()
+
+    def _parts(self) -> dict[str, Indices]:
+        words = [_word(shard) for shard, _, _ in self._shards]
+        if {"train", "val"} <= set(words):
+            of_item = np.repeat([str(word) for word in words], [len(index.names) for _, _, index in self._shards])
+        else:
+            names = [name for _, _, index in self._shards for name in (index.names[i] for i in range(len(index.names)))]
+            start = common_folder(names)
+            of_item = np.array([name[start:].partition("/")[0] for name in names])
+        parts = {part: np.flatnonzero(of_item == part) for part in ("train", "val")}
+        return parts if all(len(part) for part in parts.values()) else {}
+
+    def _find(self, index: int) -> tuple[str, Blob, ShardIndex, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return *self._shards[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def name(self, index: int) -> str:
+        shard, _, table, i = self._find(index)
+        return f"{shard}/{table.names[i]}"
+
+    def label(self, index: int) -> str | None:
+        _, _, table, i = self._find(index)
+        return table.classes[table.labels[i]] if table.labels[i] >= 0 else None
+
+    def encoded(self, index: int) -> bytes:
+        """The photo's bytes; errors as `Source.encoded`."""
+        _, blob, table, i = self._find(index)
+        size = int(table.sizes[i])
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes: more than the {MAX_BYTES} that a photo may have")
+        return blob.read(int(table.offsets[i]), size)
+
+    def fingerprint(self, index: int) -> str:
+        _, _, table, i = self._find(index)
+        return str(table.sizes[i])

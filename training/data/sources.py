@@ -1,0 +1,314 @@
+"""Where photos come from: a folder of images, tar shards (local or behind a URL), a Hugging Face dataset on disk.
+
+`open_source` looks at what it was given and decides. What it gives is a `training.data.dataset.Source`: numbered
+photos, read in any order by any thread, which is what an exact resume and a random order of millions need.
+"""
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from training.data.blobs import HTTP_TIMEOUT_S, file_system, open_blob
+from training.data.dataset import SUFFIXES, Indices, Skipped, Source, read_file, walk_files
+from training.data.shards import COMPRESSED, TarSource, common_folder, is_compressed, load_index, printable, unpacked
+
+MAX_BRACES = 1_000_000
+INDEXING_THREADS = 8
+"""Shards indexed at a time: of remote ones, each waits for its server."""
+
+HF_HELD_OUT = ("validation", "val", "valid", "test")
+"""Names of a dataset's part to evaluate on, the first that is there. `test` counts: few datasets have all three."""
+
+
+# Folders
+
+
+class FolderSource:
+    """Images below a folder, at any depth, sorted; the label is the name of the folder that an image lies in.
+
+    `parts`: its subfolders `train` and `val`, if it has both; other images then belong to neither.
+
+    Raises:
+        ValueError: no such folder, a part of it that cannot be listed, no image in it or in one of its parts.
+    """
+
+    skipped: Sequence[Skipped] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        start = len(os.path.join(folder, ""))
+        self._paths = [path[start:] for path in walk_files(folder, SUFFIXES)]
+        self.parts: Mapping[str, Indices] = {}
+        if all((folder / part).is_dir() for part in ("train", "val")):
+            tops = np.array([path.partition(os.sep)[0] for path in self._paths])
+            self.parts = {part: np.flatnonzero(tops == part) for part in ("train", "val")}
+        for place, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
+            if not n:
+                raise ValueError(f"no images below {folder / place}: looked for {', '.join(sorted(SUFFIXES))}")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return printable(Path(self._paths[index]).as_posix())
+
+    def label(self, index: int) -> str | None:
+        path = self._folder / self._paths[index]
+        return printable(path.parent.name)
+
+    def encoded(self, index: int) -> bytes:
+        """The file's content; errors as `read_file`."""
+        return read_file(self._folder / self._paths[index])
+
+    def fingerprint(self, index: int) -> str:
+        try:
+            return str((self._folder / self._paths[index]).stat().st_size)
+        except OSError as error:
+            return type(error).__name__
+
+
+# Hugging Face
+
+
+def _image_column(features: Mapping[str, Any], path: Path) -> str:
+    from datasets import Image  # imported by the caller before
+
+    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if len(columns) != 1:
+        raise ValueError(
+            f"{path} has {len(columns)} columns of type Image ({columns}); one is needed, of {[*features]}"
+        )
+    return columns[0]
+
+
+class HuggingFaceSource:
+    """A dataset saved with `save_to_disk`: the column of type Image, and the first of type ClassLabel if there is one.
+
+    The rows stay on disk (memory-mapped Arrow); the images' bytes are decoded by us. Names are `part/number`. `parts`
+    of a DatasetDict: `train`, and as `val` the first of validation, val, valid, test that is there.
+
+    Raises:
+        ValueError: the library is missing, the folder is damaged, or it has not exactly one column of images.
+    """
+
+    skipped: Sequence[Skipped] = ()
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from datasets import ClassLabel, Dataset, Image, load_from_disk
+        except ImportError as error:
+            raise ValueError(f"{path} is a Hugging Face dataset: reading it needs `pip install datasets`") from error
+        try:
+            loaded = load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the Hugging Face dataset in {path} cannot be opened: {error}") from error
+        named = {"data": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+        held_out = next((name for name in HF_HELD_OUT if name in named), None)
+        self._rows: list[tuple[str, Any, str, str | None, list[str]]] = []  # part, dataset, columns, classes
+        ends, parts = [0], {}
+        for part, rows in named.items():
+            image = _image_column(rows.features, path)
+            label = next((name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)), None)
+            classes = rows.features[label].names if label else []
+            kept = rows.select_columns([image, label] if label else [image]).with_format(None)
+            self._rows.append((part, kept.cast_column(image, Image(decode=False)), image, label, classes))
+            ends.append(ends[-1] + len(rows))
+            parts[part] = np.arange(ends[-2], ends[-1])
+        self._ends = np.array(ends[1:])
+        self._labels = [rows.select_columns([label]) if label else None for _, rows, _, label, _ in self._rows]
+        self._sizes: dict[int, Any] = {}
+        two = "train" in parts and held_out is not None
+        self.parts: Mapping[str, Indices] = {"train": parts["train"], "val": parts[str(held_out)]} if two else {}
+
+    def _find(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - (int(self._ends[number - 1]) if number else 0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, index: int) -> str:
+        number, row = self._find(index)
+        return f"{self._rows[number][0]}/{row}"
+
+    def label(self, index: int) -> str | None:
+        number, row = self._find(index)
+        _, _, _, column, classes = self._rows[number]
+        labels = self._labels[number]
+        value = labels[row][column] if labels is not None else None
+        return classes[value] if value is not None and 0 <= value < len(classes) else None
+
+    def encoded(self, index: int) -> bytes:
+        """The image's bytes, or those of the file that the row names; errors as `Source.encoded`."""
+        number, row = self._find(index)
+        _, rows, column, _, _ = self._rows[number]
+        image = rows[row][column]
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise ValueError("the row has no image")
+        return image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]))
+
+    def fingerprint(self, index: int) -> str:
+        number, row = self._find(index)
+        if number not in self._sizes:
+            import pyarrow.compute as pc
+
+            _, rows, column, _, _ = self._rows[number]
+            # of Arrow's table only the offsets are read
+            stored = rows.flatten_indices() if rows._indices is not None else rows
+            self._sizes[number] = pc.binary_length(pc.struct_field(stored.data.column(column), "bytes")).to_numpy()
+        return str(self._sizes[number][row])
+
+
+# Which is it
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{000..002}.tar` -> a-000.tar, a-001.tar, a-002.tar; `{x,y}` likewise; several braces from left to right.
+
+    Raises:
+        ValueError: a range that runs backwards, or more than a million names.
+    """
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        first, last = int(span[1]), int(span[2])
+        if not first <= last < first + MAX_BRACES:
+            raise ValueError(f"{pattern}: {{{match[1]}}} must run upwards, over at most {MAX_BRACES} numbers")
+        width = len(span[1]) if span[1].startswith("0") else 0
+        choices = [str(number).zfill(width) for number in range(first, last + 1)]
+    else:
+        choices = match[1].split(",")
+    rests = expand_braces(pattern[match.end() :])
+    if len(choices) * len(rests) > MAX_BRACES:
+        raise ValueError(f"{pattern} stands for more than {MAX_BRACES} files")
+    return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
+
+
+def _path_of(url: str) -> str:
+    """Without the query that a signed URL carries."""
+    return url.partition("?")[0] if "://" in url else url
+
+
+def _is_tar(name: str) -> bool:
+    stem = name.lower()
+    return stem.endswith((".tar", ".tgz")) or any(stem.endswith(".tar" + suffix) for suffix in COMPRESSED)
+
+
+def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str) -> TarSource:
+    client = httpx.Client(follow_redirects=True, timeout=HTTP_TIMEOUT_S)
+
+    def index(url: str, name: str) -> tuple[str, Any, Any]:
+        blob = open_blob(url, client)
+        if is_compressed(_path_of(url)):
+            blob = unpacked(blob)
+        return name, blob, load_index(blob, name, index_dir)
+
+    with ThreadPoolExecutor(INDEXING_THREADS) as pool:
+        source = TarSource(list(pool.map(index, urls, names)))
+    if not len(source):
+        problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
+        raise ValueError(f"no images in {spec}: looked for members that end in {', '.join(sorted(SUFFIXES))}{problems}")
+    return source
+
+
+def _relative_names(urls: Sequence[str]) -> list[str]:
+    """What is left of the URLs without the folder that all share: what they are called in logs and digests."""
+    plain = [_path_of(url) for url in urls]
+    start = common_folder(plain)
+    return [printable(url[start:]) for url in plain]
+
+
+def _remote_shards(url: str) -> list[str]:
+    """The tars that a URL names: itself, a pattern's, or those below a folder."""
+    if _is_tar(_path_of(url)) and "*" not in url:
+        return [url]
+    if url.startswith(("http://", "https://")):
+        raise ValueError(f"{url}: over HTTP, name the shards: .../name.tar or .../name-{{000..123}}.tar")
+    system, path = file_system(url)
+    try:
+        found = system.glob(path) if "*" in path else system.find(path)
+    except Exception as error:  # botocore's, gcsfs's, ...: none of them is known here
+        raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
+    return [str(system.unstrip_protocol(name)) for name in sorted(found) if _is_tar(name)]
+
+
+def _local_shards(path: Path) -> list[str]:
+    if path.is_dir():
+        return [name for name in walk_files(path, frozenset({".tar", ".tgz", *COMPRESSED})) if _is_tar(name)]
+    return sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else [str(path)]
+
+
+def open_source(spec: str | Path, index_dir: Path) -> Source:
+    """The photos that `spec` names.
+
+    Args:
+        spec: a folder of images; a tar, a folder of tars, a pattern of tars (`name-{000..123}.tar`, `name-*.tar`), each
+            local or as a URL (s3://, gs://, http://, ...); or a folder written by `datasets`' `save_to_disk`. Images
+            beside tars in one folder: the images are taken.
+        index_dir: where indices of tars are kept, so that a resumed run does not read all headers again.
+
+    Raises:
+        ValueError: nothing there that fits; the message says what was looked for.
+        OSError: a server or disk does not answer.
+    """
+    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # what pathlib makes of a URL
+    text = re.sub(r"^file://", "", text)
+    if "://" in text:
+        urls = [url for part in expand_braces(text) for url in _remote_shards(part)]
+        if not urls:
+            raise ValueError(f"no tar shards at {text}: looked for names that end in .tar")
+        return _open_shards(urls, _relative_names(urls), index_dir, text)
+    path = Path(text)
+    if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("dataset_info.json", "state.json")):
+        return HuggingFaceSource(path)
+    if path.is_dir() and next(walk_files(path, SUFFIXES), None) is not None:
+        return FolderSource(path)
+    shards = [
+        shard for part in ([text] if path.exists() else expand_braces(text)) for shard in _local_shards(Path(part))
+    ]
+    if path.is_dir() and not shards:
+        raise ValueError(
+            f"nothing to train on in {path}: looked for images ({', '.join(sorted(SUFFIXES))}) at any depth, for tar "
+            "shards (.tar), and for a Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
+        )
+    missing = [shard for shard in shards if not Path(shard).is_file()]
+    if missing or not shards:
+        raise ValueError(f"{missing[0] if missing else text} does not exist: a folder, a .tar or a URL is needed")
+    wrong = [shard for shard in shards if not _is_tar(shard)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no tar: data is a folder of images, .tar shards, or a Hugging Face dataset")
+    return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text)
+
+
+def source_digest(source: Source, *, contents: bool) -> str:
+    """sha256 over the photos of a source, in their order: what a resumed run compares.
+
+    With `contents` over names and contents, which reads everything; the same as `provenance.data_digest` of the folder.
+    Without, over names and sizes in bytes: it sees files that were added, removed, renamed or replaced by ones of
+    another size. It does not see an edit that keeps the size, nor other labels. Files that cannot be read count as
+    empty.
+    """
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.name(index).encode() + b"\0")
+        if contents:
+            try:
+                data = source.encoded(index)
+            except ValueError:
+                data = b""
+            digest.update(hashlib.sha256(data).digest())
+        else:
+            digest.update(source.fingerprint(index).encode() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""The comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as one page.
+
+Made from the figures of compare.json and the runs' folders. The page is made of the pieces of a run's report
+(`training/pages/report.py`) and, like it, stands by itself: no script, nothing from elsewhere, everything escaped.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from training.pages.charts import Series, line_chart
+from training.pages.report import CSS, html_section, html_table, names_of, points_of
+from training.watch.monitor import EVALUATIONS, METRICS, read_lines
+
+RUNS = {"dino": "DINO", "dinov2": "DINOv2"}
+NETWORKS = {"untrained": "untrained", **RUNS}
+LEGEND = (
+    "Robustness: share of photos whose changed version is nearer to its own photo than to any other (recall@1), and in "
+    "brackets the mean cosine with it. The loss figures are explained in docs/compare.md."
+)
+KNN_WORDS = {"cls": "class token", "mean": "mean patch"}
+Show = Callable[[Any], str]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _kept(value: Mapping[str, float]) -> str:
+    return f"{_percent(value['recall@1'])} ({value['cosine']:.2f})"
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
+    ("loss", "std of its change / ln K", ("run", "stability", "change_std"), "{:.4f}".format),
+    ("loss", "jumps", ("run", "stability", "jumps"), str),
+    ("loss", "DINO loss / ln K, last", ("run", "dino_over_ln_k"), "{:.3f}".format),
+    ("cost", "images/s, median", ("run", "images_per_s"), "{:,.1f}".format),
+    ("cost", "seconds of training", ("run", "seconds"), "{:,.0f}".format),
+    ("cost", "peak memory", ("run", "peak_memory_bytes"), _mebibytes),
+)
+"""Group, figure, where it stands in a network's figures, how it is written."""
+
+
+def rows(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """The table: group, figure, a cell for each of `NETWORKS`. Figures that no network has are left out."""
+    networks = found["networks"]
+    first = networks["untrained"]
+    accuracy = [
+        ("accuracy", f"k-NN, {KNN_WORDS[pooling]}, k={k}", ("knn", pooling, k), _percent)
+        for pooling, by_k in first.get("knn", {}).items()
+        for k in by_k
+    ]
+    changes = [("robustness", name, ("robustness", "changes", name), _kept) for name in first["robustness"]["changes"]]
+    lines: list[tuple[str, str, tuple[str, ...], Show]] = [
+        *accuracy,
+        ("accuracy", "logistic regression, class token", ("logistic", "accuracy"), _percent),
+        *changes,
+        ("robustness", "mean of these", ("robustness", "mean"), _kept),
+        ("features", "cosine of different photos", ("robustness", "other_photos_cosine"), "{:.2f}".format),
+        ("features", "RankMe, share of the most", ("rankme_share",), "{:.2f}".format),
+        *RUN_FIGURES,
+    ]
+    table = [(group, name, [_cell(networks[n], path, show) for n in NETWORKS]) for group, name, path, show in lines]
+    return [row for row in table if any(row[2])]
+
+
+def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
+    """A figure in words; empty if this network has none."""
+    value: Any = figures
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return "" if value is None else show(value)
+
+
+def heading(found: Mapping[str, Any]) -> str:
+    """What was compared, in a line."""
+    return (
+        f"recipe {found['base']}, seed {found['settings']['seed']}: {found['photos_seen']:,} photos seen, of "
+        f"{found['photos']:,} in {found['data']}; {found['held_out']:,} held out; {found['hardware']}"
+    )
+
+
+def print_table(found: Mapping[str, Any], console: Console) -> None:
+    """The figures, for people in a terminal."""
+    table = Table()
+    for index, column in enumerate(("", "figure", *NETWORKS.values())):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    before = ""
+    for group, name, cells in rows(found):
+        if before not in ("", group):
+            table.add_section()
+        table.add_row("" if group == before else group, name, *cells)
+        before = group
+    console.print(f"DINO beside DINOv2, {heading(found)}", markup=False, highlight=False)
+    console.print(table)
+    console.print(LEGEND, markup=False, highlight=False)
+
+
+def page(found: Mapping[str, Any], out: Path) -> str:
+    """The page, of the figures and of the two runs in `out`."""
+    lines = rows(found)
+    groups = [group for group, _, _ in lines]
+    table = [
+        ["" if i and groups[i - 1] == group else group, name, *cells] for i, (group, name, cells) in enumerate(lines)
+    ]
+    changes = [[key, json.dumps(dino), json.dumps(found["settings"][key])] for key, dino in found["changes"].items()]
+    events = [(RUNS[name], event) for name in RUNS for event in found["networks"][name]["run"]["events"]]
+    origin = [[key, str(found[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]
+    body = [
+        f'<h1>DINO beside DINOv2</h1><p class="muted">{escape(heading(found))}</p>',
+        html_section("Figures", html_table(table, ["", "figure", *NETWORKS.values()], range(2, 2 + len(NETWORKS)))),
+        f'<p class="muted">{escape(LEGEND)}</p>',
+        html_section("Curves", charts(out)),
+        html_section("What the runs said", html_table(events) if events else ""),
+        html_section("What they differ in", html_table(changes, ["setting", *RUNS.values()])),
+        html_section("Where it comes from", html_table(origin)),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DINO beside DINOv2</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def charts(out: Path) -> str:
+    """Curves of both runs; those that there are no figures for are left out."""
+    metrics = {name: read_lines(out / name / METRICS) for name in RUNS}
+    evaluations = {name: read_lines(out / name / EVALUATIONS) for name in RUNS}
+
+    def both(of: Mapping[str, list[dict[str, Any]]], figure: str) -> list[Series]:
+        return [Series(RUNS[name], points_of(lines, figure)) for name, lines in of.items()]
+
+    during = [name for name in names_of(evaluations["dinov2"], "knn_cls_") if not name.endswith("_1")]
+    found = [
+        line_chart(both(metrics, "dino_over_ln_k"), title="DINO loss", y_label="share of ln K", mark=(1.0, "collapse")),
+        *(line_chart(both(evaluations, x), title=f"k-NN during the run, {x}", y_label="accuracy") for x in during),
+        line_chart(both(metrics, "rankme_share"), title="RankMe of a batch", y_label="share of the most", floor=0),
+        line_chart(both(metrics, "loss"), title="Loss (DINOv2's sums three)", y_label="nats"),
+        line_chart(both(metrics, "teacher_entropy"), title="Entropy of the teacher's targets", y_label="nats", floor=0),
+        line_chart(both(metrics, "images_per_s"), title="Speed", y_label="images/s", floor=0),
+    ]
+    text = "".join(found)
+    return f'<div class="charts">{text}</div>' if text else ""

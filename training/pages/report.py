@@ -1,0 +1,350 @@
+"""What a run was and what came out, on one page: `report.html` in the run's folder.
+
+Made from the folder alone, at the end of a run or at any time of it, by whoever has the folder. The page stands by
+itself: style, curves (`training/pages/charts.py`) and the last picture sheet are in it, so that it can be sent by mail
+and opened in ten years. Whatever is missing is left out. No script is in it, and everything from outside is escaped.
+
+Read are config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
+provenance in checkpoint.safetensors.
+"""
+
+import base64
+import io
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic_core import to_jsonable_python
+from safetensors import SafetensorError, safe_open
+
+from training.config import TrainConfig
+from training.pages.charts import CSS as CHART_CSS
+from training.pages.charts import Series, line_chart
+from training.state import write_whole
+from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
+
+REPORT = "report.html"
+SHEETS = "sheets"
+SHEET_WIDTH = 1400  # pixels; enough to see patches, small enough to mail
+EVENTS_SHOWN = 20
+SKIPPED_SHOWN = 10
+
+Lines = Sequence[Mapping[str, Any]]
+
+CSS = (
+    """
+:root { --ink: #1c1f24; --muted: #5f6672; --line: #e3e6ea; --paper: #ffffff; --card: #f6f7f9; --accent: #2563eb;
+  --warn: #b54708; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8eaed; --muted: #9aa1ad; --line: #2c313a; --paper: #15171b; --card: #1d2026; --accent: #74a9ff;
+    --warn: #ffb86b; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1100px; padding: 32px 20px 64px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; color-scheme: light dark; }
+h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 17px; margin: 36px 0 10px; }
+p { margin: 4px 0; } .muted { color: var(--muted); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px; margin: 20px 0 0; }
+.tile, figure { background: var(--card); border-radius: 10px; padding: 12px 14px; margin: 0; }
+.tile b { display: block; font-size: 19px; font-weight: 600; white-space: nowrap; }
+.tile span { color: var(--muted); font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 12px; }
+figcaption { font-weight: 600; font-size: 14px; margin: 0 0 4px 2px; }
+table { border-collapse: collapse; font-size: 14px; } .wide { overflow-x: auto; }
+th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 500; } .n { text-align: right; font-variant-numeric: tabular-nums; }
+code, pre { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
+pre { background: var(--card); border-radius: 10px; padding: 12px 14px; overflow-x: auto; margin: 6px 0; }
+ul { margin: 0; padding-left: 20px; } li { margin: 3px 0; } li b { color: var(--warn); font-weight: 600; }
+img { width: 100%; height: auto; border-radius: 10px; display: block; }
+"""
+    + CHART_CSS
+)
+
+
+def write_report(out: Path) -> Path:
+    """The page of the run in `out`; its path.
+
+    Raises:
+        ValueError: `out` holds no run.
+        OSError: the page cannot be written.
+    """
+    config, metrics = _json(out / "config.json"), read_lines(out / METRICS)
+    if not config and not metrics:
+        raise ValueError(f"{out} holds no run: neither config.json nor {METRICS} is there")
+    evaluations, facts = read_lines(out / EVALUATIONS), _provenance(out / "checkpoint.safetensors")
+    knn = _json(out / "knn.json")
+    sections = [
+        _head(config, facts, metrics),
+        _tiles(metrics, evaluations, knn, facts),
+        html_section("What it said", _events(read_lines(out / EVENTS))),
+        html_section("Curves", _charts(metrics, evaluations, config)),
+        html_section("What it sees", _sheet(out / SHEETS)),
+        html_section("k-NN on held-out photos", _knn_table(knn)),
+        html_section("Data", _data(config, facts, out / "skipped.txt")),
+        html_section("Settings that differ from the default", _settings(config)),
+        html_section("Where it comes from", _origin(facts)),
+        html_section("How to go on", _next_steps(out, config)),
+    ]
+    title = escape(f"{config.get('recipe', 'run')}: {out.name}")
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
+        f"<body>{''.join(sections)}</body></html>\n"
+    )
+    path = out / REPORT
+    write_whole(path, page)
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    """What the checkpoint says of itself, without reading its weights; empty if there is none."""
+    try:
+        with safe_open(path, "np") as file:
+            found = json.loads((file.metadata() or {}).get("provenance", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
+
+
+def points_of(lines: Lines, name: str) -> list[tuple[float, float | None]]:
+    """(step, value) of every line that has the figure."""
+    return [(step, _number(x[name])) for x in lines if name in x and (step := _number(x.get("step"))) is not None]
+
+
+def values_of(lines: Lines, name: str) -> list[float]:
+    return [value for _, value in points_of(lines, name) if value is not None]
+
+
+def html_section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>{body}" if body else ""
+
+
+def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
+    """Cells are text, not HTML; columns in `numbers` are set right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kind = [" class=n" if i in numbers else "" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kind, cells, strict=True)) + "</tr>"
+
+    lines = ([line(header, "th")] if header else []) + [line(row, "td") for row in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _when(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, OSError, ValueError):
+        return "unknown"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -> str:
+    vit = config.get("vit")
+    shape = ", ".join(f"{key} {value}" for key, value in vit.items()) if isinstance(vit, dict) else ""
+    model = f"{config.get('model', 'unknown model')}{f' ({shape})' if shape else ''}"
+    times = values_of(metrics, "time")
+    when = f"{_when(times[0])} to {_when(times[-1])}" if times else ""
+    parts = [f"{model}, on {config.get('data', 'unknown data')}", str(facts.get("hardware", "")), when]
+    text = "".join(f'<p class="muted">{escape(part)}</p>' for part in parts if part)
+    return f"<h1>Training: {escape(str(config.get('recipe', 'unknown recipe')))}</h1>{text}"
+
+
+def _best_knn(knn: Mapping[str, Any]) -> float | None:
+    """The best accuracy of a table of pooling, then k."""
+    values = [_number(v) for row in knn.values() if isinstance(row, dict) for v in row.values()]
+    return max((v for v in values if v is not None), default=None)
+
+
+def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The figures that people ask for first."""
+    tiles: list[tuple[str, str]] = []
+    best = _best_knn(knn)
+    during = [v for name in names_of(evaluations, "knn") for v in values_of(evaluations, name)]
+    if best is not None or during:
+        tiles.append(
+            (f"{best if best is not None else during[-1]:.1%}", "k-NN, last" if best is None else "k-NN, best")
+        )
+    steps = values_of(metrics, "step")
+    if steps:
+        tiles.append((f"{steps[-1]:,.0f}", "steps"))
+    if isinstance(facts.get("photos"), int):
+        tiles.append((f"{facts['photos']:,}", "photos"))
+    seconds = sum(values_of(metrics, "seconds"))
+    if seconds:
+        tiles.append((_duration(seconds), "training time"))
+    middle: list[tuple[str, str, Callable[[float], str]]] = [
+        ("images_per_s", "images/s, median", lambda v: f"{v:,.0f}"),
+        ("mfu", "MFU, median", lambda v: f"{v:.1%}"),
+        ("data_wait_share", "of the time waiting for data", lambda v: f"{v:.1%}"),
+    ]
+    for name, words, shown in middle:
+        if values := sorted(values_of(metrics, name)):
+            tiles.append((shown(values[len(values) // 2]), words))
+    if memory := values_of(metrics, "peak_memory_bytes"):
+        tiles.append((f"{max(memory) / 2**30:.2f} GiB", "peak memory"))
+    cells = "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles)
+    return f'<div class="tiles">{cells}</div>' if tiles else ""
+
+
+def _events(events: Lines) -> str:
+    """Warnings, rollbacks and stops, the latest ones."""
+    shown = events[-EVENTS_SHOWN:]
+    items = "".join(f"<li><b>{escape(str(e.get('kind')))}</b>: {escape(str(e.get('message')))}</li>" for e in shown)
+    more = f"<p class='muted'>{len(events) - len(shown)} earlier ones are in {EVENTS}.</p>"
+    return f"<ul>{items}</ul>{more if len(events) > len(shown) else ''}" if events else ""
+
+
+def names_of(lines: Lines, start: str) -> list[str]:
+    """Figures whose names begin so, in order of appearance."""
+    return list(dict.fromkeys(name for line in lines for name in line if name.startswith(start)))
+
+
+def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
+    """All curves that there are figures for."""
+    prototypes = _number(config.get("n_prototypes"))
+    knn_all = names_of(evaluations, "knn")
+    knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to see it rise
+    ln_k = math.log(prototypes) if prototypes and prototypes > 1 else None
+    both = sorted([*metrics, *evaluations], key=lambda line: _number(line.get("step")) or 0)
+    rank = "rankme" if values_of(both, "rankme") else "rankme_share"
+    rates = [name for name in names_of(metrics, "lr") if name != "lr_factor"]
+
+    def lines(*names: str, of: Lines = metrics) -> list[Series]:
+        return [Series(name, points) for name in names if (points := points_of(of, name))]
+
+    charts = [
+        line_chart(lines("loss", "dino", "ibot", "koleo"), title="Losses", y_label="nats"),
+        line_chart(
+            lines("dino_over_ln_k"), title="DINO loss beside ln K", y_label="share of ln K", mark=(1.0, "collapse")
+        ),
+        line_chart(lines(*knn_shown, of=evaluations), title="k-NN during the run", y_label="accuracy"),
+        line_chart(
+            lines("teacher_entropy"),
+            title="Entropy of the teacher's targets",
+            y_label="nats",
+            mark=None if ln_k is None else (ln_k, "ln K: targets that say nothing"),
+            floor=0,
+        ),
+        line_chart(lines(rank, of=both), title="RankMe of class tokens", y_label="effective rank", floor=0),
+        line_chart(lines(*names_of(metrics, "grad")), title="Gradient norms", y_label="before clipping", floor=0),
+        line_chart(lines(*rates), title="Learning rate", floor=0),
+        line_chart(lines("images_per_s"), title="Speed", y_label="images/s", floor=0),
+        line_chart(lines("mfu", "data_wait_share"), title="Use of the machine", y_label="share", floor=0),
+    ]
+    found = "".join(charts)
+    return f'<div class="charts">{found}</div>' if found else ""
+
+
+def _sheet(folder: Path) -> str:
+    """The last picture sheet, made smaller."""
+    sheets = sorted(folder.glob("*.png"))
+    if not sheets:
+        return ""
+    try:
+        with Image.open(sheets[-1]) as image:
+            image.thumbnail((SHEET_WIDTH, 10 * SHEET_WIDTH), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=82)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="picture sheet {escape(sheets[-1].stem)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _knn_table(knn: Mapping[str, Any]) -> str:
+    """Accuracy by pooling (rows) and k (columns)."""
+    rows = {str(name): row for name, row in knn.items() if isinstance(row, dict)}
+    ks = list(dict.fromkeys(str(k) for row in rows.values() for k in row))
+    if not ks:
+        return ""
+
+    def cell(value: Any) -> str:
+        number = _number(value)
+        return "" if number is None else f"{number:.1%}"
+
+    table = [[name, *(cell(row.get(k)) for k in ks)] for name, row in rows.items()]
+    return html_table(table, ["features", *(f"k = {k}" for k in ks)], range(1, len(ks) + 1))
+
+
+def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
+    """What was trained on, and what could not be read."""
+    rows = [[words, str(facts[key])] for key, words in (("photos", "photos trained on"), ("data_sha256", "digest"))
+            if key in facts]  # fmt: skip
+    if "data" in config:
+        rows.insert(0, ["folder", str(config["data"])])
+    body = html_table(rows) if rows else ""
+    if skipped.exists():
+        lines = [line for line in skipped.read_text(encoding="utf-8", errors="replace").splitlines() if line]
+        first = "".join(f"<li><code>{escape(line)}</code></li>" for line in lines[:SKIPPED_SHOWN])
+        more = f", the first {SKIPPED_SHOWN} of them" if len(lines) > SKIPPED_SHOWN else ""
+        body += f"<p>{len(lines):,} files could not be read and were skipped{more} (all in skipped.txt):</p>"
+        body += f"<ul>{first}</ul>"
+    return body
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """Settings, their values and what they would have been."""
+    missing = object()
+    defaults = {
+        name: missing if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
+        for name, field in TrainConfig.model_fields.items()
+    }
+    rows = [
+        [name, json.dumps(value), "" if default is missing else json.dumps(default)]
+        for name, value in config.items()
+        if name not in ("data", "out", "recipe") and (default := defaults.get(name, missing)) != value
+    ]
+    return html_table(rows, ["setting", "value", "default"]) if rows else ""
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    """Code, machine and starting point."""
+    words = {"revision": "code revision", "hardware": "hardware", "torch": "torch", "init": "started from"}
+    rows = [
+        [shown, facts[key] if isinstance(facts[key], str) else json.dumps(facts[key])]
+        for key, shown in words.items()
+        if facts.get(key) is not None
+    ]
+    return html_table(rows) if rows else ""
+
+
+def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
+    """Commands: serve what came out, or train on."""
+    steps = []
+    if (out / "checkpoint.safetensors").exists():
+        checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))
+        steps.append(f"dinov2 export {checkpoint} --out artifacts   # then: dinov2 serve")
+    if "data" in config:
+        data, recipe, folder = (shlex.quote(str(x)) for x in (config["data"], config.get("recipe"), out))
+        steps.append(
+            f"dinov2 train --data {data} --recipe {recipe} --out {folder}"
+            "   # goes on where it stopped; add the settings it was started with"
+        )
+    return f"<pre>{escape(chr(10).join(steps))}</pre>" if steps else ""

@@ -1,0 +1,265 @@
+"""A picture sheet: what the network is shown and what it makes of it, on one page.
+
+One row per photo, from left to right:
+
+    photo          as the evaluation sees it
+    global 1, 2    the two large crops of a step; masked patches, which the student must guess, are darkened
+    locals         some of the small crops
+    attention      where the class token looks in the last block, mean over the heads
+    parts (PCA)    the patch tokens' three main directions as red, green and blue; one fit for all photos of the sheet,
+                   so the same colour means the same thing in each row
+    nearest        the most similar photos of a sample of the training data, by class token, with the cosine
+
+A network that learns shows it here before the curves do: attention leaves the corners and finds the things, parts get
+their own colours, neighbours become the same kind of thing. A sheet that stays noise is a run to stop. Pillow only.
+
+Legend: n photos of the sheet, V local crops, G and L sides of crops, N = h * w patches, D width, A heads, g gallery.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model.preprocess import PreprocessSpec, preprocess
+from model.vit import DinoVisionTransformer
+
+Photo = npt.NDArray[np.uint8]  # RGB [H, W, 3]
+
+CELL, GAP, MARGIN = 144, 6, 16
+HEADER = 26  # pixels of a line of headings
+CAPTION = 18
+BACKGROUND, INK, FAINT = (22, 24, 28), (235, 237, 240), (150, 156, 166)
+BATCH = 64
+EVEN_IS_DARK = 4  # attention spread evenly is a quarter of the brightest colour, not all of it
+PCA_DEVIATIONS = 5  # the range of a colour, in standard deviations: narrower is garish, wider is grey
+# Dark violet to pale yellow, rising in lightness: reads as little to much, also for the colour-blind and in print.
+HEAT = np.array(
+    [(10, 8, 30), (75, 16, 110), (160, 40, 110), (225, 85, 60), (250, 165, 40), (252, 250, 190)], np.float64
+)
+
+
+def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
+    """The photo at the size that `preprocess` makes of it before cropping: a gallery of these fits into memory.
+
+    `preprocess` of it gives the same pixels as of the photo itself.
+    """
+    assert spec.resize is not None
+    height, width = photo.shape[:2]
+    short = min(height, width)
+    size = (int(spec.resize * width / short), int(spec.resize * height / short))  # Pillow's order; one is `resize`
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
+
+
+def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
+    """Normalised crops [n, 3, S, S] as photos, for looking at."""
+    mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in (spec.mean, spec.std))
+    scaled = ((crops.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
+    """The photo [S, S, 3] with masked patches ([h * w], True is masked) darkened and greyed."""
+    h, w = grid
+    per_pixel = np.kron(mask.reshape(h, w), np.ones((photo.shape[0] // h, photo.shape[1] // w), bool))
+    grey = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    return np.where(per_pixel[:, :, None], grey * 0.22 + 28, photo).astype(np.uint8)
+
+
+def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
+    """Values 0 to 1, any shape [...], as colours [..., 3]."""
+    place = np.clip(values, 0, 1) * (len(HEAT) - 1)
+    below = np.minimum(place.astype(int), len(HEAT) - 2)
+    share = (place - below)[..., None]
+    return (HEAT[below] * (1 - share) + HEAT[below + 1] * share).round().astype(np.uint8)
+
+
+def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
+    """How strongly the class token looks at each patch in the last block, mean over heads: [n, N], rows sum to one."""
+    patches = slice(1 + backbone.num_register_tokens, None)
+    weights = backbone.get_attention(pixels)[:, :, 0, patches].float().mean(dim=1)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def pca_colours(patches: Tensor) -> Tensor:
+    """Patch tokens [n, N, D] to colours [n, N, 3] in 0..1: three main directions over all photos, each stretched.
+
+    A direction's sign is arbitrary; here its largest entry is positive, so that the same network gives the same sheet.
+    """
+    flat = patches.flatten(0, 1).double().cpu()
+    flat = flat - flat.mean(dim=0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)  # [.., D] each
+    directions = directions[:3]
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    scores = flat @ (directions * largest.sign()).T  # [n * N, 3]
+    spread = scores.std(dim=0, correction=0).clamp(min=1e-12)
+    return (0.5 + scores / (PCA_DEVIATIONS * spread)).clamp(0, 1).float().view(*patches.shape[:2], -1)
+
+
+def nearest(queries: Tensor, gallery: Tensor, own: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+    """Indices and cosines [n, k] of the most similar gallery features; a query's `own` place is left out."""
+    similarity = F.normalize(queries.float(), dim=1) @ F.normalize(gallery.float(), dim=1).T  # [n, g]
+    similarity[torch.arange(len(own)), torch.tensor(own)] = -torch.inf
+    top = similarity.topk(min(k, len(gallery) - 1), dim=1)
+    return top.indices, top.values
+
+
+def _cell(photo: Photo, side: int = CELL, *, smooth: bool = True) -> Image.Image:
+    how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    return Image.fromarray(photo).resize((side, side), how)
+
+
+def _map_cell(values: Photo, photo: Photo, opacity: float) -> Image.Image:
+    """Colours per patch [h, w, 3], enlarged softly and laid over the greyed photo."""
+    colours = Image.fromarray(values).resize((CELL, CELL), Image.Resampling.BICUBIC)
+    return Image.blend(_cell(photo).convert("L").convert("RGB"), colours, opacity)
+
+
+def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
+    """Up to nine crops in one cell, three or two a row."""
+    cell = Image.new("RGB", (CELL, CELL), BACKGROUND)
+    per_row = 2 if len(crops) <= 4 else 3
+    side = (CELL - 3 * (per_row - 1)) // per_row
+    for index, crop in enumerate(crops[: per_row**2]):
+        row, column = divmod(index, per_row)
+        cell.paste(_cell(crop, side), (column * (side + 3), row * (side + 3)))
+    return cell
+
+
+@torch.inference_mode()
+def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: PreprocessSpec) -> Tensor:
+    """Class tokens [g, D] on the CPU; without a crop in `spec`, sizes differ and photos go one by one."""
+    device, step = backbone.cls_token.device, BATCH if spec.crop is not None else 1
+    found = []
+    for start in range(0, len(photos), step):
+        pixels = np.stack([preprocess(photo, spec) for photo in photos[start : start + step]])
+        found.append(backbone(torch.from_numpy(pixels).to(device)).float().cpu())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def picture_sheet(
+    backbone: DinoVisionTransformer,
+    gallery: Sequence[Photo],
+    shown: Sequence[int],
+    spec: PreprocessSpec,
+    *,
+    globals_: Tensor,
+    masks: Tensor,
+    locals_: Tensor | None,
+    names: Sequence[str] | None = None,
+    title: str = "",
+    n_neighbours: int = 4,
+) -> Image.Image:
+    """One sheet (the columns: top of the file).
+
+    Args:
+        backbone: whole and on one device; its mode is as before afterwards.
+        gallery: a sample of the training photos, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
+        shown: the n photos of the sheet, as indices of `gallery`.
+        spec: the evaluation's preprocessing; must crop.
+        globals_, masks, locals_: the crops of the n photos as `training.data.crops.Crops` holds them, view by view:
+            [2n, 3, G, G] and [Vn, 3, L, L] normalised, bool [2n, N].
+        names: captions of the gallery's photos, e.g. their folders.
+        title: what run and step this is.
+        n_neighbours: columns of nearest photos.
+
+    Raises:
+        ValueError: `spec` has no crop, or the crops are not those of n photos.
+    """
+    n = len(shown)
+    if spec.crop is None:
+        raise ValueError("a picture sheet needs a preprocessing with a crop; this one has none")
+    if len(globals_) != 2 * n or len(masks) != 2 * n or (locals_ is not None and len(locals_) % n):
+        raise ValueError(f"{n} photos need {2 * n} global crops and masks, not {len(globals_)} and {len(masks)}")
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        inputs = torch.from_numpy(np.stack([preprocess(gallery[i], spec) for i in shown]))
+        pixels = inputs.to(backbone.cls_token.device)
+        tokens = backbone.forward_features(pixels)
+        attention, colours = class_attention(backbone, pixels).cpu(), pca_colours(tokens["x_norm_patchtokens"])
+        indices, cosines = nearest(
+            tokens["x_norm_clstoken"].cpu(), _features(backbone, gallery, spec), list(shown), n_neighbours
+        )
+    finally:
+        backbone.train(was_training)
+    grid = (spec.crop // spec.patch_size,) * 2
+    rows = []
+    for row, photo in enumerate(to_pixels(inputs, spec)):
+        cells = [_cell(photo)]
+        cells += _crop_cells(row, n, globals_, masks, locals_, spec)
+        top = max(float(attention[row].quantile(0.995)), EVEN_IS_DARK / attention.shape[1])
+        heat = heat_colours((attention[row].double().numpy() / top).reshape(grid))
+        cells.append(_map_cell(heat, photo, 0.72))
+        parts = (colours[row].numpy() * 255).round().astype(np.uint8).reshape(*grid, -1)
+        cells.append(_map_cell(parts, photo, 0.8))
+        cells += [_cell(to_pixels(_input(gallery[i], spec), spec)[0]) for i in indices[row].tolist()]
+        captions = {0: names[shown[row]]} if names else {}
+        first = len(cells) - len(indices[row])
+        for column, (i, cosine) in enumerate(zip(indices[row].tolist(), cosines[row].tolist(), strict=True), first):
+            captions[column] = f"{cosine:.2f}  {names[i]}" if names else f"{cosine:.2f}"
+        rows.append((cells, captions))
+    return _page(rows, ["photo", "global 1", "global 2", "locals", "attention", "parts (PCA)", "nearest"], title)
+
+
+def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
+    return torch.from_numpy(preprocess(photo, spec))[None]
+
+
+def _crop_cells(
+    row: int, n: int, globals_: Tensor, masks: Tensor, locals_: Tensor | None, spec: PreprocessSpec
+) -> list[Image.Image]:
+    """The two global crops and the local ones of one photo."""
+    side = globals_.shape[-1] // spec.patch_size
+    cells = []
+    for view in range(2):
+        place = view * n + row
+        [crop] = to_pixels(globals_[place : place + 1], spec)
+        cells.append(_cell(shade_masked(crop, masks[place].cpu().numpy(), (side, side))))
+    return [*cells, _grid_cell([] if locals_ is None else to_pixels(locals_[row::n], spec))]
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, shortened to a cell's width."""
+    if draw.textlength(text, font=font) <= CELL:
+        return text
+    while text and draw.textlength(text + "...", font=font) > CELL:
+        text = text[:-1]
+    return text + "..."
+
+
+def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Sequence[str], title: str) -> Image.Image:
+    """Cells and captions on one page, a title and headings above."""
+    columns = max(len(cells) for cells, _ in rows)
+    top = MARGIN + (HEADER + 6 if title else 0) + HEADER
+    width = 2 * MARGIN + columns * (CELL + GAP) - GAP
+    height = top + len(rows) * (CELL + CAPTION + GAP) + MARGIN - GAP
+    page = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(page)
+    large, small, tiny = (ImageFont.load_default(size) for size in (20, 14, 11))
+    if title:
+        draw.text((MARGIN, MARGIN - 4), title, INK, large)
+    for column, heading in enumerate(headings):
+        draw.text((MARGIN + column * (CELL + GAP), top - HEADER + 4), heading, FAINT, small)
+    for row, (cells, captions) in enumerate(rows):
+        y = top + row * (CELL + CAPTION + GAP)
+        for column, cell in enumerate(cells):
+            x = MARGIN + column * (CELL + GAP)
+            page.paste(cell, (x, y))
+            if column in captions:
+                draw.text((x, y + CELL + 2), _fitted(draw, captions[column], tiny), FAINT, tiny)
+    return page
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """As PNG, written aside and renamed: a page that shows it never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    sheet.save(temporary, "PNG")
+    temporary.replace(path)

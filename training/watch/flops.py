@@ -1,0 +1,237 @@
+"""How much arithmetic a step is, and how much of the machine's the run uses (MFU).
+
+Model FLOPs utilisation (arXiv 2204.02311, appendix B) is the useful work per second over the device's peak. Useful is
+what the algorithm needs: the matrix products of the networks, each multiply-add counted as two operations. What is
+computed twice to save memory, losses, optimizer, augmentation and everything elementwise is not counted, so MFU cannot
+be raised by doing more.
+
+Per image of N patches, T = 1 + R + N tokens, width D, feed-forward width F, patch p, and per layer:
+
+    patch embedding   2 * N * 3 p^2 * D
+    attention         2 * T * D * 3D  +  2 * T * D * D  (qkv, projection)  +  4 * T^2 * D  (scores, weighted sum)
+    feed-forward      4 * T * D * F  (MLP)     or     6 * T * D * F  (SwiGLU: three products)
+    head, per token   2 * (D * H + H * H + H * Z + Z * K)      hidden H, bottleneck Z, prototypes K
+
+    forward of a step's student = 2B global crops (masked patches cost as much as others) + V B local crops, the heads
+                                  on (2 + V) B class tokens and M masked patches
+    forward of its teacher      = 2B global crops, the heads on 2B class tokens and M masked patches
+    a step                      = 3 * student + 1 * teacher
+
+The factor 3: backward is two products for each of forward's, one for the input's gradient and one for the weight's.
+(The patch embedding needs no gradient of its input; that half per mille is left in, as everybody does.) Drop path
+computes only the kept share of samples in each branch. Resizing the position embedding is once per batch and not
+counted.
+
+Legend: B photos per step, V local views, M masked patches of the batch.
+"""
+
+import re
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from model.config import ViTConfig
+from training.config import TrainConfig
+from training.data.crops import crop_views
+
+# Dense peak in 10^12 operations per second with bf16 inputs and fp32 accumulation, fp16 where the card has no bf16
+# (V100, T4). Makers' data sheets; figures "with sparsity" halved. The first pattern that is found in the name
+# counts. Sources: NVIDIA data sheets of each product (A100 312; H100 SXM 989, PCIe 756, NVL 835; H200 989, NVL 835;
+# B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125; T4 65; V100 SXM 125, PCIe 112), NVIDIA's
+# architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090 165, 4080 97.5, RTX 6000 Ada 364) and
+# Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
+PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    (r"\bG?B200\b", 2250),
+    (r"\bH200 NVL\b", 835),
+    (r"\bG?H200\b", 989),
+    (r"\bH100 PCIe\b", 756),
+    (r"\bH100 NVL\b", 835),
+    (r"\bG?H100\b", 989),
+    (r"\bA100\b", 312),
+    (r"\bL40S\b", 362),
+    (r"\bL40\b", 181),
+    (r"\bL4\b", 121),
+    (r"\bA40\b", 150),
+    (r"\bA30\b", 165),
+    (r"\bA10\b", 125),
+    (r"\bRTX 6000 Ada\b", 364),
+    (r"\bRTX A6000\b", 155),
+    (r"\bRTX 5090$", 209.5),
+    (r"\bRTX 4090$", 165),
+    (r"\bRTX 4080$", 97.5),
+    (r"\bRTX 3090$", 71),
+    (r"\bT4\b", 65),
+    (r"\bV100-SXM", 125),
+    (r"\bV100-PCIE", 112),
+    (r"\bMI300X\b", 1307),
+    (r"\bMI250X\b", 383),
+)
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A projection head: K prototypes, hidden H, bottleneck Z."""
+
+    n_prototypes: int
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Floating-point operations of one step, by part. `student` is forward and backward."""
+
+    student_backbone: float
+    student_heads: float
+    teacher_backbone: float
+    teacher_heads: float
+
+    @property
+    def total(self) -> float:
+        return self.student_backbone + self.student_heads + self.teacher_backbone + self.teacher_heads
+
+
+def patch_embed_flops(config: ViTConfig, size: int) -> int:
+    """Patch embedding of one square image of `size` pixels."""
+    return 2 * (size // config.patch_size) ** 2 * 3 * config.patch_size**2 * config.embed_dim
+
+
+def block_flops(config: ViTConfig, size: int) -> int:
+    """One block, forward, for one square image of `size` pixels."""
+    tokens = 1 + config.num_register_tokens + (size // config.patch_size) ** 2
+    width, products = config.embed_dim, 3 if config.ffn == "swiglu" else 2
+    attention = 2 * tokens * 4 * width * width + 4 * tokens * tokens * width
+    return attention + products * 2 * tokens * width * config.hidden_dim
+
+
+def backbone_flops(config: ViTConfig, size: int, *, kept: float = 1.0) -> float:
+    """The whole backbone, forward, for one square image; `kept` is the share of samples that drop path computes."""
+    return patch_embed_flops(config, size) + config.depth * block_flops(config, size) * kept
+
+
+def head_flops(width: int, head: HeadShape) -> int:
+    """A head, forward, for one token of a backbone of `width`."""
+    hidden, bottleneck = head.hidden_dim, head.bottleneck_dim
+    return 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * head.n_prototypes)
+
+
+def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], probability: float) -> float:
+    """Masked patches of a batch on average: a share of the images, each by the middle of the range of ratios.
+
+    Slightly more than are really masked: `training/data/masking.py` rounds down.
+    """
+    return int(n_images * probability) * n_patches * (ratio[0] + ratio[1]) / 2
+
+
+def step_flops(
+    config: ViTConfig,
+    *,
+    batch_size: int,
+    global_size: int,
+    local_size: int,
+    n_local: int,
+    n_masked: float,
+    dino_head: HeadShape,
+    ibot_head: HeadShape | None = None,
+    drop_path: float = 0.0,
+    teacher: ViTConfig | None = None,
+) -> StepFlops:
+    """Useful work of one training step (formula: top of the file).
+
+    Args:
+        config: the student's backbone.
+        batch_size: photos of the step, of all processes together.
+        global_size, local_size: sides of the crops, pixels.
+        n_local: local crops per photo.
+        n_masked: masked patches of the batch (`expected_masked`); 0 without iBOT.
+        dino_head: the head for class tokens.
+        ibot_head: the head for patches; None: the same.
+        drop_path: share of samples that skip a branch of the student.
+        teacher: its backbone, if another than the student's (distillation).
+    """
+    kept = max(1, round(2 * batch_size * (1 - drop_path))) / (2 * batch_size)
+    kept_local = max(1, round(n_local * batch_size * (1 - drop_path))) / max(1, n_local * batch_size)
+    student = 2 * batch_size * backbone_flops(config, global_size, kept=kept)
+    if n_local:
+        student += n_local * batch_size * backbone_flops(config, local_size, kept=kept_local)
+    teacher = teacher or config
+    ibot_head = ibot_head or dino_head
+
+    def heads(width: int, class_tokens: int) -> float:
+        return class_tokens * head_flops(width, dino_head) + n_masked * head_flops(width, ibot_head)
+
+    return StepFlops(
+        student_backbone=3 * student,
+        student_heads=3 * heads(config.embed_dim, (2 + n_local) * batch_size),
+        teacher_backbone=2 * batch_size * backbone_flops(teacher, global_size),
+        teacher_heads=heads(teacher.embed_dim, 2 * batch_size),
+    )
+
+
+def known_peak_flops(name: str) -> float | None:
+    """Dense bf16 (or fp16) peak of a GPU by `torch.cuda.get_device_name`, operations per second; None: not known.
+
+    A part of a GPU (MIG) and a laptop's chip carry the big one's name and are not it.
+    """
+    if "MIG" in name or "Laptop" in name:
+        return None
+    return next((peak * 1e12 for pattern, peak in PEAK_TFLOPS if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 5) -> float:
+    """The best float32 matrix product of `side` that this device manages now, operations per second.
+
+    For a machine without a table entry, a CPU above all. What else runs on it lowers the figure: the best of some
+    attempts counts.
+    """
+    a = torch.ones(side, side, device=device)
+    b = torch.ones(side, side, device=device)
+    best = float("inf")
+    for _ in range(attempts + 1):  # the first one warms up
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def device_peak_flops(device: torch.device, *, measure: bool = False) -> float | None:
+    """The peak that MFU is a share of: from the table for a known GPU, else measured if asked for, else None."""
+    known = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return measured_peak_flops(device) if known is None and measure else known
+
+
+def describe_device(device: torch.device) -> str:
+    """The hardware in words, for the report: the GPU's name, or the processor's with how many cores may be used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    try:
+        with open("/proc/cpuinfo") as file:  # Linux
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        name = "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
+    """Useful work of one step of a run when `share_done` of it is over; `teacher`: of a distillation."""
+    (first, _), _, (small, n_local) = crop_views(config, share_done)
+    n_images, n_patches = 2 * config.batch_size, (first.size // config.vit_config.patch_size) ** 2
+    n_masked = float(n_images * n_patches)
+    if config.ibot_patches == "masked":
+        n_masked = expected_masked(n_images, n_patches, config.mask_ratio, config.mask_probability)
+    head = HeadShape(config.n_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
+    own = replace(head, bottleneck_dim=config.ibot_bottleneck_dim or config.head_bottleneck_dim)
+    return step_flops(
+        config.vit_config,
+        batch_size=config.batch_size,
+        global_size=first.size,
+        local_size=small.size,
+        n_local=n_local,
+        n_masked=n_masked if config.ibot_weight > 0 else 0.0,
+        dino_head=head,
+        ibot_head=None if config.shared_head else own,
+        drop_path=config.drop_path,
+        teacher=teacher,
+    ).total

@@ -1,0 +1,281 @@
+"""What a run says: a progress bar for people in a terminal, plain lines elsewhere, and files for everything else.
+
+    metrics.jsonl      one JSON line each `log_every` steps: losses, schedules, speed, waiting, memory, gradients
+    evaluations.jsonl  one JSON line per evaluation during the run: k-NN and what else was measured
+    events.jsonl       what the run had to say besides: warnings, rollbacks; a history, never cut
+
+The first two are appended to, and a resumed run first cuts off what it will do again. TensorBoard and Weights & Biases
+get the same figures (`training/watch/sinks.py`). Whatever cannot be written is said once and never stops the run.
+
+On a GPU the host runs ahead of the device. Asking a tensor for its value makes it wait, so figures arrive as tensors,
+and only `write` asks, once for all of them. The clock stops during evaluations and saves (`paused`), so that images/s
+is the speed of training.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from training.data.loader import WAIT_WORTH_A_WORD
+from training.state import write_whole
+from training.watch.sinks import Sink
+
+METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
+NO_CURVES = {"step", "time", "seconds"}
+LINES_TO_WARN = 3  # in a row: one slow line is noise
+Figure = Tensor | float | str | None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, without those that a stopped process left torn; none if there is no file."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
+
+
+def cut_lines(path: Path, last_step: int) -> None:
+    """Drop what a run that goes on after `last_step` writes again: lines of later steps, and torn ones.
+
+    Written aside, flushed and renamed: whatever happens, the old file or the new one is there.
+    """
+    if not path.exists():
+        return
+    kept = "".join(json.dumps(x) + "\n" for x in read_lines(path) if x.get("step", 0) <= last_step)
+    if kept != path.read_text(errors="replace"):
+        write_whole(path, kept)
+
+
+def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
+    """Figures as plain values, in their order. Tensors (scalars of one device) come over in one transfer.
+
+    What is not finite becomes None: JSON has no word for it, and the sentinels say it in plain ones.
+    """
+    tensors = {name: value.detach() for name, value in figures.items() if isinstance(value, Tensor)}
+    numbers: dict[str, float | str | None] = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}
+    if tensors:
+        stacked = torch.stack([value.reshape(()).float() for value in tensors.values()])
+        numbers |= dict(zip(tensors, stacked.tolist(), strict=True))
+    plain = {name: numbers[name] for name in figures}
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in plain.items()}
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory this process has held so far: of the GPU in tensors, else of the machine (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+class Monitor:
+    """Bar, lines and files of one run; a context manager.
+
+    Args:
+        path: `metrics.jsonl` in the run's folder; the other files lie beside it.
+        total_steps: of the run.
+        first_step: steps done before; lines of later steps are cut off.
+        batch_size: photos per step, of all processes together.
+        console: what people read.
+        active: False in all processes but one: nothing is printed or written, nothing is transferred.
+        device: whose memory is reported.
+        sinks: who else gets the figures.
+        peak_flops: of all devices together, per second (`training/watch/flops.py`); None: no MFU.
+        advise: what to say when this share of the time goes into waiting for photos.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        total_steps: int,
+        first_step: int,
+        batch_size: int,
+        console: Console,
+        *,
+        active: bool = True,
+        device: torch.device | None = None,
+        sinks: Sequence[Sink] = (),
+        peak_flops: float | None = None,
+        advise: Callable[[float], str | None] = "{:.0%} of the time went into waiting for photos".format,
+    ) -> None:
+        self.console = console
+        self._folder, self._batch_size, self._total_steps = path.parent, batch_size, total_steps
+        self._active, self._device = active, device or torch.device("cpu")
+        self._sinks, self._peak_flops, self._advise = list(sinks), peak_flops, advise
+        self._steps, self._flops, self._waited, self._slow_lines = 0, 0.0, 0.0, 0
+        self._since, self._failed = time.perf_counter(), set[str]()
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=2,
+        )
+        self._bar = active and console.is_terminal
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, figures="")
+        if active:
+            self.rewind(first_step)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._progress.start()
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._progress.stop()
+        for sink in self._sinks:
+            self._guarded(sink.name, sink.close)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: what was written of later steps is cut off. At the start, and after a rollback."""
+        self._start_line()
+        if not self._active:
+            return
+        for name in (METRICS, EVALUATIONS):
+            cut_lines(self._folder / name, step)
+        self._progress.update(self._task, completed=step)
+
+    def advance(self, steps_done: int, flops: float = 0.0) -> None:
+        """A step is over; `flops` is its useful work (`training/watch/flops.py`), of all processes together."""
+        self._steps += 1
+        self._flops += flops
+        if self._active:
+            self._progress.update(self._task, completed=steps_done)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching a batch: the time counts as waiting for data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around an evaluation, a save or a picture sheet: the time is not counted as training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+    def write(self, steps_done: int, figures: Mapping[str, Figure]) -> dict[str, Any]:
+        """One line: the given figures, then what the monitor measures. The line; empty where not active."""
+        if not self._active:
+            self._start_line()
+            return {}
+        given = to_numbers(figures)  # waits for the device, so that the clock is read after its work
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        wait = self._waited / seconds
+        line: dict[str, Any] = {"step": steps_done, **given}
+        line["images_per_s"] = round(self._steps * self._batch_size / seconds, 1)
+        line["data_wait_share"] = round(wait, 4)
+        if (peak := peak_memory_bytes(self._device)) is not None:
+            line["peak_memory_bytes"] = peak
+        if self._peak_flops and self._flops:
+            line["mfu"] = round(self._flops / seconds / self._peak_flops, 4)
+        line["seconds"] = round(seconds, 3)  # of training since the last line
+        line["time"] = round(time.time(), 1)
+        self._start_line()
+        self._append(METRICS, line)
+        self._show(line)
+        self._warn_of_waiting(steps_done, wait)
+        return line
+
+    def evaluated(self, steps_done: int, figures: Mapping[str, Figure]) -> None:
+        """A line of `evaluations.jsonl`: what was measured on held-out photos after so many steps."""
+        if self._active:
+            self._append(EVALUATIONS, {"step": steps_done, **to_numbers(figures)})
+
+    def say(self, steps_done: int, kind: str, message: str) -> None:
+        """Print a message and keep it in `events.jsonl`; `kind` is a word such as warning, rollback or stop."""
+        if self._active:
+            self.console.print(f"{kind}: {message}", markup=False)
+            self._append(EVENTS, {"step": steps_done, "kind": kind, "message": message, "time": round(time.time(), 1)})
+
+    def _start_line(self) -> None:
+        self._steps, self._flops, self._waited = 0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """A line to a file, and its numbers to the sinks."""
+
+        def write_file() -> None:
+            # After a failed write the last line may be torn: begin anew, readers pass over empty and torn lines.
+            text = ("\n" if name in self._failed else "") + json.dumps(line) + "\n"
+            with (self._folder / name).open("a") as file:
+                file.write(text)
+
+        self._guarded(name, write_file)
+        if name == EVENTS:
+            return
+        numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in NO_CURVES}
+        for sink in list(self._sinks):
+            if not self._guarded(sink.name, partial(sink.write, line["step"], numbers)):
+                self._sinks.remove(sink)
+
+    def _guarded(self, name: str, action: Callable[[], None]) -> bool:
+        """Run what may fail for reasons outside (disk, network); say it the first time. Whether it worked."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run goes on
+            if name not in self._failed:
+                fate = "tried again with each line" if name.endswith(".jsonl") else "not used any more in this run"
+                self.console.print(
+                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run goes on, and it is "
+                    + fate,
+                    markup=False,
+                )
+            self._failed.add(name)
+            return False
+        self._failed.discard(name)
+        return True
+
+    def _show(self, line: dict[str, Any]) -> None:
+        parts = [
+            (f"loss {line['loss']:.3f}" if isinstance(line.get("loss"), float) else "loss not finite"),
+            (f"dino/lnK {line['dino_over_ln_k']:.3f}" if isinstance(line.get("dino_over_ln_k"), float) else ""),
+            f"{line['images_per_s']:.0f} img/s",
+            f"mfu {line['mfu']:.0%}" if "mfu" in line else "",
+            f"waits {line['data_wait_share']:.0%}" if line["data_wait_share"] >= WAIT_WORTH_A_WORD else "",
+        ]
+        shown = "  ".join(part for part in parts if part)
+        self._progress.update(self._task, figures=shown)
+        if not self._bar:
+            self.console.print(f"step {line['step']}/{self._total_steps}  {shown}", markup=False)
+
+    def _warn_of_waiting(self, steps_done: int, wait: float) -> None:
+        self._slow_lines = self._slow_lines + 1 if wait > WAIT_WORTH_A_WORD else 0
+        if self._slow_lines == LINES_TO_WARN:
+            self.say(steps_done, "warning", f"step {steps_done}: {self._advise(wait)}")

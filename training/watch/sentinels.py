@@ -1,0 +1,334 @@
+"""When a run goes wrong: who notices, what is said, and what happens then.
+
+Three ways in which self-supervised training fails, each with its sign and its configured action:
+
+- collapse: the network tells no photos apart. After a third of the run, several lines in a row, one of: the DINO loss
+  at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy at ln K (its targets say nothing) or at 0 (one prototype
+  for each photo, whatever it shows); RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), below
+  a share of what it could be. (A random network has about 0.1 of it, a trained one 0.5 and more.)
+- not finite: a loss or a gradient is NaN or infinite. The batch is kept, to be looked at and run again.
+- k-NN: the accuracy on held-out photos has fallen below the best figure of the run by more than a margin. Training on
+  from released weights can lose what they had (facebookresearch/dinov2#204: 80 to 10 %).
+
+The action is `stop`, `warn` (said once each time it begins), or `rollback`: the run takes the newest checkpoint of step
+`Verdict.back_to` or before, throws later ones away, keeps what the sentinels have learned (but for what the later
+steps showed, `forget_after`), and goes on differently, or the same would happen again. After "not finite" it passes
+over the offending step (`passes_over`): its photos are not trained on in this epoch. After the two others the rates are
+multiplied by `lr_factor` from there on. After `max_rollbacks`, or where no checkpoint is old enough, it stops.
+
+Everything is decided from the figures of the lines and a state of plain JSON types, so a resumed run decides the same.
+Steps are counted as in metrics.jsonl: the first is 1. K is the number of prototypes.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.checkpoint import save_safetensors
+from training.config import Action
+
+Kind = Literal["collapse", "not_finite", "knn"]
+AT_LN_K = 0.99  # of ln K: the DINO loss, or the teacher's entropy
+AT_ZERO = 0.01  # of ln K: the teacher's entropy
+GRACE = 1 / 3  # of the run: a healthy one may begin at ln K
+NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the sentinels look for and do. `knn_margin` is in percentage points."""
+
+    total_steps: int
+    n_prototypes: int
+    on_collapse: Action = "stop"
+    on_not_finite: Action = "rollback"
+    on_knn: Action = "stop"
+    patience: int = 5  # lines in a row
+    min_rankme_share: float = 0.05
+    knn_margin: float = 5.0
+    rollback_lr_factor: float = 0.5
+    max_rollbacks: int = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a sentinel found at `step`, in plain words; `back_to` is the last step known to be good."""
+
+    kind: Kind
+    action: Action
+    step: int
+    back_to: int
+    message: str
+
+
+@dataclass
+class State:
+    """What the sentinels remember, as JSON types."""
+
+    bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> lines in a row
+    good_step: int = 0  # last line without any such sign
+    warned: bool = False  # of the collapse that is going on
+    best_knn: float | None = None
+    best_knn_step: int = 0
+    knn_fallen: bool = False
+    rollbacks: int = 0
+    passed_over: list[int] = field(default_factory=list)
+    lr_factor: float = 1.0
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of features [n, D]: exp of the entropy of the singular values, normalised to sum one.
+
+    1 where all rows lie on one line, min(n, D) where all directions are equally strong (RankMe, arXiv 2210.02885,
+    equation 2, its epsilon of 1e-7 included). Not centred, as there. NaN if a feature is not finite.
+    """
+    if not bool(torch.isfinite(features).all()):
+        return math.nan
+    singular = torch.linalg.svdvals(features.detach().float())
+    shares = singular / singular.sum().clamp(min=1e-30) + 1e-7
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def rankme_share(features: Tensor) -> float:
+    """`rankme` over the most it could be, min(n, D)."""
+    return rankme(features) / min(features.shape)
+
+
+class FirstNotFinite:
+    """The first step with a figure that is not finite, noted on the device, so that the host need not wait for it.
+
+    `step` (int64, `NEVER` if there was none) can be reduced over processes with MIN before it is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.step = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self._names: list[str] = []
+        self._values: Tensor | None = None
+
+    def note(self, step: int, figures: Mapping[str, Tensor]) -> None:
+        """Scalars of one step: losses, gradient norms. The names must be the same each time."""
+        values = torch.stack([value.detach().reshape(()).float() for value in figures.values()])
+        first = ~values.isfinite().all() & (self.step == NEVER)
+        self.step = torch.where(first, step, self.step)
+        self._values = values if self._values is None else torch.where(first, values, self._values)
+        self._names = list(figures)
+
+    def read(self) -> tuple[int, dict[str, float]] | None:
+        """The step and its figures, or None. Waits for the device: call it where a line is written anyway."""
+        step = int(self.step)
+        if step == NEVER or self._values is None:
+            return None
+        return step, dict(zip(self._names, self._values.tolist(), strict=True))
+
+    def clear(self) -> None:
+        """Forget it, after a rollback."""
+        self.step, self._values = torch.full_like(self.step, NEVER), None
+
+
+class Sentinels:
+    """Decides after each line, each evaluation and each failure. All processes of a run must be told one verdict."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.state = limits, State()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint; JSON types."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """At the start of a resumed run; not at a rollback."""
+        self.state = State(**json.loads(json.dumps(state)))  # a copy that shares nothing
+
+    def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
+        """At a rollback: what was noticed after the state that is gone back to is noticed again.
+
+        Args:
+            then: `state_dict` of that state.
+            kind: of the verdict. After the guard's own, the best accuracy so far stays the mark.
+        """
+        old = State(**json.loads(json.dumps(then)))
+        self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
+        if kind != "knn":
+            self.state = replace(
+                self.state, best_knn=old.best_knn, best_knn_step=old.best_knn_step, knn_fallen=old.knn_fallen
+            )
+
+    @property
+    def lr_factor(self) -> float:
+        """What the schedules' rates are multiplied by."""
+        return self.state.lr_factor
+
+    def passes_over(self, step: int) -> bool:
+        """Whether this step (counted from 1) is left out: no update, the next photos are the next step's."""
+        return step in self.state.passed_over
+
+    def may_go_back_to(self) -> list[int]:
+        """Steps that a rollback may ask for, however long ago they were: their states must stay. (What was not finite
+        asks for the newest.)"""
+        limits, state = self.limits, self.state
+        steps = [state.good_step] if limits.on_collapse == "rollback" else []
+        return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
+
+    def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
+        """Collapse, from one line's `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`."""
+        signs = self._signs(figures)
+        state, limits = self.state, self.limits
+        state.bad_lines = {sign: state.bad_lines.get(sign, 0) + 1 for sign in signs}
+        if not signs:
+            state.good_step, state.warned = step, False
+        if step < GRACE * limits.total_steps:
+            return None
+        count, sign = max(((n, s) for s, n in state.bad_lines.items()), default=(0, ""))
+        if count < limits.patience or state.warned:
+            return None
+        state.warned = limits.on_collapse == "warn"
+        begin = (
+            f"step {step}: the network no longer tells photos apart (collapse): {signs[sign]}, {count} lines in a row."
+        )
+        advice = (
+            " Lower teacher_temp or lr, raise koleo_weight or batch_size, or train longer (a short run may just not "
+            "have begun to learn); on_collapse=warn lets such a run go on."
+        )
+        return self._decide("collapse", limits.on_collapse, step, state.good_step, begin, advice)
+
+    def _signs(self, figures: Mapping[str, Any]) -> dict[str, str]:
+        """Signs of collapse in one line, each in words. A figure that is missing or not finite is no sign."""
+        ln_k = math.log(self.limits.n_prototypes)
+        dino, entropy, share = (figures.get(name) for name in ("dino_over_ln_k", "teacher_entropy", "rankme_share"))
+        signs = {}
+        if dino is not None and dino >= AT_LN_K:
+            signs["loss"] = f"the DINO loss stays at {dino:.3f} of ln K"
+        if entropy is not None and entropy >= AT_LN_K * ln_k:
+            signs["flat"] = (
+                f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets say nothing"
+            )
+        if entropy is not None and entropy <= AT_ZERO * ln_k:
+            signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: every photo has one prototype, and nothing else"
+        if share is not None and share < self.limits.min_rankme_share:
+            signs["rank"] = (
+                f"the class tokens span {share:.3f} of the dimensions they could (RankMe; the least allowed is "
+                f"{self.limits.min_rankme_share:g})"
+            )
+        return signs
+
+    def check_finite(self, step: int, figures: Mapping[str, float], replay: Path | None) -> Verdict:
+        """Not finite: `step` and `figures` as `FirstNotFinite.read` gives them; `replay` is where the batch lies."""
+        wrong = ", ".join(f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value))
+        begin = f"step {step}: {wrong or 'a weight is not finite'}."
+        if replay is not None:
+            begin += f" The batch is kept in {replay}."
+        advice = " A lower lr or clip_grad, a longer warmup, precision=fp32 or a look at the photos may help."
+        return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
+
+    def check_knn(self, step: int, accuracy: float) -> Verdict | None:
+        """k-NN `accuracy` (0 to 1) after `step` steps; the first call, before training, is step 0."""
+        state, limits = self.state, self.limits
+        if state.best_knn is None or accuracy >= state.best_knn:
+            state.best_knn, state.best_knn_step, state.knn_fallen = accuracy, step, False
+            return None
+        fallen, state.knn_fallen = state.knn_fallen, 100 * (state.best_knn - accuracy) > limits.knn_margin
+        if not state.knn_fallen or (fallen and limits.on_knn == "warn"):
+            return None
+        begin = (
+            f"step {step}: k-NN is {accuracy:.1%}, and was {state.best_knn:.1%} at step {state.best_knn_step}: "
+            f"more than {limits.knn_margin:g} points are lost."
+        )
+        advice = " A lower lr, a longer freeze_backbone or a larger layer_decay keep more of what the weights had."
+        return self._decide("knn", limits.on_knn, step, state.best_knn_step, begin, advice)
+
+    def _decide(self, kind: Kind, action: Action, step: int, back_to: int, begin: str, advice: str) -> Verdict:
+        """The verdict; a rollback is counted, and what will be different afterwards is put into the state."""
+        state, limits = self.state, self.limits
+        verdict = Verdict(kind, action, step, back_to, begin + advice)
+        if action == "warn":
+            return verdict
+        if action == "rollback" and state.rollbacks >= limits.max_rollbacks:
+            after = f" The run stops: it has gone back {state.rollbacks} times already (max_rollbacks)."
+            return replace(verdict, action="stop", message=begin + after + advice)
+        if action == "stop":
+            return replace(verdict, message=begin + " The run stops; its checkpoints are kept." + advice)
+        state.rollbacks += 1
+        state.bad_lines, state.good_step, state.knn_fallen = {}, min(state.good_step, back_to), False
+        if kind == "not_finite":
+            state.passed_over = sorted({*state.passed_over, step})
+            after = f" The run goes back to step {back_to} or before, and passes over step {step}"
+        else:
+            state.lr_factor *= limits.rollback_lr_factor
+            after = f" The run goes back to step {back_to} or before, and on with {state.lr_factor:g} of the lr"
+        return replace(
+            verdict, message=f"{begin}{after} (rollback {state.rollbacks} of {limits.max_rollbacks}).{advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A batch that was kept: the step, the photos' names, the tensors of the crops, and what came out."""
+
+    step: int
+    names: list[str]
+    crops: dict[str, Tensor]
+    terms: dict[str, float]
+
+
+def save_replay(
+    folder: Path,
+    step: int,
+    names: Sequence[str],
+    crops: Mapping[str, Tensor],
+    terms: Mapping[str, float],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    keep: int = 3,
+) -> Path:
+    """Keep a batch for a look and a second run: `step_NNNNNNNN.safetensors`, and its names as JSON beside it.
+
+    Args:
+        folder: is made if missing. Of the replays in it, the `keep` of the latest steps stay.
+        names: file names (or keys) of the photos, in the batch's order.
+        crops: tensors by name, e.g. those of `training.data.crops.Crops`.
+        terms: the step's figures, which may be NaN.
+        facts: more of JSON types: indices, seed, rates.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    assert keep >= 1
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.safetensors"
+    record = {
+        **(facts or {}),
+        "step": step,
+        "names": list(names),
+        "terms": {name: str(float(value)) for name, value in terms.items()},  # JSON has no NaN
+    }
+    save_safetensors(path, crops, {"replay": json.dumps(record)})
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1))  # for people; the tensors' file holds it too
+    for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
+        old.with_suffix(".json").unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def load_replay(path: Path) -> Replay:
+    """What `save_replay` kept, tensors on the CPU.
+
+    Raises:
+        ValueError: not such a file.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {})["replay"])
+            crops = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors' own errors, missing entries, bad JSON
+        raise ValueError(f"{path} is no batch kept by a training run: {error}") from error
+    return Replay(record["step"], record["names"], crops, {k: float(v) for k, v in record["terms"].items()})
