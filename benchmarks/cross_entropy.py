@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.kernels import TeacherTargets, plain_cross_entropy, soft_cross_entropy, torch_cross_entropy
+from training.kernels import plain_cross_entropy, soft_cross_entropy, torch_cross_entropy
 from training.losses import sinkhorn_knopp, sinkhorn_targets
+from training.teacher_targets import TeacherTargets
 
 RESULTS = Path(__file__).parent / "results"
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05

@@ -19,7 +19,6 @@ Legend: K prototypes, B rows of targets, T teacher views whose targets are summe
 import functools
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,26 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class TeacherTargets:
-    """Targets that are not written out: exp(logits / temp - u - v).
-
-    Sinkhorn-Knopp and centering have this form (`training/losses.py`).
-    """
-
-    logits: Tensor  # [..., B, K], any float type
-    u: Tensor  # float32 [..., B]
-    v: Tensor  # float32 [K]
-    temp: float
-
-    def __getitem__(self, index: Any) -> "TeacherTargets":
-        """The targets of some rows: an index into the leading dimensions."""
-        return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
-
-    def probs(self) -> Tensor:
-        """The targets as an array: float32 [..., B, K]."""
-        return (self.logits.float() / self.temp).sub_(self.u.unsqueeze(-1)).sub_(self.v).exp_()
+from training.teacher_targets import TeacherTargets
 
 
 def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.kernels import TeacherTargets, chunk_elements, soft_cross_entropy
+from training.kernels import chunk_elements, soft_cross_entropy
+from training.teacher_targets import TeacherTargets
 
 EPS = 1e-8
 LEAST_VARIANCE = 1e-5  # of a prototype, as a share of the mean variance

@@ -14,7 +14,6 @@ from torch import Tensor
 from training.config import TrainConfig
 from training.data.crops import Crops
 from training.distributed import gather_rows, gradients_stay_local, local, logsumexp_over_ranks, sum_over_ranks
-from training.kernels import TeacherTargets
 from training.losses import (
     batch_norm_center,
     center_targets,
@@ -28,6 +27,7 @@ from training.optimizer import Part, clip_gradients, optimizer_step, set_schedul
 from training.schedules import Schedule, cosine, linear_then_constant
 from training.setup import Setup
 from training.student_teacher import update_teacher
+from training.teacher_targets import TeacherTargets
 
 SCALE_GROWS_AFTER = 2000
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.kernels import TeacherTargets
+from training.teacher_targets import TeacherTargets
 
 BLOCK = 2048
 WARPS = 8

@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from training.kernels import TeacherTargets, plain_cross_entropy, soft_cross_entropy, torch_cross_entropy
+from training.kernels import plain_cross_entropy, soft_cross_entropy, torch_cross_entropy
+from training.teacher_targets import TeacherTargets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,0 +1,30 @@
+"""What the student is asked for, before it is written out: teacher logits with the two vectors that make them targets.
+
+Legend: K prototypes, B rows of targets.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Targets that are not written out: exp(logits / temp - u - v).
+
+    Sinkhorn-Knopp and centering have this form (`training/losses.py`).
+    """
+
+    logits: Tensor  # [..., B, K], any float type
+    u: Tensor  # float32 [..., B]
+    v: Tensor  # float32 [K]
+    temp: float
+
+    def __getitem__(self, index: Any) -> "TeacherTargets":
+        """The targets of some rows: an index into the leading dimensions."""
+        return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
+
+    def probs(self) -> Tensor:
+        """The targets as an array: float32 [..., B, K]."""
+        return (self.logits.float() / self.temp).sub_(self.u.unsqueeze(-1)).sub_(self.v).exp_()
