@@ -106,7 +106,8 @@ def training_step(setting: Setting, emit: Emit) -> None:
     from training_step import COMMON, PRESETS, measure
 
     from training.config import TrainConfig
-    from training.watch.flops import device_peak_flops, work_of_step
+    from training.watch.flops import device_peak_flops
+    from training.wiring import work_of_step
 
     asked = setting.arguments
     changes = {"batch_size": asked["batch"]} if asked.get("batch") else {}

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainConfig
-from training.data.crops import Crops, crop_views, make_crops
+from training.data.crops import Crops, make_crops
 from training.distributed import World
-from training.setup import Setup, attention_kernel, compute_dtype, make_setup
-from training.step import make_schedules, train_step
-from training.watch.flops import describe_device, work_of_step
+from training.setup import attention_kernel, compute_dtype, make_setup
+from training.step import Setup, train_step
+from training.watch.flops import describe_device
+from training.wiring import crop_settings, make_schedules, step_settings, work_of_step
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = {"data": "-", "out": "-", "epochs": 1, "drop_path": 0.0, "freeze_last_layer": 0.0}
@@ -225,7 +226,8 @@ def measure(
     dtype = compute_dtype(ours.autocast)
     schedules = make_schedules(config, 1000)
     images = torch.randint(0, 256, (batch, 3, config.cache_size, config.cache_size), dtype=torch.uint8)
-    crops = make_crops(config, images, torch.ones(batch), 0, torch.arange(batch), crop_views(config, 0.0), device)
+    settings = crop_settings(config)
+    crops = make_crops(settings, images, torch.ones(batch), 0, torch.arange(batch), settings.phase(0.0), device)
     step, rates = 500, {name: [] for name in ("ours", "official") if name == "ours" or theirs}
     # in the middle of the schedules
     values = (schedules.lr["head"][step], schedules.weight_decay[step], schedules.momentum[step])
@@ -238,7 +240,7 @@ def measure(
                 loss = theirs.step(crops, *map(float, values), float(temp))
             else:
                 with attention_kernel(device, dtype):
-                    loss = train_step(config, ours, schedules, [crops], step)[0]["loss"].item()
+                    loss = train_step(step_settings(config), ours, schedules, [crops], step)[0]["loss"].item()
             wait(device)
             first.setdefault(name, loss)
             if number:  # the first warms up

@@ -15,10 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from model.config import ViTConfig, config_for
 from model.preprocess import PreprocessSpec
+from training.watch.sentinels import Action
 
 RECIPES = Path(__file__).parent / "recipes"
 Share = float
-Action = Literal["stop", "rollback", "warn"]
 Range = tuple[float, float]
 Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A path or a URL: `Path` would make `s3:/` of `s3://`."""
@@ -216,10 +216,20 @@ class TrainConfig(BaseModel):
         return replace(base, **self.vit)
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """The losses' weights by their names in `training/step.py`: what the settings `NAME_weight` say."""
+        return {name: getattr(self, f"{name}_weight") for name in loss_names()}
+
+    @property
     def eval_spec(self) -> PreprocessSpec:
         """How the k-NN evaluation prepares photos."""
         patch = self.vit_config.patch_size
         return PreprocessSpec(resize=self.eval_resize, crop=self.eval_crop, patch_size=patch)
+
+
+def loss_names() -> list[str]:
+    """The losses that have a weight, in the order of their settings."""
+    return [name.removesuffix("_weight") for name in TrainConfig.model_fields if name.endswith("_weight")]
 
 
 def recipe_names() -> list[str]:

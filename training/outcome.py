@@ -1,7 +1,9 @@
-"""What a run gives: the average's backbone, its k-NN, pictures of what it sees, the checkpoint."""
+"""What a run gives: the average's backbone, its k-NN, its checkpoint, pictures of what it sees.
 
-import json
-import math
+Every function here but `released_backbone` is for the process that writes files.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +11,42 @@ import numpy as np
 import torch
 
 from model.checkpoint import save_checkpoint
+from model.config import ViTConfig
+from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.config import TrainConfig
-from training.data.crops import crop_views, make_crops
+from training.data.crops import CropSettings, make_crops
 from training.data.dataset import squash
 from training.data.run_images import Data
 from training.distributed import World, whole
-from training.evaluate.features import Pooling, compute_features
+from training.evaluate.features import Pooling
 from training.evaluate.knn import evaluate_knn
-from training.pages.report import write_report
 from training.pages.sheets import picture_sheet, save_sheet, shrunk
-from training.state import Parts, write_whole
-from training.whiten import whiten
+from training.state import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
-WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
 SHEET_PHOTOS = 6
 GALLERY = 128  # photos that a sheet's neighbours come from
 
 
-def released_backbone(config: TrainConfig, world: World, parts: Parts) -> DinoVisionTransformer:
+@dataclass(frozen=True)
+class Release:
+    """How the backbone that a run releases is described and judged."""
+
+    vit: ViTConfig
+    eval_spec: PreprocessSpec
+    facts: dict[str, Any]  # what the checkpoint says of itself
+    whiten: float | None  # shrinkage of the class token's whitening at the end; None: as trained
+    side: int  # of the squares that the images of a sheet are cropped from, pixels
+    title: str  # of a sheet
+
+
+def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionTransformer:
     """The average's backbone as a plain network on rank 0's device, whatever the ranks keep of it.
 
     All ranks must call it; elsewhere it is empty.
     """
     with torch.device("meta"):
-        backbone = DinoVisionTransformer(config.vit_config)
+        backbone = DinoVisionTransformer(vit)
     tensors = {}
     for key, value in parts.ema.backbone.state_dict().items():
         tensor = whole(value)
@@ -45,69 +57,55 @@ def released_backbone(config: TrainConfig, world: World, parts: Parts) -> DinoVi
     return backbone.eval().requires_grad_(False)
 
 
-def report_knn(config: TrainConfig, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """k-NN of the backbone on the held-out photos; empty if there are none or only one class."""
-    return evaluate_knn(backbone, data.known, data.held_out, config.eval_spec) if data.has_classes else {}
+def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
+    """k-NN of the backbone on the held-out images; empty if there are none or only one class."""
+    return evaluate_knn(backbone, data.train_sample, data.held_out, spec) if data.has_classes else {}
 
 
-def write_checkpoint(
-    path: Path, config: TrainConfig, backbone: DinoVisionTransformer, facts: dict[str, Any], step: int
-) -> None:
+def write_checkpoint(path: Path, backbone: DinoVisionTransformer, vit: ViTConfig, facts: dict[str, Any]) -> None:
     """A backbone in the format that `dinov2 export` reads."""
     path.parent.mkdir(exist_ok=True)
-    save_checkpoint(path, backbone.state_dict(), config.vit_config, {**facts, "steps": step})
+    save_checkpoint(path, backbone.state_dict(), vit, facts)
 
 
-def write_sheet(config: TrainConfig, data: Data, backbone: DinoVisionTransformer, step: int, total: int) -> None:
-    """`sheets/step_N.png`: a few training photos with the crops that step would make of them."""
-    step_of_gallery = max(1, len(data.known) // GALLERY)
+def write_sheet(
+    path: Path,
+    backbone: DinoVisionTransformer,
+    data: Data,
+    crop_settings: CropSettings,
+    release: Release,
+    step: int,
+    total: int,
+) -> None:
+    """A picture of a few training images with the crops that `step` would make of them."""
+    stride = max(1, len(data.train_sample) // GALLERY)
     gallery, names, squares = [], [], list[tuple[Any, float]]()
-    for photo in data.known[::step_of_gallery][:GALLERY]:
+    for photo in data.train_sample[::stride][:GALLERY]:
         try:
             pixels = photo.read()
-            square = squash(pixels, config.cache_size)
+            square = squash(pixels, release.side)
         except ValueError:  # a streamed photo that is broken: the loader lists it
             continue
-        if len(squares) < min(SHEET_PHOTOS, config.batch_size):
+        if len(squares) < min(SHEET_PHOTOS, crop_settings.batch_size):
             squares.append(square)
-        gallery.append(shrunk(pixels, config.eval_spec))
+        gallery.append(shrunk(pixels, release.eval_spec))
         names.append(photo.label or "")
     if not gallery:  # of many streamed photos, all looked at are broken
         return
     device = backbone.cls_token.device
     images = torch.from_numpy(np.stack([square for square, _ in squares])).to(device)
     aspect = torch.tensor([aspect for _, aspect in squares])
-    views = crop_views(config, (step - 1) / total)
-    crops = make_crops(config, images, aspect, step - 1, torch.arange(len(squares)), views, device)
+    phase = crop_settings.phase((step - 1) / total)
+    crops = make_crops(crop_settings, images, aspect, step - 1, torch.arange(len(squares)), phase, device)
     sheet = picture_sheet(
         backbone,
         gallery,
         range(len(squares)),
-        config.eval_spec,
+        release.eval_spec,
         globals_=crops.globals_,
         masks=crops.hidden,
         locals_=crops.locals_,
         names=names,
-        title=f"{config.model}, recipe {config.recipe}, step {step} of {total}",
+        title=f"{release.title}, step {step} of {total}",
     )
-    save_sheet(sheet, config.out / "sheets" / f"step_{step:08}.png")
-
-
-def finish(
-    config: TrainConfig, world: World, data: Data, parts: Parts, facts: dict[str, Any], total: int
-) -> tuple[Path, str]:
-    """Whitening, k-NN, the last checkpoint, a picture and the report; the checkpoint's path and what to tell people."""
-    path = config.out / CHECKPOINT
-    backbone = released_backbone(config, world, parts)
-    if not world.is_main:
-        return path, ""
-    if config.whiten is not None:
-        sample = data.known[:: math.ceil(len(data.known) / WHITENING_PHOTOS)]
-        whiten(backbone, compute_features(backbone, sample, config.eval_spec).pooled("cls"), config.whiten)
-    knn = report_knn(config, data, backbone)
-    write_whole(config.out / "knn.json", json.dumps(knn, indent=1))
-    write_checkpoint(path, config, backbone, facts | {"knn": knn, "whitened": config.whiten is not None}, total)
-    write_sheet(config, data, backbone, total, total)
-    report = write_report(config.out)
-    found = f"k-NN on {len(data.held_out)} held-out photos, {config.eval_spec.crop} px: {knn}"
-    return path, f"{found if knn else 'no k-NN: one class, or nothing held out'}\nreport: {report}"
+    save_sheet(sheet, path)

@@ -1,8 +1,15 @@
-"""A run between its steps: lines and pictures written, sentinels asked, states saved, an earlier one gone back to."""
+"""What the loop holds, and its verbs: log a line, evaluate, save, roll back, release.
 
+Every rank must call each of them; rank 0 writes and decides.
+"""
+
+import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -11,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.config import TrainConfig
-from training.data.crops import make_micros
+from training.data.crops import CropSettings, make_micros
 from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
-from training.outcome import CHECKPOINT, released_backbone, report_knn, write_checkpoint, write_sheet
-from training.setup import Setup
-from training.state import Saved, drop_states, find_state, load_state, remember, save_state
-from training.step import Schedules
+from training.evaluate.features import compute_features
+from training.outcome import CHECKPOINT, Release, released_backbone, report_knn, write_checkpoint, write_sheet
+from training.pages.report import write_report
+from training.state import Saved, drop_states, find_state, load_state, remember, save_state, write_whole
+from training.step import Schedules, Setup, StepSettings
 from training.watch.monitor import Monitor
 from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
+from training.whiten import whiten
 
 RANKME_ROWS = 1024  # enough for an effective rank, and a short wait
+WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
 
 
 class RunStopped(RuntimeError):
@@ -46,126 +55,108 @@ class Sigterm:
             raise Interrupted("stopped by SIGTERM; nothing was under way that is not saved: the same command goes on")
 
 
+@contextmanager
+def sigterm_noted() -> Iterator[Sigterm]:
+    """Inside, SIGTERM is what `Sigterm` says. Only a process's main thread hears signals: in others nothing changes."""
+    stop = Sigterm()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between two lines, evaluations, sheets and checkpoints that stay; 0 is never. States go by the clock."""
+
+    log: int
+    evaluate: int
+    sheet: int
+    checkpoint: int
+    save_seconds: float
+
+
 @dataclass
 class Run:
     """What the loop holds."""
 
-    config: TrainConfig
+    out: Path
+    settings: dict[str, Any]  # the configuration, as JSON types
     world: World
     data: Data
+    crops: CropSettings
     setup: Setup
+    step_settings: StepSettings
     schedules: Schedules
     total: int
     steps_per_epoch: int
-    facts: dict[str, Any]
-    teacher_digest: str | None
+    every: Intervals
+    keep_states: int
     sentinels: Sentinels
-    monitor: Monitor
     not_finite: FirstNotFinite
+    monitor: Monitor
     work: Callable[[float], float]  # floating-point operations of a step, when so much of the run is over
+    release: Release
+    teacher_digest: str | None
     saved_at: float  # time.monotonic() of the last save
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json")
 
-
-def look_up(run: Run, step: int, stop: Sigterm) -> bool:
-    """Whether to wait for the device, write and decide after this step; the same on all ranks.
-
-    Ranks have clocks and signals of their own, so they ask each other: torchrun gives them 30 seconds to leave.
-    """
-    config = run.config
-    every = [config.log_every, every_steps(run, config.eval_every_epochs), config.sheet_every]
-    every.append(every_steps(run, config.keep_checkpoints_every_epochs))
-    if step == run.total or any(step % n == 0 for n in every if n):
-        return True
-    return agree(run.world, stop.came or save_is_due(run))
-
-
-def save_is_due(run: Run) -> bool:
-    return time.monotonic() - run.saved_at > 60 * run.config.save_every_minutes
-
-
-def every_steps(run: Run, epochs: float) -> int:
-    """Epochs as steps; 0 is never."""
-    return max(1, round(epochs * run.steps_per_epoch)) if epochs else 0
-
-
-def is_time(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is one of every so many; 0 is never."""
     return every > 0 and step % every == 0
 
 
-def check(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor, stop: Sigterm) -> int:
-    """Write a line, ask the sentinels, save what is due. The step to go on after: an earlier one after a rollback.
+def is_save_due(run: Run) -> bool:
+    """Whether this rank's clock asks for a state."""
+    return time.monotonic() - run.saved_at > run.every.save_seconds
 
-    Raises:
-        RunStopped, Interrupted.
+
+def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
+    """Whether anything is to be written or decided after this step; the same on all ranks.
+
+    Ranks have clocks and signals of their own, so they ask each other: torchrun gives them 30 seconds to leave.
     """
-    config, world, monitor = run.config, run.world, run.monitor
-    asked: list[Callable[[], Verdict | None]] = [lambda: check_finite(run)]
-    if is_time(step, config.log_every) or step == run.total:
-        asked.append(lambda: write_line(run, step, terms, seen))
-    if step < run.total and is_time(step, every_steps(run, config.eval_every_epochs)):
-        asked.append(lambda: guard_knn(run, step))
-    for ask in asked:
-        if (verdict := ask()) is None:
-            continue
-        monitor.say(step, {"warn": "warning"}.get(verdict.action, verdict.action), verdict.message)
-        if verdict.action == "stop":
-            raise RunStopped(verdict.message)
-        if verdict.action == "rollback":
-            return go_back(run, verdict)
-    with monitor.paused():
-        if is_time(step, every_steps(run, config.keep_checkpoints_every_epochs)):
-            keep_checkpoint(run, config.out / "checkpoints" / f"step_{step:08}.safetensors", step)
-        if is_time(step, config.sheet_every) and step < run.total:
-            backbone = released_backbone(config, world, run.setup.parts)
-            if world.is_main:
-                write_sheet(config, run.data, backbone, step, run.total)
-        stopping = agree(world, stop.came)
-        best = config.on_knn != "warn" and step == run.sentinels.state.best_knn_step  # to go back to, or to stay
-        if agree(world, save_is_due(run)) or best or stopping or step == run.total:
-            save(run, step)
-    if stopping:
-        raise Interrupted(f"stopped by SIGTERM after step {step} of {run.total}: saved; the same command goes on")
-    return step
+    every = run.every
+    if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
+        return True
+    return agree(run.world, stop.came or is_save_due(run))
 
 
-def check_finite(run: Run) -> Verdict | None:
-    """What was not finite since the last look; its batch is kept. Weights have not taken it in (training/step.py)."""
+def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The figures that must be finite in every step. fp16 finds its loss scale by gradients that overflow."""
+    norms = () if "loss_scale" in run.setup.parts.buffers else ("grad_norm",)
+    return {name: value for name, value in terms.items() if name == "loss" or name.startswith(norms)}
+
+
+def find_not_finite(run: Run) -> Verdict | None:
+    """What was not finite since the last call; its batch is kept. Weights have not taken it in (training/step.py)."""
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
         return None
-    found = run.not_finite.read()
-    figures = found[1] if found else {}  # of another rank
+    noted = run.not_finite.read()
+    figures = noted[1] if noted else {}  # of another rank
     batch = run.data.loader.batch(first - 1)
     path = None
     if run.world.is_main:
-        [crops, *_] = make_micros(run.config, run.world, batch.pixels, batch.aspect, first - 1, run.total)
+        [crops, *_] = make_micros(run.crops, run.world, batch.pixels, batch.aspect, first - 1, run.total)
         tensors = {"globals_": crops.globals_, "masks": crops.masks}
         tensors |= {} if crops.locals_ is None else {"locals_": crops.locals_}
-        facts = {"indices": batch.indices, "seed": run.config.seed}
-        path = save_replay(run.config.out / "replays", first, batch.names, tensors, figures, facts=facts)
+        facts = {"indices": batch.indices, "seed": run.crops.seed}
+        path = save_replay(run.out / "replays", first, batch.names, tensors, figures, facts=facts)
     run.not_finite.clear()
     return decide(run, lambda: run.sentinels.check_finite(first, figures, path))
 
 
-def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
-    """What the sentinels of rank 0 answer. The others learn what these remember: each rank's figures are its own."""
-    verdict = ask() if run.world.is_main else None
-    verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
-    run.sentinels.load_state_dict(state)
-    return verdict
-
-
-def write_line(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor) -> Verdict | None:
+def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
     """A line of metrics.jsonl; what the collapse sentinel says of it."""
-    config = run.config
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
-    figures["dino_over_ln_k"] = figures["dino"] / math.log(config.n_prototypes)
-    figures["rankme_share"] = rankme_share(seen[:RANKME_ROWS])
+    figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
+    figures["rankme_share"] = rankme_share(cls_tokens[:RANKME_ROWS])
     figures |= {
         "epoch": step / run.steps_per_epoch,
         "lr": float(run.schedules.lr["head"][step - 1]) * run.sentinels.lr_factor,
@@ -177,15 +168,15 @@ def write_line(run: Run, step: int, terms: dict[str, Tensor], seen: Tensor) -> V
     return decide(run, lambda: run.sentinels.check_line(step, figures))
 
 
-def guard_knn(run: Run, step: int) -> Verdict | None:
-    """k-NN on the held-out photos, if it is asked for during the run; what its sentinel says."""
-    if not run.config.eval_every_epochs:
+def evaluate(run: Run, step: int) -> Verdict | None:
+    """k-NN on the held-out images, if it is asked for during the run; what its sentinel says."""
+    if not run.every.evaluate:
         return None
     with run.monitor.paused():
-        backbone = released_backbone(run.config, run.world, run.setup.parts)
+        backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
-            if not (knn := report_knn(run.config, run.data, backbone)):
+            if not (knn := report_knn(run.release.eval_spec, run.data, backbone)):
                 return None
             run.monitor.evaluated(step, {f"knn_{p}_{k}": value for p, by_k in knn.items() for k, value in by_k.items()})
             return run.sentinels.check_knn(step, knn["cls"][10])
@@ -193,34 +184,75 @@ def guard_knn(run: Run, step: int) -> Verdict | None:
         return decide(run, ask)
 
 
-def go_back(run: Run, verdict: Verdict) -> int:
+def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
+    """What the sentinels of rank 0 answer. The others learn what these remember: each rank's figures are its own."""
+    verdict = ask() if run.world.is_main else None
+    verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
+    run.sentinels.load_state_dict(state)
+    return verdict
+
+
+def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
+    """Say a verdict, and stop if it says so. The verdict, if it asks for a rollback.
+
+    Raises:
+        RunStopped: it ends the run.
+    """
+    if verdict is None:
+        return None
+    run.monitor.say(step, {"warn": "warning"}.get(verdict.action, verdict.action), verdict.message)
+    if verdict.action == "stop":
+        raise RunStopped(verdict.message)
+    return verdict if verdict.action == "rollback" else None
+
+
+def roll_back(run: Run, verdict: Verdict) -> int:
     """Take the newest state of `verdict.back_to` or before; the step to go on after.
 
     Raises:
         RunStopped: there is none.
     """
     wait_for_all(run.world)
-    saved, _ = from_main(run.world, find_state(run.config.out, verdict.back_to) if run.world.is_main else (None, []))
+    saved, _ = from_main(run.world, find_state(run.out, verdict.back_to) if run.world.is_main else (None, []))
     if saved is None:
         raise RunStopped(f"{verdict.message} No state of step {verdict.back_to} or before is left: the run stops.")
     load_state(saved, run.setup.parts)
     run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
-        drop_states(run.config.out, saved.step)
+        drop_states(run.out, saved.step)
         remember(saved, memory_of(run))  # what the sentinels have learned
     if saved.step:
-        keep_checkpoint(run, run.config.out / CHECKPOINT, saved.step)
+        save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)
     run.monitor.say(saved.step, "rollback", f"goes on after step {saved.step}")
     run.saved_at = time.monotonic()
     return saved.step
 
 
-def keep_checkpoint(run: Run, path: Path, step: int) -> None:
-    """The average's backbone as a checkpoint. Every rank must call it."""
-    backbone = released_backbone(run.config, run.world, run.setup.parts)
+def is_best(run: Run, step: int) -> bool:
+    """Whether k-NN was never better: what the guard goes back to, or what stays of a run that it stops."""
+    return run.sentinels.limits.on_knn != "warn" and step == run.sentinels.state.best_knn_step
+
+
+def save(run: Run, step: int) -> Saved | None:
+    """State and checkpoint; None on ranks that do not write."""
+    skipped = from_all(run.world, run.data.unlisted())  # a run that goes on from here does not try their photos again
     if run.world.is_main:
-        write_checkpoint(path, run.config, backbone, run.facts, step)
+        list_skipped(skipped, run.out, run.monitor.console)
+    saved = save_state(
+        run.out,
+        run.setup.parts,
+        step,
+        run.settings,
+        memory_of(run),
+        run.keep_states,
+        run.world,
+        run.sentinels.may_go_back_to(),
+    )
+    if step:
+        save_checkpoint(run, run.out / CHECKPOINT, step)
+    run.saved_at = time.monotonic()
+    return saved
 
 
 def memory_of(run: Run) -> dict[str, Any]:
@@ -228,16 +260,41 @@ def memory_of(run: Run) -> dict[str, Any]:
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
 
-def save(run: Run, step: int) -> Saved | None:
-    """State and checkpoint. Every rank must call it; None on those that do not write."""
-    config, needed = run.config, run.sentinels.may_go_back_to()
-    skipped = from_all(run.world, run.data.unlisted())  # a run that goes on from here does not try their photos again
+def save_checkpoint(run: Run, path: Path, step: int) -> None:
+    """The average's backbone as a checkpoint."""
+    backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
-        list_skipped(skipped, config.out, run.monitor.console)
-    saved = save_state(
-        config.out, run.setup.parts, step, run.settings, memory_of(run), config.keep_states, run.world, needed
-    )
-    if step:
-        keep_checkpoint(run, config.out / CHECKPOINT, step)
-    run.saved_at = time.monotonic()
-    return saved
+        write_checkpoint(path, backbone, run.release.vit, {**run.release.facts, "steps": step})
+
+
+def draw_sheet(run: Run, step: int) -> None:
+    """`sheets/step_N.png`: what the average sees in a few training images."""
+    backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
+    if run.world.is_main:
+        write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)
+
+
+def sheet_path(run: Run, step: int) -> Path:
+    return run.out / "sheets" / f"step_{step:08}.png"
+
+
+def release(run: Run) -> Path:
+    """Whitening, k-NN, the last checkpoint, a sheet and the report; the checkpoint's path."""
+    path, data, how = run.out / CHECKPOINT, run.data, run.release
+    backbone = released_backbone(how.vit, run.world, run.setup.parts)
+    if run.world.is_main:
+        if how.whiten is not None:
+            sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_PHOTOS)]
+            whiten(backbone, compute_features(backbone, sample, how.eval_spec).pooled("cls"), how.whiten)
+        knn = report_knn(how.eval_spec, data, backbone)
+        write_whole(run.out / "knn.json", json.dumps(knn, indent=1))
+        results = {"knn": knn, "whitened": how.whiten is not None, "steps": run.total}
+        write_checkpoint(path, backbone, how.vit, {**how.facts, **results})
+        write_sheet(sheet_path(run, run.total), backbone, data, run.crops, how, run.total, run.total)
+        report = write_report(run.out)
+        words = f"k-NN on {len(data.held_out)} held-out photos, {how.eval_spec.crop} px: {knn}"
+        run.monitor.console.print(
+            f"{words if knn else 'no k-NN: one class, or nothing held out'}\nreport: {report}", markup=False
+        )
+    wait_for_all(run.world)
+    return path

@@ -6,7 +6,6 @@ Legend: D width of the backbone, K prototypes.
 import functools
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,19 +20,10 @@ from training.config import TrainConfig
 from training.distributed import World, replicate, shard
 from training.optimizer import make_optimizer
 from training.state import Parts
+from training.step import Setup
 from training.student_teacher import Network, make_teacher
 
 LOSS_SCALE = 2.0**16  # of fp16 at the start, as torch's GradScaler
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every step uses. `learner` is what is called to train: the student, behind DDP where there are ranks."""
-
-    parts: Parts
-    learner: nn.Module
-    autocast: torch.autocast
-    world: World
 
 
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -78,15 +68,15 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
     if path.is_dir():
         # What loading makes on the way does not belong into the artifact.
         with tempfile.TemporaryDirectory() as derived:
-            found = load_artifact(path, derived_dir=Path(derived)).manifest.config
+            shape = load_artifact(path, derived_dir=Path(derived)).manifest.config
         weights = load_state_dict_file(path / WEIGHTS)
     elif path.suffix == ".safetensors" and is_own_checkpoint(path):
-        weights, found, _ = load_checkpoint(path)
+        weights, shape, _ = load_checkpoint(path)
     else:
         loaded = load_model(model, path) if path.exists() else load_model(init)
-        weights, found = loaded.state_dict(), loaded.config
-    if found != config:
-        raise ValueError(f"init={init} is another network than the run's: {found}, not {config}")
+        weights, shape = loaded.state_dict(), loaded.config
+    if shape != config:
+        raise ValueError(f"init={init} is another network than the run's: {shape}, not {config}")
     return weights
 
 
@@ -107,13 +97,13 @@ def make_network(config: TrainConfig) -> Network:
     return network
 
 
-def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | None = None) -> Setup:
+def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | None = None) -> Setup:
     """Everything at step 0, a function of the configuration.
 
     Args:
         config: the run's settings.
         world: this process among the ranks.
-        given_teacher: of a distillation: a frozen network called as `Network` is.
+        frozen_teacher: of a distillation, called as `Network` is.
     """
     autocast = make_autocast(config.precision, world.device)
     student = make_network(config).to(world.device)
@@ -123,7 +113,7 @@ def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | Non
             # Everything but a block's input is computed again in the backward pass.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile if isinstance(config.compile, bool) else world.device.type == "cuda":
-        compile_blocks(student, given_teacher or ema)
+        compile_blocks(student, frozen_teacher or ema)
     sharded = world.size > 1 and strategy_of(config) == "fsdp"
     if sharded:
         for network in (student, ema):
@@ -142,7 +132,7 @@ def make_setup(config: TrainConfig, world: World, given_teacher: nn.Module | Non
     if config.precision == "fp16":
         buffers["loss_scale"] = torch.tensor(LOSS_SCALE, device=world.device)
         buffers["good_steps"] = torch.tensor(0.0, device=world.device)
-    parts = Parts(student, ema, given_teacher or ema, optimizer, buffers)
+    parts = Parts(student, ema, frozen_teacher or ema, optimizer, buffers)
     return Setup(parts, student if sharded else replicate(student, world), autocast, world)
 
 

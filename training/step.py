@@ -1,19 +1,28 @@
 """One step: targets from the teacher, losses of the student, an update of both.
 
-Legend: B photos per step, V views, N patches of a global crop, K prototypes, M masked patches.
+`TERMS` has the losses: an entry there, its definition in `losses.py` and a `NAME_weight` in `config.py` are all that a
+further one needs.
+
+Legend: B images per step, b of them in this micro-batch, V views, N patches of a global crop, K prototypes, M masked
+patches.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.config import TrainConfig
 from training.data.crops import Crops
-from training.distributed import gather_rows, gradients_stay_local, local, logsumexp_over_ranks, sum_over_ranks
+from training.distributed import (
+    World,
+    gather_rows,
+    gradients_stay_local,
+    local,
+    logsumexp_over_ranks,
+    sum_over_ranks,
+)
 from training.losses import (
     batch_norm_center,
     center_targets,
@@ -24,12 +33,35 @@ from training.losses import (
     update_center,
 )
 from training.optimizer import Part, clip_gradients, optimizer_step, set_schedule
-from training.schedules import Schedule, cosine, linear_then_constant
-from training.setup import Setup
-from training.student_teacher import update_teacher
+from training.schedules import Schedule
+from training.state import Parts
+from training.student_teacher import Output, update_teacher
 from training.teacher_targets import TeacherTargets
 
 SCALE_GROWS_AFTER = 2000
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step is told besides its images. A loss whose weight is 0 is 0 and not computed, but for DINO's."""
+
+    seed: int
+    loss_weights: Mapping[str, float]  # by the names of `TERMS`
+    student_temp: float
+    centering: Literal["sinkhorn", "softmax", "batch_norm"]
+    center_momentum: float
+    koleo_over_ranks: bool  # neighbours are looked for on all ranks, else among this rank's images
+    clip_grad: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every step uses. `learner` is what is called to train: the student, behind DDP where there are ranks."""
+
+    parts: Parts
+    learner: nn.Module
+    autocast: torch.autocast
+    world: World
 
 
 @dataclass(frozen=True)
@@ -42,37 +74,6 @@ class Schedules:
     teacher_temp: Schedule
 
 
-def make_schedules(config: TrainConfig, total: int) -> Schedules:
-    """The run's schedules, `total` steps each.
-
-    With a frozen backbone the heads warm up in the first half of its rest, so that they have learned something when it
-    begins, and its own warm-up begins with it. A last phase with an `lr_mult` has a rate and a momentum of its own.
-    """
-    peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
-    frozen = int(config.freeze_backbone * total)
-    heads = cosine(peak, config.min_lr, total, warmup=min(warmup, frozen // 2) if frozen else warmup)
-    rest = cosine(peak, config.min_lr, total - frozen, warmup=min(warmup, total - frozen))
-    fixed_layer = np.arange(total) < int(config.freeze_last_layer * total)
-    lr: dict[Part, Schedule] = {
-        "backbone": np.concatenate((np.zeros(frozen), rest)),
-        "head": heads,
-        "last_layer": np.where(fixed_layer, 0, heads),
-    }
-    momentum = cosine(*config.momentum, total)
-    if config.last_phase is not None and config.last_phase.lr_mult is not None:
-        phase = np.arange(total) / total >= 1 - config.last_phase.share  # as `crop_views` has it
-        n_steps = int(phase.sum())
-        for schedule in lr.values():
-            schedule[phase] = cosine(peak * config.last_phase.lr_mult, config.min_lr, n_steps)
-        momentum[phase] = cosine(*config.momentum, n_steps)
-    return Schedules(
-        lr=lr,
-        weight_decay=cosine(*config.weight_decay, total),
-        momentum=momentum,
-        teacher_temp=linear_then_constant(*config.teacher_temp, total, int(config.teacher_temp_warmup * total)),
-    )
-
-
 @dataclass(frozen=True)
 class Targets:
     """What the student of one micro-batch is asked for: class tokens [2, b, K] and patches [M, K], rows sum to one."""
@@ -81,80 +82,8 @@ class Targets:
     patches: Tensor | TeacherTargets
 
 
-@torch.no_grad()
-def teacher_targets(config: TrainConfig, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
-    """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch."""
-    outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
-    cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
-    cls = _center(config, setup, "dino", cls_logits, temp)
-    patches: Sequence[Tensor | TeacherTargets] = [output.patch_logits for output in outputs]
-    if config.ibot_weight > 0:
-        patches = _center(config, setup, "ibot", [output.patch_logits for output in outputs], temp)
-    return [Targets(*pair) for pair in zip(cls, patches, strict=True)]
-
-
-def _center(
-    config: TrainConfig, setup: Setup, head: str, logits: list[Tensor], temp: float
-) -> Sequence[Tensor | TeacherTargets]:
-    """Logits [..., K] of each micro-batch to targets. The moving centre is updated after it was used."""
-    total = sum_over_ranks(setup.world)
-    if config.centering == "sinkhorn":
-        return sinkhorn_targets(logits, temp, combine=logsumexp_over_ranks(setup.world))
-    if config.centering == "batch_norm":
-        return batch_norm_center(logits, temp, sum_over_ranks=total)
-    center = setup.parts.buffers[head]
-    targets = [center_targets(part, center.clone(), temp) for part in logits]
-    moved = update_center(center, logits, config.center_momentum, sum_over_ranks=total)
-    center.copy_(torch.where(moved.isfinite().all(), moved, center))
-    return targets
-
-
-def entropy(targets: Tensor | TeacherTargets) -> Tensor:
-    """Mean entropy of the rows of targets [2, b, K], view by view, since each is a copy of K columns."""
-    views = [targets[view] for view in range(2)]
-    probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
-    return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
-
-
-def losses(config: TrainConfig, setup: Setup, crops: Crops, targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-    """The three losses of one micro-batch, and the student's class tokens [b, D] of the first view, detached.
-
-    DINO is the mean over all pairs of different views.
-
-    Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
-    they are divided by 2, so that ln K stays the mark of collapse.
-    """
-    temp = config.student_temp
-    out = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
-    global_logits = out.global_logits.unflatten(0, (2, -1))  # [2, b, K]
-    pair_sum = sum(dino_loss(global_logits[view], targets.cls[1 - view], temp) for view in range(2))
-    n_pairs = 2
-    if out.local_logits is not None:
-        local_logits = out.local_logits.unflatten(0, (-1, global_logits.shape[1]))  # [V, b, K]
-        pair_sum = pair_sum + dino_loss(local_logits, targets.cls, temp)
-        n_pairs += 2 * len(local_logits)
-    zero = out.cls.new_zeros((), dtype=torch.float32)
-    terms = {
-        "dino": torch.as_tensor(pair_sum) / n_pairs,
-        "ibot": zero
-        if config.ibot_weight == 0
-        else ibot_loss(out.patch_logits, targets.patches, crops.masks, temp, selected=crops.selected),
-        "koleo": sum((_koleo(config, setup, view) for view in out.cls.chunk(2)), start=zero),
-    }
-    return terms, out.cls.detach().chunk(2)[0]
-
-
-def _koleo(config: TrainConfig, setup: Setup, cls: Tensor) -> Tensor:
-    """Of one global view of this micro-batch; neighbours are looked for on all ranks, if the configuration says so."""
-    if config.koleo_weight == 0:
-        return cls.new_zeros((), dtype=torch.float32)
-    if setup.world.size == 1 or not config.koleo_over_ranks:
-        return koleo_loss(cls)
-    return koleo_loss(cls, gather_rows(setup.world, cls), offset=setup.world.rank * len(cls))
-
-
 def train_step(
-    config: TrainConfig,
+    settings: StepSettings,
     setup: Setup,
     schedules: Schedules,
     micros: Sequence[Crops],
@@ -168,53 +97,178 @@ def train_step(
     the device.
 
     Args:
-        config, setup, schedules: of the run.
-        micros: this rank's photos in micro-batches of one size.
+        settings, setup, schedules: of the run.
+        micros: this rank's images in micro-batches of one size.
         step: index into the schedules.
         lr_factor: on all learning rates: lowered by a run that was rolled back.
         measure: give `teacher_entropy` too, which costs a pass over the targets.
 
     Returns:
-        scalars on the device, means over this rank: `dino`, `ibot`, `koleo` unweighted, their weighted sum `loss`,
+        scalars on the device, means over this rank: the losses of `TERMS`, unweighted, their weighted sum `loss`,
         `teacher_entropy`, norms of the gradients before clipping, `finite` (1 or 0); and the student's class tokens
-        [b, D] of the first view of each photo, for RankMe.
+        [b, D] of the first view of each image, for RankMe.
     """
     parts, world = setup.parts, setup.world
     # Drop path draws from the global generator.
-    torch.manual_seed((config.seed * 1_000_003 + step) * world.size + world.rank)
+    torch.manual_seed((settings.seed * 1_000_003 + step) * world.size + world.rank)
     lr = {part: float(schedule[step]) * lr_factor for part, schedule in schedules.lr.items()}
     set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
     with setup.autocast:
-        targets = teacher_targets(config, setup, micros, float(schedules.teacher_temp[step]))
-    scale = parts.buffers.get("loss_scale")
-    weights = {"dino": config.dino_weight, "ibot": config.ibot_weight, "koleo": config.koleo_weight}
-    sums: dict[str, Tensor] = {}
-    tokens = []
+        targets = teacher_targets(settings, setup, micros, float(schedules.teacher_temp[step]))
     parts.optimizer.zero_grad(set_to_none=True)
+    terms, cls_tokens = accumulate_gradients(settings, setup, micros, targets, measure)
+    norms, finite = update_student(parts, settings.clip_grad)
+    update_teacher(parts.student, parts.ema, float(schedules.momentum[step]))
+    return {
+        **terms,
+        **{f"grad_norm_{name}": norm for name, norm in norms.items()},
+        "finite": finite.float(),
+    }, cls_tokens
+
+
+@torch.no_grad()
+def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
+    """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch."""
+    outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
+    cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
+    cls = _center(settings, setup, "dino", cls_logits, temp)
+    patches: Sequence[Tensor | TeacherTargets] = [output.patch_logits for output in outputs]
+    if settings.loss_weights["ibot"] > 0:
+        patches = _center(settings, setup, "ibot", [output.patch_logits for output in outputs], temp)
+    return [Targets(*pair) for pair in zip(cls, patches, strict=True)]
+
+
+def _center(
+    settings: StepSettings, setup: Setup, head: str, logits: list[Tensor], temp: float
+) -> Sequence[Tensor | TeacherTargets]:
+    """Logits [..., K] of each micro-batch to targets. The moving centre is updated after it was used."""
+    total = sum_over_ranks(setup.world)
+    if settings.centering == "sinkhorn":
+        return sinkhorn_targets(logits, temp, combine=logsumexp_over_ranks(setup.world))
+    if settings.centering == "batch_norm":
+        return batch_norm_center(logits, temp, sum_over_ranks=total)
+    center = setup.parts.buffers[head]
+    targets = [center_targets(part, center.clone(), temp) for part in logits]
+    moved = update_center(center, logits, settings.center_momentum, sum_over_ranks=total)
+    center.copy_(torch.where(moved.isfinite().all(), moved, center))
+    return targets
+
+
+def entropy(targets: Tensor | TeacherTargets) -> Tensor:
+    """Mean entropy of the rows of targets [2, b, K], view by view, since each is a copy of K columns."""
+    views = [targets[view] for view in range(2)]
+    probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
+    return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch as the losses see it: what the student made of its crops, and what the teacher asked for."""
+
+    crops: Crops
+    output: Output
+    targets: Targets
+    settings: StepSettings
+    world: World
+
+
+def dino_term(micro: MicroBatch) -> Tensor:
+    """DINO: the mean over all pairs of different views.
+
+    Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
+    they are divided by 2, so that ln K stays the mark of collapse.
+    """
+    output, targets, temp = micro.output, micro.targets.cls, micro.settings.student_temp
+    global_logits = output.global_logits.unflatten(0, (2, -1))  # [2, b, K]
+    pair_sum = sum(dino_loss(global_logits[view], targets[1 - view], temp) for view in range(2))
+    n_pairs = 2
+    if output.local_logits is not None:
+        local_logits = output.local_logits.unflatten(0, (-1, global_logits.shape[1]))  # [V, b, K]
+        pair_sum = pair_sum + dino_loss(local_logits, targets, temp)
+        n_pairs += 2 * len(local_logits)
+    return torch.as_tensor(pair_sum) / n_pairs
+
+
+def ibot_term(micro: MicroBatch) -> Tensor:
+    """iBOT on the masked patches of both global crops."""
+    crops, temp = micro.crops, micro.settings.student_temp
+    return ibot_loss(micro.output.patch_logits, micro.targets.patches, crops.masks, temp, selected=crops.selected)
+
+
+def koleo_term(micro: MicroBatch) -> Tensor:
+    """KoLeo of each global view, summed; neighbours are looked for on all ranks, if the settings say so."""
+    world = micro.world
+
+    def of_view(cls: Tensor) -> Tensor:
+        if world.size == 1 or not micro.settings.koleo_over_ranks:
+            return koleo_loss(cls)
+        return koleo_loss(cls, gather_rows(world, cls), offset=world.rank * len(cls))
+
+    first, second = micro.output.cls.chunk(2)
+    return of_view(first) + of_view(second)
+
+
+TERMS: dict[str, Callable[[MicroBatch], Tensor]] = {"dino": dino_term, "ibot": ibot_term, "koleo": koleo_term}
+"""The losses by name: of one micro-batch, unweighted. Each is a column of metrics.jsonl and a curve of the report."""
+
+ALWAYS_COMPUTED = frozenset({"dino"})  # the sign of collapse is its value, whatever its weight
+
+
+def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
+    """The losses of one micro-batch, and the student's class tokens [b, D] of the first view, detached."""
+    output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
+    micro = MicroBatch(crops, output, targets, settings, setup.world)
+    zero = output.cls.new_zeros((), dtype=torch.float32)
+    terms = {
+        name: compute(micro) if settings.loss_weights[name] != 0 or name in ALWAYS_COMPUTED else zero
+        for name, compute in TERMS.items()
+    }
+    return terms, output.cls.detach().chunk(2)[0]
+
+
+def accumulate_gradients(
+    settings: StepSettings, setup: Setup, micros: Sequence[Crops], targets: Sequence[Targets], measure: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward and backward pass of each micro-batch, averaged over the ranks with the last one.
+
+    Returns:
+        means over the micro-batches: the losses, their weighted sum `loss`, `teacher_entropy` if `measure`; and the
+        student's class tokens [b, D] of the first view of each image.
+    """
+    weights, scale = settings.loss_weights, setup.parts.buffers.get("loss_scale")
+    means: dict[str, Tensor] = {}
+    cls_tokens = []
     for number, (crops, target) in enumerate(zip(micros, targets, strict=True)):
         with gradients_stay_local(setup.learner, when=number + 1 < len(micros)):
             with setup.autocast:
-                terms, cls = losses(config, setup, crops, target)
-            tokens.append(cls)
+                terms, cls = losses(settings, setup, crops, target)
+            cls_tokens.append(cls)
             loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum() / len(micros)
             torch.autograd.backward(loss if scale is None else loss * scale)
         terms["loss"] = loss * len(micros)
         if measure:
             terms["teacher_entropy"] = entropy(target.cls)
         for name, value in terms.items():
-            sums[name] = sums.get(name, 0) + value.detach() / len(micros)
+            means[name] = means.get(name, 0) + value.detach() / len(micros)
+    return means, torch.cat(cls_tokens)
+
+
+def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Clip the gradients and take the optimizer's step, unless one of them is not finite.
+
+    Returns:
+        norms of the gradients before clipping, by sub-module, and a bool scalar: whether all are finite.
+    """
+    scale = parts.buffers.get("loss_scale")
     if scale is not None:
         grads = [parameter.grad for parameter in parts.student.parameters() if parameter.grad is not None]
         torch._foreach_mul_([local(grad) for grad in grads], 1 / scale)
-    norms = clip_gradients(parts.student, config.clip_grad)
+    norms = clip_gradients(parts.student, clip_grad)
     finite = torch.stack(list(norms.values())).isfinite().all()
     optimizer_step(parts.optimizer, finite)
     if scale is not None:
         adapt_scale(parts.buffers, finite)
-    update_teacher(parts.student, parts.ema, float(schedules.momentum[step]))
-    return {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}, "finite": finite.float()}, torch.cat(
-        tokens
-    )
+    return norms, finite
 
 
 def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The loop: photos in, checkpoint out.
+"""The loop: images in, checkpoint out.
 
-Per step (facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`): the teacher looks at two large crops of each photo
+Per step (facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`): the teacher looks at two large crops of each image
 and gives targets; the student looks at the same two with patches masked, and at several small ones; its class tokens
 must agree with the teacher's of the other crops (DINO), its masked patches with what the teacher sees there (iBOT), and
 its embeddings must spread (KoLeo). The teacher then follows the student slowly.
@@ -11,49 +11,49 @@ ranks see what one would. The host waits for the device only where a line is wri
     out/checkpoint.safetensors   what is released: the average's backbone; `dinov2 export` reads it
     out/states/                  what a stopped run goes on from; out/lock is held while a process trains here
     out/metrics.jsonl ...        training/watch/monitor.py; report.html at the end
-    out/skipped.txt              photos that could not be read
+    out/skipped.txt              images that could not be read
 """
 
-import functools
 import json
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from model.cpus import available_cpus
 from training.config import TrainConfig
 from training.data.crops import make_micros
-from training.data.loader import waiting_advice
-from training.data.run_images import Data, check_apart, open_data
-from training.distill import PrototypeTeacher, check_same_teacher, load_teacher, teacher_digest
-from training.distributed import World, from_main, join, wait_for_all
-from training.outcome import finish
-from training.provenance import provenance
-from training.run import Run, Sigterm, check, guard_knn, is_time, look_up, memory_of, save
-from training.setup import attention_kernel, compute_dtype, make_autocast, make_setup
-from training.state import (
-    Saved,
-    alone_in,
-    check_same_settings,
-    drop_states,
-    load_state,
-    remember,
-    start_from,
-    write_whole,
+from training.data.run_images import check_apart, open_data
+from training.distill import PrototypeTeacher
+from training.distributed import World, agree, from_main, join
+from training.run import (
+    Interrupted,
+    Run,
+    Sigterm,
+    draw_sheet,
+    evaluate,
+    find_not_finite,
+    is_best,
+    is_due,
+    is_save_due,
+    log_line,
+    memory_of,
+    needs_the_host,
+    obey,
+    release,
+    roll_back,
+    save,
+    save_checkpoint,
+    sigterm_noted,
+    watched,
 )
-from training.step import make_schedules, train_step
-from training.watch.flops import describe_device, device_peak_flops, work_of_step
-from training.watch.monitor import EVALUATIONS, METRICS, Monitor, cut_lines
-from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
-from training.watch.sinks import make_sinks
+from training.setup import attention_kernel, compute_dtype, make_autocast
+from training.state import Saved, alone_in, drop_states, load_state, remember, start_from, write_whole
+from training.step import train_step
+from training.watch.monitor import EVALUATIONS, cut_lines
+from training.wiring import image_settings, make_run
 
 INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, saved
 
@@ -65,9 +65,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the checkpoint's path.
 
     Raises:
-        ValueError: no usable photos, another process trains in `config.out`, or it holds a run with other settings or
-            photos, or with states of which none is whole.
-        OSError: the photos' place does not answer, or the run's folder cannot be written.
+        ValueError: no usable images, another process trains in `config.out`, or it holds a run with other settings or
+            images, or with states of which none is whole.
+        OSError: the images' place does not answer, or the run's folder cannot be written.
         RunStopped: a sentinel ended it.
         Interrupted: SIGTERM ended it.
     """
@@ -75,182 +75,124 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with (
         sigterm_noted() as stop,
         join(config.device) as world,
-        run_folder(config, world),
-        open_data(config, world, console) as data,
+        run_folder(config.data, config.out, world),
+        open_data(image_settings(config), world, console) as data,
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
-        run, saved, broken = begin(config, world, data, console)
+        saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
+        run = make_run(config, world, data, console, saved)
         with run.monitor:
-            start(run, saved, broken)
+            step = restore(run, saved, damaged)
+            announce(run, step)
             stop.deferred = True
-            loop(run, saved.step if saved else 0, stop)
+            training_loop(run, step, stop)
             stop.deferred = False
-            path, words = finish(config, world, data, run.setup.parts, run.facts, run.total)
-            if world.is_main:
-                console.print(words, markup=False)
-            wait_for_all(world)
-            return path
+            return release(run)
 
 
-@contextmanager
-def run_folder(config: TrainConfig, world: World) -> Iterator[None]:
-    """The run's folder, made if it is missing, and this run's alone."""
-    check_apart(config.data, config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
-    with alone_in(config.out) if world.is_main else nullcontext():
-        yield
+def training_loop(run: Run, step: int, stop: Sigterm) -> None:
+    """All steps after the first `step`.
 
-
-def loop(run: Run, step: int, stop: Sigterm) -> None:
-    """All steps after the first `step`."""
+    Raises:
+        RunStopped, Interrupted.
+    """
     while step < run.total:
-        if run.sentinels.passes_over(step + 1):
+        if run.sentinels.passes_over(step + 1):  # its images broke the step before a rollback
             step += 1
             if step == run.total:
                 save(run, step)
             continue
-        terms, seen = one_step(run, step)
-        run.not_finite.note(step + 1, {name: terms[name] for name in terms if is_watched(run.config, name)})
+
+        # Step
+        with run.monitor.waiting():
+            batch = run.data.loader.batch(step)
+        micros = make_micros(run.crops, run.world, batch.pixels, batch.aspect, step, run.total)
+        measure = is_due(step + 1, run.every.log) or step + 1 == run.total
+        lr_factor = run.sentinels.lr_factor
+        terms, cls_tokens = train_step(run.step_settings, run.setup, run.schedules, micros, step, lr_factor, measure)
         step += 1
+        run.not_finite.note(step, watched(run, terms))
         run.monitor.advance(step, run.work((step - 1) / run.total))
-        if look_up(run, step, stop):
-            step = check(run, step, terms, seen, stop)
+        if not needs_the_host(run, step, stop):
+            continue
+
+        # Log and evaluate; each may end in a verdict of the sentinels
+        last = step == run.total
+        rollback = obey(run, step, find_not_finite(run))
+        if rollback is None and (last or is_due(step, run.every.log)):
+            rollback = obey(run, step, log_line(run, step, terms, cls_tokens))
+        if rollback is None and not last and is_due(step, run.every.evaluate):
+            rollback = obey(run, step, evaluate(run, step))
+        if rollback is not None:
+            step = roll_back(run, rollback)
+            continue
+
+        # Save
+        with run.monitor.paused():
+            if is_due(step, run.every.checkpoint):
+                save_checkpoint(run, run.out / "checkpoints" / f"step_{step:08}.safetensors", step)
+            if not last and is_due(step, run.every.sheet):
+                draw_sheet(run, step)
+            stopping = agree(run.world, stop.came)
+            if agree(run.world, is_save_due(run)) or is_best(run, step) or stopping or last:
+                save(run, step)
+        if stopping:
+            raise Interrupted(f"stopped by SIGTERM after step {step} of {run.total}: saved; the same command goes on")
 
 
-def is_watched(config: TrainConfig, name: str) -> bool:
-    """Whether a figure must be finite in every step. fp16 finds its loss scale by gradients that overflow."""
-    return name == "loss" or (name.startswith("grad_norm") and config.precision != "fp16")
+def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
+    """Load the state to go on from, or save the one before the first step; the number of steps done.
 
-
-def one_step(run: Run, step: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Photos, crops, update."""
-    with run.monitor.waiting():
-        batch = run.data.loader.batch(step)
-    micros = make_micros(run.config, run.world, batch.pixels, batch.aspect, step, run.total)
-    measure = is_time(step + 1, run.config.log_every) or step + 1 == run.total
-    return train_step(run.config, run.setup, run.schedules, micros, step, run.sentinels.lr_factor, measure)
-
-
-def begin(config: TrainConfig, world: World, data: Data, console: Console) -> tuple[Run, Saved | None, list[str]]:
-    """The run as it is before its first step; the state to go on from, and what is to be said of damaged ones."""
-    steps_per_epoch = len(data.loader) // config.batch_size
-    total = max(1, round(config.epochs * steps_per_epoch))
-    teacher = load_teacher(config).to(world.device) if config.teacher else None
-    setup = make_setup(config, world, teacher)
-    hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
-    facts = provenance(config, data.digest, len(data.loader), hardware)
-    limits = Limits(
-        total,
-        config.n_prototypes,
-        on_collapse=config.on_collapse,
-        on_not_finite=config.on_not_finite,
-        on_knn=config.on_knn,
-        patience=config.sentinel_lines,
-        rollback_lr_factor=config.rollback_lr_factor,
-        min_rankme_share=config.min_rankme_share,
-        knn_margin=config.knn_margin,
-        max_rollbacks=config.max_rollbacks,
-    )
-    digest = teacher_digest(teacher) if teacher is not None else None
-    saved, broken = from_main(world, start_from(config.out) if world.is_main else (None, []))
-    first = saved.step if saved else 0
-    settings = config.model_dump(mode="json")
-    if saved:
-        check_same_settings(saved, settings)
-        data.check_same(saved.memory["data"])
-        check_same_teacher(config, saved.memory["teacher"], digest)
-    peak = (
-        None
-        if compute_dtype(setup.autocast) == torch.float32 and world.device.type == "cuda"
-        else device_peak_flops(world.device, measure=config.measure_peak)
-    )
-    monitor = Monitor(
-        config.out / METRICS,
-        total,
-        first,
-        config.batch_size,
-        console,
-        active=world.is_main,
-        device=world.device,
-        sinks=make_sinks(config.out, first, config.wandb, settings, console.print) if world.is_main else [],
-        peak_flops=None if peak is None else peak * world.size,
-        advise=functools.partial(
-            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or available_cpus()
-        ),
-    )
-    run = Run(
-        config,
-        world,
-        data,
-        setup,
-        make_schedules(config, total),
-        total,
-        steps_per_epoch,
-        facts,
-        digest,
-        Sentinels(limits),
-        monitor,
-        FirstNotFinite(world.device),
-        functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
-        time.monotonic(),
-    )
-    return run, saved, broken
-
-
-def start(run: Run, saved: Saved | None, broken: list[str]) -> None:
-    """What a run does before its first step, or to go on from a state."""
-    config, world, parts = run.config, run.world, run.setup.parts
-    first = saved.step if saved else 0
-    for message in broken:
-        run.monitor.say(first, "warning", message)
+    A run at its beginning is evaluated once, so that the guard knows what the weights had.
+    """
+    step, parts = saved.step if saved else 0, run.setup.parts
+    for message in damaged:
+        run.monitor.say(step, "warning", message)
     if isinstance(parts.teacher, PrototypeTeacher):
         choose_prototypes(run, parts.teacher)
     if saved:
         load_state(saved, parts)
         run.sentinels.load_state_dict(saved.memory["sentinels"])
-        if world.is_main:
-            drop_states(config.out, first)  # damaged ones, in the way of those to come
+        if run.world.is_main:
+            drop_states(run.out, step)  # damaged ones, in the way of those to come
     else:
         saved = save(run, 0)  # says at once whether the folder can hold a state, and is what a rollback may need
-    if first == 0 and run.sentinels.state.best_knn is None:
-        if world.is_main:
-            cut_lines(config.out / EVALUATIONS, -1)
-        guard_knn(run, 0)
-        if world.is_main and saved:
+    if step == 0 and run.sentinels.state.best_knn is None:
+        if run.world.is_main:
+            cut_lines(run.out / EVALUATIONS, -1)
+        evaluate(run, 0)
+        if run.world.is_main and saved:
             remember(saved, memory_of(run))
-    if world.is_main:
-        write_whole(config.out / "config.json", json.dumps(run.settings, indent=1))
-        announce(run, first, run.monitor.console)
+    return step
 
 
 def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
-    """From the run's first photos; the same ones in whatever micro-batches and on whatever ranks."""
-    steps = ((step, run.data.loader.batch(step)) for step in range(run.total))
-    teacher.choose((make_micros(run.config, run.world, b.pixels, b.aspect, n, run.total) for n, b in steps), run.world)
-
-
-def announce(run: Run, first: int, console: Console) -> None:
-    """One line for people: what is trained on what."""
-    config, world, autocast = run.config, run.world, run.setup.autocast
-    console.print(
-        f"{len(run.data.loader)} photos to train on{'' if run.data.loader.in_memory else ' (streamed)'}, "
-        f"{len(run.data.held_out)} held out; {run.total} steps of {config.batch_size} on "
-        f"{f'{world.size} x ' if world.size > 1 else ''}{world.device.type}"
-        f"{f' in {str(autocast.fast_dtype)[6:]}' if autocast._enabled else ''}; ViT {asdict(config.vit_config)}"
-        + (f"; goes on after step {first}" if first else ""),
-        markup=False,
-    )
+    """From the run's first images; the same ones in whatever micro-batches and on whatever ranks."""
+    batches = ((step, run.data.loader.batch(step)) for step in range(run.total))
+    steps = (make_micros(run.crops, run.world, b.pixels, b.aspect, step, run.total) for step, b in batches)
+    teacher.choose(steps, run.world)
 
 
 @contextmanager
-def sigterm_noted() -> Iterator[Sigterm]:
-    """Inside, SIGTERM is what `Sigterm` says. Only a process's main thread hears signals: in others nothing changes."""
-    stop = Sigterm()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
+def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
+    """The run's folder, made if it is missing, and this run's alone."""
+    check_apart(data, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out) if world.is_main else nullcontext():
+        yield
+
+
+def announce(run: Run, step: int) -> None:
+    """`config.json`, and one line for people: what is trained on what."""
+    if not run.world.is_main:
         return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    write_whole(run.out / "config.json", json.dumps(run.settings, indent=1))
+    loader, n_ranks, autocast = run.data.loader, run.world.size, run.setup.autocast
+    run.monitor.console.print(
+        f"{len(loader)} photos to train on{'' if loader.in_memory else ' (streamed)'}, "
+        f"{len(run.data.held_out)} held out; {run.total} steps of {run.crops.batch_size} on "
+        f"{f'{n_ranks} x ' if n_ranks > 1 else ''}{run.world.device.type}"
+        f"{f' in {str(autocast.fast_dtype)[6:]}' if autocast._enabled else ''}; ViT {asdict(run.release.vit)}"
+        + (f"; goes on after step {step}" if step else ""),
+        markup=False,
+    )

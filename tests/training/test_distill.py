@@ -13,12 +13,13 @@ from tests.training.tiny import ALONE, QUIET
 from training import distill
 from training import train as loop
 from training.config import TrainConfig
-from training.data.crops import crop_views, make_crops
+from training.data.crops import make_crops
 from training.distill import PrototypeTeacher, load_teacher, teacher_digest
 from training.distributed import World
 from training.state import find_state
 from training.student_teacher import Network
 from training.watch.monitor import read_lines
+from training.wiring import crop_settings
 
 VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "layerscale_init": 1.0}
 TINY = {
@@ -117,8 +118,8 @@ def test_a_runs_teacher_is_its_average_with_its_heads(photos, teacher, tmp_path)
 
 def crops_of(settings, positions, step=0):
     pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
-    views = crop_views(settings, 0.0)
-    return make_crops(settings, pixels[positions], torch.ones(len(positions)), step, positions, views, ALONE.device)
+    crops, aspect = crop_settings(settings), torch.ones(len(positions))
+    return make_crops(crops, pixels[positions], aspect, step, positions, crops.phase(0.0), ALONE.device)
 
 
 def test_prototypes_are_the_teachers_features_of_the_first_photos(photos, teacher, tmp_path):

@@ -9,12 +9,13 @@ import torch.multiprocessing as mp
 
 from tests.training.tiny import ALONE
 from training.config import TrainConfig
-from training.data.crops import crop_views, make_crops
+from training.data.crops import make_crops
 from training.distributed import agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks, whole
 from training.losses import koleo_loss
 from training.setup import make_setup
 from training.state import check_same_settings, find_state, load_state, save_state
-from training.step import make_schedules, train_step
+from training.step import train_step
+from training.wiring import crop_settings, make_schedules, step_settings
 
 STEPS, BATCH = 5, 8
 SETTINGS = {
@@ -60,6 +61,7 @@ def run(config, world, first=0, last=STEPS, resume_from=None, save_to=None):
     """Losses of each step, averaged over the ranks, and the whole weights of student and average at the end."""
     images, aspect = photos()
     setup, schedules = make_setup(config, world), make_schedules(config, 10)
+    crops = crop_settings(config)
     if resume_from is not None:
         saved, broken = find_state(resume_from)
         assert not broken
@@ -71,10 +73,9 @@ def run(config, world, first=0, last=STEPS, resume_from=None, save_to=None):
     figures = []
     for step in range(first, last):
         micros = [
-            make_crops(config, images[p], aspect[p], step, p, crop_views(config, 0.0), world.device)
-            for p in mine.split(micro)
+            make_crops(crops, images[p], aspect[p], step, p, crops.phase(0.0), world.device) for p in mine.split(micro)
         ]
-        terms, _ = train_step(config, setup, schedules, micros, step)
+        terms, _ = train_step(step_settings(config), setup, schedules, micros, step)
         means = torch.stack([terms[name] for name in ("dino", "ibot", "koleo", "loss")])
         figures.append(sum_over_ranks(world)(means) / world.size)
     if save_to is not None:

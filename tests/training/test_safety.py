@@ -97,8 +97,7 @@ def with_sigterm(step, at):
 
 def guarded_by(guard, monkeypatch):
     """The k-NN guard before the first step and after later ones."""
-    for module in (loop, between):
-        monkeypatch.setattr(module, "guard_knn", guard)
+    monkeypatch.setattr(loop, "evaluate", guard)
 
 
 def wait_for_step(process, out, step):
@@ -210,9 +209,9 @@ def flat(figures_from):
 
     def run(run, step, terms, seen):
         shown = seen[:1].expand(len(seen), -1) if step >= figures_from and run.sentinels.lr_factor == 1 else seen
-        return write_line(run, step, terms, shown)
+        return log_line(run, step, terms, shown)
 
-    write_line = between.write_line
+    log_line = loop.log_line
     return run
 
 
@@ -228,7 +227,7 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
         "teacher_temp": [0.02, 0.02],
         "lr": 1e-3,
     }
-    monkeypatch.setattr(between, "write_line", flat(4))
+    monkeypatch.setattr(loop, "log_line", flat(4))
     monkeypatch.setattr(Sentinels, "_signs", only_rank)
     whole, out = tmp_path / "whole", tmp_path / "run"
     expected = loop.train(config(photos, whole, **settings), QUIET)
@@ -326,7 +325,7 @@ def test_a_run_that_the_guard_stops_keeps_its_best_step(photos, tmp_path, monkey
 def test_the_guard_keeps_what_the_weights_had_before_the_first_step(photos, tmp_path, monkeypatch):
     """Killed between the first state and the first step, a run still knows what it started from."""
     first = loop.train(config(photos, tmp_path / "first"), QUIET)
-    out, guard = tmp_path / "run", loop.guard_knn
+    out, guard = tmp_path / "run", loop.evaluate
     settings = {"init": first, "eval_every_epochs": 1, "epochs": 2, "held_out_share": 0.4, "batch_size": 4}
 
     def killed(run, step):

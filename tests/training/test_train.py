@@ -22,7 +22,6 @@ from training import step
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
-from training.data import crops
 from training.data.crops import Crops, make_micros
 from training.evaluate.features import extract_features
 from training.losses import koleo_loss
@@ -34,6 +33,7 @@ from training.state import find_state
 from training.student_teacher import Network, Output, make_teacher, update_teacher
 from training.watch.monitor import read_lines
 from training.watch.sentinels import load_replay
+from training.wiring import crop_settings, make_schedules, step_settings
 
 
 @pytest.fixture
@@ -290,7 +290,8 @@ def test_the_losses_pair_different_views_only(n_local):
     learner = StubNetwork(k).requires_grad_(False)
     setup = SimpleNamespace(learner=learner, world=ALONE)
     crops = Crops(globals_, locals_, masks, masks, selected)
-    asked = SimpleNamespace(student_temp=temp, ibot_weight=1.0, koleo_weight=0.1, koleo_over_ranks=True)
+    weights = {"dino": 1.0, "ibot": 1.0, "koleo": 0.1}
+    asked = SimpleNamespace(student_temp=temp, loss_weights=weights, koleo_over_ranks=True)
     found, seen = step.losses(asked, setup, crops, step.Targets(cls_probs, patch_probs))
     assert torch.equal(seen, StubNetwork.tokens(globals_, masks).mean(dim=1)[:n])
 
@@ -353,10 +354,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weights(photos, tmp_path):
     started = config(photos, tmp_path / "run")
     setup = make_setup(started, ALONE)
     pixels = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
-    [crops_] = make_micros(started, ALONE, pixels, torch.ones(8), 0, 9)
+    [crops_] = make_micros(crop_settings(started), ALONE, pixels, torch.ones(8), 0, 9)
     crops_.globals_[0] = math.nan
     before = [p.clone() for p in setup.parts.student.parameters()]
-    terms, _ = step.train_step(started, setup, step.make_schedules(started, 9), [crops_], 5)
+    terms, _ = step.train_step(step_settings(started), setup, make_schedules(started, 9), [crops_], 5)
     assert terms["finite"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, setup.parts.student.parameters(), strict=True))
 
@@ -374,7 +375,7 @@ def test_a_run_does_not_go_on_with_other_photos(photos, tmp_path):
 
 def test_warm_up_and_frozen_last_layer_may_overlap(tmp_path):
     found = load_config("smoke", tmp_path, tmp_path, ["warmup=0.6", "freeze_last_layer=0.6"])
-    assert len(step.make_schedules(found, 10).lr["last_layer"]) == 10
+    assert len(make_schedules(found, 10).lr["last_layer"]) == 10
 
 
 def test_a_run_starts_from_another_ones_backbone(photos, tmp_path):
@@ -434,8 +435,7 @@ def test_compiled_blocks_train_like_plain_ones_with_drop_path_and_several_sizes(
 def test_a_last_phase_with_a_rate_of_its_own_begins_anew(tmp_path):
     last = "last_phase={share = 0.2, global_size = 98, local_size = 42, lr_mult = 0.5}"
     plain, phased = (
-        step.make_schedules(load_config("smoke", tmp_path, tmp_path, ["warmup=0.1", *more]), 100)
-        for more in ([], [last])
+        make_schedules(load_config("smoke", tmp_path, tmp_path, ["warmup=0.1", *more]), 100) for more in ([], [last])
     )
     assert np.array_equal(plain.lr["head"][:80], phased.lr["head"][:80])
     assert phased.lr["head"][80] == phased.lr["backbone"][80] == pytest.approx(plain.lr["head"].max() / 2)
@@ -445,7 +445,7 @@ def test_a_last_phase_with_a_rate_of_its_own_begins_anew(tmp_path):
 
 def test_a_backbone_warms_up_when_it_begins_and_the_heads_before(tmp_path):
     found = load_config("smoke", tmp_path, tmp_path, ["freeze_backbone=0.2", "warmup=0.1"])
-    lr = step.make_schedules(found, 100).lr
+    lr = make_schedules(found, 100).lr
     assert not lr["backbone"][:20].any()
     assert np.all(np.diff(lr["backbone"][20:30]) > 0)
     assert lr["head"][10] == lr["head"].max() == lr["backbone"].max()
@@ -454,7 +454,9 @@ def test_a_backbone_warms_up_when_it_begins_and_the_heads_before(tmp_path):
 def test_the_last_phase_takes_larger_crops(photos, tmp_path):
     last = {"share": 0.25, "global_size": 42, "local_size": 28, "global_scale": [0.5, 1.0]}
     phased = config(photos, tmp_path / "run", last_phase=last)
-    seen = [[(view.size, view.scale, n) for view, n in crops.crop_views(phased, done / 8)] for done in range(8)]
+    seen = [
+        [(view.size, view.scale, n) for view, n in crop_settings(phased).phase(done / 8).views] for done in range(8)
+    ]
     early = [(28, (0.32, 1.0), 1), (28, (0.32, 1.0), 1), (14, (0.05, 0.32), 2)]
     late = [(42, (0.5, 1.0), 1), (42, (0.5, 1.0), 1), (28, (0.05, 0.32), 2)]
     assert seen == [early] * 6 + [late] * 2

@@ -1,7 +1,7 @@
-"""What one step looks at: crops and masks of its photos, each a function of (seed, step, position in the batch).
+"""What one step looks at: crops and masks of its images, each a function of (seed, step, position in the batch).
 
-Legend: B photos per step, b of them on this rank and in this micro-batch, V views, N patches of a global crop, M of
-all of them selected, S side of a stored photo, G and L sides of global and local crops.
+Legend: B images per step, b of them on this rank and in this micro-batch, V views, N patches of a global crop, M of
+all of them selected, S side of a stored image, G and L sides of global and local crops.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import TrainConfig
 from training.data.augment import Jitter, View, augmented_views
 from training.data.masking import batch_masks
 from training.distributed import World
@@ -18,8 +17,35 @@ from training.randomness import SampleRandom, sample_keys
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One part of a run: the views of each image, and the micro-batch that their sizes allow."""
+
+    starts_at: float  # share of the run that is over when it begins
+    views: tuple[tuple[View, int], ...]  # first global, second global, local view, with how many of each
+    micro_batch: int | None = None  # images of one forward pass on one rank; None: all of them
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """Everything that decides what the networks see of a run's images; `seed` is the root of all randomness."""
+
+    seed: int
+    batch_size: int  # images of a step, over all ranks and micro-batches
+    patch_size: int
+    phases: tuple[Phase, ...]  # in the order of the run
+    jitter: Jitter
+    mask_ratio: tuple[float, float]
+    mask_probability: float
+    ibot_on_all_patches: bool = False  # every patch is asked for, and none is hidden
+
+    def phase(self, share_done: float) -> Phase:
+        """The one that is going on when `share_done` of the run is over."""
+        return [phase for phase in self.phases if share_done >= phase.starts_at][-1]
+
+
+@dataclass(frozen=True)
 class Crops:
-    """One micro-batch's input. All photos' first views come first, then all second ones."""
+    """One micro-batch's input. All images' first views come first, then all second ones."""
 
     globals_: Tensor  # [2b, 3, G, G]
     locals_: Tensor | None  # [V*b, 3, L, L]
@@ -28,64 +54,46 @@ class Crops:
     selected: Tensor  # int64 [M]: the places of these in [2b * N]
 
 
-def crop_views(config: TrainConfig, share_done: float) -> list[tuple[View, int]]:
-    """First global, second global and local view with how many of each, when `share_done` of the run is over."""
-    last = config.last_phase
-    sizes = last if last is not None and share_done >= 1 - last.share else config
-    return [
-        (View(sizes.global_size, sizes.global_scale, config.blur[0]), 1),
-        (View(sizes.global_size, sizes.global_scale, config.blur[1], config.solarize), 1),
-        (View(sizes.local_size, sizes.local_scale, config.blur[2]), config.n_local),
-    ]
-
-
 def make_crops(
-    config: TrainConfig,
+    settings: CropSettings,
     images: Tensor,
     aspect: Tensor,
     step: int,
     positions: Tensor,
-    views: list[tuple[View, int]],
+    phase: Phase,
     device: torch.device,
 ) -> Crops:
-    """Crops and masks of some photos of a step, the same ones in whatever split of the batch they are asked for.
+    """Crops and masks of some images of a step, the same ones in whatever split of the batch they are asked for.
 
     Args:
-        config: the run's settings; its seed is the root of all randomness.
-        images: the photos, uint8 [b, 3, S, S].
+        settings: of the run.
+        images: uint8 [b, 3, S, S].
         aspect: their width / height before they were squashed, float [b], on the CPU.
         step: counted from 0.
-        positions: where they stand among the `config.batch_size` photos of the step, over all ranks and micro-batches;
-            int64 [b], on the CPU. The first view of photo p is image p of the step's masks, the second batch_size + p.
-        views: `crop_views`.
+        positions: where they stand among the `batch_size` images of the step, over all ranks and micro-batches;
+            int64 [b], on the CPU. The first view of image p is image p of the step's masks, the second batch_size + p.
+        phase: whose views are made: `settings.phase(...)`.
         device: where the crops are made and stay.
     """
     assert len(images) == len(aspect) == len(positions), (len(images), len(aspect), len(positions))
-    jitter = Jitter(
-        white_balance=config.white_balance,
-        brightness=config.brightness,
-        contrast=config.contrast,
-        saturation=config.saturation,
-        hue=config.hue,
-        probability=config.jitter_probability,
-        gray=config.gray,
-    )
-    photos = images.to(device, non_blocking=True)
-    random = SampleRandom(sample_keys(config.seed, step, positions))
+    moved = images.to(device, non_blocking=True)
+    random = SampleRandom(sample_keys(settings.seed, step, positions))
     first, second, *local = (
-        augmented_views(photos, aspect, view, n, jitter, random.fork(kind)) for kind, (view, n) in enumerate(views) if n
+        augmented_views(moved, aspect, view, n, settings.jitter, random.fork(kind))
+        for kind, (view, n) in enumerate(phase.views)
+        if n
     )
-    side = views[0][0].size // config.vit_config.patch_size
+    side = phase.views[0][0].size // settings.patch_size
     hidden = batch_masks(
-        config.seed,
+        settings.seed,
         step,
-        torch.cat((positions, config.batch_size + positions)).tolist(),
-        2 * config.batch_size,
+        torch.cat((positions, settings.batch_size + positions)).tolist(),
+        2 * settings.batch_size,
         (side, side),
-        ratio=config.mask_ratio,
-        probability=config.mask_probability if config.ibot_patches == "masked" else 0.0,
+        ratio=settings.mask_ratio,
+        probability=0.0 if settings.ibot_on_all_patches else settings.mask_probability,
     )
-    masks = hidden if config.ibot_patches == "masked" else np.ones_like(hidden)
+    masks = np.ones_like(hidden) if settings.ibot_on_all_patches else hidden
     # Looked up here, where the masks are made: on a GPU the host would have to wait for the answer.
     there = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
     if device.type == "cuda":  # from pinned memory the host need not wait for the copy
@@ -94,16 +102,14 @@ def make_crops(
 
 
 def make_micros(
-    config: TrainConfig, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
+    settings: CropSettings, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
-    """This rank's photos of a step as crops, cut into micro-batches."""
-    views = crop_views(config, step / total)
+    """This rank's images of a step as crops, cut into micro-batches."""
+    phase = settings.phase(step / total)
     mine = range(world.rank * len(pixels), (world.rank + 1) * len(pixels))
     positions = torch.arange(mine.start, mine.stop)
-    size = config.micro_batch or len(pixels)
-    if views[0][0].size != config.global_size and config.last_phase is not None:
-        size = config.last_phase.micro_batch or size
+    size = phase.micro_batch or len(pixels)
     return [
-        make_crops(config, p, a, step, at, views, world.device)
+        make_crops(settings, p, a, step, at, phase, world.device)
         for p, a, at in zip(*(torch.split(x, size) for x in (pixels, aspect, positions)), strict=True)
     ]

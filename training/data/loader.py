@@ -58,6 +58,19 @@ class Batch:
         return [self.source.name(index) for index in self.indices]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How photos are read. Workers are threads that decode; None: one for each core that this process may use.
+
+    `ahead_steps`, `ahead_bytes` and `max_broken_share`: see `StreamLoader`.
+    """
+
+    workers: int | None = None
+    ahead_steps: int = 4
+    ahead_bytes: int = 2**30
+    max_broken_share: float = 0.5
+
+
 class Loader(AbstractContextManager["Loader"], Protocol):
     """What the loop sees. Closing it ends its threads.
 
@@ -326,10 +339,7 @@ def open_loader(
     plan: Plan,
     *,
     cache_bytes: int = 4 * 2**30,
-    workers: int | None = None,
-    ahead_steps: int = 4,
-    ahead_bytes: int = 2**30,
-    max_broken_share: float = 0.5,
+    reading: Reading | None = None,
     device: torch.device | None = None,
 ) -> Loader:
     """The loader for a source: in memory if n * 3 * side^2 is at most `cache_bytes`, else streaming.
@@ -342,8 +352,7 @@ def open_loader(
         side: of the squares, pixels.
         plan: which photos a step has, such as `shuffled(...)`.
         cache_bytes: per process.
-        workers: threads that decode; None: one for each core that this process may use.
-        ahead_steps, ahead_bytes, max_broken_share: see `StreamLoader`.
+        reading: threads, and how far ahead they read; None: the defaults.
         device: where batches go; None: the CPU.
 
     Raises:
@@ -352,11 +361,12 @@ def open_loader(
     """
     if not len(source):
         raise ValueError("there are no photos to train on")
-    workers = available_cpus() if workers is None else workers
-    if min(workers, ahead_steps, ahead_bytes) < 1 or not 0 <= max_broken_share <= 1:
+    reading = reading or Reading()
+    workers = available_cpus() if reading.workers is None else reading.workers
+    if min(workers, reading.ahead_steps, reading.ahead_bytes) < 1 or not 0 <= reading.max_broken_share <= 1:
         raise ValueError(
-            f"workers={workers}, ahead_steps={ahead_steps} and ahead_bytes={ahead_bytes} must be at least 1, "
-            f"max_broken_share={max_broken_share} between 0 and 1"
+            f"workers={workers}, ahead_steps={reading.ahead_steps} and ahead_bytes={reading.ahead_bytes} must be at "
+            f"least 1, max_broken_share={reading.max_broken_share} between 0 and 1"
         )
     device = device or torch.device("cpu")
     if len(source) * 3 * side**2 <= cache_bytes:
@@ -366,9 +376,9 @@ def open_loader(
         side,
         plan,
         workers=workers,
-        ahead_steps=ahead_steps,
-        ahead_bytes=ahead_bytes,
-        max_broken_share=max_broken_share,
+        ahead_steps=reading.ahead_steps,
+        ahead_bytes=reading.ahead_bytes,
+        max_broken_share=reading.max_broken_share,
         device=device,
     )
 

@@ -1,17 +1,16 @@
 """The photos of one run: what is trained on, what is kept for the evaluation, what could not be read."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from model.cpus import available_cpus
-from training.config import TrainConfig
 from training.data.dataset import Photo, Skipped, Source, split_source
-from training.data.loader import Loader, open_loader, shuffled
+from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
 from training.distributed import World, from_main, wait_for_all
 from training.state import write_whole
@@ -22,12 +21,31 @@ ASKED_PHOTOS = 10_000  # of the held-out ones: half a percent of accuracy
 SHOWN = 5  # unreadable photos on the screen; all are in skipped.txt
 
 
+@dataclass(frozen=True)
+class ImageSettings:
+    """Where a run's images are, how they are split, and how they are read.
+
+    `micro_batches` has the sizes of micro-batches by the names of their settings: a rank's share of a batch must be a
+    multiple of each.
+    """
+
+    data: str
+    out: Path
+    seed: int
+    batch_size: int
+    micro_batches: Mapping[str, int | None]
+    held_out_share: float
+    side: int  # of the squares that images are kept as, pixels
+    cache_bytes: int
+    reading: Reading
+
+
 @dataclass
 class Data:
-    """`known` are training photos that k-NN looks among, `digest` tells this data from other."""
+    """`train_sample` are training images that k-NN looks among, `digest` tells this data from other."""
 
     loader: Loader
-    known: list[Photo]
+    train_sample: list[Photo]
     held_out: list[Photo]
     digest: str
     source: str
@@ -36,7 +54,7 @@ class Data:
     @property
     def has_classes(self) -> bool:
         """Whether there is something to classify: held-out photos, and more than one label."""
-        return bool(self.held_out) and len({photo.label for photo in self.known} - {None}) > 1
+        return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
 
     def check_same(self, digest: str) -> None:
         """Refuse to go on with other photos: their order is part of what a resumed run repeats.
@@ -51,10 +69,10 @@ class Data:
             )
 
     def unlisted(self) -> Sequence[Skipped]:
-        """Unreadable photos found since the last call."""
-        found = self.loader.skipped[self._n_listed :]
-        self._n_listed += len(found)
-        return found
+        """Unreadable photos that were met since the last call."""
+        skipped = self.loader.skipped[self._n_listed :]
+        self._n_listed += len(skipped)
+        return skipped
 
 
 def check_apart(data: str, out: Path) -> None:
@@ -69,57 +87,62 @@ def check_apart(data: str, out: Path) -> None:
 
 
 @contextmanager
-def open_data(config: TrainConfig, world: World, console: Console) -> Iterator[Data]:
-    """Open the data of a run; unreadable photos are listed in `skipped.txt` and counted on the screen.
+def open_data(settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
+    """Open the data of a run; unreadable images are listed in `skipped.txt` and counted on the screen.
 
     Raises:
-        ValueError: no data there, none readable, or fewer photos than a batch has.
-        OSError: the place of the photos does not answer.
+        ValueError: no data there, none readable, or fewer images than a batch has.
+        OSError: the place of the images does not answer.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    per_rank, rest = divmod(config.batch_size, world.size)
-    parts = {"micro_batch": config.micro_batch}
-    if config.last_phase is not None:
-        parts["last_phase.micro_batch"] = config.last_phase.micro_batch
-    for name, size in parts.items():
-        if rest or (size and per_rank % size):
-            raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of {world.size} ranks"
-                + (f" times {name}={size}" if size else "")
-            )
+    out, batch_size = settings.out, settings.batch_size
+    out.mkdir(parents=True, exist_ok=True)
+    per_rank = share_of_a_batch(batch_size, world.size, settings.micro_batches)
     if not world.is_main:
         wait_for_all(world)  # rank 0 makes the shards' index, the others read it
-    source = open_source(config.data, config.out / INDEX)
+    source = open_source(settings.data, out / INDEX)
     if world.is_main:
         wait_for_all(world)
-    train, held_out = split_source(source, config.held_out_share, config.seed)
-    if len(train) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} is more than the {len(train)} photos to train on")
+    train, held_out = split_source(source, settings.held_out_share, settings.seed)
+    if len(train) < batch_size:
+        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} photos to train on")
     share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
     loader = open_loader(
         train,
-        config.cache_size,
-        shuffled(config.batch_size, config.seed, share),
-        cache_bytes=config.cache_bytes,
-        workers=config.workers or max(1, available_cpus() // world.on_machine),
-        ahead_steps=config.ahead_steps,
-        ahead_bytes=config.ahead_bytes,
-        max_broken_share=config.max_broken_share,
+        settings.side,
+        shuffled(batch_size, settings.seed, share),
+        cache_bytes=settings.cache_bytes,
+        reading=replace(settings.reading, workers=workers),
         device=world.device,
     )
     with loader:
-        if len(loader) < config.batch_size:
-            raise ValueError(f"batch_size={config.batch_size} is more than the {len(loader)} readable photos")
+        if len(loader) < batch_size:
+            raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable photos")
         digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
-        known, asked = (sample(part, most) for part, most in ((loader.source, KNN_PHOTOS), (held_out, ASKED_PHOTOS)))
-        data = Data(loader, known, asked, digest, config.data)
+        data = Data(loader, sample(loader.source, KNN_PHOTOS), sample(held_out, ASKED_PHOTOS), digest, settings.data)
         if world.is_main:
-            list_skipped([*source.skipped, *data.unlisted()], config.out, console)
+            list_skipped([*source.skipped, *data.unlisted()], out, console)
         try:
             yield data
         finally:  # what ends the run may be that so many are broken
             if world.is_main:
-                list_skipped(data.unlisted(), config.out, console)
+                list_skipped(data.unlisted(), out, console)
+
+
+def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, int | None]) -> int:
+    """Images of a batch on one rank.
+
+    Raises:
+        ValueError: the batch cannot be cut into ranks, or a rank's share into micro-batches, of one size.
+    """
+    per_rank, rest = divmod(batch_size, n_ranks)
+    for name, size in micro_batches.items():
+        if rest or (size and per_rank % size):
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of {n_ranks} ranks"
+                + (f" times {name}={size}" if size else "")
+            )
+    return per_rank
 
 
 def sample(source: Source, most: int) -> list[Photo]:
@@ -132,9 +155,9 @@ def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> Non
     if not skipped:
         return
     listing = out / "skipped.txt"
-    known = listing.read_text().splitlines() if listing.exists() else []
+    listed = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
-    write_whole(listing, "".join(line + "\n" for line in dict.fromkeys(known + lines)))
+    write_whole(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
     console.print(f"{len(skipped)} photos could not be read and are skipped, listed in {listing}; the first:")
     for line in lines[:SHOWN]:
         console.print(f"  {line}", markup=False)

@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError, safe_open
 
-from training.config import TrainConfig
+from training.config import TrainConfig, loss_names
 from training.pages.charts import CSS as CHART_CSS
 from training.pages.charts import Series, line_chart
 from training.state import write_whole
@@ -240,7 +240,7 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
         return [Series(name, points) for name in names if (points := points_of(of, name))]
 
     charts = [
-        line_chart(lines("loss", "dino", "ibot", "koleo"), title="Losses", y_label="nats"),
+        line_chart(lines("loss", *loss_names()), title="Losses", y_label="nats"),
         line_chart(
             lines("dino_over_ln_k"), title="DINO loss beside ln K", y_label="share of ln K", mark=(1.0, "collapse")
         ),

@@ -27,13 +27,11 @@ Legend: B photos per step, V local views, M masked patches of the batch.
 
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from model.config import ViTConfig
-from training.config import TrainConfig
-from training.data.crops import crop_views
 
 # Dense peak in 10^12 operations per second with bf16 inputs and fp32 accumulation, fp16 where the card has no bf16
 # (V100, T4). Makers' data sheets; figures "with sparsity" halved. The first pattern that is found in the name
@@ -76,6 +74,17 @@ class HeadShape:
     n_prototypes: int
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step looks at: images, over all processes, and the crops of each."""
+
+    batch_size: int
+    global_size: int  # sides of the crops, pixels
+    local_size: int
+    n_local: int  # local crops of an image
+    n_masked: float  # masked patches of the batch (`expected_masked`); 0 without iBOT
 
 
 @dataclass(frozen=True)
@@ -126,12 +135,8 @@ def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], p
 
 def step_flops(
     config: ViTConfig,
+    shape: StepShape,
     *,
-    batch_size: int,
-    global_size: int,
-    local_size: int,
-    n_local: int,
-    n_masked: float,
     dino_head: HeadShape,
     ibot_head: HeadShape | None = None,
     drop_path: float = 0.0,
@@ -141,30 +146,28 @@ def step_flops(
 
     Args:
         config: the student's backbone.
-        batch_size: photos of the step, of all processes together.
-        global_size, local_size: sides of the crops, pixels.
-        n_local: local crops per photo.
-        n_masked: masked patches of the batch (`expected_masked`); 0 without iBOT.
+        shape: of the step.
         dino_head: the head for class tokens.
         ibot_head: the head for patches; None: the same.
         drop_path: share of samples that skip a branch of the student.
         teacher: its backbone, if another than the student's (distillation).
     """
+    batch_size, n_local = shape.batch_size, shape.n_local
     kept = max(1, round(2 * batch_size * (1 - drop_path))) / (2 * batch_size)
     kept_local = max(1, round(n_local * batch_size * (1 - drop_path))) / max(1, n_local * batch_size)
-    student = 2 * batch_size * backbone_flops(config, global_size, kept=kept)
+    student = 2 * batch_size * backbone_flops(config, shape.global_size, kept=kept)
     if n_local:
-        student += n_local * batch_size * backbone_flops(config, local_size, kept=kept_local)
+        student += n_local * batch_size * backbone_flops(config, shape.local_size, kept=kept_local)
     teacher = teacher or config
     ibot_head = ibot_head or dino_head
 
     def heads(width: int, class_tokens: int) -> float:
-        return class_tokens * head_flops(width, dino_head) + n_masked * head_flops(width, ibot_head)
+        return class_tokens * head_flops(width, dino_head) + shape.n_masked * head_flops(width, ibot_head)
 
     return StepFlops(
         student_backbone=3 * student,
         student_heads=3 * heads(config.embed_dim, (2 + n_local) * batch_size),
-        teacher_backbone=2 * batch_size * backbone_flops(teacher, global_size),
+        teacher_backbone=2 * batch_size * backbone_flops(teacher, shape.global_size),
         teacher_heads=heads(teacher.embed_dim, 2 * batch_size),
     )
 
@@ -212,26 +215,3 @@ def describe_device(device: torch.device) -> str:
     except OSError:
         name = "CPU"
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
-    """Useful work of one step of a run when `share_done` of it is over; `teacher`: of a distillation."""
-    (first, _), _, (small, n_local) = crop_views(config, share_done)
-    n_images, n_patches = 2 * config.batch_size, (first.size // config.vit_config.patch_size) ** 2
-    n_masked = float(n_images * n_patches)
-    if config.ibot_patches == "masked":
-        n_masked = expected_masked(n_images, n_patches, config.mask_ratio, config.mask_probability)
-    head = HeadShape(config.n_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
-    own = replace(head, bottleneck_dim=config.ibot_bottleneck_dim or config.head_bottleneck_dim)
-    return step_flops(
-        config.vit_config,
-        batch_size=config.batch_size,
-        global_size=first.size,
-        local_size=small.size,
-        n_local=n_local,
-        n_masked=n_masked if config.ibot_weight > 0 else 0.0,
-        dino_head=head,
-        ibot_head=None if config.shared_head else own,
-        drop_path=config.drop_path,
-        teacher=teacher,
-    ).total

@@ -32,8 +32,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.checkpoint import save_safetensors
-from training.config import Action
 
+Action = Literal["stop", "rollback", "warn"]
 Kind = Literal["collapse", "not_finite", "knn"]
 AT_LN_K = 0.99  # of ln K: the DINO loss, or the teacher's entropy
 AT_ZERO = 0.01  # of ln K: the teacher's entropy

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from training.config import TrainConfig
-from training.data.crops import crop_views, make_crops
+from training.data.crops import make_crops
+from training.wiring import crop_settings
 
 BATCH = 6
 CPU = torch.device("cpu")
@@ -35,7 +36,8 @@ def photos():
 
 def crops_of(settings, photos, positions, step=4):
     images, aspect = (values[positions] for values in photos)
-    return make_crops(settings, images, aspect, step, torch.tensor(positions), crop_views(settings, 0.0), CPU)
+    crops = crop_settings(settings)
+    return make_crops(crops, images, aspect, step, torch.tensor(positions), crops.phase(0.0), CPU)
 
 
 def joined(settings, photos, split, step=4):

@@ -13,6 +13,7 @@ from training.data.dataset import batch_indices
 from training.data.loader import (
     MIN_TRIES,
     MemoryLoader,
+    Reading,
     StreamLoader,
     available_cpus,
     open_loader,
@@ -68,7 +69,9 @@ def in_order(n_photos, step):
 
 
 def streaming(source, plan=in_order, **options):
-    return open_loader(source, SIDE, plan, cache_bytes=0, **({"workers": 3, "ahead_steps": 2} | options))
+    return open_loader(
+        source, SIDE, plan, cache_bytes=0, reading=Reading(**({"workers": 3, "ahead_steps": 2} | options))
+    )
 
 
 def numbers(batch):
@@ -234,7 +237,7 @@ def test_an_error_in_the_loop_ends_the_threads():
 )
 def test_impossible_settings_are_named(options, words):
     with pytest.raises(ValueError, match=words):
-        open_loader(Fake(10), SIDE, in_order, **options)
+        open_loader(Fake(10), SIDE, in_order, reading=Reading(**options))
 
 
 def test_no_photos_is_an_error():
@@ -266,6 +269,6 @@ def test_advice_says_what_to_change(monkeypatch):
 
 def test_a_large_memory_load_keeps_the_order():
     broken = set(np.random.default_rng(0).choice(256, 40, replace=False).tolist())
-    loader = open_loader(Fake(256, broken=broken), SIDE, in_order, workers=4)
+    loader = open_loader(Fake(256, broken=broken), SIDE, in_order, reading=Reading(workers=4))
     assert loader.pixels[:, 0, 0, 0].tolist() == [i for i in range(256) if i not in broken]
     assert len(loader.aspect) == 216

@@ -24,7 +24,7 @@ import training.data.blobs
 import training.data.shards
 from training.data.blobs import Changed, LocalBlob, open_blob
 from training.data.dataset import Photo, find_images, split_source
-from training.data.loader import open_loader, shuffled
+from training.data.loader import Reading, open_loader, shuffled
 from training.data.shards import index_shard
 from training.data.sources import FolderSource, HuggingFaceSource, TarSource, expand_braces, open_source, source_digest
 
@@ -434,7 +434,7 @@ def test_shards_on_a_web_server(tmp_path, index_dir, serve, monkeypatch):
     assert names(source) == [f"s-{n}.tar/cats/00{n}{i}.png" for n in range(2) for i in range(3)]
     assert labels(source) == ["cats"] * 6
     assert sorted(path.name.rpartition("-")[0] for path in index_dir.iterdir()) == ["s-0.tar", "s-1.tar"]  # no secret
-    with open_loader(source, 8, shuffled(3, seed=0), cache_bytes=0, workers=4) as loader:
+    with open_loader(source, 8, shuffled(3, seed=0), cache_bytes=0, reading=Reading(workers=4)) as loader:
         assert len({*loader.batch(0).names, *loader.batch(1).names}) == 6
 
     pauses = []
@@ -570,7 +570,7 @@ def test_five_percent_broken_files_train_the_same_streamed_again(tmp_path, index
     source = open_source(tmp_path, index_dir)
     runs = []
     for workers in (1, 4):
-        with open_loader(source, 8, shuffled(10, seed=0), cache_bytes=0, workers=workers) as loader:
+        with open_loader(source, 8, shuffled(10, seed=0), cache_bytes=0, reading=Reading(workers=workers)) as loader:
             runs.append([loader.batch(step).names for step in range(10)])
             assert sorted(s.name for s in loader.skipped) == [f"{i:03}.jpg" for i in range(0, 100, 20)]
     assert runs[0] == runs[1]

@@ -12,7 +12,7 @@ from model.config import ViTConfig, config_for
 from training.data.masking import batch_masks
 from training.student_teacher import Network
 from training.watch import flops
-from training.watch.flops import HeadShape, expected_masked, known_peak_flops, step_flops
+from training.watch.flops import HeadShape, StepShape, expected_masked, known_peak_flops, step_flops
 
 HEAD = HeadShape(n_prototypes=40, hidden_dim=24, bottleneck_dim=8)
 
@@ -75,11 +75,7 @@ def test_a_step_is_three_times_the_student_and_once_the_teacher():
 
     found = step_flops(
         config,
-        batch_size=batch,
-        global_size=14,
-        local_size=14,
-        n_local=n_local,
-        n_masked=n_masked,
+        StepShape(batch_size=batch, global_size=14, local_size=14, n_local=n_local, n_masked=n_masked),
         dino_head=HEAD,
         teacher=teacher_config,
     )
@@ -118,11 +114,7 @@ def test_the_recipes_work_per_image(name, patch, local_size, heads, drop_path, g
     masked = expected_masked(128, (224 // patch) ** 2, (0.1, 0.5), 0.5)
     found = step_flops(
         config,
-        batch_size=64,
-        global_size=224,
-        local_size=local_size,
-        n_local=8,
-        n_masked=masked,
+        StepShape(batch_size=64, global_size=224, local_size=local_size, n_local=8, n_masked=masked),
         drop_path=drop_path,
         **heads,
     )

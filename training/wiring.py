@@ -1,0 +1,266 @@
+"""From the configuration to a run: the only place, with `setup.py`, that reads settings for the loop's pieces.
+
+Every piece takes plain values or one small record; the functions here make the records.
+"""
+
+import functools
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from model.config import ViTConfig
+from model.cpus import available_cpus
+from training.config import LastPhase, TrainConfig
+from training.data.augment import Jitter, View
+from training.data.crops import CropSettings, Phase
+from training.data.loader import Reading, waiting_advice
+from training.data.run_images import Data, ImageSettings
+from training.distill import check_same_teacher, load_teacher, teacher_digest
+from training.distributed import World
+from training.optimizer import Part
+from training.outcome import Release
+from training.provenance import provenance
+from training.run import Intervals, Run
+from training.schedules import Schedule, cosine, linear_then_constant
+from training.setup import compute_dtype, make_setup
+from training.state import Saved, check_same_settings
+from training.step import Schedules, StepSettings
+from training.watch.flops import HeadShape, StepShape, describe_device, device_peak_flops, expected_masked, step_flops
+from training.watch.monitor import METRICS, Monitor
+from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
+from training.watch.sinks import make_sinks
+
+
+def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
+    """A run at step 0; `saved` is the state that it will go on from, whose settings, images and teacher it must share.
+
+    Raises:
+        ValueError: they differ, or the teacher or the initial weights do not fit.
+        OSError: a file of them cannot be read.
+    """
+    steps_per_epoch = len(data.loader) // config.batch_size
+    total = max(1, round(config.epochs * steps_per_epoch))
+    settings = config.model_dump(mode="json")
+    teacher = load_teacher(config).to(world.device) if config.teacher else None
+    digest = teacher_digest(teacher) if teacher is not None else None
+    setup = make_setup(config, world, teacher)
+    if saved:
+        check_same_settings(saved, settings)
+        data.check_same(saved.memory["data"])
+        check_same_teacher(config, saved.memory["teacher"], digest)
+    peak = None
+    if compute_dtype(setup.autocast) != torch.float32 or world.device.type != "cuda":
+        peak = device_peak_flops(world.device, measure=config.measure_peak)
+    return Run(
+        out=config.out,
+        settings=settings,
+        world=world,
+        data=data,
+        crops=crop_settings(config),
+        setup=setup,
+        step_settings=step_settings(config),
+        schedules=make_schedules(config, total),
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+        every=intervals(config, steps_per_epoch),
+        keep_states=config.keep_states,
+        sentinels=Sentinels(limits(config, total)),
+        not_finite=FirstNotFinite(world.device),
+        monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
+        work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
+        release=release_settings(config, world, data),
+        teacher_digest=digest,
+        saved_at=time.monotonic(),
+    )
+
+
+def image_settings(config: TrainConfig) -> ImageSettings:
+    """Where the run's images are, and how they are split and read."""
+    micro_batches = {"micro_batch": config.micro_batch}
+    if config.last_phase is not None:
+        micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
+    return ImageSettings(
+        data=config.data,
+        out=config.out,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batches=micro_batches,
+        held_out_share=config.held_out_share,
+        side=config.cache_size,
+        cache_bytes=config.cache_bytes,
+        reading=Reading(config.workers, config.ahead_steps, config.ahead_bytes, config.max_broken_share),
+    )
+
+
+def crop_settings(config: TrainConfig) -> CropSettings:
+    """What the networks see of an image."""
+
+    def views(sizes: TrainConfig | LastPhase) -> tuple[tuple[View, int], ...]:
+        return (
+            (View(sizes.global_size, sizes.global_scale, config.blur[0]), 1),
+            (View(sizes.global_size, sizes.global_scale, config.blur[1], config.solarize), 1),
+            (View(sizes.local_size, sizes.local_scale, config.blur[2]), config.n_local),
+        )
+
+    phases = [Phase(0.0, views(config), config.micro_batch)]
+    if (last := config.last_phase) is not None:
+        # Its own micro-batch is for larger crops.
+        larger = last.global_size != config.global_size
+        micro_batch = (last.micro_batch if larger else None) or config.micro_batch
+        phases.append(Phase(1 - last.share, views(last), micro_batch))
+    return CropSettings(
+        seed=config.seed,
+        batch_size=config.batch_size,
+        patch_size=config.vit_config.patch_size,
+        phases=tuple(phases),
+        jitter=Jitter(
+            white_balance=config.white_balance,
+            brightness=config.brightness,
+            contrast=config.contrast,
+            saturation=config.saturation,
+            hue=config.hue,
+            probability=config.jitter_probability,
+            gray=config.gray,
+        ),
+        mask_ratio=config.mask_ratio,
+        mask_probability=config.mask_probability,
+        ibot_on_all_patches=config.ibot_patches == "all",
+    )
+
+
+def step_settings(config: TrainConfig) -> StepSettings:
+    """What an update is told."""
+    return StepSettings(
+        seed=config.seed,
+        loss_weights=config.loss_weights,
+        student_temp=config.student_temp,
+        centering=config.centering,
+        center_momentum=config.center_momentum,
+        koleo_over_ranks=config.koleo_over_ranks,
+        clip_grad=config.clip_grad,
+    )
+
+
+def make_schedules(config: TrainConfig, total: int) -> Schedules:
+    """The run's schedules, `total` steps each.
+
+    With a frozen backbone the heads warm up in the first half of its rest, so that they have learned something when it
+    begins, and its own warm-up begins with it. A last phase with an `lr_mult` has a rate and a momentum of its own.
+    """
+    peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
+    frozen = int(config.freeze_backbone * total)
+    heads = cosine(peak, config.min_lr, total, warmup=min(warmup, frozen // 2) if frozen else warmup)
+    rest = cosine(peak, config.min_lr, total - frozen, warmup=min(warmup, total - frozen))
+    fixed_layer = np.arange(total) < int(config.freeze_last_layer * total)
+    lr: dict[Part, Schedule] = {
+        "backbone": np.concatenate((np.zeros(frozen), rest)),
+        "head": heads,
+        "last_layer": np.where(fixed_layer, 0, heads),
+    }
+    momentum = cosine(*config.momentum, total)
+    if config.last_phase is not None and config.last_phase.lr_mult is not None:
+        phase = np.arange(total) / total >= 1 - config.last_phase.share  # as `crop_settings` has it
+        n_steps = int(phase.sum())
+        for schedule in lr.values():
+            schedule[phase] = cosine(peak * config.last_phase.lr_mult, config.min_lr, n_steps)
+        momentum[phase] = cosine(*config.momentum, n_steps)
+    return Schedules(
+        lr=lr,
+        weight_decay=cosine(*config.weight_decay, total),
+        momentum=momentum,
+        teacher_temp=linear_then_constant(*config.teacher_temp, total, int(config.teacher_temp_warmup * total)),
+    )
+
+
+def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
+    """How often the run logs, evaluates, draws and saves."""
+
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+
+    return Intervals(
+        log=config.log_every,
+        evaluate=steps(config.eval_every_epochs),
+        sheet=config.sheet_every,
+        checkpoint=steps(config.keep_checkpoints_every_epochs),
+        save_seconds=60 * config.save_every_minutes,
+    )
+
+
+def limits(config: TrainConfig, total: int) -> Limits:
+    """What the sentinels look for and do."""
+    return Limits(
+        total,
+        config.n_prototypes,
+        on_collapse=config.on_collapse,
+        on_not_finite=config.on_not_finite,
+        on_knn=config.on_knn,
+        patience=config.sentinel_lines,
+        rollback_lr_factor=config.rollback_lr_factor,
+        min_rankme_share=config.min_rankme_share,
+        knn_margin=config.knn_margin,
+        max_rollbacks=config.max_rollbacks,
+    )
+
+
+def make_monitor(
+    config: TrainConfig, world: World, data: Data, console: Console, total: int, first_step: int, peak: float | None
+) -> Monitor:
+    """The bar, lines and files of the run; `peak` is one device's, in operations per second."""
+    settings = config.model_dump(mode="json")
+    return Monitor(
+        config.out / METRICS,
+        total,
+        first_step,
+        config.batch_size,
+        console,
+        active=world.is_main,
+        device=world.device,
+        sinks=make_sinks(config.out, first_step, config.wandb, settings, console.print) if world.is_main else [],
+        peak_flops=None if peak is None else peak * world.size,
+        advise=functools.partial(
+            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or available_cpus()
+        ),
+    )
+
+
+def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
+    """How the released backbone is described and judged."""
+    hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
+    return Release(
+        vit=config.vit_config,
+        eval_spec=config.eval_spec,
+        facts=provenance(config, data.digest, len(data.loader), hardware),
+        whiten=config.whiten,
+        side=config.cache_size,
+        title=f"{config.model}, recipe {config.recipe}",
+    )
+
+
+def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
+    """Useful work of one step of a run when `share_done` of it is over; `teacher`: of a distillation."""
+    (large, _), _, (small, n_local) = crop_settings(config).phase(share_done).views
+    n_images, n_patches = 2 * config.batch_size, (large.size // config.vit_config.patch_size) ** 2
+    n_masked = float(n_images * n_patches)
+    if config.ibot_patches == "masked":
+        n_masked = expected_masked(n_images, n_patches, config.mask_ratio, config.mask_probability)
+    head = HeadShape(config.n_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
+    own = replace(head, bottleneck_dim=config.ibot_bottleneck_dim or config.head_bottleneck_dim)
+    return step_flops(
+        config.vit_config,
+        StepShape(
+            batch_size=config.batch_size,
+            global_size=large.size,
+            local_size=small.size,
+            n_local=n_local,
+            n_masked=n_masked if config.ibot_weight > 0 else 0.0,
+        ),
+        dino_head=head,
+        ibot_head=None if config.shared_head else own,
+        drop_path=config.drop_path,
+        teacher=teacher,
+    ).total
