@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from all_features import extract_features
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,6 @@ from model.checkpoint import load_checkpoint
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import find_images, read_photo
-from training.evaluate.features import extract_features
 from training.evaluate.knn import knn_accuracy, labels_of
 
 KS = (1, 5, 10, 20)

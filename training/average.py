@@ -128,16 +128,16 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
     drawn = dict.fromkeys(tuple(s.get(name, value) for name, value in default.items()) for s in settings)
     held_out = [{photo.name for photo in photos_of(split_source(source, share, seed)[1])} for share, seed in drawn]
     fair = set.intersection(*held_out)
-    known, test = list[Photo](), list[Photo]()
+    train_images, test = list[Photo](), list[Photo]()
     for photo in photos_of(source):
-        (test if photo.name in fair else known).append(photo)
+        (test if photo.name in fair else train_images).append(photo)
     if not test:
         how = ", ".join(f"held_out_share={share} seed={seed}" for share, seed in drawn)
         raise ValueError(f"no photo was held out by every checkpoint ({how}): give data with train and val in it")
-    labels = {photo.label for photo in known}
+    labels = {photo.label for photo in train_images}
     if len(labels) < 2 or None in labels:
         raise ValueError("k-NN needs photos with labels, of at least two classes")
-    return known, test
+    return train_images, test
 
 
 def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS) -> tuple[list[dict[int, float]], int]:
@@ -157,14 +157,14 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
         OSError: the photos' place does not answer.
     """
     with tempfile.TemporaryDirectory() as index:  # of tar shards
-        known, test = split_for(open_source(data, Path(index)), [load_checkpoint(path)[2] for path in paths])
-        return [_knn(path, known, test, ks) for path in (*paths, mean)], len(test)
+        train_images, test = split_for(open_source(data, Path(index)), [load_checkpoint(path)[2] for path in paths])
+        return [_knn(path, train_images, test, ks) for path in (*paths, mean)], len(test)
 
 
-def _knn(path: Path, known: list[Photo], test: list[Photo], ks: Sequence[int]) -> dict[int, float]:
+def _knn(path: Path, train_images: list[Photo], test: list[Photo], ks: Sequence[int]) -> dict[int, float]:
     weights, config, facts = load_checkpoint(path)
     backbone = DinoVisionTransformer(config)
     backbone.load_state_dict(weights)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     spec = PreprocessSpec.model_validate(facts.get("preprocess", {"patch_size": config.patch_size}))
-    return evaluate_knn(backbone, known, test, spec, ks)["cls"]
+    return evaluate_knn(backbone, train_images, test, spec, ks)["cls"]

@@ -106,16 +106,16 @@ def compare(
     configs = {name: config_of(command) for name, command in commands.items()}
     check_fair(configs["dinov2"], overrides)
     out.mkdir(parents=True, exist_ok=True)
-    known, held_out = photos_to_judge(configs["dinov2"], out / INDEX)
+    train_images, held_out = photos_to_judge(configs["dinov2"], out / INDEX)
     for name, command in commands.items():
         console.print(f"training {RUNS[name]} in {configs[name].out}", markup=False)
         run(command)
-    found = measure(configs, known, held_out, console)
-    (out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
-    (out / HTML_FILE).write_text(page(found, out), encoding="utf-8")
-    print_table(found, console)
+    results = measure(configs, train_images, held_out, console)
+    (out / JSON_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    (out / HTML_FILE).write_text(page(results, out), encoding="utf-8")
+    print_table(results, console)
     console.print(f"{out / HTML_FILE}, {out / JSON_FILE}", markup=False)
-    return found
+    return results
 
 
 def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[str]) -> list[str]:
@@ -160,8 +160,8 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
     train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
     if len(held_out) < 2:
         raise ValueError(f"{config.data}: {len(held_out)} photos are held out; a comparison needs two (held_out_share)")
-    known = photos_of(train)
-    return known[:: math.ceil(len(known) / KNN_PHOTOS)], photos_of(held_out)
+    train_images = photos_of(train)
+    return train_images[:: math.ceil(len(train_images) / KNN_PHOTOS)], photos_of(held_out)
 
 
 def run_apart(command: Sequence[str]) -> None:
@@ -191,20 +191,22 @@ def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def measure(
-    configs: Mapping[str, TrainConfig], known: Sequence[Photo], held_out: Sequence[Photo], console: Console
+    configs: Mapping[str, TrainConfig], train_images: Sequence[Photo], held_out: Sequence[Photo], console: Console
 ) -> dict[str, Any]:
     """Every figure of the comparison, of runs that are done."""
     config = configs["dinov2"]
-    labels = {photo.label for photo in known}
+    labels = {photo.label for photo in train_images}
     classes = len(labels) if None not in labels else 0
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with join(config.device) as world:
         for name, title in NETWORKS.items():
             console.print(f"evaluating {title}", markup=False)
             backbone = trained(configs[name]) if name in RUNS else make_network(config).backbone
-            found[name] = judge(backbone.eval().to(world.device), known, held_out, config.eval_spec, classes > 1)
+            results[name] = judge(
+                backbone.eval().to(world.device), train_images, held_out, config.eval_spec, classes > 1
+            )
         for name in RUNS:
-            found[name]["run"] = run_figures(configs[name])
+            results[name]["run"] = run_figures(configs[name])
         hardware = describe_device(world.device)
     _, _, facts = load_checkpoint(config.out / CHECKPOINT)
     return {
@@ -221,7 +223,7 @@ def measure(
         "hardware": hardware,
         "torch": torch.__version__,
         "revision": code_revision(),
-        "networks": found,
+        "networks": results,
     }
 
 
@@ -235,7 +237,7 @@ def trained(config: TrainConfig) -> DinoVisionTransformer:
 
 def judge(
     backbone: DinoVisionTransformer,
-    known: Sequence[Photo],
+    train_images: Sequence[Photo],
     held_out: Sequence[Photo],
     spec: PreprocessSpec,
     has_classes: bool,
@@ -244,23 +246,23 @@ def judge(
     `rankme_share`, the effective rank of the held-out photos' class tokens as a share of the most it could be."""
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "robustness": robustness(backbone, held_out[::stride], spec),
         "rankme_share": rankme_share(test.pooled("cls")),
     }
     if not has_classes:
-        return found
-    train = compute_features(backbone, known, spec)
-    train_labels, classes = labels_of([known[i] for i in train.kept.tolist()])
+        return results
+    train = compute_features(backbone, train_images, spec)
+    train_labels, classes = labels_of([train_images[i] for i in train.kept.tolist()])
     test_labels, _ = labels_of([held_out[i] for i in test.kept.tolist()], classes)
     pairs = {pooling: (train.pooled(pooling), test.pooled(pooling)) for pooling in KNN_POOLINGS}
-    found["knn"] = {
+    results["knn"] = {
         pooling: {str(k): share for k, share in knn_accuracy(a, train_labels, b, test_labels, KS).items()}
         for pooling, (a, b) in pairs.items()
     }
     report = evaluate_logistic(pairs["cls"][0], train_labels, pairs["cls"][1], test_labels, c_grid=CS)
-    found["logistic"] = {"accuracy": report.accuracy, "c": report.c}
-    return found
+    results["logistic"] = {"accuracy": report.accuracy, "c": report.c}
+    return results
 
 
 def run_figures(config: TrainConfig) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class PrototypeTeacher(nn.Module):
             ValueError: the steps end before there are enough.
         """
         n_wanted = len(self.get_buffer("cls_prototypes"))
-        found: dict[str, list[Tensor]] = {"cls": [], "patch": []}
+        features_of: dict[str, list[Tensor]] = {"cls": [], "patch": []}
         n_cls = 0
         for micros in steps:
             tokens: dict[str, list[Tensor]] = {"cls": [], "patch": []}  # [2, b, D] of each micro-batch
@@ -83,13 +83,13 @@ class PrototypeTeacher(nn.Module):
                 tokens["cls"].append(features["x_norm_clstoken"].float().unflatten(0, (2, -1)))
             for kind, parts in tokens.items():
                 mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [b, 2, D]: ranks follow each other
-                found[kind].append(gather_rows(world, mine).transpose(0, 1).flatten(0, 1))
-            n_cls += len(found["cls"][-1])
+                features_of[kind].append(gather_rows(world, mine).transpose(0, 1).flatten(0, 1))
+            n_cls += len(features_of["cls"][-1])
             if n_cls >= n_wanted:
                 break
         if n_cls < n_wanted:
             raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} crops that the teacher was shown")
-        for kind, parts in found.items():
+        for kind, parts in features_of.items():
             rows = torch.cat(parts)[:n_wanted]
             mean = rows.mean(dim=0)
             self.get_buffer(f"{kind}_mean").copy_(mean)

@@ -20,7 +20,7 @@ from training.data.run_images import Data
 from training.distributed import World, whole
 from training.evaluate.features import Pooling
 from training.evaluate.knn import evaluate_knn
-from training.pages.sheets import picture_sheet, save_sheet, shrunk
+from training.pages.sheets import SheetCrops, picture_sheet, save_sheet, shrunk
 from training.state import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -102,9 +102,7 @@ def write_sheet(
         gallery,
         range(len(squares)),
         release.eval_spec,
-        globals_=crops.globals_,
-        masks=crops.hidden,
-        locals_=crops.locals_,
+        SheetCrops(crops.globals_, crops.hidden, crops.locals_),
         names=names,
         title=f"{release.title}, step {step} of {total}",
     )

@@ -30,7 +30,7 @@ from training.setup import compute_dtype, make_setup
 from training.state import Saved, check_same_settings
 from training.step import Schedules, StepSettings
 from training.watch.flops import HeadShape, StepShape, describe_device, device_peak_flops, expected_masked, step_flops
-from training.watch.monitor import METRICS, Monitor
+from training.watch.monitor import METRICS, Monitor, RunSize
 from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
 from training.watch.sinks import make_sinks
 
@@ -214,9 +214,7 @@ def make_monitor(
     settings = config.model_dump(mode="json")
     return Monitor(
         config.out / METRICS,
-        total,
-        first_step,
-        config.batch_size,
+        RunSize(total, first_step, config.batch_size),
         console,
         active=world.is_main,
         device=world.device,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.all_features import extract_features
 from model.artifact import bundled_artifact, read_manifest
 from model.checkpoint import load_checkpoint, load_state_dict_file
 from model.config import ViTConfig
@@ -23,7 +24,6 @@ from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig, load_config, recipe_names
 from training.data.crops import Crops, make_micros
-from training.evaluate.features import extract_features
 from training.losses import koleo_loss
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision

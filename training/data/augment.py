@@ -350,12 +350,6 @@ def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.addcmul(-mean / std, images, 1 / std, out=out)
 
 
-def denormalize(images: Tensor) -> Tensor:
-    """The inverse of `normalize`: float [..., 3, H, W] back in 0..1, for looking at."""
-    mean, std = _mean_and_std(images)
-    return torch.addcmul(mean, images, std)
-
-
 def augmented_views(
     images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, random: SampleRandom
 ) -> Tensor:

@@ -69,6 +69,19 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
     return pairs
 
 
+@dataclass(frozen=True)
+class TokenSettings:
+    """Which tokens a head looks at: F numbers a patch.
+
+    `n_blocks`, L: those of the last blocks, joined: F = L * D. `with_cls` joins each block's class token to each of its
+    patch tokens: F = 2 * L * D. bf16 runs the forward pass in autocast.
+    """
+
+    n_blocks: int
+    with_cls: bool
+    precision: Precision = "fp32"
+
+
 class DenseData:
     """Tokens [h, w, F] and maps of pairs, by position; what cannot be read is in `skipped` and not counted.
 
@@ -79,10 +92,8 @@ class DenseData:
         pairs: photos and maps.
         spec: preprocessing without a crop.
         read_target: a map [H, W] of a file; ValueError where it cannot be read.
-        n_blocks: L, tokens of the last blocks, joined: F = L * D.
-        with_cls: join each block's class token to each of its patch tokens: F = 2 * L * D.
-        memory_bytes: tokens beyond this much are not kept.
-        precision: bf16 runs the forward pass in autocast.
+        tokens: which tokens.
+        memory_bytes: those beyond this much are not kept.
 
     Raises:
         ValueError: not one pair could be read, or more blocks than the model has.
@@ -94,11 +105,9 @@ class DenseData:
         pairs: Sequence[Pair],
         spec: PreprocessSpec,
         read_target: Callable[[Path], Tensor],
+        tokens: TokenSettings,
         *,
-        n_blocks: int,
-        with_cls: bool,
         memory_bytes: int,
-        precision: Precision = "fp32",
         advance: Advance = lambda count: None,
     ) -> None:
         assert spec.crop is None
@@ -106,8 +115,7 @@ class DenseData:
         self.read_target = read_target
         self.skipped: list[Skipped] = []
         self.pairs: list[Pair] = []
-        self._model, self._spec, self._precision = model, spec, precision
-        self._n_blocks, self._with_cls = n_blocks, with_cls
+        self._model, self._spec, self._settings = model, spec, tokens
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory_left = memory_bytes
         for pair, found in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
@@ -153,15 +161,15 @@ class DenseData:
     @torch.no_grad()
     def _tokens(self, pixels: Tensor) -> Tensor:
         device = self._model.cls_token.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._settings.precision == "bf16"):
             layers = self._model.get_intermediate_layers(
-                pixels[None].to(device), n=self._n_blocks, return_class_token=True
+                pixels[None].to(device), n=self._settings.n_blocks, return_class_token=True
             )
         p = self._model.patch_size
         parts = []
         for patches, cls in layers:
             parts.append(patches[0])  # [N, D]
-            if self._with_cls:
+            if self._settings.with_cls:
                 parts.append(cls[0].expand_as(patches[0]))
         return torch.cat(parts, dim=1).view(pixels.shape[1] // p, pixels.shape[2] // p, -1)
 

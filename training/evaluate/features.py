@@ -109,7 +109,7 @@ def _batches(
     spec: PreprocessSpec,
     batch_size: int,
     workers: int,
-    skipped: list[Skipped] | None,
+    skipped: list[Skipped],
 ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
     """Inputs of one size, [b, 3, h, w], with their positions in `photos`; what cannot be read goes to `skipped`."""
 
@@ -117,14 +117,11 @@ def _batches(
         try:
             return read_pixels(photo[0], spec, photo[1])
         except ValueError as error:
-            if skipped is None:
-                raise
             return Skipped(name_of(photo[0]), str(error))
 
     waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.float32]]]] = {}
     for index, pixels in enumerate(in_order(read, photos, workers)):
         if isinstance(pixels, Skipped):
-            assert skipped is not None
             skipped.append(pixels)
             continue
         same_size = waiting.setdefault(pixels.shape, [])
@@ -147,6 +144,21 @@ def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -
     return list(zip(paths, boxes or [None] * len(paths), strict=True))
 
 
+@dataclass(frozen=True)
+class ForwardSettings:
+    """How images pass through a network: nothing here but `precision` changes what comes out.
+
+    `workers` are threads that read images; None: one a CPU, at most 8. bf16 runs the forward pass in autocast.
+    """
+
+    batch_size: int = 64
+    workers: int | None = None
+    precision: Precision = "fp32"
+
+
+FORWARD = ForwardSettings()
+
+
 @torch.no_grad()  # not inference_mode: probes are trained on what comes out
 def compute_features(
     model: DinoVisionTransformer,
@@ -155,10 +167,7 @@ def compute_features(
     *,
     n_blocks: int = 1,
     boxes: Sequence[Box | None] | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    precision: Precision = "fp32",
-    skip_broken: bool = True,
+    forward: ForwardSettings = FORWARD,
     advance: Callable[[int], object] = lambda count: None,
 ) -> ImageFeatures:
     """Features of photos, in their order, on the model's device.
@@ -168,14 +177,11 @@ def compute_features(
         paths: n photos.
         n_blocks: L, how many of the last blocks give their class token (after the last norm, as in Meta's probes).
         boxes: the part of each photo to look at; None: the whole.
-        workers: threads that read photos; None: one a CPU, at most 8.
-        precision: bf16 runs the forward pass in autocast.
-        skip_broken: list a photo that cannot be read; otherwise it is an error.
+        forward: batch size, threads, precision.
         advance: told of each batch how many photos it was.
 
     Raises:
-        ValueError: more blocks than the model has; with `skip_broken`, not one photo could be read, without it, one
-            could not.
+        ValueError: more blocks than the model has, or not one photo could be read.
     """
     was_training, device = model.training, model.cls_token.device
     model.eval()
@@ -183,12 +189,11 @@ def compute_features(
     mean = torch.empty(len(paths), model.embed_dim)
     read = torch.zeros(len(paths), dtype=torch.bool)
     skipped: list[Skipped] = []
-    batches = _batches(
-        _photos(paths, boxes), spec, batch_size, workers or default_workers(), skipped if skip_broken else None
-    )
+    workers = forward.workers or default_workers()
+    batches = _batches(_photos(paths, boxes), spec, forward.batch_size, workers, skipped)
     try:
         for positions, pixels in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=forward.precision == "bf16"):
                 layers = model.get_intermediate_layers(
                     torch.from_numpy(pixels).to(device), n=n_blocks, return_class_token=True
                 )
@@ -206,18 +211,6 @@ def compute_features(
     kept = read.nonzero().flatten()
     whole = len(kept) == len(paths)
     return ImageFeatures(kept, cls if whole else cls[kept], mean if whole else mean[kept], skipped)
-
-
-def extract_features(
-    model: DinoVisionTransformer, paths: Sequence[Path | Photo], spec: PreprocessSpec, batch_size: int = 64
-) -> dict[Pooling, Tensor]:
-    """Features [n, D] (cls+mean: [n, 2D]) of photos, float32 on the CPU. The halves of cls+mean have unit length each.
-
-    Raises:
-        ValueError: a photo that cannot be read.
-    """
-    found = compute_features(model, paths, spec, batch_size=batch_size, skip_broken=False)
-    return {pooling: found.pooled(pooling) for pooling in POOLINGS}
 
 
 def cache_key(
@@ -260,21 +253,26 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
     return ImageFeatures(kept, cls[:, -n_blocks:], mean, skipped) if cls.shape[1] >= n_blocks else None
 
 
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder for the features of one model, which `model_digest` tells from others."""
+
+    folder: Path
+    model_digest: str
+
+
 def cached_features(
-    cache: Path | None,
-    model_digest: str,
+    cache: FeatureCache | None,
     model: DinoVisionTransformer,
     paths: Sequence[Path | Photo],
     spec: PreprocessSpec,
     *,
     n_blocks: int = 1,
     boxes: Sequence[Box | None] | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    precision: Precision = "fp32",
+    forward: ForwardSettings = FORWARD,
     advance: Callable[[int], object] = lambda count: None,
 ) -> ImageFeatures:
-    """`compute_features`, kept as a file in the folder `cache` (None: not kept) and taken from there the next time.
+    """`compute_features`, kept as a file of the cache (None: not kept) and taken from there the next time.
 
     Raises:
         ValueError: as `compute_features`.
@@ -282,22 +280,12 @@ def cached_features(
     """
     file = None
     if cache is not None:
-        file = cache / f"{cache_key(model_digest, spec, paths, boxes, precision)}.safetensors"
-        found = _load(file, n_blocks)
-        if found is not None:
+        file = cache.folder / f"{cache_key(cache.model_digest, spec, paths, boxes, forward.precision)}.safetensors"
+        stored = _load(file, n_blocks)
+        if stored is not None:
             advance(len(paths))
-            return found
-    features = compute_features(
-        model,
-        paths,
-        spec,
-        n_blocks=n_blocks,
-        boxes=boxes,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        advance=advance,
-    )
+            return stored
+    features = compute_features(model, paths, spec, n_blocks=n_blocks, boxes=boxes, forward=forward, advance=advance)
     if file is not None:
         _save(file, features)
     return features

@@ -39,6 +39,19 @@ class Head:
 
 
 @dataclass(frozen=True)
+class ProbeSettings:
+    """The heads that are trained, and how: one for each learning rate (before scaling by batch_size / 256), number of
+    blocks, with and without the mean patch token. A batch of few photos holds some of them twice."""
+
+    lrs: Sequence[float] = CODE_LRS
+    blocks: Sequence[int] = (1, 4)
+    avgpools: Sequence[bool] = (False, True)
+    iterations: int = 12_500
+    batch_size: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class LinearReport:
     """Val accuracy of every head, and the best head (the first of equally good ones, in the order of the grid)."""
 
@@ -117,21 +130,19 @@ def train_heads(
     n_classes: int,
     *,
     depth: int,
-    lrs: Sequence[float],
-    inputs: Sequence[tuple[int, bool]],
-    iterations: int,
-    batch_size: int,
-    seed: int,
+    settings: ProbeSettings,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, bool], _Group]:
     """Train all heads; see `evaluate_linear`. `depth` is L, the number of blocks in `features` [n, (L + 1) D]."""
+    lrs, seed = settings.lrs, settings.seed
     groups = {
         (blocks, avgpool): _make_group(blocks, avgpool, len(lrs), n_classes, depth, features, seed)
-        for blocks, avgpool in inputs
+        for blocks in settings.blocks
+        for avgpool in settings.avgpools
     }
-    scaled = torch.tensor(lrs, dtype=torch.float64) * batch_size / 256
-    cosine = (1 + np.cos(np.pi * np.arange(iterations) / iterations)) / 2
-    stream = batch_stream(len(features), batch_size, seed)
+    scaled = torch.tensor(lrs, dtype=torch.float64) * settings.batch_size / 256
+    cosine = (1 + np.cos(np.pi * np.arange(settings.iterations) / settings.iterations)) / 2
+    stream = batch_stream(len(features), settings.batch_size, seed)
     for factor in cosine.tolist():
         batch = next(stream).to(features.device)
         x, y, now = features[batch], labels[batch], (scaled * factor).to(features)
@@ -149,12 +160,7 @@ def evaluate_linear(
     val_labels: Tensor,
     *,
     depth: int,
-    lrs: Sequence[float] = CODE_LRS,
-    blocks: Sequence[int] = (1, 4),
-    avgpools: Sequence[bool] = (False, True),
-    iterations: int = 12_500,
-    batch_size: int = 1024,
-    seed: int = 0,
+    settings: ProbeSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LinearReport:
     """Val accuracy of a linear head for each learning rate, number of blocks, with and without the mean patch token.
@@ -163,14 +169,15 @@ def evaluate_linear(
         train, val: [n, (L + 1) D], [m, (L + 1) D] from `stack_features`, float32; on a GPU all is computed there.
         train_labels, val_labels: class numbers [n], [m]; a class that only val has is never predicted.
         depth: L, the class tokens that the features hold.
-        lrs: before scaling by batch_size / 256.
-        batch_size: also where there are fewer photos; a batch then holds some of them twice.
+        settings: the heads and their training; None: the published protocol.
         advance: told of each iteration.
 
     Raises:
         ValueError: nothing to train, or more blocks than the features hold.
     """
-    if not lrs or not blocks or not avgpools:
+    settings = settings or ProbeSettings()
+    lrs, blocks, iterations, batch_size = settings.lrs, settings.blocks, settings.iterations, settings.batch_size
+    if not lrs or not blocks or not settings.avgpools:
         raise ValueError("a linear probe needs at least one learning rate, number of blocks and choice of avgpool")
     if min(lrs) <= 0 or iterations < 1 or batch_size < 1:
         raise ValueError(f"lrs={list(lrs)}, iterations={iterations}, batch_size={batch_size} must be above 0")
@@ -178,22 +185,11 @@ def evaluate_linear(
         raise ValueError(f"blocks={list(blocks)}: each must be from 1 to the {depth} that the features hold")
     if not len(train) or not len(val):
         raise ValueError(f"a linear probe needs photos of both splits, found {len(train)} and {len(val)}")
-    inputs = [(count, avgpool) for count in blocks for avgpool in avgpools]
-    groups = train_heads(
-        train,
-        train_labels,
-        int(train_labels.max()) + 1,
-        depth=depth,
-        lrs=lrs,
-        inputs=inputs,
-        iterations=iterations,
-        batch_size=batch_size,
-        seed=seed,
-        advance=advance,
-    )
-    found = {
+    n_classes = int(train_labels.max()) + 1
+    groups = train_heads(train, train_labels, n_classes, depth=depth, settings=settings, advance=advance)
+    shares = {
         Head(count, avgpool, lr): share
         for (count, avgpool), group in groups.items()
         for lr, share in zip(lrs, _accuracy(group, val, val_labels), strict=True)
     }
-    return LinearReport(found, max(found, key=lambda head: found[head]))
+    return LinearReport(shares, max(shares, key=lambda head: shares[head]))

@@ -126,6 +126,16 @@ class LogisticReport:
     sweep: dict[float, float]
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """The share of training photos that C is chosen on, and when a fit ends."""
+
+    held_out_share: float = 0.1
+    seed: int = 0
+    tolerance: float = 1e-6
+    max_iterations: int = 1000
+
+
 def evaluate_logistic(
     train: Tensor,
     train_labels: Tensor,
@@ -133,10 +143,7 @@ def evaluate_logistic(
     val_labels: Tensor,
     *,
     c_grid: Sequence[float] = C_GRID,
-    held_out_share: float = 0.1,
-    seed: int = 0,
-    tolerance: float = 1e-6,
-    max_iterations: int = 1000,
+    fit: FitSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LogisticReport:
     """Choose C on a share of the training photos, fit all of them, score val.
@@ -145,6 +152,7 @@ def evaluate_logistic(
         train, val: features [n, D], [m, D].
         train_labels, val_labels: [n], [m]; classes that only val has are never predicted.
         c_grid: values of C; the smallest of equally good ones is taken.
+        fit: how; None: the defaults.
         advance: told of each C that is done.
 
     Raises:
@@ -154,8 +162,10 @@ def evaluate_logistic(
         raise ValueError(f"logistic regression needs at least 2 training photos, found {len(train)}")
     if not c_grid:
         raise ValueError("c_grid is empty: give at least one C")
+    fit = fit or FitSettings()
+    tolerance, max_iterations = fit.tolerance, fit.max_iterations
     n_classes = int(train_labels.max()) + 1
-    fitted, chosen_on = split_off(len(train), held_out_share, seed)
+    fitted, chosen_on = split_off(len(train), fit.held_out_share, fit.seed)
     fitted, chosen_on = fitted.to(train.device), chosen_on.to(train.device)
     features, labels = train[fitted].double(), train_labels[fitted]
     sweep: dict[float, float] = {}

@@ -160,13 +160,18 @@ def robustness(
     if n < 2:
         first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
         raise ValueError(f"robustness needs at least two photos that can be read, not {n} of {len(photos)}{first}")
-    rows = F.normalize(torch.cat(clean), dim=1)
-    figures = {name: _kept(rows, F.normalize(torch.cat(found), dim=1)) for name, found in changed.items()}
+    return _figures(torch.cat(clean), {name: torch.cat(parts) for name, parts in changed.items()}, len(skipped))
+
+
+def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[str, Any]:
+    """What `robustness` returns, of class tokens [n, D], unchanged and by change."""
+    n, rows = len(clean), F.normalize(clean, dim=1)
+    figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
     # Sum over all pairs, of a photo with itself too, is the squared length of the sum.
     others = (rows.double().sum(dim=0).square().sum() - n) / (n * (n - 1))
     return {
         "photos": n,
-        "skipped": len(skipped),
+        "skipped": n_skipped,
         "other_photos_cosine": float(others),
         "changes": figures,
         "mean": {key: sum(f[key] for f in figures.values()) / len(figures) for key in ("cosine", "recall@1")},

@@ -15,11 +15,11 @@ from training.data.dataset import Photo, Skipped, Source, photos_of, split_sourc
 from training.data.sources import open_source
 from training.evaluate import depth, segmentation
 from training.evaluate.backbone import Backbone
-from training.evaluate.dense import DenseData, HeadTraining, Pair, find_pairs
-from training.evaluate.features import Box, ImageFeatures, Precision, cached_features
+from training.evaluate.dense import DenseData, HeadTraining, Pair, TokenSettings, find_pairs
+from training.evaluate.features import Box, FeatureCache, ForwardSettings, ImageFeatures, Precision, cached_features
 from training.evaluate.knn import TEMPERATURE, knn_accuracy, labels_of
-from training.evaluate.linear import CODE_LRS, PAPER_LRS, Head, evaluate_linear, stack_features
-from training.evaluate.logistic import C_GRID, evaluate_logistic
+from training.evaluate.linear import CODE_LRS, PAPER_LRS, Head, ProbeSettings, evaluate_linear, stack_features
+from training.evaluate.logistic import C_GRID, FitSettings, evaluate_logistic
 from training.evaluate.retrieval import SETUPS, Scores, read_ground_truth, score_classes, score_setup
 from training.evaluate.settings import (
     DenseSettings,
@@ -50,14 +50,13 @@ class Context:
         self, what: str, paths: Sequence[Path | Photo], n_blocks: int = 1, boxes: Sequence[Box | None] | None = None
     ) -> ImageFeatures:
         return cached_features(
-            self.cache,
-            self.backbone.fingerprint,
+            None if self.cache is None else FeatureCache(self.cache, self.backbone.fingerprint),
             self.backbone.model,
             paths,
             self.spec,
             n_blocks=n_blocks,
             boxes=boxes,
-            precision=self.precision,
+            forward=ForwardSettings(precision=self.precision),
             advance=self.track(f"features of {what}", len(paths)),
         )
 
@@ -171,10 +170,7 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
         found.train_labels,
         found.val.pooled(settings.pooling).to(device),
         found.val_labels,
-        held_out_share=settings.held_out,
-        seed=settings.seed,
-        tolerance=settings.tolerance,
-        max_iterations=settings.iterations,
+        fit=FitSettings(settings.held_out, settings.seed, settings.tolerance, settings.iterations),
         advance=context.track("values of C", len(C_GRID)),
     )
     row = (f"{report.c:.3g}", percent(report.sweep[report.c]), percent(report.accuracy))
@@ -194,11 +190,13 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
         stack_features(found.val.cls, found.val.mean).to(device),
         found.val_labels,
         depth=depth_wanted,
-        lrs=lrs,
-        blocks=settings.blocks,
-        iterations=settings.iterations,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
+        settings=ProbeSettings(
+            lrs=lrs,
+            blocks=settings.blocks,
+            iterations=settings.iterations,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        ),
         advance=context.track("iterations", settings.iterations),
     )
     rows = []
@@ -235,10 +233,8 @@ def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Seque
                 found,
                 context.spec,
                 read,
-                n_blocks=settings.blocks,
-                with_cls=isinstance(settings, DepthSettings),
+                TokenSettings(settings.blocks, isinstance(settings, DepthSettings), context.precision),
                 memory_bytes=data[-1].memory_left if data else int(settings.memory_gb * 1e9),
-                precision=context.precision,
                 advance=context.track(f"tokens of {split}", len(found)),
             )
         )

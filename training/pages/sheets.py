@@ -17,6 +17,7 @@ Legend: n photos of the sheet, V local crops, G and L sides of crops, N = h * w 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -142,16 +143,57 @@ def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: Pr
     return torch.cat(found)
 
 
+@dataclass(frozen=True)
+class SheetCrops:
+    """The crops of n photos, view by view, as `training.data.crops.Crops` holds them."""
+
+    globals_: Tensor  # [2n, 3, G, G], normalised
+    masks: Tensor  # bool [2n, N]
+    locals_: Tensor | None  # [Vn, 3, L, L], normalised
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the network makes of the photos of a sheet, and the photos as it is shown them."""
+
+    inputs: Tensor  # [n, 3, S, S]
+    attention: Tensor  # [n, N]
+    colours: Tensor  # [n, N, 3]
+    nearest: Tensor  # [n, k] places in the gallery
+    cosines: Tensor  # [n, k]
+
+
+@torch.inference_mode()
+def _look(
+    backbone: DinoVisionTransformer,
+    gallery: Sequence[Photo],
+    shown: Sequence[int],
+    spec: PreprocessSpec,
+    n_neighbours: int,
+) -> _Look:
+    """One pass of the shown photos, and one of the gallery for their neighbours; the network's mode stays."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        inputs = torch.from_numpy(np.stack([preprocess(gallery[i], spec) for i in shown]))
+        pixels = inputs.to(backbone.cls_token.device)
+        tokens = backbone.forward_features(pixels)
+        attention, colours = class_attention(backbone, pixels).cpu(), pca_colours(tokens["x_norm_patchtokens"])
+        features = _features(backbone, gallery, spec)
+        indices, cosines = nearest(tokens["x_norm_clstoken"].cpu(), features, list(shown), n_neighbours)
+    finally:
+        backbone.train(was_training)
+    return _Look(inputs, attention, colours, indices, cosines)
+
+
 @torch.inference_mode()
 def picture_sheet(
     backbone: DinoVisionTransformer,
     gallery: Sequence[Photo],
     shown: Sequence[int],
     spec: PreprocessSpec,
+    crops: SheetCrops,
     *,
-    globals_: Tensor,
-    masks: Tensor,
-    locals_: Tensor | None,
     names: Sequence[str] | None = None,
     title: str = "",
     n_neighbours: int = 4,
@@ -163,8 +205,7 @@ def picture_sheet(
         gallery: a sample of the training photos, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
         shown: the n photos of the sheet, as indices of `gallery`.
         spec: the evaluation's preprocessing; must crop.
-        globals_, masks, locals_: the crops of the n photos as `training.data.crops.Crops` holds them, view by view:
-            [2n, 3, G, G] and [Vn, 3, L, L] normalised, bool [2n, N].
+        crops: of the n photos.
         names: captions of the gallery's photos, e.g. their folders.
         title: what run and step this is.
         n_neighbours: columns of nearest photos.
@@ -172,38 +213,26 @@ def picture_sheet(
     Raises:
         ValueError: `spec` has no crop, or the crops are not those of n photos.
     """
-    n = len(shown)
+    n, globals_, masks, locals_ = len(shown), crops.globals_, crops.masks, crops.locals_
     if spec.crop is None:
         raise ValueError("a picture sheet needs a preprocessing with a crop; this one has none")
     if len(globals_) != 2 * n or len(masks) != 2 * n or (locals_ is not None and len(locals_) % n):
         raise ValueError(f"{n} photos need {2 * n} global crops and masks, not {len(globals_)} and {len(masks)}")
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        inputs = torch.from_numpy(np.stack([preprocess(gallery[i], spec) for i in shown]))
-        pixels = inputs.to(backbone.cls_token.device)
-        tokens = backbone.forward_features(pixels)
-        attention, colours = class_attention(backbone, pixels).cpu(), pca_colours(tokens["x_norm_patchtokens"])
-        indices, cosines = nearest(
-            tokens["x_norm_clstoken"].cpu(), _features(backbone, gallery, spec), list(shown), n_neighbours
-        )
-    finally:
-        backbone.train(was_training)
+    look = _look(backbone, gallery, shown, spec, n_neighbours)
     grid = (spec.crop // spec.patch_size,) * 2
     rows = []
-    for row, photo in enumerate(to_pixels(inputs, spec)):
-        cells = [_cell(photo)]
-        cells += _crop_cells(row, n, globals_, masks, locals_, spec)
-        top = max(float(attention[row].quantile(0.995)), EVEN_IS_DARK / attention.shape[1])
-        heat = heat_colours((attention[row].double().numpy() / top).reshape(grid))
+    for row, photo in enumerate(to_pixels(look.inputs, spec)):
+        cells = [_cell(photo), *_crop_cells(row, n, crops, spec)]
+        attention, neighbours = look.attention[row], look.nearest[row].tolist()
+        top = max(float(attention.quantile(0.995)), EVEN_IS_DARK / len(attention))
+        heat = heat_colours((attention.double().numpy() / top).reshape(grid))
         cells.append(_map_cell(heat, photo, 0.72))
-        parts = (colours[row].numpy() * 255).round().astype(np.uint8).reshape(*grid, -1)
+        parts = (look.colours[row].numpy() * 255).round().astype(np.uint8).reshape(*grid, -1)
         cells.append(_map_cell(parts, photo, 0.8))
-        cells += [_cell(to_pixels(_input(gallery[i], spec), spec)[0]) for i in indices[row].tolist()]
         captions = {0: names[shown[row]]} if names else {}
-        first = len(cells) - len(indices[row])
-        for column, (i, cosine) in enumerate(zip(indices[row].tolist(), cosines[row].tolist(), strict=True), first):
-            captions[column] = f"{cosine:.2f}  {names[i]}" if names else f"{cosine:.2f}"
+        for i, cosine in zip(neighbours, look.cosines[row].tolist(), strict=True):
+            captions[len(cells)] = f"{cosine:.2f}  {names[i]}" if names else f"{cosine:.2f}"
+            cells.append(_cell(to_pixels(_input(gallery[i], spec), spec)[0]))
         rows.append((cells, captions))
     return _page(rows, ["photo", "global 1", "global 2", "locals", "attention", "parts (PCA)", "nearest"], title)
 
@@ -212,17 +241,15 @@ def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
     return torch.from_numpy(preprocess(photo, spec))[None]
 
 
-def _crop_cells(
-    row: int, n: int, globals_: Tensor, masks: Tensor, locals_: Tensor | None, spec: PreprocessSpec
-) -> list[Image.Image]:
+def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> list[Image.Image]:
     """The two global crops and the local ones of one photo."""
-    side = globals_.shape[-1] // spec.patch_size
+    side = crops.globals_.shape[-1] // spec.patch_size
     cells = []
     for view in range(2):
         place = view * n + row
-        [crop] = to_pixels(globals_[place : place + 1], spec)
-        cells.append(_cell(shade_masked(crop, masks[place].cpu().numpy(), (side, side))))
-    return [*cells, _grid_cell([] if locals_ is None else to_pixels(locals_[row::n], spec))]
+        [crop] = to_pixels(crops.globals_[place : place + 1], spec)
+        cells.append(_cell(shade_masked(crop, crops.masks[place].cpu().numpy(), (side, side))))
+    return [*cells, _grid_cell([] if crops.locals_ is None else to_pixels(crops.locals_[row::n], spec))]
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

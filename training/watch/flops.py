@@ -200,8 +200,8 @@ def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 
 
 def device_peak_flops(device: torch.device, *, measure: bool = False) -> float | None:
     """The peak that MFU is a share of: from the table for a known GPU, else measured if asked for, else None."""
-    known = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return measured_peak_flops(device) if known is None and measure else known
+    listed = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return measured_peak_flops(device) if listed is None and measure else listed
 
 
 def describe_device(device: torch.device) -> str:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -42,15 +43,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file, without those that a stopped process left torn; none if there is no file."""
     if not path.exists():
         return []
-    found = []
+    lines = []
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict):
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def cut_lines(path: Path, last_step: int) -> None:
@@ -91,14 +92,22 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+@dataclass(frozen=True)
+class RunSize:
+    """How long a run is, the steps that it has done when it starts or goes on, and the images of a step, of all ranks
+    together."""
+
+    total_steps: int
+    first_step: int
+    batch_size: int
+
+
 class Monitor:
     """Bar, lines and files of one run; a context manager.
 
     Args:
         path: `metrics.jsonl` in the run's folder; the other files lie beside it.
-        total_steps: of the run.
-        first_step: steps done before; lines of later steps are cut off.
-        batch_size: photos per step, of all processes together.
+        size: of the run. Lines of later steps than its first are cut off.
         console: what people read.
         active: False in all processes but one: nothing is printed or written, nothing is transferred.
         device: whose memory is reported.
@@ -110,9 +119,7 @@ class Monitor:
     def __init__(
         self,
         path: Path,
-        total_steps: int,
-        first_step: int,
-        batch_size: int,
+        size: RunSize,
         console: Console,
         *,
         active: bool = True,
@@ -122,7 +129,7 @@ class Monitor:
         advise: Callable[[float], str | None] = "{:.0%} of the time went into waiting for photos".format,
     ) -> None:
         self.console = console
-        self._folder, self._batch_size, self._total_steps = path.parent, batch_size, total_steps
+        self._folder, self._batch_size, self._total_steps = path.parent, size.batch_size, size.total_steps
         self._active, self._device = active, device or torch.device("cpu")
         self._sinks, self._peak_flops, self._advise = list(sinks), peak_flops, advise
         self._steps, self._flops, self._waited, self._slow_lines = 0, 0.0, 0.0, 0
@@ -138,9 +145,9 @@ class Monitor:
             refresh_per_second=2,
         )
         self._bar = active and console.is_terminal
-        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, figures="")
+        self._task = self._progress.add_task("train", total=size.total_steps, completed=size.first_step, figures="")
         if active:
-            self.rewind(first_step)
+            self.rewind(size.first_step)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -195,10 +202,10 @@ class Monitor:
         if not self._active:
             self._start_line()
             return {}
-        given = to_numbers(figures)  # waits for the device, so that the clock is read after its work
+        numbers = to_numbers(figures)  # waits for the device, so that the clock is read after its work
         seconds = max(time.perf_counter() - self._since, 1e-9)
         wait = self._waited / seconds
-        line: dict[str, Any] = {"step": steps_done, **given}
+        line: dict[str, Any] = {"step": steps_done, **numbers}
         line["images_per_s"] = round(self._steps * self._batch_size / seconds, 1)
         line["data_wait_share"] = round(wait, 4)
         if (peak := peak_memory_bytes(self._device)) is not None:

@@ -82,10 +82,10 @@ def wandb_sink(client: Any, project: str, out: Path, settings: Mapping[str, Any]
 
     `client` is the module `wandb`.
     """
-    known = out / WANDB_ID
-    if not known.exists():
-        known.write_text(uuid.uuid4().hex)
+    id_file = out / WANDB_ID
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex)
     run = client.init(
-        project=project, name=out.name, dir=str(out), id=known.read_text(), resume="allow", config=dict(settings)
+        project=project, name=out.name, dir=str(out), id=id_file.read_text(), resume="allow", config=dict(settings)
     )
     return Sink("wandb", lambda step, numbers: run.log(dict(numbers), step=step), run.finish)

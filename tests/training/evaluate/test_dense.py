@@ -13,7 +13,7 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.evaluate import depth, segmentation
-from training.evaluate.dense import DenseData, HeadTraining, find_pairs, learning_rates
+from training.evaluate.dense import DenseData, HeadTraining, TokenSettings, find_pairs, learning_rates
 
 TINY = ViTConfig(embed_dim=24, depth=2, num_heads=2, img_size=28, pos_embed_rule="antialias", layerscale_init=None)
 SPEC = PreprocessSpec(resize=56, crop=None)
@@ -55,7 +55,7 @@ def make(model, folder, kind, split="train", memory_bytes=10**9, n_blocks=1):
         "depth": (depth.SUFFIXES, depth.read_depth),
     }[kind]
     pairs = find_pairs(folder, split, kind, suffixes)
-    return DenseData(model, pairs, SPEC, read, n_blocks=n_blocks, with_cls=kind == "depth", memory_bytes=memory_bytes)
+    return DenseData(model, pairs, SPEC, read, TokenSettings(n_blocks, kind == "depth"), memory_bytes=memory_bytes)
 
 
 def test_tokens_are_the_models_and_memory_changes_nothing(model, scenes):

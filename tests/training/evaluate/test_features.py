@@ -5,11 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.all_features import extract_features
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import read_photo
-from training.evaluate.features import cached_features, compute_features, extract_features, in_order, read_pixels
+from training.evaluate.features import (
+    FeatureCache,
+    ForwardSettings,
+    cached_features,
+    compute_features,
+    in_order,
+    read_pixels,
+)
 
 TINY = ViTConfig(embed_dim=16, depth=3, num_heads=2, img_size=28, pos_embed_rule="antialias")
 SPEC = PreprocessSpec(resize=28, crop=None)
@@ -31,7 +39,9 @@ def photos(tmp_path):
 
 def test_class_tokens_of_the_last_blocks_in_the_order_of_the_photos(model, photos):
     told = []
-    found = compute_features(model, photos, SPEC, n_blocks=2, batch_size=2, advance=told.append)
+    found = compute_features(
+        model, photos, SPEC, n_blocks=2, forward=ForwardSettings(batch_size=2), advance=told.append
+    )
     assert sum(told) == 7
     assert found.kept.tolist() == list(range(7))
     for i, path in enumerate(photos):
@@ -77,7 +87,7 @@ def test_the_cache_serves_the_same_and_notices_changes(model, photos, tmp_path):
 
     def get(digest="a", paths=photos, **more):
         calls.clear()
-        return cached_features(cache, digest, model, paths, SPEC, **more), len(calls)
+        return cached_features(FeatureCache(cache, digest), model, paths, SPEC, **more), len(calls)
 
     first, computed = get(n_blocks=2)
     assert computed

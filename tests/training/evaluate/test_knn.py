@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.all_features import extract_features
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import read_photo
-from training.evaluate.features import extract_features
 from training.evaluate.knn import evaluate_knn, knn_accuracy, labels_of
 
 TINY = ViTConfig(embed_dim=16, depth=1, num_heads=2, img_size=28, pos_embed_rule="antialias")

@@ -1,5 +1,7 @@
 """k-NN in blocks, logistic regression against scikit-learn, the linear probe against a single head trained alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from training.evaluate.linear import (
     CODE_LRS,
     PAPER_LRS,
     Head,
+    ProbeSettings,
     _make_group,
     batch_stream,
     evaluate_linear,
@@ -137,9 +140,8 @@ def test_heads_trained_together_are_heads_trained_alone(blocks, avgpool, lr):
     cls, mean, labels, _ = probe_data()
     features = stack_features(cls, mean)
     iterations, batch, lrs = 40, 16, (1e-3, 0.05, 0.3)
-    inputs = [(b, a) for b in (1, 4) for a in (False, True)]
     together = train_heads(
-        features, labels, 5, depth=4, lrs=lrs, inputs=inputs, iterations=iterations, batch_size=batch, seed=7
+        features, labels, 5, depth=4, settings=ProbeSettings(lrs=lrs, iterations=iterations, batch_size=batch, seed=7)
     )[blocks, avgpool]
 
     x = cls[:, -blocks:].flatten(1)
@@ -166,14 +168,15 @@ def test_linear_report_has_every_head_and_is_the_same_again():
     cls, mean, labels, _ = probe_data()
     features = stack_features(cls, mean)
     told = []
-    settings = {"depth": 4, "lrs": (1e-5, 0.1), "iterations": 30, "batch_size": 64, "seed": 1}
+    probe = ProbeSettings(lrs=(1e-5, 0.1), iterations=30, batch_size=64, seed=1)
+    settings = {"depth": 4, "settings": probe}
     report = evaluate_linear(features, labels, features, labels, advance=told.append, **settings)
     assert sum(told) == 30
     assert set(report.accuracy) == {Head(b, a, lr) for b in (1, 4) for a in (False, True) for lr in (1e-5, 0.1)}
     assert report.accuracy[report.best] == max(report.accuracy.values())
     assert report == evaluate_linear(features, labels, features, labels, **settings)
     groups = train_heads(
-        features, labels, 5, depth=4, lrs=(0.1,), inputs=[(4, True)], iterations=30, batch_size=64, seed=1
+        features, labels, 5, depth=4, settings=replace(probe, lrs=(0.1,), blocks=(4,), avgpools=(True,))
     )
     group = groups[4, True]
     right = (features @ group.weight[:, 0] + group.bias[0]).argmax(1) == labels
@@ -195,6 +198,6 @@ def test_linear_refuses():
     with pytest.raises(ValueError, match="from 1 to the 3"):
         evaluate_linear(features, labels, features, labels, depth=3)
     with pytest.raises(ValueError, match="iterations=0"):
-        evaluate_linear(features, labels, features, labels, depth=4, iterations=0)
+        evaluate_linear(features, labels, features, labels, depth=4, settings=ProbeSettings(iterations=0))
     with pytest.raises(ValueError, match="found 50 and 0"):
         evaluate_linear(features, labels, features[:0], labels[:0], depth=4)

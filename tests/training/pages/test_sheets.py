@@ -10,6 +10,7 @@ from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.pages import sheets
 from training.pages.sheets import (
+    SheetCrops,
     class_attention,
     heat_colours,
     nearest,
@@ -127,7 +128,14 @@ def test_the_page(backbone, n_local, tmp_path):
     gallery = photos(6)
     inputs = crops(2, n_local)
     sheet = picture_sheet(
-        backbone, gallery, [4, 1], SPEC, **inputs, names=[f"kind-{i}" for i in range(6)], title="run", n_neighbours=3
+        backbone,
+        gallery,
+        [4, 1],
+        SPEC,
+        SheetCrops(**inputs),
+        names=[f"kind-{i}" for i in range(6)],
+        title="run",
+        n_neighbours=3,
     )
     assert backbone.training  # as it was
     assert torch.equal(torch.get_rng_state(), before)
@@ -155,12 +163,12 @@ def test_the_page(backbone, n_local, tmp_path):
 
 
 def test_the_same_network_gives_the_same_sheet(backbone):
-    first, second = (picture_sheet(backbone, photos(4), [0, 1], SPEC, **crops(2)) for _ in range(2))
+    first, second = (picture_sheet(backbone, photos(4), [0, 1], SPEC, SheetCrops(**crops(2))) for _ in range(2))
     assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
 def test_what_does_not_fit_is_refused(backbone):
     with pytest.raises(ValueError, match="2 photos need 4 global crops and masks, not 6"):
-        picture_sheet(backbone, photos(4), [0, 1], SPEC, **crops(3))
+        picture_sheet(backbone, photos(4), [0, 1], SPEC, SheetCrops(**crops(3)))
     with pytest.raises(ValueError, match="needs a preprocessing with a crop"):
-        picture_sheet(backbone, photos(4), [0], PreprocessSpec(crop=None), **crops(1))
+        picture_sheet(backbone, photos(4), [0], PreprocessSpec(crop=None), SheetCrops(**crops(1)))

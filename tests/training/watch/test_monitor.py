@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from training.watch import monitor as module
-from training.watch.monitor import Monitor, cut_lines, peak_memory_bytes, read_lines, to_numbers
+from training.watch.monitor import Monitor, RunSize, cut_lines, peak_memory_bytes, read_lines, to_numbers
 from training.watch.sinks import Sink, make_sinks
 
 FIGURES = {"loss": 2.0, "dino_over_ln_k": 0.9}
@@ -31,7 +31,7 @@ def console(**settings):
 
 def test_a_line_holds_what_was_given_and_what_was_measured(tmp_path, clock):
     screen = console()
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen, peak_flops=1e6) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen, peak_flops=1e6) as monitor:
         for step in (1, 2):
             with monitor.waiting():
                 clock.seconds += 0.5
@@ -52,7 +52,7 @@ def test_a_line_holds_what_was_given_and_what_was_measured(tmp_path, clock):
 
 
 def test_evaluations_and_saves_are_not_training_time(tmp_path, clock):
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, console()) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), console()) as monitor:
         clock.seconds += 2
         with monitor.paused():
             clock.seconds += 50
@@ -63,7 +63,7 @@ def test_evaluations_and_saves_are_not_training_time(tmp_path, clock):
 def test_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path):
     for terminal in (True, False):
         screen = console(force_terminal=terminal)
-        with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen) as monitor:
+        with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen) as monitor:
             monitor.advance(1)
             monitor.write(1, FIGURES)
         assert ("step 1/10  loss" in screen.file.getvalue()) is not terminal
@@ -82,7 +82,7 @@ def test_all_tensors_come_over_in_one_transfer(monkeypatch):
 
 def test_what_is_not_finite_is_null_and_said(tmp_path):
     screen = console()
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen) as monitor:
         monitor.write(1, {"loss": torch.tensor(float("nan")), "x": float("inf"), "name": "kept", "none": None})
     [line] = read_lines(tmp_path / "metrics.jsonl")
     assert (line["loss"], line["x"], line["name"], line["none"]) == (None, None, "kept", None)
@@ -92,14 +92,14 @@ def test_what_is_not_finite_is_null_and_said(tmp_path):
 
 def test_a_resumed_run_repeats_no_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with Monitor(path, 10, 0, 8, console()) as monitor:
+    with Monitor(path, RunSize(10, 0, 8), console()) as monitor:
         for step in range(1, 7):
             monitor.write(step, FIGURES)
             monitor.evaluated(step, {"knn": step / 10})
             monitor.say(step, "warning", "[bold] something")
     with path.open("a") as file:
         file.write('{"step": 7, "lo')  # killed while writing
-    with Monitor(path, 10, 4, 8, console()) as monitor:
+    with Monitor(path, RunSize(10, 4, 8), console()) as monitor:
         monitor.write(5, FIGURES)
         assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4, 5]
         monitor.rewind(2)  # a rollback
@@ -143,7 +143,7 @@ def test_a_failing_sink_is_said_once_and_dropped(tmp_path):
         Sink("good", lambda step, numbers: got.append((step, dict(numbers))), lambda: closed.append("good")),
     ]
     screen = console()
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen, sinks=sinks) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen, sinks=sinks) as monitor:
         for step in (1, 2, 3):
             monitor.write(step, {**FIGURES, "word": "kept out of curves"})
         monitor.evaluated(3, {"knn": 0.5})
@@ -159,7 +159,7 @@ def test_a_failing_sink_is_said_once_and_dropped(tmp_path):
 
 def test_a_full_disk_stops_neither_the_run_nor_the_later_lines(tmp_path, monkeypatch):
     screen = console()
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen) as monitor:
         monitor.write(1, FIGURES)
         whole = module.Path.open
         monkeypatch.setattr(module.Path, "open", lambda *_: (_ for _ in ()).throw(OSError("No space left")))
@@ -176,7 +176,7 @@ def test_a_full_disk_stops_neither_the_run_nor_the_later_lines(tmp_path, monkeyp
 def test_only_one_process_speaks(tmp_path):
     screen = console()
     sink = Sink("never", lambda *_: pytest.fail("written"), lambda: None)
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen, active=False, sinks=[sink]) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen, active=False, sinks=[sink]) as monitor:
         monitor.advance(1)
         assert monitor.write(1, FIGURES) == {}
         monitor.evaluated(1, {"knn": 0.1})
@@ -187,7 +187,7 @@ def test_only_one_process_speaks(tmp_path):
 
 def test_waiting_for_data_is_said_once_with_what_to_change(tmp_path, clock):
     screen = console()
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, screen) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen) as monitor:
         for step in range(1, 8):
             with monitor.waiting():
                 clock.seconds += 1
@@ -207,7 +207,7 @@ def test_tensorboard_gets_the_figures(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     sinks = make_sinks(tmp_path, 0, None, {}, pytest.fail)
     assert [sink.name for sink in sinks] == ["tensorboard"]
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, console(), sinks=sinks) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), console(), sinks=sinks) as monitor:
         monitor.write(3, FIGURES)
     found = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(3, 2.0)]
@@ -242,7 +242,7 @@ def test_a_sink_that_cannot_start_is_said_and_left_out(tmp_path, monkeypatch):
 
 
 def test_every_line_is_json_for_strict_readers(tmp_path):
-    with Monitor(tmp_path / "metrics.jsonl", 10, 0, 8, console()) as monitor:
+    with Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), console()) as monitor:
         monitor.write(1, {"loss": float("-inf")})
 
     def refuse(word):

@@ -1,0 +1,25 @@
+"""Every pooling's features of a set of images, all of which must be readable: for benchmarks and tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from model.preprocess import PreprocessSpec
+from model.vit import DinoVisionTransformer
+from training.data.dataset import Photo
+from training.evaluate.features import POOLINGS, ForwardSettings, Pooling, compute_features
+
+
+def extract_features(
+    model: DinoVisionTransformer, paths: Sequence[Path | Photo], spec: PreprocessSpec, batch_size: int = 64
+) -> dict[Pooling, Tensor]:
+    """Features [n, D] (cls+mean: [n, 2D]) of images, float32 on the CPU. The halves of cls+mean have unit length each.
+
+    Raises:
+        ValueError: an image that cannot be read.
+    """
+    features = compute_features(model, paths, spec, forward=ForwardSettings(batch_size))
+    if features.skipped:
+        raise ValueError(f"{features.skipped[0].name}: {features.skipped[0].reason}")
+    return {pooling: features.pooled(pooling) for pooling in POOLINGS}
