@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli.search import fail
+from model.pooling import Pooling
 
 TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
@@ -34,9 +35,7 @@ def evaluate(
     crop: Annotated[int | None, typer.Option(help="Centre crop, pixels; 0: the whole photo. Default: model's.")] = None,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the forward pass. [fp32]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of splits, batches and heads. [0]")] = None,
-    pooling: Annotated[
-        Literal["cls", "mean", "cls+mean"] | None, typer.Option(help="knn, logistic, retrieval: the vector. [cls]")
-    ] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="knn, logistic, retrieval: the vector. [cls]")] = None,
     k: Annotated[
         list[int] | None, typer.Option("-k", "--k", help="knn: neighbours; retrieval: of recall@k. Repeatable.")
     ] = None,

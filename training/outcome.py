@@ -9,17 +9,19 @@ import numpy as np
 import torch
 
 from model.checkpoint import save_checkpoint
+from model.files import write_text
+from model.pooling import Pooling
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.data.crops import crop_views, make_crops
 from training.data.dataset import squash
 from training.data.run_images import Data
 from training.distributed import World, whole
-from training.evaluate.features import Pooling, compute_features
+from training.evaluate.features import compute_features
 from training.evaluate.knn import evaluate_knn
 from training.pages.report import write_report
 from training.pages.sheets import picture_sheet, save_sheet, shrunk
-from training.state import Parts, write_whole
+from training.state import Parts
 from training.whiten import whiten
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -105,7 +107,7 @@ def finish(
         sample = data.known[:: math.ceil(len(data.known) / WHITENING_PHOTOS)]
         whiten(backbone, compute_features(backbone, sample, config.eval_spec).pooled("cls"), config.whiten)
     knn = report_knn(config, data, backbone)
-    write_whole(config.out / "knn.json", json.dumps(knn, indent=1))
+    write_text(config.out / "knn.json", json.dumps(knn, indent=1))
     write_checkpoint(path, config, backbone, facts | {"knn": knn, "whitened": config.whiten is not None}, total)
     write_sheet(config, data, backbone, total, total)
     report = write_report(config.out)

@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from model.cpus import available_cpus
+from model.files import write_text
 from training.config import TrainConfig
 from training.data.crops import make_micros
 from training.data.loader import waiting_advice
@@ -47,7 +48,6 @@ from training.state import (
     load_state,
     remember,
     start_from,
-    write_whole,
 )
 from training.step import make_schedules, train_step
 from training.watch.flops import describe_device, device_peak_flops, work_of_step
@@ -219,7 +219,7 @@ def start(run: Run, saved: Saved | None, broken: list[str]) -> None:
         if world.is_main and saved:
             remember(saved, memory_of(run))
     if world.is_main:
-        write_whole(config.out / "config.json", json.dumps(run.settings, indent=1))
+        write_text(config.out / "config.json", json.dumps(run.settings, indent=1))
         announce(run, first, run.monitor.console)
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from training.evaluate.features import Pooling, Precision
+from model.pooling import Pooling
+from training.evaluate.features import Precision
 
 Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
