@@ -82,7 +82,7 @@ def evaluate(
     settings = make_settings(task, given or {})
     blocks, depth = getattr(settings, "blocks", 1), len(backbone.model.blocks)
     if (most := blocks if isinstance(blocks, int) else max(blocks)) > depth:
-        raise ValueError(f"{task} takes the last {most} blocks, and the model has {depth}: set blocks (--blocks)")
+        raise ValueError(f"{task} takes the last {most} blocks, and the model has {depth}: set blocks=N")
     context = tasks.Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
     match settings:
         case KnnSettings():
