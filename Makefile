@@ -22,7 +22,7 @@ TORCH := torch==2.13.0
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-service check bench clean
+.PHONY: help run test test-service check docs bench clean
 .NOTPARALLEL:  # with -j: two pips at once would share one egg-info
 
 help: ## this list
@@ -42,6 +42,9 @@ check: $(TEST_ENV)/$(STAMP) ## ruff, mypy (strict), import rules
 	@$(TEST_ENV)/bin/ruff format --check .
 	@$(TEST_ENV)/bin/mypy
 	@$(TEST_ENV)/bin/lint-imports
+
+docs: $(TEST_ENV)/$(STAMP) ## write docs/settings.md, metrics.md and commands.md from the code
+	@$(TEST_ENV)/bin/python docs/reference.py
 
 bench: $(TEST_ENV)/$(STAMP) ## engines, search, crashes; written to benchmarks/results (the other benchmarks need photos)
 	@$(TEST_ENV)/bin/python benchmarks/engine.py

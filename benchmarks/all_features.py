@@ -5,10 +5,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from model.pooling import POOLINGS, Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo
-from training.evaluate.features import POOLINGS, ForwardSettings, Pooling, compute_features
+from training.evaluate.features import ForwardSettings, compute_features
 
 
 def extract_features(

@@ -28,9 +28,9 @@ from serving import random_artifact  # benchmarks/serving.py
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
 from model.cpus import available_cpus
+from model.decode import decode
 from model.engines.protocol import Engine, load_engine
 from model.preprocess import REFERENCE_224, preprocess
-from service.decode import decode
 from service.ingest.index import IndexOptions, IndexReport, index_photos
 from service.ingest.sources import find_photos
 from service.search.embedded import open_embedded

@@ -19,6 +19,7 @@ from cli import search as cli_search
 from cli import training as cli_training
 from cli.search import fail as _fail
 from cli.training import need_torch
+from model.pooling import DEFAULT_POOLING, Pooling
 
 if TYPE_CHECKING:
     from model.artifact import Manifest
@@ -72,7 +73,7 @@ def embed(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")
     ] = None,
-    pooling: Annotated[Literal["cls", "mean", "cls+mean"], typer.Option(help="What becomes the vector.")] = "cls",
+    pooling: Annotated[Pooling, typer.Option(help="What becomes the vector.")] = DEFAULT_POOLING,
     normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
 ) -> None:

@@ -26,6 +26,7 @@ from cli.search import (
     run_with,
     settings_for,
 )
+from model.pooling import DEFAULT_POOLING
 
 if TYPE_CHECKING:
     from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore
@@ -112,7 +113,8 @@ def create(
             made_by, width = tag, dimension
         else:
             artifact, loaded = load_model(model, engine, None, data_dir, None)
-            made_by, width = vector_tag(artifact, loaded, pooling or "cls"), vector_dims(artifact, pooling or "cls")
+            kind_of_vector = pooling or DEFAULT_POOLING
+            made_by, width = vector_tag(artifact, loaded, kind_of_vector), vector_dims(artifact, kind_of_vector)
         return await vectors.create(name, replace(spec, tag=made_by, dimension=width))
 
     typer.echo(json.dumps(described(run_with(store, data_dir, work, makes=True)), indent=2))
@@ -289,7 +291,7 @@ def import_(
         if fingerprint is not None:
             if tag is not None:
                 raise ValueError("give --tag or --fingerprint, not both")
-            made_by = _tag_of(fingerprint, pooling or "cls", data_dir)
+            made_by = _tag_of(fingerprint, pooling or DEFAULT_POOLING, data_dir)
         with shown("importing", None) as advance:
             return await import_collection(vectors, collection, path, tag=made_by, advance=advance)
 

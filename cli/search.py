@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from model.pooling import DEFAULT_POOLING, Pooling
+
 if TYPE_CHECKING:
     from model.artifact import Artifact
     from model.engines.protocol import Engine
@@ -41,7 +43,7 @@ ModelOption = Annotated[
 EngineOption = Annotated[str, typer.Option(help="auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")]
 PoolingOption = Annotated[
-    Literal["cls", "mean", "cls+mean"] | None,
+    Pooling | None,
     typer.Option(help="What becomes the vector, of a new collection. Default: cls."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
@@ -99,7 +101,7 @@ def index(
             raise ValueError(f"collection {info.name!r} keeps no photos: it was made without --originals")
         artifact, loaded = load_model(model, engine, threads, data_dir, info)
         options = IndexOptions(
-            pooling=pooling_of(info) if info is not None else pooling or "cls",
+            pooling=pooling_of(info) if info is not None else pooling or DEFAULT_POOLING,
             batch_size=batch_size,
             workers=workers,
             id_by=id_by,
@@ -191,7 +193,7 @@ def search(
 
     async def work(vectors: "VectorStore", settings: "Settings") -> list[dict[str, Any]]:
         from model.preprocess import preprocess
-        from service.decode import decode
+        from service.features.images import decode
         from service.ingest.embed import vectors_of
         from service.ingest.index import pooling_of, vector_tag
         from service.ingest.sources import read_photo
@@ -324,7 +326,7 @@ def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
 
 
 def _limits(settings: "Settings") -> Any:
-    from service.decode import DecodeLimits
+    from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
 

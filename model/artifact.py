@@ -14,7 +14,6 @@ checks every file against the manifest and refuses what differs.
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
 from model.config import ViTConfig
+from model.files import publish
 from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec, output_size
@@ -330,6 +330,6 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
             names = write_onnx(weights, config, spec, Path(temporary) / target.name)
             for written in reversed(names):  # the graph's own file last: with it, the others are there
-                os.replace(Path(temporary) / written, directory / written)
+                publish(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

@@ -12,9 +12,7 @@ leaves the old file or the new one.
 
 import json
 import logging
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 from model import zoo
 from model.config import CONFIGS, PosEmbedRule, ViTConfig, config_for
 from model.convert import META_HUB, CheckpointError, Dialect, convert
+from model.files import replacing
 from model.vit import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
 
 
 def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors atomically: a temporary file beside `path`, flushed to the disk, renamed over it.
+    """Write tensors to a file that is whole or not there.
 
     Raises:
         OSError: it cannot be written; `path` is then as it was.
@@ -104,25 +103,12 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+    with replacing(path) as temporary:
         try:
             save_file(plain, temporary, metadata=dict(metadata))
         except SafetensorError as error:  # a full disk arrives as one
             raise OSError(f"{path}: cannot be written: {error}") from error
-        temporary.chmod(0o644)  # mkstemp's files are for the owner alone
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
+        temporary.chmod(0o644)  # safetensors makes its files for the owner alone
 
 
 def save_checkpoint(

@@ -13,10 +13,8 @@ Imported without torch.
 
 import difflib
 import errno
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,6 +33,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from model.files import lock_file, publish
 
 logger = logging.getLogger(__name__)
 
@@ -186,14 +186,14 @@ def _bar(progress: bool) -> Progress:
 
 @contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file that stays: deleting it would let two holders lock two different files."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: another process downloads it, waiting", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock
+    """Hold the lock of one download."""
+    file = lock_file(path)
+    if file is None:
+        logger.info("%s: another process downloads it, waiting", name)
+        file = lock_file(path, wait=True)
+    assert file is not None
+    with file:
+        yield
 
 
 def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
@@ -311,15 +311,8 @@ class _Part:
             self.validator.write_text(validator)
 
     def _finish(self) -> None:
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-        self.path.replace(self.target)
+        publish(self.path, self.target)
         self.validator.unlink(missing_ok=True)
-        directory = os.open(self.target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself
-        finally:
-            os.close(directory)
         if self.entry.sha256 is None:
             logger.info("%s: no published hash to compare with; only its length was checked", self.target)
 

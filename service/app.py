@@ -17,8 +17,8 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from model.artifact import Artifact
+from model.decode import DecodeLimits
 from model.engines.protocol import Engine, Tried
-from service.decode import DecodeLimits
 from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache, make_cache
 from service.features.pipeline import Pipeline

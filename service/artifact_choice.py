@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
+from model.decode import DecodeError, decode
 from model.zoo import resolve
-from service.decode import DecodeLimits, decode
-from service.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +51,9 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
     """A photo's pixels [H, W, 3]; None, and a line to `tell`, if the file is none."""
     try:
-        return decode(path.read_bytes(), DecodeLimits())
-    except ServiceError as error:
-        tell(f"skipped {path}: {error.detail}")
+        return decode(path.read_bytes())
+    except DecodeError as error:
+        tell(f"skipped {path}: {error}")
         return None
 
 

@@ -15,7 +15,6 @@ import asyncio
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import Any, Final, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from service.durable import sync_folder
+from model.files import sync, write_bytes
 from service.errors import NotFound, ServiceError, StorageFailed
 from service.search.store import Item
 
@@ -165,17 +164,11 @@ def _put_local(path: Path, data: bytes | None) -> None:
     root_is_new = not root.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
     if data is not None:
-        aside = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
-        try:
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    for folder in (path.parent, path.parent.parent, root, *([root.parent] if root_is_new else [])):
-        sync_folder(folder)
+        write_bytes(path, data)
+    else:
+        sync(path.parent)
+    for folder in (path.parent.parent, root, *([root.parent] if root_is_new else [])):
+        sync(folder)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from model.pooling import DEFAULT_POOLING, Pooling
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
 from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType, Kind
 
-Pooling = Literal["cls", "mean", "cls+mean"]
 Encoding = Literal["float", "base64"]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 Vector = Annotated[
@@ -37,7 +37,7 @@ class EmbeddingOptions(Options):
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
     dimensions: int | None = Field(None, description="only the model's own: vectors are never cut short")
     user: str | None = Field(None, max_length=256, description="accepted for OpenAI's clients, not used")
-    pooling: Pooling = Field("cls", description="class token, mean of the patch tokens, or both joined")
+    pooling: Pooling = Field(DEFAULT_POOLING, description="class token, mean of the patch tokens, or both joined")
     normalize: bool = Field(True, description="scale every vector to length 1")
     on_error: Literal["fail", "partial"] = Field("fail", description="partial: answer the good items, list the bad")
 
@@ -49,7 +49,7 @@ class SegmentOptions(Options):
     include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
         default_factory=list, max_length=1, description="from the same pass; the answer is JSON"
     )
-    pooling: Pooling = Field("cls", description="of the embedding")
+    pooling: Pooling = Field(DEFAULT_POOLING, description="of the embedding")
     normalize: bool = Field(True, description="of the embedding")
 
 
@@ -141,7 +141,7 @@ class CollectionIn(Options):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    pooling: Pooling = Field("cls", description="class token, mean of the patch tokens, or both joined")
+    pooling: Pooling = Field(DEFAULT_POOLING, description="class token, mean of the patch tokens, or both joined")
     dtype: DType = Field("float32", description="as stored")
     index: IndexIn = Field(default_factory=lambda: IndexIn.model_validate({}))
     indexed: Annotated[list[str], FailFast()] = Field(

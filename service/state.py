@@ -1,21 +1,21 @@
 """What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
+from model.pooling import DEFAULT_POOLING, Pooling
 from model.zoo import ENTRIES
 from service.errors import ModelNotFound
 from service.features.cache import Cache
-from service.features.pipeline import Pipeline, Pooling
+from service.features.pipeline import Pipeline
 from service.originals import Originals
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
 
-POOLING: Final[Pooling] = "cls"
 """What a collection holds unless it says otherwise: the class token is DINOv2's feature for retrieval."""
 
 
@@ -55,7 +55,7 @@ class Service:
         assert self.originals is not None, "the service has not been started"
         return self.originals
 
-    def tag(self, fingerprint: str | None = None, pooling: Pooling = POOLING) -> str:
+    def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
         """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""
         size = self.artifact.manifest.input_size
         return make_tag(fingerprint or self.artifact.fingerprint, pooling, size, self.engine.precision)

@@ -4,9 +4,9 @@
 vector, that it has length 1, the network's input in pixels, and the arithmetic.
 """
 
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
-from service.features.pipeline import Pooling
+from model.pooling import POOLINGS, Pooling
 
 
 class TagParts(NamedTuple):
@@ -25,5 +25,5 @@ def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precis
 def tag_parts(tag: str) -> TagParts:
     """The reverse of `make_tag`."""
     parts = tag.split("/")
-    known: dict[str, Pooling] = {name: name for name in get_args(Pooling)}
-    return TagParts(parts[0], known.get(parts[1]) if len(parts) == 5 else None)
+    pooling = next((name for name in POOLINGS if name == parts[1]), None) if len(parts) == 5 else None
+    return TagParts(parts[0], pooling)

@@ -36,6 +36,8 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import load_checkpoint
+from model.files import write_text
+from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig, load_config
@@ -43,7 +45,7 @@ from training.data.dataset import Photo, photos_of, split_source
 from training.data.run_images import INDEX, KNN_PHOTOS
 from training.data.sources import open_source
 from training.distributed import join
-from training.evaluate.features import Pooling, compute_features
+from training.evaluate.features import compute_features
 from training.evaluate.knn import knn_accuracy, labels_of
 from training.evaluate.logistic import C_GRID, evaluate_logistic
 from training.evaluate.robustness import robustness
@@ -111,8 +113,8 @@ def compare(
         console.print(f"training {RUNS[name]} in {configs[name].out}", markup=False)
         run(command)
     results = measure(configs, train_images, held_out, console)
-    (out / JSON_FILE).write_text(json.dumps(results, indent=1) + "\n")
-    (out / HTML_FILE).write_text(page(results, out), encoding="utf-8")
+    write_text(out / JSON_FILE, json.dumps(results, indent=1) + "\n")
+    write_text(out / HTML_FILE, page(results, out))
     print_table(results, console)
     console.print(f"{out / HTML_FILE}, {out / JSON_FILE}", markup=False)
     return results

@@ -7,6 +7,7 @@ compressed.
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -261,11 +262,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
         values: dict[str, object] = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} must look like key=value")
-        values[key] = _parse_value(text)
+    values |= parse_overrides(overrides or [])
     for key in values:
         if key not in TrainConfig.model_fields:
             near = difflib.get_close_matches(key, TrainConfig.model_fields, n=3)
@@ -275,6 +272,21 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
         return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
     except ValidationError as error:
         raise ValueError("; ".join(_in_words(problem) for problem in error.errors())) from error
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
+    """Settings given as `key=value`; a value is TOML if it can be read so, else text.
+
+    Raises:
+        ValueError: one without `=`.
+    """
+    values: dict[str, object] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} must look like key=value")
+        values[key] = _parse_value(text)
+    return values
 
 
 def _in_words(problem: Any) -> str:

@@ -12,13 +12,13 @@ import torch
 
 from model.checkpoint import save_checkpoint
 from model.config import ViTConfig
+from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.crops import CropSettings, make_crops
 from training.data.dataset import squash
 from training.data.run_images import Data
 from training.distributed import World, whole
-from training.evaluate.features import Pooling
 from training.evaluate.knn import evaluate_knn
 from training.pages.sheets import SheetCrops, picture_sheet, save_sheet, shrunk
 from training.state import Parts

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.files import write_text
 from training.data.crops import CropSettings, make_micros
 from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
 from training.evaluate.features import compute_features
 from training.outcome import CHECKPOINT, Release, released_backbone, report_knn, write_checkpoint, write_sheet
 from training.pages.report import write_report
-from training.state import Saved, drop_states, find_state, load_state, remember, save_state, write_whole
+from training.state import Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules, Setup, StepSettings
 from training.watch.monitor import Monitor
 from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
@@ -287,7 +288,7 @@ def release(run: Run) -> Path:
             sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_PHOTOS)]
             whiten(backbone, compute_features(backbone, sample, how.eval_spec).pooled("cls"), how.whiten)
         knn = report_knn(how.eval_spec, data, backbone)
-        write_whole(run.out / "knn.json", json.dumps(knn, indent=1))
+        write_text(run.out / "knn.json", json.dumps(knn, indent=1))
         results = {"knn": knn, "whitened": how.whiten is not None, "steps": run.total}
         write_checkpoint(path, backbone, how.vit, {**how.facts, **results})
         write_sheet(sheet_path(run, run.total), backbone, data, run.crops, how, run.total, run.total)

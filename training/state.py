@@ -11,6 +11,7 @@ Read with `weights_only`: a state file cannot run code.
 One process at a time may write there (`alone_in`): two would drop each other's states.
 """
 
+import errno
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from model.files import lock_file, replacing, write_text
 from training.distributed import World, put, wait_for_all, whole
 from training.student_teacher import Network
 
@@ -96,14 +98,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_state(
     out: Path,
     parts: Parts,
@@ -141,7 +135,7 @@ def save_state(
             folder.mkdir(exist_ok=True)
             digest = _write_tensors(path, state)
             note: dict[str, Any] = {"step": step, "digest": digest, "settings": comparable(settings), "memory": memory}
-            write_whole(path.with_suffix(".json"), json.dumps(note))
+            write_text(path.with_suffix(".json"), json.dumps(note))
         except OSError as error:
             raise OSError(
                 f"the state of step {step} cannot be written: {error}. Those before it are whole: make room in "
@@ -155,36 +149,13 @@ def save_state(
 
 def _write_tensors(path: Path, state: dict[str, Any]) -> str:
     """The state's file; its digest."""
-    temporary = path.with_suffix(".part")
-    try:
+    with replacing(path) as temporary:
         try:
-            torch.save(state, temporary)
+            with temporary.open("wb") as file:  # a path's name would become part of the content
+                torch.save(state, file)
         except RuntimeError as error:  # a full disk arrives as one
-            raise OSError(f"{temporary}: {str(error).splitlines()[0]}") from error
-        _sync(temporary)
-        digest = _digest(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file that is always the old or the new one, whenever the process is killed.
-
-    Raises:
-        OSError: it cannot be written; the old one is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+        return _digest(temporary)
 
 
 def _notes(folder: Path) -> list[Path]:
@@ -272,7 +243,7 @@ def remember(saved: Saved, memory: dict[str, Any]) -> None:
         OSError: it cannot be written; the state is as it was.
     """
     note = saved.path.with_suffix(".json")
-    write_whole(note, json.dumps({**json.loads(note.read_text()), "memory": memory}))
+    write_text(note, json.dumps({**json.loads(note.read_text()), "memory": memory}))
 
 
 def drop_states(out: Path, after: int) -> None:
@@ -289,25 +260,21 @@ def alone_in(out: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it.
     """
+    path = out / LOCK
     try:
-        import fcntl
-    except ImportError:  # Windows
+        file = lock_file(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
+            raise
+        warnings.warn(f"{path} cannot be locked ({error}): start no second run in {out}", stacklevel=3)
         yield
         return
-    path = out / LOCK
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(
-                f"another process trains in {out} ({holder}): wait for it, or choose another out"
-            ) from error
-        except OSError as error:  # a file system without locks
-            warnings.warn(f"{path} cannot be locked ({error}): start no second run in {out}", stacklevel=3)
+    if file is None:
+        holder = path.read_text().strip() or "unknown"
+        raise ValueError(f"another process trains in {out} ({holder}): wait for it, or choose another out")
+    with file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()
         yield
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from model.files import write_text
 from training.config import TrainConfig
 from training.data.crops import make_micros
 from training.data.run_images import check_apart, open_data
@@ -50,7 +51,7 @@ from training.run import (
     watched,
 )
 from training.setup import attention_kernel, compute_dtype, make_autocast
-from training.state import Saved, alone_in, drop_states, load_state, remember, start_from, write_whole
+from training.state import Saved, alone_in, drop_states, load_state, remember, start_from
 from training.step import train_step
 from training.watch.monitor import EVALUATIONS, cut_lines
 from training.wiring import image_settings, make_run
@@ -186,7 +187,7 @@ def announce(run: Run, step: int) -> None:
     """`config.json`, and one line for people: what is trained on what."""
     if not run.world.is_main:
         return
-    write_whole(run.out / "config.json", json.dumps(run.settings, indent=1))
+    write_text(run.out / "config.json", json.dumps(run.settings, indent=1))
     loader, n_ranks, autocast = run.data.loader, run.world.size, run.setup.autocast
     run.monitor.console.print(
         f"{len(loader)} photos to train on{'' if loader.in_memory else ' (streamed)'}, "

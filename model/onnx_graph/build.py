@@ -17,11 +17,10 @@ Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w,
 D width, A attention heads.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
@@ -119,18 +118,11 @@ def write_onnx(
         names.append(f"{path.name}.data")
         with path.with_name(names[1]).open("wb") as data:
             model = _build(GraphBuilder(weights, data, names[1]), config, spec, activations)
-            _to_disk(data)
     else:
         model = _build(GraphBuilder(weights), config, spec, activations)
     with path.open("wb") as file:
         file.write(model.SerializeToString(deterministic=True))
-        _to_disk(file)
     return names
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]) -> None:

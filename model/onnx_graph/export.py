@@ -45,6 +45,7 @@ from model.cpus import available_cpus
 from model.engines import parity
 from model.engines.choice import graph_name
 from model.engines.protocol import Features, FloatArray
+from model.files import publish, write_text
 from model.onnx_graph.build import GraphSpec, Precision, write_onnx
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec
@@ -140,7 +141,7 @@ def export_artifact(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             files=files,
         )
-        _write_durably(folder / MANIFEST, manifest)
+        write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
         load_artifact(folder)  # as serving will: every hash, and the fingerprint from what was written
         if not keep_onnx:
             for file in onnx_files:
@@ -150,7 +151,7 @@ def export_artifact(
         target = out_dir / folder.name
         if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
             os.rename(target, Path(temporary) / "replaced")
-        os.rename(folder, target)
+        publish(folder, target)
     return Artifact(target, manifest, {name: target / name for name in files if (target / name).exists()})
 
 
@@ -408,14 +409,6 @@ def export_checkpoint(
         graphs=graphs,
         labelled=labelled,
     )
-
-
-def _write_durably(path: Path, manifest: Manifest) -> None:
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _reason(error: ValueError) -> str:

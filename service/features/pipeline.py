@@ -24,24 +24,25 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Artifact
+from model.decode import DecodeLimits
 from model.engines.protocol import Engine
+from model.pooling import Pooling, pool
 from model.preprocess import preprocess
-from service.decode import DecodeLimits, decode
 from service.errors import BrokenImage, EngineFailed, ServiceError
 from service.features.batcher import Batcher
 from service.features.cache import Cache, MemoryCache, cache_key
+from service.features.images import decode
 from service.telemetry import Metrics
 from service.vision.patches import Patches
 
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
-Pooling = Literal["cls", "mean", "cls+mean"]
 
 _HEAD = struct.Struct("<I")  # of a cache entry: tokens that the model saw; the 2 * D floats follow
 
@@ -66,13 +67,9 @@ class Embedded:
     timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
-        """The vector asked for: [D], or [2 D] for "cls+mean" (each half is scaled alike, then both together)."""
-        if pooling == "cls+mean":
-            halves = (_unit(self.cls), _unit(self.mean)) if normalize else (self.cls, self.mean)
-            vector = np.concatenate(halves)
-        else:
-            vector = self.cls if pooling == "cls" else self.mean
-        return _unit(vector) if normalize else vector
+        """The vector of this pooling, [width(pooling, D)]; with `normalize`, the whole and its parts have length 1."""
+        unit = _unit if normalize else _as_is
+        return unit(pool({"cls": self.cls, "mean": self.mean}, pooling, unit=unit, join=np.concatenate))
 
     def to_bytes(self) -> bytes:
         return _HEAD.pack(self.tokens) + self.cls.astype("<f4").tobytes() + self.mean.astype("<f4").tobytes()
@@ -386,6 +383,10 @@ async def _result(task: Awaitable[T]) -> T | ServiceError:
         return await task
     except ServiceError as error:
         return error
+
+
+def _as_is(vector: FloatArray) -> FloatArray:
+    return vector
 
 
 def _unit(vector: FloatArray) -> FloatArray:

@@ -20,12 +20,14 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.cpus import available_cpus
+from model.decode import DecodeLimits
 from model.engines.protocol import Engine
+from model.files import replacing
+from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
-from service.decode import DecodeLimits, decode
-from service.durable import aside
 from service.errors import ServiceError
-from service.features.pipeline import Embedded, Pooling
+from service.features.images import decode
+from service.features.pipeline import Embedded
 
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -70,7 +72,7 @@ def embed_files(
     artifact: Artifact,
     engine: Engine,
     *,
-    pooling: Pooling = "cls",
+    pooling: Pooling = DEFAULT_POOLING,
     normalize: bool = True,
     batch_size: int = 16,
     limits: DecodeLimits | None = None,
@@ -119,7 +121,7 @@ def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, n
 
 
 def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
-    return artifact.manifest.config.embed_dim * (2 if pooling == "cls+mean" else 1)
+    return width(pooling, artifact.manifest.config.embed_dim)
 
 
 def load_ahead(
@@ -174,5 +176,5 @@ def save_vectors(
         "fingerprint": np.array(artifact.fingerprint),
         **{key: np.array(value) for key, value in tag.items()},
     }
-    with aside(out) as file:
+    with replacing(out) as path, path.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

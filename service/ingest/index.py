@@ -24,11 +24,12 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from model.artifact import Artifact
+from model.decode import DEFAULT_LIMITS, DecodeLimits
 from model.engines.protocol import Engine
+from model.pooling import DEFAULT_POOLING, Pooling
 from model.preprocess import preprocess
-from service.decode import DEFAULT_LIMITS, DecodeLimits, decode
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, ServiceError, StorageFailed
-from service.features.pipeline import Pooling
+from service.features.images import decode
 from service.ingest.embed import FloatArray, load_ahead, vector_dims, vectors_of
 from service.ingest.folders import Photo, Problem
 from service.search.store import (
@@ -56,7 +57,7 @@ _CHECK_BYTES: Final = 64 * 2**20
 class IndexOptions:
     """The choices of one run."""
 
-    pooling: Pooling = "cls"
+    pooling: Pooling = DEFAULT_POOLING
     batch_size: int = 16
     workers: int | None = None  # decode threads; None: one per CPU
     id_by: Literal["path", "sha256"] = "path"

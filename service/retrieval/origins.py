@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from model.pooling import DEFAULT_POOLING, Pooling
 from model.preprocess import crop_box
 from service.errors import InvalidItems, InvalidRequest, ItemError, ItemNotFound, ServiceError
-from service.features.pipeline import Analysed, Embedded, Pooling
+from service.features.pipeline import Analysed, Embedded
 from service.retrieval.combine import combined
 from service.routes.answers import slowest
 from service.routes.queries import Part, Query
 from service.search.store import CollectionInfo, Floats, Item, check_match, normalised
-from service.state import POOLING, Service
+from service.state import Service
 from service.tags import tag_parts
 from service.vision.patches import Patches
 from service.vision.region import box_weights, mask_weights, region_mean
@@ -39,7 +40,7 @@ class Target:
     @staticmethod
     async def of(service: Service, name: str) -> "Target":
         info = await service.vectors.info(name)
-        return Target(info, tag_parts(info.tag).pooling or POOLING)
+        return Target(info, tag_parts(info.tag).pooling or DEFAULT_POOLING)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from model.pooling import width
 from service.errors import CollectionNotFound, InvalidRequest, ModelMismatch, ServiceError
 from service.features.pipeline import Embedded
 from service.originals import source_of
@@ -237,7 +238,7 @@ def _photos_misfit(service: Service, collection: CollectionInfo) -> ServiceError
         return ModelMismatch(
             f"collection {collection.name!r} holds vectors of {collection.tag!r}, which no photo gives here"
         )
-    dimension = service.live.dims * (2 if pooling == "cls+mean" else 1)
+    dimension = width(pooling, service.live.dims)
     try:
         check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)
     except ServiceError as error:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
+from model.pooling import width
 from service.errors import CollectionNotFound, Conflict, InvalidRequest
 from service.routes.answers import json_response
 from service.routes.direct import DirectRoute
@@ -133,7 +134,7 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
     Raises:
         InvalidRequest: a setting that is not allowed; a dimension that is not the model's, or none for another model.
     """
-    dimension = service.live.dims * (2 if body.pooling == "cls+mean" else 1)
+    dimension = width(body.pooling, service.live.dims)
     if body.fingerprint not in (None, service.artifact.fingerprint):
         if body.dimension is None:
             raise InvalidRequest("dimension is needed with the fingerprint of another model", param="dimension")

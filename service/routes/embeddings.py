@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from model.pooling import width
 from service.errors import UnsupportedDimensions
 from service.routes.answers import encode_vector, json_response, server_timing, slowest, split_items
 from service.routes.direct import DirectRoute
@@ -69,7 +70,7 @@ async def create_embeddings(request: Request) -> Response:
 
 
 def _check_dimensions(options: EmbeddingOptions, service: Service) -> None:
-    dims = service.live.dims * (2 if options.pooling == "cls+mean" else 1)
+    dims = width(options.pooling, service.live.dims)
     if options.dimensions not in (None, dims):
         raise UnsupportedDimensions(
             f"dimensions={options.dimensions}: this model gives {dims} with pooling {options.pooling}, "

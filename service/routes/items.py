@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from service.decode import FORMATS, sniff
+from model.decode import FORMATS, sniff
 from service.errors import InvalidRequest, ItemNotFound, NotFound
 from service.originals import photo_digest
 from service.routes.answers import encode_vector, json_response

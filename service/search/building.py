@@ -5,7 +5,6 @@ trained is made anew. Files are written aside, synced, checksummed and then give
 that looks whole and is not.
 """
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from service.durable import sync_folder
+from model.files import publish
 from service.search.database import Chunk, Numbers, SegmentRow
 from service.search.segments import (
     Mapped,
@@ -198,14 +197,8 @@ def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
         if built.index is not None:
             flags = faiss.IO_FLAG_SKIP_STORAGE if isinstance(built.index, faiss.IndexHNSW) else 0
             faiss.write_index(built.index, str(aside / "index.faiss"), flags)
-        files = {}
-        for path in sorted(aside.iterdir()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            files[path.name] = (path.stat().st_size, checksum(path))
-        sync_folder(aside)
-        aside.rename(folder)
-        sync_folder(folder.parent)
+        files = {path.name: (path.stat().st_size, checksum(path)) for path in sorted(aside.iterdir())}
+        publish(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

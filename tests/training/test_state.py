@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -211,8 +210,8 @@ def test_a_full_disk_leaves_the_states_before_it(out, monkeypatch, at):
 
 
 def test_torchs_own_error_of_a_full_disk_is_one_of_the_system(out, monkeypatch):
-    def full(state, path):
-        Path(path).write_bytes(b"half")
+    def full(state, file):
+        file.write(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598\nstack")
 
     monkeypatch.setattr(states.torch, "save", full)

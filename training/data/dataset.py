@@ -1,8 +1,8 @@
 """Photos as training sees them: numbered items with a name, perhaps a label, and bytes that may be broken.
 
 Three places hold them (`training/data/sources.py`): folders, tar shards, Hugging Face datasets. Whatever the place, an
-item is encoded bytes that are decoded here, under one set of limits, so a hostile or damaged file is a ValueError with
-a reason and never more.
+item is encoded bytes. `model/decode.py` decodes them, so training sees the pixels that serving sees, and a hostile or
+damaged file is a ValueError with a reason and never more.
 
 Ten crops per photo and epoch from JPEGs would decode each photo again and again. A photo is decoded once per step (or
 once per run, where all fit into memory: `training/data/loader.py`) and squashed to a square, so that a batch is one
@@ -14,34 +14,33 @@ Legend: n photos, S side of the squares, b photos of a step.
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from model.decode import PILLOW_MAX_PIXELS, DecodeLimits, Pixels, decode_stored, upright
+from model.decode import decode as decode_image
 from model.preprocess import PreprocessSpec, output_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""What a file may be, whatever its name says. Pillow knows more; some of those start programs (EPS)."""
-
 MAX_BYTES = 256 * 2**20
-"""Of one encoded photo. A larger file is no photo, and is not read into memory to find out."""
+"""Bytes of one encoded image. A larger file is not read into memory."""
+
+LIMITS = DecodeLimits(max_bytes=MAX_BYTES, max_pixels=PILLOW_MAX_PIXELS)
+"""What an image may cost: more than in serving, since a run's owner chose the images."""
 
 DRAFT_MARGIN = 2
 """libjpeg may decode at 1/2, 1/4, 1/8 of a side, as long as this many times the square's side remain: the bicubic
 resize then still averages over pixels, and the squares differ by about one of 255 levels."""
 
-Pixels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 
@@ -155,44 +154,13 @@ def label_of(photo: Path | Photo) -> str:
 # Reading
 
 
-@contextmanager
-def _translated(data: bytes) -> Iterator[None]:
-    """The border: whatever Pillow raises becomes a ValueError with a reason that is the same on every machine."""
-    try:
-        yield
-    except UnidentifiedImageError as error:  # its own message holds the address of an object
-        what = f"it starts with {data[:8].hex(' ')}" if data else "it is empty"
-        raise ValueError(f"not one of {', '.join(_formats())}: {what}") from error
-    except Exception as error:  # hostile bytes make Pillow raise nearly anything: KeyError, struct.error, MemoryError
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-@lru_cache(maxsize=1)
-def _formats() -> tuple[str, ...]:
-    """Those that this Pillow was built with. Naming them also closes a gap: without, the first photos of several
-    threads may find Pillow's plugins half loaded, and fine WebP files would count as broken."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(BytesIO(data), formats=_formats())
-
-
-def _check_bytes(size: int) -> None:
-    if size > MAX_BYTES:
-        raise ValueError(f"{size} bytes: more than the {MAX_BYTES} that a photo may have")
-
-
 def decode(data: bytes) -> Pixels:
-    """RGB uint8 [H, W, 3], EXIF orientation applied.
+    """Decode an image as serving does, see `model.decode.decode`.
 
     Raises:
         ValueError: not a readable image, or one that is too large; the message says why.
     """
-    _check_bytes(len(data))
-    with _translated(data), _opened(data) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return decode_image(data, LIMITS)
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
@@ -217,22 +185,16 @@ def _channels_first(square: Pixels) -> Pixels:
 def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
     """`squash(decode(data), side)`, but a JPEG much larger than the square is decoded at a fraction of its size.
 
-    The square then differs a little (`DRAFT_MARGIN`); it is the same on every call. A photo that EXIF turns is turned
+    The square then differs a little (`DRAFT_MARGIN`); it is the same on every call. An image that EXIF turns is turned
     as a square, which may round a value to its neighbour.
 
     Raises:
         ValueError: as `decode` and `squash`.
     """
-    _check_bytes(len(data))
-    with _translated(data), _opened(data) as image:
-        width, height = image.size
-        output_size(height, width, PreprocessSpec())  # before the pixels are paid for
-        drawn = image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))  # None for other formats
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        # a fraction's sides are rounded up: the box says where the photo ends within the last pixels
-        square = _square(image.convert("RGB"), side, drawn[1] if drawn else None)
-        upright = np.asarray(ImageOps.exif_transpose(square))
-        return _channels_first(upright), height / width if turned else width / height
+    stored = decode_stored(data, LIMITS, least_side=DRAFT_MARGIN * side)
+    # a fraction's sides are rounded up: the box says where the image ends within the last pixels
+    square = upright(_square(stored.rgb, side, stored.box), stored.orientation)
+    return _channels_first(np.asarray(square)), stored.aspect
 
 
 def read_file(path: Path) -> bytes:
@@ -246,7 +208,8 @@ def read_file(path: Path) -> bytes:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
             raise ValueError("not a regular file")
-        _check_bytes(found.st_size)
+        if found.st_size > MAX_BYTES:
+            raise ValueError(f"{found.st_size} bytes: more than the {MAX_BYTES} that an image may have")
         return path.read_bytes()
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error.strerror}") from error

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from model.cpus import available_cpus
-from training.data.dataset import Pixels, Skipped, Source, Subset, batch_indices, decode_square
+from model.decode import Pixels
+from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
 """(number of photos, step) -> the numbers [b] of the photos that this rank needs."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from model.cpus import available_cpus
+from model.files import write_text
 from training.data.dataset import Photo, Skipped, Source, split_source
 from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
 from training.distributed import World, from_main, wait_for_all
-from training.state import write_whole
 
 KNN_PHOTOS = 50_000  # of the training photos: enough neighbours, and minutes on a GPU
 INDEX = "index"  # of tar shards, in the run's folder
@@ -157,7 +157,7 @@ def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> Non
     listing = out / "skipped.txt"
     listed = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
-    write_whole(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
+    write_text(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
     console.print(f"{len(skipped)} photos could not be read and are skipped, listed in {listing}; the first:")
     for line in lines[:SHOWN]:
         console.print(f"  {line}", markup=False)

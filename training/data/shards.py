@@ -19,7 +19,6 @@ import json
 import lzma
 import os
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from model.files import replacing
 from training.data.blobs import Blob, LocalBlob, MemoryBlob
 from training.data.dataset import MAX_BYTES, SUFFIXES, Indices, Skipped
 
@@ -234,9 +234,8 @@ def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
         "sizes": index.sizes,
         "labels": index.labels,
     }
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        np.savez(Path(folder) / path.name, allow_pickle=False, **arrays)
-        os.replace(Path(folder) / path.name, path)  # whole or not at all; ranks that write the same write the same
+    with replacing(path) as temporary, temporary.open("wb") as file:  # ranks that write the same write the same
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:

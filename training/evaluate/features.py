@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -26,12 +27,11 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 from model.cpus import available_cpus
+from model.pooling import Pooling, pool
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, Skipped, read_photo
 
-Pooling = Literal["cls", "mean", "cls+mean"]
-POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "cls+mean")
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the photo
 Precision = Literal["fp32", "bf16"]
 Item = TypeVar("Item")
@@ -53,14 +53,12 @@ class ImageFeatures:
 
     def pooled(self, pooling: Pooling) -> Tensor:
         """[n, D], or [n, 2D] for cls+mean, whose halves have unit length each."""
-        return pool(self.cls[:, -1], self.mean, pooling)
+        return pool_tensors(self.cls[:, -1], self.mean, pooling)
 
 
-def pool(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
-    """One vector a photo from its class token [n, D] and mean patch token [n, D]."""
-    if pooling == "cls+mean":
-        return torch.cat((F.normalize(cls, dim=1), F.normalize(mean, dim=1)), dim=1)
-    return cls if pooling == "cls" else mean
+def pool_tensors(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
+    """One vector per image from its class token [n, D] and mean patch token [n, D]."""
+    return pool({"cls": cls, "mean": mean}, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
 
 
 def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.pooling import POOLINGS, Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, label_of
-from training.evaluate.features import POOLINGS, Pooling, compute_features
+from training.evaluate.features import compute_features
 
 TEMPERATURE = 0.07
 KS = (10, 20, 100, 200)  # of the paper's tables; 20 is usually the best

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from model.files import write_text
 from training.data.dataset import Skipped
 from training.evaluate import tasks
 from training.evaluate.backbone import Backbone, spec_for
@@ -81,7 +82,7 @@ def evaluate(
     settings = make_settings(task, given or {})
     blocks, depth = getattr(settings, "blocks", 1), len(backbone.model.blocks)
     if (most := blocks if isinstance(blocks, int) else max(blocks)) > depth:
-        raise ValueError(f"{task} takes the last {most} blocks, and the model has {depth}: set blocks (--blocks)")
+        raise ValueError(f"{task} takes the last {most} blocks, and the model has {depth}: set blocks=N")
     context = tasks.Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
     match settings:
         case KnnSettings():
@@ -135,4 +136,4 @@ def write_json(report: Report, path: Path) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    write_text(path, json.dumps(report.as_json(), indent=1) + "\n")

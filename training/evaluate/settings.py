@@ -5,12 +5,14 @@ A setting that a task does not have is an error, not a silent nothing.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from training.evaluate.features import Pooling, Precision
+from model.pooling import Pooling
+from training.evaluate.features import Precision
 
+OneOrMore = Annotated[tuple[int, ...], BeforeValidator(lambda value: (value,) if isinstance(value, int) else value)]
 Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
 
@@ -28,7 +30,7 @@ class TaskSettings(BaseModel):
 class KnnSettings(TaskSettings):
     """k-NN."""
 
-    k: tuple[int, ...] = Field(default=(10, 20, 100, 200), min_length=1, description="neighbours that vote")
+    k: OneOrMore = Field(default=(10, 20, 100, 200), min_length=1, description="neighbours that vote")
     pooling: Pooling = "cls"
 
     @model_validator(mode="after")
@@ -51,9 +53,9 @@ class LinearSettings(TaskSettings):
     """Linear probe."""
 
     grid: Literal["code", "paper"] = Field(default="code", description="learning rates: 1e-5..0.1 or 1e-4..0.5")
-    blocks: tuple[int, ...] = Field(default=(1, 4), min_length=1, description="last blocks whose class tokens are used")
-    iterations: int = Field(default=12_500, ge=1)
-    batch_size: int = Field(default=1024, ge=1)
+    blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="last blocks whose class tokens are used")
+    iterations: int = Field(default=12_500, ge=1, description="of training")
+    batch_size: int = Field(default=1024, ge=1, description="images")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share of photos to score, without a val folder")
 
 
@@ -61,7 +63,7 @@ class DenseSettings(TaskSettings):
     """What segmentation and depth share; there is no crop."""
 
     blocks: int = Field(default=1, ge=1, description="last blocks whose tokens are joined: 1 or 4 in the paper")
-    iterations: int = Field(default=4000, ge=1)
+    iterations: int = Field(default=4000, ge=1, description="of training")
     batch_size: int = Field(default=16, ge=1, description="at most as many as there are photos")
     weight_decay: float = Field(default=1e-3, ge=0)
     memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed anew each time")
@@ -69,9 +71,7 @@ class DenseSettings(TaskSettings):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.crop not in (None, 0):
-            raise ValueError(
-                f"crop={self.crop}: segmentation and depth look at the whole photo; --resize sets its size"
-            )
+            raise ValueError(f"crop={self.crop}: segmentation and depth use the whole image; resize sets its size")
         return self
 
 
@@ -97,7 +97,7 @@ class DepthSettings(DenseSettings):
 class RetrievalSettings(TaskSettings):
     """Retrieval."""
 
-    k: tuple[int, ...] = Field(default=(1, 5, 10), min_length=1, description="of recall@k")
+    k: OneOrMore = Field(default=(1, 5, 10), min_length=1, description="of recall@k")
     pooling: Pooling = "cls"
     ground_truth: Path | None = Field(default=None, description="JSON; null: class folders")
 

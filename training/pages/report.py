@@ -23,10 +23,10 @@ from PIL import Image
 from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError, safe_open
 
+from model.files import write_text
 from training.config import TrainConfig, loss_names
 from training.pages.charts import CSS as CHART_CSS
 from training.pages.charts import Series, line_chart
-from training.state import write_whole
 from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
 
 REPORT = "report.html"
@@ -99,7 +99,7 @@ def write_report(out: Path) -> Path:
         f"<body>{''.join(sections)}</body></html>\n"
     )
     path = out / REPORT
-    write_whole(path, page)
+    write_text(path, page)
     return path
 
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from model.files import replacing
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 
@@ -285,8 +286,7 @@ def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Se
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """As PNG, written aside and renamed: a page that shows it never sees half of one."""
+    """Write a sheet as a PNG; a page that shows it never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    sheet.save(temporary, "PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG")

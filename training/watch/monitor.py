@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from model.files import write_text
 from training.data.loader import WAIT_WORTH_A_WORD
-from training.state import write_whole
 from training.watch.sinks import Sink
 
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
@@ -63,7 +63,7 @@ def cut_lines(path: Path, last_step: int) -> None:
         return
     kept = "".join(json.dumps(x) + "\n" for x in read_lines(path) if x.get("step", 0) <= last_step)
     if kept != path.read_text(errors="replace"):
-        write_whole(path, kept)
+        write_text(path, kept)
 
 
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.checkpoint import save_safetensors
+from model.files import write_text
 
 Action = Literal["stop", "rollback", "warn"]
 Kind = Literal["collapse", "not_finite", "knn"]
@@ -309,7 +310,7 @@ def save_replay(
         "terms": {name: str(float(value)) for name, value in terms.items()},  # JSON has no NaN
     }
     save_safetensors(path, crops, {"replay": json.dumps(record)})
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1))  # for people; the tensors' file holds it too
+    write_text(path.with_suffix(".json"), json.dumps(record, indent=1))  # for people; the tensors' file holds it too
     for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 import cli
 from model.artifact import Artifact, bundled_artifact, load_artifact
+from model.decode import DecodeLimits
 from model.engines.protocol import Engine, load_engine
 from model.preprocess import preprocess
-from service.decode import DecodeLimits
 from service.ingest.embed import embed_files, find_files, save_vectors
 
 runner = CliRunner()

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.decode import DecodeLimits
 from model.preprocess import preprocess
-from service.decode import DecodeLimits, decode
 from service.errors import Conflict, InvalidRequest, ModelMismatch, StorageFailed
+from service.features.images import decode
 from service.features.pipeline import Pooling
 from service.ingest.embed import load_ahead
 from service.ingest.index import IndexOptions, IndexReport, index_photos, pooling_of, vector_tag

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service import durable
+from model.files import lock_file
 from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
 from service.search import building, database, maintenance, searcher, snapshots
 from service.search.embedded import EmbeddedStore, open_embedded
@@ -423,7 +423,7 @@ async def test_what_a_crash_left_of_snapshots_and_restores_is_removed(store: Emb
         for name in (".dead.1.part", ".dead.1.part-journal", ".young.2.part", ".living.3.part", "kept.sqlite3"):
             (folder / name).touch()
         (tmp_path / "snapshots" / f".{database.HIDDEN}old.lock").touch()
-        held = durable.exclusive(folder / ".living.3.part")
+        held = lock_file(folder / ".living.3.part")
         for path in [*folder.iterdir(), *(tmp_path / "snapshots").glob(".*.lock")]:
             if "young" not in path.name:
                 os.utime(path, (1e9, 1e9))
@@ -579,7 +579,7 @@ async def test_a_segment_that_cannot_be_written_is_tried_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(building.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             await store.settle("c")
     assert list((tmp_path / "segments").iterdir()) == []

@@ -172,7 +172,7 @@ def test_a_few_broken_ones_at_the_start_do_not():
 
 @pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])
 def test_nothing_readable_is_an_error(options):
-    with pytest.raises(ValueError, match=r"none of 5 photos could be read; the first: photo [0-4]: not one of JPEG"):
+    with pytest.raises(ValueError, match=r"none of 5 photos could be read; the first: photo [0-4]: not a known image"):
         open_loader(Fake(5, broken=range(5)), SIDE, in_order, **options).batch(0)
     assert not photo_threads()
 

@@ -229,7 +229,7 @@ def test_an_index_is_kept_and_made_anew_when_the_shard_changes(tmp_path, index_d
     tar = write_tar(tmp_path / "a.tar", samples(0, 3))
     made = []
     monkeypatch.setattr(
-        training.shards, "index_shard", lambda blob, shard: made.append(shard) or index_shard(blob, shard)
+        training.data.shards, "index_shard", lambda blob, shard: made.append(shard) or index_shard(blob, shard)
     )
     first = open_source(tar, index_dir)
     again = open_source(tar, index_dir)
@@ -306,10 +306,10 @@ def test_a_small_compressed_tar_is_unpacked_in_memory(tmp_path, index_dir, suffi
     source = open_source(tmp_path / f"a{suffix}", index_dir)
     assert values(source) == [0, 1, 2]
     assert labels(source) == ["cats"] * 3
-    monkeypatch.setattr(training.shards, "MAX_UNPACKED", 2000)
+    monkeypatch.setattr(training.data.shards, "MAX_UNPACKED", 2000)
     with pytest.raises(ValueError, match=r"unpacks to more than 2000 bytes; unpack it \((gunzip|bunzip2|unxz)\)"):
         open_source(tmp_path / f"a{suffix}", index_dir)
-    monkeypatch.setattr(training.shards, "MAX_UNPACKED", 10)
+    monkeypatch.setattr(training.data.shards, "MAX_UNPACKED", 10)
     with pytest.raises(ValueError, match=r"has \d+ bytes; unpack it"):
         open_source(tmp_path / f"a{suffix}", index_dir)
 
@@ -362,7 +362,7 @@ def test_a_shard_behind_fsspec_that_was_replaced_is_indexed_anew(tmp_path, index
 
 
 def test_headers_of_a_remote_shard_are_read_in_few_requests(tmp_path, memory, monkeypatch):
-    monkeypatch.setattr(training.shards, "READ_AHEAD_REMOTE", 20_000)
+    monkeypatch.setattr(training.data.shards, "READ_AHEAD_REMOTE", 20_000)
     members = [(f"{i}.png", png(i) + bytes(400)) for i in range(50)] + [("big.png", png(50) + bytes(200_000))]
     memory.pipe("/b/s.tar", write_tar(tmp_path / "x.tar", [*members, ("last.png", png(51))]).read_bytes())
     blob = open_blob("memory://b/s.tar", httpx.Client())
@@ -438,7 +438,7 @@ def test_shards_on_a_web_server(tmp_path, index_dir, serve, monkeypatch):
         assert len({*loader.batch(0).names, *loader.batch(1).names}) == 6
 
     pauses = []
-    monkeypatch.setattr(training.blobs.time, "sleep", pauses.append)
+    monkeypatch.setattr(training.data.blobs.time, "sleep", pauses.append)
     server.failures += [503, 429]
     assert values(source)[:1] == [0]
     assert pauses == [1, 2]
@@ -471,7 +471,7 @@ def test_a_web_server_without_ranges_is_refused_before_it_sends_all(tmp_path, in
 
 
 def test_a_server_that_is_not_there_is_an_os_error(index_dir, monkeypatch):
-    monkeypatch.setattr(training.blobs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(training.data.blobs.time, "sleep", lambda seconds: None)
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:1/a\.tar: .*refused"):
         open_source("http://127.0.0.1:1/a.tar", index_dir)
 

@@ -91,7 +91,7 @@ def test_settings_that_do_not_apply_are_refused():
         make_settings("knn", {"lr": 1})
     with pytest.raises(ValueError, match="iterations=0"):
         make_settings("linear", {"iterations": 0})
-    with pytest.raises(ValueError, match="look at the whole photo"):
+    with pytest.raises(ValueError, match="use the whole image"):
         make_settings("depth", {"crop": 224})
     with pytest.raises(ValueError, match="must be at least 1"):
         make_settings("knn", {"k": [0]})
@@ -100,9 +100,7 @@ def test_settings_that_do_not_apply_are_refused():
 
 
 def test_more_blocks_than_the_model_has_are_named_with_the_option(checkpoint, colours):
-    with pytest.raises(
-        ValueError, match=r"linear takes the last 5 blocks, and the model has 4: set blocks \(--blocks\)"
-    ):
+    with pytest.raises(ValueError, match=r"linear takes the last 5 blocks, and the model has 4: set blocks=N"):
         evaluate("linear", load_backbone(str(checkpoint)), colours, {"blocks": (1, 5)})
     with pytest.raises(ValueError, match="segmentation takes the last 5 blocks"):
         evaluate("segmentation", load_backbone(str(checkpoint)), colours, {"blocks": 5})
@@ -199,16 +197,26 @@ def test_mistakes_in_the_data(checkpoint, tmp_path):
 
 
 def test_the_command(checkpoint, colours, tmp_path):
-    arguments = ["eval", str(checkpoint), "--task", "knn", "--data", str(colours), "-k", "1", "-k", "3"]
+    arguments = ["eval", str(checkpoint), "--task", "knn", "--data", str(colours), "k=[1, 3]"]
     out = tmp_path / "knn.json"
     result = runner.invoke(app, [*arguments, "--out", str(out), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "skipped" in result.stdout
     assert "protocol: short side 28, crop 28" in result.stdout
     assert list(json.loads(out.read_text())["figures"]["accuracy"]) == ["1", "3"]
-    refused = runner.invoke(app, [*arguments, "--max-depth", "3"])
+    refused = runner.invoke(app, [*arguments, "max_depth=3"])
     assert refused.exit_code == 2
     assert "error: max_depth is no setting of knn" in refused.stderr
+    refused = runner.invoke(app, [*arguments, "resize"])
+    assert refused.exit_code == 2
+    assert "error: override 'resize' must look like key=value" in refused.stderr
+
+
+def test_a_single_number_stands_for_a_list():
+    assert make_settings("knn", {"k": 20}).k == (20,)
+    assert make_settings("linear", {"blocks": 1}).blocks == (1,)
+    with pytest.raises(ValueError, match="blocks"):
+        make_settings("segmentation", {"blocks": [1, 4]})
 
 
 def test_every_option_has_help():

@@ -13,10 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
-from service.decode import FORMATS, JPEG_MAX_SCANS, JPEG_MAX_SEGMENTS, DecodeLimits, decode, sniff
-from service.errors import BrokenImage, ImageTooLarge, ServiceError, UnsupportedImage
+from model.decode import (
+    FORMATS,
+    JPEG_MAX_SCANS,
+    JPEG_MAX_SEGMENTS,
+    Broken,
+    DecodeError,
+    DecodeLimits,
+    TooLarge,
+    Unsupported,
+    decode,
+    sniff,
+)
 
-OURS = (ImageTooLarge, UnsupportedImage, BrokenImage)
+OURS = (TooLarge, Unsupported, Broken)
 NEEDS_AVIF = pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow is built without AVIF")
 
 
@@ -173,7 +183,7 @@ def test_16_bit_white_is_zero_tiff_is_inverted() -> None:
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_samples_without_a_range_are_refused(mode: str) -> None:
-    with pytest.raises(UnsupportedImage, match="white"):
+    with pytest.raises(Unsupported, match="white"):
         decode(encode(GREY.convert(mode), "TIFF"))
 
 
@@ -226,7 +236,7 @@ def test_limits_pass_at_the_limit_and_refuse_beyond() -> None:
         ("max_pixels", 24 * 40 - 1, "960 in all"),
         ("max_aspect_ratio", 1.6, "1.6 times"),
     ):
-        with pytest.raises(ImageTooLarge, match=words):
+        with pytest.raises(TooLarge, match=words):
             decode(data, DecodeLimits(**{field: value}))
     with pytest.raises(ValueError, match="max_pixels is 0"):
         DecodeLimits(max_pixels=0)
@@ -243,14 +253,14 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("side", [9_000, 10_000, 20_000, 2**31 - 1])  # below and above Pillow's own two limits
 def test_a_bomb_is_refused_by_its_header(side: int) -> None:
     started = time.perf_counter()
-    with pytest.raises(ImageTooLarge):
+    with pytest.raises(TooLarge):
         decode(png_header(side, side) + png_chunk(b"IDAT", zlib.compress(b"")))
     assert time.perf_counter() - started < 5
 
 
-DECODE = """from service.decode import decode
+DECODE = """from model.decode import decode
 try: decode({!r})
-except Exception as error: print(error.code)"""
+except ValueError as error: print(error)"""
 
 
 def test_a_huge_webp_canvas_costs_no_memory(peak_memory_bytes) -> None:
@@ -277,7 +287,7 @@ def test_many_text_chunks_are_bounded() -> None:
     text = PngImagePlugin.PngInfo()
     for i in range(80):
         text.add_text(f"k{i}", "x" * 2**20, zip=True)
-    with pytest.raises(BrokenImage):
+    with pytest.raises(Broken):
         decode(encode(RGB, "PNG", pnginfo=text))
 
 
@@ -285,18 +295,18 @@ def test_many_text_chunks_are_bounded() -> None:
 
 
 def test_what_is_no_image_is_named() -> None:
-    with pytest.raises(BrokenImage, match="empty"):
+    with pytest.raises(Broken, match="empty"):
         decode(b"")
     for data in (b"%PDF-1.7", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0" * 100, b"x", b"hello"):
-        with pytest.raises(UnsupportedImage, match="supported formats: JPEG, PNG"):
+        with pytest.raises(Unsupported, match="supported formats: JPEG, PNG"):
             decode(data)
-    with pytest.raises(UnsupportedImage, match="HEIC"):
+    with pytest.raises(Unsupported, match="HEIC"):
         decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50))
 
 
 def test_formats_outside_the_list_are_refused() -> None:
     for image_format in ("PPM", "TGA", "PCX", "ICO", "EPS"):
-        with pytest.raises(UnsupportedImage):
+        with pytest.raises(Unsupported):
             decode(encode(RGB, image_format))
 
 
@@ -316,10 +326,10 @@ def test_truncated_files_are_refused(name: str) -> None:
 
 
 def test_error_details_do_not_quote_objects_of_ours() -> None:
-    with pytest.raises(BrokenImage) as caught:
+    with pytest.raises(Broken) as caught:
         decode(CORPUS["jpeg"][:20])
-    assert "BytesIO" not in caught.value.detail
-    assert len(caught.value.detail) < 300
+    assert "BytesIO" not in caught.value.args[0]
+    assert len(caught.value.args[0]) < 300
 
 
 EXTREMES = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"]
@@ -378,11 +388,9 @@ def test_sniff_takes_anything() -> None:
     assert {sniff(data) for data in CORPUS.values()} == set(FORMATS)
 
 
-def test_errors_are_service_errors_with_their_status() -> None:
-    assert all(issubclass(error, ServiceError) for error in OURS)
-    with pytest.raises(BrokenImage) as caught:
-        decode(CORPUS["png"][:60])
-    assert caught.value.status == 422
+def test_errors_are_value_errors_of_one_family() -> None:
+    assert all(issubclass(error, DecodeError) for error in OURS)
+    assert issubclass(DecodeError, ValueError)
 
 
 # ---- files that Pillow cannot write, made by hand
@@ -398,7 +406,7 @@ def tiff(tags: dict[int, int], body: bytes) -> bytes:
 def test_a_huge_tiff_tile_is_refused_though_the_image_is_small() -> None:
     body = zlib.compress(bytes(100))
     small = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 324: 0, 325: len(body)}
-    with pytest.raises(ImageTooLarge, match="a tile has 40000 x 40000"):
+    with pytest.raises(TooLarge, match="a tile has 40000 x 40000"):
         decode(tiff({**small, 322: 40_000, 323: 40_000}, body))
 
 
@@ -424,10 +432,10 @@ def with_scans(count: int) -> bytes:
 def test_scans_of_a_jpeg_pass_at_the_limit_and_are_refused_beyond() -> None:
     assert decode(with_scans(JPEG_MAX_SCANS)).shape == (24, 40, 3)
     for data in (with_scans(JPEG_MAX_SCANS + 1), with_scans(5000)):
-        with pytest.raises(ImageTooLarge, match=rf"more than {JPEG_MAX_SCANS} scans"):
+        with pytest.raises(TooLarge, match=rf"more than {JPEG_MAX_SCANS} scans"):
             decode(data)
     padded = with_scans(JPEG_MAX_SCANS + 1).replace(b"\xff\xda", b"\xff\xff\xda")  # any marker may be padded
-    with pytest.raises(ImageTooLarge, match="scans"):
+    with pytest.raises(TooLarge, match="scans"):
         decode(padded)
 
 
@@ -442,7 +450,7 @@ def test_what_only_looks_like_scans_is_not_counted() -> None:
 def test_segments_of_a_jpeg_are_bounded() -> None:
     whole = encode(RGB, "JPEG")
     decode(whole[:2] + b"\xff\xfe\0\2" * (JPEG_MAX_SEGMENTS - 20) + whole[2:])
-    with pytest.raises(ImageTooLarge, match=f"more than {JPEG_MAX_SEGMENTS} segments"):
+    with pytest.raises(TooLarge, match=f"more than {JPEG_MAX_SEGMENTS} segments"):
         decode(whole[:2] + b"\xff\xfe\0\2" * 10**6 + whole[2:])
 
 
@@ -460,5 +468,5 @@ def test_scans_of_a_jpeg_in_a_tiff_are_bounded() -> None:
     tags = {256: 40, 257: 24, 258: 8, 259: 7, 262: 1, 273: 0, 277: 1, 278: 24}
     few, many = (tiff({**tags, 279: len(body)}, body) for body in (with_scans(20), with_scans(JPEG_MAX_SCANS + 1)))
     assert decode(few).shape == (24, 40, 3)
-    with pytest.raises(BrokenImage):
+    with pytest.raises(Broken):
         decode(many)

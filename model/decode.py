@@ -1,24 +1,23 @@
-"""Untrusted bytes -> RGB pixels; every limit on an image lives here.
+"""Untrusted bytes -> RGB pixels: the one decoder of serving, indexing, training and evaluation.
 
-The way: bytes limit -> format by its first bytes (allow-list) -> scans of a JPEG -> header -> pixel and shape limits
--> pixels -> EXIF orientation -> 8-bit RGB. Nothing is decompressed before the limits hold. Pillow does the reading;
-whatever it raises (it raises almost anything on hostile bytes) becomes one of three errors at one border,
-`_translated`:
+Steps: byte limit -> format by its first bytes (allow-list) -> scans of a JPEG -> header -> pixel and shape limits
+-> pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed before the limits hold. Pillow reads the files;
+whatever it raises (hostile bytes make it raise nearly anything) becomes one of three errors in `_translated`:
 
-    ImageTooLarge     too many bytes, pixels or JPEG scans, or too long and thin
-    UnsupportedImage  not one of the formats, or pixels without a defined black and white
-    BrokenImage       one of the formats, but damaged or cut off
+    TooLarge     too many bytes, pixels or JPEG scans, or too long and thin
+    Unsupported  not one of the formats, or pixels without a defined black and white
+    Broken       one of the formats, but damaged or cut off
 
 What the pixels mean:
-- Transparency (alpha channels, transparent palette entries, PNG's tRNS) is laid on white.
+- Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composed on white.
 - 16 and 12 bits per channel are scaled to 8 by keeping the high byte, as Pillow itself does for 16-bit colour. (Its own
   conversion of 16-bit grey clips instead: all above 255 would be white.)
 - Float and 32-bit integer TIFFs are refused: such files define no white, and a guess would be silently wrong.
 - ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) take the pixels as stored,
   and features must agree with theirs. CMYK is converted without a profile for the same reason.
-- Of animations and multi-page files, the first frame.
+- Animations and multi-page files give their first frame.
 - The orientation in EXIF (or XMP) is applied, in every container; EXIF that cannot be read is ignored, because the
-  picture itself is fine.
+  pixels are fine.
 """
 
 import re
@@ -26,12 +25,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from service.errors import BrokenImage, ImageTooLarge, ServiceError, UnsupportedImage
+Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
+
+
+class DecodeError(ValueError):
+    """An image that cannot be used; the message names the value and what is allowed."""
+
+
+class TooLarge(DecodeError): ...
+
+
+class Unsupported(DecodeError): ...
+
+
+class Broken(DecodeError): ...
+
 
 # format -> the (offset, bytes) signatures of which one must be there
 SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
@@ -47,7 +61,7 @@ BUILD_FEATURES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"} 
 FORMATS = tuple(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name]))
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
-ORIENTATIONS = {  # EXIF tag 0x0112 -> what brings the picture upright
+ORIENTATIONS = {  # EXIF tag 0x0112 -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -62,7 +76,7 @@ TIFF_WHITE_IS_ZERO = 0
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own bomb limit (twice its MAX_IMAGE_PIXELS): above, it refuses by itself
 
 JPEG_MAX_SCANS = 100
-"""Each scan goes over the whole picture, and a scan of a hundred bytes may take as long as one of a megabyte.
+"""Each scan goes over the whole image, and a scan of a hundred bytes may take as long as one of a megabyte.
 Progressive encoders write about 10. In TIFF, libtiff itself has the same limit."""
 
 JPEG_MAX_SEGMENTS = 2000
@@ -96,29 +110,62 @@ class DecodeLimits:
 DEFAULT_LIMITS = DecodeLimits()
 
 
-def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """An encoded image -> its pixels, uint8 [H,W,3] RGB, contiguous, upright; the array may be read-only.
+class Stored(NamedTuple):
+    """An image as its file stores it, before EXIF turns it upright."""
+
+    rgb: Image.Image
+    orientation: int  # EXIF's, 1 to 8
+    size: tuple[int, int]  # width and height of the whole image as stored
+    box: tuple[float, float, float, float] | None  # of `rgb` that holds the image, if it was decoded at a fraction
+
+    @property
+    def aspect(self) -> float:
+        """Width / height of the upright image."""
+        width, height = self.size
+        return height / width if self.orientation in (5, 6, 7, 8) else width / height
+
+
+def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
+    """Decode an image to uint8 [H, W, 3] RGB, contiguous, upright; the array may be read-only.
 
     Raises:
-        ImageTooLarge: more bytes or pixels, or a longer and thinner image, than `limits` allow; too many JPEG scans.
-        UnsupportedImage: not a format, or a pixel type, that is read here.
-        BrokenImage: empty, damaged, or cut off.
+        TooLarge: more bytes or pixels, or a longer and thinner image, than `limits` allow; too many JPEG scans.
+        Unsupported: a format or a pixel type that is not read here.
+        Broken: empty, damaged, or cut off.
+    """
+    stored = decode_stored(data, limits)
+    with _translated("image", limits):
+        return np.ascontiguousarray(np.asarray(upright(stored.rgb, stored.orientation)))
+
+
+def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_side: int | None = None) -> Stored:
+    """Decode an image without turning it upright.
+
+    Args:
+        data: the encoded image.
+        limits: what it may cost.
+        least_side: libjpeg may decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep this many
+            pixels. Other formats are decoded whole.
+
+    Raises:
+        DecodeError: as `decode`.
     """
     if not data:
-        raise BrokenImage("the image is empty (0 bytes)")
+        raise Broken("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}")
+        raise TooLarge(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}")
     name = sniff(data)
     if name not in FORMATS:
-        raise UnsupportedImage(_why_unsupported(data, name))
+        raise Unsupported(_why_unsupported(data, name))
     if name == "JPEG":
         _check_scans(data)
     with _translated(name, limits), Image.open(BytesIO(data), formats=[name]) as image:
         _check_header(image, limits)
+        size = image.size
+        drawn = None if least_side is None else image.draft(None, (least_side, least_side))
         image.load()
         _check_header(image, limits)  # a frame may be larger than the header said
-        upright = _transpose(_to_rgb(image), _orientation(image))
-        return np.ascontiguousarray(np.asarray(upright))
+        return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
 
 
 def sniff(data: bytes) -> str | None:
@@ -145,16 +192,16 @@ def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
     """The border: everything that Pillow raises becomes an error of ours with a detail for the user."""
     try:
         yield
-    except ServiceError:
+    except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(f"the {name} has more pixels than the limit of {limits.max_pixels}") from error
+        raise TooLarge(f"the {name} has more pixels than the limit of {limits.max_pixels}") from error
     except MemoryError as error:
-        raise ImageTooLarge(f"the {name} needs more memory than there is") from error
+        raise TooLarge(f"the {name} needs more memory than there is") from error
     except UnidentifiedImageError as error:
-        raise BrokenImage(f"the {name}'s header is damaged, or its kind of pixels is not supported") from error
+        raise Broken(f"the {name}'s header is damaged, or its kind of pixels is not supported") from error
     except Exception as error:  # hostile bytes make Pillow raise nearly anything: KeyError, struct.error, ...
-        raise BrokenImage(f"the {name} is damaged or cut off: {_reason(error)}") from error
+        raise Broken(f"the {name} is damaged or cut off: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -168,16 +215,16 @@ def _check_scans(data: bytes) -> None:
 
     Walks from marker to marker as libjpeg does: a segment is skipped by its length (a thumbnail in EXIF has scans of
     its own), the data of a scan up to the next marker, and what follows the end of the image is not looked at (phones
-    put a second picture or a film there).
+    put a second image or a film there).
     """
     position, scans, segments = 2, 0, 0
     while (found := _JPEG_MARKER.search(data, position)) and found[1] not in (_SOI, _EOI):
         segments += 1
         scans += found[1] == _SOS
         if scans > JPEG_MAX_SCANS:
-            raise ImageTooLarge(f"the JPEG has more than {JPEG_MAX_SCANS} scans; save it with fewer")
+            raise TooLarge(f"the JPEG has more than {JPEG_MAX_SCANS} scans; save it with fewer")
         if segments > JPEG_MAX_SEGMENTS:
-            raise ImageTooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
+            raise TooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
         length = int.from_bytes(data[found.end() : found.end() + 2], "big")
         position = found.end() + max(2, length)  # a length counts its own two bytes
 
@@ -185,11 +232,11 @@ def _check_scans(data: bytes) -> None:
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise BrokenImage(f"the image has no pixels: {width} x {height}")
+        raise Broken(f"the image has no pixels: {width} x {height}")
     _check_pixels("the image", width, height, limits)
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
         ratio = f"{limits.max_aspect_ratio:g}"
-        raise ImageTooLarge(f"the image is {width} x {height}: one side may be at most {ratio} times the other")
+        raise TooLarge(f"the image is {width} x {height}: one side may be at most {ratio} times the other")
     # libtiff allocates a whole tile even for an image of one pixel
     tags = getattr(image, "tag_v2", {})
     tile_width, tile_height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
@@ -199,7 +246,7 @@ def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
 
 def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> None:
     if width * height > limits.max_pixels:
-        raise ImageTooLarge(
+        raise TooLarge(
             f"{what} has {width} x {height} pixels, {width * height} in all; the limit is {limits.max_pixels}"
         )
 
@@ -210,11 +257,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _gray16_to_gray8(image)
     if image.mode in ("I", "F"):
         kind = "32-bit or signed integer" if image.mode == "I" else "float"
-        raise UnsupportedImage(
-            f"{kind} pixels have no defined white and are not supported; convert them to 8 or 16 bits"
-        )
+        raise Unsupported(f"{kind} pixels have no defined white and are not supported; convert them to 8 or 16 bits")
     if image.mode == "LAB":
-        raise UnsupportedImage("CIELAB pixels are not supported; convert to RGB")
+        raise Unsupported("CIELAB pixels are not supported; convert to RGB")
     if image.has_transparency_data:
         return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -252,10 +297,11 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) when there is none or it cannot be read."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001  broken EXIF raises nearly anything, and must not cost the picture
+    except Exception:  # noqa: BLE001  broken EXIF raises nearly anything, and the pixels are fine
         return 1
 
 
-def _transpose(image: Image.Image, orientation: int) -> Image.Image:
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn an image as EXIF's orientation (1 to 8) says; any other value leaves it as it is."""
     method = ORIENTATIONS.get(orientation)
     return image if method is None else image.transpose(method)

@@ -1,0 +1,155 @@
+"""Write the reference pages from the code: `python docs/reference.py` (or `make docs`).
+
+settings.md, metrics.md and commands.md are made from the settings, the metrics and the command line, so they cannot
+disagree with the code. A test compares the pages with what this script makes.
+"""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import typer  # noqa: E402
+
+from cli import app  # noqa: E402
+from service.settings import PREFIX, Settings  # noqa: E402
+from service.telemetry import Metrics  # noqa: E402
+
+NOTE = "<!-- Made by docs/reference.py: change the code and run `make docs`. -->\n\n"
+
+
+def cell(text: str) -> str:
+    """Text that is safe in a cell of a table, on one line."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+
+def settings_page() -> str:
+    """All settings of the service: name, default, allowed values, meaning."""
+    rows = [
+        f"| `{PREFIX}{name.upper()}` | {_default(field)} | {_allowed(field)} | {cell(field.description or '')} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return (
+        f"{NOTE}# Settings\n\n"
+        "The service reads its settings from the environment. An empty value means the default. If a `DINOV2_*` name\n"
+        "is not listed here, the service does not start and suggests the nearest name. Options of `dinov2 serve`\n"
+        "override the environment.\n\n"
+        "Sizes are in bytes or pixels and times in seconds, as the names say.\n\n"
+        "| setting | default | allowed | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def _default(field: Any) -> str:
+    if field.default_factory is not None:
+        return "the number of CPUs"
+    value = field.default
+    if value is None:
+        return "unset"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"`{value}`"
+
+
+def _allowed(field: Any) -> str:
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(field.annotation))
+    bounds = []
+    for rule in field.metadata:
+        for name, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+            if hasattr(rule, name):
+                bounds.append(f"{words} {getattr(rule, name):,}")
+    return ", ".join(bounds) or _kind(field.annotation)
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        [annotation] = [part for part in get_args(annotation) if part is not type(None)]
+    return {str: "text", int: "an integer", float: "a number", Path: "a path"}[annotation]
+
+
+def metrics_page() -> str:
+    """All metrics of /metrics: name, type, labels, meaning."""
+    metrics = Metrics()
+    rows = []
+    for collector in vars(metrics).values():
+        if not hasattr(collector, "_labelnames"):
+            continue
+        labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+        name = collector._name + ("_total" if collector._type == "counter" else "")
+        rows.append(f"| `{name}` | {collector._type} | {labels} | {cell(collector._documentation)} |")
+    return (
+        f"{NOTE}# Metrics\n\n"
+        "`GET /metrics` answers in Prometheus' text format. Times are in seconds. The answer also has the metrics of\n"
+        "the process and of the Python runtime (`process_...`, `python_info`).\n\n"
+        "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "\n".join(sorted(rows)) + "\n"
+    )
+
+
+def commands_page() -> str:
+    """All commands of `dinov2` with their arguments and options."""
+    parts = [
+        f"{NOTE}# Commands\n\n"
+        "`make run` installs the command `dinov2` into `.venv-run`. `dinov2 COMMAND --help` shows the same texts.\n"
+    ]
+    parts += _group(typer.main.get_command(app), "dinov2")
+    return "\n".join(parts)
+
+
+def _group(group: Any, path: str) -> list[str]:
+    parts = []
+    for name, command in sorted(group.commands.items()):
+        if command.hidden:
+            continue
+        if hasattr(command, "commands"):
+            parts += _group(command, f"{path} {name}")
+        else:
+            parts.append(_command(command, f"{path} {name}"))
+    return parts
+
+
+def _command(command: Any, path: str) -> str:
+    """One command; typer's objects are those of click, whichever of the two defines them."""
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    options = [param for param in command.params if param.param_type_name == "option" and not param.hidden]
+    usage = " ".join([path, *map(_metavar, arguments), *(["[OPTIONS]"] if options else [])])
+    lines = [f"## `{path}`", "", inspect.cleandoc(command.help or ""), "", f"    {usage}", ""]
+    if arguments:
+        lines += ["| argument | meaning |", "|---|---|"]
+        lines += [f"| `{_metavar(argument)}` | {cell(argument.help or '')} |" for argument in arguments]
+        lines.append("")
+    if options:
+        lines += ["| option | default | meaning |", "|---|---|---|", *map(_option, options), ""]
+    return "\n".join(lines)
+
+
+def _metavar(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    dots = "..." if argument.nargs != 1 else ""
+    return f"{name}{dots}" if argument.required else f"[{name}{dots}]"
+
+
+def _option(option: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
+    default = option.default
+    if option.required:
+        shown = "required"
+    elif callable(default) or default in (None, (), [], ""):
+        shown = ""
+    elif isinstance(default, bool):
+        shown = "on" if default else "off"
+    else:
+        shown = f"`{default}`"
+    annotation = option.type_descriptor.annotation
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+    return f"| {names} | {cell(shown)} | {cell((option.help or '') + allowed)} |"
+
+
+PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "commands.md": commands_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page())

@@ -1,0 +1,30 @@
+"""Fixtures that tests of several packages share."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def peak_memory_bytes() -> Callable[[str], int]:
+    """Runs a Python script in a process of its own and returns the largest resident set it had, in bytes."""
+
+    def measure(script: str) -> int:
+        report = "\nimport resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        result = subprocess.run(
+            [sys.executable, "-"],
+            input=script + report,
+            text=True,
+            capture_output=True,
+            cwd=ROOT,
+            check=True,
+            timeout=60,
+        )
+        return int(result.stdout.rsplit("peak ", 1)[1]) * (1 if sys.platform == "darwin" else 1024)
+
+    return measure
