@@ -28,7 +28,8 @@ from serving import random_artifact  # benchmarks/serving.py
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
 from model.cpus import available_cpus
-from model.engines.protocol import Engine, load_engine
+from model.engines.choice import load_engine
+from model.engines.protocol import Engine
 from model.preprocess import REFERENCE_224, preprocess
 from service.decode import decode
 from service.ingest.index import IndexOptions, IndexReport, index_photos

@@ -80,7 +80,7 @@ def embed(
     from rich.progress import Progress
 
     from model.artifact import load_artifact
-    from model.engines.protocol import load_engine
+    from model.engines.choice import load_engine
     from service.artifact_choice import choose_artifact
     from service.ingest.embed import embed_files, find_files, save_vectors
     from service.ingest.index import vector_tag

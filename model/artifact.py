@@ -8,7 +8,7 @@
       README.md             the model card, when there is one
 
 The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
-that decides which vector a photo gets. Vectors are tagged with it, so those of two models are never mixed. Loading
+that decides which vector an image gets. Vectors are tagged with it, so those of two models are never mixed. Loading
 checks every file against the manifest and refuses what differs.
 """
 
@@ -182,6 +182,12 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def graph_name(size: tuple[int, int] | None, precision: str) -> str:
+    """The file of a further graph: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`."""
+    shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+    return f"model-{shown}-{precision}.onnx"
 
 
 def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:

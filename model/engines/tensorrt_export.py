@@ -134,8 +134,7 @@ def build_plan(
     try:
         records = measure_batches(reference, candidate, artifact, options.photos)
     finally:
-        if close := getattr(candidate, "close", None):  # the GPU's memory, for the engine that will serve
-            close()
+        candidate.close()  # the engine that will serve needs the GPU's memory
     record = _record(artifact, key, plan, records, reference, done)
     path = write_plan(folder, plan if record.passed else None, record)
     remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)

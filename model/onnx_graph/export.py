@@ -37,13 +37,13 @@ from model.artifact import (
     StoredWeights,
     describe_file,
     fingerprint,
+    graph_name,
     input_size,
     load_artifact,
 )
 from model.config import ViTConfig
 from model.cpus import available_cpus
 from model.engines import parity
-from model.engines.choice import graph_name
 from model.engines.protocol import Features, FloatArray
 from model.onnx_graph.build import GraphSpec, Precision, write_onnx
 from model.onnx_graph.quantize import Int8Weights

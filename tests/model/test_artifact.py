@@ -10,7 +10,8 @@ import pytest
 from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
 from model.cpus import available_cpus
 from model.engines import parity
-from model.engines.protocol import Features, load_engine
+from model.engines.choice import load_engine
+from model.engines.protocol import Features
 from model.onnx_graph.export import export_artifact
 from model.preprocess import PreprocessSpec, preprocess
 from tests.model.tiny import CONFIG, SPEC, random_weights

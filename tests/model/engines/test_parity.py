@@ -88,11 +88,14 @@ def test_labelled_folders(tmp_path: Path) -> None:
 
 
 class Mean:
-    name, precision = "mean", "fp32"
+    name, precision, device = "mean", "fp32", "cpu"
 
     def run(self, pixels: np.ndarray) -> parity.Features:
         means = pixels.mean(axis=(2, 3))
         return parity.Features(means, means[:, None], means[:, :0, None])
+
+    def close(self) -> None:
+        pass
 
 
 def test_class_tokens_leave_out_what_is_no_photo() -> None:

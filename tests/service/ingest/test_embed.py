@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import cli
 from model.artifact import Artifact, bundled_artifact, load_artifact
-from model.engines.protocol import Engine, load_engine
+from model.engines.choice import load_engine
+from model.engines.protocol import Engine
 from model.preprocess import preprocess
 from service.decode import DecodeLimits
 from service.ingest.embed import embed_files, find_files, save_vectors
