@@ -174,7 +174,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
     need_torch("export")
-    from model.engines.parity import find_labelled
+    from model.engines.knn_gate import find_labelled
     from model.onnx_graph.export import export_checkpoint
     from model.zoo import DownloadError
     from service.artifact_choice import read_photo, read_photos

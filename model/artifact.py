@@ -58,15 +58,15 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's (see `model/engines/parity.py`)."""
+    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's; see `model/engines/knn_gate.py`."""
 
     status: Literal["passed", "failed", "not measured"]
     reason: str  # why not, in one line; of a passed gate its figures
     k: int | None = None  # neighbours that vote
     val_photos: int | None = None
-    val_right: tuple[int, int] | None = None  # photos of val classified rightly: float32, int8
+    val_right: tuple[int, int] | None = None  # images of val classified rightly: float32, int8
     train_photos: int | None = None
-    train_right: tuple[int, int] | None = None  # the same of train, each photo among the others
+    train_right: tuple[int, int] | None = None  # the same of train, each image among the others
 
 
 class ParityRecord(_Record):

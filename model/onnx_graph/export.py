@@ -43,7 +43,7 @@ from model.artifact import (
 )
 from model.config import ViTConfig
 from model.cpus import available_cpus
-from model.engines import parity
+from model.engines import knn_gate, parity
 from model.engines.protocol import Features, FloatArray
 from model.onnx_graph.build import GraphSpec, Precision, write_onnx
 from model.onnx_graph.quantize import Int8Weights
@@ -69,7 +69,7 @@ def export_artifact(
     model_card: str | None = None,
     keep_onnx: bool = True,
     graphs: Sequence[GraphSpec] = (),
-    labelled: parity.LabelledPhotos | None = None,
+    labelled: knn_gate.LabelledImages | None = None,
 ) -> Artifact:
     """Write `<out_dir>/<name>-<fingerprint8>/` and return it verified.
 
@@ -159,7 +159,7 @@ class _Reference:
 
     def __init__(self, pixels: FloatArray, features: Features, extras: dict[str, FloatArray]) -> None:
         self.pixels, self.features, self.extras = pixels, features, extras
-        self.tokens: parity.ClassTokens | None = None
+        self.tokens: knn_gate.ClassTokens | None = None
 
 
 @dataclass
@@ -170,7 +170,7 @@ class _Comparison:
     config: ViTConfig
     preprocess: PreprocessSpec
     photos: Sequence[npt.NDArray[np.uint8]]
-    labelled: parity.LabelledPhotos | None
+    labelled: knn_gate.LabelledImages | None
     records: list[ParityRecord] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)  # file -> why
 
@@ -210,7 +210,7 @@ class _Comparison:
         for file, spec in specs.items():
             reference = found[sizes[file][0]]
             if spec.precision == "int8" and self.labelled is not None and reference.tokens is None:
-                reference.tokens = parity.class_tokens(engine, self.labelled, self.preprocess, sizes[file][0])
+                reference.tokens = knn_gate.class_tokens(engine, self.labelled, self.preprocess, sizes[file][0])
         return found
 
     def _compare(self, file: str, spec: GraphSpec, references: Mapping[tuple[int, int], _Reference]) -> None:
@@ -238,13 +238,13 @@ class _Comparison:
             self.records.append(record)
 
     def _gate(
-        self, record: ParityRecord, engine: Any, size: tuple[int, int], reference: parity.ClassTokens | None
+        self, record: ParityRecord, engine: Any, size: tuple[int, int], reference: knn_gate.ClassTokens | None
     ) -> GateRecord:
         """Whether an int8 graph may serve: by the cosines of its record, and by k-NN."""
-        gate = parity.NO_LABELS
+        gate = knn_gate.NO_LABELS
         if self.labelled is not None:
             assert reference is not None
-            gate = parity.knn_gate(reference, parity.class_tokens(engine, self.labelled, self.preprocess, size))
+            gate = knn_gate.knn_gate(reference, knn_gate.class_tokens(engine, self.labelled, self.preprocess, size))
         try:
             parity.check(record)
         except parity.ParityError as error:
@@ -340,7 +340,7 @@ def export_checkpoint(
     outputs: Sequence[str] = (),
     int8_weights: Int8Weights = "s7",
     float_layers: Sequence[str] | None = None,
-    labelled: parity.LabelledPhotos | None = None,
+    labelled: knn_gate.LabelledImages | None = None,
 ) -> Artifact:
     """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
 

@@ -12,6 +12,7 @@ from model.artifact import Artifact, GateRecord, GraphRecord, ParityRecord, load
 from model.engines import choice as engine_choice
 from model.engines import parity, tensorrt_engine
 from model.engines.choice import choose_engine, images_per_s, load_engine
+from model.engines.knn_gate import NO_LABELS
 from model.engines.onnxruntime_engine import graph_file, graph_of
 from model.engines.protocol import BUCKETS, Features, OpenRequest
 from model.engines.runtimes import parse_engine
@@ -180,7 +181,7 @@ def test_engines_by_name_are_near_the_reference(exported: Artifact, name: str, e
     ("gate", "message"),
     [
         (GateRecord(status="failed", reason="k-NN fell"), r"gate of model-70-int8\.onnx failed: k-NN fell"),
-        (parity.NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
+        (NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
         (None, r"model-70-int8\.onnx has no gate in the manifest"),
     ],
 )

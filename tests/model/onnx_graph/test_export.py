@@ -9,7 +9,8 @@ import pytest
 from safetensors import SafetensorError
 
 from model.artifact import Artifact, ArtifactError, bundled_artifact, load_artifact, read_manifest
-from model.engines import parity
+from model.engines import knn_gate, parity
+from model.engines.knn_gate import LabelledImages
 from model.engines.onnxruntime_engine import OnnxEngine
 from model.onnx_graph.build import GraphSpec
 from model.onnx_graph.export import export_artifact, wanted_graphs
@@ -19,7 +20,7 @@ pytest.importorskip("torch", reason="the export checks parity against torch: pip
 
 PHOTOS = parity.sample_photos(12)
 FILES = [(Path(f"{i}.jpg"), "ab"[i % 2]) for i in range(12)]
-LABELLED = parity.LabelledPhotos(FILES[:8], FILES[8:], lambda path: PHOTOS[int(path.stem)])
+LABELLED = LabelledImages(FILES[:8], FILES[8:], lambda path: PHOTOS[int(path.stem)])
 EXTRAS = ("cls", "patches", "registers", "attention", "layer.0")
 
 
@@ -131,10 +132,10 @@ def test_int8_needs_its_cosines_too(
         return record.model_copy(update=figures) if record.precision == "int8" else record
 
     monkeypatch.setattr(parity, "measure", measured)
-    monkeypatch.setattr(parity, "MAX_VAL_LOSS", 4)
-    monkeypatch.setattr(parity, "MAX_TRAIN_LOSS", 1.0)
-    monkeypatch.setattr(parity, "MIN_VAL", 0)
-    monkeypatch.setattr(parity, "MIN_TRAIN", 0)
+    monkeypatch.setattr(knn_gate, "MAX_VAL_LOSS", 4)
+    monkeypatch.setattr(knn_gate, "MAX_TRAIN_LOSS", 1.0)
+    monkeypatch.setattr(knn_gate, "MIN_VAL", 0)
+    monkeypatch.setattr(knn_gate, "MIN_TRAIN", 0)
     (_, record) = export(
         tmp_path, graphs=[GraphSpec(size=(70, 70), precision="int8")], labelled=LABELLED
     ).manifest.parity
