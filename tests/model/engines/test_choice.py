@@ -16,9 +16,10 @@ from model.engines.knn_gate import NO_LABELS
 from model.engines.onnxruntime_engine import graph_file, graph_of
 from model.engines.protocol import BUCKETS, Features, OpenRequest
 from model.engines.runtimes import parse_engine
+from model.export.artifact import export_artifact
+from model.export.options import ExportOptions
 from model.onnx_graph.build import GraphSpec
-from model.onnx_graph.export import export_artifact
-from tests.model.tiny import CONFIG, SPEC, random_weights
+from tests.model.tiny import backbone
 
 torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
 
@@ -30,9 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """With an fp16 graph, and an int8 graph whose gate was not measured."""
     folder = tmp_path_factory.mktemp("artifacts")
     graphs = [GraphSpec(size=(70, 70), precision=precision) for precision in ("fp16", "int8")]
-    made = export_artifact(
-        random_weights(), CONFIG, folder, name="tiny", preprocess=SPEC, provenance={}, licence="x", graphs=graphs
-    )
+    made = export_artifact(backbone(licence="x"), folder, ExportOptions(), graphs)
     return load_artifact(made.path, derived_dir=folder / "derived")
 
 
