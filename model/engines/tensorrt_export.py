@@ -138,15 +138,20 @@ def build_plan(
     record = _record(artifact, key, plan, records, reference, done)
     path = write_plan(folder, plan if record.passed else None, record)
     remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
+    _check_passed(record, path)
+    return path, record
+
+
+def _check_passed(record: PlanRecord, path: Path) -> None:
+    precision, said = record.key.precision, figures(record.parity)
     if not record.passed:
-        limits = parity.LIMITS[options.precision]
+        limits = parity.LIMITS[precision]
         raise parity.ParityError(
-            f"the {options.precision} plan strays from {record.reference} and was dropped: {figures(records)}; "
+            f"the {precision} plan strays from {record.reference} and was dropped: {said}; "
             f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are asked. "
             f"The figures are in {path.with_suffix('.json')}"
         )
-    logger.info("plan %s (%s): %s", path, options.precision, figures(records))
-    return path, record
+    logger.info("plan %s (%s): %s", path, precision, said)
 
 
 def _known(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
