@@ -41,19 +41,15 @@ def write_checkpoint(path: Path, config: ViTConfig) -> None:
 
 
 def export(path: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """What `dinov2 export` does, on four generated pictures."""
+    """What `dinov2 export` does, on four generated images."""
     from model.engines import parity
-    from model.onnx_graph.export import export_checkpoint
+    from model.export.checkpoint import export_checkpoint
+    from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
 
-    artifact = export_checkpoint(
-        str(path),
-        out,
-        resize=arguments.crop,
-        crop=arguments.crop,
-        weights_dtype=arguments.stored,
-        precisions=arguments.precision.split(","),
-        photos=parity.sample_photos(4),
-    )
+    graphs = GraphOptions(precisions=arguments.precision.split(","))
+    asked = CheckpointOptions(resize=arguments.crop, crop=arguments.crop, graphs=graphs)
+    options = ExportOptions(weights_dtype=arguments.stored, images=parity.sample_photos(4))
+    artifact = export_checkpoint(str(path), out, asked, options)
     result = {
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "files": {name: record.bytes for name, record in artifact.manifest.files.items()},

@@ -282,7 +282,7 @@ def served(setting: Setting, emit: Emit) -> None:
 
     from model.artifact import load_artifact
     from model.engines import parity
-    from model.engines.protocol import load_engine
+    from model.engines.choice import load_engine
     from model.preprocess import preprocess
 
     bundled = next(

@@ -29,7 +29,8 @@ from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
 from model.cpus import available_cpus
 from model.decode import decode
-from model.engines.protocol import Engine, load_engine
+from model.engines.choice import load_engine
+from model.engines.protocol import Engine
 from model.preprocess import REFERENCE_224, preprocess
 from service.ingest.index import IndexOptions, IndexReport, index_photos
 from service.ingest.sources import find_photos

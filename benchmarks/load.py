@@ -27,7 +27,8 @@ from serving import free_port, random_artifact, service_process  # benchmarks/se
 
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
-from model.engines.protocol import Engine, load_engine
+from model.engines.choice import load_engine
+from model.engines.protocol import Engine
 from model.preprocess import REFERENCE_224, preprocess
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,7 +8,7 @@ weights do to eight bits is measured elsewhere (docs/decisions); here it is the 
 
 Where each row ran: "ORT" is ONNX Runtime's CPU. It has no bfloat16, and computes float16 in float32 without rounding
 between operators; "ORT, rounded" is the same graph in float32 with every half-precision result rounded
-(`model/onnx_graph/emulate.py`), which is what a GPU with float32 accumulators gives. `dynamic` is the float32 graph
+(`benchmarks/emulate.py`), which is what a GPU with float32 accumulators gives. `dynamic` is the float32 graph
 that takes any size and computes the position embedding itself.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from emulate import emulate_half
 from PIL import Image
 
 from model.config import ViTConfig, config_for
@@ -31,7 +32,6 @@ from model.cpus import available_cpus
 from model.engines.parity import compare, sample_photos
 from model.engines.protocol import Features
 from model.onnx_graph.build import GraphSpec, build_onnx
-from model.onnx_graph.emulate import emulate_half
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 

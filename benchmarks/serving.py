@@ -15,7 +15,8 @@ import torch
 
 from model.artifact import Artifact
 from model.config import ViTConfig
-from model.onnx_graph.export import export_artifact
+from model.export.artifact import export_artifact
+from model.export.options import Backbone, ExportOptions
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 
@@ -69,6 +70,5 @@ def random_artifact(config: ViTConfig, preprocess: PreprocessSpec, out: Path, *,
     """An artifact with random weights: as fast as a trained one, and what a trained one is compared with."""
     torch.manual_seed(seed)
     weights = {key: value.numpy() for key, value in DinoVisionTransformer(config).state_dict().items()}
-    return export_artifact(
-        weights, config, out, name=name, preprocess=preprocess, provenance={"seed": seed}, licence="Apache-2.0"
-    )
+    backbone = Backbone(name, weights, config, preprocess, {"seed": seed}, "Apache-2.0")
+    return export_artifact(backbone, out, ExportOptions())

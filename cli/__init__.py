@@ -81,7 +81,7 @@ def embed(
     from rich.progress import Progress
 
     from model.artifact import load_artifact
-    from model.engines.protocol import load_engine
+    from model.engines.choice import load_engine
     from service.artifact_choice import choose_artifact
     from service.ingest.embed import embed_files, find_files, save_vectors
     from service.ingest.index import vector_tag
@@ -175,32 +175,30 @@ def export(
 ) -> None:
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
     need_torch("export")
-    from model.engines.parity import find_labelled
-    from model.onnx_graph.export import export_checkpoint
+    from model.engines.knn_gate import find_labelled
+    from model.export.checkpoint import export_checkpoint
+    from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
     from model.zoo import DownloadError
     from service.artifact_choice import read_photo, read_photos
 
     tell = partial(typer.echo, err=True)
     try:
-        artifact = export_checkpoint(
-            source,
-            out,
-            arch=arch,
-            name=name,
-            resize=resize,
-            crop=crop,
+        options = ExportOptions(
             weights_dtype=weights_dtype,
-            photos=read_photos(images, 32, tell) if images else None,
+            images=read_photos(images, 32, tell) if images else None,
+            labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
             model_card=card.read_text() if card else None,
-            licence=licence,
             keep_onnx=keep_onnx,
+        )
+        graphs = GraphOptions(
             sizes=_items(sizes),
             precisions=_items(precision),
             outputs=_items(outputs),
             int8_weights=int8_weights,
             float_layers=None if float_layers is None else _items("" if float_layers == "none" else float_layers),
-            labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
         )
+        asked = CheckpointOptions(arch=arch, name=name, resize=resize, crop=crop, licence=licence, graphs=graphs)
+        artifact = export_checkpoint(source, out, asked, options)
     except (ValueError, OSError, DownloadError) as error:
         raise _fail(error) from error
     typer.echo(f"{artifact.path}\nfingerprint {artifact.fingerprint}")

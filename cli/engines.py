@@ -108,8 +108,8 @@ def _with_activations(options: Any, artifact: "Artifact") -> Any:
     """The ranges that fp8 needs, measured on the photos of the parity check."""
     from dataclasses import replace
 
+    from model.engines.activations import measure_activations
     from model.engines.parity import pixels_at
-    from model.onnx_graph.calibrate import measure_activations
 
     manifest = artifact.manifest
     pixels = pixels_at(options.photos, manifest.preprocess, manifest.input_size)

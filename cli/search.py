@@ -304,7 +304,7 @@ def load_model(
 ) -> "tuple[Artifact, Engine]":
     """The model asked for; `auto` takes the one that a collection was made with, if it is here."""
     from model.artifact import load_artifact
-    from model.engines.protocol import load_engine
+    from model.engines.choice import load_engine
     from service.artifact_choice import choose_artifact
 
     path = artifact_with(info.tag.partition("/")[0], data_dir) if model == "auto" and info is not None else None

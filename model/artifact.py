@@ -8,7 +8,7 @@
       README.md             the model card, when there is one
 
 The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
-that decides which vector a photo gets. Vectors are tagged with it, so those of two models are never mixed. Loading
+that decides which vector an image gets. Vectors are tagged with it, so those of two models are never mixed. Loading
 checks every file against the manifest and refuses what differs.
 """
 
@@ -58,15 +58,15 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's (see `model/engines/parity.py`)."""
+    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's; see `model/engines/knn_gate.py`."""
 
     status: Literal["passed", "failed", "not measured"]
     reason: str  # why not, in one line; of a passed gate its figures
     k: int | None = None  # neighbours that vote
     val_photos: int | None = None
-    val_right: tuple[int, int] | None = None  # photos of val classified rightly: float32, int8
+    val_right: tuple[int, int] | None = None  # images of val classified rightly: float32, int8
     train_photos: int | None = None
-    train_right: tuple[int, int] | None = None  # the same of train, each photo among the others
+    train_right: tuple[int, int] | None = None  # the same of train, each image among the others
 
 
 class ParityRecord(_Record):
@@ -182,6 +182,12 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def graph_name(size: tuple[int, int] | None, precision: str) -> str:
+    """The file of a further graph: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`."""
+    shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+    return f"model-{shown}-{precision}.onnx"
 
 
 def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.cpus import available_cpus
-from model.engines.protocol import parse_engine
+from model.engines.runtimes import parse_engine
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})

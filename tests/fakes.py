@@ -45,12 +45,14 @@ class FakeEngine:
 
     name: str = "fake"
     precision: str = "fp32"
+    device: str = "cpu"
     delay_s: float = 0.0
     gate: threading.Event | None = None  # a pass waits until it is set
     fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # of a batch [B, 3, h, w]
     killed: bool = False
     batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes given
     entered: threading.Event = field(default_factory=threading.Event)
+    closed: bool = False
 
     @property
     def images(self) -> int:
@@ -70,6 +72,9 @@ class FakeEngine:
         cut = pixels.reshape(batch, 3, height // 14, 14, width // 14, 14).transpose(0, 2, 4, 1, 3, 5)
         patches = np.tanh(cut.reshape(batch, -1, 3 * 14 * 14) @ _WEIGHTS)  # [B, N, D]
         return Features(np.tanh(2 * patches.mean(axis=1) + 0.1), patches, np.zeros((batch, 0, DIMS), np.float32))
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:

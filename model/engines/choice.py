@@ -1,7 +1,7 @@
 """Which engine serves: the one asked for, the first of a fixed order that is right, or the fastest on this CPU.
 
 Nothing serves before its numbers were compared. The reference on a serving host is ONNX Runtime's CPU engine in
-float32, whose own parity with torch the manifest records; every other engine runs the same few photos when it is
+float32, whose own parity with torch the manifest records; every other engine runs the same few images when it is
 loaded, and one that strays is discarded. Whatever was tried is logged in order, with the reason, and kept for
 /v1/models.
 
@@ -17,17 +17,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import ONNX, WEIGHTS, Artifact, GraphRecord, derive_graph
+from model.artifact import ONNX, Artifact
 from model.cpus import available_cpus
 from model.engines import parity
-from model.engines.protocol import BUCKETS, Choice, Engine, Features, FloatArray, Tried, parse_engine
-from model.onnx_graph.build import GraphSpec
+from model.engines.protocol import BUCKETS, Choice, Engine, Features, FloatArray, OpenRequest, Tried
+from model.engines.runtimes import RUNTIMES, parse_engine
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,9 @@ BENCHMARK_S: Final = 2.0
 INT8_MARGIN: Final = 1.1
 """How much faster than float32 an engine of less precision must be to be worth it."""
 
-PHOTOS_AT_LOAD: Final = 5  # on a CPU in batches of 4 and 1; on a GPU in each that it has kernels of its own for
+PHOTOS_AT_LOAD: Final = (
+    5  # images that are compared, on a CPU in batches of 4 and 1; on a GPU in each that it has kernels of its own for
+)
 
 
 class NotHere(ValueError):
@@ -74,10 +75,10 @@ def choose_engine(
 
     Args:
         artifact: the verified artifact.
-        name: `runtime[:precision]` (see `model.engines.protocol.RUNTIMES`); `auto`, the first of `AUTO` that is here
+        name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`); `auto`, the first of `AUTO` that is here
             and passes; or `fastest`, by a benchmark of two seconds among the CPU engines that pass.
         threads: CPU threads of a forward pass; None takes what the machine and its cgroup grant.
-        photos: uint8 [H, W, 3] pictures, at least two, for the comparison at load; None takes generated ones.
+        photos: uint8 [H, W, 3] images, at least two, for the comparison at load; None takes generated ones.
 
     Raises:
         ValueError: an unknown engine name, `threads` below 1, or no engine that can serve; the message has the reasons.
@@ -97,6 +98,17 @@ def choose_engine(
         log.info("engine %s %s: %s", *tried)
     log.info("engine %s (%s), %d threads", choice.engine.name, choice.engine.precision, host.threads)
     return choice
+
+
+def load_engine(
+    artifact: Artifact,
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    photos: Sequence[npt.NDArray[np.uint8]] | None = None,
+) -> Engine:
+    """The engine that `choose_engine` chooses; see there."""
+    return choose_engine(artifact, name, threads=threads, photos=photos).engine
 
 
 def _asked(host: "_Host", candidate: Candidate) -> Choice:
@@ -186,88 +198,28 @@ class _Host:
         engine = self._open(candidate)
         if candidate != self._recorded:
             try:
-                for batch in BUCKETS if getattr(engine, "device", "cpu") == "cuda" else (parity.BATCH,):
+                for batch in BUCKETS if engine.device == "cuda" else (parity.BATCH,):
                     record = parity.measure(self._reference, engine, self._pixels, batch=batch)
                     parity.check(record, "the float32 reference")
             except BaseException:
-                if close := getattr(engine, "close", None):  # the GPU's memory, for the next one
-                    close()
+                engine.close()  # the next one needs the memory
                 raise
         return engine
 
     def _fault(self, candidate: Candidate) -> str | None:
         """What can be told without loading anything."""
-        if candidate.runtime == "onnxruntime" and candidate.precision == "fp32" and ONNX not in self.artifact.locations:
-            return f"the artifact has no {ONNX}"
-        if candidate.precision == "int8":
-            return self._int8_fault()
-        if candidate.runtime in ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt") or candidate.device == "cuda":
-            return no_gpu()
-        return None
+        runtime = RUNTIMES[candidate.runtime]
+        fault = no_gpu() if runtime.needs_gpu or candidate.device == "cuda" else None
+        return fault or runtime.file.fault(self._request(candidate))
 
-    def _int8_fault(self) -> str | None:
-        graph = self._graph("int8")
-        if graph is None:
-            return "the artifact has no int8 graph of its input size: dinov2 export --precision fp32,int8"
-        gates = [record.gate for record in self.artifact.manifest.parity if record.file == graph.file and record.gate]
-        if not gates:
-            return f"{graph.file} has no gate in the manifest"
-        bad = [gate for gate in gates if gate.status != "passed"]
-        return f"the gate of {graph.file} {_STATUS[bad[0].status]}: {bad[0].reason}" if bad else None
+    def _open(self, candidate: Candidate, *, few_passes: bool = False) -> Engine:
+        """Load without comparing."""
+        return RUNTIMES[candidate.runtime].file.open(self._request(candidate, few_passes=few_passes))
 
-    def _open(self, candidate: Candidate, *, once: bool = False) -> Engine:
-        """Load without comparing; `once`: for a few passes, so memory counts more than speed."""
-        artifact, precision = self.artifact, candidate.precision
-        config, size = artifact.manifest.config, artifact.manifest.input_size
-        if candidate.runtime == "torch":
-            from model.engines.torch_engine import TorchEngine
-
-            return TorchEngine(
-                artifact.file(WEIGHTS),
-                config,
-                threads=self.threads,
-                precision=_torch_precision(precision),
-                device=candidate.device,
-                input_size=size,
-            )
-        if candidate.runtime == "tensorrt":
-            from model.engines.tensorrt_engine import load_tensorrt
-
-            engine: Engine = load_tensorrt(artifact, precision, artifact.derived)
-            return engine
-        from model.engines.onnxruntime_engine import OnnxEngine, need_provider
-
-        provider = _PROVIDERS[candidate.runtime]
-        need_provider(provider)  # before a graph is made for it
-        path, cache = self._graph_file(precision, any_size=provider == "cpu"), artifact.derived
-        if provider == "tensorrt":
-            cache.mkdir(parents=True, exist_ok=True)
-        return OnnxEngine(
-            path, threads=self.threads, precision=precision, provider=provider, cache_dir=cache, prepack=not once
+    def _request(self, candidate: Candidate, *, few_passes: bool = False) -> OpenRequest:
+        return OpenRequest(
+            self.artifact, candidate.runtime, candidate.precision, self.threads, candidate.device, few_passes
         )
-
-    def _graph(self, precision: str) -> GraphRecord | None:
-        """The artifact's graph of this precision for its input size: one of that size, else a dynamic one."""
-        graphs = [graph for graph in self.artifact.manifest.graphs if graph.precision == precision]
-        usable = [graph for graph in graphs if graph.size in (self.artifact.manifest.input_size, None)]
-        return min(usable, key=lambda graph: graph.size is None, default=None)
-
-    def _graph_file(self, precision: str, *, any_size: bool = True) -> Path:
-        """The graph's file: the artifact's, or one that this host makes from the weights and keeps.
-
-        `any_size`: a dynamic graph will do. TensorRT takes none.
-        """
-        artifact = self.artifact
-        if precision == "fp32" and ONNX in artifact.locations:
-            return artifact.file(ONNX)
-        if (graph := self._graph(precision)) is not None and (any_size or graph.size is not None):
-            return artifact.file(graph.file)
-        size = artifact.manifest.input_size
-        spec = GraphSpec(size=size, precision=_graph_precision(precision))
-        path = artifact.derived / graph_name(size, precision)
-        if not path.exists():
-            derive_graph(artifact.weights, artifact.manifest.config, spec, path)
-        return path
 
     @property
     def _recorded(self) -> Candidate:
@@ -283,21 +235,7 @@ class _Host:
 
     @cached_property
     def _reference(self) -> Features:
-        return parity.features(self._open(self._recorded, once=True), self._pixels)
-
-
-_PROVIDERS: Final[dict[str, Literal["cpu", "cuda", "tensorrt"]]] = {
-    "onnxruntime": "cpu",
-    "onnxruntime-cuda": "cuda",
-    "onnxruntime-tensorrt": "tensorrt",
-}
-_STATUS = {"failed": "failed", "not measured": "was not measured"}
-
-
-def graph_name(size: tuple[int, int] | None, precision: str) -> str:
-    """The file of a further graph: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`."""
-    shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
-    return f"model-{shown}-{precision}.onnx"
+        return parity.features(self._open(self._recorded, few_passes=True), self._pixels)
 
 
 def no_gpu() -> str | None:
@@ -314,17 +252,6 @@ def no_gpu() -> str | None:
     if status:
         return f"the NVIDIA driver does not start (CUDA error {status})"
     return None if count.value else "the NVIDIA driver sees no GPU"
-
-
-def _torch_precision(precision: str) -> Literal["fp32", "bf16"]:
-    return "bf16" if precision == "bf16" else "fp32"
-
-
-def _graph_precision(precision: str) -> Literal["fp32", "fp16", "bf16"]:
-    for known in ("fp32", "fp16", "bf16"):
-        if precision == known:
-            return known
-    raise AssertionError(precision)  # int8 is never derived: its gate belongs to the artifact
 
 
 def _line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The ONNX Runtime engine: the default on CPU, and on NVIDIA GPUs through its CUDA and TensorRT providers.
 
-Threads of ONNX Runtime spin while they wait by default, which steals the cores that decode photos for the next batch;
+Threads of ONNX Runtime spin while they wait by default, which steals the cores that decode images for the next batch;
 spinning is off here (figures: docs/decisions/0002-engine-threads.md).
 
 On a CPU the standard `Attention` operator holds a whole T x T matrix a head, `com.microsoft.MultiHeadAttention` is
@@ -13,7 +13,7 @@ so in its log only. The GPU providers have never run in this project; docs/engin
 
 ONNX Runtime's released builds since 1.29 report to Microsoft (sessions, model hashes, a device id kept in ~/.cache)
 unless a variable says no before the module loads; its own call to turn that off comes after a first event. A
-self-hosted service reports to nobody, so this file, the only one that imports it, says no first.
+self-hosted service reports to nobody, so `load_runtime`, the only place that imports it, says no first.
 
 Legend: B batch, H x W pixels, T tokens, D width.
 """
@@ -25,14 +25,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final, Literal
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import helper
 
-from model.engines.protocol import Features, FloatArray
+from model.artifact import ONNX, Artifact, GraphRecord, derive_graph, graph_name
+from model.engines.protocol import Features, FloatArray, OpenRequest
+from model.onnx_graph.build import GraphSpec
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -41,9 +40,50 @@ TILED_ABOVE_TOKENS: Final = 1024
 
 LARGEST_BATCH: Final = 64  # that TensorRT's profile is built for
 
-_NAMES = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda", "tensorrt": "onnxruntime-tensorrt"}
+_PROVIDER_OF: Final[dict[str, Provider]] = {
+    "onnxruntime": "cpu",
+    "onnxruntime-cuda": "cuda",
+    "onnxruntime-tensorrt": "tensorrt",
+}
+_NAMES = {provider: name for name, provider in _PROVIDER_OF.items()}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _HEAVY = {"Conv", "MatMul", "Attention", "MultiHeadAttention", "LayerNormalization", "Gelu"}
+_STATUS = {"failed": "failed", "not measured": "was not measured"}
+
+
+def load_runtime() -> Any:
+    """The module `onnxruntime`, which is told to report to nobody before it loads."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def fault(request: OpenRequest) -> str | None:
+    """See `model.engines.protocol.EngineFile`: int8 without a passed gate, float32 without a graph."""
+    artifact = request.artifact
+    if request.precision == "int8":
+        return _int8_fault(artifact)
+    if _PROVIDER_OF[request.runtime] == "cpu" and request.precision == "fp32" and ONNX not in artifact.locations:
+        return f"the artifact has no {ONNX}"
+    return None
+
+
+def open(request: OpenRequest) -> "OnnxEngine":
+    """See `model.engines.protocol.EngineFile`. A graph that the artifact lacks is made from its weights, and kept."""
+    provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
+    need_provider(provider)  # before a graph is made for it
+    path = graph_file(request.artifact, request.precision, any_size=provider == "cpu")
+    if provider == "tensorrt":
+        cache.mkdir(parents=True, exist_ok=True)
+    return OnnxEngine(
+        path,
+        threads=request.threads,
+        precision=request.precision,
+        provider=provider,
+        cache_dir=cache,
+        prepack=not request.few_passes,
+    )
 
 
 class OnnxEngine:
@@ -77,6 +117,7 @@ class OnnxEngine:
         prepack: bool = True,
     ) -> None:
         need_provider(provider)
+        ort = load_runtime()
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's own unrelated class, or OSError
@@ -90,11 +131,11 @@ class OnnxEngine:
         )
         tokens = self._tokens()
         self.tiled = tiled if tiled is not None else provider == "cpu" and (not tokens or tokens > TILED_ABOVE_TOKENS)
-        options = _options(threads, spinning, prepack, path)
+        options = _options(ort.SessionOptions(), threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
         try:
-            self._session = ort.InferenceSession(
+            self._session: Any = ort.InferenceSession(
                 _with_tiled_attention(model) if self.tiled else str(path),
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
@@ -128,6 +169,10 @@ class OnnxEngine:
         found = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, found, strict=True)}
 
+    def close(self) -> None:
+        """See `model.engines.protocol.Engine`."""
+        self._session = None
+
     def _tokens(self) -> int:
         """Patch tokens of an image; 0 where any size is taken."""
         _, height, width = self._shape
@@ -152,6 +197,7 @@ def need_provider(provider: Provider) -> None:
     Raises:
         ModuleNotFoundError: it was not.
     """
+    ort = load_runtime()
     if provider != "cpu":
         # CUDA as pip's wheels bring it: the GPU build itself looks only where the system keeps it. Builds whose CUDA
         # provider is a plugin register it only when these load, so this comes before the question.
@@ -163,8 +209,50 @@ def need_provider(provider: Provider) -> None:
         )
 
 
-def _options(threads: int, spinning: bool, prepack: bool, path: Path) -> ort.SessionOptions:
-    options = ort.SessionOptions()
+def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
+    """The artifact's graph of this precision for its input size: one of that size, else a dynamic one."""
+    graphs = [graph for graph in artifact.manifest.graphs if graph.precision == precision]
+    usable = [graph for graph in graphs if graph.size in (artifact.manifest.input_size, None)]
+    return min(usable, key=lambda graph: graph.size is None, default=None)
+
+
+def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> Path:
+    """The graph's file: the artifact's, or one that this host makes from the weights and keeps.
+
+    `any_size`: a dynamic graph will do. TensorRT takes none.
+    """
+    if precision == "fp32" and ONNX in artifact.locations:
+        return artifact.file(ONNX)
+    if (graph := graph_of(artifact, precision)) is not None and (any_size or graph.size is not None):
+        return artifact.file(graph.file)
+    size = artifact.manifest.input_size
+    path = artifact.derived / graph_name(size, precision)
+    if not path.exists():
+        spec = GraphSpec(size=size, precision=_derived_precision(precision))
+        derive_graph(artifact.weights, artifact.manifest.config, spec, path)
+    return path
+
+
+def _derived_precision(precision: str) -> Literal["fp32", "fp16", "bf16"]:
+    for known in ("fp32", "fp16", "bf16"):
+        if precision == known:
+            return known
+    raise AssertionError(precision)  # int8 is never derived: its gate belongs to the artifact
+
+
+def _int8_fault(artifact: Artifact) -> str | None:
+    graph = graph_of(artifact, "int8")
+    if graph is None:
+        return "the artifact has no int8 graph of its input size: dinov2 export --precision fp32,int8"
+    gates = [record.gate for record in artifact.manifest.parity if record.file == graph.file and record.gate]
+    if not gates:
+        return f"{graph.file} has no gate in the manifest"
+    bad = [gate for gate in gates if gate.status != "passed"]
+    return f"the gate of {graph.file} {_STATUS[bad[0].status]}: {bad[0].reason}" if bad else None
+
+
+def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Path) -> Any:
+    """Fill a session's options."""
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -229,7 +317,7 @@ def _patch_size(model: onnx.ModelProto) -> int:
     raise ValueError(f"the graph {model.graph.name!r} has no patch embedding (Conv)")
 
 
-def _check_assignment(session: ort.InferenceSession, provider: Provider) -> None:
+def _check_assignment(session: Any, provider: Provider) -> None:
     """Raise when the provider leaves one of the operators that take time to the CPU.
 
     Raises:

@@ -1,13 +1,13 @@
-"""What serving needs of a runtime: one small protocol, the names of the runtimes, and how one is asked for.
+"""What serving needs of a runtime: one small protocol, and the record that an engine is opened from.
 
 An engine turns a batch of normalised pixels into all features of one forward pass. It is called by one worker thread
-at a time. Concrete engines live in `engine_*.py` and are imported by `engine_choice.py` only when their turn comes, so
-that a server without torch never looks for it.
+at a time. Each runtime has a file `*_engine.py` in this folder that offers `fault` and `open` (`EngineFile`), and a row
+in `runtimes.py`. These files import their runtime only when they open an engine, so a server without torch never looks
+for it.
 
 Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -28,16 +28,60 @@ class Features(NamedTuple):
 
 
 class Engine(Protocol):
-    """A loaded model. `name` and `precision` say which runtime and number format answer."""
+    """A loaded model. `name` and `precision` say which runtime and number format answer; `device` is "cpu" or "cuda".
+
+    A GPU engine has kernels of its own for each batch size of `BUCKETS`.
+    """
 
     name: str
     precision: str
+    device: str
 
     def run(self, pixels: FloatArray) -> Features:
         """Features of a batch of normalised pixels [B, 3, H, W].
 
         Raises:
             ValueError: a shape that this engine was not built for.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory back, a GPU's in particular. The engine cannot run afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """What an engine is opened from.
+
+    `runtime` and `precision` are of `runtimes.RUNTIMES`. `device` is for runtimes that take either; None takes a GPU
+    if there is one. An engine that is opened for few passes may be slower and should need less memory.
+    """
+
+    artifact: Artifact
+    runtime: str
+    precision: str
+    threads: int
+    device: Literal["cpu", "cuda"] | None = None
+    few_passes: bool = False
+
+
+class EngineFile(Protocol):
+    """What the file of a runtime offers."""
+
+    def fault(self, request: OpenRequest) -> str | None:
+        """Why the engine cannot serve from this artifact or on this host, in one line; None if nothing is known.
+
+        Cheap: neither the runtime nor the model is loaded. Whether there is a GPU is asked elsewhere.
+        """
+        ...
+
+    def open(self, request: OpenRequest) -> Engine:
+        """Import the runtime and load the model.
+
+        Raises:
+            ValueError, OSError, RuntimeError: the engine cannot serve; the message says why.
+            ModuleNotFoundError: the runtime is not installed.
         """
         ...
 
@@ -61,45 +105,7 @@ class Choice:
 BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
 """Batches that a GPU has CUDA graphs for; others are padded up, larger ones cut."""
 
-RUNTIMES: dict[str, tuple[str, ...]] = {
-    "onnxruntime": ("fp32", "fp16", "bf16", "int8"),
-    "onnxruntime-cuda": ("bf16", "fp16", "fp32"),
-    "onnxruntime-tensorrt": ("bf16", "fp16"),
-    "torch": ("fp32", "bf16"),
-    "tensorrt": ("bf16", "fp16", "fp8"),
-}
-"""Runtimes with their precisions; the first is meant when none is given."""
-
 
 def bucket_of(batch: int) -> int:
     """The smallest bucket that a batch of 1 to 64 fits into."""
     return next(bucket for bucket in BUCKETS if bucket >= batch)
-
-
-def parse_engine(name: str) -> tuple[str, str]:
-    """`runtime[:precision]` as (runtime, precision); `auto` and `fastest` have no precision ("").
-
-    Raises:
-        ValueError: an unknown runtime, or a precision that it does not have.
-    """
-    runtime, colon, precision = name.partition(":")
-    if name in ("auto", "fastest"):
-        return name, ""
-    if runtime not in RUNTIMES:
-        raise ValueError(f"unknown engine {name!r}: one of auto, fastest, {', '.join(RUNTIMES)}")
-    if colon and precision not in RUNTIMES[runtime]:
-        raise ValueError(f"engine {name!r}: {runtime} computes in {', '.join(RUNTIMES[runtime])}")
-    return runtime, precision or RUNTIMES[runtime][0]
-
-
-def load_engine(
-    artifact: Artifact,
-    name: str = "auto",
-    *,
-    threads: int | None = None,
-    photos: Sequence[npt.NDArray[np.uint8]] | None = None,
-) -> Engine:
-    """The engine that `model.engines.choice.choose_engine` chooses; see there."""
-    from model.engines.choice import choose_engine
-
-    return choose_engine(artifact, name, threads=threads, photos=photos).engine

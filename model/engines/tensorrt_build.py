@@ -179,12 +179,9 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     if plan is None:
         raise BuildError(plain_reason(errors))
     built = time.monotonic()
-    write_whole(Path(job["plan"]), plan)
-    if cache := job.get("timing_cache"):
-        try:
-            write_whole(Path(cache), config.get_timing_cache().serialize())
-        except OSError as error:  # only the next build is slower
-            print(f"{cache}: measurements of kernels are not kept: {error.strerror}", file=sys.stderr)
+    Path(job["plan"]).write_bytes(plan)
+    if new_timings := job.get("new_timings"):
+        Path(new_timings).write_bytes(config.get_timing_cache().serialize())
     return {
         "profiles": profiles,
         "parse_s": round(parsed - started, 3),
@@ -254,21 +251,8 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
         raise BuildError(f"the weights cannot be replaced: {plain_reason(errors)}")
     settings = engine.create_serialization_config()
     settings.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    write_whole(Path(job["plan"]), engine.serialize_with_config(settings))
+    Path(job["plan"]).write_bytes(engine.serialize_with_config(settings))
     return {"refit_s": round(time.monotonic() - started, 3)}
-
-
-def write_whole(path: Path, data: Any) -> None:
-    """All of a file or nothing: written aside, flushed to the disk, renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def main(job_file: str) -> int:

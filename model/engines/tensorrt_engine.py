@@ -5,8 +5,8 @@ plan, copy the features out, all launched by one call. The graphs are captured w
 that lets the library set itself up. NVIDIA asks for one execution context for each captured graph; they share the
 weights and one piece of memory for activations, since one stream runs them one after the other.
 
-Plans are built by `model/engines/tensorrt_export.py`, which keeps only those that passed parity; `load_tensorrt` takes
-no others. A refitted plan is loaded as a new engine, so its graphs are captured anew.
+Plans are built by `model/engines/tensorrt_export.py`, which keeps only those that passed parity; `open` takes no
+others. A refitted plan is loaded as a new engine, so its graphs are captured anew.
 
 Status: written against the documented API of both libraries and tested against a recording stand-in
 (`tests/model/engines/fake_tensorrt.py`); see docs/tensorrt.md for what has run on a GPU.
@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from model.artifact import Artifact
 from model.engines.cuda_memory import CudaError
-from model.engines.protocol import BUCKETS, Features, FloatArray, bucket_of
-from model.engines.tensorrt_build import make_logger, write_whole
+from model.engines.protocol import BUCKETS, Features, FloatArray, OpenRequest, bucket_of
+from model.engines.tensorrt_build import make_logger
 from model.engines.tensorrt_plans import (
     PRECISIONS,
     PlanPrecision,
@@ -35,6 +34,7 @@ from model.engines.tensorrt_plans import (
     find_toolchain,
     plans_folder,
 )
+from model.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,26 +42,23 @@ INPUT = "pixels"
 _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
 
 
-def load_tensorrt(
-    artifact: Artifact, precision: str, derived_dir: Path, *, library: str | None = None
-) -> "TensorRTEngine":
-    """The engine of `artifact`, from the plan that `dinov2 build-engine` made on this host.
+def fault(request: OpenRequest) -> None:
+    """See `model.engines.protocol.EngineFile`: whether there is a plan is not known before the libraries are loaded."""
 
-    Args:
-        precision: "bf16", "fp16" or "fp8".
-        derived_dir: the artifact's folder for what this host made from it (`artifact.derived`); plans lie in its
-            `plans`.
-        library: "tensorrt" or "tensorrt_rtx"; None takes the one that is there, the full one first.
+
+def open(request: OpenRequest) -> "TensorRTEngine":
+    """See `model.engines.protocol.EngineFile`. The plan is the one that `dinov2 build-engine` made on this host.
 
     Raises:
         ModuleNotFoundError: no TensorRT, or no CUDA bindings.
         ValueError: no GPU, no plan that may serve (the message says why), or one that this GPU refuses.
     """
+    precision = request.precision
     if precision not in PRECISIONS:
         raise ValueError(f"TensorRT plans are {', '.join(PRECISIONS)}, not {precision!r}")
-    toolchain = find_toolchain(library)
-    folder = plans_folder(derived_dir)
-    plan, record = find_plan(artifact, precision, toolchain, folder)
+    toolchain = find_toolchain()
+    folder = plans_folder(request.artifact.derived)
+    plan, record = find_plan(request.artifact, precision, toolchain, folder)
     try:
         return TensorRTEngine(plan, toolchain, precision, jit_cache=folder / f"{record.key.digest}.jit")
     except CudaError as error:  # memory, mostly
@@ -230,7 +227,7 @@ class TensorRTEngine:
         if path is None or self._jit is None:
             return
         try:
-            write_whole(path, bytes(self._jit.serialize()))
+            write_bytes(path, bytes(self._jit.serialize()))
         except OSError as error:  # only the next start is slower
             logger.warning("%s: compiled kernels are not kept: %s", path, error.strerror)
 

@@ -47,6 +47,7 @@ from model.engines.tensorrt_plans import (
     remember_graph,
     write_plan,
 )
+from model.files import write_bytes
 from model.onnx_graph.build import write_onnx
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ def build_plan(
         job = make_job(toolchain.library.name, work / names[0], work / "plan", size, options, targets=targets)
         done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
         plan = (work / "plan").read_bytes()
+        if (new_timings := job.get("new_timings")) is not None:
+            _keep_timings(Path(new_timings), Path(job["timing_cache"]))
     if options.refit_from is None:  # a refit changes no kernels
         check_fusion(toolchain.library.name, count_fused_attention(plan), depth)
     progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
@@ -134,20 +137,24 @@ def build_plan(
     try:
         records = measure_batches(reference, candidate, artifact, options.photos)
     finally:
-        if close := getattr(candidate, "close", None):  # the GPU's memory, for the engine that will serve
-            close()
+        candidate.close()  # the engine that will serve needs the GPU's memory
     record = _record(artifact, key, plan, records, reference, done)
     path = write_plan(folder, plan if record.passed else None, record)
     remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
+    _check_passed(record, path)
+    return path, record
+
+
+def _check_passed(record: PlanRecord, path: Path) -> None:
+    precision, said = record.key.precision, figures(record.parity)
     if not record.passed:
-        limits = parity.LIMITS[options.precision]
+        limits = parity.LIMITS[precision]
         raise parity.ParityError(
-            f"the {options.precision} plan strays from {record.reference} and was dropped: {figures(records)}; "
+            f"the {precision} plan strays from {record.reference} and was dropped: {said}; "
             f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are asked. "
             f"The figures are in {path.with_suffix('.json')}"
         )
-    logger.info("plan %s (%s): %s", path, options.precision, figures(records))
-    return path, record
+    logger.info("plan %s (%s): %s", path, precision, said)
 
 
 def _known(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
@@ -173,6 +180,14 @@ def targets_of(toolchain: Toolchain) -> list[str]:
     return [name] if hasattr(toolchain.library.module.ComputeCapability, name) else []
 
 
+def _keep_timings(new: Path, cache: Path) -> None:
+    """Store the library's measurements of kernels for the next build."""
+    try:
+        write_bytes(cache, new.read_bytes())
+    except OSError as error:  # only the next build is slower
+        logger.warning("%s: measurements of kernels are not kept: %s", cache, error.strerror)
+
+
 def make_job(
     library: str,
     onnx: Path,
@@ -191,6 +206,7 @@ def make_job(
     job |= {"targets": list(targets)}
     if options.timing_cache is not None and library == "tensorrt":  # the one for RTX measures nothing while it builds
         job["timing_cache"] = str(options.timing_cache.resolve())
+        job["new_timings"] = str(plan.with_name("timings"))
     return job
 
 

@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.artifact import Artifact, ParityRecord
 from model.engines.cuda_memory import Cuda, Gpu, describe_gpu, load_runtime
-from model.engines.tensorrt_build import Library, find_library, write_whole
+from model.engines.tensorrt_build import Library, find_library
+from model.files import write_bytes, write_text
 from model.onnx_graph.build import GraphSpec
 
 PlanPrecision = Literal["bf16", "fp16", "fp8"]
@@ -218,16 +219,16 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
     if plan is None:
         target.unlink(missing_ok=True)
     else:
-        write_whole(target, plan)
+        write_bytes(target, plan)
     text = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
-    write_whole(target.with_suffix(".json"), text.encode())
+    write_text(target.with_suffix(".json"), text)
     return target
 
 
 def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
     """Note which bytes the derived graph of `identity` has."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}).encode())
+    write_text(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}))
 
 
 def recall_graph(folder: Path, identity: str) -> str:

@@ -18,18 +18,38 @@ Legend: B batch, D width, T tokens, A heads.
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
+from model.artifact import WEIGHTS
 from model.config import ViTConfig
-from model.engines.protocol import BUCKETS, Features, FloatArray, bucket_of
-from model.vit import DinoVisionTransformer, resize_tensor
+from model.engines.protocol import BUCKETS, Features, FloatArray, OpenRequest, bucket_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model.vit import DinoVisionTransformer
 
 log = logging.getLogger(__name__)
+
+
+def fault(request: OpenRequest) -> None:
+    """See `model.engines.protocol.EngineFile`: every artifact has the weights, and a GPU is asked for elsewhere."""
+
+
+def open(request: OpenRequest) -> "TorchEngine":
+    """See `model.engines.protocol.EngineFile`."""
+    artifact = request.artifact
+    return TorchEngine(
+        artifact.file(WEIGHTS),
+        artifact.manifest.config,
+        threads=request.threads,
+        device=request.device,
+        precision=request.precision,
+        input_size=artifact.manifest.input_size,
+    )
 
 
 class TorchEngine:
@@ -57,13 +77,17 @@ class TorchEngine:
         *,
         threads: int,
         device: str | None = None,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: str = "fp32",
         compiled: bool | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> None:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"the torch engine computes in fp32 or bf16, not {precision!r}")
-        self.precision: str = precision
+        import torch
+
+        from model.vit import resize_tensor
+
+        self.precision = precision
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._on_gpu = self.device.startswith("cuda")
         if self._on_gpu and not torch.cuda.is_available():
@@ -71,7 +95,7 @@ class TorchEngine:
         if self._on_gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bf16")
         torch.set_num_threads(threads)
-        self._model = _load(weights, config, self.device, half=precision == "bf16")
+        self._model: Any = _load(weights, config, self.device, half=precision == "bf16")
         self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method here would be a cycle
         if compiled if compiled is not None else self._on_gpu:
             torch.compiler.assume_constant_result(resize_tensor)  # marks it; what is beneath cannot be traced
@@ -97,6 +121,8 @@ class TorchEngine:
         Raises:
             ValueError: an output that there is not.
         """
+        import torch
+
         found = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
         x = torch.from_numpy(pixels).to(self.device)
         with torch.inference_mode(), self._autocast():
@@ -109,7 +135,12 @@ class TorchEngine:
                     raise ValueError(f"no output {name!r}: {', '.join(Features._fields)}, attention or layer.N")
         return {name: found[name] for name in names}
 
-    def _layer(self, x: Tensor, index: int) -> Tensor:
+    def close(self) -> None:
+        """See `model.engines.protocol.Engine`."""
+        self._graphs.clear()
+        self._compiled = self._model = None
+
+    def _layer(self, x: "Tensor", index: int) -> "Tensor":
         """All tokens [B, T, D] after block `index`, normed."""
         depth = len(self._model.blocks)
         if not 0 <= index < depth:
@@ -120,17 +151,21 @@ class TorchEngine:
         normed: Tensor = self._model.norm(x)
         return normed
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> "torch.autocast":
+        import torch
+
         kind = "cuda" if self._on_gpu else "cpu"
         # A cache of cast weights would be captured with the first graph; there is nothing left to cast either.
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _forward(self, x: "Tensor") -> "tuple[Tensor, ...]":
         with self._autocast():
             features = self._model.forward_features(x)
         return tuple(features[name].float() for name in ("x_norm_clstoken", "x_norm_patchtokens", "x_norm_regtokens"))
 
     def _run_part(self, pixels: FloatArray) -> Features:
+        import torch
+
         with torch.inference_mode():
             x = torch.from_numpy(pixels)
             if pixels.shape[1:] == self._input_shape and self._graphs:
@@ -156,8 +191,10 @@ class _Replayed:
     """A forward pass of one batch size, captured once: fixed buffers, and one launch for all kernels."""
 
     def __init__(
-        self, forward: Callable[[Tensor], tuple[Tensor, ...]], batch: int, shape: tuple[int, ...], device: str
+        self, forward: "Callable[[Tensor], tuple[Tensor, ...]]", batch: int, shape: tuple[int, ...], device: str
     ) -> None:
+        import torch
+
         with torch.inference_mode():
             self._pixels = torch.zeros(batch, *shape, device=device)
             if batch > 1:  # one compilation for all of them; 1 is special to the compiler anyway
@@ -172,15 +209,21 @@ class _Replayed:
             with torch.cuda.graph(self._graph):
                 self._outputs = forward(self._pixels)
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":
         """Outputs of the whole bucket; rows beyond `pixels` are of whatever ran before."""
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()
         return self._outputs
 
 
-def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> DinoVisionTransformer:
+def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
     """The model with its weights in float32; with `half` those of linear layers and the patch embedding in bf16."""
+    import torch
+    from safetensors.torch import load_file
+    from torch import nn
+
+    from model.vit import DinoVisionTransformer
+
     with torch.device("meta"):
         model = DinoVisionTransformer(config)
     halves = (

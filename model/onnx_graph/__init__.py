@@ -1,1 +1,8 @@
-"""Weights to ONNX graphs."""
+"""Weights to ONNX graphs, with numpy alone.
+
+build      `GraphSpec`, `write_onnx`: the graph of a backbone
+nodes      adds nodes, constants and weights to a graph
+positions  the position embedding of a graph that takes any size
+linear     linear layers in each precision
+quantize   weights in eight bits
+"""

@@ -82,7 +82,7 @@ def build_onnx(
 
     Args:
         weights: Meta's parameter names to arrays, of any float type.
-        activations: the largest absolute input of each linear layer (`model.onnx_graph.calibrate.measure_activations`):
+        activations: the largest absolute input of each linear layer (`model.engines.activations.measure_activations`):
             needed for fp8, not looked at otherwise.
 
     Raises:

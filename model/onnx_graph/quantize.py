@@ -9,7 +9,7 @@ int8: symmetric, one scale per output channel, in one of two forms.
   error of the weights, for a slower product where there is no VNNI.
 
 fp8 (E4M3, largest value 448): weights by their largest value per output channel; inputs by the largest value that
-`model.onnx_graph.calibrate.measure_activations` saw.
+`model.engines.activations.measure_activations` saw.
 """
 
 from typing import Any, Literal

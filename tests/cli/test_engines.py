@@ -99,7 +99,7 @@ def test_fp8_gets_its_ranges_from_the_photos(
         seen.append(pixels.shape)
         return {"blocks.0.attn.qkv": 3.0}
 
-    monkeypatch.setattr("model.onnx_graph.calibrate.measure_activations", measure)
+    monkeypatch.setattr("model.engines.activations.measure_activations", measure)
     result = runner.invoke(app, ["build-engine", "auto", "--data-dir", str(tmp_path), "--precision", "fp8"])
     assert result.exit_code == 0, result.output
     assert built[0].options.activations == {"blocks.0.attn.qkv": 3.0}

@@ -104,7 +104,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     monkeypatch.setattr("service.settings.load_settings", settings)
     monkeypatch.setattr("service.artifact_choice.choose_artifact", lambda model, data_dir: Path("artifact"))
     monkeypatch.setattr("model.artifact.load_artifact", lambda path, derived_dir: fake_artifact())
-    monkeypatch.setattr("model.engines.protocol.load_engine", lambda artifact, name, threads: found.engine)
+    monkeypatch.setattr("model.engines.choice.load_engine", lambda artifact, name, threads: found.engine)
     monkeypatch.setenv("DINOV2_DATA_DIR", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "search.sqlite3").touch()  # what reads asks for it

@@ -10,17 +10,19 @@ import pytest
 from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
 from model.cpus import available_cpus
 from model.engines import parity
-from model.engines.protocol import Features, load_engine
-from model.onnx_graph.export import export_artifact
+from model.engines.choice import load_engine
+from model.engines.protocol import Features
+from model.export.artifact import export_artifact
+from model.export.options import ExportOptions
 from model.preprocess import PreprocessSpec, preprocess
-from tests.model.tiny import CONFIG, SPEC, random_weights
+from tests.model.tiny import SPEC, backbone
 
 torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
 
 
-def export(out: Path, **changes):
-    arguments = {"name": "tiny", "preprocess": SPEC, "provenance": {"recipe": "none"}, "licence": "Apache-2.0"}
-    return export_artifact(random_weights(), CONFIG, out, **(arguments | changes))
+def export(out: Path, *, preprocess: PreprocessSpec = SPEC, **options):
+    tiny = backbone(preprocess=preprocess, provenance={"recipe": "none"})
+    return export_artifact(tiny, out, ExportOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_failed_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_parity_sees_a_dropped_layerscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import model.onnx_graph.export as module
+    import model.export.artifact as module
 
     def forgetful(weights, *rest):
         forgotten = {key: np.ones_like(value) if "gamma" in key else value for key, value in weights.items()}

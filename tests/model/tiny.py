@@ -3,6 +3,7 @@
 import numpy as np
 
 from model.config import ViTConfig
+from model.export.options import Backbone
 from model.preprocess import PreprocessSpec
 
 CONFIG = ViTConfig(embed_dim=48, depth=2, num_heads=3, img_size=70, layerscale_init=0.5, num_register_tokens=2)
@@ -20,3 +21,9 @@ def random_weights(seed: int = 0, config: ViTConfig = CONFIG) -> dict[str, np.nd
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
+
+
+def backbone(**changes: object) -> Backbone:
+    """The tiny backbone, ready for an export."""
+    fields = {"preprocess": SPEC, "provenance": {}, "licence": "Apache-2.0"} | changes
+    return Backbone(name="tiny", weights=random_weights(), config=CONFIG, **fields)

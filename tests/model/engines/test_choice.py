@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,16 @@ import pytest
 
 from model.artifact import Artifact, GateRecord, GraphRecord, ParityRecord, load_artifact
 from model.engines import choice as engine_choice
-from model.engines import parity
-from model.engines.choice import choose_engine, images_per_s
-from model.engines.protocol import BUCKETS, Features, load_engine, parse_engine
+from model.engines import parity, tensorrt_engine
+from model.engines.choice import choose_engine, images_per_s, load_engine
+from model.engines.knn_gate import NO_LABELS
+from model.engines.onnxruntime_engine import graph_file, graph_of
+from model.engines.protocol import BUCKETS, Features, OpenRequest
+from model.engines.runtimes import parse_engine
+from model.export.artifact import export_artifact
+from model.export.options import ExportOptions
 from model.onnx_graph.build import GraphSpec
-from model.onnx_graph.export import export_artifact
-from tests.model.tiny import CONFIG, SPEC, random_weights
+from tests.model.tiny import backbone
 
 torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
 
@@ -28,9 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """With an fp16 graph, and an int8 graph whose gate was not measured."""
     folder = tmp_path_factory.mktemp("artifacts")
     graphs = [GraphSpec(size=(70, 70), precision=precision) for precision in ("fp16", "int8")]
-    made = export_artifact(
-        random_weights(), CONFIG, folder, name="tiny", preprocess=SPEC, provenance={}, licence="x", graphs=graphs
-    )
+    made = export_artifact(backbone(licence="x"), folder, ExportOptions(), graphs)
     return load_artifact(made.path, derived_dir=folder / "derived")
 
 
@@ -46,13 +47,16 @@ def without_graphs(artifact: Artifact) -> Artifact:
 
 
 class Wrong:
-    """An engine whose features have nothing to do with the photo."""
+    """An engine whose features have nothing to do with the image."""
 
-    name, precision = "wrong", "bf16"
+    name, precision, device = "wrong", "bf16", "cpu"
 
     def run(self, pixels: np.ndarray) -> Features:
         noise = np.random.default_rng(0).normal(size=(len(pixels), 28, 48)).astype(np.float32)
         return Features(noise[:, 0], noise[:, 3:], noise[:, 1:3])
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -108,9 +112,7 @@ def test_auto_without_a_gpu_takes_the_cpu_and_says_why(
 def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
     given = []
-    fake = types.ModuleType("model.engines.tensorrt_engine")
-    fake.load_tensorrt = lambda *arguments: given.append(arguments) or Wrong()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "model.engines.tensorrt_engine", fake)
+    monkeypatch.setattr(tensorrt_engine, "open", lambda request: given.append(request) or Wrong())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as a torch built for the CPU says on a GPU host
     choice = choose_engine(exported, threads=1)
     assert choice.engine.name == "onnxruntime"
@@ -120,7 +122,7 @@ def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: p
     assert "has no CUDAExecutionProvider" in reasons["onnxruntime-cuda:bf16"]
     assert "finds no CUDA device" in reasons["torch:bf16"]
     assert not exported.derived.exists()  # no graph is made for a runtime that is not there
-    assert given == [(exported, "bf16", exported.derived)]
+    assert given == [OpenRequest(exported, "tensorrt", "bf16", threads=1)]
     with pytest.raises(parity.ParityError, match="wrong bf16 strays"):  # asked for by name: nothing else serves
         load_engine(exported, "tensorrt", threads=1)
 
@@ -139,10 +141,11 @@ def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
             batches.append(len(pixels))
             return (Wrong() if len(pixels) == wrong_at else right).run(pixels)
 
+        def close(self) -> None:
+            pass
+
     monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
-    fake = types.ModuleType("model.engines.tensorrt_engine")
-    fake.load_tensorrt = lambda *_: Gpu()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "model.engines.tensorrt_engine", fake)
+    monkeypatch.setattr(tensorrt_engine, "open", lambda request: Gpu())
     if wrong_at is None:
         assert load_engine(exported, "tensorrt", threads=1).name == "gpu"
         assert set(BUCKETS) <= set(batches)
@@ -177,7 +180,7 @@ def test_engines_by_name_are_near_the_reference(exported: Artifact, name: str, e
     ("gate", "message"),
     [
         (GateRecord(status="failed", reason="k-NN fell"), r"gate of model-70-int8\.onnx failed: k-NN fell"),
-        (parity.NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
+        (NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
         (None, r"model-70-int8\.onnx has no gate in the manifest"),
     ],
 )
@@ -222,10 +225,9 @@ def test_a_graph_that_the_artifact_lacks_is_made_and_kept(exported: Artifact, tm
 def test_a_dynamic_graph_serves_where_there_is_no_fixed_one(exported: Artifact) -> None:
     graph = GraphRecord(file="model-dynamic-fp16.onnx", size=None, precision="fp16", outputs=(), attention="standard")
     manifest = exported.manifest.model_copy(update={"graphs": [graph]})
-    host = engine_choice._Host(replace(exported, manifest=manifest), 1)
-    assert host._graph("fp16") == graph
+    assert graph_of(replace(exported, manifest=manifest), "fp16") == graph
     both = manifest.model_copy(update={"graphs": [graph, *exported.manifest.graphs]})
-    found = engine_choice._Host(replace(exported, manifest=both), 1)._graph("fp16")
+    found = graph_of(replace(exported, manifest=both), "fp16")
     assert found is not None
     assert found.file == "model-70-fp16.onnx"
 
@@ -267,7 +269,7 @@ def test_the_benchmark_takes_turns_and_ends() -> None:
     now, order = [0.0], []
 
     class Timed:
-        precision = "fp32"
+        precision, device = "fp32", "cpu"
 
         def __init__(self, name: str, seconds: float) -> None:
             self.name, self.seconds = name, seconds
@@ -276,6 +278,9 @@ def test_the_benchmark_takes_turns_and_ends() -> None:
             order.append(self.name)
             now[0] += self.seconds
             return Features(*[np.zeros(0, np.float32)] * 3)
+
+        def close(self) -> None:
+            pass
 
     engines = [Timed("a", 0.1), Timed("b", 0.3)]
     speeds = images_per_s(engines, np.zeros((2, 3, 14, 14), np.float32), seconds=2.0, clock=lambda: now[0])
@@ -289,7 +294,7 @@ def test_the_benchmark_takes_turns_and_ends() -> None:
 class Failing:
     """A runtime whose library raises something unforeseen, in its first pass."""
 
-    name, precision = "failing", "bf16"
+    name, precision, device = "failing", "bf16", "cpu"
 
     def __init__(self, error: Exception) -> None:
         self.error, self.closed = error, False
@@ -302,9 +307,8 @@ class Failing:
 
 
 def failing_tensorrt(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Failing:
-    engine, fake = Failing(error), types.ModuleType("model.engines.tensorrt_engine")
-    fake.load_tensorrt = lambda *_: engine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "model.engines.tensorrt_engine", fake)
+    engine = Failing(error)
+    monkeypatch.setattr(tensorrt_engine, "open", lambda request: engine)
     monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return engine
@@ -336,5 +340,5 @@ def test_graphs_made_here_belong_to_the_weights_and_not_to_the_folder(exported: 
 def test_tensorrt_is_given_a_graph_of_one_size(exported: Artifact, tmp_path: Path) -> None:
     graph = GraphRecord(file="model-dynamic-fp16.onnx", size=None, precision="fp16", outputs=(), attention="standard")
     manifest = exported.manifest.model_copy(update={"graphs": [graph]})
-    host = engine_choice._Host(replace(exported, manifest=manifest, derived_dir=tmp_path), 1)
-    assert host._graph_file("fp16", any_size=False) == tmp_path / exported.name / "model-70-fp16.onnx"
+    artifact = replace(exported, manifest=manifest, derived_dir=tmp_path)
+    assert graph_file(artifact, "fp16", any_size=False) == tmp_path / exported.name / "model-70-fp16.onnx"

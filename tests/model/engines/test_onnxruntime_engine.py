@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from model.onnx_graph.build import GraphSpec, write_onnx
 from tests.model.tiny import CONFIG, random_weights
 
 ROOT = Path(__file__).parents[3]
+ort = module.load_runtime()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,10 @@ def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
     """Its telemetry writes a device id below the home folder as soon as it loads; nothing may be there."""
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}  # not CI: there it is silent by itself
     subprocess.run(
-        [sys.executable, "-c", "import model.engines.onnxruntime_engine"], cwd=ROOT, env=environment, check=True
+        [sys.executable, "-c", "from model.engines.onnxruntime_engine import load_runtime; load_runtime()"],
+        cwd=ROOT,
+        env=environment,
+        check=True,
     )
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -104,7 +109,7 @@ def test_a_provider_that_is_not_there_is_no_cpu(
     with pytest.raises(ModuleNotFoundError, match=f"no {name}ExecutionProvider: pip install onnxruntime-gpu"):
         OnnxEngine(graphs / "fixed.onnx", threads=1, provider=provider)
     both = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(module.ort, "get_available_providers", lambda: both)  # there, and it does not start
+    monkeypatch.setattr(ort, "get_available_providers", lambda: both)  # there, and it does not start
     with (
         pytest.warns(UserWarning, match="is not in available provider names"),
         pytest.raises(ValueError, match=f"could not start {name}ExecutionProvider; it would go on with CPU"),
@@ -149,8 +154,8 @@ def test_libraries_of_a_gpu_are_loaded_for_a_gpu_before_its_provider_is_looked_f
     graphs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr(module.ort, "preload_dlls", lambda: (asked.append("load"), print("Failed to load libcudart")))
-    monkeypatch.setattr(module.ort, "get_available_providers", lambda: asked.append("look") or ["CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: (asked.append("load"), print("Failed to load libcudart")))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: asked.append("look") or ["CPUExecutionProvider"])
     with pytest.raises(ModuleNotFoundError):
         module.need_provider("cuda")
     assert asked == ["load", "look"]
@@ -158,3 +163,11 @@ def test_libraries_of_a_gpu_are_loaded_for_a_gpu_before_its_provider_is_looked_f
     asked.clear()
     OnnxEngine(graphs / "fixed.onnx", threads=1)
     assert "load" not in asked
+
+
+def test_a_closed_engine_holds_nothing(graphs: Path) -> None:
+    engine = OnnxEngine(graphs / "fixed.onnx", threads=1)
+    session = weakref.ref(engine._session)
+    for _ in range(2):
+        engine.close()
+    assert session() is None

@@ -15,13 +15,13 @@ from safetensors.numpy import save_file
 
 from model.artifact import Artifact, Manifest
 from model.config import ViTConfig
-from model.engines import tensorrt_build
+from model.engines import tensorrt_build, tensorrt_engine
 from model.engines import tensorrt_export as export_tensorrt
 from model.engines.cuda_memory import CudaError, Gpu
 from model.engines.parity import ParityError, sample_photos
-from model.engines.protocol import BUCKETS, Features
+from model.engines.protocol import BUCKETS, Features, OpenRequest
 from model.engines.tensorrt_build import BuildError, count_fused_attention, find_library, plain_reason
-from model.engines.tensorrt_engine import TensorRTEngine, load_tensorrt
+from model.engines.tensorrt_engine import TensorRTEngine
 from model.engines.tensorrt_export import BuildOptions, build_plan, check_fusion, make_job, run_job, targets_of
 from model.engines.tensorrt_plans import PROFILES, PlanMissing, find_plan, graph_spec, plans_folder
 from model.preprocess import PreprocessSpec
@@ -33,10 +33,13 @@ RESULT = {"profiles": 3, "parse_s": 0.1, "build_s": 1.5, "library": "tensorrt", 
 
 
 class Reference:
-    name, precision = "torch", "fp32"
+    name, precision, device = "torch", "fp32", "cpu"
 
     def run(self, pixels: np.ndarray) -> Features:
         return Features(**features_of(pixels))
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -87,6 +90,8 @@ class Builder:
         self.jobs.append(job)
         progress({"phase": "Building engine", "parent": None, "steps": 1})
         Path(job["plan"]).write_bytes(self.plan)
+        if "new_timings" in job:
+            Path(job["new_timings"]).write_bytes(b"timings")
         return RESULT
 
 
@@ -130,16 +135,17 @@ def test_what_is_there_is_not_built_again(artifact: Artifact, tmp_path: Path) ->
 
 def test_loading_finds_library_gpu_and_plan(artifact: Artifact, tmp_path: Path, monkeypatch) -> None:
     toolchain = fake_toolchain(FakeCuda(), rtx=True)
-    build(artifact, plans_folder(tmp_path), fake_plan(fused=6), toolchain=toolchain)
-    monkeypatch.setattr("model.engines.tensorrt_engine.find_toolchain", lambda library: toolchain)
-    engine = load_tensorrt(artifact, "bf16", tmp_path)
+    build(artifact, plans_folder(artifact.derived), fake_plan(fused=6), toolchain=toolchain)
+    monkeypatch.setattr("model.engines.tensorrt_engine.find_toolchain", lambda: toolchain)
+    request = OpenRequest(artifact, "tensorrt", "bf16", threads=1)
+    engine = tensorrt_engine.open(request)
     assert (engine.name, engine.precision, engine.device) == ("tensorrt_rtx", "bf16", "cuda")
-    assert len(list(plans_folder(tmp_path).glob("*.jit"))) == 1
+    assert len(list(plans_folder(artifact.derived).glob("*.jit"))) == 1
     with pytest.raises(PlanMissing, match="no plan was built for this model here: `dinov2 build-engine` makes one"):
-        load_tensorrt(artifact, "fp16", tmp_path)
+        tensorrt_engine.open(dataclasses.replace(request, precision="fp16"))
     toolchain.cuda.runtime.fail["cudaMalloc"] = (0, 2)
     with pytest.raises(ValueError, match=r"the TensorRT plan cannot be loaded: .*out of memory"):
-        load_tensorrt(artifact, "bf16", tmp_path)
+        tensorrt_engine.open(request)
 
 
 @pytest.mark.parametrize("batch", BUCKETS)
@@ -225,7 +231,22 @@ def test_the_job_of_a_build(tmp_path: Path) -> None:
     assert job["profiles"] == [[[batch, 3, 224, 448] for batch in profile] for profile in PROFILES]
     assert PROFILES == ((1, 1, 1), (2, 8, 16), (17, 32, 64))
     assert (job["action"], job["refit"], job["timing_cache"]) == ("build", True, str(tmp_path / "timings"))
-    assert "timing_cache" not in make_job("tensorrt_rtx", tmp_path / "g", tmp_path / "p", (224, 224), options)
+    assert job["new_timings"] == str(tmp_path / "timings")
+    rtx = make_job("tensorrt_rtx", tmp_path / "g", tmp_path / "p", (224, 224), options)
+    assert not {"timing_cache", "new_timings"} & rtx.keys()
+
+
+def test_timings_are_stored_for_the_next_build(artifact: Artifact, tmp_path: Path) -> None:
+    build(artifact, tmp_path / "plans", timing_cache=tmp_path / "timings")
+    assert (tmp_path / "timings").read_bytes() == b"timings"
+
+
+def test_timings_that_cannot_be_stored_cost_no_plan(
+    artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = build(artifact, tmp_path / "plans", timing_cache=tmp_path / "absent" / "timings")
+    assert path.exists()
+    assert "measurements of kernels are not kept" in caplog.text
 
 
 def test_the_gpu_that_a_plan_is_built_for(artifact: Artifact, tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from model.engines import parity
+from model.engines import torch_engine as module
 from model.engines.protocol import BUCKETS
 from tests.model.tiny import CONFIG, random_weights
 
 torch = pytest.importorskip("torch", reason="the torch engine needs torch: pip install '.[train]'")
-module = pytest.importorskip("model.engines.torch_engine")
-
 TorchEngine = module.TorchEngine
 
 
@@ -69,6 +68,16 @@ def test_an_engine_that_is_let_go_is_gone(weights: Path) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_closed_engine_holds_nothing(weights: Path) -> None:
+    engine = open_engine(weights)
+    engine._graphs = {1: object()}
+    model = weakref.ref(engine._model)
+    for _ in range(2):
+        engine.close()
+    assert model() is None
+    assert not engine._graphs
 
 
 def test_other_precisions_are_refused(weights: Path) -> None:

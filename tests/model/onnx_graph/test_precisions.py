@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.emulate import emulate_half
+from model.engines.activations import measure_activations
 from model.onnx_graph.build import GraphSpec, build_onnx, write_onnx
-from model.onnx_graph.calibrate import measure_activations
-from model.onnx_graph.emulate import emulate_half
 from model.onnx_graph.linear import Linear
 from model.onnx_graph.nodes import GraphBuilder
 from model.onnx_graph.quantize import fp8_per_channel, int8_per_channel

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import cli
 from model.artifact import Artifact, bundled_artifact, load_artifact
 from model.decode import DecodeLimits
-from model.engines.protocol import Engine, load_engine
+from model.engines.choice import load_engine
+from model.engines.protocol import Engine
 from model.preprocess import preprocess
 from service.ingest.embed import embed_files, find_files, save_vectors
 

@@ -1,4 +1,4 @@
-"""How large the inputs of each linear layer get on given photos: what fp8 needs to know beforehand."""
+"""How large the inputs of each linear layer get on given images: what fp8 needs to know beforehand."""
 
 import tempfile
 from pathlib import Path
@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from model.config import ViTConfig
 from model.cpus import available_cpus
+from model.engines.onnxruntime_engine import load_runtime
 from model.onnx_graph.build import GraphSpec, write_onnx
 from model.onnx_graph.nodes import FloatArray, Weights
 
@@ -18,16 +19,13 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
 
     Args:
         weights: Meta's parameter names to arrays.
-        pixels: normalised photos [B, 3, H, W], like those that will be served.
-        batch: photos at a time.
+        pixels: normalised images [B, 3, H, W], like those that will be served.
+        batch: images at a time.
 
     Raises:
-        ValueError: a side of the photos is not a multiple of the patch size; no photo; a value that is not finite.
+        ValueError: a side of the images is not a multiple of the patch size; no image; a value that is not finite.
     """
-    import model.engines.onnxruntime_engine  # noqa: F401 - it tells ONNX Runtime to report to nobody, before that loads
-
-    import onnxruntime as ort  # isort: skip
-
+    ort = load_runtime()
     if not len(pixels):
         raise ValueError("at least one photo is needed to measure activations")
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,7 @@
 """Further graphs of an artifact: which ones, what the manifest says of them, and the gate of int8."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,23 +10,25 @@ import pytest
 from safetensors import SafetensorError
 
 from model.artifact import Artifact, ArtifactError, bundled_artifact, load_artifact, read_manifest
-from model.engines import parity
+from model.engines import knn_gate, parity
+from model.engines.knn_gate import LabelledImages
 from model.engines.onnxruntime_engine import OnnxEngine
+from model.export.artifact import export_artifact
+from model.export.graphs import wanted_graphs
+from model.export.options import ExportOptions, GraphOptions
 from model.onnx_graph.build import GraphSpec
-from model.onnx_graph.export import export_artifact, wanted_graphs
-from tests.model.tiny import CONFIG, SPEC, random_weights
+from tests.model.tiny import CONFIG, backbone
 
 pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
 
 PHOTOS = parity.sample_photos(12)
 FILES = [(Path(f"{i}.jpg"), "ab"[i % 2]) for i in range(12)]
-LABELLED = parity.LabelledPhotos(FILES[:8], FILES[8:], lambda path: PHOTOS[int(path.stem)])
+LABELLED = LabelledImages(FILES[:8], FILES[8:], lambda path: PHOTOS[int(path.stem)])
 EXTRAS = ("cls", "patches", "registers", "attention", "layer.0")
 
 
-def export(out: Path, **changes) -> Artifact:
-    arguments = {"name": "tiny", "preprocess": SPEC, "provenance": {}, "licence": "Apache-2.0", "photos": PHOTOS[:3]}
-    return export_artifact(random_weights(), CONFIG, out, **(arguments | changes))
+def export(out: Path, *, graphs: Sequence[GraphSpec] = (), **options) -> Artifact:
+    return export_artifact(backbone(), out, ExportOptions(images=PHOTOS[:3], **options), graphs)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("model.onnx_graph.export.save_file", full)
+    monkeypatch.setattr("model.export.artifact.save_file", full)
     with pytest.raises(OSError, match=r"weights\.safetensors: cannot be written: .*No space left"):
         export(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -131,10 +134,10 @@ def test_int8_needs_its_cosines_too(
         return record.model_copy(update=figures) if record.precision == "int8" else record
 
     monkeypatch.setattr(parity, "measure", measured)
-    monkeypatch.setattr(parity, "MAX_VAL_LOSS", 4)
-    monkeypatch.setattr(parity, "MAX_TRAIN_LOSS", 1.0)
-    monkeypatch.setattr(parity, "MIN_VAL", 0)
-    monkeypatch.setattr(parity, "MIN_TRAIN", 0)
+    monkeypatch.setattr(knn_gate, "MAX_VAL_LOSS", 4)
+    monkeypatch.setattr(knn_gate, "MAX_TRAIN_LOSS", 1.0)
+    monkeypatch.setattr(knn_gate, "MIN_VAL", 0)
+    monkeypatch.setattr(knn_gate, "MIN_TRAIN", 0)
     (_, record) = export(
         tmp_path, graphs=[GraphSpec(size=(70, 70), precision="int8")], labelled=LABELLED
     ).manifest.parity
@@ -160,7 +163,7 @@ def test_a_graph_that_is_no_file_is_refused(exported: Artifact, tmp_path: Path) 
 
 def test_what_is_asked_for() -> None:
     def names(**asked: list[str]) -> list[tuple]:
-        return [(s.size, s.precision) for s in wanted_graphs(CONFIG, (70, 70), **asked)]
+        return [(s.size, s.precision) for s in wanted_graphs(CONFIG, (70, 70), GraphOptions(**asked))]
 
     assert names() == []
     assert names(sizes=["70"], precisions=["fp32"]) == []  # model.onnx itself
@@ -169,17 +172,17 @@ def test_what_is_asked_for() -> None:
         ((70, 70), "fp16"), ((84, 98), "fp32"), ((84, 98), "fp16"), (None, "fp32"), (None, "fp16"),
     ]  # fmt: skip
     half, eight = wanted_graphs(
-        CONFIG, (70, 70), precisions=["fp16", "int8"], int8_weights="u8", float_layers=["mlp.fc2"]
+        CONFIG, (70, 70), GraphOptions(precisions=["fp16", "int8"], int8_weights="u8", float_layers=["mlp.fc2"])
     )
     assert half == GraphSpec(size=(70, 70), precision="fp16")
     assert eight == GraphSpec(size=(70, 70), precision="int8", int8_weights="u8", float_layers=("mlp.fc2",))
-    (eight,) = wanted_graphs(CONFIG, (70, 70), precisions=["int8"])
+    (eight,) = wanted_graphs(CONFIG, (70, 70), GraphOptions(precisions=["int8"]))
     assert eight.float_layers == ("attn.proj", "mlp.fc2", "blocks.1")
-    (eight,) = wanted_graphs(replace(CONFIG, ffn="swiglu"), (70, 70), precisions=["int8"])
+    (eight,) = wanted_graphs(replace(CONFIG, ffn="swiglu"), (70, 70), GraphOptions(precisions=["int8"]))
     assert eight.float_layers == ("attn.proj", "mlp.w3", "blocks.1")
-    (eight,) = wanted_graphs(CONFIG, (70, 70), precisions=["int8"], float_layers=[])
+    (eight,) = wanted_graphs(CONFIG, (70, 70), GraphOptions(precisions=["int8"], float_layers=[]))
     assert eight.float_layers == ()
-    (spec,) = wanted_graphs(CONFIG, (70, 70), outputs=list(EXTRAS))
+    (spec,) = wanted_graphs(CONFIG, (70, 70), GraphOptions(outputs=list(EXTRAS)))
     assert spec == GraphSpec(size=(70, 70), outputs=EXTRAS)
 
 
@@ -200,7 +203,7 @@ def test_what_is_asked_for() -> None:
 )
 def test_what_cannot_be_asked_for_is_named(asked: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        wanted_graphs(CONFIG, (70, 70), **asked)
+        wanted_graphs(CONFIG, (70, 70), GraphOptions(**asked))
 
 
 def test_an_export_over_an_older_one_replaces_it_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""The gate that an int8 graph has to pass beside parity: k-NN classification as good as float32's.
+
+Cosines say little about which image is nearest, so labelled images are classified by their neighbours, with the class
+tokens of the int8 graph and with those of float32. The protocol is that of `training/evaluate/knn.py`, which `model`
+may not import; a test compares the two.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from model.artifact import GateRecord
+from model.engines.parity import BATCH, Image, pixels_at, unit_length
+from model.engines.protocol import Engine, FloatArray
+from model.preprocess import PreprocessSpec
+
+KNN_K: Final = 20  # the usual best of the paper's
+KNN_TEMPERATURE: Final = 0.07
+MAX_VAL_LOSS: Final = 2  # images of val that int8 may classify wrongly and float32 rightly, net
+MAX_TRAIN_LOSS: Final = 0.005  # share of train, each image among the others
+MIN_VAL: Final = 200  # images, below which losing two of them says nothing
+MIN_TRAIN: Final = 500
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Files of `train/` and `val/`, each with its class; `read` gives a file's pixels, or None if it is no image."""
+
+    train: Sequence[tuple[Path, str]]
+    val: Sequence[tuple[Path, str]]
+    read: Callable[[Path], Image | None]
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """Class tokens [n, D] of the labelled images that could be read, and their class numbers [n]."""
+
+    train: FloatArray
+    train_labels: npt.NDArray[np.intp]
+    val: FloatArray
+    val_labels: npt.NDArray[np.intp]
+
+
+def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
+    """The labelled images of a folder that holds `train/` and `val/`, each with a folder per class; None of another."""
+
+    def files_of(part: str) -> list[tuple[Path, str]]:
+        classes = sorted(path for path in (folder / part).glob("*") if path.is_dir())
+        return [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.is_file()]
+
+    train, val = files_of("train"), files_of("val")
+    return LabelledImages(train, val, read) if train and val else None
+
+
+def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
+    """Class tokens of all labelled images at `size`, read one after the other."""
+    numbers = {name: i for i, name in enumerate(sorted({name for _, name in [*images.train, *images.val]}))}
+
+    def of(files: Sequence[tuple[Path, str]]) -> tuple[FloatArray, npt.NDArray[np.intp]]:
+        labels: list[int] = []
+
+        def readable() -> Iterator[FloatArray]:
+            for path, name in files:
+                if (image := images.read(path)) is not None:
+                    labels.append(numbers[name])
+                    yield pixels_at([image], spec, size)[0]
+
+        tokens = [engine.run(np.stack(batch)).cls for batch in _batches(readable())]
+        if not tokens:
+            raise ValueError(f"{files[0][0].parent.parent}: none of its {len(files)} files can be read as a photo")
+        return np.concatenate(tokens), np.array(labels)
+
+    return ClassTokens(*of(images.train), *of(images.val))
+
+
+def _batches(pixels: Iterator[FloatArray]) -> Iterator[list[FloatArray]]:
+    batch: list[FloatArray] = []
+    for image in pixels:
+        batch.append(image)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def knn_right(
+    train: FloatArray,
+    train_labels: npt.NDArray[np.intp],
+    test: FloatArray,
+    test_labels: npt.NDArray[np.intp],
+    k: int = KNN_K,
+    *,
+    leave_one_out: bool = False,
+) -> int:
+    """How many of `test` [m, D] the k nearest of `train` [n, D] classify rightly, votes weighted by exp(cosine / T).
+
+    With `leave_one_out` both are the same images, and none is its own neighbour. Fewer than k images all vote.
+    """
+    k = min(k, len(train) - leave_one_out)
+    known, right = unit_length(train), 0
+    for top in range(0, len(test), 1024):
+        rows = np.arange(top, min(top + 1024, len(test)))
+        similarity = unit_length(test[rows]) @ known.T  # [rows, n]
+        if leave_one_out:
+            similarity[rows - top, rows] = -np.inf
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / KNN_TEMPERATURE)
+        votes = np.zeros((len(rows), int(max(train_labels.max(), test_labels.max())) + 1))
+        np.add.at(votes, (np.arange(len(rows))[:, None], train_labels[nearest]), weights)
+        right += int((votes.argmax(axis=1) == test_labels[rows]).sum())
+    return right
+
+
+def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
+    """Whether k-NN with the candidate's class tokens is as good as with float32's; of few images it can only fail."""
+    val, train = [], []
+    for tokens in (reference, candidate):
+        known = (tokens.train, tokens.train_labels)
+        val.append(knn_right(*known, tokens.val, tokens.val_labels))
+        train.append(knn_right(*known, *known, leave_one_out=True))
+    n_val, n_train = len(reference.val_labels), len(reference.train_labels)
+    finite = bool(np.isfinite(candidate.train).all() and np.isfinite(candidate.val).all())
+    passed = finite and val[0] - val[1] <= MAX_VAL_LOSS and train[0] - train[1] <= MAX_TRAIN_LOSS * n_train
+    enough = n_val >= MIN_VAL and n_train >= MIN_TRAIN
+    few = "" if enough else f"too few photos, at least {MIN_TRAIN} of train and {MIN_VAL} of val are needed: "
+    return GateRecord(
+        status="failed" if not passed else "passed" if enough else "not measured",
+        reason=few
+        + (
+            f"k-NN of {KNN_K} on val {val[0]} -> {val[1]} of {n_val} photos (may fall by {MAX_VAL_LOSS}), "
+            f"leave-one-out on train {100 * train[0] / n_train:.2f} -> {100 * train[1] / n_train:.2f} % "
+            f"(may fall by {100 * MAX_TRAIN_LOSS:g} points){'' if finite else '; not every feature is finite'}"
+        ),
+        k=KNN_K,
+        val_photos=n_val,
+        val_right=(val[0], val[1]),
+        train_photos=n_train,
+        train_right=(train[0], train[1]),
+    )
+
+
+NO_LABELS: Final = GateRecord(
+    status="not measured",
+    reason="the export had no labelled photos: --images FOLDER with train/ and val/, a folder per class in each",
+)

@@ -1,0 +1,145 @@
+"""Weights become an artifact: weights, ONNX graphs, parity check, manifest. All of it or nothing.
+
+Everything is written into a temporary folder beside the target, which takes its name in one rename once parity has
+passed; a failed or killed export leaves no folder that looks like an artifact.
+
+Memory: weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` holds one engine at a
+time. So the largest model exports with its weights in memory twice at most (what the caller holds, and one engine):
+benchmarks/export_giant.py.
+"""
+
+import datetime
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from model.artifact import (
+    MANIFEST,
+    MODEL_CARD,
+    ONNX,
+    WEIGHTS,
+    Artifact,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    StoredWeights,
+    describe_file,
+    fingerprint,
+    graph_name,
+    input_size,
+    load_artifact,
+)
+from model.engines import parity
+from model.export.comparison import Comparison
+from model.export.options import Backbone, ExportOptions, WeightsDtype
+from model.files import publish, write_text
+from model.onnx_graph.build import GraphSpec, write_onnx
+
+log = logging.getLogger(__name__)
+
+
+def export_artifact(
+    backbone: Backbone, out_dir: Path, options: ExportOptions, graphs: Sequence[GraphSpec] = ()
+) -> Artifact:
+    """Write `<out_dir>/<name>-<fingerprint8>/` and return it verified.
+
+    Args:
+        out_dir: folder of artifacts; made when missing.
+        graphs: further graphs beside `model.onnx`, each compared with torch at its own size (a dynamic one at two). A
+            bf16 graph that ONNX Runtime's CPU does not run is kept without a record.
+
+    Raises:
+        ParityError: ONNX Runtime strays from torch. An int8 graph that does is kept, with a gate that failed.
+        ValueError: sizes that do not fit each other.
+        OSError: the folder cannot be written.
+    """
+    size = input_size(backbone.preprocess)
+    specs = {ONNX: GraphSpec(size=size)} | {graph_name(spec.size, spec.precision): spec for spec in graphs}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".exporting-") as temporary:
+        folder, digest = _write_weights(backbone, Path(temporary), options.weights_dtype)
+        onnx_files = _write_graphs(backbone, folder, specs, keep_onnx=options.keep_onnx)
+        images = list(options.images) if options.images is not None else parity.sample_photos()
+        comparison = Comparison(folder, backbone.config, backbone.preprocess, images, options.labelled)
+        comparison.run(specs)
+        if options.model_card is not None:
+            (folder / MODEL_CARD).write_text(options.model_card)
+        manifest = Manifest(
+            name=backbone.name,
+            fingerprint=digest,
+            config=backbone.config,
+            preprocess=backbone.preprocess,
+            input_size=size,
+            parity=comparison.records,
+            graphs=[
+                GraphRecord(file=file, not_compared=comparison.not_compared.get(file), **asdict(spec))
+                for file, spec in specs.items()
+                if file != ONNX
+            ],
+            provenance=dict(backbone.provenance),
+            licence=backbone.licence,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            files=_describe(folder, onnx_files, specs),
+        )
+        write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+        load_artifact(folder)  # as serving will: every hash, and the fingerprint from what was written
+        if not options.keep_onnx:
+            for file in onnx_files:
+                (folder / file).unlink()
+        target = _publish(folder, out_dir)
+    return Artifact(target, manifest, {name: target / name for name in manifest.files if (target / name).exists()})
+
+
+def _write_weights(backbone: Backbone, temporary: Path, dtype: WeightsDtype) -> tuple[Path, str]:
+    """The artifact's folder below `temporary`, with its weights in it, and the fingerprint."""
+    stored = {key: np.ascontiguousarray(array.astype(dtype, copy=False)) for key, array in backbone.weights.items()}
+    digest = fingerprint(stored, backbone.config, backbone.preprocess)
+    folder = temporary / f"{backbone.name}-{digest[:8]}"
+    folder.mkdir()
+    try:
+        save_file(stored, folder / WEIGHTS)
+    except SafetensorError as error:  # a full disk arrives as one
+        raise OSError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
+    return folder, digest
+
+
+def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpec], *, keep_onnx: bool) -> list[str]:
+    """Write every graph from the stored weights; the names of all files."""
+    files: list[str] = []
+    for file, spec in specs.items():
+        log.info("writing %s", file)
+        written = write_onnx(StoredWeights(folder / WEIGHTS), backbone.config, spec, folder / file)
+        if not keep_onnx and len(written) > 1:
+            raise ValueError(
+                f"{backbone.name}: {file} needs {len(written)} files and cannot be derived: keep_onnx=True"
+            )
+        files += written
+    return files
+
+
+def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, GraphSpec]) -> dict[str, FileRecord]:
+    """The manifest's records of all files."""
+    files = {WEIGHTS: describe_file(folder / WEIGHTS)}
+    files |= {file: describe_file(folder / file, derived=file in specs) for file in onnx_files}
+    if (folder / MODEL_CARD).exists():
+        files[MODEL_CARD] = describe_file(folder / MODEL_CARD)
+    return files
+
+
+def _publish(folder: Path, out_dir: Path) -> Path:
+    """Give the finished folder its place."""
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors makes its file for the owner alone; a container's user must read it too
+    target = out_dir / folder.name
+    if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
+        os.rename(target, folder.parent / "replaced")
+    publish(folder, target)
+    return target

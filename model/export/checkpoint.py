@@ -1,0 +1,66 @@
+"""A checkpoint file of any known format, or a published model by name, becomes an artifact."""
+
+from pathlib import Path
+from typing import Any
+
+from model import zoo
+from model.artifact import Artifact, input_size
+from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model
+from model.export.artifact import export_artifact
+from model.export.graphs import wanted_graphs
+from model.export.options import Backbone, CheckpointOptions, ExportOptions
+from model.preprocess import PreprocessSpec
+
+
+def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, options: ExportOptions) -> Artifact:
+    """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
+
+    Args:
+        source: a file, or a name of `model/zoo.py` (downloaded).
+        out_dir: folder of artifacts; made when missing.
+
+    Raises:
+        ValueError: no such file or published name, no checkpoint, or one that needs `arch`; graphs that cannot be made.
+        zoo.DownloadError: a published model cannot be downloaded.
+        See also `export_artifact`.
+    """
+    backbone = read_backbone(source, asked)
+    graphs = wanted_graphs(backbone.config, input_size(backbone.preprocess), asked.graphs)
+    return export_artifact(backbone, out_dir, options, graphs)
+
+
+def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
+    """The model of a checkpoint file, or a published one by name.
+
+    Raises:
+        See `export_checkpoint`.
+    """
+    provenance: dict[str, Any]
+    arch, licence, path = asked.arch, asked.licence, Path(source)
+    if path.is_file() and is_own_checkpoint(path):
+        state, config, provenance = load_checkpoint(path)
+    elif path.is_file():
+        if arch is None:
+            raise ValueError(f"{source} does not say its architecture: add --arch, e.g. --arch dinov2_vits14")
+        model = load_model(arch, weights=path)
+        state, config, provenance = model.state_dict(), model.config, {"file": path.name}
+    elif path.is_dir():
+        raise ValueError(f"{source} is a folder; a checkpoint file is exported, a run's is its checkpoint.safetensors")
+    else:
+        try:
+            entry = zoo.resolve(source)
+        except ValueError as error:
+            raise ValueError(f"{source}: no such file; {error}") from error
+        model = load_model(entry.name)
+        state, config, licence = model.state_dict(), model.config, entry.licence
+        provenance, arch = {"url": entry.url}, entry.name
+    evaluated = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
+    changes = {key: value for key, value in (("resize", asked.resize), ("crop", asked.crop)) if value is not None}
+    return Backbone(
+        name=asked.name or provenance.get("name") or arch or path.stem,
+        weights={key: tensor.numpy() for key, tensor in state.items()},
+        config=config,
+        preprocess=PreprocessSpec.model_validate(evaluated.model_dump() | changes),
+        provenance=provenance,
+        licence=licence,
+    )

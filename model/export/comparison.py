@@ -1,0 +1,126 @@
+"""Every graph of an artifact beside torch float32, and the gate of int8.
+
+The reference computes everything that it is needed for and is let go before ONNX Runtime loads the first graph: two
+engines of a large model do not fit into memory.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model.artifact import WEIGHTS, GateRecord, ParityRecord, input_size
+from model.config import ViTConfig
+from model.cpus import available_cpus
+from model.engines import parity
+from model.engines.knn_gate import NO_LABELS, ClassTokens, LabelledImages, class_tokens, knn_gate
+from model.engines.onnxruntime_engine import OnnxEngine
+from model.engines.parity import Image
+from model.engines.protocol import Features, FloatArray
+from model.engines.torch_engine import TorchEngine
+from model.onnx_graph.build import GraphSpec
+from model.preprocess import PreprocessSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Reference:
+    """What torch float32 computes at one size: everything of the parity images, class tokens of the labelled ones."""
+
+    pixels: FloatArray  # [B, 3, H, W]
+    features: Features
+    extras: dict[str, FloatArray]  # further outputs of the first images, by name
+    tokens: ClassTokens | None = None
+
+
+@dataclass
+class Comparison:
+    """Every graph of a folder is compared with torch float32 on the CPU (CUDA's TF32 is no reference)."""
+
+    folder: Path
+    config: ViTConfig
+    preprocess: PreprocessSpec
+    images: Sequence[Image]
+    labelled: LabelledImages | None
+    records: list[ParityRecord] = field(default_factory=list)
+    not_compared: dict[str, str] = field(default_factory=dict)  # file -> why
+
+    def run(self, specs: Mapping[str, GraphSpec]) -> None:
+        """Fill `records` and `not_compared`.
+
+        Raises:
+            ParityError: a graph strays from torch.
+            ValueError: one that ONNX Runtime's CPU should run and does not load.
+        """
+        sizes = {file: self._sizes(spec) for file, spec in specs.items()}
+        references = self._references(specs, sizes)
+        for file, spec in specs.items():
+            log.info("comparing %s with torch", file)
+            self._compare(file, spec, {size: references[size] for size in sizes[file]})
+
+    def _sizes(self, spec: GraphSpec) -> list[tuple[int, int]]:
+        """Sizes that a graph is compared at: a dynamic one also at a larger size that is not square."""
+        if spec.size is not None:
+            return [spec.size]
+        height, width = input_size(self.preprocess)
+        p = self.config.patch_size
+        return [(height, width), (height + p, width + 3 * p)]
+
+    def _references(
+        self, specs: Mapping[str, GraphSpec], sizes: Mapping[str, list[tuple[int, int]]]
+    ) -> dict[tuple[int, int], _Reference]:
+        engine = TorchEngine(self.folder / WEIGHTS, self.config, threads=available_cpus(), device="cpu")
+        extras = sorted({name for spec in specs.values() for name in spec.outputs if name not in Features._fields})
+        found = {}
+        for size in {size for of_file in sizes.values() for size in of_file}:
+            pixels = parity.pixels_at(self.images, self.preprocess, size)
+            some = engine.run_outputs(pixels[: parity.BATCH], extras) if extras else {}
+            found[size] = _Reference(pixels, parity.features(engine, pixels), some)
+        for file, spec in specs.items():
+            reference = found[sizes[file][0]]
+            if spec.precision == "int8" and self.labelled is not None and reference.tokens is None:
+                reference.tokens = class_tokens(engine, self.labelled, self.preprocess, sizes[file][0])
+        return found
+
+    def _compare(self, file: str, spec: GraphSpec, references: Mapping[tuple[int, int], _Reference]) -> None:
+        try:
+            path = self.folder / file
+            prepack = not path.with_name(f"{file}.data").exists()  # of a large model, a second copy is too much
+            engine = OnnxEngine(path, threads=available_cpus(), precision=spec.precision, prepack=prepack)
+        except ValueError as error:
+            if spec.precision != "bf16":
+                raise
+            self.not_compared[file] = f"ONNX Runtime's CPU does not run it: {_reason(error)}"
+            return
+        extras = [name for name in spec.outputs if name not in Features._fields]
+        for size, reference in references.items():
+            record = parity.measure(reference.features, engine, reference.pixels, file=file, size=size)
+            if extras:
+                ours = engine.run_outputs(reference.pixels[: parity.BATCH], extras)
+                record = parity.with_extras(record, {name: reference.extras[name] for name in extras}, ours)
+            if spec.precision != "int8":
+                parity.check(record)
+            elif size == next(iter(references)):
+                record = record.model_copy(update={"gate": self._gate(record, engine, size, reference.tokens)})
+            self.records.append(record)
+
+    def _gate(
+        self, record: ParityRecord, engine: OnnxEngine, size: tuple[int, int], reference: ClassTokens | None
+    ) -> GateRecord:
+        """Whether an int8 graph may serve: by the cosines of its record, and by k-NN."""
+        gate = NO_LABELS
+        if self.labelled is not None:
+            assert reference is not None
+            gate = knn_gate(reference, class_tokens(engine, self.labelled, self.preprocess, size))
+        try:
+            parity.check(record)
+        except parity.ParityError as error:
+            reason = f"{error}; {gate.reason}" if self.labelled is not None else str(error)
+            return gate.model_copy(update={"status": "failed", "reason": reason})
+        return gate
+
+
+def _reason(error: ValueError) -> str:
+    """What a runtime said, in one line without the temporary folder's path."""
+    return " ".join(str(error.__cause__ or error).split())[:300]

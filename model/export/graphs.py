@@ -1,0 +1,72 @@
+"""Which further graphs of an artifact a command line asks for."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from model.config import ViTConfig
+from model.engines.protocol import Features
+from model.export.options import GraphOptions
+from model.onnx_graph.build import GraphSpec, Precision
+
+PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
+
+
+def wanted_graphs(config: ViTConfig, size: tuple[int, int], asked: GraphOptions) -> list[GraphSpec]:
+    """The graphs of `asked`, less what `model.onnx` is.
+
+    Args:
+        config: the model's shape.
+        size: (H, W) pixels of `model.onnx`.
+
+    Raises:
+        ValueError: an option has another value than what is allowed; the message names both.
+    """
+    for precision in asked.precisions:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
+    if asked.float_layers and "int8" not in asked.precisions:
+        raise ValueError(f"float layers {','.join(asked.float_layers)} are for int8, which is not among the precisions")
+    outputs = _outputs(config, asked.outputs)
+    wanted = [_parse_size(text, config.patch_size) for text in asked.sizes] or [size]
+    specs = []
+    for text in asked.precisions or ["fp32"]:
+        spec = GraphSpec(size=size, precision=PRECISIONS[text], outputs=outputs)
+        if text == "int8":
+            left = sensitive_layers(config) if asked.float_layers is None else tuple(asked.float_layers)
+            spec = replace(spec, int8_weights=asked.int8_weights, float_layers=left)
+        specs.append(spec)
+    every = dict.fromkeys(replace(spec, size=each) for each in wanted for spec in specs)
+    return [spec for spec in every if spec != GraphSpec(size=size)]
+
+
+def _outputs(config: ViTConfig, asked: Sequence[str]) -> tuple[str, ...]:
+    chosen = tuple(asked) or Features._fields
+    allowed = [*Features._fields, "attention", *(f"layer.{i}" for i in range(config.depth))]
+    for output in chosen:
+        if output not in allowed:
+            raise ValueError(f"output {output!r}: one of {', '.join(allowed[:4])}, layer.0 to layer.{config.depth - 1}")
+        if chosen.count(output) > 1:
+            raise ValueError(f"output {output!r} is given twice")
+    missing = [name for name in Features._fields if name not in chosen]
+    if missing:
+        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be among them, serving reads it")
+    return chosen
+
+
+def sensitive_layers(config: ViTConfig) -> tuple[str, ...]:
+    """Linear layers whose error reaches the features: those that end a residual branch, and the last block's."""
+    return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3", f"blocks.{config.depth - 1}"
+
+
+def _parse_size(text: str, patch_size: int) -> tuple[int, int] | None:
+    if text == "dynamic":
+        return None
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(sides) < patch_size or any(side % patch_size for side in sides):
+        raise ValueError(
+            f"size {text!r}: a multiple of the patch size {patch_size} (e.g. {16 * patch_size}), two of them with x "
+            f"between (height x width), or dynamic"
+        )
+    return sides
