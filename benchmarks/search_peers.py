@@ -30,7 +30,7 @@ from service.search import database
 from service.search.database import SegmentRow
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import Between
-from service.search.segments import open_segment
+from service.search.segment_files import open_segment
 from service.search.store import CollectionSpec, Hit, IndexSpec, Item
 
 BUNDLED = next((Path(__file__).parents[1] / "model" / "bundled").iterdir())

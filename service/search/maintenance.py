@@ -37,10 +37,12 @@ from service.search.building import (
     write,
 )
 from service.search.database import Chunk, Point, Row, SegmentRow, snapshot, transaction
-from service.search.segments import Positions
+from service.search.indexes import INDEX_FILE, structure_of
+from service.search.kinds import EXACT, kind_named
+from service.search.segments import LivePart, Positions
 from service.search.stamp import Stamp
 from service.search.store import Floats, SearchParams
-from service.search.view import LivePart, View, Views
+from service.search.view import View, Views
 
 log = logging.getLogger(__name__)
 
@@ -99,17 +101,17 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
         return None
     kind, rest = kind_for(spec, sum(sizes)), sum(sizes[1:])
     grow = _can_grow(parts, kind)
-    share = MERGE_SHARE if grow or kind == "flat" else REBUILD_SHARE
+    share = MERGE_SHARE if grow or kind == EXACT.name else REBUILD_SHARE
     if parts[0].segment.row.kind != kind or rest > share * sizes[0] or (idle and grow and rest >= seal_rows):
         return Plan(parts, grow=grow)
     return Plan(parts[1:]) if len(parts) - 1 > MANY else None
 
 
 def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
-    """Whether the first part's graph can be continued: its files are read for that, and may have been deleted."""
-    if not parts or not parts[0].segment.row.kind == kind == "hnsw":
+    """Whether the first part's index can be continued: its files are read for that, and may have been deleted."""
+    if not parts or parts[0].segment.row.kind != kind or not structure_of(kind_named(kind)).can_grow:
         return False
-    return (parts[0].segment.folder / "index.faiss").exists()
+    return (parts[0].segment.folder / INDEX_FILE).exists()
 
 
 class Maintenance:
@@ -194,7 +196,7 @@ class Maintenance:
     def _measure(self) -> None:
         while self._samples and not self._stop.is_set():
             view, vector, found = self._samples.popleft()
-            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).places
+            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).positions
             recalled = self._recalls.setdefault(view.row.key, Recall(view.row.spec.index.target_recall))
             self._on_recall(view.row.name, recalled.add(recall(found[None], truth)))
 
@@ -250,7 +252,7 @@ class Maintenance:
                     pass
             except CollectionNotFound:
                 continue
-            except (OSError, RuntimeError, ServiceError, sqlite3.Error, MemoryError) as error:
+            except (OSError, RuntimeError, ValueError, ServiceError, sqlite3.Error, MemoryError) as error:
                 self._retry_at[row.key] = time.monotonic() + RETRY_S
                 log.error("collection %r: no segment could be built (%s); again in %g s", row.name, error, RETRY_S)
 

@@ -26,7 +26,7 @@ from service.search import database
 from service.search.database import translated
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
-from service.search.segments import Found
+from service.search.segments import Allowed, Neighbours
 from service.search.selection import Selections
 from service.search.stamp import Stamp
 from service.search.store import (
@@ -40,7 +40,7 @@ from service.search.store import (
     normalised_rows,
 )
 from service.search.threads import Workers
-from service.search.view import Allowed, View, Views
+from service.search.view import View, Views
 
 AT_ONCE_S: Final = 0.001
 """A search that usually takes no longer may hold the event loop up for as long."""
@@ -222,7 +222,7 @@ class _Tied(Exception):
     """More than the k nearest must be known to tell which they are."""
 
 
-def _nearest(find: Callable[..., Found], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
+def _nearest(find: Callable[..., Neighbours], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
     """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them, as
     far as `deepest`. `find` is the search, still without its vectors and its k.
 
@@ -241,7 +241,7 @@ def _nearest(find: Callable[..., Found], vectors: Floats, k: int, deepest: int) 
     return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
 
 
-def _found(find: Callable[..., Found], vectors: Floats, depth: int) -> list[list[tuple[float, int]]]:
+def _found(find: Callable[..., Neighbours], vectors: Floats, depth: int) -> list[list[tuple[float, int]]]:
     found = find(vectors, k=depth)
     return [
         [
@@ -249,7 +249,7 @@ def _found(find: Callable[..., Found], vectors: Floats, depth: int) -> list[list
             for score, place in zip(scores, places, strict=True)
             if place >= 0
         ]
-        for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
+        for scores, places in zip(found.scores.tolist(), found.positions.tolist(), strict=True)
     ]
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from service.search.database import Numbers, Row, check_exists, snapshot
 from service.search.filter_sql import to_sql
 from service.search.filters import Filter, Scalar
-from service.search.view import Allowed, View
+from service.search.segments import Allowed
+from service.search.view import View
 
 MAX_KEPT_BYTES: Final = 64 * 2**20
 MAX_KEPT: Final = 256

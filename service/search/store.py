@@ -21,10 +21,10 @@ import orjson
 
 from service.errors import Conflict, InvalidRequest, ModelMismatch
 from service.search.filters import Filter
+from service.search.kinds import Kind
 
 Floats = npt.NDArray[np.float32]
 Metadata = Mapping[str, Any]
-Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
 DType = Literal["float32", "float16"]
 
 MAX_K: Final = 1000
@@ -62,13 +62,14 @@ class Hit(NamedTuple):
 class IndexSpec:
     """How a collection is indexed; a store that has no choice ignores what does not concern it.
 
-    `auto` goes by size. The parameters are those of the kinds that have them; None takes what suits the size.
+    `auto` goes by size. `service/search/kinds.py` defines which settings apply to a kind; None takes what suits the
+    size.
     """
 
     kind: Kind = "auto"
-    m: int | None = None  # hnsw: neighbours of a node
-    ef_construction: int | None = None  # hnsw: how carefully the graph is built
-    n_lists: int | None = None  # ivf_pq, rabitq: cells
+    m: int | None = None  # neighbours of a node in a graph
+    ef_construction: int | None = None  # how carefully a graph is built
+    n_lists: int | None = None  # inverted lists
     target_recall: float = 0.98  # of the ten nearest; search parameters are tuned for it
 
 
@@ -104,8 +105,8 @@ class SearchParams:
     """How hard one search tries; None takes what the store was tuned to. What does not concern a kind is ignored."""
 
     exact: bool = False
-    ef_search: int | None = None  # hnsw
-    nprobe: int | None = None  # ivf_pq, rabitq
+    ef_search: int | None = None  # graphs
+    nprobe: int | None = None  # inverted lists
 
 
 @dataclass(frozen=True)
