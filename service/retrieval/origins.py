@@ -22,7 +22,8 @@ from service.features.pipeline import Analysed, Embedded, Pooling
 from service.retrieval.combine import combined
 from service.routes.answers import slowest
 from service.routes.queries import Part, Query
-from service.search.store import CollectionInfo, Floats, Item, check_match, normalised
+from service.search.checks import check_match, normalised
+from service.search.store import CollectionInfo, Floats, Item
 from service.state import POOLING, Service
 from service.tags import tag_parts
 from service.vision.patches import Patches

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from model.cpus import available_cpus
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
 from service.search import database, snapshots
+from service.search.checks import check_id, check_match, check_name, checked_items, merged, metadata_text
 from service.search.database import Row, snapshot, translated
 from service.search.filters import Filter
 from service.search.maintenance import Maintenance
@@ -43,12 +44,6 @@ from service.search.store import (
     SearchParams,
     SnapshotInfo,
     VectorStore,
-    check_id,
-    check_match,
-    check_name,
-    checked_items,
-    merged,
-    metadata_text,
 )
 from service.search.threads import Workers, Write, commit_together
 from service.search.view import Views

@@ -29,6 +29,16 @@ from service.errors import (
     ItemNotFound,
     StorageFailed,
 )
+from service.search.checks import (
+    check_id,
+    check_k,
+    check_match,
+    check_name,
+    checked_items,
+    merged,
+    metadata_text,
+    normalised_rows,
+)
 from service.search.filter_milvus import FIELD, Expression, filterable, quoted, translate
 from service.search.filters import Filter, matches
 from service.search.milvus_client import Server, decoded, encoded, index
@@ -44,14 +54,6 @@ from service.search.store import (
     Page,
     SearchParams,
     VectorStore,
-    check_id,
-    check_k,
-    check_match,
-    check_name,
-    checked_items,
-    merged,
-    metadata_text,
-    normalised_rows,
 )
 
 Row = Mapping[str, Any]

@@ -22,9 +22,10 @@ import numpy as np
 from service.durable import exclusive, sync_folder
 from service.errors import InvalidRequest, NotFound, StorageFailed
 from service.search import database
+from service.search.checks import check_id, check_source, metadata_text
 from service.search.database import Row, transaction, translated
 from service.search.specs import check_spec
-from service.search.store import Item, SnapshotInfo, check_id, check_source, metadata_text
+from service.search.store import Item, SnapshotInfo
 
 log = logging.getLogger(__name__)
 

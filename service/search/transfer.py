@@ -17,6 +17,7 @@ from typing import Final
 from service.durable import aside
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
 from service.originals import THREADS, Originals, photo_digest
+from service.search.checks import checked_items
 from service.search.collection_files import (
     BATCH,
     Head,
@@ -27,7 +28,7 @@ from service.search.collection_files import (
     read_npz,
     read_parquet,
 )
-from service.search.store import CollectionSpec, Item, VectorStore, checked_items
+from service.search.store import CollectionSpec, Item, VectorStore
 
 FORMATS: Final = (".parquet", ".npz", ".jsonl")
 
