@@ -24,15 +24,16 @@ import numpy.typing as npt
 
 from model.cpus import available_cpus
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
-from service.search import database, snapshots
+from service.search import database, snapshots, sqlite_file
 from service.search.checks import check_id, check_match, check_name, checked_items, merged, metadata_text
-from service.search.database import Row, snapshot, translated
+from service.search.database import Row
 from service.search.filters import Filter
 from service.search.maintenance import Maintenance
 from service.search.reading import ITEM, condition_of, delete_some, items_of, metadata_of, number_after
 from service.search.searcher import Searcher
 from service.search.selection import passing
 from service.search.specs import check_spec
+from service.search.sqlite_file import snapshot, translated
 from service.search.stamp import Stamp
 from service.search.store import (
     CollectionInfo,
@@ -73,7 +74,7 @@ class EmbeddedStore:
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
-        database.prepare(self.path)
+        sqlite_file.prepare(self.path)
         self.views = Views(data_dir / "segments")
         self.stamp = Stamp(data_dir / "search.stamp")
         self._snapshots = data_dir / "snapshots"
@@ -329,7 +330,7 @@ class EmbeddedStore:
     # ---- threads
 
     def _connect(self) -> sqlite3.Connection:
-        db = database.connect(self.path)
+        db = sqlite_file.connect(self.path)
         self._connections.append(db)
         return db
 

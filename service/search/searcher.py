@@ -24,11 +24,11 @@ import orjson
 from service.errors import StorageFailed
 from service.search import database
 from service.search.checks import check_k, check_match, check_name, normalised_rows
-from service.search.database import translated
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
 from service.search.segments import Allowed, Neighbours
 from service.search.selection import Selections
+from service.search.sqlite_file import translated
 from service.search.stamp import Stamp
 from service.search.store import MAX_DEPTH, Floats, Hit, SearchParams
 from service.search.threads import Workers

@@ -13,10 +13,11 @@ from typing import Final
 
 import numpy as np
 
-from service.search.database import Numbers, Row, check_exists, snapshot
+from service.search.database import Numbers, Row, check_exists
 from service.search.filter_sql import to_sql
 from service.search.filters import Filter, Scalar
 from service.search.segments import Allowed
+from service.search.sqlite_file import snapshot
 from service.search.view import View
 
 MAX_KEPT_BYTES: Final = 64 * 2**20

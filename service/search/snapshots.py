@@ -21,10 +21,11 @@ import numpy as np
 
 from service.durable import exclusive, sync_folder
 from service.errors import InvalidRequest, NotFound, StorageFailed
-from service.search import database
+from service.search import database, sqlite_file
 from service.search.checks import check_id, check_source, metadata_text
-from service.search.database import Row, transaction, translated
+from service.search.database import Row
 from service.search.specs import check_spec
+from service.search.sqlite_file import transaction, translated
 from service.search.store import Item, SnapshotInfo
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
     now = time.time()
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
     with translated("the snapshot"):
-        with closing(database.connect(source, read_only=True)) as db:
+        with closing(sqlite_file.connect(source, read_only=True)) as db:
             collection = database.find(db, collection).name
         folder = root / collection
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
 
 
 def _write(source: Path, collection: str, target: Path) -> None:
-    database.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
+    sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
     with closing(sqlite3.connect(target, isolation_level=None)) as db:
         db.execute("ATTACH ? AS source", (str(source),))
         with transaction(db):
@@ -254,5 +255,5 @@ def _lock_path(root: Path, name: str) -> Path:
 
 def _opened(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
-    database.check_ours(db, f"snapshot {path.stem}")
+    sqlite_file.check_ours(db, f"snapshot {path.stem}")
     return db

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from service.errors import ServiceError, StorageFailed
-from service.search.database import transaction, translated
+from service.search.sqlite_file import transaction, translated
 
 log = logging.getLogger(__name__)
 

@@ -126,11 +126,11 @@ async def _copy_photos(items: Sequence[Item], source: Originals, target: Origina
     await asyncio.gather(*(copy(digest) for digest in digests if digest is not None))
 
 
-async def pages(store: VectorStore, collection: str, size: int = BATCH) -> AsyncIterator[list[Item]]:
-    """All items, some at a time."""
+async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]]:
+    """All items, page by page."""
     cursor: str | None = None
     while True:
-        page = await store.scroll(collection, cursor=cursor, limit=size)
+        page = await store.scroll(collection, cursor=cursor, limit=BATCH)
         if page.items:
             yield page.items
         cursor = page.cursor

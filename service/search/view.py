@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import StorageFailed
-from service.search import database
+from service.search import database, sqlite_file
 from service.search.database import Chunk, Numbers, Point, Row, SegmentRow
 from service.search.indexes import Effort, search, structure_of
 from service.search.segment_files import in_memory, open_segment
@@ -228,7 +228,7 @@ class Views:
         if view is not None and view.row.version >= row.version:
             return view
         while True:
-            with database.snapshot(db):
+            with sqlite_file.snapshot(db):
                 view = self.at(db, database.by_key(db, row.key))
             if view is not None:
                 return view
