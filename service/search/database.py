@@ -90,8 +90,8 @@ class SegmentRow:
 # ---- collections
 
 
-def _row(found: tuple[Any, ...]) -> Row:
-    key, name, spec, count, version, edits, sealed = found
+def _row(columns: tuple[Any, ...]) -> Row:
+    key, name, spec, count, version, edits, sealed = columns
     return Row(key, name, _spec(spec), count, version, edits, sealed)
 
 
@@ -117,18 +117,18 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
         CollectionNotFound: there is neither.
     """
     query = _FIND_HERE if schema == "main" else _FIND.format(schema)
-    found = db.execute(query, (name,)).fetchone()
-    if found is None:
+    columns = db.execute(query, (name,)).fetchone()
+    if columns is None:
         raise CollectionNotFound(f"there is no collection {name!r}")
-    return _row(found)
+    return _row(columns)
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
     """Raises CollectionNotFound when it was dropped."""
-    found = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
-    if found is None:
+    columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
+    if columns is None:
         raise CollectionNotFound("there is no such collection any more")
-    return _row(found)
+    return _row(columns)
 
 
 def check_exists(db: sqlite3.Connection, row: Row) -> None:
@@ -140,13 +140,13 @@ def check_exists(db: sqlite3.Connection, row: Row) -> None:
 def every(db: sqlite3.Connection) -> list[Row]:
     """All collections by name, without those that are being restored."""
     query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
-    return [_row(found) for found in db.execute(query)]
+    return [_row(columns) for columns in db.execute(query)]
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
     """Keys and names of collections that are being restored, or were when a process died."""
-    found: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
-    return found
+    unfinished: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
+    return unfinished
 
 
 def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
@@ -154,8 +154,8 @@ def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
     text = json.dumps(dataclasses.asdict(spec))
     (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
     run_script(db, _TABLES.format(key))
-    for place, declared in enumerate(spec.indexed):
-        db.execute(f"CREATE INDEX metadata_{key}_{place} ON items_{key} ({extract(parse_path(declared))})")
+    for position, declared in enumerate(spec.indexed):
+        db.execute(f"CREATE INDEX metadata_{key}_{position} ON items_{key} ({extract(parse_path(declared))})")
     return Row(key, name, spec, 0, 0, 0, 0)
 
 
@@ -214,9 +214,9 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
     """Whether this request was carried out before; None if another was, under the same key. It is noted if not."""
     db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
-    found = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
-    if found is not None:
-        return True if bytes(found[0]) == digest else None
+    earlier = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
+    if earlier is not None:
+        return True if bytes(earlier[0]) == digest else None
     db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (key, request_key, digest, now))
     return False
 
@@ -234,18 +234,18 @@ def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
 # ---- vectors
 
 
-def vectors_of(row: Row, found: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
+def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
     """Numbers [n] and vectors [n, D] float32 of rows (number, vector, crc).
 
     Raises:
         StorageFailed: one of them is not what was written.
     """
     size = row.spec.dimension * row.dtype.itemsize
-    for number, vector, crc in found:
+    for number, vector, crc in rows:
         if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
             raise StorageFailed(f"the vector store is damaged: the vector of item number {number} is broken")
-    numbers = np.fromiter((number for number, _, _ in found), np.int64, len(found))
-    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(-1, row.spec.dimension)
+    numbers = np.fromiter((number for number, _, _ in rows), np.int64, len(rows))
+    matrix = np.frombuffer(b"".join(vector for _, vector, _ in rows), row.dtype).reshape(-1, row.spec.dimension)
     return numbers, matrix.astype(np.float32)
 
 
@@ -267,14 +267,14 @@ class Chunk(NamedTuple):
 def read_items(
     db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
 ) -> Iterator[Chunk]:
-    """All items with numbers above `after`, in order, some at a time."""
+    """All items with numbers above `after`, in order, in chunks."""
     query = f"""SELECT v.number, vector, crc, id, metadata, source FROM vectors_{row.key} v
                 LEFT JOIN items_{row.key} i ON i.number = v.number
                 WHERE v.number > ? AND v.number <= ? ORDER BY v.number"""
     cursor = db.execute(query, (after, 2**62 if to is None else to))
-    while found := cursor.fetchmany(chunk):
-        numbers, vectors = vectors_of(row, [place[:3] for place in found])
-        yield Chunk(numbers, vectors, [payload(*place[3:]) for place in found])
+    while rows := cursor.fetchmany(chunk):
+        numbers, vectors = vectors_of(row, [columns[:3] for columns in rows])
+        yield Chunk(numbers, vectors, [payload(*columns[3:]) for columns in rows])
 
 
 def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
@@ -290,17 +290,17 @@ def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
 
 def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
     """Numbers that were removed after this point, and the new point."""
-    found = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
-    return (found[-1][0] if found else seq), np.fromiter((number for _, number in found), np.int64, len(found))
+    rows = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
+    return (rows[-1][0] if rows else seq), np.fromiter((number for _, number in rows), np.int64, len(rows))
 
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
     """Payloads, as they are now, of items whose metadata was changed after this point, and the new point."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
-    found = db.execute(query, (seq,)).fetchall()
-    last = max((place[0] for place in found), default=seq)
-    return last, {number: payload(*rest) for _, number, *rest in found}
+    rows = db.execute(query, (seq,)).fetchall()
+    last = max((columns[0] for columns in rows), default=seq)
+    return last, {number: payload(*rest) for _, number, *rest in rows}
 
 
 # ---- segments
@@ -327,9 +327,9 @@ def swap_segments(
     Returns:
         False, and nothing is changed, when they are no longer what they were in `row`'s time.
     """
-    known = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
-    there = {segment.key for segment in segments(db, row.key)}
-    if known is None or known[0] != row.sealed or not {segment.key for segment in old} <= there:
+    state = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
+    in_use = {segment.key for segment in segments(db, row.key)}
+    if state is None or state[0] != row.sealed or not {segment.key for segment in old} <= in_use:
         return False
     for segment in old:
         db.execute("DELETE FROM segments WHERE id = ?", (segment.key,))

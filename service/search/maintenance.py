@@ -181,25 +181,27 @@ class Maintenance:
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
-    def observe(self, view: View, vectors: Floats, found: list[list[tuple[float, int]]], given: SearchParams) -> None:
+    def observe(
+        self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
+    ) -> None:
         """Perhaps keep a live query, to compare its answer with the exact one later."""
         now = time.monotonic()
-        if now - self._sampled_at < RECALL_EVERY_S or given != SearchParams():
+        if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
         if all(part.segment.index is None for part in view.parts):
             return
         self._sampled_at = now
         which = random.randrange(len(vectors))  # noqa: S311 - a sample, not a secret
-        places = np.array([place for _, place in found[which][:10]], np.int64)
-        self._samples.append((view, vectors[which : which + 1], places))
+        positions = np.array([position for _, position in answers[which][:10]], np.int64)
+        self._samples.append((view, vectors[which : which + 1], positions))
         self._wake.set()
 
     def _measure(self) -> None:
         while self._samples and not self._stop.is_set():
-            view, vector, found = self._samples.popleft()
-            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).positions
+            view, vector, answer = self._samples.popleft()
+            truth = view.search(vector, max(1, len(answer)), SearchParams(exact=True)).positions
             recalled = self._recalls.setdefault(view.row.key, Recall(view.row.spec.index.target_recall))
-            self._on_recall(view.row.name, recalled.add(recall(found[None], truth)))
+            self._on_recall(view.row.name, recalled.add(recall(answer[None], truth)))
 
     # ---- segments
 

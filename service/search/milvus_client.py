@@ -116,7 +116,7 @@ def decoded(name: str) -> str | None:
     """Our name of a collection or alias of Milvus; None if it is not ours."""
     if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
         return None
-    return re.sub("_(_|2d)", lambda found: "_" if found[1] == "_" else "-", name.removeprefix(PREFIX))
+    return re.sub("_(_|2d)", lambda escape: "_" if escape[1] == "_" else "-", name.removeprefix(PREFIX))
 
 
 def index() -> Any:

@@ -79,5 +79,5 @@ def passing(db: sqlite3.Connection, row: Row, where: Filter, *, after: int = 0, 
         # The plus keeps SQLite from walking through the numbers instead of using an index on metadata.
         limits = "number > ? AND number <= ?" if after else "+number > ? AND +number <= ?"
         query, parameters = f"{query} AND {limits}", [*parameters, after, to]
-    found = np.fromiter((number for (number,) in db.execute(query, parameters)), np.int64)
-    return np.sort(found)
+    numbers = np.fromiter((number for (number,) in db.execute(query, parameters)), np.int64)
+    return np.sort(numbers)

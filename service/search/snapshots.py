@@ -2,7 +2,7 @@
 
 Taken within one read transaction, so it is whole while others write, and written aside, synced and renamed. It holds
 what is in the database; segments are built again after a restore. A restore writes into a collection that nobody can
-name yet, some items at a time so that other writes go on, and gives it its name in the end.
+name yet, page by page so that other writes go on, and gives it its name in the end.
 """
 
 import json
@@ -87,17 +87,17 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
     None."""
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
-    found = []
+    infos = []
     for name in names:
         if _NAME.fullmatch(name):
             try:
-                found.append(describe(root, collection, name))
+                infos.append(describe(root, collection, name))
             except StorageFailed as error:
                 log.error("%s", error)
-                found.append(_info(root, collection, name, None))
+                infos.append(_info(root, collection, name, None))
             except NotFound:
                 continue  # deleted meanwhile
-    return found
+    return infos
 
 
 def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
@@ -134,7 +134,7 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """The collection in a snapshot, and its rows some at a time. The file may come from anywhere, so everything in it
+    """The collection in a snapshot, and its rows page by page. The file may come from anywhere, so everything in it
     is checked as if it were written now.
 
     Raises:
@@ -199,10 +199,10 @@ def _checked(row: ItemRow, what: str) -> ItemRow:
         ):
             raise ValueError("its id, metadata, source or digest is no text")
         check_source(Item(check_id(item_id), _NO_VECTOR, source=source, digest=digest))
-        found = json.loads(metadata)
-        if not isinstance(found, dict):
+        value = json.loads(metadata)
+        if not isinstance(value, dict):
             raise ValueError("its metadata is no JSON object")
-        return number, item_id, metadata_text(found), source, digest
+        return number, item_id, metadata_text(value), source, digest
     except (InvalidRequest, ValueError, RecursionError) as error:
         raise StorageFailed(f"{what} cannot be restored: item number {number}: {error}") from error
 

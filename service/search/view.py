@@ -256,12 +256,12 @@ class Views:
         return View(row, parts, tuple(starts), tail, changed, last, Point(removed_to, edited_to))
 
     def _parts(self, db: sqlite3.Connection, row: Row, old: View | None, removed: Numbers) -> tuple[LivePart, ...]:
-        known = {part.segment.row.folder: part for part in (old.parts if old else ())}
+        open_parts = {part.segment.row.folder: part for part in (old.parts if old else ())}
         every: Numbers | None = None
         removed = np.unique(removed)
         parts = []
         for wanted in database.segments(db, row.key):
-            part = known.get(wanted.folder)
+            part = open_parts.get(wanted.folder)
             if part is None:
                 segment = self._open(db, row, wanted)
                 if every is None:
