@@ -26,7 +26,7 @@ from cli.search import (
     run_with,
     settings_for,
 )
-from service.search.kinds import Kind, kinds_with  # a table of names, which imports nothing
+from service.search.kinds import Kind, kinds_with  # only a table: quick to import
 
 if TYPE_CHECKING:
     from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.search.database import Numbers
-from service.search.kinds import IndexKind
-from service.search.kinds import Structure as StructureName
+from service.search.kinds import IndexKind, StructureName
 from service.search.segments import (
     Allowed,
     Bits,
@@ -182,6 +181,8 @@ class InvertedLists:
         """Searches as many lists as hold more allowed items than those of a search without a filter hold items: the
         nearest that are allowed lie further apart."""
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
+        if effort.params.exact:
+            return segment.scan(queries, k, alive)
         in_lists = allowed.in_lists(segment)
         nprobe = effort.widen * (effort.params.nprobe or segment.row.effort)
         usual = nprobe * len(segment.numbers) / len(in_lists)

@@ -1,8 +1,8 @@
 """The kinds of index that a collection may have: one row each, with everything that differs between kinds.
 
-This module holds only data and imports nothing, so the command line and the schemas take their choices from it without
-loading faiss. `service/search/indexes.py` defines what the three structures do. A name that has no row raises
-`ValueError` in `kind_named`, so it never reaches the code of another kind.
+This module holds only data, so the command line and the schemas take their choices from it without loading faiss.
+`service/search/indexes.py` defines what the three structures do. A name that has no row raises `ValueError` in
+`kind_named`, so it never reaches the code of another kind.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
 """The choices in a collection's settings: `auto`, which goes by size, and the names of all rows."""
-Structure = Literal["scan", "graph", "lists"]
+StructureName = Literal["scan", "graph", "lists"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class IndexKind:
     """What distinguishes one kind from the others."""
 
     name: str
-    structure: Structure
+    structure: StructureName
     settings: tuple[str, ...] = ()  # of IndexSpec and SearchParams that apply to it
     efforts: tuple[int, ...] = (1,)  # efSearch or nprobe, ascending; tuning chooses one
     auto_below: float = 0  # `auto` chooses the first row whose limit the number of vectors is below
