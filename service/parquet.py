@@ -1,4 +1,4 @@
-"""pyarrow, which is an extra: imported when a Parquet file is read or written."""
+"""pyarrow, which only Parquet files need: imported when one is read or written."""
 
 from typing import Any
 
