@@ -54,6 +54,7 @@ import uvloop
 from search_peers import KEYS, NAME, Engine, K, Where
 
 from model.cpus import available_cpus
+from service.search.kinds import KINDS
 
 RESULTS = Path(__file__).parent / "results"
 D, SPREAD, CHUNK = 384, 0.5, 50_000
@@ -480,7 +481,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, default=SMALL)
     parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--kinds", nargs="+", choices=("flat", "hnsw", "ivf_pq", "rabitq"))
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS))
     parser.add_argument("--peers", nargs="*", choices=("faiss", "hnswlib", "usearch", "qdrant"))
     parser.add_argument("--only", nargs="+", choices=("build", *PARTS), help="parts to run; the build is always there")
     parser.add_argument("--http", action="store_true")

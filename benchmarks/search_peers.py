@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model.artifact import read_manifest
 from model.cpus import available_cpus
-from service.search import database
+from service.search import database, sqlite_file
 from service.search.database import SegmentRow
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import Between
-from service.search.segments import open_segment
+from service.search.segment_files import open_segment
 from service.search.store import CollectionSpec, Hit, IndexSpec, Item
 
 BUNDLED = next((Path(__file__).parents[1] / "model" / "bundled").iterdir())
@@ -128,7 +128,7 @@ async def build_ours(folder: Path, kind: str, vectors: np.ndarray, keys: dict[st
 
 
 def segment_row(folder: Path, kind: str) -> SegmentRow:
-    with closing(database.connect(folder / kind / "search.sqlite3", read_only=True)) as db:
+    with closing(sqlite_file.connect(folder / kind / "search.sqlite3", read_only=True)) as db:
         [row] = database.segments(db, database.find(db, NAME).key)
     return row
 

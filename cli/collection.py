@@ -27,6 +27,7 @@ from cli.search import (
     settings_for,
 )
 from model.pooling import DEFAULT_POOLING
+from service.search.kinds import Kind, kinds_with  # only a table: quick to import
 
 if TYPE_CHECKING:
     from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore
@@ -78,12 +79,12 @@ def create(
     name: NameArgument,
     pooling: PoolingOption = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How vectors are stored.")] = "float32",
-    kind: Annotated[
-        Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"], typer.Option(help="Index; auto goes by size.")
-    ] = "auto",
-    m: Annotated[int | None, typer.Option(help="hnsw: neighbours of a node.")] = None,
-    ef_construction: Annotated[int | None, typer.Option(help="hnsw: how carefully it is built.")] = None,
-    n_lists: Annotated[int | None, typer.Option(help="ivf_pq, rabitq: cells.")] = None,
+    kind: Annotated[Kind, typer.Option(help="Index; auto goes by size.")] = "auto",
+    m: Annotated[int | None, typer.Option(help=f"{kinds_with('m')}: neighbours of a node.")] = None,
+    ef_construction: Annotated[
+        int | None, typer.Option(help=f"{kinds_with('ef_construction')}: how carefully it is built.")
+    ] = None,
+    n_lists: Annotated[int | None, typer.Option(help=f"{kinds_with('n_lists')}: cells.")] = None,
     target_recall: Annotated[float, typer.Option(help="Of the ten nearest.")] = 0.98,
     indexed: Annotated[
         list[str] | None, typer.Option(help="Metadata key that filters find quickly. Repeatable.")

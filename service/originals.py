@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from model.files import sync, write_bytes
 from service.errors import NotFound, ServiceError, StorageFailed
-from service.search.store import Item
 
 THREADS: Final = 4
 """Calls to the storage at one time: each holds a photo, and a slow storage must not take the threads of others."""
@@ -46,7 +45,17 @@ def digest_of(source: str | None) -> str | None:
     return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
 
 
-def photo_digest(item: Item) -> str | None:
+class HasPhoto(Protocol):
+    """What an item of a collection says of its photo."""
+
+    @property
+    def source(self) -> str | None: ...
+
+    @property
+    def digest(self) -> str | None: ...
+
+
+def photo_digest(item: HasPhoto) -> str | None:
     """The digest of an item's stored photo, if its collection keeps them: what its source names, else its own."""
     return digest_of(item.source) or item.digest
 

@@ -8,8 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Wit
 from pydantic_core import PydanticCustomError
 
 from model.pooling import DEFAULT_POOLING, Pooling
+from service.search.kinds import Kind, kinds_with
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
-from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType, Kind
+from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType
 
 Encoding = Literal["float", "base64"]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
@@ -128,11 +129,14 @@ class IndexIn(Body):
     the documentation and so that all that is wrong is told at once."""
 
     kind: Kind = Field("auto", description="auto: by size")
-    m: int | None = Field(None, ge=M[0], le=M[1], description="hnsw: neighbours of a node")
+    m: int | None = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: neighbours of a node")
     ef_construction: int | None = Field(
-        None, ge=EF_CONSTRUCTION[0], le=EF_CONSTRUCTION[1], description="hnsw: how carefully it is built"
+        None,
+        ge=EF_CONSTRUCTION[0],
+        le=EF_CONSTRUCTION[1],
+        description=f"{kinds_with('ef_construction')}: how carefully it is built",
     )
-    n_lists: int | None = Field(None, ge=N_LISTS[0], le=N_LISTS[1], description="ivf_pq, rabitq: cells")
+    n_lists: int | None = Field(None, ge=N_LISTS[0], le=N_LISTS[1], description=f"{kinds_with('n_lists')}: cells")
     target_recall: float = Field(0.98, ge=TARGET_RECALL[0], le=TARGET_RECALL[1], description="of the ten nearest")
 
 
@@ -237,8 +241,8 @@ class ParamsIn(Body):
     """How hard the index tries; what does not concern its kind is ignored."""
 
     exact: bool = False
-    ef_search: int | None = Field(None, ge=1, le=10_000, description="hnsw")
-    nprobe: int | None = Field(None, ge=1, le=65_536, description="ivf_pq, rabitq")
+    ef_search: int | None = Field(None, ge=1, le=10_000, description=kinds_with("ef_search"))
+    nprobe: int | None = Field(None, ge=1, le=65_536, description=kinds_with("nprobe"))
 
 
 class Ranking(BaseModel):

@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.cpus import available_cpus
 from model.engines.runtimes import parse_engine
+from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis_parts
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     @classmethod
     def _redis_url_is_whole(cls, value: str | None) -> str | None:
         if value is not None:
-            _redis_parts(value)
+            redis_parts(value)
         return value
 
     @field_validator("vector_store")
@@ -159,91 +159,3 @@ def _problem(location: tuple[int | str, ...], value: Any, message: str) -> str:
     name = str(location[0]) if location else "settings"
     shown = "" if name in ("redis_url", "originals_url", "vector_store", "settings") else f"={value!r}"
     return f"{name}{shown}: {message.removeprefix('Value error, ')}"
-
-
-def masked_url(url: str) -> str:
-    """Scheme, host, port and database of a Redis URL, for the log: built from these, so that nothing else is shown.
-
-    Raises:
-        ValueError: the URL is not one of Redis; the message shows no more than the scheme.
-    """
-    parts = _redis_parts(url)
-    if parts.scheme == "unix":
-        return f"unix://{parts.path}"
-    host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port is not None else ''}{parts.path}"
-
-
-def _redis_parts(url: str) -> SplitResult:
-    """The parts of a Redis URL that has no others than it may have.
-
-    An unencoded `/`, `?` or `#` in a password moves the rest of it into another part. So each part is checked, and no
-    message quotes one, nor urllib's messages, which do.
-    """
-    scheme, separator, _ = url.partition("://")
-    if not separator or scheme not in ("redis", "rediss", "unix"):
-        shown = f"{scheme}://" if separator else "a value without ://"
-        raise ValueError(f"must start with redis://, rediss:// or unix://, not with {shown}")
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise ValueError(_REDIS_FORM.format("host or port cannot be read")) from None
-    if parts.query or parts.fragment:
-        raise ValueError(_REDIS_FORM.format("options after ? or # are not taken"))
-    if scheme != "unix" and not host:
-        raise ValueError(_REDIS_FORM.format("the host is missing"))
-    if scheme != "unix" and not re.fullmatch(r"/?|/[0-9]+", parts.path):
-        raise ValueError(_REDIS_FORM.format("what follows the host is not the number of a database"))
-    if scheme == "unix" and (host or not parts.path):
-        raise ValueError("not a valid URL: unix:///path/of/the/socket is")
-    return parts
-
-
-_REDIS_FORM = (
-    "not a valid URL: {}; redis://[[user]:password@]host[:port][/db] is, with special characters of the password "
-    "percent-encoded"
-)
-
-
-def masked_milvus_url(url: str) -> str:
-    """Scheme, host, port and database of a Milvus address, for the log.
-
-    Raises:
-        ValueError: it is no address of Milvus; the message shows no more than the scheme.
-    """
-    parts = milvus_parts(url)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port is not None else ''}{parts.path}"
-
-
-def milvus_parts(url: str) -> SplitResult:
-    """The parts of a Milvus address that has no others than it may have; each is checked as those of Redis are.
-
-    Raises:
-        ValueError: it is no address of Milvus; the message shows no more than the scheme.
-    """
-    scheme, separator, _ = url.partition("://")
-    if not separator or scheme not in ("milvus", "milvus+tls"):
-        shown = f"{scheme}://" if separator and re.fullmatch("[a-z0-9+]{1,16}", scheme) else "a value without a scheme"
-        raise ValueError(f"must be embedded, or start with milvus:// or milvus+tls://, not with {shown}")
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise ValueError(_MILVUS_FORM.format("host or port cannot be read")) from None
-    if parts.query or parts.fragment:
-        raise ValueError(_MILVUS_FORM.format("options after ? or # are not taken"))
-    if not host or not re.fullmatch(r"[A-Za-z0-9._:-]+", host):
-        raise ValueError(_MILVUS_FORM.format("the host is missing or cannot be one"))
-    if bool(parts.username) != bool(parts.password):
-        raise ValueError(_MILVUS_FORM.format("user and password go together"))
-    if not re.fullmatch(r"/?|/[A-Za-z_][A-Za-z0-9_]*", parts.path):
-        raise ValueError(_MILVUS_FORM.format("what follows the host is not the name of a database"))
-    return parts
-
-
-_MILVUS_FORM = (
-    "not a valid URL: {}; milvus://[user:password@]host[:port][/database] is, with special characters of the password "
-    "percent-encoded"
-)

@@ -10,16 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
-from service.search.filters import Filter, matches
-from service.search.specs import check_spec
-from service.search.store import (
-    CollectionInfo,
-    CollectionSpec,
-    Hit,
-    Item,
-    Metadata,
-    Page,
-    SearchParams,
+from service.search.checks import (
     check_id,
     check_k,
     check_match,
@@ -30,6 +21,9 @@ from service.search.store import (
     normalised,
     normalised_rows,
 )
+from service.search.filters import Filter, matches
+from service.search.specs import check_spec
+from service.search.store import CollectionInfo, CollectionSpec, Hit, Item, Metadata, Page, SearchParams
 
 
 @dataclass

@@ -32,15 +32,8 @@ from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMi
 from service.features.images import decode
 from service.ingest.embed import FloatArray, load_ahead, vector_dims, vectors_of
 from service.ingest.folders import Photo, Problem
-from service.search.store import (
-    CollectionInfo,
-    CollectionSpec,
-    Item,
-    VectorStore,
-    check_id,
-    check_source,
-    metadata_text,
-)
+from service.search.checks import check_id, check_source, metadata_text
+from service.search.store import CollectionInfo, CollectionSpec, Item, VectorStore
 from service.tags import make_tag, tag_parts
 
 STAMP_KEY: Final = "_file"

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import InvalidRequest
-from service.search.store import Floats, normalised_rows
+from service.search.checks import normalised_rows
+from service.search.store import Floats
 
 NOTHING_LEFT: Final = 1e-5
 """Length of a sum over the sum of its weights' sizes, below which its direction is float32's rounding."""

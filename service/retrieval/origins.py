@@ -23,7 +23,8 @@ from service.features.pipeline import Analysed, Embedded
 from service.retrieval.combine import combined
 from service.routes.answers import slowest
 from service.routes.queries import Part, Query
-from service.search.store import CollectionInfo, Floats, Item, check_match, normalised
+from service.search.checks import check_match, normalised
+from service.search.store import CollectionInfo, Floats, Item
 from service.state import Service
 from service.tags import tag_parts
 from service.vision.patches import Patches

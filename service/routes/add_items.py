@@ -34,17 +34,8 @@ from service.routes.uploads import (
     service_of,
 )
 from service.schemas import ItemIn, ItemsIn, UploadOptions, json_schema
-from service.search.store import (
-    CollectionInfo,
-    CollectionSpec,
-    Item,
-    check_id,
-    check_match,
-    check_name,
-    check_source,
-    metadata_text,
-    normalised,
-)
+from service.search.checks import check_id, check_match, check_name, check_source, metadata_text, normalised
+from service.search.store import CollectionInfo, CollectionSpec, Item
 from service.settings import Settings
 from service.state import Service
 from service.tags import tag_parts

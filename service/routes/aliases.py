@@ -10,7 +10,7 @@ from service.routes.answers import json_response
 from service.routes.direct import DirectRoute
 from service.routes.uploads import parse_options, read_json, service_of
 from service.schemas import AliasIn, json_body
-from service.search.store import check_name
+from service.search.checks import check_name
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"], route_class=DirectRoute)
 

@@ -17,8 +17,9 @@ from service.routes.answers import json_response
 from service.routes.direct import DirectRoute
 from service.routes.uploads import check_fields, parse_options, read_json, read_optional_json, service_of
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
+from service.search.checks import check_name
 from service.search.specs import check_spec
-from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore, check_name
+from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore
 from service.state import Service
 from service.tags import tag_parts
 

@@ -11,9 +11,10 @@ from service.routes.direct import DirectRoute
 from service.routes.queries import search_params
 from service.routes.uploads import parse_options, read_json, service_of
 from service.schemas import DuplicatesIn, json_schema
+from service.search.checks import check_name
 from service.search.duplicates import Group, by_content, by_similarity, scores_to_first
 from service.search.filters import parse_filter
-from service.search.store import CollectionInfo, check_name
+from service.search.store import CollectionInfo
 from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)

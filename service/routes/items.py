@@ -16,8 +16,9 @@ from service.routes.answers import encode_vector, json_response
 from service.routes.direct import DirectRoute
 from service.routes.uploads import check_fields, off_loop, parse_options, query_fields, read_json, service_of
 from service.schemas import CountIn, DeleteIn, Encoding, ItemQuery, PatchIn, ScrollIn, json_body
+from service.search.checks import check_id, check_name, metadata_text
 from service.search.filters import Filter, parse_filter
-from service.search.store import Item, check_id, check_name, metadata_text
+from service.search.store import Item
 from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)

@@ -31,9 +31,10 @@ from service.routes.uploads import (
     read_upload,
 )
 from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
+from service.search.checks import check_id
 from service.search.filters import MAX_VALUES, And, Filter, In, Not, Or, parse_filter, parse_path
 from service.search.specs import MAX_DIMENSION
-from service.search.store import MAX_DEPTH, SearchParams, check_id
+from service.search.store import MAX_DEPTH, SearchParams
 from service.settings import Settings
 
 FORMS: Final = ("image", "vector", "id", "combine", "region")

@@ -25,7 +25,8 @@ from service.routes.direct import DirectRoute
 from service.routes.queries import Asked, Query, read_search
 from service.routes.uploads import service_of
 from service.schemas import QueryIn, SearchIn, SearchOptions, json_schema
-from service.search.store import MAX_DEPTH, Hit, check_name
+from service.search.checks import check_name
+from service.search.store import MAX_DEPTH, Hit
 from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)

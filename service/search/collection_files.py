@@ -25,7 +25,7 @@ import numpy.typing as npt
 import orjson
 
 from service.errors import InvalidRequest
-from service.ingest.archives import need_parquet
+from service.parquet import need_parquet
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 
@@ -52,29 +52,29 @@ def spec_text(spec: CollectionSpec) -> str:
 def spec_from(text: str) -> CollectionSpec:
     """Raises ValueError when the text is no such spec, or one that no collection may have."""
     try:
-        found = json.loads(text)
+        settings = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the collection's settings cannot be read: {error}") from error
-    return _spec_of(found)
+    return _spec_of(settings)
 
 
-def _spec_of(found: Any) -> CollectionSpec:
-    index = found.get("index") if isinstance(found, dict) else None
-    if not isinstance(index, dict) or "tag" not in found or "dimension" not in found:
+def _spec_of(settings: Any) -> CollectionSpec:
+    index = settings.get("index") if isinstance(settings, dict) else None
+    if not isinstance(index, dict) or "tag" not in settings or "dimension" not in settings:
         raise ValueError("the collection's settings cannot be read: an object with tag, dimension and index is needed")
-    unknown = [*(found.keys() - _known(CollectionSpec)), *(index.keys() - _known(IndexSpec))]
+    unknown = [*(settings.keys() - _names_of(CollectionSpec)), *(index.keys() - _names_of(IndexSpec))]
     if unknown:
         raise ValueError(f"the collection's settings cannot be read: {reprlib.repr(min(unknown))} is no setting")
-    indexed = found.get("indexed", [])
+    indexed = settings.get("indexed", [])
     indexed = tuple(indexed) if isinstance(indexed, list) else indexed
     try:
-        return check_spec(CollectionSpec(**{**found, "index": IndexSpec(**index), "indexed": indexed}))
+        return check_spec(CollectionSpec(**{**settings, "index": IndexSpec(**index), "indexed": indexed}))
     except InvalidRequest as error:
         raise ValueError(f"the collection's settings: {error.detail}") from error
 
 
-def _known(kind: type[CollectionSpec] | type[IndexSpec]) -> set[str]:
-    return {one.name for one in fields(kind)}
+def _names_of(kind: type[CollectionSpec] | type[IndexSpec]) -> set[str]:
+    return {field.name for field in fields(kind)}
 
 
 def _head(tag: Any, spec: CollectionSpec | None) -> Head:
@@ -249,8 +249,8 @@ def read_npz(path: Path) -> Read:
         for start in range(0, len(ids), BATCH):
             items = []
             for row in range(start, min(start + BATCH, len(ids))):
-                known = _object(lines[row], f"fields of row {row}") if lines is not None else {}
-                extra = (known.get("metadata"), known.get("source"), known.get("digest"))
+                extras = _object(lines[row], f"fields of row {row}") if lines is not None else {}
+                extra = (extras.get("metadata"), extras.get("source"), extras.get("digest"))
                 items.append(_item(f"row {row}", str(ids[row]), floats[row], *extra))
             yield items
     except (OSError, EOFError) as error:
@@ -351,15 +351,15 @@ def _json(value: Any) -> bytes:
 
 def _object(line: bytes | str, where: str) -> dict[str, Any]:
     try:
-        found = orjson.loads(line)
+        value = orjson.loads(line)
     except ValueError:
         try:
-            found = json.loads(line)  # orjson takes no integers beyond 64 bits
+            value = json.loads(line)  # orjson takes no integers beyond 64 bits
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{where}: not a JSON object")
-    return found
+    return value
 
 
 def _floats(values: npt.NDArray[Any]) -> Floats:

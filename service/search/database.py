@@ -1,7 +1,6 @@
-"""The embedded store's truth: one SQLite file, and every statement that touches it.
+"""The embedded store's truth: the statements that read and write its SQLite file (`service/search/sqlite_file.py`).
 
-A write is acknowledged after a commit in WAL mode with `synchronous=FULL`: it has been synced to disk. Whatever else
-lies in the folder (segments of faiss) can be made again from here.
+Whatever else lies in the folder (segments of faiss) can be made again from here.
 
 An item's `number` stands for one vector, for ever: replacing an item deletes its number and gives a new one, above all
 before it. So vectors never change, "what is new" is "numbers above the last one seen", and a segment, which holds the
@@ -19,10 +18,8 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,35 +28,11 @@ import orjson
 from service.errors import CollectionNotFound, StorageFailed
 from service.search.filter_sql import extract
 from service.search.filters import parse_path
+from service.search.sqlite_file import run_script
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 
 Numbers = npt.NDArray[np.int64]
 
-_APPLICATION_ID: Final = 0x64763273  # "dv2s", in the file's header: a foreign database is told from ours
-_SCHEMA_VERSION: Final = 2
-_BUSY_MS: Final = 30_000
-_SCHEMA: Final = f"""
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {_SCHEMA_VERSION};
-CREATE TABLE collections (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL,
-    count INTEGER NOT NULL DEFAULT 0,    -- of items
-    version INTEGER NOT NULL DEFAULT 0,  -- grows with every change
-    edits INTEGER NOT NULL DEFAULT 0,    -- grows when metadata changes without its vector
-    sealed INTEGER NOT NULL DEFAULT 0    -- vectors up to this number are in segments
-);
-CREATE TABLE aliases (name TEXT PRIMARY KEY, collection INTEGER NOT NULL REFERENCES collections (id));
-CREATE TABLE segments (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collections (id) ON DELETE CASCADE,
-    folder TEXT NOT NULL, kind TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, count INTEGER NOT NULL,
-    effort INTEGER NOT NULL,  -- efSearch or nprobe that reaches the target recall
-    files TEXT NOT NULL       -- JSON: name -> [bytes, xxh3]
-);
-CREATE TABLE requests (
-    collection INTEGER NOT NULL REFERENCES collections (id) ON DELETE CASCADE, key TEXT NOT NULL,
-    digest BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (collection, key)
-);
-"""
 _TABLES: Final = """
 CREATE TABLE items_{0} (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL, source TEXT, digest TEXT
@@ -114,100 +87,11 @@ class SegmentRow:
     files: dict[str, tuple[int, str]]
 
 
-@contextmanager
-def translated(what: str = "the vector store") -> Iterator[None]:
-    """The border to SQLite and the file system: their errors become ours. Clients see no path."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        why = "it is in use by another process" if "locked" in str(error) else str(error)
-        raise StorageFailed(f"{what}: {why}") from error
-    except sqlite3.DatabaseError as error:
-        raise StorageFailed(
-            f"{what} is damaged or not a database ({error}); restore it from a backup, or move it away to start empty"
-        ) from error
-    except OSError as error:
-        raise StorageFailed(f"{what}: {error.strerror or error}") from error
-
-
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection for one thread; the file is there and ours (`prepare`)."""
-    db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA cache_size = -16384")
-    db.execute(f"PRAGMA mmap_size = {2**40}")  # looking hits up takes half the time; SQLite caps it at 2 GB
-    if read_only:
-        db.execute("PRAGMA query_only = ON")
-    return db
-
-
-def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | None = None) -> None:
-    """Make the file, or check that it is one of ours.
-
-    Raises:
-        StorageFailed: it cannot be used, is damaged or is not ours; the message names it, or `what`.
-    """
-    what = what or f"vector store {path}"
-    with translated(what):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)) as db:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-                check_ours(db, what)  # before anything of it is changed
-            db.execute("PRAGMA page_size = 8192")
-            db.execute(f"PRAGMA journal_mode = {mode}")
-            db.execute("PRAGMA synchronous = FULL")
-            with transaction(db):
-                if db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-                    run_script(db, _SCHEMA)
-
-
-def check_ours(db: sqlite3.Connection, what: str) -> None:
-    """Raises StorageFailed when the file is not a vector store of this version."""
-    (application,) = db.execute("PRAGMA application_id").fetchone()
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
-        raise StorageFailed(
-            f"{what} is not a vector store of this version (application id {application:#x}, version {version}; "
-            f"expected {_APPLICATION_ID:#x}, version {_SCHEMA_VERSION})"
-        )
-
-
-def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Statements within the transaction that is open (`executescript` would commit it)."""
-    for statement in script.split(";\n"):
-        db.execute(statement)
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """A write: all or nothing, on disk when the block has ended."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-@contextmanager
-def snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Reads that see one state of the store, from the first one on."""
-    db.execute("BEGIN")
-    try:
-        yield
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-
-
 # ---- collections
 
 
-def _row(found: tuple[Any, ...]) -> Row:
-    key, name, spec, count, version, edits, sealed = found
+def _row(columns: tuple[Any, ...]) -> Row:
+    key, name, spec, count, version, edits, sealed = columns
     return Row(key, name, _spec(spec), count, version, edits, sealed)
 
 
@@ -233,18 +117,18 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
         CollectionNotFound: there is neither.
     """
     query = _FIND_HERE if schema == "main" else _FIND.format(schema)
-    found = db.execute(query, (name,)).fetchone()
-    if found is None:
+    columns = db.execute(query, (name,)).fetchone()
+    if columns is None:
         raise CollectionNotFound(f"there is no collection {name!r}")
-    return _row(found)
+    return _row(columns)
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
     """Raises CollectionNotFound when it was dropped."""
-    found = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
-    if found is None:
+    columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
+    if columns is None:
         raise CollectionNotFound("there is no such collection any more")
-    return _row(found)
+    return _row(columns)
 
 
 def check_exists(db: sqlite3.Connection, row: Row) -> None:
@@ -256,13 +140,13 @@ def check_exists(db: sqlite3.Connection, row: Row) -> None:
 def every(db: sqlite3.Connection) -> list[Row]:
     """All collections by name, without those that are being restored."""
     query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
-    return [_row(found) for found in db.execute(query)]
+    return [_row(columns) for columns in db.execute(query)]
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
     """Keys and names of collections that are being restored, or were when a process died."""
-    found: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
-    return found
+    unfinished: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
+    return unfinished
 
 
 def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
@@ -270,8 +154,8 @@ def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
     text = json.dumps(dataclasses.asdict(spec))
     (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
     run_script(db, _TABLES.format(key))
-    for place, declared in enumerate(spec.indexed):
-        db.execute(f"CREATE INDEX metadata_{key}_{place} ON items_{key} ({extract(parse_path(declared))})")
+    for position, declared in enumerate(spec.indexed):
+        db.execute(f"CREATE INDEX metadata_{key}_{position} ON items_{key} ({extract(parse_path(declared))})")
     return Row(key, name, spec, 0, 0, 0, 0)
 
 
@@ -330,9 +214,9 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
     """Whether this request was carried out before; None if another was, under the same key. It is noted if not."""
     db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
-    found = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
-    if found is not None:
-        return True if bytes(found[0]) == digest else None
+    earlier = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
+    if earlier is not None:
+        return True if bytes(earlier[0]) == digest else None
     db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (key, request_key, digest, now))
     return False
 
@@ -350,18 +234,18 @@ def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
 # ---- vectors
 
 
-def vectors_of(row: Row, found: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
+def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
     """Numbers [n] and vectors [n, D] float32 of rows (number, vector, crc).
 
     Raises:
         StorageFailed: one of them is not what was written.
     """
     size = row.spec.dimension * row.dtype.itemsize
-    for number, vector, crc in found:
+    for number, vector, crc in rows:
         if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
             raise StorageFailed(f"the vector store is damaged: the vector of item number {number} is broken")
-    numbers = np.fromiter((number for number, _, _ in found), np.int64, len(found))
-    matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), row.dtype).reshape(-1, row.spec.dimension)
+    numbers = np.fromiter((number for number, _, _ in rows), np.int64, len(rows))
+    matrix = np.frombuffer(b"".join(vector for _, vector, _ in rows), row.dtype).reshape(-1, row.spec.dimension)
     return numbers, matrix.astype(np.float32)
 
 
@@ -383,14 +267,14 @@ class Chunk(NamedTuple):
 def read_items(
     db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
 ) -> Iterator[Chunk]:
-    """All items with numbers above `after`, in order, some at a time."""
+    """All items with numbers above `after`, in order, in chunks."""
     query = f"""SELECT v.number, vector, crc, id, metadata, source FROM vectors_{row.key} v
                 LEFT JOIN items_{row.key} i ON i.number = v.number
                 WHERE v.number > ? AND v.number <= ? ORDER BY v.number"""
     cursor = db.execute(query, (after, 2**62 if to is None else to))
-    while found := cursor.fetchmany(chunk):
-        numbers, vectors = vectors_of(row, [place[:3] for place in found])
-        yield Chunk(numbers, vectors, [payload(*place[3:]) for place in found])
+    while rows := cursor.fetchmany(chunk):
+        numbers, vectors = vectors_of(row, [columns[:3] for columns in rows])
+        yield Chunk(numbers, vectors, [payload(*columns[3:]) for columns in rows])
 
 
 def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
@@ -406,17 +290,17 @@ def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
 
 def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
     """Numbers that were removed after this point, and the new point."""
-    found = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
-    return (found[-1][0] if found else seq), np.fromiter((number for _, number in found), np.int64, len(found))
+    rows = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
+    return (rows[-1][0] if rows else seq), np.fromiter((number for _, number in rows), np.int64, len(rows))
 
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
     """Payloads, as they are now, of items whose metadata was changed after this point, and the new point."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
-    found = db.execute(query, (seq,)).fetchall()
-    last = max((place[0] for place in found), default=seq)
-    return last, {number: payload(*rest) for _, number, *rest in found}
+    rows = db.execute(query, (seq,)).fetchall()
+    last = max((columns[0] for columns in rows), default=seq)
+    return last, {number: payload(*rest) for _, number, *rest in rows}
 
 
 # ---- segments
@@ -443,9 +327,9 @@ def swap_segments(
     Returns:
         False, and nothing is changed, when they are no longer what they were in `row`'s time.
     """
-    known = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
-    there = {segment.key for segment in segments(db, row.key)}
-    if known is None or known[0] != row.sealed or not {segment.key for segment in old} <= there:
+    state = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
+    in_use = {segment.key for segment in segments(db, row.key)}
+    if state is None or state[0] != row.sealed or not {segment.key for segment in old} <= in_use:
         return False
     for segment in old:
         db.execute("DELETE FROM segments WHERE id = ?", (segment.key,))

@@ -124,10 +124,10 @@ async def _join(
     deeper = []
     step = min(_QUERIES_PER_CALL, max(1, _HITS_PER_CALL // k))
     for start in range(0, len(items), step):
-        some = items[start : start + step]
-        vectors = np.stack([item.vector for item in some])
+        batch = items[start : start + step]
+        vectors = np.stack([item.vector for item in batch])
         answers = await store.search(info.name, vectors, k, tag=info.tag, where=where, params=params)
-        for item, hits in zip(some, answers, strict=True):
+        for item, hits in zip(batch, answers, strict=True):
             near = [hit.id for hit in hits if hit.score >= floor]
             families.join(item.id, near)
             if len(near) == k:
@@ -158,19 +158,19 @@ class Families:
         """All of them are one family."""
         root = self._root(item_id)
         for other in others:
-            found = self._root(other)
-            if found != root:
-                if self._size[found] > self._size[root]:
-                    root, found = found, root
-                self._parent[found] = root
-                self._size[root] += self._size.pop(found)
+            other_root = self._root(other)
+            if other_root != root:
+                if self._size[other_root] > self._size[root]:
+                    root, other_root = other_root, root
+                self._parent[other_root] = root
+                self._size[root] += self._size.pop(other_root)
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
-        """The ids by family, in the order given, families by their first."""
-        found: dict[str, list[str]] = {}
+        """The ids by family, in their order, families by their first."""
+        families: dict[str, list[str]] = {}
         for item_id in ids:
-            found.setdefault(self._root(item_id), []).append(item_id)
-        return list(found.values())
+            families.setdefault(self._root(item_id), []).append(item_id)
+        return list(families.values())
 
     def _root(self, item_id: str) -> str:
         parent = self._parent

@@ -24,14 +24,16 @@ import numpy.typing as npt
 
 from model.cpus import available_cpus
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
-from service.search import database, snapshots
-from service.search.database import Row, snapshot, translated
+from service.search import database, snapshots, sqlite_file
+from service.search.checks import check_id, check_match, check_name, checked_items, merged, metadata_text
+from service.search.database import Row
 from service.search.filters import Filter
 from service.search.maintenance import Maintenance
 from service.search.reading import ITEM, condition_of, delete_some, items_of, metadata_of, number_after
 from service.search.searcher import Searcher
 from service.search.selection import passing
 from service.search.specs import check_spec
+from service.search.sqlite_file import snapshot, translated
 from service.search.stamp import Stamp
 from service.search.store import (
     CollectionInfo,
@@ -43,12 +45,6 @@ from service.search.store import (
     SearchParams,
     SnapshotInfo,
     VectorStore,
-    check_id,
-    check_match,
-    check_name,
-    checked_items,
-    merged,
-    metadata_text,
 )
 from service.search.threads import Workers, Write, commit_together
 from service.search.view import Views
@@ -78,7 +74,7 @@ class EmbeddedStore:
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
-        database.prepare(self.path)
+        sqlite_file.prepare(self.path)
         self.views = Views(data_dir / "segments")
         self.stamp = Stamp(data_dir / "search.stamp")
         self._snapshots = data_dir / "snapshots"
@@ -196,9 +192,9 @@ class EmbeddedStore:
         def work(db: sqlite3.Connection) -> list[Item | None]:
             row = database.find(db, collection)
             query = f"SELECT {ITEM} FROM items_{row.key} i WHERE id = ?"
-            found = [db.execute(query, (item_id,)).fetchone() for item_id in wanted]
-            items = iter(items_of(db, row, [place for place in found if place is not None]))
-            return [None if place is None else next(items) for place in found]
+            rows = [db.execute(query, (item_id,)).fetchone() for item_id in wanted]
+            items = iter(items_of(db, row, [columns for columns in rows if columns is not None]))
+            return [None if columns is None else next(items) for columns in rows]
 
         return await self._read(work)
 
@@ -208,12 +204,12 @@ class EmbeddedStore:
         def work(db: sqlite3.Connection) -> Item:
             row = database.find(db, collection)
             query = f"SELECT {ITEM} FROM items_{row.key} i WHERE id = ?"
-            found = db.execute(query, (item_id,)).fetchone()
-            if found is None:
+            columns = db.execute(query, (item_id,)).fetchone()
+            if columns is None:
                 raise ItemNotFound(f"collection {collection!r} holds no item {item_id[:80]!r}", param="id")
-            text = metadata_text(merged(metadata_of(item_id, found[2]), metadata))
-            database.edit(db, row.key, found[0], text)
-            return items_of(db, row, [(*found[:2], text, *found[3:])])[0]
+            text = metadata_text(merged(metadata_of(item_id, columns[2]), metadata))
+            database.edit(db, row.key, columns[0], text)
+            return items_of(db, row, [(*columns[:2], text, *columns[3:])])[0]
 
         return await self._write(work)
 
@@ -224,19 +220,19 @@ class EmbeddedStore:
         def work(db: sqlite3.Connection) -> int:
             row = database.find(db, collection)
             query = f"SELECT number FROM items_{row.key} WHERE id = ?"
-            found = [db.execute(query, (item_id,)).fetchone() for item_id in dict.fromkeys(wanted)]
-            return database.remove(db, row.key, [place[0] for place in found if place is not None])
+            numbers = [db.execute(query, (item_id,)).fetchone() for item_id in dict.fromkeys(wanted)]
+            return database.remove(db, row.key, [number[0] for number in numbers if number is not None])
 
         return await self._write(work)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Some at a time, so that other writes need not wait; what is written meanwhile stays."""
+        """Page by page, so that other writes need not wait; what is written meanwhile stays."""
         check_name(collection)
         row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
         while after < last:
-            some, after = await self._write(partial(delete_some, row=row, where=where, after=after, to=last))
-            gone += some
+            deleted, after = await self._write(partial(delete_some, row=row, where=where, after=after, to=last))
+            gone += deleted
         self._maintenance.wake()
         return gone
 
@@ -257,9 +253,9 @@ class EmbeddedStore:
             row = database.find(db, collection)
             condition, parameters = condition_of(where)
             query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
-            found = db.execute(query, (after, *parameters, limit + 1)).fetchall()
-            more = len(found) > limit
-            return Page(items_of(db, row, found[:limit]), f"n{found[limit - 1][0]}" if more else None)
+            rows = db.execute(query, (after, *parameters, limit + 1)).fetchall()
+            more = len(rows) > limit
+            return Page(items_of(db, row, rows[:limit]), f"n{rows[limit - 1][0]}" if more else None)
 
         return await self._read(work)
 
@@ -293,8 +289,8 @@ class EmbeddedStore:
         with snapshots.restoring(self._snapshots) as hidden:
             row: Row = await self._write(lambda db: database.make(db, hidden, kept.spec))
             try:
-                while (some := await asyncio.to_thread(next, rows, None)) is not None:
-                    await self._write(partial(snapshots.insert, row=row, items=some[0], vectors=some[1]))
+                while (page := await asyncio.to_thread(next, rows, None)) is not None:
+                    await self._write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
                 return await self._write(partial(_named, row=row, name=collection))
             except BaseException:
                 with suppress(StorageFailed):  # why it failed first is what counts, and maintenance removes the rest
@@ -334,7 +330,7 @@ class EmbeddedStore:
     # ---- threads
 
     def _connect(self) -> sqlite3.Connection:
-        db = database.connect(self.path)
+        db = sqlite_file.connect(self.path)
         self._connections.append(db)
         return db
 

@@ -96,7 +96,7 @@ def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
     if not level:
         return not decides
     while len(level) > 1:
-        pairs = [level[place : place + 2] for place in range(0, len(level), 2)]
+        pairs = [level[start : start + 2] for start in range(0, len(level), 2)]
         level = [f"({pair[0]}) {word} ({pair[1]})" if len(pair) == 2 else pair[0] for pair in pairs]
     return level[0]
 

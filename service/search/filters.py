@@ -178,22 +178,22 @@ class _Parser:
 
     def _condition(self, body: dict[str, Any]) -> Filter:
         path = parse_path(body["key"])
-        given = [name for name in body if name != "key"]
-        unknown = [name for name in given if name not in _OPERATORS]
-        if unknown or not given:
+        operators = [name for name in body if name != "key"]
+        unknown = [name for name in operators if name not in _OPERATORS]
+        if unknown or not operators:
             raise _wrong(
                 f"{_quoted(unknown[0] if unknown else body)} is no operator: known are {', '.join(_OPERATORS)}"
             )
-        if len(given) > 1 and not set(given) <= set(_RANGES):
-            raise _wrong(f"{' and '.join(given)} in one condition: only gt, gte, lt and lte go together")
-        operand = body[given[0]]
-        if given[0] == "exists":
+        if len(operators) > 1 and not set(operators) <= set(_RANGES):
+            raise _wrong(f"{' and '.join(operators)} in one condition: only gt, gte, lt and lte go together")
+        operand = body[operators[0]]
+        if operators[0] == "exists":
             if not isinstance(operand, bool):
                 raise _wrong(f"exists is true or false, not {_quoted(operand)}")
             return Exists(path) if operand else Not(Exists(path))
-        if given[0] == "eq":
+        if operators[0] == "eq":
             return In(path, (self._scalar(operand),))
-        if given[0] == "in":
+        if operators[0] == "in":
             if not isinstance(operand, list) or not operand:
                 raise _wrong(f"in takes a list of values, not {_quoted(operand)}")
             return In(path, tuple(self._scalar(value) for value in operand))

@@ -36,11 +36,14 @@ from service.search.building import (
     remove_folders,
     write,
 )
-from service.search.database import Chunk, Point, Row, SegmentRow, snapshot, transaction
-from service.search.segments import Positions
+from service.search.database import Chunk, Point, Row, SegmentRow
+from service.search.indexes import INDEX_FILE, structure_of
+from service.search.kinds import EXACT, kind_named
+from service.search.segments import LivePart, Positions
+from service.search.sqlite_file import snapshot, transaction
 from service.search.stamp import Stamp
 from service.search.store import Floats, SearchParams
-from service.search.view import LivePart, View, Views
+from service.search.view import View, Views
 
 log = logging.getLogger(__name__)
 
@@ -99,17 +102,17 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
         return None
     kind, rest = kind_for(spec, sum(sizes)), sum(sizes[1:])
     grow = _can_grow(parts, kind)
-    share = MERGE_SHARE if grow or kind == "flat" else REBUILD_SHARE
+    share = MERGE_SHARE if grow or kind == EXACT.name else REBUILD_SHARE
     if parts[0].segment.row.kind != kind or rest > share * sizes[0] or (idle and grow and rest >= seal_rows):
         return Plan(parts, grow=grow)
     return Plan(parts[1:]) if len(parts) - 1 > MANY else None
 
 
 def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
-    """Whether the first part's graph can be continued: its files are read for that, and may have been deleted."""
-    if not parts or not parts[0].segment.row.kind == kind == "hnsw":
+    """Whether the first part's index can be continued: its files are read for that, and may have been deleted."""
+    if not parts or parts[0].segment.row.kind != kind or not structure_of(kind_named(kind)).can_grow:
         return False
-    return (parts[0].segment.folder / "index.faiss").exists()
+    return (parts[0].segment.folder / INDEX_FILE).exists()
 
 
 class Maintenance:
@@ -178,25 +181,27 @@ class Maintenance:
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
-    def observe(self, view: View, vectors: Floats, found: list[list[tuple[float, int]]], given: SearchParams) -> None:
+    def observe(
+        self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
+    ) -> None:
         """Perhaps keep a live query, to compare its answer with the exact one later."""
         now = time.monotonic()
-        if now - self._sampled_at < RECALL_EVERY_S or given != SearchParams():
+        if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
         if all(part.segment.index is None for part in view.parts):
             return
         self._sampled_at = now
         which = random.randrange(len(vectors))  # noqa: S311 - a sample, not a secret
-        places = np.array([place for _, place in found[which][:10]], np.int64)
-        self._samples.append((view, vectors[which : which + 1], places))
+        positions = np.array([position for _, position in answers[which][:10]], np.int64)
+        self._samples.append((view, vectors[which : which + 1], positions))
         self._wake.set()
 
     def _measure(self) -> None:
         while self._samples and not self._stop.is_set():
-            view, vector, found = self._samples.popleft()
-            truth = view.search(vector, max(1, len(found)), SearchParams(exact=True)).places
+            view, vector, answer = self._samples.popleft()
+            truth = view.search(vector, max(1, len(answer)), SearchParams(exact=True)).positions
             recalled = self._recalls.setdefault(view.row.key, Recall(view.row.spec.index.target_recall))
-            self._on_recall(view.row.name, recalled.add(recall(found[None], truth)))
+            self._on_recall(view.row.name, recalled.add(recall(answer[None], truth)))
 
     # ---- segments
 
@@ -250,7 +255,7 @@ class Maintenance:
                     pass
             except CollectionNotFound:
                 continue
-            except (OSError, RuntimeError, ServiceError, sqlite3.Error, MemoryError) as error:
+            except (OSError, RuntimeError, ValueError, ServiceError, sqlite3.Error, MemoryError) as error:
                 self._retry_at[row.key] = time.monotonic() + RETRY_S
                 log.error("collection %r: no segment could be built (%s); again in %g s", row.name, error, RETRY_S)
 

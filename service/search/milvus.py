@@ -9,10 +9,9 @@ last write wins. A call with several items is several writes: others may see, an
 """
 
 import asyncio
-import base64
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final
@@ -25,25 +24,10 @@ from pymilvus import DataType, MilvusClient
 from service.errors import (
     CollectionNotFound,
     Conflict,
-    InvalidRequest,
     ItemNotFound,
     StorageFailed,
 )
-from service.search.filter_milvus import FIELD, Expression, filterable, quoted, translate
-from service.search.filters import Filter, matches
-from service.search.milvus_client import Server, decoded, encoded, index
-from service.search.specs import check_spec
-from service.search.store import (
-    CollectionInfo,
-    CollectionSpec,
-    Floats,
-    Hit,
-    IndexSpec,
-    Item,
-    Metadata,
-    Page,
-    SearchParams,
-    VectorStore,
+from service.search.checks import (
     check_id,
     check_k,
     check_match,
@@ -53,13 +37,39 @@ from service.search.store import (
     metadata_text,
     normalised_rows,
 )
-
-Row = Mapping[str, Any]
+from service.search.filter_milvus import FIELD, Expression, quoted, translate
+from service.search.filters import Filter, matches
+from service.search.milvus_client import Server, decoded, encoded, index
+from service.search.milvus_rows import (
+    Row,
+    batches,
+    best_hits,
+    cursor_at,
+    hit_of,
+    id_after,
+    id_in,
+    item_of,
+    metadata_of,
+    rounded,
+    row_of,
+    row_of_hit,
+    spec_of,
+)
+from service.search.specs import check_spec
+from service.search.store import (
+    CollectionInfo,
+    CollectionSpec,
+    Floats,
+    Hit,
+    Item,
+    Metadata,
+    Page,
+    SearchParams,
+    VectorStore,
+)
 
 TIMEOUT_S: Final = 15.0
 """Of one call to the server, with what the client tries again."""
-DIGITS: Final = 6
-"""Of a score, as in the embedded store."""
 _SPEC: Final = "dinov2.spec"
 _SPEC_STARTS: Final = '{"tag":'
 _MAX_LIMIT: Final = 16_384
@@ -67,7 +77,6 @@ _MAX_LIMIT: Final = 16_384
 _MAX_HITS: Final = 50_000
 """Of one answer, over all its queries: each comes with its metadata, and an answer is one message."""
 _PAGE: Final = 500
-_WRITE_BYTES: Final = 16 * 2**20
 _ITEM: Final = ["id", "vector", "text", "source", "digest"]
 
 
@@ -101,14 +110,14 @@ class MilvusStore:
         check_name(collection), check_spec(spec)
         async with self._names:
             try:
-                name, found = await self._found(collection)
+                name, existing = await self._resolve(collection)
             except CollectionNotFound:
-                name, found = await self._made(collection, spec)
+                name, existing = await self._create(collection, spec)
         if name != collection:
             raise Conflict(f"{collection!r} is an alias of {name!r}")
-        if found != spec:
-            raise Conflict(f"collection {collection!r} exists with other settings: {found}")
-        return await self._info(name, found)
+        if existing != spec:
+            raise Conflict(f"collection {collection!r} exists with other settings: {existing}")
+        return await self._info(name, existing)
 
     async def collections(self) -> list[CollectionInfo]:
         infos = []
@@ -120,11 +129,11 @@ class MilvusStore:
         return infos
 
     async def info(self, collection: str) -> CollectionInfo:
-        return await self._info(*await self._found(collection))
+        return await self._info(*await self._resolve(collection))
 
     async def drop(self, collection: str) -> None:
         async with self._names:
-            name, _ = await self._found(collection)
+            name, _ = await self._resolve(collection)
             if name != collection:
                 raise Conflict(f"{collection!r} is an alias of {name!r}: delete the alias, or the collection")
             aliases = await self._server.call("list_aliases", collection_name=encoded(name))
@@ -135,19 +144,19 @@ class MilvusStore:
                 await self._server.call("drop_collection", collection_name=encoded(name))
 
     async def aliases(self) -> dict[str, str]:
-        found = {}
+        targets = {}
         for name in await self._own_names():
             answer = await self._server.call("list_aliases", collection_name=encoded(name))
-            found.update({alias: name for alias in map(decoded, answer["aliases"]) if alias is not None})
-        return dict(sorted(found.items()))
+            targets.update({alias: name for alias in map(decoded, answer["aliases"]) if alias is not None})
+        return dict(sorted(targets.items()))
 
     async def set_alias(self, alias: str, collection: str) -> str | None:
         check_name(alias)
         async with self._names:
-            name, _ = await self._found(collection)
+            name, _ = await self._resolve(collection)
             before = None
             with suppress(CollectionNotFound):
-                before, _ = await self._found(alias)
+                before, _ = await self._resolve(alias)
             if before == alias:
                 raise Conflict(f"{alias!r} is a collection, so it cannot be an alias")
             method = "create_alias" if before is None else "alter_alias"
@@ -169,49 +178,49 @@ class MilvusStore:
         check_name(collection)
         checked, dimension = checked_items(items)
         try:
-            name, spec = await self._found(collection)
+            name, spec = await self._resolve(collection)
         except CollectionNotFound:
             async with self._names:
                 try:
-                    name, spec = await self._found(collection)
+                    name, spec = await self._resolve(collection)
                 except CollectionNotFound:
-                    name, spec = await self._made(collection, check_spec(CollectionSpec(tag, dimension)))
+                    name, spec = await self._create(collection, check_spec(CollectionSpec(tag, dimension)))
         check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=dimension)
-        rows = [_row(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked]
+        rows = [row_of(item, vector.astype(spec.dtype).astype(np.float32), text) for item, vector, text in checked]
         async with self._writes[name]:
-            for some in _batches(rows):
-                await self._server.call("upsert", collection_name=encoded(name), data=some)
+            for batch in batches(rows):
+                await self._server.call("upsert", collection_name=encoded(name), data=batch)
         return await self._info(name, spec)
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
         wanted = [check_id(item_id) for item_id in ids]
-        name, _ = await self._found(collection)
+        name, _ = await self._resolve(collection)
         rows = {row["id"]: row for row in await self._by_id(name, wanted, _ITEM)}
-        return [_item(rows[item_id]) if item_id in rows else None for item_id in wanted]
+        return [item_of(rows[item_id]) if item_id in rows else None for item_id in wanted]
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
         check_id(item_id), metadata_text(metadata)
-        name, _ = await self._found(collection)
+        name, _ = await self._resolve(collection)
         async with self._writes[name]:
             rows = await self._by_id(name, [item_id], _ITEM)
             if not rows:
                 raise ItemNotFound(f"collection {collection!r} holds no item {item_id[:80]!r}", param="id")
-            old = _item(rows[0])
+            old = item_of(rows[0])
             new = merged(old.metadata, metadata)
             text = metadata_text(new)
             item = Item(old.id, old.vector, new, old.source, old.digest)
-            await self._server.call("upsert", collection_name=encoded(name), data=[_row(item, old.vector, text)])
+            await self._server.call("upsert", collection_name=encoded(name), data=[row_of(item, old.vector, text)])
         return item
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
         wanted = [check_id(item_id) for item_id in ids]
-        name, _ = await self._found(collection)
+        name, _ = await self._resolve(collection)
         async with self._writes[name]:
             return await self._delete(name, [row["id"] for row in await self._by_id(name, wanted, ["id"])])
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Some at a time; what is written meanwhile, by another process, may stay or go."""
-        name, _ = await self._found(collection)
+        """Page by page; what is written meanwhile, by another process, may stay or go."""
+        name, _ = await self._resolve(collection)
         async with self._writes[name]:
             gone = 0
             async for rows in self._pages(name, where, fields=["id", "text"]):
@@ -219,8 +228,8 @@ class MilvusStore:
             return gone
 
     async def count(self, collection: str, where: Filter | None = None) -> int:
-        """A filter that Milvus cannot say exactly is counted by looking at what it passes."""
-        name, spec = await self._found(collection)
+        """A filter that Milvus cannot express exactly is counted by looking at what it passes."""
+        name, spec = await self._resolve(collection)
         if where is None:
             return (await self._info(name, spec)).count
         expression = translate(where)
@@ -232,14 +241,14 @@ class MilvusStore:
         self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page:
         """In the order of the ids."""
-        after = _after(cursor)
-        name, _ = await self._found(collection)
-        found: list[Row] = []
+        after = id_after(cursor)
+        name, _ = await self._resolve(collection)
+        page: list[Row] = []
         async for rows in self._pages(name, where, fields=_ITEM, after=after, size=min(limit + 1, _PAGE)):
-            found += rows
-            if len(found) > limit:
-                return Page([_item(row) for row in found[:limit]], _cursor(found[limit - 1]["id"]))
-        return Page([_item(row) for row in found], None)
+            page += rows
+            if len(page) > limit:
+                return Page([item_of(row) for row in page[:limit]], cursor_at(page[limit - 1]["id"]))
+        return Page([item_of(row) for row in page], None)
 
     # ---- search
 
@@ -256,23 +265,23 @@ class MilvusStore:
         """Over an HNSW index; `exact` is a search as wide as the index allows, since Milvus has no other."""
         check_k(k)
         queries = normalised_rows(vectors)
-        name, spec = await self._found(collection)
+        name, spec = await self._resolve(collection)
         check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=queries.shape[1])
         expression = Expression(True, True) if where is None else translate(where)
         if expression.text is False:
             return [[] for _ in queries]
         answers: list[list[Hit] | None] = [None] * len(queries)
         depth = k + 1
-        while (left := [place for place, answer in enumerate(answers) if answer is None]) and depth:
-            found = await self._nearest(name, queries[left], depth, expression, params or SearchParams())
-            for place, rows in zip(left, found, strict=True):
-                answers[place] = _best(rows, k, where, is_all=len(rows) < depth, is_last=depth == _MAX_LIMIT)
+        while (open_queries := [query for query, answer in enumerate(answers) if answer is None]) and depth:
+            nearest = await self._nearest(name, queries[open_queries], depth, expression, params or SearchParams())
+            for query, rows in zip(open_queries, nearest, strict=True):
+                answers[query] = best_hits(rows, k, where, is_all=len(rows) < depth, is_last=depth == _MAX_LIMIT)
             depth = min(4 * depth, _MAX_LIMIT) if depth < _MAX_LIMIT else 0
-        if left:
+        if open_queries:
             assert where is not None
-            scanned = await self._scan(name, queries[left], k, where)
-            for place, hits in zip(left, scanned, strict=True):
-                answers[place] = hits
+            scanned = await self._scan(name, queries[open_queries], k, where)
+            for query, hits in zip(open_queries, scanned, strict=True):
+                answers[query] = hits
         return [answer for answer in answers if answer is not None]
 
     async def _nearest(
@@ -293,13 +302,7 @@ class MilvusStore:
                 search_params={"metric_type": "IP", "params": {"ef": ef}},
                 anns_field="vector",
             )
-        return [
-            [
-                {"id": hit["id"], "score": _score(hit["distance"]), **{f: hit["entity"][f] for f in ("text", "source")}}
-                for hit in answer
-            ]
-            for answer in answers
-        ]
+        return [[row_of_hit(hit) for hit in answer] for answer in answers]
 
     async def _scan(self, name: str, queries: Floats, k: int, where: Filter) -> list[list[Hit]]:
         """By looking at every item that the filter may pass."""
@@ -307,9 +310,9 @@ class MilvusStore:
         async for rows in self._pages(name, where, fields=["id", "vector", "text", "source"]):
             if rows:
                 scores = queries @ np.array([row["vector"] for row in rows], np.float32).T
-                for place, line in enumerate(scores.tolist()):
-                    hits = best[place] + [_hit(row, _score(score)) for row, score in zip(rows, line, strict=True)]
-                    best[place] = sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+                for query, line in enumerate(scores.tolist()):
+                    hits = best[query] + [hit_of(row, rounded(score)) for row, score in zip(rows, line, strict=True)]
+                    best[query] = sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
         return best
 
     async def close(self) -> None:
@@ -320,7 +323,7 @@ class MilvusStore:
 
     # ---- what these are made of
 
-    async def _found(self, collection: str) -> tuple[str, CollectionSpec]:
+    async def _resolve(self, collection: str) -> tuple[str, CollectionSpec]:
         """The own name of a collection or alias, and what it is."""
         missing = CollectionNotFound(f"there is no collection {check_name(collection)!r}")
         try:
@@ -331,15 +334,15 @@ class MilvusStore:
         text = described.get("properties", {}).get(_SPEC) or described.get("description", "")
         if name is None or not text.startswith(_SPEC_STARTS):  # somebody else's, with a name like ours
             raise missing
-        return name, _spec(name, text)
+        return name, spec_of(name, text)
 
-    async def _made(self, name: str, spec: CollectionSpec) -> tuple[str, CollectionSpec]:
+    async def _create(self, name: str, spec: CollectionSpec) -> tuple[str, CollectionSpec]:
         """A new collection; or what another process has made under this name meanwhile."""
         try:
             await self._make(name, spec)
         except StorageFailed as error:
             try:
-                return await self._found(name)
+                return await self._resolve(name)
             except CollectionNotFound:
                 raise error from None
         return name, spec
@@ -379,15 +382,15 @@ class MilvusStore:
         wanted = list(dict.fromkeys(ids))
         rows: list[Row] = []
         for start in range(0, len(wanted), _PAGE):
-            some = wanted[start : start + _PAGE]
+            batch = wanted[start : start + _PAGE]
             rows += await self._server.call(
-                "query", collection_name=encoded(name), filter=_one_of(some), output_fields=fields, limit=len(some)
+                "query", collection_name=encoded(name), filter=id_in(batch), output_fields=fields, limit=len(batch)
             )
         return rows
 
     async def _delete(self, name: str, ids: list[str]) -> int:
         for start in range(0, len(ids), _PAGE):
-            expression = _one_of(ids[start : start + _PAGE])
+            expression = id_in(ids[start : start + _PAGE])
             await self._server.call("delete", collection_name=encoded(name), filter=expression)
         return len(ids)
 
@@ -408,97 +411,7 @@ class MilvusStore:
                 iterator="True",
                 reduce_stop_for_best="True",
             )
-            yield [row for row in rows if where is None or matches(where, _metadata(row))]
+            yield [row for row in rows if where is None or matches(where, metadata_of(row))]
             if len(rows) < size:
                 return
             after = rows[-1]["id"]
-
-
-def _spec(name: str, text: str) -> CollectionSpec:
-    try:
-        values = orjson.loads(text)
-        return CollectionSpec(**{**values, "index": IndexSpec(**values["index"]), "indexed": tuple(values["indexed"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise StorageFailed(f"collection {name!r} in Milvus says nothing of use about itself: {error}") from error
-
-
-def _one_of(ids: Sequence[str]) -> str:
-    return f"id in [{', '.join(map(quoted, ids))}]"
-
-
-def _row(item: Item, vector: Floats, text: str) -> dict[str, Any]:
-    """As stored. The text is without its braces: 64 KiB of metadata are one byte more than Milvus takes."""
-    return {
-        "id": item.id,
-        "vector": vector.tolist(),
-        FIELD: filterable(orjson.loads(text)),
-        "text": text[1:-1],
-        "source": item.source or "",
-        "digest": item.digest or "",
-    }
-
-
-def _batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    """Rows by what one message may hold."""
-    batch: list[dict[str, Any]] = []
-    size = 0
-    for row in rows:
-        weight = 4 * len(row["vector"]) + 2 * len(row["text"].encode()) + 10_000
-        if batch and size + weight > _WRITE_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(row)
-        size += weight
-    yield batch
-
-
-def _metadata(row: Row) -> dict[str, Any]:
-    try:
-        metadata: dict[str, Any] = orjson.loads(f"{{{row['text']}}}")
-    except ValueError as error:
-        raise StorageFailed(f"the metadata of item {row['id']!r} in Milvus is broken") from error
-    return metadata
-
-
-def _item(row: Row) -> Item:
-    vector = np.asarray(row["vector"], np.float32)
-    return Item(row["id"], vector, _metadata(row), row["source"] or None, row["digest"] or None)
-
-
-def _hit(row: Row, score: float) -> Hit:
-    return Hit(row["id"], score, _metadata(row), row["source"] or None)
-
-
-def _score(score: float) -> float:
-    return min(1.0, max(-1.0, round(float(score), DIGITS)))
-
-
-def _best(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is_last: bool) -> list[Hit] | None:
-    """The k best of the nearest rows, equal scores by id; None if more must be fetched to know them.
-
-    `is_all`: there are no more; `is_last`: no more can be fetched.
-    """
-    hits = sorted((_hit(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
-    hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]
-    is_known = is_all or (len(hits) >= k and min(row["score"] for row in rows) < hits[k - 1].score)
-    if is_known or (is_last and len(hits) >= k):
-        return hits[:k]
-    return None
-
-
-def _cursor(item_id: str) -> str:
-    return "i" + base64.urlsafe_b64encode(item_id.encode()).decode().rstrip("=")
-
-
-def _after(cursor: str | None) -> str:
-    """The id that a cursor continues behind."""
-    if cursor is None:
-        return ""
-    text = cursor.removeprefix("i")
-    try:
-        item_id = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
-        if not item_id or _cursor(item_id) != cursor:
-            raise ValueError("not as it was given")
-        return check_id(item_id)
-    except (ValueError, InvalidRequest) as error:
-        raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor") from error

@@ -11,8 +11,8 @@ from urllib.parse import unquote
 import grpc
 from pymilvus import MilvusClient, MilvusException
 
+from service.addresses import bracketed_host, milvus_parts
 from service.errors import CollectionNotFound, ServiceError, StorageFailed, Unavailable
-from service.settings import milvus_parts
 
 PREFIX: Final = "dinov2_"
 """Of our collections and aliases: others of the same database are none of our business."""
@@ -33,10 +33,9 @@ class Server:
 
     def __init__(self, url: str, timeout_s: float) -> None:
         parts = milvus_parts(url)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        self.place = f"{host}:{parts.port or 19530}"
+        self.address = f"{bracketed_host(parts)}:{parts.port or 19530}"
         self._options = {
-            "uri": f"{'https' if parts.scheme == 'milvus+tls' else 'http'}://{self.place}",
+            "uri": f"{'https' if parts.scheme == 'milvus+tls' else 'http'}://{self.address}",
             "user": unquote(parts.username or ""),
             "password": unquote(parts.password or ""),
             "db_name": parts.path.strip("/"),
@@ -99,8 +98,8 @@ class Server:
             return CollectionNotFound(f"the collection is gone: {message[:200]}")
         is_away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, _RATE_LIMIT)
         if is_away or re.search("Fail connecting|Retry timeout|Retry run out|closed channel", message):
-            return Unavailable(f"Milvus at {self.place} does not answer: {message[:200]}", retry_after_s=1)
-        return StorageFailed(f"Milvus at {self.place}: {message[:500]}")
+            return Unavailable(f"Milvus at {self.address} does not answer: {message[:200]}", retry_after_s=1)
+        return StorageFailed(f"Milvus at {self.address}: {message[:500]}")
 
     async def close(self) -> None:
         self._is_closed = True
@@ -117,7 +116,7 @@ def decoded(name: str) -> str | None:
     """Our name of a collection or alias of Milvus; None if it is not ours."""
     if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
         return None
-    return re.sub("_(_|2d)", lambda found: "_" if found[1] == "_" else "-", name.removeprefix(PREFIX))
+    return re.sub("_(_|2d)", lambda escape: "_" if escape[1] == "_" else "-", name.removeprefix(PREFIX))
 
 
 def index() -> Any:

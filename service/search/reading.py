@@ -29,16 +29,16 @@ def number_after(cursor: str | None) -> int:
     return int(digits)
 
 
-def items_of(db: sqlite3.Connection, row: Row, found: Sequence[tuple[Any, ...]]) -> list[Item]:
+def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) -> list[Item]:
     """Items of rows (number, id, metadata, source, digest), with their vectors."""
     query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number = ?"
-    vectors = [db.execute(query, (place[0],)).fetchone() for place in found]
+    vectors = [db.execute(query, (columns[0],)).fetchone() for columns in rows]
     if None in vectors:
         raise StorageFailed("the vector store is damaged: an item has no vector")
     matrix = database.vectors_of(row, vectors)[1]
     return [
         Item(item_id, vector, metadata_of(item_id, text), source, digest)
-        for (_, item_id, text, source, digest), vector in zip(found, matrix, strict=True)
+        for (_, item_id, text, source, digest), vector in zip(rows, matrix, strict=True)
     ]
 
 

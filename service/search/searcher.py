@@ -1,4 +1,4 @@
-"""Searching the embedded store: which view, in which thread, and what its places are called.
+"""Searching the embedded store: which view, in which thread, and the items at the positions that it answers with.
 
 A search looks at the stamp that every commit changes and, if it has changed, brings the view up to date, so it sees
 every acknowledged write, of this process or of another on the same folder, and none half. Searches that wait together
@@ -23,31 +23,23 @@ import orjson
 
 from service.errors import StorageFailed
 from service.search import database
-from service.search.database import translated
+from service.search.checks import check_k, check_match, check_name, normalised_rows
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
-from service.search.segments import Found
+from service.search.segments import Allowed, Neighbours
 from service.search.selection import Selections
+from service.search.sqlite_file import translated
 from service.search.stamp import Stamp
-from service.search.store import (
-    MAX_DEPTH,
-    Floats,
-    Hit,
-    SearchParams,
-    check_k,
-    check_match,
-    check_name,
-    normalised_rows,
-)
+from service.search.store import MAX_DEPTH, Floats, Hit, SearchParams
 from service.search.threads import Workers
-from service.search.view import Allowed, View, Views
+from service.search.view import View, Views
 
 AT_ONCE_S: Final = 0.001
 """A search that usually takes no longer may hold the event loop up for as long."""
 DIGITS: Final = 6
 """Of a score."""
 AT_ONCE_K: Final = 100
-"""Nor does one that asks for more: what takes a time is known of the usual ones only."""
+"""Nor does one that asks for more: only of the usual ones is it known how long they take."""
 TIED: Final = 1024
 """How deep an approximate search goes to tell which of very many equal scores have the smallest ids. The same depth for
 every k below it, so that pages do not overlap."""
@@ -92,7 +84,7 @@ class Searcher:
         self._first: asyncio.Task[Any] | None = None  # to search in this turn of the event loop
         self._in_turn = 0  # searches of that task
         self._seconds: dict[str, float] = {}  # a collection's usual search
-        self._known: tuple[int, dict[str, View]] = (0, {})  # a stamp, and views by name or alias while it stands
+        self._at_stamp: tuple[int, dict[str, View]] = (0, {})  # a stamp, and views by name or alias while it stands
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
         # Apart, as a filter may read all metadata: no search without one waits for that.
         self._filtering: Workers[_Query] = Workers("store-filter", threads, self._make_worker)
@@ -112,8 +104,8 @@ class Searcher:
         if where is not None:
             answers = await self._filtering.do(query, object())
             return answers
-        if await self._is_alone() and (found := self._at_once(query)) is not None:
-            return found
+        if await self._is_alone() and (hits := self._at_once(query)) is not None:
+            return hits
         self._searching += 1
         try:
             answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1]))
@@ -140,8 +132,8 @@ class Searcher:
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
         """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
         does. None when it may not be quick: not searched lately, written to meanwhile, deep, or tied."""
-        stamp, known = self._known
-        view = known.get(query.collection)
+        stamp, views = self._at_stamp
+        view = views.get(query.collection)
         usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
         if usual > AT_ONCE_S or view is None or stamp != self._stamp.read():
             return None
@@ -159,10 +151,12 @@ class Searcher:
         db = self._connect()
 
         def work(together: Sequence[_Query]) -> Sequence[Any]:
-            vectors = together[0].vectors if len(together) == 1 else np.concatenate([one.vectors for one in together])
+            vectors = (
+                together[0].vectors if len(together) == 1 else np.concatenate([query.vectors for query in together])
+            )
             with translated():
                 answers = iter(self._answer(db, together[0], vectors))
-            return [[next(answers) for _ in one.vectors] for one in together]
+            return [[next(answers) for _ in query.vectors] for query in together]
 
         return work
 
@@ -202,14 +196,14 @@ class Searcher:
     def view(self, db: sqlite3.Connection, name: str) -> View:
         """The view of a collection (or alias) that holds every write acknowledged until now."""
         stamp = self._stamp.read()
-        if self._known[0] != stamp:
-            self._known = (stamp, {})  # also lets go of collections that were dropped
-        known_at, known = self._known
-        view = known.get(name) if known_at == stamp else None
+        if self._at_stamp[0] != stamp:
+            self._at_stamp = (stamp, {})  # also lets go of collections that were dropped
+        views_at, views = self._at_stamp
+        view = views.get(name) if views_at == stamp else None
         if view is None:
             view = self._views.newest(db, database.find(db, name))
-            if known_at == stamp:  # read before the view was: what came in between may be in it, never missing
-                known[name] = view
+            if views_at == stamp:  # read before the view was: what came in between may be in it, never missing
+                views[name] = view
         return view
 
     def close(self) -> None:
@@ -219,37 +213,37 @@ class Searcher:
 
 
 class _Tied(Exception):
-    """More than the k nearest must be known to tell which they are."""
+    """More than the k nearest are needed to tell which they are."""
 
 
-def _nearest(find: Callable[..., Found], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
-    """For each vector the (score, place) of its k nearest, best first, and of those that tie with the last of them, as
-    far as `deepest`. `find` is the search, still without its vectors and its k.
+def _nearest(find: Callable[..., Neighbours], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
+    """For each vector the (score, position) of its k nearest, best first, and of those that tie with the last of them,
+    as far as `deepest`. `find` is the search, still without its vectors and its k.
 
     Raises:
         _Tied: there may be more ties, and `deepest` is 0.
     """
-    answers = _found(find, vectors, k + 1)
+    answers = _candidates(find, vectors, k + 1)
     depth, tied = k + 1, [which for which, best in enumerate(answers) if _is_tied(best, k, k + 1)]
     if tied and not deepest:
         raise _Tied
     while tied and depth < deepest:
         depth = min(4 * depth, deepest)
-        for which, best in zip(tied, _found(find, vectors[tied], depth), strict=True):
+        for which, best in zip(tied, _candidates(find, vectors[tied], depth), strict=True):
             answers[which] = best
         tied = [which for which in tied if _is_tied(answers[which], k, depth)]
     return [[pair for pair in best if pair[0] >= best[min(k, len(best)) - 1][0]] for best in answers]
 
 
-def _found(find: Callable[..., Found], vectors: Floats, depth: int) -> list[list[tuple[float, int]]]:
-    found = find(vectors, k=depth)
+def _candidates(find: Callable[..., Neighbours], vectors: Floats, depth: int) -> list[list[tuple[float, int]]]:
+    neighbours = find(vectors, k=depth)
     return [
         [
-            (min(1.0, max(-1.0, round(score, DIGITS))), place)
-            for score, place in zip(scores, places, strict=True)
-            if place >= 0
+            (min(1.0, max(-1.0, round(score, DIGITS))), position)
+            for score, position in zip(scores, positions, strict=True)
+            if position >= 0
         ]
-        for scores, places in zip(found.scores.tolist(), found.places.tolist(), strict=True)
+        for scores, positions in zip(neighbours.scores.tolist(), neighbours.positions.tolist(), strict=True)
     ]
 
 
@@ -258,10 +252,10 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
 
 
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
-    """Candidates (score, place) with their ids and metadata; the k best, equal scores by id."""
+    """Candidates (score, position) with their ids and metadata; the k best, equal scores by id."""
     hits = []
     try:
-        for (score, _), payload in zip(best, view.payloads([place for _, place in best]), strict=True):
+        for (score, _), payload in zip(best, view.payloads([position for _, position in best]), strict=True):
             item_id, metadata, source = orjson.loads(payload)
             hits.append(Hit(item_id, score, metadata, source))
     except ValueError as error:

@@ -2,13 +2,12 @@
 
 A segment is a folder of `numbers.npy` (what each item is called in the database), `payloads.bin` with `payloads.npy`
 (what an answer says of each, and where that begins), `vectors.faiss` (a flat index: float32 or float16) and, but for
-the kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of codes). Files are mapped
-(`IO_FLAG_MMAP_IFC`), so opening costs nothing but their checksums, and all processes of a host share one copy. Nothing
-here is ever changed: what is deleted is a bit in a bitmap that comes with each search, since faiss aborts or answers
-wrongly when an index changes under a search (faiss#1504).
+the kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of codes). Nothing here is ever
+changed: what is deleted is a bit in a bitmap that comes with each search, since faiss aborts or answers wrongly when an
+index changes under a search (faiss#1504).
 
-`ivf_pq` and `rabitq` find candidates by their codes, whose scores are approximate; the candidates are then scored by
-their vectors, so a score is the cosine whatever the kind.
+This module has the vectors and exact searches; `service/search/indexes.py` has the searches by index, and
+`service/search/segment_files.py` opens the files.
 
 Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
 """
@@ -18,33 +17,29 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import faiss
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from service.errors import StorageFailed
-from service.search.database import Chunk, Numbers, SegmentRow
-from service.search.store import Floats, SearchParams
+from service.search.database import Numbers, SegmentRow
+from service.search.kinds import IndexKind, kind_named
+from service.search.store import Floats
 
 Bits = npt.NDArray[np.uint8]  # a bit for each vector, lowest first
 Positions = npt.NDArray[np.int64]
 
-REFINE: Final = 8
-"""Candidates by code for each neighbour wanted."""
 _GATHER: Final = 2048  # 3 MB at a time stay in the cache
-_CHUNK: Final = 2**20
 
 
-class Found(NamedTuple):
-    """Answers of one part of a collection, best first; missing ones have place -1 and score -inf."""
+class Neighbours(NamedTuple):
+    """The answers to some queries, best first; missing ones have position -1 and score -inf."""
 
     scores: Floats  # [q, k]
-    places: Positions  # [q, k], within the part
+    positions: Positions  # [q, k], within the part that was searched, or over all parts of a view
 
 
 class Mapped:
@@ -76,7 +71,7 @@ class OnDisk:
         if len(positions) > 1 and (np.diff(positions) == 1).all():
             data = os.pread(handle, size * len(positions), start + int(positions[0]) * size)
         else:
-            data = b"".join([os.pread(handle, size, start + place * size) for place in positions.tolist()])
+            data = b"".join([os.pread(handle, size, start + position * size) for position in positions.tolist()])
         return np.frombuffer(data, self._type).reshape(-1, self._dimension).astype(np.float32)
 
 
@@ -103,10 +98,10 @@ class Payloads(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, place: Any) -> Any:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        start, end = self._starts[place], self._starts[place + 1]
+    def __getitem__(self, position: Any) -> Any:
+        if not 0 <= position < len(self):
+            raise IndexError(position)
+        start, end = self._starts[position], self._starts[position + 1]
         if isinstance(self._data, io.FileIO):
             return os.pread(self._data.fileno(), end - start, start)
         return self._data[start:end]
@@ -114,29 +109,21 @@ class Payloads(Sequence[bytes]):
 
 @dataclass(frozen=True)
 class Segment:
-    """One opened segment. Safe to search from several threads."""
+    """One open segment. Safe to search from several threads."""
 
     row: SegmentRow
     folder: Path
     numbers: Numbers  # [n], ascending
     flat: Any  # faiss.IndexFlatIP or IndexScalarQuantizer (float16)
-    matrix: "Mapped | OnDisk"  # [n, D], the flat index's own vectors
+    matrix: Mapped | OnDisk  # [n, D], the flat index's own vectors
     index: Any  # over the same positions; None for the kind flat
-    payloads: "Payloads"
+    payloads: Payloads
     whole: bool = True  # False: its files are damaged, and this was made of the database's rows
 
-    def search(self, queries: Floats, k: int, alive: Bits | None, params: SearchParams, widen: float = 1.0) -> Found:
-        """The k nearest of each query among those alive (None: all).
-
-        `widen` multiplies efSearch or nprobe: a filter that few pass needs more candidates.
-        """
-        if self.index is None or params.exact:
-            return self._scan(queries, k, alive)
-        selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
-        if self.row.kind != "hnsw":
-            return self._by_code(queries, k, int((params.nprobe or self.row.effort) * widen), selector)
-        wanted = max(k, int((params.ef_search or self.row.effort) * widen))
-        return Found(*self.index.search(queries, k, params=_hnsw_params(wanted, selector)))
+    @cached_property
+    def kind(self) -> IndexKind:
+        """Raises ValueError when this version does not know it."""
+        return kind_named(self.row.kind)
 
     @property
     def n_lists(self) -> int:
@@ -152,25 +139,14 @@ class Segment:
                 lists[faiss.rev_swig_ptr(inverted.get_ids(number), size)] = number
         return lists
 
-    def lists_holding(self, queries: Floats, counts: Numbers, wanted: int) -> int:
-        """How many of a query's nearest lists hold as many vectors, of which list i has counts[i]: of the queries the
-        most."""
-        quantizer = faiss.extract_index_ivf(self.index).quantizer
-        if_even = int(wanted / max(1, counts.sum()) * len(counts))
-        for depth in (min(2 * if_even + 1, len(counts)), len(counts)):
-            held = counts[quantizer.search(queries, depth)[1]].cumsum(axis=1)
-            if (held[:, -1] >= wanted).all():
-                break
-        return min(len(counts), int((held < wanted).sum(axis=1).max()) + 1)
-
-    def exact(self, queries: Floats, k: int, positions: Positions) -> Found:
+    def exact(self, queries: Floats, k: int, positions: Positions) -> Neighbours:
         """The k nearest of each query among some positions, by their vectors."""
-        found = []
+        nearest = []
         for begin in range(0, len(positions), _GATHER):
-            some = positions[begin : begin + _GATHER]
-            scores, places = nearest_rows(queries, self.rows(some), k)
-            found.append(Found(scores, np.where(places < 0, -1, some[places])))
-        return merged(found or [nothing(len(queries))], k)
+            gathered = positions[begin : begin + _GATHER]
+            scores, rows = nearest_rows(queries, self.rows(gathered), k)
+            nearest.append(Neighbours(scores, np.where(rows < 0, -1, gathered[rows])))
+        return merged(nearest or [nothing(len(queries))], k)
 
     def rows(self, positions: Positions) -> Floats:
         """Vectors [len(positions), D] float32."""
@@ -181,30 +157,62 @@ class Segment:
         if not len(self.numbers):
             return np.empty(0, np.int64)
         inside = numbers[np.searchsorted(numbers, self.row.first) : np.searchsorted(numbers, self.row.last, "right")]
-        places = np.searchsorted(self.numbers, inside)
-        held: Positions = places[self.numbers[np.minimum(places, len(self.numbers) - 1)] == inside]
+        positions = np.searchsorted(self.numbers, inside)
+        held: Positions = positions[self.numbers[np.minimum(positions, len(self.numbers) - 1)] == inside]
         return held
 
-    def _scan(self, queries: Floats, k: int, alive: Bits | None) -> Found:
+    def scan(self, queries: Floats, k: int, alive: Bits | None) -> Neighbours:
         """All vectors that are alive. Those on disk are read through, not mapped: they would fill the memory."""
         if isinstance(self.matrix, Mapped):
             selector = None if alive is None else faiss.IDSelectorBitmap(alive)
-            return Found(*self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector)))
+            return Neighbours(*self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector)))
         every = np.arange(len(self.numbers))
         return self.exact(queries, k, every if alive is None else every[are_set(alive, every)])
 
-    def _by_code(self, queries: Floats, k: int, nprobe: int, selector: Any) -> Found:
-        ivf = faiss.SearchParametersIVF(nprobe=min(nprobe, self.n_lists), sel=selector)
-        if self.row.kind == "rabitq":
-            wanted = min(2 * k, len(self.numbers))
-            refine = faiss.IndexRefineSearchParameters(k_factor=REFINE, base_index_params=ivf)
-            _, places = self.index.search(queries, wanted, params=refine)
-        else:
-            wanted = min(max(REFINE * k, 64), len(self.numbers))
-            _, places = self.index.search(queries, wanted, params=ivf)
-        vectors = self.rows(np.maximum(places, 0).ravel()).reshape(*places.shape, -1)  # [q, wanted, D]
-        scores = np.einsum("qwd,qd->qw", vectors, queries)
-        return Found(*top_of(np.where(places < 0, -np.inf, scores), places, k))
+
+class LivePart(NamedTuple):
+    """A segment, and which of its vectors are deleted."""
+
+    segment: Segment
+    dead: Positions
+    alive: Bits | None  # the others; None: all
+
+
+class Allowed:
+    """The items that pass a filter: their numbers, ascending, and where they lie in each segment, computed once."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
+        self._positions: dict[str, Positions] = {}
+        self._bits: dict[str, Bits] = {}
+        self._in_lists: dict[str, Numbers] = {}
+
+    def positions(self, segment: Segment) -> Positions:
+        positions = self._positions.get(segment.row.folder)
+        if positions is None:
+            positions = self._positions[segment.row.folder] = segment.positions_of(self.numbers)
+        return positions
+
+    def bits(self, segment: Segment) -> Bits:
+        bits = self._bits.get(segment.row.folder)
+        if bits is None:
+            bits = self._bits[segment.row.folder] = bits_of(len(segment.numbers), self.positions(segment))
+        return bits
+
+    def in_lists(self, segment: Segment) -> Numbers:
+        """How many are in each of the segment's inverted lists."""
+        counts = self._in_lists.get(segment.row.folder)
+        if counts is None:
+            counts = np.bincount(segment.lists[self.positions(segment)], minlength=segment.n_lists)
+            self._in_lists[segment.row.folder] = counts
+        return counts
+
+    @property
+    def nbytes(self) -> int:
+        arrays: list[np.ndarray[Any, Any]] = [self.numbers]
+        for kept in (self._positions, self._bits, self._in_lists):
+            arrays += kept.values()  # in one go: another thread may be adding to it
+        return sum(array.nbytes for array in arrays)
 
 
 def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positions]:
@@ -212,25 +220,13 @@ def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positio
 
     By faiss, in this thread: numpy's product would wake a thread for every CPU, and wait for those that are busy.
     """
-    scores, places = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-    return scores, places
+    scores, row_numbers = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, row_numbers
 
 
-@lru_cache(256)
-def _all_alive(ef_search: int) -> Any:
-    return faiss.SearchParametersHNSW(efSearch=ef_search)
-
-
-def _hnsw_params(ef_search: int, selector: Any) -> Any:
-    """Making one takes as long as a good part of a search, so the usual ones are kept."""
-    if selector is None:
-        return _all_alive(ef_search)
-    return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
-
-
-def nothing(queries: int) -> Found:
+def nothing(queries: int) -> Neighbours:
     """The answer of a part that holds nothing."""
-    return Found(np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64))
+    return Neighbours(np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64))
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
@@ -267,11 +263,8 @@ def are_set(bits: Bits | None, positions: Positions) -> npt.NDArray[np.bool_]:
     """For each position whether its bit is set."""
     if bits is None:
         return np.ones(len(positions), bool)
-    found: npt.NDArray[np.bool_] = (bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
-    return found
-
-
-# ---- opening
+    flags: npt.NDArray[np.bool_] = (bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
+    return flags
 
 
 def new_flat(dimension: int, dtype: str) -> Any:
@@ -288,66 +281,9 @@ def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
     return matrix
 
 
-def with_storage(graph: Any, storage: Any) -> Any:
-    """An HNSW graph over these vectors; Python keeps them as long as the graph."""
-    graph.storage = storage
-    graph.own_fields = False
-    graph.referenced_objects = [storage]  # as faiss itself does
-    return graph
-
-
-def checksum(path: Path) -> str:
-    """xxh3 of a file, at the speed of memory: every opening checks every byte."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        buffer = bytearray(_CHUNK)
-        while size := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:size])
-    return digest.hexdigest()
-
-
-def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
-    """Check a segment's files and map them.
-
-    Raises:
-        StorageFailed: a file is missing, or is not what was written.
-    """
-    folder = root / row.folder
-    for name, (size, digest) in row.files.items():
-        try:
-            whole = (folder / name).stat().st_size == size and checksum(folder / name) == digest
-        except OSError as error:
-            raise StorageFailed(f"segment {row.folder}: {name}: {error.strerror}") from error
-        if not whole:
-            raise StorageFailed(f"segment {row.folder}: {name} is damaged")
-    # As a plain array: a memmap is slow to index.
-    numbers = np.asarray(np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False))
-    flat = faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
-    index = None
-    if row.kind != "flat":
-        index = faiss.read_index(str(folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
-        if row.kind == "hnsw":
-            index = with_storage(index, flat)
-    on_disk = row.kind == "rabitq"
-    matrix: Mapped | OnDisk = Mapped(matrix_of(flat, dtype))
-    if on_disk:
-        matrix = OnDisk(folder / "vectors.faiss", flat.d, dtype, len(numbers))
-    return Segment(row, folder, numbers, flat, matrix, index, Payloads.opened(folder, on_disk=on_disk))
-
-
-def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
-    """What takes the place of a damaged segment: the same vectors, from the database, searched exactly."""
-    flat = new_flat(dimension, dtype)
-    for chunk in chunks:
-        flat.add(chunk.vectors)
-    numbers = np.concatenate([np.empty(0, np.int64), *(chunk.numbers for chunk in chunks)])
-    payloads = Payloads.of([one for chunk in chunks for one in chunk.payloads])
-    return Segment(row, Path(), numbers, flat, Mapped(matrix_of(flat, dtype)), None, payloads, whole=False)
-
-
-def merged(parts: Sequence[Found], k: int) -> Found:
+def merged(parts: Sequence[Neighbours], k: int) -> Neighbours:
     """The k best of several parts' answers."""
     if len(parts) == 1 and parts[0].scores.shape[1] == k:
         return parts[0]
     scores = np.concatenate([part.scores for part in parts], axis=1)
-    return Found(*top_of(scores, np.concatenate([part.places for part in parts], axis=1), k))
+    return Neighbours(*top_of(scores, np.concatenate([part.positions for part in parts], axis=1), k))

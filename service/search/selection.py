@@ -13,10 +13,12 @@ from typing import Final
 
 import numpy as np
 
-from service.search.database import Numbers, Row, check_exists, snapshot
+from service.search.database import Numbers, Row, check_exists
 from service.search.filter_sql import to_sql
 from service.search.filters import Filter, Scalar
-from service.search.view import Allowed, View
+from service.search.segments import Allowed
+from service.search.sqlite_file import snapshot
+from service.search.view import View
 
 MAX_KEPT_BYTES: Final = 64 * 2**20
 MAX_KEPT: Final = 256
@@ -77,5 +79,5 @@ def passing(db: sqlite3.Connection, row: Row, where: Filter, *, after: int = 0, 
         # The plus keeps SQLite from walking through the numbers instead of using an index on metadata.
         limits = "number > ? AND number <= ?" if after else "+number > ? AND +number <= ?"
         query, parameters = f"{query} AND {limits}", [*parameters, after, to]
-    found = np.fromiter((number for (number,) in db.execute(query, parameters)), np.int64)
-    return np.sort(found)
+    numbers = np.fromiter((number for (number,) in db.execute(query, parameters)), np.int64)
+    return np.sort(numbers)

@@ -2,7 +2,7 @@
 
 Taken within one read transaction, so it is whole while others write, and written aside, synced and renamed. It holds
 what is in the database; segments are built again after a restore. A restore writes into a collection that nobody can
-name yet, some items at a time so that other writes go on, and gives it its name in the end.
+name yet, page by page so that other writes go on, and gives it its name in the end.
 """
 
 import json
@@ -21,10 +21,12 @@ import numpy as np
 
 from model.files import lock_file, publish
 from service.errors import InvalidRequest, NotFound, StorageFailed
-from service.search import database
-from service.search.database import Row, transaction, translated
+from service.search import database, sqlite_file
+from service.search.checks import check_id, check_source, metadata_text
+from service.search.database import Row
 from service.search.specs import check_spec
-from service.search.store import Item, SnapshotInfo, check_id, check_source, metadata_text
+from service.search.sqlite_file import transaction, translated
+from service.search.store import Item, SnapshotInfo
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
     now = time.time()
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
     with translated("the snapshot"):
-        with closing(database.connect(source, read_only=True)) as db:
+        with closing(sqlite_file.connect(source, read_only=True)) as db:
             collection = database.find(db, collection).name
         folder = root / collection
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
 
 
 def _write(source: Path, collection: str, target: Path) -> None:
-    database.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
+    sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
     with closing(sqlite3.connect(target, isolation_level=None)) as db:
         db.execute("ATTACH ? AS source", (str(source),))
         with transaction(db):
@@ -82,17 +84,17 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
     None."""
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
-    found = []
+    infos = []
     for name in names:
         if _NAME.fullmatch(name):
             try:
-                found.append(describe(root, collection, name))
+                infos.append(describe(root, collection, name))
             except StorageFailed as error:
                 log.error("%s", error)
-                found.append(_info(root, collection, name, None))
+                infos.append(_info(root, collection, name, None))
             except NotFound:
                 continue  # deleted meanwhile
-    return found
+    return infos
 
 
 def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
@@ -129,7 +131,7 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """The collection in a snapshot, and its rows some at a time. The file may come from anywhere, so everything in it
+    """The collection in a snapshot, and its rows page by page. The file may come from anywhere, so everything in it
     is checked as if it were written now.
 
     Raises:
@@ -194,10 +196,10 @@ def _checked(row: ItemRow, what: str) -> ItemRow:
         ):
             raise ValueError("its id, metadata, source or digest is no text")
         check_source(Item(check_id(item_id), _NO_VECTOR, source=source, digest=digest))
-        found = json.loads(metadata)
-        if not isinstance(found, dict):
+        value = json.loads(metadata)
+        if not isinstance(value, dict):
             raise ValueError("its metadata is no JSON object")
-        return number, item_id, metadata_text(found), source, digest
+        return number, item_id, metadata_text(value), source, digest
     except (InvalidRequest, ValueError, RecursionError) as error:
         raise StorageFailed(f"{what} cannot be restored: item number {number}: {error}") from error
 
@@ -250,5 +252,5 @@ def _lock_path(root: Path, name: str) -> Path:
 
 def _opened(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
-    database.check_ours(db, f"snapshot {path.stem}")
+    sqlite_file.check_ours(db, f"snapshot {path.stem}")
     return db

@@ -10,7 +10,8 @@ from typing import Any, Final, get_args
 
 from service.errors import InvalidRequest
 from service.search.filters import parse_path
-from service.search.store import CollectionSpec, DType, IndexSpec, Kind
+from service.search.kinds import CHOICES
+from service.search.store import CollectionSpec, DType, IndexSpec
 
 MAX_DIMENSION: Final = 8192
 MAX_INDEXED: Final = 16
@@ -44,7 +45,7 @@ def check_spec(spec: CollectionSpec) -> CollectionSpec:
 
 
 def _check_index(index: IndexSpec) -> None:
-    _check_choice("index.kind", index.kind, get_args(Kind))
+    _check_choice("index.kind", index.kind, CHOICES)
     for name, value, limits in (
         ("m", index.m, M),
         ("ef_construction", index.ef_construction, EF_CONSTRUCTION),

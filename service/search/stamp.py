@@ -11,7 +11,7 @@ import mmap
 import os
 from pathlib import Path
 
-from service.search.database import translated
+from service.search.sqlite_file import translated
 
 
 class Stamp:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from service.errors import ServiceError, StorageFailed
-from service.search.database import transaction, translated
+from service.search.sqlite_file import transaction, translated
 
 log = logging.getLogger(__name__)
 
@@ -120,15 +120,15 @@ def commit_together(db: sqlite3.Connection, writes: Sequence[Write]) -> list[Any
         StorageFailed: the transaction as a whole failed; nothing is written.
     """
     with translated(), transaction(db):
-        return [_one(db, write) for write in writes]
+        return [_carry_out(db, write) for write in writes]
 
 
-def _one(db: sqlite3.Connection, write: Write) -> Any:
-    db.execute("SAVEPOINT one")
+def _carry_out(db: sqlite3.Connection, write: Write) -> Any:
+    db.execute("SAVEPOINT single")
     try:
         result = write(db)
     except ServiceError as error:
         result = error
-        db.execute("ROLLBACK TO one")
-    db.execute("RELEASE one")
+        db.execute("ROLLBACK TO single")
+    db.execute("RELEASE single")
     return result

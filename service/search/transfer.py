@@ -1,6 +1,6 @@
 """Collections from store to store, into files and back: `dinov2 collections copy | export | import`.
 
-Everything goes through `VectorStore`, some items at a time, so a million vectors need no more memory than a thousand
+Everything goes through `VectorStore`, page by page, so a million vectors need no more memory than a thousand
 (.npz excepted: it is written at once). A copy or import that was interrupted is simply run again: a copy skips the ids
 that are there, an import writes them again with the same content.
 
@@ -17,6 +17,7 @@ from typing import Final
 from model.files import replacing
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
 from service.originals import THREADS, Originals, photo_digest
+from service.search.checks import checked_items
 from service.search.collection_files import (
     BATCH,
     Head,
@@ -27,7 +28,7 @@ from service.search.collection_files import (
     read_npz,
     read_parquet,
 )
-from service.search.store import CollectionSpec, Item, VectorStore, checked_items
+from service.search.store import CollectionSpec, Item, VectorStore
 
 FORMATS: Final = (".parquet", ".npz", ".jsonl")
 
@@ -82,8 +83,8 @@ async def copy_collection(
     if originals is not None and (not info.spec.originals or originals[0].is_same_place(originals[1])):
         originals = None
     async for page in pages(source, name):
-        there = await target.get(new_name, [item.id for item in page])
-        missing = [item for item, found in zip(page, there, strict=True) if found is None]
+        present_items = await target.get(new_name, [item.id for item in page])
+        missing = [item for item, existing in zip(page, present_items, strict=True) if existing is None]
         if originals is not None:
             await _copy_photos(page, *originals, photos)
         if missing:
@@ -125,11 +126,11 @@ async def _copy_photos(items: Sequence[Item], source: Originals, target: Origina
     await asyncio.gather(*(copy(digest) for digest in digests if digest is not None))
 
 
-async def pages(store: VectorStore, collection: str, size: int = BATCH) -> AsyncIterator[list[Item]]:
-    """All items, some at a time."""
+async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]]:
+    """All items, page by page."""
     cursor: str | None = None
     while True:
-        page = await store.scroll(collection, cursor=cursor, limit=size)
+        page = await store.scroll(collection, cursor=cursor, limit=BATCH)
         if page.items:
             yield page.items
         cursor = page.cursor
@@ -183,13 +184,13 @@ async def import_collection(
     opened = {".parquet": read_parquet, ".npz": read_npz, ".jsonl": read_jsonl}[suffix](path)
     head = next(opened)
     assert isinstance(head, Head)
-    known = head.tag or tag
-    if known is None:
+    made_by = head.tag or tag
+    if made_by is None:
         raise ValueError(
             f"{path}: says no tag, so nothing tells which model made its vectors; give --tag or --fingerprint"
         )
-    if tag is not None and tag != known:
-        raise ValueError(f"{path}: its vectors are of {known!r}, not of {tag!r}")
+    if tag is not None and tag != made_by:
+        raise ValueError(f"{path}: its vectors are of {made_by!r}, not of {tag!r}")
     written, made = 0, head.spec is None
     for items in opened:
         assert isinstance(items, list)
@@ -197,11 +198,11 @@ async def import_collection(
             await _make(store, name, head.spec)
             made = True
         try:
-            await store.upsert(name, items, tag=known)
+            await store.upsert(name, items, tag=made_by)
         except InvalidRequest as error:
-            where = _first_refused(items)
-            place = f"item {written + where + 1:,}: " if where is not None else ""
-            raise InvalidRequest(f"{path}: {place}{error.detail}", param=error.param) from error
+            position = _first_refused(items)
+            named = f"item {written + position + 1:,}: " if position is not None else ""
+            raise InvalidRequest(f"{path}: {named}{error.detail}", param=error.param) from error
         written += len(items)
         advance(len(items))
     if not made and head.spec is not None:  # an empty collection is one too
@@ -211,11 +212,11 @@ async def import_collection(
 
 def _first_refused(items: Sequence[Item]) -> int | None:
     """Where the first item stands that no store takes."""
-    for place, item in enumerate(items):
+    for position, item in enumerate(items):
         try:
             checked_items([item])
         except InvalidRequest:
-            return place
+            return position
     return None
 
 

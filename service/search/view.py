@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,21 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import StorageFailed
-from service.search import database
+from service.search import database, sqlite_file
 from service.search.database import Chunk, Numbers, Point, Row, SegmentRow
+from service.search.indexes import Effort, search, structure_of
+from service.search.segment_files import in_memory, open_segment
 from service.search.segments import (
-    Bits,
-    Found,
+    Allowed,
+    LivePart,
+    Neighbours,
     Positions,
     Segment,
     are_set,
-    bits_of,
     bits_without,
-    in_memory,
     merged,
     nearest_rows,
     nothing,
-    open_segment,
     top_of,
 )
 from service.search.store import Floats, SearchParams
@@ -44,14 +44,6 @@ EXACT_ROWS: Final = 4_000
 EXACT_SHARE: Final = 0.02
 """A filter that passes at most this many items, or this share of them, is searched exactly: the index's graph or cells
 would lead past most of what passes."""
-OVERSAMPLE: Final = 3
-MAX_OVERSAMPLED: Final = 4096
-"""Of a graph, for a filter: times as many as are expected to hold k that pass, and how many at most."""
-DENSER: Final = 1.5
-"""Of inverted lists, for a filter: times as many candidates as without one."""
-FAR: Final = 2
-"""A filter for which so many times more lists must be searched than if its items were spread evenly passes what is far
-from the query. The nearest of them are then spread over all lists that hold any, so all are searched."""
 _FIRST_CAPACITY: Final = 256
 
 
@@ -78,7 +70,7 @@ class Tail:
         """A new tail of the other rows."""
         stays = np.flatnonzero(~gone)
         kept = Tail(self.matrix.shape[1])
-        kept.append(Chunk(self.numbers[stays], self.matrix[stays], [self.payloads[place] for place in stays]))
+        kept.append(Chunk(self.numbers[stays], self.matrix[stays], [self.payloads[row] for row in stays]))
         return kept
 
 
@@ -91,76 +83,31 @@ class LiveTail(NamedTuple):
     dead: Positions
     buffer: Tail  # which the next view's tail continues
 
-    def search(self, queries: Floats, k: int) -> Found:
+    def search(self, queries: Floats, k: int) -> Neighbours:
         wanted = min(k + len(self.dead), len(self.numbers))
-        scores, places = nearest_rows(queries, self.matrix, wanted)
+        scores, positions = nearest_rows(queries, self.matrix, wanted)
         if len(self.dead):
-            scores = np.where(np.isin(places, self.dead), -np.inf, scores)
-        return Found(*top_of(scores, places, k))
+            scores = np.where(np.isin(positions, self.dead), -np.inf, scores)
+        return Neighbours(*top_of(scores, positions, k))
 
-    def among(self, queries: Floats, k: int, allowed: Numbers) -> Found:
+    def among(self, queries: Floats, k: int, allowed: Numbers) -> Neighbours:
         """The k nearest of those rows that are allowed (ascending)."""
         inside = np.isin(self.numbers, allowed, assume_unique=True)
         inside[self.dead] = False
         rows = np.flatnonzero(inside)
         if not len(rows):
             return nothing(len(queries))
-        scores, places = nearest_rows(queries, self.matrix[rows], k)
-        return Found(scores, np.where(places < 0, -1, rows[places]))
-
-
-class LivePart(NamedTuple):
-    """A segment, and which of its vectors are not deleted (None: all)."""
-
-    segment: Segment
-    dead: Positions
-    alive: Bits | None
-
-
-class Allowed:
-    """What a filter lets pass: numbers, ascending, and where they lie in each segment, found once."""
-
-    def __init__(self, numbers: Numbers) -> None:
-        self.numbers = numbers
-        self._positions: dict[str, Positions] = {}
-        self._bits: dict[str, Bits] = {}
-        self._in_lists: dict[str, Numbers] = {}
-
-    def positions(self, segment: Segment) -> Positions:
-        known = self._positions.get(segment.row.folder)
-        if known is None:
-            known = self._positions[segment.row.folder] = segment.positions_of(self.numbers)
-        return known
-
-    def bits(self, segment: Segment) -> Bits:
-        known = self._bits.get(segment.row.folder)
-        if known is None:
-            known = self._bits[segment.row.folder] = bits_of(len(segment.numbers), self.positions(segment))
-        return known
-
-    def in_lists(self, segment: Segment) -> Numbers:
-        """How many are in each of the segment's inverted lists."""
-        known = self._in_lists.get(segment.row.folder)
-        if known is None:
-            known = np.bincount(segment.lists[self.positions(segment)], minlength=segment.n_lists)
-            self._in_lists[segment.row.folder] = known
-        return known
-
-    @property
-    def nbytes(self) -> int:
-        arrays: list[np.ndarray[Any, Any]] = [self.numbers]
-        for kept in (self._positions, self._bits, self._in_lists):
-            arrays += kept.values()  # in one go: another thread may be adding to it
-        return sum(array.nbytes for array in arrays)
+        scores, positions = nearest_rows(queries, self.matrix[rows], k)
+        return Neighbours(scores, np.where(positions < 0, -1, rows[positions]))
 
 
 @dataclass(frozen=True)
 class View:
-    """One state of one collection. A place is a position in all its parts laid end to end, the tail last."""
+    """One state of one collection. Its positions count over all its parts laid end to end, the tail last."""
 
     row: Row
     parts: tuple[LivePart, ...]
-    starts: tuple[int, ...]  # the place at which each part begins, and in the end the tail
+    starts: tuple[int, ...]  # the position at which each part begins, and in the end the tail
     tail: LiveTail
     edited: dict[int, bytes]  # payloads of items that changed since; shared with later views
     last: int  # the highest number seen
@@ -168,28 +115,29 @@ class View:
 
     def search(
         self, queries: Floats, k: int, params: SearchParams, allowed: Allowed | None = None, widen: float = 1.0
-    ) -> Found:
+    ) -> Neighbours:
         """The k nearest [q, k] of all, or of what a filter allows; `widen` multiplies efSearch and nprobe."""
         if allowed is not None:
-            return self._search_among(queries, k, params, allowed, widen)
+            return self._search_allowed(queries, k, allowed, Effort(params, widen))
+        effort = Effort(params, widen)
         if len(self.parts) == 1 and not len(self.tail.numbers):
-            return _all_of(self.parts[0], queries, k, params, widen)
-        found = [
-            _moved(_all_of(part, queries, k, params, widen), start)
+            return _search_part(self.parts[0], queries, k, effort)
+        answers = [
+            _moved(_search_part(part, queries, k, effort), start)
             for part, start in zip(self.parts, self.starts, strict=False)
         ]
         if len(self.tail.numbers):
-            found.append(_moved(self.tail.search(queries, k), self.starts[-1]))
-        return merged(found or [nothing(len(queries))], k)
+            answers.append(_moved(self.tail.search(queries, k), self.starts[-1]))
+        return merged(answers or [nothing(len(queries))], k)
 
-    def payloads(self, places: Sequence[int]) -> Iterator[bytes]:
-        """What an answer says of the item at each of these places: JSON [id, metadata, source]."""
-        for place in places:
-            part = bisect.bisect_right(self.starts, place) - 1
-            position = place - self.starts[part]
-            where: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
-            changed = self.edited.get(int(where.numbers[position])) if self.edited else None
-            yield where.payloads[position] if changed is None else changed
+    def payloads(self, positions: Sequence[int]) -> Iterator[bytes]:
+        """What an answer says of the item at each of these positions: JSON [id, metadata, source]."""
+        for position in positions:
+            part = bisect.bisect_right(self.starts, position) - 1
+            row = position - self.starts[part]
+            holder: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
+            changed = self.edited.get(int(holder.numbers[row])) if self.edited else None
+            yield holder.payloads[row] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
         """Segments and tail, for people."""
@@ -206,84 +154,48 @@ class View:
         ]
         return {"segments": segments, "tail": len(self.tail.numbers) - len(self.tail.dead)}
 
-    def _search_among(self, queries: Floats, k: int, params: SearchParams, allowed: Allowed, widen: float) -> Found:
-        found = []
+    def _search_allowed(self, queries: Floats, k: int, allowed: Allowed, effort: Effort) -> Neighbours:
+        answers = []
         for part, start in zip(self.parts, self.starts, strict=False):
             positions = allowed.positions(part.segment)
             positions = positions[are_set(part.alive, positions)]
-            count, total = len(positions), len(part.segment.numbers)
-            if not count:
-                continue
-            if count <= max(EXACT_ROWS, EXACT_SHARE * total):
-                found.append(_moved(part.segment.exact(queries, k, positions), start))
-                continue
-            some = _indexed_among(part, queries, k, params, allowed, total / count, widen)
-            found.append(_moved(part.segment.exact(queries, k, positions) if some is None else some, start))
+            if len(positions):
+                answers.append(_moved(_search_allowed(part, queries, k, allowed, effort, positions), start))
         if len(self.tail.numbers):
-            found.append(_moved(self.tail.among(queries, k, allowed.numbers), self.starts[-1]))
-        return merged(found or [nothing(len(queries))], k)
+            answers.append(_moved(self.tail.among(queries, k, allowed.numbers), self.starts[-1]))
+        return merged(answers or [nothing(len(queries))], k)
 
 
-def _all_of(part: LivePart, queries: Floats, k: int, params: SearchParams, widen: float) -> Found:
+def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Neighbours:
     """The k nearest of a segment: by its index, or exactly where that leads to fewer than there are (many equal vectors
     are not all linked in a graph, nor in the lists that are looked at)."""
-    found = part.segment.search(queries, k, part.alive, params, widen)
-    there = min(k, len(part.segment.numbers) - len(part.dead))
-    if there and min(found.places[:, there - 1].tolist()) < 0:
-        return part.segment.search(queries, k, part.alive, replace(params, exact=True))
-    return found
+    nearest = search(part.segment, queries, k, part.alive, effort)
+    reachable = min(k, len(part.segment.numbers) - len(part.dead))
+    if reachable and min(nearest.positions[:, reachable - 1].tolist()) < 0:
+        return part.segment.scan(queries, k, part.alive)
+    return nearest
 
 
-def _indexed_among(
-    part: LivePart, queries: Floats, k: int, params: SearchParams, allowed: Allowed, rarity: float, widen: float
-) -> Found | None:
-    """The k nearest of a segment that a filter allows, by its index; None when the index does not lead to so many.
-    `rarity` is how many items the segment has for each that is allowed."""
-    segment = part.segment
-    if segment.row.kind == "hnsw":
-        found = _graph_among(part, queries, k, params, allowed.bits(segment), OVERSAMPLE * rarity * widen)
-    else:
-        bits = allowed.bits(segment)
-        alive = bits if part.alive is None else bits & part.alive
-        if segment.index is None:
-            found = segment.search(queries, k, alive, params)
-        else:
-            effort = widen * (params.nprobe or segment.row.effort)
-            found = _lists_among(segment, queries, k, alive, allowed.in_lists(segment), effort, rarity)
-    return None if found is None or (found.places[:, -1] < 0).any() else found
+def _search_allowed(
+    part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, positions: Positions
+) -> Neighbours:
+    """The k nearest of a segment that a filter allows, which lie at `positions`: by its index, or exactly where they
+    are few or the index does not lead to k of them."""
+    segment, total = part.segment, len(part.segment.numbers)
+    if len(positions) <= max(EXACT_ROWS, EXACT_SHARE * total):
+        return segment.exact(queries, k, positions)
+    structure = structure_of(segment.kind)
+    nearest = structure.search_allowed(part, queries, k, allowed, effort, total / len(positions))
+    if nearest is None or (nearest.positions[:, -1] < 0).any():
+        return segment.exact(queries, k, positions)
+    return nearest
 
 
-def _graph_among(
-    part: LivePart, queries: Floats, k: int, params: SearchParams, bits: Bits, times: float
-) -> Found | None:
-    """Searched without the filter, so many times deeper: with it, faiss goes through all of a graph whose allowed items
-    lie far from the query."""
-    depth = int(times * k)
-    if depth > MAX_OVERSAMPLED:
-        return None
-    some = part.segment.search(queries, depth, part.alive, params)
-    passing = are_set(bits, np.maximum(some.places, 0).ravel()).reshape(some.places.shape) & (some.places >= 0)
-    return Found(*top_of(np.where(passing, some.scores, -np.inf), some.places, k))
-
-
-def _lists_among(
-    segment: Segment, queries: Floats, k: int, alive: Bits, in_lists: Numbers, effort: float, rarity: float
-) -> Found:
-    """So many lists are searched that they hold more allowed items than those of a search without a filter hold items:
-    the nearest that are allowed lie further apart."""
-    usual = effort * len(segment.numbers) / len(in_lists)
-    nprobe = segment.lists_holding(queries, in_lists, int(DENSER * usual))
-    if nprobe <= FAR * DENSER * effort * rarity:
-        return segment.search(queries, k, alive, SearchParams(nprobe=nprobe))
-    found = segment.search(queries, 2 * k, alive, SearchParams(nprobe=len(in_lists)))  # codes tell far ones apart less
-    return Found(found.scores[:, :k], found.places[:, :k])
-
-
-def _moved(found: Found, start: int) -> Found:
-    """A part's positions as places of the view."""
+def _moved(nearest: Neighbours, start: int) -> Neighbours:
+    """A part's positions as positions of the view."""
     if not start:
-        return found
-    return Found(found.scores, np.where(found.places < 0, -1, found.places + start))
+        return nearest
+    return Neighbours(nearest.scores, np.where(nearest.positions < 0, -1, nearest.positions + start))
 
 
 class Views:
@@ -316,7 +228,7 @@ class Views:
         if view is not None and view.row.version >= row.version:
             return view
         while True:
-            with database.snapshot(db):
+            with sqlite_file.snapshot(db):
                 view = self.at(db, database.by_key(db, row.key))
             if view is not None:
                 return view
@@ -344,12 +256,12 @@ class Views:
         return View(row, parts, tuple(starts), tail, changed, last, Point(removed_to, edited_to))
 
     def _parts(self, db: sqlite3.Connection, row: Row, old: View | None, removed: Numbers) -> tuple[LivePart, ...]:
-        known = {part.segment.row.folder: part for part in (old.parts if old else ())}
+        open_parts = {part.segment.row.folder: part for part in (old.parts if old else ())}
         every: Numbers | None = None
         removed = np.unique(removed)
         parts = []
         for wanted in database.segments(db, row.key):
-            part = known.get(wanted.folder)
+            part = open_parts.get(wanted.folder)
             if part is None:
                 segment = self._open(db, row, wanted)
                 if every is None:
@@ -391,7 +303,7 @@ class Views:
         except (StorageFailed, RuntimeError, ValueError, OSError) as error:
             log.error("%s; searching the database's vectors instead, until it is built again", error)
         chunks = list(database.read_items(db, row, after=wanted.first - 1, to=wanted.last))
-        return in_memory(replace(wanted, kind="flat"), chunks, row.spec.dimension, row.spec.dtype)
+        return in_memory(wanted, chunks, row.spec.dimension, row.spec.dtype)
 
 
 def _rows_gone(tail: LiveTail, sealed: int) -> npt.NDArray[np.bool_]:

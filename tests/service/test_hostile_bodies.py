@@ -7,7 +7,7 @@ import pytest
 
 from service.errors import InvalidRequest
 from service.middleware import error_body
-from service.search.store import metadata_text
+from service.search.checks import metadata_text
 from tests.fakes import most_s, photo, running
 
 JSON = {"Content-Type": "application/json"}

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from service.settings import Settings, load_settings, masked_url
+from service.addresses import masked_url
+from service.settings import Settings, load_settings
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from service.errors import (
     ServiceError,
     StorageFailed,
 )
+from service.search.checks import metadata_text, normalised
 from service.search.filters import Filter, matches, parse_filter
 from service.search.store import (
     MAX_DEPTH,
@@ -34,8 +35,6 @@ from service.search.store import (
     Item,
     SearchParams,
     VectorStore,
-    metadata_text,
-    normalised,
 )
 from tests.dict_store import DictStore
 from tests.service.search.strategies import filter_bodies

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from model.files import lock_file
 from service.errors import CollectionNotFound, Conflict, NotFound, StorageFailed
-from service.search import building, database, maintenance, searcher, snapshots
+from service.search import building, database, maintenance, searcher, snapshots, sqlite_file
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.selection import Selections
@@ -415,7 +415,7 @@ async def test_what_a_crash_left_of_snapshots_and_restores_is_removed(store: Emb
     db = store._connect()
     with snapshots.restoring(tmp_path / "snapshots") as living:
         files = {tmp_path / "snapshots" / f".{living}.lock"}
-        with database.transaction(db):
+        with sqlite_file.transaction(db):
             for name in (living, f"{database.HIDDEN}dead"):
                 database.make(db, name, CollectionSpec(TAG, D))
         folder = tmp_path / "snapshots" / "c"
@@ -462,7 +462,7 @@ async def test_a_restore_says_why_it_failed_also_when_its_remains_cannot_be_remo
 
 async def test_a_snapshot_that_fails_names_no_path(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     await store.upsert("c", items(20), tag=TAG)
-    monkeypatch.setattr(database, "_SCHEMA", "CREATE TABLE broken (")
+    monkeypatch.setattr(sqlite_file, "_SCHEMA", "CREATE TABLE broken (")
     with pytest.raises(StorageFailed, match=r"^the snapshot: ") as caught:
         await store.snapshot("c")
     assert str(store.path.parent) not in str(caught.value)
@@ -854,7 +854,7 @@ async def test_a_store_that_another_process_keeps_locked_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A start that fails is one line of the same words: tests/service/test_server.py."""
-    monkeypatch.setattr(database, "_BUSY_MS", 20)
+    monkeypatch.setattr(sqlite_file, "_BUSY_MS", 20)
     with closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StorageFailed, match="in use by another process"):

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from milvus_lite.search.filter import ast, parse_expr
 
+from service.search.checks import metadata_text
 from service.search.filter_milvus import filterable, translate
 from service.search.filters import matches, parse_filter
-from service.search.store import MAX_METADATA_BYTES, metadata_text
+from service.search.store import MAX_METADATA_BYTES
 from tests.service.search.strategies import filter_bodies
 
 VERSIONS = ["2.4", "2.5", "2.6.19"]

@@ -14,13 +14,14 @@ import pytest
 from pymilvus import DataType, MilvusClient
 
 from service.errors import CollectionNotFound, InvalidRequest, ServiceError, StorageFailed, Unavailable
+from service.search.checks import metadata_text
 from service.search.embedded import EmbeddedStore
 from service.search.filter_milvus import quoted, translate
 from service.search.filters import matches, parse_filter
 from service.search.milvus import MilvusStore, open_milvus
 from service.search.milvus_client import decoded, encoded
 from service.search.opening import open_store
-from service.search.store import CollectionSpec, Item, metadata_text
+from service.search.store import CollectionSpec, Item
 from service.settings import Settings
 from tests.service.search.milvus_server import milvus_server, running_server
 

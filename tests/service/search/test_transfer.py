@@ -14,8 +14,9 @@ import pytest
 
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.originals import Originals, photo_digest, source_of
+from service.search.checks import normalised
 from service.search.collection_files import spec_from, spec_text
-from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, Item, normalised
+from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, Item
 from service.search.transfer import Copied, Photos, copy_collection, export_collection, import_collection
 from tests.dict_store import DictStore
 

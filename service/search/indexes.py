@@ -1,0 +1,291 @@
+"""What faiss does with the vectors of a segment: one class per structure of `service/search/kinds.py`.
+
+A class has everything that differs between structures: how an index is built, written, opened, and searched with and
+without a filter. The rest of the store works with any of them.
+
+Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from service.search.database import Numbers
+from service.search.kinds import IndexKind, StructureName
+from service.search.segments import (
+    Allowed,
+    Bits,
+    LivePart,
+    Neighbours,
+    Segment,
+    are_set,
+    new_flat,
+    top_of,
+)
+from service.search.store import CollectionSpec, Floats, SearchParams
+
+HNSW_M: Final = 32
+HNSW_EF_CONSTRUCTION: Final = 100
+OVERSAMPLE: Final = 3
+MAX_OVERSAMPLED: Final = 4096
+"""Of a graph, for a filter: times as many as are expected to hold k that pass, and how many at most."""
+DENSER: Final = 1.5
+"""Of inverted lists, for a filter: times as many candidates as without one."""
+FAR: Final = 2
+"""A filter for which so many times more lists must be searched than if its items were spread evenly passes what is far
+from the query. The nearest of them are then spread over all lists that hold any, so all are searched."""
+ADD: Final = 4096
+"""Vectors that are added to an index between two checks whether the store closes."""
+INDEX_FILE: Final = "index.faiss"
+
+Check = Callable[[], None]
+
+
+class Effort(NamedTuple):
+    """How hard a search by index tries."""
+
+    params: SearchParams
+    widen: float = 1.0  # multiplies efSearch and nprobe
+
+
+class Structure(Protocol):
+    """One way to index the vectors of a segment."""
+
+    can_grow: bool
+    """Whether an index takes more vectors later; otherwise it is built anew."""
+    write_flags: int
+    """For `faiss.write_index`."""
+
+    def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
+        """The index to add vectors to, and the flat index of its vectors. The first is None if vectors are added to the
+        flat index alone. `base`: a segment whose index is continued (`can_grow`)."""
+
+    def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
+        """The index when all vectors [n, D] have been added; None if there is none."""
+
+    def open(self, folder: Path, flat: Any) -> Any:
+        """The index of a segment's folder, mapped; None if there is none."""
+
+    def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
+        """The k nearest of each query among those alive (None: all)."""
+
+    def search_allowed(
+        self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
+    ) -> Neighbours | None:
+        """The k nearest that a filter allows; None, or missing ones, when the index does not lead to k.
+
+        `rarity` is how many items the segment has for each that is allowed.
+        """
+
+
+class Scan:
+    """No index: a search compares every vector."""
+
+    can_grow = False
+    write_flags = 0
+
+    def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
+        assert base is None
+        return None, new_flat(spec.dimension, spec.dtype)
+
+    def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
+        return None
+
+    def open(self, folder: Path, flat: Any) -> Any:
+        return None
+
+    def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
+        return segment.scan(queries, k, alive)
+
+    def search_allowed(
+        self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
+    ) -> Neighbours | None:
+        return part.segment.scan(queries, k, _alive_and_allowed(part, allowed))
+
+
+class Graph:
+    """HNSW (Malkov and Yashunin 2016). The graph is kept without its vectors; items can be added to it."""
+
+    can_grow = True
+    write_flags = int(faiss.IO_FLAG_SKIP_STORAGE)
+
+    def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
+        index = _new_graph(spec) if base is None else _copied_graph(base, spec)
+        return index, faiss.downcast_index(index.storage)
+
+    def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
+        return index
+
+    def open(self, folder: Path, flat: Any) -> Any:
+        return _with_storage(_mapped(folder), flat)
+
+    def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
+        selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
+        ef_search = max(k, int((effort.params.ef_search or segment.row.effort) * effort.widen))
+        return Neighbours(*segment.index.search(queries, k, params=_hnsw_params(ef_search, selector)))
+
+    def search_allowed(
+        self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
+    ) -> Neighbours | None:
+        """Searches without the filter, but deeper: with it, faiss goes through all of a graph whose allowed items lie
+        far from the query."""
+        depth = int(OVERSAMPLE * rarity * effort.widen * k)
+        if depth > MAX_OVERSAMPLED:
+            return None
+        nearest = search(part.segment, queries, depth, part.alive, Effort(effort.params))
+        positions = nearest.positions
+        passes = are_set(allowed.bits(part.segment), np.maximum(positions, 0).ravel()).reshape(positions.shape)
+        passes &= positions >= 0
+        return Neighbours(*top_of(np.where(passes, nearest.scores, -np.inf), positions, k))
+
+
+class InvertedLists:
+    """Cells of k-means, with a code for each vector. It is trained, so it does not grow."""
+
+    can_grow = False
+    write_flags = 0
+
+    def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
+        assert base is None
+        return None, new_flat(spec.dimension, spec.dtype)
+
+    def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
+        assert kind.codes is not None
+        n, dimension = matrix.shape
+        lists = spec.index.n_lists or int(np.clip(2 ** round(np.log2(4 * np.sqrt(n))), 16, 65_536))
+        lists = min(lists, max(1, n // 39))  # fewer points a list than that, and k-means complains
+        code = kind.codes.factory.format(subvectors=dimension // 2 if dimension % 2 == 0 else dimension)
+        index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
+        sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
+        index.train(np.ascontiguousarray(matrix[sample], np.float32))
+        for begin in range(0, n, ADD):
+            check()
+            index.add(np.ascontiguousarray(matrix[begin : begin + ADD], np.float32))
+        return index
+
+    def open(self, folder: Path, flat: Any) -> Any:
+        return _mapped(folder)
+
+    def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
+        nprobe = int((effort.params.nprobe or segment.row.effort) * effort.widen)
+        return _candidates_by_vector(segment, queries, k, alive, nprobe)
+
+    def search_allowed(
+        self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
+    ) -> Neighbours | None:
+        """Searches as many lists as hold more allowed items than those of a search without a filter hold items: the
+        nearest that are allowed lie further apart."""
+        segment, alive = part.segment, _alive_and_allowed(part, allowed)
+        if effort.params.exact:
+            return segment.scan(queries, k, alive)
+        in_lists = allowed.in_lists(segment)
+        nprobe = effort.widen * (effort.params.nprobe or segment.row.effort)
+        usual = nprobe * len(segment.numbers) / len(in_lists)
+        enough = _lists_holding(segment, queries, in_lists, int(DENSER * usual))
+        if enough <= FAR * DENSER * nprobe * rarity:
+            return _candidates_by_vector(segment, queries, k, alive, enough)
+        # Twice as many, since codes tell far ones apart less.
+        nearest = _candidates_by_vector(segment, queries, 2 * k, alive, len(in_lists))
+        return Neighbours(nearest.scores[:, :k], nearest.positions[:, :k])
+
+
+STRUCTURES: Final[dict[StructureName, Structure]] = {"scan": Scan(), "graph": Graph(), "lists": InvertedLists()}
+
+
+def structure_of(kind: IndexKind) -> Structure:
+    return STRUCTURES[kind.structure]
+
+
+def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
+    """The k nearest of each query among those alive (None: all), by the segment's index unless exactly is asked for."""
+    if segment.index is None or effort.params.exact:
+        return segment.scan(queries, k, alive)
+    return STRUCTURES[segment.kind.structure].search(segment, queries, k, alive, effort)
+
+
+def _alive_and_allowed(part: LivePart, allowed: Allowed) -> Bits:
+    bits = allowed.bits(part.segment)
+    return bits if part.alive is None else bits & part.alive
+
+
+def _mapped(folder: Path) -> Any:
+    return faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+
+
+# ---- graphs
+
+
+def _new_graph(spec: CollectionSpec) -> Any:
+    m = spec.index.m or HNSW_M
+    if spec.dtype == "float32":
+        index = faiss.IndexHNSWFlat(spec.dimension, m, faiss.METRIC_INNER_PRODUCT)
+    else:
+        half = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexHNSWSQ(spec.dimension, half, m, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = spec.index.ef_construction or HNSW_EF_CONSTRUCTION
+    return index
+
+
+def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
+    """The base's graph with vectors of its own, which can be added to."""
+    graph = faiss.read_index(str(base.folder / INDEX_FILE))
+    storage = new_flat(spec.dimension, spec.dtype)
+    for begin in range(0, len(base.numbers), ADD):
+        positions = np.arange(begin, min(begin + ADD, len(base.numbers)))
+        storage.add(np.ascontiguousarray(base.matrix.take(positions), np.float32))
+    return _with_storage(graph, storage)
+
+
+def _with_storage(graph: Any, storage: Any) -> Any:
+    """An HNSW graph over these vectors; Python keeps them as long as the graph."""
+    graph.storage = storage
+    graph.own_fields = False
+    graph.referenced_objects = [storage]  # as faiss itself does
+    return graph
+
+
+@lru_cache(256)
+def _all_alive(ef_search: int) -> Any:
+    return faiss.SearchParametersHNSW(efSearch=ef_search)
+
+
+def _hnsw_params(ef_search: int, selector: Any) -> Any:
+    """Making one takes as long as a good part of a search, so the usual ones are kept."""
+    if selector is None:
+        return _all_alive(ef_search)
+    return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
+
+
+# ---- inverted lists
+
+
+def _candidates_by_vector(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
+    """Finds candidates by code in `nprobe` lists, and scores them by their vectors, so that a score is the cosine."""
+    codes = segment.kind.codes
+    assert codes is not None
+    selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
+    params = faiss.SearchParametersIVF(nprobe=min(nprobe, segment.n_lists), sel=selector)
+    if codes.refine_factor is not None:
+        params = faiss.IndexRefineSearchParameters(k_factor=codes.refine_factor, base_index_params=params)
+    wanted = min(max(codes.candidates * k, codes.min_candidates), len(segment.numbers))
+    _, positions = segment.index.search(queries, wanted, params=params)
+    vectors = segment.rows(np.maximum(positions, 0).ravel()).reshape(*positions.shape, -1)  # [q, wanted, D]
+    scores = np.einsum("qwd,qd->qw", vectors, queries)
+    return Neighbours(*top_of(np.where(positions < 0, -np.inf, scores), positions, k))
+
+
+def _lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
+    """How many of a query's nearest lists hold `wanted` vectors, of which list i has counts[i]; the most of all
+    queries."""
+    quantizer = faiss.extract_index_ivf(segment.index).quantizer
+    if_even = int(wanted / max(1, counts.sum()) * len(counts))
+    for depth in (min(2 * if_even + 1, len(counts)), len(counts)):
+        held = counts[quantizer.search(queries, depth)[1]].cumsum(axis=1)
+        if (held[:, -1] >= wanted).all():
+            break
+    return min(len(counts), int((held < wanted).sum(axis=1).max()) + 1)
