@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from cli.search import (
+from cli.shared import (
     DATA,
     DataDirOption,
     EngineOption,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.search import fail
+from cli.shared import fail
 
 if TYPE_CHECKING:
     from model.artifact import Artifact

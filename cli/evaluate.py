@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cli.search import fail
+from cli.shared import fail, need_torch
 
 TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
@@ -36,10 +36,7 @@ def evaluate(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
     """Evaluate a model: k-NN, logistic regression, linear probe, linear segmentation and depth, retrieval."""
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise fail("`dinov2 eval` needs torch: python -m pip install -e '.[train]'")
+    need_torch("eval")
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -1,59 +1,43 @@
-"""`dinov2 index` and `dinov2 search`, and what the commands that work on collections share.
+"""`dinov2 index` and `dinov2 search`: images into a collection, and the items most similar to an image."""
 
-They open the vector store themselves, so no server needs to run; the embedded store may be in use by one meanwhile.
-Everything heavy is imported when a command runs.
-"""
-
-import asyncio
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from model.pooling import DEFAULT_POOLING, Pooling
+from cli.shared import (
+    DATA,
+    CollectionOption,
+    DataDirOption,
+    EngineOption,
+    JsonOption,
+    ModelOption,
+    PoolingOption,
+    StoreOption,
+    ThreadsOption,
+    decode_limits,
+    find_collection,
+    load_model,
+    run_with,
+)
+from model.pooling import DEFAULT_POOLING
 
 if TYPE_CHECKING:
     from model.artifact import Artifact
     from model.engines.protocol import Engine
     from service.ingest.folders import Problem
     from service.ingest.index import IndexOptions, IndexReport
-    from service.search.store import CollectionInfo, VectorStore
+    from service.search.store import VectorStore
     from service.settings import Settings
 
-T = TypeVar("T")
-
-CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection, or an alias.")]
-DataDirOption = Annotated[
-    Path, typer.Option(help="Folder of collections and artifacts, as the server's.", envvar="DINOV2_DATA_DIR")
-]
-StoreOption = Annotated[
-    str | None,
-    typer.Option(help="embedded, embedded:FOLDER (another data folder) or milvus://... [DINOV2_VECTOR_STORE]"),
-]
-ModelOption = Annotated[
-    str, typer.Option(help="auto (the collection's own, else as `dinov2 serve`), an artifact folder, or a name.")
-]
-EngineOption = Annotated[str, typer.Option(help="auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")]
-PoolingOption = Annotated[
-    Pooling | None,
-    typer.Option(help="What becomes the vector, of a new collection. Default: cls."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
-DATA = Path("data")
 _LISTED = 20
-
-
-def fail(message: object) -> typer.Exit:
-    typer.echo(f"error: {message}", err=True)
-    return typer.Exit(code=2)
 
 
 def index(
@@ -93,7 +77,7 @@ def index(
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of
 
-        info = await _info(vectors, collection)
+        info = await find_collection(vectors, collection)
         found = _found(sources, image_column, settings)
         if info is not None and pooling not in (None, pooling_of(info)):
             raise ValueError(f"collection {info.name!r} holds {pooling_of(info)} vectors, not {pooling}")
@@ -108,7 +92,7 @@ def index(
             force=force,
             originals=bool(originals) if info is None else originals is not False and info.spec.originals,
             metadata=_pairs(metadata or []),
-            limits=_limits(settings),
+            limits=decode_limits(settings),
         )
         return await _index(found, vectors, collection, artifact, loaded, options, settings, errors)
 
@@ -204,7 +188,7 @@ def search(
         pooling = pooling_of(info)
         data = read_photo(photo, max_bytes=settings.max_image_bytes)
         artifact, loaded = load_model(model, engine, threads, data_dir, info)
-        pixels = preprocess(decode(data, _limits(settings)), artifact.manifest.preprocess)
+        pixels = preprocess(decode(data, decode_limits(settings)), artifact.manifest.preprocess)
         tag = vector_tag(artifact, loaded, pooling)
         query = vectors_of(loaded, [pixels], pooling, True)
         [hits] = await vectors.search(collection, query, k, tag=tag, where=condition)
@@ -220,115 +204,6 @@ def search(
     typer.echo(f"{'score':>7}  {'id':<{width}}  source")
     for hit in hits:
         typer.echo(f"{hit['score']:7.4f}  {hit['id']:<{width}}  {hit['source'] or ''}")
-
-
-# ---- what the commands share
-
-
-def run_with(
-    store: str | None,
-    data_dir: Path,
-    work: "Callable[[VectorStore, Settings], Awaitable[T]]",
-    *,
-    makes: bool = False,
-) -> T:
-    """What `work` makes of the store; an error that is the user's to mend is one line and exit status 2.
-
-    Args:
-        makes: whether a store that is not there is made; otherwise a mistyped folder would hold an empty one.
-    """
-    from service.errors import CollectionNotFound
-
-    async def opened() -> T:
-        settings = settings_for(store, data_dir)
-        here = settings.data_dir.resolve() if settings.vector_store == "embedded" else None
-        if here is not None and not makes and not (here / "search.sqlite3").exists():
-            raise ValueError(f"there is no vector store in {here}: --data-dir or DINOV2_DATA_DIR says where it is")
-        async with opened_store(settings) as vectors:
-            try:
-                return await work(vectors, settings)
-            except CollectionNotFound as error:
-                raise ValueError(f"{error.detail} in {here}" if here is not None else error.detail) from error
-
-    return run_async(opened())
-
-
-def run_async(work: Coroutine[Any, Any, T]) -> T:
-    from service.errors import ServiceError
-
-    try:
-        return asyncio.run(work)
-    except (ServiceError, ValueError, OSError, ImportError) as error:
-        raise fail(error) from error
-
-
-def settings_for(store: str | None, data_dir: Path) -> "Settings":
-    """The service's settings with a store in the place of the environment's.
-
-    Raises:
-        ValueError: as `load_settings`.
-    """
-    from service.settings import load_settings
-
-    given: dict[str, Any] = {"data_dir": data_dir}
-    if store is not None and store.startswith("embedded:"):
-        given = {"data_dir": Path(store.removeprefix("embedded:")), "vector_store": "embedded"}
-    elif store is not None:
-        given["vector_store"] = store
-    return load_settings(given)
-
-
-@asynccontextmanager
-async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
-    """The vector store of the settings, closed at the end."""
-    from service.search.opening import open_store
-
-    vectors: VectorStore = await open_store(settings)
-    try:
-        yield vectors
-    finally:
-        await vectors.close()
-
-
-async def _info(vectors: "VectorStore", name: str) -> "CollectionInfo | None":
-    from service.errors import CollectionNotFound
-
-    try:
-        return await vectors.info(name)
-    except CollectionNotFound:
-        return None
-
-
-def load_model(
-    model: str, engine: str, threads: int | None, data_dir: Path, info: "CollectionInfo | None"
-) -> "tuple[Artifact, Engine]":
-    """The model asked for; `auto` takes the one that a collection was made with, if it is here."""
-    from model.artifact import load_artifact
-    from model.engines.choice import load_engine
-    from service.artifact_choice import choose_artifact
-
-    path = artifact_with(info.tag.partition("/")[0], data_dir) if model == "auto" and info is not None else None
-    artifact = load_artifact(path or choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
-    return artifact, load_engine(artifact, engine, threads=threads)
-
-
-def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
-    """The artifact of the data folder, or the bundled one, with this fingerprint (or one that begins so)."""
-    from model.artifact import ArtifactError, find_artifacts, read_manifest
-
-    for path in find_artifacts(data_dir):
-        try:
-            if fingerprint and read_manifest(path).fingerprint.startswith(fingerprint):
-                return path
-        except ArtifactError as error:
-            typer.echo(f"warning: {error}", err=True)
-    return None
-
-
-def _limits(settings: "Settings") -> Any:
-    from model.decode import DecodeLimits
-
-    return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
 
 
 def _found(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.search import fail
+from cli.shared import fail, need_torch
 
 DataOption = Annotated[
     str, typer.Option(help="Folder of images, tar shards (also as a URL), or a Hugging Face dataset on disk.")
@@ -18,16 +18,6 @@ DataOption = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.", metavar="KEY=VALUE")
 ]
-
-
-def need_torch(command: str) -> None:
-    """Leave with advice where torch is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise fail(
-            f"`dinov2 {command}` needs torch: python -m pip install -e '.[train]' (the extra `train` of dinov2-service)"
-        )
 
 
 @contextmanager

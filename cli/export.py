@@ -1,0 +1,116 @@
+"""`dinov2 export`: a checkpoint becomes an artifact."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cli.shared import fail, need_torch
+
+if TYPE_CHECKING:
+    from model.artifact import Manifest
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint file, or a published model's name (see `dinov2 models`).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of artifacts; the artifact becomes a folder in it.")],
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a foreign checkpoint, e.g. dinov2_vits14_reg.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the artifact. Default: the architecture or the recipe.")
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(help="Short side before the crop, pixels. Default: the checkpoint's, else 256.")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Side of the input, pixels. Default: the checkpoint's, else 224.")
+    ] = None,
+    weights_dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How weights are stored.")] = "float32",
+    sizes: Annotated[
+        str, typer.Option(help="Further graphs' input sizes, e.g. 224,518,224x336,dynamic. Default: the crop.")
+    ] = "",
+    precision: Annotated[str, typer.Option(help="Further graphs' precisions: fp32,fp16,bf16,int8.")] = "",
+    outputs: Annotated[
+        str, typer.Option(help="Further graphs' outputs: cls,patches,registers and any of attention,layer.N.")
+    ] = "",
+    int8_weights: Annotated[
+        Literal["s7", "u8"], typer.Option(help="int8's weights: s7, the fastest on AVX2; u8, half the error.")
+    ] = "s7",
+    float_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Linear layers that int8 leaves in float, by ends or beginnings of names (mlp.fc2,blocks.0), or none. "
+            "Default: attn.proj, mlp.fc2 (or mlp.w3) and the last block."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of photos for the parity check; for int8 it holds train/ and val/, a folder per class in "
+            "each. Default: generated pictures."
+        ),
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card (markdown) to put into the artifact.")] = None,
+    licence: Annotated[
+        str, typer.Option(help="SPDX identifier of your weights; published ones bring theirs.")
+    ] = "unknown",
+    keep_onnx: Annotated[bool, typer.Option(help="--no-keep-onnx leaves out what loading can derive.")] = True,
+) -> None:
+    """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
+    need_torch("export")
+    from model.engines.knn_gate import find_labelled
+    from model.export.checkpoint import export_checkpoint
+    from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
+    from model.zoo import DownloadError
+    from service.artifact_choice import read_photo, read_photos
+
+    tell = partial(typer.echo, err=True)
+    try:
+        options = ExportOptions(
+            weights_dtype=weights_dtype,
+            images=read_photos(images, 32, tell) if images else None,
+            labelled=find_labelled(images, partial(read_photo, tell=tell)) if images else None,
+            model_card=card.read_text() if card else None,
+            keep_onnx=keep_onnx,
+        )
+        graphs = GraphOptions(
+            sizes=_items(sizes),
+            precisions=_items(precision),
+            outputs=_items(outputs),
+            int8_weights=int8_weights,
+            float_layers=None if float_layers is None else _items("" if float_layers == "none" else float_layers),
+        )
+        asked = CheckpointOptions(arch=arch, name=name, resize=resize, crop=crop, licence=licence, graphs=graphs)
+        artifact = export_checkpoint(source, out, asked, options)
+    except (ValueError, OSError, DownloadError) as error:
+        raise fail(error) from error
+    typer.echo(f"{artifact.path}\nfingerprint {artifact.fingerprint}")
+    for line in _parity_lines(artifact.manifest):
+        typer.echo(line)
+    typer.echo(f"next: dinov2 serve --model {artifact.path}")
+
+
+def _items(text: str) -> list[str]:
+    """Parts of a list with commas; an empty one has none."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parity_lines(manifest: "Manifest") -> Iterator[str]:
+    """What the export measured, a line per graph and size."""
+    for record in manifest.parity:
+        size = "x".join(map(str, record.size or manifest.input_size))
+        yield (
+            f"{record.file} at {size}: parity on {record.images} images: max error {record.max_abs_error:.2e}, "
+            f"class cosine {record.min_cosine_cls:.7f}, patch cosine {record.min_cosine_patches:.7f}"
+        )
+        if record.gate is not None:
+            serves = "may serve" if record.gate.status == "passed" else "will not serve"
+            yield f"{record.file} {serves}: gate {record.gate.status}: {record.gate.reason}"
+    for graph in manifest.graphs:
+        if graph.not_compared is not None:
+            yield f"{graph.file}: not compared: {graph.not_compared}"

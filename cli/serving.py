@@ -1,0 +1,120 @@
+"""`dinov2 serve`, `embed` and `models`: what runs an artifact."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.shared import fail
+from model.pooling import DEFAULT_POOLING, Pooling
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="auto (newest artifact in the data folder, else the bundled one), an artifact folder, or a name."
+    ),
+]
+
+
+ENGINE_HELP = "auto, fastest (of this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="auto, an artifact folder or a published name. [DINOV2_MODEL]")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [DINOV2_HOST]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. [DINOV2_PORT]")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Collections, artifacts, downloads. [DINOV2_DATA_DIR]")] = None,
+    engine: Annotated[str | None, typer.Option(help=f"{ENGINE_HELP} [DINOV2_ENGINE]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass. [DINOV2_THREADS]")] = None,
+) -> None:
+    """Start the REST service. Settings come from DINOV2_* variables; an option given here wins."""
+    from service.__main__ import main as run_service
+
+    given = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
+    raise typer.Exit(run_service({name: value for name, value in given.items() if value is not None}))
+
+
+def embed(
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images at any depth.")],
+    out: Annotated[Path, typer.Option(help="File to write: paths, vectors, fingerprint (.npz).")],
+    model: ModelOption = "auto",
+    data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
+        "data"
+    ),
+    engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")
+    ] = None,
+    pooling: Annotated[Pooling, typer.Option(help="What becomes the vector.")] = DEFAULT_POOLING,
+    normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
+) -> None:
+    """Embed images into one .npz; what cannot be read is skipped and listed."""
+    from rich.progress import Progress
+
+    from model.artifact import load_artifact
+    from model.engines.choice import load_engine
+    from service.artifact_choice import choose_artifact
+    from service.ingest.embed import embed_files, find_files, save_vectors
+    from service.ingest.index import vector_tag
+
+    try:
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: the folder {out.parent} does not exist")
+        files = find_files(paths)
+        artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
+        loaded = load_engine(artifact, engine, threads=threads)
+        with Progress(disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("embedding", total=len(files))
+            done, vectors, report = embed_files(
+                files,
+                artifact,
+                loaded,
+                pooling=pooling,
+                normalize=normalize,
+                batch_size=batch_size,
+                advance=lambda count: progress.advance(task, count),
+            )
+        tag = {"tag": vector_tag(artifact, loaded, pooling), "pooling": pooling, "normalize": normalize}
+        save_vectors(out, done, vectors, artifact, tag)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise fail(error) from error
+    for path, reason in report.skipped:
+        typer.echo(f"skipped {path}: {reason}", err=True)
+    typer.echo(f"{report.embedded} images -> {out} ({report.images_per_s:.1f} images/s), {len(report.skipped)} skipped")
+    if not report.embedded:
+        raise typer.Exit(code=1)
+
+
+def models(
+    data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
+        "data"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+) -> None:
+    """List the artifacts that can be served now and the published models that can be downloaded."""
+    from model.artifact import ArtifactError, find_artifacts, read_manifest
+    from model.zoo import ENTRIES
+
+    local = []
+    for path in find_artifacts(data_dir):
+        try:
+            manifest = read_manifest(path)
+        except ArtifactError as error:
+            typer.echo(f"warning: {error}", err=True)
+            continue
+        local.append({"path": str(path), "name": manifest.name, "fingerprint": manifest.fingerprint})
+    published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ENTRIES.values()]
+    if as_json:
+        typer.echo(json.dumps({"artifacts": local, "published": published}, indent=2))
+        return
+    typer.echo("Artifacts (dinov2 serve --model PATH):")
+    for row in local:
+        typer.echo(f"  {row['name']:<28} {row['fingerprint'][:8]}  {row['path']}")
+    typer.echo("Published (dinov2 serve --model NAME downloads and exports it once; needs the train extra):")
+    for row in published:
+        typer.echo(f"  {row['name']:<28} {row['licence']}  {row['url']}")

@@ -1,0 +1,166 @@
+"""What the commands share: options, the vector store, the model, and errors as one line.
+
+The commands open the vector store themselves, so no server needs to run. A server may use an embedded store at the
+same time. Everything heavy is imported when a command runs, so `dinov2 --help` is quick and `dinov2 serve` works
+without torch.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from model.pooling import Pooling
+
+if TYPE_CHECKING:
+    from model.artifact import Artifact
+    from model.decode import DecodeLimits
+    from model.engines.protocol import Engine
+    from service.search.store import CollectionInfo, VectorStore
+    from service.settings import Settings
+
+T = TypeVar("T")
+
+CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection, or an alias.")]
+DataDirOption = Annotated[
+    Path, typer.Option(help="Folder of collections and artifacts, as the server's.", envvar="DINOV2_DATA_DIR")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(help="embedded, embedded:FOLDER (another data folder) or milvus://... [DINOV2_VECTOR_STORE]"),
+]
+ModelOption = Annotated[
+    str, typer.Option(help="auto (the collection's own, else as `dinov2 serve`), an artifact folder, or a name.")
+]
+EngineOption = Annotated[str, typer.Option(help="auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")]
+PoolingOption = Annotated[
+    Pooling | None,
+    typer.Option(help="What becomes the vector, of a new collection. Default: cls."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+DATA = Path("data")
+
+
+def fail(message: object) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(code=2)
+
+
+def need_torch(command: str) -> None:
+    """Leave with advice where torch is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise fail(
+            f"`dinov2 {command}` needs torch: python -m pip install -e '.[train]' (the extra `train` of dinov2-service)"
+        )
+
+
+def run_with(
+    store: str | None,
+    data_dir: Path,
+    work: "Callable[[VectorStore, Settings], Awaitable[T]]",
+    *,
+    makes: bool = False,
+) -> T:
+    """What `work` makes of the store; an error that is the user's to mend is one line and exit status 2.
+
+    Args:
+        makes: whether a store that is not there is made; otherwise a mistyped folder would hold an empty one.
+    """
+    from service.errors import CollectionNotFound
+
+    async def opened() -> T:
+        settings = settings_for(store, data_dir)
+        here = settings.data_dir.resolve() if settings.vector_store == "embedded" else None
+        if here is not None and not makes and not (here / "search.sqlite3").exists():
+            raise ValueError(f"there is no vector store in {here}: --data-dir or DINOV2_DATA_DIR says where it is")
+        async with opened_store(settings) as vectors:
+            try:
+                return await work(vectors, settings)
+            except CollectionNotFound as error:
+                raise ValueError(f"{error.detail} in {here}" if here is not None else error.detail) from error
+
+    return run_async(opened())
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    from service.errors import ServiceError
+
+    try:
+        return asyncio.run(work)
+    except (ServiceError, ValueError, OSError, ImportError) as error:
+        raise fail(error) from error
+
+
+def settings_for(store: str | None, data_dir: Path) -> "Settings":
+    """The service's settings with a store in the place of the environment's.
+
+    Raises:
+        ValueError: as `load_settings`.
+    """
+    from service.settings import load_settings
+
+    given: dict[str, Any] = {"data_dir": data_dir}
+    if store is not None and store.startswith("embedded:"):
+        given = {"data_dir": Path(store.removeprefix("embedded:")), "vector_store": "embedded"}
+    elif store is not None:
+        given["vector_store"] = store
+    return load_settings(given)
+
+
+@asynccontextmanager
+async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
+    """The vector store of the settings, closed at the end."""
+    from service.search.opening import open_store
+
+    vectors: VectorStore = await open_store(settings)
+    try:
+        yield vectors
+    finally:
+        await vectors.close()
+
+
+async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo | None":
+    from service.errors import CollectionNotFound
+
+    try:
+        return await vectors.info(name)
+    except CollectionNotFound:
+        return None
+
+
+def load_model(
+    model: str, engine: str, threads: int | None, data_dir: Path, info: "CollectionInfo | None"
+) -> "tuple[Artifact, Engine]":
+    """The model asked for; `auto` takes the one that a collection was made with, if it is here."""
+    from model.artifact import load_artifact
+    from model.engines.choice import load_engine
+    from service.artifact_choice import choose_artifact
+
+    path = artifact_with(info.tag.partition("/")[0], data_dir) if model == "auto" and info is not None else None
+    artifact = load_artifact(path or choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
+    return artifact, load_engine(artifact, engine, threads=threads)
+
+
+def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
+    """The artifact of the data folder, or the bundled one, with this fingerprint (or one that begins so)."""
+    from model.artifact import ArtifactError, find_artifacts, read_manifest
+
+    for path in find_artifacts(data_dir):
+        try:
+            if fingerprint and read_manifest(path).fingerprint.startswith(fingerprint):
+                return path
+        except ArtifactError as error:
+            typer.echo(f"warning: {error}", err=True)
+    return None
+
+
+def decode_limits(settings: "Settings") -> "DecodeLimits":
+    from model.decode import DecodeLimits
+
+    return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
