@@ -173,7 +173,7 @@ class InvertedLists:
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         nprobe = int((effort.params.nprobe or segment.row.effort) * effort.widen)
-        return _candidates_by_vector(segment, queries, k, alive, nprobe)
+        return search_lists(segment, queries, k, alive, nprobe)
 
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
@@ -186,11 +186,11 @@ class InvertedLists:
         in_lists = allowed.in_lists(segment)
         nprobe = effort.widen * (effort.params.nprobe or segment.row.effort)
         usual = nprobe * len(segment.numbers) / len(in_lists)
-        enough = _lists_holding(segment, queries, in_lists, int(DENSER * usual))
+        enough = lists_holding(segment, queries, in_lists, int(DENSER * usual))
         if enough <= FAR * DENSER * nprobe * rarity:
-            return _candidates_by_vector(segment, queries, k, alive, enough)
+            return search_lists(segment, queries, k, alive, enough)
         # Twice as many, since codes tell far ones apart less.
-        nearest = _candidates_by_vector(segment, queries, 2 * k, alive, len(in_lists))
+        nearest = search_lists(segment, queries, 2 * k, alive, len(in_lists))
         return Neighbours(nearest.scores[:, :k], nearest.positions[:, :k])
 
 
@@ -264,7 +264,7 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
 # ---- inverted lists
 
 
-def _candidates_by_vector(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
+def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
     """Finds candidates by code in `nprobe` lists, and scores them by their vectors, so that a score is the cosine."""
     codes = segment.kind.codes
     assert codes is not None
@@ -279,7 +279,7 @@ def _candidates_by_vector(segment: Segment, queries: Floats, k: int, alive: Bits
     return Neighbours(*top_of(np.where(positions < 0, -np.inf, scores), positions, k))
 
 
-def _lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
+def lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
     """How many of a query's nearest lists hold `wanted` vectors, of which list i has counts[i]; the most of all
     queries."""
     quantizer = faiss.extract_index_ivf(segment.index).quantizer
