@@ -163,9 +163,7 @@ class InvertedLists:
         index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
         sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
         index.train(np.ascontiguousarray(matrix[sample], np.float32))
-        for begin in range(0, n, ADD):
-            check()
-            index.add(np.ascontiguousarray(matrix[begin : begin + ADD], np.float32))
+        add_in_steps(index, matrix, check)
         return index
 
     def open(self, folder: Path, flat: Any) -> Any:
@@ -206,6 +204,13 @@ def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort
     if segment.index is None or effort.params.exact:
         return segment.scan(queries, k, alive)
     return STRUCTURES[segment.kind.structure].search(segment, queries, k, alive, effort)
+
+
+def add_in_steps(index: Any, vectors: npt.NDArray[Any], check: Check) -> None:
+    """Adds vectors [n, D] to an index, with a check before each step."""
+    for begin in range(0, len(vectors), ADD):
+        check()
+        index.add(np.ascontiguousarray(vectors[begin : begin + ADD], np.float32))
 
 
 def _alive_and_allowed(part: LivePart, allowed: Allowed) -> Bits:
