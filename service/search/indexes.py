@@ -179,8 +179,6 @@ class InvertedLists:
         """Searches as many lists as hold more allowed items than those of a search without a filter hold items: the
         nearest that are allowed lie further apart."""
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
-        if effort.params.exact:
-            return segment.scan(queries, k, alive)
         in_lists = allowed.in_lists(segment)
         nprobe = effort.widen * (effort.params.nprobe or segment.row.effort)
         usual = nprobe * len(segment.numbers) / len(in_lists)
