@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from model.files import publish
 from service.search.database import Chunk, Numbers, SegmentRow
-from service.search.indexes import ADD, INDEX_FILE, Effort, search, structure_of
+from service.search.indexes import INDEX_FILE, Effort, add_in_steps, search, structure_of
 from service.search.kinds import EXACT, auto_kind, kind_named
 from service.search.segment_files import checksum
 from service.search.segments import Mapped, Payloads, Positions, Segment, matrix_of
@@ -79,9 +79,7 @@ def build(
     for chunk in chunks:
         parts.append(chunk.numbers)
         payloads += chunk.payloads
-        for begin in range(0, len(chunk.vectors), ADD):
-            check()
-            (flat if index is None else index).add(chunk.vectors[begin : begin + ADD])
+        add_in_steps(flat if index is None else index, chunk.vectors, check)
     numbers = np.concatenate(parts) if parts else np.empty(0, np.int64)
     if not len(numbers):
         return Built(numbers, flat, None, payloads, 1, kind)

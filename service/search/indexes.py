@@ -163,9 +163,7 @@ class InvertedLists:
         index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
         sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
         index.train(np.ascontiguousarray(matrix[sample], np.float32))
-        for begin in range(0, n, ADD):
-            check()
-            index.add(np.ascontiguousarray(matrix[begin : begin + ADD], np.float32))
+        add_in_steps(index, matrix, check)
         return index
 
     def open(self, folder: Path, flat: Any) -> Any:
@@ -173,7 +171,7 @@ class InvertedLists:
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         nprobe = int((effort.params.nprobe or segment.row.effort) * effort.widen)
-        return _candidates_by_vector(segment, queries, k, alive, nprobe)
+        return search_lists(segment, queries, k, alive, nprobe)
 
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
@@ -181,16 +179,14 @@ class InvertedLists:
         """Searches as many lists as hold more allowed items than those of a search without a filter hold items: the
         nearest that are allowed lie further apart."""
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
-        if effort.params.exact:
-            return segment.scan(queries, k, alive)
         in_lists = allowed.in_lists(segment)
         nprobe = effort.widen * (effort.params.nprobe or segment.row.effort)
         usual = nprobe * len(segment.numbers) / len(in_lists)
-        enough = _lists_holding(segment, queries, in_lists, int(DENSER * usual))
+        enough = lists_holding(segment, queries, in_lists, int(DENSER * usual))
         if enough <= FAR * DENSER * nprobe * rarity:
-            return _candidates_by_vector(segment, queries, k, alive, enough)
+            return search_lists(segment, queries, k, alive, enough)
         # Twice as many, since codes tell far ones apart less.
-        nearest = _candidates_by_vector(segment, queries, 2 * k, alive, len(in_lists))
+        nearest = search_lists(segment, queries, 2 * k, alive, len(in_lists))
         return Neighbours(nearest.scores[:, :k], nearest.positions[:, :k])
 
 
@@ -206,6 +202,13 @@ def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort
     if segment.index is None or effort.params.exact:
         return segment.scan(queries, k, alive)
     return STRUCTURES[segment.kind.structure].search(segment, queries, k, alive, effort)
+
+
+def add_in_steps(index: Any, vectors: npt.NDArray[Any], check: Check) -> None:
+    """Adds vectors [n, D] to an index, with a check before each step."""
+    for begin in range(0, len(vectors), ADD):
+        check()
+        index.add(np.ascontiguousarray(vectors[begin : begin + ADD], np.float32))
 
 
 def _alive_and_allowed(part: LivePart, allowed: Allowed) -> Bits:
@@ -264,7 +267,7 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
 # ---- inverted lists
 
 
-def _candidates_by_vector(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
+def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
     """Finds candidates by code in `nprobe` lists, and scores them by their vectors, so that a score is the cosine."""
     codes = segment.kind.codes
     assert codes is not None
@@ -279,7 +282,7 @@ def _candidates_by_vector(segment: Segment, queries: Floats, k: int, alive: Bits
     return Neighbours(*top_of(np.where(positions < 0, -np.inf, scores), positions, k))
 
 
-def _lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
+def lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
     """How many of a query's nearest lists hold `wanted` vectors, of which list i has counts[i]; the most of all
     queries."""
     quantizer = faiss.extract_index_ivf(segment.index).quantizer
