@@ -111,6 +111,19 @@ async def test_two_clients_share(redis_server) -> None:
         assert one.events == two.events == []
 
 
+async def test_a_closed_cache_has_no_connection_left(redis_server) -> None:
+    client = redis_server.client()
+    async with Probe(redis_server.url) as probe:
+        await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(4)))
+        assert client.info("clients")["connected_clients"] > 1
+    for _ in range(100):  # the server learns of it a moment later
+        if client.info("clients")["connected_clients"] == 1:
+            break
+        await asyncio.sleep(0.02)
+    assert client.info("clients")["connected_clients"] == 1
+    client.close()
+
+
 async def test_entries_expire(redis_server) -> None:
     async with Probe(redis_server.url, ttl_s=1) as probe:
         await probe.cache.set_many({"k": b"v"})
