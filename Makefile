@@ -22,7 +22,7 @@ TORCH := torch==2.13.0
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-service check docs bench clean
+.PHONY: help run test test-service test-cpus check docs bench clean
 .NOTPARALLEL:  # with -j: two pips at once would share one egg-info
 
 help: ## this list
@@ -36,6 +36,16 @@ test: $(TEST_ENV)/$(STAMP) ## run every test
 
 test-service: $(SERVICE_ENV)/$(STAMP) ## run the tests that need no torch, in an environment without it
 	@$(SERVICE_ENV)/bin/python -m pytest tests/service tests/model tests/deploy $(ARGS)
+
+# For ATen, oneDNN and MKL (which heeds it on Intel's processors): the least, AVX2, and all that this processor has.
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+test-cpus: $(TEST_ENV)/$(STAMP) ## the tests of network and training as on other processors, on one thread and on two
+	@failed=; for threads in 1 2; do for isa in "$(SSE)" "$(AVX2)" ""; do \
+	  echo "TEST_TORCH_THREADS=$$threads $${isa:-all that the processor has}"; \
+	  env $$isa TEST_TORCH_THREADS=$$threads $(TEST_ENV)/bin/python -m pytest tests/model tests/training $(ARGS) || failed=1; \
+	done; done; test -z "$$failed"
 
 check: $(TEST_ENV)/$(STAMP) ## ruff, mypy (strict), import rules
 	@$(TEST_ENV)/bin/ruff check .

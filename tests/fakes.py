@@ -5,12 +5,14 @@ The engine can be slowed, stopped at a gate, made to fail on chosen images, and 
 
 import asyncio
 import contextlib
+import gc
 import io
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,3 +172,15 @@ def most_s(body: bytes) -> float:
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(body)
     return 1 + 20 * (time.process_time() - started)
+
+
+@contextmanager
+def no_file_left_open() -> Iterator[None]:
+    """Fails if a file is let go inside that nobody has closed."""
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        yield
+        gc.collect()
+    left = [str(warning.message) for warning in caught if issubclass(warning.category, ResourceWarning)]
+    assert not [text for text in left if "nclosed file" in text]

@@ -180,7 +180,7 @@ class RedisCache:
         return "degraded: redis: " + "; ".join(f"{call}: {why}" for call, why in sorted(self._faults.items()))
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await self._redis.aclose(close_connection_pool=True)
 
     async def _mget(self, keys: list[str]) -> list[bytes | None]:
         values = await self._redis.mget(keys)

@@ -18,6 +18,7 @@ import math
 import posixpath
 import tarfile
 import threading
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -324,7 +325,9 @@ class _Images:
 
     def _start(self, group: int) -> None:
         if self._table is None:
-            self._table = need_parquet().ParquetFile(self._file.open(), pre_buffer=False, buffer_size=2**20)
+            raw = self._file.open()
+            weakref.finalize(self, raw.close)  # with the last photo that is still to be read
+            self._table = need_parquet().ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         self._batches = self._table.iter_batches(_ROWS, row_groups=[group], columns=[self._column], use_threads=False)
         self._group, self._next = group, 0
 

@@ -9,7 +9,7 @@ import asyncio
 import binascii
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -242,18 +242,22 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
     charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in _FORM_CHARSETS:  # others (utf-7, unicode_escape) decode to what no JSON can hold
         raise BadRequest(f"the form's charset {charset[:80]!r} is not accepted: send utf-8")
+
+    async def whole_form() -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+        if not parser.ended:  # raised while the parser reads, so that it closes its files
+            raise MultiPartException("it ends before its last boundary")
+
     parser = _MemoryParser(
         request.headers,
-        request.stream(),
+        whole_form(),
         max_files=settings.items_per_request + 1,  # one more, so that the usual excess is told as in JSON
         max_fields=MAX_FORM_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
         form = await parser.parse()
-        if not parser.ended:
-            await form.close()
-            raise MultiPartException("it ends before its last boundary")
     except MultiPartException as error:
         raise BadRequest(f"the form cannot be read: {error.message}") from error
     try:

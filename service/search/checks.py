@@ -116,7 +116,8 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
     if values.ndim != 2 or not values.size:
         raise InvalidRequest(f"vectors must be a non-empty list of vectors, not of shape {list(values.shape)}")
     if len(values) == 1:  # the usual case; every function of numpy that a search goes through is felt
-        square = float(values[0].dot(values[0]))
+        with np.errstate(over="ignore"):
+            square = float(values[0].dot(values[0]))
         if 1e-200 < square < 1e200:
             return (values / math.sqrt(square)).astype(np.float32)
     squares = np.einsum("nd,nd->n", values, values)

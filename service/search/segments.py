@@ -15,6 +15,7 @@ Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
 import io
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,8 @@ class OnDisk:
         self._type = np.dtype("<f4" if dtype == "float32" else "<f2")
         self._dimension = dimension
         self._size = dimension * self._type.itemsize
-        self._file = path.open("rb", buffering=0)  # closed with the object
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
         self._start = path.stat().st_size - count * self._size  # faiss writes them last
 
     def take(self, positions: Positions) -> Floats:
@@ -89,9 +91,11 @@ class Payloads(Sequence[bytes]):
     @staticmethod
     def opened(folder: Path, *, on_disk: bool) -> "Payloads":
         starts = np.asarray(np.load(folder / "payloads.npy", mmap_mode="r", allow_pickle=False))
-        file = (folder / "payloads.bin").open("rb", buffering=0)  # closed with the object
+        file = (folder / "payloads.bin").open("rb", buffering=0)
         if on_disk:
-            return Payloads(file, starts)
+            payloads = Payloads(file, starts)
+            weakref.finalize(payloads, file.close)
+            return payloads
         with file:
             return Payloads(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), starts)
 

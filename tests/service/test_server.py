@@ -54,6 +54,12 @@ class Server:
             return self.process.wait(20)
         finally:
             self.process.kill()  # what a failed test would leave behind; nothing to a process that has ended
+            self.close()
+
+    def close(self) -> None:
+        """Of a process that has ended, what it still might have said."""
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +214,7 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path):
             answer += chunk
     assert answer.startswith(b"HTTP/1.1 200")
     assert server.process.wait(20) == 0
+    server.close()
 
 
 HALF_SENT = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 50\r\n\r\nhalf"
@@ -223,7 +230,9 @@ def seconds_to_stop(server, signals):
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
         server.process.wait(30)
-        return time.monotonic() - started
+        seconds = time.monotonic() - started
+        server.close()
+        return seconds
 
 
 def test_shutdown_waits_for_its_limit_and_not_beyond(tmp_path):

@@ -1,16 +1,17 @@
-"""Networks of the tests are tiny: a team of threads would only wait for each other, longest where cores are busy.
-
-Around each module, because engines that other tests open set the number for the whole process, and sums of a team of
-threads round differently.
-"""
+"""Torch's threads and generator are the same for every fixture and test, in whatever order they run."""
 
 import pytest
-import torch
+
+from tests.arithmetic import same_arithmetic
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def same_arithmetic_for_the_fixtures_of_a_module():
+    with same_arithmetic():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_arithmetic_for_each_test():
+    with same_arithmetic():
+        yield

@@ -179,7 +179,9 @@ def test_the_kernels_compile_for_a_gpu(name, factored, tmp_path, monkeypatch):
             if types[argument].startswith("*") or argument == "k"
         },
     )
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    code = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": True}
+    ).asm["ptx"]
     assert "ld.global.v4.b32" in code
 
 

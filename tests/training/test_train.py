@@ -422,7 +422,9 @@ def test_compiled_blocks_train_like_plain_ones_with_drop_path_and_several_sizes(
         torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
     )
     last = {"share": 0.4, "global_size": 42, "local_size": 28}
+    # KoLeo's gradient is rounding where class tokens nearly coincide, as those of an untrained network do.
     one_block = {"vit": {**TINY["vit"], "depth": 1}, "last_phase": last, "drop_path": 0.3, "epochs": 1}
+    one_block |= {"koleo_weight": 0.0}
     losses = []
     for compiled in (False, True):
         out = tmp_path / f"compile={compiled}"

@@ -212,7 +212,7 @@ def _identity(blob: Blob, shard: str) -> list[object]:
 def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
     """The index of that file of that version; None where there is none, or a damaged one, which is made anew."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             facts = json.loads(bytes(file["facts"]))
             if facts["identity"] != identity:
                 return None

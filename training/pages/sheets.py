@@ -74,8 +74,8 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
-    """Values 0 to 1, any shape [...], as colours [..., 3]."""
-    place = np.clip(values, 0, 1) * (len(HEAT) - 1)
+    """Values 0 to 1, any shape [...], as colours [..., 3]. NaN, which a diverged network gives, is shown as 0."""
+    place = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
     below = np.minimum(place.astype(int), len(HEAT) - 2)
     share = (place - below)[..., None]
     return (HEAT[below] * (1 - share) + HEAT[below + 1] * share).round().astype(np.uint8)
@@ -93,7 +93,7 @@ def pca_colours(patches: Tensor) -> Tensor:
 
     A direction's sign is arbitrary; here its largest entry is positive, so that the same network gives the same sheet.
     """
-    flat = patches.flatten(0, 1).double().cpu()
+    flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network's are not finite
     flat = flat - flat.mean(dim=0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)  # [.., D] each
     directions = directions[:3]

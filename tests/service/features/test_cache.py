@@ -6,6 +6,8 @@ import random
 import signal
 import time
 import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -109,6 +111,19 @@ async def test_two_clients_share(redis_server) -> None:
         await two.cache.set_many({})
         assert await two.cache.status() == "ok"
         assert one.events == two.events == []
+
+
+async def test_a_closed_cache_has_no_connection_left(redis_server) -> None:
+    client = redis_server.client()
+    async with Probe(redis_server.url) as probe:
+        await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(4)))
+        assert client.info("clients")["connected_clients"] > 1
+    for _ in range(100):  # the server learns of it a moment later
+        if client.info("clients")["connected_clients"] == 1:
+            break
+        await asyncio.sleep(0.02)
+    assert client.info("clients")["connected_clients"] == 1
+    client.close()
 
 
 async def test_entries_expire(redis_server) -> None:
@@ -261,19 +276,35 @@ async def test_full_redis_still_serves_reads(redis_server) -> None:
         assert await probe.cache.status() == "ok"
 
 
+@asynccontextmanager
+async def speaking(
+    handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[str]:
+    """The URL of a server that answers so; its connections are closed at the end."""
+    tasks = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.append(asyncio.current_task())
+        with suppress(ConnectionError):
+            await handler(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+
+
 async def test_what_speaks_no_redis_is_a_fault_like_any_other() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await writer.drain()
-        writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+    async with speaking(answer) as url, Probe(url) as probe:
         assert await probe.cache.get_many(["k"]) == [None]
         assert (await probe.cache.status()).startswith("degraded")
-    server.close()
 
 
 @pytest.mark.parametrize("answer", [b"+OK", b":7", b"*0", b"*2\r\n$1\r\na\r\n$1\r\nb", b"*1\r\n:7", b"*1\r\n*1\r\n+b"])
@@ -287,40 +318,30 @@ async def test_an_answer_of_another_kind_is_a_fault(answer: bytes) -> None:
                     answer + b"\r\n" if b"MGET" in command else b"+PONG\r\n" if b"PING" in command else b"+OK\r\n"
                 )
             await writer.drain()
-        writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+    async with speaking(talk) as url, Probe(url) as probe:
         assert await probe.cache.get_many(["k"]) == [None]
         assert await probe.cache.get_many(["k"]) == [None]
         assert probe.events == ["error", "skipped"]
         await asyncio.sleep(0.15)  # the breaker lets one call try again
         assert (await probe.cache.status()).startswith("degraded: redis: get: InvalidResponse")
         assert probe.events == ["error", "skipped", "error"]
-    server.close()
 
 
 async def test_a_trickling_answer_is_bounded_too() -> None:
     """Each byte arrives in time for the socket's limit, so only the limit on the whole call ends it."""
 
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                writer.write(b"+")
-                await writer.drain()
-                await asyncio.sleep(0.1)
-        except ConnectionError:
-            writer.close()
+        while True:
+            writer.write(b"+")
+            await writer.drain()
+            await asyncio.sleep(0.1)
 
-    server = await asyncio.start_server(trickle, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+    async with speaking(trickle) as url, Probe(url) as probe:
         started = time.monotonic()
         async with asyncio.timeout(3):
             assert await probe.cache.get_many(["k"]) == [None]
         assert time.monotonic() - started < 2.5
-    server.close()
 
 
 @pytest.mark.parametrize("url", ["redis://:s3cr/et@host:1", "http://:s3cret@host", "s3cret", "redis://:s3cret@host:x"])

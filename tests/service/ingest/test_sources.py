@@ -15,7 +15,7 @@ import pytest
 from service.errors import ImageTooLarge
 from service.ingest.folders import Content, Photo, Problem
 from service.ingest.sources import find_photos, read_photo
-from tests.fakes import photo
+from tests.fakes import no_file_left_open, photo
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
 import pyarrow.parquet as pq  # noqa: E402
@@ -215,7 +215,8 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
         },
         group=20,
     )
-    contents, problems = taken(path)
+    with no_file_left_open():
+        contents, problems = taken(path)
     assert not problems
     assert contents["train.parquet#7"] == (b"7", {"path": "7.jpg", "label": 7, "when": "2026-01-01"})
     assert [content.data for content in contents.values()] == [f"{row}".encode() for row in range(50)]

@@ -690,8 +690,11 @@ async def test_more_equal_vectors_than_are_looked_at(
     assert len({hit.id for hit in hits}) == 2500
 
 
-async def test_only_a_quick_search_is_answered_in_the_event_loop(store: EmbeddedStore) -> None:
+async def test_only_a_quick_search_is_answered_in_the_event_loop(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A deep one, or one among equal vectors, is of unknown length."""
+    monkeypatch.setattr(searcher, "AT_ONCE_S", 0.9)  # on any machine; less than a search is taken to need at first
     await store.upsert("c", items(300), tag=TAG)
     await store.upsert("c", [Item(f"same{n}", np.ones(D) * 10) for n in range(50)], tag=TAG)
     threads: list[str] = []
@@ -710,8 +713,10 @@ async def test_only_a_quick_search_is_answered_in_the_event_loop(store: Embedded
         await store.search("c", far, searcher.AT_ONCE_K + 1, tag=TAG)
         await store.search("c", np.ones((1, D)), 5, tag=TAG)
         await store.search("c", far, 5, tag=TAG, params=SearchParams(exact=True))
+        monkeypatch.setattr(searcher, "AT_ONCE_S", 0.0)
+        await store.search("c", far, 5, tag=TAG)
         assert all(name.startswith("store-search") for name in threads)
-        assert len(threads) == 3
+        assert len(threads) == 4
     finally:
         searcher._hits = hits_of
 

@@ -1,5 +1,6 @@
 """From a model's name and a folder to a report, for every task, and through the command line."""
 
+import io
 import json
 from pathlib import Path
 
@@ -229,6 +230,6 @@ def test_a_long_list_of_skipped_files_is_cut(checkpoint, colours):
     for i in range(25):
         (colours / "train" / "blue" / f"x{i}.jpg").write_bytes(b"")
     report = evaluate("knn", load_backbone(str(checkpoint)), colours)
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     print_report(report, console)
     assert "and 6 more" in console.export_text()

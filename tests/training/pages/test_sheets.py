@@ -1,5 +1,7 @@
 """The picture sheet: each column against a plain definition, and the page as a whole."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -158,13 +160,23 @@ def test_the_page(backbone, n_local, tmp_path):
     assert (part(0, 3) == sheets.BACKGROUND).all() == (n_local == 0)
 
     save_sheet(sheet, tmp_path / "sheets" / "step.png")
-    assert Image.open(tmp_path / "sheets" / "step.png").size == sheet.size
+    with Image.open(tmp_path / "sheets" / "step.png") as saved:
+        assert saved.size == sheet.size
     assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["step.png"]
 
 
 def test_the_same_network_gives_the_same_sheet(backbone):
     first, second = (picture_sheet(backbone, photos(4), [0, 1], SPEC, SheetCrops(**crops(2))) for _ in range(2))
     assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_a_diverged_network_has_a_sheet_too(backbone):
+    diverged = copy.deepcopy(backbone)
+    with torch.no_grad():
+        diverged.norm.weight.fill_(torch.inf)
+        diverged.blocks[-1].attn.qkv.weight.fill_(torch.nan)
+    assert picture_sheet(diverged, photos(4), [0, 1], SPEC, **crops(2)).size[0] > 0
+    assert heat_colours(np.array([np.nan])).tolist() == heat_colours(np.array([0.0])).tolist()
 
 
 def test_what_does_not_fit_is_refused(backbone):
