@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import re
 import struct
 import time
 import zlib
@@ -238,8 +239,9 @@ def test_limits_pass_at_the_limit_and_refuse_beyond() -> None:
     ):
         with pytest.raises(TooLarge, match=words):
             decode(data, DecodeLimits(**{field: value}))
-    with pytest.raises(ValueError, match="max_pixels is 0"):
-        DecodeLimits(max_pixels=0)
+    for wrong in (0, 178_956_971):  # Pillow itself would refuse more
+        with pytest.raises(ValueError, match=f"max_pixels is {wrong}"):
+            DecodeLimits(max_pixels=wrong)
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
@@ -388,6 +390,25 @@ def test_sniff_takes_anything() -> None:
     assert {sniff(data) for data in CORPUS.values()} == set(FORMATS)
 
 
+def test_an_avif_of_another_main_brand_is_told_by_its_compatible_ones() -> None:
+    assert sniff(b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif") == "AVIF"
+    assert sniff(b"\0\0\0\x14ftypmif1\0\0\0\0mif1avif") == "HEIC"  # what follows the box is no brand
+
+
+def test_a_lack_of_memory_is_the_images_size(monkeypatch) -> None:
+    def none_left(*_args: object, **_options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", none_left)
+    with pytest.raises(TooLarge, match="more memory"):
+        decode(CORPUS["png"])
+
+
+def test_lab_pixels_are_refused() -> None:
+    with pytest.raises(Unsupported, match="CIELAB"):
+        decode(encode(Image.new("LAB", (8, 8)), "TIFF"))
+
+
 def test_errors_are_value_errors_of_one_family() -> None:
     assert all(issubclass(error, DecodeError) for error in OURS)
     assert issubclass(DecodeError, ValueError)
@@ -413,6 +434,16 @@ def test_a_huge_tiff_tile_is_refused_though_the_image_is_small() -> None:
 def test_12_bit_tiff_is_scaled() -> None:
     tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1, 279: 3}
     assert decode(tiff(tags, b"\xff\xf8\x00"))[0, :, 0].tolist() == [255, 128]
+
+
+def test_grey_with_premultiplied_alpha_is_laid_on_white() -> None:
+    tags = {256: 2, 257: 1, 258: 8, 259: 1, 262: 1, 273: 0, 277: 2, 278: 1, 279: 4, 338: 1}
+    assert decode(tiff(tags, b"\x10\x80\x10\xff"))[0, :, 0].tolist() == [143, 16]
+
+
+def test_a_16_bit_grey_key_becomes_white() -> None:
+    grey = Image.fromarray(np.array([[0x1234, 0x1200]], np.uint16))
+    assert decode(encode(grey, "PNG", transparency=0x1234))[0, :, 0].tolist() == [255, 0x12]
 
 
 def test_a_16_bit_colour_key_becomes_white() -> None:
@@ -452,6 +483,15 @@ def test_segments_of_a_jpeg_are_bounded() -> None:
     decode(whole[:2] + b"\xff\xfe\0\2" * (JPEG_MAX_SEGMENTS - 20) + whole[2:])
     with pytest.raises(TooLarge, match=f"more than {JPEG_MAX_SEGMENTS} segments"):
         decode(whole[:2] + b"\xff\xfe\0\2" * 10**6 + whole[2:])
+
+
+def test_segments_of_a_jpeg_pass_at_the_limit() -> None:
+    whole = encode(RGB, "JPEG", quality=95)
+    own = len(re.findall(rb"\xff[^\x00]", whole)) - 2  # markers, without start and end of the image
+    comment = b"\xff\xfe\0\2"
+    decode(whole[:2] + comment * (JPEG_MAX_SEGMENTS - own) + whole[2:])
+    with pytest.raises(TooLarge, match="segments"):
+        decode(whole[:2] + comment * (JPEG_MAX_SEGMENTS - own + 1) + whole[2:])
 
 
 def test_walking_over_the_largest_jpeg_is_cheap() -> None:

@@ -3,15 +3,25 @@
 import asyncio
 import base64
 import io
+import tempfile
 import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from model.engines.protocol import Tried
+from model.preprocess import crop_box
+from model.zoo import ENTRIES
+from service.features.pipeline import Embedded
+from service.routes.answers import ms_since, slowest
 from service.vision.mask import coco_rle_decode
-from tests.fakes import DIMS, N_PATCHES, FakeEngine, fake_artifact, photo, running, until
+from service.vision.segment import segment_foreground
+from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, running, until
+
+PUBLISHED = "facebook/dinov2-small"
+RAW = {"pooling": "cls+mean", "normalize": False}
 
 
 def data_url(image: bytes) -> str:
@@ -75,7 +85,43 @@ async def test_several_files_keep_their_order(tmp_path):
         )
         single = [vectors(await run.client.post("/v1/embeddings", json={"input": data_url(x)}))[0] for x in images]
     assert [row["index"] for row in answer.json()["data"]] == list(range(5))
+    assert answer.json()["usage"] == {"prompt_tokens": 5 * (1 + N_PATCHES), "total_tokens": 5 * (1 + N_PATCHES)}
     np.testing.assert_allclose(vectors(answer), np.array(single), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["file", "files", "file[]", "files[]"])
+async def test_files_of_a_form_by_any_of_their_names(tmp_path, name):
+    async with running(tmp_path) as run:
+        answer = await run.client.post("/v1/embeddings", files=[(name, photo(1)), (name, photo(2))])
+    assert vectors(answer).shape == (2, DIMS)
+
+
+async def test_dimensions_are_those_of_the_pooling(tmp_path):
+    body = {"input": data_url(photo()), "pooling": "cls+mean"}
+    async with running(tmp_path) as run:
+        right = await run.client.post("/v1/embeddings", json={**body, "dimensions": 2 * DIMS})
+        wrong = await run.client.post("/v1/embeddings", json={**body, "dimensions": DIMS})
+    assert vectors(right).shape == (1, 2 * DIMS)
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "unsupported_dimensions")
+    assert f"this model gives {2 * DIMS} with pooling cls+mean" in wrong.json()["error"]["message"]
+
+
+async def test_times_are_in_milliseconds_and_of_the_slowest_image(tmp_path):
+    items = [Embedded(np.ones(2), np.ones(2), 5, timings={"decode": s, "infer": 0.5}) for s in (0.002, 0.25, 0.001)]
+    assert slowest(items) == {"decode": 250.0, "infer": 500.0}
+    assert 2000 <= ms_since(time.perf_counter() - 2) < 60_000
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.delay_s = 0.03
+        embedded = await run.client.post("/v1/embeddings", json={"input": data_url(photo(1))})
+        added = await run.client.post("/v1/collections/shop/items", files={"file": photo(2)})
+        masked = await run.client.post("/v1/segment", json={"image": data_url(photo(3)), "format": "rle"})
+        text = (await run.client.get("/metrics")).text
+    for answer in (embedded, added, masked):
+        times = answer.json()["timings"]
+        assert 30 <= times["infer"] <= times["total"] < 30_000
+        assert {"decode", "preprocess", "queue"} <= times.keys()
+    assert 'dinov2_stage_duration_seconds_count{stage="post"} 1.0' in text
 
 
 async def test_partial_answers_the_good_and_lists_the_bad(tmp_path):
@@ -91,6 +137,13 @@ async def test_partial_answers_the_good_and_lists_the_bad(tmp_path):
     assert [row["index"] for row in error["errors"]] == [1, 3, 4, 5]
     assert all(f"[{index}]" in error["message"] for index in (1, 3, 4, 5))
     assert (all_bad.status_code, all_bad.json()["error"]["code"]) == (422, "broken_image")
+
+
+async def test_a_published_model_has_its_other_names_too(tmp_path):
+    async with running(tmp_path, artifact=fake_artifact("dinov2_vits14")) as run:
+        answer = await run.client.post("/v1/embeddings", json={"input": data_url(photo()), "model": PUBLISHED})
+    assert answer.status_code == 200
+    assert PUBLISHED in ENTRIES["dinov2_vits14"].aliases
 
 
 @pytest.mark.parametrize("model", ["", "auto", "dinov2_fake", "dinov2_fake-aaaaaaaa", "a" * 64])
@@ -214,6 +267,60 @@ async def test_segment_as_png_rle_and_overlay(tmp_path):
     assert passes == 2  # one forward pass gave mask and embedding
     assert run.engine.images == 3  # and the embedding afterwards came from the cache
     np.testing.assert_allclose(rle.json()["embedding"], vector, atol=1e-6)
+
+
+async def test_what_stands_beside_a_mask(tmp_path):
+    image = photo(2, size=(60, 45))
+    body = {"image": data_url(image), "include": ["embedding"], "pooling": "cls+mean", "normalize": False}
+    async with running(tmp_path) as run:
+        rle = (await run.client.post("/v1/segment", json={**body, "format": "rle"})).json()
+        raw = await run.client.post("/v1/embeddings", json={"input": data_url(image), **RAW})
+        found = await run.service.live.analyse(
+            image, lambda analysed: segment_foreground(analysed.patches, 45, 60, SPEC)
+        )
+        shown = {}
+        for kind in ("png", "overlay"):
+            answer = await run.client.post("/v1/segment", json={**body, "format": kind})
+            assert answer.headers["Content-Type"] == "application/json"
+            shown[kind] = Image.open(io.BytesIO(base64.b64decode(answer.json()[kind])))
+    np.testing.assert_allclose(rle["embedding"], vectors(raw)[0], atol=1e-6)
+    assert abs(np.linalg.norm(rle["embedding"]) - 1) > 0.1
+    assert rle["crop_box"] == pytest.approx(crop_box(45, 60, SPEC))
+    assert rle["contrast"] == pytest.approx(found.contrast)
+    np.testing.assert_array_equal(np.asarray(shown["png"]) > 0, found.mask)
+    assert (shown["overlay"].mode, shown["overlay"].size) == ("RGB", (60, 45))
+
+
+async def test_a_mask_is_of_one_image_and_of_the_served_model(tmp_path):
+    async with running(tmp_path) as run:
+        two = await run.client.post("/v1/segment", files=[("file", photo(1)), ("file", photo(2))])
+        listed = await run.client.post("/v1/segment", json={"image": [data_url(photo(1))] * 2})
+        other = await run.client.post("/v1/segment", json={"image": data_url(photo(1)), "model": "resnet50"})
+    for answer in (two, listed):
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert "2 images in image: a request takes 1 to 1" in answer.json()["detail"]
+    assert (other.status_code, other.json()["code"]) == (404, "model_not_found")
+    assert run.engine.images == 0
+
+
+async def test_a_large_file_of_a_form_stays_in_memory(tmp_path, monkeypatch):
+    def spooled(self):
+        raise AssertionError("a file was put on disk")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", spooled)
+    large = photo(size=(700, 600))
+    assert len(large) > 2**20
+    async with running(tmp_path) as run:
+        answer = await run.client.post("/v1/embeddings", files={"file": large})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_large_image_is_too_large_before_it_is_decoded(tmp_path):
+    image = photo()
+    async with running(tmp_path, max_image_bytes=len(image) - 1) as run:
+        answer = await run.client.post("/v1/embeddings", content=image, headers={"Content-Type": "image/png"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "image_too_large")
+    assert f"has {len(image)} bytes; the limit is {len(image) - 1}" in answer.json()["error"]["message"]
 
 
 async def test_request_ids_are_echoed_when_sane_and_made_otherwise(tmp_path):

@@ -1,12 +1,14 @@
 """Which artifact `--model` means."""
 
 import shutil
+import subprocess
 
 import pytest
 
 from model.artifact import MANIFEST, bundled_artifact, read_manifest
 from service import artifact_choice as models
 from service.artifact_choice import choose_artifact
+from tests.fakes import plain_photo
 
 
 def put(data_dir, *, name="mine", created="2026-01-01T00:00:00+00:00"):
@@ -51,6 +53,36 @@ def test_what_names_nothing_is_refused(tmp_path):
         choose_artifact(str(tmp_path / "empty"), tmp_path)
     with pytest.raises(ValueError, match="dinov2_vits14"):
         choose_artifact("dinov2_vits41", tmp_path)
+
+
+def test_an_export_that_fails_is_told_with_its_status(tmp_path, monkeypatch):
+    put(tmp_path, name="another")
+    monkeypatch.setattr(models, "find_spec", lambda name: True)
+    monkeypatch.setattr(models.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    with pytest.raises(ValueError, match=r"the export of dinov2_vits14 failed \(exit status 3\)"):
+        choose_artifact("dinov2_vits14", tmp_path)
+
+
+def test_images_are_taken_from_all_over_a_folder(tmp_path):
+    for i in range(12):
+        (tmp_path / f"class{i // 6}").mkdir(exist_ok=True)
+        (tmp_path / f"class{i // 6}" / f"{i:02}.png").write_bytes(plain_photo(10 * i))
+    greys = [int(image[0, 0, 0]) // 10 for image in models.read_photos(tmp_path, 4)]
+    assert greys == [0, 3, 6, 9]
+    (tmp_path / "class1" / "06.png").write_bytes(b"no image")
+    told = []
+    greys = [int(image[0, 0, 0]) // 10 for image in models.read_photos(tmp_path, 4, told.append)]
+    assert greys == [0, 3, 9, 1]  # another in the place of the one that cannot be read
+    assert len(told) == 1
+    assert "06.png" in told[0]
+
+
+def test_one_image_is_too_few_to_compare_engines_on(tmp_path):
+    (tmp_path / "a.png").write_bytes(plain_photo(1))
+    with pytest.raises(ValueError, match="at least two readable photos, found 1"):
+        models.read_photos(tmp_path, 4)
+    (tmp_path / "b.png").write_bytes(plain_photo(2))
+    assert len(models.read_photos(tmp_path, 4)) == 2
 
 
 @pytest.mark.parametrize("leaves", [True, False])

@@ -9,7 +9,7 @@ import pytest
 from service.errors import Conflict, NotFound
 from service.search.store import CollectionInfo, CollectionSpec, Item, SnapshotInfo
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, Running, photo, running
+from tests.fakes import DIMS, FakeEngine, Running, photo, running
 
 SHOP = "/v1/collections/shop"
 JSON = {"Content-Type": "application/json"}
@@ -91,6 +91,20 @@ async def test_a_collection_is_made_once_and_described_in_full(tmp_path):
         "aliases": ["front"],
         **identity,
     }
+
+
+async def test_a_collection_is_made_for_the_served_model_or_names_another_by_its_fingerprint(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        refused = await run.client.put(SHOP, json={"model": "resnet50"})
+        other = await run.client.put(SHOP, json={"fingerprint": "b" * 64, "dimension": 3})
+    assert (refused.status_code, refused.json()["code"]) == (404, "model_not_found")
+    assert (other.json()["model"], other.json()["fingerprint"]) == (None, "b" * 64)
+
+
+async def test_the_precision_of_the_engine_is_part_of_the_tag(tmp_path):
+    async with running(tmp_path, store=DictStore(), engine=FakeEngine(precision="int8")) as run:
+        made = await run.client.put(SHOP)
+    assert made.json()["tag"] == f"{'a' * 64}/cls/l2/28x28/int8"
 
 
 @pytest.mark.parametrize("content", [b"", b"{}"])

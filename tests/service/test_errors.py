@@ -12,7 +12,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.errors import ERRORS
+from service.errors import (
+    ERRORS,
+    BrokenImage,
+    EngineFailed,
+    InvalidItems,
+    ItemError,
+    QueueFull,
+    UnsupportedImage,
+)
 from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
 from tests.dict_store import DictStore
@@ -267,8 +275,36 @@ async def test_provoked_over_http(tmp_path, code):
         assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
         assert (body["code"], body["status"], body["title"]) == (code, status, title)
         assert body["request_id"] == answer.headers["X-Request-ID"]
-    if code in ("queue_full", "shutting_down"):
+    if code in ("queue_full", "shutting_down", "unavailable"):
         assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_errors_of_several_items_are_the_worst_and_say_when_to_come_back():
+    broken, failed, full = BrokenImage("torn"), EngineFailed("no"), QueueFull("full", retry_after_s=7)
+    alike = InvalidItems([ItemError(0, broken), ItemError(3, BrokenImage("cut"))], total=5)
+    mixed = InvalidItems([ItemError(0, broken), ItemError(1, UnsupportedImage("pdf"))], total=2)
+    faulty = InvalidItems([ItemError(0, broken), ItemError(1, failed)], total=2)
+    later = InvalidItems([ItemError(0, full), ItemError(1, broken)], total=2)
+    assert [(error.status, error.code) for error in (alike, mixed, faulty, later)] == [
+        (422, "broken_image"),
+        (422, "invalid_items"),
+        (500, "engine_failed"),
+        (503, "queue_full"),
+    ]
+    assert alike.headers == {}
+    assert later.headers == {"Retry-After": "7"}
+
+
+def test_nobody_is_told_to_come_back_at_once():
+    assert QueueFull("full", retry_after_s=0).headers == {"Retry-After": "1"}
+    assert QueueFull("full").headers == {}
+
+
+async def test_a_method_that_is_not_allowed_names_those_that_are(tmp_path):
+    async with running(tmp_path) as run:
+        answer = await run.client.delete(EMBED)
+    assert answer.status_code == 405
+    assert answer.headers["Allow"] == "POST"
 
 
 def test_the_table_and_these_tests_agree():

@@ -5,6 +5,9 @@ import base64
 import socket
 import threading
 
+from service import app
+from service.features.cache import MemoryCache
+from tests.dict_store import DictStore
 from tests.fakes import FakeEngine, photo, running, until
 
 
@@ -62,6 +65,51 @@ async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path, caplog):
     assert f"127.0.0.1:{port}" in said[0]
     assert "s3cret" not in str(said)
     assert 'dinov2_cache_events_total{event="error"}' in text
+
+
+async def test_a_service_that_is_not_warm_is_not_ready_and_no_proxy_may_keep_the_answer(tmp_path):
+    async with running(tmp_path) as run:
+        run.service.warm = False
+        answers = [await run.client.get("/livez"), await run.client.get("/readyz")]
+    assert [answer.status_code for answer in answers] == [200, 503]
+    assert answers[1].json()["reasons"] == {"warm_up": "not warmed up"}
+    assert [answer.headers["Cache-Control"] for answer in answers] == ["no-store"] * 2
+
+
+async def test_what_is_not_ready_is_not_called_degraded(tmp_path):
+    class Down(MemoryCache):
+        async def status(self):
+            return "degraded: redis: get: ConnectionError: refused"
+
+    async with running(tmp_path, queue_max_images=1, cache=Down(0)) as run:
+        assert (await run.client.get("/readyz")).json()["status"] == "degraded"
+        run.service.live.batcher.reserve(1)
+        body = (await run.client.get("/readyz")).json()
+    assert (body["status"], body["reasons"]) == ("unready", {"queue": "full"})
+    assert body["cache"]["status"] == "degraded: ConnectionError"
+
+
+async def test_no_cache_at_all_asks_no_redis(tmp_path):
+    async with running(tmp_path, redis_url="redis://127.0.0.1:1/0", cache_bytes=0) as run:
+        assert (await run.client.get("/readyz")).json()["cache"] == {"name": "memory", "status": "ok"}
+
+
+async def test_redis_keeps_a_vector_as_long_as_the_settings_say(tmp_path, redis_server):
+    async with running(tmp_path, redis_url=redis_server.url, cache_ttl_s=77) as run:
+        await run.service.live.embed([photo()])
+        [key] = redis_server.client().keys("*")
+        assert 70 < redis_server.client().ttl(key) <= 77
+
+
+async def test_the_recall_of_live_searches_is_a_metric(tmp_path, monkeypatch):
+    async def measured(settings, *, on_recall):
+        on_recall("shop", 0.75)
+        return DictStore()
+
+    monkeypatch.setattr(app, "open_store", measured)
+    async with running(tmp_path) as run:
+        text = (await run.client.get("/metrics")).text
+    assert 'dinov2_index_recall_ratio{collection="shop"} 0.75' in text
 
 
 async def test_a_slash_too_many_is_no_route_and_no_redirect_to_the_host_header(tmp_path):

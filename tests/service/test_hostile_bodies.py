@@ -1,12 +1,15 @@
 """Bodies made to hurt: whatever a client sends costs little, is told in a few words, and damages nothing kept."""
 
 import base64
+import threading
 import time
 
 import pytest
 
-from service.errors import InvalidRequest
+from service.errors import BrokenImage, ImageTooLarge, InvalidRequest
 from service.middleware import error_body
+from service.routes import uploads
+from service.routes.uploads import BIG_BODY, check_fields, image_from_text, off_loop
 from service.search.checks import metadata_text
 from tests.fakes import most_s, no_file_left_open, photo, running
 
@@ -55,6 +58,46 @@ async def test_messages_name_the_value_and_what_is_allowed(tmp_path):
     assert "k: Input should be less than or equal to 1000, not 5000" in k.json()["detail"]
     assert "poling: unknown field; known are model, encoding_format" in typo.json()["error"]["message"]
     assert "'cls', 'mean' or 'cls+mean', not 'max'" in pooling.json()["error"]["message"]
+
+
+def test_an_object_may_have_32_fields():
+    check_fields({f"k{i}": 0 for i in range(32)}, "it")
+    with pytest.raises(InvalidRequest, match="it has 33 fields; at most 32"):
+        check_fields({f"k{i}": 0 for i in range(33)}, "it")
+
+
+async def test_a_large_body_is_taken_apart_on_a_thread():
+    here = threading.get_ident()
+    assert await off_loop(BIG_BODY - 1, threading.get_ident) == here
+    assert await off_loop(BIG_BODY, threading.get_ident) != here
+
+
+@pytest.mark.parametrize("size", [1, 10, 11, 12, 1000])
+def test_base64_is_measured_before_it_is_decoded(monkeypatch, size):
+    image = bytes(range(size % 251)) + bytes(size - size % 251)
+    for padded in (True, False):
+        text = base64.b64encode(image).decode()
+        assert image_from_text(text if padded else text.rstrip("="), size) == image
+
+    def never(*_args, **_options):
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(uploads.binascii, "a2b_base64", never)
+    for prefix in ("", "data:image/png;base64,"):
+        refused = image_from_text(prefix + base64.b64encode(image + b"123").decode(), size)
+        assert isinstance(refused, ImageTooLarge)
+        assert f"the limit is {size}" in refused.detail
+
+
+def test_base64_in_any_of_its_spellings():
+    image = b"\xfb\xff\xfe\xff" * 30
+    text = base64.b64encode(image).decode()
+    assert "+" in text
+    assert "/" in text
+    lines = "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    for spelt in (base64.urlsafe_b64encode(image).decode(), lines, text.rstrip("="), f" {text} "):
+        assert image_from_text(spelt, 1000) == image
+    assert isinstance(image_from_text("%%%%", 1000), BrokenImage)
 
 
 async def test_at_most_ten_faults_are_told(tmp_path):

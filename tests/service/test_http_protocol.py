@@ -149,6 +149,23 @@ async def test_a_slow_body_is_not_cut_off():
         assert b"200" in await reader.readuntil(b"\r\n\r\n6")
 
 
+async def test_a_chunk_that_is_slow_to_come_is_not_cut_off(monkeypatch):
+    async with connected() as (reader, writer):
+        monkeypatch.setattr(Quick, "header_timeout_s", 0.02)  # of what begins from here on
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1")
+        await asyncio.sleep(0.05)
+        writer.write(b"\r\nb\r\n0\r\n\r\n")
+        assert b"200" in await reader.readuntil(b"\r\n\r\n1")
+
+
+async def test_a_head_that_is_too_large_is_not_told_within_another_answer():
+    async with connected() as (reader, writer):
+        writer.write(GET.replace(b"/ ", b"/slow "))
+        await asyncio.sleep(0.01)
+        writer.write(b"GET /" + BIG)
+        assert b"431" not in await rest(reader)
+
+
 async def test_half_a_head_behind_a_request_does_not_cut_off_its_answer():
     async with connected() as (reader, writer):
         writer.write(GET.replace(b"/ ", b"/slow "))

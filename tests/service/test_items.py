@@ -203,6 +203,15 @@ async def test_requests_that_are_refused_whole(tmp_path, body, words):
     assert len(answer.content) < 2000
 
 
+async def test_vectors_do_not_count_as_images(tmp_path):
+    vectors = [{"id": f"v{i}", "vector": axis(i % DIMS)} for i in range(1000)]
+    images = [{"id": f"p{i}", "image": text(photo(1))} for i in range(64)]
+    async with running(tmp_path, store=DictStore()) as run:
+        answer = await add(run, *vectors, *images)
+    assert answer.status_code == 200, answer.text[:300]
+    assert answer.json()["count"] == 1064
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e999", "1" * 400])
 async def test_what_json_cannot_hold_as_a_number(tmp_path, number):
     content = '{"items":[{"id":"x","vector":[' + ",".join([number] * DIMS) + "]}]}"

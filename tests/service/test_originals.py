@@ -6,13 +6,16 @@ import errno
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from service.errors import NotFound, StorageFailed
-from service.originals import Originals, digest_of, source_of
+from service.originals import Originals, digest_of, photo_digest, source_of
+from service.search.store import Item
 from service.settings import Settings, load_settings
 from tests.dict_store import DictStore
 from tests.fakes import photo, running
@@ -164,6 +167,31 @@ async def test_storage_with_folders_of_its_own(tmp_path):
     await originals.close()
 
 
+async def test_four_photos_at_a_time_are_read(tmp_path):
+    originals, lock = Originals("memory://many"), threading.Lock()
+    now = most = 0
+    four = threading.Event()
+
+    def count(path: str) -> bytes:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+            if now == 4:
+                four.set()
+        four.wait(10)
+        time.sleep(0.005)
+        with lock:
+            now -= 1
+        return b"photo"
+
+    digest = await originals.put(b"photo")
+    originals._fs = type("Counting", (), {"cat_file": staticmethod(count)})()
+    assert await asyncio.gather(*(originals.get(digest) for _ in range(12))) == [b"photo"] * 12
+    assert most == 4
+    await originals.close()
+
+
 async def test_slow_storage_does_not_hold_up_the_event_loop(tmp_path):
     originals = Originals("memory://slow")
     gate = threading.Event()
@@ -223,6 +251,14 @@ def test_the_setting_is_shown_without_its_secrets(monkeypatch):
 )
 def test_what_a_source_says(source, digest):
     assert digest_of(source) == digest
+
+
+def test_the_photo_that_a_source_names_comes_before_the_items_own_digest():
+    named, own = "a" * 64, "b" * 64
+    vector = np.ones(2, np.float32)
+    assert photo_digest(Item("x", vector, {}, source_of(named), own)) == named
+    assert photo_digest(Item("x", vector, {}, "erp:17", own)) == own
+    assert photo_digest(Item("x", vector, {}, None, None)) is None
 
 
 # ---- over HTTP
@@ -301,6 +337,22 @@ async def test_a_source_of_ones_own_is_kept_beside_the_photo(tmp_path):
         answer = await run.client.get(f"{ITEMS}/x/image")
     assert item["source"] == "erp:17"
     assert answer.content == image
+
+
+async def test_a_collection_that_keeps_no_photos_gives_none_out_though_another_one_has_it(tmp_path):
+    image = photo()
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP, json={"originals": True})
+        for name in ("shop", "other"):
+            added = await run.client.post(
+                f"/v1/collections/{name}/items", json={"items": [{"id": "x", "image": text(image)}]}
+            )
+            assert added.status_code == 200
+        kept = await run.client.get(f"{ITEMS}/x/image")
+        refused = await run.client.get("/v1/collections/other/items/x/image")
+    assert (kept.status_code, kept.content) == (200, image)
+    assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
+    assert "keeps no photo" in refused.json()["detail"]
 
 
 async def test_photos_stay_when_items_go(tmp_path):

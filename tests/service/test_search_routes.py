@@ -13,9 +13,15 @@ import pytest
 import uvicorn
 
 from model.preprocess import crop_box
+from service.errors import InvalidRequest
+from service.retrieval.combine import combined
+from service.retrieval.origins import Origin
+from service.routes import queries
+from service.routes import search as search_route
 from service.schemas import DuplicatesIn, ParamsIn, PartIn, RegionIn, SearchIn
 from service.search.filters import matches, parse_filter
 from service.search.store import CollectionSpec, Item, SearchParams
+from service.vision import region
 from service.vision.mask import coco_rle_encode
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, SPEC, fake_artifact, most_s, photo, running, until
@@ -149,6 +155,22 @@ async def test_combine_is_the_weighted_sum_of_unit_vectors(tmp_path):
     assert [error["index"] for error in bad["errors"]] == [1]
 
 
+def test_combined_takes_vectors_of_any_scale():
+    np.testing.assert_allclose(combined([[10, 0], [0, 1]], [1, 1]), [0.5**0.5, 0.5**0.5], atol=1e-6)
+    np.testing.assert_allclose(combined([[0, 0.1], [30, 0]], [3, -4]), [-0.8, 0.6], atol=1e-6)
+
+
+def test_what_is_left_of_vectors_that_cancel_out_is_not_searched_for():
+    vector = np.random.default_rng(0).normal(size=64)
+    almost = vector + 1e-7 * np.random.default_rng(1).normal(size=64)
+    with pytest.raises(InvalidRequest, match="cancel out"):
+        combined([vector, almost], [1, -1])
+    with pytest.raises(InvalidRequest, match="cancel out"):
+        combined([vector, almost], [1000, -1000])
+    different = vector + 1e-3 * np.random.default_rng(1).normal(size=64)
+    assert np.linalg.norm(combined([vector, different], [1, -1])) == pytest.approx(1, abs=1e-6)
+
+
 def slow_weights(covers, box, grid, steps=40):
     """By samples: the share of each patch whose points the region covers."""
     x, y, width, height = box
@@ -163,6 +185,30 @@ def slow_weights(covers, box, grid, steps=40):
                     inside += covers(px, py)
             weights[row, column] = inside / steps**2
     return weights
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 3)])
+def test_weights_of_boxes_and_masks_on_a_grid_that_is_not_square(monkeypatch, grid):
+    monkeypatch.setattr(region, "_PIXELS_PER_BLOCK", 200)  # a mask in several blocks of rows
+    crop, box = (4.0, 2.0, 60.0, 30.0), (9.0, 5.0, 31.0, 14.0)
+    mask = np.zeros((36, 70), bool)
+    mask[5:19, 9:40] = True
+    expected = slow_weights(lambda x, y: 9 <= x < 40 and 5 <= y < 19, crop, grid)
+    np.testing.assert_allclose(region.box_weights(box, crop, grid), expected, atol=0.03)
+    by_mask = region.mask_weights(coco_rle_encode(mask), (36, 70), crop, grid)
+    np.testing.assert_allclose(by_mask, region.box_weights(box, crop, grid), atol=1e-5)
+    mask[5:19, 60:70] = True  # and something of no box
+    mask[30:, :20] = True
+    expected = slow_weights(lambda x, y: mask[int(y), int(x)], crop, grid)
+    by_mask = region.mask_weights(coco_rle_encode(mask), (36, 70), crop, grid)
+    np.testing.assert_allclose(by_mask, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("side", range(41, 61))
+def test_no_patch_counts_more_than_once(side):
+    whole = {"size": [side, side + 3], "counts": [0, side * (side + 3)]}
+    weights = region.mask_weights(whole, (side, side + 3), (1.3, 2.7, side - 7.1, side - 9.3), (5, 7))
+    assert 0.999 < weights.min() <= weights.max() <= 1
 
 
 async def test_a_region_is_the_mean_of_its_patches(tmp_path):
@@ -234,6 +280,7 @@ async def test_regions_that_make_no_sense(tmp_path, region, words):
         await fill(run, store, pooling="mean", count=2)
         answer = await ask(run, {"region": {"image": text_of(photo(7, size=(40, 32))), **region}}, 422)
     assert words in answer["detail"]
+    assert "errors" not in answer  # the image is good
     assert len(answer["detail"]) < 1500
 
 
@@ -320,6 +367,17 @@ async def test_filter_offset_and_threshold(tmp_path):
     assert store.calls[-1][-1] == SearchParams(exact=True, ef_search=77, nprobe=3)
 
 
+async def test_a_hit_at_the_threshold_counts(tmp_path):
+    store = DictStore()
+    async with running(tmp_path, store=store) as run:
+        items = await fill(run, store)
+        for query in ({"vector": items[4].vector.tolist()}, {"image": text_of(photo(4))}):
+            scores = [hit["score"] for hit in (await ask(run, query))["data"]]
+            for place in (0, 3):
+                above = await ask(run, {**query, "score_threshold": scores[place]})
+                assert [hit["score"] for hit in above["data"]] == scores[: place + 1]
+
+
 async def test_vectors_come_when_asked_for(tmp_path):
     store = DictStore()
     async with running(tmp_path, store=store) as run:
@@ -375,6 +433,37 @@ async def test_groups_over_http(tmp_path):
     assert found["truncated"] is False
     assert none["groups"] == []
     assert [len(group["data"]) for group in where["groups"]] == [1]
+
+
+async def test_groups_heed_offset_threshold_and_parameters(tmp_path):
+    store = CountingStore()
+    async with running(tmp_path, store=store) as run:
+        items = await fill(run, store)
+        query = {"vector": items[0].vector.tolist(), "group_by": "i", "k": 3}
+        deeper = await ask(run, {**query, "offset": 2, "params": {"ef_search": 77}})
+        params = store.calls[-1][-1]
+        ranked = plain(items, items[0].vector, N)
+        above = await ask(run, {**query, "k": N, "score_threshold": ranked[4][1] - 1e-6})
+    assert [group["data"][0]["id"] for group in deeper["groups"]] == [item_id for item_id, _ in ranked[2:5]]
+    assert params == SearchParams(ef_search=77)
+    assert [group["data"][0]["id"] for group in above["groups"]] == [item_id for item_id, _ in ranked[:5]]
+
+
+async def test_the_times_are_told_in_a_header_and_are_the_slowest_of_a_batch(tmp_path, monkeypatch):
+    store = DictStore()
+
+    async def origins(service, target, asked):
+        return [Origin(np.eye(DIMS, dtype=np.float32)[0], timings={"decode": ms}) for ms in (2.0, 7.5, 1.0)]
+
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, count=2)
+        answer = await run.client.post(SEARCH, json={"image": text_of(photo(1))})
+        told = dict(part.split(";dur=") for part in answer.headers["Server-Timing"].split(", "))
+        monkeypatch.setattr(search_route, "find_origins", origins)
+        batch = await ask(run, {"queries": [{"id": "p00"}, {"id": "p01"}, {"id": "p00"}]})
+    assert told.keys() == answer.json()["timings"].keys()
+    assert float(told["total"]) == pytest.approx(answer.json()["timings"]["total"], rel=1e-3)
+    assert batch["timings"]["decode"] == 7.5
 
 
 # Models
@@ -462,6 +551,29 @@ async def test_a_batch_answers_each_query_as_if_it_came_alone_in_few_calls(tmp_p
             json.dumps(expected), parse_float=lambda f: round(float(f), 5)
         )
     assert "errors" not in batch
+
+
+async def test_queries_of_a_batch_that_go_to_different_depths(tmp_path):
+    store = DictStore()
+    async with running(tmp_path, store=store) as run:
+        items = await fill(run, store)
+        found = (await ask(run, {"queries": [{"id": "p00", "k": 3}, {"id": "p01", "k": 3, "offset": 6}]}))["results"]
+    assert pairs(found[0]["data"]) == plain(items, items[0].vector, 3, exclude=["p00"])
+    assert pairs(found[1]["data"]) == plain(items, items[1].vector, 3, 6, exclude=["p01"])
+
+
+async def test_what_a_request_may_ask_for_in_all_is_allowed_up_to_the_limit(tmp_path):
+    store = DictStore()
+    where = {"key": "i", "in": list(range(10_000))}
+    grouped = {"id": "p00", "k": 100, "group_by": "half", "group_size": 10}
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, count=3)
+        assert queries.MAX_RESULTS_OF_BATCH == queries.MAX_VALUES == 10_000
+        await ask(run, {"queries": [{"id": "p00", "k": 1000}] * 10})
+        await ask(run, {"queries": [grouped] * 10})
+        refused = await ask(run, {"queries": [grouped] * 10 + [{"id": "p00", "k": 1}]}, 422)
+        await ask(run, {"id": "p00", "filter": where})
+    assert "10,001 results together" in refused["detail"]
 
 
 async def test_1_and_true_are_different_filters(tmp_path):

@@ -159,5 +159,20 @@ def test_a_bad_value_is_told_in_one_line_with_the_name_and_the_value():
         load_settings({"port": 70000})
 
 
+def test_limits_on_bytes_fit_into_each_other():
+    Settings(max_image_bytes=10, max_body_bytes=10, max_buffered_bytes=10)
+    with pytest.raises(ValueError, match="max_image_bytes=11 does not fit into max_body_bytes=10"):
+        Settings(max_image_bytes=11, max_body_bytes=10)
+    with pytest.raises(ValueError, match="max_body_bytes=10 does not fit into max_buffered_bytes=9"):
+        Settings(max_image_bytes=5, max_body_bytes=10, max_buffered_bytes=9)
+
+
+def test_names_that_only_compose_reads_are_let_through(monkeypatch):
+    monkeypatch.setenv("DINOV2_PUBLISH", "127.0.0.1:8000")
+    monkeypatch.setenv("DINOV2_MEMORY", "4g")
+    assert load_settings().port == 8000
+
+
 def test_a_request_never_brings_more_than_the_queue_takes():
     assert Settings(max_batch_items=64, queue_max_images=10).items_per_request == 10
+    assert Settings(max_batch_items=10, queue_max_images=64).items_per_request == 10

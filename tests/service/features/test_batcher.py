@@ -1,14 +1,18 @@
 """Batching by itself: shapes, bounds, the departed, failures, a worker that dies or hangs."""
 
 import asyncio
+import itertools
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShuttingDown
+from service.features import batcher as service_batcher
 from service.features.batcher import Batcher
 from service.telemetry import Metrics
 from tests.fakes import FakeEngine, WorkerKilled, until
@@ -19,9 +23,9 @@ def image(value: float = 0.0, side: int = 28) -> np.ndarray:
 
 
 @asynccontextmanager
-async def batching(engine: FakeEngine, **bounds) -> AsyncIterator[Batcher]:
+async def batching(engine: FakeEngine, *, metrics: Metrics | None = None, **bounds) -> AsyncIterator[Batcher]:
     settings = {"batch_max_patches": 32, "queue_max_images": 100, "queue_max_patches": 1000} | bounds
-    batcher = Batcher(lambda x: list(engine.run(x).cls), patch_size=14, metrics=Metrics(), **settings)
+    batcher = Batcher(lambda x: list(engine.run(x).cls), patch_size=14, metrics=metrics or Metrics(), **settings)
     try:
         yield batcher
     finally:
@@ -69,6 +73,54 @@ async def test_only_images_of_one_shape_share_a_batch_and_none_starves():
     assert engine.batches == [(1, 3, 28, 28), (3, 3, 28, 28), (2, 3, 56, 56)]
 
 
+async def test_images_of_another_shape_keep_their_place():
+    engine = FakeEngine()
+    async with batching(engine, batch_max_patches=20) as batcher:
+        first = await held(batcher, engine)
+        rest = [batcher.submit(image(0, side)) for side in (28, 56, 42, 28, 28, 28, 28, 28)]  # 4, 16, 9, 4, ... patches
+        engine.gate.set()
+        await asyncio.gather(first, *rest)
+    assert [(shape[0], shape[2]) for shape in engine.batches[1:]] == [(5, 28), (1, 56), (1, 42), (1, 28)]
+
+
+async def test_patches_of_mixed_shapes_are_given_back():
+    engine, metrics = FakeEngine(), Metrics()
+    async with batching(engine, queue_max_patches=64, metrics=metrics) as batcher:
+        for _ in range(3):
+            first = await held(batcher, engine)
+            rest = [batcher.submit(image(0, side)) for side in (28, 56, 28, 42, 56)]
+            assert metrics.registry.get_sample_value("dinov2_queue_patches") == 4 + 16 + 4 + 9 + 16
+            engine.gate.set()
+            await asyncio.gather(first, *rest)
+            assert metrics.registry.get_sample_value("dinov2_queue_patches") == 0
+            assert not batcher.full
+        await held(batcher, engine)
+        batcher.submit(image(0, 112))  # the whole limit
+        assert batcher.full
+
+
+async def test_patches_are_counted_along_both_sides():
+    engine = FakeEngine()
+    async with batching(engine, batch_max_patches=8) as batcher:
+        first = await held(batcher, engine)
+        wide = [batcher.submit(np.zeros((3, 28, 56), np.float32)) for _ in range(2)]  # 2 x 4 patches
+        engine.gate.set()
+        await asyncio.gather(first, *wide)
+    assert [shape[0] for shape in engine.batches] == [1, 1, 1]
+
+
+async def test_one_image_above_the_limit_is_accepted_when_nothing_waits():
+    engine = FakeEngine()
+    async with batching(engine, queue_max_patches=8) as batcher:
+        first = await held(batcher, engine)
+        large = batcher.submit(image(0, 56))  # 16 patches
+        with pytest.raises(QueueFull):
+            batcher.submit(image())
+        engine.gate.set()
+        await asyncio.gather(first, large)
+        await batcher.submit(image(0, 56))
+
+
 async def test_an_image_larger_than_a_batch_still_goes_alone():
     engine = FakeEngine()
     async with batching(engine, batch_max_patches=4) as batcher:
@@ -77,15 +129,65 @@ async def test_an_image_larger_than_a_batch_still_goes_alone():
 
 
 async def test_the_departed_cost_no_engine_time():
-    engine = FakeEngine()
-    async with batching(engine) as batcher:
+    engine, metrics = FakeEngine(), Metrics()
+    async with batching(engine, queue_max_patches=16, metrics=metrics) as batcher:
         first = await held(batcher, engine)
         rest = [batcher.submit(image(i)) for i in range(4)]
         rest[1].cancel()
         rest[2].cancel()
         engine.gate.set()
         await asyncio.gather(first, rest[0], rest[3])
+        assert not batcher.full  # their patches are given back
     assert [shape[0] for shape in engine.batches] == [1, 2]
+    assert metrics.registry.get_sample_value("dinov2_dropped_images_total") == 2
+    assert metrics.registry.get_sample_value("dinov2_queue_patches") == 0
+
+
+async def test_whoever_leaves_a_batch_that_fails_is_not_tried_singly():
+    engine = FakeEngine(fails=lambda pixels: len(pixels) > 1)
+    async with batching(engine) as batcher:
+        first = await held(batcher, engine)
+        rest = [batcher.submit(image(i)) for i in range(3)]
+        engine.entered.clear()
+        gate, engine.gate = engine.gate, threading.Event()  # the next pass waits at a gate of its own
+        gate.set()
+        await until(engine.entered.is_set)
+        rest[1].cancel()
+        engine.gate.set()
+        await asyncio.gather(first, rest[0], rest[2])
+    assert [shape[0] for shape in engine.batches] == [1, 3, 1, 1]
+
+
+async def test_time_in_the_queue_and_in_the_pass_are_told_apart():
+    engine = FakeEngine()
+    async with batching(engine) as batcher:
+        started = time.perf_counter()
+        first = await held(batcher, engine)
+        waiting = batcher.submit(image())
+        await asyncio.sleep(0.03)
+        engine.gate.set()
+        done = await first
+        assert done.infer_s >= 0.03
+        assert done.queue_s + done.infer_s <= time.perf_counter() - started
+        assert (await waiting).queue_s >= 0.03
+
+
+async def test_the_figures_count_images_and_failed_passes():
+    engine, metrics = FakeEngine(fails=lambda pixels: bool((pixels == 13).any())), Metrics()
+    async with batching(engine, metrics=metrics) as batcher:
+        first = await held(batcher, engine)
+        rest = [batcher.submit(image(value)) for value in (1, 2, 3)]
+        engine.gate.set()
+        await asyncio.gather(first, *rest)
+        with pytest.raises(EngineFailed):
+            await batcher.submit(image(13))
+        batcher.reserve(3)
+        assert metrics.registry.get_sample_value("dinov2_queue_images") == 3
+        batcher.release(2)
+        assert metrics.registry.get_sample_value("dinov2_queue_images") == 1
+    assert metrics.registry.get_sample_value("dinov2_images_total") == 4
+    assert metrics.registry.get_sample_value("dinov2_batch_images_sum") == 4
+    assert metrics.registry.get_sample_value("dinov2_engine_errors_total") == 1
 
 
 async def test_a_full_queue_refuses_with_a_retry_after_from_the_measured_rate():
@@ -106,13 +208,43 @@ async def test_a_full_queue_refuses_with_a_retry_after_from_the_measured_rate():
         await asyncio.gather(first, *waiting)
 
 
+async def test_retry_after_follows_the_rate_and_is_bounded():
+    async with batching(FakeEngine(), queue_max_images=1000) as batcher:
+        assert batcher.retry_after_s() == 1  # nothing is measured yet
+        batcher.reserve(100)
+        batcher._images_per_s = 10.0
+        assert batcher.retry_after_s() == 10
+        batcher._images_per_s = 9.9
+        assert batcher.retry_after_s() == 11
+        batcher._images_per_s = 0.5
+        assert batcher.retry_after_s() == 60
+        batcher._images_per_s = 1e6
+        assert batcher.retry_after_s() == 1
+
+
+async def test_the_rate_counts_the_images_of_a_batch_and_changes_slowly(monkeypatch):
+    two_s_later = itertools.count(0.0, 2.0)  # each look at the clock; a pass takes two
+    monkeypatch.setattr(
+        service_batcher, "time", SimpleNamespace(perf_counter=lambda: next(two_s_later), monotonic=time.monotonic)
+    )
+    engine = FakeEngine()
+    async with batching(engine) as batcher:
+        first = await held(batcher, engine)
+        rest = [batcher.submit(image()) for _ in range(8)]
+        engine.gate.set()
+        await asyncio.gather(first, *rest)
+        assert batcher._images_per_s == pytest.approx(0.8 * 1 / 2 + 0.2 * 8 / 2)
+
+
 async def test_reserving_takes_all_or_nothing():
     async with batching(FakeEngine(), queue_max_images=5) as batcher:
         batcher.reserve(3)
         with pytest.raises(QueueFull):
             batcher.reserve(3)
+        assert not batcher.full
         batcher.reserve(2)
         assert batcher.images == 5
+        assert batcher.full
 
 
 async def test_a_poison_image_fails_alone():
@@ -124,6 +256,7 @@ async def test_a_poison_image_fails_alone():
         outcomes = await asyncio.gather(first, *rest, return_exceptions=True)
         assert isinstance(outcomes[2], EngineFailed)
         assert "secret" not in outcomes[2].detail
+        assert "told to fail" in str(outcomes[2].__cause__)  # for the log
         for outcome, value in ((outcomes[1], 1), (outcomes[3], 2)):
             np.testing.assert_allclose(outcome.row, engine.run(image(value)[None]).cls[0], atol=1e-6)
         assert batcher.health() is None
@@ -158,6 +291,8 @@ async def test_a_hung_worker_is_seen():
         engine.gate.set()
         await first
         await until(lambda: batcher.health() is None)
+        await asyncio.sleep(0.06)
+        assert batcher.health() is None  # waiting for work is no hang
 
 
 async def test_closing_fails_what_waits_and_refuses_more():
@@ -168,23 +303,27 @@ async def test_closing_fails_what_waits_and_refuses_more():
         threading.Timer(0.05, engine.gate.set).start()
         batcher.close()
         await first
-        with pytest.raises(ShuttingDown):
-            await waiting
-        with pytest.raises(ShuttingDown):
+        async with asyncio.timeout(5):
+            with pytest.raises(ShuttingDown):
+                await waiting
+        with pytest.raises(ShuttingDown) as refused:
             batcher.submit(image())
+        assert refused.value.headers["Retry-After"] == "1"
 
 
-async def test_wrong_number_of_rows_is_an_engine_failure():
+@pytest.mark.parametrize("rows", [0, 2])
+async def test_wrong_number_of_rows_is_an_engine_failure(rows):
     batcher = Batcher(
-        lambda pixels: [],
+        lambda pixels: [0.0] * rows,
         patch_size=14,
         metrics=Metrics(),
         batch_max_patches=8,
         queue_max_images=8,
         queue_max_patches=64,
     )
-    with pytest.raises(EngineFailed):
+    with pytest.raises(EngineFailed, match="failed on this image"):
         await batcher.submit(image())
+    assert batcher.health() is None  # the worker goes on
     batcher.close()
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from service.features import cache
 from service.features.cache import MemoryCache, RedisCache, cache_key, frame, make_cache, unframe
 
 # ---- keys
@@ -50,6 +51,13 @@ async def test_memory_keeps_the_lately_used_within_its_budget() -> None:
     assert await cache.get_many(["big", "k3"]) == [None, b"3" * 100]
     await cache.close()
     assert (len(cache), cache.used_bytes) == (0, 0)
+
+
+async def test_a_value_that_fills_the_budget_is_kept() -> None:
+    for size, kept in ((100, True), (101, False)):
+        cache = MemoryCache(2 + 100 + 330)
+        await cache.set_many({"k0": bytes(size)})
+        assert (await cache.get_many(["k0"]))[0] == (bytes(size) if kept else None)
 
 
 async def test_memory_budget_is_real_memory() -> None:
@@ -189,6 +197,44 @@ async def test_status_alone_notices_fault_and_recovery(redis_server) -> None:
         redis_server.start()
         await asyncio.sleep(0.35)
         assert await probe.cache.status() == "ok"
+
+
+def test_probes_are_rarer_each_time_up_to_a_limit(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now[0])
+    breaker = cache._Breaker(0.5, 3.0)
+    assert breaker.try_enter()
+    for _ in range(4):  # calls that were under way together lengthen nothing
+        breaker.fail()
+    waits = []
+    for _ in range(5):
+        started = now[0]
+        while not breaker.try_enter():
+            now[0] += 0.125
+        waits.append(now[0] - started)
+        breaker.fail()
+    assert waits == [0.5, 1.0, 2.0, 3.0, 3.0]
+    now[0] += 3
+    assert breaker.try_enter()
+    assert breaker.succeed()
+    assert breaker.try_enter()
+
+
+async def test_a_recovery_ends_every_fault() -> None:
+    events: list[str] = []
+    found = RedisCache("redis://127.0.0.1:1", ttl_s=1, on_event=events.append, retry_s=0.001)
+    both = [found.get_many(["k"]), found.set_many({"k": b"v"})]  # begun before either fails
+    await asyncio.gather(*both)
+    assert {"get", "set"} <= set(found._faults)
+
+    async def answer(keys: list[str]) -> list[bytes | None]:
+        return [None] * len(keys)
+
+    found._mget = answer
+    await asyncio.sleep(0.005)
+    assert await found.status() == "ok"
+    assert events[-1] == "recovered"
+    await found.close()
 
 
 async def test_hung_redis_costs_bounded_time(redis_server) -> None:

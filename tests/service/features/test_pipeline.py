@@ -2,17 +2,21 @@
 
 import asyncio
 import base64
+import hashlib
 import importlib
 import json
+import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
+from service.features import pipeline
 from service.features.cache import MemoryCache
 from service.features.pipeline import Embedded
-from tests.fakes import DIMS, FakeEngine, photo, plain_photo, running, until
+from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, plain_photo, running, until
 
 
 async def test_identical_images_in_flight_compute_once(tmp_path):
@@ -23,7 +27,10 @@ async def test_identical_images_in_flight_compute_once(tmp_path):
         await until(engine.entered.is_set)
         engine.gate.set()
         results = await asyncio.gather(*tasks)
+        assert run.service.live.batcher.images == 0
+        text = (await run.client.get("/metrics")).text
     assert engine.images == 1
+    assert "dinov2_coalesced_images_total 4.0" in text
     assert len({result[0].cls.tobytes() for result in results}) == 1
 
 
@@ -40,6 +47,55 @@ async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
         assert isinstance((await follower)[0], Embedded)
         assert engine.images == 1
         assert run.service.live.batcher.images == 0
+
+
+async def test_an_image_that_is_under_way_takes_no_second_place_in_the_queue(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        both = asyncio.create_task(run.service.live.embed([photo(0), photo(1)]))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        assert run.service.live.batcher.images == 2
+        engine.gate.set()
+        await asyncio.gather(first, both)
+        assert run.service.live.batcher.images == 0
+
+
+async def test_a_computation_that_was_left_ends_no_newer_one(tmp_path, monkeypatch):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
+            left = asyncio.create_task(run.service.live.embed([photo()]))
+            await until(lambda: blocked.calls == 1)
+            left.cancel()
+            await asyncio.gather(left, return_exceptions=True)
+            newer = asyncio.create_task(run.service.live.embed([photo()]))
+            await until(lambda: blocked.calls == 2)
+        await until(lambda: run.service.live.batcher.images == 1)  # the one that was left has ended
+        joining = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(engine.entered.is_set)
+        engine.gate.set()
+        await asyncio.gather(newer, joining)
+    assert engine.images == 1
+
+
+async def test_an_analysis_that_nobody_waits_for_is_dropped(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0) as run:
+        engine.gate = threading.Event()
+        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        leaving = asyncio.create_task(run.service.live.analyse(photo(1), lambda analysed: None))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        leaving.cancel()
+        await until(lambda: run.service.live.batcher.images == 1)
+        engine.gate.set()
+        await busy
+        await run.service.live.embed([photo(2)])
+    assert engine.images == 2
 
 
 async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tmp_path):
@@ -126,6 +182,104 @@ async def test_images_fail_on_their_own(tmp_path):
         results = await run.service.live.embed(images)
     kinds = [type(result) for result in results]
     assert kinds == [Embedded, BrokenImage, EngineFailed, BrokenImage, Embedded]
+
+
+async def test_an_image_that_cannot_be_prepared_is_its_own_fault(tmp_path, monkeypatch):
+    def refuse(rgb, spec):
+        raise ValueError("too thin for a patch")
+
+    monkeypatch.setattr(pipeline, "preprocess", refuse)
+    async with running(tmp_path) as run:
+        [found] = await run.service.live.embed([photo()])
+    assert isinstance(found, BrokenImage)
+    assert found.detail == "too thin for a patch"
+
+
+@pytest.mark.parametrize("other", ["precision", "model"])
+async def test_other_models_and_precisions_share_a_cache_but_no_vector(tmp_path, other):
+    cache = MemoryCache(2**20)
+    engine, digit = (FakeEngine(precision="int8"), "a") if other == "precision" else (FakeEngine(), "b")
+    async with (
+        running(tmp_path / "one", cache=cache) as one,
+        running(tmp_path / "two", engine=engine, artifact=fake_artifact(digit=digit), cache=cache) as two,
+    ):
+        for run in (one, two):
+            assert not (await run.service.live.embed([photo()]))[0].cached
+            assert (await run.service.live.embed([photo()]))[0].cached
+        assert engine.images == one.engine.images == 1
+
+
+async def test_a_vector_holds_no_batch_in_memory(tmp_path):
+    async with running(tmp_path) as run:
+        [found] = await run.service.live.embed([photo()])
+    assert found.cls.base is None
+    assert found.mean.base is None or found.mean.base.size <= DIMS
+
+
+async def test_registers_count_as_tokens(tmp_path):
+    async with running(tmp_path) as run:
+        plain = run.engine.run
+        run.engine.run = lambda pixels: plain(pixels)._replace(registers=np.zeros((len(pixels), 3, DIMS), np.float32))
+        [found] = await run.service.live.embed([photo()])
+    assert found.tokens == 1 + 3 + N_PATCHES
+
+
+async def test_the_times_of_an_image_are_told_by_stage_in_seconds(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine) as run:
+        engine.gate = threading.Event()
+        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        second = asyncio.create_task(run.service.live.embed([photo(1)]))
+        await until(lambda: run.service.live.batcher.waiting == 1)
+        await asyncio.sleep(0.03)
+        engine.gate.set()
+        times = [(await task)[0].timings for task in (first, second)]
+        text = (await run.client.get("/metrics")).text
+    assert times[0]["infer"] >= 0.03
+    assert times[1]["queue"] >= 0.03
+    assert times[0]["queue"] != times[0]["infer"]
+    for stage in ("decode", "preprocess", "queue", "infer"):
+        [total] = re.findall(rf'^dinov2_stage_duration_seconds_sum{{stage="{stage}"}} (\S+)$', text, re.MULTILINE)
+        assert float(total) == pytest.approx(times[0][stage] + times[1][stage])
+
+
+async def test_height_comes_before_width(tmp_path):
+    """Of the input that the engine is warmed up with, the patch grid, and the image."""
+    artifact, engine, shapes = fake_artifact(), FakeEngine(), []
+    spec = SPEC.model_copy(update={"resize": 28, "crop": None})
+    manifest = artifact.manifest.model_copy(update={"input_size": (28, 56), "preprocess": spec})
+    plain = engine.run
+    engine.run = lambda pixels: (shapes.append(pixels.shape), plain(pixels))[1]
+    image = photo(size=(56, 28))
+    async with running(tmp_path, engine=engine, artifact=replace(artifact, manifest=manifest)) as run:
+        analysed = await run.service.live.analyse(image, lambda analysed: (analysed.grid, analysed.image.shape))
+        digest = hashlib.sha256(image).hexdigest()
+        patches = (await run.service.live.patches({digest: image}))[digest]
+        kept = (await run.service.live.known_patches([digest]))[digest]
+        assert run.service.tag().split("/")[3] == "28x56"
+    assert set(shapes) == {(1, 3, 28, 56)}
+    assert analysed == ((2, 4), (28, 56, 3))
+    assert (patches.grid, patches.size) == (kept.grid, kept.size) == ((2, 4), (28, 56))
+
+
+@pytest.mark.parametrize("setting", ["batch_max_patches", "queue_max_patches"])
+async def test_limits_on_patches_reach_the_batcher(tmp_path, setting):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, cache_bytes=0, **{setting: 2 * N_PATCHES}) as run:
+        engine.gate = threading.Event()
+        tasks = [asyncio.create_task(run.service.live.embed([photo(0)]))]
+        await until(engine.entered.is_set)
+        tasks.append(asyncio.create_task(run.service.live.embed([photo(i) for i in range(1, 4)])))
+        if setting == "queue_max_patches":
+            await until(lambda: run.service.live.batcher.full)
+            late = await run.service.live.embed([photo(9)])
+            assert isinstance(late[0], QueueFull)
+        else:
+            await until(lambda: run.service.live.batcher.waiting == 3)
+        engine.gate.set()
+        await asyncio.gather(*tasks)
+    assert [shape[0] for shape in engine.batches] == [1, 2, 1][: len(engine.batches)]
 
 
 async def test_a_failure_is_not_cached(tmp_path):

@@ -48,6 +48,13 @@ def test_finds_files_at_any_depth_but_hidden_ones(photos: Path) -> None:
     assert names == ["a.png", "b.jpg", "deep/c.jpg", "deep/er/d.webp", "notes.txt", "torn.jpg", "z.bmp"]
 
 
+def test_what_lies_in_a_hidden_folder_is_hidden(tmp_path: Path) -> None:
+    for name in (".git/a.png", "deep/.cache/b.png", "deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert find_files([tmp_path]) == [tmp_path / "deep" / "c.png"]
+
+
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing: no such file or folder"):
         find_files([tmp_path / "missing"])
@@ -57,7 +64,11 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_vectors_are_those_of_single_images(photos: Path, artifact: Artifact, engine: Engine, batch_size: int) -> None:
-    files, vectors, report = embed_files(find_files([photos]), artifact, engine, batch_size=batch_size)
+    dealt_with: list[int] = []
+    files, vectors, report = embed_files(
+        find_files([photos]), artifact, engine, batch_size=batch_size, advance=dealt_with.append
+    )
+    assert sum(dealt_with) == 7  # those that were skipped too
     assert report.embedded == len(files) == 5
     assert {path.name: bool(reason) for path, reason in report.skipped} == {"notes.txt": True, "torn.jpg": True}
     for path, vector in zip(files, vectors, strict=True):
@@ -96,6 +107,8 @@ def test_an_older_file_survives_a_failed_write(
         save_vectors(out, [], np.zeros((0, 4), np.float32), artifact, {})
     assert out.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [out]
+
+    assert (tmp_path / "out").read_bytes() == b"whole"
 
 
 def test_the_command_writes_vectors_and_lists_what_it_skipped(photos: Path, tmp_path: Path) -> None:

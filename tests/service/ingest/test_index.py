@@ -19,7 +19,9 @@ from model.preprocess import preprocess
 from service.errors import Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.features.images import decode
 from service.features.pipeline import Pooling
+from service.ingest import index as index_files
 from service.ingest.embed import load_ahead
+from service.ingest.folders import Content, Photo
 from service.ingest.index import IndexOptions, IndexReport, index_photos, pooling_of, vector_tag
 from service.ingest.sources import find_photos
 from service.search.store import CollectionInfo, CollectionSpec, Item
@@ -101,7 +103,8 @@ def test_the_tag_is_the_services(tmp_path: Path) -> None:
     pooling: Pooling
     for pooling in ("cls", "mean", "cls+mean"):
         tag = vector_tag(ARTIFACT, FakeEngine(), pooling)
-        assert tag == service.tag(pooling=pooling)
+        assert tag == service.tag(pooling=pooling) == f"{'a' * 64}/{pooling}/l2/28x28/fp32"
+        assert vector_tag(ARTIFACT, FakeEngine(precision="int8"), pooling).endswith("/28x28/int8")
         assert pooling_of(CollectionInfo("shop", CollectionSpec(tag, DIMS), 0)) == pooling
     with pytest.raises(Conflict, match="no model here makes"):
         pooling_of(CollectionInfo("shop", CollectionSpec("mine", DIMS), 0))
@@ -118,6 +121,27 @@ async def test_a_second_run_reads_and_embeds_nothing(folder: Path, monkeypatch: 
     assert (report.indexed, report.present, report.failed) == (0, 6, 0)
     assert not engine.batches
     assert not read
+
+
+async def test_only_the_run_itself_says_what_is_known_of_a_file(tmp_path: Path) -> None:
+    """A Parquet file or an archive may have a field of that name."""
+    store = DictStore()
+    stamps = [None, {"bytes": 1}]
+    found = [
+        Photo(f"{i}", f"s3://x/{i}", lambda i=i: Content(photo(i), {"_file": {"bytes": 7}, "n": i}), stamp)
+        for i, stamp in enumerate(stamps)
+    ]
+    await run(store=store, found=found)
+    items = await store.get("shop", ["0", "1"])
+    assert [item.metadata for item in items if item] == [{"n": 0}, {"n": 1, "_file": {"bytes": 1}}]
+
+
+async def test_the_runs_metadata_wins_over_the_sources(folder: Path) -> None:
+    store = DictStore()
+    await run(folder, store=store, metadata={"brand": "mine"})
+    (item,) = await store.get("shop", ["a.png"])
+    assert item is not None
+    assert (item.metadata["brand"], item.metadata["price"]) == ("mine", 5)
 
 
 async def test_changed_files_are_embedded_again(folder: Path) -> None:
@@ -171,6 +195,59 @@ async def test_ids_by_content(tmp_path: Path) -> None:
     assert all(item.id == item.digest for item in items)
     assert (await run(folder, store=store, engine=engine, id_by="sha256")).present == 18
     assert not engine.batches
+    again = await run(folder, store=store, engine=engine, id_by="sha256", force=True)
+    assert again.indexed >= 9
+    assert again.indexed + again.present == 18
+
+
+async def test_one_content_that_two_threads_load_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_photos(tmp_path, ["a.png"])
+    (folder / "b.png").write_bytes(photo(0))
+    both = threading.Barrier(2)
+
+    def together(*args: Any) -> Any:
+        both.wait(10)  # neither was seen by the other
+        return decode(*args)
+
+    monkeypatch.setattr(index_files, "decode", together)
+    store = Recorder()
+    report = await run(folder, store=store, id_by="sha256")
+    assert (report.indexed, report.present, sum(store.writes)) == (1, 1, 1)
+
+
+async def test_nothing_is_remembered_of_what_is_written_or_has_failed(folder: Path) -> None:
+    for id_by in ("path", "sha256"):
+        store = DictStore()
+        state = index_files._Run(
+            store, "shop", ARTIFACT, FakeEngine(), IndexOptions(id_by=id_by), threading.Event(), None,
+            lambda _: None, lambda _: None,
+        )  # fmt: skip
+        await state.check()
+        report = await state.go(find_photos([str(folder)]))
+        assert (report.indexed, report.failed) == (6, 3)
+        assert state.under_way == {}
+
+
+async def test_the_store_is_asked_of_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Asked(DictStore):
+        async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
+            asked.append(len(ids))
+            return await super().get(collection, ids)
+
+    store = Asked()
+    await store.create("shop", CollectionSpec(vector_tag(ARTIFACT, FakeEngine(), "cls"), DIMS))
+    monkeypatch.setattr(index_files, "_CHECK_ITEMS", 8)
+    await run(write_photos(tmp_path, [f"{index:03}.png" for index in range(30)]), store=store)
+    assert asked == [4, 8, 8, 8, 2]
+    asked.clear()
+    monkeypatch.setattr(index_files, "_CHECK_BYTES", 100)
+    found = [Photo(f"{i}", f"x/{i}", lambda i=i: Content(photo(i), {}), held_bytes=60) for i in range(6)]
+    await run(store=store, found=found)
+    assert asked == [2, 2, 2]  # what is held in memory is bounded
 
 
 async def test_what_no_store_would_take_is_listed(tmp_path: Path) -> None:
@@ -185,6 +262,13 @@ async def test_what_no_store_would_take_is_listed(tmp_path: Path) -> None:
     assert "metadata has" in reasons[-1]
     report = await run(folder, store=DictStore(), id_by="sha256")
     assert (report.indexed, report.failed) == (4, 1)
+
+
+async def test_a_source_that_no_store_would_take_costs_no_forward_pass() -> None:
+    engine = FakeEngine()
+    found = [Photo("a", "s" * 3000, lambda: Content(photo(), {}))]
+    report = await run(store=DictStore(), found=found, engine=engine)
+    assert (report.indexed, report.failed, engine.images) == (0, 1, 0)
 
 
 async def test_an_item_that_this_store_refuses_costs_no_other(folder: Path) -> None:
@@ -208,6 +292,15 @@ async def test_limits_hold_and_features_that_are_not_finite_are_listed(folder: P
     report = await run(folder, store=DictStore(), engine=Broken())
     assert (report.indexed, report.failed) == (4, 5)
     assert "not finite" in " ".join(problem.reason for problem in report.problems)
+
+    class Dead(FakeEngine):
+        def run(self, pixels: Any) -> Any:
+            features = super().run(pixels)
+            features.cls[0] = 0
+            return features
+
+    report = await run(folder, store=DictStore(), engine=Dead())
+    assert (report.indexed, report.failed) == (4, 5)  # a vector of zeros has no direction
 
 
 async def test_another_model_is_refused_before_any_work(folder: Path) -> None:

@@ -13,12 +13,15 @@ import fsspec
 import pytest
 
 from service.errors import ImageTooLarge
-from service.ingest.folders import Content, Photo, Problem
+from service.ingest.archives import MAX_SIDECAR_BYTES
+from service.ingest.folders import Content, Entry, File, Photo, Problem, Remote, find_place
 from service.ingest.sources import find_photos, read_photo
 from tests.fakes import no_file_left_open, photo
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
 import pyarrow.parquet as pq  # noqa: E402
+
+AN_HOUR_EAST = datetime.datetime(2026, 1, 1, 12, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))
 
 
 def taken(*sources: object, **options: object) -> tuple[dict[str, Content], dict[str, str]]:
@@ -117,6 +120,19 @@ def test_a_name_that_is_no_text_still_has_a_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_says_what_is_known_of_its_members_and_what_it_holds_in_memory(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("x.tar" if mode == "w" else "x.tar.gz")
+    with tarfile.open(path, mode) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.mtime = 5, 1_700_000_000
+        tar.addfile(info, io.BytesIO(b"12345"))
+    (found,) = find_photos([str(path)])
+    assert isinstance(found, Photo)
+    assert found.stamp == {"bytes": 5, "modified": "2023-11-14T22:13:20+00:00"}
+    assert found.held_bytes == (0 if mode == "w" else 5)  # a plain one is read by position
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_tar_with_metadata(tmp_path: Path, mode: str) -> None:
     path = write_tar(tmp_path / ("x.tar" if mode == "w" else "x.tar.gz"), MEMBERS, mode)
     contents, problems = taken(path)
@@ -159,6 +175,14 @@ def test_members_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
         contents, problems = taken(path, max_bytes=10)
         assert list(contents) == ["b.jpg"]
         assert problems == {f"tar://a.jpg::{path}": "has 11 bytes; the limit is 10"}
+
+
+def test_metadata_of_a_member_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    large = b'{"text": "' + b"x" * MAX_SIDECAR_BYTES + b'"}'
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"A"), ("a.json", large)])
+    contents, problems = taken(path)
+    assert contents == {"a.jpg": (b"A", {})}
+    assert problems == {f"tar://a.json::{path}": f"has {len(large)} bytes; the limit is {MAX_SIDECAR_BYTES}"}
 
 
 def test_metadata_apart_from_its_photo_is_told(tmp_path: Path) -> None:
@@ -225,8 +249,15 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
 def test_parquet_rows_can_be_had_in_any_order(tmp_path: Path) -> None:
     path = write_table(tmp_path / "x.parquet", {"photo": [bytes([row]) for row in range(200)]}, group=90)
     found = list(find_photos([str(path)]))
-    for row in [150, 3, 199, 0, 89, 90, 91, 2]:
+    for row in [150, 3, 199, 0, 89, 1, 90, 91, 2]:  # 1: asked for too late, in the row group that is being read
         assert found[row].load().data == bytes([row])
+
+
+def test_a_row_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "x.parquet", {"image": [bytes(11), bytes(10)]})
+    contents, problems = taken(path, max_bytes=10)
+    assert list(contents) == ["x.parquet#1"]
+    assert problems == {f"{path}#0": "the photo has 11 bytes; the limit is 10"}
 
 
 def test_parquet_nulls_and_columns(tmp_path: Path) -> None:
@@ -288,7 +319,7 @@ def test_lists(tmp_path: Path) -> None:
     assert contents == {"photos/a b.jpg": (b"A", {}), absolute: (b"A", {}), "memory://lists/c.jpg": (b"C", {})}
     assert problems == {"photos/none.jpg": "No such file or directory"}
     lines = [
-        {"image": "photos/a b.jpg", "id": "one", "brand": "x", "metadata": {"n": 1}},
+        {"image": "photos/a b.jpg", "id": "one", "brand": "x", "n": 0, "metadata": {"n": 1}},  # the inner one wins
         {"url": "memory://lists/none.jpg"},
         {"brand": "x"},
         {"image": "photos/a b.jpg", "id": 7},
@@ -307,6 +338,46 @@ def test_lists(tmp_path: Path) -> None:
         "6": problems[f"{where}6"],
     }
     assert "not JSON" in problems[f"{where}6"]
+
+
+class Listed:
+    """A file system that tells what one of an object store tells."""
+
+    protocol = "s3"
+    rows = (
+        {"name": "bucket/shelf/", "size": 0, "type": "directory"},  # the folder itself
+        {"name": "bucket/shelf/a.jpg", "size": 5, "type": "file", "ETag": '"e1"', "LastModified": AN_HOUR_EAST},
+        {"name": "bucket/shelf/.b.jpg", "size": 5, "type": "file"},
+    )
+
+    def ls(self, folder: str, detail: bool) -> list[dict[str, object]]:
+        return list(self.rows)
+
+    def unstrip_protocol(self, path: str) -> str:
+        return f"s3://{path}"
+
+
+def test_a_listing_of_an_object_store() -> None:
+    (entry,) = Remote(Listed()).listing("bucket/shelf")  # type: ignore[arg-type]
+    assert isinstance(entry, Entry)
+    assert (entry.path, entry.name, entry.is_folder) == ("bucket/shelf/a.jpg", "a.jpg", False)
+    assert entry.stamp == {"bytes": 5, "modified": "2026-01-01T11:00:00+00:00", "etag": '"e1"'}
+
+
+def test_a_file_of_unknown_size_is_not_read_beyond_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(bytes(10))
+    (tmp_path / "b.jpg").write_bytes(bytes(11))
+    place, path = find_place(str(tmp_path / "a.jpg"))
+    assert File(place, path, "a.jpg").read(10) == bytes(10)
+    with pytest.raises(ImageTooLarge):
+        File(place, str(tmp_path / "b.jpg"), "b.jpg").read(10)
+
+
+def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"A")
+    (tmp_path / "photos" / "round.jpg").symlink_to(tmp_path / "photos")
+    assert taken(tmp_path / "photos") == ({"a.jpg": (b"A", {})}, {})
 
 
 def test_places_behind_fsspec(tmp_path: Path) -> None:

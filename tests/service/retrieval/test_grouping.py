@@ -105,6 +105,15 @@ async def test_the_end_of_what_may_be_searched_is_told(monkeypatch):
     assert not full.truncated
 
 
+async def test_below_the_threshold_nothing_is_searched_for(monkeypatch):
+    monkeypatch.setattr(grouping, "MAX_DEPTH", 64)
+    search = Ranked(ranking(["a"] * 100))
+    found = await grouped(search, KEY, k=3, size=1, threshold=search.hits[3].score)
+    assert ids(found) == [["p000"]]
+    assert not found.truncated
+    assert search.depths == [6]
+
+
 def test_1_and_true_are_two_groups_and_1_and_1_0_one():
     groups = split(ranking([1, True, 1.0, "1", False, 0]), KEY, 5)
     assert [[hit.id for hit in group.hits] for group in groups] == [

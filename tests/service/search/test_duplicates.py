@@ -185,6 +185,43 @@ async def test_the_route(tmp_path):
     assert gone.status_code == 404
 
 
+async def test_the_route_heeds_filter_and_parameters_and_says_how_near_is_near(tmp_path):
+    store, seen = DictStore(), []
+    real = store.search
+
+    async def search(*args, **kwargs):
+        seen.append(kwargs["params"])
+        return await real(*args, **kwargs)
+
+    store.search = search
+    vectors = [np.array([np.cos(angle), np.sin(angle)]) for angle in (0.0, 0.30, 2.0, 2.35)]  # cosines 0.955 and 0.939
+    async with running(tmp_path, store=store) as run:
+        items = [Item(f"p{i}", vector, {"i": i}, digest=digest("x")) for i, vector in enumerate(vectors)]
+        await store.upsert("shop", items, tag=run.service.tag())
+        content = (await run.client.post(PATH, json={"filter": {"key": "i", "lt": 3}})).json()
+        near = (await run.client.post(PATH, json={"by": "similarity", "params": {"ef_search": 77}})).json()
+    assert [[item["id"] for item in group["items"]] for group in content["groups"]] == [["p0", "p1", "p2"]]
+    assert [[item["id"] for item in group["items"]] for group in near["groups"]] == [["p0", "p1"]]
+    assert set(seen) == {SearchParams(ef_search=77)}
+
+
+async def test_a_group_of_which_one_item_is_left_is_not_shown(tmp_path, monkeypatch):
+    store = DictStore()
+    async with running(tmp_path, store=store) as run:
+        items = [Item(f"p{i}", np.ones(DIMS), digest=digest("xxyyy"[i])) for i in range(5)]
+        await store.upsert("shop", items, tag=run.service.tag())
+        get = store.get
+
+        async def get_late(collection, ids):
+            await store.delete("shop", ["p0", "p4"])  # after the groups were found
+            return await get(collection, ids)
+
+        store.get = get_late
+        answer = (await run.client.post(PATH, json={})).json()
+    assert [[item["id"] for item in group["items"]] for group in answer["groups"]] == [["p2", "p3"]]
+    assert answer["total_groups"] == 2
+
+
 def store_unit(vector):
     return vector / np.linalg.norm(vector)
 

@@ -66,6 +66,23 @@ def test_a_photo_matches_itself_wherever_its_patches_are():
     assert sorted((match.query, int(order[match.candidate])) for match in found) == [(i, i) for i in range(20)]
 
 
+def test_a_cosine_of_equal_patches_is_at_most_1():
+    """Though float32 gives the product of a row with itself as a little more."""
+    rows = rows_of(np.random.default_rng(0), 200)
+    longest = max(range(200), key=lambda i: float(rows[i] @ rows[i]))
+    assert float((rows[longest : longest + 1] @ rows[longest : longest + 1].T)[0, 0]) > 1
+    assert maxsim(rows[longest : longest + 1], rows[longest : longest + 1]) == 1.0
+    score, found = maxsim_matches(rows[longest : longest + 1], rows[longest : longest + 1])
+    assert (score, found[0].score) == (1.0, 1.0)
+
+
+def test_a_patchs_box_counts_rows_and_columns_of_a_grid_that_is_not_square():
+    crop = (3.0, 2.0, 50.0, 30.0)  # 3 rows of 10 pixels, 5 columns of 10
+    assert patch_box(0, (3, 5), crop) == [3.0, 2.0, 10.0, 10.0]
+    assert patch_box(7, (3, 5), crop) == [23.0, 12.0, 10.0, 10.0]
+    assert patch_box(14, (3, 5), (3.0, 2.0, 100.0, 30.0)) == [83.0, 22.0, 20.0, 10.0]
+
+
 def test_patches_survive_as_bytes():
     tokens = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32) * 1e6  # beyond float16
     tokens[2] = 0
@@ -155,6 +172,50 @@ async def test_only_so_many_are_compared_and_the_rest_follows(tmp_path):
     assert {hit["id"] for hit in found[:3]} == set(plain[:3])
     assert [hit["id"] for hit in found[3:]] == plain[3:]
     assert best == found[:1]
+
+
+async def test_twenty_are_compared_unless_told_and_sixteen_at_a_time(tmp_path):
+    class Counting(FakePhotos):
+        now = most = 0
+
+        async def get(self, digest):
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await asyncio.sleep(0)
+            self.now -= 1
+            return await super().get(digest)
+
+    store, photos = DictStore(), Counting()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos, count=23)
+        found = (await ask(run, {"image": text_of(photo(50)), "rerank": "patches", "k": 23}))["data"]
+    assert sum("rerank_score" in hit for hit in found) == 20
+    assert len(found) == 23
+    assert photos.most == 16
+
+
+async def test_the_threshold_holds_for_what_is_reranked(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos)
+        plain = (await ask(run, {"image": text_of(photo(50))}))["data"]
+        body = {"image": text_of(photo(50)), "rerank": "patches", "score_threshold": plain[2]["score"]}
+        found = (await ask(run, body))["data"]
+    assert {hit["id"] for hit in found} == {hit["id"] for hit in plain[:3]}
+    assert len(photos.read) == 3
+
+
+async def test_equal_rerank_scores_leave_the_order_of_the_vectors(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos, count=1)
+        [item] = await store.get("shop", ["p0"])
+        aside = np.roll(item.vector, 1)
+        twins = [Item(name, item.vector + by * aside, {}, item.source) for name, by in (("a", 0.4), ("b", 0.2))]
+        await store.upsert("shop", twins, tag=run.service.tag())
+        found = (await ask(run, {"image": text_of(photo(0)), "rerank": "patches"}))["data"]
+    assert len({hit["rerank_score"] for hit in found}) == 1
+    assert [hit["id"] for hit in found] == ["p0", "b", "a"]
 
 
 async def test_patches_are_computed_together_and_kept(tmp_path):
@@ -252,6 +313,20 @@ async def test_matches_are_boxes_in_both_photos(tmp_path):
     )
 
 
+async def test_the_boxes_of_a_match_are_told_in_each_photos_own_pixels(tmp_path):
+    store, photos = DictStore(), FakePhotos()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos, count=2)
+        large = photo(50, size=(64, 80))
+        found = (await ask(run, {"image": text_of(large), "rerank": "patches", "matches": True}))["data"]
+    of_query = [patch_box(i, (2, 2), crop_box(80, 64, SPEC)) for i in range(4)]
+    of_stored = [patch_box(i, (2, 2), crop_box(32, 40, SPEC)) for i in range(4)]
+    assert not [box for box in of_query if box in of_stored]
+    matches = [match for hit in found for match in hit["matches"]]
+    assert matches
+    assert all(match["query_box"] in of_query and match["box"] in of_stored for match in matches)
+
+
 async def test_a_region_compares_its_own_patches_only(tmp_path):
     store, photos = DictStore(), FakePhotos()
     image, crop = photo(50), crop_box(32, 40, SPEC)
@@ -260,6 +335,7 @@ async def test_a_region_compares_its_own_patches_only(tmp_path):
         await fill(run, store, photos, pooling="mean")
         region = {"image": text_of(image), "box": box}
         found = await ask(run, {"region": region, "rerank": "patches", "matches": True})
+        without = await ask(run, {"region": region, "rerank": "patches"})
         query = await tokens_of(run, image)
         weights = box_weights(tuple(box), crop, (2, 2)).ravel()
         expected = {f"p{i}": slow_maxsim(query, await tokens_of(run, photo(i)), weights) for i in range(6)}
@@ -268,6 +344,8 @@ async def test_a_region_compares_its_own_patches_only(tmp_path):
     for hit in found["data"]:
         assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=1e-3)
         assert all(match["query_box"][1] == 2.0 for match in hit["matches"])  # of the upper row
+    scores = {hit["id"]: hit["rerank_score"] for hit in found["data"]}
+    assert {hit["id"]: pytest.approx(hit["rerank_score"], abs=1e-6) for hit in without["data"]} == scores
 
 
 async def test_a_small_queue_takes_the_candidates_in_turns(tmp_path):

@@ -142,6 +142,8 @@ def test_first_component_is_the_eigenvector(shape: tuple[int, int]) -> None:
     rows -= rows.mean(0)
     expected = np.linalg.svd(rows, full_matrices=False)[2][0]
     assert abs(float(first_component(rows) @ expected)) > 0.999_99
+    assert np.linalg.norm(first_component(rows)) == pytest.approx(1, abs=1e-6)
+    assert np.linalg.norm(first_component(100 * rows)) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_few_long_patches_are_not_the_first_component() -> None:
@@ -214,7 +216,10 @@ def test_uncompressed_rle_is_read() -> None:
     assert coco_rle_decode({"size": [2, 2], "counts": [1, 2, 1]}).tolist() == [[False, True], [True, False]]
 
 
-@pytest.mark.parametrize("counts", ["", "4", "o", "\x10", "999", b"\xff\xff", "P" * 30 + "0", [5], [-1, 5], "é"])
+WRONG_COUNTS = ["", "4", "o", "\x10", "999", b"\xff\xff", "P" * 30 + "0", "S" + "P" * 13 + "0", [5], [-1, 5], "é"]
+
+
+@pytest.mark.parametrize("counts", WRONG_COUNTS)
 def test_wrong_rle_is_refused(counts: object) -> None:
     with pytest.raises(ValueError, match=r"counts|run length"):
         coco_rle_decode({"size": [1, 3], "counts": counts})

@@ -1,0 +1,234 @@
+"""The border around every request: what it counts and gives back, what it logs, and clients that leave at any time."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from service.errors import ServiceError
+from service.middleware import Border
+from service.telemetry import JsonLines
+from tests.dict_store import DictStore
+from tests.fakes import FakeEngine, photo, plain_photo, running
+
+EMBED = "/v1/embeddings"
+PNG = {"Content-Type": "image/png"}
+
+
+async def chunks(data: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), 500):
+        yield data[start : start + 500]
+
+
+async def exchange(app: Any, body: bytes, leave: asyncio.Event, path: str = EMBED) -> list[dict[str, Any]]:
+    """A request to an ASGI application, from a client that hangs up when `leave` is set; what was sent to it."""
+    sent: list[dict[str, Any]] = []
+    asked = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        if not asked:
+            asked = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"root_path": "", "scheme": "http", "http_version": "1.1", "headers": [(b"content-type", b"image/png")]}
+    await app(scope, receive, send)
+    return sent
+
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"inner"), (b"x-other", b"kept")]}
+END = {"type": "http.response.body", "body": b"whole"}
+
+
+async def test_what_bodies_hold_is_given_back(tmp_path):
+    image = photo()
+    limits = {"max_image_bytes": len(image), "max_body_bytes": len(image), "max_buffered_bytes": 2 * len(image)}
+    async with running(tmp_path, **limits) as run:
+        for i in range(6):
+            assert (await run.client.post(EMBED, content=image, headers=PNG)).status_code == 200
+            bad = image[:100] if i % 2 else chunks(image + b"x")
+            assert (await run.client.post(EMBED, content=bad, headers=PNG)).status_code in (413, 422)
+            assert run.service.buffered_bytes == 0
+            assert run.service.in_flight == 0
+            assert run.service.metrics.registry.get_sample_value("dinov2_requests_in_flight") == 0
+        text = (await run.client.get("/metrics")).text
+    assert "dinov2_requests_in_flight 0.0" in text  # only requests of /v1/ count
+
+
+async def test_a_body_at_the_limit_is_accepted(tmp_path):
+    image = photo()
+    limits = {"max_image_bytes": len(image), "max_body_bytes": len(image), "max_buffered_bytes": len(image)}
+    async with running(tmp_path, **limits) as run:
+        told = await run.client.post(EMBED, content=image, headers=PNG)
+        streamed = await run.client.post(EMBED, content=chunks(image), headers=PNG)
+        one_more = await run.client.post(EMBED, content=image + b"x", headers=PNG)
+    assert (told.status_code, streamed.status_code, one_more.status_code) == (200, 200, 413)
+
+
+async def test_a_service_that_stops_is_alive_and_says_why_it_is_not_ready(tmp_path):
+    async with running(tmp_path) as run:
+        run.service.draining = True
+        assert (await run.client.get("/livez")).status_code == 200
+        ready = await run.client.get("/readyz")
+        refused = await run.client.post(EMBED, content=photo(), headers=PNG)
+        listed = await run.client.get("/v1/models")
+    assert ready.json()["reasons"] == {"shutdown": "shutting down"}
+    assert (refused.status_code, refused.headers["Connection"]) == (503, "close")  # its body was not read
+    assert (listed.status_code, listed.headers.get("Connection")) == (503, None)
+    assert run.service.draining
+
+
+async def test_the_application_drains_when_it_ends(tmp_path):
+    async with running(tmp_path) as run:
+        assert not run.service.draining
+    assert run.service.draining
+
+
+async def test_a_body_that_is_too_large_closes_the_connection_once(tmp_path):
+    async with running(tmp_path, max_body_bytes=1000, max_image_bytes=1000) as run:
+        answer = await run.client.post(EMBED, content=chunks(bytes(5000)), headers=PNG)
+    assert answer.status_code == 413
+    assert answer.headers.get_list("Connection") == ["close"]
+
+
+async def test_methods_that_nobody_knows_share_one_label(tmp_path):
+    async with running(tmp_path) as run:
+        for method in ("BREW", "SPY", "GET"):
+            await run.client.request(method, "/v1/models")
+        text = (await run.client.get("/metrics")).text
+    assert 'dinov2_requests_total{method="other",' in text
+    assert "BREW" not in text
+    assert 'dinov2_requests_total{method="GET",route="/v1/models",status="200"} 1.0' in text
+    assert 'dinov2_request_duration_seconds_count{route="/v1/models"} 3.0' in text
+
+
+async def test_the_log_line_has_size_and_milliseconds(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "service.access")
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine) as run:
+        engine.delay_s = 0.03
+        await run.client.post(EMBED, content=photo(), headers=PNG)
+    [record] = [record for record in caplog.records if record.name == "service.access"]
+    assert record.fields["bytes"] == len(photo())
+    assert 30 <= record.fields["ms"] < 10_000
+
+
+async def test_a_time_out_of_something_else_is_no_deadline(tmp_path):
+    async with running(tmp_path) as run:
+
+        async def slow(images):
+            raise TimeoutError
+
+        run.service.live.embed = slow
+        answer = await run.client.post(EMBED, content=photo(), headers=PNG)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+
+
+async def test_the_log_has_the_fault_among_several_bad_items(tmp_path, caplog):
+    async with running(tmp_path, store=DictStore()) as run:
+        run.engine.fails = lambda pixels: True
+        files = [("file", photo()[:80]), ("file", plain_photo(9)), ("file", photo()[:90])]
+        answer = await run.client.post("/v1/collections/shop/items", files=files)
+    assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")
+    [record] = [record for record in caplog.records if record.name == "service.middleware"]
+    assert "told to fail" in str(record.exc_info[1].__cause__)
+
+
+def watchers() -> list[str]:
+    """Tasks that still wait for a client to leave."""
+    names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+    return [name for name in names if name.endswith("._watch")]
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.04])
+async def test_nobody_waits_for_a_client_that_has_its_answer(tmp_path, delay_s):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine) as run:
+        engine.delay_s = delay_s
+        sent = await exchange(run.app, photo(), asyncio.Event())
+        assert sent[0]["status"] == 200
+        await asyncio.sleep(0.03)
+        assert watchers() == []
+
+
+async def test_one_request_id_is_sent(tmp_path):
+    async def inner(scope, receive, send):
+        await send(START)
+        await send(END)
+
+    async with running(tmp_path) as run:
+        sent = await exchange(Border(inner, run.service), b"", asyncio.Event())
+    names = [name for name, _ in sent[0]["headers"]]
+    assert sorted(names) == [b"x-other", b"x-request-id"]
+    assert dict(sent[0]["headers"])[b"x-request-id"] != b"inner"
+
+
+@pytest.mark.parametrize("error", [ServiceError("late"), RuntimeError("late")])
+async def test_an_answer_that_has_begun_is_not_answered_again(tmp_path, error):
+    async def inner(scope, receive, send):
+        await send(START)
+        raise error
+
+    async with running(tmp_path) as run:
+        sent = await exchange(Border(inner, run.service), b"", asyncio.Event())
+    assert [message["type"] for message in sent] == ["http.response.start"]
+
+
+async def test_an_answer_that_has_begun_is_sent_to_its_end_though_the_client_leaves(tmp_path):
+    leave, finished = asyncio.Event(), []
+
+    async def inner(scope, receive, send):
+        await receive()
+        await asyncio.sleep(0.03)  # the client is watched
+        await send(START)
+        leave.set()
+        await asyncio.sleep(0.01)
+        await send(END)
+        finished.append(True)
+
+    async with running(tmp_path) as run:
+        sent = await exchange(Border(inner, run.service), b"", leave)
+        text = (await run.client.get("/metrics")).text
+    assert finished
+    assert sent[-1] == END
+    assert 'status="200"' in text
+
+
+async def test_what_fails_because_the_client_has_left_is_no_fault(tmp_path, caplog):
+    leave = asyncio.Event()
+
+    async def inner(scope, receive, send):
+        await receive()
+        await send(START)
+        leave.set()
+        await asyncio.wait_for(receive(), 5)
+        raise RuntimeError("the connection is closed")
+
+    async with running(tmp_path) as run:
+        await exchange(Border(inner, run.service), b"", leave)
+        text = (await run.client.get("/metrics")).text
+    assert 'status="499"' in text
+    assert [record for record in caplog.records if record.name == "service.middleware"] == []
+
+
+def test_a_log_line_has_the_time_in_utc_and_its_fields(monkeypatch):
+    record = logging.LogRecord("service", logging.INFO, "", 0, "message", (), None)
+    record.created, record.msecs, record.fields = 1_700_000_000.25, 250.0, {"status": 200}
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        line = json.loads(JsonLines().format(record))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert (line["time"], line["status"], line["level"]) == ("2023-11-14T22:13:20.250Z", 200, "info")
