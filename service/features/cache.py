@@ -288,7 +288,7 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
             f"the Redis URL (scheme {scheme!r}) is not valid: redis://[:password@]host:port/db is; "
             "percent-encode special characters of the password"
         ) from None
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)  # closed with the client
 
 
 def frame(value: bytes) -> bytes:

@@ -69,8 +69,8 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
 
 def _write(source: Path, collection: str, target: Path) -> None:
     sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
-    with closing(sqlite3.connect(target, isolation_level=None)) as db:
-        db.execute("ATTACH ? AS source", (str(source),))
+    with closing(sqlite3.connect(target, isolation_level=None, uri=True)) as db:
+        db.execute("ATTACH ? AS source", (_read_only(source),))  # else BEGIN IMMEDIATE would lock out its writers
         with transaction(db):
             copied = database.find(db, collection, schema="source")
             made = database.make(db, collection, copied.spec)
@@ -250,7 +250,11 @@ def _lock_path(root: Path, name: str) -> Path:
     return root / f".{name}.lock"
 
 
+def _read_only(path: Path) -> str:
+    return f"{path.resolve().as_uri()}?mode=ro"
+
+
 def _opened(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(_read_only(path), uri=True, isolation_level=None, check_same_thread=False)
     sqlite_file.check_ours(db, f"snapshot {path.stem}")
     return db

@@ -115,3 +115,28 @@ def test_sync_takes_files_and_folders(tmp_path: Path, calls: list[str]) -> None:
     sync(tmp_path / "f")
     sync(tmp_path)
     assert calls == ["sync f", f"sync {tmp_path.name}"]
+
+
+def test_the_size_at_the_flush_is_the_whole_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than a buffer: nothing of it may wait in the process when the disk is told to write."""
+    sizes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (sizes.append(os.fstat(handle).st_size), fsync(handle)))
+    with replacing(tmp_path / "out") as path, path.open("wb") as file:
+        file.write(b"x" * 10)
+        assert not (tmp_path / "out").exists()
+    assert sizes[0] == 10
+
+
+def test_no_handle_stays_open(tmp_path: Path) -> None:
+    held = lock_file(tmp_path / "lock")
+    assert held is not None
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        sync(tmp_path)
+        write_text(tmp_path / "a", "text")
+        assert lock_file(tmp_path / "lock") is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    held.close()
+    again = lock_file(tmp_path / "lock")
+    assert again is not None
+    again.close()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.errors import NotFound, StorageFailed
-from service.originals import Originals, digest_of, photo_digest, source_of
+from service.originals import THREADS, Originals, digest_of, photo_digest, source_of
 from service.search.store import Item
 from service.settings import Settings, load_settings
 from tests.dict_store import DictStore
@@ -135,7 +135,93 @@ async def test_everything_is_synced_before_it_is_told(tmp_path, monkeypatch):
     assert order[0].endswith(".part")
     assert order[1:] == [f"rename {path}", *map(str, path.parents[:4])]
     assert digest == path.name
+    order.clear()
+    await originals.put(b"photo")  # whoever stored it may have died before it synced the names
+    assert order == list(map(str, path.parents[:3]))
     await originals.close()
+
+
+async def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    originals = Originals(Path("kept"))
+    digest = await originals.put(b"photo")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert await originals.get(digest) == b"photo"
+    await originals.close()
+
+
+async def test_a_remote_storage_is_not_sent_what_it_has(tmp_path):
+    originals = Originals("memory://sent")
+    sent = []
+    real = originals._fs
+
+    class Counting:
+        info, cat_file = staticmethod(real.info), staticmethod(real.cat_file)
+
+        @staticmethod
+        def pipe_file(path: str, data: bytes) -> None:
+            sent.append(path)
+            real.pipe_file(path, data)
+
+    originals._fs = Counting()
+    for _ in range(2):
+        digest = await originals.put(b"photo")
+    assert len(sent) == 1
+    real.pipe_file(sent[0], b"pho")  # a write that was cut off
+    await originals.put(b"photo")
+    assert len(sent) == 2
+    assert await originals.get(digest) == b"photo"
+    await originals.close()
+
+
+async def test_few_calls_are_under_way_at_one_time(tmp_path):
+    """Each holds an image in memory."""
+    originals = Originals("memory://few")
+    gate, lock, under_way, most = threading.Event(), threading.Lock(), 0, 0
+
+    def slow(_path: str) -> bytes:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+            if under_way == THREADS:
+                gate.set()
+        gate.wait(10)
+        time.sleep(0.01)
+        with lock:
+            under_way -= 1
+        return b"photo"
+
+    originals._fs = type("Slow", (), {"cat_file": staticmethod(slow)})()
+    await asyncio.gather(*(originals.get(sha256(b"photo")) for _ in range(4 * THREADS)))
+    assert most == THREADS
+    await originals.close()
+    with pytest.raises(RuntimeError):
+        await originals.get(sha256(b"photo"))
+
+
+def test_which_places_are_the_same(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    kept = Originals(tmp_path / "kept")
+    assert kept.is_same_place(Originals(f"file://{tmp_path}/kept/"))
+    assert kept.is_same_place(Originals(tmp_path / "link"))
+    assert not kept.is_same_place(Originals(tmp_path / "other"))
+    assert not kept.is_same_place(Originals(f"memory://{tmp_path}/kept"))
+    assert Originals("memory://a").is_same_place(Originals("memory://a"))
+    assert not Originals("memory://a").is_same_place(Originals("memory://b"))
+
+
+def test_an_item_leads_to_the_photo_that_its_source_names():
+    named, own = "a" * 64, "b" * 64
+    for source, digest, wanted in (
+        (source_of(named), own, named),
+        (source_of(named), None, named),
+        ("https://example.com/x.png", own, own),
+        (None, own, own),
+        (None, None, None),
+    ):
+        assert photo_digest(Item("x", np.ones(2), source=source, digest=digest)) == wanted
 
 
 async def test_a_storage_that_raises_anything(tmp_path):
@@ -245,6 +331,8 @@ def test_the_setting_is_shown_without_its_secrets(monkeypatch):
         ("a" * 64, None),
         ("original:" + "A" * 64, None),
         ("original:" + "a" * 63, None),
+        ("original:" + "a" * 65, None),
+        ("original:" + "a" * 64 + "\n", None),
         ("original:../../etc/passwd", None),
         ("https://original:" + "a" * 64, None),
     ],

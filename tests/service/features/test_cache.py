@@ -1,6 +1,7 @@
 """Both caches keep their promises; Redis, a true server here, may die, hang, lie or come back and costs only misses."""
 
 import asyncio
+import itertools
 import logging
 import random
 import signal
@@ -10,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.features import cache
 from service.features.cache import MemoryCache, RedisCache, cache_key, frame, make_cache, unframe
@@ -60,6 +63,16 @@ async def test_a_value_that_fills_the_budget_is_kept() -> None:
         assert (await cache.get_many(["k0"]))[0] == (bytes(size) if kept else None)
 
 
+async def test_an_entry_may_fill_the_budget_and_a_larger_one_drives_out_nothing() -> None:
+    cache = MemoryCache(2 * (1 + 100 + 330))
+    await cache.set_many({"a": bytes(100)})
+    await cache.set_many({"b": bytes(2 * 431)})
+    assert await cache.get_many(["a", "b"]) == [bytes(100), None]
+    await cache.set_many({"b": bytes(2 * 431 - 331)})
+    assert await cache.get_many(["a", "b"]) == [None, bytes(2 * 431 - 331)]
+    assert cache.used_bytes == cache.max_bytes
+
+
 async def test_memory_budget_is_real_memory() -> None:
     """Ten times more goes in than fits; what Python allocates stays near the budget, from both sides."""
     budget = 2 * 2**20
@@ -84,6 +97,138 @@ async def test_no_budget_keeps_nothing() -> None:
 
 
 # ---- Redis
+
+
+class Clock:
+    """In place of the module `time` of the cache."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("service.features.cache.time", made)
+    return made
+
+
+async def fails(error: Exception) -> None:
+    raise error
+
+
+async def works() -> int:
+    return 1
+
+
+async def test_probes_come_at_growing_intervals(clock: Clock) -> None:
+    events: list[str] = []
+    cache = RedisCache("redis://localhost", ttl_s=1, on_event=events.append, retry_s=0.5, max_retry_s=5)
+    probes = []
+    while len(probes) < 7:
+        events.clear()
+        await cache._guarded("get", lambda: fails(OSError("away")))
+        if events == ["error"]:
+            probes.append(clock.now)
+        clock.now += 0.25
+    assert [b - a for a, b in itertools.pairwise(probes)] == [0.5, 1, 2, 4, 5, 5]
+    clock.now += 5
+    assert await cache._guarded("get", works) == 1
+    assert events[-1] == "recovered"
+    assert await cache._guarded("get", works) == 1  # closed again
+    await cache._guarded("get", lambda: fails(OSError("away")))
+    events.clear()
+    clock.now += 0.5  # the first interval again
+    assert await cache._guarded("get", works) == 1
+    assert events == ["recovered"]
+    await cache.close()
+
+
+async def test_calls_that_were_under_way_do_not_lengthen_the_interval(clock: Clock) -> None:
+    events: list[str] = []
+    cache = RedisCache("redis://localhost", ttl_s=1, on_event=events.append, retry_s=0.5, max_retry_s=5)
+    gate = asyncio.Event()
+
+    async def under_way() -> None:
+        await gate.wait()
+        raise OSError("away")
+
+    calls = [asyncio.create_task(cache._guarded("get", under_way)) for _ in range(10)]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*calls)
+    assert events == ["error"] * 10
+    clock.now += 0.5
+    assert await cache._guarded("get", works) == 1
+    await cache.close()
+
+
+async def test_a_recovery_clears_every_fault(clock: Clock) -> None:
+    """Also those of calls that are not made again."""
+    cache = RedisCache("redis://localhost", ttl_s=1, retry_s=0.5, max_retry_s=5)
+    for call in ("get", "set"):
+        await cache._guarded(call, lambda: fails(OSError("away")))
+        clock.now += 5
+    assert sorted(cache._faults) == ["get", "set"]
+    await cache._guarded("get", works)
+    assert cache._faults == {}
+    await cache.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "opens"),
+    [
+        (ResponseError("OOM command not allowed"), False),
+        (ResponseError("NOAUTH Authentication required."), True),
+        (ResponseError("WRONGPASS invalid username-password pair"), True),
+        (AuthenticationError("invalid password"), True),
+        (AuthorizationError("no permission"), True),
+        (RedisConnectionError("away"), True),
+        (TimeoutError(), True),
+    ],
+)
+async def test_which_faults_stop_the_next_call(error: Exception, opens: bool, clock: Clock) -> None:
+    """A server that refuses one command may answer others; one that knows us not answers none."""
+    events: list[str] = []
+    cache = RedisCache("redis://localhost", ttl_s=1, on_event=events.append)
+    await cache._guarded("set", lambda: fails(error))
+    assert await cache._guarded("get", works) == (None if opens else 1)
+    assert events == (["error", "skipped"] if opens else ["error"])
+    await cache.close()
+
+
+async def test_a_call_is_tried_once() -> None:
+    """The breaker decides when to try again, not the client."""
+    tries = 0
+
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        tries += 1
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with Probe(f"redis://127.0.0.1:{port}") as probe:
+        assert await probe.cache.get_many(["k"]) == [None]
+        assert probe.events == ["error"]
+    assert tries == 1
+    server.close()
+
+
+async def test_a_closed_cache_leaves_no_connection(redis_server) -> None:
+    async with Probe(redis_server.url) as probe:
+        await probe.cache.set_many({"k": b"v"})
+        await asyncio.gather(*(probe.cache.get_many(["k"]) for _ in range(3)))
+        client = redis_server.client()
+        before = len(client.client_list())
+    deadline = time.monotonic() + 5
+    while len(client.client_list()) >= before:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    assert len(client.client_list()) == 1
 
 
 class Probe:
