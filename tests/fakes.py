@@ -9,7 +9,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from model.config import ViTConfig
 from model.engines.protocol import Features, FloatArray
 from model.preprocess import PreprocessSpec
 from service.app import create_app
+from service.features.pipeline import Embedded
+from service.outcomes import Outcome, numbered
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Service
@@ -122,6 +124,10 @@ class Running:
     client: httpx.AsyncClient
     service: Service
     engine: FakeEngine
+
+    async def embed(self, images: Sequence[bytes]) -> list[Outcome[Embedded]]:
+        """What the pipeline makes of images that could all be read."""
+        return await self.service.live.embed(numbered(images))
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,9 +33,10 @@ from model.artifact import Artifact
 from model.engines.protocol import Engine
 from model.preprocess import preprocess
 from service.decode import DecodeLimits, decode
-from service.errors import BrokenImage, EngineFailed, ServiceError
+from service.errors import BrokenImage, EngineFailed
 from service.features.batcher import Batcher
 from service.features.cache import Cache, MemoryCache, cache_key
+from service.outcomes import Outcome, successes
 from service.telemetry import Metrics
 from service.vision.patches import Patches
 
@@ -156,26 +157,23 @@ class Pipeline:
             hang_timeout_s=hang_timeout_s,
         )
 
-    async def embed(self, images: Sequence[bytes | ServiceError]) -> list[Embedded | ServiceError]:
+    async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
         """Embed the images of one request, in order; a bad one gives its error and does not hurt the others.
 
-        A `ServiceError` among the images (an item that could not be read) is passed through.
+        An image that could not be read keeps its error, and every outcome its index.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: of the request as a whole; nothing was begun.
         """
         keys = await self._keys(images)
-        found = await self._from_cache([key for key in keys if key is not None])
-        wanted = {
-            key: image
-            for key, image in zip(keys, images, strict=True)
-            if key is not None and key not in found and not isinstance(image, ServiceError)
-        }
-        answers = found | await self._compute_all(wanted)
-        return [
-            image if isinstance(image, ServiceError) else answers[key or ""]
-            for key, image in zip(keys, images, strict=True)
-        ]
+        by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
+        cached = await self._from_cache(list(by_key))
+        computed = await self._compute_all({key: image for key, image in by_key.items() if key not in cached})
+
+        def embedded(key: str) -> Embedded:
+            return cached[key] if key in cached else computed[key].result()
+
+        return [key.then(embedded) for key in keys]
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
         """What `answer` makes, on a thread, of all features of one image; the vector goes into the cache on the way.
@@ -194,29 +192,28 @@ class Pipeline:
         finally:
             task.cancel()  # of a caller that leaves: it ends when its thread does; else it is done already
 
-    async def known_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
-        """The patches of those photos, by the sha256 of their bytes, that this process has kept."""
+    async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
+        """The patches of those images, by the sha256 of their bytes, that this process has kept."""
         keys = {digest: self._patches_key(digest) for digest in digests}
         kept = await self._patch_cache.get_many(list(keys.values()))
         return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
 
-    async def patches(self, photos: Mapping[str, bytes]) -> dict[str, Patches | ServiceError]:
-        """The patches of photos, given by the sha256 of their bytes, in as few forward passes as they fit in; kept for
-        the next time.
+    async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
+        """The patches of images, each with the sha256 of its bytes, in as few forward passes as they fit in; kept for
+        the next time. An image that could not be read keeps its error.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: of all of them; nothing was begun.
         """
-        self.batcher.reserve(len(photos))
-        tasks = {digest: asyncio.create_task(self._patches(digest, photo)) for digest, photo in photos.items()}
-        for task in tasks.values():
-            task.add_done_callback(self._ended)
+        self.batcher.reserve(sum(image.error is None for image in images))
+        outcomes = [image.then(self._start_patches) for image in images]
+        tasks = successes(outcomes)
         try:
             if tasks:
-                await asyncio.wait(tasks.values())
-            return {digest: await _result(task) for digest, task in tasks.items()}
+                await asyncio.wait(tasks)
+            return [outcome.then(_result) for outcome in outcomes]
         finally:
-            for task in tasks.values():
+            for task in tasks:
                 task.cancel()  # of a caller that leaves
 
     async def warm_up(self) -> None:
@@ -243,13 +240,13 @@ class Pipeline:
         tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
         return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
 
-    async def _keys(self, images: Sequence[bytes | ServiceError]) -> list[str | None]:
+    async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
         """Cache keys; hashing more than a few hundred kilobytes would hold up the event loop."""
 
-        def keys() -> list[str | None]:
-            return [None if isinstance(image, ServiceError) else self._key(image) for image in images]
+        def keys() -> list[Outcome[str]]:
+            return [image.then(self._key) for image in images]
 
-        size = sum(len(image) for image in images if not isinstance(image, ServiceError))
+        size = sum(map(len, successes(images)))
         return keys() if size <= 2**18 else await asyncio.get_running_loop().run_in_executor(self._hasher, keys)
 
     def _key(self, image: bytes) -> str:
@@ -259,21 +256,20 @@ class Pipeline:
     def _patches_key(self, digest: str) -> str:
         return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision, "of": "patches"})
 
-    async def _from_cache(self, keys: list[str]) -> dict[str, Embedded | ServiceError]:
+    async def _from_cache(self, keys: list[str]) -> dict[str, Embedded]:
         started = time.perf_counter()
-        unique = list(dict.fromkeys(keys))
-        found: dict[str, Embedded | ServiceError] = {}
-        for key, data in zip(unique, await self.cache.get_many(unique), strict=True):
+        cached: dict[str, Embedded] = {}
+        for key, data in zip(keys, await self.cache.get_many(keys), strict=True):
             entry = None if data is None else Embedded.from_bytes(data, self.dims)
             if entry is not None:
                 entry.timings["cache"] = time.perf_counter() - started
-                found[key] = entry
-        self._metrics.cache_hits.inc(len(found))
-        self._metrics.cache_misses.inc(len(unique) - len(found))
-        return found
+                cached[key] = entry
+        self._metrics.cache_hits.inc(len(cached))
+        self._metrics.cache_misses.inc(len(keys) - len(cached))
+        return cached
 
-    async def _compute_all(self, wanted: dict[str, bytes]) -> dict[str, Embedded | ServiceError]:
-        """Join the flights of these images, starting those that are not under way; all are left together."""
+    async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
+        """Join the flights of these images, starting those that are not under way; all are left together, landed."""
         new = [key for key in wanted if key not in self._flights]
         if new:
             self.batcher.reserve(len(new))  # all of this request's images or none
@@ -288,7 +284,7 @@ class Pipeline:
         try:
             if flights:
                 await asyncio.wait([flight.task for flight in flights.values()])
-            return {key: await _result(flight.task) for key, flight in flights.items()}
+            return {key: flight.task for key, flight in flights.items()}
         finally:
             for key, flight in flights.items():
                 flight.waiters -= 1
@@ -299,9 +295,9 @@ class Pipeline:
     async def _fly(self, key: str, image: bytes) -> Embedded:
         decoded = await self._decode(image, keep_image=False)
         row, timings = await self._infer(decoded)
-        found = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
-        await self.cache.set_many({key: found.to_bytes()})  # before landing: who comes later finds one or the other
-        return found
+        embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
+        await self.cache.set_many({key: embedded.to_bytes()})  # before landing: a later request meets one or the other
+        return embedded
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
         async with self._kept_images:
@@ -309,19 +305,23 @@ class Pipeline:
             row, timings = await self._infer(decoded)
             assert decoded.image is not None
             embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)
-            [key] = await self._keys([image])
-            assert key is not None
-            await self.cache.set_many({key: embedded.to_bytes()})
+            [key] = await self._keys([Outcome(0, image)])
+            await self.cache.set_many({key.result(): embedded.to_bytes()})
             analysed = Analysed(embedded, row.patches, self._grid(decoded.pixels), decoded.image)
             return await self._in_thread(self._answerers, partial(answer, analysed))
 
-    async def _patches(self, digest: str, photo: bytes) -> Patches:
-        decoded = await self._decode(photo, keep_image=False)
+    def _start_patches(self, digest_and_image: tuple[str, bytes]) -> "asyncio.Task[Patches]":
+        task = asyncio.create_task(self._patches(*digest_and_image))
+        task.add_done_callback(self._ended)
+        return task
+
+    async def _patches(self, digest: str, image: bytes) -> Patches:
+        decoded = await self._decode(image, keep_image=False)
         row, _ = await self._infer(decoded)
         work = partial(Patches.of, row.patches, self._grid(decoded.pixels), decoded.size)
-        found = await self._in_thread(self._answerers, work)
-        await self._patch_cache.set_many({self._patches_key(digest): found.to_bytes()})
-        return found
+        patches = await self._in_thread(self._answerers, work)
+        await self._patch_cache.set_many({self._patches_key(digest): patches.to_bytes()})
+        return patches
 
     def _grid(self, pixels: FloatArray) -> tuple[int, int]:
         return pixels.shape[1] // self._patch_size, pixels.shape[2] // self._patch_size
@@ -380,12 +380,9 @@ class Pipeline:
         return done.row, timings
 
 
-async def _result(task: Awaitable[T]) -> T | ServiceError:
-    """The outcome of a finished task, its error as a value."""
-    try:
-        return await task
-    except ServiceError as error:
-        return error
+def _result(task: "asyncio.Task[T]") -> T:
+    """What a finished task returned; raises what it raised."""
+    return task.result()
 
 
 def _unit(vector: FloatArray) -> FloatArray:

@@ -27,10 +27,11 @@ from model.artifact import Artifact
 from model.engines.protocol import Engine
 from model.preprocess import preprocess
 from service.decode import DEFAULT_LIMITS, DecodeLimits, decode
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, ServiceError, StorageFailed
+from service.errors import BrokenImage, CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.features.pipeline import Pooling
 from service.ingest.embed import FloatArray, load_ahead, vector_dims, vectors_of
 from service.ingest.folders import Photo, Problem
+from service.outcomes import Outcome, attempt
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
@@ -138,10 +139,6 @@ class _Ready:
     digest: str
     metadata: Mapping[str, Any]
     pixels: FloatArray  # [3, h, w]
-
-
-class _Present:
-    """What loading gives for a photo whose content is in the collection."""
 
 
 @dataclass
@@ -275,13 +272,20 @@ class _Run:
 
     # ---- decode threads
 
-    def _load(self, photo: Photo) -> _Ready | _Present | str:
+    def _load(self, photo: Photo) -> Outcome[_Ready | None]:
+        """The image, ready to be embedded; None when its content is in the collection."""
+        loaded = attempt(0, self._read, photo)
+        if isinstance(loaded.error, StorageFailed):  # of no image: the next one would fare no better
+            raise loaded.error
+        return loaded
+
+    def _read(self, photo: Photo) -> _Ready | None:
         try:
             data, metadata = photo.load()
             digest = hashlib.sha256(data).hexdigest()
             by_content = self.options.id_by == "sha256"
             if by_content and not self.options.force and self._is_here(digest):
-                return _Present()
+                return None
             metadata = {**metadata, **self.options.metadata}
             metadata.pop(STAMP_KEY, None)
             if photo.stamp is not None:
@@ -292,14 +296,12 @@ class _Run:
             pixels = preprocess(decode(data, self.options.limits), self.artifact.manifest.preprocess)
             if self.keep is not None:
                 asyncio.run_coroutine_threadsafe(self.keep(data), self.loop).result()
-        except StorageFailed:  # of no photo: the next one would fare no better
-            raise
-        except (ServiceError, OSError, ValueError, ImportError) as error:
-            return str(error)
+        except (OSError, ValueError, ImportError) as error:
+            raise BrokenImage(str(error)) from error
         if by_content:
             with self.lock:
                 if self.under_way.setdefault(digest, photo) is not photo:
-                    return _Present()
+                    return None
         return _Ready(photo, item_id, digest, metadata, pixels)
 
     def _is_here(self, digest: str) -> bool:
@@ -317,12 +319,12 @@ class _Run:
         ready: list[_Ready] = []
         try:
             for photo, outcome in loaded:
-                if isinstance(outcome, _Ready):
-                    ready.append(outcome)
-                elif isinstance(outcome, _Present):
+                if outcome.error is not None:
+                    self._fail(Problem(photo.source, outcome.error.detail), photo.id)
+                elif outcome.value is None:
                     self._count(present=1)
                 else:
-                    self._fail(Problem(photo.source, outcome), photo.id)
+                    ready.append(outcome.value)
                 if len(ready) == size:
                     yield self._items(ready)
                     ready = []

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 from model.preprocess import PreprocessSpec, crop_box
 from service.errors import InvalidRequest, NotFound, ServiceError
 from service.originals import digest_of, photo_digest
+from service.outcomes import Outcome, attempt, attempt_await, failures
 from service.retrieval.origins import Origin, Target
 from service.routes.queries import DEFAULT_RERANK_DEPTH, Query
 from service.search.store import Floats, Hit, Item
@@ -73,11 +74,11 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     faults: list[ServiceError] = []
     step = min(AT_A_TIME, service.settings.items_per_request)
     for start in range(0, min(depth, len(hits)), step):
-        some = hits[start : min(start + step, depth)]
-        found = await _patches_of(service, photos, await _digests(service, target.info.name, some))
-        faults += [one for one in found if isinstance(one, ServiceError) and one.status >= 500]
+        candidates = hits[start : min(start + step, depth)]
+        patches = await _patches_of(service, photos, await _digests(service, target.info.name, candidates))
+        faults += [failure.error for failure in failures(patches) if failure.error.status >= 500]
         ranked += await asyncio.to_thread(
-            lambda pairs: [compare(*pair) for pair in pairs], list(zip(some, found, strict=True))
+            lambda pairs: [compare(*pair) for pair in pairs], list(zip(candidates, patches, strict=True))
         )
     compared = [one for one in ranked if one.score is not None]
     if faults:
@@ -110,34 +111,34 @@ async def _query_patches(service: Service, photos: Photos, target: Target, origi
         raise InvalidRequest(
             f"rerank compares photos, and the one of item {origin.source.id[:80]!r} is not stored", param="id"
         )
-    [found] = await _patches_of(service, photos, [digest])
-    if isinstance(found, Patches):
-        return found
-    if found.status >= 500:
-        raise found
-    raise InvalidRequest(
-        f"rerank compares photos, and the one of item {origin.source.id[:80]!r} cannot be read: {found.detail}",
-        param="id",
-    )
+    [patches] = await _patches_of(service, photos, [digest])
+    if patches.error is not None and patches.error.status < 500:
+        raise InvalidRequest(
+            f"rerank compares photos, and the one of item {origin.source.id[:80]!r} cannot be read: "
+            f"{patches.error.detail}",
+            param="id",
+        )
+    return patches.result()
 
 
-async def _patches_of(service: Service, photos: Photos, digests: Sequence[str | None]) -> list[Patches | ServiceError]:
-    """By stored photo, in order; why not, for those without."""
+async def _patches_of(service: Service, photos: Photos, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
+    """By stored image, in order; why not, for those without."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
-    known = await service.live.known_patches(wanted)
-    missing = [digest for digest in wanted if digest not in known]
-    read = dict(zip(missing, await asyncio.gather(*(_read(photos, digest) for digest in missing)), strict=True))
-    computed = await service.live.patches({d: photo for d, photo in read.items() if isinstance(photo, bytes)})
-    failed = {digest: error for digest, error in read.items() if isinstance(error, ServiceError)}
-    found: dict[str, Patches | ServiceError] = {**known, **computed, **failed}
-    return [NotFound("the photo is not stored") if digest is None else found[digest] for digest in digests]
+    kept = await service.live.kept_patches(wanted)
+    missing = [digest for digest in wanted if digest not in kept]
+    images = await asyncio.gather(*(attempt_await(i, _read(photos, digest)) for i, digest in enumerate(missing)))
+    computed = dict(zip(missing, await service.live.patches(images), strict=True))
+
+    def patches(digest: str | None) -> Patches:
+        if digest is None:
+            raise NotFound("the photo is not stored")
+        return kept[digest] if digest in kept else computed[digest].result()
+
+    return [attempt(i, patches, digest) for i, digest in enumerate(digests)]
 
 
-async def _read(photos: Photos, digest: str) -> bytes | ServiceError:
-    try:
-        return await photos.get(digest)
-    except ServiceError as error:
-        return error
+async def _read(photos: Photos, digest: str) -> tuple[str, bytes]:
+    return digest, await photos.get(digest)
 
 
 def _compare(
@@ -147,19 +148,20 @@ def _compare(
     spec: PreprocessSpec,
     matches: bool,
     hit: Hit,
-    one: Patches | ServiceError,
+    outcome: Outcome[Patches],
 ) -> Ranked:
-    if isinstance(one, ServiceError):
+    if outcome.error is not None:
         return Ranked(hit)
-    candidate = unit_rows(one.rows)
+    patches = outcome.result()
+    candidate = unit_rows(patches.rows)
     if not matches:
         return Ranked(hit, maxsim(rows, candidate, weights))
     score, found = maxsim_matches(rows, candidate, weights)
-    query_crop, crop = crop_box(*query.size, spec), crop_box(*one.size, spec)
+    query_crop, crop = crop_box(*query.size, spec), crop_box(*patches.size, spec)
     boxes = [
         {
             "query_box": patch_box(match.query, query.grid, query_crop),
-            "box": patch_box(match.candidate, one.grid, crop),
+            "box": patch_box(match.candidate, patches.grid, crop),
             "score": match.score,
         }
         for match in found

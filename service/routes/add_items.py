@@ -15,13 +15,13 @@ from typing import Any, Final
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from service.errors import CollectionNotFound, InvalidRequest, ModelMismatch, ServiceError
+from service.errors import CollectionNotFound, InvalidRequest, ModelMismatch
 from service.features.pipeline import Embedded
 from service.originals import source_of
-from service.routes.answers import json_response, ms_since, slowest, split_items
+from service.outcomes import Outcome, attempt, indexed, split_items, successes
+from service.routes.answers import json_response, ms_since, slowest
 from service.routes.direct import DirectRoute
 from service.routes.uploads import (
-    Image,
     check_count,
     check_fields,
     image_from_text,
@@ -58,16 +58,13 @@ _NO_VECTOR: Final = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
-class Given:
-    """An item as it was sent. Until its photo has been through the network its vector is the empty one."""
+class NewItem:
+    """An item as it was sent. Until its image has been through the network its vector is the empty one."""
 
     item: Item
     image: bytes | None = None
     fingerprint: str | None = None  # that the vector is said to be of
     embedded: Embedded | None = None
-
-
-Outcome = Given | ServiceError
 
 
 @router.post(
@@ -95,18 +92,18 @@ async def add_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     request_key = _request_key(request, service)
-    given, options = await _read(request, service)
+    sent, options = await _read(request, service)
     service.check_model(options.model)
     collection = await _target(service, name)
-    good, bad = split_items(await _ready(service, collection, given), options.on_error, "items")
-    items = [one.item for _, one in good]
+    good, bad = split_items(await _ready(service, collection, sent), options.on_error, "items")
+    items = [new.item for _, new in good]
     info = await service.vectors.upsert(collection.name, items, tag=collection.tag, request_key=request_key)
-    timings = slowest(one.embedded for _, one in good if one.embedded is not None)
+    timings = slowest(new.embedded for _, new in good if new.embedded is not None)
     return json_response(
         {
             "collection": name,
             "count": info.count,
-            "items": [{"index": index, "id": one.item.id} for index, one in good],
+            "items": [{"index": index, "id": new.item.id} for index, new in good],
             "errors": [error.body() for error in bad],
             **service.identity(info.tag),
             "timings": timings | {"total": ms_since(started)},
@@ -133,19 +130,21 @@ def _request_key(request: Request, service: Service) -> str | None:
 # ---- what was sent
 
 
-async def _read(request: Request, service: Service) -> tuple[Sequence[Outcome], ItemsIn | UploadOptions]:
+async def _read(request: Request, service: Service) -> tuple[list[Outcome[NewItem]], ItemsIn | UploadOptions]:
     """The items in order, each checked as far as that goes without a store or a network."""
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         _check_counts(body.items, service.settings)
         limit = service.settings.max_image_bytes
         size = len(await request.body())
-        return await off_loop(size, lambda: [_from_json(i, raw, limit) for i, raw in enumerate(body.items)]), body
+        return await off_loop(
+            size, lambda: [attempt(i, _from_json, i, raw, limit) for i, raw in enumerate(body.items)]
+        ), body
     upload = await read_upload(request, key="items")
     options = parse_options(UploadOptions, upload.fields)
     files = list(zip(upload.images, upload.names or [""] * len(upload.images), strict=True))
-    size = sum(len(image) for image in upload.images if isinstance(image, bytes))
-    return await off_loop(size, lambda: [_from_file(image, name) for image, name in files]), options
+    size = sum(map(len, successes(upload.images)))
+    return await off_loop(size, lambda: [image.then(_from_file, name) for image, name in files]), options
 
 
 def _check_counts(items: list[Any], settings: Settings) -> None:
@@ -156,39 +155,30 @@ def _check_counts(items: list[Any], settings: Settings) -> None:
         check_count(len(items) - vectors, settings, "items")
 
 
-def _from_json(index: int, raw: Any, max_image_bytes: int) -> Outcome:
-    try:
-        if not isinstance(raw, dict):
-            raise InvalidRequest(f"items.{index}: an item is an object, not {type(raw).__name__}")
-        check_fields(raw, f"items.{index}")
-        sent = parse_options(ItemIn, raw)
-        if (sent.image is None) == (sent.vector is None):
-            raise InvalidRequest("an item has either an image or a vector")
-        if sent.image is not None:
-            if sent.fingerprint is not None:
-                raise InvalidRequest("fingerprint goes with a vector: photos go through the model that is served")
-            image = image_from_text(sent.image, max_image_bytes)
-            return _photo(image, sent.id, sent.metadata, sent.source)
-        if sent.id is None:
-            raise InvalidRequest("an item with a vector needs an id")
-        item = Item(sent.id, normalised(sent.vector or []), sent.metadata, sent.source)
-        return Given(_checked(item), fingerprint=sent.fingerprint)
-    except ServiceError as error:
-        return error
+def _from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
+    if not isinstance(raw, dict):
+        raise InvalidRequest(f"items.{index}: an item is an object, not {type(raw).__name__}")
+    check_fields(raw, f"items.{index}")
+    sent = parse_options(ItemIn, raw)
+    if (sent.image is None) == (sent.vector is None):
+        raise InvalidRequest("an item has either an image or a vector")
+    if sent.image is not None:
+        if sent.fingerprint is not None:
+            raise InvalidRequest("fingerprint goes with a vector: photos go through the model that is served")
+        return _image_item(image_from_text(sent.image, max_image_bytes), sent.id, sent.metadata, sent.source)
+    if sent.id is None:
+        raise InvalidRequest("an item with a vector needs an id")
+    item = Item(sent.id, normalised(sent.vector or []), sent.metadata, sent.source)
+    return NewItem(_checked(item), fingerprint=sent.fingerprint)
 
 
-def _from_file(image: Image, filename: str) -> Outcome:
-    try:
-        return _photo(image, None, {"filename": filename} if filename else {}, None)
-    except ServiceError as error:
-        return error
+def _from_file(image: bytes, filename: str) -> NewItem:
+    return _image_item(image, None, {"filename": filename} if filename else {}, None)
 
 
-def _photo(image: Image, item_id: str | None, metadata: dict[str, Any], source: str | None) -> Outcome:
-    if isinstance(image, ServiceError):
-        return image
+def _image_item(image: bytes, item_id: str | None, metadata: dict[str, Any], source: str | None) -> NewItem:
     digest = hashlib.sha256(image).hexdigest()
-    return Given(_checked(Item(item_id or digest, _NO_VECTOR, metadata, source, digest)), image)
+    return NewItem(_checked(Item(item_id or digest, _NO_VECTOR, metadata, source, digest)), image)
 
 
 def _checked(item: Item) -> Item:
@@ -209,77 +199,70 @@ async def _target(service: Service, name: str) -> CollectionInfo:
         return CollectionInfo(name, CollectionSpec(service.tag(), service.live.dims), 0)
 
 
-async def _ready(service: Service, collection: CollectionInfo, given: Sequence[Outcome]) -> Sequence[Outcome]:
-    """The items as they can be written: photos through the network, and stored if the collection keeps them.
+async def _ready(
+    service: Service, collection: CollectionInfo, sent: Sequence[Outcome[NewItem]]
+) -> list[Outcome[NewItem]]:
+    """The items as they can be written: images through the network, and stored if the collection keeps them.
 
     Raises:
-        ModelMismatch: there are photos only, and the collection holds vectors of another model.
+        ModelMismatch: there are images only, and the collection holds vectors of another model.
         QueueFull, ShuttingDown, ModelUnavailable: nothing was begun.
     """
-    misfit = _photos_misfit(service, collection)
-    sent = [one for one in given if isinstance(one, Given)]
-    if misfit is not None and sent and all(one.image is not None for one in sent):
-        raise misfit
-    fitting = [one if isinstance(one, ServiceError) else _fitting(collection, one, misfit) for one in given]
-    photos = [one.image for one in fitting if isinstance(one, Given) and one.image is not None]
-    found = iter(await service.live.embed(photos) if photos else [])
-    done = [
-        _embedded(collection, one, next(found)) if isinstance(one, Given) and one.image is not None else one
-        for one in fitting
-    ]
-    return await asyncio.gather(*(_stored(service, one) for one in done)) if collection.spec.originals else done
+    readable = successes(sent)
+    if readable and all(new.image is not None for new in readable):
+        _check_images_fit(service, collection)
+    fitting = [outcome.then(_fitting, service, collection) for outcome in sent]
+    images = [Outcome(index, new.image) for index, new in indexed(fitting) if new.image is not None]
+    embedded = {outcome.index: outcome for outcome in (await service.live.embed(images) if images else [])}
+    ready = [outcome.then(_with_vector, collection, embedded.get(outcome.index)) for outcome in fitting]
+    if not collection.spec.originals:
+        return ready
+    return await asyncio.gather(*(outcome.then_await(_stored, service) for outcome in ready))
 
 
-def _photos_misfit(service: Service, collection: CollectionInfo) -> ServiceError | None:
-    """Why the vectors of photos may not stand in this collection, if so."""
+def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
+    """Refuse images whose vectors may not stand in this collection.
+
+    Raises:
+        ModelMismatch: it holds vectors of another model, or of none.
+    """
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
-        return ModelMismatch(
+        raise ModelMismatch(
             f"collection {collection.name!r} holds vectors of {collection.tag!r}, which no photo gives here"
         )
     dimension = service.live.dims * (2 if pooling == "cls+mean" else 1)
-    try:
-        check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)
-    except ServiceError as error:
-        return error
-    return None
+    check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)
 
 
-def _fitting(collection: CollectionInfo, one: Given, misfit: ServiceError | None) -> Outcome:
+def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewItem:
     """The item, if its vector may stand beside those of the collection."""
-    if one.image is not None:
-        return misfit or one
-    if one.fingerprint not in (None, tag_parts(collection.tag).fingerprint):
-        return ModelMismatch(
-            f"collection {collection.name!r} holds vectors of {collection.tag!r}; this one is of {one.fingerprint!r}: "
+    if new.image is not None:
+        _check_images_fit(service, collection)
+        return new
+    if new.fingerprint not in (None, tag_parts(collection.tag).fingerprint):
+        raise ModelMismatch(
+            f"collection {collection.name!r} holds vectors of {collection.tag!r}; this one is of {new.fingerprint!r}: "
             "they cannot be compared (PUT makes a collection for vectors of another model)"
         )
-    try:
-        check_match(collection, tag=collection.tag, dimension=len(one.item.vector))
-    except ServiceError as error:
-        return error
-    return one
+    check_match(collection, tag=collection.tag, dimension=len(new.item.vector))
+    return new
 
 
-def _embedded(collection: CollectionInfo, one: Given, found: Embedded | ServiceError) -> Outcome:
-    """With the vector that the collection holds of a photo."""
+def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embedded] | None) -> NewItem:
+    """With the vector that the collection holds of an image; an item that came with a vector is as it was."""
+    if outcome is None:
+        return new
     pooling = tag_parts(collection.tag).pooling
-    assert pooling is not None, "photos were refused"
-    try:
-        if isinstance(found, ServiceError):
-            raise found
-        vector = normalised(found.vector(pooling, True))
-    except ServiceError as error:
-        return error
-    return replace(one, item=replace(one.item, vector=vector), embedded=found)
+    assert pooling is not None, "images were refused"
+    embedded = outcome.result()
+    vector = normalised(embedded.vector(pooling, True))
+    return replace(new, item=replace(new.item, vector=vector), embedded=embedded)
 
 
-async def _stored(service: Service, one: Outcome) -> Outcome:
-    """With its photo stored, before its vector is written: no item ever leads to a photo that is not there."""
-    if isinstance(one, ServiceError) or one.image is None:
-        return one
-    try:
-        digest = await service.photos.put(one.image)
-    except ServiceError as error:
-        return error
-    return replace(one, item=replace(one.item, source=one.item.source or source_of(digest)))
+async def _stored(new: NewItem, service: Service) -> NewItem:
+    """With its image stored, before its vector is written: no item ever leads to an image that is not there."""
+    if new.image is None:
+        return new
+    digest = await service.photos.put(new.image)
+    return replace(new, item=replace(new.item, source=new.item.source or source_of(digest)))

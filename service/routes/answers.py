@@ -1,34 +1,16 @@
-"""What answers have in common: timings, item errors, JSON without a detour over objects."""
+"""What answers have in common: timings, vectors, JSON without a detour over objects."""
 
 import base64
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import Response
 
-from service.errors import InvalidItems, ItemError, ServiceError
 from service.features.pipeline import Embedded
-
-T = TypeVar("T")
-
-
-def split_items(
-    outcomes: Sequence[T | ServiceError], on_error: Literal["fail", "partial"], param: str
-) -> tuple[list[tuple[int, T]], list[ItemError]]:
-    """Good items with their indices, and bad ones.
-
-    Raises:
-        InvalidItems: there are bad ones and on_error is "fail", or there is no good one.
-    """
-    good = [(index, outcome) for index, outcome in enumerate(outcomes) if not isinstance(outcome, ServiceError)]
-    bad = [ItemError(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, ServiceError)]
-    if bad and (on_error == "fail" or not good):
-        raise InvalidItems(bad, total=len(outcomes), param=param)
-    return good, bad
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.errors import UnsupportedDimensions
-from service.routes.answers import encode_vector, json_response, server_timing, slowest, split_items
+from service.outcomes import split_items
+from service.routes.answers import encode_vector, json_response, server_timing, slowest
 from service.routes.direct import DirectRoute
 from service.routes.uploads import parse_options, read_upload, service_of
 from service.schemas import EmbeddingOptions

@@ -9,7 +9,7 @@ Of a list, a query that makes no sense becomes an error of its own, as photos do
 
 import reprlib
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -18,9 +18,9 @@ import orjson
 from fastapi import Request
 from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
-from service.errors import InvalidRequest, ServiceError
+from service.errors import InvalidRequest
+from service.outcomes import OnError, Outcome, attempt_await, numbered, successes
 from service.routes.uploads import (
-    Image,
     Model,
     check_count,
     check_fields,
@@ -46,7 +46,7 @@ _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]
 class Part:
     """One of what is searched for: a photo, a vector or an id."""
 
-    image: Image | None = None
+    image: Outcome[bytes] | None = None  # its index is that of the part
     vector: npt.NDArray[np.float64] | None = None  # [D], of any scale
     id: str | None = None
     fingerprint: str | None = None  # of the model that made the vector, if the client told
@@ -81,10 +81,10 @@ class Query:
 class Asked:
     """A whole request: its queries, of a batch with the errors of those that make no sense."""
 
-    queries: list[Query | ServiceError]
+    queries: list[Outcome[Query]]
     model: str = "auto"
     batch: bool = False
-    partial: bool = False
+    on_error: OnError = "fail"
 
 
 @dataclass
@@ -106,7 +106,9 @@ class _Reader:
         region = None
         if form == "combine":
             assert body.combine is not None
-            parts = tuple([await self._part(part, part.weight, f"combine.{i}.") for i, part in enumerate(body.combine)])
+            parts = tuple(
+                [await self._part(part, part.weight, f"combine.{i}.", i) for i, part in enumerate(body.combine)]
+            )
         elif form == "region":
             assert body.region is not None
             region = body.region.model_dump(include={"box", "mask"}, exclude_none=True)
@@ -136,7 +138,7 @@ class _Reader:
             like=orjson.dumps([asked.k + asked.offset, asked.filter, asked.params and asked.params.model_dump()]),
         )
 
-    async def _part(self, given: PartIn | QueryIn, weight: float, where: str) -> Part:
+    async def _part(self, given: PartIn | QueryIn, weight: float, where: str, index: int = 0) -> Part:
         names = [name for name in ("image", "vector", "id") if getattr(given, name) is not None]
         if len(names) != 1:
             raise InvalidRequest(
@@ -152,10 +154,10 @@ class _Reader:
             raise InvalidRequest(f"{where}fingerprint says which model made a vector; there is none", param="combine")
         if given.id is not None:
             return Part(id=check_id(given.id, f"{where}id"), weight=weight)
-        return Part(image=await self._image(given.image), weight=weight)
+        return Part(image=await self._image(given.image, index), weight=weight)
 
-    async def _image(self, text: str | None) -> Image:
-        return (await decode_texts([text], self.settings))[0]
+    async def _image(self, text: str | None, index: int = 0) -> Outcome[bytes]:
+        return replace((await decode_texts([text], self.settings))[0], index=index)
 
     def _filter(self, body: Any) -> Filter:
         if id(body) not in self.filters:
@@ -178,7 +180,8 @@ async def read_search(request: Request, settings: Settings) -> Asked:
         upload = await read_upload(request, key="image")
         check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
         options = parse_options(SearchOptions, _from_text(upload.fields))
-        return Asked([reader.ranked("image", (Part(image=upload.images[0]),), options)], options.model)
+        query = reader.ranked("image", (Part(image=upload.images[0]),), options)
+        return Asked(numbered([query]), options.model)
     fields = await json_of(request)
     body = _parsed(SearchIn, fields)
     if body.queries is None:
@@ -186,14 +189,14 @@ async def read_search(request: Request, settings: Settings) -> Asked:
             raise InvalidRequest("on_error belongs to queries, and there are none", param="on_error")
         query = await reader.query(fields, body)
         _check_images([query], settings)
-        return Asked([query], body.model)
+        return Asked(numbered([query]), body.model)
     forms = [name for name in (*FORMS, "fingerprint") if getattr(body, name) is not None]
     if forms:
         raise InvalidRequest(f"{' and '.join(forms)} beside queries: say it in each of them", param="queries")
     shared = {name: value for name, value in fields.items() if name in Ranking.model_fields}
-    queries = [await _one_of_many(reader, shared, given) for given in body.queries]
-    _check_batch(queries, settings)
-    return Asked(queries, body.model, batch=True, partial=body.on_error == "partial")
+    queries = [await attempt_await(i, _one_of_many(reader, shared, given)) for i, given in enumerate(body.queries)]
+    _check_batch(successes(queries), settings)
+    return Asked(queries, body.model, batch=True, on_error=body.on_error)
 
 
 def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
@@ -212,24 +215,20 @@ def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
     return parse_options(model, fields)
 
 
-async def _one_of_many(reader: _Reader, shared: dict[str, Any], given: Any) -> Query | ServiceError:
-    try:
-        if not isinstance(given, dict):
-            raise InvalidRequest(f"a query is an object, not {reprlib.repr(given)}")
-        check_fields(given, "the query")
-        query = await reader.query({**shared, **given})
-        if query.asked.rerank is not None:
-            raise InvalidRequest("rerank goes through the photos of one query: send it by itself", param="rerank")
-    except ServiceError as error:
-        return error
+async def _one_of_many(reader: _Reader, shared: dict[str, Any], given: Any) -> Query:
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"a query is an object, not {reprlib.repr(given)}")
+    check_fields(given, "the query")
+    query = await reader.query({**shared, **given})
+    if query.asked.rerank is not None:
+        raise InvalidRequest("rerank goes through the photos of one query: send it by itself", param="rerank")
     return query
 
 
-def _check_batch(queries: list[Query | ServiceError], settings: Settings) -> None:
+def _check_batch(queries: list[Query], settings: Settings) -> None:
     """What all queries of a request may cost together."""
-    good = [query for query in queries if isinstance(query, Query)]
-    _check_images(good, settings)
-    results = sum(query.asked.k * (query.asked.group_size or 1) + query.asked.offset for query in good)
+    _check_images(queries, settings)
+    results = sum(query.asked.k * (query.asked.group_size or 1) + query.asked.offset for query in queries)
     if results > MAX_RESULTS_OF_BATCH:
         raise InvalidRequest(
             f"the queries ask for {results:,} results together (k times group_size, plus offset); "

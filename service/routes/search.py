@@ -10,13 +10,14 @@ searched for.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from service.errors import InvalidItems, ItemError, ModelMismatch, ServiceError
+from service.errors import InvalidItems, ModelMismatch
+from service.outcomes import Outcome, indexed, split_items
 from service.retrieval.grouping import Group, grouped
 from service.retrieval.origins import Origin, Target, find_origins
 from service.retrieval.rerank import Ranked, rerank_depth, reranked
@@ -76,9 +77,7 @@ async def search(request: Request, name: str) -> Response:
             body |= _batch(asked, found, vectors)
         else:
             [only] = found
-            if isinstance(only, ServiceError):
-                raise only
-            body |= _answer(only, vectors)
+            body |= _answer(only.result(), vectors)
     timings["total"] = ms_since(started)
     return json_response(body | service.identity(tag) | {"timings": timings}, headers=server_timing(timings))
 
@@ -88,8 +87,10 @@ async def _by_one_vector(
 ) -> tuple[str, Sequence[Hit]] | None:
     """The collection's tag and the hits of a request that is one vector and nothing unusual; None when it takes the
     longer way. That looks the tag up; here it is taken for granted that the pooling is the usual one."""
-    query = asked.queries[0]
-    if asked.batch or isinstance(query, ServiceError) or query.form != "vector" or query.path or query.asked.include:
+    if asked.batch:
+        return None
+    query = asked.queries[0].result()
+    if query.form != "vector" or query.path or query.asked.include:
         return None
     part, started = query.parts[0], time.perf_counter()
     assert part.vector is not None
@@ -104,32 +105,24 @@ async def _by_one_vector(
     return tag, _cut(query, hits)
 
 
-async def _find(
-    service: Service, target: Target, asked: Asked, timings: dict[str, float]
-) -> list[Found | ServiceError]:
+async def _find(service: Service, target: Target, asked: Asked, timings: dict[str, float]) -> list[Outcome[Found]]:
     """What each query finds, or why it finds nothing, in order."""
     origins = await find_origins(service, target, asked.queries)
     started = time.perf_counter()
-    found: list[Found | ServiceError | None] = [one if isinstance(one, ServiceError) else None for one in origins]
-    alike: dict[bytes, list[int]] = {}
-    for number, (query, origin) in enumerate(zip(asked.queries, origins, strict=True)):
-        if not isinstance(query, Query) or not isinstance(origin, Origin):
-            continue
+    found: dict[int, Found] = {}
+    alike: dict[bytes, dict[int, tuple[Query, Origin]]] = {}
+    for number, origin in indexed(origins):
+        query = asked.queries[number].result()
         for stage, ms in origin.timings.items():
             timings[stage] = max(timings.get(stage, 0.0), ms)
         if query.path is not None:
             found[number] = await _grouped(service, target, query, origin)
         else:
-            alike.setdefault(query.like, []).append(number)
-    for numbers in alike.values():
-        pairs = [(asked.queries[number], origins[number]) for number in numbers]
-        some = await _together(
-            service, target, [(q, o) for q, o in pairs if isinstance(q, Query) and isinstance(o, Origin)]
-        )
-        for number, one in zip(numbers, some, strict=True):
-            found[number] = one
+            alike.setdefault(query.like, {})[number] = (query, origin)
+    for pairs in alike.values():
+        found |= zip(pairs, await _together(service, target, list(pairs.values())), strict=True)
     timings["search"] = ms_since(started)
-    return [one for one in found if one is not None]
+    return [Outcome(origin.index, found.get(origin.index), origin.error) for origin in origins]
 
 
 async def _together(service: Service, target: Target, pairs: Sequence[tuple[Query, Origin]]) -> list[Found]:
@@ -187,35 +180,33 @@ def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
     return _above(query, hits)[query.asked.offset :][: query.asked.k]
 
 
-async def _vectors(
-    service: Service, target: Target, asked: Asked, found: Sequence[Found | ServiceError]
-) -> dict[str, Any]:
+async def _vectors(service: Service, target: Target, asked: Asked, found: Sequence[Outcome[Found]]) -> dict[str, Any]:
     """By id, of those results whose query asks for them."""
     ids: dict[str, None] = {}
-    for query, one in zip(asked.queries, found, strict=True):
-        if isinstance(query, Query) and isinstance(one, Found) and query.asked.include:
-            ids |= dict.fromkeys(one.ids())
+    for number, results in indexed(found):
+        if asked.queries[number].result().asked.include:
+            ids |= dict.fromkeys(results.ids())
     items = await service.vectors.get(target.info.name, list(ids)) if ids else []
     return {item.id: np.ascontiguousarray(item.vector) for item in items if item is not None}
 
 
-def _batch(asked: Asked, found: Sequence[Found | ServiceError], vectors: Mapping[str, Any]) -> dict[str, Any]:
-    bad = [ItemError(i, _plain(one)) for i, one in enumerate(found) if isinstance(one, ServiceError)]
-    if bad and (not asked.partial or len(bad) == len(found)):
-        raise InvalidItems(bad, total=len(found), param="queries")
+def _batch(asked: Asked, found: Sequence[Outcome[Found]], vectors: Mapping[str, Any]) -> dict[str, Any]:
+    good, bad = split_items([_plain(outcome) for outcome in found], asked.on_error, "queries")
     results = []
-    for index, (query, one) in enumerate(zip(asked.queries, found, strict=True)):
-        if isinstance(query, Query) and isinstance(one, Found):
-            results.append({"index": index, **_answer(one, vectors if query.asked.include else {})})
+    for index, one in good:
+        include = asked.queries[index].result().asked.include
+        results.append({"index": index, **_answer(one, vectors if include else {})})
     body: dict[str, Any] = {"results": results}
     if bad:
         body["errors"] = [item.body() for item in bad]
     return body
 
 
-def _plain(error: ServiceError) -> ServiceError:
-    """The error of a query's only photo, without the form that it has in a request of one query."""
-    return error.items[0].error if isinstance(error, InvalidItems) and len(error.items) == 1 else error
+def _plain(outcome: Outcome[Found]) -> Outcome[Found]:
+    """With the error of a query's only image as it is, without the form that it has in a request of one query."""
+    if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
+        return replace(outcome, error=outcome.error.items[0].error)
+    return outcome
 
 
 def _answer(found: Found, vectors: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,10 +57,7 @@ async def segment(request: Request) -> Response:
     options = parse_options(SegmentOptions, _listed(upload.fields))
     service.check_model(options.model)
     try:
-        image = upload.images[0]
-        if isinstance(image, ServiceError):
-            raise image
-        answer = await service.live.analyse(image, partial(_answer, service, options))
+        answer = await service.live.analyse(upload.images[0].result(), partial(_answer, service, options))
     except ServiceError as error:
         if error.status >= 500:
             raise

@@ -27,13 +27,12 @@ from service.errors import (
     BrokenImage,
     ImageTooLarge,
     InvalidRequest,
-    ServiceError,
     UnsupportedMediaType,
 )
+from service.outcomes import Outcome, attempt, numbered
 from service.settings import Settings
 from service.state import Service
 
-Image = bytes | ServiceError
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
@@ -55,7 +54,7 @@ _FORMS = "application/json, multipart/form-data, or the image itself as image/*"
 class Upload:
     """A request's body, read: its images in order, whatever stood beside them, and the files' names (of a form)."""
 
-    images: list[Image]
+    images: list[Outcome[bytes]]
     fields: dict[str, Any]
     names: list[str] = field(default_factory=list)
 
@@ -93,7 +92,7 @@ async def read_upload(request: Request, *, key: str) -> Upload:
         check_count(len(upload.images), settings, "file")
         return upload
     if kind.startswith("image/") or kind == "application/octet-stream":
-        return Upload([await request.body()], query_fields(request))
+        return Upload(numbered([await request.body()]), query_fields(request))
     raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send {_FORMS}")
 
 
@@ -133,31 +132,36 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size < BIG_BODY else await asyncio.to_thread(work)
 
 
-async def decode_texts(texts: list[Any], settings: Settings) -> list[Image]:
+async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
     """Bytes of data URLs or base64, in order; what cannot be read is its item's error."""
 
-    def work() -> list[Image]:
-        return [image_from_text(text, settings.max_image_bytes) for text in texts]
+    def work() -> list[Outcome[bytes]]:
+        return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
 
     return await off_loop(sum(len(text) for text in texts if isinstance(text, str)), work)
 
 
-def image_from_text(text: Any, max_bytes: int) -> Image:
-    """Bytes of one data URL or plain base64 (line breaks, URL-safe letters and missing padding are forgiven)."""
+def image_from_text(text: Any, max_bytes: int) -> bytes:
+    """Bytes of one data URL or plain base64 (line breaks, URL-safe letters and missing padding are forgiven).
+
+    Raises:
+        InvalidRequest: not a string, or a link.
+        ImageTooLarge, BrokenImage: more than `max_bytes`, not base64.
+    """
     if not isinstance(text, str):
-        return InvalidRequest(f"an image is a string (data URL or base64), not {type(text).__name__}")
+        raise InvalidRequest(f"an image is a string (data URL or base64), not {type(text).__name__}")
     if text[:8].lower().startswith(("http://", "https://")):
-        return InvalidRequest("links are not fetched: send the image itself, as a data URL or base64")
+        raise InvalidRequest("links are not fetched: send the image itself, as a data URL or base64")
     start = 0
     if text[:1].isspace():
         text = text.lstrip()
     if text[:5].lower() == "data:":
         match = _DATA_URL.match(text)
         if match is None or not (match[2] or "").lower().endswith(";base64"):
-            return InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
+            raise InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
         start = match.end()
     if (len(text) - start) // 4 * 3 > max_bytes + 2:
-        return ImageTooLarge(f"the image has about {(len(text) - start) // 4 * 3} bytes; the limit is {max_bytes}")
+        raise ImageTooLarge(f"the image has about {(len(text) - start) // 4 * 3} bytes; the limit is {max_bytes}")
     payload = text[start:] if start else text
     try:
         try:
@@ -166,7 +170,7 @@ def image_from_text(text: Any, max_bytes: int) -> Image:
             plain = "".join(payload.split()).replace("-", "+").replace("_", "/").rstrip("=")
             return binascii.a2b_base64(plain + "=" * (-len(plain) % 4), strict_mode=True)
     except (binascii.Error, ValueError) as error:
-        return BrokenImage(f"not base64: {error}")
+        raise BrokenImage(f"not base64: {error}") from error
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:
@@ -257,7 +261,7 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
     except MultiPartException as error:
         raise BadRequest(f"the form cannot be read: {error.message}") from error
     try:
-        files: list[Image] = []
+        files: list[bytes] = []
         names, texts = [], []
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
@@ -269,7 +273,7 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
                 raise InvalidRequest(f"form file {name!r}: files are called file or files", param=name[:64])
     finally:
         await form.close()
-    return Upload(files, _grouped(texts), names)
+    return Upload(numbered(files), _grouped(texts), names)
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:

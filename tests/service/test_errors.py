@@ -44,7 +44,7 @@ async def busy(tmp_path: Path, **settings) -> AsyncIterator[Running]:
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0, **settings) as run:
         engine.gate = threading.Event()
-        first = asyncio.create_task(run.service.live.embed([photo(99)]))
+        first = asyncio.create_task(run.embed([photo(99)]))
         await until(engine.entered.is_set)
         try:
             yield run

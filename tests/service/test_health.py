@@ -20,7 +20,7 @@ async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, hang_timeout_s=0.05) as run:
         engine.gate = threading.Event()
-        waiting = asyncio.create_task(run.service.live.embed([photo()]))
+        waiting = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
         await until(lambda: run.service.live.batcher.health() is not None)
         hung = await run.client.get("/livez")

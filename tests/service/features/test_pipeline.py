@@ -12,6 +12,7 @@ import pytest
 from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
 from service.features.cache import MemoryCache
 from service.features.pipeline import Embedded
+from service.outcomes import Outcome, numbered
 from tests.fakes import DIMS, FakeEngine, photo, plain_photo, running, until
 
 
@@ -19,25 +20,25 @@ async def test_identical_images_in_flight_compute_once(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        tasks = [asyncio.create_task(run.service.live.embed([photo()])) for _ in range(5)]
+        tasks = [asyncio.create_task(run.embed([photo()])) for _ in range(5)]
         await until(engine.entered.is_set)
         engine.gate.set()
         results = await asyncio.gather(*tasks)
     assert engine.images == 1
-    assert len({result[0].cls.tobytes() for result in results}) == 1
+    assert len({result[0].result().cls.tobytes() for result in results}) == 1
 
 
 async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        leader = asyncio.create_task(run.service.live.embed([photo()]))
+        leader = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
-        follower = asyncio.create_task(run.service.live.embed([photo()]))
+        follower = asyncio.create_task(run.embed([photo()]))
         await asyncio.sleep(0.01)
         leader.cancel()
         engine.gate.set()
-        assert isinstance((await follower)[0], Embedded)
+        assert isinstance((await follower)[0].result(), Embedded)
         assert engine.images == 1
         assert run.service.live.batcher.images == 0
 
@@ -46,10 +47,10 @@ async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tm
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        busy = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        leaving = asyncio.create_task(run.service.live.embed([photo(1), photo(2)]))
-        at_once = asyncio.create_task(run.service.live.embed([photo(3)]))
+        leaving = asyncio.create_task(run.embed([photo(1), photo(2)]))
+        at_once = asyncio.create_task(run.embed([photo(3)]))
         await asyncio.sleep(0)
         at_once.cancel()  # before its computation has begun
         await until(lambda: run.service.live.batcher.waiting >= 2)
@@ -57,8 +58,8 @@ async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tm
         await until(lambda: run.service.live.batcher.images == 1)  # only what the engine is busy with
         engine.gate.set()
         await busy
-        again = await run.service.live.embed([photo(1)])
-    assert isinstance(again[0], Embedded)
+        again = await run.embed([photo(1)])
+    assert isinstance(again[0].result(), Embedded)
     assert [shape[0] for shape in engine.batches] == [1, 1]
 
 
@@ -100,7 +101,7 @@ async def test_a_client_that_hangs_up_costs_no_engine_time(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        busy = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
         leave = asyncio.Event()
         body = json.dumps({"input": base64.b64encode(photo(1)).decode()}).encode()
@@ -110,7 +111,7 @@ async def test_a_client_that_hangs_up_costs_no_engine_time(tmp_path):
         assert await client == []
         engine.gate.set()
         await busy
-        await run.service.live.embed([photo(2)])
+        await run.embed([photo(2)])
         text = (await run.client.get("/metrics")).text
     assert engine.images == 2
     assert "dinov2_dropped_images_total 1.0" in text
@@ -122,27 +123,30 @@ async def test_images_fail_on_their_own(tmp_path):
     async with running(tmp_path, cache_bytes=0) as run:
         engine.batches.clear()
         run.engine.fails = engine.fails
-        images = [photo(0), photo(1)[:50], plain_photo(128), BrokenImage("not base64"), photo(2)]
+        images = numbered([photo(0), photo(1)[:50], plain_photo(128), b"", photo(2)])
+        images[3] = Outcome(3, error=BrokenImage("not base64"))
         results = await run.service.live.embed(images)
-    kinds = [type(result) for result in results]
+    assert [result.index for result in results] == [0, 1, 2, 3, 4]
+    kinds = [type(result.error or result.value) for result in results]
     assert kinds == [Embedded, BrokenImage, EngineFailed, BrokenImage, Embedded]
+    assert results[3].error is images[3].error
 
 
 async def test_a_failure_is_not_cached(tmp_path):
     async with running(tmp_path) as run:
         run.engine.fails = lambda pixels: True
-        assert isinstance((await run.service.live.embed([photo()]))[0], EngineFailed)
+        assert isinstance((await run.embed([photo()]))[0].error, EngineFailed)
         run.engine.fails = lambda pixels: False
-        assert isinstance((await run.service.live.embed([photo()]))[0], Embedded)
+        assert isinstance((await run.embed([photo()]))[0].result(), Embedded)
 
 
 async def test_a_request_that_does_not_fit_starts_nothing(tmp_path):
     async with running(tmp_path, queue_max_images=2, cache_bytes=0) as run:
         with pytest.raises(QueueFull):
-            await run.service.live.embed([photo(i) for i in range(3)])
+            await run.embed([photo(i) for i in range(3)])
         assert run.service.live.batcher.images == 0
         assert run.engine.batches == []
-        assert len(await run.service.live.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
+        assert len(await run.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
 
 
 async def test_a_slow_cache_leaves_no_gap_to_compute_twice_in(tmp_path):
@@ -153,10 +157,10 @@ async def test_a_slow_cache_leaves_no_gap_to_compute_twice_in(tmp_path):
 
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache=Slow(2**20)) as run:
-        first = asyncio.create_task(run.service.live.embed([photo()]))
+        first = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
         await asyncio.sleep(0.1)  # computed, and on its way into the cache
-        await run.service.live.embed([photo()])
+        await run.embed([photo()])
         await first
     assert engine.images == 1
 
@@ -178,7 +182,7 @@ async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
 
     cache = Liar()
     async with running(tmp_path, cache=cache) as run:
-        result = (await run.service.live.embed([photo()]))[0]
+        result = (await run.embed([photo()]))[0].result()
     assert not result.cached
     stored = Embedded.from_bytes(next(iter(cache.items.values())), DIMS)
     np.testing.assert_array_equal(stored.cls, result.cls)
@@ -207,12 +211,12 @@ async def test_features_that_are_not_finite_fail_and_are_not_cached(tmp_path, pa
             return features
 
         run.engine.run = wrong
-        good, bad = await run.service.live.embed([photo(), plain_photo(100)])
-        assert isinstance(good, Embedded)
-        assert isinstance(bad, EngineFailed)
-        found = await run.service.live.embed([photo(), plain_photo(100)])
-        assert [type(result) for result in found] == [Embedded, EngineFailed]
-        assert found[0].cached
+        good, bad = await run.embed([photo(), plain_photo(100)])
+        assert isinstance(good.result(), Embedded)
+        assert isinstance(bad.error, EngineFailed)
+        found = await run.embed([photo(), plain_photo(100)])
+        assert [type(result.error or result.value) for result in found] == [Embedded, EngineFailed]
+        assert found[0].result().cached
         answer = await run.client.post("/v1/segment", content=plain_photo(100), headers={"Content-Type": "image/png"})
     assert answer.status_code == 500
     assert answer.json()["code"] == "engine_failed"
@@ -222,13 +226,13 @@ async def test_closing_fails_what_is_under_way(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        first = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        second = asyncio.create_task(run.service.live.embed([photo(1)]))
+        second = asyncio.create_task(run.embed([photo(1)]))
         await until(lambda: run.service.live.batcher.waiting == 1)
         threading.Timer(0.05, engine.gate.set).start()
-    assert isinstance((await second)[0], ShuttingDown)
-    assert isinstance((await first)[0], Embedded)
+    assert isinstance((await second)[0].error, ShuttingDown)
+    assert isinstance((await first)[0].result(), Embedded)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
@@ -304,12 +308,12 @@ async def test_what_is_cached_waits_for_no_decode(tmp_path, monkeypatch):
     large = photo(size=(400, 300))  # more than is hashed on the event loop
     assert len(large) > 2**18
     async with running(tmp_path) as run:
-        await run.service.live.embed([large])
+        await run.embed([large])
         with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
-            others = [asyncio.create_task(run.service.live.embed([photo(i)])) for i in range(1, 4)]
+            others = [asyncio.create_task(run.embed([photo(i)])) for i in range(1, 4)]
             await until(lambda: blocked.calls == 2)
             async with asyncio.timeout(5):
-                assert (await run.service.live.embed([large]))[0].cached
+                assert (await run.embed([large]))[0].result().cached
         await asyncio.gather(*others)
 
 
