@@ -36,9 +36,9 @@ from service.decode import DecodeLimits, decode
 from service.errors import BrokenImage, EngineFailed
 from service.features.batcher import Batcher
 from service.features.cache import Cache, MemoryCache, cache_key
+from service.features.patches import Patches
 from service.outcomes import Outcome, successes
 from service.telemetry import Metrics
-from service.vision.patches import Patches
 
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")

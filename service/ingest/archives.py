@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from service.errors import ImageTooLarge
 from service.ingest.folders import Content, File, Photo, Problem, iso_time
+from service.parquet import need_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -219,21 +220,6 @@ def parquet_photos(
                     row, done = row + 1, done + 1
     except (pa.ArrowException, OSError, ValueError) as error:
         yield Problem(file.address, f"the Parquet file cannot be read: {error}")
-
-
-def need_parquet() -> Any:
-    """The module pyarrow.parquet.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message says what to install.
-    """
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Parquet files need pyarrow: python -m pip install pyarrow", name="pyarrow"
-        ) from error
-    return pyarrow.parquet
 
 
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:

@@ -1,10 +1,10 @@
 """From what a query names to where its search starts: one vector of the collection's kind.
 
-All photos of a request go through the pipeline together, and all ids through the store. What the collection holds
-decides what is made of them: its tag says the pooling. Photos are refused if the served model's tag is another one; a
+All images of a request go through the pipeline together, and all ids through the store. What the collection holds
+decides what is made of them: its tag says the pooling. Images are refused if the served model's tag is another one; a
 stored item is always of its collection's kind, whatever is served now.
 
-A region, and a photo that candidates are compared with patch by patch, need the patch tokens themselves: one forward
+A region, and an image that candidates are compared with patch by patch, need the patch tokens themselves: one forward
 pass each, past the cache, which holds only their mean.
 """
 
@@ -18,15 +18,15 @@ import numpy as np
 
 from model.preprocess import crop_box
 from service.errors import InvalidItems, InvalidRequest, ItemError, ItemNotFound, ServiceError
+from service.features.patches import Patches
 from service.features.pipeline import Analysed, Embedded, Pooling
 from service.outcomes import Outcome, attempt_await, failures, successes
 from service.retrieval.combine import combined
-from service.routes.answers import slowest
-from service.routes.queries import Part, Query
+from service.retrieval.query import Part, Query
 from service.search.store import CollectionInfo, Floats, Item, check_match, normalised
 from service.state import POOLING, Service
 from service.tags import tag_parts
-from service.vision.patches import Patches
+from service.timings import slowest
 from service.vision.region import box_weights, mask_weights, region_mean
 
 
@@ -138,8 +138,8 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
     )
 
 
-def _vector(target: Target, given: _Part) -> Floats:
-    part, embedded, item = given
+def _vector(target: Target, with_features: _Part) -> Floats:
+    part, embedded, item = with_features
     if part.id is not None:
         if item is None:
             raise ItemNotFound(f"collection {target.info.name!r} holds no item {part.id[:80]!r}", param="id")
@@ -184,6 +184,6 @@ def _of_patches(service: Service, target: Target, query: Query, analysed: Analys
         else:
             weights = mask_weights(query.region["mask"], (height, width), seen, analysed.grid)
         vector = region_mean(analysed.patches, weights)
-    kept = Patches.of(analysed.patches, analysed.grid, (height, width)) if query.asked.rerank else None
+    kept = Patches.of(analysed.patches, analysed.grid, (height, width)) if query.ranking.rerank else None
     flat = None if weights is None else weights.ravel()
     return Origin(normalised(vector), patches=kept, weights=flat, timings=slowest([analysed.embedded]))

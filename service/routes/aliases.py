@@ -6,9 +6,10 @@ goes wholly to one or the other.
 
 from fastapi import APIRouter, Request, Response
 
+from service.options import parse_options
 from service.routes.answers import json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import parse_options, read_json, service_of
+from service.routes.bodies import read_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import AliasIn, json_body
 from service.search.store import check_name
 
@@ -19,8 +20,8 @@ router = APIRouter(prefix="/v1/aliases", tags=["aliases"], route_class=DirectRou
 async def list_aliases(request: Request) -> Response:
     """All aliases and what they lead to."""
     service = service_of(request)
-    found = await service.vectors.aliases()
-    data = [{"alias": alias, "collection": collection} for alias, collection in sorted(found.items())]
+    aliases = await service.vectors.aliases()
+    data = [{"alias": alias, "collection": collection} for alias, collection in sorted(aliases.items())]
     return json_response({"object": "list", "data": data, **service.identity()})
 
 

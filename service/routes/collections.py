@@ -12,9 +12,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from service.errors import CollectionNotFound, Conflict, InvalidRequest
+from service.options import check_fields, parse_options
 from service.routes.answers import json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import check_fields, parse_options, read_json, read_optional_json, service_of
+from service.routes.bodies import read_json, read_optional_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore, check_name
@@ -28,8 +29,8 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 async def list_collections(request: Request) -> Response:
     """All collections with what they hold."""
     service = service_of(request)
-    found, aliases = await service.vectors.collections(), await service.vectors.aliases()
-    data = [_described(info, aliases) for info in found]
+    collections, aliases = await service.vectors.collections(), await service.vectors.aliases()
+    data = [_described(info, aliases) for info in collections]
     return json_response({"object": "list", "data": data, **service.identity()})
 
 
@@ -77,8 +78,8 @@ async def get_stats(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
-    found = await cast(StatsStore, service.vectors).stats(name)
-    return json_response({"collection": name, "stats": found, **service.identity()})
+    stats = await cast(StatsStore, service.vectors).stats(name)
+    return json_response({"collection": name, "stats": stats, **service.identity()})
 
 
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
@@ -96,8 +97,8 @@ async def take_snapshot(request: Request, name: str) -> Response:
 async def list_snapshots(request: Request, name: str) -> Response:
     """Those of one collection, oldest first; also when it is deleted."""
     service = service_of(request)
-    found = await _snapshots(service, name).snapshots(name)
-    return json_response({"object": "list", "data": [asdict(info) for info in found], **service.identity()})
+    snapshots = await _snapshots(service, name).snapshots(name)
+    return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
 
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)

@@ -6,15 +6,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidRequest
-from service.routes.answers import json_response, ms_since, server_timing
-from service.routes.direct import DirectRoute
-from service.routes.queries import search_params
-from service.routes.uploads import parse_options, read_json, service_of
+from service.options import parse_options
+from service.retrieval.reading import search_params
+from service.routes.answers import json_response, server_timing
+from service.routes.bodies import read_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import DuplicatesIn, json_schema
 from service.search.duplicates import Group, by_content, by_similarity, scores_to_first
 from service.search.filters import parse_filter
 from service.search.store import CollectionInfo, check_name
 from service.state import Service
+from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 

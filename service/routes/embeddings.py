@@ -6,12 +6,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.errors import UnsupportedDimensions
+from service.options import parse_options
 from service.outcomes import split_items
-from service.routes.answers import encode_vector, json_response, server_timing, slowest
-from service.routes.direct import DirectRoute
-from service.routes.uploads import parse_options, read_upload, service_of
+from service.routes.answers import encode_vector, json_response, server_timing
+from service.routes.bodies import read_upload
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import EmbeddingOptions
 from service.state import Service
+from service.timings import slowest
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
@@ -34,7 +36,7 @@ _BODIES = {
 async def create_embeddings(request: Request) -> Response:
     """Vectors of one or many images: JSON with data URLs or base64 in `input`, a form with files, or one raw image."""
     service = service_of(request)
-    upload = await read_upload(request, key="input")
+    upload = await read_upload(request, service.settings, key="input")
     options = parse_options(EmbeddingOptions, upload.fields)
     service.check_model(options.model)
     _check_dimensions(options, service)

@@ -13,8 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.routes.direct import DirectRoute
-from service.routes.uploads import service_of
+from service.routes.direct import DirectRoute, service_of
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"], route_class=DirectRoute)

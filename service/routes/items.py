@@ -11,10 +11,12 @@ from fastapi import APIRouter, Request, Response
 
 from service.decode import FORMATS, sniff
 from service.errors import InvalidRequest, ItemNotFound, NotFound
+from service.off_loop import off_loop
+from service.options import check_fields, parse_options
 from service.originals import photo_digest
 from service.routes.answers import encode_vector, json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import check_fields, off_loop, parse_options, query_fields, read_json, service_of
+from service.routes.bodies import query_fields, read_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import CountIn, DeleteIn, Encoding, ItemQuery, PatchIn, ScrollIn, json_body
 from service.search.filters import Filter, parse_filter
 from service.search.store import Item, check_id, check_name, metadata_text
@@ -33,7 +35,7 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
         return await get_item(request, name, f"{item_id}/image")
     service = service_of(request)
     info = await service.vectors.info(check_name(name))
-    item = await _found(service, info.name, item_id)
+    item = await _item(service, info.name, item_id)
     digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
         raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
@@ -51,7 +53,7 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
         fields["include"] = [fields["include"]]
     options = parse_options(ItemQuery, fields)
     info = await service.vectors.info(check_name(name))
-    item = await _found(service, info.name, item_id)
+    item = await _item(service, info.name, item_id)
     return json_response(
         _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity(info.tag)
     )
@@ -139,7 +141,7 @@ async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter
     return body, await off_loop(len(await request.body()), lambda: parse_filter(where))
 
 
-async def _found(service: Service, name: str, item_id: str) -> Item:
+async def _item(service: Service, name: str, item_id: str) -> Item:
     item = (await service.vectors.get(name, [check_id(item_id)]))[0]
     if item is None:
         raise _no_item(name, item_id)

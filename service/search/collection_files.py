@@ -25,7 +25,7 @@ import numpy.typing as npt
 import orjson
 
 from service.errors import InvalidRequest
-from service.ingest.archives import need_parquet
+from service.parquet import need_parquet
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 

@@ -10,10 +10,10 @@ import pytest
 
 from model.preprocess import crop_box
 from service.errors import NotFound, StorageFailed, UnsupportedImage
+from service.features.patches import Patches, unit_rows
 from service.outcomes import Outcome, numbered
 from service.search.store import CollectionSpec, Item
 from service.vision.maxsim import maxsim, maxsim_matches
-from service.vision.patches import Patches, unit_rows
 from service.vision.region import box_weights, patch_box
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, SPEC, FakeEngine, photo, running, until
