@@ -127,7 +127,7 @@ class Running:
 
     async def embed(self, images: Sequence[bytes]) -> list[Outcome[Embedded]]:
         """What the pipeline makes of images that could all be read."""
-        return await self.service.live.embed(numbered(images))
+        return await self.service.pipeline.embed(numbered(images))
 
 
 @asynccontextmanager
@@ -148,7 +148,7 @@ async def running(
 
     engine = engine or FakeEngine()
     chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
-    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_vectors=given if store else None)
+    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=given if store else None)
     async with app.router.lifespan_context(app):
         engine.batches.clear()
         engine.entered.clear()

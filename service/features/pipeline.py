@@ -38,6 +38,7 @@ from service.features.batcher import Batcher
 from service.features.cache import Cache, MemoryCache, cache_key
 from service.features.patches import Patches
 from service.outcomes import Outcome, successes
+from service.settings import Settings
 from service.telemetry import Metrics
 
 FloatArray = npt.NDArray[np.float32]
@@ -115,6 +116,31 @@ class _Flight:
     waiters: int = 0
 
 
+@dataclass(frozen=True)
+class PipelineLimits:
+    """How much a pipeline takes on; the settings of the same names say what each is."""
+
+    decode: DecodeLimits
+    decode_workers: int
+    batch_max_patches: int
+    queue_max_images: int
+    queue_max_patches: int
+    hang_timeout_s: float
+    patch_cache_bytes: int = 0
+
+    @staticmethod
+    def of(settings: Settings) -> "PipelineLimits":
+        return PipelineLimits(
+            decode=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+            decode_workers=settings.decode_workers,
+            batch_max_patches=settings.batch_max_patches,
+            queue_max_images=settings.queue_max_images,
+            queue_max_patches=settings.queue_max_patches,
+            hang_timeout_s=settings.hang_timeout_s,
+            patch_cache_bytes=settings.patch_cache_bytes,
+        )
+
+
 class Pipeline:
     """Owns the batcher and the threads around it; made and closed by `service.app`, on the event loop."""
 
@@ -124,14 +150,7 @@ class Pipeline:
         engine: Engine,
         cache: Cache,
         metrics: Metrics,
-        *,
-        limits: DecodeLimits,
-        decode_workers: int,
-        batch_max_patches: int,
-        queue_max_images: int,
-        queue_max_patches: int,
-        hang_timeout_s: float,
-        patch_cache_bytes: int = 0,
+        limits: PipelineLimits,
     ) -> None:
         self.artifact = artifact
         self.engine = engine
@@ -139,22 +158,22 @@ class Pipeline:
         self.dims = artifact.manifest.config.embed_dim
         self._spec = artifact.manifest.preprocess
         self._patch_size = artifact.manifest.config.patch_size
-        self._limits = limits
+        self._decode_limits = limits.decode
         self._metrics = metrics
-        self._patch_cache = MemoryCache(patch_cache_bytes)  # never Redis: an entry is a hundred vectors
+        self._patch_cache = MemoryCache(limits.patch_cache_bytes)  # never Redis: an entry is a hundred vectors
         self._flights: dict[str, _Flight] = {}
-        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
-        self._answerers = ThreadPoolExecutor(decode_workers, thread_name_prefix="answer")
+        self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
+        self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")  # so that what is cached waits for no decode
-        self._kept_images = asyncio.Semaphore(decode_workers)  # see `analyse`
+        self._kept_images = asyncio.Semaphore(limits.decode_workers)  # see `analyse`
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
-            batch_max_patches=batch_max_patches,
-            queue_max_images=queue_max_images,
-            queue_max_patches=queue_max_patches,
+            batch_max_patches=limits.batch_max_patches,
+            queue_max_images=limits.queue_max_images,
+            queue_max_patches=limits.queue_max_patches,
             metrics=metrics,
-            hang_timeout_s=hang_timeout_s,
+            hang_timeout_s=limits.hang_timeout_s,
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
@@ -344,7 +363,7 @@ class Pipeline:
     async def _decode(self, image: bytes, *, keep_image: bool) -> _Decoded:
         def work() -> _Decoded:
             started = time.perf_counter()
-            rgb = decode(image, self._limits)
+            rgb = decode(image, self._decode_limits)
             decoded_at = time.perf_counter()
             try:
                 pixels = preprocess(rgb, self._spec)

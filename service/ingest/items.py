@@ -68,7 +68,7 @@ async def add_items(
     """
     collection = await _target(service, name)
     good, errors = split_items(await _ready(service, collection, items), on_error, "items")
-    info = await service.vectors.upsert(
+    info = await service.store.upsert(
         collection.name, [new.item for _, new in good], tag=collection.tag, request_key=request_key
     )
     timings = slowest(new.embedded for _, new in good if new.embedded is not None)
@@ -121,9 +121,9 @@ def _checked(item: Item) -> Item:
 async def _target(service: Service, name: str) -> CollectionInfo:
     """The collection that is written to; one that does not exist, as the first write will make it."""
     try:
-        return await service.vectors.info(name)
+        return await service.store.info(name)
     except CollectionNotFound:
-        return CollectionInfo(name, CollectionSpec(service.tag(), service.live.dims), 0)
+        return CollectionInfo(name, CollectionSpec(service.tag(), service.pipeline.dims), 0)
 
 
 async def _ready(
@@ -140,7 +140,7 @@ async def _ready(
         _check_images_fit(service, collection)
     fitting = [outcome.then(_fitting, service, collection) for outcome in sent]
     images = [Outcome(index, new.image) for index, new in indexed(fitting) if new.image is not None]
-    embedded = {outcome.index: outcome for outcome in (await service.live.embed(images) if images else [])}
+    embedded = {outcome.index: outcome for outcome in (await service.pipeline.embed(images) if images else [])}
     ready = [outcome.then(_with_vector, collection, embedded.get(outcome.index)) for outcome in fitting]
     if not collection.spec.originals:
         return ready
@@ -158,7 +158,7 @@ def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
         raise ModelMismatch(
             f"collection {collection.name!r} holds vectors of {collection.tag!r}, which no photo gives here"
         )
-    dimension = service.live.dims * (2 if pooling == "cls+mean" else 1)
+    dimension = service.pipeline.dims * (2 if pooling == "cls+mean" else 1)
     check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)
 
 
@@ -191,5 +191,5 @@ async def _stored(new: NewItem, service: Service) -> NewItem:
     """With its image stored, before its vector is written: no item ever leads to an image that is not there."""
     if new.image is None:
         return new
-    digest = await service.photos.put(new.image)
+    digest = await service.originals.put(new.image)
     return replace(new, item=replace(new.item, source=new.item.source or source_of(digest)))

@@ -39,7 +39,7 @@ class Target:
 
     @staticmethod
     async def of(service: Service, name: str) -> "Target":
-        info = await service.vectors.info(name)
+        info = await service.store.info(name)
         return Target(info, tag_parts(info.tag).pooling or POOLING)
 
 
@@ -76,10 +76,10 @@ async def find_origins(service: Service, target: Target, queries: Sequence[Outco
         for i, part in enumerate(query.parts)
         if part.image is not None
     }
-    vectors = await service.live.embed(list(images.values())) if images else []
+    vectors = await service.pipeline.embed(list(images.values())) if images else []
     embedded = dict(zip(images, vectors, strict=True))
     ids = list({part.id: None for query in good.values() for part in query.parts if part.id is not None})
-    items = dict(zip(ids, await service.vectors.get(target.info.name, ids) if ids else [], strict=True))
+    items = dict(zip(ids, await service.store.get(target.info.name, ids) if ids else [], strict=True))
     analysed = await _analyse_all(service, target, by_patches)
 
     def origin(query: Query, number: int) -> Origin:
@@ -165,7 +165,7 @@ async def _analysed(service: Service, target: Target, query: Query) -> Origin:
     image = query.parts[0].image
     assert image is not None
     try:
-        return await service.live.analyse(image.result(), partial(_of_patches, service, target, query))
+        return await service.pipeline.analyse(image.result(), partial(_of_patches, service, target, query))
     except ServiceError as error:
         if error.status >= 500 or error.param == "region":  # the photo is good, what is asked of it is not
             raise

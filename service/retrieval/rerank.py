@@ -88,7 +88,7 @@ async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str
     """Of the hits' stored images. Where the source names another place, the item knows."""
     named = [digest_of(hit.source) for hit in hits]
     asked = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
-    items = iter(await service.vectors.get(name, asked) if asked else [])
+    items = iter(await service.store.get(name, asked) if asked else [])
     return [digest or _of_item(next(items)) for digest in named]
 
 
@@ -118,10 +118,10 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
 async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
     """By stored image, in order; why not, for those without."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
-    kept = await service.live.kept_patches(wanted)
+    kept = await service.pipeline.kept_patches(wanted)
     missing = [digest for digest in wanted if digest not in kept]
     images = await asyncio.gather(*(attempt_await(i, _read(service, digest)) for i, digest in enumerate(missing)))
-    computed = dict(zip(missing, await service.live.patches(images), strict=True))
+    computed = dict(zip(missing, await service.pipeline.patches(images), strict=True))
 
     def patches(digest: str | None) -> Patches:
         if digest is None:
@@ -132,7 +132,7 @@ async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[O
 
 
 async def _read(service: Service, digest: str) -> tuple[str, bytes]:
-    return digest, await service.photos.get(digest)
+    return digest, await service.originals.get(digest)
 
 
 def _compare(

@@ -85,7 +85,7 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
     assert part.vector is not None
     tag = service.tag(part.fingerprint)
     try:
-        [hits] = await service.vectors.search(
+        [hits] = await service.store.search(
             name, part.vector[None], query.depth, tag=tag, where=query.where, params=query.params
         )
     except ModelMismatch:
@@ -117,7 +117,7 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
     depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
     vectors = np.stack([origin.vector for _, origin in batch])
-    rankings = await service.vectors.search(
+    rankings = await service.store.search(
         target.info.name, vectors, depth, tag=target.info.tag, where=first.where, params=first.params
     )
     results = []
@@ -136,7 +136,7 @@ async def _groups(
 ) -> QueryResults:
     async def best(depth: int) -> list[Hit]:
         info, vectors = target.info, origin.vector[None]
-        [hits] = await service.vectors.search(
+        [hits] = await service.store.search(
             info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
         )
         return hits
@@ -173,7 +173,7 @@ async def _add_vectors(
     """To the results of those queries that ask for them."""
     asking = [results for number, results in indexed(outcomes) if request.queries[number].result().ranking.include]
     ids = list(dict.fromkeys(item_id for results in asking for item_id in results.ids()))
-    items = await service.vectors.get(target.info.name, ids) if ids else []
+    items = await service.store.get(target.info.name, ids) if ids else []
     vectors = {item.id: np.ascontiguousarray(item.vector) for item in items if item is not None}
     for results in asking:
         results.vectors = vectors

@@ -81,7 +81,7 @@ def _request_key(request: Request, service: Service) -> str | None:
         return None
     if not _KEY.fullmatch(key):
         raise InvalidRequest(f"{KEY_HEADER} is not allowed: 1 to 128 printable ASCII characters", param=KEY_HEADER)
-    if "idempotency" not in service.vectors.capabilities:
+    if "idempotency" not in service.store.capabilities:
         raise InvalidRequest(f"{KEY_HEADER}: this vector store does not remember requests", param=KEY_HEADER)
     return key
 

@@ -29,7 +29,7 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 async def list_collections(request: Request) -> Response:
     """All collections with what they hold."""
     service = service_of(request)
-    collections, aliases = await service.vectors.collections(), await service.vectors.aliases()
+    collections, aliases = await service.store.collections(), await service.store.aliases()
     data = [_described(info, aliases) for info in collections]
     return json_response({"object": "list", "data": data, **service.identity()})
 
@@ -47,12 +47,12 @@ async def put_collection(request: Request, name: str) -> Response:
     spec = _spec(service, body)
     before = await _existing(service, name)
     try:
-        info = await service.vectors.create(name, spec)
+        info = await service.store.create(name, spec)
     except Conflict as error:
         if before is None or before.name != name or before.spec == spec:
             raise
         raise Conflict(f"collection {name!r} exists with {_differences(before.spec, spec)}") from error
-    answer = _described(info, await service.vectors.aliases()) | service.identity(info.tag)
+    answer = _described(info, await service.store.aliases()) | service.identity(info.tag)
     return json_response(answer, status=201 if before is None else 200)
 
 
@@ -60,15 +60,15 @@ async def put_collection(request: Request, name: str) -> Response:
 async def get_collection(request: Request, name: str) -> Response:
     """Its settings, number of items, and the aliases that lead to it."""
     service = service_of(request)
-    info = await service.vectors.info(check_name(name))
-    return json_response(_described(info, await service.vectors.aliases()) | service.identity(info.tag))
+    info = await service.store.info(check_name(name))
+    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
 
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
     """The collection with all its items; snapshots and stored photos stay."""
     service = service_of(request)
-    await service.vectors.drop(check_name(name))
+    await service.store.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})
 
 
@@ -78,7 +78,7 @@ async def get_stats(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
-    stats = await cast(StatsStore, service.vectors).stats(name)
+    stats = await cast(StatsStore, service.store).stats(name)
     return json_response({"collection": name, "stats": stats, **service.identity()})
 
 
@@ -125,7 +125,7 @@ async def restore_snapshot(request: Request, name: str) -> Response:
     source = name if body.source is None else check_name(body.source)
     request.state.deadline.reschedule(None)
     info = await store.restore(name, source, body.snapshot)
-    return json_response(_described(info, await service.vectors.aliases()) | service.identity(info.tag), status=201)
+    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag), status=201)
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
@@ -134,7 +134,7 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
     Raises:
         InvalidRequest: a setting that is not allowed; a dimension that is not the model's, or none for another model.
     """
-    dimension = service.live.dims * (2 if body.pooling == "cls+mean" else 1)
+    dimension = service.pipeline.dims * (2 if body.pooling == "cls+mean" else 1)
     if body.fingerprint not in (None, service.artifact.fingerprint):
         if body.dimension is None:
             raise InvalidRequest("dimension is needed with the fingerprint of another model", param="dimension")
@@ -159,7 +159,7 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
 
 async def _existing(service: Service, name: str) -> CollectionInfo | None:
     try:
-        return await service.vectors.info(name)
+        return await service.store.info(name)
     except CollectionNotFound:
         return None
 
@@ -200,10 +200,10 @@ def _shown(value: Any) -> str:
 def _snapshots(service: Service, name: str) -> SnapshotStore:
     check_name(name)
     _check_capability(service, "snapshots")
-    return cast(SnapshotStore, service.vectors)
+    return cast(SnapshotStore, service.store)
 
 
 def _check_capability(service: Service, wanted: str) -> None:
-    has = service.vectors.capabilities
+    has = service.store.capabilities
     if wanted not in has:
         raise InvalidRequest(f"the vector store has no {wanted}; it has {', '.join(sorted(has)) or 'nothing more'}")

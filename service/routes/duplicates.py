@@ -35,12 +35,12 @@ async def duplicates(request: Request, name: str) -> Response:
     if asked.by == "content" and (asked.threshold is not None or asked.params is not None):
         raise InvalidRequest("threshold and params belong to by=similarity; bytes are equal or not", param="by")
     where = None if asked.filter is None else parse_filter(asked.filter)
-    info = await service.vectors.info(name)
+    info = await service.store.info(name)
     if asked.by == "content":
-        found = await by_content(service.vectors, info, where)
+        found = await by_content(service.store, info, where)
     else:
         threshold = DEFAULT_THRESHOLD if asked.threshold is None else asked.threshold
-        found = await by_similarity(service.vectors, info, threshold, where, search_params(asked.params))
+        found = await by_similarity(service.store, info, threshold, where, search_params(asked.params))
     shown = [await _group(service, info, group) for group in found.groups[: asked.limit]]
     timings = {"total": ms_since(started)}
     body = {
@@ -59,6 +59,6 @@ async def duplicates(request: Request, name: str) -> Response:
 
 async def _group(service: Service, info: CollectionInfo, group: Group) -> dict[str, Any]:
     items = [
-        {"id": item_id, "score": score} for item_id, score in await scores_to_first(service.vectors, info, group.ids)
+        {"id": item_id, "score": score} for item_id, score in await scores_to_first(service.store, info, group.ids)
     ]
     return {"items": items} if group.digest is None else {"digest": group.digest, "items": items}

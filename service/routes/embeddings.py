@@ -41,7 +41,7 @@ async def create_embeddings(request: Request) -> Response:
     service.check_model(options.model)
     _check_dimensions(options, service)
     started = time.perf_counter()
-    good, bad = split_items(await service.live.embed(upload.images), options.on_error, "input")
+    good, bad = split_items(await service.pipeline.embed(upload.images), options.on_error, "input")
     post_started = time.perf_counter()
     data = [
         {
@@ -72,7 +72,7 @@ async def create_embeddings(request: Request) -> Response:
 
 
 def _check_dimensions(options: EmbeddingOptions, service: Service) -> None:
-    dims = service.live.dims * (2 if options.pooling == "cls+mean" else 1)
+    dims = service.pipeline.dims * (2 if options.pooling == "cls+mean" else 1)
     if options.dimensions not in (None, dims):
         raise UnsupportedDimensions(
             f"dimensions={options.dimensions}: this model gives {dims} with pooling {options.pooling}, "

@@ -34,12 +34,12 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
     if not request.scope.get("raw_path", b"/image").endswith(b"/image"):  # its slash was %2F: part of the id
         return await get_item(request, name, f"{item_id}/image")
     service = service_of(request)
-    info = await service.vectors.info(check_name(name))
+    info = await service.store.info(check_name(name))
     item = await _item(service, info.name, item_id)
     digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
         raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
-    photo = await service.photos.get(digest)
+    photo = await service.originals.get(digest)
     kind = _MEDIA_TYPES.get(sniff(photo) or "", "application/octet-stream")
     return Response(photo, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
 
@@ -52,7 +52,7 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
     if isinstance(fields.get("include"), str):
         fields["include"] = [fields["include"]]
     options = parse_options(ItemQuery, fields)
-    info = await service.vectors.info(check_name(name))
+    info = await service.store.info(check_name(name))
     item = await _item(service, info.name, item_id)
     return json_response(
         _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity(info.tag)
@@ -66,7 +66,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
     check_name(name), check_id(item_id)
     metadata = parse_options(PatchIn, await read_json(request)).metadata
     metadata_text(metadata)  # what is nested too deeply cannot be merged
-    item = await service.vectors.patch(name, item_id, metadata)
+    item = await service.store.patch(name, item_id, metadata)
     return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
 
 
@@ -74,7 +74,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
     """404 when there is none. A stored photo stays."""
     service = service_of(request)
-    if not await service.vectors.delete(check_name(name), [check_id(item_id)]):
+    if not await service.store.delete(check_name(name), [check_id(item_id)]):
         raise _no_item(name, item_id)
     return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity()})
 
@@ -90,9 +90,9 @@ async def delete_items(request: Request, name: str) -> Response:
     check_name(name)
     body, where = await _read_query(request, DeleteIn)
     if body.ids is not None and where is None:
-        deleted = await service.vectors.delete(name, body.ids)
+        deleted = await service.store.delete(name, body.ids)
     elif body.ids is None and where is not None:
-        deleted = await service.vectors.delete_where(name, where)
+        deleted = await service.store.delete_where(name, where)
     else:
         raise InvalidRequest("exactly one of ids and filter is needed")
     return json_response({"collection": name, "deleted": deleted, **service.identity()})
@@ -104,8 +104,8 @@ async def scroll_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
-    info = await service.vectors.info(name)
-    page = await service.vectors.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit)
+    info = await service.store.info(name)
+    page = await service.store.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit)
 
     def answer() -> Response:
         data = [_shown(item, body.include, body.encoding_format) for item in page.items]
@@ -128,7 +128,7 @@ async def count_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
-    return json_response({"collection": name, "count": await service.vectors.count(name, where), **service.identity()})
+    return json_response({"collection": name, "count": await service.store.count(name, where), **service.identity()})
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
@@ -142,7 +142,7 @@ async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter
 
 
 async def _item(service: Service, name: str, item_id: str) -> Item:
-    item = (await service.vectors.get(name, [check_id(item_id)]))[0]
+    item = (await service.store.get(name, [check_id(item_id)]))[0]
     if item is None:
         raise _no_item(name, item_id)
     return item

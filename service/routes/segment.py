@@ -60,7 +60,7 @@ async def segment(request: Request) -> Response:
     options = parse_options(SegmentOptions, _listed(upload.fields))
     service.check_model(options.model)
     try:
-        answer = await service.live.analyse(upload.images[0].result(), partial(_answer, service, options))
+        answer = await service.pipeline.analyse(upload.images[0].result(), partial(_answer, service, options))
     except ServiceError as error:
         if error.status >= 500:
             raise

@@ -265,7 +265,7 @@ async def test_requests_of_many_clients_share_forward_passes(tmp_path):
         first = post(0)
         await until(engine.entered.is_set)
         posts = [first, *(post(seed) for seed in range(1, 9))]
-        await until(lambda: run.service.live.batcher.waiting == 8)
+        await until(lambda: run.service.pipeline.batcher.waiting == 8)
         engine.gate.set()
         answers = await asyncio.gather(*posts)
     assert [shape[0] for shape in engine.batches] == [1, 8]

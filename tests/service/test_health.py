@@ -22,7 +22,7 @@ async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
         engine.gate = threading.Event()
         waiting = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
-        await until(lambda: run.service.live.batcher.health() is not None)
+        await until(lambda: run.service.pipeline.batcher.health() is not None)
         hung = await run.client.get("/livez")
         engine.gate.set()
         await waiting
@@ -33,9 +33,9 @@ async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
 
 async def test_a_full_queue_is_alive_and_not_ready(tmp_path):
     async with running(tmp_path, queue_max_images=2) as run:
-        run.service.live.batcher.reserve(2)
+        run.service.pipeline.batcher.reserve(2)
         live, ready = await run.client.get("/livez"), await run.client.get("/readyz")
-        run.service.live.batcher.release(2)
+        run.service.pipeline.batcher.release(2)
         again = await run.client.get("/readyz")
     assert [answer.status_code for answer in (live, ready, again)] == [200, 503, 200]
 

@@ -175,7 +175,7 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
     mask[6:9, 10:12] = False
     async with running(tmp_path, store=store) as run:
         items = await fill(run, store, pooling="mean")
-        tokens = await run.service.live.analyse(image, lambda analysed: analysed.patches.copy())
+        tokens = await run.service.pipeline.analyse(image, lambda analysed: analysed.patches.copy())
         whole = await ask(run, {"region": {"image": text_of(image), "box": list(crop)}})
         whole_image = await ask(run, {"image": text_of(image)})
         by_box = await ask(run, {"region": {"image": text_of(image), "box": list(box)}})

@@ -40,7 +40,7 @@ async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
         engine.gate.set()
         assert isinstance((await follower)[0].result(), Embedded)
         assert engine.images == 1
-        assert run.service.live.batcher.images == 0
+        assert run.service.pipeline.batcher.images == 0
 
 
 async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tmp_path):
@@ -53,9 +53,9 @@ async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tm
         at_once = asyncio.create_task(run.embed([photo(3)]))
         await asyncio.sleep(0)
         at_once.cancel()  # before its computation has begun
-        await until(lambda: run.service.live.batcher.waiting >= 2)
+        await until(lambda: run.service.pipeline.batcher.waiting >= 2)
         leaving.cancel()
-        await until(lambda: run.service.live.batcher.images == 1)  # only what the engine is busy with
+        await until(lambda: run.service.pipeline.batcher.images == 1)  # only what the engine is busy with
         engine.gate.set()
         await busy
         again = await run.embed([photo(1)])
@@ -106,7 +106,7 @@ async def test_a_client_that_hangs_up_costs_no_engine_time(tmp_path):
         leave = asyncio.Event()
         body = json.dumps({"input": base64.b64encode(photo(1)).decode()}).encode()
         client = asyncio.create_task(post_and_leave(run.app, body, leave))
-        await until(lambda: run.service.live.batcher.waiting == 1)
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
         leave.set()
         assert await client == []
         engine.gate.set()
@@ -125,7 +125,7 @@ async def test_images_fail_on_their_own(tmp_path):
         run.engine.fails = engine.fails
         images = numbered([photo(0), photo(1)[:50], plain_photo(128), b"", photo(2)])
         images[3] = Outcome(3, error=BrokenImage("not base64"))
-        results = await run.service.live.embed(images)
+        results = await run.service.pipeline.embed(images)
     assert [result.index for result in results] == [0, 1, 2, 3, 4]
     kinds = [type(result.error or result.value) for result in results]
     assert kinds == [Embedded, BrokenImage, EngineFailed, BrokenImage, Embedded]
@@ -144,7 +144,7 @@ async def test_a_request_that_does_not_fit_starts_nothing(tmp_path):
     async with running(tmp_path, queue_max_images=2, cache_bytes=0) as run:
         with pytest.raises(QueueFull):
             await run.embed([photo(i) for i in range(3)])
-        assert run.service.live.batcher.images == 0
+        assert run.service.pipeline.batcher.images == 0
         assert run.engine.batches == []
         assert len(await run.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
 
@@ -229,7 +229,7 @@ async def test_closing_fails_what_is_under_way(tmp_path):
         first = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
         second = asyncio.create_task(run.embed([photo(1)]))
-        await until(lambda: run.service.live.batcher.waiting == 1)
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
         threading.Timer(0.05, engine.gate.set).start()
     assert isinstance((await second)[0].error, ShuttingDown)
     assert isinstance((await first)[0].result(), Embedded)
@@ -289,7 +289,7 @@ async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, m
             assert blocked.calls == 2
             assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 503
             assert (await run.client.get("/readyz")).json()["reasons"] == {"queue": "full"}
-        await until(lambda: run.service.live.batcher.images == 0)
+        await until(lambda: run.service.pipeline.batcher.images == 0)
         assert (await run.client.get("/readyz")).status_code == 200
         assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 200
 
@@ -298,8 +298,8 @@ async def test_decodes_that_have_not_begun_are_dropped_at_once(tmp_path, monkeyp
     async with running(tmp_path, request_deadline_s=0.3, cache_bytes=0) as run:
         with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
             await asyncio.gather(*(run.client.post("/v1/embeddings", content=photo(i), headers=PNG) for i in range(5)))
-            await until(lambda: run.service.live.batcher.images == 2)
-        await until(lambda: run.service.live.batcher.images == 0)
+            await until(lambda: run.service.pipeline.batcher.images == 2)
+        await until(lambda: run.service.pipeline.batcher.images == 0)
         assert blocked.calls == 2
     assert run.engine.images == 0
 
@@ -332,6 +332,6 @@ async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_
         await until(lambda: decodes.calls == 2)
         await asyncio.sleep(0.2)
         assert decodes.calls == 2
-        assert run.service.live.batcher.images == 6
+        assert run.service.pipeline.batcher.images == 6
         gate.set()
         assert [(await post).status_code for post in posts] == [200] * 6

@@ -112,7 +112,7 @@ async def fill(run, store, photos, *, pooling="cls", count=6):
 
 
 async def tokens_of(run, image):
-    return unit_rows(await run.service.live.analyse(image, lambda analysed: analysed.patches.copy()))
+    return unit_rows(await run.service.pipeline.analyse(image, lambda analysed: analysed.patches.copy()))
 
 
 async def ask(run, body, status=200):
@@ -284,16 +284,16 @@ async def test_whoever_leaves_gives_back_the_places_in_the_queue(tmp_path):
     async with running(tmp_path, store=DictStore(), engine=engine) as run:
         engine.gate = threading.Event()
         photos = [(hashlib.sha256(photo(i)).hexdigest(), photo(i)) for i in range(5)]
-        waiting = asyncio.create_task(run.service.live.patches(numbered(photos)))
+        waiting = asyncio.create_task(run.service.pipeline.patches(numbered(photos)))
         await until(engine.entered.is_set)
-        assert run.service.live.batcher.images == 5
+        assert run.service.pipeline.batcher.images == 5
         waiting.cancel()
         engine.gate.set()
-        await until(lambda: run.service.live.batcher.images == 0)
+        await until(lambda: run.service.pipeline.batcher.images == 0)
         engine.gate = None
         images = [Outcome(0, error=NotFound("it is not stored")), *numbered([*photos, ("0" * 64, b"no photo")])]
-        gone, *found, unreadable = await run.service.live.patches(images)
+        gone, *found, unreadable = await run.service.pipeline.patches(images)
         assert [isinstance(outcome.result(), Patches) for outcome in found] == [True] * 5
         assert isinstance(unreadable.error, UnsupportedImage)
         assert gone.error is images[0].error
-        assert run.service.live.batcher.images == 0
+        assert run.service.pipeline.batcher.images == 0
