@@ -117,9 +117,7 @@ class _Start:
 
     async def service(self, stack: AsyncExitStack) -> Service:
         """Make the rest, warm the engine up, and leave with `stack` how each is closed."""
-        store = await (
-            self.open_store() if self.open_store else opening.open_store(self.settings, on_recall=self._recall)
-        )
+        store = await self._store()
         stack.push_async_callback(store.close)
         originals = Originals(self.settings.originals_place)
         stack.push_async_callback(originals.close)
@@ -145,6 +143,11 @@ class _Start:
         self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision).set(1)
         log.info("ready", extra={"fields": {**service.identity(), "settings": self.settings.shown()}})
         return service
+
+    async def _store(self) -> VectorStore:
+        if self.open_store is not None:
+            return await self.open_store()
+        return await opening.open_store(self.settings, on_recall=self._recall)
 
     def _cache(self) -> Cache:
         return make_cache(

@@ -47,8 +47,8 @@ class Target:
 class Origin:
     """Where a search starts.
 
-    vector: [D], length 1. exclude: ids that are left out of the answer. patches, weights: of the photo that candidates
-    are compared with, and what part of each counts [N] (None: all of all); only where a re-ranking asks for them.
+    vector: [D], length 1. exclude: ids that are left out of the answer. patches, weights: of the image that candidates
+    are compared with, and what part of each patch counts [N] (None: all of each); only where a re-ranking asks.
     timings: milliseconds by stage.
     """
 
@@ -121,7 +121,7 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
 
 
 def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
-    """Of photos that are embedded, items that are read, and vectors."""
+    """Where a query starts whose images are embedded and whose items are read."""
     embedded = [part.embedded for part in parts if part.embedded is not None]
     if bad := failures(embedded):
         raise InvalidItems(bad, total=len(parts), param=query.form)
@@ -167,13 +167,13 @@ async def _analysed(service: Service, target: Target, query: Query) -> Origin:
     try:
         return await service.pipeline.analyse(image.result(), partial(_of_patches, service, target, query))
     except ServiceError as error:
-        if error.status >= 500 or error.param == "region":  # the photo is good, what is asked of it is not
+        if error.status >= 500 or error.param == "region":  # the image is good, what is asked of it is not
             raise
         raise InvalidItems([ItemError(0, error)], total=1, param=query.form) from error
 
 
 def _of_patches(service: Service, target: Target, query: Query, analysed: Analysed) -> Origin:
-    """Of all features of one photo, off the event loop."""
+    """Where a query starts that needs all features of its image; runs off the event loop."""
     weights = None
     vector = analysed.embedded.vector(target.pooling, True)
     height, width = analysed.image.shape[:2]

@@ -85,10 +85,10 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
 
 
 async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """Of the hits' stored images. Where the source names another place, the item knows."""
+    """The digests of the hits' stored images. Where a source names another place, the item knows."""
     named = [digest_of(hit.source) for hit in hits]
-    asked = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
-    items = iter(await service.store.get(name, asked) if asked else [])
+    unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
+    items = iter(await service.store.get(name, unnamed) if unnamed else [])
     return [digest or _of_item(next(items)) for digest in named]
 
 
@@ -116,7 +116,7 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
 
 
 async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
-    """By stored image, in order; why not, for those without."""
+    """The patches of stored images, in order, or why there are none."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
     kept = await service.pipeline.kept_patches(wanted)
     missing = [digest for digest in wanted if digest not in kept]

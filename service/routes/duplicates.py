@@ -30,27 +30,27 @@ async def duplicates(request: Request, name: str) -> Response:
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
-    asked = parse_options(DuplicatesIn, await read_json(request))
-    service.check_model(asked.model)
-    if asked.by == "content" and (asked.threshold is not None or asked.params is not None):
+    options = parse_options(DuplicatesIn, await read_json(request))
+    service.check_model(options.model)
+    if options.by == "content" and (options.threshold is not None or options.params is not None):
         raise InvalidRequest("threshold and params belong to by=similarity; bytes are equal or not", param="by")
-    where = None if asked.filter is None else parse_filter(asked.filter)
+    where = None if options.filter is None else parse_filter(options.filter)
     info = await service.store.info(name)
-    if asked.by == "content":
-        found = await by_content(service.store, info, where)
+    if options.by == "content":
+        result = await by_content(service.store, info, where)
     else:
-        threshold = DEFAULT_THRESHOLD if asked.threshold is None else asked.threshold
-        found = await by_similarity(service.store, info, threshold, where, search_params(asked.params))
-    shown = [await _group(service, info, group) for group in found.groups[: asked.limit]]
+        threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
+        result = await by_similarity(service.store, info, threshold, where, search_params(options.params))
+    shown = [await _group(service, info, group) for group in result.groups[: options.limit]]
     timings = {"total": ms_since(started)}
     body = {
         "object": "list",
         "collection": name,
         "groups": [group for group in shown if len(group["items"]) > 1],  # some may have been deleted meanwhile
-        "total_groups": len(found.groups),
-        "compared": found.compared,
-        "without_digest": found.skipped,
-        "truncated": found.truncated,
+        "total_groups": len(result.groups),
+        "compared": result.compared,
+        "without_digest": result.skipped,
+        "truncated": result.truncated,
         **service.identity(info.tag),
         "timings": timings,
     }
