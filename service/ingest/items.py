@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from service.data_urls import image_from_text
 from service.errors import CollectionNotFound, InvalidRequest, ItemError, ModelMismatch
 from service.features.pipeline import Embedded
-from service.images import image_from_text
 from service.options import check_fields, parse_options
 from service.originals import source_of
 from service.outcomes import OnError, Outcome, indexed, split_items, successes

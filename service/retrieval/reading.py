@@ -16,8 +16,8 @@ import numpy.typing as npt
 import orjson
 from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
+from service.data_urls import decode_texts
 from service.errors import InvalidRequest
-from service.images import decode_texts
 from service.options import Model, check_fields, parse_options
 from service.outcomes import Outcome, attempt_await, numbered, successes
 from service.retrieval.query import FORMS, Part, Query, SearchRequest

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 
+from service.data_urls import check_count
 from service.errors import InvalidRequest
-from service.images import check_count
 from service.ingest.items import NewItem, item_from_file, item_from_json
 from service.ingest.items import add_items as add_to_collection
 from service.off_loop import off_loop

@@ -13,8 +13,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from service.data_urls import check_count, decode_texts
 from service.errors import BadRequest, InvalidRequest, UnsupportedMediaType
-from service.images import check_count, decode_texts
 from service.off_loop import off_loop
 from service.outcomes import Outcome, numbered
 from service.settings import Settings

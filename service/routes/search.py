@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.data_urls import check_count
 from service.errors import InvalidItems
-from service.images import check_count
 from service.outcomes import Outcome, split_items
 from service.retrieval.query import SearchRequest
 from service.retrieval.reading import read_image_search, read_search

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
+from service.data_urls import check_count
 from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
 from service.features.pipeline import Analysed, Embedded
-from service.images import check_count
 from service.options import parse_options
 from service.routes.answers import json_response, server_timing
 from service.routes.bodies import read_upload
