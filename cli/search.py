@@ -132,7 +132,7 @@ async def _index(
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from service.ingest.index import index_photos
+    from service.ingest.index import IndexHooks, index_photos
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
@@ -154,10 +154,7 @@ async def _index(
             artifact,
             engine,
             options,
-            stop=stop,
-            keep=keep,
-            on_problem=on_problem,
-            on_progress=show,
+            IndexHooks(stop, keep, on_problem, show),
         )
 
 

@@ -18,23 +18,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from types import FrameType
 from typing import Any, Final
 
 import uvicorn
 from PIL import Image
 
-from model.artifact import load_artifact
+from model.artifact import Artifact, load_artifact
 from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
+from model.engines.protocol import Engine
 from service.app import create_app
 from service.artifact_choice import choose_artifact, read_photos
 from service.errors import ServiceError
 from service.http_protocol import BoundedHttpProtocol
 from service.settings import Settings, load_settings
-from service.state import Service
+from service.state import Lifecycle
 from service.telemetry import configure_logging
 
 log = logging.getLogger("service")
@@ -108,7 +110,13 @@ def make_server(settings: Settings) -> "DrainingServer":
         timeout_graceful_shutdown=1,  # what may finish has finished by then: on_tick waits for it
         timeout_keep_alive=30,
     )
-    return DrainingServer(config, app.state.service, app.router.lifespan_context(app))
+    return DrainingServer(
+        config,
+        app.router.lifespan_context(app),
+        app.state.lifecycle,
+        grace_s=settings.shutdown_grace_s,
+        greet=partial(greeting, artifact, choice.engine),
+    )
 
 
 class _Unjoined(ThreadPoolExecutor):
@@ -124,10 +132,20 @@ class DrainingServer(uvicorn.Server):
     It starts and closes the application itself, so that what goes wrong at the start is an exception of `run`.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, lifespan: AbstractAsyncContextManager[Any]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        lifespan: AbstractAsyncContextManager[Any],
+        lifecycle: Lifecycle,
+        *,
+        grace_s: float,
+        greet: Callable[[str], str],
+    ) -> None:
         super().__init__(config)
-        self._service = service
         self._lifespan = lifespan
+        self._lifecycle = lifecycle
+        self._grace_s = grace_s
+        self._greet = greet
         self._running = AsyncExitStack()
         self._drain_until: float | None = None
 
@@ -147,7 +165,7 @@ class DrainingServer(uvicorn.Server):
             raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
         gc.collect()
         gc.freeze()  # what is there now stays, and looking through it again and again would hold up requests
-        print(greeting(self._service, self._url()), flush=True)
+        print(self._greet(self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, end what still runs, close the application."""
@@ -169,12 +187,12 @@ class DrainingServer(uvicorn.Server):
             self.force_exit = True
             super().handle_exit(sig, frame)
             return
-        self._service.draining = True
-        self._drain_until = time.monotonic() + self._service.settings.shutdown_grace_s
-        log.info("shutting down", extra={"fields": {"in_flight": self._service.in_flight}})
+        self._lifecycle.draining = True
+        self._drain_until = time.monotonic() + self._grace_s
+        log.info("shutting down", extra={"fields": {"in_flight": self._lifecycle.in_flight}})
 
     async def on_tick(self, counter: int) -> bool:
-        if self._drain_until is not None and (not self._service.in_flight or time.monotonic() > self._drain_until):
+        if self._drain_until is not None and (not self._lifecycle.in_flight or time.monotonic() > self._drain_until):
             return True
         return await super().on_tick(counter)
 
@@ -183,15 +201,15 @@ class DrainingServer(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def greeting(service: Service, url: str) -> str:
+def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
     """What a user sees: where it is, which model answers, and a line to try that works as it stands."""
     picture = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).save(picture, "PNG")
     example = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii")
     return (
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
-        f"model {service.artifact.name} from {service.artifact.path}, "
-        f"engine {service.engine.name} ({service.engine.precision})\n\n"
+        f"model {artifact.name} from {artifact.path}, "
+        f"engine {engine.name} ({engine.precision})\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
         f"or without a photo at hand:\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"

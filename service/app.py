@@ -9,19 +9,19 @@ when the application starts and closed when it stops, in the opposite order.
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from model.artifact import Artifact
-from model.decode import DecodeLimits
 from model.engines.protocol import Engine, Tried
-from service.errors import BadRequest, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
+from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache, make_cache
-from service.features.pipeline import Pipeline
+from service.features.pipeline import Pipeline, PipelineLimits
 from service.middleware import Border, error_body
 from service.originals import Originals
 from service.routes import (
@@ -36,10 +36,10 @@ from service.routes import (
     search,
     segment,
 )
-from service.search.opening import open_store
+from service.search import opening
 from service.search.store import VectorStore
 from service.settings import Settings
-from service.state import Service
+from service.state import Lifecycle, Service
 from service.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def create_app(
     *,
     tried: tuple[Tried, ...] = (),
     cache: Cache | None = None,
-    open_vectors: Callable[[], Awaitable[VectorStore]] | None = None,
+    open_store: Callable[[], Awaitable[VectorStore]] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -65,16 +65,16 @@ def create_app(
         artifact, engine: the verified model and the runtime that has it loaded.
         tried: the engines that were tried before it, for /v1/models.
         cache: None makes the one that the settings ask for.
-        open_vectors: opens the vector store; None opens the one that the settings name.
+        open_store: opens the vector store; None opens the one that the settings name.
     """
-    service = Service(settings=settings, artifact=artifact, engine=engine, metrics=Metrics(), tried=tried)
+    start = _Start(settings, artifact, engine, tried, cache, open_store)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            await _start(service, stack, cache, open_vectors)
+            app.state.service = await start.service(stack)
             yield
-            service.draining = True
+            start.lifecycle.draining = True
 
     app = _App(
         title="dinov2-service",
@@ -83,13 +83,13 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,  # the redirect's address would be made of the Host header, which the client chooses
     )
-    app.state.service = service
+    app.state.border = partial(Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle)
+    app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # what /readyz has logged last
     resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health)
     # In front of the framework's own, and not wrapped once more, as `include_router` would.
     app.router.routes[:0] = [route for resource in resources for route in resource.router.routes]
     app.add_exception_handler(HTTPException, _framework_error)
-    app.add_exception_handler(RequestValidationError, _framework_error)
     return app
 
 
@@ -98,56 +98,67 @@ class _App(FastAPI):
     do (errors, a limit on bodies, exit stacks of dependencies) the border does, or no route needs."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)), self.state.service)
+        border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))
+        return border
 
 
-async def _start(
-    service: Service,
-    stack: AsyncExitStack,
-    cache: Cache | None,
-    open_vectors: Callable[[], Awaitable[VectorStore]] | None,
-) -> None:
-    """Make what needs the event loop, warm the engine up, and leave with `stack` how each is closed."""
-    settings, metrics, artifact = service.settings, service.metrics, service.artifact
+@dataclass(frozen=True)
+class _Start:
+    """What a service is made of, as far as it needs no event loop."""
 
-    def measured(collection: str, ratio: float) -> None:
-        metrics.index_recall.labels(collection).set(ratio)
+    settings: Settings
+    artifact: Artifact
+    engine: Engine
+    tried: tuple[Tried, ...]
+    cache: Cache | None
+    open_store: Callable[[], Awaitable[VectorStore]] | None
+    metrics: Metrics = field(default_factory=Metrics)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
-    service.store = await (open_vectors() if open_vectors else open_store(settings, on_recall=measured))
-    stack.push_async_callback(service.store.close)
-    service.originals = Originals(settings.originals_place)
-    stack.push_async_callback(service.originals.close)
-    service.cache = (
-        cache
-        if cache is not None
-        else make_cache(
-            settings.redis_url if settings.cache_bytes else None,
-            max_bytes=settings.cache_bytes,
-            ttl_s=settings.cache_ttl_s,
-            on_event=lambda event: metrics.cache_events.labels(event).inc(),
+    async def service(self, stack: AsyncExitStack) -> Service:
+        """Make the rest, warm the engine up, and leave with `stack` how each is closed."""
+        store = await self._store()
+        stack.push_async_callback(store.close)
+        originals = Originals(self.settings.originals_place)
+        stack.push_async_callback(originals.close)
+        cache = self._cache() if self.cache is None else self.cache
+        stack.push_async_callback(cache.close)
+        limits = PipelineLimits.of(self.settings)
+        pipeline = Pipeline(self.artifact, self.engine, cache, self.metrics, limits)
+        stack.push_async_callback(pipeline.close)
+        await pipeline.warm_up()
+        service = Service(
+            settings=self.settings,
+            artifact=self.artifact,
+            engine=self.engine,
+            tried=self.tried,
+            metrics=self.metrics,
+            lifecycle=self.lifecycle,
+            store=store,
+            originals=originals,
+            pipeline=pipeline,
         )
-    )
-    stack.push_async_callback(service.cache.close)
-    service.pipeline = Pipeline(
-        artifact,
-        service.engine,
-        service.cache,
-        metrics,
-        limits=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
-        decode_workers=settings.decode_workers,
-        batch_max_patches=settings.batch_max_patches,
-        queue_max_images=settings.queue_max_images,
-        queue_max_patches=settings.queue_max_patches,
-        hang_timeout_s=settings.hang_timeout_s,
-        patch_cache_bytes=settings.patch_cache_bytes,
-    )
-    stack.push_async_callback(service.pipeline.close)
-    await service.pipeline.warm_up()
-    service.warm = True
-    metrics.model_info.labels(
-        artifact.manifest.name, artifact.fingerprint, service.engine.name, service.engine.precision
-    ).set(1)
-    log.info("ready", extra={"fields": {**service.identity(), "settings": settings.shown()}})
+        self.lifecycle.warm = True
+        manifest, engine = self.artifact.manifest, self.engine
+        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision).set(1)
+        log.info("ready", extra={"fields": {**service.identity(), "settings": self.settings.shown()}})
+        return service
+
+    async def _store(self) -> VectorStore:
+        if self.open_store is not None:
+            return await self.open_store()
+        return await opening.open_store(self.settings, on_recall=self._recall)
+
+    def _cache(self) -> Cache:
+        return make_cache(
+            self.settings.redis_url if self.settings.cache_bytes else None,
+            max_bytes=self.settings.cache_bytes,
+            ttl_s=self.settings.cache_ttl_s,
+            on_event=lambda event: self.metrics.cache_events.labels(event).inc(),
+        )
+
+    def _recall(self, collection: str, ratio: float) -> None:
+        self.metrics.index_recall.labels(collection).set(ratio)
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
@@ -160,9 +171,6 @@ async def _framework_error(request: Request, error: Exception) -> Response:
 
 
 def _translated(request: Request, error: Exception) -> ServiceError:
-    if isinstance(error, RequestValidationError):
-        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        return InvalidRequest("; ".join(problems))
     assert isinstance(error, HTTPException)
     if error.status_code == NotFound("").status:
         return NotFound(f"no route {request.url.path[:200]!r}: /docs lists them")

@@ -34,8 +34,9 @@ from service.errors import (
     openai_body,
     problem_body,
 )
-from service.state import Service
-from service.telemetry import log_request
+from service.settings import Settings
+from service.state import Lifecycle
+from service.telemetry import Metrics, log_request
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -55,22 +56,25 @@ log = logging.getLogger(__name__)
 class Border:
     """See the top of the file."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> None:
+        self.app = app
+        self.settings = settings
+        self.metrics = metrics
+        self.lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        await _Exchange(self._app, self._service, scope, receive, send).run()
+        await _Exchange(self, scope, receive, send).run()
 
 
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, app: ASGIApp, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-        self._app, self._service, self._scope, self._receive, self._send = app, service, scope, receive, send
+    def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
+        self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
         self.request_id = _request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._status = 0
@@ -81,10 +85,10 @@ class _Exchange:
         self._watcher: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        service, started = self._service, time.perf_counter()
+        lifecycle, started = self._lifecycle, time.perf_counter()
         counted = self._scope["path"].startswith("/v1/")
-        service.in_flight += counted
-        service.metrics.requests_in_flight.set(service.in_flight)
+        lifecycle.in_flight += counted
+        self._metrics.requests_in_flight.set(lifecycle.in_flight)
         try:
             await self._answer(counted)
         finally:
@@ -92,17 +96,17 @@ class _Exchange:
                 self._watch_soon.cancel()
             if self._watcher is not None:
                 self._watcher.cancel()
-            service.in_flight -= counted
-            service.buffered_bytes -= self._body_bytes
-            service.metrics.requests_in_flight.set(service.in_flight)
+            lifecycle.in_flight -= counted
+            lifecycle.buffered_bytes -= self._body_bytes
+            self._metrics.requests_in_flight.set(lifecycle.in_flight)
             self._account(time.perf_counter() - started)
 
     async def _answer(self, counted: bool) -> None:
         try:
-            if counted and self._service.draining:
+            if counted and self._lifecycle.draining:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             self._check_length()
-            async with asyncio.timeout(self._service.settings.request_deadline_s) as deadline:
+            async with asyncio.timeout(self._settings.request_deadline_s) as deadline:
                 self._scope["state"]["deadline"] = deadline
 
                 async def send(message: Message) -> None:
@@ -119,7 +123,7 @@ class _Exchange:
             if not deadline.expired():
                 await self._unhandled()
                 return
-            seconds = self._service.settings.request_deadline_s
+            seconds = self._settings.request_deadline_s
             await self._send_error(DeadlineExceeded(f"the request took longer than {seconds:g} s"))
         except asyncio.CancelledError:
             if not self._gone.is_set():
@@ -147,11 +151,11 @@ class _Exchange:
     def _check_length(self) -> None:
         """Refuse early what says itself that it is too large."""
         for name, value in self._scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self._service.settings.max_body_bytes:
+            if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
                 raise self._too_large()
 
     def _too_large(self) -> PayloadTooLarge:
-        limit = self._service.settings.max_body_bytes
+        limit = self._settings.max_body_bytes
         return PayloadTooLarge(f"the request's body is larger than {limit} bytes", headers={"Connection": "close"})
 
     async def _receive_limited(self) -> Message:
@@ -171,11 +175,11 @@ class _Exchange:
 
     def _count(self, size: int) -> None:
         self._body_bytes += size
-        self._service.buffered_bytes += size
-        settings = self._service.settings
+        self._lifecycle.buffered_bytes += size
+        settings = self._settings
         if self._body_bytes > settings.max_body_bytes:
             raise self._too_large()
-        if self._service.buffered_bytes > settings.max_buffered_bytes:
+        if self._lifecycle.buffered_bytes > settings.max_buffered_bytes:
             raise Unavailable(
                 f"request bodies hold more than {settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
             )
@@ -215,8 +219,8 @@ class _Exchange:
     def _account(self, seconds: float) -> None:
         route = getattr(self._scope.get("route"), "path", "unmatched")
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
-        self._service.metrics.requests.labels(method, route, str(self._status)).inc()
-        self._service.metrics.request_seconds.labels(route).observe(seconds)
+        self._metrics.requests.labels(method, route, str(self._status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
         log_request(method, route, self._status, seconds, self.request_id, bytes=self._body_bytes)
 
 

@@ -1,4 +1,7 @@
-"""What the routes work with: one record, made by `create_app`, reachable as `request.app.state.service`."""
+"""What the routes work with: one record, made when the application starts, reachable as `request.app.state.service`.
+
+It is whole from the beginning. What is needed before, and while the service stops, is the `Lifecycle`.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +11,6 @@ from model.engines.protocol import Engine, Tried
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.zoo import ENTRIES
 from service.errors import ModelNotFound
-from service.features.cache import Cache
 from service.features.pipeline import Pipeline
 from service.originals import Originals
 from service.search.store import VectorStore
@@ -16,44 +18,30 @@ from service.settings import Settings
 from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
 
-"""What a collection holds unless it says otherwise: the class token is DINOv2's feature for retrieval."""
-
 
 @dataclass
-class Service:
-    """The collaborators of one running service, and where it stands in its life."""
+class Lifecycle:
+    """Where the process stands between start and end: the border counts, shutdown waits, /readyz tells."""
 
-    settings: Settings
-    artifact: Artifact
-    engine: Engine
-    metrics: Metrics
-    tried: tuple[Tried, ...] = ()  # engines at the start, in order, the one that serves last
-    pipeline: Pipeline | None = None  # from start-up to shutdown
-    cache: Cache | None = None
-    store: VectorStore | None = None
-    originals: Originals | None = None
     warm: bool = False
     draining: bool = False  # shutting down: what runs may finish, nothing begins
     in_flight: int = 0
     buffered_bytes: int = 0
 
-    @property
-    def live(self) -> Pipeline:
-        """The pipeline of a service that has started."""
-        assert self.pipeline is not None, "the service has not been started"
-        return self.pipeline
 
-    @property
-    def vectors(self) -> VectorStore:
-        """The vector store of a service that has started."""
-        assert self.store is not None, "the service has not been started"
-        return self.store
+@dataclass
+class Service:
+    """The collaborators of one running service."""
 
-    @property
-    def photos(self) -> Originals:
-        """The stored photos of a service that has started."""
-        assert self.originals is not None, "the service has not been started"
-        return self.originals
+    settings: Settings
+    artifact: Artifact
+    engine: Engine
+    tried: tuple[Tried, ...]  # engines at the start, in order, the one that serves last
+    metrics: Metrics
+    lifecycle: Lifecycle
+    store: VectorStore
+    originals: Originals
+    pipeline: Pipeline
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
         """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""

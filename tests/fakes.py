@@ -11,7 +11,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from model.config import ViTConfig
 from model.engines.protocol import Features, FloatArray
 from model.preprocess import PreprocessSpec
 from service.app import create_app
+from service.features.pipeline import Embedded
+from service.outcomes import Outcome, numbered
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Service
@@ -130,6 +132,10 @@ class Running:
     service: Service
     engine: FakeEngine
 
+    async def embed(self, images: Sequence[bytes]) -> list[Outcome[Embedded]]:
+        """What the pipeline makes of images that could all be read."""
+        return await self.service.pipeline.embed(numbered(images))
+
 
 @asynccontextmanager
 async def running(
@@ -149,7 +155,7 @@ async def running(
 
     engine = engine or FakeEngine()
     chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
-    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_vectors=given if store else None)
+    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=given if store else None)
     async with app.router.lifespan_context(app):
         engine.batches.clear()
         engine.entered.clear()

@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,12 +34,14 @@ from model.decode import DecodeLimits
 from model.engines.protocol import Engine
 from model.pooling import Pooling, pool
 from model.preprocess import preprocess
-from service.errors import BrokenImage, EngineFailed, ServiceError
+from service.errors import BrokenImage, EngineFailed
 from service.features.batcher import Batcher
 from service.features.cache import Cache, MemoryCache, cache_key
 from service.features.images import decode
+from service.features.patches import Patches
+from service.outcomes import Outcome, successes
+from service.settings import Settings
 from service.telemetry import Metrics
-from service.vision.patches import Patches
 
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -111,6 +113,31 @@ class _Flight:
     waiters: int = 0
 
 
+@dataclass(frozen=True)
+class PipelineLimits:
+    """How much a pipeline takes on; the settings of the same names say what each is."""
+
+    decode: DecodeLimits
+    decode_workers: int
+    batch_max_patches: int
+    queue_max_images: int
+    queue_max_patches: int
+    hang_timeout_s: float
+    patch_cache_bytes: int = 0
+
+    @staticmethod
+    def of(settings: Settings) -> "PipelineLimits":
+        return PipelineLimits(
+            decode=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+            decode_workers=settings.decode_workers,
+            batch_max_patches=settings.batch_max_patches,
+            queue_max_images=settings.queue_max_images,
+            queue_max_patches=settings.queue_max_patches,
+            hang_timeout_s=settings.hang_timeout_s,
+            patch_cache_bytes=settings.patch_cache_bytes,
+        )
+
+
 class Pipeline:
     """Owns the batcher and the threads around it; made and closed by `service.app`, on the event loop."""
 
@@ -120,14 +147,7 @@ class Pipeline:
         engine: Engine,
         cache: Cache,
         metrics: Metrics,
-        *,
-        limits: DecodeLimits,
-        decode_workers: int,
-        batch_max_patches: int,
-        queue_max_images: int,
-        queue_max_patches: int,
-        hang_timeout_s: float,
-        patch_cache_bytes: int = 0,
+        limits: PipelineLimits,
     ) -> None:
         self.artifact = artifact
         self.engine = engine
@@ -135,44 +155,41 @@ class Pipeline:
         self.dims = artifact.manifest.config.embed_dim
         self._spec = artifact.manifest.preprocess
         self._patch_size = artifact.manifest.config.patch_size
-        self._limits = limits
+        self._decode_limits = limits.decode
         self._metrics = metrics
-        self._patch_cache = MemoryCache(patch_cache_bytes)  # never Redis: an entry is a hundred vectors
+        self._patch_cache = MemoryCache(limits.patch_cache_bytes)  # never Redis: an entry is a hundred vectors
         self._flights: dict[str, _Flight] = {}
-        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
-        self._answerers = ThreadPoolExecutor(decode_workers, thread_name_prefix="answer")
+        self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
+        self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")  # so that what is cached waits for no decode
-        self._kept_images = asyncio.Semaphore(decode_workers)  # see `analyse`
+        self._kept_images = asyncio.Semaphore(limits.decode_workers)  # see `analyse`
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
-            batch_max_patches=batch_max_patches,
-            queue_max_images=queue_max_images,
-            queue_max_patches=queue_max_patches,
+            batch_max_patches=limits.batch_max_patches,
+            queue_max_images=limits.queue_max_images,
+            queue_max_patches=limits.queue_max_patches,
             metrics=metrics,
-            hang_timeout_s=hang_timeout_s,
+            hang_timeout_s=limits.hang_timeout_s,
         )
 
-    async def embed(self, images: Sequence[bytes | ServiceError]) -> list[Embedded | ServiceError]:
+    async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
         """Embed the images of one request, in order; a bad one gives its error and does not hurt the others.
 
-        A `ServiceError` among the images (an item that could not be read) is passed through.
+        An image that could not be read keeps its error, and every outcome its index.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: of the request as a whole; nothing was begun.
         """
         keys = await self._keys(images)
-        found = await self._from_cache([key for key in keys if key is not None])
-        wanted = {
-            key: image
-            for key, image in zip(keys, images, strict=True)
-            if key is not None and key not in found and not isinstance(image, ServiceError)
-        }
-        answers = found | await self._compute_all(wanted)
-        return [
-            image if isinstance(image, ServiceError) else answers[key or ""]
-            for key, image in zip(keys, images, strict=True)
-        ]
+        by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
+        cached = await self._from_cache(list(by_key))
+        computed = await self._compute_all({key: image for key, image in by_key.items() if key not in cached})
+
+        def embedded(key: str) -> Embedded:
+            return cached[key] if key in cached else computed[key].result()
+
+        return [key.then(embedded) for key in keys]
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
         """What `answer` makes, on a thread, of all features of one image; the vector goes into the cache on the way.
@@ -191,29 +208,28 @@ class Pipeline:
         finally:
             task.cancel()  # of a caller that leaves: it ends when its thread does; else it is done already
 
-    async def known_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
-        """The patches of those photos, by the sha256 of their bytes, that this process has kept."""
+    async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
+        """The patches of those images, by the sha256 of their bytes, that this process has kept."""
         keys = {digest: self._patches_key(digest) for digest in digests}
         kept = await self._patch_cache.get_many(list(keys.values()))
         return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
 
-    async def patches(self, photos: Mapping[str, bytes]) -> dict[str, Patches | ServiceError]:
-        """The patches of photos, given by the sha256 of their bytes, in as few forward passes as they fit in; kept for
-        the next time.
+    async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
+        """The patches of images, each with the sha256 of its bytes, in as few forward passes as they fit in; kept for
+        the next time. An image that could not be read keeps its error.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: of all of them; nothing was begun.
         """
-        self.batcher.reserve(len(photos))
-        tasks = {digest: asyncio.create_task(self._patches(digest, photo)) for digest, photo in photos.items()}
-        for task in tasks.values():
-            task.add_done_callback(self._ended)
+        self.batcher.reserve(sum(image.error is None for image in images))
+        outcomes = [image.then(self._start_patches) for image in images]
+        tasks = successes(outcomes)
         try:
             if tasks:
-                await asyncio.wait(tasks.values())
-            return {digest: await _result(task) for digest, task in tasks.items()}
+                await asyncio.wait(tasks)
+            return [outcome.then(_result) for outcome in outcomes]
         finally:
-            for task in tasks.values():
+            for task in tasks:
                 task.cancel()  # of a caller that leaves
 
     async def warm_up(self) -> None:
@@ -240,13 +256,13 @@ class Pipeline:
         tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
         return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
 
-    async def _keys(self, images: Sequence[bytes | ServiceError]) -> list[str | None]:
+    async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
         """Cache keys; hashing more than a few hundred kilobytes would hold up the event loop."""
 
-        def keys() -> list[str | None]:
-            return [None if isinstance(image, ServiceError) else self._key(image) for image in images]
+        def keys() -> list[Outcome[str]]:
+            return [image.then(self._key) for image in images]
 
-        size = sum(len(image) for image in images if not isinstance(image, ServiceError))
+        size = sum(map(len, successes(images)))
         return keys() if size <= 2**18 else await asyncio.get_running_loop().run_in_executor(self._hasher, keys)
 
     def _key(self, image: bytes) -> str:
@@ -256,21 +272,20 @@ class Pipeline:
     def _patches_key(self, digest: str) -> str:
         return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision, "of": "patches"})
 
-    async def _from_cache(self, keys: list[str]) -> dict[str, Embedded | ServiceError]:
+    async def _from_cache(self, keys: list[str]) -> dict[str, Embedded]:
         started = time.perf_counter()
-        unique = list(dict.fromkeys(keys))
-        found: dict[str, Embedded | ServiceError] = {}
-        for key, data in zip(unique, await self.cache.get_many(unique), strict=True):
+        cached: dict[str, Embedded] = {}
+        for key, data in zip(keys, await self.cache.get_many(keys), strict=True):
             entry = None if data is None else Embedded.from_bytes(data, self.dims)
             if entry is not None:
                 entry.timings["cache"] = time.perf_counter() - started
-                found[key] = entry
-        self._metrics.cache_hits.inc(len(found))
-        self._metrics.cache_misses.inc(len(unique) - len(found))
-        return found
+                cached[key] = entry
+        self._metrics.cache_hits.inc(len(cached))
+        self._metrics.cache_misses.inc(len(keys) - len(cached))
+        return cached
 
-    async def _compute_all(self, wanted: dict[str, bytes]) -> dict[str, Embedded | ServiceError]:
-        """Join the flights of these images, starting those that are not under way; all are left together."""
+    async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
+        """Join the flights of these images, starting those that are not under way; all are left together, landed."""
         new = [key for key in wanted if key not in self._flights]
         if new:
             self.batcher.reserve(len(new))  # all of this request's images or none
@@ -285,7 +300,7 @@ class Pipeline:
         try:
             if flights:
                 await asyncio.wait([flight.task for flight in flights.values()])
-            return {key: await _result(flight.task) for key, flight in flights.items()}
+            return {key: flight.task for key, flight in flights.items()}
         finally:
             for key, flight in flights.items():
                 flight.waiters -= 1
@@ -296,9 +311,9 @@ class Pipeline:
     async def _fly(self, key: str, image: bytes) -> Embedded:
         decoded = await self._decode(image, keep_image=False)
         row, timings = await self._infer(decoded)
-        found = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
-        await self.cache.set_many({key: found.to_bytes()})  # before landing: who comes later finds one or the other
-        return found
+        embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
+        await self.cache.set_many({key: embedded.to_bytes()})  # before landing: a later request meets one or the other
+        return embedded
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
         async with self._kept_images:
@@ -306,19 +321,23 @@ class Pipeline:
             row, timings = await self._infer(decoded)
             assert decoded.image is not None
             embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)
-            [key] = await self._keys([image])
-            assert key is not None
-            await self.cache.set_many({key: embedded.to_bytes()})
+            [key] = await self._keys([Outcome(0, image)])
+            await self.cache.set_many({key.result(): embedded.to_bytes()})
             analysed = Analysed(embedded, row.patches, self._grid(decoded.pixels), decoded.image)
             return await self._in_thread(self._answerers, partial(answer, analysed))
 
-    async def _patches(self, digest: str, photo: bytes) -> Patches:
-        decoded = await self._decode(photo, keep_image=False)
+    def _start_patches(self, digest_and_image: tuple[str, bytes]) -> "asyncio.Task[Patches]":
+        task = asyncio.create_task(self._patches(*digest_and_image))
+        task.add_done_callback(self._ended)
+        return task
+
+    async def _patches(self, digest: str, image: bytes) -> Patches:
+        decoded = await self._decode(image, keep_image=False)
         row, _ = await self._infer(decoded)
         work = partial(Patches.of, row.patches, self._grid(decoded.pixels), decoded.size)
-        found = await self._in_thread(self._answerers, work)
-        await self._patch_cache.set_many({self._patches_key(digest): found.to_bytes()})
-        return found
+        patches = await self._in_thread(self._answerers, work)
+        await self._patch_cache.set_many({self._patches_key(digest): patches.to_bytes()})
+        return patches
 
     def _grid(self, pixels: FloatArray) -> tuple[int, int]:
         return pixels.shape[1] // self._patch_size, pixels.shape[2] // self._patch_size
@@ -341,7 +360,7 @@ class Pipeline:
     async def _decode(self, image: bytes, *, keep_image: bool) -> _Decoded:
         def work() -> _Decoded:
             started = time.perf_counter()
-            rgb = decode(image, self._limits)
+            rgb = decode(image, self._decode_limits)
             decoded_at = time.perf_counter()
             try:
                 pixels = preprocess(rgb, self._spec)
@@ -377,12 +396,9 @@ class Pipeline:
         return done.row, timings
 
 
-async def _result(task: Awaitable[T]) -> T | ServiceError:
-    """The outcome of a finished task, its error as a value."""
-    try:
-        return await task
-    except ServiceError as error:
-        return error
+def _result(task: "asyncio.Task[T]") -> T:
+    """What a finished task returned; raises what it raised."""
+    return task.result()
 
 
 def _as_is(vector: FloatArray) -> FloatArray:

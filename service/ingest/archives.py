@@ -64,12 +64,12 @@ def suffix_of(name: str) -> str:
 def json_object(data: bytes | str, what: str) -> dict[str, Any]:
     """Raises ValueError, which names `what`, unless it is a JSON object."""
     try:
-        found = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{what}: not a JSON object")
-    return found
+    return value
 
 
 # ---- tar

@@ -25,9 +25,10 @@ from model.engines.protocol import Engine
 from model.files import replacing
 from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
-from service.errors import ServiceError
+from service.errors import BrokenImage
 from service.features.images import decode
 from service.features.pipeline import Embedded
+from service.outcomes import Outcome, failures, indexed, numbered
 
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -90,21 +91,24 @@ def embed_files(
     started = time.perf_counter()
     limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess
 
-    def load(path: Path) -> FloatArray | str:
+    def pixels_of(path: Path) -> FloatArray:
         try:
             return preprocess(decode(path.read_bytes(), limits), spec)
-        except (ServiceError, OSError, ValueError) as error:
-            return str(error)
+        except (OSError, ValueError) as error:
+            raise BrokenImage(str(error)) from error
+
+    def load(path: Outcome[Path]) -> Outcome[FloatArray]:
+        return path.then(pixels_of)
 
     done: list[Path] = []
     vectors: list[FloatArray] = []
     skipped: list[tuple[Path, str]] = []
-    loaded = load_ahead(files, load, ahead=2 * batch_size)
-    while batch := list(islice(loaded, batch_size)):
-        good = [(path, pixels) for path, pixels in batch if not isinstance(pixels, str)]
-        skipped += [(path, pixels) for path, pixels in batch if isinstance(pixels, str)]
+    loaded = load_ahead(numbered(files), load, ahead=2 * batch_size)
+    while batch := [pixels for _, pixels in islice(loaded, batch_size)]:
+        good = indexed(batch)
+        skipped += [(files[failure.index], failure.error.detail) for failure in failures(batch)]
         if good:
-            done += [path for path, _ in good]
+            done += [files[index] for index, _ in good]
             vectors += vectors_of(engine, [pixels for _, pixels in good], pooling, normalize)
         advance(len(batch))
     dims = vector_dims(artifact, pooling)

@@ -28,10 +28,11 @@ from model.decode import DEFAULT_LIMITS, DecodeLimits
 from model.engines.protocol import Engine
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.preprocess import preprocess
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, ServiceError, StorageFailed
+from service.errors import BrokenImage, CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.features.images import decode
 from service.ingest.embed import FloatArray, load_ahead, vector_dims, vectors_of
 from service.ingest.folders import Photo, Problem
+from service.outcomes import Outcome, attempt
 from service.search.checks import check_id, check_source, metadata_text
 from service.search.store import CollectionInfo, CollectionSpec, Item, VectorStore
 from service.tags import make_tag, tag_parts
@@ -76,6 +77,21 @@ class IndexReport:
         return self.indexed / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class IndexHooks:
+    """How a run meets its surroundings.
+
+    stop: once set, the batch in hand is finished and written, and the run ends.
+    keep: stores an image's bytes, before its item is written.
+    on_problem, on_progress: called in threads of the run.
+    """
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None = None
+    on_problem: Callable[[Problem], None] = lambda _: None
+    on_progress: Callable[[IndexReport], None] = lambda _: None
+
+
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
     """Of the vectors that this model makes in this engine."""
     return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
@@ -94,33 +110,26 @@ def pooling_of(info: CollectionInfo) -> Pooling:
 
 
 async def index_photos(
-    found: Iterable[Photo | Problem],
+    images: Iterable[Photo | Problem],
     store: VectorStore,
     collection: str,
     artifact: Artifact,
     engine: Engine,
     options: IndexOptions,
-    *,
-    stop: threading.Event | None = None,
-    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None = None,
-    on_problem: Callable[[Problem], None] = lambda _: None,
-    on_progress: Callable[[IndexReport], None] = lambda _: None,
+    hooks: IndexHooks | None = None,
 ) -> IndexReport:
-    """Embed and write what is found; the first write makes the collection.
+    """Embed and write images; the first write makes the collection.
 
     Args:
-        found: from `service.ingest.sources.find_photos`; gone through in a thread.
-        stop: once set, the batch in hand is finished and written, and the run ends.
-        keep: stores a photo's bytes, before its item is written.
-        on_problem, on_progress: called in threads of the run.
+        images: from `service.ingest.sources.find_photos`; gone through in a thread.
 
     Raises:
         ModelMismatch: the collection holds vectors of another model.
         StorageFailed and what else the store, the engine or the source raise: what was written is kept.
     """
-    run = _Run(store, collection, artifact, engine, options, stop or threading.Event(), keep, on_problem, on_progress)
+    run = _Run(store, collection, artifact, engine, options, hooks or IndexHooks())
     await run.check()
-    return await run.go(found)
+    return await run.go(images)
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,6 @@ class _Ready:
     pixels: FloatArray  # [3, h, w]
 
 
-class _Present:
-    """What loading gives for a photo whose content is in the collection."""
-
-
 @dataclass
 class _Run:
     """One run's state; what several threads change is changed under the lock."""
@@ -147,10 +152,7 @@ class _Run:
     artifact: Artifact
     engine: Engine
     options: IndexOptions
-    stop: threading.Event
-    keep: Callable[[bytes], Coroutine[Any, Any, object]] | None
-    on_problem: Callable[[Problem], None]
-    on_progress: Callable[[IndexReport], None]
+    hooks: IndexHooks
     report: IndexReport = field(default_factory=IndexReport)
     lock: threading.Lock = field(default_factory=threading.Lock)
     under_way: dict[str, Photo] = field(default_factory=dict)  # from the check until the write, by the item's id
@@ -173,9 +175,9 @@ class _Run:
                 "be compared"
             )
 
-    async def go(self, found: Iterable[Photo | Problem]) -> IndexReport:
+    async def go(self, images: Iterable[Photo | Problem]) -> IndexReport:
         """The event loop's part: takes batch after batch from the engine's thread and writes them in groups."""
-        batches = self._embedded(found)
+        batches = self._embedded(images)
         thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         upcoming = self.loop.run_in_executor(thread, next, batches, None)
         writing: asyncio.Task[None] | None = None
@@ -191,7 +193,7 @@ class _Run:
                     writing = asyncio.create_task(self._write(pending))
                     pending, last_write = [], time.perf_counter()
         finally:
-            self.stop.set()  # when cancelled, or after an error: the threads end with what they have in hand
+            self.hooks.stop.set()  # when cancelled, or after an error: the threads end with what they have in hand
             await asyncio.gather(*filter(None, [writing]), upcoming, return_exceptions=True)
             await self.loop.run_in_executor(thread, batches.close)
             thread.shutdown()
@@ -203,36 +205,36 @@ class _Run:
 
     # ---- feed thread
 
-    def _wanted(self, found: Iterable[Photo | Problem]) -> Iterator[Photo]:
-        """Photos that are to be loaded, asked of the store some at a time; first few, so that work begins soon."""
-        some: list[Photo] = []
+    def _wanted(self, images: Iterable[Photo | Problem]) -> Iterator[Photo]:
+        """Photos that are to be loaded, asked of the store a group at a time; first few, so that work begins soon."""
+        unchecked: list[Photo] = []
         size = self.options.batch_size
-        for one in found:
-            if self.stop.is_set():
+        for image in images:
+            if self.hooks.stop.is_set():
                 self.report.interrupted = True
                 return
-            if isinstance(one, Problem):
-                self._fail(one)
+            if isinstance(image, Problem):
+                self._fail(image)
                 continue
             if self.options.id_by == "sha256":  # known when it is read
-                yield one
+                yield image
                 continue
             try:
-                check_id(one.id)
+                check_id(image.id)
             except InvalidRequest as error:
-                self._fail(Problem(one.source, f"{error.detail}; --id sha256 takes any path"))
+                self._fail(Problem(image.source, f"{error.detail}; --id sha256 takes any path"))
                 continue
-            some.append(one)
-            if len(some) >= size or sum(photo.held_bytes for photo in some) > _CHECK_BYTES:
-                yield from self._not_present(some)
-                some, size = [], min(2 * size, _CHECK_ITEMS)
-        yield from self._not_present(some)
+            unchecked.append(image)
+            if len(unchecked) >= size or sum(photo.held_bytes for photo in unchecked) > _CHECK_BYTES:
+                yield from self._not_present(unchecked)
+                unchecked, size = [], min(2 * size, _CHECK_ITEMS)
+        yield from self._not_present(unchecked)
 
-    def _not_present(self, some: Sequence[Photo]) -> Iterator[Photo]:
+    def _not_present(self, unchecked: Sequence[Photo]) -> Iterator[Photo]:
         with self.lock:  # before the store is asked: what is written meanwhile is in one of both
-            before = {photo.id: self.under_way[photo.id] for photo in some if photo.id in self.under_way}
-        held = self._held([photo.id for photo in some])
-        for photo in some:
+            before = {photo.id: self.under_way[photo.id] for photo in unchecked if photo.id in self.under_way}
+        held = self._held([photo.id for photo in unchecked])
+        for photo in unchecked:
             with self.lock:
                 other = before.get(photo.id) or self.under_way.get(photo.id)
             if other is not None:
@@ -269,13 +271,20 @@ class _Run:
 
     # ---- decode threads
 
-    def _load(self, photo: Photo) -> _Ready | _Present | str:
+    def _load(self, photo: Photo) -> Outcome[_Ready | None]:
+        """The image, ready to be embedded; None when its content is in the collection."""
+        loaded = attempt(0, self._read, photo)
+        if isinstance(loaded.error, StorageFailed):  # of no image: the next one would fare no better
+            raise loaded.error
+        return loaded
+
+    def _read(self, photo: Photo) -> _Ready | None:
         try:
             data, metadata = photo.load()
             digest = hashlib.sha256(data).hexdigest()
             by_content = self.options.id_by == "sha256"
             if by_content and not self.options.force and self._is_here(digest):
-                return _Present()
+                return None
             metadata = {**metadata, **self.options.metadata}
             metadata.pop(STAMP_KEY, None)
             if photo.stamp is not None:
@@ -284,16 +293,14 @@ class _Run:
             item_id = digest if by_content else photo.id
             check_source(Item(item_id, np.zeros(0, np.float32), source=photo.source))
             pixels = preprocess(decode(data, self.options.limits), self.artifact.manifest.preprocess)
-            if self.keep is not None:
-                asyncio.run_coroutine_threadsafe(self.keep(data), self.loop).result()
-        except StorageFailed:  # of no photo: the next one would fare no better
-            raise
-        except (ServiceError, OSError, ValueError, ImportError) as error:
-            return str(error)
+            if self.hooks.keep is not None:
+                asyncio.run_coroutine_threadsafe(self.hooks.keep(data), self.loop).result()
+        except (OSError, ValueError, ImportError) as error:
+            raise BrokenImage(str(error)) from error
         if by_content:
             with self.lock:
                 if self.under_way.setdefault(digest, photo) is not photo:
-                    return _Present()
+                    return None
         return _Ready(photo, item_id, digest, metadata, pixels)
 
     def _is_here(self, digest: str) -> bool:
@@ -304,38 +311,38 @@ class _Run:
 
     # ---- engine thread
 
-    def _embedded(self, found: Iterable[Photo | Problem]) -> Generator[list[Item], None, None]:
+    def _embedded(self, images: Iterable[Photo | Problem]) -> Generator[list[Item], None, None]:
         size = self.options.batch_size
         workers = self.options.workers
-        loaded = load_ahead(self._wanted(found), self._load, ahead=max(2 * size, workers or 0), workers=workers)
+        loaded = load_ahead(self._wanted(images), self._load, ahead=max(2 * size, workers or 0), workers=workers)
         ready: list[_Ready] = []
         try:
             for photo, outcome in loaded:
-                if isinstance(outcome, _Ready):
-                    ready.append(outcome)
-                elif isinstance(outcome, _Present):
+                if outcome.error is not None:
+                    self._fail(Problem(photo.source, outcome.error.detail), photo.id)
+                elif outcome.value is None:
                     self._count(present=1)
                 else:
-                    self._fail(Problem(photo.source, outcome), photo.id)
+                    ready.append(outcome.value)
                 if len(ready) == size:
                     yield self._items(ready)
                     ready = []
-                if self.stop.is_set():
+                if self.hooks.stop.is_set():
                     self.report.interrupted = True
                     break
-            if ready and not self.stop.is_set():
+            if ready and not self.hooks.stop.is_set():
                 yield self._items(ready)
         finally:
             loaded.close()
 
     def _items(self, ready: Sequence[_Ready]) -> list[Item]:
-        vectors = vectors_of(self.engine, [one.pixels for one in ready], self.options.pooling, True)
+        vectors = vectors_of(self.engine, [image.pixels for image in ready], self.options.pooling, True)
         items = []
-        for one, vector in zip(ready, vectors, strict=True):
+        for image, vector in zip(ready, vectors, strict=True):
             if np.isfinite(vector).all() and vector.any():
-                items.append(Item(one.item_id, vector, one.metadata, one.photo.source, one.digest))
+                items.append(Item(image.item_id, vector, image.metadata, image.photo.source, image.digest))
             else:
-                self._fail(Problem(one.photo.source, "the engine's features are not finite"), one.item_id)
+                self._fail(Problem(image.photo.source, "the engine's features are not finite"), image.item_id)
         return items
 
     # ---- event loop
@@ -372,7 +379,7 @@ class _Run:
                 self.report.problems.append(problem)
             if item_id is not None:
                 self.under_way.pop(item_id, None)
-            self.on_problem(problem)
+            self.hooks.on_problem(problem)
         self._count()
 
     def _count(self, *, indexed: int = 0, present: int = 0) -> None:
@@ -380,4 +387,4 @@ class _Run:
             self.report.indexed += indexed
             self.report.present += present
             self.report.seconds = time.perf_counter() - self.started
-            self.on_progress(self.report)
+            self.hooks.on_progress(self.report)

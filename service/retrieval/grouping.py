@@ -59,11 +59,11 @@ async def grouped(
     while True:
         hits = await search(depth)
         end = next((i for i, hit in enumerate(hits) if threshold is not None and hit.score < threshold), len(hits))
-        found = split((hit for hit in hits[:end] if keep(hit)), path, size)
-        full = len(found) >= wanted and all(len(group.hits) == size for group in found[:wanted])
+        ranked = split((hit for hit in hits[:end] if keep(hit)), path, size)
+        full = len(ranked) >= wanted and all(len(group.hits) == size for group in ranked[:wanted])
         exhausted = end < len(hits) or len(hits) < depth
         if full or exhausted or depth == MAX_DEPTH:
-            return Groups(found[offset:wanted], truncated=not (full or exhausted))
+            return Groups(ranked[offset:wanted], truncated=not (full or exhausted))
         depth = min(MAX_DEPTH, 2 * depth)
 
 

@@ -1,10 +1,10 @@
 """From what a query names to where its search starts: one vector of the collection's kind.
 
-All photos of a request go through the pipeline together, and all ids through the store. What the collection holds
-decides what is made of them: its tag says the pooling. Photos are refused if the served model's tag is another one; a
+All images of a request go through the pipeline together, and all ids through the store. What the collection holds
+decides what is made of them: its tag says the pooling. Images are refused if the served model's tag is another one; a
 stored item is always of its collection's kind, whatever is served now.
 
-A region, and a photo that candidates are compared with patch by patch, need the patch tokens themselves: one forward
+A region, and an image that candidates are compared with patch by patch, need the patch tokens themselves: one forward
 pass each, past the cache, which holds only their mean.
 """
 
@@ -19,15 +19,16 @@ import numpy as np
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.preprocess import crop_box
 from service.errors import InvalidItems, InvalidRequest, ItemError, ItemNotFound, ServiceError
+from service.features.patches import Patches
 from service.features.pipeline import Analysed, Embedded
+from service.outcomes import Outcome, attempt_await, failures, successes
 from service.retrieval.combine import combined
-from service.routes.answers import slowest
-from service.routes.queries import Part, Query
+from service.retrieval.query import Part, Query
 from service.search.checks import check_match, normalised
 from service.search.store import CollectionInfo, Floats, Item
 from service.state import Service
 from service.tags import tag_parts
-from service.vision.patches import Patches
+from service.timings import slowest
 from service.vision.region import box_weights, mask_weights, region_mean
 
 
@@ -40,7 +41,7 @@ class Target:
 
     @staticmethod
     async def of(service: Service, name: str) -> "Target":
-        info = await service.vectors.info(name)
+        info = await service.store.info(name)
         return Target(info, tag_parts(info.tag).pooling or DEFAULT_POOLING)
 
 
@@ -48,8 +49,8 @@ class Target:
 class Origin:
     """Where a search starts.
 
-    vector: [D], length 1. exclude: ids that are left out of the answer. patches, weights: of the photo that candidates
-    are compared with, and what part of each counts [N] (None: all of all); only where a re-ranking asks for them.
+    vector: [D], length 1. exclude: ids that are left out of the answer. patches, weights: of the image that candidates
+    are compared with, and what part of each patch counts [N] (None: all of each); only where a re-ranking asks.
     timings: milliseconds by stage.
     """
 
@@ -61,80 +62,70 @@ class Origin:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-async def find_origins(
-    service: Service, target: Target, queries: Sequence[Query | ServiceError]
-) -> list[Origin | ServiceError]:
+async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
     """For each query where its search starts, or why it cannot.
 
     Raises:
         ServiceError: of the request as a whole, as when the queue is full.
     """
-    checked = [query if isinstance(query, ServiceError) else _checked(service, target, query) for query in queries]
-    good = {number: query for number, query in enumerate(checked) if isinstance(query, Query)}
-    looked_at = {number: query for number, query in good.items() if query.needs_patches}
-    photos = {
+    checked = [query.then(_checked, service, target) for query in queries]
+    good = {query.index: query.result() for query in checked if query.error is None}
+    by_patches = {number: query for number, query in good.items() if query.needs_patches}
+    images = {
         (number, i): part.image
         for number, query in good.items()
-        if number not in looked_at
+        if number not in by_patches
         for i, part in enumerate(query.parts)
         if part.image is not None
     }
-    found = await service.live.embed(list(photos.values())) if photos else []
-    embedded = dict(zip(photos, found, strict=True))
+    vectors = await service.pipeline.embed(list(images.values())) if images else []
+    embedded = dict(zip(images, vectors, strict=True))
     ids = list({part.id: None for query in good.values() for part in query.parts if part.id is not None})
-    items = dict(zip(ids, await service.vectors.get(target.info.name, ids) if ids else [], strict=True))
-    analysed = await _analyse_all(service, target, looked_at)
+    items = dict(zip(ids, await service.store.get(target.info.name, ids) if ids else [], strict=True))
+    analysed = await _analyse_all(service, target, by_patches)
 
-    def origin(number: int, query: Query | ServiceError) -> Origin | ServiceError:
-        if isinstance(query, ServiceError):
-            return query
+    def origin(query: Query, number: int) -> Origin:
         if number in analysed:
-            return analysed[number]
+            return analysed[number].result()
         parts = [
             _Part(part, embedded.get((number, i)), items.get(part.id) if part.id else None)
             for i, part in enumerate(query.parts)
         ]
-        try:
-            return _origin(target, query, parts)
-        except ServiceError as error:
-            return error
+        return _origin(target, query, parts)
 
-    return [origin(number, query) for number, query in enumerate(checked)]
+    return [query.then(origin, query.index) for query in checked]
 
 
 class _Part(NamedTuple):
     part: Part
-    embedded: Embedded | ServiceError | None  # of a photo
+    embedded: Outcome[Embedded] | None  # of an image
     item: Item | None  # of an id
 
 
-def _checked(service: Service, target: Target, query: Query) -> Query | ServiceError:
+def _checked(query: Query, service: Service, target: Target) -> Query:
     """The query, unless it cannot be compared with what the collection holds: known before any work is done."""
     info = target.info
-    try:
-        if query.needs_model:
-            check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
-        for part in query.parts:
-            if part.vector is not None:
-                told_right = part.fingerprint is not None and part.fingerprint == tag_parts(info.tag).fingerprint
-                tag = info.tag if told_right else service.tag(part.fingerprint, target.pooling)
-                check_match(info, tag=tag, dimension=len(part.vector))
-        if query.form == "region" and target.pooling != "mean":
-            raise InvalidRequest(
-                f"a region is the mean of its patch tokens, which compares with vectors of pooling mean only; "
-                f"collection {info.name!r} holds {target.pooling}: index the photos in a collection made with "
-                "pooling mean",
-                param="region",
-            )
-    except ServiceError as error:
-        return error
+    if query.needs_model:
+        check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
+    for part in query.parts:
+        if part.vector is not None:
+            told_right = part.fingerprint is not None and part.fingerprint == tag_parts(info.tag).fingerprint
+            tag = info.tag if told_right else service.tag(part.fingerprint, target.pooling)
+            check_match(info, tag=tag, dimension=len(part.vector))
+    if query.form == "region" and target.pooling != "mean":
+        raise InvalidRequest(
+            f"a region is the mean of its patch tokens, which compares with vectors of pooling mean only; "
+            f"collection {info.name!r} holds {target.pooling}: index the photos in a collection made with "
+            "pooling mean",
+            param="region",
+        )
     return query
 
 
 def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
-    """Of photos that are embedded, items that are read, and vectors."""
-    bad = [ItemError(i, part.embedded) for i, part in enumerate(parts) if isinstance(part.embedded, ServiceError)]
-    if bad:
+    """Where a query starts whose images are embedded and whose items are read."""
+    embedded = [part.embedded for part in parts if part.embedded is not None]
+    if bad := failures(embedded):
         raise InvalidItems(bad, total=len(parts), param=query.form)
     vectors = [_vector(target, part) for part in parts]
     if query.form == "combine":
@@ -145,34 +136,30 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
         vector,
         frozenset(part.id for part in query.parts if part.id is not None),
         source=parts[0].item,
-        timings=slowest(part.embedded for part in parts if isinstance(part.embedded, Embedded)),
+        timings=slowest(successes(embedded)),
     )
 
 
-def _vector(target: Target, given: _Part) -> Floats:
-    part, embedded, item = given
+def _vector(target: Target, with_features: _Part) -> Floats:
+    part, embedded, item = with_features
     if part.id is not None:
         if item is None:
             raise ItemNotFound(f"collection {target.info.name!r} holds no item {part.id[:80]!r}", param="id")
         return item.vector
     if part.vector is not None:
         return normalised(part.vector)
-    assert isinstance(embedded, Embedded)
-    return normalised(embedded.vector(target.pooling, True))
+    assert embedded is not None
+    return normalised(embedded.result().vector(target.pooling, True))
 
 
-async def _analyse_all(
-    service: Service, target: Target, queries: Mapping[int, Query]
-) -> dict[int, Origin | ServiceError]:
-    """Side by side, so that their photos share forward passes as far as they are decoded together."""
-    found = await asyncio.gather(
-        *(_analysed(service, target, query) for query in queries.values()), return_exceptions=True
-    )
-    origins: dict[int, Origin | ServiceError] = {}
-    for number, outcome in zip(queries, found, strict=True):
-        if not isinstance(outcome, Origin | ServiceError):
+async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Query]) -> dict[int, Outcome[Origin]]:
+    """Side by side, so that their images share forward passes as far as they are decoded together."""
+    analyses = (attempt_await(number, _analysed(service, target, query)) for number, query in queries.items())
+    origins: dict[int, Outcome[Origin]] = {}
+    for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # none is left running
+        if isinstance(outcome, BaseException):
             raise outcome
-        origins[number] = outcome
+        origins[outcome.index] = outcome
     return origins
 
 
@@ -180,17 +167,15 @@ async def _analysed(service: Service, target: Target, query: Query) -> Origin:
     image = query.parts[0].image
     assert image is not None
     try:
-        if isinstance(image, ServiceError):
-            raise image
-        return await service.live.analyse(image, partial(_of_patches, service, target, query))
+        return await service.pipeline.analyse(image.result(), partial(_of_patches, service, target, query))
     except ServiceError as error:
-        if error.status >= 500 or error.param == "region":  # the photo is good, what is asked of it is not
+        if error.status >= 500 or error.param == "region":  # the image is good, what is asked of it is not
             raise
         raise InvalidItems([ItemError(0, error)], total=1, param=query.form) from error
 
 
 def _of_patches(service: Service, target: Target, query: Query, analysed: Analysed) -> Origin:
-    """Of all features of one photo, off the event loop."""
+    """Where a query starts that needs all features of its image; runs off the event loop."""
     weights = None
     vector = analysed.embedded.vector(target.pooling, True)
     height, width = analysed.image.shape[:2]
@@ -201,6 +186,6 @@ def _of_patches(service: Service, target: Target, query: Query, analysed: Analys
         else:
             weights = mask_weights(query.region["mask"], (height, width), seen, analysed.grid)
         vector = region_mean(analysed.patches, weights)
-    kept = Patches.of(analysed.patches, analysed.grid, (height, width)) if query.asked.rerank else None
+    kept = Patches.of(analysed.patches, analysed.grid, (height, width)) if query.ranking.rerank else None
     flat = None if weights is None else weights.ravel()
     return Origin(normalised(vector), patches=kept, weights=flat, timings=slowest([analysed.embedded]))

@@ -1,9 +1,9 @@
 """Candidates in a better order: the best hits of a search, compared with the query patch by patch (`vision/maxsim`).
 
-Their patches come from the photos that the collection keeps. Fetched and computed a few at a time, so that neither a
-hundred photos nor a hundred tensors are held at once; what was computed lately is kept by the pipeline.
+Their patches come from the images that the collection keeps. Fetched and computed a few at a time, so that neither a
+hundred images nor a hundred tensors are held at once; what was computed lately is kept by the pipeline.
 
-A candidate whose photo is gone, damaged or cannot be read gets no `rerank_score` and comes after those that have one.
+A candidate whose image is gone, damaged or cannot be read gets no `rerank_score` and comes after those that have one.
 That is seen in the answer. Only when none can be compared because of a fault of the service, the request fails.
 """
 
@@ -12,88 +12,83 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from model.preprocess import PreprocessSpec, crop_box
 from service.errors import InvalidRequest, NotFound, ServiceError
+from service.features.patches import Patches, unit_rows
 from service.originals import digest_of, photo_digest
+from service.outcomes import Outcome, attempt, attempt_await, failures, indexed
 from service.retrieval.origins import Origin, Target
-from service.routes.queries import DEFAULT_RERANK_DEPTH, Query
+from service.retrieval.query import Query
 from service.search.store import Floats, Hit, Item
 from service.state import Service
 from service.vision.maxsim import maxsim, maxsim_matches
-from service.vision.patches import Patches, unit_rows
 from service.vision.region import patch_box
 
 log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
-"""Two full forward passes at 224 pixels; at most so many photos (of 20 MiB by default) in memory."""
-
-
-class Photos(Protocol):
-    """Where stored photos are read."""
-
-    async def get(self, digest: str) -> bytes:
-        """The photo with this sha256; NotFound when it is not stored, StorageFailed when it cannot be read."""
+"""Two full forward passes at 224 pixels; at most so many images (of 20 MiB by default) in memory."""
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A hit with what its patches say; `score` None: it could not be compared."""
+class Comparison:
+    """What the patches of a hit say: its score, and where the images match if that was asked for."""
 
-    hit: Hit
-    score: float | None = None
+    score: float
     matches: list[dict[str, Any]] | None = None
 
 
-def rerank_depth(query: Query) -> int:
-    """How many of the best are compared."""
-    return query.asked.rerank_depth or DEFAULT_RERANK_DEPTH
+@dataclass(frozen=True)
+class Reranked:
+    """Hits in their new order, and the comparisons by id of those that could be compared."""
+
+    hits: list[Hit]
+    comparisons: dict[str, Comparison]
 
 
-async def reranked(service: Service, target: Target, query: Query, origin: Origin, hits: Sequence[Hit]) -> list[Ranked]:
+async def reranked(service: Service, target: Target, query: Query, origin: Origin, hits: Sequence[Hit]) -> Reranked:
     """The hits, those that were compared first, best first; then the others as they came.
 
     Raises:
-        InvalidRequest: the collection keeps no photos, or not the one of the item that was named.
-        QueueFull and its like: there is no room for the candidates' photos.
+        InvalidRequest: the collection keeps no images, or not the one of the item that was named.
+        QueueFull and its like: there is no room for the candidates' images.
     """
-    photos: Photos | None = service.originals
-    if photos is None or not target.info.spec.originals:
+    if not target.info.spec.originals:
         raise InvalidRequest(
             f"rerank compares stored photos, and collection {target.info.name!r} keeps none: make it with originals",
             param="rerank",
         )
-    asked = await _query_patches(service, photos, target, origin)
+    query_patches = await _query_patches(service, origin)
     spec = service.artifact.manifest.preprocess
-    compare = partial(_compare, unit_rows(asked.rows), asked, origin.weights, spec, query.asked.matches)
-    depth = rerank_depth(query)
-    ranked: list[Ranked] = []
+    compare = partial(
+        _compare, unit_rows(query_patches.rows), query_patches, origin.weights, spec, query.ranking.matches
+    )
+    comparisons: dict[str, Comparison] = {}
     faults: list[ServiceError] = []
     step = min(AT_A_TIME, service.settings.items_per_request)
-    for start in range(0, min(depth, len(hits)), step):
-        some = hits[start : min(start + step, depth)]
-        found = await _patches_of(service, photos, await _digests(service, target.info.name, some))
-        faults += [one for one in found if isinstance(one, ServiceError) and one.status >= 500]
-        ranked += await asyncio.to_thread(
-            lambda pairs: [compare(*pair) for pair in pairs], list(zip(some, found, strict=True))
-        )
-    compared = [one for one in ranked if one.score is not None]
+    compared_depth = min(query.rerank_depth, len(hits))
+    for start in range(0, compared_depth, step):
+        candidates = hits[start : min(start + step, compared_depth)]
+        outcomes = await _patches_of(service, await _digests(service, target.info.name, candidates))
+        faults += [failure.error for failure in failures(outcomes) if failure.error.status >= 500]
+        readable = [(candidates[index].id, patches) for index, patches in indexed(outcomes)]
+        comparisons |= await asyncio.to_thread(lambda pairs: {item_id: compare(p) for item_id, p in pairs}, readable)
     if faults:
         log.warning("rerank: %d photos cannot be compared: %s", len(faults), faults[0].detail)
-        if not compared:
+        if not comparisons:
             raise faults[0]
-    compared.sort(key=lambda one: (-(one.score or 0.0), -one.hit.score, one.hit.id))
-    rest = [one for one in ranked if one.score is None]
-    return [*compared, *rest, *(Ranked(hit) for hit in hits[depth:])]
+    compared = [hit for hit in hits if hit.id in comparisons]
+    compared.sort(key=lambda hit: (-comparisons[hit.id].score, -hit.score, hit.id))
+    return Reranked([*compared, *(hit for hit in hits if hit.id not in comparisons)], comparisons)
 
 
 async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """Of the hits' stored photos. Where the source names another place, the item knows."""
+    """The digests of the hits' stored images. Where a source names another place, the item knows."""
     named = [digest_of(hit.source) for hit in hits]
-    asked = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
-    items = iter(await service.vectors.get(name, asked) if asked else [])
+    unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
+    items = iter(await service.store.get(name, unnamed) if unnamed else [])
     return [digest or _of_item(next(items)) for digest in named]
 
 
@@ -101,7 +96,7 @@ def _of_item(item: Item | None) -> str | None:
     return None if item is None else photo_digest(item)
 
 
-async def _query_patches(service: Service, photos: Photos, target: Target, origin: Origin) -> Patches:
+async def _query_patches(service: Service, origin: Origin) -> Patches:
     if origin.patches is not None:
         return origin.patches
     assert origin.source is not None
@@ -110,58 +105,50 @@ async def _query_patches(service: Service, photos: Photos, target: Target, origi
         raise InvalidRequest(
             f"rerank compares photos, and the one of item {origin.source.id[:80]!r} is not stored", param="id"
         )
-    [found] = await _patches_of(service, photos, [digest])
-    if isinstance(found, Patches):
-        return found
-    if found.status >= 500:
-        raise found
-    raise InvalidRequest(
-        f"rerank compares photos, and the one of item {origin.source.id[:80]!r} cannot be read: {found.detail}",
-        param="id",
-    )
+    [patches] = await _patches_of(service, [digest])
+    if patches.error is not None and patches.error.status < 500:
+        raise InvalidRequest(
+            f"rerank compares photos, and the one of item {origin.source.id[:80]!r} cannot be read: "
+            f"{patches.error.detail}",
+            param="id",
+        )
+    return patches.result()
 
 
-async def _patches_of(service: Service, photos: Photos, digests: Sequence[str | None]) -> list[Patches | ServiceError]:
-    """By stored photo, in order; why not, for those without."""
+async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
+    """The patches of stored images, in order, or why there are none."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
-    known = await service.live.known_patches(wanted)
-    missing = [digest for digest in wanted if digest not in known]
-    read = dict(zip(missing, await asyncio.gather(*(_read(photos, digest) for digest in missing)), strict=True))
-    computed = await service.live.patches({d: photo for d, photo in read.items() if isinstance(photo, bytes)})
-    failed = {digest: error for digest, error in read.items() if isinstance(error, ServiceError)}
-    found: dict[str, Patches | ServiceError] = {**known, **computed, **failed}
-    return [NotFound("the photo is not stored") if digest is None else found[digest] for digest in digests]
+    kept = await service.pipeline.kept_patches(wanted)
+    missing = [digest for digest in wanted if digest not in kept]
+    images = await asyncio.gather(*(attempt_await(i, _read(service, digest)) for i, digest in enumerate(missing)))
+    computed = dict(zip(missing, await service.pipeline.patches(images), strict=True))
+
+    def patches(digest: str | None) -> Patches:
+        if digest is None:
+            raise NotFound("the photo is not stored")
+        return kept[digest] if digest in kept else computed[digest].result()
+
+    return [attempt(i, patches, digest) for i, digest in enumerate(digests)]
 
 
-async def _read(photos: Photos, digest: str) -> bytes | ServiceError:
-    try:
-        return await photos.get(digest)
-    except ServiceError as error:
-        return error
+async def _read(service: Service, digest: str) -> tuple[str, bytes]:
+    return digest, await service.originals.get(digest)
 
 
 def _compare(
-    rows: Floats,
-    query: Patches,
-    weights: Floats | None,
-    spec: PreprocessSpec,
-    matches: bool,
-    hit: Hit,
-    one: Patches | ServiceError,
-) -> Ranked:
-    if isinstance(one, ServiceError):
-        return Ranked(hit)
-    candidate = unit_rows(one.rows)
+    rows: Floats, query: Patches, weights: Floats | None, spec: PreprocessSpec, matches: bool, patches: Patches
+) -> Comparison:
+    candidate = unit_rows(patches.rows)
     if not matches:
-        return Ranked(hit, maxsim(rows, candidate, weights))
-    score, found = maxsim_matches(rows, candidate, weights)
-    query_crop, crop = crop_box(*query.size, spec), crop_box(*one.size, spec)
+        return Comparison(maxsim(rows, candidate, weights))
+    score, best = maxsim_matches(rows, candidate, weights)
+    query_crop, crop = crop_box(*query.size, spec), crop_box(*patches.size, spec)
     boxes = [
         {
             "query_box": patch_box(match.query, query.grid, query_crop),
-            "box": patch_box(match.candidate, one.grid, crop),
+            "box": patch_box(match.candidate, patches.grid, crop),
             "score": match.score,
         }
-        for match in found
+        for match in best
     ]
-    return Ranked(hit, score, boxes)
+    return Comparison(score, boxes)

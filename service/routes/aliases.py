@@ -6,9 +6,10 @@ goes wholly to one or the other.
 
 from fastapi import APIRouter, Request, Response
 
+from service.options import parse_options
 from service.routes.answers import json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import parse_options, read_json, service_of
+from service.routes.bodies import read_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import AliasIn, json_body
 from service.search.checks import check_name
 
@@ -19,8 +20,8 @@ router = APIRouter(prefix="/v1/aliases", tags=["aliases"], route_class=DirectRou
 async def list_aliases(request: Request) -> Response:
     """All aliases and what they lead to."""
     service = service_of(request)
-    found = await service.vectors.aliases()
-    data = [{"alias": alias, "collection": collection} for alias, collection in sorted(found.items())]
+    aliases = await service.store.aliases()
+    data = [{"alias": alias, "collection": collection} for alias, collection in sorted(aliases.items())]
     return json_response({"object": "list", "data": data, **service.identity()})
 
 
@@ -30,8 +31,8 @@ async def put_alias(request: Request, alias: str) -> Response:
     service = service_of(request)
     check_name(alias)
     body = parse_options(AliasIn, await read_json(request))
-    collection = (await service.vectors.info(check_name(body.collection))).name  # of an alias, where it leads
-    before = await service.vectors.set_alias(alias, collection)
+    collection = (await service.store.info(check_name(body.collection))).name  # of an alias, where it leads
+    before = await service.store.set_alias(alias, collection)
     answer = {"alias": alias, "collection": collection, "before": before, **service.identity()}
     return json_response(answer, status=201 if before is None else 200)
 
@@ -40,5 +41,5 @@ async def put_alias(request: Request, alias: str) -> Response:
 async def delete_alias(request: Request, alias: str) -> Response:
     """The alias only; its collection stays."""
     service = service_of(request)
-    await service.vectors.drop_alias(check_name(alias))
+    await service.store.drop_alias(check_name(alias))
     return json_response({"alias": alias, "deleted": True, **service.identity()})

@@ -1,34 +1,12 @@
-"""What answers have in common: timings, item errors, JSON without a detour over objects."""
+"""What answers have in common: vectors, the timing header, JSON without a detour over objects."""
 
 import base64
-import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import Response
-
-from service.errors import InvalidItems, ItemError, ServiceError
-from service.features.pipeline import Embedded
-
-T = TypeVar("T")
-
-
-def split_items(
-    outcomes: Sequence[T | ServiceError], on_error: Literal["fail", "partial"], param: str
-) -> tuple[list[tuple[int, T]], list[ItemError]]:
-    """Good items with their indices, and bad ones.
-
-    Raises:
-        InvalidItems: there are bad ones and on_error is "fail", or there is no good one.
-    """
-    good = [(index, outcome) for index, outcome in enumerate(outcomes) if not isinstance(outcome, ServiceError)]
-    bad = [ItemError(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, ServiceError)]
-    if bad and (on_error == "fail" or not good):
-        raise InvalidItems(bad, total=len(outcomes), param=param)
-    return good, bad
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:
@@ -36,15 +14,6 @@ def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "b
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
     return np.ascontiguousarray(vector)
-
-
-def slowest(items: Iterable[Embedded]) -> dict[str, float]:
-    """Milliseconds that each stage took for the item that it took longest for."""
-    stages: dict[str, float] = {}
-    for item in items:
-        for stage, seconds in item.timings.items():
-            stages[stage] = max(stages.get(stage, 0.0), round(seconds * 1e3, 3))
-    return stages
 
 
 def server_timing(timings: dict[str, float]) -> dict[str, str]:
@@ -56,8 +25,3 @@ def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | Non
     """JSON; numpy arrays are written as they are."""
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status_code=status, headers=headers, media_type="application/json")
-
-
-def ms_since(started: float) -> float:
-    """Milliseconds since a `time.perf_counter()`."""
-    return round((time.perf_counter() - started) * 1e3, 3)

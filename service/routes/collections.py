@@ -13,9 +13,10 @@ from fastapi.responses import FileResponse
 
 from model.pooling import width
 from service.errors import CollectionNotFound, Conflict, InvalidRequest
+from service.options import check_fields, parse_options
 from service.routes.answers import json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import check_fields, parse_options, read_json, read_optional_json, service_of
+from service.routes.bodies import read_json, read_optional_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
 from service.search.checks import check_name
 from service.search.specs import check_spec
@@ -30,8 +31,8 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 async def list_collections(request: Request) -> Response:
     """All collections with what they hold."""
     service = service_of(request)
-    found, aliases = await service.vectors.collections(), await service.vectors.aliases()
-    data = [_described(info, aliases) for info in found]
+    collections, aliases = await service.store.collections(), await service.store.aliases()
+    data = [_described(info, aliases) for info in collections]
     return json_response({"object": "list", "data": data, **service.identity()})
 
 
@@ -48,12 +49,12 @@ async def put_collection(request: Request, name: str) -> Response:
     spec = _spec(service, body)
     before = await _existing(service, name)
     try:
-        info = await service.vectors.create(name, spec)
+        info = await service.store.create(name, spec)
     except Conflict as error:
         if before is None or before.name != name or before.spec == spec:
             raise
         raise Conflict(f"collection {name!r} exists with {_differences(before.spec, spec)}") from error
-    answer = _described(info, await service.vectors.aliases()) | service.identity(info.tag)
+    answer = _described(info, await service.store.aliases()) | service.identity(info.tag)
     return json_response(answer, status=201 if before is None else 200)
 
 
@@ -61,15 +62,15 @@ async def put_collection(request: Request, name: str) -> Response:
 async def get_collection(request: Request, name: str) -> Response:
     """Its settings, number of items, and the aliases that lead to it."""
     service = service_of(request)
-    info = await service.vectors.info(check_name(name))
-    return json_response(_described(info, await service.vectors.aliases()) | service.identity(info.tag))
+    info = await service.store.info(check_name(name))
+    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
 
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
     """The collection with all its items; snapshots and stored photos stay."""
     service = service_of(request)
-    await service.vectors.drop(check_name(name))
+    await service.store.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})
 
 
@@ -79,8 +80,8 @@ async def get_stats(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
-    found = await cast(StatsStore, service.vectors).stats(name)
-    return json_response({"collection": name, "stats": found, **service.identity()})
+    stats = await cast(StatsStore, service.store).stats(name)
+    return json_response({"collection": name, "stats": stats, **service.identity()})
 
 
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
@@ -98,8 +99,8 @@ async def take_snapshot(request: Request, name: str) -> Response:
 async def list_snapshots(request: Request, name: str) -> Response:
     """Those of one collection, oldest first; also when it is deleted."""
     service = service_of(request)
-    found = await _snapshots(service, name).snapshots(name)
-    return json_response({"object": "list", "data": [asdict(info) for info in found], **service.identity()})
+    snapshots = await _snapshots(service, name).snapshots(name)
+    return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
 
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
@@ -126,7 +127,7 @@ async def restore_snapshot(request: Request, name: str) -> Response:
     source = name if body.source is None else check_name(body.source)
     request.state.deadline.reschedule(None)
     info = await store.restore(name, source, body.snapshot)
-    return json_response(_described(info, await service.vectors.aliases()) | service.identity(info.tag), status=201)
+    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag), status=201)
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
@@ -135,7 +136,7 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
     Raises:
         InvalidRequest: a setting that is not allowed; a dimension that is not the model's, or none for another model.
     """
-    dimension = width(body.pooling, service.live.dims)
+    dimension = width(body.pooling, service.pipeline.dims)
     if body.fingerprint not in (None, service.artifact.fingerprint):
         if body.dimension is None:
             raise InvalidRequest("dimension is needed with the fingerprint of another model", param="dimension")
@@ -160,7 +161,7 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
 
 async def _existing(service: Service, name: str) -> CollectionInfo | None:
     try:
-        return await service.vectors.info(name)
+        return await service.store.info(name)
     except CollectionNotFound:
         return None
 
@@ -201,10 +202,10 @@ def _shown(value: Any) -> str:
 def _snapshots(service: Service, name: str) -> SnapshotStore:
     check_name(name)
     _check_capability(service, "snapshots")
-    return cast(SnapshotStore, service.vectors)
+    return cast(SnapshotStore, service.store)
 
 
 def _check_capability(service: Service, wanted: str) -> None:
-    has = service.vectors.capabilities
+    has = service.store.capabilities
     if wanted not in has:
         raise InvalidRequest(f"the vector store has no {wanted}; it has {', '.join(sorted(has)) or 'nothing more'}")

@@ -11,6 +11,15 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from service.state import Service
+
+
+def service_of(request: Request) -> Service:
+    """The service that answers this request."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
 
 class DirectRoute(APIRoute):
     """A route to `async def endpoint(request, **parts of the path) -> Response`."""

@@ -6,16 +6,18 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidRequest
-from service.routes.answers import json_response, ms_since, server_timing
-from service.routes.direct import DirectRoute
-from service.routes.queries import search_params
-from service.routes.uploads import parse_options, read_json, service_of
+from service.options import parse_options
+from service.retrieval.reading import search_params
+from service.routes.answers import json_response, server_timing
+from service.routes.bodies import read_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import DuplicatesIn, json_schema
 from service.search.checks import check_name
 from service.search.duplicates import Group, by_content, by_similarity, scores_to_first
 from service.search.filters import parse_filter
 from service.search.store import CollectionInfo
 from service.state import Service
+from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 
@@ -29,27 +31,27 @@ async def duplicates(request: Request, name: str) -> Response:
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
-    asked = parse_options(DuplicatesIn, await read_json(request))
-    service.check_model(asked.model)
-    if asked.by == "content" and (asked.threshold is not None or asked.params is not None):
+    options = parse_options(DuplicatesIn, await read_json(request))
+    service.check_model(options.model)
+    if options.by == "content" and (options.threshold is not None or options.params is not None):
         raise InvalidRequest("threshold and params belong to by=similarity; bytes are equal or not", param="by")
-    where = None if asked.filter is None else parse_filter(asked.filter)
-    info = await service.vectors.info(name)
-    if asked.by == "content":
-        found = await by_content(service.vectors, info, where)
+    where = None if options.filter is None else parse_filter(options.filter)
+    info = await service.store.info(name)
+    if options.by == "content":
+        result = await by_content(service.store, info, where)
     else:
-        threshold = DEFAULT_THRESHOLD if asked.threshold is None else asked.threshold
-        found = await by_similarity(service.vectors, info, threshold, where, search_params(asked.params))
-    shown = [await _group(service, info, group) for group in found.groups[: asked.limit]]
+        threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
+        result = await by_similarity(service.store, info, threshold, where, search_params(options.params))
+    shown = [await _group(service, info, group) for group in result.groups[: options.limit]]
     timings = {"total": ms_since(started)}
     body = {
         "object": "list",
         "collection": name,
         "groups": [group for group in shown if len(group["items"]) > 1],  # some may have been deleted meanwhile
-        "total_groups": len(found.groups),
-        "compared": found.compared,
-        "without_digest": found.skipped,
-        "truncated": found.truncated,
+        "total_groups": len(result.groups),
+        "compared": result.compared,
+        "without_digest": result.skipped,
+        "truncated": result.truncated,
         **service.identity(info.tag),
         "timings": timings,
     }
@@ -58,6 +60,6 @@ async def duplicates(request: Request, name: str) -> Response:
 
 async def _group(service: Service, info: CollectionInfo, group: Group) -> dict[str, Any]:
     items = [
-        {"id": item_id, "score": score} for item_id, score in await scores_to_first(service.vectors, info, group.ids)
+        {"id": item_id, "score": score} for item_id, score in await scores_to_first(service.store, info, group.ids)
     ]
     return {"items": items} if group.digest is None else {"digest": group.digest, "items": items}

@@ -7,11 +7,14 @@ from fastapi import APIRouter, Request, Response
 
 from model.pooling import width
 from service.errors import UnsupportedDimensions
-from service.routes.answers import encode_vector, json_response, server_timing, slowest, split_items
-from service.routes.direct import DirectRoute
-from service.routes.uploads import parse_options, read_upload, service_of
+from service.options import parse_options
+from service.outcomes import split_items
+from service.routes.answers import encode_vector, json_response, server_timing
+from service.routes.bodies import read_upload
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import EmbeddingOptions
 from service.state import Service
+from service.timings import slowest
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
@@ -34,12 +37,12 @@ _BODIES = {
 async def create_embeddings(request: Request) -> Response:
     """Vectors of one or many images: JSON with data URLs or base64 in `input`, a form with files, or one raw image."""
     service = service_of(request)
-    upload = await read_upload(request, key="input")
+    upload = await read_upload(request, service.settings, key="input")
     options = parse_options(EmbeddingOptions, upload.fields)
     service.check_model(options.model)
     _check_dimensions(options, service)
     started = time.perf_counter()
-    good, bad = split_items(await service.live.embed(upload.images), options.on_error, "input")
+    good, bad = split_items(await service.pipeline.embed(upload.images), options.on_error, "input")
     post_started = time.perf_counter()
     data = [
         {
@@ -70,7 +73,7 @@ async def create_embeddings(request: Request) -> Response:
 
 
 def _check_dimensions(options: EmbeddingOptions, service: Service) -> None:
-    dims = width(options.pooling, service.live.dims)
+    dims = width(options.pooling, service.pipeline.dims)
     if options.dimensions not in (None, dims):
         raise UnsupportedDimensions(
             f"dimensions={options.dimensions}: this model gives {dims} with pooling {options.pooling}, "

@@ -13,8 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.routes.direct import DirectRoute
-from service.routes.uploads import service_of
+from service.routes.direct import DirectRoute, service_of
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"], route_class=DirectRoute)
@@ -23,7 +22,7 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 @router.get("/livez", summary="Alive?")
 async def livez(request: Request) -> JSONResponse:
     """200, or 503 with the reason when the engine's worker has died or hangs."""
-    fault = service_of(request).live.batcher.health()
+    fault = service_of(request).pipeline.batcher.health()
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
 
 
@@ -31,10 +30,10 @@ async def livez(request: Request) -> JSONResponse:
 async def readyz(request: Request) -> JSONResponse:
     """200 when a request would be answered now, else 503 with the reasons; `degraded` names what only slows it."""
     service = service_of(request)
-    batcher = service.live.batcher
+    batcher = service.pipeline.batcher
     checks = {
-        "shutdown": "shutting down" if service.draining else None,
-        "warm_up": None if service.warm else "not warmed up",
+        "shutdown": "shutting down" if service.lifecycle.draining else None,
+        "warm_up": None if service.lifecycle.warm else "not warmed up",
         "worker": batcher.health(),
         "queue": "full" if batcher.full else None,
     }
@@ -42,11 +41,12 @@ async def readyz(request: Request) -> JSONResponse:
     body: dict[str, Any] = {"status": "ready" if not reasons else "unready", **service.identity()}
     if reasons:
         body["reasons"] = reasons
-    assert service.cache is not None
-    cache = await service.cache.status()
-    _log_change(request.app.state, cache)
-    body["cache"] = {"name": service.cache.name, "status": cache if cache == "ok" else _kind_of_fault(cache)}
-    if cache != "ok" and not reasons:
+    cache = service.pipeline.cache
+    cache_status = await cache.status()
+    _log_change(request.app.state, cache_status)
+    shown_status = cache_status if cache_status == "ok" else _kind_of_fault(cache_status)
+    body["cache"] = {"name": cache.name, "status": shown_status}
+    if cache_status != "ok" and not reasons:
         body["status"] = "degraded"
     return _answer(body, not reasons)
 

@@ -11,10 +11,12 @@ from fastapi import APIRouter, Request, Response
 
 from model.decode import FORMATS, sniff
 from service.errors import InvalidRequest, ItemNotFound, NotFound
+from service.off_loop import off_loop
+from service.options import check_fields, parse_options
 from service.originals import photo_digest
 from service.routes.answers import encode_vector, json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import check_fields, off_loop, parse_options, query_fields, read_json, service_of
+from service.routes.bodies import query_fields, read_json
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import CountIn, DeleteIn, Encoding, ItemQuery, PatchIn, ScrollIn, json_body
 from service.search.checks import check_id, check_name, metadata_text
 from service.search.filters import Filter, parse_filter
@@ -33,12 +35,12 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
     if not request.scope.get("raw_path", b"/image").endswith(b"/image"):  # its slash was %2F: part of the id
         return await get_item(request, name, f"{item_id}/image")
     service = service_of(request)
-    info = await service.vectors.info(check_name(name))
-    item = await _found(service, info.name, item_id)
+    info = await service.store.info(check_name(name))
+    item = await _item(service, info.name, item_id)
     digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
         raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
-    photo = await service.photos.get(digest)
+    photo = await service.originals.get(digest)
     kind = _MEDIA_TYPES.get(sniff(photo) or "", "application/octet-stream")
     return Response(photo, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
 
@@ -51,8 +53,8 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
     if isinstance(fields.get("include"), str):
         fields["include"] = [fields["include"]]
     options = parse_options(ItemQuery, fields)
-    info = await service.vectors.info(check_name(name))
-    item = await _found(service, info.name, item_id)
+    info = await service.store.info(check_name(name))
+    item = await _item(service, info.name, item_id)
     return json_response(
         _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity(info.tag)
     )
@@ -65,7 +67,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
     check_name(name), check_id(item_id)
     metadata = parse_options(PatchIn, await read_json(request)).metadata
     metadata_text(metadata)  # what is nested too deeply cannot be merged
-    item = await service.vectors.patch(name, item_id, metadata)
+    item = await service.store.patch(name, item_id, metadata)
     return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
 
 
@@ -73,7 +75,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
     """404 when there is none. A stored photo stays."""
     service = service_of(request)
-    if not await service.vectors.delete(check_name(name), [check_id(item_id)]):
+    if not await service.store.delete(check_name(name), [check_id(item_id)]):
         raise _no_item(name, item_id)
     return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity()})
 
@@ -89,9 +91,9 @@ async def delete_items(request: Request, name: str) -> Response:
     check_name(name)
     body, where = await _read_query(request, DeleteIn)
     if body.ids is not None and where is None:
-        deleted = await service.vectors.delete(name, body.ids)
+        deleted = await service.store.delete(name, body.ids)
     elif body.ids is None and where is not None:
-        deleted = await service.vectors.delete_where(name, where)
+        deleted = await service.store.delete_where(name, where)
     else:
         raise InvalidRequest("exactly one of ids and filter is needed")
     return json_response({"collection": name, "deleted": deleted, **service.identity()})
@@ -103,8 +105,8 @@ async def scroll_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
-    info = await service.vectors.info(name)
-    page = await service.vectors.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit)
+    info = await service.store.info(name)
+    page = await service.store.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit)
 
     def answer() -> Response:
         data = [_shown(item, body.include, body.encoding_format) for item in page.items]
@@ -127,7 +129,7 @@ async def count_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
-    return json_response({"collection": name, "count": await service.vectors.count(name, where), **service.identity()})
+    return json_response({"collection": name, "count": await service.store.count(name, where), **service.identity()})
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
@@ -140,8 +142,8 @@ async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter
     return body, await off_loop(len(await request.body()), lambda: parse_filter(where))
 
 
-async def _found(service: Service, name: str, item_id: str) -> Item:
-    item = (await service.vectors.get(name, [check_id(item_id)]))[0]
+async def _item(service: Service, name: str, item_id: str) -> Item:
+    item = (await service.store.get(name, [check_id(item_id)]))[0]
     if item is None:
         raise _no_item(name, item_id)
     return item

@@ -6,8 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.routes.answers import json_response
-from service.routes.direct import DirectRoute
-from service.routes.uploads import service_of
+from service.routes.direct import DirectRoute, service_of
 from service.state import Service
 
 router = APIRouter(tags=["models"], route_class=DirectRoute)

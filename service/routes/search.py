@@ -1,33 +1,26 @@
-"""`/v1/collections/{name}/search`: similar photos come out. Scores are cosine similarities.
-
-The straight line: read the queries (`queries`), find where each starts (`origins`), ask the store, cut its answer to
-size. The commonest request, one vector, skips the second step: the store compares the tags itself, so nothing about the
-collection need be known before. Queries of a batch that ask for the same share one call of the store.
-
-What a query names by id is left out of its answer: "like this one" does not mean this one. So that many more are
-searched for.
-"""
+"""`/v1/collections/{name}/search`: similar images come out. Scores are cosine similarities."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from service.errors import InvalidItems, ItemError, ModelMismatch, ServiceError
-from service.retrieval.grouping import Group, grouped
-from service.retrieval.origins import Origin, Target, find_origins
-from service.retrieval.rerank import Ranked, rerank_depth, reranked
-from service.routes.answers import json_response, ms_since, server_timing
-from service.routes.direct import DirectRoute
-from service.routes.queries import Asked, Query, read_search
-from service.routes.uploads import service_of
+from service.data_urls import check_count
+from service.errors import InvalidItems
+from service.outcomes import Outcome, split_items
+from service.retrieval.query import SearchRequest
+from service.retrieval.reading import read_image_search, read_search
+from service.retrieval.search import QueryResults, SearchResults
+from service.retrieval.search import search as search_collection
+from service.routes.answers import json_response, server_timing
+from service.routes.bodies import json_of, media_type, read_upload
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import QueryIn, SearchIn, SearchOptions, json_schema
 from service.search.checks import check_name
-from service.search.store import MAX_DEPTH, Hit
-from service.state import Service
+from service.search.store import Hit
+from service.settings import Settings
+from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 
@@ -42,206 +35,60 @@ _BODIES = {
 }
 
 
-@dataclass
-class Found:
-    """What one query found: hits, or groups of them."""
-
-    data: list[Ranked] = field(default_factory=list)
-    groups: list[Group] | None = None
-    truncated: bool = False
-
-    def ids(self) -> list[str]:
-        return [one.hit.id for one in self.data] + [hit.id for group in self.groups or () for hit in group.hits]
-
-
 @router.post("/{name}/search", summary="Find similar photos", openapi_extra={"requestBody": {"content": _BODIES}})
 async def search(request: Request, name: str) -> Response:
     """The items nearest to a photo, a part of one, a vector, an item, or a combination; or of up to 64 such queries."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
-    asked = await read_search(request, service.settings)
-    service.check_model(asked.model)
-    timings: dict[str, float] = {}
+    search_request = await _read(request, service.settings)
+    results = await search_collection(service, name, search_request)
     body: dict[str, Any] = {"object": "list", "collection": name}
-    quick = await _by_one_vector(service, name, asked, timings)
-    if quick is not None:
-        tag, hits = quick
-        body["data"] = [_row(hit) for hit in hits]
-    else:
-        target = await Target.of(service, name)
-        tag = target.info.tag
-        found = await _find(service, target, asked, timings)
-        vectors = await _vectors(service, target, asked, found)
-        if asked.batch:
-            body |= _batch(asked, found, vectors)
-        else:
-            [only] = found
-            if isinstance(only, ServiceError):
-                raise only
-            body |= _answer(only, vectors)
-    timings["total"] = ms_since(started)
-    return json_response(body | service.identity(tag) | {"timings": timings}, headers=server_timing(timings))
+    body |= _batch(search_request, results) if search_request.batch else _answer(results.queries[0].result())
+    timings = results.timings | {"total": ms_since(started)}
+    return json_response(body | service.identity(results.tag) | {"timings": timings}, headers=server_timing(timings))
 
 
-async def _by_one_vector(
-    service: Service, name: str, asked: Asked, timings: dict[str, float]
-) -> tuple[str, Sequence[Hit]] | None:
-    """The collection's tag and the hits of a request that is one vector and nothing unusual; None when it takes the
-    longer way. That looks the tag up; here it is taken for granted that the pooling is the usual one."""
-    query = asked.queries[0]
-    if asked.batch or isinstance(query, ServiceError) or query.form != "vector" or query.path or query.asked.include:
-        return None
-    part, started = query.parts[0], time.perf_counter()
-    assert part.vector is not None
-    tag, depth = service.tag(part.fingerprint), query.asked.k + query.asked.offset
-    try:
-        [hits] = await service.vectors.search(
-            name, part.vector[None], depth, tag=tag, where=query.where, params=query.params
-        )
-    except ModelMismatch:
-        return None
-    timings["search"] = ms_since(started)
-    return tag, _cut(query, hits)
+async def _read(request: Request, settings: Settings) -> SearchRequest:
+    """JSON with one query or with `queries`, or an image as a form's file or a raw body."""
+    if media_type(request) == "application/json":
+        return await read_search(await json_of(request), settings)
+    upload = await read_upload(request, settings, key="image")
+    check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
+    return read_image_search(upload.images[0], upload.fields, settings)
 
 
-async def _find(
-    service: Service, target: Target, asked: Asked, timings: dict[str, float]
-) -> list[Found | ServiceError]:
-    """What each query finds, or why it finds nothing, in order."""
-    origins = await find_origins(service, target, asked.queries)
-    started = time.perf_counter()
-    found: list[Found | ServiceError | None] = [one if isinstance(one, ServiceError) else None for one in origins]
-    alike: dict[bytes, list[int]] = {}
-    for number, (query, origin) in enumerate(zip(asked.queries, origins, strict=True)):
-        if not isinstance(query, Query) or not isinstance(origin, Origin):
-            continue
-        for stage, ms in origin.timings.items():
-            timings[stage] = max(timings.get(stage, 0.0), ms)
-        if query.path is not None:
-            found[number] = await _grouped(service, target, query, origin)
-        else:
-            alike.setdefault(query.like, []).append(number)
-    for numbers in alike.values():
-        pairs = [(asked.queries[number], origins[number]) for number in numbers]
-        some = await _together(
-            service, target, [(q, o) for q, o in pairs if isinstance(q, Query) and isinstance(o, Origin)]
-        )
-        for number, one in zip(numbers, some, strict=True):
-            found[number] = one
-    timings["search"] = ms_since(started)
-    return [one for one in found if one is not None]
-
-
-async def _together(service: Service, target: Target, pairs: Sequence[tuple[Query, Origin]]) -> list[Found]:
-    """Queries that ask for the same of different places: one call of the store."""
-    query = pairs[0][0]
-    depth = query.asked.k + query.asked.offset
-    if query.asked.rerank is not None:
-        depth = max(depth, rerank_depth(query))
-    depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in pairs))
-    info = target.info
-    vectors = np.stack([origin.vector for _, origin in pairs])
-    answers = await service.vectors.search(
-        info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
-    )
-    found = []
-    for (query, origin), hits in zip(pairs, answers, strict=True):
-        kept = [hit for hit in hits if hit.id not in origin.exclude]
-        if query.asked.rerank is None:
-            found.append(Found([Ranked(hit) for hit in _cut(query, kept)]))
-        else:
-            ranked = await reranked(service, target, query, origin, _above(query, kept))
-            found.append(Found(ranked[query.asked.offset :][: query.asked.k]))
-    return found
-
-
-async def _grouped(service: Service, target: Target, query: Query, origin: Origin) -> Found:
-    assert query.path is not None
-
-    async def best(depth: int) -> list[Hit]:
-        info, vectors = target.info, origin.vector[None]
-        [hits] = await service.vectors.search(
-            info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
-        )
-        return hits
-
-    groups = await grouped(
-        best,
-        query.path,
-        k=query.asked.k,
-        size=query.asked.group_size or 1,
-        offset=query.asked.offset,
-        keep=lambda hit: hit.id not in origin.exclude,
-        threshold=query.asked.score_threshold,
-    )
-    return Found(groups=groups.groups, truncated=groups.truncated)
-
-
-def _above(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
-    """The hits, best first, down to the threshold."""
-    least = query.asked.score_threshold
-    return hits if least is None else [hit for hit in hits if hit.score >= least]
-
-
-def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
-    return _above(query, hits)[query.asked.offset :][: query.asked.k]
-
-
-async def _vectors(
-    service: Service, target: Target, asked: Asked, found: Sequence[Found | ServiceError]
-) -> dict[str, Any]:
-    """By id, of those results whose query asks for them."""
-    ids: dict[str, None] = {}
-    for query, one in zip(asked.queries, found, strict=True):
-        if isinstance(query, Query) and isinstance(one, Found) and query.asked.include:
-            ids |= dict.fromkeys(one.ids())
-    items = await service.vectors.get(target.info.name, list(ids)) if ids else []
-    return {item.id: np.ascontiguousarray(item.vector) for item in items if item is not None}
-
-
-def _batch(asked: Asked, found: Sequence[Found | ServiceError], vectors: Mapping[str, Any]) -> dict[str, Any]:
-    bad = [ItemError(i, _plain(one)) for i, one in enumerate(found) if isinstance(one, ServiceError)]
-    if bad and (not asked.partial or len(bad) == len(found)):
-        raise InvalidItems(bad, total=len(found), param="queries")
-    results = []
-    for index, (query, one) in enumerate(zip(asked.queries, found, strict=True)):
-        if isinstance(query, Query) and isinstance(one, Found):
-            results.append({"index": index, **_answer(one, vectors if query.asked.include else {})})
-    body: dict[str, Any] = {"results": results}
+def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
+    good, bad = split_items([_plain(outcome) for outcome in results.queries], request.on_error, "queries")
+    body: dict[str, Any] = {"results": [{"index": index, **_answer(query_results)} for index, query_results in good]}
     if bad:
         body["errors"] = [item.body() for item in bad]
     return body
 
 
-def _plain(error: ServiceError) -> ServiceError:
-    """The error of a query's only photo, without the form that it has in a request of one query."""
-    return error.items[0].error if isinstance(error, InvalidItems) and len(error.items) == 1 else error
+def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
+    """With the error of a query's only image as it is, without the form that it has in a request of one query."""
+    if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
+        return replace(outcome, error=outcome.error.items[0].error)
+    return outcome
 
 
-def _answer(found: Found, vectors: Mapping[str, Any]) -> dict[str, Any]:
-    if found.groups is None:
-        return {"data": [_ranked_row(one, vectors) for one in found.data]}
-    groups = [
-        {"value": group.value, "data": [_ranked_row(Ranked(hit), vectors) for hit in group.hits]}
-        for group in found.groups
-    ]
-    return {"groups": groups, "truncated": found.truncated}
+def _answer(results: QueryResults) -> dict[str, Any]:
+    if results.groups is None:
+        return {"data": [_row(hit, results) for hit in results.hits]}
+    groups = [{"value": group.value, "data": [_row(hit, results) for hit in group.hits]} for group in results.groups]
+    return {"groups": groups, "truncated": results.truncated}
 
 
-def _ranked_row(ranked: Ranked, vectors: Mapping[str, Any]) -> dict[str, Any]:
-    row = _row(ranked.hit)
-    if ranked.score is not None:
-        row["rerank_score"] = ranked.score
-    if ranked.matches is not None:
-        row["matches"] = ranked.matches
-    if ranked.hit.id in vectors:
-        row["vector"] = vectors[ranked.hit.id]
-    return row
-
-
-def _row(hit: Hit) -> dict[str, Any]:
+def _row(hit: Hit, results: QueryResults) -> dict[str, Any]:
     row = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
     if hit.source is not None:
         row["source"] = hit.source
+    if hit.id in results.comparisons:
+        comparison = results.comparisons[hit.id]
+        row["rerank_score"] = comparison.score
+        if comparison.matches is not None:
+            row["matches"] = comparison.matches
+    if hit.id in results.vectors:
+        row["vector"] = results.vectors[hit.id]
     return row

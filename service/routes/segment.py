@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
+from service.data_urls import check_count
 from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
 from service.features.pipeline import Analysed, Embedded
-from service.routes.answers import json_response, server_timing, slowest
-from service.routes.direct import DirectRoute
-from service.routes.uploads import check_count, parse_options, read_upload, service_of
+from service.options import parse_options
+from service.routes.answers import json_response, server_timing
+from service.routes.bodies import read_upload
+from service.routes.direct import DirectRoute, service_of
 from service.schemas import SegmentOptions
 from service.state import Service
+from service.timings import ms_since, slowest
 from service.vision.mask import coco_rle_encode, overlay_png, png_mask
 from service.vision.segment import Box, Mask, segment_foreground
 
@@ -52,21 +55,18 @@ async def segment(request: Request) -> Response:
     """One photo (JSON `image`, a form's file, or the raw body); PNG bytes, or JSON with format=rle."""
     started = time.perf_counter()
     service = service_of(request)
-    upload = await read_upload(request, key="image")
+    upload = await read_upload(request, service.settings, key="image")
     check_count(len(upload.images), service.settings.model_copy(update={"max_batch_items": 1}), "image")
     options = parse_options(SegmentOptions, _listed(upload.fields))
     service.check_model(options.model)
     try:
-        image = upload.images[0]
-        if isinstance(image, ServiceError):
-            raise image
-        answer = await service.live.analyse(image, partial(_answer, service, options))
+        answer = await service.pipeline.analyse(upload.images[0].result(), partial(_answer, service, options))
     except ServiceError as error:
         if error.status >= 500:
             raise
         raise InvalidItems([ItemError(0, error)], total=1, param="image") from error
     timings = slowest([answer.embedded])
-    timings |= {"segment": answer.segment_ms, "total": _ms_since(started)}
+    timings |= {"segment": answer.segment_ms, "total": ms_since(started)}
     headers = server_timing(timings) | {
         "X-Model": service.artifact.name,
         "X-Model-Fingerprint": service.artifact.fingerprint,
@@ -85,11 +85,11 @@ def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _A
     started = time.perf_counter()
     height, width = analysed.image.shape[:2]
     try:
-        found = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
+        foreground = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
     except ValueError as error:  # not finite, or not the grid: the engine's fault, never the photo's
         raise EngineFailed(f"the engine's features cannot be used: {error}") from error
-    content = _content(analysed, found.mask, options)
-    return _Answer(content, found.contrast, found.crop_box, analysed.embedded, _ms_since(started))
+    content = _content(analysed, foreground.mask, options)
+    return _Answer(content, foreground.contrast, foreground.crop_box, analysed.embedded, ms_since(started))
 
 
 def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
@@ -104,7 +104,3 @@ def _listed(fields: dict[str, Any]) -> dict[str, Any]:
     """Forms and queries give one `include` as a string."""
     include = fields.get("include")
     return {**fields, "include": [include]} if isinstance(include, str) else fields
-
-
-def _ms_since(started: float) -> float:
-    return round((time.perf_counter() - started) * 1e3, 3)

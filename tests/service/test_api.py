@@ -275,7 +275,7 @@ async def test_what_stands_beside_a_mask(tmp_path):
     async with running(tmp_path) as run:
         rle = (await run.client.post("/v1/segment", json={**body, "format": "rle"})).json()
         raw = await run.client.post("/v1/embeddings", json={"input": data_url(image), **RAW})
-        found = await run.service.live.analyse(
+        found = await run.service.pipeline.analyse(
             image, lambda analysed: segment_foreground(analysed.patches, 45, 60, SPEC)
         )
         shown = {}
@@ -372,7 +372,7 @@ async def test_requests_of_many_clients_share_forward_passes(tmp_path):
         first = post(0)
         await until(engine.entered.is_set)
         posts = [first, *(post(seed) for seed in range(1, 9))]
-        await until(lambda: run.service.live.batcher.waiting == 8)
+        await until(lambda: run.service.pipeline.batcher.waiting == 8)
         engine.gate.set()
         answers = await asyncio.gather(*posts)
     assert [shape[0] for shape in engine.batches] == [1, 8]

@@ -52,7 +52,7 @@ async def busy(tmp_path: Path, **settings) -> AsyncIterator[Running]:
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0, **settings) as run:
         engine.gate = threading.Event()
-        first = asyncio.create_task(run.service.live.embed([photo(99)]))
+        first = asyncio.create_task(run.embed([photo(99)]))
         await until(engine.entered.is_set)
         try:
             yield run
@@ -68,7 +68,7 @@ async def _internal(tmp_path: Path) -> httpx.Response:
         async def broken(images):
             raise KeyError("secret-internals")
 
-        run.service.live.embed = broken
+        run.service.pipeline.embed = broken
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
 
 
@@ -126,7 +126,7 @@ async def _conflict(tmp_path: Path) -> httpx.Response:
 async def _mismatch(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path, store=DictStore()) as run:
         other = run.service.tag("b" * 64)
-        await run.service.vectors.create("shop", CollectionSpec(other, 8))
+        await run.service.store.create("shop", CollectionSpec(other, 8))
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
 
 
@@ -195,7 +195,7 @@ async def _storage(tmp_path: Path) -> httpx.Response:
 @provokes("unavailable")
 async def _unavailable(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
-        run.service.buffered_bytes = run.service.settings.max_buffered_bytes
+        run.service.lifecycle.buffered_bytes = run.service.settings.max_buffered_bytes
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
 
 
@@ -208,7 +208,7 @@ async def _queue(tmp_path: Path) -> httpx.Response:
 @provokes("shutting_down")
 async def _shutdown(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
-        run.service.draining = True
+        run.service.lifecycle.draining = True
         assert (await run.client.get("/readyz")).status_code == 503
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
 
@@ -219,7 +219,7 @@ async def _model_unavailable(tmp_path: Path) -> httpx.Response:
         run.engine.killed = True
         first = await run.client.post(EMBED, json={"input": base64_of(photo())})
         assert first.status_code == 500
-        await until(lambda: run.service.live.batcher.health() is not None)
+        await until(lambda: run.service.pipeline.batcher.health() is not None)
         assert (await run.client.get("/livez")).status_code == 503
         assert (await run.client.get("/readyz")).status_code == 503
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
@@ -229,7 +229,7 @@ async def _model_unavailable(tmp_path: Path) -> httpx.Response:
 async def _deadline(tmp_path: Path) -> httpx.Response:
     async with busy(tmp_path, request_deadline_s=0.2) as run:
         answer = await run.client.post(EMBED, json={"input": base64_of(photo())})
-        await until(lambda: run.service.live.batcher.images == 1)  # its place in the queue is free again
+        await until(lambda: run.service.pipeline.batcher.images == 1)  # its place in the queue is free again
         return answer
 
 

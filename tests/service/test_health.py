@@ -23,9 +23,9 @@ async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, hang_timeout_s=0.05) as run:
         engine.gate = threading.Event()
-        waiting = asyncio.create_task(run.service.live.embed([photo()]))
+        waiting = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
-        await until(lambda: run.service.live.batcher.health() is not None)
+        await until(lambda: run.service.pipeline.batcher.health() is not None)
         hung = await run.client.get("/livez")
         engine.gate.set()
         await waiting
@@ -36,9 +36,9 @@ async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
 
 async def test_a_full_queue_is_alive_and_not_ready(tmp_path):
     async with running(tmp_path, queue_max_images=2) as run:
-        run.service.live.batcher.reserve(2)
+        run.service.pipeline.batcher.reserve(2)
         live, ready = await run.client.get("/livez"), await run.client.get("/readyz")
-        run.service.live.batcher.release(2)
+        run.service.pipeline.batcher.release(2)
         again = await run.client.get("/readyz")
     assert [answer.status_code for answer in (live, ready, again)] == [200, 503, 200]
 
@@ -69,7 +69,7 @@ async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path, caplog):
 
 async def test_a_service_that_is_not_warm_is_not_ready_and_no_proxy_may_keep_the_answer(tmp_path):
     async with running(tmp_path) as run:
-        run.service.warm = False
+        run.service.lifecycle.warm = False
         answers = [await run.client.get("/livez"), await run.client.get("/readyz")]
     assert [answer.status_code for answer in answers] == [200, 503]
     assert answers[1].json()["reasons"] == {"warm_up": "not warmed up"}
@@ -83,7 +83,7 @@ async def test_what_is_not_ready_is_not_called_degraded(tmp_path):
 
     async with running(tmp_path, queue_max_images=1, cache=Down(0)) as run:
         assert (await run.client.get("/readyz")).json()["status"] == "degraded"
-        run.service.live.batcher.reserve(1)
+        run.service.pipeline.batcher.reserve(1)
         body = (await run.client.get("/readyz")).json()
     assert (body["status"], body["reasons"]) == ("unready", {"queue": "full"})
     assert body["cache"]["status"] == "degraded: ConnectionError"
@@ -96,7 +96,7 @@ async def test_no_cache_at_all_asks_no_redis(tmp_path):
 
 async def test_redis_keeps_a_vector_as_long_as_the_settings_say(tmp_path, redis_server):
     async with running(tmp_path, redis_url=redis_server.url, cache_ttl_s=77) as run:
-        await run.service.live.embed([photo()])
+        await run.embed([photo()])
         [key] = redis_server.client().keys("*")
         assert 70 < redis_server.client().ttl(key) <= 77
 

@@ -6,10 +6,12 @@ import time
 
 import pytest
 
+from service import data_urls
+from service.data_urls import image_from_text
 from service.errors import BrokenImage, ImageTooLarge, InvalidRequest
 from service.middleware import error_body
-from service.routes import uploads
-from service.routes.uploads import BIG_BODY, check_fields, image_from_text, off_loop
+from service.off_loop import BIG_BODY, off_loop
+from service.options import check_fields
 from service.search.checks import metadata_text
 from tests.fakes import most_s, no_file_left_open, photo, running
 
@@ -82,11 +84,10 @@ def test_base64_is_measured_before_it_is_decoded(monkeypatch, size):
     def never(*_args, **_options):
         raise AssertionError("it was decoded")
 
-    monkeypatch.setattr(uploads.binascii, "a2b_base64", never)
+    monkeypatch.setattr(data_urls.binascii, "a2b_base64", never)
     for prefix in ("", "data:image/png;base64,"):
-        refused = image_from_text(prefix + base64.b64encode(image + b"123").decode(), size)
-        assert isinstance(refused, ImageTooLarge)
-        assert f"the limit is {size}" in refused.detail
+        with pytest.raises(ImageTooLarge, match=f"the limit is {size}"):
+            image_from_text(prefix + base64.b64encode(image + b"123").decode(), size)
 
 
 def test_base64_in_any_of_its_spellings():
@@ -97,7 +98,8 @@ def test_base64_in_any_of_its_spellings():
     lines = "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76))
     for spelt in (base64.urlsafe_b64encode(image).decode(), lines, text.rstrip("="), f" {text} "):
         assert image_from_text(spelt, 1000) == image
-    assert isinstance(image_from_text("%%%%", 1000), BrokenImage)
+    with pytest.raises(BrokenImage):
+        image_from_text("%%%%", 1000)
 
 
 async def test_at_most_ten_faults_are_told(tmp_path):

@@ -58,8 +58,8 @@ async def test_what_bodies_hold_is_given_back(tmp_path):
             assert (await run.client.post(EMBED, content=image, headers=PNG)).status_code == 200
             bad = image[:100] if i % 2 else chunks(image + b"x")
             assert (await run.client.post(EMBED, content=bad, headers=PNG)).status_code in (413, 422)
-            assert run.service.buffered_bytes == 0
-            assert run.service.in_flight == 0
+            assert run.service.lifecycle.buffered_bytes == 0
+            assert run.service.lifecycle.in_flight == 0
             assert run.service.metrics.registry.get_sample_value("dinov2_requests_in_flight") == 0
         text = (await run.client.get("/metrics")).text
     assert "dinov2_requests_in_flight 0.0" in text  # only requests of /v1/ count
@@ -77,7 +77,7 @@ async def test_a_body_at_the_limit_is_accepted(tmp_path):
 
 async def test_a_service_that_stops_is_alive_and_says_why_it_is_not_ready(tmp_path):
     async with running(tmp_path) as run:
-        run.service.draining = True
+        run.service.lifecycle.draining = True
         assert (await run.client.get("/livez")).status_code == 200
         ready = await run.client.get("/readyz")
         refused = await run.client.post(EMBED, content=photo(), headers=PNG)
@@ -85,13 +85,13 @@ async def test_a_service_that_stops_is_alive_and_says_why_it_is_not_ready(tmp_pa
     assert ready.json()["reasons"] == {"shutdown": "shutting down"}
     assert (refused.status_code, refused.headers["Connection"]) == (503, "close")  # its body was not read
     assert (listed.status_code, listed.headers.get("Connection")) == (503, None)
-    assert run.service.draining
+    assert run.service.lifecycle.draining
 
 
 async def test_the_application_drains_when_it_ends(tmp_path):
     async with running(tmp_path) as run:
-        assert not run.service.draining
-    assert run.service.draining
+        assert not run.service.lifecycle.draining
+    assert run.service.lifecycle.draining
 
 
 async def test_a_body_that_is_too_large_closes_the_connection_once(tmp_path):
@@ -129,7 +129,7 @@ async def test_a_time_out_of_something_else_is_no_deadline(tmp_path):
         async def slow(images):
             raise TimeoutError
 
-        run.service.live.embed = slow
+        run.service.pipeline.embed = slow
         answer = await run.client.post(EMBED, content=photo(), headers=PNG)
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
 

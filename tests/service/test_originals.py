@@ -385,7 +385,7 @@ async def test_bytes_that_are_no_photo_are_never_shown_as_one(tmp_path):
     page = b"<script>alert(1)</script>"
     async with running(tmp_path, store=DictStore()) as run:
         await run.client.put(SHOP, json={"originals": True})
-        await run.service.photos.put(page)
+        await run.service.originals.put(page)
         vector = {"id": "x", "vector": [1.0] * 8, "source": source_of(sha256(page))}
         await run.client.post(ITEMS, json={"items": [vector]})
         answer = await run.client.get(f"{ITEMS}/x/image")

@@ -60,9 +60,9 @@ async def fill(run, store, *, pooling="cls", count=N, name="shop", **spec) -> li
     tag = run.service.tag(pooling=pooling)
     dims = DIMS * (2 if pooling == "cls+mean" else 1)
     await store.create(name, CollectionSpec(tag, dims, **spec))
-    embedded = await run.service.live.embed([photo(i) for i in range(count)])
+    embedded = await run.embed([photo(i) for i in range(count)])
     items = [
-        Item(f"p{i:02}", one.vector(pooling, True), {"i": i, "half": "even" if i % 2 == 0 else "odd"})
+        Item(f"p{i:02}", one.result().vector(pooling, True), {"i": i, "half": "even" if i % 2 == 0 else "odd"})
         for i, one in enumerate(embedded)
     ]
     await store.upsert(name, items, tag=tag)
@@ -125,9 +125,9 @@ async def test_the_collection_decides_the_pooling(tmp_path, pooling):
     async with running(tmp_path, store=store) as run:
         items = await fill(run, store, pooling=pooling)
         by_image = await ask(run, {"image": text_of(photo(50))})
-        [one] = await run.service.live.embed([photo(50)])
-        by_vector = await ask(run, {"vector": one.vector(pooling, True).tolist()})
-    assert pairs(by_image["data"]) == pairs(by_vector["data"]) == plain(items, one.vector(pooling, True))
+        [one] = await run.embed([photo(50)])
+        by_vector = await ask(run, {"vector": one.result().vector(pooling, True).tolist()})
+    assert pairs(by_image["data"]) == pairs(by_vector["data"]) == plain(items, one.result().vector(pooling, True))
 
 
 async def test_combine_is_the_weighted_sum_of_unit_vectors(tmp_path):
@@ -141,12 +141,12 @@ async def test_combine_is_the_weighted_sum_of_unit_vectors(tmp_path):
     ]
     async with running(tmp_path, store=store) as run:
         items = await fill(run, store)
-        [one] = await run.service.live.embed([photo(40)])
+        [one] = await run.embed([photo(40)])
         found = await ask(run, {"combine": parts, "k": 10})
         cancelled = await ask(run, {"combine": [{"id": "p01"}, {"id": "p01", "weight": -1}]}, 422)
         nothing = await ask(run, {"combine": [{"id": "p01", "weight": 0}]}, 422)
         bad = await ask(run, {"combine": [{"image": text_of(photo(1))}, {"image": text_of(b"no photo")}]}, 415)
-    by_hand = one.vector("cls", True).astype(np.float64) + 2 * items[1].vector - 0.5 * items[2].vector
+    by_hand = one.result().vector("cls", True).astype(np.float64) + 2 * items[1].vector - 0.5 * items[2].vector
     by_hand += 0.25 * vector / np.linalg.norm(vector)
     assert pairs(found["data"]) == plain(items, by_hand, exclude=["p01", "p02"])
     assert len(found["data"]) == 10  # as many as asked for, without those two
@@ -221,7 +221,7 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
     mask[6:9, 10:12] = False
     async with running(tmp_path, store=store) as run:
         items = await fill(run, store, pooling="mean")
-        tokens = await run.service.live.analyse(image, lambda analysed: analysed.patches.copy())
+        tokens = await run.service.pipeline.analyse(image, lambda analysed: analysed.patches.copy())
         whole = await ask(run, {"region": {"image": text_of(image), "box": list(crop)}})
         whole_image = await ask(run, {"image": text_of(image)})
         by_box = await ask(run, {"region": {"image": text_of(image), "box": list(box)}})

@@ -16,6 +16,7 @@ from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
 from service.features import pipeline
 from service.features.cache import MemoryCache
 from service.features.pipeline import Embedded
+from service.outcomes import Outcome, numbered
 from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, plain_photo, running, until
 
 
@@ -23,44 +24,44 @@ async def test_identical_images_in_flight_compute_once(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        tasks = [asyncio.create_task(run.service.live.embed([photo()])) for _ in range(5)]
+        tasks = [asyncio.create_task(run.embed([photo()])) for _ in range(5)]
         await until(engine.entered.is_set)
         engine.gate.set()
         results = await asyncio.gather(*tasks)
-        assert run.service.live.batcher.images == 0
+        assert run.service.pipeline.batcher.images == 0
         text = (await run.client.get("/metrics")).text
     assert engine.images == 1
     assert "dinov2_coalesced_images_total 4.0" in text
-    assert len({result[0].cls.tobytes() for result in results}) == 1
+    assert len({result[0].result().cls.tobytes() for result in results}) == 1
 
 
 async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        leader = asyncio.create_task(run.service.live.embed([photo()]))
+        leader = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
-        follower = asyncio.create_task(run.service.live.embed([photo()]))
+        follower = asyncio.create_task(run.embed([photo()]))
         await asyncio.sleep(0.01)
         leader.cancel()
         engine.gate.set()
-        assert isinstance((await follower)[0], Embedded)
+        assert isinstance((await follower)[0].result(), Embedded)
         assert engine.images == 1
-        assert run.service.live.batcher.images == 0
+        assert run.service.pipeline.batcher.images == 0
 
 
 async def test_an_image_that_is_under_way_takes_no_second_place_in_the_queue(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        first = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        both = asyncio.create_task(run.service.live.embed([photo(0), photo(1)]))
-        await until(lambda: run.service.live.batcher.waiting == 1)
-        assert run.service.live.batcher.images == 2
+        both = asyncio.create_task(run.embed([photo(0), photo(1)]))
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
+        assert run.service.pipeline.batcher.images == 2
         engine.gate.set()
         await asyncio.gather(first, both)
-        assert run.service.live.batcher.images == 0
+        assert run.service.pipeline.batcher.images == 0
 
 
 async def test_a_computation_that_was_left_ends_no_newer_one(tmp_path, monkeypatch):
@@ -68,14 +69,14 @@ async def test_a_computation_that_was_left_ends_no_newer_one(tmp_path, monkeypat
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
         with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
-            left = asyncio.create_task(run.service.live.embed([photo()]))
+            left = asyncio.create_task(run.embed([photo()]))
             await until(lambda: blocked.calls == 1)
             left.cancel()
             await asyncio.gather(left, return_exceptions=True)
-            newer = asyncio.create_task(run.service.live.embed([photo()]))
+            newer = asyncio.create_task(run.embed([photo()]))
             await until(lambda: blocked.calls == 2)
-        await until(lambda: run.service.live.batcher.images == 1)  # the one that was left has ended
-        joining = asyncio.create_task(run.service.live.embed([photo()]))
+        await until(lambda: run.service.pipeline.batcher.images == 1)  # the one that was left has ended
+        joining = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
         engine.gate.set()
         await asyncio.gather(newer, joining)
@@ -86,15 +87,15 @@ async def test_an_analysis_that_nobody_waits_for_is_dropped(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        busy = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        leaving = asyncio.create_task(run.service.live.analyse(photo(1), lambda analysed: None))
-        await until(lambda: run.service.live.batcher.waiting == 1)
+        leaving = asyncio.create_task(run.service.pipeline.analyse(photo(1), lambda analysed: None))
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
         leaving.cancel()
-        await until(lambda: run.service.live.batcher.images == 1)
+        await until(lambda: run.service.pipeline.batcher.images == 1)
         engine.gate.set()
         await busy
-        await run.service.live.embed([photo(2)])
+        await run.embed([photo(2)])
     assert engine.images == 2
 
 
@@ -102,19 +103,19 @@ async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tm
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        busy = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        leaving = asyncio.create_task(run.service.live.embed([photo(1), photo(2)]))
-        at_once = asyncio.create_task(run.service.live.embed([photo(3)]))
+        leaving = asyncio.create_task(run.embed([photo(1), photo(2)]))
+        at_once = asyncio.create_task(run.embed([photo(3)]))
         await asyncio.sleep(0)
         at_once.cancel()  # before its computation has begun
-        await until(lambda: run.service.live.batcher.waiting >= 2)
+        await until(lambda: run.service.pipeline.batcher.waiting >= 2)
         leaving.cancel()
-        await until(lambda: run.service.live.batcher.images == 1)  # only what the engine is busy with
+        await until(lambda: run.service.pipeline.batcher.images == 1)  # only what the engine is busy with
         engine.gate.set()
         await busy
-        again = await run.service.live.embed([photo(1)])
-    assert isinstance(again[0], Embedded)
+        again = await run.embed([photo(1)])
+    assert isinstance(again[0].result(), Embedded)
     assert [shape[0] for shape in engine.batches] == [1, 1]
 
 
@@ -156,17 +157,17 @@ async def test_a_client_that_hangs_up_costs_no_engine_time(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        busy = asyncio.create_task(run.service.live.embed([photo(0)]))
+        busy = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
         leave = asyncio.Event()
         body = json.dumps({"input": base64.b64encode(photo(1)).decode()}).encode()
         client = asyncio.create_task(post_and_leave(run.app, body, leave))
-        await until(lambda: run.service.live.batcher.waiting == 1)
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
         leave.set()
         assert await client == []
         engine.gate.set()
         await busy
-        await run.service.live.embed([photo(2)])
+        await run.embed([photo(2)])
         text = (await run.client.get("/metrics")).text
     assert engine.images == 2
     assert "dinov2_dropped_images_total 1.0" in text
@@ -178,10 +179,13 @@ async def test_images_fail_on_their_own(tmp_path):
     async with running(tmp_path, cache_bytes=0) as run:
         engine.batches.clear()
         run.engine.fails = engine.fails
-        images = [photo(0), photo(1)[:50], plain_photo(128), BrokenImage("not base64"), photo(2)]
-        results = await run.service.live.embed(images)
-    kinds = [type(result) for result in results]
+        images = numbered([photo(0), photo(1)[:50], plain_photo(128), b"", photo(2)])
+        images[3] = Outcome(3, error=BrokenImage("not base64"))
+        results = await run.service.pipeline.embed(images)
+    assert [result.index for result in results] == [0, 1, 2, 3, 4]
+    kinds = [type(result.error or result.value) for result in results]
     assert kinds == [Embedded, BrokenImage, EngineFailed, BrokenImage, Embedded]
+    assert results[3].error is images[3].error
 
 
 async def test_an_image_that_cannot_be_prepared_is_its_own_fault(tmp_path, monkeypatch):
@@ -190,9 +194,9 @@ async def test_an_image_that_cannot_be_prepared_is_its_own_fault(tmp_path, monke
 
     monkeypatch.setattr(pipeline, "preprocess", refuse)
     async with running(tmp_path) as run:
-        [found] = await run.service.live.embed([photo()])
-    assert isinstance(found, BrokenImage)
-    assert found.detail == "too thin for a patch"
+        [outcome] = await run.embed([photo()])
+    assert isinstance(outcome.error, BrokenImage)
+    assert outcome.error.detail == "too thin for a patch"
 
 
 @pytest.mark.parametrize("other", ["precision", "model"])
@@ -204,37 +208,37 @@ async def test_other_models_and_precisions_share_a_cache_but_no_vector(tmp_path,
         running(tmp_path / "two", engine=engine, artifact=fake_artifact(digit=digit), cache=cache) as two,
     ):
         for run in (one, two):
-            assert not (await run.service.live.embed([photo()]))[0].cached
-            assert (await run.service.live.embed([photo()]))[0].cached
+            assert not (await run.embed([photo()]))[0].result().cached
+            assert (await run.embed([photo()]))[0].result().cached
         assert engine.images == one.engine.images == 1
 
 
 async def test_a_vector_holds_no_batch_in_memory(tmp_path):
     async with running(tmp_path) as run:
-        [found] = await run.service.live.embed([photo()])
-    assert found.cls.base is None
-    assert found.mean.base is None or found.mean.base.size <= DIMS
+        embedded = (await run.embed([photo()]))[0].result()
+    assert embedded.cls.base is None
+    assert embedded.mean.base is None or embedded.mean.base.size <= DIMS
 
 
 async def test_registers_count_as_tokens(tmp_path):
     async with running(tmp_path) as run:
         plain = run.engine.run
         run.engine.run = lambda pixels: plain(pixels)._replace(registers=np.zeros((len(pixels), 3, DIMS), np.float32))
-        [found] = await run.service.live.embed([photo()])
-    assert found.tokens == 1 + 3 + N_PATCHES
+        embedded = (await run.embed([photo()]))[0].result()
+    assert embedded.tokens == 1 + 3 + N_PATCHES
 
 
 async def test_the_times_of_an_image_are_told_by_stage_in_seconds(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine) as run:
         engine.gate = threading.Event()
-        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        first = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        second = asyncio.create_task(run.service.live.embed([photo(1)]))
-        await until(lambda: run.service.live.batcher.waiting == 1)
+        second = asyncio.create_task(run.embed([photo(1)]))
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
         await asyncio.sleep(0.03)
         engine.gate.set()
-        times = [(await task)[0].timings for task in (first, second)]
+        times = [(await task)[0].result().timings for task in (first, second)]
         text = (await run.client.get("/metrics")).text
     assert times[0]["infer"] >= 0.03
     assert times[1]["queue"] >= 0.03
@@ -253,10 +257,10 @@ async def test_height_comes_before_width(tmp_path):
     engine.run = lambda pixels: (shapes.append(pixels.shape), plain(pixels))[1]
     image = photo(size=(56, 28))
     async with running(tmp_path, engine=engine, artifact=replace(artifact, manifest=manifest)) as run:
-        analysed = await run.service.live.analyse(image, lambda analysed: (analysed.grid, analysed.image.shape))
+        analysed = await run.service.pipeline.analyse(image, lambda analysed: (analysed.grid, analysed.image.shape))
         digest = hashlib.sha256(image).hexdigest()
-        patches = (await run.service.live.patches({digest: image}))[digest]
-        kept = (await run.service.live.known_patches([digest]))[digest]
+        patches = (await run.service.pipeline.patches({digest: image}))[digest]
+        kept = (await run.service.pipeline.known_patches([digest]))[digest]
         assert run.service.tag().split("/")[3] == "28x56"
     assert set(shapes) == {(1, 3, 28, 56)}
     assert analysed == ((2, 4), (28, 56, 3))
@@ -268,15 +272,15 @@ async def test_limits_on_patches_reach_the_batcher(tmp_path, setting):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0, **{setting: 2 * N_PATCHES}) as run:
         engine.gate = threading.Event()
-        tasks = [asyncio.create_task(run.service.live.embed([photo(0)]))]
+        tasks = [asyncio.create_task(run.embed([photo(0)]))]
         await until(engine.entered.is_set)
-        tasks.append(asyncio.create_task(run.service.live.embed([photo(i) for i in range(1, 4)])))
+        tasks.append(asyncio.create_task(run.embed([photo(i) for i in range(1, 4)])))
         if setting == "queue_max_patches":
-            await until(lambda: run.service.live.batcher.full)
-            late = await run.service.live.embed([photo(9)])
-            assert isinstance(late[0], QueueFull)
+            await until(lambda: run.service.pipeline.batcher.full)
+            late = await run.embed([photo(9)])
+            assert isinstance(late[0].error, QueueFull)
         else:
-            await until(lambda: run.service.live.batcher.waiting == 3)
+            await until(lambda: run.service.pipeline.batcher.waiting == 3)
         engine.gate.set()
         await asyncio.gather(*tasks)
     assert [shape[0] for shape in engine.batches] == [1, 2, 1][: len(engine.batches)]
@@ -285,18 +289,18 @@ async def test_limits_on_patches_reach_the_batcher(tmp_path, setting):
 async def test_a_failure_is_not_cached(tmp_path):
     async with running(tmp_path) as run:
         run.engine.fails = lambda pixels: True
-        assert isinstance((await run.service.live.embed([photo()]))[0], EngineFailed)
+        assert isinstance((await run.embed([photo()]))[0].error, EngineFailed)
         run.engine.fails = lambda pixels: False
-        assert isinstance((await run.service.live.embed([photo()]))[0], Embedded)
+        assert isinstance((await run.embed([photo()]))[0].result(), Embedded)
 
 
 async def test_a_request_that_does_not_fit_starts_nothing(tmp_path):
     async with running(tmp_path, queue_max_images=2, cache_bytes=0) as run:
         with pytest.raises(QueueFull):
-            await run.service.live.embed([photo(i) for i in range(3)])
-        assert run.service.live.batcher.images == 0
+            await run.embed([photo(i) for i in range(3)])
+        assert run.service.pipeline.batcher.images == 0
         assert run.engine.batches == []
-        assert len(await run.service.live.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
+        assert len(await run.embed([photo(0), photo(0), photo(1)])) == 3  # two different ones
 
 
 async def test_a_slow_cache_leaves_no_gap_to_compute_twice_in(tmp_path):
@@ -307,10 +311,10 @@ async def test_a_slow_cache_leaves_no_gap_to_compute_twice_in(tmp_path):
 
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache=Slow(2**20)) as run:
-        first = asyncio.create_task(run.service.live.embed([photo()]))
+        first = asyncio.create_task(run.embed([photo()]))
         await until(engine.entered.is_set)
         await asyncio.sleep(0.1)  # computed, and on its way into the cache
-        await run.service.live.embed([photo()])
+        await run.embed([photo()])
         await first
     assert engine.images == 1
 
@@ -332,7 +336,7 @@ async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
 
     cache = Liar()
     async with running(tmp_path, cache=cache) as run:
-        result = (await run.service.live.embed([photo()]))[0]
+        result = (await run.embed([photo()]))[0].result()
     assert not result.cached
     stored = Embedded.from_bytes(next(iter(cache.items.values())), DIMS)
     np.testing.assert_array_equal(stored.cls, result.cls)
@@ -361,12 +365,12 @@ async def test_features_that_are_not_finite_fail_and_are_not_cached(tmp_path, pa
             return features
 
         run.engine.run = wrong
-        good, bad = await run.service.live.embed([photo(), plain_photo(100)])
-        assert isinstance(good, Embedded)
-        assert isinstance(bad, EngineFailed)
-        found = await run.service.live.embed([photo(), plain_photo(100)])
-        assert [type(result) for result in found] == [Embedded, EngineFailed]
-        assert found[0].cached
+        good, bad = await run.embed([photo(), plain_photo(100)])
+        assert isinstance(good.result(), Embedded)
+        assert isinstance(bad.error, EngineFailed)
+        found = await run.embed([photo(), plain_photo(100)])
+        assert [type(result.error or result.value) for result in found] == [Embedded, EngineFailed]
+        assert found[0].result().cached
         answer = await run.client.post("/v1/segment", content=plain_photo(100), headers={"Content-Type": "image/png"})
     assert answer.status_code == 500
     assert answer.json()["code"] == "engine_failed"
@@ -376,13 +380,13 @@ async def test_closing_fails_what_is_under_way(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:
         engine.gate = threading.Event()
-        first = asyncio.create_task(run.service.live.embed([photo(0)]))
+        first = asyncio.create_task(run.embed([photo(0)]))
         await until(engine.entered.is_set)
-        second = asyncio.create_task(run.service.live.embed([photo(1)]))
-        await until(lambda: run.service.live.batcher.waiting == 1)
+        second = asyncio.create_task(run.embed([photo(1)]))
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
         threading.Timer(0.05, engine.gate.set).start()
-    assert isinstance((await second)[0], ShuttingDown)
-    assert isinstance((await first)[0], Embedded)
+    assert isinstance((await second)[0].error, ShuttingDown)
+    assert isinstance((await first)[0].result(), Embedded)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
@@ -439,7 +443,7 @@ async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, m
             assert blocked.calls == 2
             assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 503
             assert (await run.client.get("/readyz")).json()["reasons"] == {"queue": "full"}
-        await until(lambda: run.service.live.batcher.images == 0)
+        await until(lambda: run.service.pipeline.batcher.images == 0)
         assert (await run.client.get("/readyz")).status_code == 200
         assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 200
 
@@ -448,8 +452,8 @@ async def test_decodes_that_have_not_begun_are_dropped_at_once(tmp_path, monkeyp
     async with running(tmp_path, request_deadline_s=0.3, cache_bytes=0) as run:
         with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
             await asyncio.gather(*(run.client.post("/v1/embeddings", content=photo(i), headers=PNG) for i in range(5)))
-            await until(lambda: run.service.live.batcher.images == 2)
-        await until(lambda: run.service.live.batcher.images == 0)
+            await until(lambda: run.service.pipeline.batcher.images == 2)
+        await until(lambda: run.service.pipeline.batcher.images == 0)
         assert blocked.calls == 2
     assert run.engine.images == 0
 
@@ -458,12 +462,12 @@ async def test_what_is_cached_waits_for_no_decode(tmp_path, monkeypatch):
     large = photo(size=(400, 300))  # more than is hashed on the event loop
     assert len(large) > 2**18
     async with running(tmp_path) as run:
-        await run.service.live.embed([large])
+        await run.embed([large])
         with Blocked(monkeypatch, "service.features.pipeline.decode") as blocked:
-            others = [asyncio.create_task(run.service.live.embed([photo(i)])) for i in range(1, 4)]
+            others = [asyncio.create_task(run.embed([photo(i)])) for i in range(1, 4)]
             await until(lambda: blocked.calls == 2)
             async with asyncio.timeout(5):
-                assert (await run.service.live.embed([large]))[0].cached
+                assert (await run.embed([large]))[0].result().cached
         await asyncio.gather(*others)
 
 
@@ -482,6 +486,6 @@ async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_
         await until(lambda: decodes.calls == 2)
         await asyncio.sleep(0.2)
         assert decodes.calls == 2
-        assert run.service.live.batcher.images == 6
+        assert run.service.pipeline.batcher.images == 6
         gate.set()
         assert [(await post).status_code for post in posts] == [200] * 6

@@ -18,17 +18,14 @@ from model.decode import DecodeLimits
 from model.preprocess import preprocess
 from service.errors import Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.features.images import decode
-from service.features.pipeline import Pooling
 from service.ingest import index as index_files
 from service.ingest.embed import load_ahead
 from service.ingest.folders import Content, Photo
-from service.ingest.index import IndexOptions, IndexReport, index_photos, pooling_of, vector_tag
+from service.ingest.index import IndexHooks, IndexOptions, IndexReport, index_photos, pooling_of, vector_tag
 from service.ingest.sources import find_photos
 from service.search.store import CollectionInfo, CollectionSpec, Item
-from service.settings import Settings
-from service.state import Service
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, SPEC, FakeEngine, fake_artifact, photo
+from tests.fakes import DIMS, SPEC, FakeEngine, fake_artifact, photo, running
 
 ARTIFACT = fake_artifact()
 
@@ -56,10 +53,10 @@ class Recorder(DictStore):
 async def run(
     *sources: Path, store: DictStore, engine: FakeEngine | None = None, to: str = "shop", **given: Any
 ) -> IndexReport:
-    collaborators = {name: given.pop(name) for name in ("stop", "keep", "on_problem", "on_progress") if name in given}
+    hooks = {name: given.pop(name) for name in ("stop", "keep", "on_problem", "on_progress") if name in given}
     found = given.pop("found", None) or find_photos([str(source) for source in sources])
     options = IndexOptions(**{"batch_size": 4, "workers": 2, **given})
-    return await index_photos(found, store, to, ARTIFACT, engine or FakeEngine(), options, **collaborators)
+    return await index_photos(found, store, to, ARTIFACT, engine or FakeEngine(), options, IndexHooks(**hooks))
 
 
 def write_photos(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
@@ -98,12 +95,12 @@ async def test_photos_become_items(folder: Path) -> None:
     assert (await store.info("shop")).spec == CollectionSpec(vector_tag(ARTIFACT, FakeEngine(), "cls"), DIMS)
 
 
-def test_the_tag_is_the_services(tmp_path: Path) -> None:
-    service = Service(Settings(data_dir=tmp_path), ARTIFACT, FakeEngine(), metrics=None)
-    pooling: Pooling
-    for pooling in ("cls", "mean", "cls+mean"):
+async def test_the_tag_is_the_services(tmp_path: Path) -> None:
+    async with running(tmp_path, artifact=ARTIFACT) as served:
+        tags = {pooling: served.service.tag(pooling=pooling) for pooling in ("cls", "mean", "cls+mean")}
+    for pooling, served_tag in tags.items():
         tag = vector_tag(ARTIFACT, FakeEngine(), pooling)
-        assert tag == service.tag(pooling=pooling) == f"{'a' * 64}/{pooling}/l2/28x28/fp32"
+        assert tag == served_tag
         assert vector_tag(ARTIFACT, FakeEngine(precision="int8"), pooling).endswith("/28x28/int8")
         assert pooling_of(CollectionInfo("shop", CollectionSpec(tag, DIMS), 0)) == pooling
     with pytest.raises(Conflict, match="no model here makes"):

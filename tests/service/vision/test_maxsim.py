@@ -10,9 +10,10 @@ import pytest
 
 from model.preprocess import crop_box
 from service.errors import NotFound, StorageFailed, UnsupportedImage
+from service.features.patches import Patches, unit_rows
+from service.outcomes import Outcome, numbered
 from service.search.store import CollectionSpec, Item
 from service.vision.maxsim import maxsim, maxsim_matches
-from service.vision.patches import Patches, unit_rows
 from service.vision.region import box_weights, patch_box
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, SPEC, FakeEngine, photo, running, until
@@ -121,14 +122,14 @@ async def fill(run, store, photos, *, pooling="cls", count=6):
     tag = run.service.tag(pooling=pooling)
     await store.create("shop", CollectionSpec(tag, DIMS, originals=True))
     for i in range(count):
-        [one] = await run.service.live.embed([photo(i)])
+        [one] = await run.embed([photo(i)])
         source = f"original:{photos.put(photo(i))}"
-        await store.upsert("shop", [Item(f"p{i}", one.vector(pooling, True), {}, source)], tag=tag)
+        await store.upsert("shop", [Item(f"p{i}", one.result().vector(pooling, True), {}, source)], tag=tag)
     run.service.originals = photos
 
 
 async def tokens_of(run, image):
-    return unit_rows(await run.service.live.analyse(image, lambda analysed: analysed.patches.copy()))
+    return unit_rows(await run.service.pipeline.analyse(image, lambda analysed: analysed.patches.copy()))
 
 
 async def ask(run, body, status=200):
@@ -294,9 +295,9 @@ async def test_matches_are_boxes_in_both_photos(tmp_path):
     image = photo(3, size=(60, 48))
     async with running(tmp_path, store=store) as run:
         await fill(run, store, photos, count=2)
-        [one] = await run.service.live.embed([image])
+        [one] = await run.embed([image])
         source = f"original:{photos.put(image)}"
-        await store.upsert("shop", [Item("big", one.vector("cls", True), {}, source)], tag=run.service.tag())
+        await store.upsert("shop", [Item("big", one.result().vector("cls", True), {}, source)], tag=run.service.tag())
         body = {"image": text_of(image), "rerank": "patches", "matches": True, "k": 1}
         [hit] = (await ask(run, body))["data"]
         [other] = (await ask(run, body | {"filter": {"not": {"key": "x", "exists": True}}, "offset": 1}))["data"]
@@ -360,15 +361,17 @@ async def test_whoever_leaves_gives_back_the_places_in_the_queue(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, store=DictStore(), engine=engine) as run:
         engine.gate = threading.Event()
-        photos = {hashlib.sha256(photo(i)).hexdigest(): photo(i) for i in range(5)}
-        waiting = asyncio.create_task(run.service.live.patches(photos))
+        photos = [(hashlib.sha256(photo(i)).hexdigest(), photo(i)) for i in range(5)]
+        waiting = asyncio.create_task(run.service.pipeline.patches(numbered(photos)))
         await until(engine.entered.is_set)
-        assert run.service.live.batcher.images == 5
+        assert run.service.pipeline.batcher.images == 5
         waiting.cancel()
         engine.gate.set()
-        await until(lambda: run.service.live.batcher.images == 0)
+        await until(lambda: run.service.pipeline.batcher.images == 0)
         engine.gate = None
-        found = await run.service.live.patches(photos | {"0" * 64: b"no photo"})
-        assert [isinstance(found[digest], Patches) for digest in photos] == [True] * 5
-        assert isinstance(found["0" * 64], UnsupportedImage)
-        assert run.service.live.batcher.images == 0
+        images = [Outcome(0, error=NotFound("it is not stored")), *numbered([*photos, ("0" * 64, b"no photo")])]
+        gone, *found, unreadable = await run.service.pipeline.patches(images)
+        assert [isinstance(outcome.result(), Patches) for outcome in found] == [True] * 5
+        assert isinstance(unreadable.error, UnsupportedImage)
+        assert gone.error is images[0].error
+        assert run.service.pipeline.batcher.images == 0

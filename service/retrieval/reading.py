@@ -1,35 +1,26 @@
-"""What a search request asks for, read and checked, before anything is computed.
+"""Queries read from a request's fields and checked, before anything is computed.
 
-A body is one query, a list of them, or a photo with options. A query names what to search for in one of five forms; all
-but `region` come down to parts: a photo, a vector or an item's id, each with a weight. A vector becomes an array here,
-at once: it is most of the body of the commonest request, and pydantic would make a list of floats of it first.
+A request is one query, a list of them, or an image with options. A vector becomes an array here, at once: it is most of
+the body of the commonest request, and pydantic would make a list of floats of it first.
 
-Of a list, a query that makes no sense becomes an error of its own, as photos do elsewhere.
+Of a list, a query that makes no sense becomes an error of its own, as images do elsewhere.
 """
 
 import reprlib
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-from fastapi import Request
 from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
-from service.errors import InvalidRequest, ServiceError
-from service.routes.uploads import (
-    Image,
-    Model,
-    check_count,
-    check_fields,
-    decode_texts,
-    json_of,
-    media_type,
-    parse_options,
-    read_upload,
-)
+from service.data_urls import decode_texts
+from service.errors import InvalidRequest
+from service.options import Model, check_fields, parse_options
+from service.outcomes import Outcome, attempt_await, numbered, successes
+from service.retrieval.query import FORMS, Part, Query, SearchRequest
 from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
 from service.search.checks import check_id
 from service.search.filters import MAX_VALUES, And, Filter, In, Not, Or, parse_filter, parse_path
@@ -37,55 +28,8 @@ from service.search.specs import MAX_DIMENSION
 from service.search.store import MAX_DEPTH, SearchParams
 from service.settings import Settings
 
-FORMS: Final = ("image", "vector", "id", "combine", "region")
 MAX_RESULTS_OF_BATCH: Final = MAX_DEPTH
-DEFAULT_RERANK_DEPTH: Final = 20
 _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]], FailFast()])
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of what is searched for: a photo, a vector or an id."""
-
-    image: Image | None = None
-    vector: npt.NDArray[np.float64] | None = None  # [D], of any scale
-    id: str | None = None
-    fingerprint: str | None = None  # of the model that made the vector, if the client told
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Query:
-    """One query, checked: `form` is one of `FORMS`, `asked` what else the request said."""
-
-    form: str
-    parts: tuple[Part, ...]  # of a region: its photo
-    asked: Ranking
-    region: dict[str, Any] | None = None  # {"box": (x, y, w, h)} or {"mask": {"size": ..., "counts": ...}}
-    where: Filter | None = None
-    path: tuple[str, ...] | None = None  # of the key that is grouped by
-    params: SearchParams | None = None
-    like: bytes = b""  # queries with the same `like` can share one call of the store
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether the served model computes something for it."""
-        return any(part.image is not None for part in self.parts)
-
-    @property
-    def needs_patches(self) -> bool:
-        """Whether the patch tokens of its photo are needed, not only its vector."""
-        return self.form == "region" or (self.form == "image" and self.asked.rerank is not None)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A whole request: its queries, of a batch with the errors of those that make no sense."""
-
-    queries: list[Query | ServiceError]
-    model: str = "auto"
-    batch: bool = False
-    partial: bool = False
 
 
 @dataclass
@@ -96,18 +40,20 @@ class _Reader:
     filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity: it outlives the reader
     values: int = 0  # in all of them
 
-    async def query(self, fields: dict[str, Any], known: QueryIn | None = None) -> Query:
-        body = known or _parsed(QueryIn, fields)
-        given = [form for form in FORMS if getattr(body, form) is not None]
-        if len(given) != 1:
-            raise InvalidRequest(f"exactly one of {', '.join(FORMS)} is needed, not {' and '.join(given) or 'none'}")
-        [form] = given
+    async def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
+        body = body or _parsed(QueryIn, fields)
+        forms = [form for form in FORMS if getattr(body, form) is not None]
+        if len(forms) != 1:
+            raise InvalidRequest(f"exactly one of {', '.join(FORMS)} is needed, not {' and '.join(forms) or 'none'}")
+        [form] = forms
         if body.fingerprint is not None and form != "vector":
             raise InvalidRequest("fingerprint says which model made `vector`, and there is none", param="fingerprint")
         region = None
         if form == "combine":
             assert body.combine is not None
-            parts = tuple([await self._part(part, part.weight, f"combine.{i}.") for i, part in enumerate(body.combine)])
+            parts = tuple(
+                [await self._part(part, part.weight, f"combine.{i}.", i) for i, part in enumerate(body.combine)]
+            )
         elif form == "region":
             assert body.region is not None
             region = body.region.model_dump(include={"box", "mask"}, exclude_none=True)
@@ -121,42 +67,44 @@ class _Reader:
             parts = (await self._part(body, 1.0, ""),)
         return self.ranked(form, parts, body, region)
 
-    def ranked(self, form: str, parts: tuple[Part, ...], asked: Ranking, region: dict[str, Any] | None = None) -> Query:
+    def ranked(
+        self, form: str, parts: tuple[Part, ...], ranking: Ranking, region: dict[str, Any] | None = None
+    ) -> Query:
         """With the fields that all forms share."""
-        if asked.k + asked.offset > MAX_DEPTH:
-            raise InvalidRequest(f"k + offset is {asked.k + asked.offset}; at most {MAX_DEPTH:,}", param="offset")
-        _check_grouping_and_rerank(form, asked)
+        if ranking.k + ranking.offset > MAX_DEPTH:
+            raise InvalidRequest(f"k + offset is {ranking.k + ranking.offset}; at most {MAX_DEPTH:,}", param="offset")
+        _check_grouping_and_rerank(form, ranking)
         return Query(
             form,
             parts,
-            asked,
+            ranking,
             region,
-            where=None if asked.filter is None else self._filter(asked.filter),
-            path=None if asked.group_by is None else parse_path(asked.group_by, "group_by"),
-            params=search_params(asked.params),
-            like=orjson.dumps([asked.k + asked.offset, asked.filter, asked.params and asked.params.model_dump()]),
+            where=None if ranking.filter is None else self._filter(ranking.filter),
+            path=None if ranking.group_by is None else parse_path(ranking.group_by, "group_by"),
+            params=search_params(ranking.params),
+            batch_key=orjson.dumps(
+                [ranking.k + ranking.offset, ranking.filter, ranking.params and ranking.params.model_dump()]
+            ),
         )
 
-    async def _part(self, given: PartIn | QueryIn, weight: float, where: str) -> Part:
-        names = [name for name in ("image", "vector", "id") if getattr(given, name) is not None]
+    async def _part(self, part: PartIn | QueryIn, weight: float, where: str, index: int = 0) -> Part:
+        names = [name for name in ("image", "vector", "id") if getattr(part, name) is not None]
         if len(names) != 1:
             raise InvalidRequest(
                 f"{where.rstrip('.')}: exactly one of image, vector and id is needed, not "
                 f"{' and '.join(names) or 'none'}",
                 param="combine",
             )
-        if given.vector is not None:
-            return Part(
-                vector=read_vector(given.vector, f"{where}vector"), fingerprint=given.fingerprint, weight=weight
-            )
-        if given.fingerprint is not None:
+        if part.vector is not None:
+            return Part(vector=read_vector(part.vector, f"{where}vector"), fingerprint=part.fingerprint, weight=weight)
+        if part.fingerprint is not None:
             raise InvalidRequest(f"{where}fingerprint says which model made a vector; there is none", param="combine")
-        if given.id is not None:
-            return Part(id=check_id(given.id, f"{where}id"), weight=weight)
-        return Part(image=await self._image(given.image), weight=weight)
+        if part.id is not None:
+            return Part(id=check_id(part.id, f"{where}id"), weight=weight)
+        return Part(image=await self._image(part.image, index), weight=weight)
 
-    async def _image(self, text: str | None) -> Image:
-        return (await decode_texts([text], self.settings))[0]
+    async def _image(self, text: str | None, index: int = 0) -> Outcome[bytes]:
+        return replace((await decode_texts([text], self.settings))[0], index=index)
 
     def _filter(self, body: Any) -> Filter:
         if id(body) not in self.filters:
@@ -168,33 +116,38 @@ class _Reader:
         return self.filters[id(body)]
 
 
-async def read_search(request: Request, settings: Settings) -> Asked:
-    """The request's queries: JSON with one or with `queries`, or a photo as a form's file or a raw body.
+def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: Settings) -> SearchRequest:
+    """A search by one image, with options as a form or an address has them: as text.
+
+    Raises:
+        InvalidRequest: an option that is not allowed.
+    """
+    options = parse_options(SearchOptions, _from_text(fields))
+    query = _Reader(settings).ranked("image", (Part(image=image),), options)
+    return SearchRequest(numbered([query]), options.model)
+
+
+async def read_search(fields: dict[str, Any], settings: Settings) -> SearchRequest:
+    """The queries of a JSON object: one, or `queries`.
 
     Raises:
         ServiceError: what is wrong with the request as a whole, or with its only query.
     """
     reader = _Reader(settings)
-    if media_type(request) != "application/json":
-        upload = await read_upload(request, key="image")
-        check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
-        options = parse_options(SearchOptions, _from_text(upload.fields))
-        return Asked([reader.ranked("image", (Part(image=upload.images[0]),), options)], options.model)
-    fields = await json_of(request)
     body = _parsed(SearchIn, fields)
     if body.queries is None:
         if "on_error" in fields:
             raise InvalidRequest("on_error belongs to queries, and there are none", param="on_error")
         query = await reader.query(fields, body)
         _check_images([query], settings)
-        return Asked([query], body.model)
+        return SearchRequest(numbered([query]), body.model)
     forms = [name for name in (*FORMS, "fingerprint") if getattr(body, name) is not None]
     if forms:
         raise InvalidRequest(f"{' and '.join(forms)} beside queries: say it in each of them", param="queries")
     shared = {name: value for name, value in fields.items() if name in Ranking.model_fields}
-    queries = [await _one_of_many(reader, shared, given) for given in body.queries]
-    _check_batch(queries, settings)
-    return Asked(queries, body.model, batch=True, partial=body.on_error == "partial")
+    queries = [await attempt_await(i, _one_of_many(reader, shared, part)) for i, part in enumerate(body.queries)]
+    _check_batch(successes(queries), settings)
+    return SearchRequest(queries, body.model, batch=True, on_error=body.on_error)
 
 
 def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
@@ -213,24 +166,20 @@ def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
     return parse_options(model, fields)
 
 
-async def _one_of_many(reader: _Reader, shared: dict[str, Any], given: Any) -> Query | ServiceError:
-    try:
-        if not isinstance(given, dict):
-            raise InvalidRequest(f"a query is an object, not {reprlib.repr(given)}")
-        check_fields(given, "the query")
-        query = await reader.query({**shared, **given})
-        if query.asked.rerank is not None:
-            raise InvalidRequest("rerank goes through the photos of one query: send it by itself", param="rerank")
-    except ServiceError as error:
-        return error
+async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> Query:
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"a query is an object, not {reprlib.repr(fields)}")
+    check_fields(fields, "the query")
+    query = await reader.query({**shared, **fields})
+    if query.ranking.rerank is not None:
+        raise InvalidRequest("rerank goes through the photos of one query: send it by itself", param="rerank")
     return query
 
 
-def _check_batch(queries: list[Query | ServiceError], settings: Settings) -> None:
+def _check_batch(queries: list[Query], settings: Settings) -> None:
     """What all queries of a request may cost together."""
-    good = [query for query in queries if isinstance(query, Query)]
-    _check_images(good, settings)
-    results = sum(query.asked.k * (query.asked.group_size or 1) + query.asked.offset for query in good)
+    _check_images(queries, settings)
+    results = sum(query.ranking.k * (query.ranking.group_size or 1) + query.ranking.offset for query in queries)
     if results > MAX_RESULTS_OF_BATCH:
         raise InvalidRequest(
             f"the queries ask for {results:,} results together (k times group_size, plus offset); "
@@ -281,19 +230,19 @@ def _count_values(condition: Filter) -> int:
     return len(condition.values) if isinstance(condition, In) else 1
 
 
-def search_params(given: ParamsIn | None) -> SearchParams | None:
+def search_params(params: ParamsIn | None) -> SearchParams | None:
     """As the store takes them."""
-    return None if given is None else SearchParams(given.exact, given.ef_search, given.nprobe)
+    return None if params is None else SearchParams(params.exact, params.ef_search, params.nprobe)
 
 
-def _check_grouping_and_rerank(form: str, asked: Ranking) -> None:
-    if asked.group_size is not None and asked.group_by is None:
+def _check_grouping_and_rerank(form: str, ranking: Ranking) -> None:
+    if ranking.group_size is not None and ranking.group_by is None:
         raise InvalidRequest("group_size needs group_by", param="group_size")
-    if asked.rerank is None:
-        if asked.matches or asked.rerank_depth is not None:
+    if ranking.rerank is None:
+        if ranking.matches or ranking.rerank_depth is not None:
             raise InvalidRequest("matches and rerank_depth need rerank", param="rerank")
         return
-    if asked.group_by is not None:
+    if ranking.group_by is not None:
         raise InvalidRequest("rerank and group_by do not go together", param="rerank")
     if form not in ("image", "region", "id"):
         raise InvalidRequest(

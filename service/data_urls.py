@@ -1,0 +1,64 @@
+"""Images as JSON carries them: data URLs or plain base64.
+
+An image that cannot be read (not base64, a link) becomes an error of its own item, not of the request, so that
+`on_error=partial` covers it.
+"""
+
+import binascii
+import re
+from typing import Any
+
+from service.errors import BrokenImage, ImageTooLarge, InvalidRequest
+from service.off_loop import off_loop
+from service.outcomes import Outcome, attempt
+from service.settings import Settings
+
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGNORECASE)
+
+
+async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
+    """Bytes of data URLs or base64, in order; what cannot be read is its item's error."""
+
+    def work() -> list[Outcome[bytes]]:
+        return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
+
+    return await off_loop(sum(len(text) for text in texts if isinstance(text, str)), work)
+
+
+def image_from_text(text: Any, max_bytes: int) -> bytes:
+    """Bytes of one data URL or plain base64 (line breaks, URL-safe letters and missing padding are forgiven).
+
+    Raises:
+        InvalidRequest: not a string, or a link.
+        ImageTooLarge, BrokenImage: more than `max_bytes`, not base64.
+    """
+    if not isinstance(text, str):
+        raise InvalidRequest(f"an image is a string (data URL or base64), not {type(text).__name__}")
+    if text[:8].lower().startswith(("http://", "https://")):
+        raise InvalidRequest("links are not fetched: send the image itself, as a data URL or base64")
+    start = 0
+    if text[:1].isspace():
+        text = text.lstrip()
+    if text[:5].lower() == "data:":
+        match = _DATA_URL.match(text)
+        if match is None or not (match[2] or "").lower().endswith(";base64"):
+            raise InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
+        start = match.end()
+    if (len(text) - start) // 4 * 3 > max_bytes + 2:
+        raise ImageTooLarge(f"the image has about {(len(text) - start) // 4 * 3} bytes; the limit is {max_bytes}")
+    payload = text[start:] if start else text
+    try:
+        try:
+            return binascii.a2b_base64(payload, strict_mode=True)
+        except binascii.Error:
+            plain = "".join(payload.split()).replace("-", "+").replace("_", "/").rstrip("=")
+            return binascii.a2b_base64(plain + "=" * (-len(plain) % 4), strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise BrokenImage(f"not base64: {error}") from error
+
+
+def check_count(count: int, settings: Settings, param: str) -> None:
+    """Refuse a request with no image or with more than one request may bring."""
+    limit = settings.items_per_request
+    if not 1 <= count <= limit:
+        raise InvalidRequest(f"{count} images in {param}: a request takes 1 to {limit}", param=param)

@@ -1,0 +1,179 @@
+"""One search: find where each query starts (`origins`), ask the store, cut its answer to size.
+
+The commonest request, one vector, skips the first step: the store compares the tags itself, so nothing about the
+collection need be known before. Queries of a batch that ask for the same share one call of the store.
+
+What a query names by id is left out of its answer: "like this one" does not mean this one. So that many more are
+searched for.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from service.errors import ModelMismatch
+from service.outcomes import Outcome, indexed
+from service.retrieval.grouping import Group, grouped
+from service.retrieval.origins import Origin, Target, find_origins
+from service.retrieval.query import Query, SearchRequest
+from service.retrieval.rerank import Comparison, reranked
+from service.search.store import MAX_DEPTH, Floats, Hit
+from service.state import Service
+from service.timings import ms_since
+
+
+@dataclass
+class QueryResults:
+    """What one query finds: hits, best first, or groups of them.
+
+    comparisons, vectors: by the item's id, as far as the query asks for them.
+    """
+
+    hits: Sequence[Hit] = ()
+    groups: list[Group] | None = None
+    truncated: bool = False
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    vectors: Mapping[str, Floats] = field(default_factory=dict)
+
+    def ids(self) -> list[str]:
+        return [hit.id for hit in self.hits] + [hit.id for group in self.groups or () for hit in group.hits]
+
+
+@dataclass(frozen=True)
+class SearchResults:
+    """What a request finds: each query's results or error, in order; the collection's tag; milliseconds by stage."""
+
+    queries: list[Outcome[QueryResults]]
+    tag: str
+    timings: dict[str, float]
+
+
+async def search(service: Service, name: str, request: SearchRequest) -> SearchResults:
+    """The items of a collection nearest to what each query names.
+
+    Raises:
+        ServiceError: of the request as a whole, as when the queue is full or there is no such collection.
+    """
+    service.check_model(request.model)
+    quick = await _by_one_vector(service, name, request)
+    if quick is not None:
+        return quick
+    target = await Target.of(service, name)
+    origins = await find_origins(service, target, request.queries)
+    timings: dict[str, float] = {}
+    for _, origin in indexed(origins):
+        for stage, ms in origin.timings.items():
+            timings[stage] = max(timings.get(stage, 0.0), ms)
+    started = time.perf_counter()
+    results = await _find(service, target, request, origins)
+    timings["search"] = ms_since(started)
+    await _add_vectors(service, target, request, results)
+    return SearchResults(results, target.info.tag, timings)
+
+
+async def _by_one_vector(service: Service, name: str, request: SearchRequest) -> SearchResults | None:
+    """The answer to a request that is one vector and nothing unusual; None when it takes the longer way. That looks the
+    collection's tag up; here it is taken for granted that the pooling is the usual one."""
+    if request.batch:
+        return None
+    query = request.queries[0].result()
+    if query.form != "vector" or query.path or query.ranking.include:
+        return None
+    part, started = query.parts[0], time.perf_counter()
+    assert part.vector is not None
+    tag = service.tag(part.fingerprint)
+    try:
+        [hits] = await service.store.search(
+            name, part.vector[None], query.depth, tag=tag, where=query.where, params=query.params
+        )
+    except ModelMismatch:
+        return None
+    timings = {"search": ms_since(started)}
+    return SearchResults([Outcome(0, QueryResults(_cut(query, hits)))], tag, timings)
+
+
+async def _find(
+    service: Service, target: Target, request: SearchRequest, origins: Sequence[Outcome[Origin]]
+) -> list[Outcome[QueryResults]]:
+    """What each query finds, or why it finds nothing, in order."""
+    results: dict[int, QueryResults] = {}
+    batches: dict[bytes, dict[int, tuple[Query, Origin]]] = {}
+    for number, origin in indexed(origins):
+        query = request.queries[number].result()
+        if query.path is not None:
+            results[number] = await _groups(service, target, query, query.path, origin)
+        else:
+            batches.setdefault(query.batch_key, {})[number] = (query, origin)
+    for batch in batches.values():
+        results |= zip(batch, await _hits(service, target, list(batch.values())), strict=True)
+    return [Outcome(origin.index, results.get(origin.index), origin.error) for origin in origins]
+
+
+async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
+    """Queries that ask for the same of different places: one call of the store."""
+    first = batch[0][0]
+    depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
+    depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
+    vectors = np.stack([origin.vector for _, origin in batch])
+    rankings = await service.store.search(
+        target.info.name, vectors, depth, tag=target.info.tag, where=first.where, params=first.params
+    )
+    results = []
+    for (query, origin), hits in zip(batch, rankings, strict=True):
+        kept = [hit for hit in hits if hit.id not in origin.exclude]
+        if query.ranking.rerank is None:
+            results.append(QueryResults(_cut(query, kept)))
+        else:
+            ranked = await reranked(service, target, query, origin, _above(query, kept))
+            results.append(QueryResults(_page(query, ranked.hits), comparisons=ranked.comparisons))
+    return results
+
+
+async def _groups(
+    service: Service, target: Target, query: Query, path: tuple[str, ...], origin: Origin
+) -> QueryResults:
+    async def best(depth: int) -> list[Hit]:
+        info, vectors = target.info, origin.vector[None]
+        [hits] = await service.store.search(
+            info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
+        )
+        return hits
+
+    groups = await grouped(
+        best,
+        path,
+        k=query.ranking.k,
+        size=query.ranking.group_size or 1,
+        offset=query.ranking.offset,
+        keep=lambda hit: hit.id not in origin.exclude,
+        threshold=query.ranking.score_threshold,
+    )
+    return QueryResults(groups=groups.groups, truncated=groups.truncated)
+
+
+def _above(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
+    """The hits, best first, down to the threshold."""
+    least = query.ranking.score_threshold
+    return hits if least is None else [hit for hit in hits if hit.score >= least]
+
+
+def _page(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
+    return hits[query.ranking.offset :][: query.ranking.k]
+
+
+def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
+    return _page(query, _above(query, hits))
+
+
+async def _add_vectors(
+    service: Service, target: Target, request: SearchRequest, outcomes: Sequence[Outcome[QueryResults]]
+) -> None:
+    """To the results of those queries that ask for them."""
+    asking = [results for number, results in indexed(outcomes) if request.queries[number].result().ranking.include]
+    ids = list(dict.fromkeys(item_id for results in asking for item_id in results.ids()))
+    items = await service.store.get(target.info.name, ids) if ids else []
+    vectors = {item.id: np.ascontiguousarray(item.vector) for item in items if item is not None}
+    for results in asking:
+        results.vectors = vectors

@@ -1,0 +1,162 @@
+"""How requests bring what they say: a JSON object, a form with files, or an image as the raw body.
+
+Sizes were limited while the body came in (`service/middleware.py`); a form's files stay in memory, since a container's
+root is read-only and an image should not touch the disk.
+"""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+from fastapi import Request
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.data_urls import check_count, decode_texts
+from service.errors import BadRequest, InvalidRequest, UnsupportedMediaType
+from service.off_loop import off_loop
+from service.outcomes import Outcome, numbered
+from service.settings import Settings
+
+MAX_FORM_FIELDS: Final = 32
+MAX_FIELD_BYTES: Final = 64 * 1024
+MAX_JSON_VALUES: Final = 1_000_000
+"""In one body: each becomes an object of 60 bytes and more, so a body of commas takes 20 times its size in memory."""
+_FORM_CHARSETS: Final = frozenset({"utf-8", "utf8", "us-ascii", "iso-8859-1", "latin-1"})
+_FORMS: Final = "application/json, multipart/form-data, or the image itself as image/*"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A request's body, read: its images in order, whatever stood beside them, and the files' names (of a form)."""
+
+    images: list[Outcome[bytes]]
+    fields: dict[str, Any]
+    names: list[str] = field(default_factory=list)
+
+
+def media_type(request: Request) -> str:
+    """The Content-Type without its parameters, in lower case; empty when there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_upload(request: Request, settings: Settings, *, key: str) -> Upload:
+    """Read a body with images; `key` is the JSON field that holds them (a string or a list of strings).
+
+    Raises:
+        BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: what is wrong with the body.
+    """
+    kind = media_type(request)
+    if kind == "application/json":
+        fields = await read_json(request)
+        if key not in fields:
+            raise InvalidRequest(f"{key} is missing: a data URL or base64, or a list of them", param=key)
+        images = fields.pop(key)
+        texts = images if isinstance(images, list) else [images]
+        check_count(len(texts), settings, key)
+        return Upload(await decode_texts(texts, settings), fields)
+    if kind == "multipart/form-data":
+        upload = await _read_form(request, settings)
+        check_count(len(upload.images), settings, "file")
+        return upload
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return Upload(numbered([await request.body()]), query_fields(request))
+    raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send {_FORMS}")
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        UnsupportedMediaType, BadRequest, InvalidRequest: another content type, not JSON, not an object.
+    """
+    kind = media_type(request)
+    if kind != "application/json":
+        raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send application/json")
+    return await json_of(request)
+
+
+async def json_of(request: Request) -> dict[str, Any]:
+    """As `read_json`, whatever the content type."""
+    body = await request.body()
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
+        raise InvalidRequest(f"the body holds more than {MAX_JSON_VALUES:,} JSON values")
+    try:
+        value = await off_loop(len(body), lambda: orjson.loads(body))
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+async def read_optional_json(request: Request) -> dict[str, Any]:
+    """As `read_json`; no body at all is an empty object."""
+    return await read_json(request) if await request.body() else {}
+
+
+def query_fields(request: Request) -> dict[str, Any]:
+    """Query parameters; one given several times becomes a list."""
+    return _grouped(request.query_params.multi_items())
+
+
+class _MemoryParser(MultiPartParser):
+    """Starlette's parser that never spools a file to disk (the body's limit bounds the memory), and knows whether the
+    form was cut off: what stood after the last whole part would be lost without a word."""
+
+    spool_max_size = 2**62
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+        super().on_end()
+
+
+async def _read_form(request: Request, settings: Settings) -> Upload:
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _FORM_CHARSETS:  # others (utf-7, unicode_escape) decode to what no JSON can hold
+        raise BadRequest(f"the form's charset {charset[:80]!r} is not accepted: send utf-8")
+
+    async def whole_form() -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+        if not parser.ended:  # raised while the parser reads, so that it closes its files
+            raise MultiPartException("it ends before its last boundary")
+
+    parser = _MemoryParser(
+        request.headers,
+        whole_form(),
+        max_files=settings.items_per_request + 1,  # one more, so that the usual excess is told as in JSON
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise BadRequest(f"the form cannot be read: {error.message}") from error
+    try:
+        files: list[bytes] = []
+        names, texts = [], []
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                texts.append((name, value))
+            elif name in ("file", "files", "file[]", "files[]"):
+                files.append(await value.read())
+                names.append(value.filename or "")
+            else:
+                raise InvalidRequest(f"form file {name!r}: files are called file or files", param=name[:64])
+    finally:
+        await form.close()
+    return Upload(numbered(files), _grouped(texts), names)
+
+
+def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            fields[name] = [*(fields[name] if isinstance(fields[name], list) else [fields[name]]), value]
+        else:
+            fields[name] = value
+    return fields
