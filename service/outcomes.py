@@ -17,9 +17,13 @@ P = ParamSpec("P")
 OnError = Literal["fail", "partial"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome(Generic[T]):
-    """`index` counts from 0 in the order sent; `value` is meaningless where there is an `error`."""
+    """`index` counts from 0 in the order sent; `value` is meaningless where there is an `error`.
+
+    Never changed once it is made. Not frozen, because every image and every search makes a few, and a frozen dataclass
+    takes twice as long to make.
+    """
 
     index: int
     value: T | None = None

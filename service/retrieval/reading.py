@@ -104,7 +104,8 @@ class _Reader:
         return Part(image=await self._image(part.image, index), weight=weight)
 
     async def _image(self, text: str | None, index: int = 0) -> Outcome[bytes]:
-        return replace((await decode_texts([text], self.settings))[0], index=index)
+        [image] = await decode_texts([text], self.settings)
+        return replace(image, index=index)
 
     def _filter(self, body: Any) -> Filter:
         if id(body) not in self.filters:

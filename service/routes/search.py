@@ -1,6 +1,7 @@
 """`/v1/collections/{name}/search`: similar images come out. Scores are cosine similarities."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,20 +76,28 @@ def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
 
 def _answer(results: QueryResults) -> dict[str, Any]:
     if results.groups is None:
-        return {"data": [_row(hit, results) for hit in results.hits]}
-    groups = [{"value": group.value, "data": [_row(hit, results) for hit in group.hits]} for group in results.groups]
+        return {"data": _rows(results.hits, results)}
+    groups = [{"value": group.value, "data": _rows(group.hits, results)} for group in results.groups]
     return {"groups": groups, "truncated": results.truncated}
 
 
-def _row(hit: Hit, results: QueryResults) -> dict[str, Any]:
+def _rows(hits: Sequence[Hit], results: QueryResults) -> list[dict[str, Any]]:
+    rows = [_row(hit) for hit in hits]
+    if not results.comparisons and not results.vectors:
+        return rows
+    for row in rows:
+        if row["id"] in results.comparisons:
+            comparison = results.comparisons[row["id"]]
+            row["rerank_score"] = comparison.score
+            if comparison.matches is not None:
+                row["matches"] = comparison.matches
+        if row["id"] in results.vectors:
+            row["vector"] = results.vectors[row["id"]]
+    return rows
+
+
+def _row(hit: Hit) -> dict[str, Any]:
     row = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
     if hit.source is not None:
         row["source"] = hit.source
-    if hit.id in results.comparisons:
-        comparison = results.comparisons[hit.id]
-        row["rerank_score"] = comparison.score
-        if comparison.matches is not None:
-            row["matches"] = comparison.matches
-    if hit.id in results.vectors:
-        row["vector"] = results.vectors[hit.id]
     return row
