@@ -15,7 +15,7 @@ from model.engines.protocol import Tried
 from model.preprocess import crop_box
 from model.zoo import ENTRIES
 from service.features.pipeline import Embedded
-from service.routes.answers import ms_since, slowest
+from service.timings import ms_since, slowest
 from service.vision.mask import coco_rle_decode
 from service.vision.segment import segment_foreground
 from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, running, until

@@ -14,10 +14,11 @@ import uvicorn
 
 from model.preprocess import crop_box
 from service.errors import InvalidRequest
+from service.outcomes import numbered
+from service.retrieval import reading
+from service.retrieval import search as retrieval_search
 from service.retrieval.combine import combined
 from service.retrieval.origins import Origin
-from service.routes import queries
-from service.routes import search as search_route
 from service.schemas import DuplicatesIn, ParamsIn, PartIn, RegionIn, SearchIn
 from service.search.filters import matches, parse_filter
 from service.search.store import CollectionSpec, Item, SearchParams
@@ -453,13 +454,14 @@ async def test_the_times_are_told_in_a_header_and_are_the_slowest_of_a_batch(tmp
     store = DictStore()
 
     async def origins(service, target, asked):
-        return [Origin(np.eye(DIMS, dtype=np.float32)[0], timings={"decode": ms}) for ms in (2.0, 7.5, 1.0)]
+        vector = np.eye(DIMS, dtype=np.float32)[0]
+        return numbered([Origin(vector, timings={"decode": ms}) for ms in (2.0, 7.5, 1.0)])
 
     async with running(tmp_path, store=store) as run:
         await fill(run, store, count=2)
         answer = await run.client.post(SEARCH, json={"image": text_of(photo(1))})
         told = dict(part.split(";dur=") for part in answer.headers["Server-Timing"].split(", "))
-        monkeypatch.setattr(search_route, "find_origins", origins)
+        monkeypatch.setattr(retrieval_search, "find_origins", origins)
         batch = await ask(run, {"queries": [{"id": "p00"}, {"id": "p01"}, {"id": "p00"}]})
     assert told.keys() == answer.json()["timings"].keys()
     assert float(told["total"]) == pytest.approx(answer.json()["timings"]["total"], rel=1e-3)
@@ -568,7 +570,7 @@ async def test_what_a_request_may_ask_for_in_all_is_allowed_up_to_the_limit(tmp_
     grouped = {"id": "p00", "k": 100, "group_by": "half", "group_size": 10}
     async with running(tmp_path, store=store) as run:
         await fill(run, store, count=3)
-        assert queries.MAX_RESULTS_OF_BATCH == queries.MAX_VALUES == 10_000
+        assert reading.MAX_RESULTS_OF_BATCH == reading.MAX_VALUES == 10_000
         await ask(run, {"queries": [{"id": "p00", "k": 1000}] * 10})
         await ask(run, {"queries": [grouped] * 10})
         refused = await ask(run, {"queries": [grouped] * 10 + [{"id": "p00", "k": 1}]}, 422)
