@@ -119,15 +119,13 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
     assert [path for path in sorted(copied) if not (ROOT / path).exists()] == []
 
 
-def test_every_module_beside_the_packages_is_built_into_the_image() -> None:
-    """`py-modules` of pyproject.toml are what `pip install` looks for: first as empty files, then as themselves."""
-    modules = {
-        f"{name}.py"
-        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
-    }
-    assert modules == {path.name for path in ROOT.glob("*.py")}
-    touched = re.search(r"&& touch (.+?) &&", BUILD)
-    copied = re.search(r"^COPY (cli\.py .+) \./$", BUILD, re.MULTILINE)
-    assert touched
-    assert copied
-    assert modules | {"README.md"} == set(touched[1].split()) == set(copied[1].split())
+def test_every_package_is_built_into_the_image() -> None:
+    """The packages of pyproject.toml: first as empty folders, then as themselves. No module stands beside them."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {pattern.rstrip("*") for pattern in found}
+    assert not list(ROOT.glob("*.py"))
+    made = re.search(r"^RUN mkdir (.+?) &&", BUILD, re.MULTILINE)
+    assert made
+    assert set(made[1].split()) == packages
+    copied = set(re.findall(r"^COPY (\w+) \1$", BUILD, re.MULTILINE))
+    assert copied == packages
