@@ -115,7 +115,7 @@ def _sha256(path: Path) -> str:
 
 
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
-    """Photos that k-NN looks among, and photos that none of the checkpoints was trained on.
+    """Photos that k-NN looks among, and images that none of the checkpoints was trained on.
 
     Data with train and val is split so. Otherwise each run held out its share (`held_out_share` and `seed` of its
     settings) and trained on what others held out, so only what all held out is fair to the mean of them.
@@ -133,10 +133,10 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
         (test if photo.name in fair else train_images).append(photo)
     if not test:
         how = ", ".join(f"held_out_share={share} seed={seed}" for share, seed in drawn)
-        raise ValueError(f"no photo was held out by every checkpoint ({how}): give data with train and val in it")
+        raise ValueError(f"no image was held out by every checkpoint ({how}): give data with train and val in it")
     labels = {photo.label for photo in train_images}
     if len(labels) < 2 or None in labels:
-        raise ValueError("k-NN needs photos with labels, of at least two classes")
+        raise ValueError("k-NN needs images with labels, of at least two classes")
     return train_images, test
 
 
@@ -150,11 +150,11 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
         ks: numbers of neighbours.
 
     Returns:
-        accuracy by k of each, and on how many photos.
+        accuracy by k of each, and on how many images.
 
     Raises:
         ValueError: no checkpoint, or no data to test on fairly (`split_for`).
-        OSError: the photos' place does not answer.
+        OSError: the images' place does not answer.
     """
     with tempfile.TemporaryDirectory() as index:  # of tar shards
         train_images, test = split_for(open_source(data, Path(index)), [load_checkpoint(path)[2] for path in paths])

@@ -1,6 +1,6 @@
 """DINO beside DINOv2: two runs that differ in what the papers differ in, and in nothing else.
 
-Both are one recipe on the same photos with the same network, crops, schedules, seed and number of photos seen; `dino`
+Both are one recipe on the same images with the same network, crops, schedules, seed and number of images seen; `dino`
 is that recipe with the changes in `DINO`. A third network, the one that both begin with, is the floor. Then each is
 asked the same: k-NN, logistic regression, robustness of its features; and each run tells its speed, memory and how
 steady its loss was.
@@ -74,7 +74,7 @@ WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 KS = (10, 20)
 KNN_POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
-CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours of the full grid differ by a few photos
+CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours of the full grid differ by a few images
 ROBUSTNESS_PHOTOS = 2000  # recall@1 falls with their number, so it is bounded and given
 JUMP = 0.05  # of ln K
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"  # as -m
@@ -98,8 +98,8 @@ def compare(
         what compare.json holds.
 
     Raises:
-        ValueError: an unknown recipe or setting, one that the two must differ in, no photos to train or test on.
-        OSError: the photos' place or `out` does not answer.
+        ValueError: an unknown recipe or setting, one that the two must differ in, no images to train or test on.
+        OSError: the images' place or `out` does not answer.
         RunStopped: a training run ended with an error, which it has printed.
         Interrupted: SIGTERM; both runs' states are saved, and the same command goes on.
     """
@@ -161,7 +161,7 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
     """
     train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
     if len(held_out) < 2:
-        raise ValueError(f"{config.data}: {len(held_out)} photos are held out; a comparison needs two (held_out_share)")
+        raise ValueError(f"{config.data}: {len(held_out)} images are held out; a comparison needs two (held_out_share)")
     train_images = photos_of(train)
     return train_images[:: math.ceil(len(train_images) / KNN_PHOTOS)], photos_of(held_out)
 
@@ -245,7 +245,7 @@ def judge(
     has_classes: bool,
 ) -> dict[str, Any]:
     """What a network is worth: `knn` (pooling, then k) and `logistic` where there are classes, `robustness`, and
-    `rankme_share`, the effective rank of the held-out photos' class tokens as a share of the most it could be."""
+    `rankme_share`, the effective rank of the held-out images' class tokens as a share of the most it could be."""
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
     results: dict[str, Any] = {

@@ -73,12 +73,12 @@ class TrainConfig(BaseModel):
         False, description="keep only the blocks' inputs for the backward pass: less memory, a third more computing"
     )
     held_out_share: Share = Field(0.1, ge=0, lt=1, description="kept for k-NN if `data` has no train and val")
-    cache_size: int = Field(160, ge=32, description="side that photos are squashed to before they are cropped")
+    cache_size: int = Field(160, ge=32, description="side that images are squashed to before they are cropped")
     cache_bytes: int = Field(4 * 2**30, ge=0, description="photos stay in memory if all fit (per rank), else streamed")
-    workers: int | None = Field(None, ge=1, description="threads that decode photos; None: one per core")
-    ahead_steps: int = Field(4, ge=1, description="steps decoded ahead when photos are streamed")
+    workers: int | None = Field(None, ge=1, description="threads that decode images; None: one per core")
+    ahead_steps: int = Field(4, ge=1, description="steps decoded ahead when images are streamed")
     ahead_bytes: int = Field(2**30, ge=1, description="most memory for that")
-    max_broken_share: float = Field(0.5, ge=0, le=1, description="more unreadable photos than this stop the run")
+    max_broken_share: float = Field(0.5, ge=0, le=1, description="more unreadable images than this stop the run")
 
     # the network
     model: str = "dinov2_vitt14"
@@ -166,7 +166,7 @@ class TrainConfig(BaseModel):
     keep_states: int = Field(2, ge=1, description="states to go on from, the newest ones")
     keep_checkpoints_every_epochs: float = Field(0, ge=0, description="checkpoints that stay, for `dinov2 average`")
     eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
-    sheet_every: int = Field(0, ge=0, description="steps between picture sheets; 0: one at the end")
+    sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: one at the end")
     measure_peak: bool = Field(False, description="measure a matrix product at the start, for MFU on unknown devices")
     wandb: str | None = Field(None, description="Weights & Biases project; None: not used")
     on_collapse: Action = Field("stop", description="stop, rollback (then half the rates) or warn")
@@ -200,7 +200,7 @@ class TrainConfig(BaseModel):
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}=[{low:g}, {high:g}] is a range of shares of the photo: above 0, up to 1")
+                raise ValueError(f"{name}=[{low:g}, {high:g}] is a range of shares of the image: above 0, up to 1")
         for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the run: 0 to 1")

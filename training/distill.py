@@ -2,9 +2,9 @@
 
 DINOv2's small models learn from the frozen giant with the recipe's own losses (arXiv 2304.07193, section 5), which
 need the giant's heads. A run of this project has them, in its states. Released weights have not: Meta kept the heads.
-Then the prototypes are the teacher's own features: K class tokens of training photos (for iBOT: K of their patches),
+Then the prototypes are the teacher's own features: K class tokens of training images (for iBOT: K of their patches),
 centred and of unit length, and the teacher's logits are the cosines to them. What is asked of the student is then where
-a photo stands among K others, as the teacher sees it.
+an image stands among K others, as the teacher sees it.
 
 Legend: D width of the teacher, K prototypes, M selected patches, n rows.
 """
@@ -73,7 +73,7 @@ class PrototypeTeacher(nn.Module):
             for crops in micros:
                 features = self.backbone.forward_features(crops.globals_)
                 patches = features["x_norm_patchtokens"]
-                # As many patches as class tokens, each from another place of its photo.
+                # As many patches as class tokens, each from another place of its image.
                 b = len(patches) // 2
                 number = torch.arange(at, at + b, device=patches.device)
                 number = torch.cat((number, number + world.size * n_mine))

@@ -1,6 +1,6 @@
 """Several processes, one run: the only file that knows torch.distributed and torchrun's variables.
 
-`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"), each with its share of every step's photos.
+`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"), each with its share of every step's images.
 What the losses need of the others comes through the functions here: a log-sum-exp over all ranks (Sinkhorn-Knopp), a
 sum (moving centre, batch normalisation), gathered rows (KoLeo). With one process they return what they were given, and
 no process group exists.

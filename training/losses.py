@@ -1,6 +1,6 @@
 """The three losses of DINOv2 and the ways to turn teacher logits into targets.
 
-DINO (arXiv 2104.14294) asks that crops of one photo agree on a soft assignment to K prototypes; iBOT (arXiv 2111.07832)
+DINO (arXiv 2104.14294) asks that crops of one image agree on a soft assignment to K prototypes; iBOT (arXiv 2111.07832)
 asks the same of each masked patch; KoLeo (arXiv 1806.03198) spreads the embeddings of a batch. Definitions as in
 facebookresearch/dinov2, `dinov2/loss/`. Two deliberate differences, neither visible in the value: everything is
 float32 whatever the network computed in, and Sinkhorn-Knopp works on logarithms where the range needs it, since

@@ -1,4 +1,4 @@
-"""What a run gives: the average's backbone, its k-NN, its checkpoint, pictures of what it sees.
+"""What a run gives: the average's backbone, its k-NN, its checkpoint, images of what it sees.
 
 Every function here but `released_backbone` is for the process that writes files.
 """
@@ -25,7 +25,7 @@ from training.state import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
 SHEET_PHOTOS = 6
-GALLERY = 128  # photos that a sheet's neighbours come from
+GALLERY = 128  # images that a sheet's neighbours come from
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ def write_sheet(
     step: int,
     total: int,
 ) -> None:
-    """A picture of a few training images with the crops that `step` would make of them."""
+    """An image of a few training images with the crops that `step` would make of them."""
     stride = max(1, len(data.train_sample) // GALLERY)
     gallery, names, squares = [], [], list[tuple[Any, float]]()
     for photo in data.train_sample[::stride][:GALLERY]:
         try:
             pixels = photo.read()
             square = squash(pixels, release.side)
-        except ValueError:  # a streamed photo that is broken: the loader lists it
+        except ValueError:  # a streamed image that is broken: the loader lists it
             continue
         if len(squares) < min(SHEET_PHOTOS, crop_settings.batch_size):
             squares.append(square)
         gallery.append(shrunk(pixels, release.eval_spec))
         names.append(photo.label or "")
-    if not gallery:  # of many streamed photos, all looked at are broken
+    if not gallery:  # of many streamed images, all looked at are broken
         return
     device = backbone.cls_token.device
     images = torch.from_numpy(np.stack([square for square, _ in squares])).to(device)

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, so that a figure can be traced to the run, the photos and the code that made it."""
+"""Where a checkpoint comes from, so that a figure can be traced to the run, the images and the code that made it."""
 
 import hashlib
 import subprocess
@@ -41,7 +41,7 @@ def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: s
 
     Args:
         config: the run's settings.
-        data_sha256: `training.data.sources.source_digest` of the photos.
+        data_sha256: `training.data.sources.source_digest` of the images.
         n_photos: how many are trained on.
         hardware: in words.
     """

@@ -1,6 +1,6 @@
 """Random numbers that belong to a sample, not to a process.
 
-A generator hands out numbers in turn, so what a photo gets depends on who asked before: on the batch's size, the rank,
+A generator hands out numbers in turn, so what an image gets depends on who asked before: on the batch's size, the rank,
 the device. Here a number is a hash of what it is for (seed, step, position in the step's batch, purpose): one rank
 with a batch of 2b, two ranks with b, or micro-batches of it see the same crops, a resumed run needs no state, and no
 draw moves another one. Counter-based generators are the known way (Salmon et al., "Parallel random numbers: as easy as

@@ -237,7 +237,7 @@ def is_best(run: Run, step: int) -> bool:
 
 def save(run: Run, step: int) -> Saved | None:
     """State and checkpoint; None on ranks that do not write."""
-    skipped = from_all(run.world, run.data.unlisted())  # a run that goes on from here does not try their photos again
+    skipped = from_all(run.world, run.data.unlisted())  # a run that goes on from here does not try their images again
     if run.world.is_main:
         list_skipped(skipped, run.out, run.monitor.console)
     saved = save_state(
@@ -293,7 +293,7 @@ def release(run: Run) -> Path:
         write_checkpoint(path, backbone, how.vit, {**how.facts, **results})
         write_sheet(sheet_path(run, run.total), backbone, data, run.crops, how, run.total, run.total)
         report = write_report(run.out)
-        words = f"k-NN on {len(data.held_out)} held-out photos, {how.eval_spec.crop} px: {knn}"
+        words = f"k-NN on {len(data.held_out)} held-out images, {how.eval_spec.crop} px: {knn}"
         run.monitor.console.print(
             f"{words if knn else 'no k-NN: one class, or nothing held out'}\nreport: {report}", markup=False
         )

@@ -190,7 +190,7 @@ def announce(run: Run, step: int) -> None:
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))
     loader, n_ranks, autocast = run.data.loader, run.world.size, run.setup.autocast
     run.monitor.console.print(
-        f"{len(loader)} photos to train on{'' if loader.in_memory else ' (streamed)'}, "
+        f"{len(loader)} images to train on{'' if loader.in_memory else ' (streamed)'}, "
         f"{len(run.data.held_out)} held out; {run.total} steps of {run.crops.batch_size} on "
         f"{f'{n_ranks} x ' if n_ranks > 1 else ''}{run.world.device.type}"
         f"{f' in {str(autocast.fast_dtype)[6:]}' if autocast._enabled else ''}; ViT {asdict(run.release.vit)}"

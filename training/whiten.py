@@ -15,7 +15,7 @@ A LayerNorm's output is orthogonal to the ones, so its D - 1 principal direction
 what acts is P diag(g) P (P projects the ones away). Its eigenvalues lie between neighbouring g (Cauchy), so a g of the
 wanted scales gives these to within their spacing; Q takes the principal directions to its eigenvectors exactly.
 
-Legend: n photos, D width.
+Legend: n images, D width.
 """
 
 import torch
@@ -30,7 +30,7 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 
     Args:
         model: any backbone; patch and register tokens pass the same last norm and change with the class token.
-        cls: the model's class tokens [n, D] of photos like those it will see.
+        cls: the model's class tokens [n, D] of images like those it will see.
         shrinkage: added to each direction's variance, as a share of the mean variance: 0.01 leaves directions with less
             than a hundredth of the mean, which are mostly noise, small.
 
@@ -38,12 +38,12 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
         the rotation Q [D, D], float64: the new residual stream is the old one times Q^T.
 
     Raises:
-        ValueError: a shrinkage that is not above 0, fewer than two photos, or a gain of the last norm that is 0.
+        ValueError: a shrinkage that is not above 0, fewer than two images, or a gain of the last norm that is 0.
     """
     if not shrinkage > 0:
         raise ValueError(f"shrinkage must be above 0, not {shrinkage}")
     if len(cls) < 2:
-        raise ValueError(f"whitening needs the class tokens of at least two photos, not {len(cls)}")
+        raise ValueError(f"whitening needs the class tokens of at least two images, not {len(cls)}")
     norm = model.norm
     if (norm.weight == 0).any():
         raise ValueError("a gain of the last norm is 0: what it hides cannot be whitened")

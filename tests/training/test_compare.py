@@ -57,7 +57,7 @@ def in_this_process(command):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with photos of three classes, a recipe, and a finished comparison."""
+    """A folder with images of three classes, a recipe, and a finished comparison."""
     folder, rng = tmp_path_factory.mktemp("compare"), np.random.default_rng(0)
     for name, colour in (("apples", (200, 40, 40)), ("pears", (60, 180, 60)), ("plums <&>", (90, 40, 160))):
         for i in range(9):
@@ -218,7 +218,7 @@ def test_the_page_stands_by_itself(place, found):
     [
         ("smoke", ["centering=softmax", "koleo_weight=0.2"], "centering, koleo_weight: this is what DINO and DINOv2"),
         ("tiny", ["teacher=dinov2_vits14"], "has a frozen teacher"),
-        ("tiny", ["held_out_share=0"], "0 photos are held out"),
+        ("tiny", ["held_out_share=0"], "0 images are held out"),
         ("tiny", ["no_such=1"], "no_such"),
         ("nothing", [], "unknown recipe 'nothing'"),
     ],

@@ -383,7 +383,7 @@ def test_one_in_twenty_files_broken_in_a_folder_and_in_shards(tmp_path):
     whole = files[5].read_bytes()
     files[3].write_bytes(whole[: len(whole) // 2])  # cut
     files[30].write_bytes(b"")
-    Image.new("RGB", (400, 2)).save(files[45])  # reads, but no photo
+    Image.new("RGB", (400, 2)).save(files[45])  # reads, but no image
     names = [str(files[i].relative_to(data)) for i in (3, 30, 45)]
     shard = tmp_path / "shards" / "a.tar"
     shard.parent.mkdir()
@@ -427,7 +427,7 @@ def test_streamed_photos_are_listed_though_the_run_is_killed(photos, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 64}, r"batch_size=64 is more than the 25 photos"),
+        ({"batch_size": 64}, r"batch_size=64 is more than the 25 images"),
         ({"device": "cuda"}, r"device='cuda': torch .* sees no GPU"),
         ({"device": "cuda:7"}, r"device='cuda:7'"),
         ({"device": "toaster"}, r"device='toaster'"),
@@ -445,7 +445,7 @@ def test_what_cannot_be_is_refused_in_words(photos, tmp_path, changes, message):
 
 @pytest.mark.parametrize("place", [".", "runs/mine", "apples"])
 def test_a_run_among_its_own_photos_is_refused(photos, place):
-    with pytest.raises(ValueError, match=r"lies in data=.*its pictures would be taken for photos"):
+    with pytest.raises(ValueError, match=r"lies in data=.*its image sheets would be trained on"):
         loop.train(config(photos, photos / place), QUIET)
     assert not (photos / "runs").exists()
 

@@ -67,7 +67,7 @@ def test_a_run_leaves_a_checkpoint_that_loads_strictly_and_its_figures(photos, t
     assert vit_config == ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"})
     DinoVisionTransformer(vit_config).load_state_dict(weights, strict=True)
     found = lines(out)
-    assert [line["step"] for line in found] == list(range(1, 10))  # 25 photos to train on: 3 steps per epoch
+    assert [line["step"] for line in found] == list(range(1, 10))  # 25 images to train on: 3 steps per epoch
     assert all(
         np.isfinite(line[key])
         for line in found
@@ -366,7 +366,7 @@ def test_a_run_does_not_go_on_with_other_photos(photos, tmp_path):
     out = tmp_path / "run"
     loop.train(config(photos, out, epochs=1), QUIET)
     moved = shutil.copytree(photos, tmp_path / "moved")
-    loop.train(config(moved, out, epochs=1), QUIET)  # the same photos elsewhere are the same run
+    loop.train(config(moved, out, epochs=1), QUIET)  # the same images elsewhere are the same run
     for path in sorted(moved.rglob("*.png")):
         Image.new("RGB", (40, 30)).save(path)
     with pytest.raises(ValueError, match="changed"):
@@ -476,4 +476,4 @@ def test_a_whitened_run_gives_away_another_basis_and_goes_on_from_the_trained_on
     model = DinoVisionTransformer(ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"}))
     model.load_state_dict(whitened)
     spec = PreprocessSpec(resize=28, crop=28)
-    assert extract_features(model, paths, spec)["cls"].mean(dim=0).abs().max() < 0.3  # two photos were held out
+    assert extract_features(model, paths, spec)["cls"].mean(dim=0).abs().max() < 0.3  # two images were held out

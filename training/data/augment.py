@@ -6,23 +6,23 @@ columns^T: antialiased exactly as Pillow does it (with a box and the bilinear fi
 columns. `tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
 
 What is drawn for a view (`draw_views`) is a handful of numbers, made on the CPU and keyed by sample
-(`training/randomness.py`): a photo's views do not depend on its batch, and the program knows without asking a GPU which
-crops to blur, turn in hue or solarise, so that nothing is computed for the others. Each crop has its own order of
+(`training/randomness.py`): an image's views do not depend on its batch, and the program knows without asking a GPU
+which crops to blur, turn in hue or solarise, so that nothing is computed for the others. Each crop has its own order of
 colour operations, as in torchvision: brightness, contrast and saturation are one operation, a blend with another
 image, so that three rounds of it serve all orders, and the hue comes in between where it is due.
 
 Crops go through all operations a part of the batch at a time: on a CPU as many as stay in its cache, on a GPU all of
-them, up to what its memory should hold. On a CPU a crop's surroundings are cut out of the photo before the products, as
-most of a photo is outside a local crop.
+them, up to what its memory should hold. On a CPU a crop's surroundings are cut out of the image before the products, as
+most of an image is outside a local crop.
 
 Decided knowingly: DINOv2's `GaussianBlur(p)` blurs with probability 1 - p, so the released weights saw blur on 0 / 90 /
 50 % of first global, second global and local crops. The probabilities here mean what they say; the recipes state the
 effective ones.
 
-Legend: V views per photo, B photos, n crops, S side of the stored square photo, W side of the window cut out of it, o
-side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the photo's
-sides. Photos are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
-crop's aspect is right in the photo's own pixels. Functions with a trailing underscore work in place.
+Legend: V views per image, B images, n crops, S side of the stored square image, W side of the window cut out of it, o
+side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's
+sides. Images are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
+crop's aspect is right in the image's own pixels. Functions with a trailing underscore work in place.
 """
 
 import functools
@@ -52,7 +52,7 @@ CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # elements of crops, or of what they are cu
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: side in pixels, range of the share of the photo's area, and probabilities of the extras."""
+    """One kind of crop: side in pixels, range of the share of the image's area, and probabilities of the extras."""
 
     size: int
     scale: tuple[float, float]
@@ -98,7 +98,7 @@ class Draws:
 
 
 def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
-    """Random-resized-crop boxes [n, 4] for photos of width / height `aspect` [n].
+    """Random-resized-crop boxes [n, 4] for images of width / height `aspect` [n].
 
     Area uniform in `scale`, log aspect uniform in 3/4 to 4/3, ten attempts; if none fits, the largest centred box whose
     aspect is in range (torchvision's RandomResizedCrop).
@@ -109,7 +109,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     aspect = aspect.double()
     area = scale[0] + (scale[1] - scale[0]) * area
     low, high = (math.log(bound) for bound in CROP_ASPECT)
-    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the photo's sides
+    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the image's sides
     widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
     fits = (widths <= 1) & (heights <= 1)
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -122,7 +122,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
 
 
 def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
-    """The draws of one crop of each photo of width / height `aspect` [n]; `random` has n keys."""
+    """The draws of one crop of each image of width / height `aspect` [n]; `random` has n keys."""
     flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
     strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
     chosen = jittered < jitter.probability
@@ -189,10 +189,10 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
 
     Args:
         images: uint8 [B, 3, S, S].
-        photo: which of them each crop shows, int [n] on the CPU.
+        image: which of them each crop shows, int [n] on the CPU.
         boxes, flips: where, [n, 4], and whether mirrored, bool [n]; on the CPU.
         out: side of the crops.
-        window: side of the part of the photo that is multiplied, at least `window_sides`; S is always right.
+        window: side of the part of the image that is multiplied, at least `window_sides`; S is always right.
     """
     side = images.shape[-1]
     start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
@@ -353,16 +353,16 @@ def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
 def augmented_views(
     images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, random: SampleRandom
 ) -> Tensor:
-    """`n_views` random crops of each photo, normalised, ready for the network.
+    """`n_views` random crops of each image, normalised, ready for the network.
 
     Args:
         images: uint8 [B, 3, S, S].
-        aspect: width / height of the photos before they were squashed [B], on the CPU.
+        aspect: width / height of the images before they were squashed [B], on the CPU.
         view, n_views, jitter: what to draw.
-        random: B keys on the CPU, the only source of randomness: a photo's views depend on its key alone.
+        random: B keys on the CPU, the only source of randomness: an image's views depend on its key alone.
 
     Returns:
-        float [V * B, 3, o, o], all photos' first views first.
+        float [V * B, 3, o, o], all images' first views first.
     """
     n_photos, side, out = len(images), images.shape[-1], view.size
     draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))

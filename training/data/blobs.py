@@ -1,6 +1,6 @@
 """Large files read at any place by any thread: on this machine, over HTTP, or behind a file system that fsspec knows.
 
-A tar shard is such a file: its index is made by hopping over headers, and a photo is one range of it. Only three
+A tar shard is such a file: its index is made by hopping over headers, and an image is one range of it. Only three
 operations are needed (size, version, range), so fsspec's own HTTP file system, which needs a further package, is not:
 httpx is there anyway, and says clearly when a server has no ranges.
 

@@ -4,11 +4,11 @@ Three places hold them (`training/data/sources.py`): folders, tar shards, Huggin
 item is encoded bytes. `model/decode.py` decodes them, so training sees the pixels that serving sees, and a hostile or
 damaged file is a ValueError with a reason and never more.
 
-Ten crops per photo and epoch from JPEGs would decode each photo again and again. A photo is decoded once per step (or
+Ten crops per image and epoch from JPEGs would decode each image again and again. An image is decoded once per step (or
 once per run, where all fit into memory: `training/data/loader.py`) and squashed to a square, so that a batch is one
 tensor; `aspect` keeps its shape (see `training/data/augment.py`).
 
-Legend: n photos, S side of the squares, b photos of a step.
+Legend: n images, S side of the squares, b images of a step.
 """
 
 import os
@@ -53,7 +53,7 @@ class Skipped:
 
 
 class Source(Protocol):
-    """A numbered collection of encoded photos. All methods may be called from any thread.
+    """A numbered collection of encoded images. All methods may be called from any thread.
 
     The order is a function of the data alone. `parts` holds the items' numbers by `train` and `val` where the data is
     already split so, and is empty where it is not. `skipped` lists what was known to be unreadable on opening; it has
@@ -74,7 +74,7 @@ class Source(Protocol):
     def label(self, index: int) -> str | None: ...
 
     def encoded(self, index: int) -> bytes:
-        """The photo as its file has it.
+        """The image as its file has it.
 
         Raises:
             ValueError: this item is broken, and will be so tomorrow; the message says why.
@@ -140,7 +140,7 @@ def photos_of(source: Source) -> list[Photo]:
 
 
 def label_of(photo: Path | Photo) -> str:
-    """Class of a photo: its label, for a file the name of its folder.
+    """Class of an image: its label, for a file the name of its folder.
 
     Raises:
         ValueError: it has none.
@@ -164,7 +164,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """A photo [H, W, 3] as a square uint8 [3, side, side], bicubic, and its aspect (width / height).
+    """An image [H, W, 3] as a square uint8 [3, side, side], bicubic, and its aspect (width / height).
 
     Raises:
         ValueError: a side of it is more than 100 times the other; what the evaluation refuses is nothing to train on.
@@ -198,7 +198,7 @@ def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
 
 
 def read_file(path: Path) -> bytes:
-    """Content of a photo's file.
+    """Content of an image's file.
 
     Raises:
         ValueError: no regular file, not there, not allowed to be read, or larger than `MAX_BYTES`.
@@ -280,16 +280,16 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Numbers of the photos to train on and of those held out, each ascending."""
+    """Numbers of the images to train on and of those held out, each ascending."""
     order = np.random.default_rng(seed).permutation(n_photos)
     n_held_out = int(n_photos * share)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
 
 def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
-    """Photos to train on and photos kept for the evaluation.
+    """Photos to train on and images kept for the evaluation.
 
-    Data with the parts `train` and `val` is taken at its word. Otherwise a share of all photos, drawn with `seed`, is
+    Data with the parts `train` and `val` is taken at its word. Otherwise a share of all images, drawn with `seed`, is
     held out and never trained on.
     """
     if {"train", "val"} <= set(source.parts):
@@ -298,21 +298,21 @@ def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subs
     return Subset(source, train), Subset(source, held_out)
 
 
-@lru_cache(maxsize=2)  # the epoch at hand, and the next while photos are read ahead
+@lru_cache(maxsize=2)  # the epoch at hand, and the next while images are read ahead
 def _epoch_order(n_photos: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
     return np.random.default_rng((seed, epoch)).permutation(n_photos).astype(np.uint32)
 
 
 def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """The photos [batch_size] of one step: a fresh permutation per epoch, the incomplete last batch dropped.
+    """The images [batch_size] of one step: a fresh permutation per epoch, the incomplete last batch dropped.
 
-    A pure function of (seed, step), so a resumed run goes on with exactly the photos that come next.
+    A pure function of (seed, step), so a resumed run goes on with exactly the images that come next.
 
     Raises:
-        ValueError: fewer photos than a batch has.
+        ValueError: fewer images than a batch has.
     """
     if not 1 <= batch_size <= n_photos:
-        raise ValueError(f"batch_size={batch_size} must be 1 to {n_photos}, the number of photos")
+        raise ValueError(f"batch_size={batch_size} must be 1 to {n_photos}, the number of images")
     epoch, position = divmod(step, n_photos // batch_size)
     order = _epoch_order(n_photos, seed, epoch)
     return torch.from_numpy(order[position * batch_size : (position + 1) * batch_size].astype(np.int64))

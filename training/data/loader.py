@@ -1,15 +1,15 @@
-"""The photos of each step: out of memory where all fit, else decoded in threads ahead of the loop.
+"""The images of each step: out of memory where all fit, else decoded in threads ahead of the loop.
 
 Both are asked the same: `batch(step)` gives the squares that a `plan` (a pure function of the step) names, so a resumed
-run goes on with the photos that come next, however many threads decode and whatever they finish first.
+run goes on with the images that come next, however many threads decode and whatever they finish first.
 
-A photo that cannot be read never stops a run. In memory it is left out before the first step. Streamed, its place is
+An image that cannot be read never stops a run. In memory it is left out before the first step. Streamed, its place is
 taken by the next one that can be read, a function of the data alone, and it is listed once. A place that does not
-answer (OSError) does stop it: what would stand in for those photos would differ from run to run.
+answer (OSError) does stop it: what would stand in for those images would differ from run to run.
 
 Threads, not processes: Pillow decodes without the interpreter's lock, and threads share memory.
 
-Legend: n photos, b photos of this rank's step, S side of the squares.
+Legend: n images, b images of this rank's step, S side of the squares.
 """
 
 import math
@@ -31,10 +31,10 @@ from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
-"""(number of photos, step) -> the numbers [b] of the photos that this rank needs."""
+"""(number of images, step) -> the numbers [b] of the images that this rank needs."""
 
 MIN_TRIES = 100
-"""Before so many photos were tried, a share of broken ones says little."""
+"""Before so many images were tried, a share of broken ones says little."""
 
 CHUNK = 32
 """Photos that a thread takes at a time, where all are to be decoded."""
@@ -45,8 +45,8 @@ GOOD, BROKEN = 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's photos: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
-    which of the source's photos they are, `indices` [b]."""
+    """One step's images: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
+    which of the source's images they are, `indices` [b]."""
 
     pixels: Tensor
     aspect: Tensor
@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reading:
-    """How photos are read. Workers are threads that decode; None: one for each core that this process may use.
+    """How images are read. Workers are threads that decode; None: one for each core that this process may use.
 
     `ahead_steps`, `ahead_bytes` and `max_broken_share`: see `StreamLoader`.
     """
@@ -75,7 +75,7 @@ class Reading:
 class Loader(AbstractContextManager["Loader"], Protocol):
     """What the loop sees. Closing it ends its threads.
 
-    `source` has the photos that the plan's numbers mean, `skipped` those found unreadable so far, `waited_s` the
+    `source` has the images that the plan's numbers mean, `skipped` those found unreadable so far, `waited_s` the
     seconds that `batch` took from its caller, `fetching_share` how much of the threads' time went into getting bytes
     rather than decoding them.
     """
@@ -104,11 +104,11 @@ def to_device(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 class MemoryLoader:
-    """All photos of a source as squares in memory: 3 * S^2 bytes each.
+    """All images of a source as squares in memory: 3 * S^2 bytes each.
 
     Raises:
-        ValueError: not one photo could be read.
-        OSError: the place of the photos does not answer.
+        ValueError: not one image could be read.
+        OSError: the place of the images does not answer.
     """
 
     in_memory = True
@@ -148,7 +148,7 @@ class MemoryLoader:
         return len(self.pixels)
 
     def batch(self, step: int) -> Batch:
-        """The photos of a step."""
+        """The images of a step."""
         start = time.perf_counter()
         indices = self._plan(len(self), step)
         pixels = _empty_batch(len(indices), self.pixels.shape[-1], self._device)
@@ -166,7 +166,7 @@ class MemoryLoader:
 
 def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
     first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-    return f"none of {n} photos could be read{first}"
+    return f"none of {n} images could be read{first}"
 
 
 def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
@@ -186,20 +186,20 @@ class _Step:
 
     pixels: Tensor
     aspect: Tensor
-    used: list[int]  # numbers of the photos in it, after replacements
+    used: list[int]  # numbers of the images in it, after replacements
     decoded: list[Future[None]] = field(default_factory=list)
 
 
 class StreamLoader:
-    """Decodes the photos of coming steps in threads, at most `ahead_steps` steps and `ahead_bytes` of squares ahead.
+    """Decodes the images of coming steps in threads, at most `ahead_steps` steps and `ahead_bytes` of squares ahead.
 
     Args:
-        source: the photos.
+        source: the images.
         side: of the squares.
-        plan: which photos a step has.
+        plan: which images a step has.
         workers: threads that decode.
         ahead_steps, ahead_bytes: bounds of the read-ahead; one step at least.
-        max_broken_share: of the photos tried so far, at least 100.
+        max_broken_share: of the images tried so far, at least 100.
         device: where batches go.
     """
 
@@ -224,7 +224,7 @@ class StreamLoader:
         self._steps: dict[int, _Step] = {}
         self._lock = threading.Lock()  # of the four below
         self._seconds = {"fetching": 0.0, "decoding": 0.0}
-        self._found = bytearray(len(source))  # per photo: not tried yet, GOOD or BROKEN
+        self._found = bytearray(len(source))  # per image: not tried yet, GOOD or BROKEN
         self._n_tried = 0
         self._closed = False
 
@@ -237,11 +237,11 @@ class StreamLoader:
         return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
 
     def batch(self, step: int) -> Batch:
-        """The photos of a step; the steps after it are begun. Steps in another order than ascending cost a new start.
+        """The images of a step; the steps after it are begun. Steps in another order than ascending cost a new start.
 
         Raises:
-            ValueError: too many photos are broken.
-            OSError: the place of the photos does not answer.
+            ValueError: too many images are broken.
+            OSError: the place of the images does not answer.
         """
         assert not self._closed
         start = time.perf_counter()
@@ -261,7 +261,7 @@ class StreamLoader:
         return batch
 
     def _begin(self, step: int) -> None:
-        """Hand the photos of this step and of those that fit into the read-ahead to the threads."""
+        """Hand the images of this step and of those that fit into the read-ahead to the threads."""
         square = 3 * self._side**2
         held = 0
         for number in range(step, step + self._ahead_steps + 1):
@@ -278,7 +278,7 @@ class StreamLoader:
                 held += len(self._steps[number].used) * square
 
     def _fill(self, step: _Step, position: int) -> None:
-        """Decode one photo, or the next that can be read, into its place."""
+        """Decode one image, or the next that can be read, into its place."""
         first = step.used[position]
         for offset in range(len(self.source)):
             index = (first + offset) % len(self.source)
@@ -295,7 +295,7 @@ class StreamLoader:
         raise ValueError(_none_readable(len(self.source), self.skipped))
 
     def _tried(self, index: int) -> tuple[Pixels, float] | None:
-        """The square of a photo; None, and it is listed, if it is broken."""
+        """The square of an image; None, and it is listed, if it is broken."""
         square, reason = None, ""
         start = fetched = time.perf_counter()
         try:
@@ -309,14 +309,14 @@ class StreamLoader:
             self._seconds["fetching"] += fetched - start
             self._seconds["decoding"] += end - fetched
             self._n_tried += not self._found[index]
-            if square is None and self._found[index] != BROKEN:  # two threads may try one photo at once
+            if square is None and self._found[index] != BROKEN:  # two threads may try one image at once
                 self.skipped.append(Skipped(self.source.name(index), reason))
             self._found[index] = BROKEN if square is None else GOOD
             n_broken, n_tried = len(self.skipped), self._n_tried
         if n_tried >= MIN_TRIES and n_broken > self._max_broken_share * n_tried:
             first = self.skipped[0]
             raise ValueError(
-                f"{n_broken} of the {n_tried} photos tried so far cannot be read, more than "
+                f"{n_broken} of the {n_tried} images tried so far cannot be read, more than "
                 f"max_broken_share={self._max_broken_share:g}; the first: {first.name}: {first.reason}"
             )
         return square
@@ -345,23 +345,23 @@ def open_loader(
 ) -> Loader:
     """The loader for a source: in memory if n * 3 * side^2 is at most `cache_bytes`, else streaming.
 
-    Which of the two is part of what a resumed run repeats: broken photos shift the order in memory, and are replaced
+    Which of the two is part of what a resumed run repeats: broken images shift the order in memory, and are replaced
     where streamed.
 
     Args:
-        source: the photos.
+        source: the images.
         side: of the squares, pixels.
-        plan: which photos a step has, such as `shuffled(...)`.
+        plan: which images a step has, such as `shuffled(...)`.
         cache_bytes: per process.
         reading: threads, and how far ahead they read; None: the defaults.
         device: where batches go; None: the CPU.
 
     Raises:
-        ValueError: no photo could be read, or a setting is out of range.
-        OSError: the place of the photos does not answer.
+        ValueError: no image could be read, or a setting is out of range.
+        OSError: the place of the images does not answer.
     """
     if not len(source):
-        raise ValueError("there are no photos to train on")
+        raise ValueError("there are no images to train on")
     reading = reading or Reading()
     workers = available_cpus() if reading.workers is None else reading.workers
     if min(workers, reading.ahead_steps, reading.ahead_bytes) < 1 or not 0 <= reading.max_broken_share <= 1:
@@ -385,7 +385,7 @@ def open_loader(
 
 
 def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
-    """What to do about waiting for photos, a sentence; None below 10 % of the time.
+    """What to do about waiting for images, a sentence; None below 10 % of the time.
 
     Args:
         share: of the loop's time that went into `Loader.batch`.
@@ -395,7 +395,7 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
     """
     if share <= WAIT_WORTH_A_WORD:
         return None
-    waited = f"{share:.0%} of the time went into waiting for photos"
+    waited = f"{share:.0%} of the time went into waiting for images"
     if loader.in_memory:
         return f"{waited}, although they are in memory: lower cache_size (now {side}), or run fewer other things here"
     if loader.fetching_share > 0.5:
@@ -406,6 +406,6 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
         more = f"all {available_cpus()} cores decode; "
     needed = math.ceil(len(loader) * 3 * side**2 / 2**30)
     return (
-        f"{waited}: {more}shrink the photos beforehand (short side near {2 * side}), or let them fit into memory "
+        f"{waited}: {more}shrink the images beforehand (short side near {2 * side}), or let them fit into memory "
         f"(cache_bytes, {needed} GiB)"
     )

@@ -1,4 +1,4 @@
-"""The photos of one run: what is trained on, what is kept for the evaluation, what could not be read."""
+"""The images of one run: what is trained on, what is kept for the evaluation, what could not be read."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +15,10 @@ from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
 from training.distributed import World, from_main, wait_for_all
 
-KNN_PHOTOS = 50_000  # of the training photos: enough neighbours, and minutes on a GPU
+KNN_PHOTOS = 50_000  # of the training images: enough neighbours, and minutes on a GPU
 INDEX = "index"  # of tar shards, in the run's folder
 ASKED_PHOTOS = 10_000  # of the held-out ones: half a percent of accuracy
-SHOWN = 5  # unreadable photos on the screen; all are in skipped.txt
+SHOWN = 5  # unreadable images on the screen; all are in skipped.txt
 
 
 @dataclass(frozen=True)
@@ -49,41 +49,41 @@ class Data:
     held_out: list[Photo]
     digest: str
     source: str
-    _n_listed: int = 0  # of the loader's unreadable photos
+    _n_listed: int = 0  # of the loader's unreadable images
 
     @property
     def has_classes(self) -> bool:
-        """Whether there is something to classify: held-out photos, and more than one label."""
+        """Whether there is something to classify: held-out images, and more than one label."""
         return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
 
     def check_same(self, digest: str) -> None:
-        """Refuse to go on with other photos: their order is part of what a resumed run repeats.
+        """Refuse to go on with other images: their order is part of what a resumed run repeats.
 
         Raises:
             ValueError: the run's state was made with others.
         """
         if digest != self.digest:
             raise ValueError(
-                f"the photos in {self.source} are not those of the run so far: files were added, removed or changed; "
+                f"the images in {self.source} are not those of the run so far: files were added, removed or changed; "
                 "choose another out folder, or remove this one to start anew"
             )
 
     def unlisted(self) -> Sequence[Skipped]:
-        """Unreadable photos that were met since the last call."""
+        """Unreadable images that were met since the last call."""
         skipped = self.loader.skipped[self._n_listed :]
         self._n_listed += len(skipped)
         return skipped
 
 
 def check_apart(data: str, out: Path) -> None:
-    """Refuse a run's folder among the photos: its picture sheets would be trained on.
+    """Refuse a run's folder among the images: its image sheets would be trained on.
 
     Raises:
-        ValueError: `out` is the folder of the photos, or lies in it.
+        ValueError: `out` is the folder of the images, or lies in it.
     """
     folder = Path(data.removeprefix("file://"))
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"out={out} lies in data={data}: its pictures would be taken for photos; choose another out")
+        raise ValueError(f"out={out} lies in data={data}: its image sheets would be trained on; choose another out")
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
         wait_for_all(world)
     train, held_out = split_source(source, settings.held_out_share, settings.seed)
     if len(train) < batch_size:
-        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} photos to train on")
+        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} images to train on")
     share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
     workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
     loader = open_loader(
@@ -117,7 +117,7 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
     )
     with loader:
         if len(loader) < batch_size:
-            raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable photos")
+            raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable images")
         digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
         data = Data(loader, sample(loader.source, KNN_PHOTOS), sample(held_out, ASKED_PHOTOS), digest, settings.data)
         if world.is_main:
@@ -146,18 +146,18 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 
 
 def sample(source: Source, most: int) -> list[Photo]:
-    """All photos of a source, or at most so many of them, evenly taken."""
+    """All images of a source, or at most so many of them, evenly taken."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
-    """Write unreadable photos to `skipped.txt`, and the first few to the screen."""
+    """Write unreadable images to `skipped.txt`, and the first few to the screen."""
     if not skipped:
         return
     listing = out / "skipped.txt"
     listed = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
     write_text(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
-    console.print(f"{len(skipped)} photos could not be read and are skipped, listed in {listing}; the first:")
+    console.print(f"{len(skipped)} images could not be read and are skipped, listed in {listing}; the first:")
     for line in lines[:SHOWN]:
         console.print(f"  {line}", markup=False)

@@ -1,11 +1,11 @@
-"""Tar shards (WebDataset's format) as numbered photos.
+"""Tar shards (WebDataset's format) as numbered images.
 
 A tar has no table of contents, so one is made: `tarfile` hops from header to header (of a remote shard, blocks of 4 MiB
-are read, and those without a header are left out), and names, offsets and labels are kept beside the run. Then photo i
+are read, and those without a header are left out), and names, offsets and labels are kept beside the run. Then image i
 is one range of one file, and the order of a run is free, where a stream of shards knows only shuffle buffers.
 
 WebDataset's rules (https://github.com/webdataset/webdataset): members that share a path up to the first dot of the file
-name are one sample. Here each image of a sample is a photo; its label is the content of the sample's `.cls` member,
+name are one sample. Here each image of a sample is an image; its label is the content of the sample's `.cls` member,
 else the name of the folder it lies in.
 
 A shard that was cut off gives what is whole; the rest is listed as skipped.
@@ -334,11 +334,11 @@ class TarSource:
         return table.classes[table.labels[i]] if table.labels[i] >= 0 else None
 
     def encoded(self, index: int) -> bytes:
-        """The photo's bytes; errors as `Source.encoded`."""
+        """The image's bytes; errors as `Source.encoded`."""
         _, blob, table, i = self._find(index)
         size = int(table.sizes[i])
         if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes: more than the {MAX_BYTES} that a photo may have")
+            raise ValueError(f"{size} bytes: more than the {MAX_BYTES} that an image may have")
         return blob.read(int(table.offsets[i]), size)
 
     def fingerprint(self, index: int) -> str:

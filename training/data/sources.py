@@ -1,7 +1,7 @@
-"""Where photos come from: a folder of images, tar shards (local or behind a URL), a Hugging Face dataset on disk.
+"""Where images come from: a folder of images, tar shards (local or behind a URL), a Hugging Face dataset on disk.
 
 `open_source` looks at what it was given and decides. What it gives is a `training.data.dataset.Source`: numbered
-photos, read in any order by any thread, which is what an exact resume and a random order of millions need.
+images, read in any order by any thread, which is what an exact resume and a random order of millions need.
 """
 
 import glob
@@ -251,7 +251,7 @@ def _local_shards(path: Path) -> list[str]:
 
 
 def open_source(spec: str | Path, index_dir: Path) -> Source:
-    """The photos that `spec` names.
+    """The images that `spec` names.
 
     Args:
         spec: a folder of images; a tar, a folder of tars, a pattern of tars (`name-{000..123}.tar`, `name-*.tar`), each
@@ -293,7 +293,7 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
 
 
 def source_digest(source: Source, *, contents: bool) -> str:
-    """sha256 over the photos of a source, in their order: what a resumed run compares.
+    """sha256 over the images of a source, in their order: what a resumed run compares.
 
     With `contents` over names and contents, which reads everything; the same as `provenance.data_digest` of the folder.
     Without, over names and sizes in bytes: it sees files that were added, removed, renamed or replaced by ones of

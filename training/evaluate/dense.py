@@ -1,11 +1,11 @@
-"""What segmentation and depth share: photos with a map each, patch tokens in memory, a small head trained on them.
+"""What segmentation and depth share: images with a map each, patch tokens in memory, a small head trained on them.
 
-A folder `images/{train,val}/...` and beside it one of maps with the same names (`masks/`, `depth/`). Each photo is seen
+A folder `images/{train,val}/...` and beside it one of maps with the same names (`masks/`, `depth/`). Each image is seen
 whole, resized to a multiple of the patch size at its own aspect: no windows, no crops, no flips, so its tokens are
-always the same and computed once. Tokens are many (a photo's take as much as its pixels or more), so they are kept up
+always the same and computed once. Tokens are many (an image's take as much as its pixels or more), so they are kept up
 to a limit of memory; those beyond it are computed anew each time, with the same result.
 
-Legend: h, w patches of a photo, F features of a patch, L blocks, D width.
+Legend: h, w patches of an image, F features of a patch, L blocks, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
 
 @dataclass(frozen=True)
 class Pair:
-    """A photo and the file of its map."""
+    """An image and the file of its map."""
 
     image: Path
     target: Path
@@ -50,7 +50,7 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
     """Photos below `folder/images/split` and the files of the same name below `folder/kind/split`, sorted.
 
     Raises:
-        ValueError: no such folders, no photos, or a photo without its map.
+        ValueError: no such folders, no images, or an image without its map.
     """
     images, targets = folder / "images" / split, folder / kind / split
     pairs, missing = [], []
@@ -63,7 +63,7 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
             pairs.append(Pair(image, found))
     if missing:
         raise ValueError(
-            f"{len(missing)} photos of {images} have no {' or '.join(suffixes)} of their name in {targets}, "
+            f"{len(missing)} images of {images} have no {' or '.join(suffixes)} of their name in {targets}, "
             f"e.g. {missing[0].name}"
         )
     return pairs
@@ -89,7 +89,7 @@ class DenseData:
 
     Args:
         model: in eval mode; its device is where tokens are computed and kept.
-        pairs: photos and maps.
+        pairs: images and maps.
         spec: preprocessing without a crop.
         read_target: a map [H, W] of a file; ValueError where it cannot be read.
         tokens: which tokens.
@@ -203,10 +203,10 @@ def train_head(
     """Train `head` in place; gives the last loss.
 
     Args:
-        loss_of: the loss of a batch, from tokens [h, w, F] and maps at the input's size, one each a photo.
+        loss_of: the loss of a batch, from tokens [h, w, F] and maps at the input's size, one each an image.
 
     Raises:
-        ValueError: fewer than one iteration or photo a batch.
+        ValueError: fewer than one iteration or image a batch.
         FloatingPointError: the loss is not finite.
     """
     if training.iterations < 1 or training.batch_size < 1:

@@ -5,9 +5,9 @@ with the class token, of the last block ("lin. 1") or the last four ("lin. 4"); 
 between the least and the largest depth; logits enlarged 4 times, bilinearly; relu plus 0.1, divided by their sum; the
 depth is the expectation of the bins, enlarged to the map. Loss: the scale-invariant one of log depth (root of the
 variance plus 0.15 times the squared mean) plus 0.5 times the difference of gradients at four scales (MegaDepth's). What
-differs from the paper: the whole photo, no augmentation, no flipped second view, and no crop of the map's border.
+differs from the paper: the whole image, no augmentation, no flipped second view, and no crop of the map's border.
 
-RMSE, AbsRel and delta1 (share within a factor of 1.25) are taken for each photo and then averaged, over pixels with a
+RMSE, AbsRel and delta1 (share within a factor of 1.25) are taken for each image and then averaged, over pixels with a
 depth above `min_depth` and up to `max_depth`; predictions are clamped to that range.
 
 Legend: K bins, h x w patches, H x W pixels of the map, F features.
@@ -36,7 +36,7 @@ STRIDES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Means over val photos, and the last training loss."""
+    """Means over val images, and the last training loss."""
 
     rmse: float
     abs_rel: float
@@ -113,7 +113,7 @@ def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
 
 
 def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float]:
-    """RMSE, AbsRel and delta1 of one photo; both [n] metres, of known pixels."""
+    """RMSE, AbsRel and delta1 of one image; both [n] metres, of known pixels."""
     p, d = predicted.double(), depth.double()
     ratio = torch.maximum(p / d, d / p)
     return (

@@ -1,11 +1,11 @@
-"""Frozen features of photos: read once, in threads, one size a batch, kept on disk if asked.
+"""Frozen features of images: read once, in threads, one size a batch, kept on disk if asked.
 
 Every evaluation but the dense ones (segmentation, depth) starts from the class tokens of the last blocks and the mean
-patch token of the last; they are a few numbers per photo, so all of a data set fit into memory and one pass over the
-photos serves k-NN, logistic regression, the linear probe and retrieval. What a user evaluates may hold broken files:
-they are skipped and listed. The training loop has read its photos before, so there a broken file is an error.
+patch token of the last; they are a few numbers per image, so all of a data set fit into memory and one pass over the
+images serves k-NN, logistic regression, the linear probe and retrieval. What a user evaluates may hold broken files:
+they are skipped and listed. The training loop has read its images before, so there a broken file is an error.
 
-Legend: n photos, b photos of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
+Legend: n images, b images of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, Skipped, read_photo
 
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the photo
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the image
 Precision = Literal["fp32", "bf16"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,9 +40,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of n photos, float32 on the CPU.
+    """Features of n images, float32 on the CPU.
 
-    `kept` [n] are the positions, in what was asked for, of the photos that could be read; `cls` [n, L, D] class tokens
+    `kept` [n] are the positions, in what was asked for, of the images that could be read; `cls` [n, L, D] class tokens
     after each of the last L blocks, the last block last; `mean` [n, D] the mean patch token of the last block.
     """
 
@@ -62,10 +62,10 @@ def pool_tensors(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
 
 
 def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
-    """The network's input [3, h, w] of a photo, or of the part of it in `box`. All evaluations read photos here.
+    """The network's input [3, h, w] of an image, or of the part of it in `box`. All evaluations read images here.
 
     Raises:
-        ValueError: a photo that cannot be read, or a box without a pixel of it.
+        ValueError: an image that cannot be read, or a box without a pixel of it.
     """
     photo = read_photo(path)
     if box is not None:
@@ -79,7 +79,7 @@ def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None
 
 
 def name_of(photo: Path | Photo) -> str:
-    """What a photo is called in a message: a file by its path."""
+    """What an image is called in a message: a file by its path."""
     return str(photo) if isinstance(photo, Path) else photo.name
 
 
@@ -168,18 +168,18 @@ def compute_features(
     forward: ForwardSettings = FORWARD,
     advance: Callable[[int], object] = lambda count: None,
 ) -> ImageFeatures:
-    """Features of photos, in their order, on the model's device.
+    """Features of images, in their order, on the model's device.
 
     Args:
         model: left in the mode (train or eval) that it was in.
-        paths: n photos.
+        paths: n images.
         n_blocks: L, how many of the last blocks give their class token (after the last norm, as in Meta's probes).
-        boxes: the part of each photo to look at; None: the whole.
+        boxes: the part of each image to look at; None: the whole.
         forward: batch size, threads, precision.
-        advance: told of each batch how many photos it was.
+        advance: told of each batch how many images it was.
 
     Raises:
-        ValueError: more blocks than the model has, or not one photo could be read.
+        ValueError: more blocks than the model has, or not one image could be read.
     """
     was_training, device = model.training, model.cls_token.device
     model.eval()
@@ -204,7 +204,7 @@ def compute_features(
     advance(len(skipped))
     if skipped and not read.any():
         raise ValueError(
-            f"none of {len(paths)} photos could be read; the first: {skipped[0].name}: {skipped[0].reason}"
+            f"none of {len(paths)} images could be read; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     kept = read.nonzero().flatten()
     whole = len(kept) == len(paths)
@@ -218,9 +218,9 @@ def cache_key(
     boxes: Sequence[Box | None] | None,
     precision: str,
 ) -> str:
-    """sha256 (64 hex digits) over all that decides the features: model, preprocessing, and the photos by path and size.
+    """sha256 (64 hex digits) over all that decides the features: model, preprocessing, and the images by path and size.
 
-    Contents are not read, so a photo that is replaced by one of exactly as many bytes goes unnoticed.
+    Contents are not read, so an image that is replaced by one of exactly as many bytes goes unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
     for path, box in zip(paths, boxes or [None] * len(paths), strict=True):

@@ -4,14 +4,14 @@ Protocol (facebookresearch/dinov2, `dinov2/eval/linear.py`): a linear layer on t
 blocks, joined, with or without the mean patch token of the last; SGD with momentum 0.9, no weight decay, cosine to
 zero, batch 1,024, 12,500 iterations, learning rate times batch / 256; the best head by val accuracy is the figure, so
 it is a little too good where val is small: all heads are reported. What differs: the original draws a new random crop
-and flip of each photo each time; here the features are those of the evaluation's own crop, computed once.
+and flip of each image each time; here the features are those of the evaluation's own crop, computed once.
 
-All inputs are neighbouring columns of one row per photo, [class token of block -4 | -3 | -2 | -1 | mean patch token],
+All inputs are neighbouring columns of one row per image, [class token of block -4 | -3 | -2 | -1 | mean patch token],
 and heads that share an input are columns of one matrix. Their losses are summed, and no weight is in two of them, so
 each gets the gradient that it would get alone. That gradient has a closed form, so there is no autograd and no Python
 loop over heads: two matrix products an input and step.
 
-Legend: n photos, b photos of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
+Legend: n images, b images of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ class Head:
 @dataclass(frozen=True)
 class ProbeSettings:
     """The heads that are trained, and how: one for each learning rate (before scaling by batch_size / 256), number of
-    blocks, with and without the mean patch token. A batch of few photos holds some of them twice."""
+    blocks, with and without the mean patch token. A batch of few images holds some of them twice."""
 
     lrs: Sequence[float] = CODE_LRS
     blocks: Sequence[int] = (1, 4)
@@ -113,7 +113,7 @@ def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
 
 
 def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096) -> list[float]:
-    """Share of photos that each head [H] classifies rightly."""
+    """Share of images that each head [H] classifies rightly."""
     f, h, c = group.weight.shape
     right = torch.zeros(h, dtype=torch.long, device=features.device)
     for top in range(0, len(features), rows):
@@ -184,7 +184,7 @@ def evaluate_linear(
     if min(blocks) < 1 or max(blocks) > depth:
         raise ValueError(f"blocks={list(blocks)}: each must be from 1 to the {depth} that the features hold")
     if not len(train) or not len(val):
-        raise ValueError(f"a linear probe needs photos of both splits, found {len(train)} and {len(val)}")
+        raise ValueError(f"a linear probe needs images of both splits, found {len(train)} and {len(val)}")
     n_classes = int(train_labels.max()) + 1
     groups = train_heads(train, train_labels, n_classes, depth=depth, settings=settings, advance=advance)
     shares = {

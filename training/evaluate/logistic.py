@@ -1,7 +1,7 @@
 """Logistic regression on frozen features: the figure that needs no learning rate.
 
 Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2, float64; C is the best of 45
-between 1e-6 and 1e5 on a tenth of the training photos, drawn with a fixed seed; then all training photos are fitted
+between 1e-6 and 1e5 on a tenth of the training images, drawn with a fixed seed; then all training images are fitted
 with it. The features are taken as they are, not normalised. What differs: the original's solver is cuML's with
 tolerance 1e-12 and 1,000 iterations, so for a large C it stops at the iterations; here it is L-BFGS until the largest
 entry of the gradient of the mean loss (see below) is below `tolerance`, each C started from the solution of the next
@@ -12,7 +12,7 @@ L-BFGS wants unknowns of one curvature, and at C = 1e-6 the penalty makes that o
 the biases. So it solves for other unknowns: features are centred, which only moves the bias, and each weight is divided
 by the root of its curvature over a bias's at the start. The solution is the same, found in tens of steps, not hundreds.
 
-Legend: n photos, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
+Legend: n images, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
 """
 
 from collections.abc import Callable, Sequence
@@ -60,17 +60,17 @@ def fit_logistic(
         features: [n, D].
         labels: [n], below `n_classes`.
         c: inverse strength of the penalty, as scikit-learn's C.
-        n_classes: columns of the result; a class without photos is never predicted against one with.
+        n_classes: columns of the result; a class without images is never predicted against one with.
         start: where to begin; None: zeros.
         tolerance: largest entry of the gradient of `logistic_loss`, by the rescaled unknowns, to end with.
 
     Raises:
-        ValueError: c not above 0, or no photos.
+        ValueError: c not above 0, or no images.
     """
     if not c > 0:
         raise ValueError(f"c={c} must be above 0")
     if not len(labels):
-        raise ValueError("logistic regression needs at least one photo")
+        raise ValueError("logistic regression needs at least one image")
     features = features.double()
     n, mean = len(labels), features.mean(dim=0)
     centred = features - mean
@@ -102,7 +102,7 @@ def fit_logistic(
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
-    """Share of photos whose largest logit is their class."""
+    """Share of images whose largest logit is their class."""
     right = 0
     for top in range(0, len(labels), rows):
         part = slice(top, top + rows)
@@ -111,7 +111,7 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions kept and positions set aside of n photos: a fixed random share, at least one photo."""
+    """Positions kept and positions set aside of n images: a fixed random share, at least one photo."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     aside = max(1, int(n * share))
     return order[aside:].sort().values, order[:aside].sort().values
@@ -128,7 +128,7 @@ class LogisticReport:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The share of training photos that C is chosen on, and when a fit ends."""
+    """The share of training images that C is chosen on, and when a fit ends."""
 
     held_out_share: float = 0.1
     seed: int = 0
@@ -146,7 +146,7 @@ def evaluate_logistic(
     fit: FitSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LogisticReport:
-    """Choose C on a share of the training photos, fit all of them, score val.
+    """Choose C on a share of the training images, fit all of them, score val.
 
     Args:
         train, val: features [n, D], [m, D].
@@ -156,10 +156,10 @@ def evaluate_logistic(
         advance: told of each C that is done.
 
     Raises:
-        ValueError: fewer than two training photos, or an empty or unusable `c_grid`.
+        ValueError: fewer than two training images, or an empty or unusable `c_grid`.
     """
     if len(train) < 2:
-        raise ValueError(f"logistic regression needs at least 2 training photos, found {len(train)}")
+        raise ValueError(f"logistic regression needs at least 2 training images, found {len(train)}")
     if not c_grid:
         raise ValueError("c_grid is empty: give at least one C")
     fit = fit or FitSettings()

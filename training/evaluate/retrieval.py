@@ -1,6 +1,6 @@
 """Retrieval: rank a database by cosine, score the ranking; with the junk rule of revisited Oxford and Paris.
 
-Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label what each query's photo shows in the
+Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label what each query's image shows in the
 database as easy, hard or junk (the query itself, or too little of it to tell). Each setup counts some of them as
 relevant and takes others out of the ranking before it is scored:
 
@@ -10,10 +10,10 @@ relevant and takes others out of the ranking before it is scored:
     hard     hard           easy, junk
 
 Average precision is the area under precision by recall by the trapezoid rule, as in the Oxford buildings' own program:
-the mean, over the relevant photos, of the precision before and at each of them. Queries without a relevant photo do not
-count. For photos in class folders every photo is a query, those of its folder are relevant, and the query itself is
-taken out; there average precision is the plain mean of the precision at each relevant photo, as usual in metric
-learning. recall@k is the share of queries with at least one relevant photo among the first k.
+the mean, over the relevant images, of the precision before and at each of them. Queries without a relevant image do not
+count. For images in class folders every image is a query, those of its folder are relevant, and the query itself is
+taken out; there average precision is the plain mean of the precision at each relevant image, as usual in metric
+learning. recall@k is the share of queries with at least one relevant image among the first k.
 
 Ground truth as JSON, paths relative to the images' folder:
 
@@ -22,7 +22,7 @@ Ground truth as JSON, paths relative to the images' folder:
 
 `box` may be left out; Oxford's queries have one, and without the crop the figures are others.
 
-Legend: q queries, n database photos, D features.
+Legend: q queries, n database images, D features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Query(BaseModel):
-    """One query: its photo, the part of it to search with, and labels of database photos by name."""
+    """One query: its image, the part of it to search with, and labels of database images by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,7 +82,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """Parse and check a ground truth file.
 
     Raises:
-        ValueError: it cannot be read, has another form, names a photo twice, or labels one that the database lacks.
+        ValueError: it cannot be read, has another form, names an image twice, or labels one that the database lacks.
     """
     try:
         truth = GroundTruth.model_validate_json(path.read_bytes())
@@ -92,22 +92,22 @@ def read_ground_truth(path: Path) -> GroundTruth:
         raise ValueError(f"{path}: not a ground truth for retrieval: {error}") from error
     known = set(truth.database)
     if len(known) != len(truth.database):
-        raise ValueError(f"{path}: the database names a photo twice")
+        raise ValueError(f"{path}: the database names an image twice")
     for number, query in enumerate(truth.queries):
         labels = [*query.easy, *query.hard, *query.junk]
         if len(set(labels)) != len(labels):
-            raise ValueError(f"{path}: query {number} ({query.image}) labels a photo twice")
+            raise ValueError(f"{path}: query {number} ({query.image}) labels an image twice")
         unknown = sorted(set(labels) - known)
         if unknown:
             raise ValueError(
-                f"{path}: query {number} ({query.image}) labels {len(unknown)} photos that the database lacks, "
+                f"{path}: query {number} ({query.image}) labels {len(unknown)} images that the database lacks, "
                 f"e.g. {unknown[0]}"
             )
     return truth
 
 
 def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
-    """Positions (from 0) of the relevant photos in a ranking from which the ignored ones are taken out.
+    """Positions (from 0) of the relevant images in a ranking from which the ignored ones are taken out.
 
     Args:
         relevant, ignored: bool [n], best first, never both.
@@ -117,12 +117,12 @@ def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
 
 
 def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoid") -> float:
-    """Average precision from the rising positions (from 0) of relevant photos.
+    """Average precision from the rising positions (from 0) of relevant images.
 
     Args:
         positions: of those that the ranking holds.
         n_relevant: how many there are; what the ranking lacks counts as never found.
-        rule: "trapezoid" averages the precision before and at each relevant photo, "mean" takes that at it.
+        rule: "trapezoid" averages the precision before and at each relevant image, "mean" takes that at it.
     """
     assert n_relevant > 0
     place = positions.double()
@@ -148,11 +148,11 @@ def score(
 
     Args:
         queries, database: features [q, D], [n, D], any scale.
-        relevant, ignored: of each query, positions in the database; ignored photos are taken out of its ranking.
+        relevant, ignored: of each query, positions in the database; ignored images are taken out of its ranking.
         block_bytes: memory for similarities; queries are ranked in blocks.
 
     Raises:
-        ValueError: no query has a relevant photo.
+        ValueError: no query has a relevant image.
     """
     n = len(database)
     database = F.normalize(database.float(), dim=1)
@@ -172,7 +172,7 @@ def score(
             for k in ks:
                 hits[k] += bool((positions < k).any())
     if not aps:
-        raise ValueError("no query has a relevant photo in the database")
+        raise ValueError("no query has a relevant image in the database")
     return Scores(sum(aps) / len(aps), {k: count / len(aps) for k, count in hits.items()}, len(aps))
 
 
@@ -184,7 +184,7 @@ def score_setup(
     *,
     ks: Sequence[int] = KS,
 ) -> Scores | None:
-    """Scores of one setup; None if no query has a photo that counts in it. Features are in the order of `truth`."""
+    """Scores of one setup; None if no query has an image that counts in it. Features are in the order of `truth`."""
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
 
@@ -198,10 +198,10 @@ def score_setup(
 
 
 def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
-    """Every photo [n, D] searches all others; those of its class [n] are relevant. Plain average precision.
+    """Every image [n, D] searches all others; those of its class [n] are relevant. Plain average precision.
 
     Raises:
-        ValueError: no class has two photos.
+        ValueError: no class has two images.
     """
     members = {int(label): (labels == label).nonzero().flatten() for label in set(labels.tolist())}
     itself = torch.arange(len(labels), device=labels.device)

@@ -1,18 +1,18 @@
-"""How much of a photo's features survives a fixed change of the photo: nearer, blurred, other light, JPEG.
+"""How much of an image's features survives a fixed change of the image: nearer, blurred, other light, JPEG.
 
-Augmentations of training are random; here each photo gets the same eight changes, so two networks are asked the same
-questions. The changes are made on what the network sees (the photo after its preprocessing, as uint8 pixels): a blur of
-2 pixels is then as strong on a large photo as on a small one, and a figure depends on the network's input size alone.
+Augmentations of training are random; here each image gets the same eight changes, so two networks are asked the same
+questions. The changes are made on what the network sees (the image after its preprocessing, as uint8 pixels): a blur of
+2 pixels is then as strong on a large image as on a small one, and a figure depends on the network's input size alone.
 Strengths are at or beyond the ends of what training draws.
 
 Two figures for each change, both of the class token:
 
-- cosine: mean cosine of the photo and its changed version. It reads easily and says little alone: a collapsed network,
-  for which all photos are alike, has 1. So the mean cosine of different photos is given beside it.
-- recall@1: share of photos whose changed version is nearer to its own photo than to any other of the set. It compares
-  across networks. It falls with the number of photos, which is given.
+- cosine: mean cosine of the image and its changed version. It reads easily and says little alone: a collapsed network,
+  for which all images are alike, has 1. So the mean cosine of different images is given beside it.
+- recall@1: share of images whose changed version is nearer to its own image than to any other of the set. It compares
+  across networks. It falls with the number of images, which is given.
 
-Legend: n photos, b photos of a batch, D width, s side of the network's input.
+Legend: n images, b images of a batch, D width, s side of the network's input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +90,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def _squares(
     photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
 ) -> Iterator[Tensor]:
-    """What the network sees of each photo, uint8 [3, s, s]; what cannot be read goes to `skipped`."""
+    """What the network sees of each image, uint8 [3, s, s]; what cannot be read goes to `skipped`."""
     plain = spec.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})  # 0..1, not normalised
 
     def read(photo: Path | Photo) -> Tensor | Skipped:
@@ -116,25 +116,25 @@ def robustness(
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Cosine and recall@1 of the class tokens of changed photos among the unchanged ones.
+    """Cosine and recall@1 of the class tokens of changed images among the unchanged ones.
 
     Args:
         model: left in the mode (train or eval) that it was in.
-        photos: at least two that can be read; no labels are needed.
+        images: at least two that can be read; no labels are needed.
         spec: with a crop, as inputs must be squares of one size.
-        workers: threads that read photos; None: one a CPU, at most 8.
-        advance: told of each batch how many photos it was.
+        workers: threads that read images; None: one a CPU, at most 8.
+        advance: told of each batch how many images it was.
 
     Returns:
         JSON types: `photos` (n), `skipped` (how many could not be read), `other_photos_cosine` (mean over pairs of
-        different unchanged photos), `changes` (by the name in `CHANGES`: `cosine`, `recall@1`), and `mean`, of both
+        different unchanged images), `changes` (by the name in `CHANGES`: `cosine`, `recall@1`), and `mean`, of both
         over the changes.
 
     Raises:
-        ValueError: a spec without a crop, or fewer than two readable photos.
+        ValueError: a spec without a crop, or fewer than two readable images.
     """
     if spec.crop is None:
-        raise ValueError("robustness needs a preprocessing with a crop: photos of one size, and square")
+        raise ValueError("robustness needs a preprocessing with a crop: images of one size, and square")
     was_training, device = model.training, model.cls_token.device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
 
@@ -159,7 +159,7 @@ def robustness(
     n = sum(map(len, clean))
     if n < 2:
         first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-        raise ValueError(f"robustness needs at least two photos that can be read, not {n} of {len(photos)}{first}")
+        raise ValueError(f"robustness needs at least two images that can be read, not {n} of {len(photos)}{first}")
     return _figures(torch.cat(clean), {name: torch.cat(parts) for name, parts in changed.items()}, len(skipped))
 
 
@@ -167,7 +167,7 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
     """What `robustness` returns, of class tokens [n, D], unchanged and by change."""
     n, rows = len(clean), F.normalize(clean, dim=1)
     figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
-    # Sum over all pairs, of a photo with itself too, is the squared length of the sum.
+    # Sum over all pairs, of an image with itself too, is the squared length of the sum.
     others = (rows.double().sum(dim=0).square().sum() - n) / (n * (n - 1))
     return {
         "photos": n,

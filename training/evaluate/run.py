@@ -109,7 +109,7 @@ def evaluate(
 def print_report(report: Report, console: Console) -> None:
     """Protocol, table and skipped files."""
     spec = report.protocol["preprocess"]
-    size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole photo")
+    size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole image")
     rest = ", ".join(f"{key} {_short(value)}" for key, value in report.protocol.items() if key != "preprocess")
     console.print(f"{report.task} of {report.model}, fingerprint {report.fingerprint[:8]}", markup=False)
     console.print(f"protocol: {size}, {spec['interpolation']}; {rest}", markup=False, highlight=False)

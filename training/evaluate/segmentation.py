@@ -2,9 +2,9 @@
 
 Protocol, after that of the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`): batch
 normalisation and a 1x1 convolution on the patch tokens of the last block ("linear") or the last four ("+ms" without its
-larger photos and test-time views), cross-entropy, AdamW 1e-3, weight decay 1e-3; logits are enlarged bilinearly to the
+larger images and test-time views), cross-entropy, AdamW 1e-3, weight decay 1e-3; logits are enlarged bilinearly to the
 mask. Masks are never shrunk for the score: other set-ups do, and lose or gain points by it. What differs from the
-paper: the whole photo is seen at once and unchanged, where the original trains on random crops of 512 and slides a
+paper: the whole image is seen at once and unchanged, where the original trains on random crops of 512 and slides a
 window.
 
 mIoU is over the whole val set at once (one confusion matrix), the mean of the classes that occur in it or are
@@ -81,7 +81,7 @@ def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> in
 
 
 class LinearSegmenter(nn.Module):
-    """Batch normalisation and a 1x1 convolution, as a linear layer, so that photos of several sizes share a batch."""
+    """Batch normalisation and a 1x1 convolution, as a linear layer, so that images of several sizes share a batch."""
 
     def __init__(self, dim: int, n_classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class LinearSegmenter(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Logits [C, h, w] of tokens [h, w, F], a photo each; normalised over the patches of all of them."""
+        """Logits [C, h, w] of tokens [h, w, F], an image each; normalised over the patches of all of them."""
         flat = torch.cat([photo.flatten(0, 1) for photo in tokens])  # [patches of the batch, F]
         logits = self.linear(self.bn(flat)).split([photo.shape[0] * photo.shape[1] for photo in tokens])
         return [part.T.reshape(-1, *photo.shape[:2]) for part, photo in zip(logits, tokens, strict=True)]

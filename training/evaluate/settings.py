@@ -17,7 +17,7 @@ Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"
 
 
 class TaskSettings(BaseModel):
-    """What every task has. `resize`, `crop` None: the model's own; crop 0: the whole photo at its aspect."""
+    """What every task has. `resize`, `crop` None: the model's own; crop 0: the whole image at its aspect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,7 +56,7 @@ class LinearSettings(TaskSettings):
     blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="last blocks whose class tokens are used")
     iterations: int = Field(default=12_500, ge=1, description="of training")
     batch_size: int = Field(default=1024, ge=1, description="images")
-    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of photos to score, without a val folder")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of images to score, without a val folder")
 
 
 class DenseSettings(TaskSettings):
@@ -64,7 +64,7 @@ class DenseSettings(TaskSettings):
 
     blocks: int = Field(default=1, ge=1, description="last blocks whose tokens are joined: 1 or 4 in the paper")
     iterations: int = Field(default=4000, ge=1, description="of training")
-    batch_size: int = Field(default=16, ge=1, description="at most as many as there are photos")
+    batch_size: int = Field(default=16, ge=1, description="at most as many as there are images")
     weight_decay: float = Field(default=1e-3, ge=0)
     memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed anew each time")
 

@@ -62,7 +62,7 @@ class Context:
 
     @property
     def source(self) -> Source:
-        """The photos of a task that knows their classes: whatever can be trained on."""
+        """The images of a task that knows their classes: whatever can be trained on."""
         with tempfile.TemporaryDirectory() as index:  # of tar shards; what is needed of it stays in memory
             return open_source(self.data, Path(index))
 
@@ -110,20 +110,20 @@ def percent(share: float) -> str:
 
 
 def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
-    """The photos that could be read."""
+    """The images that could be read."""
     return [paths[index] for index in features.kept.tolist()]
 
 
 def _check_classes(classes: dict[str, int], where: str | Path) -> None:
     if len(classes) < 2:
-        raise ValueError(f"{where}: the photos are of {len(classes)} class, and a classification needs at least 2")
+        raise ValueError(f"{where}: the images are of {len(classes)} class, and a classification needs at least 2")
 
 
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
     """Features and labels of train and val, or of a share held out with `seed` where the data has no such parts."""
     known, asked = (photos_of(part) for part in split_source(source, held_out, seed))
     if not asked:
-        raise ValueError(f"{context.data}: {len(known)} photos are too few to hold out a share of {held_out}")
+        raise ValueError(f"{context.data}: {len(known)} images are too few to hold out a share of {held_out}")
     train = context.features("train", known, n_blocks)
     val = context.features("val", asked, n_blocks)
     train_labels, classes = labels_of(_read(train, known))
@@ -141,7 +141,7 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """val among train, or without splits every photo among all others (leave-one-out)."""
+    """val among train, or without splits every image among all others (leave-one-out)."""
     device = context.device
     source = context.source
     if source.parts:
@@ -246,7 +246,7 @@ def _training(settings: DenseSettings, lr: float) -> HeadTraining:
 
 
 DENSE_PROTOCOL = {
-    "view": "whole photo, sides to multiples of the patch",
+    "view": "whole image, sides to multiples of the patch",
     "augmentation": "none",
     "optimizer": "AdamW, linear warm-up 3.75 %, linear decay to 0",
 }
@@ -307,7 +307,7 @@ def run_depth(context: Context, settings: DepthSettings) -> Result:
     protocol = DENSE_PROTOCOL | {
         "head": "patch and class tokens, linear to uniform bins, linear normalisation, 4 times enlarged",
         "loss": "scale-invariant log + gradients",
-        "scored": "at the map's size, mean over photos, no border crop",
+        "scored": "at the map's size, mean over images, no border crop",
         "train_photos": len(train),
         "val_photos": report.photos,
     }
@@ -335,7 +335,7 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
         features = context.features("photos", photos)
         labels, classes = labels_of(_read(features, photos))
         found = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
-        protocol = {"ap": "mean precision at relevant photos", "photos": len(labels), "classes": len(classes)}
+        protocol = {"ap": "mean precision at relevant images", "photos": len(labels), "classes": len(classes)}
         return _retrieval_table({"same folder": found}, protocol | {"metric": "cosine"}), features.skipped
     truth = read_ground_truth(settings.ground_truth)
     database = context.features("database", [context.folder / name for name in truth.database])
@@ -346,11 +346,11 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     )
     skipped = queries.skipped + database.skipped
     if skipped:  # without them the figures are those of another, easier or harder, set
-        raise ValueError(f"{len(skipped)} photos of the ground truth cannot be read, e.g. {skipped[0].name}")
+        raise ValueError(f"{len(skipped)} images of the ground truth cannot be read, e.g. {skipped[0].name}")
     known, asked = (f.pooled(settings.pooling).to(device) for f in (database, queries))
     scores = {setup: score_setup(truth, setup, asked, known, ks=settings.k) for setup in SETUPS}
     kept = {str(setup): found for setup, found in scores.items() if found is not None}
     if not kept:
-        raise ValueError(f"{settings.ground_truth}: no query has an easy or hard photo")
+        raise ValueError(f"{settings.ground_truth}: no query has an easy or hard image")
     protocol = {"ap": "trapezoid rule", "photos": len(truth.database), "metric": "cosine"}
     return _retrieval_table(kept, protocol), []

@@ -20,7 +20,7 @@ from training.watch.monitor import EVALUATIONS, METRICS, read_lines
 RUNS = {"dino": "DINO", "dinov2": "DINOv2"}
 NETWORKS = {"untrained": "untrained", **RUNS}
 LEGEND = (
-    "Robustness: share of photos whose changed version is nearer to its own photo than to any other (recall@1), and in "
+    "Robustness: share of images whose changed version is nearer to its own image than to any other (recall@1), and in "
     "brackets the mean cosine with it. The loss figures are explained in docs/compare.md."
 )
 KNN_WORDS = {"cls": "class token", "mean": "mean patch"}
@@ -65,7 +65,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         ("accuracy", "logistic regression, class token", ("logistic", "accuracy"), _percent),
         *changes,
         ("robustness", "mean of these", ("robustness", "mean"), _kept),
-        ("features", "cosine of different photos", ("robustness", "other_photos_cosine"), "{:.2f}".format),
+        ("features", "cosine of different images", ("robustness", "other_photos_cosine"), "{:.2f}".format),
         ("features", "RankMe, share of the most", ("rankme_share",), "{:.2f}".format),
         *RUN_FIGURES,
     ]
@@ -84,7 +84,7 @@ def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
 def heading(found: Mapping[str, Any]) -> str:
     """What was compared, in a line."""
     return (
-        f"recipe {found['base']}, seed {found['settings']['seed']}: {found['photos_seen']:,} photos seen, of "
+        f"recipe {found['base']}, seed {found['settings']['seed']}: {found['photos_seen']:,} images seen, of "
         f"{found['photos']:,} in {found['data']}; {found['held_out']:,} held out; {found['hardware']}"
     )
 

@@ -1,7 +1,7 @@
 """What a run was and what came out, on one page: `report.html` in the run's folder.
 
 Made from the folder alone, at the end of a run or at any time of it, by whoever has the folder. The page stands by
-itself: style, curves (`training/pages/charts.py`) and the last picture sheet are in it, so that it can be sent by mail
+itself: style, curves (`training/pages/charts.py`) and the last image sheet are in it, so that it can be sent by mail
 and opened in ten years. Whatever is missing is left out. No script is in it, and everything from outside is escaped.
 
 Read are config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
@@ -86,7 +86,7 @@ def write_report(out: Path) -> Path:
         html_section("What it said", _events(read_lines(out / EVENTS))),
         html_section("Curves", _charts(metrics, evaluations, config)),
         html_section("What it sees", _sheet(out / SHEETS)),
-        html_section("k-NN on held-out photos", _knn_table(knn)),
+        html_section("k-NN on held-out images", _knn_table(knn)),
         html_section("Data", _data(config, facts, out / "skipped.txt")),
         html_section("Settings that differ from the default", _settings(config)),
         html_section("Where it comes from", _origin(facts)),
@@ -263,7 +263,7 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
 
 
 def _sheet(folder: Path) -> str:
-    """The last picture sheet, made smaller."""
+    """The last image sheet, made smaller."""
     sheets = sorted(folder.glob("*.png"))
     if not sheets:
         return ""

@@ -1,19 +1,19 @@
-"""A picture sheet: what the network is shown and what it makes of it, on one page.
+"""An image sheet: what the network is shown and what it makes of it, on one page.
 
-One row per photo, from left to right:
+One row per image, from left to right:
 
-    photo          as the evaluation sees it
+    image          as the evaluation sees it
     global 1, 2    the two large crops of a step; masked patches, which the student must guess, are darkened
     locals         some of the small crops
     attention      where the class token looks in the last block, mean over the heads
-    parts (PCA)    the patch tokens' three main directions as red, green and blue; one fit for all photos of the sheet,
+    parts (PCA)    the patch tokens' three main directions as red, green and blue; one fit for all images of the sheet,
                    so the same colour means the same thing in each row
-    nearest        the most similar photos of a sample of the training data, by class token, with the cosine
+    nearest        the most similar images of a sample of the training data, by class token, with the cosine
 
 A network that learns shows it here before the curves do: attention leaves the corners and finds the things, parts get
 their own colours, neighbours become the same kind of thing. A sheet that stays noise is a run to stop. Pillow only.
 
-Legend: n photos of the sheet, V local crops, G and L sides of crops, N = h * w patches, D width, A heads, g gallery.
+Legend: n images of the sheet, V local crops, G and L sides of crops, N = h * w patches, D width, A heads, g gallery.
 """
 
 from collections.abc import Sequence
@@ -47,9 +47,9 @@ HEAT = np.array(
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """The photo at the size that `preprocess` makes of it before cropping: a gallery of these fits into memory.
+    """The image at the size that `preprocess` makes of it before cropping: a gallery of these fits into memory.
 
-    `preprocess` of it gives the same pixels as of the photo itself.
+    `preprocess` of it gives the same pixels as of the image itself.
     """
     assert spec.resize is not None
     height, width = photo.shape[:2]
@@ -59,14 +59,14 @@ def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
 
 
 def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
-    """Normalised crops [n, 3, S, S] as photos, for looking at."""
+    """Normalised crops [n, 3, S, S] as images, for looking at."""
     mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in (spec.mean, spec.std))
     scaled = ((crops.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
-    """The photo [S, S, 3] with masked patches ([h * w], True is masked) darkened and greyed."""
+    """The image [S, S, 3] with masked patches ([h * w], True is masked) darkened and greyed."""
     h, w = grid
     per_pixel = np.kron(mask.reshape(h, w), np.ones((photo.shape[0] // h, photo.shape[1] // w), bool))
     grey = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
@@ -89,7 +89,7 @@ def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
 
 
 def pca_colours(patches: Tensor) -> Tensor:
-    """Patch tokens [n, N, D] to colours [n, N, 3] in 0..1: three main directions over all photos, each stretched.
+    """Patch tokens [n, N, D] to colours [n, N, 3] in 0..1: three main directions over all images, each stretched.
 
     A direction's sign is arbitrary; here its largest entry is positive, so that the same network gives the same sheet.
     """
@@ -135,7 +135,7 @@ def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
 
 @torch.inference_mode()
 def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: PreprocessSpec) -> Tensor:
-    """Class tokens [g, D] on the CPU; without a crop in `spec`, sizes differ and photos go one by one."""
+    """Class tokens [g, D] on the CPU; without a crop in `spec`, sizes differ and images go one by one."""
     device, step = backbone.cls_token.device, BATCH if spec.crop is not None else 1
     found = []
     for start in range(0, len(photos), step):
@@ -146,7 +146,7 @@ def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: Pr
 
 @dataclass(frozen=True)
 class SheetCrops:
-    """The crops of n photos, view by view, as `training.data.crops.Crops` holds them."""
+    """The crops of n images, view by view, as `training.data.crops.Crops` holds them."""
 
     globals_: Tensor  # [2n, 3, G, G], normalised
     masks: Tensor  # bool [2n, N]
@@ -155,7 +155,7 @@ class SheetCrops:
 
 @dataclass(frozen=True)
 class _Look:
-    """What the network makes of the photos of a sheet, and the photos as it is shown them."""
+    """What the network makes of the images of a sheet, and the images as it is shown them."""
 
     inputs: Tensor  # [n, 3, S, S]
     attention: Tensor  # [n, N]
@@ -172,7 +172,7 @@ def _look(
     spec: PreprocessSpec,
     n_neighbours: int,
 ) -> _Look:
-    """One pass of the shown photos, and one of the gallery for their neighbours; the network's mode stays."""
+    """One pass of the shown images, and one of the gallery for their neighbours; the network's mode stays."""
     was_training = backbone.training
     backbone.eval()
     try:
@@ -203,22 +203,22 @@ def picture_sheet(
 
     Args:
         backbone: whole and on one device; its mode is as before afterwards.
-        gallery: a sample of the training photos, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
-        shown: the n photos of the sheet, as indices of `gallery`.
+        gallery: a sample of the training images, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
+        shown: the n images of the sheet, as indices of `gallery`.
         spec: the evaluation's preprocessing; must crop.
-        crops: of the n photos.
-        names: captions of the gallery's photos, e.g. their folders.
+        crops: of the n images.
+        names: captions of the gallery's images, e.g. their folders.
         title: what run and step this is.
-        n_neighbours: columns of nearest photos.
+        n_neighbours: columns of nearest images.
 
     Raises:
-        ValueError: `spec` has no crop, or the crops are not those of n photos.
+        ValueError: `spec` has no crop, or the crops are not those of n images.
     """
     n, globals_, masks, locals_ = len(shown), crops.globals_, crops.masks, crops.locals_
     if spec.crop is None:
-        raise ValueError("a picture sheet needs a preprocessing with a crop; this one has none")
+        raise ValueError("an image sheet needs a preprocessing with a crop; this one has none")
     if len(globals_) != 2 * n or len(masks) != 2 * n or (locals_ is not None and len(locals_) % n):
-        raise ValueError(f"{n} photos need {2 * n} global crops and masks, not {len(globals_)} and {len(masks)}")
+        raise ValueError(f"{n} images need {2 * n} global crops and masks, not {len(globals_)} and {len(masks)}")
     look = _look(backbone, gallery, shown, spec, n_neighbours)
     grid = (spec.crop // spec.patch_size,) * 2
     rows = []

@@ -22,7 +22,7 @@ The factor 3: backward is two products for each of forward's, one for the input'
 computes only the kept share of samples in each branch. Resizing the position embedding is once per batch and not
 counted.
 
-Legend: B photos per step, V local views, M masked patches of the batch.
+Legend: B images per step, V local views, M masked patches of the batch.
 """
 
 import re

@@ -113,7 +113,7 @@ class Monitor:
         device: whose memory is reported.
         sinks: who else gets the figures.
         peak_flops: of all devices together, per second (`training/watch/flops.py`); None: no MFU.
-        advise: what to say when this share of the time goes into waiting for photos.
+        advise: what to say when this share of the time goes into waiting for images.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Monitor:
         device: torch.device | None = None,
         sinks: Sequence[Sink] = (),
         peak_flops: float | None = None,
-        advise: Callable[[float], str | None] = "{:.0%} of the time went into waiting for photos".format,
+        advise: Callable[[float], str | None] = "{:.0%} of the time went into waiting for images".format,
     ) -> None:
         self.console = console
         self._folder, self._batch_size, self._total_steps = path.parent, size.batch_size, size.total_steps
@@ -190,7 +190,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around an evaluation, a save or a picture sheet: the time is not counted as training."""
+        """Around an evaluation, a save or an image sheet: the time is not counted as training."""
         start = time.perf_counter()
         try:
             yield
@@ -221,7 +221,7 @@ class Monitor:
         return line
 
     def evaluated(self, steps_done: int, figures: Mapping[str, Figure]) -> None:
-        """A line of `evaluations.jsonl`: what was measured on held-out photos after so many steps."""
+        """A line of `evaluations.jsonl`: what was measured on held-out images after so many steps."""
         if self._active:
             self._append(EVALUATIONS, {"step": steps_done, **to_numbers(figures)})
 

@@ -2,18 +2,18 @@
 
 Three ways in which self-supervised training fails, each with its sign and its configured action:
 
-- collapse: the network tells no photos apart. After a third of the run, several lines in a row, one of: the DINO loss
+- collapse: the network tells no images apart. After a third of the run, several lines in a row, one of: the DINO loss
   at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy at ln K (its targets say nothing) or at 0 (one prototype
-  for each photo, whatever it shows); RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), below
+  for each image, whatever it shows); RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), below
   a share of what it could be. (A random network has about 0.1 of it, a trained one 0.5 and more.)
 - not finite: a loss or a gradient is NaN or infinite. The batch is kept, to be looked at and run again.
-- k-NN: the accuracy on held-out photos has fallen below the best figure of the run by more than a margin. Training on
+- k-NN: the accuracy on held-out images has fallen below the best figure of the run by more than a margin. Training on
   from released weights can lose what they had (facebookresearch/dinov2#204: 80 to 10 %).
 
 The action is `stop`, `warn` (said once each time it begins), or `rollback`: the run takes the newest checkpoint of step
 `Verdict.back_to` or before, throws later ones away, keeps what the sentinels have learned (but for what the later
 steps showed, `forget_after`), and goes on differently, or the same would happen again. After "not finite" it passes
-over the offending step (`passes_over`): its photos are not trained on in this epoch. After the two others the rates are
+over the offending step (`passes_over`): its images are not trained on in this epoch. After the two others the rates are
 multiplied by `lr_factor` from there on. After `max_rollbacks`, or where no checkpoint is old enough, it stops.
 
 Everything is decided from the figures of the lines and a state of plain JSON types, so a resumed run decides the same.
@@ -167,7 +167,7 @@ class Sentinels:
         return self.state.lr_factor
 
     def passes_over(self, step: int) -> bool:
-        """Whether this step (counted from 1) is left out: no update, the next photos are the next step's."""
+        """Whether this step (counted from 1) is left out: no update, the next images are the next step's."""
         return step in self.state.passed_over
 
     def may_go_back_to(self) -> list[int]:
@@ -191,7 +191,7 @@ class Sentinels:
             return None
         state.warned = limits.on_collapse == "warn"
         begin = (
-            f"step {step}: the network no longer tells photos apart (collapse): {signs[sign]}, {count} lines in a row."
+            f"step {step}: the network no longer tells images apart (collapse): {signs[sign]}, {count} lines in a row."
         )
         advice = (
             " Lower teacher_temp or lr, raise koleo_weight or batch_size, or train longer (a short run may just not "
@@ -211,7 +211,7 @@ class Sentinels:
                 f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets say nothing"
             )
         if entropy is not None and entropy <= AT_ZERO * ln_k:
-            signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: every photo has one prototype, and nothing else"
+            signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: every image has one prototype, and nothing else"
         if share is not None and share < self.limits.min_rankme_share:
             signs["rank"] = (
                 f"the class tokens span {share:.3f} of the dimensions they could (RankMe; the least allowed is "
@@ -225,7 +225,7 @@ class Sentinels:
         begin = f"step {step}: {wrong or 'a weight is not finite'}."
         if replay is not None:
             begin += f" The batch is kept in {replay}."
-        advice = " A lower lr or clip_grad, a longer warmup, precision=fp32 or a look at the photos may help."
+        advice = " A lower lr or clip_grad, a longer warmup, precision=fp32 or a look at the images may help."
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
@@ -270,7 +270,7 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A batch that was kept: the step, the photos' names, the tensors of the crops, and what came out."""
+    """A batch that was kept: the step, the images' names, the tensors of the crops, and what came out."""
 
     step: int
     names: list[str]
@@ -292,7 +292,7 @@ def save_replay(
 
     Args:
         folder: is made if missing. Of the replays in it, the `keep` of the latest steps stay.
-        names: file names (or keys) of the photos, in the batch's order.
+        names: file names (or keys) of the images, in the batch's order.
         crops: tensors by name, e.g. those of `training.data.crops.Crops`.
         terms: the step's figures, which may be NaN.
         facts: more of JSON types: indices, seed, rates.

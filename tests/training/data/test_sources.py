@@ -56,7 +56,7 @@ def samples(first, n, folder=""):
 
 
 def values(source):
-    """Which pictures of `png` a source holds."""
+    """Which images of `png` a source holds."""
     pixels = [Photo(source, i).read()[0, 0].astype(int) for i in range(len(source))]
     return [red + 256 * green for red, green, _ in pixels]
 

@@ -254,7 +254,7 @@ def test_broken_files_are_skipped_and_missing_maps_refused(model, tmp_path):
     with pytest.raises(ValueError, match="none of 3 pairs could be read"):
         make(model, tmp_path, "masks")
     (tmp_path / "masks/train/c.png").unlink()
-    with pytest.raises(ValueError, match=r"1 photos of .* have no \.png of their name .*c\.png"):
+    with pytest.raises(ValueError, match=r"1 images of .* have no \.png of their name .*c\.png"):
         find_pairs(tmp_path, "train", "masks", (".png",))
 
 

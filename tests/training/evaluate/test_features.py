@@ -62,7 +62,7 @@ def test_a_broken_photo_is_skipped_and_listed_or_an_error(model, photos):
     torch.testing.assert_close(found.cls, whole.cls, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="not one of JPEG"):
         extract_features(model, photos, SPEC)
-    with pytest.raises(ValueError, match="none of 1 photos could be read"):
+    with pytest.raises(ValueError, match="none of 1 images could be read"):
         compute_features(model, [photos[2]], SPEC)
 
 
