@@ -251,7 +251,7 @@ def test_advice_says_what_to_change(monkeypatch):
         assert waiting_advice(0.1, loader, side=SIDE, workers=2) is None
         advice = waiting_advice(0.124, loader, side=160, workers=2)
         assert advice.startswith(
-            "12% of the time went into waiting for images: raise workers (now 2), shrink the images"
+            "12% of the time was spent waiting for images: raise workers (now 2), shrink the images"
         )
         assert "cache_bytes, 1 GiB" in advice
         assert "all 8 cores decode" in waiting_advice(0.5, loader, side=160, workers=8)
