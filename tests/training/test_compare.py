@@ -216,7 +216,7 @@ def test_the_page_stands_by_itself(place, found):
 @pytest.mark.parametrize(
     ("base", "overrides", "message"),
     [
-        ("smoke", ["centering=softmax", "koleo_weight=0.2"], "centering, koleo_weight: this is what DINO and DINOv2"),
+        ("smoke", ["centering=softmax", "koleo_weight=0.2"], "centering, koleo_weight: DINO and DINOv2 differ in this"),
         ("tiny", ["teacher=dinov2_vits14"], "has a frozen teacher"),
         ("tiny", ["held_out_share=0"], "0 images are held out"),
         ("tiny", ["no_such=1"], "no_such"),
@@ -263,7 +263,7 @@ def test_sigterm_is_handed_on(monkeypatch, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=press)
     thread.start()
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="run the same command again to resume"):
         run_apart([str(ready)])
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before

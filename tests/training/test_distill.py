@@ -193,7 +193,7 @@ def test_teachers_that_do_not_fit_are_refused(photos, teacher, tmp_path):
     damaged = shutil.copytree(teacher, tmp_path / "damaged")
     for path in (damaged / "states").glob("*.pt"):
         path.write_bytes(b"")
-    refused(photos, tmp_path / "d", "has no state that is whole", teacher=damaged)
+    refused(photos, tmp_path / "d", "has no complete state", teacher=damaged)
     (damaged / "config.json").unlink()
     with pytest.raises(OSError, match=r"config\.json"):
         loop.train(config(photos, tmp_path / "e", teacher=damaged), QUIET)

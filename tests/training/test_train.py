@@ -173,8 +173,8 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
         ("smoke", ["epochs=1e30"], "^epochs=1e\\+30: Input should be less"),
         ("smoke", ["epochs=three"], "^epochs='three': Input should be a valid number"),
         ("smoke", ["seed=-1"], "^seed=-1: Input should be greater"),
-        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. is a range"),
-        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. is a range"),
+        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. must be shares"),
+        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. must be shares"),
         ("smoke", ["last_phase={share = 1.2, global_size = 98, local_size = 42}"], "last_phase.share"),
     ],
 )
