@@ -121,7 +121,7 @@ def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path, mo
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, killed_after + 3))
     assert main() == 143
     message = capsys.readouterr().err
-    assert f"stopped by SIGTERM after step {killed_after + 4} of 30; the state is saved: run the same command" in message
+    assert f"stopped by SIGTERM after step {killed_after + 4} of 30; the state is saved: run the same" in message
     monkeypatch.setattr(loop, "train_step", one_step)
     stopped_after = find_state(out)[0].step
     assert stopped_after == killed_after + 4
@@ -233,7 +233,7 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
     expected = loop.train(config(photos, whole, **settings), QUIET)
     [message, after] = events(whole, "rollback")
     assert "collapse" in message
-    assert "back to step 3 or before, and on with 0.5 of the lr" in message
+    assert "back to step 3 or before, and continues with 0.5 of the lr" in message
     assert after == "continuing after step 3"  # though but one state is kept
     one_step = loop.train_step
     for at in (4, 7):
@@ -275,7 +275,7 @@ def test_a_nan_of_the_last_step_is_passed_over_and_the_run_is_over(photos, tmp_p
     loop.train(config(photos, out), QUIET)
     saved, _ = find_state(out)
     assert (saved.step, saved.memory["sentinels"]["passed_over"]) == (9, [9])
-    with pytest.raises(RunStopped, match=r"loss is nan.*batch is kept"):
+    with pytest.raises(RunStopped, match=r"loss is nan.*batch is stored"):
         loop.train(config(photos, tmp_path / "stop", on_not_finite="stop"), QUIET)
 
 
@@ -365,7 +365,7 @@ def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
     assert before >= 0.9
     ruin = {**settings, "lr": 50.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4, "init": good}
     out = tmp_path / "ruined"
-    with pytest.raises(RunStopped, match=rf"k-NN is .*and was {before:.1%} at step 0.*points are lost.*lower lr"):
+    with pytest.raises(RunStopped, match=rf"k-NN is .*down from {before:.1%} at step 0.*lost more than.*lower lr"):
         loop.train(config(data, out, **ruin), QUIET)
     out = tmp_path / "back"
     slow = {**ruin, "on_knn": "rollback", "rollback_lr_factor": 1e-9}

@@ -347,7 +347,7 @@ def test_a_run_goes_back_and_passes_over_what_is_not_finite(photos, tmp_path, mo
     loop.train(config(photos, out, save_every_minutes=1e-9), QUIET)
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 6, 7, 8, 9]
     said = [line for line in read_lines(out / "events.jsonl") if line["kind"] == "rollback"]
-    assert "passes over step 5" in said[0]["message"]
+    assert "skips step 5" in said[0]["message"]
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weights(photos, tmp_path):
