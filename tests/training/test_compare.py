@@ -198,7 +198,7 @@ def test_the_table_has_a_cell_for_each_network_that_has_the_figure(found):
 def test_the_page_stands_by_itself(place, found):
     text = (place / "out" / "compare.html").read_text()
     for words in (
-        "DINO beside DINOv2",
+        "DINO and DINOv2",
         "share of ln K",
         "k-NN during the run, knn_cls_20",
         "JPEG quality 20",
@@ -287,4 +287,4 @@ def test_report_is_written_again(place, found):
     assert page_of_run.exists()
     refused = CliRunner().invoke(cli.app, ["report", str(place / "photos")])
     assert refused.exit_code == 2
-    assert "holds no run" in refused.output
+    assert "is not a run's folder" in refused.output

@@ -1,7 +1,7 @@
-"""Line charts as SVG text, without a library: for the report of a run and the comparison of runs.
+"""Line charts as SVG text, without a library, for the report of a run and the comparison of runs.
 
-A chart is data in, text out; colours and fonts come from the page's style sheet (`CSS`, light and dark), so a chart
-follows the reader's scheme. Points carry `<title>`s, which browsers show under the pointer.
+A chart is a function from data to text. Colours and fonts come from the page's style sheet (`CSS`, light and dark), so
+a chart follows the reader's colour scheme. Points have `<title>`s, which browsers show under the pointer.
 """
 
 import math
@@ -11,8 +11,8 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 38
-MAX_POINTS = 400  # more than pixels are wasted on the page's size
-MAX_DOTS = 100  # values to be read under the pointer
+MAX_POINTS = 400  # more points than pixels only enlarge the page
+MAX_DOTS = 100  # values that can be read under the pointer
 COLOURS = 6
 
 CSS = """
@@ -30,7 +30,7 @@ CSS = """
   :root { --c0: #74a9ff; --c1: #ff9a62; --c2: #69db7c; --c3: #da8fee; --c4: #5cd0e4; --c5: #ffd43b; }
 }
 """
-"""What a chart needs of its page, which defines the colours `--muted` and `--line`."""
+"""The style sheet of a chart. The page must define the colours `--muted` and `--line`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Series:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart, about so many."""
+    """Return about `about` round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -53,7 +53,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """A tick in at most about six letters: 0.05, 1,200, 25k, 3M, 2e-06."""
+    """Format a tick in at most about six characters: 0.05, 1,200, 25k, 3M, 2e-06."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
@@ -69,13 +69,13 @@ def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most `MAX_POINTS`, the last one among them."""
+    """Return at most `MAX_POINTS` of the points, including the last one."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return [point for i, point in enumerate(points) if (len(points) - 1 - i) % stride == 0]
 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
-    """Range of the y axis: the values, the mark if it is near, `floor` if given, and some air."""
+    """Return the range of the y axis: the values, the mark if given, `floor` if given, and a margin."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)
@@ -94,14 +94,14 @@ def line_chart(
     mark: tuple[float, str] | None = None,
     floor: float | None = None,
 ) -> str:
-    """A chart as `<figure>` with SVG and legend; empty text if there is not one finite point.
+    """Draw a chart as `<figure>` with SVG and legend; empty text if no point is finite.
 
     Args:
-        series: lines, at most six told apart by colour.
-        title: heading, and what screen readers say.
-        y_label, x_label: what the axes mean, with units.
-        mark: a dashed horizontal line at this y, with a word.
-        floor: the y axis starts here, if the values are above: 0 for what is counted.
+        series: lines, of which colour distinguishes at most six.
+        title: heading, also for screen readers.
+        y_label, x_label: labels of the axes, with units.
+        mark: a dashed horizontal line at this y, with a label.
+        floor: lower end of the y axis, if the values are above it: 0 for counts.
     """
     found = _finite(series)
     if not found:
@@ -148,7 +148,7 @@ def line_chart(
 
 
 def _line(one: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """One series: a path broken at gaps, and a point under the pointer for each value."""
+    """Draw one series: a path broken at gaps, and points whose values show under the pointer."""
     path, dots, pen_down = [], [], False
     colour = f'style="stroke:var(--c{index % COLOURS})"'
     points = _thinned(one.points)
