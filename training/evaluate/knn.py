@@ -1,11 +1,11 @@
-"""k-NN classification on frozen features: how DINO and DINOv2 are compared without training anything.
+"""k-NN classification on frozen features: the comparison of DINO and DINOv2 that needs no training.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/knn.py`): features L2-normalised; the k most similar training images
+Protocol (facebookresearch/dinov2, `dinov2/eval/knn.py`): features are L2-normalised; the k most similar training images
 vote with weight exp(cosine / 0.07); the class with most votes wins. (The original divides the weights by their sum over
-the 200 nearest, which changes no vote.) The original's preprocessing is short side 256, crop 224; here it is the
-model's own spec, stated beside every figure.
+the 200 nearest, which changes no result.) The original's preprocessing is short side 256, crop 224; here it is the
+model's own spec, which is reported with every figure.
 
-Similarities are computed in blocks, of which only the nearest are kept: memory does not grow with n or m.
+Similarities are computed in blocks, and only the nearest are stored: memory does not grow with n or m.
 
 Legend: n training images, m test images, D features, C classes.
 """
@@ -24,13 +24,13 @@ from training.data.dataset import Photo, label_of
 from training.evaluate.features import compute_features
 
 TEMPERATURE = 0.07
-KS = (10, 20, 100, 200)  # of the paper's tables; 20 is usually the best
+KS = (10, 20, 100, 200)  # as in the paper's tables; 20 is usually the best
 
 
 def nearest(
     train: Tensor, test: Tensor, k: int, *, leave_one_out: bool = False, rows: int = 1024, columns: int = 65_536
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar training images of each test image.
+    """Find the k most similar training images of each test image.
 
     Args:
         train, test: features [n, D], [m, D], any scale.
@@ -74,13 +74,13 @@ def knn_accuracy(
     rows: int = 1024,
     columns: int = 65_536,
 ) -> dict[int, float]:
-    """Share of test images classified rightly, for each k.
+    """Compute the share of test images classified correctly, for each k.
 
     Args:
         train: features [n, D], any scale.
         train_labels: class numbers [n].
         test, test_labels: [m, D], [m].
-        ks: neighbours; more than there are images means all of them.
+        ks: numbers of neighbours; a number above the number of images means all of them.
         leave_one_out: `test` is `train`, and an image is never its own neighbour.
         rows, columns: as in `nearest`.
     """
@@ -103,7 +103,7 @@ def knn_accuracy(
 
 
 def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
-    """Class numbers by label (of a path: the name of its folder); `classes` is extended by names it lacks."""
+    """Return class numbers by label (for a path: the name of its folder), and `classes` extended by new labels."""
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
     return torch.tensor(numbers), classes
@@ -116,10 +116,10 @@ def evaluate_knn(
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """k-NN accuracy of `test` images among `train` images, by pooling and k; images that cannot be read do not count.
+    """Compute k-NN accuracy of `test` images among `train` images, by pooling and k; unreadable images do not count.
 
     Raises:
-        ValueError: an image without a label, or not one of either kind that can be read.
+        ValueError: an image has no label, or one of the two sets has no readable image.
     """
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)

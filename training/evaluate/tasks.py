@@ -1,4 +1,4 @@
-"""The six tasks: find the data, get features, call the evaluation, lay out a table. `run.py` chooses among them."""
+"""The six tasks: find the data, compute features, run the evaluation, make a table. `run.py` selects the task."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,12 +32,12 @@ from training.evaluate.settings import (
 )
 
 Track = Callable[[str, int], Callable[[int], object]]
-"""Starts a progress bar (what, how many) and gives what advances it."""
+"""Starts a progress bar (title, total) and returns the function that advances it."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every task needs: the model, the data, the preprocessing, where features are kept, progress."""
+    """Common inputs of the tasks: the model, the data, the preprocessing, the feature cache and progress."""
 
     backbone: Backbone
     data: str | Path
@@ -62,13 +62,13 @@ class Context:
 
     @property
     def source(self) -> Source:
-        """The images of a task that knows their classes: whatever can be trained on."""
-        with tempfile.TemporaryDirectory() as index:  # of tar shards; what is needed of it stays in memory
+        """Open the data of a task with classes: anything that can be trained on."""
+        with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which then stays in memory
             return open_source(self.data, Path(index))
 
     @property
     def folder(self) -> Path:
-        """The data of a task that pairs files by their names."""
+        """Return the data folder of a task that pairs files by name."""
         return Path(self.data)
 
     @property
@@ -78,7 +78,7 @@ class Context:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """A task's table, its figures for programs, and what of the protocol is not a setting."""
+    """A task's table, its figures as data, and the parts of the protocol that are not settings."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -88,7 +88,7 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of both splits with class numbers; classes are folder names, numbered as train has them first."""
+    """Features of both splits with class numbers. Classes are folder names; those of train are numbered first."""
 
     train: ImageFeatures
     train_labels: Tensor
@@ -105,22 +105,22 @@ Result = tuple[TaskTable, list[Skipped]]
 
 
 def percent(share: float) -> str:
-    """A share as it stands in a table."""
+    """Format a share for a table."""
     return f"{100 * share:.1f} %"
 
 
 def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
-    """The images that could be read."""
+    """Return the images that could be read."""
     return [paths[index] for index in features.kept.tolist()]
 
 
 def _check_classes(classes: dict[str, int], where: str | Path) -> None:
     if len(classes) < 2:
-        raise ValueError(f"{where}: the images are of {len(classes)} class, and a classification needs at least 2")
+        raise ValueError(f"{where}: the images have {len(classes)} class, but a classification needs at least 2")
 
 
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
-    """Features and labels of train and val, or of a share held out with `seed` where the data has no such parts."""
+    """Compute features and labels of train and val, or of a share held out with `seed` if there is no such split."""
     known, asked = (photos_of(part) for part in split_source(source, held_out, seed))
     if not asked:
         raise ValueError(f"{context.data}: {len(known)} images are too few to hold out a share of {held_out}")
@@ -141,7 +141,7 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """val among train, or without splits every image among all others (leave-one-out)."""
+    """Classify val by k-NN in train, or without splits every image by all others (leave-one-out)."""
     device = context.device
     source = context.source
     if source.parts:
@@ -151,7 +151,7 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
         protocol, skipped = found.protocol, found.skipped
     else:
         photos = photos_of(source)
-        features = context.features("photos", photos)
+        features = context.features("images", photos)
         labels, classes = labels_of(_read(features, photos))
         _check_classes(classes, context.data)
         labels, pooled = labels.to(device), features.pooled(settings.pooling).to(device)
@@ -163,7 +163,7 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
-    """C chosen on a share of train, all of train fitted, val scored."""
+    """Choose C on a share of train, fit all of train, and score val."""
     found, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         found.train.pooled(settings.pooling).to(device),
@@ -180,7 +180,7 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 
 
 def run_linear(context: Context, settings: LinearSettings) -> Result:
-    """All heads; the table has the best learning rate of each input, the figures have every head."""
+    """Train all heads; the table has the best learning rate of each input, the figures have every head."""
     depth_wanted = max(settings.blocks)
     found = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
@@ -253,7 +253,7 @@ DENSE_PROTOCOL = {
 
 
 def run_segmentation(context: Context, settings: SegmentationSettings) -> Result:
-    """BN and 1x1 convolution; mIoU at the masks' own size."""
+    """Train batch norm and a 1x1 convolution; score mIoU at the masks' own size."""
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(context, settings, "masks", segmentation.SUFFIXES, read)
     report = segmentation.evaluate_segmentation(
@@ -283,7 +283,7 @@ def run_segmentation(context: Context, settings: SegmentationSettings) -> Result
 
 
 def run_depth(context: Context, settings: DepthSettings) -> Result:
-    """256 bins; RMSE, AbsRel and delta1 at the maps' own size."""
+    """Train a head with 256 bins; score RMSE, AbsRel and delta1 at the maps' own size."""
     read = partial(depth.read_depth, units_per_metre=settings.units_per_metre)
     train, val = _dense(context, settings, "depth", depth.SUFFIXES, read)
     report = depth.evaluate_depth(
@@ -327,12 +327,12 @@ def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> Tas
 
 
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
-    """Easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
+    """Score easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
     device = context.device
     if settings.ground_truth is None:
         source = context.source
         photos = photos_of(source)
-        features = context.features("photos", photos)
+        features = context.features("images", photos)
         labels, classes = labels_of(_read(features, photos))
         found = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
         protocol = {"ap": "mean precision at relevant images", "photos": len(labels), "classes": len(classes)}
@@ -345,7 +345,7 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
         boxes=[query.box for query in truth.queries],
     )
     skipped = queries.skipped + database.skipped
-    if skipped:  # without them the figures are those of another, easier or harder, set
+    if skipped:  # without them the set would be another one, easier or harder
         raise ValueError(f"{len(skipped)} images of the ground truth cannot be read, e.g. {skipped[0].name}")
     known, asked = (f.pooled(settings.pooling).to(device) for f in (database, queries))
     scores = {setup: score_setup(truth, setup, asked, known, ks=settings.k) for setup in SETUPS}

@@ -113,7 +113,7 @@ def test_class_folders_leave_the_query_out():
         (json.dumps({"queries": [], "database": ["a"]}), "at least 1 item"),
         (json.dumps({"queries": [{"image": "q", "easi": []}], "database": ["a"]}), "Extra inputs"),
         (json.dumps({"queries": [{"image": "q"}], "database": ["a", "a"]}), "names an image twice"),
-        (json.dumps({"queries": [{"image": "q", "easy": ["b"]}], "database": ["a"]}), "the database lacks, e.g. b"),
+        (json.dumps({"queries": [{"image": "q", "easy": ["b"]}], "database": ["a"]}), "not in the database, e.g. b"),
         (
             json.dumps({"queries": [{"image": "q", "easy": ["a"], "junk": ["a"]}], "database": ["a"]}),
             "labels an image twi",
