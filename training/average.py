@@ -1,6 +1,6 @@
 """Average several checkpoints into one, and measure whether the average is better than each of them.
 
-Checkpoints of one run at different times, or of runs with a long common beginning, lie in one valley of the loss, and
+Checkpoints of one run at different times, or of runs with a long common beginning, are in one valley of the loss, and
 their mean is often better than each (arXiv 1803.05407, arXiv 2203.05482). It is not always better, so every checkpoint
 is evaluated along with the mean, and the table shows which to use. It also shows that averaging runs without a common
 beginning does not work.
@@ -70,15 +70,15 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
     configs, facts = list[ViTConfig](), list[dict[str, Any]]()
 
     def loaded(path: Path) -> dict[str, Tensor]:
-        weights, config, said = load_checkpoint(path)
+        weights, config, metadata = load_checkpoint(path)
         if configs and config != configs[0]:
             raise ValueError(f"{path} has a different network from {paths[0]}: {config}, not {configs[0]}")
-        if is_whitened(said):
+        if is_whitened(metadata):
             raise ValueError(
                 f"{path} is whitened: its weights are in a basis of their own; average earlier checkpoints of the run"
             )
         configs.append(config)
-        facts.append(said)
+        facts.append(metadata)
         return weights
 
     mean = average_weights(loaded(path) for path in paths)
@@ -98,16 +98,16 @@ def is_whitened(facts: dict[str, Any]) -> bool:
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the entries that are equal in all of `facts`; inside dictionaries (`settings`), the equal entries."""
     first, *rest = facts
-    found: dict[str, Any] = {}
+    common: dict[str, Any] = {}
     for key, value in first.items():
         others = [other.get(key) for other in rest]
         if key in UNLIKE:
             continue
         if all(other == value for other in others):
-            found[key] = value
+            common[key] = value
         elif isinstance(value, dict) and all(isinstance(other, dict) for other in others):
-            found[key] = in_common([value, *others])  # type: ignore[list-item]
-    return found
+            common[key] = in_common([value, *others])  # type: ignore[list-item]
+    return common
 
 
 def _sha256(path: Path) -> str:

@@ -146,9 +146,9 @@ def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
     Raises:
         ValueError: the comparison is unfair; the message names the setting.
     """
-    given = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
-    if given:
-        raise ValueError(f"{', '.join(given)}: DINO and DINOv2 differ in this, so it cannot be set for both")
+    conflicting = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
+    if conflicting:
+        raise ValueError(f"{', '.join(conflicting)}: DINO and DINOv2 differ in this, so it cannot be set for both")
     if config.teacher is not None:
         raise ValueError(
             f"recipe {config.recipe} has a frozen teacher: DINO and DINOv2 differ in how they teach themselves"

@@ -13,9 +13,9 @@ from training.config import TrainConfig
 
 def code_revision() -> str:
     """Return the git revision of this code, with `+changes` if the working tree differs; `unknown` without git."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        git = ["git", "-C", str(here)]
+        git = ["git", "-C", str(folder)]
         revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
         changes = subprocess.run(  # noqa: S603
             [*git, "status", "--porcelain", "--untracked-files=no", "."], capture_output=True, text=True, check=True

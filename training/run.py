@@ -189,7 +189,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 
 
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
-    """Return the verdict of rank 0's sentinels and copy their state to the other ranks, whose own figures differ."""
+    """Return the verdict of rank 0's sentinels, and copy their state to the other ranks, which have other figures."""
     verdict = ask() if run.world.is_main else None
     verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
     run.sentinels.load_state_dict(state)
@@ -284,21 +284,21 @@ def sheet_path(run: Run, step: int) -> Path:
 
 def release(run: Run) -> Path:
     """Whiten, run k-NN, write the last checkpoint, a sheet and the report; return the checkpoint's path."""
-    path, data, how = run.out / CHECKPOINT, run.data, run.release
-    backbone = released_backbone(how.vit, run.world, run.setup.parts)
+    path, data, settings = run.out / CHECKPOINT, run.data, run.release
+    backbone = released_backbone(settings.vit, run.world, run.setup.parts)
     if run.world.is_main:
-        if how.whiten is not None:
+        if settings.whiten is not None:
             sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_PHOTOS)]
-            whiten(backbone, compute_features(backbone, sample, how.eval_spec).pooled("cls"), how.whiten)
-        knn = report_knn(how.eval_spec, data, backbone)
+            whiten(backbone, compute_features(backbone, sample, settings.eval_spec).pooled("cls"), settings.whiten)
+        knn = report_knn(settings.eval_spec, data, backbone)
         write_text(run.out / "knn.json", json.dumps(knn, indent=1))
-        results = {"knn": knn, "whitened": how.whiten is not None, "steps": run.total}
-        write_checkpoint(path, backbone, how.vit, {**how.facts, **results})
-        write_sheet(sheet_path(run, run.total), backbone, data, run.crops, how, run.total, run.total)
+        results = {"knn": knn, "whitened": settings.whiten is not None, "steps": run.total}
+        write_checkpoint(path, backbone, settings.vit, {**settings.facts, **results})
+        write_sheet(sheet_path(run, run.total), backbone, data, run.crops, settings, run.total, run.total)
         report = write_report(run.out)
-        words = f"k-NN on {len(data.held_out)} held-out images, {how.eval_spec.crop} px: {knn}"
+        summary = f"k-NN on {len(data.held_out)} held-out images, {settings.eval_spec.crop} px: {knn}"
         run.monitor.console.print(
-            f"{words if knn else 'no k-NN: only one class, or no held-out images'}\nreport: {report}", markup=False
+            f"{summary if knn else 'no k-NN: only one class, or no held-out images'}\nreport: {report}", markup=False
         )
     wait_for_all(run.world)
     return path

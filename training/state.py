@@ -72,12 +72,12 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Return whole tensors on the CPU if `keep`, else nothing. All ranks must call it; each has one whole at a time."""
-    found = {}
+    copies = {}
     for name, tensor in tensors.items():
         value = whole(tensor.detach())
         if keep:
-            found[name] = value.cpu()
-    return found
+            copies[name] = value.cpu()
+    return copies
 
 
 def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def save_state(
 ) -> "Saved | None":
     """Write the state after `step` steps and delete states that are no longer needed.
 
-    Every rank must call it; rank 0 writes and returns what it wrote.
+    Every rank must call it; rank 0 writes the state and returns it.
 
     Args:
         out: the run's folder.
@@ -200,10 +200,10 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
         if at_most is not None and int(path.stem) > at_most:
             continue
         try:
-            found = json.loads(note.read_text())
-            if _digest(path) != found["digest"]:
+            record = json.loads(note.read_text())
+            if _digest(path) != record["digest"]:
                 raise ValueError("its contents are not what was written")
-            return Saved(path, found["step"], found["settings"], found["memory"]), broken
+            return Saved(path, record["step"], record["settings"], record["memory"]), broken
         except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but not an object
             broken.append(f"{path.name} is damaged ({error}): using the state before it")
     return None, broken
@@ -230,9 +230,9 @@ def start_from(out: Path) -> tuple[Saved | None, list[str]]:
             f"remove {folder} to start again (init={out / 'checkpoint.safetensors'} starts from its backbone)"
         )
     if saved is not None:
-        known = {note.stem for note in _notes(folder)}
+        noted = {note.stem for note in _notes(folder)}
         for path in folder.glob("*.pt"):
-            if path.stem not in known:  # the process was killed before it wrote the note, or inside `_drop`
+            if path.stem not in noted:  # the process was killed before it wrote the note, or inside `_drop`
                 path.unlink()
     return saved, broken
 

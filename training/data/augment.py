@@ -113,11 +113,11 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
     fits = (widths <= 1) & (heights <= 1)
     first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
+    any_fits = fits.any(dim=1)
     centred = aspect.clamp(*CROP_ASPECT) / aspect  # width / height of the fallback box, in units of the sides
-    width = torch.where(found, widths.gather(1, first)[:, 0], centred.clamp(max=1))
-    height = torch.where(found, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
-    top, left = torch.where(found[:, None], shift, 0.5).unbind(1)
+    width = torch.where(any_fits, widths.gather(1, first)[:, 0], centred.clamp(max=1))
+    height = torch.where(any_fits, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
+    top, left = torch.where(any_fits[:, None], shift, 0.5).unbind(1)
     return torch.stack((top * (1 - height), left * (1 - width), height, width), dim=1).float()
 
 
@@ -158,9 +158,9 @@ def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *param
     if n_chosen == len(chosen):
         return change(crops, *(p.to(crops.device, non_blocking=True) for p in parameters))
     index = chosen.nonzero()[:, 0]
-    there = index.to(crops.device, non_blocking=True)
+    device_index = index.to(crops.device, non_blocking=True)
     values = (p[index].to(crops.device, non_blocking=True) for p in parameters)
-    return crops.index_copy_(0, there, change(crops.index_select(0, there), *values))
+    return crops.index_copy_(0, device_index, change(crops.index_select(0, device_index), *values))
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:

@@ -74,15 +74,15 @@ class LocalBlob:
 
     def __init__(self, path: Path) -> None:
         self.url = str(path)
-        found = path.stat()
-        self.size, self._modified = found.st_size, found.st_mtime_ns
-        self.version = str(found.st_mtime_ns)
+        status = path.stat()
+        self.size, self._modified = status.st_size, status.st_mtime_ns
+        self.version = str(status.st_mtime_ns)
 
     def read(self, offset: int, length: int) -> bytes:
         file = os.open(self.url, os.O_RDONLY)
         try:
-            found = os.fstat(file)
-            if (found.st_size, found.st_mtime_ns) != (self.size, self._modified):
+            status = os.fstat(file)
+            if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
                 raise Changed(self.url)
             return _whole(os.pread(file, length, offset), length, self.url)
         finally:
@@ -155,11 +155,11 @@ class FsspecBlob:
 
     def __init__(self, url: str, system: fsspec.AbstractFileSystem, path: str) -> None:
         self.url, self._system, self._path = url, system, path
-        found: dict[str, Any] = _repeated(lambda: self._asked(lambda: system.info(path)))
-        self.size = int(found["size"])
-        self.version = next((str(found[key]) for key in VERSION_KEYS if found.get(key) is not None), "")
+        info: dict[str, Any] = _repeated(lambda: self._guarded(lambda: system.info(path)))
+        self.size = int(info["size"])
+        self.version = next((str(info[key]) for key in VERSION_KEYS if info.get(key) is not None), "")
 
-    def _asked(self, operation: Callable[[], T]) -> T:
+    def _guarded(self, operation: Callable[[], T]) -> T:
         try:
             return operation()
         except FileNotFoundError as error:
@@ -172,7 +172,7 @@ class FsspecBlob:
     def read(self, offset: int, length: int) -> bytes:
         if not length:
             return b""
-        data = _repeated(lambda: self._asked(lambda: self._system.cat_file(self._path, offset, offset + length)))
+        data = _repeated(lambda: self._guarded(lambda: self._system.cat_file(self._path, offset, offset + length)))
         return _whole(bytes(data), length, self.url)
 
 

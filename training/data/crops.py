@@ -95,10 +95,10 @@ def make_crops(
     )
     masks = np.ones_like(hidden) if settings.ibot_on_all_patches else hidden
     # Positions are computed here on the CPU with the masks: on a GPU the host would have to wait for them.
-    there = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
+    tensors = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
     if device.type == "cuda":  # from pinned memory the host need not wait for the copy
-        there = [x.pin_memory().to(device, non_blocking=True) for x in there]
-    return Crops(torch.cat((first, second)), local[0] if local else None, *there)
+        tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
+    return Crops(torch.cat((first, second)), local[0] if local else None, *tensors)
 
 
 def make_micros(

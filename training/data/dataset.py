@@ -204,11 +204,11 @@ def read_file(path: Path) -> bytes:
         OSError: the disk or the system failed; the file may be fine.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise ValueError("not a regular file")
-        if found.st_size > MAX_BYTES:
-            raise ValueError(f"{found.st_size} bytes: more than the limit of {MAX_BYTES} for an image")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{status.st_size} bytes: more than the limit of {MAX_BYTES} for an image")
         return path.read_bytes()
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error.strerror}") from error
@@ -231,11 +231,11 @@ def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, .
 
     `above` has (device, inode) of the folders that lead here; a link to one of them is a loop and is not followed.
     """
-    here = os.stat(folder)
-    above |= {(here.st_dev, here.st_ino)}
+    status = os.stat(folder)
+    above |= {(status.st_dev, status.st_ino)}
     with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
         try:
             if entry.is_dir():
                 target = entry.stat()
@@ -261,7 +261,7 @@ def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist or is not a folder")
     above = [parent.stat() for parent in folder.resolve().parents]
-    loops = frozenset((found.st_dev, found.st_ino) for found in above)
+    loops = frozenset((status.st_dev, status.st_ino) for status in above)
     return _walk(str(folder), loops, tuple(sorted(suffixes)))
 
 
@@ -271,10 +271,10 @@ def find_images(folder: Path) -> list[Path]:
     Raises:
         ValueError: no such folder, a part of it cannot be listed, or it has no images.
     """
-    found = [Path(path) for path in walk_files(folder, SUFFIXES)]
-    if not found:
-        raise ValueError(f"no images below {folder}: looked for {', '.join(sorted(SUFFIXES))}")
-    return found
+    images = [Path(path) for path in walk_files(folder, SUFFIXES)]
+    if not images:
+        raise ValueError(f"no images below {folder}: supported suffixes are {', '.join(sorted(SUFFIXES))}")
+    return images
 
 
 # Splits and the order of a run

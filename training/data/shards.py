@@ -292,8 +292,8 @@ def unpacked(blob: Blob) -> MemoryBlob:
 def _word(shard: str) -> str | None:
     """Return `train` or `val` if a shard's path has it as a folder or as a word of its name."""
     words = shard.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-")
-    found = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
-    return found.pop() if len(found) == 1 else None
+    parts = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
+    return parts.pop() if len(parts) == 1 else None
 
 
 class TarSource:

@@ -50,9 +50,11 @@ class FolderSource:
         if all((folder / part).is_dir() for part in ("train", "val")):
             tops = np.array([path.partition(os.sep)[0] for path in self._paths])
             self.parts = {part: np.flatnonzero(tops == part) for part in ("train", "val")}
-        for place, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
+        for subfolder, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
             if not n:
-                raise ValueError(f"no images below {folder / place}: looked for {', '.join(sorted(SUFFIXES))}")
+                raise ValueError(
+                    f"no images below {folder / subfolder}: supported suffixes are {', '.join(sorted(SUFFIXES))}"
+                )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -219,7 +221,7 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
         source = TarSource(list(pool.map(index, urls, names)))
     if not len(source):
         problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
-        raise ValueError(f"no images in {spec}: looked for members that end in {', '.join(sorted(SUFFIXES))}{problems}")
+        raise ValueError(f"no images in {spec}: members must end in one of {', '.join(sorted(SUFFIXES))}{problems}")
     return source
 
 
@@ -238,10 +240,10 @@ def _remote_shards(url: str) -> list[str]:
         raise ValueError(f"{url}: over HTTP, name the shards: .../name.tar or .../name-{{000..123}}.tar")
     system, path = file_system(url)
     try:
-        found = system.glob(path) if "*" in path else system.find(path)
+        matches = system.glob(path) if "*" in path else system.find(path)
     except Exception as error:  # errors of botocore, gcsfs and others, which have no common class
         raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
-    return [str(system.unstrip_protocol(name)) for name in sorted(found) if _is_tar(name)]
+    return [str(system.unstrip_protocol(name)) for name in sorted(matches) if _is_tar(name)]
 
 
 def _local_shards(path: Path) -> list[str]:
@@ -260,7 +262,7 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
         index_dir: folder for the indices of tars, so that a resumed run does not read all headers again.
 
     Raises:
-        ValueError: there is nothing usable; the message says what was searched for.
+        ValueError: there is nothing usable; the message lists what is supported.
         OSError: a server or disk does not answer.
     """
     text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # undo what pathlib does to a URL
@@ -268,7 +270,7 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     if "://" in text:
         urls = [url for part in expand_braces(text) for url in _remote_shards(part)]
         if not urls:
-            raise ValueError(f"no tar shards at {text}: looked for names that end in .tar")
+            raise ValueError(f"no tar shards at {text}: their names must end in .tar")
         return _open_shards(urls, _relative_names(urls), index_dir, text)
     path = Path(text)
     if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("dataset_info.json", "state.json")):
@@ -280,8 +282,8 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     ]
     if path.is_dir() and not shards:
         raise ValueError(
-            f"nothing to train on in {path}: looked for images ({', '.join(sorted(SUFFIXES))}) at any depth, for tar "
-            "shards (.tar), and for a Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
+            f"nothing to train on in {path}: it has no images ({', '.join(sorted(SUFFIXES))}) at any depth, no tar "
+            "shards (.tar), and no Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
         )
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:

@@ -56,11 +56,11 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
     pairs, missing = [], []
     for image in find_images(images):
         stem = image.relative_to(images).with_suffix("")
-        found = next((p for suffix in suffixes if (p := targets / f"{stem}{suffix}").is_file()), None)
-        if found is None:
+        target = next((p for suffix in suffixes if (p := targets / f"{stem}{suffix}").is_file()), None)
+        if target is None:
             missing.append(image)
         else:
-            pairs.append(Pair(image, found))
+            pairs.append(Pair(image, target))
     if missing:
         raise ValueError(
             f"{len(missing)} images of {images} have no file with their name and {' or '.join(suffixes)} in {targets}, "
@@ -119,12 +119,12 @@ class DenseData:
         self._model, self._spec, self._settings = model, spec, tokens
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory_left = memory_bytes
-        for pair, found in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
+        for pair, outcome in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
             advance(1)
-            if isinstance(found, Skipped):
-                self.skipped.append(found)
+            if isinstance(outcome, Skipped):
+                self.skipped.append(outcome)
                 continue
-            pixels, target = found
+            pixels, target = outcome
             kept = self._tokens(pixels), self._at_input_size(target, pixels)
             size = sum(part.numel() * part.element_size() for part in kept)
             if size <= self.memory_left:
@@ -143,10 +143,10 @@ class DenseData:
         if index in self._kept:
             tokens, target = self._kept[index]
         else:
-            found = self._read(self.pairs[index])
-            if isinstance(found, Skipped):
-                raise ValueError(f"{found.name}: {found.reason}")
-            tokens, target = self._tokens(found[0]), self._at_input_size(found[1], found[0])
+            outcome = self._read(self.pairs[index])
+            if isinstance(outcome, Skipped):
+                raise ValueError(f"{outcome.name}: {outcome.reason}")
+            tokens, target = self._tokens(outcome[0]), self._at_input_size(outcome[1], outcome[0])
         return tokens.float(), target
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor] | Skipped:

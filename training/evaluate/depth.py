@@ -156,12 +156,12 @@ def evaluate_depth(
     first = train[0][0]
     head = LinearDepth(first.shape[-1], min_depth, max_depth, n_bins, training.seed).to(first.device)
 
-    def known(depth: Tensor) -> Tensor:
+    def in_range(depth: Tensor) -> Tensor:
         return (depth > min_depth) & (depth <= max_depth)
 
     def loss_of(tokens: list[Tensor], maps: list[Tensor]) -> Tensor:
         pairs = [(head(t, (d.shape[0], d.shape[1])), d) for t, d in zip(tokens, maps, strict=True)]
-        inside = [known(d) for d in maps]
+        inside = [in_range(d) for d in maps]
         p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
         d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
         if not len(d):  # no map of the batch has a known pixel, so there is nothing to learn
@@ -169,18 +169,18 @@ def evaluate_depth(
         gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
         return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()
 
-    if not any(bool(known(train[index][1]).any()) for index in range(len(train))):
+    if not any(bool(in_range(train[index][1]).any()) for index in range(len(train))):
         raise ValueError(f"no train map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
     loss = train_head(head, train, loss_of, training, advance)
-    found = []
+    metrics = []
     with torch.no_grad():
         for index, pair in enumerate(val.pairs):
             depth = val.read_target(pair.target)
-            inside = known(depth)
+            inside = in_range(depth)
             if inside.any():
                 metres = head(val[index][0], (depth.shape[0], depth.shape[1])).cpu().clamp(min_depth, max_depth)
-                found.append(depth_metrics(metres[inside], depth[inside]))
-    if not found:
+                metrics.append(depth_metrics(metres[inside], depth[inside]))
+    if not metrics:
         raise ValueError(f"no val map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
-    rmse, abs_rel, delta1 = np.mean(found, axis=0).tolist()
-    return DepthReport(rmse, abs_rel, delta1, len(found), loss)
+    rmse, abs_rel, delta1 = np.mean(metrics, axis=0).tolist()
+    return DepthReport(rmse, abs_rel, delta1, len(metrics), loss)

@@ -123,8 +123,8 @@ def evaluate_knn(
     """
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)
-    known, unknown = compute_features(model, train, spec), compute_features(model, test, spec)
+    train_features, test_features = compute_features(model, train, spec), compute_features(model, test, spec)
     device = model.cls_token.device
-    labels = train_labels[known.kept].to(device), test_labels[unknown.kept].to(device)
-    pooled = {p: (known.pooled(p).to(device), unknown.pooled(p).to(device)) for p in POOLINGS}
+    labels = train_labels[train_features.kept].to(device), test_labels[test_features.kept].to(device)
+    pooled = {p: (train_features.pooled(p).to(device), test_features.pooled(p).to(device)) for p in POOLINGS}
     return {p: knn_accuracy(a, labels[0], b, labels[1], ks) for p, (a, b) in pooled.items()}

@@ -98,12 +98,12 @@ def fit_logistic(
         return loss
 
     optimizer.step(closure)
-    found = weight.detach() * scale
-    return Logistic(found, bias.detach() - found @ mean)
+    fitted = weight.detach() * scale
+    return Logistic(fitted, bias.detach() - fitted @ mean)
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
-    """Return the share of images whose largest logit is that of their class."""
+    """Return the share of images with the largest logit for their class."""
     right = 0
     for top in range(0, len(labels), rows):
         part = slice(top, top + rows)

@@ -91,14 +91,14 @@ def read_ground_truth(path: Path) -> GroundTruth:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
         raise ValueError(f"{path}: not a ground truth for retrieval: {error}") from error
-    known = set(truth.database)
-    if len(known) != len(truth.database):
+    names = set(truth.database)
+    if len(names) != len(truth.database):
         raise ValueError(f"{path}: the database names an image twice")
     for number, query in enumerate(truth.queries):
         labels = [*query.easy, *query.hard, *query.junk]
         if len(set(labels)) != len(labels):
             raise ValueError(f"{path}: query {number} ({query.image}) labels an image twice")
-        unknown = sorted(set(labels) - known)
+        unknown = sorted(set(labels) - names)
         if unknown:
             raise ValueError(
                 f"{path}: query {number} ({query.image}) labels {len(unknown)} images that are not in the database, "
@@ -126,12 +126,12 @@ def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoi
         rule: "trapezoid" averages the precision before and at each relevant image, "mean" uses that at it.
     """
     assert n_relevant > 0
-    place = positions.double()
-    found = torch.arange(len(positions), device=positions.device, dtype=torch.float64)
-    at = (found + 1) / (place + 1)
+    index = positions.double()
+    n_before = torch.arange(len(positions), device=positions.device, dtype=torch.float64)
+    at = (n_before + 1) / (index + 1)
     if rule == "mean":
         return float(at.sum() / n_relevant)
-    before = torch.where(place == 0, 1.0, found / place.clamp(min=1))
+    before = torch.where(index == 0, 1.0, n_before / index.clamp(min=1))
     return float(((before + at) / 2).sum() / n_relevant)
 
 

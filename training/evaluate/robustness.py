@@ -99,11 +99,11 @@ def _squares(
         except ValueError as error:
             return Skipped(name_of(photo), str(error))
 
-    for found in in_order(read, photos, workers):
-        if isinstance(found, Skipped):
-            skipped.append(found)
+    for outcome in in_order(read, photos, workers):
+        if isinstance(outcome, Skipped):
+            skipped.append(outcome)
         else:
-            yield found
+            yield outcome
 
 
 @torch.no_grad()
@@ -181,8 +181,8 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
     """Compute cosine and recall@1 from rows [n, D] of unit length."""
-    _, found = nearest(clean, changed, 1)  # [n, 1]
+    _, neighbours = nearest(clean, changed, 1)  # [n, 1]
     return {
         "cosine": float((clean * changed).sum(dim=1).mean()),
-        "recall@1": float((found[:, 0] == torch.arange(len(clean))).double().mean()),
+        "recall@1": float((neighbours[:, 0] == torch.arange(len(clean))).double().mean()),
     }

@@ -62,7 +62,7 @@ class LinearSettings(TaskSettings):
 class DenseSettings(TaskSettings):
     """Common settings of segmentation and depth, which have no crop."""
 
-    blocks: int = Field(default=1, ge=1, description="last blocks, whose tokens are concatenated: 1 or 4 in the paper")
+    blocks: int = Field(default=1, ge=1, description="number of last blocks to concatenate: 1 or 4 in the paper")
     iterations: int = Field(default=4000, ge=1, description="of training")
     batch_size: int = Field(default=16, ge=1, description="images; fewer if there are not as many")
     weight_decay: float = Field(default=1e-3, ge=0)

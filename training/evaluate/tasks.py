@@ -121,14 +121,14 @@ def _check_classes(classes: dict[str, int], where: str | Path) -> None:
 
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
     """Compute features and labels of train and val, or of a share held out with `seed` if there is no such split."""
-    known, asked = (photos_of(part) for part in split_source(source, held_out, seed))
-    if not asked:
-        raise ValueError(f"{context.data}: {len(known)} images are too few to hold out a share of {held_out}")
-    train = context.features("train", known, n_blocks)
-    val = context.features("val", asked, n_blocks)
-    train_labels, classes = labels_of(_read(train, known))
+    train_images, val_images = (photos_of(part) for part in split_source(source, held_out, seed))
+    if not val_images:
+        raise ValueError(f"{context.data}: {len(train_images)} images are too few to hold out a share of {held_out}")
+    train = context.features("train", train_images, n_blocks)
+    val = context.features("val", val_images, n_blocks)
+    train_labels, classes = labels_of(_read(train, train_images))
     _check_classes(classes, context.data)
-    val_labels, _ = labels_of(_read(val, asked), classes)
+    val_labels, _ = labels_of(_read(val, val_images), classes)
     protocol = {
         "split": "train and val" if source.parts else f"a share of {held_out} held out by the seed",
         "train_photos": len(train_labels),
@@ -145,10 +145,10 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
     device = context.device
     source = context.source
     if source.parts:
-        found = _labelled(context, source, 1, 0.1, settings.seed)
-        train, val = (f.pooled(settings.pooling).to(device) for f in (found.train, found.val))
-        accuracy = knn_accuracy(train, found.train_labels, val, found.val_labels, settings.k)
-        protocol, skipped = found.protocol, found.skipped
+        labelled = _labelled(context, source, 1, 0.1, settings.seed)
+        train, val = (f.pooled(settings.pooling).to(device) for f in (labelled.train, labelled.val))
+        accuracy = knn_accuracy(train, labelled.train_labels, val, labelled.val_labels, settings.k)
+        protocol, skipped = labelled.protocol, labelled.skipped
     else:
         photos = photos_of(source)
         features = context.features("images", photos)
@@ -164,31 +164,31 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
     """Choose C on a share of train, fit all of train, and score val."""
-    found, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
+    labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
-        found.train.pooled(settings.pooling).to(device),
-        found.train_labels,
-        found.val.pooled(settings.pooling).to(device),
-        found.val_labels,
+        labelled.train.pooled(settings.pooling).to(device),
+        labelled.train_labels,
+        labelled.val.pooled(settings.pooling).to(device),
+        labelled.val_labels,
         fit=FitSettings(settings.held_out, settings.seed, settings.tolerance, settings.iterations),
         advance=context.track("values of C", len(C_GRID)),
     )
     row = (f"{report.c:.3g}", percent(report.sweep[report.c]), percent(report.accuracy))
     figures = {"accuracy": report.accuracy, "c": report.c, "held_out_accuracy_by_c": list(report.sweep.items())}
-    protocol = found.protocol | {"penalty": "L2", "C": "45 values, 1e-6 to 1e5", "solver": "L-BFGS, float64"}
-    return TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol), found.skipped
+    protocol = labelled.protocol | {"penalty": "L2", "C": "45 values, 1e-6 to 1e5", "solver": "L-BFGS, float64"}
+    return TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol), labelled.skipped
 
 
 def run_linear(context: Context, settings: LinearSettings) -> Result:
     """Train all heads; the table has the best learning rate of each input, the figures have every head."""
     depth_wanted = max(settings.blocks)
-    found = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
+    labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
     report = evaluate_linear(
-        stack_features(found.train.cls, found.train.mean).to(device),
-        found.train_labels,
-        stack_features(found.val.cls, found.val.mean).to(device),
-        found.val_labels,
+        stack_features(labelled.train.cls, labelled.train.mean).to(device),
+        labelled.train_labels,
+        stack_features(labelled.val.cls, labelled.val.mean).to(device),
+        labelled.val_labels,
         depth=depth_wanted,
         settings=ProbeSettings(
             lrs=lrs,
@@ -211,14 +211,16 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
         return named | {"accuracy": report.accuracy[head]}
 
     figures = {"best": entry(report.best), "heads": [entry(head) for head in report.accuracy]}
-    protocol = found.protocol | {
+    protocol = labelled.protocol | {
         "optimizer": "SGD, momentum 0.9, no weight decay, cosine to 0",
         "lr": "times batch / 256",
         "lrs": list(lrs),
         "augmentation": "none",
         "figure": "best head by val accuracy (*)",
     }
-    return TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol), found.skipped
+    return TaskTable(
+        ("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol
+    ), labelled.skipped
 
 
 def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Sequence[str], read: Any) -> list[DenseData]:
@@ -226,16 +228,16 @@ def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Seque
         split: find_pairs(context.folder, split, kind, suffixes) for split in ("train", "val")
     }
     data: list[DenseData] = []
-    for split, found in pairs.items():
+    for split, split_pairs in pairs.items():
         data.append(
             DenseData(
                 context.backbone.model,
-                found,
+                split_pairs,
                 context.spec,
                 read,
                 TokenSettings(settings.blocks, isinstance(settings, DepthSettings), context.precision),
                 memory_bytes=data[-1].memory_left if data else int(settings.memory_gb * 1e9),
-                advance=context.track(f"tokens of {split}", len(found)),
+                advance=context.track(f"tokens of {split}", len(split_pairs)),
             )
         )
     return data
@@ -334,9 +336,9 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
         photos = photos_of(source)
         features = context.features("images", photos)
         labels, classes = labels_of(_read(features, photos))
-        found = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
+        by_class = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
         protocol = {"ap": "mean precision at relevant images", "photos": len(labels), "classes": len(classes)}
-        return _retrieval_table({"same folder": found}, protocol | {"metric": "cosine"}), features.skipped
+        return _retrieval_table({"same folder": by_class}, protocol | {"metric": "cosine"}), features.skipped
     truth = read_ground_truth(settings.ground_truth)
     database = context.features("database", [context.folder / name for name in truth.database])
     queries = context.features(
@@ -347,10 +349,10 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     skipped = queries.skipped + database.skipped
     if skipped:  # without them the set would be another one, easier or harder
         raise ValueError(f"{len(skipped)} images of the ground truth cannot be read, e.g. {skipped[0].name}")
-    known, asked = (f.pooled(settings.pooling).to(device) for f in (database, queries))
-    scores = {setup: score_setup(truth, setup, asked, known, ks=settings.k) for setup in SETUPS}
-    kept = {str(setup): found for setup, found in scores.items() if found is not None}
-    if not kept:
+    database_vectors, query_vectors = (f.pooled(settings.pooling).to(device) for f in (database, queries))
+    by_setup = {setup: score_setup(truth, setup, query_vectors, database_vectors, ks=settings.k) for setup in SETUPS}
+    scored = {str(setup): scores for setup, scores in by_setup.items() if scores is not None}
+    if not scored:
         raise ValueError(f"{settings.ground_truth}: no query has an easy or hard image")
     protocol = {"ap": "trapezoid rule", "photos": len(truth.database), "metric": "cosine"}
-    return _retrieval_table(kept, protocol), []
+    return _retrieval_table(scored, protocol), []

@@ -65,7 +65,7 @@ def tick_label(value: float) -> str:
 
 
 def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
-    return [(x, y) for one in series for x, y in one.points if y is not None and math.isfinite(y)]
+    return [(x, y) for line in series for x, y in line.points if y is not None and math.isfinite(y)]
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
@@ -97,17 +97,17 @@ def line_chart(
     """Draw a chart as `<figure>` with SVG and legend; empty text if no point is finite.
 
     Args:
-        series: lines, of which colour distinguishes at most six.
+        series: lines, at most six with distinct colours.
         title: heading, also for screen readers.
         y_label, x_label: labels of the axes, with units.
         mark: a dashed horizontal line at this y, with a label.
         floor: lower end of the y axis, if the values are above it: 0 for counts.
     """
-    found = _finite(series)
-    if not found:
+    points = _finite(series)
+    if not points:
         return ""
-    x_low, x_high = min(x for x, _ in found), max(x for x, _ in found)
-    y_low, y_high = _bounds([y for _, y in found], mark[0] if mark else None, floor)
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_low, y_high = _bounds([y for _, y in points], mark[0] if mark else None, floor)
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
 
@@ -133,13 +133,13 @@ def line_chart(
     if mark:
         parts.append(f'<path class="mark" d="M{LEFT} {py(mark[0]):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{py(mark[0]) - 4:.1f}" text-anchor="end">{escape(mark[1])}</text>')
-    for index, one in enumerate(series):
-        parts.append(_line(one, index, px, py))
+    for index, line in enumerate(series):
+        parts.append(_line(line, index, px, py))
     name = escape(title)
     legend = "".join(
-        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(one.name)}</span>'
-        for i, one in enumerate(series)
-        if _finite([one])
+        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(line.name)}</span>'
+        for i, line in enumerate(series)
+        if _finite([line])
     )
     return (
         f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -147,21 +147,21 @@ def line_chart(
     )
 
 
-def _line(one: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """Draw one series: a path broken at gaps, and points whose values show under the pointer."""
+def _line(line: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
+    """Draw one series: a path broken at gaps, and points that show their values under the pointer."""
     path, dots, pen_down = [], [], False
     colour = f'style="stroke:var(--c{index % COLOURS})"'
-    points = _thinned(one.points)
+    points = _thinned(line.points)
     few, stride = len(points) <= 25, math.ceil(len(points) / MAX_DOTS)
     for i, (x, y) in enumerate(points):
         if y is None or not math.isfinite(y):
             pen_down = False
             continue
         path.append(f"{'L' if pen_down else 'M'}{px(x):.1f} {py(y):.1f}")
-        pen_down, place = True, f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
+        pen_down, at = True, f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
         if few:
-            dots.append(f'<circle {colour} {place} r="1.8"/>')
+            dots.append(f'<circle {colour} {at} r="1.8"/>')
         if (len(points) - 1 - i) % stride == 0:
-            text = escape(f"{one.name}: {y:.5g} at {tick_label(x)}")
-            dots.append(f'<circle class="hover" {place} r="5"><title>{text}</title></circle>')
+            text = escape(f"{line.name}: {y:.5g} at {tick_label(x)}")
+            dots.append(f'<circle class="hover" {at} r="5"><title>{text}</title></circle>')
     return f'<path {colour} d="{"".join(path)}"/>' + "".join(dots)

@@ -50,9 +50,9 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
 """Group, figure, its path in a network's figures, and its format."""
 
 
-def rows(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
     """Return rows of group, figure and a cell for each of `NETWORKS`. Figures that no network has are left out."""
-    networks = found["networks"]
+    networks = results["networks"]
     first = networks["untrained"]
     accuracy = [
         ("accuracy", f"k-NN, {KNN_WORDS[pooling]}, k={k}", ("knn", pooling, k), _percent)
@@ -81,42 +81,44 @@ def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
     return "" if value is None else show(value)
 
 
-def heading(found: Mapping[str, Any]) -> str:
+def heading(results: Mapping[str, Any]) -> str:
     """Return one line that says what was compared."""
     return (
-        f"recipe {found['base']}, seed {found['settings']['seed']}: {found['photos_seen']:,} images seen, of "
-        f"{found['photos']:,} in {found['data']}; {found['held_out']:,} held out; {found['hardware']}"
+        f"recipe {results['base']}, seed {results['settings']['seed']}: {results['photos_seen']:,} images seen, of "
+        f"{results['photos']:,} in {results['data']}; {results['held_out']:,} held out; {results['hardware']}"
     )
 
 
-def print_table(found: Mapping[str, Any], console: Console) -> None:
+def print_table(results: Mapping[str, Any], console: Console) -> None:
     """Print the figures as a table in the terminal."""
     table = Table()
     for index, column in enumerate(("", "figure", *NETWORKS.values())):
         table.add_column(column, justify="left" if index < 2 else "right")
     before = ""
-    for group, name, cells in rows(found):
+    for group, name, cells in rows(results):
         if before not in ("", group):
             table.add_section()
         table.add_row("" if group == before else group, name, *cells)
         before = group
-    console.print(f"DINO and DINOv2, {heading(found)}", markup=False, highlight=False)
+    console.print(f"DINO and DINOv2, {heading(results)}", markup=False, highlight=False)
     console.print(table)
     console.print(LEGEND, markup=False, highlight=False)
 
 
-def page(found: Mapping[str, Any], out: Path) -> str:
+def page(results: Mapping[str, Any], out: Path) -> str:
     """Make the page from the figures and from the two runs in `out`."""
-    lines = rows(found)
+    lines = rows(results)
     groups = [group for group, _, _ in lines]
     table = [
         ["" if i and groups[i - 1] == group else group, name, *cells] for i, (group, name, cells) in enumerate(lines)
     ]
-    changes = [[key, json.dumps(dino), json.dumps(found["settings"][key])] for key, dino in found["changes"].items()]
-    events = [(RUNS[name], event) for name in RUNS for event in found["networks"][name]["run"]["events"]]
-    origin = [[key, str(found[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]
+    changes = [
+        [key, json.dumps(dino), json.dumps(results["settings"][key])] for key, dino in results["changes"].items()
+    ]
+    events = [(RUNS[name], event) for name in RUNS for event in results["networks"][name]["run"]["events"]]
+    origin = [[key, str(results[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]
     body = [
-        f'<h1>DINO and DINOv2</h1><p class="muted">{escape(heading(found))}</p>',
+        f'<h1>DINO and DINOv2</h1><p class="muted">{escape(heading(results))}</p>',
         html_section("Figures", html_table(table, ["", "figure", *NETWORKS.values()], range(2, 2 + len(NETWORKS)))),
         f'<p class="muted">{escape(LEGEND)}</p>',
         html_section("Curves", charts(out)),
@@ -140,7 +142,7 @@ def charts(out: Path) -> str:
         return [Series(RUNS[name], points_of(lines, figure)) for name, lines in of.items()]
 
     during = [name for name in names_of(evaluations["dinov2"], "knn_cls_") if not name.endswith("_1")]
-    found = [
+    drawings = [
         line_chart(both(metrics, "dino_over_ln_k"), title="DINO loss", y_label="share of ln K", mark=(1.0, "collapse")),
         *(line_chart(both(evaluations, x), title=f"k-NN during the run, {x}", y_label="accuracy") for x in during),
         line_chart(both(metrics, "rankme_share"), title="RankMe of a batch", y_label="share of maximum", floor=0),
@@ -148,5 +150,5 @@ def charts(out: Path) -> str:
         line_chart(both(metrics, "teacher_entropy"), title="Entropy of the teacher's targets", y_label="nats", floor=0),
         line_chart(both(metrics, "images_per_s"), title="Speed", y_label="images/s", floor=0),
     ]
-    text = "".join(found)
+    text = "".join(drawings)
     return f'<div class="charts">{text}</div>' if text else ""

@@ -106,20 +106,20 @@ def write_report(out: Path) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _provenance(path: Path) -> dict[str, Any]:
     """Read the checkpoint's metadata without its weights; empty if there is none."""
     try:
         with safe_open(path, "np") as file:
-            found = json.loads((file.metadata() or {}).get("provenance", "{}"))
+            content = json.loads((file.metadata() or {}).get("provenance", "{}"))
     except (OSError, SafetensorError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _number(value: Any) -> float | None:
@@ -222,7 +222,7 @@ def _events(events: Lines) -> str:
 
 
 def names_of(lines: Lines, start: str) -> list[str]:
-    """Return the figures whose names begin with `start`, in order of appearance."""
+    """Return the names of figures that begin with `start`, in order of appearance."""
     return list(dict.fromkeys(name for line in lines for name in line if name.startswith(start)))
 
 
@@ -258,8 +258,8 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
         line_chart(lines("images_per_s"), title="Speed", y_label="images/s", floor=0),
         line_chart(lines("mfu", "data_wait_share"), title="Use of the machine", y_label="share", floor=0),
     ]
-    found = "".join(charts)
-    return f'<div class="charts">{found}</div>' if found else ""
+    text = "".join(charts)
+    return f'<div class="charts">{text}</div>' if text else ""
 
 
 def _sheet(folder: Path) -> str:

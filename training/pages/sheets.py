@@ -1,4 +1,4 @@
-"""An image sheet: what the network gets and what it makes of it, on one page.
+"""An image sheet: the network's inputs and what it computes from them, on one page.
 
 One row per image, from left to right:
 
@@ -76,9 +76,9 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
     """Map values 0 to 1, of any shape [...], to colours [..., 3]."""
-    place = np.clip(values, 0, 1) * (len(HEAT) - 1)
-    below = np.minimum(place.astype(int), len(HEAT) - 2)
-    share = (place - below)[..., None]
+    position = np.clip(values, 0, 1) * (len(HEAT) - 1)
+    below = np.minimum(position.astype(int), len(HEAT) - 2)
+    share = (position - below)[..., None]
     return (HEAT[below] * (1 - share) + HEAT[below + 1] * share).round().astype(np.uint8)
 
 
@@ -138,11 +138,11 @@ def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
 def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: PreprocessSpec) -> Tensor:
     """Compute class tokens [g, D] on the CPU; without a crop in `spec` sizes differ, so images are processed singly."""
     device, step = backbone.cls_token.device, BATCH if spec.crop is not None else 1
-    found = []
+    features = []
     for start in range(0, len(photos), step):
         pixels = np.stack([preprocess(photo, spec) for photo in photos[start : start + step]])
-        found.append(backbone(torch.from_numpy(pixels).to(device)).float().cpu())
-    return torch.cat(found)
+        features.append(backbone(torch.from_numpy(pixels).to(device)).float().cpu())
+    return torch.cat(features)
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,9 @@ def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> li
     side = crops.globals_.shape[-1] // spec.patch_size
     cells = []
     for view in range(2):
-        place = view * n + row
-        [crop] = to_pixels(crops.globals_[place : place + 1], spec)
-        cells.append(_cell(shade_masked(crop, crops.masks[place].cpu().numpy(), (side, side))))
+        index = view * n + row
+        [crop] = to_pixels(crops.globals_[index : index + 1], spec)
+        cells.append(_cell(shade_masked(crop, crops.masks[index].cpu().numpy(), (side, side))))
     return [*cells, _grid_cell([] if crops.locals_ is None else to_pixels(crops.locals_[row::n], spec))]
 
 

@@ -149,7 +149,7 @@ class Sentinels:
         self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
-        """At a rollback, forget what was found after the state to return to, so that it can be found again.
+        """Forget, at a rollback, what was found after the state to return to, so that it can be found again.
 
         Args:
             then: `state_dict` of the state to return to.
