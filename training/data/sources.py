@@ -52,9 +52,8 @@ class FolderSource:
             self.parts = {part: np.flatnonzero(tops == part) for part in ("train", "val")}
         for subfolder, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
             if not n:
-                raise ValueError(
-                    f"no images below {folder / subfolder}: supported suffixes are {', '.join(sorted(SUFFIXES))}"
-                )
+                suffixes = ", ".join(sorted(SUFFIXES))
+                raise ValueError(f"no images below {folder / subfolder}: supported suffixes are {suffixes}")
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -218,9 +218,8 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
         "augmentation": "none",
         "figure": "best head by val accuracy (*)",
     }
-    return TaskTable(
-        ("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol
-    ), labelled.skipped
+    table = TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol)
+    return table, labelled.skipped
 
 
 def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Sequence[str], read: Any) -> list[DenseData]:
