@@ -29,18 +29,18 @@ class LastPhase(BaseModel):
     """The end of a run on larger crops. Most steps stay cheap, and the network still learns the sizes it will serve.
 
     DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution") and runs all schedules
-    again. `lr_mult` does the same. Without it the schedules stay near their end values: the student still learns, but
-    little of it reaches the average that is released.
+    again. `lr_mult` restarts rate and momentum. Without it the schedules stay near their end values: the student still
+    learns, but little of it reaches the average that is released.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    share: Share = Field(gt=0, lt=1, description="of the run's steps")
+    share: Share = Field(gt=0, lt=1, description="share of the run's steps")
     global_size: int
     local_size: int
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
-    lr_mult: float | None = Field(None, gt=0, description="of the peak rate: restarts rate and momentum from there")
+    lr_mult: float | None = Field(None, gt=0, description="factor on the peak rate; schedules restart")
     micro_batch: int | None = Field(None, ge=1, description="micro_batch for the larger crops; None: the run's")
 
 
@@ -96,7 +96,7 @@ class TrainConfig(BaseModel):
     n_prototypes: int = Field(65536, ge=2)
     head_hidden_dim: int = Field(2048, ge=1)
     head_bottleneck_dim: int = Field(256, ge=1)
-    ibot_bottleneck_dim: int | None = Field(None, ge=1, description="of separate heads; None: as head_bottleneck_dim")
+    ibot_bottleneck_dim: int | None = Field(None, ge=1, description="of a separate iBOT head; None: the same")
     shared_head: bool = True
 
     # crops
@@ -127,9 +127,9 @@ class TrainConfig(BaseModel):
     teacher_temp_warmup: Share = 0.3
     centering: Literal["sinkhorn", "softmax", "batch_norm"] = Field(
         "sinkhorn",
-        description="of the teacher's logits: Sinkhorn-Knopp; a moving centre, then softmax; batch normalisation",
+        description="teacher's centering: Sinkhorn-Knopp; a moving centre, then softmax; batch normalisation",
     )
-    center_momentum: float = Field(0.9, ge=0, lt=1, description="of the moving centre")
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the moving centre")
     koleo_over_ranks: bool = Field(
         True, description="search neighbours on all ranks; false: on each rank alone, as in Meta's code"
     )

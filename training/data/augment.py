@@ -103,7 +103,6 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     largest centred one with an aspect in range (as torchvision's RandomResizedCrop).
     """
     # Doubles: whether an attempt fits, and the rounded box, must not depend on how exp is vectorised.
-    # Doubles: whether an attempt fits, and the rounded box, must not hang on how exp was vectorised.
     drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
     area, ratio, shift = drawn[:, :CROP_ATTEMPTS], drawn[:, CROP_ATTEMPTS:-2], drawn[:, -2:]
     aspect = aspect.double()

@@ -23,8 +23,8 @@ class TaskSettings(BaseModel):
 
     resize: int | None = Field(default=None, ge=1, le=4096, description="short side, pixels")
     crop: int | None = Field(default=None, ge=0, le=4096, description="centre crop, pixels; 0: none")
-    precision: Precision = Field(default="fp32", description="of the backbone's forward pass")
-    seed: int = Field(default=0, ge=0, description="of splits, batches and heads")
+    precision: Precision = Field(default="fp32", description="precision of the backbone's forward pass")
+    seed: int = Field(default=0, ge=0, description="seed of splits, batches and heads")
 
 
 class KnnSettings(TaskSettings):
@@ -54,7 +54,7 @@ class LinearSettings(TaskSettings):
 
     grid: Literal["code", "paper"] = Field(default="code", description="learning rates: 1e-5..0.1 or 1e-4..0.5")
     blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="how many last blocks give their class token")
-    iterations: int = Field(default=12_500, ge=1, description="of training")
+    iterations: int = Field(default=12_500, ge=1, description="training iterations")
     batch_size: int = Field(default=1024, ge=1, description="images")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share of images to score, without a val folder")
 
@@ -63,7 +63,7 @@ class DenseSettings(TaskSettings):
     """Common settings of segmentation and depth, which have no crop."""
 
     blocks: int = Field(default=1, ge=1, description="number of last blocks to concatenate: 1 or 4 in the paper")
-    iterations: int = Field(default=4000, ge=1, description="of training")
+    iterations: int = Field(default=4000, ge=1, description="training iterations")
     batch_size: int = Field(default=16, ge=1, description="images; fewer if there are not as many")
     weight_decay: float = Field(default=1e-3, ge=0)
     memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed again each time")
@@ -89,7 +89,7 @@ class DepthSettings(DenseSettings):
     lr: float = Field(default=3e-4, gt=0)
     min_depth: float = Field(default=1e-3, gt=0, description="metres")
     max_depth: float = Field(default=10.0, gt=0, description="metres; KITTI 80")
-    units_per_metre: float = Field(default=1000.0, gt=0, description="of 16-bit PNG; KITTI 256")
+    units_per_metre: float = Field(default=1000.0, gt=0, description="units of a 16-bit PNG; KITTI 256")
     bins: int = Field(default=256, ge=2)
     gradient_weight: float = Field(default=0.5, ge=0)
 
@@ -97,7 +97,7 @@ class DepthSettings(DenseSettings):
 class RetrievalSettings(TaskSettings):
     """Settings of retrieval."""
 
-    k: OneOrMore = Field(default=(1, 5, 10), min_length=1, description="of recall@k")
+    k: OneOrMore = Field(default=(1, 5, 10), min_length=1, description="values of k in recall@k")
     pooling: Pooling = "cls"
     ground_truth: Path | None = Field(default=None, description="JSON; null: class folders")
 

@@ -212,7 +212,7 @@ class Monitor:
             line["peak_memory_bytes"] = peak
         if self._peak_flops and self._flops:
             line["mfu"] = round(self._flops / seconds / self._peak_flops, 4)
-        line["seconds"] = round(seconds, 3)  # of training since the last line
+        line["seconds"] = round(seconds, 3)  # training time since the last line
         line["time"] = round(time.time(), 1)
         self._start_line()
         self._append(METRICS, line)
