@@ -126,7 +126,10 @@ def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Return a digest of the weights, whatever their file. It leaves out prototypes, which follow from the weights."""
+    """Return a digest of the weights, whatever their file.
+
+    Prototypes follow from the weights and the images, so they are left out.
+    """
     digest = xxhash.xxh3_128()
     for name, tensor in teacher.state_dict().items():
         if not name.endswith(("_mean", "_prototypes")):

@@ -171,7 +171,7 @@ def test_sigterm_is_heard_after_the_step_and_before_the_first_one(photos, tmp_pa
     out, one_step = tmp_path / "run", loop.train_step
 
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, 4))
-    with pytest.raises(Interrupted, match="after step 5 of 9: saved"):
+    with pytest.raises(Interrupted, match="after step 5 of 9; the state is saved"):
         loop.train(config(photos, out, log_every=100), QUIET)
     assert find_state(out)[0].step == 5
     monkeypatch.setattr(loop, "train_step", one_step)

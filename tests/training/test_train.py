@@ -402,7 +402,7 @@ def test_a_run_starts_from_an_artifact(photos, tmp_path):
 
 def test_a_run_does_not_start_from_another_network(photos, tmp_path):
     first = loop.train(config(photos, tmp_path / "first", epochs=1), QUIET)
-    with pytest.raises(ValueError, match=r"init=.*checkpoint\.safetensors is another network.*depth=2.*depth=3"):
+    with pytest.raises(ValueError, match=r"init=.*checkpoint\.safetensors has a different network.*depth=2.*depth=3"):
         loop.train(config(photos, tmp_path / "second", init=first, vit={**TINY["vit"], "depth": 3}), QUIET)
 
 

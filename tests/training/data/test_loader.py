@@ -157,7 +157,7 @@ def test_too_many_broken_photos_stop_the_run_but_not_before_a_hundred():
     source = Fake(1000, broken=range(0, 1000, 2))
     with (
         streaming(source, max_broken_share=0.4) as loader,
-        pytest.raises(ValueError, match=r"of the 1\d\d images tried .* more than max_broken_share=0\.4.*image \d"),
+        pytest.raises(ValueError, match=r"of the 1\d\d images tried .* more than max_broken_share=0\.4.*photo \d"),
     ):
         run(loader, 100)
     assert len(source.asked) >= MIN_TRIES
@@ -172,7 +172,7 @@ def test_a_few_broken_ones_at_the_start_do_not():
 
 @pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])
 def test_nothing_readable_is_an_error(options):
-    with pytest.raises(ValueError, match=r"none of 5 images could be read; the first: image [0-4]: not a known image"):
+    with pytest.raises(ValueError, match=r"none of 5 images could be read; the first: photo [0-4]: not a known image"):
         open_loader(Fake(5, broken=range(5)), SIDE, in_order, **options).batch(0)
     assert not photo_threads()
 

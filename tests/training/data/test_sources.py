@@ -133,7 +133,7 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
         ("missing", "missing does not exist: a folder, a .tar or a URL is needed"),
         ("a-{0..2}.tar", r"a-1\.tar does not exist"),
         ("none-*.tar", r"none-\*\.tar does not exist"),
-        ("notes.txt", r"notes\.txt is no tar: data is a folder of images"),
+        ("notes.txt", r"notes\.txt is not a tar: data is a folder of images"),
         ("text.tar", r"no images in .*; text\.tar: not a tar, or damaged, or truncated"),
         ("zero.tar", r"no images in .*; zero\.tar: not a tar, or damaged, or truncated: empty file"),
         ("noimages.tar", r"no images in .*noimages\.tar: members must end in one of \.avif"),

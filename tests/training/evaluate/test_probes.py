@@ -195,7 +195,7 @@ def test_batches_are_permutations_one_after_the_other():
 def test_linear_refuses():
     cls, mean, labels, _ = probe_data()
     features = stack_features(cls, mean)
-    with pytest.raises(ValueError, match="from 1 to the 3"):
+    with pytest.raises(ValueError, match="from 1 to 3"):
         evaluate_linear(features, labels, features, labels, depth=3)
     with pytest.raises(ValueError, match="iterations=0"):
         evaluate_linear(features, labels, features, labels, depth=4, settings=ProbeSettings(iterations=0))

@@ -192,7 +192,7 @@ def test_mistakes_in_the_data(checkpoint, tmp_path):
     for i in range(20):
         Image.fromarray(np.full((30, 30, 3), i, np.uint8)).save(folder / "class" / f"{i}.png")
     for task in ("knn", "logistic"):
-        with pytest.raises(ValueError, match="of 1 class"):
+        with pytest.raises(ValueError, match="have 1 class"):
             evaluate(task, backbone, folder)
 
 

@@ -293,5 +293,5 @@ def test_what_is_no_replay_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_replay(tmp_path / "missing.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"x\.safetensors is no batch kept"):
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a batch stored"):
         load_replay(tmp_path / "x.safetensors")
