@@ -92,7 +92,7 @@ def average(
     for name, accuracy in zip([*map(str, checkpoints), "their mean"], accuracies, strict=True):
         table.add_row(name, *(f"{accuracy[k]:.1%}" for k in KS))
     Console().print(table)
-    typer.echo(f"class token, {photos} photos that no checkpoint was trained on")
+    typer.echo(f"class token, {photos} images that no checkpoint was trained on")
 
 
 def report(

@@ -1,4 +1,4 @@
-"""Images to checkpoint: DINOv2's self-supervised training. A job, never a server.
+"""DINOv2's self-supervised training: from images to a checkpoint. A training run is a job, not a server.
 
-`training.train.train(config)` is the whole of it; `python -m training` and the `dinov2 train` command call it.
+`training.train.train(config)` runs it; `python -m training` and the `dinov2 train` command call that function.
 """

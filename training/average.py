@@ -1,9 +1,9 @@
-"""One checkpoint out of several: the mean of their weights, and what each of them and the mean are worth.
+"""Average several checkpoints into one, and measure whether the average is better than each of them.
 
-Weights of one run at different times, or of runs that share a long beginning, lie in one valley of the loss, and their
-mean is often better than each (arXiv 1803.05407, arXiv 2203.05482). Often is not always, so each is evaluated beside
-the mean, and the table says which to take. Runs that share no beginning have nothing in common to average: the table
-shows that too.
+Checkpoints of one run at different times, or of runs with a long common beginning, are in one valley of the loss, and
+their mean is often better than each (arXiv 1803.05407, arXiv 2203.05482). It is not always better, so every checkpoint
+is evaluated along with the mean, and the table shows which to use. It also shows that averaging runs without a common
+beginning does not work.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from training.data.sources import open_source
 from training.evaluate.knn import evaluate_knn
 
 KS = (10, 20)
-UNLIKE = {"steps", "knn"}  # facts of one checkpoint, not of a mean
+UNLIKE = {"steps", "knn"}  # facts that hold for one checkpoint and not for a mean
 
 
 def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor over the state dicts, summed in float64; one state at a time is looked at.
+    """Return the mean of each tensor over the state dicts, summed in float64. Only one state is in memory at a time.
 
     Raises:
-        ValueError: no state at all.
+        ValueError: `states` is empty.
     """
     sums: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}
@@ -50,14 +50,15 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
-    """Write the mean of our checkpoints to `out`.
+    """Write the mean of this project's checkpoints to `out`.
 
-    What it says of itself is what all of them say, with the preprocessing and the name of the first; `average_of` lists
-    them.
+    The new checkpoint carries the facts that all checkpoints share, and the preprocessing and name of the first;
+    `average_of` lists the checkpoints.
 
     Raises:
-        ValueError: fewer than two, other networks, whitened weights, whose bases differ (training/whiten.py), a file
-            that is no checkpoint of ours, or an `out` that is one of them or has no folder.
+        ValueError: fewer than two checkpoints, networks that differ, whitened weights (each is in its own basis, see
+            training/whiten.py), a file that is not a checkpoint of this project, or an `out` that is one of the
+            checkpoints or has no folder.
         OSError: a file cannot be read or written.
     """
     if len(paths) < 2:
@@ -69,15 +70,15 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
     configs, facts = list[ViTConfig](), list[dict[str, Any]]()
 
     def loaded(path: Path) -> dict[str, Tensor]:
-        weights, config, said = load_checkpoint(path)
+        weights, config, metadata = load_checkpoint(path)
         if configs and config != configs[0]:
-            raise ValueError(f"{path} is another network than {paths[0]}: {config}, not {configs[0]}")
-        if is_whitened(said):
+            raise ValueError(f"{path} has a different network from {paths[0]}: {config}, not {configs[0]}")
+        if is_whitened(metadata):
             raise ValueError(
-                f"{path} is whitened: such weights are in a basis of their own; average a run's earlier ones"
+                f"{path} is whitened: its weights are in a basis of their own; average earlier checkpoints of the run"
             )
         configs.append(config)
-        facts.append(said)
+        facts.append(metadata)
         return weights
 
     mean = average_weights(loaded(path) for path in paths)
@@ -90,23 +91,23 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
 
 def is_whitened(facts: dict[str, Any]) -> bool:
-    """Whether a checkpoint's weights are. Whitening is a run's last act: what it keeps before is as trained."""
+    """Return whether a checkpoint is whitened. A run whitens last, so its earlier checkpoints are not."""
     return bool(facts.get("whitened"))
 
 
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What all say alike; of dictionaries (`settings`), the entries that are alike."""
+    """Return the entries that are equal in all of `facts`; inside dictionaries (`settings`), the equal entries."""
     first, *rest = facts
-    found: dict[str, Any] = {}
+    common: dict[str, Any] = {}
     for key, value in first.items():
         others = [other.get(key) for other in rest]
         if key in UNLIKE:
             continue
         if all(other == value for other in others):
-            found[key] = value
+            common[key] = value
         elif isinstance(value, dict) and all(isinstance(other, dict) for other in others):
-            found[key] = in_common([value, *others])  # type: ignore[list-item]
-    return found
+            common[key] = in_common([value, *others])  # type: ignore[list-item]
+    return common
 
 
 def _sha256(path: Path) -> str:
@@ -115,13 +116,14 @@ def _sha256(path: Path) -> str:
 
 
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
-    """Photos that k-NN looks among, and photos that none of the checkpoints was trained on.
+    """Return the images that k-NN searches, and test images that none of the checkpoints was trained on.
 
-    Data with train and val is split so. Otherwise each run held out its share (`held_out_share` and `seed` of its
-    settings) and trained on what others held out, so only what all held out is fair to the mean of them.
+    If the data has train and val, they are the split. Otherwise each run held out its own share (`held_out_share` and
+    `seed` of its settings) and trained on what others held out, so only images that every run held out are a fair test
+    of the mean.
 
     Raises:
-        ValueError: nothing is left to test on, or there are no labels of at least two classes.
+        ValueError: no test images are left, or there are no labels of at least two classes.
     """
     default = {name: TrainConfig.model_fields[name].default for name in ("held_out_share", "seed")}
     settings = [f.get("settings", {}) for f in facts]
@@ -133,30 +135,30 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
         (test if photo.name in fair else train_images).append(photo)
     if not test:
         how = ", ".join(f"held_out_share={share} seed={seed}" for share, seed in drawn)
-        raise ValueError(f"no photo was held out by every checkpoint ({how}): give data with train and val in it")
+        raise ValueError(f"no image was held out by every checkpoint ({how}): use data with a train and val split")
     labels = {photo.label for photo in train_images}
     if len(labels) < 2 or None in labels:
-        raise ValueError("k-NN needs photos with labels, of at least two classes")
+        raise ValueError("k-NN needs images with labels, of at least two classes")
     return train_images, test
 
 
 def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS) -> tuple[list[dict[int, float]], int]:
-    """k-NN of the class token of each checkpoint and, last, of their mean, by the preprocessing that each names.
+    """Evaluate k-NN on the class token of each checkpoint and of their mean, each with its own preprocessing.
 
     Args:
-        paths: what was averaged.
-        mean: what came out.
+        paths: the checkpoints that were averaged.
+        mean: their mean.
         data: a folder of images, tar shards or a dataset on disk, as for training.
         ks: numbers of neighbours.
 
     Returns:
-        accuracy by k of each, and on how many photos.
+        accuracy by k, for each of `paths` and then `mean`; and the number of test images.
 
     Raises:
-        ValueError: no checkpoint, or no data to test on fairly (`split_for`).
-        OSError: the photos' place does not answer.
+        ValueError: a file is not a checkpoint, or no data is left for a fair test (`split_for`).
+        OSError: the images cannot be reached.
     """
-    with tempfile.TemporaryDirectory() as index:  # of tar shards
+    with tempfile.TemporaryDirectory() as index:  # for the index of tar shards
         train_images, test = split_for(open_source(data, Path(index)), [load_checkpoint(path)[2] for path in paths])
         return [_knn(path, train_images, test, ks) for path in (*paths, mean)], len(test)
 

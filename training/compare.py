@@ -1,21 +1,22 @@
-"""DINO beside DINOv2: two runs that differ in what the papers differ in, and in nothing else.
+"""Compare DINO with DINOv2: two runs that differ only in what the papers differ in.
 
-Both are one recipe on the same photos with the same network, crops, schedules, seed and number of photos seen; `dino`
-is that recipe with the changes in `DINO`. A third network, the one that both begin with, is the floor. Then each is
-asked the same: k-NN, logistic regression, robustness of its features; and each run tells its speed, memory and how
-steady its loss was.
+Both runs use one recipe with the same images, network, crops, schedules, seed and number of images seen; `dino` is that
+recipe with the changes in `DINO`. A third network, the common starting point of both, is the baseline. All three get
+the same evaluation: k-NN, logistic regression and robustness of the features. Each run also reports its speed, its
+memory and how steady its loss was.
 
 Stability of the loss is the standard deviation of the change of the DINO loss from one line of metrics.jsonl to the
-next, over the last half of the lines, in shares of ln K (K prototypes; the loss of a network that has learned nothing).
-A change, not the loss: a steady fall moves its mean and not its deviation, and the two runs' losses stand at different
-heights, as their centerings make targets of different sharpness. The last half: every run falls fast at first. Beside
-it stands the number of jumps: lines of the whole run that rise by more than `JUMP` of ln K, or are not finite. Both see
-the same crops at the same steps, so chance is the same in both.
+next, over the last half of the lines, as a share of ln K (K prototypes; ln K is the loss of a network that has learned
+nothing). It is measured on changes, because a steady fall shifts their mean but not their deviation, and because the
+two losses have different levels: the two centerings make targets of different sharpness. It is measured on the last
+half, because every run falls fast at first. The number of jumps is reported next to it: lines of the whole run that
+rise by more than `JUMP` of ln K, or are not finite. Both runs see the same crops at the same steps, so both have the
+same random variation.
 
-Each run trains in a process of its own: a process's peak memory is the most it ever held. Linux hands it on to the
-processes that one starts, so nothing is evaluated before both have trained.
+Each run trains in a process of its own, because peak memory is measured per process and never falls. On Linux a child
+process inherits its parent's peak, so the evaluation starts only after both runs have trained.
 
-    out/dino, out/dinov2   two runs like any other: they go on where they stopped
+    out/dino, out/dinov2   two ordinary runs, which resume where they stopped
     out/compare.json       every figure
     out/compare.html       the table and the curves, one page
 """
@@ -66,17 +67,17 @@ DINO: dict[str, object] = {
     "koleo_weight": 0.0,
     "mask_probability": 0.0,
 }
-"""What version 1 (arXiv 2104.14294) has otherwise: a moving centre and sharpening, no iBOT, no KoLeo, no masks."""
+"""The settings of version 1 (arXiv 2104.14294) that differ: a moving centre, sharpening, no iBOT, KoLeo or masks."""
 
 WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
-"""Of both runs, unless told otherwise: enough lines to judge the loss by, and a collapse is a finding."""
+"""Defaults of both runs: enough log lines to judge the loss, and a collapse is a result and does not stop the run."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 KS = (10, 20)
 KNN_POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
-CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours of the full grid differ by a few photos
-ROBUSTNESS_PHOTOS = 2000  # recall@1 falls with their number, so it is bounded and given
-JUMP = 0.05  # of ln K
+CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours in the full grid differ by a few images
+ROBUSTNESS_PHOTOS = 2000  # recall@1 falls as the number of images grows, so the number is fixed and reported
+JUMP = 0.05  # as a share of ln K
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"  # as -m
 Runner = Callable[[Sequence[str]], None]
 
@@ -85,23 +86,24 @@ def compare(
     data: str, out: Path, *, base: str = "smoke", overrides: Sequence[str] = (), console: Console | None = None,
     run: Runner | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train both, evaluate three networks, write compare.json and compare.html in `out`, print the table.
+    """Train both runs, evaluate three networks, write compare.json and compare.html to `out`, and print the table.
 
     Args:
         data: a folder of images, tar shards or a dataset on disk, as for training.
-        out: folder of the comparison; what is in it goes on.
-        base: the recipe that both are.
-        overrides: `key=value` for both.
-        run: trains, given the arguments of `python -m training`; None: in a process of its own.
+        out: folder of the comparison; runs in it are resumed.
+        base: the recipe of both runs.
+        overrides: `key=value` settings for both runs.
+        run: trains a run, given the arguments of `python -m training`; None: in a process of its own.
 
     Returns:
-        what compare.json holds.
+        the content of compare.json.
 
     Raises:
-        ValueError: an unknown recipe or setting, one that the two must differ in, no photos to train or test on.
-        OSError: the photos' place or `out` does not answer.
+        ValueError: an unknown recipe or setting, a setting that must differ between the two runs, or no images to
+            train or test on.
+        OSError: the images or `out` cannot be reached.
         RunStopped: a training run ended with an error, which it has printed.
-        Interrupted: SIGTERM; both runs' states are saved, and the same command goes on.
+        Interrupted: SIGTERM; the states of both runs are saved, and the same command resumes.
     """
     console, run = console or Console(), run or run_apart
     commands = {name: arguments(name, data, out, base, overrides) for name in RUNS}
@@ -121,7 +123,7 @@ def compare(
 
 
 def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[str]) -> list[str]:
-    """Of `python -m training`: a run by its name in `RUNS`. Later settings win over earlier ones."""
+    """Return the arguments of `python -m training` for one run of `RUNS`. Later settings win over earlier ones."""
     changes = DINO if name == "dino" else {}
     settings = [f"{key}={json.dumps(value)}" for key, value in WATCHED.items()]
     settings += [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
@@ -129,7 +131,7 @@ def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[st
 
 
 def config_of(command: Sequence[str]) -> TrainConfig:
-    """The run's settings.
+    """Return the run's settings.
 
     Raises:
         ValueError, OSError: as `load_config`.
@@ -139,14 +141,14 @@ def config_of(command: Sequence[str]) -> TrainConfig:
 
 
 def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
-    """Refuse what would not be a comparison of the two.
+    """Refuse settings that make the comparison unfair.
 
     Raises:
-        ValueError: it names the setting.
+        ValueError: the comparison is unfair; the message names the setting.
     """
-    given = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
-    if given:
-        raise ValueError(f"{', '.join(given)}: this is what DINO and DINOv2 differ in, so it cannot be set for both")
+    conflicting = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
+    if conflicting:
+        raise ValueError(f"{', '.join(conflicting)}: DINO and DINOv2 differ in this, so it cannot be set for both")
     if config.teacher is not None:
         raise ValueError(
             f"recipe {config.recipe} has a frozen teacher: DINO and DINOv2 differ in how they teach themselves"
@@ -154,37 +156,38 @@ def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
 
 
 def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list[Photo]]:
-    """Photos that k-NN looks among, and held-out ones, split as the runs split them.
+    """Return the images that k-NN searches and the held-out images, split as the runs split them.
 
     Raises:
-        ValueError: fewer than two are held out, or no data.
+        ValueError: there is no data, or fewer than two images are held out.
     """
     train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
     if len(held_out) < 2:
-        raise ValueError(f"{config.data}: {len(held_out)} photos are held out; a comparison needs two (held_out_share)")
+        raise ValueError(f"{config.data}: {len(held_out)} images are held out; a comparison needs two (held_out_share)")
     train_images = photos_of(train)
     return train_images[:: math.ceil(len(train_images) / KNN_PHOTOS)], photos_of(held_out)
 
 
 def run_apart(command: Sequence[str]) -> None:
-    """Train in another process that shares the terminal; SIGTERM is handed on to it, and it saves and leaves.
+    """Train in another process that shares the terminal. SIGTERM is forwarded; the process then saves and exits.
 
     Raises:
-        Interrupted, RunStopped: it said that it was, or ended in another way.
+        Interrupted: the process was stopped by SIGTERM.
+        RunStopped: the process failed.
     """
     root = str(Path(__file__).parents[1])
     program = [sys.executable, "-c", START, root, *command]
     with subprocess.Popen(program) as process, handed_on(process):  # noqa: S603 - our own code, no shell
         status = process.wait()
-    if status in (INTERRUPTED, -signal.SIGTERM):  # the latter before it had begun
-        raise Interrupted("stopped by SIGTERM; the same command goes on")
+    if status in (INTERRUPTED, -signal.SIGTERM):  # -SIGTERM: before the run had installed its handler
+        raise Interrupted("stopped by SIGTERM; run the same command again to resume")
     if status:
-        raise RunStopped(f"the training run ended with status {status}; what it said is above")
+        raise RunStopped(f"the training run ended with status {status}; see its output above")
 
 
 @contextmanager
 def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """SIGTERM goes to `process`."""
+    """Forward SIGTERM to `process` inside the block."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
         yield
@@ -195,7 +198,7 @@ def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 def measure(
     configs: Mapping[str, TrainConfig], train_images: Sequence[Photo], held_out: Sequence[Photo], console: Console
 ) -> dict[str, Any]:
-    """Every figure of the comparison, of runs that are done."""
+    """Compute every figure of the comparison from two finished runs."""
     config = configs["dinov2"]
     labels = {photo.label for photo in train_images}
     classes = len(labels) if None not in labels else 0
@@ -230,7 +233,7 @@ def measure(
 
 
 def trained(config: TrainConfig) -> DinoVisionTransformer:
-    """The backbone that a run released."""
+    """Load the backbone that a run released."""
     weights, vit_config, _ = load_checkpoint(config.out / CHECKPOINT)
     backbone = DinoVisionTransformer(vit_config)
     backbone.load_state_dict(weights)
@@ -244,8 +247,8 @@ def judge(
     spec: PreprocessSpec,
     has_classes: bool,
 ) -> dict[str, Any]:
-    """What a network is worth: `knn` (pooling, then k) and `logistic` where there are classes, `robustness`, and
-    `rankme_share`, the effective rank of the held-out photos' class tokens as a share of the most it could be."""
+    """Evaluate a network: `knn` (by pooling, then k) and `logistic` if there are classes, `robustness`, and
+    `rankme_share`, the effective rank of the held-out images' class tokens as a share of its maximum."""
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
     results: dict[str, Any] = {
@@ -268,7 +271,7 @@ def judge(
 
 
 def run_figures(config: TrainConfig) -> dict[str, Any]:
-    """What a run's files tell of it."""
+    """Read a run's figures from its log files."""
     lines = read_lines(config.out / METRICS)
     speeds, memory = values_of(lines, "images_per_s"), values_of(lines, "peak_memory_bytes")
     loss = values_of(lines, "dino_over_ln_k")
@@ -284,10 +287,10 @@ def run_figures(config: TrainConfig) -> dict[str, Any]:
 
 
 def stability(loss: Sequence[float | None]) -> dict[str, Any]:
-    """How steady a loss is, see the top of this file.
+    """Measure how steady a loss is; the top of this file defines the measure.
 
     Args:
-        loss: of each line, over ln K; None where it was not finite.
+        loss: the loss of each line as a share of ln K; None where it was not finite.
 
     Returns:
         `change_std` (None with fewer than three finite lines in the last half) and `jumps`.

@@ -1,8 +1,8 @@
-"""Everything a training run can be told, as one frozen record.
+"""All settings of a training run, as one frozen record.
 
-A recipe (`training/recipes/NAME.toml`) is a set of values for it, a command line adds `key=value` pairs on top; unknown
-keys and impossible values are errors. Lengths of warm-ups are shares of the run, so that a shorter run is the same run
-compressed.
+A recipe (`training/recipes/NAME.toml`) sets some of them, and `key=value` pairs on the command line override it.
+Unknown keys and impossible values are errors. Warm-up lengths are shares of the run, so that a shorter run is the same
+run compressed.
 """
 
 import difflib
@@ -22,30 +22,32 @@ RECIPES = Path(__file__).parent / "recipes"
 Share = float
 Range = tuple[float, float]
 Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""A path or a URL: `Path` would make `s3:/` of `s3://`."""
+"""A path or a URL. It is a string because `Path` turns `s3://` into `s3:/`."""
 
 
 class LastPhase(BaseModel):
-    """The end of a run on larger crops: most steps stay cheap, and the network still learns the sizes it will serve.
+    """The end of a run on larger crops. Most steps stay cheap, and the network still learns the sizes it will serve.
 
-    DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution"), with all schedules run
-    through once more. So does `lr_mult`; without it everything goes on as before, at the end of the schedules: the
-    student still learns, and little of it reaches the average that is released.
+    DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution") and runs all schedules
+    again. `lr_mult` restarts rate and momentum. Without it the schedules stay near their end values: the student still
+    learns, but little of it reaches the average that is released.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    share: Share = Field(gt=0, lt=1, description="of the run's steps")
+    share: Share = Field(gt=0, lt=1, description="share of the run's steps")
     global_size: int
     local_size: int
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
-    lr_mult: float | None = Field(None, gt=0, description="of the peak rate: rate and momentum begin anew from it")
-    micro_batch: int | None = Field(None, ge=1, description="as the run's, for the larger crops; None: the run's")
+    lr_mult: float | None = Field(None, gt=0, description="factor on the peak rate; schedules restart")
+    micro_batch: int | None = Field(None, ge=1, description="micro_batch for the larger crops; None: the run's")
 
 
 class TrainConfig(BaseModel):
-    """One run. Defaults are DINOv2's short recipe where it has the setting; sizes, drop path and centering aside.
+    """The settings of one run.
+
+    Defaults are those of DINOv2's short recipe where it has the setting, except for sizes, drop path and centering.
 
     Raises:
         pydantic.ValidationError (a ValueError): an unknown key, or a value out of range.
@@ -53,7 +55,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # what and where
+    # data, output and device
     data: Address = Field(
         description="folder of images (any depth; `train` and `val` in it are used as the split), tar shards "
         "(a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved on disk"
@@ -61,24 +63,24 @@ class TrainConfig(BaseModel):
     out: Path = Field(description="folder for checkpoints and logs")
     recipe: str = "none"
     seed: int = Field(0, ge=0, lt=2**63)
-    device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the device has it; fp16 comes with a scaled loss"
+        "auto", description="auto: bf16 if the device supports it; fp16 scales the loss"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="with several ranks: a whole copy on each (ddp) or slices (fsdp); auto: fsdp for ViT-g"
     )
     checkpoint_blocks: bool = Field(
-        False, description="keep only the blocks' inputs for the backward pass: less memory, a third more computing"
+        False, description="store only the blocks' inputs for the backward pass: less memory, a third more computing"
     )
-    held_out_share: Share = Field(0.1, ge=0, lt=1, description="kept for k-NN if `data` has no train and val")
-    cache_size: int = Field(160, ge=32, description="side that photos are squashed to before they are cropped")
-    cache_bytes: int = Field(4 * 2**30, ge=0, description="photos stay in memory if all fit (per rank), else streamed")
-    workers: int | None = Field(None, ge=1, description="threads that decode photos; None: one per core")
-    ahead_steps: int = Field(4, ge=1, description="steps decoded ahead when photos are streamed")
-    ahead_bytes: int = Field(2**30, ge=1, description="most memory for that")
-    max_broken_share: float = Field(0.5, ge=0, le=1, description="more unreadable photos than this stop the run")
+    held_out_share: Share = Field(0.1, ge=0, lt=1, description="held out for k-NN if `data` has no train and val")
+    cache_size: int = Field(160, ge=32, description="side that images are squashed to before they are cropped")
+    cache_bytes: int = Field(4 * 2**30, ge=0, description="images stay in memory if all fit (per rank), else streamed")
+    workers: int | None = Field(None, ge=1, description="threads that decode images; None: one per core")
+    ahead_steps: int = Field(4, ge=1, description="steps decoded ahead when images are streamed")
+    ahead_bytes: int = Field(2**30, ge=1, description="memory limit for the steps decoded ahead")
+    max_broken_share: float = Field(0.5, ge=0, le=1, description="a larger share of unreadable images stops the run")
 
     # the network
     model: str = "dinov2_vitt14"
@@ -87,14 +89,14 @@ class TrainConfig(BaseModel):
         None, description="backbone to start from: checkpoint file, artifact folder, or name of published weights"
     )
     teacher: Address | None = Field(
-        None, description="distillation: frozen teacher, given as `init` is; the student's average is what is released"
+        None, description="distillation: frozen teacher, given as for `init`; the student's average is released"
     )
-    teacher_model: str = Field("dinov2_vitg14", description="the teacher's name, if its file does not say")
+    teacher_model: str = Field("dinov2_vitg14", description="the teacher's model name, if its file does not name it")
     drop_path: float = Field(0.0, ge=0, lt=1)
     n_prototypes: int = Field(65536, ge=2)
     head_hidden_dim: int = Field(2048, ge=1)
     head_bottleneck_dim: int = Field(256, ge=1)
-    ibot_bottleneck_dim: int | None = Field(None, ge=1, description="of separate heads; None: as head_bottleneck_dim")
+    ibot_bottleneck_dim: int | None = Field(None, ge=1, description="of a separate iBOT head; None: the same")
     shared_head: bool = True
 
     # crops
@@ -104,7 +106,7 @@ class TrainConfig(BaseModel):
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
     last_phase: LastPhase | None = Field(None, description="other crop sizes and scales for the end of the run")
-    white_balance: float = Field(0.0, ge=0, lt=1, description="each channel times 1 +- this; not in DINOv2")
+    white_balance: float = Field(0.0, ge=0, lt=1, description="scale each channel by 1 +- this; not in DINOv2")
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -112,7 +114,7 @@ class TrainConfig(BaseModel):
     jitter_probability: float = Field(0.8, ge=0, le=1)
     gray: float = Field(0.2, ge=0, le=1)
     blur: tuple[float, float, float] = Field(
-        (0.0, 0.9, 0.5), description="probability for first global, second global, local crops; what DINOv2 really does"
+        (0.0, 0.9, 0.5), description="probability for first global, second global and local crops; as DINOv2's code"
     )
     solarize: float = Field(0.2, ge=0, le=1, description="probability for the second global crop")
 
@@ -125,23 +127,23 @@ class TrainConfig(BaseModel):
     teacher_temp_warmup: Share = 0.3
     centering: Literal["sinkhorn", "softmax", "batch_norm"] = Field(
         "sinkhorn",
-        description="of the teacher's logits: Sinkhorn-Knopp; a moving centre, then softmax; batch normalisation",
+        description="teacher's centering: Sinkhorn-Knopp; a moving centre, then softmax; batch normalisation",
     )
-    center_momentum: float = Field(0.9, ge=0, lt=1, description="of the moving centre")
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the moving centre")
     koleo_over_ranks: bool = Field(
-        True, description="neighbours are looked for on all ranks; false: each rank's own, as in Meta's code"
+        True, description="search neighbours on all ranks; false: on each rank alone, as in Meta's code"
     )
     ibot_patches: Literal["masked", "all"] = Field(
-        "masked", description="all: every patch of both global crops and nothing hidden, as in distillation"
+        "masked", description="all: every patch of both global crops, with no patch masked, as in distillation"
     )
     mask_ratio: Range = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
 
     # optimisation
     epochs: float = Field(100, gt=0, le=1e6)
-    batch_size: int = Field(64, ge=2, description="photos of one update, over all ranks and micro-batches")
+    batch_size: int = Field(64, ge=2, description="images of one update, over all ranks and micro-batches")
     micro_batch: int | None = Field(
-        None, ge=1, description="photos of one forward pass on one rank; gradients add up to batch_size; None: no parts"
+        None, ge=1, description="images of one forward pass on one rank; gradients add up to batch_size; None: no parts"
     )
     optimizer: Literal["adamw", "sgd_normalized"] = Field(
         "adamw", description="sgd_normalized: momentum over unit-norm gradients, for very large batches"
@@ -156,33 +158,31 @@ class TrainConfig(BaseModel):
     patch_embed_lr_mult: float = 0.2
     freeze_last_layer: Share = 0.01
     freeze_backbone: Share = Field(
-        0.0, description="heads alone learn so long: with `init`, fresh heads ruin a backbone"
+        0.0, description="the heads train alone for this share: with `init`, fresh heads would ruin the backbone"
     )
     clip_grad: float = 3.0
 
-    # watching and saving
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl, and between looks at the clock")
+    # logging, saving and sentinels
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl and between clock checks")
     save_every_minutes: float = Field(5, gt=0)
-    keep_states: int = Field(2, ge=1, description="states to go on from, the newest ones")
-    keep_checkpoints_every_epochs: float = Field(0, ge=0, description="checkpoints that stay, for `dinov2 average`")
+    keep_states: int = Field(2, ge=1, description="number of newest states to keep for resuming")
+    keep_checkpoints_every_epochs: float = Field(0, ge=0, description="keep checkpoints for `dinov2 average`; 0: none")
     eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
-    sheet_every: int = Field(0, ge=0, description="steps between picture sheets; 0: one at the end")
+    sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: one at the end")
     measure_peak: bool = Field(False, description="measure a matrix product at the start, for MFU on unknown devices")
     wandb: str | None = Field(None, description="Weights & Biases project; None: not used")
-    on_collapse: Action = Field("stop", description="stop, rollback (then half the rates) or warn")
-    on_not_finite: Literal["stop", "rollback"] = Field(
-        "rollback", description="stop, rollback (then without that step)"
-    )
-    on_knn: Action = Field("stop", description="k-NN fell by knn_margin: stop, rollback (then half the rates) or warn")
-    sentinel_lines: int = Field(5, ge=1, description="bad lines of metrics.jsonl in a row before collapse is called")
-    rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="on the rates, after a rollback")
+    on_collapse: Action = Field("stop", description="stop, rollback (and halve the rates) or warn")
+    on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
+    on_knn: Action = Field("stop", description="k-NN fell by knn_margin: stop, rollback (and halve the rates) or warn")
+    sentinel_lines: int = Field(5, ge=1, description="bad lines of metrics.jsonl in a row that count as a collapse")
+    rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the rates after a rollback")
     knn_margin: float = Field(5.0, gt=0, description="percentage points below the run's best")
-    min_rankme_share: float = Field(0.05, ge=0, le=1, description="effective rank of class tokens: least share")
+    min_rankme_share: float = Field(0.05, ge=0, le=1, description="lowest effective rank of class tokens, as a share")
     max_rollbacks: int = Field(3, ge=0)
     whiten: float | None = Field(
         None,
         gt=0,
-        description="shrinkage of a whitening of the class token at the end; None: as trained. Not in DINOv2",
+        description="shrinkage of the whitening of the class token at the end; None: no whitening. Not in DINOv2",
     )
     eval_resize: int = 256
     eval_crop: int = 224
@@ -200,16 +200,16 @@ class TrainConfig(BaseModel):
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}=[{low:g}, {high:g}] is a range of shares of the photo: above 0, up to 1")
+                raise ValueError(f"{name}=[{low:g}, {high:g}] must be shares of the image, above 0 and up to 1")
         for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a share of the run: 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)} must be a share of the run, 0 to 1")
         _ = self.eval_spec
         return self
 
     @property
     def vit_config(self) -> ViTConfig:
-        """The backbone: the named model with the fields of `vit` replaced."""
+        """Return the backbone's configuration: the named model with the fields of `vit` replaced."""
         base = config_for(self.model)
         unknown = set(self.vit) - set(base.__dataclass_fields__)
         if unknown:
@@ -218,28 +218,28 @@ class TrainConfig(BaseModel):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The losses' weights by their names in `training/step.py`: what the settings `NAME_weight` say."""
+        """Return the losses' weights (the settings `NAME_weight`) by their names in `training/step.py`."""
         return {name: getattr(self, f"{name}_weight") for name in loss_names()}
 
     @property
     def eval_spec(self) -> PreprocessSpec:
-        """How the k-NN evaluation prepares photos."""
+        """Return how the k-NN evaluation prepares images."""
         patch = self.vit_config.patch_size
         return PreprocessSpec(resize=self.eval_resize, crop=self.eval_crop, patch_size=patch)
 
 
 def loss_names() -> list[str]:
-    """The losses that have a weight, in the order of their settings."""
+    """Return the names of the losses that have a weight, in the order of their settings."""
     return [name.removesuffix("_weight") for name in TrainConfig.model_fields if name.endswith("_weight")]
 
 
 def recipe_names() -> list[str]:
-    """The recipes that `load_config` knows."""
+    """Return the names of the recipes that come with this package."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def _parse_value(text: str) -> object:
-    """A TOML value (`0.1`, `true`, `[0.3, 1.0]`, `{depth = 6}`); anything else is a string."""
+    """Parse a TOML value (`0.1`, `true`, `[0.3, 1.0]`, `{depth = 6}`); return anything else as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -247,21 +247,22 @@ def _parse_value(text: str) -> object:
 
 
 def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """A recipe, by its name here or as a TOML file of your own, with `key=value` overrides.
+    """Load a recipe, by its name or from a TOML file, and apply `key=value` overrides.
 
     Raises:
-        OSError: a recipe's file that cannot be read.
-        ValueError: unknown recipe (the names are listed), no TOML, an override without `=`, unknown key, bad value.
+        OSError: the recipe's file cannot be read.
+        ValueError: an unknown recipe (the message lists the names), a file that is not TOML, an override without `=`,
+            an unknown key or a bad value.
     """
     path = RECIPES / f"{recipe}.toml"
     if recipe.endswith(".toml"):
         path, recipe = Path(recipe), Path(recipe).stem
     elif recipe not in recipe_names():
-        raise ValueError(f"unknown recipe {recipe!r}: a TOML file, or one of {', '.join(recipe_names())}")
+        raise ValueError(f"unknown recipe {recipe!r}: give a TOML file, or one of {', '.join(recipe_names())}")
     try:
         values: dict[str, object] = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
+        raise ValueError(f"{path} is not TOML: {error}") from error
     values |= parse_overrides(overrides or [])
     for key in values:
         if key not in TrainConfig.model_fields:
@@ -275,10 +276,10 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Settings given as `key=value`; a value is TOML if it can be read so, else text.
+    """Parse settings given as `key=value`. A value that is not TOML is taken as text.
 
     Raises:
-        ValueError: one without `=`.
+        ValueError: an override without `=`.
     """
     values: dict[str, object] = {}
     for override in overrides:
@@ -290,7 +291,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 
 
 def _in_words(problem: Any) -> str:
-    """One of pydantic's problems in one line, without its types and links."""
+    """Format one of pydantic's problems as one line, without its types and links."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return str(message)

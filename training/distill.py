@@ -1,10 +1,10 @@
-"""The teacher of a distillation: larger, frozen, and with something to agree on.
+"""The teacher of a distillation: a larger, frozen network that gives the student targets.
 
 DINOv2's small models learn from the frozen giant with the recipe's own losses (arXiv 2304.07193, section 5), which
-need the giant's heads. A run of this project has them, in its states. Released weights have not: Meta kept the heads.
-Then the prototypes are the teacher's own features: K class tokens of training photos (for iBOT: K of their patches),
-centred and of unit length, and the teacher's logits are the cosines to them. What is asked of the student is then where
-a photo stands among K others, as the teacher sees it.
+need the giant's heads. A run of this project has heads, in its states. Released weights have none, since Meta did not
+publish them. For those the prototypes are the teacher's own features: K class tokens of training images (for iBOT: K of
+their patches), centred and of unit length. The teacher's logits are the cosines to them. The student then learns to
+place an image among K others as the teacher does.
 
 Legend: D width of the teacher, K prototypes, M selected patches, n rows.
 """
@@ -31,7 +31,7 @@ from training.student_teacher import Network, Output
 
 
 class PrototypeTeacher(nn.Module):
-    """A frozen backbone whose logits are cosines to `choose`n features of its own. Called as `Network` is."""
+    """A frozen backbone that uses features of its own, picked by `choose`, as prototypes. Callable like `Network`."""
 
     def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class PrototypeTeacher(nn.Module):
 
     @torch.no_grad()
     def choose(self, steps: Iterable[Sequence[Crops]], world: World) -> None:
-        """Take prototypes from this rank's micro-batches of some steps, as many as are needed; the same on all ranks.
+        """Take as many prototypes as needed from this rank's micro-batches of some steps; the same on all ranks.
 
-        They are numbered by step, view and place in the step's batch, so that the student's heads still fit when the
-        run goes on in other micro-batches or on other ranks.
+        They are numbered by step, view and position in the step's batch, so that the student's heads still fit when
+        the run resumes with other micro-batches or on other ranks.
 
         Raises:
-            ValueError: the steps end before there are enough.
+            ValueError: the steps have too few crops.
         """
         n_wanted = len(self.get_buffer("cls_prototypes"))
         features_of: dict[str, list[Tensor]] = {"cls": [], "patch": []}
@@ -69,11 +69,11 @@ class PrototypeTeacher(nn.Module):
         for micros in steps:
             tokens: dict[str, list[Tensor]] = {"cls": [], "patch": []}  # [2, b, D] of each micro-batch
             n_mine = sum(len(crops.globals_) // 2 for crops in micros)
-            at = world.rank * n_mine  # in the step's batch
+            at = world.rank * n_mine  # position in the step's batch
             for crops in micros:
                 features = self.backbone.forward_features(crops.globals_)
                 patches = features["x_norm_patchtokens"]
-                # As many patches as class tokens, each from another place of its photo.
+                # Take as many patches as class tokens, each from another position in its image.
                 b = len(patches) // 2
                 number = torch.arange(at, at + b, device=patches.device)
                 number = torch.cat((number, number + world.size * n_mine))
@@ -88,7 +88,7 @@ class PrototypeTeacher(nn.Module):
             if n_cls >= n_wanted:
                 break
         if n_cls < n_wanted:
-            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} crops that the teacher was shown")
+            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} crops that the teacher was given")
         for kind, parts in features_of.items():
             rows = torch.cat(parts)[:n_wanted]
             mean = rows.mean(dim=0)
@@ -97,13 +97,13 @@ class PrototypeTeacher(nn.Module):
 
 
 def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
-    """The teacher that `config.teacher` names: a run's folder (with heads), else a backbone without.
+    """Load the teacher named by `config.teacher`: a run's folder (with heads), or a backbone without heads.
 
     Raises:
-        ValueError: no such teacher, patches of another size than the student's, or heads with another number of
-            prototypes.
+        ValueError: there is no such teacher, its patch size differs from the student's, or its heads have another
+            number of prototypes.
         OSError: a file of it cannot be read.
-        model.zoo.DownloadError: published weights that cannot be had.
+        model.zoo.DownloadError: published weights cannot be downloaded.
     """
     assert config.teacher is not None
     path = Path(config.teacher)
@@ -117,7 +117,7 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
 
 
 def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
-    """iBOT compares patch with patch: both networks must cut a crop into the same ones."""
+    """Refuse another patch size: iBOT compares patch with patch, so both networks must cut a crop alike."""
     if vit.patch_size != config.vit_config.patch_size:
         raise ValueError(
             f"teacher={config.teacher} has patches of {vit.patch_size} pixels, the student ({config.model}) of "
@@ -126,7 +126,10 @@ def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Of the weights, whatever file they came from. Prototypes follow from them and the photos."""
+    """Return a digest of the weights, whatever their file.
+
+    Prototypes follow from the weights and the images, so they are left out.
+    """
     digest = xxhash.xxh3_128()
     for name, tensor in teacher.state_dict().items():
         if not name.endswith(("_mean", "_prototypes")):
@@ -136,20 +139,20 @@ def teacher_digest(teacher: nn.Module) -> str:
 
 
 def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None) -> None:
-    """Refuse to go on with another teacher: that of a run that has gone on, say.
+    """Refuse to resume with another teacher, e.g. one from a run that has trained further since.
 
     Raises:
-        ValueError: the run's state was made with another one.
+        ValueError: the run's state was made with another teacher.
     """
     if theirs != mine:
         raise ValueError(
             f"teacher={config.teacher} has other weights than this run's teacher had so far; "
-            "choose another out folder, or put the old ones back"
+            "choose another out folder, or restore the old weights"
         )
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
-    """The shape of what lies at `path`, or, if nothing does, of the published model that it names."""
+    """Return the configuration of the file or folder `path`, or of the published model `path` if neither exists."""
     if path.is_dir():
         return read_manifest(path).config
     if path.suffix == ".safetensors" and path.exists() and is_own_checkpoint(path):
@@ -158,7 +161,7 @@ def _config_of(path: Path, model: str) -> ViTConfig:
 
 
 def _of_run(path: Path, config: TrainConfig) -> Network:
-    """The average of a finished run, with its heads."""
+    """Load the average of a finished run, with its heads."""
     theirs = TrainConfig.model_validate(json.loads((path / "config.json").read_text()))
     if theirs.n_prototypes != config.n_prototypes:
         raise ValueError(
@@ -167,7 +170,7 @@ def _of_run(path: Path, config: TrainConfig) -> Network:
     _check_grid(theirs.vit_config, config)
     saved, _ = find_state(path)
     if saved is None:
-        raise ValueError(f"teacher={path} has no state that is whole in {path / FOLDER}")
+        raise ValueError(f"teacher={path} has no complete state in {path / FOLDER}")
     network = Network(
         theirs.vit_config,
         n_prototypes=theirs.n_prototypes,

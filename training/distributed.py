@@ -1,13 +1,13 @@
-"""Several processes, one run: the only file that knows torch.distributed and torchrun's variables.
+"""Several processes in one run. Only this file knows torch.distributed and torchrun's variables.
 
-`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"), each with its share of every step's photos.
-What the losses need of the others comes through the functions here: a log-sum-exp over all ranks (Sinkhorn-Knopp), a
-sum (moving centre, batch normalisation), gathered rows (KoLeo). With one process they return what they were given, and
-no process group exists.
+`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"), each with its share of every step's images.
+The losses get data of other ranks through the functions here: a log-sum-exp over all ranks (Sinkhorn-Knopp), a sum
+(moving centre, batch normalisation), gathered rows (KoLeo). With one process these return their input, and there is no
+process group.
 
-Two ways to keep the weights: DDP, a whole copy on every rank (S, B and L fit, and it is faster), and FSDP2
-(`fully_shard`), where each rank keeps a slice of weights, gradients and optimizer state and fetches a block's weights
-when it computes it.
+Weights are stored in one of two ways. With DDP every rank has a whole copy (S, B and L fit, and it is faster). With
+FSDP2 (`fully_shard`) each rank has a slice of weights, gradients and optimizer state and fetches a block's weights when
+it computes the block.
 """
 
 import os
@@ -33,29 +33,29 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # one rank evaluates while the others wai
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the `size` of a run, and the device that it computes on."""
+    """This process's rank among the `size` processes of a run, and its device."""
 
     rank: int
     size: int
     device: torch.device
     on_machine: int = 1  # ranks that share this machine's cores
-    control: dist.ProcessGroup | None = None  # for words between the processes, which may take as long as an evaluation
+    control: dist.ProcessGroup | None = None  # for control messages, which may take as long as an evaluation
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Return whether this process writes the files and the output."""
         return self.rank == 0
 
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Enter the run that torchrun started, or stand alone without it.
+    """Enter the run that torchrun started, or a run of one process without torchrun.
 
     Args:
-        device: `auto` (cuda where there is one, else cpu), `cpu`, `cuda`; with several ranks each gets its own GPU.
+        device: `auto` (cuda if there is a GPU, else cpu), `cpu`, `cuda`; with several ranks each gets its own GPU.
 
     Raises:
-        ValueError: a device that this machine lacks.
+        ValueError: the machine has no such device.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -63,15 +63,15 @@ def join(device: str) -> Iterator[World]:
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: auto, cpu, cuda or cuda:N")
+        raise ValueError(f"device={device!r}: choose auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch {torch.__version__} sees no GPU here")
+        raise ValueError(f"device={device!r}: torch {torch.__version__} finds no GPU")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, chosen)
         return
     if chosen.type == "cuda" and chosen.index is not None:
-        raise ValueError(f"device={device!r}: each of {size} ranks takes a GPU of its own; give device=cuda")
+        raise ValueError(f"device={device!r}: each of {size} ranks takes a GPU of its own; use device=cuda")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
@@ -84,13 +84,13 @@ def join(device: str) -> Iterator[World]:
 
 
 def wait_for_all(world: World) -> None:
-    """Return when every rank has come here."""
+    """Wait until every rank has made this call."""
     if world.size > 1:
         dist.barrier(world.control)
 
 
 def agree(world: World, value: bool) -> bool:
-    """Whether any rank says true; the same answer on all of them."""
+    """Return whether `value` is true on any rank; the answer is the same on all ranks."""
     if world.size == 1:
         return value
     flag = torch.tensor(int(value))
@@ -99,7 +99,7 @@ def agree(world: World, value: bool) -> bool:
 
 
 def from_main(world: World, value: T) -> T:
-    """What rank 0 passed, on every rank (pickled among the run's own processes)."""
+    """Return rank 0's `value` on every rank (pickled, between processes of the run)."""
     if world.size == 1:
         return value
     box = [value]
@@ -108,7 +108,7 @@ def from_main(world: World, value: T) -> T:
 
 
 def from_all(world: World, values: Sequence[T]) -> list[T]:
-    """What all ranks passed, in their order, on every rank (pickled, as in `from_main`)."""
+    """Return the values of all ranks, in rank order, on every rank (pickled, as in `from_main`)."""
     if world.size == 1:
         return list(values)
     boxes: list[list[T]] = [[] for _ in range(world.size)]
@@ -117,7 +117,7 @@ def from_all(world: World, values: Sequence[T]) -> list[T]:
 
 
 def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """A function that adds up a tensor over all ranks, without gradient."""
+    """Return a function that adds up a tensor over all ranks, without gradient."""
 
     def total(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -130,7 +130,7 @@ def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """A function that combines log-sum-exps over all ranks, without gradient: log of the sum of their exponentials."""
+    """Return a function that combines log-sum-exps over all ranks (log of the sum of exps), without gradient."""
 
     def combine(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -145,7 +145,7 @@ def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks; in the backward pass each rank gets what all of them want of its own."""
+    """Rows of all ranks. In the backward pass each rank gets the sum of all ranks' gradients for its rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -162,12 +162,12 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(world: World, x: Tensor) -> Tensor:
-    """Rows of all ranks [size * n, D] in their order; a gradient flows back to where each row came from."""
+    """Gather the rows of all ranks [size * n, D] in rank order; gradients flow back to the rank of each row."""
     return x if world.size == 1 else _GatherRows.apply(x)  # type: ignore[no-untyped-call]
 
 
 def mean_over_ranks(world: World, values: Tensor) -> Tensor:
-    """The mean of each figure over all ranks, for the log."""
+    """Return the mean of each figure over all ranks, for the log."""
     if world.size == 1:
         return values
     values = values.clone()
@@ -176,7 +176,7 @@ def mean_over_ranks(world: World, values: Tensor) -> Tensor:
 
 
 def min_over_ranks(world: World, value: Tensor) -> Tensor:
-    """The least of each figure over all ranks."""
+    """Return the minimum of each figure over all ranks."""
     if world.size == 1:
         return value
     value = value.clone()
@@ -187,12 +187,12 @@ def min_over_ranks(world: World, value: Tensor) -> Tensor:
 def shard(
     network: nn.Module, blocks: Iterable[nn.Module], world: World, compute_dtype: torch.dtype, *, trains: bool
 ) -> None:
-    """Cut a network's weights into one slice per rank, in place: first its `blocks`, then what is left.
+    """Split a network's weights into one slice per rank, in place: first its `blocks`, then the rest.
 
-    Gradients are averaged in float32; a block's weights travel in `compute_dtype`. A network that does not train is
-    slices again after its forward pass; one that does keeps its heads whole for the backward pass, which begins there.
+    Gradients are averaged in float32; a block's weights are sent in `compute_dtype`. A network that does not train is
+    split again after its forward pass. One that trains keeps its heads whole for the backward pass, which starts there.
     """
-    # The outputs are views, and nobody writes into them.
+    # The outputs are views, and no code writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
@@ -207,7 +207,7 @@ def shard(
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:
-    """The network behind DDP, which averages its gradients over the ranks; itself if there is only one."""
+    """Wrap the network in DDP, which averages its gradients over the ranks; return it unchanged with one rank."""
     if world.size == 1:
         return network
     return DistributedDataParallel(
@@ -217,7 +217,7 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
-    """Inside, a backward pass adds to this rank's gradients and leaves averaging to a later one: for micro-batches."""
+    """Accumulate gradients on this rank inside the block, for micro-batches; a later backward pass averages them."""
     if not when:
         yield
     elif isinstance(network, DistributedDataParallel):
@@ -234,17 +234,17 @@ def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's slice of a sharded tensor; others as they are."""
+    """Return this rank's slice of a sharded tensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank (all must call it); others as they are."""
+    """Return all of a sharded tensor, on every rank (all must call it), and any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def put(target: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole, as a tensor kept like `target`: sharded as it is, on its device (all ranks must call)."""
+    """Return the whole tensor `value` sharded and placed like `target` (all ranks must call it)."""
     if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value.to(target.device)

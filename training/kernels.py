@@ -1,19 +1,19 @@
-"""The cross-entropy of student logits with soft teacher targets over K prototypes, on a diet of memory.
+"""The cross-entropy of student logits with soft teacher targets over K prototypes, in little memory.
 
-With K = 65,536 to 262,144 prototypes this is bound by memory: a plain expression writes the scaled logits, their
-logarithm of softmax and the products as arrays as large as the logits, and autograd keeps them. Here
+With K = 65,536 to 262,144 prototypes the computation is limited by memory. A plain expression writes the scaled logits,
+their log-softmax and the products as arrays as large as the logits, and autograd keeps them. Here
 
     loss = -sum_k p log softmax(x / temp) = mass * logsumexp(x / temp) - sum_k p x / temp,   mass = sum_k p
     dloss/dx = (mass * softmax(x / temp) - p) / temp
 
-so that two numbers a row are enough for the backward pass, which reads the logits again. On a GPU each pass is one
-Triton kernel (`triton_cross_entropy.py`); elsewhere torch does the same in pieces that stay in the cache
-(benchmarks/cross_entropy.py). `plain_cross_entropy` is the definition, which the tests compare both with.
+so two numbers per row are enough for the backward pass, which reads the logits again. On a GPU each pass is one Triton
+kernel (`triton_cross_entropy.py`); elsewhere torch computes it in pieces that fit into the cache
+(benchmarks/cross_entropy.py). `plain_cross_entropy` is the definition that the tests compare both with.
 
-The targets can also stay what they are made from, the teacher's logits and two vectors (`TeacherTargets`): then no
-target array is written at all on a GPU.
+Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). Then a GPU writes no target array
+at all.
 
-Legend: K prototypes, B rows of targets, T teacher views whose targets are summed, R = S * B rows of the student.
+Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), R = S * B rows of the student.
 """
 
 import functools
@@ -30,7 +30,7 @@ from training.teacher_targets import TeacherTargets
 
 
 def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """The definition of `soft_cross_entropy`, in the precision of float32 or, for float64 logits, of float64."""
+    """Compute `soft_cross_entropy` by its definition, in float32, or in float64 for float64 logits."""
     probs = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets).sum(dim=0)  # [B, K]
     student = student_logits.double() if student_logits.dtype == torch.float64 else student_logits.float()
     log_probs = F.log_softmax(student / student_temp, dim=-1).view(-1, *probs.shape)  # [S, B, K]
@@ -38,18 +38,18 @@ def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
 
 
 def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """-sum_k p log softmax(student_logits / student_temp) for each row, differentiable in the student's logits.
+    """Compute -sum_k p log softmax(student_logits / student_temp) for each row, differentiable in the student's logits.
 
     Args:
         student_logits: [R, K], any float type; R is a multiple of B, and row r has the targets of row r % B.
-        targets: [B, K], or [T, B, K] to be summed over T; no need that rows sum to one. No gradient flows to them.
+        targets: [B, K], or [T, B, K] to be summed over T; rows need not sum to one. They get no gradient.
         student_temp: the student's temperature.
 
     Returns:
         float32 [R].
 
     Raises:
-        ValueError: shapes that do not fit, or targets that want a gradient.
+        ValueError: shapes do not fit, or targets require a gradient.
     """
     _check(student_logits, targets)
     if not len(student_logits):
@@ -62,14 +62,14 @@ def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets,
 
 
 def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """`soft_cross_entropy` in plain torch, piece by piece."""
+    """Compute `soft_cross_entropy` in plain torch, piece by piece."""
     views = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets)
     probs = views[0] if len(views) == 1 else views.sum(dim=0)
     return _TorchCrossEntropy.apply(student_logits, probs, student_temp)  # type: ignore[no-untyped-call]
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many numbers to work on at once: what stays in a core's cache; on a GPU, what bounds the scratch memory."""
+    """Return how many numbers to compute at once, to fit a CPU core's cache or to limit a GPU's scratch memory."""
     return 1 << 19 if device.type == "cpu" else 1 << 27
 
 
@@ -81,7 +81,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
         out = torch.empty(len(student_logits), device=student_logits.device)  # [R]
         with torch.autocast(
             student_logits.device.type, enabled=False
-        ):  # which would take the products in half precision
+        ):  # autocast would compute the products in half precision
             for rows, target_rows in _chunks(student_logits, len(probs)):
                 log_probs = torch.log_softmax(student_logits[rows].float() / temp, dim=-1)
                 torch.linalg.vecdot(log_probs, probs[target_rows].float(), out=out[rows])
@@ -101,7 +101,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of the student's rows, each with the rows of its targets."""
+    """Yield pieces of the student's rows, each with the rows of its targets."""
     size = max(1, chunk_elements(student_logits.device) // student_logits.shape[1])
     for view in range(0, len(student_logits), n_targets):
         for start in range(0, n_targets, size):
@@ -110,7 +110,7 @@ def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, sli
 
 
 def _views(targets: Tensor) -> Tensor:
-    """[T, B, K], T = 1 for targets of one view."""
+    """Return the targets as [T, B, K], with T = 1 for targets of one view."""
     return targets if targets.dim() == 3 else targets.unsqueeze(0)
 
 
@@ -124,7 +124,7 @@ def _check(student_logits: Tensor, targets: Tensor | TeacherTargets) -> None:
             " [T, B, K] with R a multiple of B"
         )
     if written.requires_grad:
-        raise ValueError("targets require a gradient, which this loss does not give: pass targets.detach()")
+        raise ValueError("targets require a gradient, but this loss gives them none: pass targets.detach()")
 
 
 @functools.cache

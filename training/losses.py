@@ -1,13 +1,14 @@
-"""The three losses of DINOv2 and the ways to turn teacher logits into targets.
+"""DINOv2's three losses and the ways to turn teacher logits into targets.
 
-DINO (arXiv 2104.14294) asks that crops of one photo agree on a soft assignment to K prototypes; iBOT (arXiv 2111.07832)
-asks the same of each masked patch; KoLeo (arXiv 1806.03198) spreads the embeddings of a batch. Definitions as in
-facebookresearch/dinov2, `dinov2/loss/`. Two deliberate differences, neither visible in the value: everything is
-float32 whatever the network computed in, and Sinkhorn-Knopp works on logarithms where the range needs it, since
-`exp(logit / 0.04)` leaves float32 once a logit passes 3.5.
+DINO (arXiv 2104.14294) makes crops of one image agree on a soft assignment to K prototypes; iBOT (arXiv 2111.07832)
+does the same for each masked patch; KoLeo (arXiv 1806.03198) spreads the embeddings of a batch. Definitions are those
+of facebookresearch/dinov2, `dinov2/loss/`, with two deliberate differences that do not change the values: everything is
+float32 whatever the network's precision, and Sinkhorn-Knopp uses logarithms where the range requires it, because
+`exp(logit / 0.04)` overflows float32 once a logit passes 3.5.
 
-A batch may come as a list of micro-batches, and be spread over ranks: what spans ranks is a callable, so that nothing
-here knows how they talk. Every rank has to call it equally often, also one without a single masked patch.
+A batch may come as a list of micro-batches and may be spread over ranks. Operations over ranks are passed in as
+callables, so nothing here depends on how ranks communicate. Every rank must call them equally often, even a rank
+without a masked patch.
 
 Legend: B images, K prototypes, N patches per image, M masked patches of the batch, S student views, T teacher views.
 """
@@ -25,7 +26,7 @@ from training.teacher_targets import TeacherTargets
 EPS = 1e-8
 LEAST_VARIANCE = 1e-5  # of a prototype, as a share of the mean variance
 OverRanks = Callable[[Tensor], Tensor]
-"""Combines a tensor of this rank with those of the others, and gives all the same."""
+"""Combines a tensor of this rank with those of the others and returns the same result on all ranks."""
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def sinkhorn_knopp(
 def sinkhorn_knopp(
     logits: Tensor | Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
 ) -> Tensor | list[Tensor]:
-    """Teacher targets that use all prototypes equally often: alternate scaling of prototypes and samples.
+    """Compute teacher targets that use all prototypes equally often, by scaling prototypes and samples in turn.
 
     With Q = exp(logits / temp) the definition is, n times: divide each prototype's column by its sum and by K, then
     each sample's row by its sum and by B; at the end rows sum to one. Only two vectors change, so only they are
@@ -72,7 +73,7 @@ def sinkhorn_knopp(
 def sinkhorn_targets(
     logits: Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
 ) -> list[TeacherTargets]:
-    """`sinkhorn_knopp` of micro-batches whose result is not written out: the logits themselves, with u and v."""
+    """Compute `sinkhorn_knopp` of micro-batches without writing the targets: return the logits with u and v."""
     _, us, row_factors, v, column_factor = _scale(logits, temp, n_iterations, combine or _alone)
     v = (v - column_factor.log())[0]  # [K]
     return [
@@ -84,15 +85,15 @@ def sinkhorn_targets(
 def _scale(
     batches: Sequence[Tensor], temp: float, n_iterations: int, combine: OverRanks
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The rounds of Sinkhorn-Knopp on micro-batches [b, K].
+    """Run the rounds of Sinkhorn-Knopp on micro-batches [b, K].
 
     The first round needs logarithms: logits of different samples may be thousands apart. With its v, and each row's
     maximum as u, P = exp(logits / temp - u - v) is written once. After that round rows sum to one and columns to
-    1 / (B * K) or more, so that what underflows in P cannot matter, and what is left to do is products of P with a
-    vector: row factors, and a column factor for each further round.
+    1 / (B * K) or more, so values that underflow in P do not matter. The other rounds are products of P with a vector:
+    row factors, and a column factor for each further round.
 
     Returns:
-        P [b, K], u [b, 1] and row factors [b, 1] for each batch; v and column factor [1, K] for all: the targets are
+        P [b, K], u [b, 1] and row factors [b, 1] for each batch; v and column factor [1, K] for all. The targets are
         row factor * P * column factor.
     """
     batches = [batch.flatten(0, -2) for batch in batches]
@@ -120,12 +121,12 @@ def _scale(
 
 
 def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
-    """Pieces of rows; equally many rows as of an array with so many `columns`."""
+    """Split `x` into chunks of rows, as many rows as fit for `columns` columns (0: the columns of `x`)."""
     return torch.split(x, max(1, chunk_elements(x.device) // (columns or x.shape[1])))
 
 
 def _column_logsumexp(batch: Tensor, temp: float) -> Tensor:
-    """log sum over rows of exp(batch / temp), float32 [1, K]; -inf without rows."""
+    """Compute log sum over rows of exp(batch / temp), float32 [1, K]; -inf without rows."""
     columns = max(256, chunk_elements(batch.device) // max(1, len(batch)))
     return torch.cat(
         [(x.float() / temp).logsumexp(dim=0, keepdim=True) for x in torch.split(batch, columns, dim=1)], dim=1
@@ -134,13 +135,13 @@ def _column_logsumexp(batch: Tensor, temp: float) -> Tensor:
 
 @torch.no_grad()
 def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
-    """Teacher targets by centering and sharpening (DINO): softmax((logits - center) / temp), float32 [..., K]."""
+    """Compute targets by centering and sharpening (DINO): softmax((logits - center) / temp), float32 [..., K]."""
     return ((logits.float() - center) / temp).softmax(dim=-1)
 
 
 @torch.no_grad()
 def center_targets(logits: Tensor, center: Tensor, temp: float) -> TeacherTargets:
-    """`softmax_center` whose result is not written out: the logits themselves, with u and v."""
+    """Compute `softmax_center` without writing the targets: return the logits with u and v."""
     v = center.flatten() / temp  # [K]
     rows = _row_chunks(logits.flatten(0, -2))
     u = torch.cat([(x.float() / temp).sub_(v).logsumexp(dim=1) for x in rows])
@@ -155,11 +156,11 @@ def update_center(
     *,
     sum_over_ranks: OverRanks | None = None,
 ) -> Tensor:
-    """The next moving centre: momentum * center + (1 - momentum) * mean of the batch (DINO, section 3.1).
+    """Return the next moving centre: momentum * center + (1 - momentum) * mean of the batch (DINO, section 3.1).
 
     Args:
-        center: float32 [1, K], of the step before; zeros at first. Targets of a step use the centre from before it.
-        logits: the teacher's, [..., K], or micro-batches of it. If no rank has a row, the centre stays.
+        center: float32 [1, K], from the previous step; zeros at first. A step's targets use the centre from before it.
+        logits: the teacher's, [..., K], or micro-batches of it. If no rank has a row, the centre does not change.
         sum_over_ranks: sum over ranks of a float32 vector.
 
     Returns:
@@ -179,13 +180,13 @@ def batch_norm_center(
 def batch_norm_center(
     logits: Tensor | Sequence[Tensor], temp: float, *, sum_over_ranks: OverRanks | None = None
 ) -> Tensor | list[Tensor]:
-    """Teacher targets by batch normalisation of the teacher's output, in place of a moving centre.
+    """Compute teacher targets by batch normalisation of the teacher's output, instead of a moving centre.
 
-    Each prototype's logits lose their mean over the batch and are divided by their deviation over it (biased, as in
-    arXiv 1502.03167, without learned scale and shift), so that no prototype wins or varies more than another. There is
-    no one definition for DINO. Ours multiplies by the root mean square over all prototypes of these deviations, so that
-    the temperature means what it does in the other two ways. What keeps a prototype that does not vary from being blown
-    up is a share of that mean square, since the spread of cosines to prototypes has no scale to rely on.
+    Each prototype's logits are reduced by their mean over the batch and divided by their standard deviation (biased, as
+    in arXiv 1502.03167, without learned scale and shift), so that no prototype wins or varies more than another. DINO
+    has no agreed definition of this. Ours multiplies by the root mean square of the deviations over all prototypes, so
+    that the temperature means the same as in the other two ways. A share of that mean square keeps a prototype that
+    does not vary from being amplified; a fixed constant would not do, because the spread of cosines has no known scale.
 
     Args:
         logits: [..., K], any float type, or micro-batches of it with common statistics.
@@ -207,7 +208,7 @@ def batch_norm_center(
 
 
 def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Tensor]:
-    """Mean over all rows of all ranks [1, K], 0 without rows, and their number, a scalar."""
+    """Return the mean over all rows of all ranks [1, K] (0 without rows), and the number of rows, a scalar."""
     rows = [batch.flatten(0, -2).float() for batch in batches]
     count = rows[0].new_full((1,), sum(map(len, rows)))
     sums = total(torch.cat([torch.stack([x.sum(dim=0) for x in rows]).sum(dim=0), count]))  # [K + 1]
@@ -219,7 +220,7 @@ def dino_loss(
     teacher_probs: Tensor | Sequence[Tensor] | TeacherTargets,
     student_temp: float,
 ) -> Tensor:
-    """Cross-entropy of every student view against every teacher view: summed over pairs, mean over images.
+    """Compute the cross-entropy of every student view with every teacher view: summed over pairs, mean over images.
 
     Args:
         student_logits: one view [B, K], or S of them as [S, B, K] or a sequence.
@@ -243,14 +244,16 @@ def ibot_loss(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy on masked patches: mean over an image's masked patches, then over all images, masked or not.
+    """Compute the cross-entropy on masked patches: the mean over an image's masked patches, then over all images.
+
+    Images without masked patches count in the second mean.
 
     Args:
         student_logits, teacher_probs: [M, K], the masked patches in the order of `masks`, row-major.
         masks: bool [B, N] with M True entries.
         student_temp: the student's temperature.
-        selected: int64 [M], the places of the True entries in the flattened masks. Without them they are looked up,
-            for which the host waits for a GPU.
+        selected: int64 [M], the positions of the True entries in the flattened masks. Without it they are computed,
+            which makes the host wait for a GPU.
     """
     cross = soft_cross_entropy(student_logits, teacher_probs, student_temp)  # [M]
     image = (masks.flatten().nonzero().squeeze(1) if selected is None else selected) // masks.shape[1]  # [M]
@@ -259,26 +262,26 @@ def ibot_loss(
 
 
 def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor:
-    """Minus the mean log distance of each L2-normalised row of `x` [B, D] to its nearest other row.
+    """Compute minus the mean log distance of each L2-normalised row of `x` [B, D] to its nearest other row.
 
-    In float32: half precision turns near-duplicates into infinities.
+    It computes in float32: half precision turns near-duplicates into infinities.
 
     Args:
         x: [B, D].
-        pool: [n, D], where neighbours are looked for: `x` itself, or the rows of all ranks, gathered so that gradients
-            flow back. With equally many rows a rank, the mean of the ranks' losses is the loss of all rows, also in
-            its gradient.
-        offset: row i of `x` is row offset + i of the pool, and no neighbour of itself.
+        pool: [n, D], the rows that are searched for neighbours: `x` itself, or the rows of all ranks, gathered so that
+            gradients flow back. If all ranks have equally many rows, the mean of the ranks' losses equals the loss of
+            all rows, also in its gradient.
+        offset: row i of `x` is row offset + i of the pool, and is not a neighbour of itself.
 
     Returns:
         scalar, 0 for a pool of one row.
 
     Raises:
-        ValueError: rows of `x` that are not in the pool.
+        ValueError: rows of `x` are not in the pool.
     """
     pool = x if pool is None else pool
     if not 0 <= offset <= len(pool) - len(x):
-        raise ValueError(f"offset={offset}: {len(x)} rows from there on are not among the pool's {len(pool)}")
+        raise ValueError(f"offset={offset}: the pool has {len(pool)} rows, too few for {len(x)} rows from there on")
     if len(pool) < 2:
         return x.float().sum() * 0.0
     with torch.autocast(x.device.type, enabled=False):

@@ -1,12 +1,12 @@
-"""Optimizers with DINOv2's parameter groups, clipping per sub-module, and steps that change nothing if a number broke.
+"""Optimizers with DINOv2's parameter groups, clipping per sub-module, and updates that skip non-finite steps.
 
-From facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate falls by `layer_decay` per block towards
-the input, the patch embedding learns at a fraction of it, biases, norms and LayerScale have no weight decay (positions,
-class, mask and register tokens and the prototypes' lengths do), and the prototypes are frozen at first. (So can be the
-whole backbone, which is ours: fresh heads on a trained backbone first learn alone.)
+As in facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate falls by `layer_decay` per block
+towards the input, and the patch embedding learns at a fraction of it. Biases, norms and LayerScale have no weight decay
+(positions, class, mask and register tokens and the prototypes' lengths do). The prototypes are frozen at first. The
+whole backbone can be frozen at first too, which is our addition: fresh heads on a trained backbone first learn alone.
 
-A group carries its multipliers; `set_schedule` turns the step's values into every group's rates. Nothing here waits for
-a GPU: norms and the question whether a step counts stay tensors.
+A group stores its multipliers; `set_schedule` turns the step's values into every group's rates. Nothing here waits for
+a GPU: norms, and whether a step counts, stay tensors.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from training.distributed import local, whole
 from training.student_teacher import Network
 
 Part = Literal["backbone", "head", "last_layer"]
-"""What learns at its own times: see `Schedules.lr` in `training/step.py`."""
+"""Parts of the network with schedules of their own, see `Schedules.lr` in `training/step.py`."""
 
 OptimizerKind = Literal["adamw", "sgd_normalized"]
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Distance from the input of a parameter by its name in `Network`: 0 embeddings, i + 1 block i, else depth + 1."""
+    """Return a parameter's distance from the input, by its name: 0 embeddings, i + 1 block i, depth + 1 the rest."""
     parts = name.split(".")
     if parts[0] != "backbone":
         return depth + 1
@@ -42,14 +42,14 @@ def make_optimizer(
     betas: tuple[float, float],
     kind: OptimizerKind = "adamw",
 ) -> torch.optim.Optimizer:
-    """An optimizer of all parameters; groups have `part` and `unit`, `lr_mult` and `wd_mult`.
+    """Make an optimizer of all parameters; its groups have `part`, `unit`, `lr_mult` and `wd_mult`.
 
     Args:
         betas: of the running averages of gradients and, for AdamW, of their squares.
         kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
 
     Raises:
-        ValueError: another kind.
+        ValueError: an unknown kind.
     """
     depth = len(network.backbone.blocks)
     groups: dict[tuple[str, Part, float, float], list[nn.Parameter]] = {}
@@ -80,9 +80,9 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight
 
 @torch.no_grad()
 def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
-    """Clip each sub-module's gradient to `max_norm` on its own; the norms before, by sub-module name.
+    """Clip each sub-module's gradient to `max_norm` on its own; return the norms before clipping, by sub-module name.
 
-    The norms are scalars on the network's device, over all ranks where gradients are sharded.
+    The norms are scalars on the network's device, over all ranks if gradients are sharded.
     """
     norms = {}
     for name, module in network.named_children():
@@ -95,7 +95,7 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm of the gradients of some parameters as one vector, the same on every rank; 0 if there are none."""
+    """Return the L2 norm of the gradients of `parameters` as one vector, the same on every rank; 0 without any."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return local(parameters[0]).new_zeros(())
@@ -104,10 +104,10 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One update where `finite` is true; otherwise weights and optimizer state, its count of steps too, stay.
+    """Do one update if `finite` is true; otherwise leave weights and optimizer state, with its step count, unchanged.
 
-    The host does not learn which it was. Both kinds of `make_optimizer` read the attribute that torch's gradient scaler
-    sets for optimizers that can leave a step out themselves (`torch/optim/adam.py`, `_fused_adam`).
+    The host does not wait to learn which. Both kinds of `make_optimizer` read the attribute that torch's gradient
+    scaler sets for optimizers that can skip a step themselves (`torch/optim/adam.py`, `_fused_adam`).
 
     Args:
         finite: bool scalar on the network's device, the same on all ranks: whether loss and gradient norms are finite.
@@ -122,28 +122,28 @@ def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 class NormalizedSGD(torch.optim.Optimizer):
     """SGD with momentum over normalised gradients, for very large batches.
 
-    With g the gradient of a whole unit (backbone, each head: what is also clipped together) and w a weight of it:
+    With g the gradient of a whole unit (backbone or a head: the same units as for clipping) and w a weight of it:
 
         m = beta * m + (1 - beta) * g / |g|,    w = w - lr * weight_decay * w - lr * m
 
-    so that a step's length is at most lr whatever the size of the gradient, and neither clipping nor the scale of the
-    loss changes it. m starts at 0 and is not corrected for it: the warm-up of lr covers the first 1 / (1 - beta) steps.
+    A step's length is at most lr whatever the size of the gradient, and neither clipping nor the scale of the loss
+    changes it. m starts at 0 without bias correction: the warm-up of lr covers the first 1 / (1 - beta) steps.
     """
 
     def __init__(self, params: list[dict[str, Any]], *, lr: float = 0.0, beta: float = 0.9, weight_decay: float = 0.0):
-        """Groups of `params` have a `unit`, the name under which gradients are measured together.
+        """Create the optimizer. Each group of `params` has a `unit`; gradients are measured together per unit.
 
         Raises:
-            ValueError: beta outside 0..1.
+            ValueError: beta is outside 0..1.
         """
         if not 0 <= beta < 1:
-            raise ValueError(f"beta={beta}: wanted at least 0 and less than 1")
+            raise ValueError(f"beta={beta} must be at least 0 and less than 1")
         super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay})
-        self._step_supports_amp_scaling = True  # a gradient scaler may set found_inf; its scale falls out
+        self._step_supports_amp_scaling = True  # a gradient scaler may set found_inf; its scale cancels out
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all weights that have a gradient, or none of them if the attribute `found_inf` is 1."""
+        """Do one update of all weights that have a gradient, or none if the attribute `found_inf` is 1."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         units: dict[str, list[nn.Parameter]] = {}
         for group in self.param_groups:
@@ -165,7 +165,7 @@ class NormalizedSGD(torch.optim.Optimizer):
         beta, lr = group["beta"], group["lr"]
         share = (1 - beta) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         shrink = 1 - lr * group["weight_decay"]
-        if broken is not None:  # m and w become 1 * themselves + 0 * numbers that are finite
+        if broken is not None:  # then m and w become 1 * themselves + 0 * finite numbers
             gradients = [gradient.masked_fill(broken, 0) for gradient in gradients]
             share, lr = share.masked_fill(broken, 0), torch.where(broken, 0.0, lr)
             beta, shrink = torch.where(broken, 1.0, beta), torch.where(broken, 1.0, shrink)

@@ -1,6 +1,6 @@
-"""What a run gives: the average's backbone, its k-NN, its checkpoint, pictures of what it sees.
+"""The results of a run: the average's backbone, its k-NN accuracy, its checkpoint, and image sheets.
 
-Every function here but `released_backbone` is for the process that writes files.
+Only the process that writes files calls these functions, except for `released_backbone`, which all ranks call.
 """
 
 from dataclasses import dataclass
@@ -25,32 +25,32 @@ from training.state import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
 SHEET_PHOTOS = 6
-GALLERY = 128  # photos that a sheet's neighbours come from
+GALLERY = 128  # images that are searched for a sheet's neighbours
 
 
 @dataclass(frozen=True)
 class Release:
-    """How the backbone that a run releases is described and judged."""
+    """How the backbone that a run releases is described and evaluated."""
 
     vit: ViTConfig
     eval_spec: PreprocessSpec
-    facts: dict[str, Any]  # what the checkpoint says of itself
-    whiten: float | None  # shrinkage of the class token's whitening at the end; None: as trained
-    side: int  # of the squares that the images of a sheet are cropped from, pixels
-    title: str  # of a sheet
+    facts: dict[str, Any]  # the checkpoint's metadata
+    whiten: float | None  # shrinkage of the class token's whitening at the end; None: no whitening
+    side: int  # side of the squares that the images of a sheet are cropped from, pixels
+    title: str  # title of a sheet
 
 
 def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionTransformer:
-    """The average's backbone as a plain network on rank 0's device, whatever the ranks keep of it.
+    """Return the average's backbone as a plain network on rank 0's device, whether or not it is sharded.
 
-    All ranks must call it; elsewhere it is empty.
+    All ranks must call it; on other ranks the network has no weights.
     """
     with torch.device("meta"):
         backbone = DinoVisionTransformer(vit)
     tensors = {}
     for key, value in parts.ema.backbone.state_dict().items():
         tensor = whole(value)
-        if world.is_main:  # the others only help to put it together
+        if world.is_main:  # the other ranks only contribute their slices
             tensors[key] = tensor.clone()
     if world.is_main:
         backbone.load_state_dict(tensors, assign=True)
@@ -58,12 +58,12 @@ def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionT
 
 
 def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """k-NN of the backbone on the held-out images; empty if there are none or only one class."""
+    """Compute k-NN of the backbone on the held-out images; empty if there are none or only one class."""
     return evaluate_knn(backbone, data.train_sample, data.held_out, spec) if data.has_classes else {}
 
 
 def write_checkpoint(path: Path, backbone: DinoVisionTransformer, vit: ViTConfig, facts: dict[str, Any]) -> None:
-    """A backbone in the format that `dinov2 export` reads."""
+    """Write a backbone in the format that `dinov2 export` reads."""
     path.parent.mkdir(exist_ok=True)
     save_checkpoint(path, backbone.state_dict(), vit, facts)
 
@@ -77,20 +77,20 @@ def write_sheet(
     step: int,
     total: int,
 ) -> None:
-    """A picture of a few training images with the crops that `step` would make of them."""
+    """Write an image sheet: a few training images with the crops that `step` would make of them."""
     stride = max(1, len(data.train_sample) // GALLERY)
     gallery, names, squares = [], [], list[tuple[Any, float]]()
     for photo in data.train_sample[::stride][:GALLERY]:
         try:
             pixels = photo.read()
             square = squash(pixels, release.side)
-        except ValueError:  # a streamed photo that is broken: the loader lists it
+        except ValueError:  # a broken streamed image, which the loader lists
             continue
         if len(squares) < min(SHEET_PHOTOS, crop_settings.batch_size):
             squares.append(square)
         gallery.append(shrunk(pixels, release.eval_spec))
         names.append(photo.label or "")
-    if not gallery:  # of many streamed photos, all looked at are broken
+    if not gallery:  # the data is streamed, and every image of the sample is broken
         return
     device = backbone.cls_token.device
     images = torch.from_numpy(np.stack([square for square, _ in squares])).to(device)

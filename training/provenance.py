@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, so that a figure can be traced to the run, the photos and the code that made it."""
+"""Where a checkpoint comes from: metadata that traces a figure to the run, the images and the code that made it."""
 
 import hashlib
 import subprocess
@@ -12,10 +12,10 @@ from training.config import TrainConfig
 
 
 def code_revision() -> str:
-    """Git revision of this code, with `+changes` if the working tree differs; `unknown` without git."""
-    here = Path(__file__).parent
+    """Return the git revision of this code, with `+changes` if the working tree differs; `unknown` without git."""
+    folder = Path(__file__).parent
     try:
-        git = ["git", "-C", str(here)]
+        git = ["git", "-C", str(folder)]
         revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
         changes = subprocess.run(  # noqa: S603
             [*git, "status", "--porcelain", "--untracked-files=no", "."], capture_output=True, text=True, check=True
@@ -26,7 +26,7 @@ def code_revision() -> str:
 
 
 def initial_digest(init: str) -> dict[str, str]:
-    """What a run started from: its name and, of a file, the sha256, without the folder that it lay in."""
+    """Return what a run started from: its name and, for a file, the sha256. The folder is left out."""
     path = Path(init)
     if not path.exists():
         return {"name": init}  # published weights
@@ -35,15 +35,15 @@ def initial_digest(init: str) -> dict[str, str]:
 
 
 def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
-    """What a checkpoint says of itself; `name` and `preprocess` are what an artifact of it gets by default.
+    """Return a checkpoint's metadata. `name` and `preprocess` are the defaults for an artifact made from it.
 
     The loop adds `steps` and, at the end, `knn`.
 
     Args:
         config: the run's settings.
-        data_sha256: `training.data.sources.source_digest` of the photos.
-        n_photos: how many are trained on.
-        hardware: in words.
+        data_sha256: `training.data.sources.source_digest` of the images.
+        n_photos: number of training images.
+        hardware: description of the hardware.
     """
     private = {"data", "out", "init", "teacher", "wandb"}
     return {

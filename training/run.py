@@ -1,6 +1,6 @@
-"""What the loop holds, and its verbs: log a line, evaluate, save, roll back, release.
+"""The state of a training run and its actions: log a line, evaluate, save, roll back, release.
 
-Every rank must call each of them; rank 0 writes and decides.
+Every rank must call each action; rank 0 writes and decides.
 """
 
 import json
@@ -31,21 +31,21 @@ from training.watch.monitor import Monitor
 from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
 from training.whiten import whiten
 
-RANKME_ROWS = 1024  # enough for an effective rank, and a short wait
+RANKME_ROWS = 1024  # enough for an effective rank, and quick to compute
 WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
 
 
 class RunStopped(RuntimeError):
-    """A sentinel ended the run; the message says what happened and what to change."""
+    """A sentinel ended the run; the message gives the reason and what to change."""
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM came; what was done is saved, and the same command goes on."""
+    """SIGTERM ended the process; its work is saved, and the same command resumes."""
 
 
 @dataclass
 class Sigterm:
-    """What a run does when it is asked to leave: at once, or, while `deferred`, when the loop has saved."""
+    """The SIGTERM handler of a run: it raises at once or, while `deferred`, leaves it to the loop to save and raise."""
 
     came: bool = False
     deferred: bool = False
@@ -53,12 +53,12 @@ class Sigterm:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.came = True
         if not self.deferred:
-            raise Interrupted("stopped by SIGTERM; nothing was under way that is not saved: the same command goes on")
+            raise Interrupted("stopped by SIGTERM; no work is lost: run the same command again to resume")
 
 
 @contextmanager
 def sigterm_noted() -> Iterator[Sigterm]:
-    """Inside, SIGTERM is what `Sigterm` says. Only a process's main thread hears signals: in others nothing changes."""
+    """Handle SIGTERM with `Sigterm` inside the block. Only the main thread gets signals; in others nothing changes."""
     stop = Sigterm()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -72,7 +72,7 @@ def sigterm_noted() -> Iterator[Sigterm]:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps between two lines, evaluations, sheets and checkpoints that stay; 0 is never. States go by the clock."""
+    """Steps between log lines, evaluations, sheets and kept checkpoints; 0: never. States are saved by the clock."""
 
     log: int
     evaluate: int
@@ -83,7 +83,7 @@ class Intervals:
 
 @dataclass
 class Run:
-    """What the loop holds."""
+    """Everything that the loop needs."""
 
     out: Path
     settings: dict[str, Any]  # the configuration, as JSON types
@@ -100,26 +100,26 @@ class Run:
     sentinels: Sentinels
     not_finite: FirstNotFinite
     monitor: Monitor
-    work: Callable[[float], float]  # floating-point operations of a step, when so much of the run is over
+    work: Callable[[float], float]  # floating-point operations of a step, by the share of the run that is done
     release: Release
     teacher_digest: str | None
     saved_at: float  # time.monotonic() of the last save
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether `step` is one of every so many; 0 is never."""
+    """Return whether `step` is a multiple of `every`; never for 0."""
     return every > 0 and step % every == 0
 
 
 def is_save_due(run: Run) -> bool:
-    """Whether this rank's clock asks for a state."""
+    """Return whether it is time to save a state, by this rank's clock."""
     return time.monotonic() - run.saved_at > run.every.save_seconds
 
 
 def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
-    """Whether anything is to be written or decided after this step; the same on all ranks.
+    """Return whether there is something to write or decide after this step; the same on all ranks.
 
-    Ranks have clocks and signals of their own, so they ask each other: torchrun gives them 30 seconds to leave.
+    Ranks have their own clocks and signals, so they exchange them here: torchrun gives them 30 seconds to exit.
     """
     every = run.every
     if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
@@ -128,18 +128,21 @@ def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
 
 
 def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The figures that must be finite in every step. fp16 finds its loss scale by gradients that overflow."""
+    """Return the figures that must always be finite. With fp16, gradients may overflow while the loss scale adapts."""
     norms = () if "loss_scale" in run.setup.parts.buffers else ("grad_norm",)
     return {name: value for name, value in terms.items() if name == "loss" or name.startswith(norms)}
 
 
 def find_not_finite(run: Run) -> Verdict | None:
-    """What was not finite since the last call; its batch is kept. Weights have not taken it in (training/step.py)."""
+    """Check for figures that were not finite since the last call, and store their batch.
+
+    Such a step has not changed the weights (training/step.py).
+    """
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
         return None
     noted = run.not_finite.read()
-    figures = noted[1] if noted else {}  # of another rank
+    figures = noted[1] if noted else {}  # empty if it happened on another rank
     batch = run.data.loader.batch(first - 1)
     path = None
     if run.world.is_main:
@@ -153,7 +156,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
-    """A line of metrics.jsonl; what the collapse sentinel says of it."""
+    """Write a line of metrics.jsonl; return the collapse sentinel's verdict."""
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -170,7 +173,7 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 
 
 def evaluate(run: Run, step: int) -> Verdict | None:
-    """k-NN on the held-out images, if it is asked for during the run; what its sentinel says."""
+    """Compute k-NN on the held-out images if the run evaluates while training; return the sentinel's verdict."""
     if not run.every.evaluate:
         return None
     with run.monitor.paused():
@@ -186,7 +189,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 
 
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
-    """What the sentinels of rank 0 answer. The others learn what these remember: each rank's figures are its own."""
+    """Return the verdict of rank 0's sentinels, and copy their state to the other ranks, which have other figures."""
     verdict = ask() if run.world.is_main else None
     verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
     run.sentinels.load_state_dict(state)
@@ -194,10 +197,10 @@ def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
 
 
 def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
-    """Say a verdict, and stop if it says so. The verdict, if it asks for a rollback.
+    """Report a verdict and stop if it requires that; return the verdict if it requires a rollback.
 
     Raises:
-        RunStopped: it ends the run.
+        RunStopped: the verdict ends the run.
     """
     if verdict is None:
         return None
@@ -208,10 +211,10 @@ def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
 
 
 def roll_back(run: Run, verdict: Verdict) -> int:
-    """Take the newest state of `verdict.back_to` or before; the step to go on after.
+    """Load the newest state of step `verdict.back_to` or before; return the step to continue after.
 
     Raises:
-        RunStopped: there is none.
+        RunStopped: there is no such state.
     """
     wait_for_all(run.world)
     saved, _ = from_main(run.world, find_state(run.out, verdict.back_to) if run.world.is_main else (None, []))
@@ -221,23 +224,23 @@ def roll_back(run: Run, verdict: Verdict) -> int:
     run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.out, saved.step)
-        remember(saved, memory_of(run))  # what the sentinels have learned
+        remember(saved, memory_of(run))  # store what the sentinels have learned
     if saved.step:
         save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)
-    run.monitor.say(saved.step, "rollback", f"goes on after step {saved.step}")
+    run.monitor.say(saved.step, "rollback", f"continuing after step {saved.step}")
     run.saved_at = time.monotonic()
     return saved.step
 
 
 def is_best(run: Run, step: int) -> bool:
-    """Whether k-NN was never better: what the guard goes back to, or what stays of a run that it stops."""
+    """Return whether `step` has the run's best k-NN: the state for a rollback, or the result of a run that stops."""
     return run.sentinels.limits.on_knn != "warn" and step == run.sentinels.state.best_knn_step
 
 
 def save(run: Run, step: int) -> Saved | None:
-    """State and checkpoint; None on ranks that do not write."""
-    skipped = from_all(run.world, run.data.unlisted())  # a run that goes on from here does not try their photos again
+    """Save state and checkpoint; return None on ranks that do not write."""
+    skipped = from_all(run.world, run.data.unlisted())  # a resumed run does not try these images again
     if run.world.is_main:
         list_skipped(skipped, run.out, run.monitor.console)
     saved = save_state(
@@ -257,19 +260,19 @@ def save(run: Run, step: int) -> Saved | None:
 
 
 def memory_of(run: Run) -> dict[str, Any]:
-    """What a state holds besides tensors, of JSON types."""
+    """Return what a state stores besides tensors, as JSON types."""
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
 
 def save_checkpoint(run: Run, path: Path, step: int) -> None:
-    """The average's backbone as a checkpoint."""
+    """Save the average's backbone as a checkpoint."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_checkpoint(path, backbone, run.release.vit, {**run.release.facts, "steps": step})
 
 
 def draw_sheet(run: Run, step: int) -> None:
-    """`sheets/step_N.png`: what the average sees in a few training images."""
+    """Write `sheets/step_N.png`: what the average sees in a few training images."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)
@@ -280,22 +283,22 @@ def sheet_path(run: Run, step: int) -> Path:
 
 
 def release(run: Run) -> Path:
-    """Whitening, k-NN, the last checkpoint, a sheet and the report; the checkpoint's path."""
-    path, data, how = run.out / CHECKPOINT, run.data, run.release
-    backbone = released_backbone(how.vit, run.world, run.setup.parts)
+    """Whiten, run k-NN, write the last checkpoint, a sheet and the report; return the checkpoint's path."""
+    path, data, settings = run.out / CHECKPOINT, run.data, run.release
+    backbone = released_backbone(settings.vit, run.world, run.setup.parts)
     if run.world.is_main:
-        if how.whiten is not None:
+        if settings.whiten is not None:
             sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_PHOTOS)]
-            whiten(backbone, compute_features(backbone, sample, how.eval_spec).pooled("cls"), how.whiten)
-        knn = report_knn(how.eval_spec, data, backbone)
+            whiten(backbone, compute_features(backbone, sample, settings.eval_spec).pooled("cls"), settings.whiten)
+        knn = report_knn(settings.eval_spec, data, backbone)
         write_text(run.out / "knn.json", json.dumps(knn, indent=1))
-        results = {"knn": knn, "whitened": how.whiten is not None, "steps": run.total}
-        write_checkpoint(path, backbone, how.vit, {**how.facts, **results})
-        write_sheet(sheet_path(run, run.total), backbone, data, run.crops, how, run.total, run.total)
+        results = {"knn": knn, "whitened": settings.whiten is not None, "steps": run.total}
+        write_checkpoint(path, backbone, settings.vit, {**settings.facts, **results})
+        write_sheet(sheet_path(run, run.total), backbone, data, run.crops, settings, run.total, run.total)
         report = write_report(run.out)
-        words = f"k-NN on {len(data.held_out)} held-out photos, {how.eval_spec.crop} px: {knn}"
+        summary = f"k-NN on {len(data.held_out)} held-out images, {settings.eval_spec.crop} px: {knn}"
         run.monitor.console.print(
-            f"{words if knn else 'no k-NN: one class, or nothing held out'}\nreport: {report}", markup=False
+            f"{summary if knn else 'no k-NN: only one class, or no held-out images'}\nreport: {report}", markup=False
         )
     wait_for_all(run.world)
     return path

@@ -1,7 +1,7 @@
 """Schedules as arrays: one value per step, computed before the run; the loop only indexes them.
 
 As in facebookresearch/dinov2, `dinov2/utils/utils.py` (CosineScheduler). An array can be printed, plotted and tested,
-and a resumed run reads the same values as an unbroken one.
+and a resumed run reads the same values as an uninterrupted one.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ Schedule = npt.NDArray[np.float64]
 
 
 def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedule:
-    """A line from 0 to `base` over `warmup` steps, then half a cosine down to `final`.
+    """Return a line from 0 to `base` over `warmup` steps, then half a cosine down to `final`.
 
     Raises:
         ValueError: the warm-up is longer than the run.
@@ -25,6 +25,6 @@ def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedul
 
 
 def linear_then_constant(start: float, end: float, total: int, warmup: int) -> Schedule:
-    """A line from `start` to `end` over `warmup` steps (cut at `total`), then `end`: the teacher's temperature."""
+    """Return a line from `start` to `end` over `warmup` steps (cut at `total`), then `end`; for teacher temperature."""
     ramp = np.linspace(start, end, warmup)[:total]
     return np.concatenate([ramp, np.full(total - len(ramp), end)])

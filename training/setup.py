@@ -1,4 +1,4 @@
-"""What a run starts with: student, teacher, optimizer, and how they lie on the ranks.
+"""The start of a run: student, teacher and optimizer, and their placement on the ranks.
 
 Legend: D width of the backbone, K prototypes.
 """
@@ -23,11 +23,11 @@ from training.state import Parts
 from training.step import Setup
 from training.student_teacher import Network, make_teacher
 
-LOSS_SCALE = 2.0**16  # of fp16 at the start, as torch's GradScaler
+LOSS_SCALE = 2.0**16  # of fp16 at the start, as in torch's GradScaler
 
 
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 or fp16 for matrix products where asked; `auto` is bf16 where the device multiplies it natively."""
+    """Return autocast for matrix products in `precision`; `auto` is bf16 if the device multiplies it natively."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -38,35 +38,36 @@ def make_autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def compute_dtype(autocast: torch.autocast) -> torch.dtype:
-    """What matrix products compute in."""
+    """Return the type that matrix products are computed in."""
     return autocast.fast_dtype if autocast._enabled else torch.float32
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """The attention to train with: the fused kernel, but for bf16 on a CPU.
+    """Choose the attention kernel for training: the fused one, except for bf16 on a CPU.
 
-    There its backward pass is a quarter of the step at the 10 to 65 tokens of small crops, and plain matrix products
-    take a third of that. In float32 the fused one is faster at every size (docs/decisions/0010-training-on-a-cpu.md).
+    There the fused backward pass takes a quarter of the step at the 10 to 65 tokens of small crops, and plain matrix
+    products take a third of that. In float32 the fused kernel is faster at every size
+    (docs/decisions/0010-training-on-a-cpu.md).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
 
 
 def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tensor]:
-    """The backbone to start from.
+    """Load the backbone weights to start from.
 
     Args:
-        init: an artifact's folder, a checkpoint (ours, or of the formats that `model.checkpoint` reads), or the name of
-            published weights, which are downloaded once.
-        model: torch hub's name of the run's network, for files that do not say what they are.
+        init: an artifact's folder, a checkpoint (of this project, or in a format that `model.checkpoint` reads), or the
+            name of published weights, which are downloaded once.
+        model: torch hub's name of the run's network, for files that do not name theirs.
         config: the run's network.
 
     Raises:
-        ValueError: none of these, damaged, or of another shape than `config`.
-        model.zoo.DownloadError: published weights that cannot be had.
+        ValueError: `init` is none of these, is damaged, or has another shape than `config`.
+        model.zoo.DownloadError: published weights cannot be downloaded.
     """
     path = Path(init)
     if path.is_dir():
-        # What loading makes on the way does not belong into the artifact.
+        # Loading writes derived files, which do not belong in the artifact.
         with tempfile.TemporaryDirectory() as derived:
             shape = load_artifact(path, derived_dir=Path(derived)).manifest.config
         weights = load_state_dict_file(path / WEIGHTS)
@@ -76,12 +77,12 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
         loaded = load_model(model, path) if path.exists() else load_model(init)
         weights, shape = loaded.state_dict(), loaded.config
     if shape != config:
-        raise ValueError(f"init={init} is another network than the run's: {shape}, not {config}")
+        raise ValueError(f"init={init} has a different network from the run's: {shape}, not {config}")
     return weights
 
 
 def make_network(config: TrainConfig) -> Network:
-    """A student at step 0, a function of the seed and of `config.init`."""
+    """Make the student at step 0, which depends only on the seed and `config.init`."""
     torch.manual_seed(config.seed)
     network = Network(
         config.vit_config,
@@ -98,19 +99,19 @@ def make_network(config: TrainConfig) -> Network:
 
 
 def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | None = None) -> Setup:
-    """Everything at step 0, a function of the configuration.
+    """Make everything for step 0 from the configuration.
 
     Args:
         config: the run's settings.
         world: this process among the ranks.
-        frozen_teacher: of a distillation, called as `Network` is.
+        frozen_teacher: the teacher of a distillation, callable like `Network`.
     """
     autocast = make_autocast(config.precision, world.device)
     student = make_network(config).to(world.device)
     ema = make_teacher(student)
     if config.checkpoint_blocks:
         for block in student.backbone.blocks:
-            # Everything but a block's input is computed again in the backward pass.
+            # The backward pass recomputes everything but a block's input.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile if isinstance(config.compile, bool) else world.device.type == "cuda":
         compile_blocks(student, frozen_teacher or ema)
@@ -137,19 +138,19 @@ def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | No
 
 
 def compile_blocks(*networks: nn.Module) -> None:
-    """torch.compile of each block. All blocks are one piece of code to it, compiled anew for each kind of input."""
-    # Kinds: crop sizes x (student, teacher) x (main and last phase); 8 by default, after which it gives up silently.
+    """Compile each block with torch.compile. All blocks share one compiled function per kind of input."""
+    # Kinds: crop sizes x (student, teacher) x (main and last phase). After the default of 8, torch silently stops.
     torch._dynamo.config.recompile_limit = 64
-    # It would look for DDP's buckets in a block that is smaller than one, and fails where a block is larger.
+    # This would look for DDP's buckets in a block smaller than one, and fails if a block is larger.
     torch._dynamo.config.optimize_ddp = False
     for network in networks:
         for block in network.get_submodule("backbone.blocks").children():
-            # Few sizes come, and sizes that may vary do not get along with drop path's share of the batch.
+            # There are few sizes, and dynamic sizes fail with drop path, which selects a share of the batch.
             block.compile(dynamic=False)
 
 
 def strategy_of(config: TrainConfig) -> str:
-    """`ddp` keeps a whole copy on every rank and is faster; the giant's optimizer state wants `fsdp`."""
+    """Return the strategy: `ddp` is faster with a whole copy per rank; the giant's optimizer state needs `fsdp`."""
     if config.strategy != "auto":
         return config.strategy
     return "fsdp" if config.vit_config.embed_dim * config.vit_config.depth >= 1536 * 40 else "ddp"

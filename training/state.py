@@ -1,14 +1,14 @@
-"""Where a run stands, on disk: everything needed to go on after the power was cut.
+"""A run's state on disk: everything needed to resume after a power cut.
 
-The random choices of a step depend on (seed, step, sample) alone (`training/randomness.py`), so the networks, the
-optimizer, moving centres, what the sentinels remember and the step number are the whole state.
+The random choices of a step depend only on (seed, step, sample) (`training/randomness.py`), so the networks, the
+optimizer, moving centres, the sentinels' memory and the step number are the whole state.
 
-`states/` in the run's folder holds the last few, each a file of tensors (`000001200.pt`) and a small JSON beside it
-that is written last and carries the file's digest: a state without it, or with another digest, was cut off, and the one
-before it is taken. Tensors are whole, whatever the ranks kept of them, so a run of two ranks goes on with one.
-Read with `weights_only`: a state file cannot run code.
+`states/` in the run's folder holds the last few. Each is a file of tensors (`000001200.pt`) with a small JSON file that
+is written last and has the tensor file's digest. A state without JSON file, or with another digest, is incomplete, and
+the one before it is used. Tensors are saved whole even if the ranks hold slices, so one rank can resume a run of two.
+States are read with `weights_only`: a state file cannot run code.
 
-One process at a time may write there (`alone_in`): two would drop each other's states.
+Only one process at a time may write there (`alone_in`): two would delete each other's states.
 """
 
 import errno
@@ -33,7 +33,7 @@ from training.student_teacher import Network
 FOLDER = "states"
 LOCK = "lock"
 
-# What may change between the run that stopped and the run that goes on: where it runs, and what it shows.
+# Settings that may change when a run is resumed: those of the machine and of the output.
 FREE_SETTINGS = {
     *("out", "data", "device", "compile", "strategy", "micro_batch", "checkpoint_blocks"),
     *(
@@ -52,10 +52,10 @@ FREE_SETTINGS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of a run that change with each step.
+    """The parts of a run that change with each step.
 
-    `teacher` gives the targets: it is `ema` itself, or, in distillation, a larger network that never changes and is not
-    part of the state. `buffers` are the moving centres and fp16's loss scale, where there are any.
+    `teacher` gives the targets. It is `ema` itself or, in distillation, a larger network that never changes and is not
+    part of the state. `buffers` holds the moving centres and fp16's loss scale, if there are any.
     """
 
     student: Network
@@ -66,22 +66,22 @@ class Parts:
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings (JSON types) that a resumed run must share with the one it continues."""
+    """Return the settings (JSON types) that a resumed run must share with the saved one."""
     return {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
 
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU where `keep`, else nothing: every rank must take part, one at a time fits in memory."""
-    found = {}
+    """Return whole tensors on the CPU if `keep`, else nothing. All ranks must call it; each has one whole at a time."""
+    copies = {}
     for name, tensor in tensors.items():
         value = whole(tensor.detach())
         if keep:
-            found[name] = value.cpu()
-    return found
+            copies[name] = value.cpu()
+    return copies
 
 
 def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
-    """The optimizer's tensors as `parameter name/key`."""
+    """Return the optimizer's tensors by `parameter name/key`."""
     state = parts.optimizer.state
     return {
         f"{name}/{key}": value
@@ -108,18 +108,19 @@ def save_state(
     world: World,
     needed: Sequence[int] = (),
 ) -> "Saved | None":
-    """Write the state after `step` steps, and drop what is no longer needed. Every rank must call it; rank 0 writes,
-    and gets what it wrote.
+    """Write the state after `step` steps and delete states that are no longer needed.
+
+    Every rank must call it; rank 0 writes the state and returns it.
 
     Args:
         out: the run's folder.
-        settings: of the run; a run with others is refused.
-        memory: JSON of what else must come back (sentinels, data).
-        keep: how many of the newest states stay.
-        needed: steps that a sentinel may go back to: of each, the newest state of it or before stays too.
+        settings: the run's settings; resuming with others is refused.
+        memory: further data to restore (sentinels, data), as JSON types.
+        keep: how many of the newest states to keep.
+        needed: steps that a sentinel may roll back to. For each, the newest state of that step or before is kept too.
 
     Raises:
-        OSError: it cannot be written; the states before it are as they were.
+        OSError: the state cannot be written; earlier states are unchanged.
     """
     state = {
         "student": _whole(parts.student.state_dict(), world.is_main),
@@ -138,8 +139,8 @@ def save_state(
             write_text(path.with_suffix(".json"), json.dumps(note))
         except OSError as error:
             raise OSError(
-                f"the state of step {step} cannot be written: {error}. Those before it are whole: make room in "
-                f"{folder} (keep_states says how many are kept), and the same command goes on"
+                f"the state of step {step} cannot be written: {error}. Earlier states are intact: free space in "
+                f"{folder} (keep_states sets how many are kept), then run the same command again to resume"
             ) from error
         _prune(folder, step, keep, needed)
         saved = Saved(path, step, note["settings"], memory)
@@ -148,29 +149,29 @@ def save_state(
 
 
 def _write_tensors(path: Path, state: dict[str, Any]) -> str:
-    """The state's file; its digest."""
+    """Write the state's file; return its digest."""
     with replacing(path) as temporary:
         try:
-            with temporary.open("wb") as file:  # a path's name would become part of the content
+            with temporary.open("wb") as file:  # torch.save would write the name of a path into the file
                 torch.save(state, file)
-        except RuntimeError as error:  # a full disk arrives as one
+        except RuntimeError as error:  # torch reports a full disk as one
             raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
         return _digest(temporary)
 
 
 def _notes(folder: Path) -> list[Path]:
-    """The states' JSON files, the newest first."""
+    """Return the states' JSON files, newest first."""
     return sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), reverse=True)
 
 
 def _drop(note: Path) -> None:
-    """Remove a state: first the note, without which it counts as never written."""
+    """Remove a state: first the JSON file, without which the state does not count."""
     note.unlink()
     note.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
-    """Drop states that are neither among the newest `keep` nor what a sentinel may go back to."""
+    """Delete states that are neither among the newest `keep` nor needed for a rollback."""
     notes = _notes(folder)
     stay = set(notes[:keep])
     for old in needed:
@@ -183,7 +184,7 @@ def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A state on disk that is whole."""
+    """A complete state on disk."""
 
     path: Path
     step: int
@@ -192,29 +193,29 @@ class Saved:
 
 
 def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, list[str]]:
-    """The newest whole state (of step `at_most` or before), and what is to be said of newer ones that are not whole."""
+    """Return the newest complete state (of step `at_most` or before), and messages about newer damaged ones."""
     broken: list[str] = []
     for note in _notes(out / FOLDER):
         path = note.with_suffix(".pt")
         if at_most is not None and int(path.stem) > at_most:
             continue
         try:
-            found = json.loads(note.read_text())
-            if _digest(path) != found["digest"]:
+            record = json.loads(note.read_text())
+            if _digest(path) != record["digest"]:
                 raise ValueError("its contents are not what was written")
-            return Saved(path, found["step"], found["settings"], found["memory"]), broken
-        except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but no object
-            broken.append(f"{path.name} is damaged ({error}): the state before it is taken")
+            return Saved(path, record["step"], record["settings"], record["memory"]), broken
+        except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but not an object
+            broken.append(f"{path.name} is damaged ({error}): using the state before it")
     return None, broken
 
 
 def start_from(out: Path) -> tuple[Saved | None, list[str]]:
-    """What a run in `out` goes on from, None for a fresh start, and what is to be said of damaged states.
+    """Return the state that a run in `out` resumes from, None for a fresh start, and messages about damaged states.
 
-    Only the process that holds the lock may call it: what a killed one left half written is removed.
+    Only the process that holds the lock may call it, because it removes incomplete files of killed processes.
 
     Raises:
-        ValueError: states of a run are there, and not one is whole: starting anew is not for us to decide.
+        ValueError: there are states of a run, but all are damaged; the user has to decide what to do.
     """
     folder = out / FOLDER
     for leftover in [*folder.glob("*.part"), *out.glob(".*.part")]:
@@ -225,29 +226,29 @@ def start_from(out: Path) -> tuple[Saved | None, list[str]]:
     if saved is None and lost:
         reasons = "; ".join(message.partition(":")[0] for message in broken) or "their .json files are missing"
         raise ValueError(
-            f"{folder} holds states of a run up to step {lost[-1]}, and none is whole: {reasons}. Put a whole one "
-            f"back, or remove {folder} to start anew (init={out / 'checkpoint.safetensors'} starts from its backbone)"
+            f"{folder} has states of a run up to step {lost[-1]}, but none is complete: {reasons}. Restore one, or "
+            f"remove {folder} to start again (init={out / 'checkpoint.safetensors'} starts from its backbone)"
         )
     if saved is not None:
-        known = {note.stem for note in _notes(folder)}
+        noted = {note.stem for note in _notes(folder)}
         for path in folder.glob("*.pt"):
-            if path.stem not in known:  # killed before its note was written, or between the two steps of `_drop`
+            if path.stem not in noted:  # the process was killed before it wrote the note, or inside `_drop`
                 path.unlink()
     return saved, broken
 
 
 def remember(saved: Saved, memory: dict[str, Any]) -> None:
-    """Replace what a state remembers besides the tensors.
+    """Replace what a state stores besides the tensors.
 
     Raises:
-        OSError: it cannot be written; the state is as it was.
+        OSError: it cannot be written; the state is unchanged.
     """
     note = saved.path.with_suffix(".json")
     write_text(note, json.dumps({**json.loads(note.read_text()), "memory": memory}))
 
 
 def drop_states(out: Path, after: int) -> None:
-    """Remove the states of later steps than `after`: damaged ones, or those of a run that was rolled back."""
+    """Remove the states of steps later than `after`: damaged ones, or those that a rollback discards."""
     for note in _notes(out / FOLDER):
         if int(note.stem) > after:
             _drop(note)
@@ -255,10 +256,10 @@ def drop_states(out: Path, after: int) -> None:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Hold the run's folder: another process that comes here is refused until this one has ended, however it ends.
+    """Lock the run's folder. Other processes are refused until this one has ended, even if it is killed.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     path = out / LOCK
     try:
@@ -266,7 +267,7 @@ def alone_in(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
             raise
-        warnings.warn(f"{path} cannot be locked ({error}): start no second run in {out}", stacklevel=3)
+        warnings.warn(f"{path} cannot be locked ({error}): do not start a second run in {out}", stacklevel=3)
         yield
         return
     if file is None:
@@ -280,7 +281,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings.
+    """Refuse to resume with other settings.
 
     Raises:
         ValueError: the state belongs to a run with other settings; the message names them.
@@ -290,13 +291,13 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
     if differing:
         changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in differing)
         raise ValueError(
-            f"{saved.path.parent} is of a run with other settings ({changes}); choose another out folder or remove it"
+            f"{saved.path.parent} is from a run with other settings ({changes}); choose another out folder or remove it"
         )
 
 
 @torch.no_grad()
 def load_state(saved: Saved, parts: Parts) -> None:
-    """Put a saved state into `parts`, whatever number of ranks wrote it and reads it."""
+    """Load a saved state into `parts`. The number of ranks may differ from the one that wrote it."""
     state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
     for network, name in ((parts.student, "student"), (parts.ema, "ema")):
         targets = network.state_dict()

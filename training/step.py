@@ -1,7 +1,7 @@
-"""One step: targets from the teacher, losses of the student, an update of both.
+"""One training step: targets from the teacher, losses of the student, and an update of both.
 
-`TERMS` has the losses: an entry there, its definition in `losses.py` and a `NAME_weight` in `config.py` are all that a
-further one needs.
+`TERMS` lists the losses. To add one, write its definition in `losses.py`, an entry in `TERMS` and a `NAME_weight` in
+`config.py`.
 
 Legend: B images per step, b of them in this micro-batch, V views, N patches of a global crop, K prototypes, M masked
 patches.
@@ -43,20 +43,20 @@ SCALE_GROWS_AFTER = 2000
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step is told besides its images. A loss whose weight is 0 is 0 and not computed, but for DINO's."""
+    """The settings of a step. A loss with weight 0 is not computed and counts as 0, except for DINO's."""
 
     seed: int
     loss_weights: Mapping[str, float]  # by the names of `TERMS`
     student_temp: float
     centering: Literal["sinkhorn", "softmax", "batch_norm"]
     center_momentum: float
-    koleo_over_ranks: bool  # neighbours are looked for on all ranks, else among this rank's images
+    koleo_over_ranks: bool  # search neighbours on all ranks, else among this rank's images
     clip_grad: float
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every step uses. `learner` is what is called to train: the student, behind DDP where there are ranks."""
+    """What every step uses. `learner` is the module called for training: the student, or DDP around it."""
 
     parts: Parts
     learner: nn.Module
@@ -66,7 +66,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Schedules:
-    """One value per step of everything that changes over the run. `lr` is 0 while a part is frozen."""
+    """One value per step for everything that changes over the run. `lr` is 0 while a part is frozen."""
 
     lr: dict[Part, Schedule]
     weight_decay: Schedule
@@ -76,7 +76,7 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student of one micro-batch is asked for: class tokens [2, b, K] and patches [M, K], rows sum to one."""
+    """The student's targets for one micro-batch: class tokens [2, b, K] and patches [M, K], rows sum to one."""
 
     cls: Tensor | TeacherTargets
     patches: Tensor | TeacherTargets
@@ -91,17 +91,17 @@ def train_step(
     lr_factor: float = 1.0,
     measure: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One update of student and average (`ema`).
+    """Do one update of student and average (`ema`).
 
-    A step whose gradients are not finite changes neither weights nor optimizer; `finite` says so, without a wait for
-    the device.
+    A step with gradients that are not finite changes neither weights nor optimizer; `finite` reports this, without a
+    wait for the device.
 
     Args:
-        settings, setup, schedules: of the run.
+        settings, setup, schedules: those of the run.
         micros: this rank's images in micro-batches of one size.
         step: index into the schedules.
-        lr_factor: on all learning rates: lowered by a run that was rolled back.
-        measure: give `teacher_entropy` too, which costs a pass over the targets.
+        lr_factor: factor on all learning rates, lowered by a rollback.
+        measure: also return `teacher_entropy`, which costs a pass over the targets.
 
     Returns:
         scalars on the device, means over this rank: the losses of `TERMS`, unweighted, their weighted sum `loss`,
@@ -109,7 +109,7 @@ def train_step(
         [b, D] of the first view of each image, for RankMe.
     """
     parts, world = setup.parts, setup.world
-    # Drop path draws from the global generator.
+    # Drop path draws from torch's global generator.
     torch.manual_seed((settings.seed * 1_000_003 + step) * world.size + world.rank)
     lr = {part: float(schedule[step]) * lr_factor for part, schedule in schedules.lr.items()}
     set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
@@ -128,7 +128,7 @@ def train_step(
 
 @torch.no_grad()
 def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
-    """Targets for every micro-batch, centred over all of them and over all ranks: as if they were one batch."""
+    """Compute targets for every micro-batch, centred over all micro-batches and ranks as if they were one batch."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
     cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
     cls = _center(settings, setup, "dino", cls_logits, temp)
@@ -141,7 +141,7 @@ def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops
 def _center(
     settings: StepSettings, setup: Setup, head: str, logits: list[Tensor], temp: float
 ) -> Sequence[Tensor | TeacherTargets]:
-    """Logits [..., K] of each micro-batch to targets. The moving centre is updated after it was used."""
+    """Turn logits [..., K] of each micro-batch into targets. The moving centre is updated after use."""
     total = sum_over_ranks(setup.world)
     if settings.centering == "sinkhorn":
         return sinkhorn_targets(logits, temp, combine=logsumexp_over_ranks(setup.world))
@@ -155,7 +155,7 @@ def _center(
 
 
 def entropy(targets: Tensor | TeacherTargets) -> Tensor:
-    """Mean entropy of the rows of targets [2, b, K], view by view, since each is a copy of K columns."""
+    """Return the mean entropy of the rows of targets [2, b, K]. It copies one view at a time to save memory."""
     views = [targets[view] for view in range(2)]
     probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
     return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
@@ -163,7 +163,7 @@ def entropy(targets: Tensor | TeacherTargets) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch as the losses see it: what the student made of its crops, and what the teacher asked for."""
+    """One micro-batch as the losses see it: the crops, the student's output and the teacher's targets."""
 
     crops: Crops
     output: Output
@@ -173,10 +173,10 @@ class MicroBatch:
 
 
 def dino_term(micro: MicroBatch) -> Tensor:
-    """DINO: the mean over all pairs of different views.
+    """Compute DINO's loss: the mean over all pairs of different views.
 
-    Without local crops the official code divides the two pairs by 3 (its guard against zero terms counts as one); here
-    they are divided by 2, so that ln K stays the mark of collapse.
+    Without local crops the official code divides the two pairs by 3, because its guard against zero terms counts as
+    one. Here they are divided by 2, so that ln K remains the sign of collapse.
     """
     output, targets, temp = micro.output, micro.targets.cls, micro.settings.student_temp
     global_logits = output.global_logits.unflatten(0, (2, -1))  # [2, b, K]
@@ -190,13 +190,13 @@ def dino_term(micro: MicroBatch) -> Tensor:
 
 
 def ibot_term(micro: MicroBatch) -> Tensor:
-    """iBOT on the masked patches of both global crops."""
+    """Compute iBOT's loss on the masked patches of both global crops."""
     crops, temp = micro.crops, micro.settings.student_temp
     return ibot_loss(micro.output.patch_logits, micro.targets.patches, crops.masks, temp, selected=crops.selected)
 
 
 def koleo_term(micro: MicroBatch) -> Tensor:
-    """KoLeo of each global view, summed; neighbours are looked for on all ranks, if the settings say so."""
+    """Compute KoLeo of each global view, summed, with neighbours from all ranks if the settings require it."""
     world = micro.world
 
     def of_view(cls: Tensor) -> Tensor:
@@ -209,13 +209,13 @@ def koleo_term(micro: MicroBatch) -> Tensor:
 
 
 TERMS: dict[str, Callable[[MicroBatch], Tensor]] = {"dino": dino_term, "ibot": ibot_term, "koleo": koleo_term}
-"""The losses by name: of one micro-batch, unweighted. Each is a column of metrics.jsonl and a curve of the report."""
+"""The losses of a micro-batch by name, unweighted. Each is a column of metrics.jsonl and a curve of the report."""
 
-ALWAYS_COMPUTED = frozenset({"dino"})  # the sign of collapse is its value, whatever its weight
+ALWAYS_COMPUTED = frozenset({"dino"})  # its value shows a collapse, even with weight 0
 
 
 def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-    """The losses of one micro-batch, and the student's class tokens [b, D] of the first view, detached."""
+    """Return the losses of one micro-batch, and the student's class tokens [b, D] of the first view, detached."""
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
     zero = output.cls.new_zeros((), dtype=torch.float32)
@@ -229,7 +229,7 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
 def accumulate_gradients(
     settings: StepSettings, setup: Setup, micros: Sequence[Crops], targets: Sequence[Targets], measure: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward and backward pass of each micro-batch, averaged over the ranks with the last one.
+    """Run forward and backward pass of each micro-batch; gradients are averaged over the ranks with the last one.
 
     Returns:
         means over the micro-batches: the losses, their weighted sum `loss`, `teacher_entropy` if `measure`; and the
@@ -254,7 +254,7 @@ def accumulate_gradients(
 
 
 def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip the gradients and take the optimizer's step, unless one of them is not finite.
+    """Clip the gradients and update the student, unless a gradient is not finite.
 
     Returns:
         norms of the gradients before clipping, by sub-module, and a bool scalar: whether all are finite.
@@ -272,7 +272,7 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
 
 
 def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:
-    """fp16's loss scale: halved after a step that was not finite, doubled after 2,000 that were (as torch's)."""
+    """Adapt fp16's loss scale as torch does: halve it after a non-finite step, double it after 2,000 finite ones."""
     good = torch.where(finite, buffers["good_steps"] + 1, 0)
     grown = torch.where(good >= SCALE_GROWS_AFTER, 2.0, 1.0)
     buffers["loss_scale"].mul_(torch.where(finite, grown, 0.5))

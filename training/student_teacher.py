@@ -1,9 +1,9 @@
 """The student, its teacher, and the head that both put on top of the backbone.
 
-The teacher is an exponential moving average (EMA) of the student: it gives the targets, gets no gradient, and is what
-is released. The head maps a token to logits over K prototypes (arXiv 2104.14294; `dinov2/layers/dino_head.py`, whose
-parameter names are kept): three linear layers down to a bottleneck, L2 norm, and a last layer with weight
-normalisation.
+The teacher is an exponential moving average (EMA) of the student: it gives the targets, gets no gradient, and is
+released at the end. The head maps a token to logits over K prototypes (arXiv 2104.14294): three linear layers down to a
+bottleneck, L2 norm, and a last layer with weight normalisation. Its parameter names are those of
+`dinov2/layers/dino_head.py`.
 
 Legend: D width of the backbone, K prototypes, n tokens.
 """
@@ -21,7 +21,7 @@ from training.distributed import local
 
 
 class PrototypeLayer(nn.Module):
-    """Linear layer without bias whose rows have direction `weight_v` and length `weight_g` (1 at the start)."""
+    """Linear layer without bias; its rows have direction `weight_v` and length `weight_g` (1 at the start)."""
 
     def __init__(self, in_dim: int, n_prototypes: int) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class PrototypeLayer(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's fused kernel, forward and backward: K x 256 weights are more than most steps' logits.
+        # torch's fused kernel for both passes: the K x 256 weights are larger than most steps' logits.
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DinoHead(nn.Module):
-    """Tokens [n, D] to prototype logits [n, K], within -1..1 as long as `weight_g` is 1."""
+    """Head from tokens [n, D] to prototype logits [n, K], within -1..1 as long as `weight_g` is 1."""
 
     def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DinoHead(nn.Module):
 
 
 class Output(NamedTuple):
-    """What a network makes of one micro-batch."""
+    """A network's output for one micro-batch."""
 
     cls: Tensor  # [2b, D] class tokens of the global crops, before the head
     global_logits: Tensor  # [2b, K]
@@ -67,7 +67,7 @@ class Output(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone with its two heads; with `shared_head` both losses use one head, as DINOv2's short recipe does."""
+    """Backbone with its two heads; with `shared_head` both losses use one head, as in DINOv2's short recipe."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class Network(nn.Module):
         self.own_ibot_head = None if shared_head else DinoHead(config.embed_dim, n_prototypes, hidden_dim, ibot_dim)
 
     def forward(self, globals_: Tensor, locals_: Tensor | None, hidden: Tensor | None, selected: Tensor) -> Output:
-        """One micro-batch.
+        """Process one micro-batch.
 
         Args:
             globals_: [2b, 3, G, G].
-            locals_: [V*b, 3, L, L], or None (the teacher sees none).
+            locals_: [V*b, 3, L, L], or None (the teacher gets none).
             hidden: bool [2b, N], patches replaced by the mask token, or None.
-            selected: int64 [M], the patches whose logits are wanted, as positions in [2b * N].
+            selected: int64 [M], the patches to compute logits for, as positions in [2b * N].
         """
         features = self.backbone.forward_features(globals_, hidden)
         cls = features["x_norm_clstoken"]
@@ -103,20 +103,22 @@ class Network(nn.Module):
         patches = features["x_norm_patchtokens"].flatten(0, 1).index_select(0, selected)
         if self.own_ibot_head is None:
             tokens.append(patches)
-        # One call of a head: its last layer's K x 256 weights are normalised once, not once for each kind of token.
+        # One call of the head normalises its last layer's K x 256 weights once and not once per kind of token.
         logits = self.dino_head(torch.cat(tokens)).split([len(kind) for kind in tokens])
         patch_logits = logits[-1] if self.own_ibot_head is None else self.own_ibot_head(patches)
         return Output(cls, logits[0], None if locals_ is None else logits[1], patch_logits)
 
 
 def make_teacher(student: Network) -> Network:
-    """A frozen copy of the student, without drop path."""
+    """Return a frozen copy of the student, without drop path."""
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_teacher(student: Network, teacher: Network, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters (of sharded ones: this rank's) at
-    once."""
+    """Update all parameters at once: teacher = momentum * teacher + (1 - momentum) * student.
+
+    If parameters are sharded, each rank updates its slices.
+    """
     mine = [local(parameter) for parameter in teacher.parameters()]
     torch._foreach_lerp_(mine, [local(parameter) for parameter in student.parameters()], 1 - momentum)

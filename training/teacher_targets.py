@@ -1,4 +1,4 @@
-"""What the student is asked for, before it is written out: teacher logits with the two vectors that make them targets.
+"""The student's targets in compact form: teacher logits with the two vectors that turn them into targets.
 
 Legend: K prototypes, B rows of targets.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Targets that are not written out: exp(logits / temp - u - v).
+    """Targets exp(logits / temp - u - v) that are not stored as an array.
 
     Sinkhorn-Knopp and centering have this form (`training/losses.py`).
     """
@@ -22,9 +22,9 @@ class TeacherTargets:
     temp: float
 
     def __getitem__(self, index: Any) -> "TeacherTargets":
-        """The targets of some rows: an index into the leading dimensions."""
+        """Return the targets of some rows; `index` applies to the leading dimensions."""
         return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
 
     def probs(self) -> Tensor:
-        """The targets as an array: float32 [..., B, K]."""
+        """Compute the targets as an array: float32 [..., B, K]."""
         return (self.logits.float() / self.temp).sub_(self.u.unsqueeze(-1)).sub_(self.v).exp_()

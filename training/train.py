@@ -1,16 +1,16 @@
-"""The loop: images in, checkpoint out.
+"""The training loop: from images to a checkpoint.
 
-Per step (facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`): the teacher looks at two large crops of each image
-and gives targets; the student looks at the same two with patches masked, and at several small ones; its class tokens
+Each step follows facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`. The teacher sees two large crops of each
+image and gives targets. The student sees the same two with patches masked, and several small ones. Its class tokens
 must agree with the teacher's of the other crops (DINO), its masked patches with what the teacher sees there (iBOT), and
 its embeddings must spread (KoLeo). The teacher then follows the student slowly.
 
-All randomness of a step is drawn from (seed, step, sample): a stopped run goes on as if it had not stopped, and two
-ranks see what one would. The host waits for the device only where a line is written.
+All randomness of a step is drawn from (seed, step, sample): a resumed run continues as if it had not stopped, and two
+ranks see the same crops as one. The host waits for the device only when a line is written.
 
-    out/checkpoint.safetensors   what is released: the average's backbone; `dinov2 export` reads it
-    out/states/                  what a stopped run goes on from; out/lock is held while a process trains here
-    out/metrics.jsonl ...        training/watch/monitor.py; report.html at the end
+    out/checkpoint.safetensors   the released average's backbone; `dinov2 export` reads it
+    out/states/                  states to resume from; out/lock is locked while a process trains here
+    out/metrics.jsonl ...        see training/watch/monitor.py; report.html at the end
     out/skipped.txt              images that could not be read
 """
 
@@ -56,21 +56,21 @@ from training.step import train_step
 from training.watch.monitor import EVALUATIONS, cut_lines
 from training.wiring import image_settings, make_run
 
-INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, saved
+INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that saved after SIGTERM
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
-    """Run, or go on with, one training run.
+    """Start or resume one training run.
 
     Returns:
         the checkpoint's path.
 
     Raises:
-        ValueError: no usable images, another process trains in `config.out`, or it holds a run with other settings or
-            images, or with states of which none is whole.
-        OSError: the images' place does not answer, or the run's folder cannot be written.
-        RunStopped: a sentinel ended it.
-        Interrupted: SIGTERM ended it.
+        ValueError: there are no usable images, another process trains in `config.out`, or the folder has a run with
+            other settings or images, or only damaged states.
+        OSError: the images cannot be reached, or the run's folder cannot be written.
+        RunStopped: a sentinel ended the run.
+        Interrupted: SIGTERM ended the run.
     """
     console = console or Console()
     with (
@@ -92,13 +92,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 def training_loop(run: Run, step: int, stop: Sigterm) -> None:
-    """All steps after the first `step`.
+    """Do all steps after the first `step`.
 
     Raises:
-        RunStopped, Interrupted.
+        RunStopped, Interrupted: as `train`.
     """
     while step < run.total:
-        if run.sentinels.passes_over(step + 1):  # its images broke the step before a rollback
+        if run.sentinels.passes_over(step + 1):  # its images caused the last rollback
             step += 1
             if step == run.total:
                 save(run, step)
@@ -117,7 +117,7 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
         if not needs_the_host(run, step, stop):
             continue
 
-        # Log and evaluate; each may end in a verdict of the sentinels
+        # Log and evaluate; the sentinels may give a verdict on each
         last = step == run.total
         rollback = obey(run, step, find_not_finite(run))
         if rollback is None and (last or is_due(step, run.every.log)):
@@ -138,13 +138,16 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
             if agree(run.world, is_save_due(run)) or is_best(run, step) or stopping or last:
                 save(run, step)
         if stopping:
-            raise Interrupted(f"stopped by SIGTERM after step {step} of {run.total}: saved; the same command goes on")
+            raise Interrupted(
+                f"stopped by SIGTERM after step {step} of {run.total}; the state is saved: "
+                "run the same command again to resume"
+            )
 
 
 def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
-    """Load the state to go on from, or save the one before the first step; the number of steps done.
+    """Load the state to resume from, or save the one before the first step; return the number of steps done.
 
-    A run at its beginning is evaluated once, so that the guard knows what the weights had.
+    A new run is evaluated once before the first step, so that the k-NN sentinel knows the initial accuracy.
     """
     step, parts = saved.step if saved else 0, run.setup.parts
     for message in damaged:
@@ -155,9 +158,9 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
         load_state(saved, parts)
         run.sentinels.load_state_dict(saved.memory["sentinels"])
         if run.world.is_main:
-            drop_states(run.out, step)  # damaged ones, in the way of those to come
+            drop_states(run.out, step)  # damaged ones, which new ones would collide with
     else:
-        saved = save(run, 0)  # says at once whether the folder can hold a state, and is what a rollback may need
+        saved = save(run, 0)  # tests early that the folder can hold a state; a rollback may need it
     if step == 0 and run.sentinels.state.best_knn is None:
         if run.world.is_main:
             cut_lines(run.out / EVALUATIONS, -1)
@@ -168,7 +171,7 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
 
 
 def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
-    """From the run's first images; the same ones in whatever micro-batches and on whatever ranks."""
+    """Choose prototypes from the run's first images: the same ones for all micro-batch sizes and numbers of ranks."""
     batches = ((step, run.data.loader.batch(step)) for step in range(run.total))
     steps = (make_micros(run.crops, run.world, b.pixels, b.aspect, step, run.total) for step, b in batches)
     teacher.choose(steps, run.world)
@@ -176,7 +179,7 @@ def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
 
 @contextmanager
 def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
-    """The run's folder, made if it is missing, and this run's alone."""
+    """Make the run's folder if it does not exist, and lock it for this run."""
     check_apart(data, out)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out) if world.is_main else nullcontext():
@@ -184,16 +187,16 @@ def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
 
 
 def announce(run: Run, step: int) -> None:
-    """`config.json`, and one line for people: what is trained on what."""
+    """Write `config.json` and print one line: the images, the steps and the network."""
     if not run.world.is_main:
         return
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))
     loader, n_ranks, autocast = run.data.loader, run.world.size, run.setup.autocast
     run.monitor.console.print(
-        f"{len(loader)} photos to train on{'' if loader.in_memory else ' (streamed)'}, "
+        f"{len(loader)} images to train on{'' if loader.in_memory else ' (streamed)'}, "
         f"{len(run.data.held_out)} held out; {run.total} steps of {run.crops.batch_size} on "
         f"{f'{n_ranks} x ' if n_ranks > 1 else ''}{run.world.device.type}"
         f"{f' in {str(autocast.fast_dtype)[6:]}' if autocast._enabled else ''}; ViT {asdict(run.release.vit)}"
-        + (f"; goes on after step {step}" if step else ""),
+        + (f"; continuing after step {step}" if step else ""),
         markup=False,
     )

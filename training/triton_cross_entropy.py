@@ -1,18 +1,18 @@
 """Two Triton kernels for `kernels.soft_cross_entropy`: a forward and a backward pass, each reading the logits once.
 
-Imported only where Triton is wanted: it comes with torch's CUDA builds, and not with others.
+This module is imported only when Triton is needed, because only torch's CUDA builds contain it.
 
-Forward: one program a row walks over K in blocks. Every lane keeps its own running maximum m and sum s of
-exp(x - m), so that lanes meet once, at the end. With d = x - m and e = exp(-|d|), one exponential a number is enough:
-if d > 0 the maximum moves and s becomes s * e + 1, else s + e. Backward: one program per row and block.
+Forward: one program per row walks over K in blocks. Every lane keeps its own running maximum m and sum s of
+exp(x - m), so that lanes are combined once, at the end. With d = x - m and e = exp(-|d|), one exponential per number is
+enough: if d > 0 the maximum moves and s becomes s * e + 1, else s + e. Backward: one program per row and block.
 
-Programs of all student views of one image run side by side, so that its targets are read from memory once and then
-from the cache.
+Programs of all student views of one image run next to each other, so that its targets are read from memory once and
+then from the cache.
 
-Legend: K prototypes, B rows of targets, T teacher views whose targets are summed, R = S * B rows of the student.
+Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), R = S * B rows of the student.
 """
 
-# Triton has no types, and its constants are in capitals:
+# Triton has no type hints, and its constants are in capitals:
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-call, no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
@@ -31,7 +31,7 @@ WARPS = 8
 
 
 def triton_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """See `kernels.soft_cross_entropy`: student_logits [R, K], R > 0; float32 [R]."""
+    """Compute `kernels.soft_cross_entropy` for student_logits [R, K] with R > 0; returns float32 [R]."""
     if isinstance(targets, TeacherTargets):
         u, v, temp = targets.u.float().contiguous(), targets.v.float().contiguous(), targets.temp
         return _TritonCrossEntropy.apply(student_logits, targets.logits, u, v, temp, student_temp)
@@ -82,8 +82,8 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
 @triton.jit
 def _rows(n_targets, n_students):
-    """This program's row of the student and of the targets; neighbours share the latter."""
-    program = tl.program_id(0).to(tl.int64)  # row * k passes 2^31
+    """Return this program's row of the student and of the targets; neighbouring programs share the latter."""
+    program = tl.program_id(0).to(tl.int64)  # row * k exceeds 2^31
     target_row = program // n_students
     return program % n_students * n_targets + target_row, target_row
 
@@ -102,7 +102,7 @@ def _targets(
     N_TEACHERS: tl.constexpr,
     FACTORED: tl.constexpr,
 ):
-    """One block of a row's targets, summed over the teacher's views; 0 outside."""
+    """Load one block of a row's targets, summed over the teacher's views; 0 outside."""
     total = tl.zeros_like(columns).to(tl.float32)
     for view in tl.static_range(N_TEACHERS):
         view_row = view * n_targets + row

@@ -1,21 +1,22 @@
-"""Whitening of the class token, folded into the weights: a better cosine from a short training, and still a plain ViT.
+"""Whitening of the class token, folded into the weights: a better cosine after a short training, and still a plain ViT.
 
-After a short run most of the class token's variance lies along a few directions (brightness, colour of the light), and
-cosine similarity sees little else. Whitening (centre, then scale every principal direction to equal variance; for
-retrieval: Jégou and Chum, ECCV 2012) is label-free and undoes that. As a matrix behind the network it would be a layer
-that no DINOv2 has. It need not be one:
+After a short run most of the class token's variance is along a few directions (brightness, colour of the light), and
+they dominate cosine similarity. Whitening corrects this without labels: it centres, then scales every principal
+direction to equal variance (for retrieval: Jégou and Chum, ECCV 2012). As a matrix after the network it would be an
+extra layer that DINOv2 does not have. Two facts avoid that layer:
 
 - LayerNorm commutes with a rotation Q of its input that keeps the vector of ones: LN(Q x) = Q LN(x). So the whole
-  residual stream can be rotated, by multiplying every weight that writes to it or reads from it, and nothing changes
-  but the basis of the output.
+  residual stream can be rotated by multiplying every weight that writes to it or reads from it. Only the basis of the
+  output changes.
 - The last norm has a gain and a bias per coordinate. If Q turns the principal directions to where a diagonal gain
-  scales them as wanted, the norm does the whitening.
+  scales them as required, the norm does the whitening.
 
-A LayerNorm's output is orthogonal to the ones, so its D - 1 principal directions meet D gains. With squared gains g,
-what acts is P diag(g) P (P projects the ones away). Its eigenvalues lie between neighbouring g (Cauchy), so a g of the
-wanted scales gives these to within their spacing; Q takes the principal directions to its eigenvectors exactly.
+A LayerNorm's output is orthogonal to the vector of ones, so it has D - 1 principal directions for D gains. With squared
+gains g, the effective scaling is P diag(g) P (P projects the ones away). Its eigenvalues lie between neighbouring g
+(Cauchy), so with the required scales as g they are right to within the spacing of g; Q takes the principal directions
+to its eigenvectors exactly.
 
-Legend: n photos, D width.
+Legend: n images, D width.
 """
 
 import torch
@@ -26,28 +27,28 @@ from model.vit import Block, DinoVisionTransformer, LayerScale, Mlp
 
 @torch.no_grad()
 def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tensor:
-    """Change `model` in place, so that its class tokens have mean 0 and nearly equal variance in all directions.
+    """Change `model` in place so that its class tokens have mean 0 and nearly equal variance in all directions.
 
     Args:
         model: any backbone; patch and register tokens pass the same last norm and change with the class token.
-        cls: the model's class tokens [n, D] of photos like those it will see.
-        shrinkage: added to each direction's variance, as a share of the mean variance: 0.01 leaves directions with less
-            than a hundredth of the mean, which are mostly noise, small.
+        cls: the model's class tokens [n, D] of images like those it will be used on.
+        shrinkage: added to each direction's variance, as a share of the mean variance. With 0.01, directions with less
+            than a hundredth of the mean, which are mostly noise, stay small.
 
     Returns:
         the rotation Q [D, D], float64: the new residual stream is the old one times Q^T.
 
     Raises:
-        ValueError: a shrinkage that is not above 0, fewer than two photos, or a gain of the last norm that is 0.
+        ValueError: shrinkage is not above 0, there are fewer than two images, or a gain of the last norm is 0.
     """
     if not shrinkage > 0:
         raise ValueError(f"shrinkage must be above 0, not {shrinkage}")
     if len(cls) < 2:
-        raise ValueError(f"whitening needs the class tokens of at least two photos, not {len(cls)}")
+        raise ValueError(f"whitening needs the class tokens of at least two images, not {len(cls)}")
     norm = model.norm
     if (norm.weight == 0).any():
-        raise ValueError("a gain of the last norm is 0: what it hides cannot be whitened")
-    plain = (cls.double() - norm.bias.double()) / norm.weight.double()  # what LayerNorm gives before gain and bias
+        raise ValueError("a gain of the last norm is 0: its direction is lost and cannot be whitened")
+    plain = (cls.double() - norm.bias.double()) / norm.weight.double()  # LayerNorm's output before gain and bias
     mean, dim = plain.mean(dim=0), plain.shape[1]
     ones = plain.new_full((dim,), dim**-0.5)
     others = torch.linalg.svd(ones[None])[2][1:].T  # [D, D - 1], orthonormal, orthogonal to the ones
@@ -69,7 +70,7 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> None:
     """Multiply the residual stream by `rotation` [D, D], orthogonal with rows that sum to one, up to the last norm.
 
-    On the way the blocks' norms lose gain and bias to the layer behind them, and LayerScale to the one before it.
+    This moves gain and bias of each block's norms into the layer after it, and LayerScale into the layer before it.
     """
     model.patch_embed.proj.weight.copy_(torch.einsum("ed,dcij->ecij", rotation, model.patch_embed.proj.weight.double()))
     bias = model.patch_embed.proj.bias
@@ -87,7 +88,7 @@ def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> No
 
 
 def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
-    """`layer` behind `norm`: takes over its gain and bias, and turns the stream back."""
+    """Move gain and bias of `norm` into the `layer` after it, and rotate the stream back at the layer's input."""
     weight = layer.weight.double()
     layer.bias.copy_(layer.bias.double() + weight @ norm.bias.double())
     layer.weight.copy_((weight * norm.weight.double()) @ rotation.T)
@@ -96,7 +97,7 @@ def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
 
 
 def _write(layer: nn.Linear, scale: nn.Module, rotation: Tensor) -> None:
-    """`layer` before LayerScale (or nothing): takes over its gain, and turns what it adds to the stream."""
+    """Move the gain of LayerScale (if any) into the `layer` before it, and rotate the layer's output."""
     gain = layer.bias.new_ones(len(layer.bias), dtype=torch.float64)
     if isinstance(scale, LayerScale):
         gain = scale.gamma.double()

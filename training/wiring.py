@@ -1,6 +1,6 @@
-"""From the configuration to a run: the only place, with `setup.py`, that reads settings for the loop's pieces.
+"""Build a run from its configuration. Only this file and `setup.py` read settings for the parts of the loop.
 
-Every piece takes plain values or one small record; the functions here make the records.
+Every part takes plain values or one small record; the functions here make the records.
 """
 
 import functools
@@ -36,11 +36,11 @@ from training.watch.sinks import make_sinks
 
 
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
-    """A run at step 0; `saved` is the state that it will go on from, whose settings, images and teacher it must share.
+    """Make a run at step 0. `saved` is the state to resume from; settings, images and teacher must be the same.
 
     Raises:
         ValueError: they differ, or the teacher or the initial weights do not fit.
-        OSError: a file of them cannot be read.
+        OSError: a file of the teacher or of the initial weights cannot be read.
     """
     steps_per_epoch = len(data.loader) // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))
@@ -79,7 +79,7 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
 
 
 def image_settings(config: TrainConfig) -> ImageSettings:
-    """Where the run's images are, and how they are split and read."""
+    """Return the location of the run's images, and how they are split and read."""
     micro_batches = {"micro_batch": config.micro_batch}
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
@@ -97,7 +97,7 @@ def image_settings(config: TrainConfig) -> ImageSettings:
 
 
 def crop_settings(config: TrainConfig) -> CropSettings:
-    """What the networks see of an image."""
+    """Return how crops are made from an image."""
 
     def views(sizes: TrainConfig | LastPhase) -> tuple[tuple[View, int], ...]:
         return (
@@ -108,7 +108,7 @@ def crop_settings(config: TrainConfig) -> CropSettings:
 
     phases = [Phase(0.0, views(config), config.micro_batch)]
     if (last := config.last_phase) is not None:
-        # Its own micro-batch is for larger crops.
+        # The last phase's own micro-batch applies only to larger crops.
         larger = last.global_size != config.global_size
         micro_batch = (last.micro_batch if larger else None) or config.micro_batch
         phases.append(Phase(1 - last.share, views(last), micro_batch))
@@ -133,7 +133,7 @@ def crop_settings(config: TrainConfig) -> CropSettings:
 
 
 def step_settings(config: TrainConfig) -> StepSettings:
-    """What an update is told."""
+    """Return the settings of a step."""
     return StepSettings(
         seed=config.seed,
         loss_weights=config.loss_weights,
@@ -146,10 +146,11 @@ def step_settings(config: TrainConfig) -> StepSettings:
 
 
 def make_schedules(config: TrainConfig, total: int) -> Schedules:
-    """The run's schedules, `total` steps each.
+    """Make the run's schedules, `total` steps each.
 
-    With a frozen backbone the heads warm up in the first half of its rest, so that they have learned something when it
-    begins, and its own warm-up begins with it. A last phase with an `lr_mult` has a rate and a momentum of its own.
+    With a frozen backbone the heads warm up in the first half of the frozen steps, so that they have learned something
+    when the backbone starts; the backbone's own warm-up begins then. A last phase with `lr_mult` has its own rate and
+    momentum.
     """
     peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
     frozen = int(config.freeze_backbone * total)
@@ -163,7 +164,7 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
     }
     momentum = cosine(*config.momentum, total)
     if config.last_phase is not None and config.last_phase.lr_mult is not None:
-        phase = np.arange(total) / total >= 1 - config.last_phase.share  # as `crop_settings` has it
+        phase = np.arange(total) / total >= 1 - config.last_phase.share  # as in `crop_settings`
         n_steps = int(phase.sum())
         for schedule in lr.values():
             schedule[phase] = cosine(peak * config.last_phase.lr_mult, config.min_lr, n_steps)
@@ -177,7 +178,7 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
 
 
 def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
-    """How often the run logs, evaluates, draws and saves."""
+    """Return how often the run logs, evaluates, draws and saves."""
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch)) if epochs else 0
@@ -192,7 +193,7 @@ def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
 
 
 def limits(config: TrainConfig, total: int) -> Limits:
-    """What the sentinels look for and do."""
+    """Return what the sentinels check and how they react."""
     return Limits(
         total,
         config.n_prototypes,
@@ -210,7 +211,7 @@ def limits(config: TrainConfig, total: int) -> Limits:
 def make_monitor(
     config: TrainConfig, world: World, data: Data, console: Console, total: int, first_step: int, peak: float | None
 ) -> Monitor:
-    """The bar, lines and files of the run; `peak` is one device's, in operations per second."""
+    """Make the progress bar, log lines and log files of the run; `peak` is one device's, in operations per second."""
     settings = config.model_dump(mode="json")
     return Monitor(
         config.out / METRICS,
@@ -227,7 +228,7 @@ def make_monitor(
 
 
 def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
-    """How the released backbone is described and judged."""
+    """Return how the released backbone is described and evaluated."""
     hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
     return Release(
         vit=config.vit_config,
@@ -240,7 +241,7 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
 
 
 def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
-    """Useful work of one step of a run when `share_done` of it is over; `teacher`: of a distillation."""
+    """Return the useful work of one step after `share_done` of the run; `teacher`: the one of a distillation."""
     (large, _), _, (small, n_local) = crop_settings(config).phase(share_done).views
     n_images, n_patches = 2 * config.batch_size, (large.size // config.vit_config.patch_size) ** 2
     n_masked = float(n_images * n_patches)

@@ -88,7 +88,7 @@ def test_what_cannot_be_averaged_is_refused(three, tmp_path):
     with pytest.raises(ValueError, match="at least two checkpoints, not 1"):
         average_checkpoints(three[:1], out)
     wide = checkpoint(tmp_path / "wide.safetensors", 0, ViTConfig(embed_dim=32, depth=1, num_heads=2, img_size=28))
-    with pytest.raises(ValueError, match=r"wide\.safetensors is another network than .*0\.safetensors"):
+    with pytest.raises(ValueError, match=r"wide\.safetensors has a different network from .*0\.safetensors"):
         average_checkpoints([three[0], wide], out)
     with pytest.raises(ValueError, match="is one of the checkpoints"):
         average_checkpoints(three, tmp_path / "photos" / ".." / "1.safetensors")
@@ -159,7 +159,7 @@ def test_the_command_prints_a_table_and_reads_tars_too(three, photos, tmp_path):
         result = CliRunner().invoke(cli.app, [*command, "--data", str(data)])
         assert result.exit_code == 0, result.output
         assert "their mean" in result.output
-        assert "class token, 6 photos that no checkpoint was trained on" in result.output
+        assert "class token, 6 images that no checkpoint was trained on" in result.output
     refused = CliRunner().invoke(cli.app, ["average", str(three[0]), "--out", str(mean)])
     assert refused.exit_code == 2
     assert "at least two" in refused.output

@@ -58,7 +58,7 @@ def in_this_process(command):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with photos of three classes, a recipe, and a finished comparison."""
+    """A folder with images of three classes, a recipe, and a finished comparison."""
     folder, rng = tmp_path_factory.mktemp("compare"), np.random.default_rng(0)
     for name, colour in (("apples", (200, 40, 40)), ("pears", (60, 180, 60)), ("plums <&>", (90, 40, 160))):
         for i in range(9):
@@ -199,7 +199,7 @@ def test_the_table_has_a_cell_for_each_network_that_has_the_figure(found):
 def test_the_page_stands_by_itself(place, found):
     text = (place / "out" / "compare.html").read_text()
     for words in (
-        "DINO beside DINOv2",
+        "DINO and DINOv2",
         "share of ln K",
         "k-NN during the run, knn_cls_20",
         "JPEG quality 20",
@@ -217,9 +217,9 @@ def test_the_page_stands_by_itself(place, found):
 @pytest.mark.parametrize(
     ("base", "overrides", "message"),
     [
-        ("smoke", ["centering=softmax", "koleo_weight=0.2"], "centering, koleo_weight: this is what DINO and DINOv2"),
+        ("smoke", ["centering=softmax", "koleo_weight=0.2"], "centering, koleo_weight: DINO and DINOv2 differ in this"),
         ("tiny", ["teacher=dinov2_vits14"], "has a frozen teacher"),
-        ("tiny", ["held_out_share=0"], "0 photos are held out"),
+        ("tiny", ["held_out_share=0"], "0 images are held out"),
         ("tiny", ["no_such=1"], "no_such"),
         ("nothing", [], "unknown recipe 'nothing'"),
     ],
@@ -264,7 +264,7 @@ def test_sigterm_is_handed_on(monkeypatch, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=press)
     thread.start()
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="run the same command again to resume"):
         run_apart([str(ready)])
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -288,4 +288,4 @@ def test_report_is_written_again(place, found):
     assert page_of_run.exists()
     refused = CliRunner().invoke(cli.app, ["report", str(place / "photos")])
     assert refused.exit_code == 2
-    assert "holds no run" in refused.output
+    assert "is not a run's folder" in refused.output

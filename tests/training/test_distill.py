@@ -134,7 +134,7 @@ def test_prototypes_are_the_teachers_features_of_the_first_photos(photos, teache
     torch.testing.assert_close(found.cls_prototypes.double(), expected, rtol=1e-4, atol=1e-5)
     [crops] = steps[0]
     logits = found(crops.globals_, None, None, crops.selected)
-    assert (logits.global_logits.diagonal() > 0.999).all()  # photo p is most like prototype p
+    assert (logits.global_logits.diagonal() > 0.999).all()  # image p is most like prototype p
     assert logits.patch_logits.shape == (16 * 4, 20)
     with pytest.raises(ValueError, match="n_prototypes=20 is more than the 16 crops"):
         load_teacher(settings).choose(iter(steps[:1]), ALONE)
@@ -193,7 +193,7 @@ def test_teachers_that_do_not_fit_are_refused(photos, teacher, tmp_path):
     damaged = shutil.copytree(teacher, tmp_path / "damaged")
     for path in (damaged / "states").glob("*.pt"):
         path.write_bytes(b"")
-    refused(photos, tmp_path / "d", "has no state that is whole", teacher=damaged)
+    refused(photos, tmp_path / "d", "has no complete state", teacher=damaged)
     (damaged / "config.json").unlink()
     with pytest.raises(OSError, match=r"config\.json"):
         loop.train(config(photos, tmp_path / "e", teacher=damaged), QUIET)

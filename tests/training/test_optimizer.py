@@ -164,7 +164,7 @@ def test_units_and_kinds(network):
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     with pytest.raises(ValueError, match="optimizer='lamb': choose adamw or sgd_normalized"):
         optimizer_of(network, "lamb")
-    with pytest.raises(ValueError, match=r"beta=1.0: wanted at least 0"):
+    with pytest.raises(ValueError, match=r"beta=1.0 must be at least 0"):
         NormalizedSGD([{"params": [nn.Parameter(torch.zeros(1))], "unit": "all"}], beta=1.0)
 
 

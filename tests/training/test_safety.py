@@ -122,7 +122,7 @@ def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path, mo
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, killed_after + 3))
     assert main() == 143
     message = capsys.readouterr().err
-    assert f"stopped by SIGTERM after step {killed_after + 4} of 30: saved; the same command goes on" in message
+    assert f"stopped by SIGTERM after step {killed_after + 4} of 30; the state is saved: run the same" in message
     monkeypatch.setattr(loop, "train_step", one_step)
     stopped_after = find_state(out)[0].step
     assert stopped_after == killed_after + 4
@@ -136,7 +136,7 @@ def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
     message = capsys.readouterr().err
     assert "cannot be written" in message
-    assert "the same command goes on" in message
+    assert "run the same command again to resume" in message
     assert find_state(out)[0].step == stopped_after
     resumed = loop.train(config(photos, out, epochs=10, recipe="tiny"), QUIET)
     assert same_weights(resumed, loop.train(config(photos, whole, epochs=10, recipe="tiny"), QUIET))
@@ -172,12 +172,12 @@ def test_sigterm_is_heard_after_the_step_and_before_the_first_one(photos, tmp_pa
     out, one_step = tmp_path / "run", loop.train_step
 
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, 4))
-    with pytest.raises(Interrupted, match="after step 5 of 9: saved"):
+    with pytest.raises(Interrupted, match="after step 5 of 9; the state is saved"):
         loop.train(config(photos, out, log_every=100), QUIET)
     assert find_state(out)[0].step == 5
     monkeypatch.setattr(loop, "train_step", one_step)
     monkeypatch.setattr(loop, "load_state", lambda saved, parts: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="run the same command again to resume"):
         loop.train(config(photos, out), QUIET)
     assert find_state(out)[0].step == 5
 
@@ -195,7 +195,7 @@ def test_damaged_states_are_passed_over_in_the_loop(photos, tmp_path):
     assert any("000000009.pt is damaged" in message for message in events(out, "warning"))
     for path in (out / "states").glob("*.pt"):
         path.unlink()
-    with pytest.raises(ValueError, match="none is whole"):
+    with pytest.raises(ValueError, match="none is complete"):
         loop.train(tampered, QUIET)
     shutil.rmtree(out / "states")  # what the message says
     assert same_weights(loop.train(tampered, QUIET), expected)
@@ -234,8 +234,8 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
     expected = loop.train(config(photos, whole, **settings), QUIET)
     [message, after] = events(whole, "rollback")
     assert "collapse" in message
-    assert "back to step 3 or before, and on with 0.5 of the lr" in message
-    assert after == "goes on after step 3"  # though but one state is kept
+    assert "back to step 3 or before, and continues with 0.5 of the lr" in message
+    assert after == "continuing after step 3"  # though but one state is kept
     one_step = loop.train_step
     for at in (4, 7):
         monkeypatch.setattr(loop, "train_step", pulled(one_step, at))
@@ -276,7 +276,7 @@ def test_a_nan_of_the_last_step_is_passed_over_and_the_run_is_over(photos, tmp_p
     loop.train(config(photos, out), QUIET)
     saved, _ = find_state(out)
     assert (saved.step, saved.memory["sentinels"]["passed_over"]) == (9, [9])
-    with pytest.raises(RunStopped, match=r"loss is nan.*batch is kept"):
+    with pytest.raises(RunStopped, match=r"loss is nan.*batch is stored"):
         loop.train(config(photos, tmp_path / "stop", on_not_finite="stop"), QUIET)
 
 
@@ -299,7 +299,7 @@ def test_the_guard_goes_back_to_the_best_step_however_long_ago(photos, tmp_path,
     settings = {"on_knn": "rollback", "eval_every_epochs": 1, "epochs": 4, "keep_states": 1, "save_every_minutes": 1e-9}
     whole, out = tmp_path / "whole", tmp_path / "run"
     expected = loop.train(config(photos, whole, **settings), QUIET)
-    assert events(whole, "rollback")[-1] == "goes on after step 3"
+    assert events(whole, "rollback")[-1] == "continuing after step 3"
     assert [line["step"] for line in read_lines(whole / "evaluations.jsonl")] == [0, 3, 6, 9]
     half = load_checkpoint(expected)[2]["settings"]["lr"] * math.sqrt(8 / 1024) / 2
     assert max(line["lr"] for line in read_lines(whole / "metrics.jsonl")[3:]) <= half * 1.001
@@ -387,7 +387,7 @@ def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
     ruin = {"held_out_share": 0.4, "n_local": 0, "drop_path": 0.0, "warmup": 0.0, "seed": 2, "init": good}
     ruin |= {"lr": 5.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4}
     out = tmp_path / "ruined"
-    with pytest.raises(RunStopped, match=r"k-NN is .*and was 100\.0% at step 0.*points are lost.*lower lr"):
+    with pytest.raises(RunStopped, match=r"k-NN is .*down from 100\.0% at step 0.*lost more than.*lower lr"):
         loop.train(config(data, out, **ruin), QUIET)
     before, after = [line["knn_cls_10"] for line in read_lines(out / "evaluations.jsonl")]
     assert before == 1
@@ -395,7 +395,7 @@ def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
     out = tmp_path / "back"
     slow = {**ruin, "on_knn": "rollback", "rollback_lr_factor": 1e-9}
     loop.train(config(data, out, **slow), QUIET)
-    assert "goes on after step 0" in events(out, "rollback")
+    assert "continuing after step 0" in events(out, "rollback")
     assert json.loads((out / "knn.json").read_text())["cls"]["10"] == pytest.approx(before, abs=0.1)
 
 
@@ -408,7 +408,7 @@ def test_one_in_twenty_files_broken_in_a_folder_and_in_shards(tmp_path):
     whole = files[5].read_bytes()
     files[3].write_bytes(whole[: len(whole) // 2])  # cut
     files[30].write_bytes(b"")
-    Image.new("RGB", (400, 2)).save(files[45])  # reads, but no photo
+    Image.new("RGB", (400, 2)).save(files[45])  # reads, but no image
     names = [str(files[i].relative_to(data)) for i in (3, 30, 45)]
     shard = tmp_path / "shards" / "a.tar"
     shard.parent.mkdir()
@@ -452,8 +452,8 @@ def test_streamed_photos_are_listed_though_the_run_is_killed(photos, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 64}, r"batch_size=64 is more than the 25 photos"),
-        ({"device": "cuda"}, r"device='cuda': torch .* sees no GPU"),
+        ({"batch_size": 64}, r"batch_size=64 is more than the 25 images"),
+        ({"device": "cuda"}, r"device='cuda': torch .* finds no GPU"),
         ({"device": "cuda:7"}, r"device='cuda:7'"),
         ({"device": "toaster"}, r"device='toaster'"),
         ({"device": "meta"}, r"device='meta'.*cpu.*cuda"),
@@ -470,7 +470,7 @@ def test_what_cannot_be_is_refused_in_words(photos, tmp_path, changes, message):
 
 @pytest.mark.parametrize("place", [".", "runs/mine", "apples"])
 def test_a_run_among_its_own_photos_is_refused(photos, place):
-    with pytest.raises(ValueError, match=r"lies in data=.*its pictures would be taken for photos"):
+    with pytest.raises(ValueError, match=r"is inside data=.*its image sheets would be trained on"):
         loop.train(config(photos, photos / place), QUIET)
     assert not (photos / "runs").exists()
 

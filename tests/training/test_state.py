@@ -125,7 +125,7 @@ def test_a_damaged_state_is_passed_over_and_that_is_said(out, damage):
 def test_a_run_without_a_whole_state_is_not_started_anew(out, damage):
     for step in (0, 10, 20):
         damage(out / "states", f"{step:09}")
-    with pytest.raises(ValueError, match=r"up to step 20, and none is whole.*remove .*states to start anew"):
+    with pytest.raises(ValueError, match=r"up to step 20, but none is complete.*remove .*states to start again"):
         start_from(out)
     assert len(list((out / "states").glob("*.json"))) == 3  # still there, to be mended
 
@@ -201,7 +201,7 @@ class FullDisk:
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_full_disk_leaves_the_states_before_it(out, monkeypatch, at):
     monkeypatch.setattr(os, "fsync", FullDisk(at))
-    with pytest.raises(OSError, match=r"state of step 30 cannot be written.*No space left.*make room"):
+    with pytest.raises(OSError, match=r"state of step 30 cannot be written.*No space left.*free space in"):
         save(out, 30)
     monkeypatch.undo()
     saved, broken = start_from(out)

@@ -67,7 +67,7 @@ def test_a_run_leaves_a_checkpoint_that_loads_strictly_and_its_figures(photos, t
     assert vit_config == ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"})
     DinoVisionTransformer(vit_config).load_state_dict(weights, strict=True)
     found = lines(out)
-    assert [line["step"] for line in found] == list(range(1, 10))  # 25 photos to train on: 3 steps per epoch
+    assert [line["step"] for line in found] == list(range(1, 10))  # 25 images to train on: 3 steps per epoch
     assert all(
         np.isfinite(line[key])
         for line in found
@@ -173,8 +173,8 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
         ("smoke", ["epochs=1e30"], "^epochs=1e\\+30: Input should be less"),
         ("smoke", ["epochs=three"], "^epochs='three': Input should be a valid number"),
         ("smoke", ["seed=-1"], "^seed=-1: Input should be greater"),
-        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. is a range"),
-        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. is a range"),
+        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. must be shares"),
+        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. must be shares"),
         ("smoke", ["last_phase={share = 1.2, global_size = 98, local_size = 42}"], "last_phase.share"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_run_goes_back_and_passes_over_what_is_not_finite(photos, tmp_path, mo
     loop.train(config(photos, out, save_every_minutes=1e-9), QUIET)
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 6, 7, 8, 9]
     said = [line for line in read_lines(out / "events.jsonl") if line["kind"] == "rollback"]
-    assert "passes over step 5" in said[0]["message"]
+    assert "skips step 5" in said[0]["message"]
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weights(photos, tmp_path):
@@ -366,7 +366,7 @@ def test_a_run_does_not_go_on_with_other_photos(photos, tmp_path):
     out = tmp_path / "run"
     loop.train(config(photos, out, epochs=1), QUIET)
     moved = shutil.copytree(photos, tmp_path / "moved")
-    loop.train(config(moved, out, epochs=1), QUIET)  # the same photos elsewhere are the same run
+    loop.train(config(moved, out, epochs=1), QUIET)  # the same images elsewhere are the same run
     for path in sorted(moved.rglob("*.png")):
         Image.new("RGB", (40, 30)).save(path)
     with pytest.raises(ValueError, match="changed"):
@@ -402,7 +402,7 @@ def test_a_run_starts_from_an_artifact(photos, tmp_path):
 
 def test_a_run_does_not_start_from_another_network(photos, tmp_path):
     first = loop.train(config(photos, tmp_path / "first", epochs=1), QUIET)
-    with pytest.raises(ValueError, match=r"init=.*checkpoint\.safetensors is another network.*depth=2.*depth=3"):
+    with pytest.raises(ValueError, match=r"init=.*checkpoint\.safetensors has a different network.*depth=2.*depth=3"):
         loop.train(config(photos, tmp_path / "second", init=first, vit={**TINY["vit"], "depth": 3}), QUIET)
 
 
@@ -478,4 +478,4 @@ def test_a_whitened_run_gives_away_another_basis_and_goes_on_from_the_trained_on
     model = DinoVisionTransformer(ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"}))
     model.load_state_dict(whitened)
     spec = PreprocessSpec(resize=28, crop=28)
-    assert extract_features(model, paths, spec)["cls"].mean(dim=0).abs().max() < 0.3  # two photos were held out
+    assert extract_features(model, paths, spec)["cls"].mean(dim=0).abs().max() < 0.3  # two images were held out

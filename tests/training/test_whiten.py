@@ -74,7 +74,7 @@ def test_whitening_twice_changes_little():
 
 
 @pytest.mark.parametrize(
-    ("shrinkage", "n", "message"), [(0.0, 200, "shrinkage.*0.0"), (float("nan"), 200, "nan"), (0.1, 1, "two photos")]
+    ("shrinkage", "n", "message"), [(0.0, 200, "shrinkage.*0.0"), (float("nan"), 200, "nan"), (0.1, 1, "two images")]
 )
 def test_impossible_input_is_refused(shrinkage, n, message):
     model = make_model()

@@ -1,1 +1,1 @@
-"""Images to crops: sources, decoding, loading, augmentation, masking."""
+"""From images to crops: sources, decoding, loading, augmentation and masking."""

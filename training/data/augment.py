@@ -1,28 +1,27 @@
-"""Random crops and colours of whole batches, in plain tensor code that runs where the network runs.
+"""Random crops and colours of whole batches, in plain tensor code that runs on the network's device.
 
-What DINOv2 does per crop with Pillow and torchvision in worker processes (`dinov2/data/augmentations.py`) is done here
-for many crops at once. Resizing is linear along each axis, so a crop is two small matrix products, rows @ image @
-columns^T: antialiased exactly as Pillow does it (with a box and the bilinear filter), with the flip folded into the
-columns. `tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
+DINOv2 augments each crop with Pillow and torchvision in worker processes (`dinov2/data/augmentations.py`); this module
+does it for many crops at once. Resizing is linear along each axis, so a crop is two small matrix products, rows @ image
+@ columns^T. They antialias exactly as Pillow (with a box and the bilinear filter) and include the flip.
+`tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
 
-What is drawn for a view (`draw_views`) is a handful of numbers, made on the CPU and keyed by sample
-(`training/randomness.py`): a photo's views do not depend on its batch, and the program knows without asking a GPU which
-crops to blur, turn in hue or solarise, so that nothing is computed for the others. Each crop has its own order of
-colour operations, as in torchvision: brightness, contrast and saturation are one operation, a blend with another
-image, so that three rounds of it serve all orders, and the hue comes in between where it is due.
+The random numbers of a view (`draw_views`) are few. They are made on the CPU and keyed by sample
+(`training/randomness.py`), so an image's views do not depend on its batch, and it is known without asking a GPU which
+crops to blur, shift in hue or solarise. Nothing is computed for the others. Each crop has its own order of colour
+operations, as in torchvision. Brightness, contrast and saturation are one operation, a blend with another image, so
+three rounds of blending serve all orders; the hue shift happens before, between or after them.
 
-Crops go through all operations a part of the batch at a time: on a CPU as many as stay in its cache, on a GPU all of
-them, up to what its memory should hold. On a CPU a crop's surroundings are cut out of the photo before the products, as
-most of a photo is outside a local crop.
+Crops go through all operations in chunks: on a CPU as many as fit into its cache, on a GPU all of them, up to a memory
+limit. On a CPU the window around a crop is cut out before the products, since a local crop needs little of its image.
 
-Decided knowingly: DINOv2's `GaussianBlur(p)` blurs with probability 1 - p, so the released weights saw blur on 0 / 90 /
-50 % of first global, second global and local crops. The probabilities here mean what they say; the recipes state the
-effective ones.
+A deliberate difference: DINOv2's `GaussianBlur(p)` blurs with probability 1 - p, so the released weights saw blur on
+0 / 90 / 50 % of first global, second global and local crops. Here a probability is the probability of blur, and the
+recipes state the effective ones.
 
-Legend: V views per photo, B photos, n crops, S side of the stored square photo, W side of the window cut out of it, o
-side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the photo's
-sides. Photos are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
-crop's aspect is right in the photo's own pixels. Functions with a trailing underscore work in place.
+Legend: V views per image, B images, n crops, S side of the stored square image, W side of the window cut out of it, o
+side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's
+sides. Images are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
+crop's aspect is right in the image's own pixels. Functions with a trailing underscore work in place.
 """
 
 import functools
@@ -52,7 +51,7 @@ CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # elements of crops, or of what they are cu
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: side in pixels, range of the share of the photo's area, and probabilities of the extras."""
+    """One kind of crop: side in pixels, range of its share of the image's area, probabilities of blur and solarize."""
 
     size: int
     scale: tuple[float, float]
@@ -64,7 +63,7 @@ class View:
 class Jitter:
     """Strengths as in torchvision's ColorJitter, applied with `probability`; `gray` is the share of gray crops.
 
-    `white_balance` is ours: the light of another shop or hour, which the four others do not imitate.
+    `white_balance` is our addition: it imitates light of another place or hour, which the other four do not.
     """
 
     white_balance: float = 0.0
@@ -78,11 +77,11 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decided for n crops, all on the CPU.
+    """The random choices for n crops, all on the CPU.
 
     `boxes` [n, 4]; `flips` bool [n]; `gains` [n, 3] or None; `blends` int [n, 3] and `factors` [n, 3], the kind and
-    strength of each round of blending (factor 1 changes nothing); `hue` [n] in turns, due before round `hue_round` [n]
-    (3: after the last; -1: never); `gray` and `solarize` bool [n]; `sigma` [n] of the blur in pixels, 0 for none.
+    strength of each round of blending (factor 1 changes nothing); `hue` [n] in turns, applied before round `hue_round`
+    [n] (3: after the last; -1: never); `gray` and `solarize` bool [n]; `sigma` [n] of the blur in pixels, 0 for none.
     """
 
     boxes: Tensor
@@ -98,31 +97,31 @@ class Draws:
 
 
 def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
-    """Random-resized-crop boxes [n, 4] for photos of width / height `aspect` [n].
+    """Draw random-resized-crop boxes [n, 4] for images of width / height `aspect` [n].
 
-    Area uniform in `scale`, log aspect uniform in 3/4 to 4/3, ten attempts; if none fits, the largest centred box whose
-    aspect is in range (torchvision's RandomResizedCrop).
+    Area is uniform in `scale` and log aspect uniform in 3/4 to 4/3. If none of ten attempts fits, the box is the
+    largest centred one with an aspect in range (as torchvision's RandomResizedCrop).
     """
-    # Doubles: whether an attempt fits, and the rounded box, must not hang on how exp was vectorised.
+    # Doubles: whether an attempt fits, and the rounded box, must not depend on how exp is vectorised.
     drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
     area, ratio, shift = drawn[:, :CROP_ATTEMPTS], drawn[:, CROP_ATTEMPTS:-2], drawn[:, -2:]
     aspect = aspect.double()
     area = scale[0] + (scale[1] - scale[0]) * area
     low, high = (math.log(bound) for bound in CROP_ASPECT)
-    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the photo's sides
+    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the image's sides
     widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
     fits = (widths <= 1) & (heights <= 1)
     first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
+    any_fits = fits.any(dim=1)
     centred = aspect.clamp(*CROP_ASPECT) / aspect  # width / height of the fallback box, in units of the sides
-    width = torch.where(found, widths.gather(1, first)[:, 0], centred.clamp(max=1))
-    height = torch.where(found, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
-    top, left = torch.where(found[:, None], shift, 0.5).unbind(1)
+    width = torch.where(any_fits, widths.gather(1, first)[:, 0], centred.clamp(max=1))
+    height = torch.where(any_fits, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
+    top, left = torch.where(any_fits[:, None], shift, 0.5).unbind(1)
     return torch.stack((top * (1 - height), left * (1 - width), height, width), dim=1).float()
 
 
 def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
-    """The draws of one crop of each photo of width / height `aspect` [n]; `random` has n keys."""
+    """Draw the choices for one crop of each image of width / height `aspect` [n]; `random` has n keys."""
     flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
     strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
     chosen = jittered < jitter.probability
@@ -151,23 +150,23 @@ def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom)
 
 
 def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """`crops` [n, ...] with `change(crops, *parameters)` done to the `chosen` ones (bool [n], on the CPU) only."""
+    """Apply `change(crops, *parameters)` only to the `chosen` (bool [n], on the CPU) of `crops` [n, ...]."""
     n_chosen = int(chosen.sum())
     if n_chosen == 0:
         return crops
     if n_chosen == len(chosen):
         return change(crops, *(p.to(crops.device, non_blocking=True) for p in parameters))
     index = chosen.nonzero()[:, 0]
-    there = index.to(crops.device, non_blocking=True)
+    device_index = index.to(crops.device, non_blocking=True)
     values = (p[index].to(crops.device, non_blocking=True) for p in parameters)
-    return crops.index_copy_(0, there, change(crops.index_select(0, there), *values))
+    return crops.index_copy_(0, device_index, change(crops.index_select(0, device_index), *values))
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
-    """Rows [n, out, source] that resample [start, start + length] (pixels, [n]) to `out` pixels.
+    """Compute rows [n, out, source] that resample [start, start + length] (pixels, [n]) to `out` pixels.
 
-    A triangle of half width max(1, |length| / out) around each output pixel's centre, cut at the image's edge and
-    normalised: Pillow's `resize(..., BILINEAR, box=...)`. With a negative length the pixels come in reverse: a mirror.
+    Each row is a triangle of half width max(1, |length| / out) around the output pixel's centre, cut at the image's
+    edge and normalised, as in Pillow's `resize(..., BILINEAR, box=...)`. A negative length mirrors the pixels.
     """
     step = length / out  # source pixels per output pixel, [n]
     centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
@@ -178,21 +177,21 @@ def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tens
 
 
 def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
-    """Side int [n] of a square window, in steps, that holds all pixels that a crop by `boxes` [n, 4] looks at."""
+    """Return the side int [n], in steps, of a square window with all pixels that a crop by `boxes` [n, 4] needs."""
     length = boxes[:, 2:] * side
     seen = (length + 2 * (length / out).clamp(min=1)).amax(dim=1) + 2
     return ((seen / WINDOW_STEP).ceil().long() * WINDOW_STEP).clamp(max=side)
 
 
 def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: Tensor, window: int) -> Tensor:
-    """Crops float [n, 3, o, o] in 0..1.
+    """Cut and resize crops, float [n, 3, o, o] in 0..1.
 
     Args:
         images: uint8 [B, 3, S, S].
-        photo: which of them each crop shows, int [n] on the CPU.
-        boxes, flips: where, [n, 4], and whether mirrored, bool [n]; on the CPU.
+        photo: which of the images each crop shows, int [n] on the CPU.
+        boxes, flips: position of each crop, [n, 4], and whether it is mirrored, bool [n]; on the CPU.
         out: side of the crops.
-        window: side of the part of the photo that is multiplied, at least `window_sides`; S is always right.
+        window: side of the part of the image that is multiplied, at least `window_sides`; S is always valid.
     """
     side = images.shape[-1]
     start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
@@ -207,28 +206,28 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
     start, length = start + length * (sign < 0), length * sign
     spans = torch.stack((start, length)).flatten(1).to(images.device, non_blocking=True)  # [2, n*2]
     rows, columns = resize_weights(spans[0], spans[1], window, out).view(-1, 2, out, window).unbind(1)
-    # Channels between the axes: each product then takes all three at once.
+    # Channels are between the axes, so that each product handles all three at once.
     wide = pixels.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2)  # [n, W, 3*W]
     narrow = ((rows / 255) @ wide).view(-1, out * 3, window) @ columns.transpose(1, 2)  # [n, o*3, o]
     return narrow.view(-1, out, 3, out).transpose(1, 2).contiguous()
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma [n, 1, H, W] of `images` [n, 3, H, W]."""
+    """Compute the luma [n, 1, H, W] of `images` [n, 3, H, W]."""
     r, g, b = images.chunk(3, dim=1)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def adjust_white_balance_(images: Tensor, gains: Tensor) -> Tensor:
-    """`images` [n, 3, H, W] times one gain per channel [n, 3], clipped to 0..1: the colour of the light."""
+    """Multiply each channel of `images` [n, 3, H, W] by its gain [n, 3] and clip to 0..1: another colour of light."""
     return images.mul_(gains[:, :, None, None]).clamp_(0, 1)
 
 
 def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
-    """Each of `images` [n, 3, H, W] blended with another one, clipped to 0..1; factor 1 changes nothing.
+    """Blend each of `images` [n, 3, H, W] with another image and clip to 0..1; factor 1 changes nothing.
 
-    `kind` and `factor` [n] are on the CPU. Brightness blends with black, contrast with the image's mean luma,
-    saturation with its luma: factor * image + (1 - factor) * other.
+    The result is factor * image + (1 - factor) * other. For brightness the other is black, for contrast the image's
+    mean luma, for saturation its luma. `kind` and `factor` [n] are on the CPU.
     """
     if bool((factor == 1).all()):
         return images
@@ -243,11 +242,11 @@ def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
-    """The hue of `images` [n, 3, H, W] moved by `turn` [n] of a full circle, in HSV."""
+    """Shift the hue of `images` [n, 3, H, W] by `turn` [n] of a full circle, in HSV."""
     r, g, b = images.chunk(3, dim=1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    # The hue in turns: the difference of the two weaker channels from where the strongest one's sector has its middle.
+    # The hue in turns: the middle of the strongest channel's sector plus the difference of the two weaker channels.
     # Sums with 0 and 1 for false and true: `torch.where` is several times slower on a CPU.
     red = (r >= value).to(images.dtype)
     green = (g >= value).to(images.dtype).mul_(1 - red)
@@ -255,8 +254,8 @@ def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
     difference = (g - b).mul_(red).addcmul_(b - r, green).addcmul_(r - g, blue)
     hue = difference.div_(chroma.clamp(min=1e-12).mul_(6)).add_(green, alpha=1 / 3).add_(blue, alpha=2 / 3)
     hue.add_(turn.view(-1, 1, 1, 1))
-    # A channel keeps the value up to a sixth of a turn from its own hue and has lost the chroma at two sixths. Own hues
-    # are 0, 1/3, 2/3; with 1/2 and a whole turn more (the fraction of negatives is negative) the distance is from 1/2.
+    # A channel keeps the value up to a sixth of a turn from its own hue and loses the chroma by two sixths. Own hues
+    # are 0, 1/3, 2/3; with 1/2 and a whole turn added (the fraction of negatives is negative) distance is from 1/2.
     own = _per_channel((1.5, 7 / 6, 5 / 6), hue.device, hue.dtype)
     distance = (hue + own).frac_().sub_(0.5).abs_()  # [n, 3, H, W]
     lost = distance.mul_(6).sub_(1).clamp_(0, 1)
@@ -264,14 +263,14 @@ def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def _gaussian_taps(sigma: Tensor) -> Tensor:
-    """A 9-tap Gaussian of `sigma` [n] pixels, [n, 9]; sigma 0 is the identity."""
+    """Return a 9-tap Gaussian of `sigma` [n] pixels, [n, 9]; sigma 0 is the identity."""
     offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
     taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
     return taps / taps.sum(dim=1, keepdim=True)
 
 
 def blur_weights(sigma: Tensor, side: int) -> Tensor:
-    """Matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, edges reflected."""
+    """Return matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, with reflected edges."""
     offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
     source = (torch.arange(side, device=sigma.device)[:, None] + offsets).abs()  # [side, taps]
     source = torch.where(source >= side, 2 * (side - 1) - source, source)
@@ -298,18 +297,18 @@ def _blur_by_taps(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """`images` [n, 3, o, o] blurred with a 9-tap Gaussian of `sigma` [n] pixels each, edges reflected.
+    """Blur `images` [n, 3, o, o] with a 9-tap Gaussian of `sigma` [n] pixels each, with reflected edges.
 
-    Few large products suit a GPU and small crops; on a CPU a large crop's nine taps are less work than its matrices.
+    Few large products suit a GPU and small crops. On a CPU a large crop's nine taps are less work than its matrices.
     """
     by_taps = images.device.type == "cpu" and images.shape[-1] >= TAPS_FROM_SIDE
     return _blur_by_taps(images, sigma) if by_taps else _blur_by_matrices(images, sigma)
 
 
 def solarize(images: Tensor) -> Tensor:
-    """The values above one half inverted: on bytes, Pillow's `ImageOps.solarize` at 128.
+    """Invert the values above one half: on bytes, Pillow's `ImageOps.solarize` at 128.
 
-    Between the bytes 127 and 128 this choice is continuous: a difference in rounding cannot grow.
+    The function is continuous between the bytes 127 and 128, so a rounding difference does not grow.
     """
     return torch.minimum(images, 1 - images)
 
@@ -319,7 +318,7 @@ def _to_gray_(images: Tensor) -> Tensor:
 
 
 def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
-    """White balance, jitter and gray of `crops` [n, 3, o, o] with the draws at `index` [n]."""
+    """Apply white balance, jitter and gray to `crops` [n, 3, o, o] with the draws at `index` [n]."""
     if draws.gains is not None:
         crops = adjust_white_balance_(crops, draws.gains[index].to(crops.device, non_blocking=True))
     hue, hue_round = draws.hue[index], draws.hue_round[index]
@@ -333,7 +332,7 @@ def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Constants [3, 1, 1] on a device: once, since a GPU's host would wait for the copy in every step."""
+    """Return constants [3, 1, 1] on a device. They are cached: copying them would make the host wait in every step."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
@@ -345,7 +344,7 @@ def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """ImageNet's mean and deviation, as `model.preprocess` applies them in evaluation and serving, in one pass."""
+    """Subtract ImageNet's mean and divide by its deviation in one pass, as `model.preprocess` does."""
     mean, std = _mean_and_std(images)
     return torch.addcmul(-mean / std, images, 1 / std, out=out)
 
@@ -353,16 +352,16 @@ def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
 def augmented_views(
     images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, random: SampleRandom
 ) -> Tensor:
-    """`n_views` random crops of each photo, normalised, ready for the network.
+    """Make `n_views` random crops of each image, normalised for the network.
 
     Args:
         images: uint8 [B, 3, S, S].
-        aspect: width / height of the photos before they were squashed [B], on the CPU.
+        aspect: width / height of the images before they were squashed [B], on the CPU.
         view, n_views, jitter: what to draw.
-        random: B keys on the CPU, the only source of randomness: a photo's views depend on its key alone.
+        random: B keys on the CPU, the only source of randomness: an image's views depend only on its key.
 
     Returns:
-        float [V * B, 3, o, o], all photos' first views first.
+        float [V * B, 3, o, o], all images' first views first.
     """
     n_photos, side, out = len(images), images.shape[-1], view.size
     draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))

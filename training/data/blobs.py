@@ -1,11 +1,11 @@
-"""Large files read at any place by any thread: on this machine, over HTTP, or behind a file system that fsspec knows.
+"""Random access to large files by any thread: on this machine, over HTTP, or in a file system that fsspec knows.
 
-A tar shard is such a file: its index is made by hopping over headers, and a photo is one range of it. Only three
-operations are needed (size, version, range), so fsspec's own HTTP file system, which needs a further package, is not:
-httpx is there anyway, and says clearly when a server has no ranges.
+A tar shard is such a file: its index is made by jumping from header to header, and an image is one range of it. Only
+size, version and range reads are needed. HTTP uses httpx, which is a dependency already, and not fsspec's HTTP file
+system, which needs another package. With httpx a server without range support gets a clear error.
 
-Errors mean one of two things. ValueError: this file cannot be used, today or tomorrow. OSError: the place did not
-answer, three times, or the file is being changed; nothing is known of what it holds.
+Errors have one of two meanings. ValueError: the file cannot be used, and trying again will not help. OSError: the
+server or disk failed three times, or the file is being changed; its content remains unknown.
 """
 
 import os
@@ -22,33 +22,33 @@ T = TypeVar("T")
 TRIES = 3
 HTTP_TIMEOUT_S = 30.0
 REPEATABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP status codes that may be gone a moment later."""
+"""HTTP status codes of errors that may be temporary."""
 
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "created")
-"""What fsspec's file systems call that which changes with the file."""
+"""Names that fsspec's file systems use for a value that changes with the file."""
 
 
 class Blob(Protocol):
-    """A file of `size` bytes. `version` changes when it does ("" where the place cannot tell)."""
+    """A file of `size` bytes. `version` changes with the file ("" if the file system does not report one)."""
 
     url: str
     size: int
     version: str
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes.
+        """Read exactly `length` bytes.
 
         Raises:
             Changed: the file has changed since it was opened, or is shorter.
-            OSError: the place does not answer.
+            OSError: the server or disk does not answer.
         """
 
 
 class Changed(OSError):
-    """A file is another one than when it was opened: a run cannot go on with it."""
+    """The file differs from the one that was opened, so a run cannot continue with it."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(f"{url} has changed since it was opened; start again with files that stay as they are")
+        super().__init__(f"{url} has changed since it was opened; start again with files that do not change")
 
 
 def _whole(data: bytes, length: int, url: str) -> bytes:
@@ -58,7 +58,7 @@ def _whole(data: bytes, length: int, url: str) -> bytes:
 
 
 def _repeated(operation: Callable[[], T]) -> T:
-    """What the operation gives, tried again after 1 and 2 seconds where it raises OSError."""
+    """Return the operation's result; on OSError try again after 1 and after 2 seconds."""
     for attempt in range(1, TRIES):
         try:
             return operation()
@@ -74,15 +74,15 @@ class LocalBlob:
 
     def __init__(self, path: Path) -> None:
         self.url = str(path)
-        found = path.stat()
-        self.size, self._modified = found.st_size, found.st_mtime_ns
-        self.version = str(found.st_mtime_ns)
+        status = path.stat()
+        self.size, self._modified = status.st_size, status.st_mtime_ns
+        self.version = str(status.st_mtime_ns)
 
     def read(self, offset: int, length: int) -> bytes:
         file = os.open(self.url, os.O_RDONLY)
         try:
-            found = os.fstat(file)
-            if (found.st_size, found.st_mtime_ns) != (self.size, self._modified):
+            status = os.fstat(file)
+            if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
                 raise Changed(self.url)
             return _whole(os.pread(file, length, offset), length, self.url)
         finally:
@@ -90,7 +90,7 @@ class LocalBlob:
 
 
 class MemoryBlob:
-    """Bytes that are here already."""
+    """Bytes in memory."""
 
     def __init__(self, url: str, data: bytes) -> None:
         self.url, self._data, self.size, self.version = url, data, len(data), ""
@@ -100,11 +100,11 @@ class MemoryBlob:
 
 
 class HttpBlob:
-    """A file on a web server that answers range requests. `url` is without what a signed one keeps secret.
+    """A file on a web server that answers range requests. `url` leaves out the secrets of a signed URL.
 
     Raises:
-        ValueError: it does not, or it refuses.
-        OSError: it does not answer.
+        ValueError: the server does not support ranges, or refuses the request.
+        OSError: the server does not answer.
     """
 
     def __init__(self, url: str, client: httpx.Client) -> None:
@@ -115,7 +115,7 @@ class HttpBlob:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if response.status_code == 200 or not total.isdecimal():
             raise ValueError(
-                f"{self.url}: the server does not answer range requests; download the file and name it locally"
+                f"{self.url}: the server does not answer range requests; download the file and give its local path"
             )
         self.size = int(total)
         etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
@@ -132,13 +132,13 @@ class HttpBlob:
                 status = response.status_code
                 if status in REPEATABLE:
                     raise OSError(f"{self.url}: HTTP {status}")
-                if status == 412:  # our If-Match
+                if status == 412:  # a condition of `_match` failed
                     raise Changed(self.url)
                 if status == 404:
                     raise FileNotFoundError(f"{self.url}: HTTP 404, no such file")
                 if status not in (200, 206):
                     raise ValueError(f"{self.url}: HTTP {status}" + (", the file is empty" if status == 416 else ""))
-                # a server without ranges sends all of a file of any size: not to be read
+                # A server without range support sends the whole file, of any size: do not read it.
                 return response, response.read() if status == 206 else b""
         except httpx.HTTPError as error:
             raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
@@ -150,34 +150,34 @@ class HttpBlob:
 class FsspecBlob:
     """A file behind fsspec (s3, gs, memory, ...); its package, such as s3fs, must be installed.
 
-    A change between opening and reading is only noticed where it makes the file shorter.
+    A change between opening and reading is only noticed if the file becomes shorter.
     """
 
     def __init__(self, url: str, system: fsspec.AbstractFileSystem, path: str) -> None:
         self.url, self._system, self._path = url, system, path
-        found: dict[str, Any] = _repeated(lambda: self._asked(lambda: system.info(path)))
-        self.size = int(found["size"])
-        self.version = next((str(found[key]) for key in VERSION_KEYS if found.get(key) is not None), "")
+        info: dict[str, Any] = _repeated(lambda: self._guarded(lambda: system.info(path)))
+        self.size = int(info["size"])
+        self.version = next((str(info[key]) for key in VERSION_KEYS if info.get(key) is not None), "")
 
-    def _asked(self, operation: Callable[[], T]) -> T:
+    def _guarded(self, operation: Callable[[], T]) -> T:
         try:
             return operation()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.url}: no such file") from error
         except OSError:
             raise
-        except Exception as error:  # botocore's, gcsfs's, ...: none of them is known here
+        except Exception as error:  # errors of botocore, gcsfs and others, which have no common class
             raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
 
     def read(self, offset: int, length: int) -> bytes:
         if not length:
             return b""
-        data = _repeated(lambda: self._asked(lambda: self._system.cat_file(self._path, offset, offset + length)))
+        data = _repeated(lambda: self._guarded(lambda: self._system.cat_file(self._path, offset, offset + length)))
         return _whole(bytes(data), length, self.url)
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that a URL names, and the path in it.
+    """Return the file system that a URL names, and the path in it.
 
     Raises:
         ValueError: the protocol is unknown, or its package is not installed.
@@ -190,11 +190,11 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def open_blob(url: str, client: httpx.Client) -> Blob:
-    """A file by its URL or local path. `client` is for http and https; one serves all files.
+    """Open a file by its URL or local path. `client` is for http and https; one client serves all files.
 
     Raises:
         ValueError: no such file, an unknown protocol, or a server without range requests.
-        OSError: the place does not answer.
+        OSError: the server or disk does not answer.
     """
     try:
         if "://" not in url:

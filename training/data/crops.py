@@ -1,4 +1,4 @@
-"""What one step looks at: crops and masks of its images, each a function of (seed, step, position in the batch).
+"""The input of one step: crops and masks of its images, each a function of (seed, step, position in the batch).
 
 Legend: B images per step, b of them on this rank and in this micro-batch, V views, N patches of a global crop, M of
 all of them selected, S side of a stored image, G and L sides of global and local crops.
@@ -18,16 +18,16 @@ from training.randomness import SampleRandom, sample_keys
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a run: the views of each image, and the micro-batch that their sizes allow."""
+    """One part of a run: the views of each image, and the micro-batch for their sizes."""
 
-    starts_at: float  # share of the run that is over when it begins
+    starts_at: float  # share of the run that is done when the phase begins
     views: tuple[tuple[View, int], ...]  # first global, second global, local view, with how many of each
     micro_batch: int | None = None  # images of one forward pass on one rank; None: all of them
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """Everything that decides what the networks see of a run's images; `seed` is the root of all randomness."""
+    """All settings of how crops and masks are made; `seed` is the root of all randomness."""
 
     seed: int
     batch_size: int  # images of a step, over all ranks and micro-batches
@@ -36,10 +36,10 @@ class CropSettings:
     jitter: Jitter
     mask_ratio: tuple[float, float]
     mask_probability: float
-    ibot_on_all_patches: bool = False  # every patch is asked for, and none is hidden
+    ibot_on_all_patches: bool = False  # iBOT uses every patch, and no patch is masked
 
     def phase(self, share_done: float) -> Phase:
-        """The one that is going on when `share_done` of the run is over."""
+        """Return the phase that is active after `share_done` of the run."""
         return [phase for phase in self.phases if share_done >= phase.starts_at][-1]
 
 
@@ -50,8 +50,8 @@ class Crops:
     globals_: Tensor  # [2b, 3, G, G]
     locals_: Tensor | None  # [V*b, 3, L, L]
     hidden: Tensor  # bool [2b, N]: patches that the student does not see
-    masks: Tensor  # bool [2b, N]: patches that iBOT asks for
-    selected: Tensor  # int64 [M]: the places of these in [2b * N]
+    masks: Tensor  # bool [2b, N]: patches that iBOT's loss is computed on
+    selected: Tensor  # int64 [M]: their positions in [2b * N]
 
 
 def make_crops(
@@ -63,16 +63,16 @@ def make_crops(
     phase: Phase,
     device: torch.device,
 ) -> Crops:
-    """Crops and masks of some images of a step, the same ones in whatever split of the batch they are asked for.
+    """Make crops and masks of some images of a step. They do not depend on how the batch is split.
 
     Args:
-        settings: of the run.
+        settings: the run's crop settings.
         images: uint8 [b, 3, S, S].
         aspect: their width / height before they were squashed, float [b], on the CPU.
         step: counted from 0.
-        positions: where they stand among the `batch_size` images of the step, over all ranks and micro-batches;
+        positions: their positions among the `batch_size` images of the step, over all ranks and micro-batches;
             int64 [b], on the CPU. The first view of image p is image p of the step's masks, the second batch_size + p.
-        phase: whose views are made: `settings.phase(...)`.
+        phase: the phase of the run that defines the views, from `settings.phase(...)`.
         device: where the crops are made and stay.
     """
     assert len(images) == len(aspect) == len(positions), (len(images), len(aspect), len(positions))
@@ -94,17 +94,17 @@ def make_crops(
         probability=0.0 if settings.ibot_on_all_patches else settings.mask_probability,
     )
     masks = np.ones_like(hidden) if settings.ibot_on_all_patches else hidden
-    # Looked up here, where the masks are made: on a GPU the host would have to wait for the answer.
-    there = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
+    # Positions are computed here on the CPU with the masks: on a GPU the host would have to wait for them.
+    tensors = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
     if device.type == "cuda":  # from pinned memory the host need not wait for the copy
-        there = [x.pin_memory().to(device, non_blocking=True) for x in there]
-    return Crops(torch.cat((first, second)), local[0] if local else None, *there)
+        tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
+    return Crops(torch.cat((first, second)), local[0] if local else None, *tensors)
 
 
 def make_micros(
     settings: CropSettings, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
-    """This rank's images of a step as crops, cut into micro-batches."""
+    """Make crops of this rank's images of a step, split into micro-batches."""
     phase = settings.phase(step / total)
     mine = range(world.rank * len(pixels), (world.rank + 1) * len(pixels))
     positions = torch.arange(mine.start, mine.stop)

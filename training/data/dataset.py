@@ -1,14 +1,14 @@
-"""Photos as training sees them: numbered items with a name, perhaps a label, and bytes that may be broken.
+"""Images for training: numbered items with a name, an optional label, and bytes that may be broken.
 
-Three places hold them (`training/data/sources.py`): folders, tar shards, Hugging Face datasets. Whatever the place, an
-item is encoded bytes. `model/decode.py` decodes them, so training sees the pixels that serving sees, and a hostile or
-damaged file is a ValueError with a reason and never more.
+They come from folders, tar shards or Hugging Face datasets (`training/data/sources.py`). In each case an item is
+encoded bytes. `model/decode.py` decodes them, so training sees the same pixels as serving, and a hostile or damaged
+file is a ValueError with a reason and has no other effect.
 
-Ten crops per photo and epoch from JPEGs would decode each photo again and again. A photo is decoded once per step (or
-once per run, where all fit into memory: `training/data/loader.py`) and squashed to a square, so that a batch is one
-tensor; `aspect` keeps its shape (see `training/data/augment.py`).
+Decoding a JPEG for each of ten crops per image and epoch would repeat the same work. An image is decoded once per step
+(or once per run if all fit into memory: `training/data/loader.py`) and squashed to a square, so that a batch is one
+tensor; `aspect` stores its shape (see `training/data/augment.py`).
 
-Legend: n photos, S side of the squares, b photos of a step.
+Legend: n images, S side of the squares, b images of a step.
 """
 
 import os
@@ -32,13 +32,13 @@ from model.preprocess import PreprocessSpec, output_size
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
 MAX_BYTES = 256 * 2**20
-"""Bytes of one encoded image. A larger file is not read into memory."""
+"""Maximum bytes of one encoded image. A larger file is not read into memory."""
 
 LIMITS = DecodeLimits(max_bytes=MAX_BYTES, max_pixels=PILLOW_MAX_PIXELS)
-"""What an image may cost: more than in serving, since a run's owner chose the images."""
+"""Decoding limits. They are higher than in serving, since the owner of a run chose the images."""
 
 DRAFT_MARGIN = 2
-"""libjpeg may decode at 1/2, 1/4, 1/8 of a side, as long as this many times the square's side remain: the bicubic
+"""libjpeg may decode at 1/2, 1/4 or 1/8 of a side, as long as this many times the square's side remain. The bicubic
 resize then still averages over pixels, and the squares differ by about one of 255 levels."""
 
 Indices = npt.NDArray[np.int64]
@@ -46,18 +46,17 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Skipped:
-    """What could not be read, and why."""
+    """An image that could not be read, and the reason."""
 
     name: str
     reason: str
 
 
 class Source(Protocol):
-    """A numbered collection of encoded photos. All methods may be called from any thread.
+    """A numbered collection of encoded images. All methods may be called from any thread.
 
-    The order is a function of the data alone. `parts` holds the items' numbers by `train` and `val` where the data is
-    already split so, and is empty where it is not. `skipped` lists what was known to be unreadable on opening; it has
-    no number.
+    The order depends only on the data. `parts` has the items' numbers by `train` and `val` if the data has that split,
+    else it is empty. `skipped` lists items found unreadable on opening; they have no number.
     """
 
     @property
@@ -69,25 +68,25 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Unique in the source, the same on every machine, printable."""
+        """Return a printable name, unique in the source and the same on every machine."""
 
     def label(self, index: int) -> str | None: ...
 
     def encoded(self, index: int) -> bytes:
-        """The photo as its file has it.
+        """Return the image's bytes as stored in its file.
 
         Raises:
-            ValueError: this item is broken, and will be so tomorrow; the message says why.
-            OSError: the place does not answer; nothing is known of the item.
+            ValueError: the item is broken for good; the message gives the reason.
+            OSError: the server or disk does not answer; the item may be fine.
         """
 
     def fingerprint(self, index: int) -> str:
-        """What can be told of the content without reading it (its size in bytes)."""
+        """Return what is known of the content without reading it (its size in bytes)."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One item of a source: what the evaluation takes in the place of a path."""
+    """One item of a source; evaluation takes it like a path."""
 
     source: Source
     index: int
@@ -101,7 +100,7 @@ class Photo:
         return self.source.label(self.index)
 
     def read(self) -> Pixels:
-        """RGB uint8 [H, W, 3], upright; errors as `decode` and `Source.encoded`."""
+        """Return RGB uint8 [H, W, 3], upright; errors as `decode` and `Source.encoded`."""
         return decode(self.source.encoded(self.index))
 
 
@@ -115,7 +114,7 @@ class Subset:
 
     @property
     def skipped(self) -> Sequence[Skipped]:
-        """Those of the whole source."""
+        """Return the skipped items of the whole source."""
         return self._source.skipped
 
     def __len__(self) -> int:
@@ -135,15 +134,15 @@ class Subset:
 
 
 def photos_of(source: Source) -> list[Photo]:
-    """The items of a source, as the evaluation takes them."""
+    """Return the items of a source as a list for the evaluation."""
     return [Photo(source, i) for i in range(len(source))]
 
 
 def label_of(photo: Path | Photo) -> str:
-    """Class of a photo: its label, for a file the name of its folder.
+    """Return an image's class: its label, or for a file the name of its folder.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no label.
     """
     label = photo.parent.name if isinstance(photo, Path) else photo.label
     if label is None:
@@ -158,16 +157,16 @@ def decode(data: bytes) -> Pixels:
     """Decode an image as serving does, see `model.decode.decode`.
 
     Raises:
-        ValueError: not a readable image, or one that is too large; the message says why.
+        ValueError: not a readable image, or too large; the message gives the reason.
     """
     return decode_image(data, LIMITS)
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """A photo [H, W, 3] as a square uint8 [3, side, side], bicubic, and its aspect (width / height).
+    """Resize an image [H, W, 3] to a square uint8 [3, side, side], bicubic; return it with its aspect (width / height).
 
     Raises:
-        ValueError: a side of it is more than 100 times the other; what the evaluation refuses is nothing to train on.
+        ValueError: one side is more than 100 times the other; evaluation refuses such images too.
     """
     height, width = photo.shape[:2]
     output_size(height, width, PreprocessSpec())
@@ -183,43 +182,43 @@ def _channels_first(square: Pixels) -> Pixels:
 
 
 def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
-    """`squash(decode(data), side)`, but a JPEG much larger than the square is decoded at a fraction of its size.
+    """Compute `squash(decode(data), side)`, but decode a JPEG much larger than the square at a fraction of its size.
 
-    The square then differs a little (`DRAFT_MARGIN`); it is the same on every call. An image that EXIF turns is turned
-    as a square, which may round a value to its neighbour.
+    The square then differs a little (`DRAFT_MARGIN`), in the same way on every call. An image with EXIF orientation is
+    turned after squashing, which may round a value to its neighbour.
 
     Raises:
         ValueError: as `decode` and `squash`.
     """
     stored = decode_stored(data, LIMITS, least_side=DRAFT_MARGIN * side)
-    # a fraction's sides are rounded up: the box says where the image ends within the last pixels
+    # A fraction's sides are rounded up; the box gives where the image ends within the last pixels.
     square = upright(_square(stored.rgb, side, stored.box), stored.orientation)
     return _channels_first(np.asarray(square)), stored.aspect
 
 
 def read_file(path: Path) -> bytes:
-    """Content of a photo's file.
+    """Read the content of an image's file.
 
     Raises:
-        ValueError: no regular file, not there, not allowed to be read, or larger than `MAX_BYTES`.
-        OSError: the disk or the system is at fault, not this file.
+        ValueError: not a regular file, missing, not readable, or larger than `MAX_BYTES`.
+        OSError: the disk or the system failed; the file may be fine.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise ValueError("not a regular file")
-        if found.st_size > MAX_BYTES:
-            raise ValueError(f"{found.st_size} bytes: more than the {MAX_BYTES} that an image may have")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{status.st_size} bytes: more than the limit of {MAX_BYTES} for an image")
         return path.read_bytes()
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error.strerror}") from error
 
 
 def read_photo(photo: Path | Photo) -> Pixels:
-    """RGB uint8 [H, W, 3], EXIF orientation applied.
+    """Return RGB uint8 [H, W, 3] with EXIF orientation applied.
 
     Raises:
-        ValueError: not a readable image; the message says why.
+        ValueError: not a readable image; the message gives the reason.
     """
     return decode(read_file(photo)) if isinstance(photo, Path) else photo.read()
 
@@ -228,13 +227,15 @@ def read_photo(photo: Path | Photo) -> Pixels:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Files below a folder in the order of their paths' parts. `above`: (device, inode) of the folders that lead here;
-    a link to one of them is a loop."""
-    here = os.stat(folder)
-    above |= {(here.st_dev, here.st_ino)}
+    """Yield files below a folder, ordered by the parts of their paths.
+
+    `above` has (device, inode) of the folders that lead here; a link to one of them is a loop and is not followed.
+    """
+    status = os.stat(folder)
+    above |= {(status.st_dev, status.st_ino)}
     with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
         try:
             if entry.is_dir():
                 target = entry.stat()
@@ -245,51 +246,51 @@ def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, .
         except PermissionError as error:
             raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
         except OSError as error:
-            if not entry.is_symlink():  # a link that leads nowhere, or to itself, is no file
+            if not entry.is_symlink():  # skip a link that leads nowhere or to itself
                 raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
 
 
 def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Files below `folder`, at any depth, whose lower-case names end so; sorted by the parts of their paths.
+    """Yield files below `folder`, at any depth, by lower-case suffix, sorted by the parts of their paths.
 
-    Links are followed, but not to a folder that holds the link.
+    Links are followed, except to a folder that contains the link.
 
     Raises:
         ValueError: no such folder, or a part of it cannot be listed.
     """
     if not folder.is_dir():
-        raise ValueError(f"data folder {folder} does not exist or is no folder")
+        raise ValueError(f"data folder {folder} does not exist or is not a folder")
     above = [parent.stat() for parent in folder.resolve().parents]
-    loops = frozenset((found.st_dev, found.st_ino) for found in above)
+    loops = frozenset((status.st_dev, status.st_ino) for status in above)
     return _walk(str(folder), loops, tuple(sorted(suffixes)))
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below `folder`, at any depth, sorted.
+    """Return all image files below `folder`, at any depth, sorted.
 
     Raises:
-        ValueError: no such folder, a part of it that cannot be listed, or no image in it.
+        ValueError: no such folder, a part of it cannot be listed, or it has no images.
     """
-    found = [Path(path) for path in walk_files(folder, SUFFIXES)]
-    if not found:
-        raise ValueError(f"no images below {folder}: looked for {', '.join(sorted(SUFFIXES))}")
-    return found
+    images = [Path(path) for path in walk_files(folder, SUFFIXES)]
+    if not images:
+        raise ValueError(f"no images below {folder}: supported suffixes are {', '.join(sorted(SUFFIXES))}")
+    return images
 
 
 # Splits and the order of a run
 
 
 def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Numbers of the photos to train on and of those held out, each ascending."""
+    """Return the numbers of the images to train on and of those held out, each ascending."""
     order = np.random.default_rng(seed).permutation(n_photos)
     n_held_out = int(n_photos * share)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
 
 def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
-    """Photos to train on and photos kept for the evaluation.
+    """Return the images to train on and the images held out for evaluation.
 
-    Data with the parts `train` and `val` is taken at its word. Otherwise a share of all photos, drawn with `seed`, is
+    If the data has the parts `train` and `val`, they are used. Otherwise a share of all images, drawn with `seed`, is
     held out and never trained on.
     """
     if {"train", "val"} <= set(source.parts):
@@ -298,21 +299,21 @@ def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subs
     return Subset(source, train), Subset(source, held_out)
 
 
-@lru_cache(maxsize=2)  # the epoch at hand, and the next while photos are read ahead
+@lru_cache(maxsize=2)  # the current epoch, and the next one while images are read ahead
 def _epoch_order(n_photos: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
     return np.random.default_rng((seed, epoch)).permutation(n_photos).astype(np.uint32)
 
 
 def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """The photos [batch_size] of one step: a fresh permutation per epoch, the incomplete last batch dropped.
+    """Return the images [batch_size] of one step: a fresh permutation per epoch, without its incomplete last batch.
 
-    A pure function of (seed, step), so a resumed run goes on with exactly the photos that come next.
+    It is a pure function of (seed, step), so a resumed run continues with exactly the images that come next.
 
     Raises:
-        ValueError: fewer photos than a batch has.
+        ValueError: there are fewer images than a batch has.
     """
     if not 1 <= batch_size <= n_photos:
-        raise ValueError(f"batch_size={batch_size} must be 1 to {n_photos}, the number of photos")
+        raise ValueError(f"batch_size={batch_size} must be 1 to {n_photos}, the number of images")
     epoch, position = divmod(step, n_photos // batch_size)
     order = _epoch_order(n_photos, seed, epoch)
     return torch.from_numpy(order[position * batch_size : (position + 1) * batch_size].astype(np.int64))

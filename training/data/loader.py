@@ -1,15 +1,15 @@
-"""The photos of each step: out of memory where all fit, else decoded in threads ahead of the loop.
+"""The images of each step: from memory if all fit, else decoded in threads ahead of the loop.
 
-Both are asked the same: `batch(step)` gives the squares that a `plan` (a pure function of the step) names, so a resumed
-run goes on with the photos that come next, however many threads decode and whatever they finish first.
+Both loaders have the same interface: `batch(step)` returns the squares that a `plan` (a pure function of the step)
+names. A resumed run therefore continues with the images that come next, whatever the number and timing of threads.
 
-A photo that cannot be read never stops a run. In memory it is left out before the first step. Streamed, its place is
-taken by the next one that can be read, a function of the data alone, and it is listed once. A place that does not
-answer (OSError) does stop it: what would stand in for those photos would differ from run to run.
+An unreadable image never stops a run. In memory it is left out before the first step. In a stream it is replaced by the
+next readable one, which depends only on the data, and it is listed once. A server or disk that does not answer
+(OSError) stops the run: images replaced for that reason would differ from run to run.
 
-Threads, not processes: Pillow decodes without the interpreter's lock, and threads share memory.
+The workers are threads and not processes: Pillow releases the interpreter's lock to decode, and threads share memory.
 
-Legend: n photos, b photos of this rank's step, S side of the squares.
+Legend: n images, b images of this rank's step, S side of the squares.
 """
 
 import math
@@ -31,13 +31,13 @@ from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
-"""(number of photos, step) -> the numbers [b] of the photos that this rank needs."""
+"""(number of images, step) -> the numbers [b] of the images that this rank needs."""
 
 MIN_TRIES = 100
-"""Before so many photos were tried, a share of broken ones says little."""
+"""Number of images to try before the share of broken ones is meaningful."""
 
 CHUNK = 32
-"""Photos that a thread takes at a time, where all are to be decoded."""
+"""Images that a thread takes at a time when all are decoded."""
 
 WAIT_WORTH_A_WORD = 0.1
 GOOD, BROKEN = 1, 2
@@ -45,8 +45,8 @@ GOOD, BROKEN = 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's photos: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
-    which of the source's photos they are, `indices` [b]."""
+    """One step's images: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
+    `indices` [b], their numbers in the source."""
 
     pixels: Tensor
     aspect: Tensor
@@ -55,13 +55,13 @@ class Batch:
 
     @property
     def names(self) -> list[str]:
-        """Names [b]; made when asked for, as only a sentinel does."""
+        """Return names [b]. They are made on demand, since only a sentinel needs them."""
         return [self.source.name(index) for index in self.indices]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How photos are read. Workers are threads that decode; None: one for each core that this process may use.
+    """How images are read. `workers` is the number of decoding threads; None: one per core available to this process.
 
     `ahead_steps`, `ahead_bytes` and `max_broken_share`: see `StreamLoader`.
     """
@@ -73,11 +73,10 @@ class Reading:
 
 
 class Loader(AbstractContextManager["Loader"], Protocol):
-    """What the loop sees. Closing it ends its threads.
+    """The loop's view of a loader. Closing it ends its threads.
 
-    `source` has the photos that the plan's numbers mean, `skipped` those found unreadable so far, `waited_s` the
-    seconds that `batch` took from its caller, `fetching_share` how much of the threads' time went into getting bytes
-    rather than decoding them.
+    The plan's numbers refer to `source`. `skipped` has the images found unreadable so far, `waited_s` the seconds that
+    callers of `batch` waited, and `fetching_share` the share of the threads' time spent getting bytes and not decoding.
     """
 
     source: Source
@@ -94,21 +93,21 @@ class Loader(AbstractContextManager["Loader"], Protocol):
 
 
 def shuffled(batch_size: int, seed: int, share: slice = slice(None)) -> Plan:
-    """The plan of a run: `batch_indices`, of which this rank takes the positions `share`."""
+    """Return the plan of a run: `batch_indices`, with this rank's positions `share` of each batch."""
     return lambda n_photos, step: batch_indices(n_photos, batch_size, step, seed)[share]
 
 
 def to_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. From pinned memory it runs beside the computation; PyTorch keeps the memory until then."""
+    """Copy to the device. From pinned memory the copy overlaps computation; PyTorch keeps the memory until then."""
     return pixels.to(device, non_blocking=True)
 
 
 class MemoryLoader:
-    """All photos of a source as squares in memory: 3 * S^2 bytes each.
+    """All images of a source as squares in memory: 3 * S^2 bytes each.
 
     Raises:
-        ValueError: not one photo could be read.
-        OSError: the place of the photos does not answer.
+        ValueError: no image could be read.
+        OSError: the images cannot be reached.
     """
 
     in_memory = True
@@ -148,7 +147,7 @@ class MemoryLoader:
         return len(self.pixels)
 
     def batch(self, step: int) -> Batch:
-        """The photos of a step."""
+        """Return the images of a step."""
         start = time.perf_counter()
         indices = self._plan(len(self), step)
         pixels = _empty_batch(len(indices), self.pixels.shape[-1], self._device)
@@ -161,16 +160,16 @@ class MemoryLoader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        pass  # its threads ended before the first step
+        pass  # the threads ended before the first step
 
 
 def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
     first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-    return f"none of {n} photos could be read{first}"
+    return f"none of {n} images could be read{first}"
 
 
 def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-    """Move the `good` rows to the front, in place: a second copy might not fit."""
+    """Move the `good` rows to the front, in place, because a second copy might not fit."""
     for to, at in enumerate(good.tolist()):
         if to != at:
             pixels[to], aspect[to] = pixels[at], aspect[at]
@@ -182,24 +181,24 @@ def _empty_batch(n: int, side: int, device: torch.device) -> Tensor:
 
 @dataclass
 class _Step:
-    """A step being decoded."""
+    """A step that is being decoded."""
 
     pixels: Tensor
     aspect: Tensor
-    used: list[int]  # numbers of the photos in it, after replacements
+    used: list[int]  # numbers of its images, after replacements
     decoded: list[Future[None]] = field(default_factory=list)
 
 
 class StreamLoader:
-    """Decodes the photos of coming steps in threads, at most `ahead_steps` steps and `ahead_bytes` of squares ahead.
+    """A loader that decodes coming steps in threads, up to `ahead_steps` steps and `ahead_bytes` of squares ahead.
 
     Args:
-        source: the photos.
-        side: of the squares.
-        plan: which photos a step has.
-        workers: threads that decode.
-        ahead_steps, ahead_bytes: bounds of the read-ahead; one step at least.
-        max_broken_share: of the photos tried so far, at least 100.
+        source: the images.
+        side: side of the squares.
+        plan: names the images of a step.
+        workers: number of decoding threads.
+        ahead_steps, ahead_bytes: limits of the read-ahead; at least one step is read.
+        max_broken_share: limit on the broken share of the images tried so far, checked from 100 images on.
         device: where batches go.
     """
 
@@ -222,9 +221,9 @@ class StreamLoader:
         self._ahead_steps, self._ahead_bytes, self._max_broken_share = ahead_steps, ahead_bytes, max_broken_share
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="photos")
         self._steps: dict[int, _Step] = {}
-        self._lock = threading.Lock()  # of the four below
+        self._lock = threading.Lock()  # protects the four below
         self._seconds = {"fetching": 0.0, "decoding": 0.0}
-        self._found = bytearray(len(source))  # per photo: not tried yet, GOOD or BROKEN
+        self._found = bytearray(len(source))  # per image: 0 (not tried yet), GOOD or BROKEN
         self._n_tried = 0
         self._closed = False
 
@@ -233,15 +232,15 @@ class StreamLoader:
 
     @property
     def fetching_share(self) -> float:
-        """Of the threads' time."""
+        """Return the share of the threads' time spent on getting bytes."""
         return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
 
     def batch(self, step: int) -> Batch:
-        """The photos of a step; the steps after it are begun. Steps in another order than ascending cost a new start.
+        """Return the images of a step and start decoding the next steps. Steps out of order restart the read-ahead.
 
         Raises:
-            ValueError: too many photos are broken.
-            OSError: the place of the photos does not answer.
+            ValueError: too many images are broken.
+            OSError: the images cannot be reached.
         """
         assert not self._closed
         start = time.perf_counter()
@@ -261,7 +260,7 @@ class StreamLoader:
         return batch
 
     def _begin(self, step: int) -> None:
-        """Hand the photos of this step and of those that fit into the read-ahead to the threads."""
+        """Submit the images of this step, and of further steps up to the read-ahead's limits, to the threads."""
         square = 3 * self._side**2
         held = 0
         for number in range(step, step + self._ahead_steps + 1):
@@ -278,7 +277,7 @@ class StreamLoader:
                 held += len(self._steps[number].used) * square
 
     def _fill(self, step: _Step, position: int) -> None:
-        """Decode one photo, or the next that can be read, into its place."""
+        """Decode one image, or the next readable one, into its position in the batch."""
         first = step.used[position]
         for offset in range(len(self.source)):
             index = (first + offset) % len(self.source)
@@ -288,14 +287,14 @@ class StreamLoader:
                 continue
             square = self._tried(index)
             if square is not None:
-                # through numpy: torch would start a team of threads for each of ours
+                # Copy with numpy: torch would start a thread pool for each of these threads.
                 step.pixels.numpy()[position], step.aspect.numpy()[position] = square
                 step.used[position] = index
                 return
         raise ValueError(_none_readable(len(self.source), self.skipped))
 
     def _tried(self, index: int) -> tuple[Pixels, float] | None:
-        """The square of a photo; None, and it is listed, if it is broken."""
+        """Return the square of an image; if it is broken, list it and return None."""
         square, reason = None, ""
         start = fetched = time.perf_counter()
         try:
@@ -309,20 +308,20 @@ class StreamLoader:
             self._seconds["fetching"] += fetched - start
             self._seconds["decoding"] += end - fetched
             self._n_tried += not self._found[index]
-            if square is None and self._found[index] != BROKEN:  # two threads may try one photo at once
+            if square is None and self._found[index] != BROKEN:  # two threads may try one image at once
                 self.skipped.append(Skipped(self.source.name(index), reason))
             self._found[index] = BROKEN if square is None else GOOD
             n_broken, n_tried = len(self.skipped), self._n_tried
         if n_tried >= MIN_TRIES and n_broken > self._max_broken_share * n_tried:
             first = self.skipped[0]
             raise ValueError(
-                f"{n_broken} of the {n_tried} photos tried so far cannot be read, more than "
+                f"{n_broken} of the {n_tried} images tried so far cannot be read, more than "
                 f"max_broken_share={self._max_broken_share:g}; the first: {first.name}: {first.reason}"
             )
         return square
 
     def close(self) -> None:
-        """End the threads: what is being decoded is finished, nothing else is begun."""
+        """End the threads: images being decoded are finished, and no new ones are started."""
         self._closed = True
         self._steps.clear()
         self._pool.shutdown(cancel_futures=True)
@@ -343,25 +342,24 @@ def open_loader(
     reading: Reading | None = None,
     device: torch.device | None = None,
 ) -> Loader:
-    """The loader for a source: in memory if n * 3 * side^2 is at most `cache_bytes`, else streaming.
+    """Open the loader for a source: in memory if n * 3 * side^2 is at most `cache_bytes`, else streaming.
 
-    Which of the two is part of what a resumed run repeats: broken photos shift the order in memory, and are replaced
-    where streamed.
+    A resumed run must use the same kind: broken images shift the order in memory, but are replaced in a stream.
 
     Args:
-        source: the photos.
-        side: of the squares, pixels.
-        plan: which photos a step has, such as `shuffled(...)`.
-        cache_bytes: per process.
-        reading: threads, and how far ahead they read; None: the defaults.
+        source: the images.
+        side: side of the squares, pixels.
+        plan: names the images of a step, such as `shuffled(...)`.
+        cache_bytes: memory limit per process.
+        reading: threads and read-ahead; None: the defaults.
         device: where batches go; None: the CPU.
 
     Raises:
-        ValueError: no photo could be read, or a setting is out of range.
-        OSError: the place of the photos does not answer.
+        ValueError: no image could be read, or a setting is out of range.
+        OSError: the images cannot be reached.
     """
     if not len(source):
-        raise ValueError("there are no photos to train on")
+        raise ValueError("there are no images to train on")
     reading = reading or Reading()
     workers = available_cpus() if reading.workers is None else reading.workers
     if min(workers, reading.ahead_steps, reading.ahead_bytes) < 1 or not 0 <= reading.max_broken_share <= 1:
@@ -385,19 +383,19 @@ def open_loader(
 
 
 def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
-    """What to do about waiting for photos, a sentence; None below 10 % of the time.
+    """Return a sentence of advice about waiting for images, or None below 10 % of the time.
 
     Args:
-        share: of the loop's time that went into `Loader.batch`.
-        loader: whose it was.
-        side: of the squares, pixels.
-        workers: threads that decoded.
+        share: share of the loop's time spent in `Loader.batch`.
+        loader: the loader.
+        side: side of the squares, pixels.
+        workers: number of decoding threads.
     """
     if share <= WAIT_WORTH_A_WORD:
         return None
-    waited = f"{share:.0%} of the time went into waiting for photos"
+    waited = f"{share:.0%} of the time was spent waiting for images"
     if loader.in_memory:
-        return f"{waited}, although they are in memory: lower cache_size (now {side}), or run fewer other things here"
+        return f"{waited}, although they are in memory: lower cache_size (now {side}), or stop other processes here"
     if loader.fetching_share > 0.5:
         more = f"raise workers (now {workers}; {loader.fetching_share:.0%} of their time is fetching), "
     elif workers < available_cpus():
@@ -406,6 +404,6 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
         more = f"all {available_cpus()} cores decode; "
     needed = math.ceil(len(loader) * 3 * side**2 / 2**30)
     return (
-        f"{waited}: {more}shrink the photos beforehand (short side near {2 * side}), or let them fit into memory "
+        f"{waited}: {more}shrink the images beforehand (short side near {2 * side}), or make them fit into memory "
         f"(cache_bytes, {needed} GiB)"
     )

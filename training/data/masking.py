@@ -1,13 +1,14 @@
-"""Which patches the student does not see: iBOT's block masks.
+"""iBOT's block masks: which patches the student does not see.
 
 As in facebookresearch/dinov2 (`dinov2/data/masking.py`, `collate.py`), after BEiT (arXiv 2106.08254): rectangles of
-random area and aspect are put on the grid until the wanted number of patches is covered. A given share of the images
+random area and aspect are put on the grid until the required number of patches is covered. A given share of the images
 is masked, and their ratios are stratified over the range, so that every batch has weak and strong masks.
 
-The strata are spread over the whole batch of a step, but each image's mask is drawn from a generator of its own: ranks
-and micro-batches build the masks of their images only, and together they have those of one process with all images.
+The strata are spread over the whole batch of a step, but each image has its own generator for its mask. Ranks and
+micro-batches therefore build masks only for their own images, and together get the masks of one process with all
+images.
 
-A grid is one Python integer, a bit per patch: a block is put on it and counted in a few operations on 256 bits, where
+A grid is one Python integer with a bit per patch: adding and counting a block takes a few operations on 256 bits, while
 each operation on a small array costs a microsecond.
 
 Legend: h x w patches of one image, B images.
@@ -25,17 +26,17 @@ MIN_BLOCK_PATCHES = 4
 MIN_ASPECT = 0.3
 ATTEMPTS_PER_BLOCK = 10
 DRAWN_AT_ONCE = 64
-STREAM = 0x3A5C  # numpy seeds (seed, step) and (seed, step, 0) alike: a word of our own keeps off other users' streams
+STREAM = 0x3A5C  # numpy treats the seeds (seed, step) and (seed, step, 0) alike: this word keeps our streams apart
 
 
 def _uniforms(rng: np.random.Generator) -> Iterator[float]:
-    """Numbers in [0, 1) without end; numpy hands out many at once for the price of one."""
+    """Yield numbers in [0, 1) without end; numpy makes many at once for the cost of one."""
     while True:
         yield from rng.random(DRAWN_AT_ONCE).tolist()
 
 
 def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_patches: int) -> int:
-    """`mask` with one more rectangle of 1 to `max_patches` new patches; unchanged if none was found."""
+    """Add one more rectangle of 1 to `max_patches` new patches to `mask`; return it unchanged if none was found."""
     h, w = grid
     smallest, log_aspect = min(MIN_BLOCK_PATCHES, max_patches), math.log(MIN_ASPECT)
     for _ in range(ATTEMPTS_PER_BLOCK):
@@ -45,7 +46,7 @@ def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_
         if not (0 < block_h < h and 0 < block_w < w):
             continue
         top, left = int(next(uniforms) * (h - block_h + 1)), int(next(uniforms) * (w - block_w + 1))
-        first_column = ((1 << w * block_h) - 1) // ((1 << w) - 1)  # a bit at the start of each of its rows
+        first_column = ((1 << w * block_h) - 1) // ((1 << w) - 1)  # a bit at the start of each row of the block
         block = ((1 << block_w) - 1) * first_column << top * w + left
         if 0 < (block & ~mask).bit_count() <= max_patches:
             return mask | block
@@ -53,9 +54,9 @@ def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_
 
 
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], n_masked: int) -> Mask:
-    """A mask [h, w] of at most `n_masked` patches, in rectangles of aspect 0.3 to 3.3 and at most half the grid each.
+    """Make a mask [h, w] of at most `n_masked` patches, in rectangles of aspect 0.3 to 3.3, each at most half the grid.
 
-    Fewer patches come out when no further block fits in ten attempts, as in the original.
+    It has fewer patches if no further block fits in ten attempts, as in the original.
     """
     h, w = grid
     uniforms = _uniforms(rng)
@@ -72,9 +73,10 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], n_masked: int) -
 def patches_to_mask(
     seed: int, step: int, n_total: int, n_patches: int, ratio: tuple[float, float], probability: float
 ) -> npt.NDArray[np.int64]:
-    """How many patches to mask in each of a step's images [n_total].
+    """Return how many patches to mask in each of a step's images [n_total].
 
-    `probability` of the images get a mask, the i-th of m in random order one with a ratio in the i-th m-th of `ratio`.
+    `probability` of the images get a mask. In random order, the i-th of these m images gets a ratio from the i-th of m
+    equal parts of `ratio`.
     """
     rng = np.random.default_rng((STREAM, seed, step))
     n_with_mask = int(n_total * probability)
@@ -95,9 +97,10 @@ def batch_masks(
     ratio: tuple[float, float] = (0.1, 0.5),
     probability: float = 0.5,
 ) -> Mask:
-    """Masks [B, h * w] of the images at `positions` [B] among the `n_total` of a step, all ranks together.
+    """Make masks [B, h * w] of the images at `positions` [B] among the `n_total` of a step, over all ranks.
 
-    A pure function of (seed, step, position, n_total) and the settings: any split of the positions gives the same.
+    It is a pure function of (seed, step, position, n_total) and the settings, so it does not depend on how positions
+    are split.
     """
     assert all(0 <= position < n_total for position in positions), (positions, n_total)
     h, w = grid

@@ -1,4 +1,4 @@
-"""The photos of one run: what is trained on, what is kept for the evaluation, what could not be read."""
+"""The images of one run: those to train on, those held out for evaluation, and those that could not be read."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +15,18 @@ from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
 from training.distributed import World, from_main, wait_for_all
 
-KNN_PHOTOS = 50_000  # of the training photos: enough neighbours, and minutes on a GPU
-INDEX = "index"  # of tar shards, in the run's folder
-ASKED_PHOTOS = 10_000  # of the held-out ones: half a percent of accuracy
-SHOWN = 5  # unreadable photos on the screen; all are in skipped.txt
+KNN_PHOTOS = 50_000  # limit on training images: enough neighbours, and minutes on a GPU
+INDEX = "index"  # folder of the tar shards' index, in the run's folder
+ASKED_PHOTOS = 10_000  # limit on held-out images: half a percent of accuracy
+SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 
 
 @dataclass(frozen=True)
 class ImageSettings:
     """Where a run's images are, how they are split, and how they are read.
 
-    `micro_batches` has the sizes of micro-batches by the names of their settings: a rank's share of a batch must be a
-    multiple of each.
+    `micro_batches` maps the names of settings to sizes of micro-batches; a rank's share of a batch must be a multiple
+    of each.
     """
 
     data: str
@@ -35,55 +35,55 @@ class ImageSettings:
     batch_size: int
     micro_batches: Mapping[str, int | None]
     held_out_share: float
-    side: int  # of the squares that images are kept as, pixels
+    side: int  # side of the squares that images are stored as, pixels
     cache_bytes: int
     reading: Reading
 
 
 @dataclass
 class Data:
-    """`train_sample` are training images that k-NN looks among, `digest` tells this data from other."""
+    """The data of a run. k-NN searches the training images `train_sample`; `digest` identifies the data."""
 
     loader: Loader
     train_sample: list[Photo]
     held_out: list[Photo]
     digest: str
     source: str
-    _n_listed: int = 0  # of the loader's unreadable photos
+    _n_listed: int = 0  # how many of the loader's unreadable images are listed already
 
     @property
     def has_classes(self) -> bool:
-        """Whether there is something to classify: held-out photos, and more than one label."""
+        """Return whether k-NN is possible: there are held-out images, and more than one label."""
         return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
 
     def check_same(self, digest: str) -> None:
-        """Refuse to go on with other photos: their order is part of what a resumed run repeats.
+        """Refuse to resume with other images, since a resumed run must repeat their order.
 
         Raises:
-            ValueError: the run's state was made with others.
+            ValueError: the run's state was made with other images.
         """
         if digest != self.digest:
             raise ValueError(
-                f"the photos in {self.source} are not those of the run so far: files were added, removed or changed; "
-                "choose another out folder, or remove this one to start anew"
+                f"the images in {self.source} are not those of the run so far: files were added, removed or changed; "
+                "choose another out folder, or remove this one to start again"
             )
 
     def unlisted(self) -> Sequence[Skipped]:
-        """Unreadable photos that were met since the last call."""
+        """Return the unreadable images found since the last call."""
         skipped = self.loader.skipped[self._n_listed :]
         self._n_listed += len(skipped)
         return skipped
 
 
 def check_apart(data: str, out: Path) -> None:
-    """Refuse a run's folder among the photos: its picture sheets would be trained on.
+    """Refuse a run's folder among the images: its image sheets would be trained on.
 
     Raises:
-        ValueError: `out` is the folder of the photos, or lies in it.
+        ValueError: `out` is the folder of the images, or is inside it.
     """
     folder = Path(data.removeprefix("file://"))
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"out={out} lies in data={data}: its pictures would be taken for photos; choose another out")
+        raise ValueError(f"out={out} is inside data={data}: its image sheets would be trained on; choose another out")
 
 
 @contextmanager
@@ -91,20 +91,20 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
     """Open the data of a run; unreadable images are listed in `skipped.txt` and counted on the screen.
 
     Raises:
-        ValueError: no data there, none readable, or fewer images than a batch has.
-        OSError: the place of the images does not answer.
+        ValueError: there is no data, none is readable, or there are fewer images than a batch has.
+        OSError: the images cannot be reached.
     """
     out, batch_size = settings.out, settings.batch_size
     out.mkdir(parents=True, exist_ok=True)
     per_rank = share_of_a_batch(batch_size, world.size, settings.micro_batches)
     if not world.is_main:
-        wait_for_all(world)  # rank 0 makes the shards' index, the others read it
+        wait_for_all(world)  # rank 0 makes the shards' index, and the others read it
     source = open_source(settings.data, out / INDEX)
     if world.is_main:
         wait_for_all(world)
     train, held_out = split_source(source, settings.held_out_share, settings.seed)
     if len(train) < batch_size:
-        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} photos to train on")
+        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} images to train on")
     share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
     workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
     loader = open_loader(
@@ -117,23 +117,23 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
     )
     with loader:
         if len(loader) < batch_size:
-            raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable photos")
+            raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable images")
         digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
         data = Data(loader, sample(loader.source, KNN_PHOTOS), sample(held_out, ASKED_PHOTOS), digest, settings.data)
         if world.is_main:
             list_skipped([*source.skipped, *data.unlisted()], out, console)
         try:
             yield data
-        finally:  # what ends the run may be that so many are broken
+        finally:  # too many broken images may have ended the run
             if world.is_main:
                 list_skipped(data.unlisted(), out, console)
 
 
 def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, int | None]) -> int:
-    """Images of a batch on one rank.
+    """Return the number of images of a batch on one rank.
 
     Raises:
-        ValueError: the batch cannot be cut into ranks, or a rank's share into micro-batches, of one size.
+        ValueError: the batch cannot be split evenly into ranks, or a rank's share into micro-batches.
     """
     per_rank, rest = divmod(batch_size, n_ranks)
     for name, size in micro_batches.items():
@@ -146,18 +146,18 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 
 
 def sample(source: Source, most: int) -> list[Photo]:
-    """All photos of a source, or at most so many of them, evenly taken."""
+    """Return at most `most` images of a source, evenly spaced."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
-    """Write unreadable photos to `skipped.txt`, and the first few to the screen."""
+    """Write unreadable images to `skipped.txt`, and the first few to the screen."""
     if not skipped:
         return
     listing = out / "skipped.txt"
     listed = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
     write_text(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
-    console.print(f"{len(skipped)} photos could not be read and are skipped, listed in {listing}; the first:")
+    console.print(f"{len(skipped)} images could not be read and are skipped, listed in {listing}; the first:")
     for line in lines[:SHOWN]:
         console.print(f"  {line}", markup=False)

@@ -1,14 +1,14 @@
-"""Tar shards (WebDataset's format) as numbered photos.
+"""Tar shards (WebDataset's format) as numbered images.
 
-A tar has no table of contents, so one is made: `tarfile` hops from header to header (of a remote shard, blocks of 4 MiB
-are read, and those without a header are left out), and names, offsets and labels are kept beside the run. Then photo i
-is one range of one file, and the order of a run is free, where a stream of shards knows only shuffle buffers.
+A tar has no table of contents, so this module makes one: `tarfile` jumps from header to header (remote shards are read
+in blocks of 4 MiB, skipping blocks without a header), and names, offsets and labels are stored with the run. Then an
+image is one range of one file, and a run can use any order, while a stream of shards only allows shuffle buffers.
 
-WebDataset's rules (https://github.com/webdataset/webdataset): members that share a path up to the first dot of the file
-name are one sample. Here each image of a sample is a photo; its label is the content of the sample's `.cls` member,
-else the name of the folder it lies in.
+In WebDataset (https://github.com/webdataset/webdataset), members with the same path up to the first dot of the file
+name form one sample. Here each image of a sample is an item; its label is the content of the sample's `.cls` member, or
+else the name of its folder.
 
-A shard that was cut off gives what is whole; the rest is listed as skipped.
+A truncated shard gives its complete images; the rest is listed as skipped.
 """
 
 import bz2
@@ -33,16 +33,16 @@ from training.data.blobs import Blob, LocalBlob, MemoryBlob
 from training.data.dataset import MAX_BYTES, SUFFIXES, Indices, Skipped
 
 COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
-"""Endings of compressed tars, and what unpacks them."""
+"""Suffixes of compressed tars, and the commands that unpack them."""
 
 MAX_UNPACKED = 2**30
-"""A compressed tar cannot be read at any place; up to this many bytes it is unpacked into memory."""
+"""A compressed tar has no random access; up to this many bytes it is unpacked into memory."""
 
 READ_AHEAD_REMOTE, READ_AHEAD_LOCAL = 4 * 2**20, 2**10
-"""Of headers, in bytes: a request costs as much time as a few MiB. On a disk, a header and a `.cls` member."""
+"""Read-ahead for headers, bytes. A remote request takes as long as a few MiB. Locally: a header and a `.cls` member."""
 
 MAX_HEADER = 2**20
-"""tarfile reads a long name as long as its header says it is."""
+"""Limit on one read by tarfile, which reads a long name of whatever length its header gives."""
 
 MAX_LABEL = 256
 INDEX_VERSION = 1
@@ -50,7 +50,7 @@ BLOCK = 512
 
 
 class _Reader(io.RawIOBase):
-    """A blob as the file that tarfile wants: one block of read-ahead, no more."""
+    """A blob as a file object for tarfile, with one block of read-ahead."""
 
     def __init__(self, blob: Blob, ahead: int) -> None:
         self._blob, self._ahead, self._at = blob, ahead, 0
@@ -80,7 +80,7 @@ class _Reader(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Names:
-    """Many strings as one: a million names in a list would take 100 MB."""
+    """Many strings in one buffer: a list of a million names would take 100 MB."""
 
     text: bytes  # UTF-8, one after the other
     ends: Indices  # [n]
@@ -100,8 +100,8 @@ class Names:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one shard: names, where their bytes lie, the numbers of their labels in `classes` (-1: none), and
-    what could not be taken."""
+    """The images of one shard: names, positions of their bytes, the numbers of their labels in `classes` (-1: none),
+    and the skipped members."""
 
     names: Names
     offsets: Indices  # [n] bytes from the shard's start
@@ -112,25 +112,25 @@ class ShardIndex:
 
 
 def printable(name: str) -> str:
-    """A name with its undecodable bytes written out, so that it can be logged and stored."""
+    """Return a name with its undecodable bytes escaped, so that it can be logged and stored."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def common_folder(names: Sequence[str]) -> int:
-    """Length of the folder, with its last slash, that all names begin with."""
+    """Return the length of the folder, with its last slash, that all names begin with."""
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1
 
 
 def _key(name: str) -> str:
-    """What the members of one WebDataset sample share."""
+    """Return the path prefix that the members of one WebDataset sample share."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
 def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfile.TarInfo]:
-    """Members up to the first that cannot be read; why the shard ends before its closing zeros goes to `problems`."""
+    """Yield members up to the first unreadable one; append the reason for an early end of the shard to `problems`."""
     try:
         with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
@@ -138,12 +138,12 @@ def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfil
                 yield member
             reader.seek(tar.offset)
     except tarfile.ReadError as error:
-        problems.append(f"no tar, or damaged, or cut off: {error}")
+        problems.append(f"not a tar, or damaged, or truncated: {error}")
         return
-    # tarfile takes a damaged header after the first for the end
+    # tarfile takes a damaged header for the end, unless it is the first.
     end = reader.read(BLOCK)
     if len(end) < BLOCK:
-        problems.append("ends without the zeros that close a tar: cut off?")
+        problems.append("ends without the zeros that close a tar: truncated?")
     elif any(end):
         problems.append(f"damaged at byte {reader.tell() - BLOCK} of {size}: what follows is lost")
 
@@ -153,14 +153,14 @@ def _folder_of(name: str) -> str:
 
 
 def index_shard(blob: Blob, shard: str) -> ShardIndex:
-    """The images of a shard, by their headers.
+    """Find the images of a shard by its headers.
 
     Args:
-        blob: its bytes.
-        shard: its name, for what is listed as skipped.
+        blob: the shard's bytes.
+        shard: the shard's name, for the list of skipped items.
 
     Raises:
-        OSError: the place does not answer.
+        OSError: the server or disk does not answer.
     """
     reader = _Reader(blob, READ_AHEAD_LOCAL if isinstance(blob, LocalBlob | MemoryBlob) else READ_AHEAD_REMOTE)
     images: list[tuple[str, int, int]] = []
@@ -174,9 +174,9 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
         if member.isdir() or not (is_image or name.endswith(".cls")):
             continue
         if not member.isreg() or member.issparse():
-            skipped.append(Skipped(f"{shard}/{name}", "a link or a sparse file: its bytes are not in one piece here"))
+            skipped.append(Skipped(f"{shard}/{name}", "a link or a sparse file: its bytes are not one range here"))
         elif cut:
-            skipped.append(Skipped(f"{shard}/{name}", f"the shard ends in its middle, at byte {blob.size}"))
+            skipped.append(Skipped(f"{shard}/{name}", f"truncated: the shard ends inside it, at byte {blob.size}"))
         elif is_image:
             images.append((name, member.offset_data, member.size))
         elif member.size <= MAX_LABEL:
@@ -210,7 +210,7 @@ def _identity(blob: Blob, shard: str) -> list[object]:
 
 
 def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
-    """The index of that file of that version; None where there is none, or a damaged one, which is made anew."""
+    """Load the index with this identity; return None if there is none or it is damaged, so that it is rebuilt."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             facts = json.loads(bytes(file["facts"]))
@@ -234,13 +234,16 @@ def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
         "sizes": index.sizes,
         "labels": index.labels,
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:  # ranks that write the same write the same
+    with replacing(path) as temporary, temporary.open("wb") as file:  # ranks may write it twice, with equal content
         np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
-    """The index kept in `index_dir`, or a new one where the shard's size or version is another; errors as
-    `index_shard`."""
+    """Load the index from `index_dir`, or make a new one if the shard's size or version differs.
+
+    Raises:
+        OSError: as `index_shard`.
+    """
     if isinstance(blob, MemoryBlob):
         return index_shard(blob, shard)
     path, identity = _index_path(blob, index_dir), _identity(blob, shard)
@@ -252,7 +255,7 @@ def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a tar's name says that it is compressed."""
+    """Return whether a tar is compressed, judging by its name."""
     return os.path.splitext(name)[1].lower() in COMPRESSED
 
 
@@ -261,13 +264,13 @@ def _opener(suffix: str) -> Callable[[IO[bytes]], IO[bytes]]:
 
 
 def unpacked(blob: Blob) -> MemoryBlob:
-    """A compressed tar in memory.
+    """Unpack a compressed tar into memory.
 
     Raises:
-        ValueError: too large for that, damaged, or of a compression that Python does not read.
+        ValueError: it is too large, damaged, or Python does not support the compression.
     """
     suffix = os.path.splitext(blob.url)[1].lower()
-    advice = f"unpack it ({COMPRESSED[suffix]}): a compressed tar cannot be read at any place"
+    advice = f"unpack it ({COMPRESSED[suffix]}): a compressed tar has no random access"
     if suffix == ".zst":
         raise ValueError(f"{blob.url}: {advice}")
     if blob.size > MAX_UNPACKED:
@@ -287,16 +290,17 @@ def unpacked(blob: Blob) -> MemoryBlob:
 
 
 def _word(shard: str) -> str | None:
-    """`train` or `val` where a shard's path has it as a folder or as a word of its name."""
+    """Return `train` or `val` if a shard's path has it as a folder or as a word of its name."""
     words = shard.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-")
-    found = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
-    return found.pop() if len(found) == 1 else None
+    parts = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
+    return parts.pop() if len(parts) == 1 else None
 
 
 class TarSource:
     """The images of tar shards, in the order of the shards and of their members. Names are `shard/member`.
 
-    `parts`: shards whose names have the word `train` or `val`; else members by the first folder in which they differ.
+    `parts`: shards with the word `train` or `val` in their names; else members by the first folder in which they
+    differ.
     """
 
     def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:
@@ -334,11 +338,11 @@ class TarSource:
         return table.classes[table.labels[i]] if table.labels[i] >= 0 else None
 
     def encoded(self, index: int) -> bytes:
-        """The photo's bytes; errors as `Source.encoded`."""
+        """Read the image's bytes; errors as `Source.encoded`."""
         _, blob, table, i = self._find(index)
         size = int(table.sizes[i])
         if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes: more than the {MAX_BYTES} that a photo may have")
+            raise ValueError(f"{size} bytes: more than the limit of {MAX_BYTES} for an image")
         return blob.read(int(table.offsets[i]), size)
 
     def fingerprint(self, index: int) -> str:

@@ -1,7 +1,7 @@
-"""Where photos come from: a folder of images, tar shards (local or behind a URL), a Hugging Face dataset on disk.
+"""Sources of images: a folder of images, tar shards (local or behind a URL), a Hugging Face dataset on disk.
 
-`open_source` looks at what it was given and decides. What it gives is a `training.data.dataset.Source`: numbered
-photos, read in any order by any thread, which is what an exact resume and a random order of millions need.
+`open_source` detects which one a path or URL is. It returns a `training.data.dataset.Source`: numbered images that any
+thread can read in any order. Exact resuming, and a random order of millions of images, need that.
 """
 
 import glob
@@ -22,22 +22,22 @@ from training.data.shards import COMPRESSED, TarSource, common_folder, is_compre
 
 MAX_BRACES = 1_000_000
 INDEXING_THREADS = 8
-"""Shards indexed at a time: of remote ones, each waits for its server."""
+"""Number of shards indexed at a time; for remote shards, each thread waits for its server."""
 
 HF_HELD_OUT = ("validation", "val", "valid", "test")
-"""Names of a dataset's part to evaluate on, the first that is there. `test` counts: few datasets have all three."""
+"""Names of a dataset's part to evaluate on; the first existing one is used. `test` counts: few datasets have all."""
 
 
 # Folders
 
 
 class FolderSource:
-    """Images below a folder, at any depth, sorted; the label is the name of the folder that an image lies in.
+    """Images below a folder, at any depth, sorted; an image's label is the name of its folder.
 
-    `parts`: its subfolders `train` and `val`, if it has both; other images then belong to neither.
+    `parts`: the subfolders `train` and `val`, if it has both; other images then belong to neither.
 
     Raises:
-        ValueError: no such folder, a part of it that cannot be listed, no image in it or in one of its parts.
+        ValueError: no such folder, a part of it cannot be listed, or there is no image in it or in one of its parts.
     """
 
     skipped: Sequence[Skipped] = ()
@@ -50,9 +50,10 @@ class FolderSource:
         if all((folder / part).is_dir() for part in ("train", "val")):
             tops = np.array([path.partition(os.sep)[0] for path in self._paths])
             self.parts = {part: np.flatnonzero(tops == part) for part in ("train", "val")}
-        for place, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
+        for subfolder, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
             if not n:
-                raise ValueError(f"no images below {folder / place}: looked for {', '.join(sorted(SUFFIXES))}")
+                suffixes = ", ".join(sorted(SUFFIXES))
+                raise ValueError(f"no images below {folder / subfolder}: supported suffixes are {suffixes}")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -65,7 +66,7 @@ class FolderSource:
         return printable(path.parent.name)
 
     def encoded(self, index: int) -> bytes:
-        """The file's content; errors as `read_file`."""
+        """Read the file's content; errors as `read_file`."""
         return read_file(self._folder / self._paths[index])
 
     def fingerprint(self, index: int) -> str:
@@ -79,12 +80,12 @@ class FolderSource:
 
 
 def _image_column(features: Mapping[str, Any], path: Path) -> str:
-    from datasets import Image  # imported by the caller before
+    from datasets import Image  # the caller has imported it before
 
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         raise ValueError(
-            f"{path} has {len(columns)} columns of type Image ({columns}); one is needed, of {[*features]}"
+            f"{path} has {len(columns)} columns of type Image ({columns}); it needs exactly one, of {[*features]}"
         )
     return columns[0]
 
@@ -92,8 +93,8 @@ def _image_column(features: Mapping[str, Any], path: Path) -> str:
 class HuggingFaceSource:
     """A dataset saved with `save_to_disk`: the column of type Image, and the first of type ClassLabel if there is one.
 
-    The rows stay on disk (memory-mapped Arrow); the images' bytes are decoded by us. Names are `part/number`. `parts`
-    of a DatasetDict: `train`, and as `val` the first of validation, val, valid, test that is there.
+    The rows stay on disk (memory-mapped Arrow), and this project decodes the images' bytes. Names are `part/number`.
+    `parts` of a DatasetDict: `train`, and as `val` the first existing one of validation, val, valid, test.
 
     Raises:
         ValueError: the library is missing, the folder is damaged, or it has not exactly one column of images.
@@ -149,7 +150,7 @@ class HuggingFaceSource:
         return classes[value] if value is not None and 0 <= value < len(classes) else None
 
     def encoded(self, index: int) -> bytes:
-        """The image's bytes, or those of the file that the row names; errors as `Source.encoded`."""
+        """Read the image's bytes, or those of the file that the row names; errors as `Source.encoded`."""
         number, row = self._find(index)
         _, rows, column, _, _ = self._rows[number]
         image = rows[row][column]
@@ -163,20 +164,20 @@ class HuggingFaceSource:
             import pyarrow.compute as pc
 
             _, rows, column, _, _ = self._rows[number]
-            # of Arrow's table only the offsets are read
+            # This reads only the offsets of Arrow's table.
             stored = rows.flatten_indices() if rows._indices is not None else rows
             self._sizes[number] = pc.binary_length(pc.struct_field(stored.data.column(column), "bytes")).to_numpy()
         return str(self._sizes[number][row])
 
 
-# Which is it
+# Choosing the source
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` -> a-000.tar, a-001.tar, a-002.tar; `{x,y}` likewise; several braces from left to right.
+    """Expand `a-{000..002}.tar` to a-000.tar, a-001.tar, a-002.tar; `{x,y}` likewise; several braces left to right.
 
     Raises:
-        ValueError: a range that runs backwards, or more than a million names.
+        ValueError: a range runs backwards, or there are more than a million names.
     """
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
@@ -192,12 +193,12 @@ def expand_braces(pattern: str) -> list[str]:
         choices = match[1].split(",")
     rests = expand_braces(pattern[match.end() :])
     if len(choices) * len(rests) > MAX_BRACES:
-        raise ValueError(f"{pattern} stands for more than {MAX_BRACES} files")
+        raise ValueError(f"{pattern} expands to more than {MAX_BRACES} files")
     return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
 
 
 def _path_of(url: str) -> str:
-    """Without the query that a signed URL carries."""
+    """Return the URL without its query, which may hold a signature."""
     return url.partition("?")[0] if "://" in url else url
 
 
@@ -219,29 +220,29 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
         source = TarSource(list(pool.map(index, urls, names)))
     if not len(source):
         problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
-        raise ValueError(f"no images in {spec}: looked for members that end in {', '.join(sorted(SUFFIXES))}{problems}")
+        raise ValueError(f"no images in {spec}: members must end in one of {', '.join(sorted(SUFFIXES))}{problems}")
     return source
 
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
-    """What is left of the URLs without the folder that all share: what they are called in logs and digests."""
+    """Return the URLs without the folder that all share; logs and digests use these names."""
     plain = [_path_of(url) for url in urls]
     start = common_folder(plain)
     return [printable(url[start:]) for url in plain]
 
 
 def _remote_shards(url: str) -> list[str]:
-    """The tars that a URL names: itself, a pattern's, or those below a folder."""
+    """Return the tars that a URL names: the URL itself, the matches of a pattern, or those below a folder."""
     if _is_tar(_path_of(url)) and "*" not in url:
         return [url]
     if url.startswith(("http://", "https://")):
         raise ValueError(f"{url}: over HTTP, name the shards: .../name.tar or .../name-{{000..123}}.tar")
     system, path = file_system(url)
     try:
-        found = system.glob(path) if "*" in path else system.find(path)
-    except Exception as error:  # botocore's, gcsfs's, ...: none of them is known here
+        matches = system.glob(path) if "*" in path else system.find(path)
+    except Exception as error:  # errors of botocore, gcsfs and others, which have no common class
         raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
-    return [str(system.unstrip_protocol(name)) for name in sorted(found) if _is_tar(name)]
+    return [str(system.unstrip_protocol(name)) for name in sorted(matches) if _is_tar(name)]
 
 
 def _local_shards(path: Path) -> list[str]:
@@ -251,24 +252,24 @@ def _local_shards(path: Path) -> list[str]:
 
 
 def open_source(spec: str | Path, index_dir: Path) -> Source:
-    """The photos that `spec` names.
+    """Open the images that `spec` names.
 
     Args:
         spec: a folder of images; a tar, a folder of tars, a pattern of tars (`name-{000..123}.tar`, `name-*.tar`), each
-            local or as a URL (s3://, gs://, http://, ...); or a folder written by `datasets`' `save_to_disk`. Images
-            beside tars in one folder: the images are taken.
-        index_dir: where indices of tars are kept, so that a resumed run does not read all headers again.
+            local or as a URL (s3://, gs://, http://, ...); or a folder written by `datasets`' `save_to_disk`. If a
+            folder has both images and tars, the images are used.
+        index_dir: folder for the indices of tars, so that a resumed run does not read all headers again.
 
     Raises:
-        ValueError: nothing there that fits; the message says what was looked for.
+        ValueError: there is nothing usable; the message lists what is supported.
         OSError: a server or disk does not answer.
     """
-    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # what pathlib makes of a URL
+    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # undo what pathlib does to a URL
     text = re.sub(r"^file://", "", text)
     if "://" in text:
         urls = [url for part in expand_braces(text) for url in _remote_shards(part)]
         if not urls:
-            raise ValueError(f"no tar shards at {text}: looked for names that end in .tar")
+            raise ValueError(f"no tar shards at {text}: their names must end in .tar")
         return _open_shards(urls, _relative_names(urls), index_dir, text)
     path = Path(text)
     if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("dataset_info.json", "state.json")):
@@ -280,25 +281,24 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     ]
     if path.is_dir() and not shards:
         raise ValueError(
-            f"nothing to train on in {path}: looked for images ({', '.join(sorted(SUFFIXES))}) at any depth, for tar "
-            "shards (.tar), and for a Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
+            f"nothing to train on in {path}: it has no images ({', '.join(sorted(SUFFIXES))}) at any depth, no tar "
+            "shards (.tar), and no Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
         )
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
         raise ValueError(f"{missing[0] if missing else text} does not exist: a folder, a .tar or a URL is needed")
     wrong = [shard for shard in shards if not _is_tar(shard)]
     if wrong:
-        raise ValueError(f"{wrong[0]} is no tar: data is a folder of images, .tar shards, or a Hugging Face dataset")
+        raise ValueError(f"{wrong[0]} is not a tar: data is a folder of images, .tar shards, or a Hugging Face dataset")
     return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text)
 
 
 def source_digest(source: Source, *, contents: bool) -> str:
-    """sha256 over the photos of a source, in their order: what a resumed run compares.
+    """Compute the sha256 over a source's images, in order, by which a resumed run recognises its images.
 
-    With `contents` over names and contents, which reads everything; the same as `provenance.data_digest` of the folder.
-    Without, over names and sizes in bytes: it sees files that were added, removed, renamed or replaced by ones of
-    another size. It does not see an edit that keeps the size, nor other labels. Files that cannot be read count as
-    empty.
+    With `contents` it covers names and contents, which reads everything. Without, it covers names and sizes in bytes:
+    it detects files that were added, removed, renamed or replaced by ones of another size, but not an edit that keeps
+    the size, nor changed labels. Unreadable files count as empty.
     """
     digest = hashlib.sha256()
     for index in range(len(source)):

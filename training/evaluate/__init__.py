@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: evaluations that name their protocol and return plain figures."""
+"""Evaluations of a checkpoint, each with a named protocol and plain figures."""

@@ -1,4 +1,4 @@
-"""The model that an evaluation is of: from a checkpoint, an artifact or a published name, with its preprocessing."""
+"""The model to evaluate: from a checkpoint, an artifact or a published name, with its preprocessing."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from training.evaluate.settings import DenseSettings, TaskSettings
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model to evaluate, in eval mode, with its own preprocessing and fingerprint (as its artifact's)."""
+    """A model to evaluate, in eval mode, with its own preprocessing and fingerprint (the same as its artifact's)."""
 
     name: str
     model: DinoVisionTransformer
@@ -37,21 +37,23 @@ def _artifact_of(source: str, data_dir: Path) -> Path | None:
 def load_backbone(
     source: str, *, arch: str | None = None, data_dir: Path = Path("data"), device: torch.device | str = "cpu"
 ) -> Backbone:
-    """A model from a checkpoint file, an artifact folder or its name, "auto", or a published name (downloaded).
+    """Load a model from a checkpoint file, an artifact folder or its name, "auto", or a published name (downloaded).
 
     Args:
-        source: as above; "auto" is the newest artifact of `data_dir`, else the bundled one.
-        arch: torch hub's name of the architecture, for files that do not say it.
+        source: as above; "auto" is the newest artifact of `data_dir`, or the bundled one if there is none.
+        arch: torch hub's name of the architecture, for files that do not name it.
+        data_dir: folder that is searched for artifacts.
+        device: device of the model.
 
     Raises:
-        ValueError: nothing answers to that name, a damaged file, or one that needs `arch`.
+        ValueError: no model has that name, the file is damaged, or it needs `arch`.
         zoo.DownloadError: a published model cannot be downloaded.
     """
     path, name = Path(source), source
     artifact = _artifact_of(source, data_dir)
     spec: PreprocessSpec | None = None
     if artifact is not None:
-        with tempfile.TemporaryDirectory() as derived:  # what loading makes on the way is not the artifact's
+        with tempfile.TemporaryDirectory() as derived:  # loading writes derived files, which are not kept
             loaded = load_artifact(artifact, derived_dir=Path(derived))
         config, spec, name = loaded.manifest.config, loaded.manifest.preprocess, loaded.name
         state = load_state_dict_file(artifact / WEIGHTS)
@@ -61,8 +63,8 @@ def load_backbone(
         if path.is_file() and is_own_checkpoint(path):
             state, config, provenance = load_checkpoint(path)
         elif path.exists() and arch is None:
-            what = "does not say its architecture: add --arch, e.g. --arch dinov2_vits14"
-            raise ValueError(f"{source} {what}" if path.is_file() else f"{source} holds no {MANIFEST}: no artifact")
+            what = "does not name its architecture: add --arch, e.g. --arch dinov2_vits14"
+            raise ValueError(f"{source} {what}" if path.is_file() else f"{source} is not an artifact: no {MANIFEST}")
         else:
             named = zoo.resolve(source).name if arch is None else arch
             other = load_model(named, weights=path if path.is_file() else None)
@@ -75,10 +77,10 @@ def load_backbone(
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
-    """The model's preprocessing with the resize and crop of the settings.
+    """Return the model's preprocessing with the resize and crop of the settings.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: the sizes do not fit together.
     """
     whole = isinstance(settings, DenseSettings) or settings.crop == 0
     changes: dict[str, Any] = {"crop": None} if whole else {}

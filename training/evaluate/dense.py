@@ -1,11 +1,11 @@
-"""What segmentation and depth share: photos with a map each, patch tokens in memory, a small head trained on them.
+"""Common parts of segmentation and depth: images with a map each, patch tokens in memory, a small head.
 
-A folder `images/{train,val}/...` and beside it one of maps with the same names (`masks/`, `depth/`). Each photo is seen
-whole, resized to a multiple of the patch size at its own aspect: no windows, no crops, no flips, so its tokens are
-always the same and computed once. Tokens are many (a photo's take as much as its pixels or more), so they are kept up
-to a limit of memory; those beyond it are computed anew each time, with the same result.
+The data is a folder `images/{train,val}/...` and next to it a folder of maps with the same names (`masks/`, `depth/`).
+Each image is used whole, resized to a multiple of the patch size at its own aspect, without windows, crops or flips, so
+its tokens never change and are computed once. An image's tokens take as much memory as its pixels or more, so they are
+stored up to a memory limit; those beyond it are computed again each time, with the same result.
 
-Legend: h, w patches of a photo, F features of a patch, L blocks, D width.
+Legend: h, w patches of an image, F features of a patch, L blocks, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
 
 @dataclass(frozen=True)
 class Pair:
-    """A photo and the file of its map."""
+    """An image file and the file of its map."""
 
     image: Path
     target: Path
@@ -47,23 +47,23 @@ class HeadTraining:
 
 
 def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Pair]:
-    """Photos below `folder/images/split` and the files of the same name below `folder/kind/split`, sorted.
+    """Return images below `folder/images/split` with their maps of the same name below `folder/kind/split`, sorted.
 
     Raises:
-        ValueError: no such folders, no photos, or a photo without its map.
+        ValueError: the folders do not exist, there are no images, or an image has no map.
     """
     images, targets = folder / "images" / split, folder / kind / split
     pairs, missing = [], []
     for image in find_images(images):
         stem = image.relative_to(images).with_suffix("")
-        found = next((p for suffix in suffixes if (p := targets / f"{stem}{suffix}").is_file()), None)
-        if found is None:
+        target = next((p for suffix in suffixes if (p := targets / f"{stem}{suffix}").is_file()), None)
+        if target is None:
             missing.append(image)
         else:
-            pairs.append(Pair(image, found))
+            pairs.append(Pair(image, target))
     if missing:
         raise ValueError(
-            f"{len(missing)} photos of {images} have no {' or '.join(suffixes)} of their name in {targets}, "
+            f"{len(missing)} images of {images} have no file with their name and {' or '.join(suffixes)} in {targets}, "
             f"e.g. {missing[0].name}"
         )
     return pairs
@@ -71,10 +71,10 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """Which tokens a head looks at: F numbers a patch.
+    """The tokens that are the input of a head, F features per patch.
 
-    `n_blocks`, L: those of the last blocks, joined: F = L * D. `with_cls` joins each block's class token to each of its
-    patch tokens: F = 2 * L * D. bf16 runs the forward pass in autocast.
+    The tokens of the last `n_blocks` (L) blocks are concatenated: F = L * D. `with_cls` appends each block's class
+    token to each of its patch tokens: F = 2 * L * D. bf16 runs the forward pass in autocast.
     """
 
     n_blocks: int
@@ -83,20 +83,21 @@ class TokenSettings:
 
 
 class DenseData:
-    """Tokens [h, w, F] and maps of pairs, by position; what cannot be read is in `skipped` and not counted.
+    """Tokens [h, w, F] and maps of pairs, by position; unreadable pairs are in `skipped` and not counted.
 
-    `memory_left` are the bytes of `memory_bytes` that nothing took.
+    `memory_left` is the part of `memory_bytes` that is still free.
 
     Args:
-        model: in eval mode; its device is where tokens are computed and kept.
-        pairs: photos and maps.
+        model: in eval mode; tokens are computed and stored on its device.
+        pairs: images and maps.
         spec: preprocessing without a crop.
-        read_target: a map [H, W] of a file; ValueError where it cannot be read.
+        read_target: reads a map [H, W] from a file; raises ValueError if it cannot be read.
         tokens: which tokens.
-        memory_bytes: those beyond this much are not kept.
+        memory_bytes: memory limit for stored tokens; the rest is computed again each time.
+        advance: called with the number of pairs done.
 
     Raises:
-        ValueError: not one pair could be read, or more blocks than the model has.
+        ValueError: no pair could be read, or the model has too few blocks.
     """
 
     def __init__(
@@ -118,12 +119,12 @@ class DenseData:
         self._model, self._spec, self._settings = model, spec, tokens
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory_left = memory_bytes
-        for pair, found in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
+        for pair, outcome in zip(pairs, in_order(self._read, pairs, default_workers()), strict=True):
             advance(1)
-            if isinstance(found, Skipped):
-                self.skipped.append(found)
+            if isinstance(outcome, Skipped):
+                self.skipped.append(outcome)
                 continue
-            pixels, target = found
+            pixels, target = outcome
             kept = self._tokens(pixels), self._at_input_size(target, pixels)
             size = sum(part.numel() * part.element_size() for part in kept)
             if size <= self.memory_left:
@@ -138,14 +139,14 @@ class DenseData:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tokens [h, w, F] float32 and the map at the size of the network's input, by nearest neighbour."""
+        """Return tokens [h, w, F] float32 and the map at the size of the network's input, by nearest neighbour."""
         if index in self._kept:
             tokens, target = self._kept[index]
         else:
-            found = self._read(self.pairs[index])
-            if isinstance(found, Skipped):
-                raise ValueError(f"{found.name}: {found.reason}")
-            tokens, target = self._tokens(found[0]), self._at_input_size(found[1], found[0])
+            outcome = self._read(self.pairs[index])
+            if isinstance(outcome, Skipped):
+                raise ValueError(f"{outcome.name}: {outcome.reason}")
+            tokens, target = self._tokens(outcome[0]), self._at_input_size(outcome[1], outcome[0])
         return tokens.float(), target
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor] | Skipped:
@@ -179,7 +180,7 @@ class DenseData:
 
 
 def learning_rates(training: HeadTraining) -> list[float]:
-    """The learning rate of each iteration."""
+    """Return the learning rate of each iteration."""
     warmup = round(WARMUP_SHARE * training.iterations)
     rise = (np.arange(warmup) + 1) / max(1, warmup)
     fall = 1 - np.arange(training.iterations - warmup) / max(1, training.iterations - warmup)
@@ -200,13 +201,17 @@ def train_head(
     training: HeadTraining,
     advance: Advance = lambda count: None,
 ) -> float:
-    """Train `head` in place; gives the last loss.
+    """Train `head` in place; return the last loss.
 
     Args:
-        loss_of: the loss of a batch, from tokens [h, w, F] and maps at the input's size, one each a photo.
+        head: the head.
+        data: tokens and maps to train on.
+        loss_of: computes the loss of a batch from tokens [h, w, F] and maps at the input's size, one each per image.
+        training: the schedule.
+        advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: fewer than one iteration or photo a batch.
+        ValueError: less than one iteration, or a batch of less than one image.
         FloatingPointError: the loss is not finite.
     """
     if training.iterations < 1 or training.batch_size < 1:

@@ -1,13 +1,14 @@
-"""Linear depth: metres of each pixel from frozen tokens.
+"""Linear depth: the distance in metres of each pixel, from frozen tokens.
 
-Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`): each patch token joined
-with the class token, of the last block ("lin. 1") or the last four ("lin. 4"); one linear layer to 256 bins, uniform
-between the least and the largest depth; logits enlarged 4 times, bilinearly; relu plus 0.1, divided by their sum; the
-depth is the expectation of the bins, enlarged to the map. Loss: the scale-invariant one of log depth (root of the
-variance plus 0.15 times the squared mean) plus 0.5 times the difference of gradients at four scales (MegaDepth's). What
-differs from the paper: the whole photo, no augmentation, no flipped second view, and no crop of the map's border.
+Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`): each patch token is
+concatenated with the class token, of the last block ("lin. 1") or the last four ("lin. 4"). One linear layer maps it to
+256 bins, uniform between the least and the largest depth. Logits are enlarged 4 times, bilinearly; weights are relu
+plus 0.1, divided by their sum; the depth is the expectation of the bins, enlarged to the map. The loss is the
+scale-invariant loss of log depth (root of the variance plus 0.15 times the squared mean) plus 0.5 times the difference
+of gradients at four scales (MegaDepth's). Unlike the paper, it uses the whole image, no augmentation, no flipped second
+view, and no crop of the map's border.
 
-RMSE, AbsRel and delta1 (share within a factor of 1.25) are taken for each photo and then averaged, over pixels with a
+RMSE, AbsRel and delta1 (share within a factor of 1.25) are computed per image and then averaged, over pixels with a
 depth above `min_depth` and up to `max_depth`; predictions are clamped to that range.
 
 Legend: K bins, h x w patches, H x W pixels of the map, F features.
@@ -36,7 +37,7 @@ STRIDES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Means over val photos, and the last training loss."""
+    """Means over val images, and the last training loss."""
 
     rmse: float
     abs_rel: float
@@ -46,9 +47,13 @@ class DepthReport:
 
 
 def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
-    """Metres float32 [H, W] of a 16-bit gray PNG (millimetres; KITTI: units_per_metre=256) or a .npy (metres).
+    """Read a depth map in metres, float32 [H, W], from a 16-bit gray PNG (millimetres by default) or a .npy (metres).
 
     Zero, negative and non-finite values mean "unknown" and become zero.
+
+    Args:
+        path: the file.
+        units_per_metre: units of a PNG per metre; 256 for KITTI.
 
     Raises:
         ValueError: it cannot be read, or is neither.
@@ -76,7 +81,7 @@ class LinearDepth(nn.Module):
     def __init__(self, dim: int, min_depth: float, max_depth: float, n_bins: int = N_BINS, seed: int = 0) -> None:
         super().__init__()
         if not 0 < min_depth < max_depth:
-            raise ValueError(f"min_depth={min_depth} and max_depth={max_depth}: 0 < min_depth < max_depth")
+            raise ValueError(f"min_depth={min_depth} must be above 0 and below max_depth={max_depth}")
         self.linear = nn.Linear(dim, n_bins)
         self.register_buffer("bins", torch.linspace(min_depth, max_depth, n_bins))
         draw = torch.Generator().manual_seed(seed)
@@ -85,7 +90,7 @@ class LinearDepth(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Metres [H, W] = `size` of tokens [h, w, F]."""
+        """Predict metres [H, W] = `size` from tokens [h, w, F]."""
         logits = self.linear(tokens).permute(2, 0, 1)[None]  # [1, K, h, w]
         logits = F.interpolate(logits, scale_factor=UPSAMPLE, mode="bilinear", align_corners=False)
         weights = logits.relu() + BIN_FLOOR
@@ -94,14 +99,14 @@ class LinearDepth(nn.Module):
 
 
 def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
-    """Root of variance + 0.15 * mean^2 of the difference of log depths; both [n], of known pixels."""
+    """Compute the root of variance + 0.15 * mean^2 of the difference of log depths; both [n], of known pixels."""
     difference = (predicted + LOG_EPS).log() - (depth + LOG_EPS).log()
     spread = difference.var(correction=0) + MEAN_WEIGHT * difference.mean().square()
     return (spread + 1e-12).sqrt()  # the root has no gradient at zero
 
 
 def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
-    """Absolute differences of the log error between neighbours, by known pixels, over four strides; all [H, W]."""
+    """Sum absolute differences of the log error between neighbours, per known pixel, over four strides; all [H, W]."""
     total = predicted.new_zeros(())
     for stride in STRIDES:
         p, d, k = (part[::stride, ::stride] for part in (predicted, depth, known))
@@ -113,7 +118,7 @@ def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
 
 
 def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float]:
-    """RMSE, AbsRel and delta1 of one photo; both [n] metres, of known pixels."""
+    """Compute RMSE, AbsRel and delta1 of one image; both [n] metres, of known pixels."""
     p, d = predicted.double(), depth.double()
     ratio = torch.maximum(p / d, d / p)
     return (
@@ -134,45 +139,48 @@ def evaluate_depth(
     gradient_weight: float = GRADIENT_WEIGHT,
     advance: Advance = lambda count: None,
 ) -> DepthReport:
-    """Train a linear depth head on the tokens of `train`, score it on `val` at the maps' own size.
+    """Train a linear depth head on the tokens of `train`, and score it on `val` at the maps' own size.
 
     Args:
-        train, val: with `read_depth`'s maps and `with_cls`.
+        train, val: data with maps from `read_depth` and with `with_cls`.
+        training: the schedule.
         min_depth, max_depth: metres; the range of the bins and of the pixels that count.
-        advance: told of each iteration.
+        n_bins: K.
+        gradient_weight: weight of the gradient loss.
+        advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: an empty range, or no map of a split has a pixel in it.
+        ValueError: the range is empty, or no map of a split has a pixel in it.
         FloatingPointError: the head did not train.
     """
     first = train[0][0]
     head = LinearDepth(first.shape[-1], min_depth, max_depth, n_bins, training.seed).to(first.device)
 
-    def known(depth: Tensor) -> Tensor:
+    def in_range(depth: Tensor) -> Tensor:
         return (depth > min_depth) & (depth <= max_depth)
 
     def loss_of(tokens: list[Tensor], maps: list[Tensor]) -> Tensor:
         pairs = [(head(t, (d.shape[0], d.shape[1])), d) for t, d in zip(tokens, maps, strict=True)]
-        inside = [known(d) for d in maps]
+        inside = [in_range(d) for d in maps]
         p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
         d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
-        if not len(d):  # a batch of maps without a known pixel teaches nothing
+        if not len(d):  # no map of the batch has a known pixel, so there is nothing to learn
             return pairs[0][0].sum() * 0
         gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
         return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()
 
-    if not any(bool(known(train[index][1]).any()) for index in range(len(train))):
+    if not any(bool(in_range(train[index][1]).any()) for index in range(len(train))):
         raise ValueError(f"no train map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
     loss = train_head(head, train, loss_of, training, advance)
-    found = []
+    metrics = []
     with torch.no_grad():
         for index, pair in enumerate(val.pairs):
             depth = val.read_target(pair.target)
-            inside = known(depth)
+            inside = in_range(depth)
             if inside.any():
                 metres = head(val[index][0], (depth.shape[0], depth.shape[1])).cpu().clamp(min_depth, max_depth)
-                found.append(depth_metrics(metres[inside], depth[inside]))
-    if not found:
+                metrics.append(depth_metrics(metres[inside], depth[inside]))
+    if not metrics:
         raise ValueError(f"no val map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
-    rmse, abs_rel, delta1 = np.mean(found, axis=0).tolist()
-    return DepthReport(rmse, abs_rel, delta1, len(found), loss)
+    rmse, abs_rel, delta1 = np.mean(metrics, axis=0).tolist()
+    return DepthReport(rmse, abs_rel, delta1, len(metrics), loss)

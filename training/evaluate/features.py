@@ -1,11 +1,11 @@
-"""Frozen features of photos: read once, in threads, one size a batch, kept on disk if asked.
+"""Frozen features of images: read once, in threads, in batches of one size, and optionally cached on disk.
 
-Every evaluation but the dense ones (segmentation, depth) starts from the class tokens of the last blocks and the mean
-patch token of the last; they are a few numbers per photo, so all of a data set fit into memory and one pass over the
-photos serves k-NN, logistic regression, the linear probe and retrieval. What a user evaluates may hold broken files:
-they are skipped and listed. The training loop has read its photos before, so there a broken file is an error.
+Every evaluation except segmentation and depth starts from the class tokens of the last blocks and the mean patch token
+of the last. These are a few numbers per image, so those of a whole data set fit into memory, and one pass over the
+images serves k-NN, logistic regression, the linear probe and retrieval. A user's data may have broken files, which are
+skipped and listed.
 
-Legend: n photos, b photos of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
+Legend: n images, b images of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, Skipped, read_photo
 
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the photo
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the image
 Precision = Literal["fp32", "bf16"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,10 +40,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of n photos, float32 on the CPU.
+    """Features of n images, float32 on the CPU.
 
-    `kept` [n] are the positions, in what was asked for, of the photos that could be read; `cls` [n, L, D] class tokens
-    after each of the last L blocks, the last block last; `mean` [n, D] the mean patch token of the last block.
+    `kept` [n] has the positions, among the requested images, of those that could be read; `cls` [n, L, D] the class
+    tokens after each of the last L blocks, the last block last; `mean` [n, D] the mean patch token of the last block.
     """
 
     kept: Tensor
@@ -52,20 +52,20 @@ class ImageFeatures:
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
-        """[n, D], or [n, 2D] for cls+mean, whose halves have unit length each."""
+        """Return [n, D], or [n, 2D] for cls+mean, with unit length of each half."""
         return pool_tensors(self.cls[:, -1], self.mean, pooling)
 
 
 def pool_tensors(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
-    """One vector per image from its class token [n, D] and mean patch token [n, D]."""
+    """Compute one vector per image from its class token [n, D] and mean patch token [n, D]."""
     return pool({"cls": cls, "mean": mean}, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
 
 
 def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
-    """The network's input [3, h, w] of a photo, or of the part of it in `box`. All evaluations read photos here.
+    """Return the network's input [3, h, w] for an image, or for its part in `box`. All evaluations read images here.
 
     Raises:
-        ValueError: a photo that cannot be read, or a box without a pixel of it.
+        ValueError: the image cannot be read, or the box has no pixel of it.
     """
     photo = read_photo(path)
     if box is not None:
@@ -73,20 +73,20 @@ def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None
         left, top = max(0, round(box[0])), max(0, round(box[1]))
         right, bottom = min(width, round(box[0] + box[2])), min(height, round(box[1] + box[3]))
         if left >= right or top >= bottom:
-            raise ValueError(f"box {box} (x, y, width, height) holds no pixel of {path}, {height}x{width} pixels")
+            raise ValueError(f"box {box} (x, y, width, height) has no pixel of {path}, {height}x{width} pixels")
         photo = photo[top:bottom, left:right]
     return preprocess(photo, spec)
 
 
 def name_of(photo: Path | Photo) -> str:
-    """What a photo is called in a message: a file by its path."""
+    """Return an image's name for messages; for a file, its path."""
     return str(photo) if isinstance(photo, Path) else photo.name
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`work(item)` of each item in the order of `items`, computed ahead in threads, never more than 4 a thread.
+    """Yield `work(item)` in the order of `items`, computed ahead in threads, at most 4 items per thread.
 
-    Pillow decodes and resizes without the interpreter's lock, so reading overlaps with the forward pass.
+    Pillow releases the interpreter's lock to decode and resize, so reading overlaps with the forward pass.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool_of_threads:
@@ -109,7 +109,7 @@ def _batches(
     workers: int,
     skipped: list[Skipped],
 ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-    """Inputs of one size, [b, 3, h, w], with their positions in `photos`; what cannot be read goes to `skipped`."""
+    """Yield inputs of one size, [b, 3, h, w], with their positions in `photos`; add unreadable images to `skipped`."""
 
     def read(photo: tuple[Path | Photo, Box | None]) -> npt.NDArray[np.float32] | Skipped:
         try:
@@ -133,7 +133,7 @@ def _batches(
 
 
 def default_workers() -> int:
-    """Threads that read photos."""
+    """Return the default number of threads that read images."""
     return min(8, available_cpus())
 
 
@@ -144,9 +144,10 @@ def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """How images pass through a network: nothing here but `precision` changes what comes out.
+    """How images pass through a network. Only `precision` affects the result.
 
-    `workers` are threads that read images; None: one a CPU, at most 8. bf16 runs the forward pass in autocast.
+    `workers` is the number of threads that read images; None: one per CPU, at most 8. bf16 runs the forward pass in
+    autocast.
     """
 
     batch_size: int = 64
@@ -157,7 +158,7 @@ class ForwardSettings:
 FORWARD = ForwardSettings()
 
 
-@torch.no_grad()  # not inference_mode: probes are trained on what comes out
+@torch.no_grad()  # and not inference_mode: probes are trained on the result
 def compute_features(
     model: DinoVisionTransformer,
     paths: Sequence[Path | Photo],
@@ -168,18 +169,19 @@ def compute_features(
     forward: ForwardSettings = FORWARD,
     advance: Callable[[int], object] = lambda count: None,
 ) -> ImageFeatures:
-    """Features of photos, in their order, on the model's device.
+    """Compute features of images, in order, on the model's device.
 
     Args:
-        model: left in the mode (train or eval) that it was in.
-        paths: n photos.
-        n_blocks: L, how many of the last blocks give their class token (after the last norm, as in Meta's probes).
-        boxes: the part of each photo to look at; None: the whole.
+        model: its mode (train or eval) is restored.
+        paths: n images.
+        spec: preprocessing.
+        n_blocks: L, the number of last blocks with a class token each (after the last norm, as in Meta's probes).
+        boxes: the part of each image to use; None: the whole.
         forward: batch size, threads, precision.
-        advance: told of each batch how many photos it was.
+        advance: called with the number of images of each batch.
 
     Raises:
-        ValueError: more blocks than the model has, or not one photo could be read.
+        ValueError: the model has too few blocks, or no image could be read.
     """
     was_training, device = model.training, model.cls_token.device
     model.eval()
@@ -204,7 +206,7 @@ def compute_features(
     advance(len(skipped))
     if skipped and not read.any():
         raise ValueError(
-            f"none of {len(paths)} photos could be read; the first: {skipped[0].name}: {skipped[0].reason}"
+            f"none of {len(paths)} images could be read; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     kept = read.nonzero().flatten()
     whole = len(kept) == len(paths)
@@ -218,9 +220,9 @@ def cache_key(
     boxes: Sequence[Box | None] | None,
     precision: str,
 ) -> str:
-    """sha256 (64 hex digits) over all that decides the features: model, preprocessing, and the photos by path and size.
+    """Compute a sha256 (64 hex digits) of what determines the features: model, preprocessing, image paths and sizes.
 
-    Contents are not read, so a photo that is replaced by one of exactly as many bytes goes unnoticed.
+    Contents are not read, so replacing an image by one of exactly the same size in bytes goes unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
     for path, box in zip(paths, boxes or [None] * len(paths), strict=True):
@@ -239,7 +241,7 @@ def _save(path: Path, features: ImageFeatures) -> None:
 
 
 def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
-    """Features of a cache file; None if there is none, it is damaged, or it holds fewer blocks."""
+    """Load features from a cache file; None if there is none, it is damaged, or it has fewer blocks."""
     if not path.is_file():
         return None
     try:
@@ -253,7 +255,7 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder for the features of one model, which `model_digest` tells from others."""
+    """A folder for the features of one model, identified by `model_digest`."""
 
     folder: Path
     model_digest: str
@@ -270,7 +272,7 @@ def cached_features(
     forward: ForwardSettings = FORWARD,
     advance: Callable[[int], object] = lambda count: None,
 ) -> ImageFeatures:
-    """`compute_features`, kept as a file of the cache (None: not kept) and taken from there the next time.
+    """Compute features as `compute_features`, or load them from the cache (None: no cache); store new ones in it.
 
     Raises:
         ValueError: as `compute_features`.

@@ -1,13 +1,13 @@
-"""k-NN classification on frozen features: how DINO and DINOv2 are compared without training anything.
+"""k-NN classification on frozen features: the comparison of DINO and DINOv2 that needs no training.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/knn.py`): features L2-normalised; the k most similar training photos
+Protocol (facebookresearch/dinov2, `dinov2/eval/knn.py`): features are L2-normalised; the k most similar training images
 vote with weight exp(cosine / 0.07); the class with most votes wins. (The original divides the weights by their sum over
-the 200 nearest, which changes no vote.) The original's preprocessing is short side 256, crop 224; here it is the
-model's own spec, stated beside every figure.
+the 200 nearest, which changes no result.) The original's preprocessing is short side 256, crop 224; here it is the
+model's own spec, which is reported with every figure.
 
-Similarities are computed in blocks, of which only the nearest are kept: memory does not grow with n or m.
+Similarities are computed in blocks, and only the nearest are stored: memory does not grow with n or m.
 
-Legend: n training photos, m test photos, D features, C classes.
+Legend: n training images, m test images, D features, C classes.
 """
 
 from collections.abc import Sequence
@@ -24,19 +24,19 @@ from training.data.dataset import Photo, label_of
 from training.evaluate.features import compute_features
 
 TEMPERATURE = 0.07
-KS = (10, 20, 100, 200)  # of the paper's tables; 20 is usually the best
+KS = (10, 20, 100, 200)  # as in the paper's tables; 20 is usually the best
 
 
 def nearest(
     train: Tensor, test: Tensor, k: int, *, leave_one_out: bool = False, rows: int = 1024, columns: int = 65_536
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar training photos of each test photo.
+    """Find the k most similar training images of each test image.
 
     Args:
         train, test: features [n, D], [m, D], any scale.
         k: at most n, or n - 1 with `leave_one_out`.
-        leave_one_out: `test` is `train`, and a photo is never its own neighbour.
-        rows, columns: test and train photos of one block; a block of similarities takes 4 * rows * columns bytes.
+        leave_one_out: `test` is `train`, and an image is never its own neighbour.
+        rows, columns: test and train images of one block; a block of similarities takes 4 * rows * columns bytes.
 
     Returns:
         cosines [m, k], falling, and positions in `train` [m, k].
@@ -53,7 +53,7 @@ def nearest(
             similarity = queries @ F.normalize(train[left : left + columns].float(), dim=1).T  # [rows, columns]
             if leave_one_out:
                 first, last = max(top, left), min(top + len(queries), left + similarity.shape[1])
-                same = torch.arange(first, max(first, last))  # photos that are in both
+                same = torch.arange(first, max(first, last))  # images that are in both
                 similarity[same - top, same - left] = -torch.inf
             block = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best, where = torch.cat((best, block.values), dim=1), torch.cat((where, block.indices + left), dim=1)
@@ -74,14 +74,14 @@ def knn_accuracy(
     rows: int = 1024,
     columns: int = 65_536,
 ) -> dict[int, float]:
-    """Share of test photos classified rightly, for each k.
+    """Compute the share of test images classified correctly, for each k.
 
     Args:
         train: features [n, D], any scale.
         train_labels: class numbers [n].
         test, test_labels: [m, D], [m].
-        ks: neighbours; more than there are photos means all of them.
-        leave_one_out: `test` is `train`, and a photo is never its own neighbour.
+        ks: numbers of neighbours; a number above the number of images means all of them.
+        leave_one_out: `test` is `train`, and an image is never its own neighbour.
         rows, columns: as in `nearest`.
     """
     most = len(train) - int(leave_one_out)
@@ -103,7 +103,7 @@ def knn_accuracy(
 
 
 def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
-    """Class numbers by label (of a path: the name of its folder); `classes` is extended by names it lacks."""
+    """Return class numbers by label (for a path: the name of its folder), and `classes` extended by new labels."""
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
     return torch.tensor(numbers), classes
@@ -116,15 +116,15 @@ def evaluate_knn(
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """k-NN accuracy of `test` photos among `train` photos, by pooling and k; photos that cannot be read do not count.
+    """Compute k-NN accuracy of `test` images among `train` images, by pooling and k; unreadable images do not count.
 
     Raises:
-        ValueError: a photo without a label, or not one of either kind that can be read.
+        ValueError: an image has no label, or one of the two sets has no readable image.
     """
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)
-    known, unknown = compute_features(model, train, spec), compute_features(model, test, spec)
+    train_features, test_features = compute_features(model, train, spec), compute_features(model, test, spec)
     device = model.cls_token.device
-    labels = train_labels[known.kept].to(device), test_labels[unknown.kept].to(device)
-    pooled = {p: (known.pooled(p).to(device), unknown.pooled(p).to(device)) for p in POOLINGS}
+    labels = train_labels[train_features.kept].to(device), test_labels[test_features.kept].to(device)
+    pooled = {p: (train_features.pooled(p).to(device), test_features.pooled(p).to(device)) for p in POOLINGS}
     return {p: knn_accuracy(a, labels[0], b, labels[1], ks) for p, (a, b) in pooled.items()}

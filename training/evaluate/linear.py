@@ -1,17 +1,17 @@
 """The linear probe: every learning rate and every choice of layers, trained in one pass over cached features.
 
 Protocol (facebookresearch/dinov2, `dinov2/eval/linear.py`): a linear layer on the class tokens of the last 1 or 4
-blocks, joined, with or without the mean patch token of the last; SGD with momentum 0.9, no weight decay, cosine to
-zero, batch 1,024, 12,500 iterations, learning rate times batch / 256; the best head by val accuracy is the figure, so
-it is a little too good where val is small: all heads are reported. What differs: the original draws a new random crop
-and flip of each photo each time; here the features are those of the evaluation's own crop, computed once.
+blocks, concatenated, with or without the mean patch token of the last; SGD with momentum 0.9, no weight decay, cosine
+to zero, batch 1,024, 12,500 iterations, learning rate times batch / 256. The figure is the best head by val accuracy,
+which is slightly optimistic for a small val; all heads are reported. The original draws a new random crop and flip of
+each image each time; here the features are those of the evaluation's own crop, computed once.
 
-All inputs are neighbouring columns of one row per photo, [class token of block -4 | -3 | -2 | -1 | mean patch token],
-and heads that share an input are columns of one matrix. Their losses are summed, and no weight is in two of them, so
-each gets the gradient that it would get alone. That gradient has a closed form, so there is no autograd and no Python
-loop over heads: two matrix products an input and step.
+All inputs are adjacent columns of one row per image, [class token of block -4 | -3 | -2 | -1 | mean patch token], and
+heads that share an input are columns of one matrix. Their losses are summed, and no two heads share a weight, so each
+gets the same gradient as alone. That gradient has a closed form, so there is no autograd and no Python loop over heads,
+only two matrix products per input and step.
 
-Legend: n photos, b photos of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
+Legend: n images, b images of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,14 @@ from torch import Tensor
 MOMENTUM = 0.9
 INIT_STD = 0.01
 CODE_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-"""The grid of the published code."""
+"""The learning rates of the published code."""
 PAPER_LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
-"""The grid of the paper."""
+"""The learning rates of the paper."""
 
 
 @dataclass(frozen=True, order=True)
 class Head:
-    """One linear head: what it looks at, and its learning rate before scaling by batch / 256."""
+    """One linear head: its input, and its learning rate before scaling by batch / 256."""
 
     blocks: int
     avgpool: bool
@@ -40,8 +40,8 @@ class Head:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The heads that are trained, and how: one for each learning rate (before scaling by batch_size / 256), number of
-    blocks, with and without the mean patch token. A batch of few photos holds some of them twice."""
+    """The heads and their training: one head per learning rate (before scaling by batch_size / 256), number of blocks,
+    with and without the mean patch token. If there are few images, a batch has some of them twice."""
 
     lrs: Sequence[float] = CODE_LRS
     blocks: Sequence[int] = (1, 4)
@@ -71,12 +71,12 @@ class _Group:
 
 
 def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
-    """[n, (L + 1) D] of class tokens [n, L, D] (last block last) and mean patch tokens [n, D]."""
+    """Concatenate class tokens [n, L, D] (last block last) and mean patch tokens [n, D] to [n, (L + 1) D]."""
     return torch.cat((cls.flatten(1), mean), dim=1)
 
 
 def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Positions [batch_size] without end: permutation after permutation, a batch may span two."""
+    """Yield positions [batch_size] without end, from one permutation after another; a batch may span two."""
     rest, epoch = np.empty(0, np.int64), 0
     while True:
         while len(rest) < batch_size:
@@ -89,7 +89,7 @@ def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 def _make_group(
     blocks: int, avgpool: bool, n_lrs: int, n_classes: int, depth: int, features: Tensor, seed: int
 ) -> _Group:
-    """Heads at the start: all learning rates of an input begin with the same weights, so that they compare."""
+    """Make the heads of an input. All learning rates start with the same weights, so that they can be compared."""
     dim = features.shape[1] // (depth + 1)
     columns = slice((depth - blocks) * dim, (depth + int(avgpool)) * dim)
     draw = torch.Generator().manual_seed(seed * 1000 + blocks * 2 + int(avgpool))
@@ -100,12 +100,12 @@ def _make_group(
 
 
 def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
-    """One step of SGD of all heads of an input, in place. x [b, F], labels [b], lrs [H]."""
+    """Do one SGD step of all heads of an input, in place. x [b, F], labels [b], lrs [H]."""
     f, h, c = group.weight.shape
     logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias
     gradient = logits.softmax(dim=2)
     gradient[torch.arange(len(x), device=x.device), :, labels] -= 1
-    gradient /= len(x)  # of the mean cross-entropy by the logits [b, H, C]
+    gradient /= len(x)  # gradient of the mean cross-entropy by the logits [b, H, C]
     group.weight_momentum.view(f, h * c).mul_(MOMENTUM).addmm_(x.T, gradient.view(len(x), h * c))
     group.bias_momentum.mul_(MOMENTUM).add_(gradient.sum(dim=0))
     group.weight.sub_(group.weight_momentum * lrs[:, None])
@@ -113,7 +113,7 @@ def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
 
 
 def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096) -> list[float]:
-    """Share of photos that each head [H] classifies rightly."""
+    """Return the share of images that each head [H] classifies correctly."""
     f, h, c = group.weight.shape
     right = torch.zeros(h, dtype=torch.long, device=features.device)
     for top in range(0, len(features), rows):
@@ -163,17 +163,17 @@ def evaluate_linear(
     settings: ProbeSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LinearReport:
-    """Val accuracy of a linear head for each learning rate, number of blocks, with and without the mean patch token.
+    """Compute val accuracy of a head per learning rate and number of blocks, with and without the mean patch token.
 
     Args:
-        train, val: [n, (L + 1) D], [m, (L + 1) D] from `stack_features`, float32; on a GPU all is computed there.
+        train, val: [n, (L + 1) D], [m, (L + 1) D] from `stack_features`, float32; computed on their device.
         train_labels, val_labels: class numbers [n], [m]; a class that only val has is never predicted.
-        depth: L, the class tokens that the features hold.
+        depth: L, the number of class tokens in the features.
         settings: the heads and their training; None: the published protocol.
-        advance: told of each iteration.
+        advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: nothing to train, or more blocks than the features hold.
+        ValueError: there is nothing to train, or the features have too few blocks.
     """
     settings = settings or ProbeSettings()
     lrs, blocks, iterations, batch_size = settings.lrs, settings.blocks, settings.iterations, settings.batch_size
@@ -182,9 +182,9 @@ def evaluate_linear(
     if min(lrs) <= 0 or iterations < 1 or batch_size < 1:
         raise ValueError(f"lrs={list(lrs)}, iterations={iterations}, batch_size={batch_size} must be above 0")
     if min(blocks) < 1 or max(blocks) > depth:
-        raise ValueError(f"blocks={list(blocks)}: each must be from 1 to the {depth} that the features hold")
+        raise ValueError(f"blocks={list(blocks)}: each must be from 1 to {depth}, the blocks in the features")
     if not len(train) or not len(val):
-        raise ValueError(f"a linear probe needs photos of both splits, found {len(train)} and {len(val)}")
+        raise ValueError(f"a linear probe needs images of both splits, found {len(train)} and {len(val)}")
     n_classes = int(train_labels.max()) + 1
     groups = train_heads(train, train_labels, n_classes, depth=depth, settings=settings, advance=advance)
     shares = {

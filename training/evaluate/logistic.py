@@ -1,18 +1,18 @@
-"""Logistic regression on frozen features: the figure that needs no learning rate.
+"""Logistic regression on frozen features: a figure that needs no learning rate.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2, float64; C is the best of 45
-between 1e-6 and 1e5 on a tenth of the training photos, drawn with a fixed seed; then all training photos are fitted
-with it. The features are taken as they are, not normalised. What differs: the original's solver is cuML's with
-tolerance 1e-12 and 1,000 iterations, so for a large C it stops at the iterations; here it is L-BFGS until the largest
-entry of the gradient of the mean loss (see below) is below `tolerance`, each C started from the solution of the next
-smaller one. C is as in scikit-learn: minimised is C * sum of the log losses + 0.5 * sum of the squared weights, the
-bias being free.
+Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2, float64. C is the best of 45
+values between 1e-6 and 1e5 on a tenth of the training images, drawn with a fixed seed; then all training images are
+fitted with it. Features are not normalised. The original uses cuML's solver with tolerance 1e-12 and 1,000 iterations,
+so for a large C it stops at the iteration limit. Here L-BFGS runs until the largest entry of the gradient of the mean
+loss (see below) is below `tolerance`, and each C starts from the solution of the next smaller one. C is as in
+scikit-learn: the fit minimises C * sum of the log losses + 0.5 * sum of the squared weights, with a free bias.
 
-L-BFGS wants unknowns of one curvature, and at C = 1e-6 the penalty makes that of the weights a million times that of
-the biases. So it solves for other unknowns: features are centred, which only moves the bias, and each weight is divided
-by the root of its curvature over a bias's at the start. The solution is the same, found in tens of steps, not hundreds.
+L-BFGS needs unknowns of similar curvature, and at C = 1e-6 the penalty makes the curvature of the weights a million
+times that of the biases. So it solves for other unknowns: features are centred, which only shifts the bias, and each
+weight is divided by the root of its curvature relative to a bias's at the start. The solution is the same, and takes
+tens of steps instead of hundreds.
 
-Legend: n photos, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
+Legend: n images, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,12 @@ class Logistic:
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """[n, C] of features [n, D]."""
+        """Compute logits [n, C] of features [n, D]."""
         return features.to(self.weight) @ self.weight.T + self.bias
 
 
 def logistic_loss(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, c: float) -> Tensor:
-    """The objective divided by c * n, so that its size depends on neither: mean log loss + |weight|^2 / (2 c n)."""
+    """Compute the objective divided by c * n, so that its size depends on neither: log loss + |weight|^2 / (2 c n)."""
     loss = F.cross_entropy(features @ weight.T + bias, labels)
     return loss + weight.square().sum() / (2 * c * len(labels))
 
@@ -54,23 +54,24 @@ def fit_logistic(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
 ) -> Logistic:
-    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 on the features' device.
+    """Fit multinomial logistic regression with an L2 penalty, by L-BFGS in float64 on the features' device.
 
     Args:
         features: [n, D].
         labels: [n], below `n_classes`.
         c: inverse strength of the penalty, as scikit-learn's C.
-        n_classes: columns of the result; a class without photos is never predicted against one with.
-        start: where to begin; None: zeros.
-        tolerance: largest entry of the gradient of `logistic_loss`, by the rescaled unknowns, to end with.
+        n_classes: columns of the result; a class without images is never predicted against one with images.
+        start: initial weights; None: zeros.
+        tolerance: the fit ends when no entry of the gradient of `logistic_loss`, by the rescaled unknowns, is larger.
+        max_iterations: limit on iterations.
 
     Raises:
-        ValueError: c not above 0, or no photos.
+        ValueError: c is not above 0, or there are no images.
     """
     if not c > 0:
         raise ValueError(f"c={c} must be above 0")
     if not len(labels):
-        raise ValueError("logistic regression needs at least one photo")
+        raise ValueError("logistic regression needs at least one image")
     features = features.double()
     n, mean = len(labels), features.mean(dim=0)
     centred = features - mean
@@ -97,12 +98,12 @@ def fit_logistic(
         return loss
 
     optimizer.step(closure)
-    found = weight.detach() * scale
-    return Logistic(found, bias.detach() - found @ mean)
+    fitted = weight.detach() * scale
+    return Logistic(fitted, bias.detach() - fitted @ mean)
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
-    """Share of photos whose largest logit is their class."""
+    """Return the share of images with the largest logit for their class."""
     right = 0
     for top in range(0, len(labels), rows):
         part = slice(top, top + rows)
@@ -111,7 +112,7 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions kept and positions set aside of n photos: a fixed random share, at least one photo."""
+    """Split n images into positions kept and set aside, a fixed random share of at least one image."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     aside = max(1, int(n * share))
     return order[aside:].sort().values, order[:aside].sort().values
@@ -119,7 +120,7 @@ def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LogisticReport:
-    """`accuracy` on val with the chosen `c`; `sweep` is the accuracy on the tenth set aside, by C."""
+    """`accuracy` on val with the chosen `c`; `sweep` is the accuracy on the share set aside, by C."""
 
     accuracy: float
     c: float
@@ -128,7 +129,7 @@ class LogisticReport:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The share of training photos that C is chosen on, and when a fit ends."""
+    """The share of training images that C is chosen on, and when a fit ends."""
 
     held_out_share: float = 0.1
     seed: int = 0
@@ -146,20 +147,20 @@ def evaluate_logistic(
     fit: FitSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LogisticReport:
-    """Choose C on a share of the training photos, fit all of them, score val.
+    """Choose C on a share of the training images, fit all of them, score val.
 
     Args:
         train, val: features [n, D], [m, D].
         train_labels, val_labels: [n], [m]; classes that only val has are never predicted.
         c_grid: values of C; the smallest of equally good ones is taken.
-        fit: how; None: the defaults.
-        advance: told of each C that is done.
+        fit: settings of the fit; None: the defaults.
+        advance: called with 1 after each C.
 
     Raises:
-        ValueError: fewer than two training photos, or an empty or unusable `c_grid`.
+        ValueError: fewer than two training images, or an empty or unusable `c_grid`.
     """
     if len(train) < 2:
-        raise ValueError(f"logistic regression needs at least 2 training photos, found {len(train)}")
+        raise ValueError(f"logistic regression needs at least 2 training images, found {len(train)}")
     if not c_grid:
         raise ValueError("c_grid is empty: give at least one C")
     fit = fit or FitSettings()

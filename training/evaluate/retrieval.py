@@ -1,28 +1,28 @@
-"""Retrieval: rank a database by cosine, score the ranking; with the junk rule of revisited Oxford and Paris.
+"""Retrieval: rank a database by cosine and score the ranking, with the junk rule of revisited Oxford and Paris.
 
-Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label what each query's photo shows in the
-database as easy, hard or junk (the query itself, or too little of it to tell). Each setup counts some of them as
-relevant and takes others out of the ranking before it is scored:
+Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label database images for each query as easy,
+hard or junk (the query itself, or too little of its object visible to tell). Each setup counts some of them as relevant
+and removes others from the ranking before it is scored:
 
-    setup    relevant       taken out
+    setup    relevant       removed
     easy     easy           hard, junk
     medium   easy, hard     junk
     hard     hard           easy, junk
 
 Average precision is the area under precision by recall by the trapezoid rule, as in the Oxford buildings' own program:
-the mean, over the relevant photos, of the precision before and at each of them. Queries without a relevant photo do not
-count. For photos in class folders every photo is a query, those of its folder are relevant, and the query itself is
-taken out; there average precision is the plain mean of the precision at each relevant photo, as usual in metric
-learning. recall@k is the share of queries with at least one relevant photo among the first k.
+the mean, over the relevant images, of the precision before and at each of them. Queries without a relevant image do not
+count. For images in class folders every image is a query, those of its folder are relevant, and the query itself is
+removed. There average precision is the plain mean of the precision at each relevant image, as usual in metric learning.
+recall@k is the share of queries with at least one relevant image among the first k.
 
-Ground truth as JSON, paths relative to the images' folder:
+The ground truth is JSON, with paths relative to the images' folder:
 
     {"database": ["a.jpg", ...],
      "queries": [{"image": "q.jpg", "box": [x, y, width, height], "easy": [...], "hard": [...], "junk": [...]}, ...]}
 
-`box` may be left out; Oxford's queries have one, and without the crop the figures are others.
+`box` is optional. Oxford's queries have one, and without the crop the figures differ.
 
-Legend: q queries, n database photos, D features.
+Legend: q queries, n database images, D features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,11 +45,11 @@ SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("easy", "junk")),
 }
-"""What counts as relevant and what is taken out, by setup."""
+"""The labels that are relevant and those that are removed, by setup."""
 
 
 class Query(BaseModel):
-    """One query: its photo, the part of it to search with, and labels of database photos by name."""
+    """One query: its image, the part of it to search with, and labels of database images by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,7 +71,7 @@ class GroundTruth(BaseModel):
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over `queries` queries, those that have a relevant photo."""
+    """Means over the queries that have a relevant image; `queries` is their number."""
 
     mean_ap: float
     recall: dict[int, float]
@@ -79,10 +79,11 @@ class Scores:
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """Parse and check a ground truth file.
+    """Read and validate a ground truth file.
 
     Raises:
-        ValueError: it cannot be read, has another form, names a photo twice, or labels one that the database lacks.
+        ValueError: it cannot be read, has another format, names an image twice, or labels one that is not in the
+            database.
     """
     try:
         truth = GroundTruth.model_validate_json(path.read_bytes())
@@ -90,24 +91,24 @@ def read_ground_truth(path: Path) -> GroundTruth:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
         raise ValueError(f"{path}: not a ground truth for retrieval: {error}") from error
-    known = set(truth.database)
-    if len(known) != len(truth.database):
-        raise ValueError(f"{path}: the database names a photo twice")
+    names = set(truth.database)
+    if len(names) != len(truth.database):
+        raise ValueError(f"{path}: the database names an image twice")
     for number, query in enumerate(truth.queries):
         labels = [*query.easy, *query.hard, *query.junk]
         if len(set(labels)) != len(labels):
-            raise ValueError(f"{path}: query {number} ({query.image}) labels a photo twice")
-        unknown = sorted(set(labels) - known)
+            raise ValueError(f"{path}: query {number} ({query.image}) labels an image twice")
+        unknown = sorted(set(labels) - names)
         if unknown:
             raise ValueError(
-                f"{path}: query {number} ({query.image}) labels {len(unknown)} photos that the database lacks, "
+                f"{path}: query {number} ({query.image}) labels {len(unknown)} images that are not in the database, "
                 f"e.g. {unknown[0]}"
             )
     return truth
 
 
 def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
-    """Positions (from 0) of the relevant photos in a ranking from which the ignored ones are taken out.
+    """Return the positions (from 0) of the relevant images in a ranking without the ignored ones.
 
     Args:
         relevant, ignored: bool [n], best first, never both.
@@ -117,20 +118,20 @@ def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
 
 
 def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoid") -> float:
-    """Average precision from the rising positions (from 0) of relevant photos.
+    """Compute average precision from the rising positions (from 0) of relevant images.
 
     Args:
-        positions: of those that the ranking holds.
-        n_relevant: how many there are; what the ranking lacks counts as never found.
-        rule: "trapezoid" averages the precision before and at each relevant photo, "mean" takes that at it.
+        positions: of the relevant images in the ranking.
+        n_relevant: number of relevant images; those missing in the ranking count as never found.
+        rule: "trapezoid" averages the precision before and at each relevant image, "mean" uses that at it.
     """
     assert n_relevant > 0
-    place = positions.double()
-    found = torch.arange(len(positions), device=positions.device, dtype=torch.float64)
-    at = (found + 1) / (place + 1)
+    index = positions.double()
+    n_before = torch.arange(len(positions), device=positions.device, dtype=torch.float64)
+    at = (n_before + 1) / (index + 1)
     if rule == "mean":
         return float(at.sum() / n_relevant)
-    before = torch.where(place == 0, 1.0, found / place.clamp(min=1))
+    before = torch.where(index == 0, 1.0, n_before / index.clamp(min=1))
     return float(((before + at) / 2).sum() / n_relevant)
 
 
@@ -144,15 +145,17 @@ def score(
     rule: Rule = "trapezoid",
     block_bytes: int = 2**28,
 ) -> Scores:
-    """Rank the database for each query by cosine and score it.
+    """Rank the database for each query by cosine, and score the rankings.
 
     Args:
         queries, database: features [q, D], [n, D], any scale.
-        relevant, ignored: of each query, positions in the database; ignored photos are taken out of its ranking.
+        relevant, ignored: for each query, positions in the database; ignored images are removed from its ranking.
+        ks: numbers of first images for recall@k.
+        rule: as in `average_precision`.
         block_bytes: memory for similarities; queries are ranked in blocks.
 
     Raises:
-        ValueError: no query has a relevant photo.
+        ValueError: no query has a relevant image.
     """
     n = len(database)
     database = F.normalize(database.float(), dim=1)
@@ -172,7 +175,7 @@ def score(
             for k in ks:
                 hits[k] += bool((positions < k).any())
     if not aps:
-        raise ValueError("no query has a relevant photo in the database")
+        raise ValueError("no query has a relevant image in the database")
     return Scores(sum(aps) / len(aps), {k: count / len(aps) for k, count in hits.items()}, len(aps))
 
 
@@ -184,7 +187,7 @@ def score_setup(
     *,
     ks: Sequence[int] = KS,
 ) -> Scores | None:
-    """Scores of one setup; None if no query has a photo that counts in it. Features are in the order of `truth`."""
+    """Score one setup; None if no query has a relevant image in it. Features are in the order of `truth`."""
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
 
@@ -198,10 +201,12 @@ def score_setup(
 
 
 def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
-    """Every photo [n, D] searches all others; those of its class [n] are relevant. Plain average precision.
+    """Score the search for every image [n, D] among all others; those of its class [n] are relevant.
+
+    It uses plain average precision.
 
     Raises:
-        ValueError: no class has two photos.
+        ValueError: no class has two images.
     """
     members = {int(label): (labels == label).nonzero().flatten() for label in set(labels.tolist())}
     itself = torch.arange(len(labels), device=labels.device)

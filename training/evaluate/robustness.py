@@ -1,18 +1,18 @@
-"""How much of a photo's features survives a fixed change of the photo: nearer, blurred, other light, JPEG.
+"""Robustness of an image's features to fixed changes of the image: crop, blur, other light, JPEG.
 
-Augmentations of training are random; here each photo gets the same eight changes, so two networks are asked the same
-questions. The changes are made on what the network sees (the photo after its preprocessing, as uint8 pixels): a blur of
-2 pixels is then as strong on a large photo as on a small one, and a figure depends on the network's input size alone.
-Strengths are at or beyond the ends of what training draws.
+Augmentations in training are random; here each image gets the same eight changes, so two networks get the same test.
+The changes apply to the network's input (the image after its preprocessing, as uint8 pixels). A blur of 2 pixels is
+then as strong on a large image as on a small one, and a figure depends only on the network's input size. Strengths are
+at or beyond the limits of training's augmentations.
 
-Two figures for each change, both of the class token:
+There are two figures for each change, both of the class token:
 
-- cosine: mean cosine of the photo and its changed version. It reads easily and says little alone: a collapsed network,
-  for which all photos are alike, has 1. So the mean cosine of different photos is given beside it.
-- recall@1: share of photos whose changed version is nearer to its own photo than to any other of the set. It compares
-  across networks. It falls with the number of photos, which is given.
+- cosine: mean cosine of the image and its changed version. It is easy to read but not enough: a collapsed network, for
+  which all images are alike, has 1. So the mean cosine of different images is reported next to it.
+- recall@1: share of images with their changed version nearer to them than to any other image of the set. It can be
+  compared across networks. It falls as the number of images grows, which is reported.
 
-Legend: n photos, b photos of a batch, D width, s side of the network's input.
+Legend: n images, b images of a batch, D width, s side of the network's input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,14 +51,14 @@ JPEG_QUALITY = 20
 
 
 def centre_crop(pixels: Tensor) -> Tensor:
-    """The middle, `CROP_SIDE` of each side (half the area), resized back: uint8 [b, 3, s, s] to float 0..1."""
+    """Cut out the middle, `CROP_SIDE` of each side (half the area), and resize: uint8 [b, 3, s, s] to float 0..1."""
     box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
     still = torch.zeros(len(pixels), dtype=torch.bool)
     return crop_resize(pixels, torch.arange(len(pixels)), box, pixels.shape[-1], still, pixels.shape[-1])
 
 
 def jpeg(pixels: Tensor) -> Tensor:
-    """Pillow's JPEG at `JPEG_QUALITY`, colour at half the resolution: uint8 [b, 3, s, s] to float 0..1."""
+    """Apply Pillow's JPEG at `JPEG_QUALITY`, colour at half the resolution: uint8 [b, 3, s, s] to float 0..1."""
     decoded = []
     for photo in pixels.permute(0, 2, 3, 1).numpy():
         file = BytesIO()
@@ -84,13 +84,13 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "grey": lambda x: grayscale(x / 255).expand(-1, 3, -1, -1),
     f"JPEG quality {JPEG_QUALITY}": jpeg,
 }
-"""Each from uint8 [b, 3, s, s] on the CPU to float [b, 3, s, s] in 0..1, in the words of the tables."""
+"""The changes by the names in tables, each from uint8 [b, 3, s, s] on the CPU to float [b, 3, s, s] in 0..1."""
 
 
 def _squares(
     photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
 ) -> Iterator[Tensor]:
-    """What the network sees of each photo, uint8 [3, s, s]; what cannot be read goes to `skipped`."""
+    """Yield the network's input for each image, uint8 [3, s, s]; add unreadable images to `skipped`."""
     plain = spec.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})  # 0..1, not normalised
 
     def read(photo: Path | Photo) -> Tensor | Skipped:
@@ -99,11 +99,11 @@ def _squares(
         except ValueError as error:
             return Skipped(name_of(photo), str(error))
 
-    for found in in_order(read, photos, workers):
-        if isinstance(found, Skipped):
-            skipped.append(found)
+    for outcome in in_order(read, photos, workers):
+        if isinstance(outcome, Skipped):
+            skipped.append(outcome)
         else:
-            yield found
+            yield outcome
 
 
 @torch.no_grad()
@@ -116,30 +116,31 @@ def robustness(
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Cosine and recall@1 of the class tokens of changed photos among the unchanged ones.
+    """Compute cosine and recall@1 of the class tokens of changed images among the unchanged ones.
 
     Args:
-        model: left in the mode (train or eval) that it was in.
-        photos: at least two that can be read; no labels are needed.
-        spec: with a crop, as inputs must be squares of one size.
-        workers: threads that read photos; None: one a CPU, at most 8.
-        advance: told of each batch how many photos it was.
+        model: its mode (train or eval) is restored.
+        photos: at least two readable images; labels are not needed.
+        spec: preprocessing with a crop, because inputs must be squares of one size.
+        batch_size: images of a batch.
+        workers: threads that read images; None: one per CPU, at most 8.
+        advance: called with the number of images of each batch.
 
     Returns:
-        JSON types: `photos` (n), `skipped` (how many could not be read), `other_photos_cosine` (mean over pairs of
-        different unchanged photos), `changes` (by the name in `CHANGES`: `cosine`, `recall@1`), and `mean`, of both
+        JSON types: `photos` (n), `skipped` (number of unreadable images), `other_photos_cosine` (mean over pairs of
+        different unchanged images), `changes` (by the name in `CHANGES`: `cosine`, `recall@1`), and `mean`, of both
         over the changes.
 
     Raises:
-        ValueError: a spec without a crop, or fewer than two readable photos.
+        ValueError: a spec without a crop, or fewer than two readable images.
     """
     if spec.crop is None:
-        raise ValueError("robustness needs a preprocessing with a crop: photos of one size, and square")
+        raise ValueError("robustness needs a preprocessing with a crop, so that images are square and of one size")
     was_training, device = model.training, model.cls_token.device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
 
     def features(pixels: Tensor) -> Tensor:
-        """Class tokens [b, D] of pixels float [b, 3, s, s] in 0..1."""
+        """Compute class tokens [b, D] of pixels float [b, 3, s, s] in 0..1."""
         [(_, cls)] = model.get_intermediate_layers((pixels.to(device) - mean) / std, n=1, return_class_token=True)
         return cls.float().cpu()
 
@@ -159,15 +160,15 @@ def robustness(
     n = sum(map(len, clean))
     if n < 2:
         first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-        raise ValueError(f"robustness needs at least two photos that can be read, not {n} of {len(photos)}{first}")
+        raise ValueError(f"robustness needs at least two images that can be read, not {n} of {len(photos)}{first}")
     return _figures(torch.cat(clean), {name: torch.cat(parts) for name, parts in changed.items()}, len(skipped))
 
 
 def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[str, Any]:
-    """What `robustness` returns, of class tokens [n, D], unchanged and by change."""
+    """Compute the result of `robustness` from class tokens [n, D], unchanged and by change."""
     n, rows = len(clean), F.normalize(clean, dim=1)
     figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
-    # Sum over all pairs, of a photo with itself too, is the squared length of the sum.
+    # The sum over all pairs, including each image with itself, is the squared length of the sum.
     others = (rows.double().sum(dim=0).square().sum() - n) / (n * (n - 1))
     return {
         "photos": n,
@@ -179,9 +180,9 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 
 
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
-    """Both figures of rows [n, D] of unit length."""
-    _, found = nearest(clean, changed, 1)  # [n, 1]
+    """Compute cosine and recall@1 from rows [n, D] of unit length."""
+    _, neighbours = nearest(clean, changed, 1)  # [n, 1]
     return {
         "cosine": float((clean * changed).sum(dim=1).mean()),
-        "recall@1": float((found[:, 0] == torch.arange(len(clean))).double().mean()),
+        "recall@1": float((neighbours[:, 0] == torch.arange(len(clean))).double().mean()),
     }

@@ -1,4 +1,4 @@
-"""One evaluation, from a model and a folder to a report: what `dinov2 eval` and `dinov2 compare` call."""
+"""Run one evaluation, from a model and a folder to a report; `dinov2 eval` and `dinov2 compare` call this module."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from training.evaluate.tasks import Track
 
 @dataclass(frozen=True)
 class Report:
-    """What one evaluation found. `rows` is the table, `figures` the same and more for programs; shares are 0 to 1."""
+    """The result of one evaluation. `rows` is a table, `figures` the same and more as data; shares are 0 to 1."""
 
     task: Task
     model: str
@@ -40,7 +40,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """The report for `json.dump`."""
+        """Return the report as JSON types."""
         return {
             "task": self.task,
             "model": self.model,
@@ -52,7 +52,7 @@ class Report:
 
 
 def no_progress(what: str, total: int) -> Callable[[int], object]:
-    """A `Track` that shows nothing."""
+    """Ignore progress; a `Track` that shows nothing."""
     return lambda count: None
 
 
@@ -68,10 +68,11 @@ def evaluate(
     """Run one evaluation.
 
     Args:
-        data: the folder, or for tasks with classes whatever can be trained on; what must be in it depends on the
-            task (docs/evaluation.md).
+        task: the name of the evaluation.
+        backbone: the model.
+        data: a folder, or any training data for tasks with classes; docs/evaluation.md lists what each task needs.
         given: settings of the task that differ from its defaults.
-        cache: folder where features are kept between calls; not for segmentation and depth.
+        cache: folder where features are cached between calls; not for segmentation and depth.
         track: starts progress bars.
 
     Raises:
@@ -82,7 +83,7 @@ def evaluate(
     settings = make_settings(task, given or {})
     blocks, depth = getattr(settings, "blocks", 1), len(backbone.model.blocks)
     if (most := blocks if isinstance(blocks, int) else max(blocks)) > depth:
-        raise ValueError(f"{task} takes the last {most} blocks, and the model has {depth}: set blocks=N")
+        raise ValueError(f"{task} uses the last {most} blocks, but the model has {depth}: set blocks=N")
     context = tasks.Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
     match settings:
         case KnnSettings():
@@ -107,9 +108,9 @@ def evaluate(
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Protocol, table and skipped files."""
+    """Print protocol, table and skipped files."""
     spec = report.protocol["preprocess"]
-    size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole photo")
+    size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole image")
     rest = ", ".join(f"{key} {_short(value)}" for key, value in report.protocol.items() if key != "preprocess")
     console.print(f"{report.task} of {report.model}, fingerprint {report.fingerprint[:8]}", markup=False)
     console.print(f"protocol: {size}, {spec['interpolation']}; {rest}", markup=False, highlight=False)
@@ -130,7 +131,7 @@ def _short(value: Any) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """The report as a JSON file.
+    """Write the report as a JSON file.
 
     Raises:
         OSError: it cannot be written.

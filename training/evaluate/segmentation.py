@@ -1,14 +1,13 @@
-"""Linear segmentation: what a patch token knows of the class of its pixels.
+"""Linear segmentation: how well a linear layer on patch tokens predicts the class of each pixel.
 
-Protocol, after that of the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`): batch
-normalisation and a 1x1 convolution on the patch tokens of the last block ("linear") or the last four ("+ms" without its
-larger photos and test-time views), cross-entropy, AdamW 1e-3, weight decay 1e-3; logits are enlarged bilinearly to the
-mask. Masks are never shrunk for the score: other set-ups do, and lose or gain points by it. What differs from the
-paper: the whole photo is seen at once and unchanged, where the original trains on random crops of 512 and slides a
-window.
+Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`): batch normalisation
+and a 1x1 convolution on the patch tokens of the last block ("linear") or the last four ("+ms" without its larger images
+and test-time views), cross-entropy, AdamW 1e-3, weight decay 1e-3; logits are enlarged bilinearly to the mask. Masks
+are never shrunk for the score; other set-ups do that, which changes the figures. Unlike the paper, it uses the whole
+image at once and unchanged, while the original trains on random crops of 512 and slides a window.
 
-mIoU is over the whole val set at once (one confusion matrix), the mean of the classes that occur in it or are
-predicted.
+mIoU is computed over the whole val set at once (one confusion matrix), as the mean of the classes that occur in it or
+are predicted.
 
 Legend: C classes, h x w patches, H x W pixels, F features.
 """
@@ -41,9 +40,10 @@ class SegmentationReport:
 
 
 def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
-    """Class numbers uint8 [H, W] of an indexed or gray PNG; 255 is ignored.
+    """Read class numbers uint8 [H, W] from an indexed or gray PNG; 255 is ignored.
 
     Args:
+        path: the file.
         zero_is_ignored: 0 means "no class" too, and class 1 becomes 0 (ADE20k's masks).
 
     Raises:
@@ -60,10 +60,10 @@ def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
 
 
 def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> int:
-    """The number of classes: as given, else one more than the largest of all masks.
+    """Return the number of classes: `n_classes`, or else one more than the largest class of all masks.
 
     Raises:
-        ValueError: nothing but ignored pixels, or a mask with a class beyond `n_classes`.
+        ValueError: there are only ignored pixels, or a mask has a class beyond `n_classes`.
     """
     most = -1
     for part in data:
@@ -72,16 +72,14 @@ def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> in
             labelled = mask[mask != IGNORE]
             most = max(most, int(labelled.max())) if len(labelled) else most
             if n_classes is not None and most >= n_classes:
-                raise ValueError(
-                    f"{pair.target} holds class {most}, but classes={n_classes}: from 0 to {n_classes - 1}"
-                )
+                raise ValueError(f"{pair.target} has class {most}, but classes={n_classes} allows 0 to {n_classes - 1}")
     if most < 0:
-        raise ValueError(f"the masks hold only ignored pixels ({IGNORE})")
+        raise ValueError(f"the masks have only ignored pixels ({IGNORE})")
     return most + 1 if n_classes is None else n_classes
 
 
 class LinearSegmenter(nn.Module):
-    """Batch normalisation and a 1x1 convolution, as a linear layer, so that photos of several sizes share a batch."""
+    """Batch normalisation and a 1x1 convolution, as a linear layer, so that images of several sizes share a batch."""
 
     def __init__(self, dim: int, n_classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -93,14 +91,14 @@ class LinearSegmenter(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Logits [C, h, w] of tokens [h, w, F], a photo each; normalised over the patches of all of them."""
+        """Compute logits [C, h, w] from tokens [h, w, F], one of each per image; normalised over all their patches."""
         flat = torch.cat([photo.flatten(0, 1) for photo in tokens])  # [patches of the batch, F]
         logits = self.linear(self.bn(flat)).split([photo.shape[0] * photo.shape[1] for photo in tokens])
         return [part.T.reshape(-1, *photo.shape[:2]) for part, photo in zip(logits, tokens, strict=True)]
 
 
 def segmentation_loss(logits: list[Tensor], masks: list[Tensor]) -> Tensor:
-    """Mean cross-entropy over the labelled pixels of a batch: logits [C, h, w] enlarged to their masks [H, W]."""
+    """Compute mean cross-entropy over the labelled pixels of a batch: logits [C, h, w] enlarged to masks [H, W]."""
     total = logits[0].new_zeros(())
     count = 0
     for photo, mask in zip(logits, masks, strict=True):
@@ -111,11 +109,12 @@ def segmentation_loss(logits: list[Tensor], masks: list[Tensor]) -> Tensor:
 
 
 def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) -> Tensor:
-    """The class [H, W] with the largest enlarged logit; a few classes at a time, since masks may be large.
+    """Return the class [H, W] with the largest enlarged logit; a few classes at a time, since masks may be large.
 
     Args:
         logits: [C, h, w].
         size: (H, W).
+        classes_at_once: number of classes to enlarge at a time.
     """
     best = torch.full(size, -torch.inf, device=logits.device)
     where = torch.zeros(size, dtype=torch.long, device=logits.device)
@@ -128,14 +127,14 @@ def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) ->
 
 
 def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
-    """Counts int64 [C, C] (row: class of the mask, column: predicted) over pixels that are not ignored."""
+    """Count pixels that are not ignored, int64 [C, C] (row: class of the mask, column: predicted)."""
     labelled = mask != IGNORE
     pairs = mask[labelled].long() * n_classes + predicted[labelled]
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def iou_of(confusion: Tensor) -> Tensor:
-    """Intersection over union by class [C], float64; nan for a class that neither occurs nor is predicted."""
+    """Compute intersection over union by class [C], float64; nan for a class that neither occurs nor is predicted."""
     counts = confusion.double()
     hits = counts.diagonal()
     return hits / (counts.sum(0) + counts.sum(1) - hits)
@@ -149,15 +148,16 @@ def evaluate_segmentation(
     n_classes: int | None = None,
     advance: Advance = lambda count: None,
 ) -> SegmentationReport:
-    """Train a linear head on the tokens of `train`, score it on `val` at the masks' own size.
+    """Train a linear head on the tokens of `train`, and score it on `val` at the masks' own size.
 
     Args:
-        train, val: with `read_mask`'s maps.
+        train, val: data with masks from `read_mask`.
+        training: the schedule.
         n_classes: C; None: one more than the largest class of the masks.
-        advance: told of each iteration.
+        advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: a mask with a class beyond `n_classes`, or only ignored pixels.
+        ValueError: a mask has a class beyond `n_classes`, or there are only ignored pixels.
         FloatingPointError: the head did not train.
     """
     classes = count_classes([train, val], n_classes)

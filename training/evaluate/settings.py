@@ -1,6 +1,6 @@
-"""The settings of each evaluation: every choice that moves a figure, all of them printed in the report.
+"""The settings of each evaluation: every choice that affects a figure. The report prints all of them.
 
-A setting that a task does not have is an error, not a silent nothing.
+A setting that a task does not have is an error and is not silently ignored.
 """
 
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"
 
 
 class TaskSettings(BaseModel):
-    """What every task has. `resize`, `crop` None: the model's own; crop 0: the whole photo at its aspect."""
+    """Settings of every task. `resize`, `crop` None: the model's own; crop 0: the whole image at its aspect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize: int | None = Field(default=None, ge=1, le=4096, description="short side, pixels")
     crop: int | None = Field(default=None, ge=0, le=4096, description="centre crop, pixels; 0: none")
-    precision: Precision = Field(default="fp32", description="of the backbone's forward pass")
-    seed: int = Field(default=0, ge=0, description="of splits, batches and heads")
+    precision: Precision = Field(default="fp32", description="precision of the backbone's forward pass")
+    seed: int = Field(default=0, ge=0, description="seed of splits, batches and heads")
 
 
 class KnnSettings(TaskSettings):
-    """k-NN."""
+    """Settings of k-NN."""
 
     k: OneOrMore = Field(default=(10, 20, 100, 200), min_length=1, description="neighbours that vote")
     pooling: Pooling = "cls"
@@ -41,32 +41,32 @@ class KnnSettings(TaskSettings):
 
 
 class LogisticSettings(TaskSettings):
-    """Logistic regression."""
+    """Settings of logistic regression."""
 
     pooling: Pooling = "cls"
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share of train that C is chosen on")
-    tolerance: float = Field(default=1e-6, gt=0, description="of the gradient, to end a fit")
-    iterations: int = Field(default=1000, ge=1, description="at most, a fit")
+    tolerance: float = Field(default=1e-6, gt=0, description="a fit ends below this gradient")
+    iterations: int = Field(default=1000, ge=1, description="limit per fit")
 
 
 class LinearSettings(TaskSettings):
-    """Linear probe."""
+    """Settings of the linear probe."""
 
     grid: Literal["code", "paper"] = Field(default="code", description="learning rates: 1e-5..0.1 or 1e-4..0.5")
-    blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="last blocks whose class tokens are used")
-    iterations: int = Field(default=12_500, ge=1, description="of training")
+    blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="how many last blocks give their class token")
+    iterations: int = Field(default=12_500, ge=1, description="training iterations")
     batch_size: int = Field(default=1024, ge=1, description="images")
-    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of photos to score, without a val folder")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of images to score, without a val folder")
 
 
 class DenseSettings(TaskSettings):
-    """What segmentation and depth share; there is no crop."""
+    """Common settings of segmentation and depth, which have no crop."""
 
-    blocks: int = Field(default=1, ge=1, description="last blocks whose tokens are joined: 1 or 4 in the paper")
-    iterations: int = Field(default=4000, ge=1, description="of training")
-    batch_size: int = Field(default=16, ge=1, description="at most as many as there are photos")
+    blocks: int = Field(default=1, ge=1, description="number of last blocks to concatenate: 1 or 4 in the paper")
+    iterations: int = Field(default=4000, ge=1, description="training iterations")
+    batch_size: int = Field(default=16, ge=1, description="images; fewer if there are not as many")
     weight_decay: float = Field(default=1e-3, ge=0)
-    memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed anew each time")
+    memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed again each time")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -76,7 +76,7 @@ class DenseSettings(TaskSettings):
 
 
 class SegmentationSettings(DenseSettings):
-    """Linear segmentation."""
+    """Settings of linear segmentation."""
 
     lr: float = Field(default=1e-3, gt=0)
     classes: int | None = Field(default=None, ge=1, le=255, description="null: one more than the largest in the masks")
@@ -84,20 +84,20 @@ class SegmentationSettings(DenseSettings):
 
 
 class DepthSettings(DenseSettings):
-    """Linear depth."""
+    """Settings of linear depth."""
 
     lr: float = Field(default=3e-4, gt=0)
     min_depth: float = Field(default=1e-3, gt=0, description="metres")
     max_depth: float = Field(default=10.0, gt=0, description="metres; KITTI 80")
-    units_per_metre: float = Field(default=1000.0, gt=0, description="of 16-bit PNG; KITTI 256")
+    units_per_metre: float = Field(default=1000.0, gt=0, description="units of a 16-bit PNG; KITTI 256")
     bins: int = Field(default=256, ge=2)
     gradient_weight: float = Field(default=0.5, ge=0)
 
 
 class RetrievalSettings(TaskSettings):
-    """Retrieval."""
+    """Settings of retrieval."""
 
-    k: OneOrMore = Field(default=(1, 5, 10), min_length=1, description="of recall@k")
+    k: OneOrMore = Field(default=(1, 5, 10), min_length=1, description="values of k in recall@k")
     pooling: Pooling = "cls"
     ground_truth: Path | None = Field(default=None, description="JSON; null: class folders")
 
@@ -113,13 +113,13 @@ SETTINGS: Mapping[Task, type[TaskSettings]] = {
 
 
 def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
-    """The settings of a task, `given` over its defaults.
+    """Return the settings of a task: its defaults, overridden by `given`.
 
     Raises:
         ValueError: an unknown task, a setting that it does not have, or an impossible value; the message names it.
     """
     if task not in SETTINGS:
-        raise ValueError(f"task {task!r}: one of {', '.join(SETTINGS)}")
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(SETTINGS)}")
     try:
         return SETTINGS[task].model_validate(dict(given))
     except ValidationError as error:
@@ -127,7 +127,7 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                problems.append(f"{name} is no setting of {task}; it has {', '.join(SETTINGS[task].model_fields)}")
+                problems.append(f"{name} is not a setting of {task}; it has {', '.join(SETTINGS[task].model_fields)}")
             else:
                 problems.append(f"{name}={problem['input']!r}: {problem['msg']}" if name else problem["msg"])
         raise ValueError("; ".join(problems)) from error

@@ -1,4 +1,4 @@
-"""The six tasks: find the data, get features, call the evaluation, lay out a table. `run.py` chooses among them."""
+"""The six tasks: find the data, compute features, run the evaluation, make a table. `run.py` selects the task."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,12 +32,12 @@ from training.evaluate.settings import (
 )
 
 Track = Callable[[str, int], Callable[[int], object]]
-"""Starts a progress bar (what, how many) and gives what advances it."""
+"""Starts a progress bar (title, total) and returns the function that advances it."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every task needs: the model, the data, the preprocessing, where features are kept, progress."""
+    """Common inputs of the tasks: the model, the data, the preprocessing, the feature cache and progress."""
 
     backbone: Backbone
     data: str | Path
@@ -62,13 +62,13 @@ class Context:
 
     @property
     def source(self) -> Source:
-        """The photos of a task that knows their classes: whatever can be trained on."""
-        with tempfile.TemporaryDirectory() as index:  # of tar shards; what is needed of it stays in memory
+        """Open the data of a task with classes: anything that can be trained on."""
+        with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which then stays in memory
             return open_source(self.data, Path(index))
 
     @property
     def folder(self) -> Path:
-        """The data of a task that pairs files by their names."""
+        """Return the data folder of a task that pairs files by name."""
         return Path(self.data)
 
     @property
@@ -78,7 +78,7 @@ class Context:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """A task's table, its figures for programs, and what of the protocol is not a setting."""
+    """A task's table, its figures as data, and the parts of the protocol that are not settings."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -88,7 +88,7 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of both splits with class numbers; classes are folder names, numbered as train has them first."""
+    """Features of both splits with class numbers. Classes are folder names; those of train are numbered first."""
 
     train: ImageFeatures
     train_labels: Tensor
@@ -105,30 +105,30 @@ Result = tuple[TaskTable, list[Skipped]]
 
 
 def percent(share: float) -> str:
-    """A share as it stands in a table."""
+    """Format a share for a table."""
     return f"{100 * share:.1f} %"
 
 
 def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
-    """The photos that could be read."""
+    """Return the images that could be read."""
     return [paths[index] for index in features.kept.tolist()]
 
 
 def _check_classes(classes: dict[str, int], where: str | Path) -> None:
     if len(classes) < 2:
-        raise ValueError(f"{where}: the photos are of {len(classes)} class, and a classification needs at least 2")
+        raise ValueError(f"{where}: the images have {len(classes)} class, but a classification needs at least 2")
 
 
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
-    """Features and labels of train and val, or of a share held out with `seed` where the data has no such parts."""
-    known, asked = (photos_of(part) for part in split_source(source, held_out, seed))
-    if not asked:
-        raise ValueError(f"{context.data}: {len(known)} photos are too few to hold out a share of {held_out}")
-    train = context.features("train", known, n_blocks)
-    val = context.features("val", asked, n_blocks)
-    train_labels, classes = labels_of(_read(train, known))
+    """Compute features and labels of train and val, or of a share held out with `seed` if there is no such split."""
+    train_images, val_images = (photos_of(part) for part in split_source(source, held_out, seed))
+    if not val_images:
+        raise ValueError(f"{context.data}: {len(train_images)} images are too few to hold out a share of {held_out}")
+    train = context.features("train", train_images, n_blocks)
+    val = context.features("val", val_images, n_blocks)
+    train_labels, classes = labels_of(_read(train, train_images))
     _check_classes(classes, context.data)
-    val_labels, _ = labels_of(_read(val, asked), classes)
+    val_labels, _ = labels_of(_read(val, val_images), classes)
     protocol = {
         "split": "train and val" if source.parts else f"a share of {held_out} held out by the seed",
         "train_photos": len(train_labels),
@@ -141,17 +141,17 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """val among train, or without splits every photo among all others (leave-one-out)."""
+    """Classify val by k-NN in train, or without splits every image by all others (leave-one-out)."""
     device = context.device
     source = context.source
     if source.parts:
-        found = _labelled(context, source, 1, 0.1, settings.seed)
-        train, val = (f.pooled(settings.pooling).to(device) for f in (found.train, found.val))
-        accuracy = knn_accuracy(train, found.train_labels, val, found.val_labels, settings.k)
-        protocol, skipped = found.protocol, found.skipped
+        labelled = _labelled(context, source, 1, 0.1, settings.seed)
+        train, val = (f.pooled(settings.pooling).to(device) for f in (labelled.train, labelled.val))
+        accuracy = knn_accuracy(train, labelled.train_labels, val, labelled.val_labels, settings.k)
+        protocol, skipped = labelled.protocol, labelled.skipped
     else:
         photos = photos_of(source)
-        features = context.features("photos", photos)
+        features = context.features("images", photos)
         labels, classes = labels_of(_read(features, photos))
         _check_classes(classes, context.data)
         labels, pooled = labels.to(device), features.pooled(settings.pooling).to(device)
@@ -163,32 +163,32 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
-    """C chosen on a share of train, all of train fitted, val scored."""
-    found, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
+    """Choose C on a share of train, fit all of train, and score val."""
+    labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
-        found.train.pooled(settings.pooling).to(device),
-        found.train_labels,
-        found.val.pooled(settings.pooling).to(device),
-        found.val_labels,
+        labelled.train.pooled(settings.pooling).to(device),
+        labelled.train_labels,
+        labelled.val.pooled(settings.pooling).to(device),
+        labelled.val_labels,
         fit=FitSettings(settings.held_out, settings.seed, settings.tolerance, settings.iterations),
         advance=context.track("values of C", len(C_GRID)),
     )
     row = (f"{report.c:.3g}", percent(report.sweep[report.c]), percent(report.accuracy))
     figures = {"accuracy": report.accuracy, "c": report.c, "held_out_accuracy_by_c": list(report.sweep.items())}
-    protocol = found.protocol | {"penalty": "L2", "C": "45 values, 1e-6 to 1e5", "solver": "L-BFGS, float64"}
-    return TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol), found.skipped
+    protocol = labelled.protocol | {"penalty": "L2", "C": "45 values, 1e-6 to 1e5", "solver": "L-BFGS, float64"}
+    return TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol), labelled.skipped
 
 
 def run_linear(context: Context, settings: LinearSettings) -> Result:
-    """All heads; the table has the best learning rate of each input, the figures have every head."""
+    """Train all heads; the table has the best learning rate of each input, the figures have every head."""
     depth_wanted = max(settings.blocks)
-    found = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
+    labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
     report = evaluate_linear(
-        stack_features(found.train.cls, found.train.mean).to(device),
-        found.train_labels,
-        stack_features(found.val.cls, found.val.mean).to(device),
-        found.val_labels,
+        stack_features(labelled.train.cls, labelled.train.mean).to(device),
+        labelled.train_labels,
+        stack_features(labelled.val.cls, labelled.val.mean).to(device),
+        labelled.val_labels,
         depth=depth_wanted,
         settings=ProbeSettings(
             lrs=lrs,
@@ -211,14 +211,15 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
         return named | {"accuracy": report.accuracy[head]}
 
     figures = {"best": entry(report.best), "heads": [entry(head) for head in report.accuracy]}
-    protocol = found.protocol | {
+    protocol = labelled.protocol | {
         "optimizer": "SGD, momentum 0.9, no weight decay, cosine to 0",
         "lr": "times batch / 256",
         "lrs": list(lrs),
         "augmentation": "none",
         "figure": "best head by val accuracy (*)",
     }
-    return TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol), found.skipped
+    table = TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol)
+    return table, labelled.skipped
 
 
 def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Sequence[str], read: Any) -> list[DenseData]:
@@ -226,16 +227,16 @@ def _dense(context: Context, settings: DenseSettings, kind: str, suffixes: Seque
         split: find_pairs(context.folder, split, kind, suffixes) for split in ("train", "val")
     }
     data: list[DenseData] = []
-    for split, found in pairs.items():
+    for split, split_pairs in pairs.items():
         data.append(
             DenseData(
                 context.backbone.model,
-                found,
+                split_pairs,
                 context.spec,
                 read,
                 TokenSettings(settings.blocks, isinstance(settings, DepthSettings), context.precision),
                 memory_bytes=data[-1].memory_left if data else int(settings.memory_gb * 1e9),
-                advance=context.track(f"tokens of {split}", len(found)),
+                advance=context.track(f"tokens of {split}", len(split_pairs)),
             )
         )
     return data
@@ -246,14 +247,14 @@ def _training(settings: DenseSettings, lr: float) -> HeadTraining:
 
 
 DENSE_PROTOCOL = {
-    "view": "whole photo, sides to multiples of the patch",
+    "view": "whole image, sides to multiples of the patch",
     "augmentation": "none",
     "optimizer": "AdamW, linear warm-up 3.75 %, linear decay to 0",
 }
 
 
 def run_segmentation(context: Context, settings: SegmentationSettings) -> Result:
-    """BN and 1x1 convolution; mIoU at the masks' own size."""
+    """Train batch norm and a 1x1 convolution; score mIoU at the masks' own size."""
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(context, settings, "masks", segmentation.SUFFIXES, read)
     report = segmentation.evaluate_segmentation(
@@ -283,7 +284,7 @@ def run_segmentation(context: Context, settings: SegmentationSettings) -> Result
 
 
 def run_depth(context: Context, settings: DepthSettings) -> Result:
-    """256 bins; RMSE, AbsRel and delta1 at the maps' own size."""
+    """Train a head with 256 bins; score RMSE, AbsRel and delta1 at the maps' own size."""
     read = partial(depth.read_depth, units_per_metre=settings.units_per_metre)
     train, val = _dense(context, settings, "depth", depth.SUFFIXES, read)
     report = depth.evaluate_depth(
@@ -307,7 +308,7 @@ def run_depth(context: Context, settings: DepthSettings) -> Result:
     protocol = DENSE_PROTOCOL | {
         "head": "patch and class tokens, linear to uniform bins, linear normalisation, 4 times enlarged",
         "loss": "scale-invariant log + gradients",
-        "scored": "at the map's size, mean over photos, no border crop",
+        "scored": "at the map's size, mean over images, no border crop",
         "train_photos": len(train),
         "val_photos": report.photos,
     }
@@ -327,16 +328,16 @@ def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> Tas
 
 
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
-    """Easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
+    """Score easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
     device = context.device
     if settings.ground_truth is None:
         source = context.source
         photos = photos_of(source)
-        features = context.features("photos", photos)
+        features = context.features("images", photos)
         labels, classes = labels_of(_read(features, photos))
-        found = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
-        protocol = {"ap": "mean precision at relevant photos", "photos": len(labels), "classes": len(classes)}
-        return _retrieval_table({"same folder": found}, protocol | {"metric": "cosine"}), features.skipped
+        by_class = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
+        protocol = {"ap": "mean precision at relevant images", "photos": len(labels), "classes": len(classes)}
+        return _retrieval_table({"same folder": by_class}, protocol | {"metric": "cosine"}), features.skipped
     truth = read_ground_truth(settings.ground_truth)
     database = context.features("database", [context.folder / name for name in truth.database])
     queries = context.features(
@@ -345,12 +346,12 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
         boxes=[query.box for query in truth.queries],
     )
     skipped = queries.skipped + database.skipped
-    if skipped:  # without them the figures are those of another, easier or harder, set
-        raise ValueError(f"{len(skipped)} photos of the ground truth cannot be read, e.g. {skipped[0].name}")
-    known, asked = (f.pooled(settings.pooling).to(device) for f in (database, queries))
-    scores = {setup: score_setup(truth, setup, asked, known, ks=settings.k) for setup in SETUPS}
-    kept = {str(setup): found for setup, found in scores.items() if found is not None}
-    if not kept:
-        raise ValueError(f"{settings.ground_truth}: no query has an easy or hard photo")
+    if skipped:  # without them the set would be another one, easier or harder
+        raise ValueError(f"{len(skipped)} images of the ground truth cannot be read, e.g. {skipped[0].name}")
+    database_vectors, query_vectors = (f.pooled(settings.pooling).to(device) for f in (database, queries))
+    by_setup = {setup: score_setup(truth, setup, query_vectors, database_vectors, ks=settings.k) for setup in SETUPS}
+    scored = {str(setup): scores for setup, scores in by_setup.items() if scores is not None}
+    if not scored:
+        raise ValueError(f"{settings.ground_truth}: no query has an easy or hard image")
     protocol = {"ap": "trapezoid rule", "photos": len(truth.database), "metric": "cosine"}
-    return _retrieval_table(kept, protocol), []
+    return _retrieval_table(scored, protocol), []

@@ -1,1 +1,1 @@
-"""Pages and pictures about runs."""
+"""Pages and images about runs."""

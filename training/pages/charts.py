@@ -1,7 +1,7 @@
-"""Line charts as SVG text, without a library: for the report of a run and the comparison of runs.
+"""Line charts as SVG text, without a library, for the report of a run and the comparison of runs.
 
-A chart is data in, text out; colours and fonts come from the page's style sheet (`CSS`, light and dark), so a chart
-follows the reader's scheme. Points carry `<title>`s, which browsers show under the pointer.
+A chart is a function from data to text. Colours and fonts come from the page's style sheet (`CSS`, light and dark), so
+a chart follows the reader's colour scheme. Points have `<title>`s, which browsers show under the pointer.
 """
 
 import math
@@ -11,8 +11,8 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 38
-MAX_POINTS = 400  # more than pixels are wasted on the page's size
-MAX_DOTS = 100  # values to be read under the pointer
+MAX_POINTS = 400  # more points than pixels only enlarge the page
+MAX_DOTS = 100  # values that can be read under the pointer
 COLOURS = 6
 
 CSS = """
@@ -30,7 +30,7 @@ CSS = """
   :root { --c0: #74a9ff; --c1: #ff9a62; --c2: #69db7c; --c3: #da8fee; --c4: #5cd0e4; --c5: #ffd43b; }
 }
 """
-"""What a chart needs of its page, which defines the colours `--muted` and `--line`."""
+"""The style sheet of a chart. The page must define the colours `--muted` and `--line`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Series:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart, about so many."""
+    """Return about `about` round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -53,7 +53,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """A tick in at most about six letters: 0.05, 1,200, 25k, 3M, 2e-06."""
+    """Format a tick in at most about six characters: 0.05, 1,200, 25k, 3M, 2e-06."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
@@ -65,17 +65,17 @@ def tick_label(value: float) -> str:
 
 
 def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
-    return [(x, y) for one in series for x, y in one.points if y is not None and math.isfinite(y)]
+    return [(x, y) for line in series for x, y in line.points if y is not None and math.isfinite(y)]
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most `MAX_POINTS`, the last one among them."""
+    """Return at most `MAX_POINTS` of the points, including the last one."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return [point for i, point in enumerate(points) if (len(points) - 1 - i) % stride == 0]
 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
-    """Range of the y axis: the values, the mark if it is near, `floor` if given, and some air."""
+    """Return the range of the y axis: the values, the mark if given, `floor` if given, and a margin."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)
@@ -94,20 +94,20 @@ def line_chart(
     mark: tuple[float, str] | None = None,
     floor: float | None = None,
 ) -> str:
-    """A chart as `<figure>` with SVG and legend; empty text if there is not one finite point.
+    """Draw a chart as `<figure>` with SVG and legend; empty text if no point is finite.
 
     Args:
-        series: lines, at most six told apart by colour.
-        title: heading, and what screen readers say.
-        y_label, x_label: what the axes mean, with units.
-        mark: a dashed horizontal line at this y, with a word.
-        floor: the y axis starts here, if the values are above: 0 for what is counted.
+        series: lines, at most six with distinct colours.
+        title: heading, also for screen readers.
+        y_label, x_label: labels of the axes, with units.
+        mark: a dashed horizontal line at this y, with a label.
+        floor: lower end of the y axis, if the values are above it: 0 for counts.
     """
-    found = _finite(series)
-    if not found:
+    points = _finite(series)
+    if not points:
         return ""
-    x_low, x_high = min(x for x, _ in found), max(x for x, _ in found)
-    y_low, y_high = _bounds([y for _, y in found], mark[0] if mark else None, floor)
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_low, y_high = _bounds([y for _, y in points], mark[0] if mark else None, floor)
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
 
@@ -133,13 +133,13 @@ def line_chart(
     if mark:
         parts.append(f'<path class="mark" d="M{LEFT} {py(mark[0]):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{py(mark[0]) - 4:.1f}" text-anchor="end">{escape(mark[1])}</text>')
-    for index, one in enumerate(series):
-        parts.append(_line(one, index, px, py))
+    for index, line in enumerate(series):
+        parts.append(_line(line, index, px, py))
     name = escape(title)
     legend = "".join(
-        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(one.name)}</span>'
-        for i, one in enumerate(series)
-        if _finite([one])
+        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(line.name)}</span>'
+        for i, line in enumerate(series)
+        if _finite([line])
     )
     return (
         f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -147,21 +147,21 @@ def line_chart(
     )
 
 
-def _line(one: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """One series: a path broken at gaps, and a point under the pointer for each value."""
+def _line(line: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
+    """Draw one series: a path broken at gaps, and points that show their values under the pointer."""
     path, dots, pen_down = [], [], False
     colour = f'style="stroke:var(--c{index % COLOURS})"'
-    points = _thinned(one.points)
+    points = _thinned(line.points)
     few, stride = len(points) <= 25, math.ceil(len(points) / MAX_DOTS)
     for i, (x, y) in enumerate(points):
         if y is None or not math.isfinite(y):
             pen_down = False
             continue
         path.append(f"{'L' if pen_down else 'M'}{px(x):.1f} {py(y):.1f}")
-        pen_down, place = True, f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
+        pen_down, at = True, f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
         if few:
-            dots.append(f'<circle {colour} {place} r="1.8"/>')
+            dots.append(f'<circle {colour} {at} r="1.8"/>')
         if (len(points) - 1 - i) % stride == 0:
-            text = escape(f"{one.name}: {y:.5g} at {tick_label(x)}")
-            dots.append(f'<circle class="hover" {place} r="5"><title>{text}</title></circle>')
+            text = escape(f"{line.name}: {y:.5g} at {tick_label(x)}")
+            dots.append(f'<circle class="hover" {at} r="5"><title>{text}</title></circle>')
     return f'<path {colour} d="{"".join(path)}"/>' + "".join(dots)

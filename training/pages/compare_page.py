@@ -1,7 +1,7 @@
 """The comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as one page.
 
-Made from the figures of compare.json and the runs' folders. The page is made of the pieces of a run's report
-(`training/pages/report.py`) and, like it, stands by itself: no script, nothing from elsewhere, everything escaped.
+It uses the figures of compare.json and the runs' folders. The page shares parts with a run's report
+(`training/pages/report.py`) and, like it, is self-contained: no script, no external files, everything escaped.
 """
 
 import json
@@ -20,7 +20,7 @@ from training.watch.monitor import EVALUATIONS, METRICS, read_lines
 RUNS = {"dino": "DINO", "dinov2": "DINOv2"}
 NETWORKS = {"untrained": "untrained", **RUNS}
 LEGEND = (
-    "Robustness: share of photos whose changed version is nearer to its own photo than to any other (recall@1), and in "
+    "Robustness: share of images with their changed version nearer to them than any other image (recall@1), and in "
     "brackets the mean cosine with it. The loss figures are explained in docs/compare.md."
 )
 KNN_WORDS = {"cls": "class token", "mean": "mean patch"}
@@ -47,12 +47,12 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
     ("cost", "seconds of training", ("run", "seconds"), "{:,.0f}".format),
     ("cost", "peak memory", ("run", "peak_memory_bytes"), _mebibytes),
 )
-"""Group, figure, where it stands in a network's figures, how it is written."""
+"""Group, figure, its path in a network's figures, and its format."""
 
 
-def rows(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """The table: group, figure, a cell for each of `NETWORKS`. Figures that no network has are left out."""
-    networks = found["networks"]
+def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Return rows of group, figure and a cell for each of `NETWORKS`. Figures that no network has are left out."""
+    networks = results["networks"]
     first = networks["untrained"]
     accuracy = [
         ("accuracy", f"k-NN, {KNN_WORDS[pooling]}, k={k}", ("knn", pooling, k), _percent)
@@ -65,8 +65,8 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         ("accuracy", "logistic regression, class token", ("logistic", "accuracy"), _percent),
         *changes,
         ("robustness", "mean of these", ("robustness", "mean"), _kept),
-        ("features", "cosine of different photos", ("robustness", "other_photos_cosine"), "{:.2f}".format),
-        ("features", "RankMe, share of the most", ("rankme_share",), "{:.2f}".format),
+        ("features", "cosine of different images", ("robustness", "other_photos_cosine"), "{:.2f}".format),
+        ("features", "RankMe, share of maximum", ("rankme_share",), "{:.2f}".format),
         *RUN_FIGURES,
     ]
     table = [(group, name, [_cell(networks[n], path, show) for n in NETWORKS]) for group, name, path, show in lines]
@@ -74,65 +74,67 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
-    """A figure in words; empty if this network has none."""
+    """Format a figure; empty if this network has none."""
     value: Any = figures
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return "" if value is None else show(value)
 
 
-def heading(found: Mapping[str, Any]) -> str:
-    """What was compared, in a line."""
+def heading(results: Mapping[str, Any]) -> str:
+    """Return one line that says what was compared."""
     return (
-        f"recipe {found['base']}, seed {found['settings']['seed']}: {found['photos_seen']:,} photos seen, of "
-        f"{found['photos']:,} in {found['data']}; {found['held_out']:,} held out; {found['hardware']}"
+        f"recipe {results['base']}, seed {results['settings']['seed']}: {results['photos_seen']:,} images seen, of "
+        f"{results['photos']:,} in {results['data']}; {results['held_out']:,} held out; {results['hardware']}"
     )
 
 
-def print_table(found: Mapping[str, Any], console: Console) -> None:
-    """The figures, for people in a terminal."""
+def print_table(results: Mapping[str, Any], console: Console) -> None:
+    """Print the figures as a table in the terminal."""
     table = Table()
     for index, column in enumerate(("", "figure", *NETWORKS.values())):
         table.add_column(column, justify="left" if index < 2 else "right")
     before = ""
-    for group, name, cells in rows(found):
+    for group, name, cells in rows(results):
         if before not in ("", group):
             table.add_section()
         table.add_row("" if group == before else group, name, *cells)
         before = group
-    console.print(f"DINO beside DINOv2, {heading(found)}", markup=False, highlight=False)
+    console.print(f"DINO and DINOv2, {heading(results)}", markup=False, highlight=False)
     console.print(table)
     console.print(LEGEND, markup=False, highlight=False)
 
 
-def page(found: Mapping[str, Any], out: Path) -> str:
-    """The page, of the figures and of the two runs in `out`."""
-    lines = rows(found)
+def page(results: Mapping[str, Any], out: Path) -> str:
+    """Make the page from the figures and from the two runs in `out`."""
+    lines = rows(results)
     groups = [group for group, _, _ in lines]
     table = [
         ["" if i and groups[i - 1] == group else group, name, *cells] for i, (group, name, cells) in enumerate(lines)
     ]
-    changes = [[key, json.dumps(dino), json.dumps(found["settings"][key])] for key, dino in found["changes"].items()]
-    events = [(RUNS[name], event) for name in RUNS for event in found["networks"][name]["run"]["events"]]
-    origin = [[key, str(found[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]
+    changes = [
+        [key, json.dumps(dino), json.dumps(results["settings"][key])] for key, dino in results["changes"].items()
+    ]
+    events = [(RUNS[name], event) for name in RUNS for event in results["networks"][name]["run"]["events"]]
+    origin = [[key, str(results[key])] for key in ("hardware", "torch", "revision", "data", "data_sha256")]
     body = [
-        f'<h1>DINO beside DINOv2</h1><p class="muted">{escape(heading(found))}</p>',
+        f'<h1>DINO and DINOv2</h1><p class="muted">{escape(heading(results))}</p>',
         html_section("Figures", html_table(table, ["", "figure", *NETWORKS.values()], range(2, 2 + len(NETWORKS)))),
         f'<p class="muted">{escape(LEGEND)}</p>',
         html_section("Curves", charts(out)),
-        html_section("What the runs said", html_table(events) if events else ""),
-        html_section("What they differ in", html_table(changes, ["setting", *RUNS.values()])),
-        html_section("Where it comes from", html_table(origin)),
+        html_section("Events", html_table(events) if events else ""),
+        html_section("Settings that differ", html_table(changes, ["setting", *RUNS.values()])),
+        html_section("Origin", html_table(origin)),
     ]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DINO beside DINOv2</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DINO and DINOv2</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
         f"<body>{''.join(body)}</body></html>\n"
     )
 
 
 def charts(out: Path) -> str:
-    """Curves of both runs; those that there are no figures for are left out."""
+    """Draw the curves of both runs; curves without figures are left out."""
     metrics = {name: read_lines(out / name / METRICS) for name in RUNS}
     evaluations = {name: read_lines(out / name / EVALUATIONS) for name in RUNS}
 
@@ -140,13 +142,13 @@ def charts(out: Path) -> str:
         return [Series(RUNS[name], points_of(lines, figure)) for name, lines in of.items()]
 
     during = [name for name in names_of(evaluations["dinov2"], "knn_cls_") if not name.endswith("_1")]
-    found = [
+    drawings = [
         line_chart(both(metrics, "dino_over_ln_k"), title="DINO loss", y_label="share of ln K", mark=(1.0, "collapse")),
         *(line_chart(both(evaluations, x), title=f"k-NN during the run, {x}", y_label="accuracy") for x in during),
-        line_chart(both(metrics, "rankme_share"), title="RankMe of a batch", y_label="share of the most", floor=0),
-        line_chart(both(metrics, "loss"), title="Loss (DINOv2's sums three)", y_label="nats"),
+        line_chart(both(metrics, "rankme_share"), title="RankMe of a batch", y_label="share of maximum", floor=0),
+        line_chart(both(metrics, "loss"), title="Loss (DINOv2: sum of three)", y_label="nats"),
         line_chart(both(metrics, "teacher_entropy"), title="Entropy of the teacher's targets", y_label="nats", floor=0),
         line_chart(both(metrics, "images_per_s"), title="Speed", y_label="images/s", floor=0),
     ]
-    text = "".join(found)
+    text = "".join(drawings)
     return f'<div class="charts">{text}</div>' if text else ""

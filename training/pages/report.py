@@ -1,10 +1,10 @@
-"""What a run was and what came out, on one page: `report.html` in the run's folder.
+"""A run's settings, events and results on one page: `report.html` in the run's folder.
 
-Made from the folder alone, at the end of a run or at any time of it, by whoever has the folder. The page stands by
-itself: style, curves (`training/pages/charts.py`) and the last picture sheet are in it, so that it can be sent by mail
-and opened in ten years. Whatever is missing is left out. No script is in it, and everything from outside is escaped.
+It is made from the folder alone, at the end of a run or at any other time. The page is self-contained: it includes the
+style, the curves (`training/pages/charts.py`) and the last image sheet, so it can be mailed and archived. Whatever is
+missing is left out. It has no script, and all text from outside is escaped.
 
-Read are config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
+It reads config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
 provenance in checkpoint.safetensors.
 """
 
@@ -31,7 +31,7 @@ from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
 
 REPORT = "report.html"
 SHEETS = "sheets"
-SHEET_WIDTH = 1400  # pixels; enough to see patches, small enough to mail
+SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to mail
 EVENTS_SHOWN = 20
 SKIPPED_SHOWN = 10
 
@@ -69,28 +69,28 @@ img { width: 100%; height: auto; border-radius: 10px; display: block; }
 
 
 def write_report(out: Path) -> Path:
-    """The page of the run in `out`; its path.
+    """Write the page of the run in `out`; return its path.
 
     Raises:
-        ValueError: `out` holds no run.
+        ValueError: `out` has no run.
         OSError: the page cannot be written.
     """
     config, metrics = _json(out / "config.json"), read_lines(out / METRICS)
     if not config and not metrics:
-        raise ValueError(f"{out} holds no run: neither config.json nor {METRICS} is there")
+        raise ValueError(f"{out} is not a run's folder: it has neither config.json nor {METRICS}")
     evaluations, facts = read_lines(out / EVALUATIONS), _provenance(out / "checkpoint.safetensors")
     knn = _json(out / "knn.json")
     sections = [
         _head(config, facts, metrics),
         _tiles(metrics, evaluations, knn, facts),
-        html_section("What it said", _events(read_lines(out / EVENTS))),
+        html_section("Events", _events(read_lines(out / EVENTS))),
         html_section("Curves", _charts(metrics, evaluations, config)),
-        html_section("What it sees", _sheet(out / SHEETS)),
-        html_section("k-NN on held-out photos", _knn_table(knn)),
+        html_section("Image sheet", _sheet(out / SHEETS)),
+        html_section("k-NN on held-out images", _knn_table(knn)),
         html_section("Data", _data(config, facts, out / "skipped.txt")),
         html_section("Settings that differ from the default", _settings(config)),
-        html_section("Where it comes from", _origin(facts)),
-        html_section("How to go on", _next_steps(out, config)),
+        html_section("Origin", _origin(facts)),
+        html_section("Next steps", _next_steps(out, config)),
     ]
     title = escape(f"{config.get('recipe', 'run')}: {out.name}")
     page = (
@@ -104,32 +104,32 @@ def write_report(out: Path) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if it is missing or damaged."""
+    """Read a JSON object; empty if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """What the checkpoint says of itself, without reading its weights; empty if there is none."""
+    """Read the checkpoint's metadata without its weights; empty if there is none."""
     try:
         with safe_open(path, "np") as file:
-            found = json.loads((file.metadata() or {}).get("provenance", "{}"))
+            content = json.loads((file.metadata() or {}).get("provenance", "{}"))
     except (OSError, SafetensorError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number as float, or None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
 
 
 def points_of(lines: Lines, name: str) -> list[tuple[float, float | None]]:
-    """(step, value) of every line that has the figure."""
+    """Return (step, value) of every line that has the figure."""
     return [(step, _number(x[name])) for x in lines if name in x and (step := _number(x.get("step"))) is not None]
 
 
@@ -142,7 +142,7 @@ def html_section(title: str, body: str) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
-    """Cells are text, not HTML; columns in `numbers` are set right."""
+    """Format a table. Cells are text, not HTML; columns in `numbers` are right-aligned."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kind = [" class=n" if i in numbers else "" for i in range(len(cells))]
@@ -177,13 +177,13 @@ def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -
 
 
 def _best_knn(knn: Mapping[str, Any]) -> float | None:
-    """The best accuracy of a table of pooling, then k."""
+    """Return the best accuracy of a table of pooling, then k."""
     values = [_number(v) for row in knn.values() if isinstance(row, dict) for v in row.values()]
     return max((v for v in values if v is not None), default=None)
 
 
 def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """The figures that people ask for first."""
+    """Format the most important figures as tiles."""
     tiles: list[tuple[str, str]] = []
     best = _best_knn(knn)
     during = [v for name in names_of(evaluations, "knn") for v in values_of(evaluations, name)]
@@ -195,7 +195,7 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
     if steps:
         tiles.append((f"{steps[-1]:,.0f}", "steps"))
     if isinstance(facts.get("photos"), int):
-        tiles.append((f"{facts['photos']:,}", "photos"))
+        tiles.append((f"{facts['photos']:,}", "images"))
     seconds = sum(values_of(metrics, "seconds"))
     if seconds:
         tiles.append((_duration(seconds), "training time"))
@@ -214,7 +214,7 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
 
 
 def _events(events: Lines) -> str:
-    """Warnings, rollbacks and stops, the latest ones."""
+    """List the latest warnings, rollbacks and stops."""
     shown = events[-EVENTS_SHOWN:]
     items = "".join(f"<li><b>{escape(str(e.get('kind')))}</b>: {escape(str(e.get('message')))}</li>" for e in shown)
     more = f"<p class='muted'>{len(events) - len(shown)} earlier ones are in {EVENTS}.</p>"
@@ -222,15 +222,15 @@ def _events(events: Lines) -> str:
 
 
 def names_of(lines: Lines, start: str) -> list[str]:
-    """Figures whose names begin so, in order of appearance."""
+    """Return the names of figures that begin with `start`, in order of appearance."""
     return list(dict.fromkeys(name for line in lines for name in line if name.startswith(start)))
 
 
 def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
-    """All curves that there are figures for."""
+    """Draw all curves that have figures."""
     prototypes = _number(config.get("n_prototypes"))
     knn_all = names_of(evaluations, "knn")
-    knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to see it rise
+    knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to show the trend
     ln_k = math.log(prototypes) if prototypes and prototypes > 1 else None
     both = sorted([*metrics, *evaluations], key=lambda line: _number(line.get("step")) or 0)
     rank = "rankme" if values_of(both, "rankme") else "rankme_share"
@@ -242,14 +242,14 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
     charts = [
         line_chart(lines("loss", *loss_names()), title="Losses", y_label="nats"),
         line_chart(
-            lines("dino_over_ln_k"), title="DINO loss beside ln K", y_label="share of ln K", mark=(1.0, "collapse")
+            lines("dino_over_ln_k"), title="DINO loss and ln K", y_label="share of ln K", mark=(1.0, "collapse")
         ),
         line_chart(lines(*knn_shown, of=evaluations), title="k-NN during the run", y_label="accuracy"),
         line_chart(
             lines("teacher_entropy"),
             title="Entropy of the teacher's targets",
             y_label="nats",
-            mark=None if ln_k is None else (ln_k, "ln K: targets that say nothing"),
+            mark=None if ln_k is None else (ln_k, "ln K: no information"),
             floor=0,
         ),
         line_chart(lines(rank, of=both), title="RankMe of class tokens", y_label="effective rank", floor=0),
@@ -258,12 +258,12 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
         line_chart(lines("images_per_s"), title="Speed", y_label="images/s", floor=0),
         line_chart(lines("mfu", "data_wait_share"), title="Use of the machine", y_label="share", floor=0),
     ]
-    found = "".join(charts)
-    return f'<div class="charts">{found}</div>' if found else ""
+    text = "".join(charts)
+    return f'<div class="charts">{text}</div>' if text else ""
 
 
 def _sheet(folder: Path) -> str:
-    """The last picture sheet, made smaller."""
+    """Embed the last image sheet, reduced in size."""
     sheets = sorted(folder.glob("*.png"))
     if not sheets:
         return ""
@@ -275,11 +275,11 @@ def _sheet(folder: Path) -> str:
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="picture sheet {escape(sheets[-1].stem)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="image sheet {escape(sheets[-1].stem)}" src="data:image/jpeg;base64,{data}">'
 
 
 def _knn_table(knn: Mapping[str, Any]) -> str:
-    """Accuracy by pooling (rows) and k (columns)."""
+    """Format accuracy by pooling (rows) and k (columns)."""
     rows = {str(name): row for name, row in knn.items() if isinstance(row, dict)}
     ks = list(dict.fromkeys(str(k) for row in rows.values() for k in row))
     if not ks:
@@ -294,8 +294,8 @@ def _knn_table(knn: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
-    """What was trained on, and what could not be read."""
-    rows = [[words, str(facts[key])] for key, words in (("photos", "photos trained on"), ("data_sha256", "digest"))
+    """Describe the training data, and list files that could not be read."""
+    rows = [[words, str(facts[key])] for key, words in (("photos", "training images"), ("data_sha256", "digest"))
             if key in facts]  # fmt: skip
     if "data" in config:
         rows.insert(0, ["folder", str(config["data"])])
@@ -310,7 +310,7 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) ->
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """Settings, their values and what they would have been."""
+    """List the settings that differ from their defaults."""
     missing = object()
     defaults = {
         name: missing if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
@@ -325,7 +325,7 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
-    """Code, machine and starting point."""
+    """Format code revision, machine and initial weights."""
     words = {"revision": "code revision", "hardware": "hardware", "torch": "torch", "init": "started from"}
     rows = [
         [shown, facts[key] if isinstance(facts[key], str) else json.dumps(facts[key])]
@@ -336,7 +336,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
-    """Commands: serve what came out, or train on."""
+    """Return commands to serve the checkpoint or to resume training."""
     steps = []
     if (out / "checkpoint.safetensors").exists():
         checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))
@@ -345,6 +345,6 @@ def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
         data, recipe, folder = (shlex.quote(str(x)) for x in (config["data"], config.get("recipe"), out))
         steps.append(
             f"dinov2 train --data {data} --recipe {recipe} --out {folder}"
-            "   # goes on where it stopped; add the settings it was started with"
+            "   # resumes where it stopped; add the settings it was started with"
         )
     return f"<pre>{escape(chr(10).join(steps))}</pre>" if steps else ""

@@ -1,19 +1,20 @@
-"""A picture sheet: what the network is shown and what it makes of it, on one page.
+"""An image sheet: the network's inputs and what it computes from them, on one page.
 
-One row per photo, from left to right:
+One row per image, from left to right:
 
-    photo          as the evaluation sees it
+    image          as the evaluation prepares it
     global 1, 2    the two large crops of a step; masked patches, which the student must guess, are darkened
     locals         some of the small crops
-    attention      where the class token looks in the last block, mean over the heads
-    parts (PCA)    the patch tokens' three main directions as red, green and blue; one fit for all photos of the sheet,
-                   so the same colour means the same thing in each row
-    nearest        the most similar photos of a sample of the training data, by class token, with the cosine
+    attention      attention of the class token in the last block, mean over the heads
+    parts (PCA)    the patch tokens' three main directions as red, green and blue; one fit for all images of the sheet,
+                   so a colour means the same in each row
+    nearest        the most similar images of a sample of the training data, by class token, with the cosine
 
-A network that learns shows it here before the curves do: attention leaves the corners and finds the things, parts get
-their own colours, neighbours become the same kind of thing. A sheet that stays noise is a run to stop. Pillow only.
+The sheet shows that a network learns before the curves do: attention moves from the corners to the objects, parts get
+their own colours, and neighbours become the same kind of object. If the sheet remains noise, stop the run. It needs
+only Pillow.
 
-Legend: n photos of the sheet, V local crops, G and L sides of crops, N = h * w patches, D width, A heads, g gallery.
+Legend: n images of the sheet, V local crops, G and L sides of crops, N = h * w patches, D width, A heads, g gallery.
 """
 
 from collections.abc import Sequence
@@ -34,39 +35,39 @@ from model.vit import DinoVisionTransformer
 Photo = npt.NDArray[np.uint8]  # RGB [H, W, 3]
 
 CELL, GAP, MARGIN = 144, 6, 16
-HEADER = 26  # pixels of a line of headings
+HEADER = 26  # height of a line of headings, pixels
 CAPTION = 18
 BACKGROUND, INK, FAINT = (22, 24, 28), (235, 237, 240), (150, 156, 166)
 BATCH = 64
-EVEN_IS_DARK = 4  # attention spread evenly is a quarter of the brightest colour, not all of it
-PCA_DEVIATIONS = 5  # the range of a colour, in standard deviations: narrower is garish, wider is grey
-# Dark violet to pale yellow, rising in lightness: reads as little to much, also for the colour-blind and in print.
+EVEN_IS_DARK = 4  # evenly spread attention gets a quarter of the brightest colour, and not all of it
+PCA_DEVIATIONS = 5  # the range of a colour, in standard deviations: a narrower one is garish, a wider one grey
+# Dark violet to pale yellow with rising lightness: readable as low to high, also for the colour-blind and in print.
 HEAT = np.array(
     [(10, 8, 30), (75, 16, 110), (160, 40, 110), (225, 85, 60), (250, 165, 40), (252, 250, 190)], np.float64
 )
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """The photo at the size that `preprocess` makes of it before cropping: a gallery of these fits into memory.
+    """Resize the image as `preprocess` does before cropping, so that a gallery fits into memory.
 
-    `preprocess` of it gives the same pixels as of the photo itself.
+    `preprocess` makes the same pixels from it as from the original.
     """
     assert spec.resize is not None
     height, width = photo.shape[:2]
     short = min(height, width)
-    size = (int(spec.resize * width / short), int(spec.resize * height / short))  # Pillow's order; one is `resize`
+    size = (int(spec.resize * width / short), int(spec.resize * height / short))  # (w, h); one equals `resize`
     return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
 
 
 def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
-    """Normalised crops [n, 3, S, S] as photos, for looking at."""
+    """Turn normalised crops [n, 3, S, S] into images for display."""
     mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in (spec.mean, spec.std))
     scaled = ((crops.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
-    """The photo [S, S, 3] with masked patches ([h * w], True is masked) darkened and greyed."""
+    """Darken and grey the masked patches ([h * w], True is masked) of the image [S, S, 3]."""
     h, w = grid
     per_pixel = np.kron(mask.reshape(h, w), np.ones((photo.shape[0] // h, photo.shape[1] // w), bool))
     grey = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
@@ -74,24 +75,24 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
-    """Values 0 to 1, any shape [...], as colours [..., 3]. NaN, which a diverged network gives, is shown as 0."""
-    place = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
-    below = np.minimum(place.astype(int), len(HEAT) - 2)
-    share = (place - below)[..., None]
+    """Map values 0 to 1, of any shape [...], to colours [..., 3]; NaN, which a diverged network gives, is shown as 0."""
+    position = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
+    below = np.minimum(position.astype(int), len(HEAT) - 2)
+    share = (position - below)[..., None]
     return (HEAT[below] * (1 - share) + HEAT[below + 1] * share).round().astype(np.uint8)
 
 
 def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
-    """How strongly the class token looks at each patch in the last block, mean over heads: [n, N], rows sum to one."""
+    """Return the class token's attention to each patch in the last block, mean over heads: [n, N], rows sum to one."""
     patches = slice(1 + backbone.num_register_tokens, None)
     weights = backbone.get_attention(pixels)[:, :, 0, patches].float().mean(dim=1)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
 def pca_colours(patches: Tensor) -> Tensor:
-    """Patch tokens [n, N, D] to colours [n, N, 3] in 0..1: three main directions over all photos, each stretched.
+    """Map patch tokens [n, N, D] to colours [n, N, 3] in 0..1: three main directions over all images, each stretched.
 
-    A direction's sign is arbitrary; here its largest entry is positive, so that the same network gives the same sheet.
+    A direction's sign is arbitrary. Here its largest entry is positive, so that the same network gives the same sheet.
     """
     flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network's are not finite
     flat = flat - flat.mean(dim=0)
@@ -104,7 +105,7 @@ def pca_colours(patches: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, gallery: Tensor, own: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """Indices and cosines [n, k] of the most similar gallery features; a query's `own` place is left out."""
+    """Return indices and cosines [n, k] of the most similar gallery features, without the query's `own` index."""
     similarity = F.normalize(queries.float(), dim=1) @ F.normalize(gallery.float(), dim=1).T  # [n, g]
     similarity[torch.arange(len(own)), torch.tensor(own)] = -torch.inf
     top = similarity.topk(min(k, len(gallery) - 1), dim=1)
@@ -117,13 +118,13 @@ def _cell(photo: Photo, side: int = CELL, *, smooth: bool = True) -> Image.Image
 
 
 def _map_cell(values: Photo, photo: Photo, opacity: float) -> Image.Image:
-    """Colours per patch [h, w, 3], enlarged softly and laid over the greyed photo."""
+    """Enlarge colours per patch [h, w, 3] smoothly and blend them with the greyed image."""
     colours = Image.fromarray(values).resize((CELL, CELL), Image.Resampling.BICUBIC)
     return Image.blend(_cell(photo).convert("L").convert("RGB"), colours, opacity)
 
 
 def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
-    """Up to nine crops in one cell, three or two a row."""
+    """Put up to nine crops into one cell, two or three per row."""
     cell = Image.new("RGB", (CELL, CELL), BACKGROUND)
     per_row = 2 if len(crops) <= 4 else 3
     side = (CELL - 3 * (per_row - 1)) // per_row
@@ -135,18 +136,18 @@ def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
 
 @torch.inference_mode()
 def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: PreprocessSpec) -> Tensor:
-    """Class tokens [g, D] on the CPU; without a crop in `spec`, sizes differ and photos go one by one."""
+    """Compute class tokens [g, D] on the CPU; without a crop in `spec` sizes differ, so images are processed singly."""
     device, step = backbone.cls_token.device, BATCH if spec.crop is not None else 1
-    found = []
+    features = []
     for start in range(0, len(photos), step):
         pixels = np.stack([preprocess(photo, spec) for photo in photos[start : start + step]])
-        found.append(backbone(torch.from_numpy(pixels).to(device)).float().cpu())
-    return torch.cat(found)
+        features.append(backbone(torch.from_numpy(pixels).to(device)).float().cpu())
+    return torch.cat(features)
 
 
 @dataclass(frozen=True)
 class SheetCrops:
-    """The crops of n photos, view by view, as `training.data.crops.Crops` holds them."""
+    """The crops of n images, view by view, as in `training.data.crops.Crops`."""
 
     globals_: Tensor  # [2n, 3, G, G], normalised
     masks: Tensor  # bool [2n, N]
@@ -155,12 +156,12 @@ class SheetCrops:
 
 @dataclass(frozen=True)
 class _Look:
-    """What the network makes of the photos of a sheet, and the photos as it is shown them."""
+    """The network's inputs and results for the images of a sheet."""
 
     inputs: Tensor  # [n, 3, S, S]
     attention: Tensor  # [n, N]
     colours: Tensor  # [n, N, 3]
-    nearest: Tensor  # [n, k] places in the gallery
+    nearest: Tensor  # [n, k] indices in the gallery
     cosines: Tensor  # [n, k]
 
 
@@ -172,7 +173,7 @@ def _look(
     spec: PreprocessSpec,
     n_neighbours: int,
 ) -> _Look:
-    """One pass of the shown photos, and one of the gallery for their neighbours; the network's mode stays."""
+    """Run the network on the shown images and, for their neighbours, on the gallery; its mode is restored."""
     was_training = backbone.training
     backbone.eval()
     try:
@@ -199,26 +200,26 @@ def picture_sheet(
     title: str = "",
     n_neighbours: int = 4,
 ) -> Image.Image:
-    """One sheet (the columns: top of the file).
+    """Draw one sheet; the top of the file describes the columns.
 
     Args:
-        backbone: whole and on one device; its mode is as before afterwards.
-        gallery: a sample of the training photos, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
-        shown: the n photos of the sheet, as indices of `gallery`.
+        backbone: whole and on one device; its mode is restored afterwards.
+        gallery: a sample of the training images, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
+        shown: the n images of the sheet, as indices of `gallery`.
         spec: the evaluation's preprocessing; must crop.
-        crops: of the n photos.
-        names: captions of the gallery's photos, e.g. their folders.
-        title: what run and step this is.
-        n_neighbours: columns of nearest photos.
+        crops: crops of the n images.
+        names: captions of the gallery's images, e.g. their folders.
+        title: run and step, for the heading.
+        n_neighbours: columns of nearest images.
 
     Raises:
-        ValueError: `spec` has no crop, or the crops are not those of n photos.
+        ValueError: `spec` has no crop, or the crops are not those of n images.
     """
     n, globals_, masks, locals_ = len(shown), crops.globals_, crops.masks, crops.locals_
     if spec.crop is None:
-        raise ValueError("a picture sheet needs a preprocessing with a crop; this one has none")
+        raise ValueError("an image sheet needs a preprocessing with a crop; this one has none")
     if len(globals_) != 2 * n or len(masks) != 2 * n or (locals_ is not None and len(locals_) % n):
-        raise ValueError(f"{n} photos need {2 * n} global crops and masks, not {len(globals_)} and {len(masks)}")
+        raise ValueError(f"{n} images need {2 * n} global crops and masks, not {len(globals_)} and {len(masks)}")
     look = _look(backbone, gallery, shown, spec, n_neighbours)
     grid = (spec.crop // spec.patch_size,) * 2
     rows = []
@@ -235,7 +236,7 @@ def picture_sheet(
             captions[len(cells)] = f"{cosine:.2f}  {names[i]}" if names else f"{cosine:.2f}"
             cells.append(_cell(to_pixels(_input(gallery[i], spec), spec)[0]))
         rows.append((cells, captions))
-    return _page(rows, ["photo", "global 1", "global 2", "locals", "attention", "parts (PCA)", "nearest"], title)
+    return _page(rows, ["image", "global 1", "global 2", "locals", "attention", "parts (PCA)", "nearest"], title)
 
 
 def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
@@ -243,18 +244,18 @@ def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
 
 
 def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> list[Image.Image]:
-    """The two global crops and the local ones of one photo."""
+    """Draw the two global crops and the local ones of one image."""
     side = crops.globals_.shape[-1] // spec.patch_size
     cells = []
     for view in range(2):
-        place = view * n + row
-        [crop] = to_pixels(crops.globals_[place : place + 1], spec)
-        cells.append(_cell(shade_masked(crop, crops.masks[place].cpu().numpy(), (side, side))))
+        index = view * n + row
+        [crop] = to_pixels(crops.globals_[index : index + 1], spec)
+        cells.append(_cell(shade_masked(crop, crops.masks[index].cpu().numpy(), (side, side))))
     return [*cells, _grid_cell([] if crops.locals_ is None else to_pixels(crops.locals_[row::n], spec))]
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, shortened to a cell's width."""
+    """Shorten the text to a cell's width."""
     if draw.textlength(text, font=font) <= CELL:
         return text
     while text and draw.textlength(text + "...", font=font) > CELL:
@@ -263,7 +264,7 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
 
 
 def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Sequence[str], title: str) -> Image.Image:
-    """Cells and captions on one page, a title and headings above."""
+    """Put cells and captions on one page, below a title and headings."""
     columns = max(len(cells) for cells, _ in rows)
     top = MARGIN + (HEADER + 6 if title else 0) + HEADER
     width = 2 * MARGIN + columns * (CELL + GAP) - GAP
@@ -286,7 +287,7 @@ def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Se
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as a PNG; a page that shows it never sees half of one."""
+    """Write a sheet as a PNG, atomically, so that a reader never gets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         sheet.save(temporary, "PNG")

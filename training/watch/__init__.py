@@ -1,1 +1,1 @@
-"""What is recorded during a run, and the sentinels that judge it."""
+"""Logging of a run, and the sentinels that detect when it fails."""

@@ -1,9 +1,9 @@
-"""How much arithmetic a step is, and how much of the machine's the run uses (MFU).
+"""The arithmetic of a step, and the share of the machine's peak that a run uses (MFU).
 
-Model FLOPs utilisation (arXiv 2204.02311, appendix B) is the useful work per second over the device's peak. Useful is
-what the algorithm needs: the matrix products of the networks, each multiply-add counted as two operations. What is
-computed twice to save memory, losses, optimizer, augmentation and everything elementwise is not counted, so MFU cannot
-be raised by doing more.
+Model FLOPs utilisation (arXiv 2204.02311, appendix B) is the useful work per second over the device's peak. Useful work
+is what the algorithm needs: the matrix products of the networks, each multiply-add counted as two operations.
+Recomputation to save memory, losses, optimizer, augmentation and elementwise operations are not counted, so doing more
+work cannot raise MFU.
 
 Per image of N patches, T = 1 + R + N tokens, width D, feed-forward width F, patch p, and per layer:
 
@@ -17,12 +17,12 @@ Per image of N patches, T = 1 + R + N tokens, width D, feed-forward width F, pat
     forward of its teacher      = 2B global crops, the heads on 2B class tokens and M masked patches
     a step                      = 3 * student + 1 * teacher
 
-The factor 3: backward is two products for each of forward's, one for the input's gradient and one for the weight's.
-(The patch embedding needs no gradient of its input; that half per mille is left in, as everybody does.) Drop path
-computes only the kept share of samples in each branch. Resizing the position embedding is once per batch and not
-counted.
+The factor 3: the backward pass has two products for each product of the forward pass, for the gradients of input and
+weight. The patch embedding needs no gradient of its input, but that half per mille is counted, as is customary. Drop
+path computes only the kept share of samples in each branch. The position embedding is resized once per batch, which is
+not counted.
 
-Legend: B photos per step, V local views, M masked patches of the batch.
+Legend: B images per step, V local views, M masked patches of the batch.
 """
 
 import re
@@ -33,12 +33,12 @@ import torch
 
 from model.config import ViTConfig
 
-# Dense peak in 10^12 operations per second with bf16 inputs and fp32 accumulation, fp16 where the card has no bf16
-# (V100, T4). Makers' data sheets; figures "with sparsity" halved. The first pattern that is found in the name
-# counts. Sources: NVIDIA data sheets of each product (A100 312; H100 SXM 989, PCIe 756, NVL 835; H200 989, NVL 835;
-# B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125; T4 65; V100 SXM 125, PCIe 112), NVIDIA's
-# architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090 165, 4080 97.5, RTX 6000 Ada 364) and
-# Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
+# Dense peak in 10^12 operations per second with bf16 inputs and fp32 accumulation, or fp16 if the card has no bf16
+# (V100, T4). Figures are from the makers' data sheets; figures "with sparsity" are halved. The first pattern that
+# matches the name is used. Sources: NVIDIA data sheets of each product (A100 312; H100 SXM 989, PCIe 756, NVL 835;
+# H200 989, NVL 835; B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125; T4 65; V100 SXM 125, PCIe 112),
+# NVIDIA's architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090 165, 4080 97.5, RTX 6000 Ada
+# 364) and Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"\bG?B200\b", 2250),
     (r"\bH200 NVL\b", 835),
@@ -78,18 +78,18 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step looks at: images, over all processes, and the crops of each."""
+    """The input of a step: its images, over all processes, and the crops of each."""
 
     batch_size: int
     global_size: int  # sides of the crops, pixels
     local_size: int
-    n_local: int  # local crops of an image
+    n_local: int  # local crops per image
     n_masked: float  # masked patches of the batch (`expected_masked`); 0 without iBOT
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of one step, by part. `student` is forward and backward."""
+    """Floating-point operations of one step, by part. `student` parts count forward and backward pass."""
 
     student_backbone: float
     student_heads: float
@@ -102,12 +102,12 @@ class StepFlops:
 
 
 def patch_embed_flops(config: ViTConfig, size: int) -> int:
-    """Patch embedding of one square image of `size` pixels."""
+    """Count the operations of the patch embedding for one square image of `size` pixels."""
     return 2 * (size // config.patch_size) ** 2 * 3 * config.patch_size**2 * config.embed_dim
 
 
 def block_flops(config: ViTConfig, size: int) -> int:
-    """One block, forward, for one square image of `size` pixels."""
+    """Count the operations of one block's forward pass for one square image of `size` pixels."""
     tokens = 1 + config.num_register_tokens + (size // config.patch_size) ** 2
     width, products = config.embed_dim, 3 if config.ffn == "swiglu" else 2
     attention = 2 * tokens * 4 * width * width + 4 * tokens * tokens * width
@@ -115,20 +115,20 @@ def block_flops(config: ViTConfig, size: int) -> int:
 
 
 def backbone_flops(config: ViTConfig, size: int, *, kept: float = 1.0) -> float:
-    """The whole backbone, forward, for one square image; `kept` is the share of samples that drop path computes."""
+    """Count the whole backbone's forward pass for one square image; drop path computes the share `kept` of samples."""
     return patch_embed_flops(config, size) + config.depth * block_flops(config, size) * kept
 
 
 def head_flops(width: int, head: HeadShape) -> int:
-    """A head, forward, for one token of a backbone of `width`."""
+    """Count the operations of a head's forward pass for one token of a backbone of `width`."""
     hidden, bottleneck = head.hidden_dim, head.bottleneck_dim
     return 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * head.n_prototypes)
 
 
 def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], probability: float) -> float:
-    """Masked patches of a batch on average: a share of the images, each by the middle of the range of ratios.
+    """Return the average number of masked patches of a batch: a share of the images, with the mean ratio of the range.
 
-    Slightly more than are really masked: `training/data/masking.py` rounds down.
+    This is slightly too high, because `training/data/masking.py` rounds down.
     """
     return int(n_images * probability) * n_patches * (ratio[0] + ratio[1]) / 2
 
@@ -142,15 +142,15 @@ def step_flops(
     drop_path: float = 0.0,
     teacher: ViTConfig | None = None,
 ) -> StepFlops:
-    """Useful work of one training step (formula: top of the file).
+    """Compute the useful work of one training step; the top of the file has the formula.
 
     Args:
         config: the student's backbone.
-        shape: of the step.
+        shape: the input of the step.
         dino_head: the head for class tokens.
         ibot_head: the head for patches; None: the same.
         drop_path: share of samples that skip a branch of the student.
-        teacher: its backbone, if another than the student's (distillation).
+        teacher: the teacher's backbone, if it differs from the student's (distillation).
     """
     batch_size, n_local = shape.batch_size, shape.n_local
     kept = max(1, round(2 * batch_size * (1 - drop_path))) / (2 * batch_size)
@@ -173,9 +173,9 @@ def step_flops(
 
 
 def known_peak_flops(name: str) -> float | None:
-    """Dense bf16 (or fp16) peak of a GPU by `torch.cuda.get_device_name`, operations per second; None: not known.
+    """Look up a GPU's dense bf16 (or fp16) peak by `torch.cuda.get_device_name`, operations per second; None: unknown.
 
-    A part of a GPU (MIG) and a laptop's chip carry the big one's name and are not it.
+    Parts of a GPU (MIG) and laptop chips have the full chip's name but not its peak, so they count as unknown.
     """
     if "MIG" in name or "Laptop" in name:
         return None
@@ -183,10 +183,10 @@ def known_peak_flops(name: str) -> float | None:
 
 
 def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 5) -> float:
-    """The best float32 matrix product of `side` that this device manages now, operations per second.
+    """Measure the fastest float32 matrix product of `side` on this device, in operations per second.
 
-    For a machine without a table entry, a CPU above all. What else runs on it lowers the figure: the best of some
-    attempts counts.
+    This is for machines that the table does not list, mainly CPUs. Other load lowers the figure, so the best of several
+    attempts is returned.
     """
     a = torch.ones(side, side, device=device)
     b = torch.ones(side, side, device=device)
@@ -199,13 +199,13 @@ def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 
 
 
 def device_peak_flops(device: torch.device, *, measure: bool = False) -> float | None:
-    """The peak that MFU is a share of: from the table for a known GPU, else measured if asked for, else None."""
+    """Return the peak for MFU: from the table for a known GPU, else measured if `measure`, else None."""
     listed = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return measured_peak_flops(device) if listed is None and measure else listed
 
 
 def describe_device(device: torch.device) -> str:
-    """The hardware in words, for the report: the GPU's name, or the processor's with how many cores may be used."""
+    """Describe the hardware for the report: the GPU's name, or the processor's name and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = "CPU"

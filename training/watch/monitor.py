@@ -1,15 +1,16 @@
-"""What a run says: a progress bar for people in a terminal, plain lines elsewhere, and files for everything else.
+"""A run's output: a progress bar in a terminal, plain lines elsewhere, and log files.
 
     metrics.jsonl      one JSON line each `log_every` steps: losses, schedules, speed, waiting, memory, gradients
-    evaluations.jsonl  one JSON line per evaluation during the run: k-NN and what else was measured
-    events.jsonl       what the run had to say besides: warnings, rollbacks; a history, never cut
+    evaluations.jsonl  one JSON line per evaluation during the run: k-NN and other measurements
+    events.jsonl       warnings, rollbacks and other messages; a history that is never cut
 
-The first two are appended to, and a resumed run first cuts off what it will do again. TensorBoard and Weights & Biases
-get the same figures (`training/watch/sinks.py`). Whatever cannot be written is said once and never stops the run.
+The first two are appended to, and a resumed run first removes the lines of steps that it repeats. TensorBoard and
+Weights & Biases get the same figures (`training/watch/sinks.py`). A write error is reported once and never stops the
+run.
 
-On a GPU the host runs ahead of the device. Asking a tensor for its value makes it wait, so figures arrive as tensors,
-and only `write` asks, once for all of them. The clock stops during evaluations and saves (`paused`), so that images/s
-is the speed of training.
+On a GPU the host runs ahead of the device. Reading a tensor's value makes it wait, so figures arrive as tensors, and
+only `write` reads them, all at once. The clock stops during evaluations and saves (`paused`), so that images/s is the
+speed of training.
 """
 
 import json
@@ -35,12 +36,12 @@ from training.watch.sinks import Sink
 
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
 NO_CURVES = {"step", "time", "seconds"}
-LINES_TO_WARN = 3  # in a row: one slow line is noise
+LINES_TO_WARN = 3  # lines in a row: one slow line is noise
 Figure = Tensor | float | str | None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, without those that a stopped process left torn; none if there is no file."""
+    """Return the JSON lines of a file, without incomplete ones that a killed process left; none if there is no file."""
     if not path.exists():
         return []
     lines = []
@@ -55,9 +56,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Drop what a run that goes on after `last_step` writes again: lines of later steps, and torn ones.
+    """Remove lines that a run resuming after `last_step` writes again, and incomplete lines.
 
-    Written aside, flushed and renamed: whatever happens, the old file or the new one is there.
+    The new file is written under another name, flushed and renamed, so that a complete file exists at any time.
     """
     if not path.exists():
         return
@@ -67,9 +68,9 @@ def cut_lines(path: Path, last_step: int) -> None:
 
 
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
-    """Figures as plain values, in their order. Tensors (scalars of one device) come over in one transfer.
+    """Return figures as plain values, in their order. Tensors (scalars of one device) are copied in one transfer.
 
-    What is not finite becomes None: JSON has no word for it, and the sentinels say it in plain ones.
+    A value that is not finite becomes None, since JSON cannot express it; the sentinels report it in words.
     """
     tensors = {name: value.detach() for name, value in figures.items() if isinstance(value, Tensor)}
     numbers: dict[str, float | str | None] = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}
@@ -81,7 +82,7 @@ def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory this process has held so far: of the GPU in tensors, else of the machine (None on Windows)."""
+    """Return this process's peak memory so far: tensors on the GPU, else main memory (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -94,8 +95,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class RunSize:
-    """How long a run is, the steps that it has done when it starts or goes on, and the images of a step, of all ranks
-    together."""
+    """The steps of a run, the steps done when it starts or resumes, and the images of a step over all ranks."""
 
     total_steps: int
     first_step: int
@@ -103,17 +103,17 @@ class RunSize:
 
 
 class Monitor:
-    """Bar, lines and files of one run; a context manager.
+    """Progress bar, log lines and log files of one run; a context manager.
 
     Args:
-        path: `metrics.jsonl` in the run's folder; the other files lie beside it.
-        size: of the run. Lines of later steps than its first are cut off.
-        console: what people read.
-        active: False in all processes but one: nothing is printed or written, nothing is transferred.
-        device: whose memory is reported.
-        sinks: who else gets the figures.
+        path: `metrics.jsonl` in the run's folder; the other files are in the same folder.
+        size: the size of the run. Lines of steps later than its first are removed.
+        console: where messages are printed.
+        active: False in all processes but one, which then print, write and transfer nothing.
+        device: the device whose memory is reported.
+        sinks: further receivers of the figures.
         peak_flops: of all devices together, per second (`training/watch/flops.py`); None: no MFU.
-        advise: what to say when this share of the time goes into waiting for photos.
+        advise: returns the message to show for the share of time spent waiting for images.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Monitor:
         device: torch.device | None = None,
         sinks: Sequence[Sink] = (),
         peak_flops: float | None = None,
-        advise: Callable[[float], str | None] = "{:.0%} of the time went into waiting for photos".format,
+        advise: Callable[[float], str | None] = "{:.0%} of the time was spent waiting for images".format,
     ) -> None:
         self.console = console
         self._folder, self._batch_size, self._total_steps = path.parent, size.batch_size, size.total_steps
@@ -164,7 +164,7 @@ class Monitor:
             self._guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: what was written of later steps is cut off. At the start, and after a rollback."""
+        """Continue after `step`, at the start or after a rollback: remove the lines of later steps."""
         self._start_line()
         if not self._active:
             return
@@ -173,7 +173,7 @@ class Monitor:
         self._progress.update(self._task, completed=step)
 
     def advance(self, steps_done: int, flops: float = 0.0) -> None:
-        """A step is over; `flops` is its useful work (`training/watch/flops.py`), of all processes together."""
+        """Count a finished step; `flops` is its useful work (`training/watch/flops.py`) over all processes."""
         self._steps += 1
         self._flops += flops
         if self._active:
@@ -181,7 +181,7 @@ class Monitor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around fetching a batch: the time counts as waiting for data."""
+        """Count the time inside the block, in which a batch is fetched, as waiting for data."""
         start = time.perf_counter()
         try:
             yield
@@ -190,7 +190,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around an evaluation, a save or a picture sheet: the time is not counted as training."""
+        """Exclude the time inside the block from training time: an evaluation, a save or an image sheet."""
         start = time.perf_counter()
         try:
             yield
@@ -198,7 +198,7 @@ class Monitor:
             self._since += time.perf_counter() - start
 
     def write(self, steps_done: int, figures: Mapping[str, Figure]) -> dict[str, Any]:
-        """One line: the given figures, then what the monitor measures. The line; empty where not active."""
+        """Write one line, the given figures and the monitor's own, and return it; empty if not active."""
         if not self._active:
             self._start_line()
             return {}
@@ -212,7 +212,7 @@ class Monitor:
             line["peak_memory_bytes"] = peak
         if self._peak_flops and self._flops:
             line["mfu"] = round(self._flops / seconds / self._peak_flops, 4)
-        line["seconds"] = round(seconds, 3)  # of training since the last line
+        line["seconds"] = round(seconds, 3)  # training time since the last line
         line["time"] = round(time.time(), 1)
         self._start_line()
         self._append(METRICS, line)
@@ -221,12 +221,12 @@ class Monitor:
         return line
 
     def evaluated(self, steps_done: int, figures: Mapping[str, Figure]) -> None:
-        """A line of `evaluations.jsonl`: what was measured on held-out photos after so many steps."""
+        """Write a line of `evaluations.jsonl`: measurements on held-out images after `steps_done` steps."""
         if self._active:
             self._append(EVALUATIONS, {"step": steps_done, **to_numbers(figures)})
 
     def say(self, steps_done: int, kind: str, message: str) -> None:
-        """Print a message and keep it in `events.jsonl`; `kind` is a word such as warning, rollback or stop."""
+        """Print a message and store it in `events.jsonl`; `kind` is a word such as warning, rollback or stop."""
         if self._active:
             self.console.print(f"{kind}: {message}", markup=False)
             self._append(EVENTS, {"step": steps_done, "kind": kind, "message": message, "time": round(time.time(), 1)})
@@ -236,10 +236,10 @@ class Monitor:
         self._since = time.perf_counter()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """A line to a file, and its numbers to the sinks."""
+        """Append a line to a file, and send its numbers to the sinks."""
 
         def write_file() -> None:
-            # After a failed write the last line may be torn: begin anew, readers pass over empty and torn lines.
+            # A failed write may leave an incomplete line: start a new one. Readers skip empty and incomplete lines.
             text = ("\n" if name in self._failed else "") + json.dumps(line) + "\n"
             with (self._folder / name).open("a") as file:
                 file.write(text)
@@ -253,14 +253,14 @@ class Monitor:
                 self._sinks.remove(sink)
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
-        """Run what may fail for reasons outside (disk, network); say it the first time. Whether it worked."""
+        """Run an action that may fail (disk, network); report the first failure. Return whether it worked."""
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run goes on
+        except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run continues
             if name not in self._failed:
-                fate = "tried again with each line" if name.endswith(".jsonl") else "not used any more in this run"
+                fate = "each line is tried again" if name.endswith(".jsonl") else "this run no longer uses it"
                 self.console.print(
-                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run goes on, and it is "
+                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run continues, and "
                     + fate,
                     markup=False,
                 )

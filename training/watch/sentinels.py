@@ -1,22 +1,23 @@
-"""When a run goes wrong: who notices, what is said, and what happens then.
+"""Sentinels: they detect a failing run, report it, and decide what happens next.
 
-Three ways in which self-supervised training fails, each with its sign and its configured action:
+Self-supervised training fails in three ways, each with its signs and its configured action:
 
-- collapse: the network tells no photos apart. After a third of the run, several lines in a row, one of: the DINO loss
-  at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy at ln K (its targets say nothing) or at 0 (one prototype
-  for each photo, whatever it shows); RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), below
-  a share of what it could be. (A random network has about 0.1 of it, a trained one 0.5 and more.)
-- not finite: a loss or a gradient is NaN or infinite. The batch is kept, to be looked at and run again.
-- k-NN: the accuracy on held-out photos has fallen below the best figure of the run by more than a margin. Training on
-  from released weights can lose what they had (facebookresearch/dinov2#204: 80 to 10 %).
+- collapse: the network no longer tells images apart. After a third of the run, one of these signs lasts several lines
+  in a row: the DINO loss at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy at ln K (its targets have no
+  information) or at 0 (one prototype for every image, whatever it shows); RankMe, the effective rank of a batch of
+  class tokens (arXiv 2210.02885), below a share of its maximum. (A random network has about 0.1 of the maximum, a
+  trained one 0.5 and more.)
+- not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
+- k-NN: the accuracy on held-out images has fallen below the best figure of the run by more than a margin. Continued
+  training of released weights can lose accuracy (facebookresearch/dinov2#204: 80 to 10 %).
 
-The action is `stop`, `warn` (said once each time it begins), or `rollback`: the run takes the newest checkpoint of step
-`Verdict.back_to` or before, throws later ones away, keeps what the sentinels have learned (but for what the later
-steps showed, `forget_after`), and goes on differently, or the same would happen again. After "not finite" it passes
-over the offending step (`passes_over`): its photos are not trained on in this epoch. After the two others the rates are
-multiplied by `lr_factor` from there on. After `max_rollbacks`, or where no checkpoint is old enough, it stops.
+The action is `stop`, `warn` (reported once each time it begins) or `rollback`. A rollback loads the newest checkpoint
+of step `Verdict.back_to` or before, deletes later ones, and keeps what the sentinels have learned, except from the
+later steps (`forget_after`). Something must change, or the same failure would recur. After "not finite" the run skips
+the failing step (`passes_over`): its images are not trained on in this epoch. After the other two the rates are
+multiplied by `lr_factor` from there on. After `max_rollbacks`, or without an old enough checkpoint, the run stops.
 
-Everything is decided from the figures of the lines and a state of plain JSON types, so a resumed run decides the same.
+Decisions depend only on the figures of the lines and a state of plain JSON types, so a resumed run decides the same.
 Steps are counted as in metrics.jsonl: the first is 1. K is the number of prototypes.
 """
 
@@ -36,15 +37,15 @@ from model.files import write_text
 
 Action = Literal["stop", "rollback", "warn"]
 Kind = Literal["collapse", "not_finite", "knn"]
-AT_LN_K = 0.99  # of ln K: the DINO loss, or the teacher's entropy
-AT_ZERO = 0.01  # of ln K: the teacher's entropy
-GRACE = 1 / 3  # of the run: a healthy one may begin at ln K
+AT_LN_K = 0.99  # share of ln K: the DINO loss, or the teacher's entropy
+AT_ZERO = 0.01  # share of ln K: the teacher's entropy
+GRACE = 1 / 3  # share of the run: a healthy run may begin at ln K
 NEVER = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the sentinels look for and do. `knn_margin` is in percentage points."""
+    """What the sentinels check and how they react. `knn_margin` is in percentage points."""
 
     total_steps: int
     n_prototypes: int
@@ -60,7 +61,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a sentinel found at `step`, in plain words; `back_to` is the last step known to be good."""
+    """What a sentinel found at `step`, in words; `back_to` is the last step known to be good."""
 
     kind: Kind
     action: Action
@@ -71,11 +72,11 @@ class Verdict:
 
 @dataclass
 class State:
-    """What the sentinels remember, as JSON types."""
+    """The sentinels' memory, as JSON types."""
 
     bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> lines in a row
-    good_step: int = 0  # last line without any such sign
-    warned: bool = False  # of the collapse that is going on
+    good_step: int = 0  # last line without any sign of collapse
+    warned: bool = False  # the current collapse was reported
     best_knn: float | None = None
     best_knn_step: int = 0
     knn_fallen: bool = False
@@ -85,10 +86,10 @@ class State:
 
 
 def rankme(features: Tensor) -> float:
-    """Effective rank of features [n, D]: exp of the entropy of the singular values, normalised to sum one.
+    """Compute the effective rank of features [n, D]: exp of the entropy of the singular values, normalised to sum one.
 
-    1 where all rows lie on one line, min(n, D) where all directions are equally strong (RankMe, arXiv 2210.02885,
-    equation 2, its epsilon of 1e-7 included). Not centred, as there. NaN if a feature is not finite.
+    It is 1 if all rows are on one line, and min(n, D) if all directions are equally strong (RankMe, arXiv 2210.02885,
+    equation 2, with its epsilon of 1e-7). Features are not centred, as in the paper. NaN if a feature is not finite.
     """
     if not bool(torch.isfinite(features).all()):
         return math.nan
@@ -98,12 +99,12 @@ def rankme(features: Tensor) -> float:
 
 
 def rankme_share(features: Tensor) -> float:
-    """`rankme` over the most it could be, min(n, D)."""
+    """Return `rankme` as a share of its maximum, min(n, D)."""
     return rankme(features) / min(features.shape)
 
 
 class FirstNotFinite:
-    """The first step with a figure that is not finite, noted on the device, so that the host need not wait for it.
+    """The first step with a figure that is not finite, recorded on the device, so that the host need not wait for it.
 
     `step` (int64, `NEVER` if there was none) can be reduced over processes with MIN before it is read.
     """
@@ -114,7 +115,7 @@ class FirstNotFinite:
         self._values: Tensor | None = None
 
     def note(self, step: int, figures: Mapping[str, Tensor]) -> None:
-        """Scalars of one step: losses, gradient norms. The names must be the same each time."""
+        """Record scalars of one step: losses, gradient norms. The names must be the same each time."""
         values = torch.stack([value.detach().reshape(()).float() for value in figures.values()])
         first = ~values.isfinite().all() & (self.step == NEVER)
         self.step = torch.where(first, step, self.step)
@@ -122,37 +123,37 @@ class FirstNotFinite:
         self._names = list(figures)
 
     def read(self) -> tuple[int, dict[str, float]] | None:
-        """The step and its figures, or None. Waits for the device: call it where a line is written anyway."""
+        """Return the step and its figures, or None. This waits for the device: call it when a line is written."""
         step = int(self.step)
         if step == NEVER or self._values is None:
             return None
         return step, dict(zip(self._names, self._values.tolist(), strict=True))
 
     def clear(self) -> None:
-        """Forget it, after a rollback."""
+        """Forget the recorded step, after a rollback."""
         self.step, self._values = torch.full_like(self.step, NEVER), None
 
 
 class Sentinels:
-    """Decides after each line, each evaluation and each failure. All processes of a run must be told one verdict."""
+    """Decides after each line, each evaluation and each failure. All processes of a run must use the same verdict."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.state = limits, State()
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint; JSON types."""
+        """Return the state for the checkpoint, as JSON types."""
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """At the start of a resumed run; not at a rollback."""
-        self.state = State(**json.loads(json.dumps(state)))  # a copy that shares nothing
+        """Load a saved state when a run is resumed; a rollback uses `forget_after`."""
+        self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
-        """At a rollback: what was noticed after the state that is gone back to is noticed again.
+        """Forget, at a rollback, what was found after the state to return to, so that it can be found again.
 
         Args:
-            then: `state_dict` of that state.
-            kind: of the verdict. After the guard's own, the best accuracy so far stays the mark.
+            then: `state_dict` of the state to return to.
+            kind: of the verdict. After a verdict on k-NN, the best accuracy so far remains the reference.
         """
         old = State(**json.loads(json.dumps(then)))
         self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
@@ -163,22 +164,24 @@ class Sentinels:
 
     @property
     def lr_factor(self) -> float:
-        """What the schedules' rates are multiplied by."""
+        """Return the factor on the schedules' learning rates."""
         return self.state.lr_factor
 
     def passes_over(self, step: int) -> bool:
-        """Whether this step (counted from 1) is left out: no update, the next photos are the next step's."""
+        """Return whether this step (counted from 1) is skipped: no update, and its images are not used."""
         return step in self.state.passed_over
 
     def may_go_back_to(self) -> list[int]:
-        """Steps that a rollback may ask for, however long ago they were: their states must stay. (What was not finite
-        asks for the newest.)"""
+        """Return steps that a rollback may need, however old: their states must be kept.
+
+        A rollback after a figure that is not finite uses the newest state, which is kept anyway.
+        """
         limits, state = self.limits, self.state
         steps = [state.good_step] if limits.on_collapse == "rollback" else []
         return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
 
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
-        """Collapse, from one line's `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`."""
+        """Check one line for collapse, by `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`."""
         signs = self._signs(figures)
         state, limits = self.state, self.limits
         state.bad_lines = {sign: state.bad_lines.get(sign, 0) + 1 for sign in signs}
@@ -191,16 +194,16 @@ class Sentinels:
             return None
         state.warned = limits.on_collapse == "warn"
         begin = (
-            f"step {step}: the network no longer tells photos apart (collapse): {signs[sign]}, {count} lines in a row."
+            f"step {step}: the network no longer tells images apart (collapse): {signs[sign]}, {count} lines in a row."
         )
         advice = (
-            " Lower teacher_temp or lr, raise koleo_weight or batch_size, or train longer (a short run may just not "
-            "have begun to learn); on_collapse=warn lets such a run go on."
+            " Lower teacher_temp or lr, raise koleo_weight or batch_size, or train longer (a short run may not have "
+            "begun to learn yet); on_collapse=warn lets such a run continue."
         )
         return self._decide("collapse", limits.on_collapse, step, state.good_step, begin, advice)
 
     def _signs(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Signs of collapse in one line, each in words. A figure that is missing or not finite is no sign."""
+        """Return the signs of collapse in one line, each in words. A missing or non-finite figure is not a sign."""
         ln_k = math.log(self.limits.n_prototypes)
         dino, entropy, share = (figures.get(name) for name in ("dino_over_ln_k", "teacher_entropy", "rankme_share"))
         signs = {}
@@ -208,28 +211,28 @@ class Sentinels:
             signs["loss"] = f"the DINO loss stays at {dino:.3f} of ln K"
         if entropy is not None and entropy >= AT_LN_K * ln_k:
             signs["flat"] = (
-                f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets say nothing"
+                f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets have no information"
             )
         if entropy is not None and entropy <= AT_ZERO * ln_k:
-            signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: every photo has one prototype, and nothing else"
+            signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: each image is assigned to a single prototype"
         if share is not None and share < self.limits.min_rankme_share:
             signs["rank"] = (
-                f"the class tokens span {share:.3f} of the dimensions they could (RankMe; the least allowed is "
+                f"the class tokens span {share:.3f} of the dimensions they could (RankMe; the limit is "
                 f"{self.limits.min_rankme_share:g})"
             )
         return signs
 
     def check_finite(self, step: int, figures: Mapping[str, float], replay: Path | None) -> Verdict:
-        """Not finite: `step` and `figures` as `FirstNotFinite.read` gives them; `replay` is where the batch lies."""
+        """Report figures that are not finite, from `FirstNotFinite.read`; `replay` is the file of the batch."""
         wrong = ", ".join(f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value))
         begin = f"step {step}: {wrong or 'a weight is not finite'}."
         if replay is not None:
-            begin += f" The batch is kept in {replay}."
-        advice = " A lower lr or clip_grad, a longer warmup, precision=fp32 or a look at the photos may help."
+            begin += f" The batch is stored in {replay}."
+        advice = " A lower lr or clip_grad, a longer warmup or precision=fp32 may help; also look at the images."
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """k-NN `accuracy` (0 to 1) after `step` steps; the first call, before training, is step 0."""
+        """Check the k-NN `accuracy` (0 to 1) after `step` steps; the first call, before training, is step 0."""
         state, limits = self.state, self.limits
         if state.best_knn is None or accuracy >= state.best_knn:
             state.best_knn, state.best_knn_step, state.knn_fallen = accuracy, step, False
@@ -238,20 +241,20 @@ class Sentinels:
         if not state.knn_fallen or (fallen and limits.on_knn == "warn"):
             return None
         begin = (
-            f"step {step}: k-NN is {accuracy:.1%}, and was {state.best_knn:.1%} at step {state.best_knn_step}: "
-            f"more than {limits.knn_margin:g} points are lost."
+            f"step {step}: k-NN is {accuracy:.1%}, down from {state.best_knn:.1%} at step {state.best_knn_step}: "
+            f"it lost more than {limits.knn_margin:g} points."
         )
-        advice = " A lower lr, a longer freeze_backbone or a larger layer_decay keep more of what the weights had."
+        advice = " A lower lr, a longer freeze_backbone or a larger layer_decay preserve more of the initial weights."
         return self._decide("knn", limits.on_knn, step, state.best_knn_step, begin, advice)
 
     def _decide(self, kind: Kind, action: Action, step: int, back_to: int, begin: str, advice: str) -> Verdict:
-        """The verdict; a rollback is counted, and what will be different afterwards is put into the state."""
+        """Return the verdict; count a rollback, and record in the state what changes after it."""
         state, limits = self.state, self.limits
         verdict = Verdict(kind, action, step, back_to, begin + advice)
         if action == "warn":
             return verdict
         if action == "rollback" and state.rollbacks >= limits.max_rollbacks:
-            after = f" The run stops: it has gone back {state.rollbacks} times already (max_rollbacks)."
+            after = f" The run stops after {state.rollbacks} rollbacks, the maximum (max_rollbacks)."
             return replace(verdict, action="stop", message=begin + after + advice)
         if action == "stop":
             return replace(verdict, message=begin + " The run stops; its checkpoints are kept." + advice)
@@ -259,10 +262,10 @@ class Sentinels:
         state.bad_lines, state.good_step, state.knn_fallen = {}, min(state.good_step, back_to), False
         if kind == "not_finite":
             state.passed_over = sorted({*state.passed_over, step})
-            after = f" The run goes back to step {back_to} or before, and passes over step {step}"
+            after = f" The run goes back to step {back_to} or before, and skips step {step}"
         else:
             state.lr_factor *= limits.rollback_lr_factor
-            after = f" The run goes back to step {back_to} or before, and on with {state.lr_factor:g} of the lr"
+            after = f" The run goes back to step {back_to} or before, and continues with {state.lr_factor:g} of the lr"
         return replace(
             verdict, message=f"{begin}{after} (rollback {state.rollbacks} of {limits.max_rollbacks}).{advice}"
         )
@@ -270,7 +273,7 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A batch that was kept: the step, the photos' names, the tensors of the crops, and what came out."""
+    """A stored batch: the step, the images' names, the tensors of the crops, and the step's figures."""
 
     step: int
     names: list[str]
@@ -288,14 +291,16 @@ def save_replay(
     facts: Mapping[str, Any] | None = None,
     keep: int = 3,
 ) -> Path:
-    """Keep a batch for a look and a second run: `step_NNNNNNNN.safetensors`, and its names as JSON beside it.
+    """Store a batch for inspection and a repeat: `step_NNNNNNNN.safetensors`, with its names in a JSON file.
 
     Args:
-        folder: is made if missing. Of the replays in it, the `keep` of the latest steps stay.
-        names: file names (or keys) of the photos, in the batch's order.
+        folder: created if missing. Only the replays of the `keep` latest steps are kept in it.
+        step: the step of the batch, counted from 1.
+        names: file names (or keys) of the images, in the batch's order.
         crops: tensors by name, e.g. those of `training.data.crops.Crops`.
         terms: the step's figures, which may be NaN.
-        facts: more of JSON types: indices, seed, rates.
+        facts: further values of JSON types: indices, seed, rates.
+        keep: number of replays to keep.
 
     Raises:
         OSError: it cannot be written.
@@ -310,7 +315,7 @@ def save_replay(
         "terms": {name: str(float(value)) for name, value in terms.items()},  # JSON has no NaN
     }
     save_safetensors(path, crops, {"replay": json.dumps(record)})
-    write_text(path.with_suffix(".json"), json.dumps(record, indent=1))  # for people; the tensors' file holds it too
+    write_text(path.with_suffix(".json"), json.dumps(record, indent=1))  # a readable copy of the record above
     for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
@@ -318,7 +323,7 @@ def save_replay(
 
 
 def load_replay(path: Path) -> Replay:
-    """What `save_replay` kept, tensors on the CPU.
+    """Load a batch that `save_replay` stored, with tensors on the CPU.
 
     Raises:
         ValueError: not such a file.
@@ -331,5 +336,5 @@ def load_replay(path: Path) -> Replay:
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors' own errors, missing entries, bad JSON
-        raise ValueError(f"{path} is no batch kept by a training run: {error}") from error
+        raise ValueError(f"{path} is not a batch stored by a training run: {error}") from error
     return Replay(record["step"], record["names"], crops, {k: float(v) for k, v in record["terms"].items()})

@@ -1,8 +1,8 @@
-"""Where figures go besides the files of the run: TensorBoard and Weights & Biases, each when it is installed.
+"""Further receivers of a run's figures: TensorBoard and Weights & Biases, each if it is installed.
 
-A sink gets a step and named numbers. It may fail; `training/watch/monitor.py` says so once and goes on without it.
-TensorBoard is used whenever it is there, since it only writes beside the run; Weights & Biases sends figures to another
-machine, so it is used only when a project is named.
+A sink gets a step and named numbers. If it fails, `training/watch/monitor.py` reports that once and continues without
+it. TensorBoard is used whenever it is installed, since it only writes into the run's folder. Weights & Biases sends
+figures to another machine, so it is used only if a project is named.
 """
 
 import importlib
@@ -18,7 +18,7 @@ WANDB_ID = "wandb_id.txt"
 
 @dataclass(frozen=True)
 class Sink:
-    """`write(step, numbers)` takes one line's figures, `close()` ends it."""
+    """A receiver of figures: `write(step, numbers)` takes one line's figures, `close()` ends it."""
 
     name: str
     write: Callable[[int, Mapping[str, float]], None]
@@ -28,20 +28,21 @@ class Sink:
 def make_sinks(
     out: Path, first_step: int, wandb: str | None, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Sink]:
-    """The sinks of a run: TensorBoard if installed, wandb if a project is named.
+    """Make the sinks of a run: TensorBoard if installed, wandb if a project is named.
 
     Args:
         out: the run's folder.
-        first_step: steps done before: later ones of an earlier attempt are hidden.
+        first_step: steps done before; later steps of an earlier attempt are hidden.
         wandb: name of the project; None: not used.
-        settings: what wandb shows as the run's configuration.
-        say: told why one that is installed cannot be used (no network, a broken installation); the run goes on.
+        settings: shown by wandb as the run's configuration.
+        say: called with the reason if an installed sink cannot be used (no network, a broken installation); the run
+            continues.
 
     Raises:
-        ValueError: a project is named, and wandb is not installed.
+        ValueError: a project is named, but wandb is not installed.
     """
     makers: dict[str, Callable[[], Sink]] = {}
-    # `torch.utils.tensorboard` exists without it; asking for the package itself costs no import.
+    # `torch.utils.tensorboard` exists without the package; `find_spec` finds the package without importing it.
     if importlib.util.find_spec("tensorboard") is not None:
         makers["tensorboard"] = lambda: tensorboard_sink(out / "tensorboard", first_step)
     if wandb is not None:
@@ -51,13 +52,13 @@ def make_sinks(
     for name, make in makers.items():
         try:
             sinks.append(make())
-        except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run goes on
+        except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run continues
             say(f"warning: {name} cannot be used in this run ({type(error).__name__}: {error})")
     return sinks
 
 
 def tensorboard_sink(folder: Path, first_step: int) -> Sink:
-    """Scalars in `folder`: `tensorboard --logdir` on it or on a folder of runs."""
+    """Make a sink that writes scalars to `folder`, for `tensorboard --logdir` on it or on a folder of runs."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -78,7 +79,7 @@ def _load_wandb(project: str) -> Any:
 
 
 def wandb_sink(client: Any, project: str, out: Path, settings: Mapping[str, Any]) -> Sink:
-    """A run of a Weights & Biases project, named after the folder; a resumed run goes on in the same one.
+    """Make a run of a Weights & Biases project, named after the folder; a resumed run continues in the same one.
 
     `client` is the module `wandb`.
     """

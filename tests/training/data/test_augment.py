@@ -53,7 +53,7 @@ def keyed(n, seed=0):
 
 
 @pytest.mark.parametrize("size", [12, 31, 70])
-@pytest.mark.parametrize("side", [48, 144])  # the larger ones are cut out of the photo first
+@pytest.mark.parametrize("side", [48, 144])  # the larger ones are cut out of the image first
 def test_crop_is_pillows_resize_with_a_box(photos, size, side):
     photos = np.stack([np.asarray(Image.fromarray(photo).resize((side, side))) for photo in photos])
     boxes = torch.tensor(
@@ -337,5 +337,5 @@ def test_views_depend_on_the_photos_key_alone(photos):
     for split in ([[0, 1, 2, 3], [4, 5, 6, 7, 8]], [[i] for i in range(9)], [[8, 0, 4], [7, 6, 5, 3, 2, 1]]):
         for part in split:
             torch.testing.assert_close(draw(1, part), whole[:, part], atol=1e-5, rtol=0)
-    repeated = draw(1, [0, 3])  # the same photo at two positions is cropped twice
+    repeated = draw(1, [0, 3])  # the same image at two positions is cropped twice
     assert (repeated[:, 0] - repeated[:, 1]).abs().max() > 0.1

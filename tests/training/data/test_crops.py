@@ -41,7 +41,7 @@ def crops_of(settings, photos, positions, step=4):
 
 
 def joined(settings, photos, split, step=4):
-    """The crops of all photos, made part by part, in the order of the whole."""
+    """The crops of all images, made part by part, in the order of the whole."""
     parts = [crops_of(settings, photos, positions, step) for positions in split]
     order = torch.tensor([position for part in split for position in part]).argsort()
 
@@ -68,7 +68,7 @@ def test_shapes_and_order(photos):
 
 
 def test_views_are_of_their_photo(photos):
-    """Without changes of colour all views of a flat photo have its colour."""
+    """Without changes of colour all views of a flat image have its colour."""
     plain = config(brightness=0, contrast=0, saturation=0, hue=0, gray=0, blur=(0, 0, 0), solarize=0)
     images = (torch.arange(BATCH) * 40).byte()[:, None, None, None].expand(-1, 3, 64, 64)
     crops = crops_of(plain, (images, torch.ones(BATCH)), [4, 1])

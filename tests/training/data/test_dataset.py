@@ -103,7 +103,7 @@ def test_otherwise_a_share_is_held_out_by_seed(tmp_path):
         save(tmp_path / "a" / f"{i}.png")
     source = FolderSource(tmp_path)
     train, held_out = (names(part) for part in split_source(source, 0.25, seed=0))
-    # what the held-out photos were before there were sources: a seed keeps its meaning
+    # what the held-out images were before there were sources: a seed keeps its meaning
     order = np.random.default_rng(0).permutation(20)
     assert held_out == [names(source)[i] for i in sorted(order[:5])]
     assert sorted(train + held_out) == names(source)
@@ -129,7 +129,7 @@ def test_a_photo_too_thin_for_the_evaluation_is_skipped_at_loading(tmp_path):
 
 
 def encoded(size, **options):
-    """A smooth picture with some noise: like a photo to a JPEG encoder."""
+    """A smooth image with some noise, which a JPEG encoder treats like a natural one."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noisy = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (size[1], size[0], 1))
@@ -183,7 +183,7 @@ def test_a_decompression_bomb_and_an_oversized_file_are_refused(monkeypatch, tmp
     monkeypatch.setattr(training.data.dataset, "MAX_BYTES", 100)
     monkeypatch.setattr(training.data.dataset, "LIMITS", DecodeLimits(max_bytes=100))
     path = save(tmp_path / "a.png", size=(300, 300))
-    with pytest.raises(ValueError, match="more than the 100 that an image may have"):
+    with pytest.raises(ValueError, match="more than the limit of 100 for an image"):
         read_photo(path)
     with pytest.raises(ValueError, match="the limit is 100"):
         decode(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Loaders: memory and streaming give the photos that the plan names, survive broken ones, and end their threads."""
+"""Loaders: memory and streaming give the images that the plan names, survive broken ones, and end their threads."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ SIDE = 8
 
 
 class Fake:
-    """Photo i is a picture of (i, i, i); some are broken, some places do not answer."""
+    """Photo i is an image of (i, i, i); some are broken, some places do not answer."""
 
     parts, skipped = {}, ()
 
@@ -157,7 +157,7 @@ def test_too_many_broken_photos_stop_the_run_but_not_before_a_hundred():
     source = Fake(1000, broken=range(0, 1000, 2))
     with (
         streaming(source, max_broken_share=0.4) as loader,
-        pytest.raises(ValueError, match=r"of the 1\d\d photos tried .* more than max_broken_share=0\.4.*photo \d"),
+        pytest.raises(ValueError, match=r"of the 1\d\d images tried .* more than max_broken_share=0\.4.*photo \d"),
     ):
         run(loader, 100)
     assert len(source.asked) >= MIN_TRIES
@@ -172,7 +172,7 @@ def test_a_few_broken_ones_at_the_start_do_not():
 
 @pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])
 def test_nothing_readable_is_an_error(options):
-    with pytest.raises(ValueError, match=r"none of 5 photos could be read; the first: photo [0-4]: not a known image"):
+    with pytest.raises(ValueError, match=r"none of 5 images could be read; the first: photo [0-4]: not a known image"):
         open_loader(Fake(5, broken=range(5)), SIDE, in_order, **options).batch(0)
     assert not photo_threads()
 
@@ -241,7 +241,7 @@ def test_impossible_settings_are_named(options, words):
 
 
 def test_no_photos_is_an_error():
-    with pytest.raises(ValueError, match="no photos"):
+    with pytest.raises(ValueError, match="no images"):
         open_loader(Fake(0), SIDE, in_order)
 
 
@@ -251,7 +251,7 @@ def test_advice_says_what_to_change(monkeypatch):
         assert waiting_advice(0.1, loader, side=SIDE, workers=2) is None
         advice = waiting_advice(0.124, loader, side=160, workers=2)
         assert advice.startswith(
-            "12% of the time went into waiting for photos: raise workers (now 2), shrink the photos"
+            "12% of the time was spent waiting for images: raise workers (now 2), shrink the images"
         )
         assert "cache_bytes, 1 GiB" in advice
         assert "all 8 cores decode" in waiting_advice(0.5, loader, side=160, workers=8)

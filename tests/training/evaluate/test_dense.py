@@ -88,7 +88,7 @@ def test_segmentation_learns_and_repeats_itself(model, scenes):
     assert report == segmentation.evaluate_segmentation(train, val, training)
     untrained = segmentation.evaluate_segmentation(train, val, HeadTraining(1, 4, 1e-9, 0, seed=0))
     assert untrained.mean_iou < report.mean_iou - 0.2
-    with pytest.raises(ValueError, match=r"holds class 1, but classes=1: from 0 to 0"):
+    with pytest.raises(ValueError, match=r"has class 1, but classes=1 allows 0 to 0"):
         segmentation.evaluate_segmentation(train, val, training, n_classes=1)
 
 
@@ -168,7 +168,7 @@ def test_depth_learns_and_repeats_itself(model, scenes):
     assert report.delta1 > untrained.delta1 + 0.3
     assert report.photos == 3
     assert report == depth.evaluate_depth(train, val, training, **ranges)
-    with pytest.raises(ValueError, match="0 < min_depth < max_depth"):
+    with pytest.raises(ValueError, match="must be above 0 and below max_depth"):
         depth.evaluate_depth(train, val, training, min_depth=3, max_depth=2)
     with pytest.raises(ValueError, match="no train map has a depth above min_depth=7 "):
         depth.evaluate_depth(train, val, training, min_depth=7, max_depth=8)
@@ -254,7 +254,7 @@ def test_broken_files_are_skipped_and_missing_maps_refused(model, tmp_path):
     with pytest.raises(ValueError, match="none of 3 pairs could be read"):
         make(model, tmp_path, "masks")
     (tmp_path / "masks/train/c.png").unlink()
-    with pytest.raises(ValueError, match=r"1 photos of .* have no \.png of their name .*c\.png"):
+    with pytest.raises(ValueError, match=r"1 images of .* have no file with their name and \.png .*c\.png"):
         find_pairs(tmp_path, "train", "masks", (".png",))
 
 

@@ -62,7 +62,7 @@ def test_a_broken_photo_is_skipped_and_listed_or_an_error(model, photos):
     torch.testing.assert_close(found.cls, whole.cls, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="not one of JPEG"):
         extract_features(model, photos, SPEC)
-    with pytest.raises(ValueError, match="none of 1 photos could be read"):
+    with pytest.raises(ValueError, match="none of 1 images could be read"):
         compute_features(model, [photos[2]], SPEC)
 
 
@@ -75,7 +75,7 @@ def test_box_is_the_part_of_the_photo(photos):
     whole = read_photo(photos[1])
     np.testing.assert_array_equal(read_pixels(photos[1], SPEC, (5, 10, 20, 15)), preprocess(whole[10:25, 5:25], SPEC))
     np.testing.assert_array_equal(read_pixels(photos[1], SPEC, (-5, -5, 99, 99)), preprocess(whole, SPEC))
-    with pytest.raises(ValueError, match="holds no pixel"):
+    with pytest.raises(ValueError, match="has no pixel"):
         read_pixels(photos[1], SPEC, (100, 0, 10, 10))
 
 

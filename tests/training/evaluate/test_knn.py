@@ -51,7 +51,7 @@ def test_more_neighbours_than_photos_means_all():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes that even a random network tells apart: red photos and blue ones, of several shapes."""
+    """Two classes that even a random network tells apart: red images and blue ones, of several shapes."""
     rng = np.random.default_rng(0)
     for split, n in (("train", 6), ("val", 3)):
         for name, channel in (("red", 0), ("blue", 2)):

@@ -121,7 +121,7 @@ def test_logistic_refuses():
     x, y = blobs(6, 2, 2)
     with pytest.raises(ValueError, match="c=0 must be above 0"):
         fit_logistic(x, y, 0, 2)
-    with pytest.raises(ValueError, match="at least 2 training photos, found 1"):
+    with pytest.raises(ValueError, match="at least 2 training images, found 1"):
         evaluate_logistic(x[:1], y[:1], x, y)
     with pytest.raises(ValueError, match="c_grid is empty"):
         evaluate_logistic(x, y, x, y, c_grid=())
@@ -189,13 +189,13 @@ def test_batches_are_permutations_one_after_the_other():
     assert all(sorted(seen[i : i + 10].tolist()) == list(range(10)) for i in (0, 10, 20, 30))
     assert not torch.equal(seen[:10], seen[10:20])
     counts = torch.bincount(next(batch_stream(3, 7, 0)))
-    assert sorted(counts.tolist()) == [2, 2, 3]  # two permutations and one photo
+    assert sorted(counts.tolist()) == [2, 2, 3]  # two permutations and one image
 
 
 def test_linear_refuses():
     cls, mean, labels, _ = probe_data()
     features = stack_features(cls, mean)
-    with pytest.raises(ValueError, match="from 1 to the 3"):
+    with pytest.raises(ValueError, match="from 1 to 3"):
         evaluate_linear(features, labels, features, labels, depth=3)
     with pytest.raises(ValueError, match="iterations=0"):
         evaluate_linear(features, labels, features, labels, depth=4, settings=ProbeSettings(iterations=0))

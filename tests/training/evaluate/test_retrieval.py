@@ -102,7 +102,7 @@ def test_class_folders_leave_the_query_out():
     found = score_classes(features[:4], torch.tensor([0, 1, 0, 1]))
     assert found.recall[1] == 0.0
     assert found.recall[5] == 1.0
-    with pytest.raises(ValueError, match="no query has a relevant photo"):
+    with pytest.raises(ValueError, match="no query has a relevant image"):
         score_classes(features, torch.arange(5))
 
 
@@ -112,11 +112,11 @@ def test_class_folders_leave_the_query_out():
         ("{", "not a ground truth"),
         (json.dumps({"queries": [], "database": ["a"]}), "at least 1 item"),
         (json.dumps({"queries": [{"image": "q", "easi": []}], "database": ["a"]}), "Extra inputs"),
-        (json.dumps({"queries": [{"image": "q"}], "database": ["a", "a"]}), "names a photo twice"),
-        (json.dumps({"queries": [{"image": "q", "easy": ["b"]}], "database": ["a"]}), "the database lacks, e.g. b"),
+        (json.dumps({"queries": [{"image": "q"}], "database": ["a", "a"]}), "names an image twice"),
+        (json.dumps({"queries": [{"image": "q", "easy": ["b"]}], "database": ["a"]}), "not in the database, e.g. b"),
         (
             json.dumps({"queries": [{"image": "q", "easy": ["a"], "junk": ["a"]}], "database": ["a"]}),
-            "labels a photo twi",
+            "labels an image twi",
         ),
     ],
 )

@@ -65,7 +65,7 @@ def test_each_change_does_to_flat_colours_what_arithmetic_says(tmp_path):
         assert found["changes"][name]["cosine"] == pytest.approx(np.mean(np.diag(cosines)), abs=1e-5), name
         right = np.mean(cosines.argmax(axis=1) == np.arange(len(colours)))
         assert found["changes"][name]["recall@1"] == right, name
-    assert found["changes"][GREY]["recall@1"] == 0.25  # all greys are nearest to the greyest photo
+    assert found["changes"][GREY]["recall@1"] == 0.25  # all greys are nearest to the greyest image
     assert found["changes"][BRIGHT]["recall@1"] == 1
     others = [cosine(a, b) for i, a in enumerate(colours) for j, b in enumerate(colours) if i != j]
     assert found["other_photos_cosine"] == pytest.approx(np.mean(others), abs=1e-6)
@@ -104,7 +104,7 @@ def test_colours_and_jpeg_are_pillows(tmp_path):
 
 
 def test_nothing_is_changed_in_place_and_all_is_normalised_as_the_model_wants(tmp_path):
-    """The unchanged photo goes in first, by the spec; each change starts from it and not from the change before."""
+    """The unchanged image goes in first, by the spec; each change starts from it and not from the change before."""
     rng = np.random.default_rng(2)
     paths = save(tmp_path, rng.integers(0, 256, (3, 40, 30, 3)))
     model, spec = Colours(), PreprocessSpec(resize=28, crop=28)
@@ -147,7 +147,7 @@ def test_broken_photos_are_counted_and_too_few_refused(tmp_path):
     paths[1].write_bytes(b"no photo")
     found = robustness(Colours(), paths, PLAIN)
     assert (found["photos"], found["skipped"]) == (3, 1)
-    with pytest.raises(ValueError, match=r"at least two photos that can be read, not 1 of 2; the first: .*1\.png"):
+    with pytest.raises(ValueError, match=r"at least two images that can be read, not 1 of 2; the first: .*1\.png"):
         robustness(Colours(), paths[:2], PLAIN)
     with pytest.raises(ValueError, match="with a crop"):
         robustness(Colours(), paths, PreprocessSpec(crop=None))

@@ -117,7 +117,7 @@ def test_all_curves_are_there_and_are_well_formed(whole_run):
     for svg in found:
         ElementTree.fromstring(svg)
     titles = re.findall(r'aria-label="(.*?)"', page)
-    assert titles[:3] == ["Losses", "DINO loss beside ln K", "k-NN during the run"]
+    assert titles[:3] == ["Losses", "DINO loss and ln K", "k-NN during the run"]
 
 
 def test_the_last_sheet_is_in_it_and_small(whole_run):
@@ -160,7 +160,7 @@ def test_values_of_odd_types_do_no_harm(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="is not a run's folder"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The picture sheet: each column against a plain definition, and the page as a whole."""
+"""The image sheet: each column against a plain definition, and the page as a whole."""
 
 import copy
 
@@ -154,7 +154,7 @@ def test_the_page(backbone, n_local, tmp_path):
 
     [shown] = to_pixels(torch.from_numpy(preprocess(gallery[1], SPEC))[None], SPEC)
     assert np.array_equal(part(1, 0), np.asarray(Image.fromarray(shown).resize((sheets.CELL,) * 2, 1)))
-    [second_global] = to_pixels(inputs["globals_"][3:4], SPEC)  # view 1 of the second photo
+    [second_global] = to_pixels(inputs["globals_"][3:4], SPEC)  # view 1 of the second image
     shaded = shade_masked(second_global, inputs["masks"][3].numpy(), (2, 2))
     assert np.array_equal(part(1, 2), np.asarray(Image.fromarray(shaded).resize((sheets.CELL,) * 2, 1)))
     assert (part(0, 3) == sheets.BACKGROUND).all() == (n_local == 0)
@@ -180,7 +180,7 @@ def test_a_diverged_network_has_a_sheet_too(backbone):
 
 
 def test_what_does_not_fit_is_refused(backbone):
-    with pytest.raises(ValueError, match="2 photos need 4 global crops and masks, not 6"):
+    with pytest.raises(ValueError, match="2 images need 4 global crops and masks, not 6"):
         picture_sheet(backbone, photos(4), [0, 1], SPEC, SheetCrops(**crops(3)))
     with pytest.raises(ValueError, match="needs a preprocessing with a crop"):
         picture_sheet(backbone, photos(4), [0], PreprocessSpec(crop=None), SheetCrops(**crops(1)))

@@ -193,7 +193,7 @@ def test_waiting_for_data_is_said_once_with_what_to_change(tmp_path, clock):
                 clock.seconds += 1
             clock.seconds += 3
             monitor.write(step, FIGURES)
-    assert screen.file.getvalue().count("25% of the time went into waiting") == 1
+    assert screen.file.getvalue().count("25% of the time was spent waiting") == 1
     [event] = read_lines(tmp_path / "events.jsonl")
     assert (event["step"], event["kind"]) == (3, "warning")
 

@@ -50,8 +50,8 @@ def test_rankme_on_known_matrices():
     ("changes", "words"),
     [
         ({"dino_over_ln_k": 0.995}, "DINO loss stays at 0.995 of ln K"),
-        ({"teacher_entropy": 0.999 * LN_K}, "targets say nothing"),
-        ({"teacher_entropy": 0.001}, "one prototype"),
+        ({"teacher_entropy": 0.999 * LN_K}, "targets have no information"),
+        ({"teacher_entropy": 0.001}, "a single prototype"),
         ({"rankme_share": 0.01}, "RankMe"),
     ],
 )
@@ -105,8 +105,8 @@ def test_rollbacks_after_collapse_lower_the_rate_and_end():
         (49, "stop", 40),
     ]
     assert watch.lr_factor == 0.25
-    assert "step 40 or before, and on with 0.5 of the lr (rollback 1 of 2)" in found[0].message
-    assert "gone back 2 times already" in found[2].message
+    assert "step 40 or before, and continues with 0.5 of the lr (rollback 1 of 2)" in found[0].message
+    assert "stops after 2 rollbacks, the maximum" in found[2].message
 
 
 def test_not_finite_goes_back_before_the_step_and_passes_over_it():
@@ -114,7 +114,7 @@ def test_not_finite_goes_back_before_the_step_and_passes_over_it():
     verdict = watch.check_finite(13, {"loss": math.nan, "gradient": 2.0, "head": math.inf}, None)
     assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("not_finite", "rollback", 13, 12)
     assert "step 13: loss is nan, head is inf." in verdict.message
-    assert "passes over step 13" in verdict.message
+    assert "skips step 13" in verdict.message
     assert [step for step in range(1, 20) if watch.passes_over(step)] == [13]
     assert watch.lr_factor == 1.0
     watch.check_finite(7, {"loss": math.nan}, None)
@@ -127,7 +127,7 @@ def test_not_finite_may_just_stop(tmp_path):
     watch = sentinels(on_not_finite="stop")
     verdict = watch.check_finite(13, {"loss": math.nan}, tmp_path / "step_13")
     assert verdict.action == "stop"
-    assert f"The batch is kept in {tmp_path / 'step_13'}" in verdict.message
+    assert f"The batch is stored in {tmp_path / 'step_13'}" in verdict.message
     assert not watch.passes_over(13)
 
 
@@ -136,7 +136,7 @@ def test_the_knn_guard_measures_from_the_best():
     assert [watch.check_knn(step, k) for step, k in [(0, 0.60), (10, 0.56), (20, 0.70), (30, 0.655)]] == [None] * 4
     verdict = watch.check_knn(40, 0.62)
     assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("knn", "stop", 40, 20)
-    assert "k-NN is 62.0%, and was 70.0% at step 20" in verdict.message
+    assert "k-NN is 62.0%, down from 70.0% at step 20" in verdict.message
 
 
 def test_the_knn_guard_warns_once_and_again_after_a_recovery():
@@ -153,9 +153,9 @@ def test_a_rollback_of_the_knn_guard_lowers_the_rate():
         "rollback",
         10,
         0,
-        "step 10: k-NN is 10.0%, and was 60.0% at step 0: more than 5 points are lost. The run goes back to step 0 or "
-        "before, and on with 0.1 of the lr (rollback 1 of 3). A lower lr, a longer freeze_backbone or a larger "
-        "layer_decay keep more of what the weights had.",
+        "step 10: k-NN is 10.0%, down from 60.0% at step 0: it lost more than 5 points. The run goes back to step 0 or "
+        "before, and continues with 0.1 of the lr (rollback 1 of 3). A lower lr, a longer freeze_backbone or a larger "
+        "layer_decay preserve more of the initial weights.",
     )
     assert watch.lr_factor == 0.1
 
@@ -293,5 +293,5 @@ def test_what_is_no_replay_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_replay(tmp_path / "missing.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"x\.safetensors is no batch kept"):
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a batch stored"):
         load_replay(tmp_path / "x.safetensors")
