@@ -75,7 +75,7 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
-    """Map values 0 to 1, of any shape [...], to colours [..., 3]; NaN, which a diverged network gives, is shown as 0."""
+    """Map values 0 to 1, of any shape [...], to colours [..., 3]. NaN (from a diverged network) is shown as 0."""
     position = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
     below = np.minimum(position.astype(int), len(HEAT) - 2)
     share = (position - below)[..., None]
