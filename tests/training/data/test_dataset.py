@@ -194,7 +194,7 @@ def test_any_error_of_the_decoder_is_a_broken_photo(monkeypatch):
         raise KeyError("tag 7")
 
     monkeypatch.setattr(model.decode, "_to_rgb", broken)
-    with pytest.raises(ValueError, match="the PNG is damaged or cut off: 'tag 7'"):
+    with pytest.raises(ValueError, match="the JPEG is damaged or cut off: 'tag 7'"):
         decode(encoded((8, 8)))
 
 
