@@ -122,6 +122,7 @@ async def test_what_was_deleted_of_an_older_segment_stays_so(
     for one in (store, plain):
         await one.delete("c", ["i3"])
         await one.patch("c", "i2", {"even": False})
+    await same(store, plain, 9)
     for part, step in enumerate(("seal", "seal", "merge", "grow")):
         for one in (store, plain):
             if step == "seal":
@@ -132,6 +133,7 @@ async def test_what_was_deleted_of_an_older_segment_stays_so(
             build_one(store, seal_rows=1)
         segments = (await store.stats("c"))["segments"]
         assert len(segments) == {"seal": part + 2, "merge": 2, "grow": 1}[step]
+        await same(store, plain, part)
         await store.close()
         store = await opened(tmp_path, interval_s=60.0)
         for where in (None, EVERY):
