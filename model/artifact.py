@@ -209,7 +209,7 @@ def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
         ValueError: the transform keeps the aspect, so there is no one size.
     """
     if preprocess.crop is None:
-        raise ValueError("crop=None keeps every photo's own size: an exported graph takes one size, so give a crop")
+        raise ValueError("crop=None keeps every image's own size: an exported graph takes one size, so give a crop")
     return output_size(preprocess.crop, preprocess.crop, preprocess)
 
 

@@ -27,7 +27,7 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
     """
     ort = load_runtime()
     if not len(pixels):
-        raise ValueError("at least one photo is needed to measure activations")
+        raise ValueError("at least one image is needed to measure activations")
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.onnx"
         write_onnx(weights, config, GraphSpec((pixels.shape[2], pixels.shape[3]), outputs=("cls",)), path)

@@ -71,7 +71,7 @@ def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, s
 
         tokens = [engine.run(np.stack(batch)).cls for batch in _batches(readable())]
         if not tokens:
-            raise ValueError(f"{files[0][0].parent.parent}: none of its {len(files)} files can be read as a photo")
+            raise ValueError(f"{files[0][0].parent.parent}: none of its {len(files)} files can be read as an image")
         return np.concatenate(tokens), np.array(labels)
 
     return ClassTokens(*of(images.train), *of(images.val))
@@ -127,12 +127,12 @@ def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
     finite = bool(np.isfinite(candidate.train).all() and np.isfinite(candidate.val).all())
     passed = finite and val[0] - val[1] <= MAX_VAL_LOSS and train[0] - train[1] <= MAX_TRAIN_LOSS * n_train
     enough = n_val >= MIN_VAL and n_train >= MIN_TRAIN
-    few = "" if enough else f"too few photos, at least {MIN_TRAIN} of train and {MIN_VAL} of val are needed: "
+    few = "" if enough else f"too few images, at least {MIN_TRAIN} of train and {MIN_VAL} of val are needed: "
     return GateRecord(
         status="failed" if not passed else "passed" if enough else "not measured",
         reason=few
         + (
-            f"k-NN of {KNN_K} on val {val[0]} -> {val[1]} of {n_val} photos (may fall by {MAX_VAL_LOSS}), "
+            f"k-NN of {KNN_K} on val {val[0]} -> {val[1]} of {n_val} images (may fall by {MAX_VAL_LOSS}), "
             f"leave-one-out on train {100 * train[0] / n_train:.2f} -> {100 * train[1] / n_train:.2f} % "
             f"(may fall by {100 * MAX_TRAIN_LOSS:g} points){'' if finite else '; not every feature is finite'}"
         ),
@@ -146,5 +146,5 @@ def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
 
 NO_LABELS: Final = GateRecord(
     status="not measured",
-    reason="the export had no labelled photos: --images FOLDER with train/ and val/, a folder per class in each",
+    reason="the export had no labelled images: --images FOLDER with train/ and val/, a folder per class in each",
 )

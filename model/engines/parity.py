@@ -164,7 +164,7 @@ def check(record: ParityRecord, reference: str = "torch float32") -> None:
     if not passed:
         limit = f" (limit {limits.max_abs_error:g})" if np.isfinite(limits.max_abs_error) else ""
         raise ParityError(
-            f"{record.engine} {record.precision} strays from {reference} on {record.images} photos: "
+            f"{record.engine} {record.precision} strays from {reference} on {record.images} images: "
             f"max error {record.max_abs_error:.3g}{limit}, "
             f"class cosine {record.min_cosine_cls:.6f} (at least {limits.min_cosine_cls}), "
             f"patch cosine {record.min_cosine_patches:.6f} (at least {limits.min_cosine_patches})"

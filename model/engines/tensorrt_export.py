@@ -2,7 +2,7 @@
 
 The graph is derived from the artifact's weights in the plan's number format (the network is strongly typed: formats
 come from the graph alone), built in a process of its own (`model/engines/tensorrt_build.py`), loaded as serving will
-load it, and compared with the reference on photos at every batch that serving runs, since each profile has kernels of
+load it, and compared with the reference on images at every batch that serving runs, since each profile has kernels of
 its own. Plans that stray are dropped; their figures stay (`model/engines/tensorrt_plans.py` keeps both).
 
 A refit puts the weights of a retrained model into a plan that was built with `refit=True`: quicker than a build,
@@ -298,7 +298,7 @@ def measure_batches(
 ) -> list[ParityRecord]:
     """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch of `BUCKETS`."""
     if len(photos) < 2:
-        raise ValueError(f"parity needs at least two photos, not {len(photos)}")
+        raise ValueError(f"parity needs at least two images, not {len(photos)}")
     pixels = parity.pixels_at(photos, artifact.manifest.preprocess, artifact.manifest.input_size)
     expected = parity.features(reference, pixels)
     return [parity.measure(expected, candidate, pixels, batch=batch) for batch in BUCKETS]

@@ -249,7 +249,7 @@ def figures(parity: Sequence[ParityRecord]) -> str:
     return (
         f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
         f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "
-        f"max error {max(record.max_abs_error for record in parity):.3g}, {parity[0].images} photos"
+        f"max error {max(record.max_abs_error for record in parity):.3g}, {parity[0].images} images"
     )
 
 

@@ -49,7 +49,7 @@ GREY = RGB.convert("L")
 
 
 def corpus() -> dict[str, bytes]:
-    """Valid pictures, one per format, mode and compression that we can write: name -> bytes."""
+    """Valid images, one per format, mode and compression that we can write: name -> bytes."""
     rgba = RGB.convert("RGBA")
     rgba.putalpha(GREY)
     grey16 = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)

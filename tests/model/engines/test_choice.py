@@ -117,7 +117,7 @@ def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: p
     choice = choose_engine(exported, threads=1)
     assert choice.engine.name == "onnxruntime"
     reasons = {tried.engine: tried.reason for tried in choice.tried}
-    assert "wrong bf16 strays from the float32 reference on 5 photos" in reasons["tensorrt:bf16"]
+    assert "wrong bf16 strays from the float32 reference on 5 images" in reasons["tensorrt:bf16"]
     assert "(at least 0.999)" in reasons["tensorrt:bf16"]
     assert "has no CUDAExecutionProvider" in reasons["onnxruntime-cuda:bf16"]
     assert "finds no CUDA device" in reasons["torch:bf16"]
@@ -180,7 +180,7 @@ def test_engines_by_name_are_near_the_reference(exported: Artifact, name: str, e
     ("gate", "message"),
     [
         (GateRecord(status="failed", reason="k-NN fell"), r"gate of model-70-int8\.onnx failed: k-NN fell"),
-        (NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
+        (NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled images"),
         (None, r"model-70-int8\.onnx has no gate in the manifest"),
     ],
 )

@@ -319,7 +319,7 @@ def test_attention_that_was_not_fused_is_refused(artifact: Artifact, tmp_path: P
 
 def test_parity_needs_two_photos(artifact: Artifact, tmp_path: Path) -> None:
     options = BuildOptions(photos=PHOTOS[:1])
-    with pytest.raises(ValueError, match="at least two photos, not 1"):
+    with pytest.raises(ValueError, match="at least two images, not 1"):
         build_plan(artifact, fake_toolchain(FakeCuda()), Reference(), tmp_path, options, run=Builder())
 
 

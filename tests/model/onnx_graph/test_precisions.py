@@ -263,7 +263,7 @@ def test_activations_equal_torch_hooks(variant: str) -> None:
 
 
 def test_activations_refuse_what_cannot_be_measured() -> None:
-    with pytest.raises(ValueError, match="at least one photo"):
+    with pytest.raises(ValueError, match="at least one image"):
         measure_activations({}, BASE, np.zeros((0, 3, 98, 98), np.float32))
     weights = arrays(random_model(BASE))
     with pytest.raises(ValueError, match="not finite"):
