@@ -114,7 +114,7 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
         (["nowhere/checkpoint.safetensors"], "nowhere/checkpoint.safetensors: no such file"),
-        (["tests"], "tests is a folder; a checkpoint file is exported"),
+        (["tests"], "tests is a folder: give a checkpoint file"),
         (["FOREIGN"], "add --arch"),
         (["OWN", "--crop", "300"], "does not fit into resize"),
         (["OWN", "--crop", "71"], "must be a multiple of patch_size=14"),

@@ -370,7 +370,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "no checkpoint of this project"),
+        ({}, "not a checkpoint of this project"),
         ({"format": "dinov2-service"}, "metadata cannot be read"),
         ({"format": "dinov2-service", "config": '{"embed_dim": 16}'}, "metadata cannot be read"),
         ({"format": "dinov2-service", "config": '{"embed_dim": 16, "rope": 1}'}, r"unknown fields \['rope'\]"),
