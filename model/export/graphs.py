@@ -27,9 +27,7 @@ def wanted_graphs(config: ViTConfig, size: tuple[int, int], asked: GraphOptions)
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
     if asked.float_layers and "int8" not in asked.precisions:
-        raise ValueError(
-            f"float layers {','.join(asked.float_layers)} apply to int8 only, which is not among the precisions"
-        )
+        raise ValueError(f"float layers {','.join(asked.float_layers)} apply to int8, which is not a chosen precision")
     outputs = _outputs(config, asked.outputs)
     wanted = [_parse_size(text, config.patch_size) for text in asked.sizes] or [size]
     specs = []
@@ -71,7 +69,7 @@ def _parse_size(text: str, patch_size: int) -> tuple[int, int] | None:
     sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(sides) < patch_size or any(side % patch_size for side in sides):
         raise ValueError(
-            f"size {text!r}: give a multiple of the patch size {patch_size} (e.g. {16 * patch_size}), two of them "
+            f"size {text!r}: must be a multiple of the patch size {patch_size} (e.g. {16 * patch_size}), two of them "
             f"joined by x (height x width), or dynamic"
         )
     return sides

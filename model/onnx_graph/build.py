@@ -304,7 +304,7 @@ def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, s
 
 
 def _class_attention(graph: GraphBuilder, q: str, k: str, config: ViTConfig) -> None:
-    """Add the output `attention` [B, A, T], separate from the fused operator: one query's scores, linear in the tokens."""
+    """Add the output `attention` [B, A, T] next to the fused operator: one query's scores, linear in the tokens."""
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     key = "attention"
     axis = _int64(graph, "token_axis", 1)

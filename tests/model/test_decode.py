@@ -233,7 +233,7 @@ def test_limits_pass_at_the_limit_and_refuse_beyond() -> None:
     assert decode(data, limits).shape == (24, 40, 3)
     for field, value, words in (
         ("max_bytes", len(data) - 1, "bytes"),
-        ("max_pixels", 24 * 40 - 1, "960 in all"),
+        ("max_pixels", 24 * 40 - 1, "960 in total"),
         ("max_aspect_ratio", 1.6, "1.6 times"),
     ):
         with pytest.raises(TooLarge, match=words):

@@ -242,7 +242,7 @@ def test_passing_troubles_are_waited_out(server: Server, tmp_path: Path, status:
 
 def test_a_refusal_is_final(server: Server, tmp_path: Path) -> None:
     server.statuses = [404]
-    with pytest.raises(DownloadError, match="answers 404 Not Found"):
+    with pytest.raises(DownloadError, match="returned 404 Not Found"):
         fetch(server, tmp_path)
     assert len(server.requests) == 1
 

@@ -69,7 +69,8 @@ def test_few_photos_let_nothing_pass(n_val: int, n_train: int) -> None:
     few = {"n_val": n_val, "n_train": n_train}
     gate = knn_gate(tokens(0, 0, **few), tokens(0, 0, **few))
     assert gate.status == "not measured"
-    assert gate.reason.startswith("too few images, at least 500 of train and 200 of val are needed: k-NN of 20 on val ")
+    start = "too few images (at least 500 in train and 200 in val are needed): k-NN (k=20) on val "
+    assert gate.reason.startswith(start)
     assert knn_gate(tokens(0, 0, **few), tokens(3, 0, **few)).status == "failed"
     assert knn_gate(*[tokens(0, 0, n_val=200, n_train=500)] * 2).status == "passed"
 
@@ -106,5 +107,5 @@ def test_class_tokens_leave_out_what_is_no_photo() -> None:
     assert found.val_labels.tolist() == [0, 1]
     expected = preprocess(photos[Path("4.jpg")], SPEC).mean(axis=(1, 2))
     np.testing.assert_allclose(found.train[4], expected, atol=1e-6)
-    with pytest.raises(ValueError, match="none of its 1 files can be read"):
+    with pytest.raises(ValueError, match="none of the 1 files can be read"):
         class_tokens(Mean(), LabelledImages(broken[:1], names, photos.get), SPEC, (70, 70))

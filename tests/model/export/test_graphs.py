@@ -75,7 +75,9 @@ def test_further_outputs_and_sizes_are_torch_s(exported: Artifact) -> None:
     assert ours["layer.0"].shape == (3, 1 + 2 + 42, 48)
     for name in EXTRAS:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
-    with pytest.raises(ValueError, match=r"no output 'layer\.1': it has cls, patches, registers, attention, layer\.0"):
+    with pytest.raises(
+        ValueError, match=r"no output 'layer\.1'; its outputs are cls, patches, registers, attention, layer\.0"
+    ):
         onnx_engine.run_outputs(pixels, ["layer.1"])
 
 
@@ -144,7 +146,7 @@ def test_int8_needs_its_cosines_too(
     assert record.gate is not None
     assert record.gate.status == status
     assert ("class cosine" in record.gate.reason) == (status == "failed")
-    assert "k-NN of 20 on val" in record.gate.reason
+    assert "k-NN (k=20) on val" in record.gate.reason
 
 
 def test_the_bundled_manifest_is_older_and_loads() -> None:
@@ -189,13 +191,13 @@ def test_what_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"sizes": ["100"]}, r"size '100': a multiple of the patch size 14 \(e\.g\. 224\), .* or dynamic"),
+        ({"sizes": ["100"]}, r"size '100': must be a multiple of the patch size 14 \(e\.g\. 224\), .* or dynamic"),
         ({"sizes": ["224x"]}, "size '224x'"),
         ({"sizes": ["0"]}, "size '0'"),
         ({"sizes": ["-14"]}, "size '-14'"),
         ({"precisions": ["fp8"]}, "precision 'fp8': one of fp32, fp16, bf16, int8"),
         ({"float_layers": ["mlp.fc2"]}, r"float layers mlp\.fc2 apply to int8, which is not a chosen precision"),
-        ({"outputs": ["cls", "patches"]}, "outputs cls,patches: registers must be among them"),
+        ({"outputs": ["cls", "patches"]}, "outputs cls,patches: registers must be included"),
         ({"outputs": ["cls", "tokens"]}, r"output 'tokens': one of cls, patches, registers, attention, layer\.0 to"),
         ({"outputs": ["layer.2"]}, r"output 'layer\.2': .* layer\.0 to layer\.1"),
         ({"outputs": ["cls", "patches", "registers", "cls"]}, "output 'cls' is given twice"),
