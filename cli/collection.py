@@ -89,7 +89,7 @@ def create(
     indexed: Annotated[
         list[str] | None, typer.Option(help="Metadata key that filters find quickly. Repeatable.")
     ] = None,
-    originals: Annotated[bool, typer.Option(help="Keep photos beside their vectors.")] = False,
+    originals: Annotated[bool, typer.Option(help="Keep images beside their vectors.")] = False,
     tag: TagOption = None,
     dimension: Annotated[int | None, typer.Option(help="Numbers in a vector; with --tag.")] = None,
     model: ModelOption = "auto",
@@ -215,11 +215,11 @@ def copy(
     new: Annotated[str | None, typer.Option("--as", help="Name of the copy. Default: NAME.")] = None,
     to_originals: Annotated[
         str | None,
-        typer.Option(help="Where the service at the target keeps photos: a folder or s3://... Default: as here."),
+        typer.Option(help="Where the service at the target keeps images: a folder or s3://... Default: as here."),
     ] = None,
     data_dir: DataDirOption = DATA,
 ) -> None:
-    """Copy a collection, with the photos it keeps, to another store or name. Run again, it goes on where it ended."""
+    """Copy a collection, with the images it keeps, to another store or name. Run again, it goes on where it ended."""
     if from_store == to_store and new is None:
         raise fail("within one store a copy needs another name: --as")
 
@@ -245,7 +245,7 @@ def copy(
     missing = f", {photos.missing} not stored at the source" if photos.missing else ""
     typer.echo(f"photos: {photos.copied} copied, {photos.present} already there{missing}")
     if photos.unreadable:
-        many = "1 photo was" if photos.unreadable == 1 else f"{photos.unreadable} photos were"
+        many = "1 image was" if photos.unreadable == 1 else f"{photos.unreadable} images were"
         typer.echo(f"{many} left out, since the source cannot read them: {photos.reason}", err=True)
         raise typer.Exit(code=1)
 

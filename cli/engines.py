@@ -36,7 +36,7 @@ def build_engine(
         Path, typer.Option(help="Where artifacts are looked for and plans are kept.", envvar="DINOV2_DATA_DIR")
     ] = Path("data"),
     images: Annotated[
-        Path | None, typer.Option(help="Folder of photos for the parity check. Default: generated pictures.")
+        Path | None, typer.Option(help="Folder of images for the parity check. Default: generated pictures.")
     ] = None,
     library: Annotated[
         Literal["tensorrt", "tensorrt_rtx"] | None, typer.Option(help="Default: the one installed, tensorrt first.")
@@ -105,7 +105,7 @@ def _reference(artifact: "Artifact") -> "Engine":
 
 
 def _with_activations(options: Any, artifact: "Artifact") -> Any:
-    """The ranges that fp8 needs, measured on the photos of the parity check."""
+    """The ranges that fp8 needs, measured on the images of the parity check."""
     from dataclasses import replace
 
     from model.engines.activations import measure_activations

@@ -51,7 +51,7 @@ def export(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of photos for the parity check; for int8 it holds train/ and val/, a folder per class in "
+            help="Folder of images for the parity check; for int8 it holds train/ and val/, a folder per class in "
             "each. Default: generated pictures."
         ),
     ] = None,

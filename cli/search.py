@@ -43,7 +43,7 @@ _LISTED = 20
 def index(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Folders, photos, .tar, .parquet, lists (.txt, .jsonl): paths or s3://..., memory://..."),
+        typer.Argument(help="Folders, images, .tar, .parquet, lists (.txt, .jsonl): paths or s3://..., memory://..."),
     ],
     collection: CollectionOption,
     model: ModelOption = "auto",
@@ -60,18 +60,18 @@ def index(
         list[str] | None, typer.Option(help="key=value for every item; a value is JSON, else a string. Repeatable.")
     ] = None,
     originals: Annotated[
-        bool | None, typer.Option(help="Store the photos too. Default: as the collection says; a new one: no.")
+        bool | None, typer.Option(help="Store the images too. Default: as the collection says; a new one: no.")
     ] = None,
     id_by: Annotated[
         Literal["path", "sha256"], typer.Option("--id", help="Ids: the path within SOURCE, or the content's sha256.")
     ] = "path",
-    image_column: Annotated[str | None, typer.Option(help="Column of photos in Parquet files. Default: found.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images in Parquet files. Default: found.")] = None,
     force: Annotated[bool, typer.Option(help="Also what is there and unchanged; replaces ids of other files.")] = False,
     errors: Annotated[
         Path | None, typer.Option(help="File for what could not be indexed, a JSON object a line.")
     ] = None,
 ) -> None:
-    """Embed photos into a collection. Run again, it goes on where it ended; what cannot be read is listed, and the exit
+    """Embed images into a collection. Run again, it goes on where it ended; what cannot be read is listed, and the exit
     status is then 1."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
@@ -82,7 +82,7 @@ def index(
         if info is not None and pooling not in (None, pooling_of(info)):
             raise ValueError(f"collection {info.name!r} holds {pooling_of(info)} vectors, not {pooling}")
         if originals and info is not None and not info.spec.originals:
-            raise ValueError(f"collection {info.name!r} keeps no photos: it was made without --originals")
+            raise ValueError(f"collection {info.name!r} keeps no images: it was made without --originals")
         artifact, loaded = load_model(model, engine, threads, data_dir, info)
         options = IndexOptions(
             pooling=pooling_of(info) if info is not None else pooling or DEFAULT_POOLING,
@@ -100,7 +100,7 @@ def index(
 
 
 def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
-    """What became of the photos, as text and as the exit status: a script must see when some were left out."""
+    """What became of the images, as text and as the exit status: a script must see when some were left out."""
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
     typer.echo(
@@ -110,7 +110,7 @@ def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
     if report.failed:
         above = "all are listed above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
         where = f"all are listed in {errors}" if errors is not None else f"{above}; --errors FILE keeps the whole list"
-        many = "1 photo was" if report.failed == 1 else f"{report.failed} photos were"
+        many = "1 image was" if report.failed == 1 else f"{report.failed} images were"
         typer.echo(f"{many} left out: {where}", err=True)
     if report.interrupted:
         raise typer.Exit(code=130)
@@ -159,7 +159,7 @@ async def _index(
 
 
 def search(
-    photo: Annotated[str, typer.Argument(help="A photo: a path or an address.")],
+    photo: Annotated[str, typer.Argument(help="An image: a path or an address.")],
     collection: CollectionOption,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many.")] = 10,
     where: Annotated[str | None, typer.Option("--filter", help='On metadata, e.g. {"key": "brand", "eq": "x"}')] = None,
@@ -170,7 +170,7 @@ def search(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Find the photos of a collection that are most similar to one."""
+    """Find the images of a collection that are most similar to one."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> list[dict[str, Any]]:
         from model.preprocess import preprocess

@@ -70,7 +70,7 @@ def average(
     checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one network, two or more.")],
     out: Annotated[Path, typer.Option(help="File to write: their mean, a checkpoint.")],
     data: Annotated[
-        str | None, typer.Option(help="As for train: k-NN of each and of the mean, on photos that all held out.")
+        str | None, typer.Option(help="As for train: k-NN of each and of the mean, on images that all held out.")
     ] = None,
 ) -> None:
     """Average the weights of checkpoints, for instance those that a run kept (keep_checkpoints_every_epochs)."""
@@ -92,7 +92,7 @@ def average(
     for name, accuracy in zip([*map(str, checkpoints), "their mean"], accuracies, strict=True):
         table.add_row(name, *(f"{accuracy[k]:.1%}" for k in KS))
     Console().print(table)
-    typer.echo(f"class token, {photos} photos that no checkpoint was trained on")
+    typer.echo(f"class token, {photos} images that no checkpoint was trained on")
 
 
 def report(

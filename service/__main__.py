@@ -211,7 +211,7 @@ def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
         f"model {artifact.name} from {artifact.path}, "
         f"engine {engine.name} ({engine.precision})\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
-        f"or without a photo at hand:\n\n"
+        f"or without an image at hand:\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
     )
 

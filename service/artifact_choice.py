@@ -49,7 +49,7 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
-    """A photo's pixels [H, W, 3]; None, and a line to `tell`, if the file is none."""
+    """An image's pixels [H, W, 3]; None, and a line to `tell`, if the file is none."""
     try:
         return decode(path.read_bytes())
     except DecodeError as error:
@@ -58,7 +58,7 @@ def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.N
 
 
 def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
-    """Up to `limit` photos of a folder at any depth, spread over it, so that of sorted classes every part is seen.
+    """Up to `limit` images of a folder at any depth, spread over it, so that of sorted classes every part is seen.
 
     Raises:
         ValueError: fewer than two can be read.
@@ -72,7 +72,7 @@ def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.wa
         if (photo := read_photo(path, tell)) is not None:
             photos.append(photo)
     if len(photos) < 2:
-        raise ValueError(f"{folder}: the comparison of engines needs at least two readable photos, found {len(photos)}")
+        raise ValueError(f"{folder}: the comparison of engines needs at least two readable images, found {len(photos)}")
     return photos
 
 

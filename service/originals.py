@@ -1,12 +1,12 @@
-"""Photos as they were sent, kept under their sha256: the same photo is stored once, whatever it is called.
+"""Photos as they were sent, kept under their sha256: the same image is stored once, whatever it is called.
 
 Over fsspec, so they may lie in a local folder or wherever an fsspec package reaches (`s3://bucket/prefix` with s3fs).
-A digest `abcd...` lies at `ab/cd/abcd...`; a folder then holds few entries even with millions of photos. In a local
-folder a photo is written aside, synced and renamed: it is there whole or not at all. An object store does the same by
-itself. Elsewhere an interrupted write may leave a part; the next one of the same photo replaces it, since the sizes
+A digest `abcd...` lies at `ab/cd/abcd...`; a folder then holds few entries even with millions of images. In a local
+folder an image is written aside, synced and renamed: it is there whole or not at all. An object store does the same by
+itself. Elsewhere an interrupted write may leave a part; the next one of the same image replaces it, since the sizes
 differ, and no read hands it out, since every read checks the sha256.
 
-Nothing is ever deleted here: two items, of two collections even, may have the same photo.
+Nothing is ever deleted here: two items, of two collections even, may have the same image.
 
 What the storage raises (each package has errors of its own) becomes `StorageFailed`, without its paths and addresses.
 """
@@ -28,14 +28,14 @@ from model.files import sync, write_bytes
 from service.errors import NotFound, ServiceError, StorageFailed
 
 THREADS: Final = 4
-"""Calls to the storage at one time: each holds a photo, and a slow storage must not take the threads of others."""
+"""Calls to the storage at one time: each holds an image, and a slow storage must not take the threads of others."""
 SCHEME: Final = "original:"
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 T = TypeVar("T")
 
 
 def source_of(digest: str) -> str:
-    """What an item says of where its photo is."""
+    """What an item says of where its image is."""
     return SCHEME + digest
 
 
@@ -56,12 +56,12 @@ class HasPhoto(Protocol):
 
 
 def photo_digest(item: HasPhoto) -> str | None:
-    """The digest of an item's stored photo, if its collection keeps them: what its source names, else its own."""
+    """The digest of an item's stored image, if its collection keeps them: what its source names, else its own."""
     return digest_of(item.source) or item.digest
 
 
 class Originals:
-    """One place with photos. Calls may overlap, and several processes may use the same place.
+    """One place with images. Calls may overlap, and several processes may use the same place.
 
     Raises, when made: ValueError for an address that is none, or whose package is not installed.
     """
@@ -71,7 +71,7 @@ class Originals:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="originals")
 
     async def put(self, data: bytes) -> str:
-        """Store a photo; its sha256 in hex. What is there already is not written again.
+        """Store an image; its sha256 in hex. What is there already is not written again.
 
         Raises:
             StorageFailed: it could not be stored, as when the disk is full.
@@ -79,7 +79,7 @@ class Originals:
         return await self._call(self._put, data)
 
     async def get(self, digest: str) -> bytes:
-        """The photo with this sha256.
+        """The image with this sha256.
 
         Raises:
             NotFound: it is not stored here.
@@ -88,7 +88,7 @@ class Originals:
         return await self._call(self._get, digest)
 
     async def size(self, digest: str) -> int | None:
-        """Bytes of the photo with this sha256, as far as it is stored; None when there is nothing.
+        """Bytes of the image with this sha256, as far as it is stored; None when there is nothing.
 
         Raises:
             StorageFailed: the storage does not tell.
@@ -132,9 +132,9 @@ class Originals:
             try:
                 data = self._fs.cat_file(path)
             except FileNotFoundError as error:
-                raise NotFound(f"the photo {digest} is not stored here") from error
+                raise NotFound(f"the image {digest} is not stored here") from error
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
-            raise StorageFailed(f"the stored photo {digest} is damaged: its sha256 is another one")
+            raise StorageFailed(f"the stored image {digest} is damaged: its sha256 is another one")
         return data
 
     def _size_of(self, digest: str) -> int | None:
@@ -190,4 +190,4 @@ def _translated(done: str) -> Iterator[None]:
     except Exception as error:  # each package has errors of its own
         number = error.errno if isinstance(error, OSError) else None
         why = os.strerror(number) if isinstance(number, int) and number else type(error).__name__
-        raise StorageFailed(f"the photo cannot be {done}: {why}") from error
+        raise StorageFailed(f"the image cannot be {done}: {why}") from error

@@ -46,7 +46,7 @@ class EmbeddingOptions(Options):
 class SegmentOptions(Options):
     """Options of `/v1/segment`."""
 
-    format: Literal["png", "rle", "overlay"] = Field("png", description="mask, COCO RLE in JSON, or mask over photo")
+    format: Literal["png", "rle", "overlay"] = Field("png", description="mask, COCO RLE in JSON, or mask over image")
     include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
         default_factory=list, max_length=1, description="from the same pass; the answer is JSON"
     )
@@ -61,13 +61,13 @@ class Body(BaseModel):
 
 
 class ItemIn(Body):
-    """One photo or vector for a collection."""
+    """One image or vector for a collection."""
 
-    id: ItemId | None = Field(None, description="yours; left out: the sha256 of the photo's bytes")
+    id: ItemId | None = Field(None, description="yours; left out: the sha256 of the image's bytes")
     image: str | None = Field(None, description="data URL or base64; this or `vector`")
     vector: Vector = Field(None, description="made elsewhere; of any length but zero")
     fingerprint: Fingerprint | None = Field(None, description="of the model that made `vector`; checked")
-    source: str | None = Field(None, max_length=MAX_SOURCE_CHARACTERS, description="where the photo is; kept as given")
+    source: str | None = Field(None, max_length=MAX_SOURCE_CHARACTERS, description="where the image is; kept as given")
     metadata: dict[str, Any] = Field(default_factory=dict, description="given back by searches")
 
 
@@ -151,7 +151,7 @@ class CollectionIn(Options):
     indexed: Annotated[list[str], FailFast()] = Field(
         default_factory=list, max_length=MAX_INDEXED, description="metadata keys that filters find fast"
     )
-    originals: bool = Field(False, description="keep the photos")
+    originals: bool = Field(False, description="keep the images")
     fingerprint: Fingerprint | None = Field(None, description="of a model that is not served: vectors only")
     dimension: int | None = Field(None, ge=1, le=MAX_DIMENSION, description="of that model's vectors")
 
@@ -211,7 +211,7 @@ class MaskIn(Body):
     """COCO run lengths, as `/v1/segment` and pycocotools write them, or uncompressed."""
 
     size: Annotated[list[Run], FailFast()] = Field(
-        min_length=2, max_length=2, description="height and width of the photo, upright"
+        min_length=2, max_length=2, description="height and width of the image, upright"
     )
     counts: Annotated[
         Any,
@@ -228,7 +228,7 @@ class MaskIn(Body):
 
 
 class RegionIn(Body):
-    """A part of a photo: exactly one of box and mask."""
+    """A part of an image: exactly one of box and mask."""
 
     image: str = Field(description="data URL or base64")
     box: Annotated[list[Side] | None, FailFast()] = Field(
@@ -259,7 +259,7 @@ class Ranking(BaseModel):
     params: ParamsIn | None = None
     rerank: Literal["patches"] | None = Field(None, description="re-order by patch features")
     rerank_depth: int | None = Field(None, ge=1, le=100, description="how many are re-ordered; unset: 20")
-    matches: bool = Field(False, description="with rerank: where the photos match")
+    matches: bool = Field(False, description="with rerank: where the images match")
     include: Annotated[list[Literal["vector"]], FailFast()] = Field(default_factory=list, max_length=1)
 
 

@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     model: str = Field("auto", description="auto, an artifact folder, or a published model's name")
     engine: str = Field("auto", description="auto, fastest, or runtime[:precision]; docs/engines.md has them")
     engine_photos: Path | None = Field(
-        None, description="folder of photos that an engine is compared on before it serves; unset: generated pictures"
+        None, description="folder of images that an engine is compared on before it serves; unset: generated images"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
 
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
 
     @property
     def originals_place(self) -> str | Path:
-        """Where the photos of collections that keep them lie."""
+        """Where the images of collections that keep them lie."""
         return self.originals_url or self.data_dir / "originals"
 
     def shown(self) -> dict[str, Any]:

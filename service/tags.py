@@ -13,7 +13,7 @@ class TagParts(NamedTuple):
     """What a collection's tag says of its vectors that a request needs to know."""
 
     fingerprint: str
-    pooling: Pooling | None  # None: not made by `make_tag`, so photos cannot be added
+    pooling: Pooling | None  # None: not made by `make_tag`, so images cannot be added
 
 
 def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:

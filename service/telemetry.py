@@ -91,7 +91,7 @@ def configure_logging(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns of every odd photo
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns of every odd image
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:

@@ -1,9 +1,9 @@
-"""The patch features of one photo as they are kept for comparisons: directions only, in half the bytes.
+"""The patch features of one image as they are kept for comparisons: directions only, in half the bytes.
 
 Every row has length 1, so that a product of two is a cosine; float16 errs by 1 in 2000 of a component, which moves the
-cosine of two such rows by about 1e-5. Size and grid travel with them, because boxes are told in the photo's own pixels.
+cosine of two such rows by about 1e-5. Size and grid travel with them, because boxes are told in the image's own pixels.
 
-Legend: N patches, D features; H, W the photo as sent, upright; h, w the grid, N = h * w, row-major.
+Legend: N patches, D features; H, W the image as sent, upright; h, w the grid, N = h * w, row-major.
 """
 
 import struct

@@ -1,6 +1,6 @@
 """The straight line of one image: bytes -> cache? -> decode -> preprocess -> batcher -> engine -> pool -> cache.
 
-Decoding and preprocessing share one thread hop and end before batching, so a broken photo is an error of its own item
+Decoding and preprocessing share one thread hop and end before batching, so a broken image is an error of its own item
 and never reaches the engine. Nothing is decoded for a request that the queue has no room for.
 
 What is cached is not the vector that a client asked for but what every such vector is made of: the class token and the

@@ -4,8 +4,8 @@ Tar, webdataset style: `x.jpg` beside `x.json`, which is its metadata. A plain t
 what is skipped is never read, and decode threads read on their own. A compressed or remote one can only be read from
 its beginning to its end.
 
-Parquet: one column holds the photos (bytes, or {bytes, path} as Hugging Face writes them) or where they are; the
-others become metadata. The column of photos is read a few rows at a time, and only from row groups with a row that is
+Parquet: one column holds the images (bytes, or {bytes, path} as Hugging Face writes them) or where they are; the
+others become metadata. The column of images is read a few rows at a time, and only from row groups with a row that is
 wanted.
 """
 
@@ -93,7 +93,7 @@ def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Prob
             if by_position and not _has_end_mark(raw, tar.offset):
                 yield Problem(file.address, "the tar has no end mark: it may be cut off, or damaged here")
     except _DAMAGED as error:
-        yield Problem(file.address, f"the tar is damaged or cut off: {error}; the photos before that were taken")
+        yield Problem(file.address, f"the tar is damaged or cut off: {error}; the images before that were taken")
 
 
 def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
@@ -156,7 +156,7 @@ class _TarReader:
 
     def _of(self, group: _Group) -> Iterator[Photo | Problem]:
         if group.sidecar is not None and not group.photos:
-            reason = "metadata with no photo next to it: x.jpg and x.json must follow each other (tar --sort=name)"
+            reason = "metadata with no image next to it: x.jpg and x.json must follow each other (tar --sort=name)"
             yield Problem(self._address(group.sidecar[0]), reason)
         for member, name, read, held in group.photos:
             yield Photo(
@@ -224,7 +224,7 @@ def parquet_photos(
 
 
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:
-    """The column that holds the photos, or says where they are.
+    """The column that holds the images, or says where they are.
 
     Raises:
         ValueError: there is none, or more than one; the message names the columns.
@@ -234,19 +234,19 @@ def image_column(schema: "pa.Schema", wanted: str | None) -> str:
         if wanted not in schema.names:
             raise ValueError(f"no column {wanted!r}; there are {listed}")
         if not _holds_bytes(schema.field(wanted).type) and not _is_text(schema.field(wanted).type):
-            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, neither photos nor addresses")
+            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, neither images nor addresses")
         return wanted
     photos = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
     if len(photos) > 1 and "image" in photos:
         return "image"
     if len(photos) > 1:
-        raise ValueError(f"more than one column could be the photos: {', '.join(photos)}; choose with --image-column")
+        raise ValueError(f"more than one column could be the images: {', '.join(photos)}; choose with --image-column")
     if photos:
         return str(photos[0])
     for name in _URI_COLUMNS:
         if name in schema.names and _is_text(schema.field(name).type):
             return name
-    raise ValueError(f"no column of photos among {listed}; choose with --image-column")
+    raise ValueError(f"no column of images among {listed}; choose with --image-column")
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:
@@ -295,7 +295,7 @@ def plain(value: Any) -> Any:
 
 
 class _Images:
-    """The photos of a Parquet file, asked for by many threads in roughly ascending order."""
+    """The images of a Parquet file, asked for by many threads in roughly ascending order."""
 
     def __init__(self, file: File, column: str) -> None:
         self._file = file
@@ -326,7 +326,7 @@ class _Images:
     def _start(self, group: int) -> None:
         if self._table is None:
             raw = self._file.open()
-            weakref.finalize(self, raw.close)  # with the last photo that is still to be read
+            weakref.finalize(self, raw.close)  # with the last image that is still to be read
             self._table = need_parquet().ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         self._batches = self._table.iter_batches(_ROWS, row_groups=[group], columns=[self._column], use_threads=False)
         self._group, self._next = group, 0
@@ -344,7 +344,7 @@ def _row_content(images: _Images, group: int, row: int, metadata: dict[str, Any]
             metadata = {"path": value["path"], **metadata}
         value = value.get("bytes")
     if value is None:
-        raise ValueError("the row has no photo")
+        raise ValueError("the row has no image")
     if len(value) > max_bytes:
-        raise ImageTooLarge(f"the photo has {len(value)} bytes; the limit is {max_bytes}")
+        raise ImageTooLarge(f"the image has {len(value)} bytes; the limit is {max_bytes}")
     return Content(value, metadata)

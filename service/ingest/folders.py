@@ -1,4 +1,4 @@
-"""Where photos lie, for `dinov2 index`: on this machine, behind any file system that fsspec knows, or on the web.
+"""Where images lie, for `dinov2 index`: on this machine, behind any file system that fsspec knows, or on the web.
 
 Two kinds of place with one interface. The local one is its own, because fsspec's does not look behind links and leaves
 a file out of a listing when it vanishes; here both are a `Problem` that is listed at the end.
@@ -34,7 +34,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo of a source, not yet read. `load` may be called in any thread; it raises ServiceError, OSError or
+    """One image of a source, not yet read. `load` may be called in any thread; it raises ServiceError, OSError or
     ValueError, with a reason for the user."""
 
     id: str

@@ -56,14 +56,14 @@ class IndexOptions:
     workers: int | None = None  # decode threads; None: one per CPU
     id_by: Literal["path", "sha256"] = "path"
     force: bool = False  # also what is there and unchanged
-    originals: bool = False  # what a new collection says about keeping photos
+    originals: bool = False  # what a new collection says about keeping images
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of every item; wins over the source's
     limits: DecodeLimits = DEFAULT_LIMITS
 
 
 @dataclass
 class IndexReport:
-    """Where a run stands. Photos are counted once: indexed (written), present (skipped) or failed."""
+    """Where a run stands. Images are counted once: indexed (written), present (skipped) or failed."""
 
     indexed: int = 0
     present: int = 0
@@ -134,7 +134,7 @@ async def index_photos(
 
 @dataclass(frozen=True)
 class _Ready:
-    """A photo that can be embedded."""
+    """An image that can be embedded."""
 
     photo: Photo
     item_id: str
@@ -253,7 +253,7 @@ class _Run:
                 self._fail(Problem(photo.source, f"its id {photo.id!r} is taken by {verdict}; --force replaces it"))
 
     def _compare(self, photo: Photo, stamp: Any, source: str | None) -> str:
-        """Of a photo and what has its id: "same", "new" (a changed file), or the other file's source."""
+        """Of an image and what has its id: "same", "new" (a changed file), or the other file's source."""
         if self.options.force:
             return "new"
         if photo.stamp is None or not isinstance(stamp, Mapping):

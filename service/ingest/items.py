@@ -82,7 +82,7 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
         raise InvalidRequest("an item has either an image or a vector")
     if sent.image is not None:
         if sent.fingerprint is not None:
-            raise InvalidRequest("fingerprint goes with a vector: photos go through the model that is served")
+            raise InvalidRequest("fingerprint goes with a vector: images go through the model that is served")
         return _image_item(image_from_text(sent.image, max_image_bytes), sent.id, sent.metadata, sent.source)
     if sent.id is None:
         raise InvalidRequest("an item with a vector needs an id")
@@ -149,7 +149,7 @@ def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
         raise ModelMismatch(
-            f"collection {collection.name!r} holds vectors of {collection.tag!r}, which no photo gives here"
+            f"collection {collection.name!r} holds vectors of {collection.tag!r}, which no image gives here"
         )
     dimension = width(pooling, service.pipeline.dims)
     check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)

@@ -1,14 +1,14 @@
-"""What `dinov2 index SOURCE...` takes: folders, archives, lists and addresses as one stream of photos.
+"""What `dinov2 index SOURCE...` takes: folders, archives, lists and addresses as one stream of images.
 
-    folder             every photo at any depth, `x.json` beside `x.jpg` as its metadata; archives in it are gone into
-    photo              one file
+    folder             every image at any depth, `x.json` beside `x.jpg` as its metadata; archives in it are gone into
+    image              one file
     .tar .tar.gz       `service/ingest/archives.py`
     .parquet           `service/ingest/archives.py`
     .txt               a path or address a line
     .jsonl             {"image": "...", "id": "...", ...} a line; what else stands there is metadata
 
 each on this machine or anywhere that fsspec reaches (s3://, gs://, memory://, file://). Nothing is read ahead of what
-is asked for, so a stream of a million photos takes no more memory than one of ten.
+is asked for, so a stream of a million images takes no more memory than one of ten.
 
 An id is the path within the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`, `train.parquet#12`; in a list
 it is the entry as written. What cannot be taken is a `Problem` in the stream and stops nothing.
@@ -38,11 +38,11 @@ _MAX_LINE_BYTES: Final = 2**20
 def find_photos(
     sources: Sequence[str], *, max_bytes: int = 20 * 2**20, image_column: str | None = None
 ) -> Iterator[Photo | Problem]:
-    """The photos of all sources, in order.
+    """The images of all sources, in order.
 
     Args:
         sources: paths or addresses.
-        max_bytes: of one photo; larger ones are not read.
+        max_bytes: of one image; larger ones are not read.
         image_column: of Parquet files; None finds it.
 
     Raises:
@@ -66,7 +66,7 @@ def find_photos(
 
 
 def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
-    """The bytes of one photo at a path or address.
+    """The bytes of one image at a path or address.
 
     Raises:
         ImageTooLarge, OSError, ValueError: it cannot be read, with the reason.
@@ -101,7 +101,7 @@ class _Finder:
                 yield from self._archived(file, "") or [self._plain(file, None)]
 
     def _below(self, place: Place, folder: str, prefix: str) -> Iterator[Photo | Problem]:
-        """Depth first, by name. Files that are neither photos nor archives are left out."""
+        """Depth first, by name. Files that are neither images nor archives are left out."""
         found = list(place.listing(folder))
         sidecars = {row.name: row for row in found if isinstance(row, Entry) and suffix_of(row.name) == ".json"}
         for row in found:
@@ -159,7 +159,7 @@ class _Finder:
             fields = json_object(text, "the line")
             key = next((key for key in _ADDRESS_KEYS if isinstance(fields.get(key), str) and fields[key]), None)
             if key is None:
-                raise ValueError(f"the line says nowhere where the photo is: one of {', '.join(_ADDRESS_KEYS)}")
+                raise ValueError(f"the line says nowhere where the image is: one of {', '.join(_ADDRESS_KEYS)}")
             address, item_id = fields.pop(key), fields.pop("id", None)
             if item_id is not None and not isinstance(item_id, str):
                 raise ValueError("the id is not a string")
@@ -176,7 +176,7 @@ class _Finder:
     def _at(
         self, listed_in: File, address: str, metadata: dict[str, Any], item_id: str | None = None
     ) -> Photo | Problem:
-        """The photo at an address; a relative path starts where the list lies."""
+        """The image at an address; a relative path starts where the list lies."""
         item_id = address if item_id is None else item_id
         if address.startswith(_WEB):
             return self._on_web(address, metadata, item_id)

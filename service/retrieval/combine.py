@@ -1,4 +1,4 @@
-"""One query of several: "like these photos, and not like that one".
+"""One query of several: "like these images, and not like that one".
 
 Every part is a direction. They are scaled to length 1, so that none counts more for the size of its numbers, then added
 with their weights; the sum's direction is what is searched for.

@@ -1,4 +1,4 @@
-"""Results by group: the best products, say, each with its best few photos.
+"""Results by group: the best products, say, each with its best few images.
 
 A store ranks items, so groups are cut from the ranking: in the order in which their best items come, each with its best
 `size`. How deep the ranking must go is not known before, since one product may fill the first thousand places. So it is

@@ -115,7 +115,7 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
     if query.form == "region" and target.pooling != "mean":
         raise InvalidRequest(
             f"a region is the mean of its patch tokens, which compares with vectors of pooling mean only; "
-            f"collection {info.name!r} holds {target.pooling}: index the photos in a collection made with "
+            f"collection {info.name!r} holds {target.pooling}: index the images in a collection made with "
             "pooling mean",
             param="region",
         )

@@ -173,7 +173,7 @@ async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> 
     check_fields(fields, "the query")
     query = await reader.query({**shared, **fields})
     if query.ranking.rerank is not None:
-        raise InvalidRequest("rerank goes through the photos of one query: send it by itself", param="rerank")
+        raise InvalidRequest("rerank goes through the images of one query: send it by itself", param="rerank")
     return query
 
 
@@ -247,7 +247,7 @@ def _check_grouping_and_rerank(form: str, ranking: Ranking) -> None:
         raise InvalidRequest("rerank and group_by do not go together", param="rerank")
     if form not in ("image", "region", "id"):
         raise InvalidRequest(
-            f"rerank compares photos, and a query by {form} has none: use image, region or id", param="rerank"
+            f"rerank compares images, and a query by {form} has none: use image, region or id", param="rerank"
         )
 
 

@@ -57,7 +57,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     """
     if not target.info.spec.originals:
         raise InvalidRequest(
-            f"rerank compares stored photos, and collection {target.info.name!r} keeps none: make it with originals",
+            f"rerank compares stored images, and collection {target.info.name!r} keeps none: make it with originals",
             param="rerank",
         )
     query_patches = await _query_patches(service, origin)
@@ -76,7 +76,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
         readable = [(candidates[index].id, patches) for index, patches in indexed(outcomes)]
         comparisons |= await asyncio.to_thread(lambda pairs: {item_id: compare(p) for item_id, p in pairs}, readable)
     if faults:
-        log.warning("rerank: %d photos cannot be compared: %s", len(faults), faults[0].detail)
+        log.warning("rerank: %d images cannot be compared: %s", len(faults), faults[0].detail)
         if not comparisons:
             raise faults[0]
     compared = [hit for hit in hits if hit.id in comparisons]
@@ -103,12 +103,12 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
     digest = photo_digest(origin.source)
     if digest is None:
         raise InvalidRequest(
-            f"rerank compares photos, and the one of item {origin.source.id[:80]!r} is not stored", param="id"
+            f"rerank compares images, and the one of item {origin.source.id[:80]!r} is not stored", param="id"
         )
     [patches] = await _patches_of(service, [digest])
     if patches.error is not None and patches.error.status < 500:
         raise InvalidRequest(
-            f"rerank compares photos, and the one of item {origin.source.id[:80]!r} cannot be read: "
+            f"rerank compares images, and the one of item {origin.source.id[:80]!r} cannot be read: "
             f"{patches.error.detail}",
             param="id",
         )
@@ -125,7 +125,7 @@ async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[O
 
     def patches(digest: str | None) -> Patches:
         if digest is None:
-            raise NotFound("the photo is not stored")
+            raise NotFound("the image is not stored")
         return kept[digest] if digest in kept else computed[digest].result()
 
     return [attempt(i, patches, digest) for i, digest in enumerate(digests)]

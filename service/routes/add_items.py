@@ -48,7 +48,7 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
     },
 )
 async def add_items(request: Request, name: str) -> Response:
-    """Photos or vectors as JSON (`items`, with id, source and metadata), or photos as files of a form: the id is the
+    """Photos or vectors as JSON (`items`, with id, source and metadata), or images as files of a form: the id is the
     content's sha256, and the file's name goes into the metadata as `filename`. With the header `Idempotency-Key` a
     second request of the same items within a day changes nothing."""
     started = time.perf_counter()

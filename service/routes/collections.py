@@ -68,7 +68,7 @@ async def get_collection(request: Request, name: str) -> Response:
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
-    """The collection with all its items; snapshots and stored photos stay."""
+    """The collection with all its items; snapshots and stored images stay."""
     service = service_of(request)
     await service.store.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})

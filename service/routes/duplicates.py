@@ -1,4 +1,4 @@
-"""`/v1/collections/{name}/duplicates`: which items are the same photo, or nearly. No model is needed."""
+"""`/v1/collections/{name}/duplicates`: which items are the same image, or nearly. No model is needed."""
 
 import time
 from typing import Any

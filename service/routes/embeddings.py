@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: photos to vectors, in OpenAI's shape."""
+"""POST /v1/embeddings: images to vectors, in OpenAI's shape."""
 
 import time
 from typing import Any

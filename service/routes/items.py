@@ -1,7 +1,7 @@
 """`/v1/collections/{name}/items`: items are read, edited, listed, counted and deleted. How they come in: `add_items`.
 
 An id may hold slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only of an id that ends in
-`/image` the slashes must come as `%2F`, since `items/a/image` is the photo of `a`.
+`/image` the slashes must come as `%2F`, since `items/a/image` is the image of `a`.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _MEDIA_TYPES: Final = {name: f"image/{name.lower()}" for name in FORMATS}
 Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 
 
-@router.get("/{name}/items/{item_id:path}/image", summary="Get the photo of an item", response_class=Response)
+@router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
 async def get_image(request: Request, name: str, item_id: str) -> Response:
     """The bytes as they were sent; of collections that keep `originals`."""
     if not request.scope.get("raw_path", b"/image").endswith(b"/image"):  # its slash was %2F: part of the id
@@ -39,7 +39,7 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
     item = await _item(service, info.name, item_id)
     digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
-        raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
+        raise NotFound(f"collection {info.name!r} keeps no image of item {item_id[:80]!r}")
     photo = await service.originals.get(digest)
     kind = _MEDIA_TYPES.get(sniff(photo) or "", "application/octet-stream")
     return Response(photo, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
@@ -73,7 +73,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
-    """404 when there is none. A stored photo stays."""
+    """404 when there is none. A stored image stays."""
     service = service_of(request)
     if not await service.store.delete(check_name(name), [check_id(item_id)]):
         raise _no_item(name, item_id)

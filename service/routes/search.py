@@ -36,9 +36,9 @@ _BODIES = {
 }
 
 
-@router.post("/{name}/search", summary="Find similar photos", openapi_extra={"requestBody": {"content": _BODIES}})
+@router.post("/{name}/search", summary="Find similar images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def search(request: Request, name: str) -> Response:
-    """The items nearest to a photo, a part of one, a vector, an item, or a combination; or of up to 64 such queries."""
+    """Find the items nearest to an image, a region, a vector, an item or a combination. Takes up to 64 queries."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)

@@ -1,4 +1,4 @@
-"""`POST /v1/segment`: which part of a photo is the object. One decode and one forward pass give mask and embedding."""
+"""`POST /v1/segment`: which part of an image is the object. One decode and one forward pass give mask and embedding."""
 
 import base64
 import time
@@ -24,7 +24,7 @@ router = APIRouter(tags=["segment"], route_class=DirectRoute)
 
 
 class _Answer(NamedTuple):
-    """What is left when photo and mask are let go of."""
+    """What is left when image and mask are let go of."""
 
     content: bytes | dict[str, Any]
     contrast: float
@@ -52,7 +52,7 @@ class _Answer(NamedTuple):
     },
 )
 async def segment(request: Request) -> Response:
-    """One photo (JSON `image`, a form's file, or the raw body); PNG bytes, or JSON with format=rle."""
+    """One image (JSON `image`, a form's file, or the raw body); PNG bytes, or JSON with format=rle."""
     started = time.perf_counter()
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="image")
@@ -86,14 +86,14 @@ def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _A
     height, width = analysed.image.shape[:2]
     try:
         foreground = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
-    except ValueError as error:  # not finite, or not the grid: the engine's fault, never the photo's
+    except ValueError as error:  # not finite, or not the grid: the engine's fault, never the image's
         raise EngineFailed(f"the engine's features cannot be used: {error}") from error
     content = _content(analysed, foreground.mask, options)
     return _Answer(content, foreground.contrast, foreground.crop_box, analysed.embedded, ms_since(started))
 
 
 def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
-    """With `include` a picture goes into JSON too."""
+    """With `include` an image goes into JSON too."""
     if options.format == "rle":
         return {"segmentation": coco_rle_encode(mask)}
     picture = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)

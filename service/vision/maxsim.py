@@ -1,6 +1,6 @@
-"""How well the parts of one photo are found in another, wherever they lie there.
+"""How well the parts of one image are found in another, wherever they lie there.
 
-One vector says what a photo shows as a whole. Two photos of the same shelf, or of one logo in different scenes, may
+One vector says what an image shows as a whole. Two images of the same shelf, or of one logo in different scenes, may
 differ as wholes and agree in parts. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) looks
 for every patch of the query in all patches of the candidate, takes the best cosine, and averages:
 

@@ -1,11 +1,11 @@
-"""Which patches show a part of a photo, and the other way round.
+"""Which patches show a part of an image, and the other way round.
 
-The network saw a crop of the photo, cut into a grid of patches. A region (a box, or a mask, in pixels of the photo as
+The network saw a crop of the image, cut into a grid of patches. A region (a box, or a mask, in pixels of the image as
 sent) covers each of them to some fraction, 0 to 1, and by that fraction the patch counts: a region smaller than a patch
 still has its features, and its edges need not fall on the grid. The weighted mean of the patch tokens is then what
 `pooling=mean` would give if the region were all there is to see; so it compares with such vectors, and with no others.
 
-Legend: H, W the photo as sent, upright; h, w the patch grid; N = h * w; D features. Boxes are (x, y, width, height);
+Legend: H, W the image as sent, upright; h, w the patch grid; N = h * w; D features. Boxes are (x, y, width, height);
 pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1).
 """
 
@@ -47,7 +47,7 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
 
     Args:
         rle: COCO run lengths, `{"size": [H, W], "counts": ...}`.
-        size: H, W of the photo.
+        size: H, W of the image.
 
     Raises:
         InvalidRequest: not run lengths of a mask of this size (nothing is allocated for one of another size); an empty
@@ -55,7 +55,7 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
     """
     if list(rle["size"]) != list(size):
         raise InvalidRequest(
-            f"region.mask.size is {list(rle['size'])} and the photo of {list(size)} pixels (height, width; upright)",
+            f"region.mask.size is {list(rle['size'])} and the image of {list(size)} pixels (height, width; upright)",
             param="region",
         )
     if isinstance(rle["counts"], list) and not {int}.issuperset(map(type, rle["counts"])):
@@ -79,7 +79,7 @@ def region_mean(tokens: Floats, weights: Floats) -> Floats:
 
 
 def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
-    """Where patch `index` (row-major) lies in the photo: [x, y, width, height] in its pixels, as sent and upright."""
+    """Where patch `index` (row-major) lies in the image: [x, y, width, height] in its pixels, as sent and upright."""
     x, y, width, height = crop_box
     row, column = divmod(index, grid[1])
     w, h = width / grid[1], height / grid[0]
@@ -89,7 +89,7 @@ def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
 def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
     if weights.max() <= 0:
         raise InvalidRequest(
-            f"{what} lies outside what the network saw of the photo, its crop box "
+            f"{what} lies outside what the network saw of the image, its crop box "
             f"{[round(side, 1) for side in crop_box]} (x, y, width, height)",
             param="region",
         )

@@ -123,7 +123,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def torn(photos: Path) -> Path:
-    """Among the photos, one that cannot be read."""
+    """Among the images, one that cannot be read."""
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     return photos / "torn.jpg"
 
@@ -167,19 +167,19 @@ def test_photos_left_out_are_listed_counted_and_exit_status_1(
     assert "3 indexed, 0 already there, 1 failed -> shop" in result.stdout
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"failed {torn}: the JPEG is damaged")
-    assert lines[-1] == "1 photo was left out: all are listed above; --errors FILE keeps the whole list"
+    assert lines[-1] == "1 image was left out: all are listed above; --errors FILE keeps the whole list"
     assert kept.store()._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     for index in range(25):
         (photos / f"{index}.jpg").write_bytes(b"")
     result = kept.invoke("index", photos, "-c", "shop")  # the good ones are there already
     assert (result.exit_code, result.stderr.count("failed ")) == (1, 20)
     assert result.stderr.splitlines()[-1] == (
-        "26 photos were left out: the first 20 are listed above; --errors FILE keeps the whole list"
+        "26 images were left out: the first 20 are listed above; --errors FILE keeps the whole list"
     )
     errors = tmp_path / "errors.jsonl"
     result = kept.invoke("index", photos, "-c", "shop", "--errors", errors)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"26 photos were left out: all are listed in {errors}"
+    assert result.stderr.splitlines()[-1] == f"26 images were left out: all are listed in {errors}"
     rows = [json.loads(line) for line in errors.read_text().splitlines()]
     assert len(rows) == 26
     assert rows[0].keys() == {"source", "reason"}
@@ -203,7 +203,7 @@ def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
         (["PHOTOS", "-c", "shop", "--errors", "NONE/x"], "No such file or directory"),
         (["PHOTOS"], "Missing option"),
         (["PHOTOS", "-c", "means", "--pooling", "cls"], "holds mean vectors, not cls"),
-        (["PHOTOS", "-c", "means", "--originals"], "keeps no photos"),
+        (["PHOTOS", "-c", "means", "--originals"], "keeps no images"),
         (["PHOTOS", "-c", "other"], "cannot be compared"),
         (["PHOTOS", "-c", "foreign"], "no model here makes"),
     ],
@@ -347,7 +347,7 @@ def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path
     assert result.exit_code == 1
     assert "photos: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("1 photo was left out, since the source cannot read them: the stored photo ")
+    assert last.startswith("1 image was left out, since the source cannot read them: the stored image ")
     assert files(tmp_path / "third") == [stored[2].name]
     assert "photos: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
 

@@ -79,7 +79,7 @@ def test_images_are_taken_from_all_over_a_folder(tmp_path):
 
 def test_one_image_is_too_few_to_compare_engines_on(tmp_path):
     (tmp_path / "a.png").write_bytes(plain_photo(1))
-    with pytest.raises(ValueError, match="at least two readable photos, found 1"):
+    with pytest.raises(ValueError, match="at least two readable images, found 1"):
         models.read_photos(tmp_path, 4)
     (tmp_path / "b.png").write_bytes(plain_photo(2))
     assert len(models.read_photos(tmp_path, 4)) == 2

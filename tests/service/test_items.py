@@ -160,7 +160,7 @@ async def test_a_bad_item_is_named_and_the_others_are_written_if_wished(tmp_path
 
 async def test_every_failed_item_of_many_is_reported(tmp_path):
     async with running(tmp_path, store=DictStore()) as run:
-        run.engine.fails = lambda pixels: bool((np.ptp(pixels, axis=(2, 3)) < 1e-3).any())  # a plain photo in the batch
+        run.engine.fails = lambda pixels: bool((np.ptp(pixels, axis=(2, 3)) < 1e-3).any())  # a plain image in the batch
         answer = await add(
             run,
             {"id": "0", "image": text(photo()[:60])},

@@ -57,7 +57,7 @@ class CountingStore(DictStore):
 
 
 async def fill(run, store, *, pooling="cls", count=N, name="shop", **spec) -> list[Item]:
-    """A collection of noise photos p00, p01, ...; its items as the store has them."""
+    """A collection of noise images p00, p01, ...; its items as the store has them."""
     tag = run.service.tag(pooling=pooling)
     dims = DIMS * (2 if pooling == "cls+mean" else 1)
     await store.create(name, CollectionSpec(tag, dims, **spec))
@@ -255,7 +255,7 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
         ({"box": [10, True, 5, 5]}, "region.box.1: Input should be a valid number, not True"),
         ({"box": [1e308, 1e308, 1e308, 1e308]}, "outside"),
         ({}, "region: exactly one of box and mask is needed, not none"),
-        ({"mask": {"size": [40, 32], "counts": [0, 1280]}}, "region.mask.size is [40, 32] and the photo of [32, 40]"),
+        ({"mask": {"size": [40, 32], "counts": [0, 1280]}}, "region.mask.size is [40, 32] and the image of [32, 40]"),
         ({"mask": 7}, "region.mask: Input should be an object, not 7"),
         ({"mask": {"size": [10**9, 10**9], "counts": "0"}}, "photo of [32, 40]"),
         ({"mask": {"size": [32, 40], "counts": [1280]}}, "region.mask is empty: at least one pixel must be in it"),

@@ -68,12 +68,12 @@ def write_photos(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six photos at two depths, one with metadata, and three files that are none."""
+    """Six images at two depths, one with metadata, and three files that are none."""
     path = write_photos(tmp_path / "photos", ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png", "ü/写.png"])
     (path / "a.json").write_text('{"brand": "Arla", "price": 5}')
     (path / "empty.jpg").write_bytes(b"")
     (path / "torn.png").write_bytes(photo()[:100])
-    (path / "text.jpg").write_text("no photo")
+    (path / "text.jpg").write_text("no image")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Sources of `dinov2 index`: every kind gives its photos, and what is hostile or broken is listed and stops nothing."""
+"""Sources of `dinov2 index`: every kind gives its images, and what is hostile or broken is listed and stops nothing."""
 
 import datetime
 import io
@@ -257,7 +257,7 @@ def test_a_row_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path / "x.parquet", {"image": [bytes(11), bytes(10)]})
     contents, problems = taken(path, max_bytes=10)
     assert list(contents) == ["x.parquet#1"]
-    assert problems == {f"{path}#0": "the photo has 11 bytes; the limit is 10"}
+    assert problems == {f"{path}#0": "the image has 11 bytes; the limit is 10"}
 
 
 def test_parquet_nulls_and_columns(tmp_path: Path) -> None:
@@ -270,14 +270,14 @@ def test_parquet_nulls_and_columns(tmp_path: Path) -> None:
         "x.parquet#0": (b"A", {"brand": "x", "n": 1}),
         "x.parquet#2": (b"C", {"brand": "z", "n": 3}),
     }
-    assert problems == {f"{path}#1": "the row has no photo"}
+    assert problems == {f"{path}#1": "the row has no image"}
     assert taken(path, image_column="other")[0]["x.parquet#1"].data == b"2"
-    for wanted, said in [("none", "there are image, other, brand, n"), ("n", "neither photos nor addresses")]:
+    for wanted, said in [("none", "there are image, other, brand, n"), ("n", "neither images nor addresses")]:
         assert said in taken(path, image_column=wanted)[1][str(path)]
     ambiguous = write_table(tmp_path / "y.parquet", {"a": [b"A"], "b": [b"B"]})
     assert "--image-column" in taken(ambiguous)[1][str(ambiguous)]
     empty = write_table(tmp_path / "z.parquet", {"n": [1]})
-    assert "no column of photos" in taken(empty)[1][str(empty)]
+    assert "no column of images" in taken(empty)[1][str(empty)]
 
 
 def test_parquet_of_paths(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_lists(tmp_path: Path) -> None:
     where = f"{tmp_path / 'list.jsonl'}:"
     assert {source.removeprefix(where): reason for source, reason in problems.items()} == {
         "memory:///lists/none.jpg": "/lists/none.jpg: no such file or folder",
-        "3": "the line says nowhere where the photo is: one of image, uri, url, path, source",
+        "3": "the line says nowhere where the image is: one of image, uri, url, path, source",
         "4": "the id is not a string",
         "5": "the line: not a JSON object",
         "6": problems[f"{where}6"],
