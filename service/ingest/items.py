@@ -152,7 +152,7 @@ def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
         raise ModelMismatch(
-            f"collection {collection.name!r} contains vectors of {collection.tag!r}, which cannot be made from images here"
+            f"collection {collection.name!r} contains vectors of {collection.tag!r}, which images do not give here"
         )
     dimension = width(pooling, service.pipeline.dims)
     check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)

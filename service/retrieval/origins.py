@@ -52,7 +52,7 @@ class Origin:
     vector: [D], length 1.
     exclude: ids that are left out of the answer.
     patches, weights: patches of the query image for re-ranking, and the weight of each patch [N] (None: all equal).
-    Only set if the query asks for re-ranking.
+    patches is only set if the query asks for re-ranking.
     timings: milliseconds by stage.
     """
 

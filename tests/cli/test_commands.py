@@ -84,7 +84,7 @@ def test_further_graphs_and_the_gate_are_told(tmp_path: Path) -> None:
     assert [line for line in lines if line.startswith("model-dynamic-int8.onnx at 84x112: parity on 5 images: ")]
     assert "model-70-int8.onnx" in result.stdout
     assert "serve: gate " in result.stdout
-    assert "of 2 images" in result.stdout
+    assert "of 2 photos" in result.stdout
     (folder,) = (tmp_path / "out").iterdir()
     assert len(load_artifact(folder).manifest.graphs) == 4
 

@@ -167,14 +167,14 @@ def test_photos_left_out_are_listed_counted_and_exit_status_1(
     assert "3 indexed, 0 already there, 1 failed -> shop" in result.stdout
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"failed {torn}: the JPEG is damaged")
-    assert lines[-1] == "1 image was left out: all are listed above; --errors FILE keeps the whole list"
+    assert lines[-1] == "1 image was left out: all are listed above; --errors FILE saves the whole list"
     assert kept.store()._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     for index in range(25):
         (photos / f"{index}.jpg").write_bytes(b"")
     result = kept.invoke("index", photos, "-c", "shop")  # the good ones are there already
     assert (result.exit_code, result.stderr.count("failed ")) == (1, 20)
     assert result.stderr.splitlines()[-1] == (
-        "26 images were left out: the first 20 are listed above; --errors FILE keeps the whole list"
+        "26 images were left out: the first 20 are listed above; --errors FILE saves the whole list"
     )
     errors = tmp_path / "errors.jsonl"
     result = kept.invoke("index", photos, "-c", "shop", "--errors", errors)
@@ -203,9 +203,9 @@ def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
         (["PHOTOS", "-c", "shop", "--errors", "NONE/x"], "No such file or directory"),
         (["PHOTOS"], "Missing option"),
         (["PHOTOS", "-c", "means", "--pooling", "cls"], "holds mean vectors, not cls"),
-        (["PHOTOS", "-c", "means", "--originals"], "keeps no images"),
+        (["PHOTOS", "-c", "means", "--originals"], "stores no images"),
         (["PHOTOS", "-c", "other"], "cannot be compared"),
-        (["PHOTOS", "-c", "foreign"], "no model here makes"),
+        (["PHOTOS", "-c", "foreign"], "no local model makes"),
     ],
 )
 def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], said: str) -> None:
@@ -248,7 +248,7 @@ def test_ctrl_c_keeps_what_was_written(kept: Kept, tmp_path: Path) -> None:
         kept.engine.run = interrupted  # type: ignore[method-assign]
         result = kept.invoke("index", folder, "-c", "shop", "--batch-size", 4)
         assert result.exit_code == 130
-        assert "run again to go on" in result.output
+        assert "run again to resume" in result.output
         assert 0 < len(kept.store()._collections["shop"].items) == kept.engine.images < 60
         assert signal.getsignal(signal.SIGINT) == before
     finally:
@@ -296,7 +296,7 @@ def test_collections_from_their_making_to_their_end(kept: Kept, photos: Path) ->
 
 def test_collections_say_what_is_wrong(kept: Kept) -> None:
     assert "go together" in kept.refused("collections", "create", "shop", "--tag", "x")
-    assert "either a collection" in kept.refused("collections", "alias", "live")
+    assert "either the collection" in kept.refused("collections", "alias", "live")
     assert "another name" in kept.refused("collections", "copy", "shop")
     assert "no collection" in kept.refused("collections", "show", "none")
     assert "indexed: a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
@@ -337,7 +337,7 @@ def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path
     kept.ok("index", photos, "-c", "shop", "--originals")
     assert "photos" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
     words = ("collections", "copy", "shop", "--to-store", f"embedded:{tmp_path / 'elsewhere'}")
-    assert "photos: 3 copied, 0 already there\n" in kept.ok(*words)
+    assert "images: 3 copied, 0 already there\n" in kept.ok(*words)
     assert files(there) == files(here)
     stored = [path for path in here.rglob("*") if path.is_file()]
     stored[0].unlink()
@@ -345,11 +345,11 @@ def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path
     other = (*words, "--to-originals", tmp_path / "third")
     result = kept.invoke(*other)
     assert result.exit_code == 1
-    assert "photos: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
+    assert "images: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("1 image was left out, since the source cannot read them: the stored image ")
+    assert last.startswith("1 image was left out because the source cannot read them: the stored image ")
     assert files(tmp_path / "third") == [stored[2].name]
-    assert "photos: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
+    assert "images: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
 
 
 def test_a_copy_of_a_collection_without_photos_copies_none(kept: Kept, photos: Path, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_export_and_import_say_what_is_wrong(kept: Kept, tmp_path: Path, monkeyp
     words = ("collections", "import", tmp_path / "x.npz", "-c", "shop")
     assert "--tag or --fingerprint" in kept.refused(*words)
     assert "not both" in kept.refused(*words, "--tag", TAG, "--fingerprint", "a")
-    assert "no model here" in kept.refused(*words, "--fingerprint", "ffffffff")
+    assert "no local model" in kept.refused(*words, "--fingerprint", "ffffffff")
     assert "cannot be compared" in kept.refused(*words, "--tag", "mine")
     assert "1 imported" in kept.ok(*words, "--tag", TAG)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -436,7 +436,7 @@ def test_reading_makes_no_store_and_names_the_one_it_reads(tmp_path: Path, photo
     run = CliRunner()
     for words in (["collections", "list"], ["search", str(photos / "a.png"), "-c", "shop"]):
         result = run.invoke(cli.app, [*words, *data])
-        assert (result.exit_code, "there is no vector store in" in result.output) == (2, True), result.output
+        assert (result.exit_code, "no vector store in" in result.output) == (2, True), result.output
         assert not (tmp_path / "data" / "search.sqlite3").exists()
     assert run.invoke(cli.app, ["index", str(photos), "-c", "shop", *data]).exit_code == 0
     result = run.invoke(cli.app, ["search", str(photos / "a.png"), "-c", "shoop", *data])

@@ -104,7 +104,7 @@ def test_the_export_runs_once_as_its_own_process(tmp_path, monkeypatch, leaves):
         assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
         assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
     else:
-        with pytest.raises(ValueError, match="left no artifact"):
+        with pytest.raises(ValueError, match="wrote no artifact"):
             choose_artifact("dinov2_vits14", tmp_path)
     assert len(calls) == 1
     assert calls[0][-4:] == ["export", "dinov2_vits14", "--out", str(tmp_path / "artifacts")]

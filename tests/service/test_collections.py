@@ -162,7 +162,7 @@ async def test_other_settings_are_a_conflict_that_names_them(tmp_path, change, w
         ({"indexed": [7]}, "indexed.0"),
         ({"originals": "yes"}, "originals"),
         ({"dimension": 9}, "dimension=9"),
-        ({"fingerprint": "clip"}, "dimension is needed"),
+        ({"fingerprint": "clip"}, "requires a dimension"),
         ({"fingerprint": "a/b", "dimension": 3}, "fingerprint"),
         ({"fingerprint": "a" * 65, "dimension": 3}, "fingerprint"),
         ({"fingerprint": "clip", "dimension": 0}, "dimension"),

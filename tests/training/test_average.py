@@ -159,7 +159,7 @@ def test_the_command_prints_a_table_and_reads_tars_too(three, photos, tmp_path):
         result = CliRunner().invoke(cli.app, [*command, "--data", str(data)])
         assert result.exit_code == 0, result.output
         assert "their mean" in result.output
-        assert "class token, 6 photos that no checkpoint was trained on" in result.output
+        assert "class token, 6 images that no checkpoint was trained on" in result.output
     refused = CliRunner().invoke(cli.app, ["average", str(three[0]), "--out", str(mean)])
     assert refused.exit_code == 2
     assert "at least two" in refused.output

@@ -103,7 +103,7 @@ async def test_the_tag_is_the_services(tmp_path: Path) -> None:
         assert tag == served_tag
         assert vector_tag(ARTIFACT, FakeEngine(precision="int8"), pooling).endswith("/28x28/int8")
         assert pooling_of(CollectionInfo("shop", CollectionSpec(tag, DIMS), 0)) == pooling
-    with pytest.raises(Conflict, match="no model here makes"):
+    with pytest.raises(Conflict, match="no local model makes"):
         pooling_of(CollectionInfo("shop", CollectionSpec("mine", DIMS), 0))
 
 
@@ -169,7 +169,7 @@ async def test_two_sources_with_one_relative_path(tmp_path: Path) -> None:
     for _ in range(2):
         report = await run(one, two, store=store)
         assert [problem.source for problem in report.problems] == [str(two / "a.png")]
-        assert f"is taken by {one / 'a.png'}; --force" in report.problems[0].reason
+        assert f"belongs to {one / 'a.png'}; --force" in report.problems[0].reason
     assert (await store.info("shop")).count == 3
     assert (await run(one, two, store=store, id_by="sha256", to="other")).indexed == 4
 

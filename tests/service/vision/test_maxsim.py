@@ -114,7 +114,7 @@ class FakePhotos:
         if digest in self.failing:
             raise StorageFailed("the image cannot be read: Input/output error")
         if digest not in self.photos:
-            raise NotFound(f"the image {digest} is not stored here")
+            raise NotFound(f"the image {digest} is not stored")
         return self.photos[digest]
 
 
@@ -264,7 +264,7 @@ async def test_candidates_without_a_photo_come_last(tmp_path, caplog):
     assert "is not stored" in elsewhere["detail"]
     assert failed["code"] == "storage_failed"
     assert none_left.status_code == 200  # three are kept in the process
-    assert "1 images cannot be compared" in caplog.text
+    assert "1 images could not be compared" in caplog.text
 
 
 async def test_a_storage_that_is_down_fails_the_request(tmp_path):
@@ -284,8 +284,8 @@ async def test_collections_without_originals_are_told(tmp_path):
         run.service.originals = photos
         still = await ask(run, {"id": "p0", "rerank": "patches"}, 422)
         broken = await ask(run, {"image": text_of(b"no photo"), "rerank": "patches"}, 415)
-    assert "keeps none" in without["detail"]
-    assert "keeps none" in still["detail"]
+    assert "stores none" in without["detail"]
+    assert "stores none" in still["detail"]
     assert broken["errors"][0]["index"] == 0
 
 
