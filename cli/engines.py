@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from model.engines.protocol import Engine
 
 PHOTOS = 32
-"""Most images that are read from a folder for parity and for the ranges of fp8."""
+"""Number of images read from a folder for parity and for the ranges of fp8."""
 
 
 def build_engine(
@@ -118,7 +118,7 @@ def _with_activations(options: Any, artifact: "Artifact") -> Any:
 
 
 class _Shown:
-    """Shows the phases of a build: a progress bar on a terminal, else a line for each phase."""
+    """A display of a build's phases: a progress bar on a terminal, else a line for each phase."""
 
     def __init__(self) -> None:
         from rich.console import Console

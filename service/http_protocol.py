@@ -16,7 +16,8 @@ _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Closes a connection whose head is larger than `MAX_HEAD_BYTES` or incomplete after `header_timeout_s`.
+    """A protocol that closes a connection whose head is larger than `MAX_HEAD_BYTES` or incomplete after
+    `header_timeout_s`.
 
     The size is checked after each read from the socket, so a head that arrives in one read may be larger. uvicorn's own
     timeout covers an idle keep-alive connection, and the request's deadline covers a body.

@@ -12,7 +12,7 @@ from service.errors import InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_FIELDS: Final = 32
-"""Most fields of one object that is checked against a schema. Pydantic creates an object for every wrong field."""
+"""Limit of fields in one object that is checked against a schema. Pydantic creates an object for every wrong field."""
 MAX_PROBLEMS: Final = 10
 
 

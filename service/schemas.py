@@ -316,7 +316,7 @@ class DuplicatesIn(Options):
     threshold: float | None = Field(None, ge=0.5, le=1, allow_inf_nan=False, description="lowest cosine; default: 0.95")
     filter: Any = Field(None, description="condition on the metadata")
     params: ParamsIn | None = None
-    limit: int = Field(100, ge=1, le=1000, description="most groups in the answer, largest first")
+    limit: int = Field(100, ge=1, le=1000, description="limit of groups in the answer, largest first")
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:

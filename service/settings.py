@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     model: str = Field("auto", description="auto, an artifact folder, or a published model's name")
     engine: str = Field("auto", description="auto, fastest, or runtime[:precision]; see docs/engines.md")
     engine_photos: Path | None = Field(
-        None, description="folder of images for comparing an engine before it serves; unset: generated images"
+        None, description="folder of images on which an engine is checked before it serves; unset: generated images"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
 
@@ -51,21 +51,21 @@ class Settings(BaseSettings):
     )
     originals_url: str | None = Field(None, description="where original images are stored; unset: in data_dir")
 
-    max_image_bytes: int = Field(20 * 2**20, ge=1, description="most bytes of one image as sent")
+    max_image_bytes: int = Field(20 * 2**20, ge=1, description="limit for one image as sent")
     max_image_pixels: int = Field(
         64_000_000,
         ge=1,
         le=178_956_970,
-        description="most pixels of one image, width x height, checked before decoding",
+        description="limit for width x height of one image, checked before decoding",
     )
-    max_batch_items: int = Field(64, ge=1, le=2048, description="most images in one request")
-    max_body_bytes: int = Field(64 * 2**20, ge=1, description="most bytes of one request body")
-    max_buffered_bytes: int = Field(2**30, ge=1, description="most bytes of all request bodies in memory")
+    max_batch_items: int = Field(64, ge=1, le=2048, description="limit of images in one request")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="limit for one request body")
+    max_buffered_bytes: int = Field(2**30, ge=1, description="limit for all request bodies in memory together")
 
-    queue_max_images: int = Field(256, ge=1, description="most images accepted and not yet answered; above it 503")
-    queue_max_patches: int = Field(262_144, ge=1, description="most patches waiting for the engine; above it 503")
+    queue_max_images: int = Field(256, ge=1, description="limit of images accepted and not yet answered; above it 503")
+    queue_max_patches: int = Field(262_144, ge=1, description="limit of patches waiting for the engine; above it 503")
     batch_max_patches: int = Field(
-        2048, ge=1, description="most patches in one forward pass (256 per image of 224 x 224)"
+        2048, ge=1, description="limit of patches in one forward pass (256 per image of 224 x 224)"
     )
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="number of decoding threads")
 
@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     hang_timeout_s: float = Field(
         120.0, gt=0, allow_inf_nan=False, description="a forward pass that takes longer makes /livez fail"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level to log")
 
     @model_validator(mode="before")
     @classmethod

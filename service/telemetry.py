@@ -72,8 +72,8 @@ class Metrics:
 
 
 class JsonLines(logging.Formatter):
-    """Formats a record as one JSON object per line: time, level, logger, message, and the fields of `extra={"fields":
-    {...}}`."""
+    """A formatter that writes a record as one JSON object per line: time, level, logger, message, and the fields of
+    `extra={"fields": {...}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

@@ -141,7 +141,7 @@ class PipelineLimits:
 
 
 class Pipeline:
-    """Owns the batcher and the thread pools around it. `service.app` makes and closes it on the event loop."""
+    """The batcher and the thread pools around it. `service.app` makes and closes the pipeline on the event loop."""
 
     def __init__(
         self,

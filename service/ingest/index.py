@@ -40,7 +40,7 @@ from service.tags import make_tag, tag_parts
 STAMP_KEY: Final = "_file"
 """Metadata key of the file's size, time and etag."""
 MAX_LISTED: Final = 1000
-"""Most problems in a report. `on_problem` gets all of them."""
+"""Limit of problems in a report. `on_problem` gets all of them."""
 _WRITE_ITEMS: Final = 256
 _WRITE_S: Final = 1.0
 _CHECK_ITEMS: Final = 256

@@ -78,7 +78,7 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 
 
 class _Finder:
-    """Finds images with the options that hold for all sources."""
+    """A finder of images, with the options that hold for all sources."""
 
     def __init__(self, max_bytes: int, image_column: str | None) -> None:
         self._max_bytes = max_bytes

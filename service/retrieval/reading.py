@@ -34,7 +34,7 @@ _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]
 
 @dataclass
 class _Reader:
-    """Parses queries. Filters that several queries share are parsed once."""
+    """A parser of queries. Filters that several queries share are parsed once."""
 
     settings: Settings
     filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity; the object outlives the reader

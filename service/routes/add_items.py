@@ -25,7 +25,7 @@ from service.timings import ms_since
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 MAX_VECTORS: Final = 1000
-"""Most items with vectors in one request. Items with images are limited by the queue."""
+"""Limit of items with vectors in one request. Items with images are limited by the queue."""
 KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 

@@ -440,7 +440,7 @@ async def test_a_collection_that_keeps_no_photos_gives_none_out_though_another_o
         refused = await run.client.get("/v1/collections/other/items/x/image")
     assert (kept.status_code, kept.content) == (200, image)
     assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
-    assert "keeps no image" in refused.json()["detail"]
+    assert "stores no image" in refused.json()["detail"]
 
 
 async def test_photos_stay_when_items_go(tmp_path):
