@@ -294,7 +294,7 @@ async def test_a_region_needs_vectors_of_pooling_mean(tmp_path):
         await fill(run, store, count=2)
         answer = await ask(run, {"region": {"image": text_of(photo(7)), "box": [8, 8, 9, 9]}}, 422)
         broken = await ask(run, {"region": {"image": "!", "box": [8, 8, 9, 9]}}, 422)
-    assert "holds cls" in answer["detail"]
+    assert "has pooling cls" in answer["detail"]
     assert "a collection with pooling mean" in answer["detail"]
     assert run.engine.images == 0
     assert broken["code"] == "invalid_request"
@@ -578,7 +578,7 @@ async def test_what_a_request_may_ask_for_in_all_is_allowed_up_to_the_limit(tmp_
         await ask(run, {"queries": [grouped] * 10})
         refused = await ask(run, {"queries": [grouped] * 10 + [{"id": "p00", "k": 1}]}, 422)
         await ask(run, {"id": "p00", "filter": where})
-    assert "10,001 results together" in refused["detail"]
+    assert "10,001 results in total" in refused["detail"]
 
 
 async def test_1_and_true_are_different_filters(tmp_path):
@@ -709,7 +709,7 @@ def nested(levels: int) -> dict:
         ({"vector": GOOD, "params": []}, "params: "),
         ({"vector": GOOD, "params": {f"k{i}": 0 for i in range(5000)}}, "params has 5,000 fields"),
         ({"vector": GOOD, "include": ["photo"]}, "include"),
-        ({"vector": GOOD, "topk": 5}, "topk: unknown field; known are k, offset"),
+        ({"vector": GOOD, "topk": 5}, "topk: unknown field; known fields are k, offset"),
         ({"vector": GOOD, "on_error": "partial"}, "on_error requires queries"),
         ({"vector": GOOD, "rerank": "patches"}, "a query by vector has none"),
         ({"combine": [{"id": "p00"}], "rerank": "patches"}, "a query by combine has none"),
@@ -737,11 +737,11 @@ def nested(levels: int) -> dict:
         ({"queries": []}, "queries: "),
         ({"queries": [{"id": "p00"}] * 65}, "queries: "),
         ({"queries": "all"}, "queries: "),
-        ({"queries": [{"id": "p00"}], "vector": GOOD}, "vector beside queries"),
-        ({"queries": [{"id": "p00"}], "fingerprint": "a"}, "fingerprint beside queries"),
+        ({"queries": [{"id": "p00"}], "vector": GOOD}, "vector cannot be combined with queries"),
+        ({"queries": [{"id": "p00"}], "fingerprint": "a"}, "fingerprint cannot be combined with queries"),
         ({"queries": [{"id": "p00"}], "k": 0}, "k: "),
-        ({"queries": [{"id": "p00", "k": 1000}] * 11}, "11,000 results together"),
-        ({"queries": [{"id": "p00", "offset": 900}] * 11}, "10,010 results together"),
+        ({"queries": [{"id": "p00", "k": 1000}] * 11}, "11,000 results in total"),
+        ({"queries": [{"id": "p00", "offset": 900}] * 11}, "10,010 results in total"),
         ({"queries": [{"combine": [{"image": ""}] * 13}] * 5}, "65 images"),
         (
             {"queries": [{"id": "p00", "filter": {"key": "a", "in": [f"{q}", *range(6000)]}} for q in range(64)]},

@@ -272,7 +272,7 @@ def test_parquet_nulls_and_columns(tmp_path: Path) -> None:
     }
     assert problems == {f"{path}#1": "the row has no image"}
     assert taken(path, image_column="other")[0]["x.parquet#1"].data == b"2"
-    for wanted, said in [("none", "there are image, other, brand, n"), ("n", "neither images nor addresses")]:
+    for wanted, said in [("none", "the columns are image, other, brand, n"), ("n", "neither images nor addresses")]:
         assert said in taken(path, image_column=wanted)[1][str(path)]
     ambiguous = write_table(tmp_path / "y.parquet", {"a": [b"A"], "b": [b"B"]})
     assert "--image-column" in taken(ambiguous)[1][str(ambiguous)]
