@@ -335,7 +335,7 @@ def files(folder: Path) -> list[str]:
 def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "data" / "originals", tmp_path / "elsewhere" / "originals"
     kept.ok("index", photos, "-c", "shop", "--originals")
-    assert "photos" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
+    assert "images" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
     words = ("collections", "copy", "shop", "--to-store", f"embedded:{tmp_path / 'elsewhere'}")
     assert "images: 3 copied, 0 already there\n" in kept.ok(*words)
     assert files(there) == files(here)
