@@ -106,7 +106,7 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     assert "skipped" in result.output
     nothing = runner.invoke(cli.app, [*command, "--images", str(tmp_path / "none")])
     assert nothing.exit_code == 2
-    assert "at least two readable photos" in nothing.output
+    assert "at least two readable images" in nothing.output
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,8 @@ def store_unit(vector):
     ("body", "words"),
     [
         ({"by": "colour"}, "by: "),
-        ({"by": "content", "threshold": 0.9}, "belong to by=similarity"),
-        ({"by": "content", "params": {}}, "belong to by=similarity"),
+        ({"by": "content", "threshold": 0.9}, "require by=similarity"),
+        ({"by": "content", "params": {}}, "require by=similarity"),
         ({"by": "similarity", "threshold": 0.4}, "threshold: "),
         ({"by": "similarity", "threshold": 1.01}, "threshold: "),
         ({"by": "similarity", "threshold": "NaN"}, "threshold: "),

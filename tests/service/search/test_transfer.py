@@ -152,7 +152,7 @@ async def test_a_photo_that_cannot_be_stored_ends_the_copy_before_its_item_is_wr
     await source.upsert("shop", [replace(items(1)[0], digest=await here.put(b"photo"))], tag=TAG)
 
     async def full(data: bytes) -> str:
-        raise StorageFailed("the photo cannot be stored: No space left on device")
+        raise StorageFailed("the image cannot be stored: No space left on device")
 
     monkeypatch.setattr(there, "put", full)
     with pytest.raises(StorageFailed, match="No space left"):
