@@ -4,7 +4,7 @@
     python benchmarks/search.py --vectors 1000000 --http --folder DIR
 
 The vectors are unit vectors of a mixture (N/100 centres, at least 100; variance falls off as 1/rank, as in features of
-photos, so they are not uniform); queries are new samples of it, and the truth is an exact search. Parts:
+images, so they are not uniform); queries are new samples of it, and the truth is an exact search. Parts:
 
     build    upsert in batches of 2,000, then `settle`; bare indexes; Qdrant Edge with its optimiser
     latency  one query at a time, one run: engines take turns in an order drawn anew for each turn, each with an order

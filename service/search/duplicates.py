@@ -1,8 +1,8 @@
-"""Which items of a collection are the same photo, or nearly.
+"""Which items of a collection are the same image, or nearly.
 
-By content: items whose photos' bytes have the same sha256. By similarity: items whose vectors have a cosine of at least
+By content: items whose images' bytes have the same sha256. By similarity: items whose vectors have a cosine of at least
 a threshold are joined, and what hangs together is a group; so the first and the last of a series of ever so slightly
-different photos are in one group although they differ.
+different images are in one group although they differ.
 
 Both go over the collection page by page, and the second searches the neighbours of every vector, as deep as they are
 near enough. That is one search an item, but for those whose vectors are equal to the bit, so the number of items is

@@ -36,8 +36,8 @@ class Item:
     id: str
     vector: Floats
     metadata: Metadata = field(default_factory=dict)
-    source: str | None = None  # where the photo is: an address, or a stored original
-    digest: str | None = None  # sha256 of the photo's bytes, in hex: exact duplicates have the same
+    source: str | None = None  # where the image is: an address, or a stored original
+    digest: str | None = None  # sha256 of the image's bytes, in hex: exact duplicates have the same
 
 
 class Hit(NamedTuple):
@@ -73,7 +73,7 @@ class CollectionSpec:
     dtype: DType = "float32"  # as stored
     index: IndexSpec = field(default_factory=IndexSpec)
     indexed: tuple[str, ...] = ()  # metadata keys that filters find without looking at every item
-    originals: bool = False  # whether photos are kept beside their vectors
+    originals: bool = False  # whether images are kept beside their vectors
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Everything goes through `VectorStore`, page by page, so a million vectors need n
 (.npz excepted: it is written at once). A copy or import that was interrupted is simply run again: a copy skips the ids
 that are there, an import writes them again with the same content.
 
-A collection that keeps its photos has them beside the store (`service/originals.py`); a copy to where other photos are
+A collection that keeps its images has them beside the store (`service/originals.py`); a copy to where other images are
 kept takes them along, each before the items that lead to it.
 """
 
@@ -37,7 +37,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Photos:
-    """What became of the photos that the items of a copy lead to."""
+    """What became of the images that the items of a copy lead to."""
 
     copied: int = 0
     present: int = 0  # were there already
@@ -68,12 +68,12 @@ async def copy_collection(
     """Everything of a collection into another store, or under another name; ids that are there are skipped.
 
     Args:
-        originals: where the source keeps photos, and where the target does. They are copied if the collection keeps
-            its photos and the places are two, also those of items that were there.
+        originals: where the source keeps images, and where the target does. They are copied if the collection keeps
+            its images and the places are two, also those of items that were there.
 
     Raises:
         Conflict: the target has the name with other settings, or the counts differ at the end.
-        StorageFailed: a photo cannot be stored at the target, or a store fails.
+        StorageFailed: an image cannot be stored at the target, or a store fails.
     """
     info = await source.info(name)
     new_name = new_name or name
@@ -102,7 +102,7 @@ async def copy_collection(
 
 async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
     """Those that the items lead to, a few at a time; counted in `photos`."""
-    gate = asyncio.Semaphore(THREADS)  # each photo under way is in memory
+    gate = asyncio.Semaphore(THREADS)  # each image under way is in memory
 
     async def copy(digest: str) -> None:
         async with gate:

@@ -77,7 +77,7 @@ async def test_equal_vectors_count_at_a_threshold_of_one():
 
 
 async def test_equal_vectors_are_searched_for_once():
-    """A shop's placeholder photo may be there ten thousand times."""
+    """A shop's placeholder image may be there ten thousand times."""
     store, items = await filled([*np.ones((300, DIMS)), *np.eye(DIMS)[:2], *(np.eye(DIMS)[:2] + 1e-3)])
     searched = []
     search = store.search

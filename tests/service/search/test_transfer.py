@@ -116,7 +116,7 @@ async def test_copy_takes_the_photos_that_items_lead_to(tmp_path: Path) -> None:
     source = ExactStore()
     await source.create("shop", SPEC)
     some = [replace(one, digest=digest) for one, digest in zip(items(30), digests, strict=True)]
-    some[0] = replace(some[0], digest=None, source=source_of(digests[1]))  # two items, one photo
+    some[0] = replace(some[0], digest=None, source=source_of(digests[1]))  # two items, one image
     some[2] = replace(some[2], digest=None, source=None)
     some[3] = replace(some[3], digest="0" * 64)  # is not stored
     await source.upsert("shop", some, tag=TAG)
@@ -152,7 +152,7 @@ async def test_a_photo_that_cannot_be_stored_ends_the_copy_before_its_item_is_wr
     await source.upsert("shop", [replace(items(1)[0], digest=await here.put(b"photo"))], tag=TAG)
 
     async def full(data: bytes) -> str:
-        raise StorageFailed("the photo cannot be stored: No space left on device")
+        raise StorageFailed("the image cannot be stored: No space left on device")
 
     monkeypatch.setattr(there, "put", full)
     with pytest.raises(StorageFailed, match="No space left"):
