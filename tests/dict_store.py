@@ -153,7 +153,7 @@ class DictStore:
     ) -> Page:
         items = sorted(self._passing(self._found(collection)[1], where), key=lambda item: item.id)
         if cursor is not None and not cursor.startswith("after:"):
-            raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor")
+            raise InvalidRequest(f"cursor {cursor[:80]!r} is not from this store", param="cursor")
         rest = [item for item in items if cursor is None or item.id > cursor.removeprefix("after:")]
         return Page(rest[:limit], f"after:{rest[limit - 1].id}" if len(rest) > limit else None)
 

@@ -122,7 +122,7 @@ async def test_a_collection_of_an_unknown_kind_does_not_stop_the_maintenance_of_
     store = await opened(tmp_path)
     store._maintenance._seal_rows = 10
     store._maintenance._tidy(store._connect(), idle=False)
-    assert "collection 'a': no segment could be built (index kind 'diskann' is unknown" in caplog.text
+    assert "collection 'a': cannot build a segment (index kind 'diskann' is unknown" in caplog.text
     assert len((await store.stats("b"))["segments"]) == 1
     assert (await store.stats("a"))["tail"] == 50
     await store.close()
