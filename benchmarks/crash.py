@@ -1,14 +1,14 @@
-"""Kill the embedded store at random moments and look at what is left.
+"""Kills the embedded store at random moments and checks what is left.
 
-A child process writes (upserts, replacements, deletes, changes of metadata), while segments are built and merged and
-snapshots taken as fast as they can; it says which writes were acknowledged. The parent kills it with SIGKILL, opens the
-store and demands: every acknowledged write is there, nothing else is (but the one write that was under way, whole or
-not at all), searches with and without a filter give the answers of a numpy scan, every snapshot is whole. Then the next
-child goes on in the same folder.
+A child process writes (upserts, replacements, deletes, changes of metadata) while segments are built and merged and
+snapshots are taken as fast as possible; it reports which writes were acknowledged. The parent kills it with SIGKILL,
+opens the store and checks that every acknowledged write is present and nothing else is (except that the one write that
+was running may be complete or absent), that searches with and without a filter give the answers of a numpy scan, and
+that every snapshot is complete. Then the next child continues in the same folder.
 
     python benchmarks/crash.py [--kills 200] [--seed 0] [--folder DIR]
 
-Prints a table and, last, one JSON line; exit status 1 when something was lost.
+Prints a table and then one JSON line; the exit status is 1 if something was lost.
 """
 
 import argparse
@@ -37,7 +37,7 @@ State = dict[str, tuple[np.ndarray, dict[str, int]]]
 
 
 def operation(seed: int, n: int) -> tuple[str, list[int], np.ndarray]:
-    """The n-th write: its kind, the items it concerns, and vectors for them."""
+    """Return the n-th write: its kind, the items it changes, and their vectors."""
     rng = np.random.default_rng((seed, n))
     kind = str(rng.choice(["upsert", "upsert", "upsert", "delete", "patch"]))
     which = rng.choice(IDS, size=int(rng.integers(1, 40)), replace=False).tolist()
@@ -46,7 +46,7 @@ def operation(seed: int, n: int) -> tuple[str, list[int], np.ndarray]:
 
 
 def apply(state: State, seed: int, n: int) -> None:
-    """The n-th write, on a dictionary."""
+    """Apply the n-th write to a dictionary."""
     kind, which, vectors = operation(seed, n)
     if kind == "upsert":
         for item, vector in zip(which, vectors, strict=True):
@@ -60,7 +60,7 @@ def apply(state: State, seed: int, n: int) -> None:
 
 
 async def opened(folder: Path) -> EmbeddedStore:
-    """The store, with sizes at which a few hundred items go through every stage."""
+    """Open the store with sizes at which a few hundred items pass through every stage."""
     building.FLAT_BELOW, maintenance.MANY, maintenance.ORPHAN_S = 100, 2, 0.05
     store = await open_embedded(folder, threads=1, interval_s=0.005, seal_rows=48)
     assert isinstance(store, EmbeddedStore)
@@ -68,7 +68,7 @@ async def opened(folder: Path) -> EmbeddedStore:
 
 
 async def child(folder: Path, seed: int, start: int) -> None:
-    """Write for ever, saying `n` when the n-th write was acknowledged."""
+    """Write until killed; print n when the n-th write is acknowledged."""
     store = await opened(folder)
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw"), indexed=("group",)))
 
@@ -96,7 +96,7 @@ async def child(folder: Path, seed: int, start: int) -> None:
 
 
 async def differences(store: EmbeddedStore, state: State, rng: np.random.Generator) -> str:
-    """What is wrong with the store, if it should hold `state`; empty when nothing is."""
+    """Return how the store differs from `state`; an empty string if it does not."""
     found: State = {}
     cursor = None
     while True:
@@ -118,17 +118,17 @@ async def differences(store: EmbeddedStore, state: State, rng: np.random.Generat
             scores = {name: float(state[name][0] @ query / np.linalg.norm(query)) for name in passing}
             best = sorted(scores.values(), reverse=True)[:10]
             if any(abs(hit.score - scores.get(hit.id, 9)) > 1e-5 for hit in hits) or len(hits) != len(best):
-                return f"a search names what is not there, or too little (exact={exact}, filter={where is not None})"
+                return f"a search returns missing or too few items (exact={exact}, filter={where is not None})"
             if exact and not np.allclose([hit.score for hit in hits], best, atol=2e-6):
                 return "an exact search misses a neighbour"
     return ""
 
 
 async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, float]:
-    """Which of the possible states the store is in, and the seconds that opening took.
+    """Return which of the possible states the store is in, and how many seconds it took to open.
 
     Raises:
-        AssertionError: it is in none of them, or a snapshot is broken.
+        AssertionError: the store is in none of the states, or a snapshot is broken.
     """
     started = time.perf_counter()
     store = await opened(folder)
@@ -140,7 +140,7 @@ async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, floa
         assert "" in wrong, "; ".join(wrong)
         for taken in await store.snapshots("c"):
             await store.restore("again", "c", taken.name)
-            assert await store.count("again") == taken.count, f"snapshot {taken.name} is not whole"
+            assert await store.count("again") == taken.count, f"snapshot {taken.name} is incomplete"
             await store.drop("again")
         return wrong.index(""), seconds
     finally:
@@ -148,7 +148,7 @@ async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, floa
 
 
 def run(folder: Path, kills: int, seed: int) -> dict[str, float | int]:
-    """Kill, look, go on."""
+    """Kill the child, check the store, and repeat; return the figures."""
     moments = random.Random(seed)
     state: State = {}
     n, opening, under_way = 0, [], 0
@@ -156,7 +156,7 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, float | int]:
         command = [sys.executable, __file__, "--child", "--folder", str(folder), "--seed", str(seed), "--start", str(n)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            for _ in range(moments.randint(0, 40)):  # then a moment that has nothing to do with an acknowledgement
+            for _ in range(moments.randint(0, 40)):  # then wait for a moment unrelated to an acknowledgement
                 if not process.stdout.readline():
                     break
                 apply(state, seed, n)

@@ -1,4 +1,5 @@
-"""Vector search on this machine: our embedded store beside bare faiss, hnswlib, usearch and Qdrant Edge, and over HTTP.
+"""Vector search on this machine: our embedded store compared with bare faiss, hnswlib, usearch and Qdrant Edge, and
+over HTTP.
 
     python benchmarks/search.py --vectors 100000 --http [--folder DIR] [--only latency qps ...]
     python benchmarks/search.py --vectors 1000000 --http --folder DIR
@@ -7,21 +8,21 @@ The vectors are unit vectors of a mixture (N/100 centres, at least 100; variance
 images, so they are not uniform); queries are new samples of it, and the truth is an exact search. Parts:
 
     build    upsert in batches of 2,000, then `settle`; bare indexes; Qdrant Edge with its optimiser
-    latency  one query at a time, one run: engines take turns in an order drawn anew for each turn, each with an order
-             of queries of its own, so that none warms another's cache; ours through its async API under uvloop
-    qps      1 and 16 clients (tasks for ours, threads for the others), phases that take turns
-    filters  that pass 0.001 %, 0.1 %, 10 % and 50 % of the items, and one that passes only what is far from the query
+    latency  one query at a time: engines take turns in an order drawn for each turn, each with its own order of
+             queries, so that none warms another's cache; ours through its async API under uvloop
+    qps      1 and 16 clients (tasks for ours, threads for the others), in alternating phases
+    filters  that pass 0.001 %, 0.1 %, 10 % and 50 % of the items, and one that passes only items far from the query
     memory   of a fresh process that opens one engine and answers 1,000 queries
-    open     of a fresh process, files in the page cache
-    http     (with --http) the service as its own process, and as two processes on the same folder with half of the
-             clients each; beside empty servers that read the same body; a lean client
+    open     time for a fresh process to open each kind, with files in the page cache
+    http     (with --http) the service as one process, and as two processes on the same folder with half of the clients
+             each, compared with empty servers that read the same body; the client is minimal
 
-Every part runs in processes of its own. Above 100,000 vectors the peers and our kind `flat` are left out unless named,
-and bare faiss's HNSW is our own segment's graph and vectors, opened by faiss. An engine that is slow takes part in
-fewer turns. With --folder what was built is kept, so parts can be run one after the other; the result file keeps the
-parts of that day that are not run again. Needs the `bench` extra.
+Every part runs in its own processes. Above 100,000 vectors the peers and our kind `flat` are left out unless named, and
+bare faiss HNSW uses our segment's graph and vectors, opened by faiss. A slow engine takes part in fewer turns. With
+--folder the built indexes are kept, so parts can be run one after the other; the result file keeps the same day's parts
+that are not run again. Needs the `bench` extra.
 
-Prints tables and, last, one JSON line, which is also written to benchmarks/results/.
+Prints tables and then one JSON line, which is also written to benchmarks/results/.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def say(text: str) -> None:
 
 
 def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a new process: its memory is its own, and is gone afterwards."""
+    """Run a function in a new process, so that its memory is separate and freed afterwards; return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -79,7 +80,10 @@ def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def make_data(folder: Path, n: int, queries: int) -> None:
-    """vectors.npy [n, D], queries.npy, keys.npz (`rank` a permutation, `region` of the centre), truth.npy [q, K]."""
+    """Write vectors.npy [n, D], queries.npy [q, D], truth.npy [q, K], and keys.npz.
+
+    In keys.npz, `rank` is a permutation and `region` the tenth that an item's centre is in.
+    """
     rng = np.random.default_rng(0)
     scale = 1 / np.sqrt(1 + np.arange(D))
     scale /= np.linalg.norm(scale)
@@ -106,23 +110,23 @@ def make_data(folder: Path, n: int, queries: int) -> None:
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    """The K nearest [q, K] of each query, of all or among some positions; -1 where there are fewer."""
+    """Return the K nearest [q, K] of each query, among all vectors or the given positions; -1 if there are fewer."""
     faiss.omp_set_num_threads(available_cpus())
     count = len(vectors) if among is None else len(among)
-    scores, places = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    scores, positions = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for begin in range(0, count, CHUNK):
         chosen = np.arange(begin, min(count, begin + CHUNK)) if among is None else among[begin : begin + CHUNK]
         rows = np.ascontiguousarray(vectors[chosen[0] : chosen[-1] + 1] if among is None else vectors[chosen])
-        some, found = faiss.knn(queries, rows, min(K, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores, places = np.hstack([scores, some]), np.hstack([places, chosen[found]])
+        block_scores, rows_found = faiss.knn(queries, rows, min(K, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, positions = np.hstack([scores, block_scores]), np.hstack([positions, chosen[rows_found]])
         best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
-        scores, places = np.take_along_axis(scores, best, 1), np.take_along_axis(places, best, 1)
+        scores, positions = np.take_along_axis(scores, best, 1), np.take_along_axis(positions, best, 1)
     faiss.omp_set_num_threads(1)
-    return np.pad(places, ((0, 0), (0, K - places.shape[1])), constant_values=-1)
+    return np.pad(positions, ((0, 0), (0, K - positions.shape[1])), constant_values=-1)
 
 
 class Data:
-    """What lies in a folder; vectors are mapped."""
+    """The data in a folder; the vectors are mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))  # a memmap is slow to index
@@ -132,7 +136,7 @@ class Data:
 
 
 def recall(found: dict[int, list[int]], truth: np.ndarray) -> float:
-    """The share of the true neighbours that were found; queries by their numbers."""
+    """Return the share of the true neighbours that were found; `found` maps query numbers to positions."""
     hits = sum(len(set(places) & set(truth[query].tolist()) - {-1}) for query, places in found.items())
     return round(hits / sum(int((truth[query] >= 0).sum()) for query in found), 4)
 
@@ -141,15 +145,15 @@ def recall(found: dict[int, list[int]], truth: np.ndarray) -> float:
 
 
 def build_part(folder: Path, given: argparse.Namespace) -> Rows:
-    """What is not there yet; figures of all, as they were when it was built."""
-    known = folder / "build.json"
-    figures: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    """Build the engines that do not exist yet; return the build figures of all."""
+    figures_file = folder / "build.json"
+    figures: dict[str, Any] = json.loads(figures_file.read_text()) if figures_file.exists() else {}
     for name in [*given.kinds, *given.peers]:
         if name in figures:
             continue
         say(f"build {name}")
         figures[name] = fresh(build_one, folder, name)
-        known.write_text(json.dumps(figures))
+        figures_file.write_text(json.dumps(figures))
     return [{"engine": name, **figures[name]} for name in [*given.kinds, *given.peers]]
 
 
@@ -165,7 +169,7 @@ def build_one(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def running(folder: Path, given: argparse.Namespace) -> Iterator[tuple[asyncio.Runner, Data, list[Engine]]]:
-    """All engines, opened, under the event loop that the service has."""
+    """Open all engines under uvloop, the event loop of the service."""
     data = Data(folder)
     built = json.loads((folder / "build.json").read_text())
     ef = max(64, built.get("hnsw", {}).get("effort", 64))
@@ -180,7 +184,7 @@ def running(folder: Path, given: argparse.Namespace) -> Iterator[tuple[asyncio.R
 
 
 async def timed(engine: Engine, query: np.ndarray, where: Any = None) -> tuple[float, list[int]]:
-    """Milliseconds of one search, and what it found."""
+    """Return the duration of one search in milliseconds, and the positions it found."""
     started = time.perf_counter()
     answer = engine.search(query, where)
     if engine.waits:
@@ -192,7 +196,7 @@ async def timed(engine: Engine, query: np.ndarray, where: Any = None) -> tuple[f
 async def take_turns(
     engines: list[Engine], queries: np.ndarray, truth: np.ndarray, limit_s: float, wheres: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """p50, p99 and recall of each engine by name; one that would take longer than the limit has fewer turns."""
+    """Return p50, p99 and recall by engine name. An engine that would exceed the time limit gets fewer turns."""
     rng = np.random.default_rng(1)
     wheres = wheres or {}
     orders = {engine.name: rng.permutation(len(queries)) for engine in engines}
@@ -252,7 +256,7 @@ def threads_rate(engine: Engine, queries: np.ndarray, clients: int, seconds: flo
     together = threading.Barrier(clients)
 
     def client(at: int) -> int:
-        faiss.omp_set_num_threads(1)  # of this thread
+        faiss.omp_set_num_threads(1)  # applies to this thread
         together.wait()
         until, done = time.perf_counter() + seconds, 0
         while time.perf_counter() < until:
@@ -291,8 +295,8 @@ def filters_part(folder: Path, given: argparse.Namespace) -> Rows:
     with running(folder, given) as (runner, data, engines):
         knowing = [engine for engine in engines if engine.filters and engine.name != "faiss flat"]
         n, region = len(data.vectors), data.keys["query_regions"]
-        some = np.arange(min(200, len(data.queries)))
-        cases = [(f"{share:.3%}", "rank", 0, max(1, round(share * n)), some) for share in SHARES]
+        first_queries = np.arange(min(200, len(data.queries)))
+        cases = [(f"{share:.3%}", "rank", 0, max(1, round(share * n)), first_queries) for share in SHARES]
         cases.append(("far 10%", "region", 9, 10, np.flatnonzero(region == 0)[:200]))
         for title, key, low, high, chosen in cases:
             say(f"filters {title}")
@@ -303,7 +307,7 @@ def filters_part(folder: Path, given: argparse.Namespace) -> Rows:
 async def filter_rows(
     engines: list[Engine], data: Data, title: str, condition: tuple[str, int, int], chosen: np.ndarray
 ) -> Rows:
-    """One filter: its first use, which is timed with filters that pass as much but were never seen, and its next."""
+    """Measure one filter. The first use is timed with unseen filters that pass as many items; later uses follow."""
     key, low, high = condition
     flags = (data.keys[key] >= low) & (data.keys[key] < high)
     where = Where(key, low, high, np.packbits(flags, bitorder="little"))
@@ -313,7 +317,7 @@ async def filter_rows(
     for engine in [engine for engine in engines if engine.waits]:
         took: list[float] = []
         while len(took) < 11 and (len(took) < 3 or sum(took) < 5000):
-            by = len(took) + 1  # regions end at 9, so a longer span of them passes the same
+            by = len(took) + 1  # regions end at 9, so a longer span passes the same items
             span = (low, high + by) if key == "region" else (by % (n - high + 1), by % (n - high + 1) + high)
             native = engine.native(Where(key, *span, where.bits))
             took.append((await timed(engine, queries[by : by + 1], native))[0])
@@ -331,7 +335,7 @@ async def filter_rows(
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process: private pages and pages of files, counted whole (Rss) and shared out (Pss)."""
+    """Return the memory of this process in MiB: anonymous and file pages, as Rss and (shared pages divided) Pss."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {
@@ -345,7 +349,7 @@ def memory() -> dict[str, float]:
 
 
 def mapped(folder: Path) -> dict[str, float]:
-    """MiB resident of each file of the folder, by its name."""
+    """Return the resident MiB of each mapped file of the folder, by file name."""
     sizes: dict[str, float] = {}
     name = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -361,7 +365,7 @@ def memory_of(folder: Path, kind: str, bare: bool) -> dict[str, Any]:
     queries = np.load(folder / "queries.npy")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
-        ctypes.CDLL(None).malloc_trim(0)  # or what is free already would be filled first, and not seen
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise free memory would be reused and not counted
         before = memory()
         engine = peers.open_faiss_flat(folder, kind) if bare else runner.run(peers.open_ours(folder, kind))
         faiss.omp_set_num_threads(1)
@@ -398,7 +402,7 @@ def opening_of(folder: Path, kind: str) -> float:
 def open_part(folder: Path, given: argparse.Namespace) -> Rows:
     rows: Rows = []
     for kind in given.kinds:
-        times = [fresh(opening_of, folder, kind) for _ in range(4)][1:]  # the first brings files into the cache
+        times = [fresh(opening_of, folder, kind) for _ in range(4)][1:]  # the first run loads files into the cache
         files = sum(path.stat().st_size for path in (folder / kind).rglob("*") if path.is_file())
         rows.append({"engine": f"ours {kind}", "open_s": round(statistics.median(times), 3), "disk_mib": files >> 20})
     return rows
@@ -447,17 +451,17 @@ def http_rows(
 ) -> Rows:
     rows: dict[str, dict[str, Any]] = {name: {"server": name, "request_bytes": len(requests[0])} for name in ports}
     for name, port in ports.items():
-        answer = orjson.loads(send(port, requests, 4, 1)[2].split(b"\r\n\r\n", 1)[1])  # also warms up
+        answer = orjson.loads(send(port, requests, 4, 1)[2].split(b"\r\n\r\n", 1)[1])  # also a warm-up
         if name.startswith("ours") and len(answer["data"]) != K:
-            raise SystemExit(f"{name} has answered with {len(answer['data'])} hits")
+            raise SystemExit(f"{name} answered with {len(answer['data'])} hits; expected {K}")
     for clients in CLIENTS:
         rates: dict[str, list[float]] = {name: [] for name in ports}
         times: dict[str, list[np.ndarray]] = {name: [] for name in ports}
         for _ in range(2):
             for name, port in ports.items():
-                rate, some, _ = send(port, requests, clients, seconds)
+                rate, seconds_each, _ = send(port, requests, clients, seconds)
                 rates[name].append(rate)
-                times[name].append(some * 1e3)
+                times[name].append(seconds_each * 1e3)
         for name in ports:
             p50, p99 = np.quantile(np.concatenate(times[name]), [0.5, 0.99])
             rows[name] |= {f"qps_{clients}": round(statistics.fmean(rates[name]), 1)}
@@ -465,7 +469,7 @@ def http_rows(
     return list(rows.values())
 
 
-# ---- the whole
+# ---- main
 
 
 def table(title: str, rows: Rows) -> None:
@@ -483,15 +487,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS))
     parser.add_argument("--peers", nargs="*", choices=("faiss", "hnswlib", "usearch", "qdrant"))
-    parser.add_argument("--only", nargs="+", choices=("build", *PARTS), help="parts to run; the build is always there")
+    parser.add_argument("--only", nargs="+", choices=("build", *PARTS), help="parts to run; the build always runs")
     parser.add_argument("--http", action="store_true")
     parser.add_argument(
-        "--seconds", type=float, default=5, help="for one engine of qps in all, and half as long as one of http"
+        "--seconds", type=float, default=5, help="length of one phase of qps (peers: half as long) and of http"
     )
-    parser.add_argument("--folder", type=Path, help="keeps data and indexes; by default they are deleted")
-    parser.add_argument(
-        "--result", type=Path, help="file of the result instead of benchmarks/results/DATE-search-N.json"
-    )
+    parser.add_argument("--folder", type=Path, help="folder that keeps data and indexes; by default they are deleted")
+    parser.add_argument("--result", type=Path, help="result file; by default benchmarks/results/DATE-search-N.json")
     given = parser.parse_args()
     small = given.vectors <= SMALL
     given.kinds = given.kinds or (["flat"] if small else []) + ["hnsw", "ivf_pq", "rabitq"]

@@ -1,9 +1,10 @@
-"""The engines that `benchmarks/search.py` compares: our store, and faiss, hnswlib, usearch and Qdrant Edge called as
-directly as each can be; and for HTTP a lean client and servers that do nothing.
+"""The engines that `benchmarks/search.py` compares: our store, faiss, hnswlib, usearch and Qdrant Edge.
 
-Each is built once into a folder and opened from there; item n of the data has the id n everywhere. All graphs have
-M = 32 and efConstruction = 100 and are searched with the efSearch that our segment was tuned to. Qdrant Edge answers
-with payloads, as our store always does; the others know numbers only.
+Each peer is called as directly as possible. For HTTP there are a minimal client and servers that do nothing.
+
+Each engine is built once in a folder and opened from there; item n of the data has the id n in all of them. All graphs
+have M = 32 and efConstruction = 100 and are searched with the efSearch that our segment was tuned to. Qdrant Edge
+returns payloads, as our store always does; the others return only numbers.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ BUNDLED = next((Path(__file__).parents[1] / "model" / "bundled").iterdir())
 FINGERPRINT = "benchmark"
 HEIGHT, WIDTH = read_manifest(BUNDLED).input_size
 TAG = f"{FINGERPRINT}/cls/l2/{HEIGHT}x{WIDTH}/fp32"
-"""What the service with the bundled model asks for when a search names the fingerprint: `Service.tag`."""
+"""The tag that the service with the bundled model uses for a search with this fingerprint: `Service.tag`."""
 NAME, K, BATCH = "photos", 10, 2000
 M, EF_CONSTRUCTION = 32, 100
 KEYS = ("rank", "region")
@@ -45,7 +46,7 @@ KEYS = ("rank", "region")
 
 @dataclass(frozen=True)
 class Where:
-    """Items whose key lies in [low, high), and the same as a bitmap over all items."""
+    """A filter for items with a key in [low, high), with the same selection as a bitmap over all items."""
 
     key: str
     low: int
@@ -54,26 +55,26 @@ class Where:
 
 
 class Engine:
-    """One engine, opened. `search` gives a coroutine if `waits`; `filters` says whether it knows them."""
+    """An open engine. `search` returns a coroutine if `waits`; `filters` is whether the engine supports filters."""
 
     name: str
     waits = False
     filters = True
 
     def native(self, where: Where) -> Any:
-        """A filter as this engine wants it, made before the clock runs."""
+        """Convert a filter to this engine's form, before timing starts."""
         raise NotImplementedError
 
     def search(self, query: np.ndarray, where: Any = None) -> Any:
-        """The K nearest of one query [1, D]."""
+        """Return the K nearest of one query [1, D]."""
         raise NotImplementedError
 
     def places(self, answer: Any) -> list[int]:
-        """The numbers of the items that were found."""
+        """Return the numbers of the items in an answer."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Let go of files."""
+        """Release files."""
 
 
 # ---- ours
@@ -111,12 +112,12 @@ async def build_ours(folder: Path, kind: str, vectors: np.ndarray, keys: dict[st
     writing = 0.0
     for begin in range(0, len(vectors), BATCH):
         rows = zip(*(keys[key][begin : begin + BATCH].tolist() for key in KEYS), strict=True)
-        some = [
+        items = [
             Item(str(begin + n), vector, dict(zip(KEYS, row, strict=True)))
             for n, (vector, row) in enumerate(zip(vectors[begin : begin + BATCH], rows, strict=True))
         ]
         started = time.perf_counter()
-        await ours.store.upsert(NAME, some, tag=TAG)
+        await ours.store.upsert(NAME, items, tag=TAG)
         writing += time.perf_counter() - started
     started = time.perf_counter()
     await ours.store.settle(NAME)
@@ -153,17 +154,20 @@ class Faiss(Engine):
         return self._index.search(query, K, params=where or self._plain)
 
     def places(self, answer: Any) -> list[int]:
-        return [place for place in answer[1][0].tolist() if place >= 0]
+        return [number for number in answer[1][0].tolist() if number >= 0]
 
 
 def open_faiss_flat(folder: Path, kind: str) -> Faiss:
-    """Read into memory from the vectors of our segment: the file is one of faiss."""
+    """Read the vectors of our segment into memory as a flat faiss index; the file is in faiss's format."""
     path = folder / kind / "segments" / segment_row(folder, kind).folder / "vectors.faiss"
     return Faiss("faiss flat", faiss.read_index(str(path)), None)
 
 
 def open_faiss_hnsw(folder: Path, ef: int) -> Faiss | None:
-    """The one built here; if none was, our segment's own graph and vectors, mapped; None if that is too small."""
+    """Open the HNSW index that `build_faiss` wrote, or else our segment's graph and vectors, mapped.
+
+    Returns None if our segment is too small to have a graph.
+    """
     path = folder / "faiss.index"
     if path.exists():
         return Faiss("faiss hnsw", faiss.read_index(str(path)), ef)
@@ -212,8 +216,8 @@ def build_hnswlib(folder: Path, vectors: np.ndarray) -> dict[str, float]:
     index.init_index(len(vectors), ef_construction=EF_CONSTRUCTION, M=M)
     started = time.perf_counter()
     for begin in range(0, len(vectors), BATCH):
-        some = vectors[begin : begin + BATCH]
-        index.add_items(some, np.arange(begin, begin + len(some)), num_threads=available_cpus())
+        batch = vectors[begin : begin + BATCH]
+        index.add_items(batch, np.arange(begin, begin + len(batch)), num_threads=available_cpus())
     seconds = time.perf_counter() - started
     index.save_index(str(folder / "hnswlib.index"))
     return {"write_s": 0.0, "index_s": seconds}
@@ -228,7 +232,7 @@ class Usearch(Engine):
     def __init__(self, folder: Path, dimension: int, ef: int) -> None:
         self._index = _usearch(dimension, ef)
         self._index.load(str(folder / "usearch.index"))
-        self._index.expansion_search = ef  # loading brings the one that was saved
+        self._index.expansion_search = ef  # loading restores the saved value
 
     def search(self, query: np.ndarray, where: Any = None) -> Any:
         return self._index.search(query[0], K, threads=1)
@@ -254,8 +258,8 @@ def build_usearch(folder: Path, vectors: np.ndarray) -> dict[str, float]:
     index = _usearch(vectors.shape[1], 64)
     started = time.perf_counter()
     for begin in range(0, len(vectors), BATCH):
-        some = vectors[begin : begin + BATCH]
-        index.add(np.arange(begin, begin + len(some)), some, threads=available_cpus())
+        batch = vectors[begin : begin + BATCH]
+        index.add(np.arange(begin, begin + len(batch)), batch, threads=available_cpus())
     seconds = time.perf_counter() - started
     index.save(str(folder / "usearch.index"))
     return {"write_s": 0.0, "index_s": seconds}
@@ -306,12 +310,12 @@ def build_qdrant(folder: Path, vectors: np.ndarray, keys: dict[str, np.ndarray])
     writing = 0.0
     for begin in range(0, len(vectors), BATCH):
         lists = vectors[begin : begin + BATCH].tolist()
-        some = [
+        points = [
             edge.Point(begin + n, vector, {key: int(keys[key][begin + n]) for key in KEYS})
             for n, vector in enumerate(lists)
         ]
         started = time.perf_counter()
-        shard.update(edge.UpdateOperation.upsert_points(some))
+        shard.update(edge.UpdateOperation.upsert_points(points))
         writing += time.perf_counter() - started
     started = time.perf_counter()
     shard.optimize()
@@ -326,7 +330,7 @@ def build_qdrant(folder: Path, vectors: np.ndarray, keys: dict[str, np.ndarray])
 
 
 def build(folder: Path, name: str, vectors: np.ndarray, keys: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Build an engine anew; seconds of writing and of what is still to do then until its index is complete."""
+    """Rebuild an engine; return the seconds of writing and of completing its index afterwards."""
     for left in (folder / name, folder / f"{name}.index"):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     plain: dict[str, Callable[[Path, np.ndarray], dict[str, Any]]] = {
@@ -360,7 +364,7 @@ async def open_all(folder: Path, kinds: list[str], peers: list[str], dimension: 
 
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection that sends the next request as soon as it has the whole answer to the last."""
+    """A keep-alive connection that sends the next request as soon as the last answer is complete."""
 
     def __init__(self, requests: list[bytes], at: int, until: float) -> None:
         self._requests, self._at, self._until = requests, at, until
@@ -406,11 +410,11 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.done.done():
-            self.done.set_exception(error or ConnectionResetError("the server has closed the connection"))
+            self.done.set_exception(error or ConnectionResetError("the server closed the connection"))
 
 
 def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) -> tuple[float, np.ndarray, bytes]:
-    """Answers/s, the seconds of each, and one answer; clients take turns among the ports."""
+    """Return answers/s, the seconds of each answer, and one answer. Clients are distributed over the ports in turn."""
 
     async def run() -> tuple[float, np.ndarray, bytes]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
@@ -428,7 +432,7 @@ def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) 
 
 
 def serve_nothing(name: str, port: int) -> None:
-    """A server that reads a request's JSON and answers with nothing: with FastAPI, or without any framework."""
+    """Run a server that reads a request's JSON and returns an empty object, with FastAPI or without a framework."""
     import uvicorn
     from fastapi import FastAPI, Request, Response
 

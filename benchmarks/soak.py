@@ -1,12 +1,12 @@
-"""Eight writers and eight readers on one folder, in two processes with a store each, while segments come and go.
+"""Runs eight writers and eight readers on one folder, in two processes with a store each, during maintenance.
 
-Every hit must be something that was written; never what was deleted or replaced, if that was acknowledged, to whichever
-process, before the search began; its score must be the cosine to 1e-5. An exact search for an item that was there all
-the time must find it. Sizes are small, so that all stages of maintenance are gone through all the time.
+Every hit must be an item that was written. It must not be one that was deleted or replaced if any process got the
+acknowledgement before the search began. Its score must equal the cosine to 1e-5. An exact search for an item that
+exists throughout must find it. Sizes are small, so that all stages of maintenance run all the time.
 
     python benchmarks/soak.py [--seconds 60] [--folder DIR]
 
-Prints operations/s and, last, one JSON line; exit status 1 when an answer was wrong or a process has died.
+Prints operations/s and then one JSON line; the exit status is 1 if an answer was wrong or a process died.
 """
 
 import argparse
@@ -30,9 +30,10 @@ from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 
 TAG, D, K = "soak", 32, 10
 PROCESSES, EACH, SLOTS = 2, 4, 250
-"""Writers and readers in a process; items that each writer has to itself."""
+"""The number of processes, of writers and readers in each, and of items that belong to one writer."""
 BEGUN, DONE, LEAVING, GONE = range(4)
-"""For each item the last version that: began to be written, was acknowledged, began to go, was gone for certain."""
+"""Rows of the state: for each item the last version with a started write, an acknowledged write, a started removal and
+a completed removal."""
 
 
 def vector_of(slot: int, version: int) -> np.ndarray:
@@ -41,7 +42,7 @@ def vector_of(slot: int, version: int) -> np.ndarray:
 
 
 async def write(store: EmbeddedStore, state: np.ndarray, writer: int, until: float, counts: Counter[str]) -> None:
-    """Insert, replace and delete some of the items that are this writer's."""
+    """Insert, replace and delete some of this writer's items."""
     rng = np.random.default_rng(writer)
     while time.time() < until:
         slots = writer * SLOTS + rng.choice(SLOTS, size=int(rng.integers(1, 20)), replace=False)
@@ -68,7 +69,7 @@ async def read(store: EmbeddedStore, state: np.ndarray, reader: int, until: floa
     while time.time() < until:
         slot = int(rng.integers(state.shape[1]))
         version = int(state[DONE, slot])
-        there = state[LEAVING, slot] < version  # and is, if that still holds afterwards
+        there = state[LEAVING, slot] < version  # checked again after the search
         exact, where = bool(rng.random() < 0.3), WHERE if rng.random() < 0.3 else None
         gone = state[GONE].copy()
         query = vector_of(slot, version)
@@ -77,13 +78,13 @@ async def read(store: EmbeddedStore, state: np.ndarray, reader: int, until: floa
         for hit in hits:
             which, seen = int(hit.id), hit.metadata["version"]
             assert seen <= begun[which], f"item {which}: version {seen} was never written"
-            assert seen > gone[which], f"item {which}: version {seen} is found, {gone[which]} was gone before"
+            assert seen > gone[which], f"item {which}: found version {seen}, but {gone[which]} was already gone"
             assert abs(hit.score - vector_of(which, seen) @ query) < 1e-5, f"item {which}: score {hit.score} is wrong"
             assert where is None or which % 5 in (1, 2), f"item {which} does not pass the filter"
         scores = [hit.score for hit in hits]
         assert scores == sorted(scores, reverse=True), f"not in order: {scores}"
         if exact and where is None and there and state[LEAVING, slot] < version:
-            assert [hit.id for hit in hits[:1]] == [str(slot)], f"item {slot} is there and was not found"
+            assert [hit.id for hit in hits[:1]] == [str(slot)], f"item {slot} exists but was not found"
             counts["searches for what is there"] += 1
         counts["searches"] += 1
         counts["hits"] += len(hits)
@@ -109,23 +110,23 @@ def process(folder: Path, name: str, number: int, until: float, results: Any) ->
 
 
 def soak(folder: Path, seconds: float) -> dict[str, float] | None:
-    """Operations/s, or None when a process has failed; it has said why."""
+    """Return operations/s, or None if a process failed, after it has printed a traceback."""
     spawn = multiprocessing.get_context("spawn")
-    memory = SharedMemory(create=True, size=4 * PROCESSES * EACH * SLOTS * 8)  # zeros: no version of anything
-    results, until = spawn.Queue(), time.time() + seconds + 3  # to start
+    memory = SharedMemory(create=True, size=4 * PROCESSES * EACH * SLOTS * 8)  # zeros: no item has a version yet
+    results, until = spawn.Queue(), time.time() + seconds + 3  # 3 s for the processes to start
     started = [
         spawn.Process(target=process, args=(folder, memory.name, number, until, results)) for number in range(PROCESSES)
     ]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(seconds + 120)
-        if one.is_alive():
-            one.terminate()
-            one.join()
+    for child in started:
+        child.start()
+    for child in started:
+        child.join(seconds + 120)
+        if child.is_alive():
+            child.terminate()
+            child.join()
     memory.close()
     memory.unlink()
-    if any(one.exitcode for one in started):
+    if any(child.exitcode for child in started):
         return None
     counts = sum((Counter(results.get()) for _ in started), Counter[str]())
     return {key: round(value / seconds, 1) for key, value in counts.items()}

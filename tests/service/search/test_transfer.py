@@ -46,7 +46,7 @@ class ExactStore(DictStore):
 
     async def upsert(self, collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
         info = await super().upsert(collection, items, **options)
-        held = self._found(collection)[1].items
+        held = self._resolve(collection)[1].items
         for item in items:
             held[item.id] = replace(held[item.id], vector=item.vector.copy())
         return info
