@@ -64,7 +64,7 @@ def build(
     grown_from: Segment | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Built:
-    """Index the vectors of some items.
+    """Build the contents of a segment from chunks of items.
 
     Args:
         kind: the name of a kind, as `kind_for` returns it.

@@ -42,7 +42,7 @@ class In:
 
 @dataclass(frozen=True)
 class Between:
-    """The value has the bounds' type and lies within all of them."""
+    """The value has the type of the bounds and is within all of them."""
 
     path: tuple[str, ...]
     bounds: tuple[tuple[Range, str | int | float], ...]

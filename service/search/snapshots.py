@@ -245,7 +245,7 @@ def is_restoring(root: Path, name: str) -> bool:
 
 
 def tidy(root: Path) -> None:
-    """Remove the files of snapshots and restores whose process has died."""
+    """Remove the files of snapshots and restores that a dead process left behind."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
         with suppress(OSError):  # finished meanwhile, or not deletable; neither must block the other files
             if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := lock_file(path)) is not None:
