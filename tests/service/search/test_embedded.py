@@ -776,7 +776,12 @@ async def recall_with_filter(
     return hits / nearest.size
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivf_pq"])
+_SHORT_CODES = "one-bit codes of 32 dimensions tell neighbours in tight, far clusters apart too little: recall is 0.955"
+
+
+@pytest.mark.parametrize(
+    "kind", ["hnsw", "ivf_pq", pytest.param("rabitq", marks=pytest.mark.xfail(strict=True, reason=_SHORT_CODES))]
+)
 @pytest.mark.usefixtures("small")
 async def test_a_filter_that_passes_only_what_is_far(store: EmbeddedStore, kind: Any) -> None:
     """Nothing near the query passes, and the nearest items that do are still found."""
@@ -814,7 +819,7 @@ async def test_inverted_lists_with_a_filter_that_passes_only_what_is_far(store: 
 async def test_a_filter_where_inverted_lists_are_empty(store: EmbeddedStore, kind: Any) -> None:
     """Most vectors are equal, and so in one list; recall stays above the default target of 0.98.
 
-    Codes are approximate, so one answer may miss a neighbour: over 200 queries recall is 0.996 (`ivf_pq`) and 0.998
+    Codes are approximate, so one answer may miss a neighbour: over 200 queries recall is 0.9965 (`ivf_pq`) and 0.9985
     (`rabitq`). Scores come from the vectors, so a hit's score is exact.
     """
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec(kind)))
