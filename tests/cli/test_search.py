@@ -38,7 +38,7 @@ class KeptStore(DictStore):
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
         info = await self.info(collection)
-        self.kept = replace(self._found(collection)[1], items=dict(self._found(collection)[1].items))
+        self.kept = replace(self._resolve(collection)[1], items=dict(self._resolve(collection)[1].items))
         return SnapshotInfo("s1", collection, "2026-01-01T00:00:00+00:00", 1000, info.count)
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:

@@ -526,13 +526,13 @@ async def test_a_snapshot_of_more_than_one_page_comes_back(
 async def test_snapshots_that_fail_or_meet_leave_the_others(
     store: EmbeddedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second one in the same moment is refused and the first one's file stays; one that fails leaves no file."""
+    """A second snapshot at the same moment is refused and the first one's file stays; a failed one leaves no file."""
     await store.upsert("c", items(3), tag=TAG)
     now, write = time.time(), snapshots._write
     refused: list[str] = []
 
     def meets(source: Path, collection: str, target: Path) -> None:
-        with pytest.raises(StorageFailed, match="another of this collection is taken in the same moment") as caught:
+        with pytest.raises(StorageFailed, match="another one of this collection is being taken now") as caught:
             snapshots.take(source, collection, tmp_path / "snapshots")
         refused.append(caught.value.detail)
         write(source, collection, target)
