@@ -68,6 +68,18 @@ def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
     return result
 
 
+def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
+    """`matrix` [n, M] times x [M, ...], the same bits on every processor.
+
+    Each term is added in float64 and the sum rounded to float32, as a fused multiply-add does. BLAS differs between
+    processors, and a graph that bakes the positions must be derived byte for byte.
+    """
+    total = np.zeros((len(matrix), *x.shape[1:]), np.float32)
+    for column, row in zip(matrix.T.astype(np.float64), x.astype(np.float64), strict=True):
+        total = (total + np.multiply.outer(column, row)).astype(np.float32)
+    return total
+
+
 def resize_pos_embed(pos_embed: FloatArray, grid: tuple[int, int], rule: PosEmbedRule) -> FloatArray:
     """Resize [1, 1 + M*M, D] (class position first) to [1, 1 + h*w, D] for a grid of (h, w) patches.
 
@@ -79,7 +91,6 @@ def resize_pos_embed(pos_embed: FloatArray, grid: tuple[int, int], rule: PosEmbe
         return pos_embed
     h, w = grid
     patches = pos_embed[0, 1:].reshape(side, side, -1)  # [M, M, D]
-    resized = np.einsum(
-        "hi,wj,ijd->hwd", resize_matrix(side, h, rule), resize_matrix(side, w, rule), patches, optimize=True
-    )
+    by_row = _product(resize_matrix(side, h, rule), patches)  # [h, M, D]
+    resized = _product(resize_matrix(side, w, rule), by_row.swapaxes(0, 1)).swapaxes(0, 1)  # [w, h, D] -> [h, w, D]
     return np.concatenate([pos_embed[:, :1], resized.reshape(1, h * w, -1)], axis=1).astype(np.float32)

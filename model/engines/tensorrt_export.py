@@ -128,8 +128,7 @@ def build_plan(
         job = make_job(toolchain.library.name, work / names[0], work / "plan", size, options, targets=targets)
         done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
         plan = (work / "plan").read_bytes()
-        if (new_timings := job.get("new_timings")) is not None:
-            _keep_timings(Path(new_timings), Path(job["timing_cache"]))
+        _store_timings(work / "timings", options.timing_cache)
     if options.refit_from is None:  # a refit changes no kernels
         check_fusion(toolchain.library.name, count_fused_attention(plan), depth)
     progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
@@ -180,8 +179,10 @@ def targets_of(toolchain: Toolchain) -> list[str]:
     return [name] if hasattr(toolchain.library.module.ComputeCapability, name) else []
 
 
-def _keep_timings(new: Path, cache: Path) -> None:
-    """Store the library's measurements of kernels for the next build."""
+def _store_timings(new: Path, cache: Path | None) -> None:
+    """Store the library's measurements of kernels, if there are any, for the next build."""
+    if cache is None or not new.exists():
+        return
     try:
         write_bytes(cache, new.read_bytes())
     except OSError as error:  # only the next build is slower

@@ -86,7 +86,7 @@ def embed_files(
         advance: called with the number of files just dealt with.
 
     Returns:
-        The files embedded, their vectors [n, D] float32 (D doubles for "cls+mean"), and the report.
+        The files embedded, their vectors [n, D] float32 (D as `model.pooling.width` says), and the report.
     """
     started = time.perf_counter()
     limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess

@@ -2,12 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from model.artifact import ArtifactError, bundled_artifact, load_artifact, read_manifest
+from model.artifact import (
+    ArtifactError,
+    bundled_artifact,
+    find_artifacts,
+    fingerprint,
+    load_artifact,
+    read_manifest,
+)
 from model.cpus import available_cpus
 from model.engines import parity
 from model.engines.choice import load_engine
@@ -15,7 +23,7 @@ from model.engines.protocol import Features
 from model.export.artifact import export_artifact
 from model.export.options import ExportOptions
 from model.preprocess import PreprocessSpec, preprocess
-from tests.model.tiny import SPEC, backbone
+from tests.model.tiny import CONFIG, SPEC, backbone
 
 torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
 
@@ -71,6 +79,43 @@ def test_fingerprint_changes_with_everything_that_decides_a_vector(exported: Pat
     }
     assert len(prints) == 3
     assert export(tmp_path / "again").fingerprint in prints
+
+
+def test_each_part_of_the_identity_is_in_the_fingerprint() -> None:
+    weights = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(2, np.float32)}
+    others = [
+        ({**weights, "a": weights["a"].reshape(3, 2)}, CONFIG, SPEC),
+        ({**weights, "a": weights["a"].view(np.int32)}, CONFIG, SPEC),
+        ({"a": weights["a"], "c": weights["b"]}, CONFIG, SPEC),
+        (weights, replace(CONFIG, pos_embed_rule="size"), SPEC),
+        (weights, replace(CONFIG, num_heads=1), SPEC),
+        (weights, CONFIG, SPEC.model_copy(update={"mean": (0.5, 0.5, 0.5)})),
+        (weights, CONFIG, SPEC.model_copy(update={"resize": 81})),
+    ]
+    same = fingerprint(weights, CONFIG, SPEC)
+    assert fingerprint(dict(reversed(weights.items())), CONFIG, SPEC) == same
+    assert len({same, *(fingerprint(*other) for other in others)}) == 1 + len(others)
+
+
+def test_artifacts_are_found_newest_first_and_the_bundled_one_last(exported: Path, tmp_path: Path) -> None:
+    days = {"b": "2026-03-01", "a": "2026-02-01", "c": "2026-01-01", ".exporting-x": "2026-04-01"}
+    for name, day in days.items():
+        shutil.copytree(exported, tmp_path / "artifacts" / name)
+        edit_manifest(tmp_path / "artifacts" / name, created=f"{day}T00:00:00+00:00")
+    (tmp_path / "artifacts" / "broken").mkdir()
+    (tmp_path / "artifacts" / "broken" / "manifest.json").write_text("{}")
+    (tmp_path / "artifacts" / "no artifact").mkdir()
+    names = [path.name for path in find_artifacts(tmp_path)]
+    assert names == ["b", "a", "c", "broken", bundled_artifact().name]
+
+
+def test_nothing_is_derived_from_weights_that_were_changed(tmp_path: Path) -> None:
+    lean = export(tmp_path / "lean", keep_onnx=False).path
+    weights = lean / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors: has .* it was changed or cut short"):
+        load_artifact(lean, derived_dir=tmp_path / "derived")
+    assert not list(tmp_path.glob("derived/**/*.onnx"))
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "model.onnx", "README.md"])

@@ -19,6 +19,7 @@ from model.checkpoint import load_checkpoint, load_model, load_state_dict_file, 
 from model.config import ViTConfig  # noqa: E402
 from model.convert import MAX_LISTED, CheckpointError  # noqa: E402
 from model.vit import DinoVisionTransformer  # noqa: E402
+from tests.disk_log import DiskLog  # noqa: E402
 
 StateDict = dict[str, torch.Tensor]
 
@@ -355,6 +356,13 @@ def test_own_checkpoint_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="extra keys: 1"):
         save_checkpoint(tmp_path / "d", original.state_dict(), TINY["test_plain"], {})
     assert not (tmp_path / "d").exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = random_model("test_plain")
+    log = DiskLog(monkeypatch)
+    save_checkpoint(tmp_path / "c", original.state_dict(), original.config, {})
+    log.assert_durable(tmp_path / "c")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

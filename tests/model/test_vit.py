@@ -186,6 +186,38 @@ def test_images_of_a_batch_do_not_touch_each_other(small: DinoVisionTransformer,
     torch.testing.assert_close(small(pixels)[1:], small(pixels[1:]))
 
 
+def test_weights_at_the_start() -> None:
+    """As in Meta's code: a truncated normal for linear layers and positions, nearly zero class and register tokens."""
+    torch.manual_seed(0)
+    config = ViTConfig(embed_dim=96, depth=2, num_heads=2, img_size=140, num_register_tokens=30, layerscale_init=1e-4)
+    state = DinoVisionTransformer(config).state_dict()
+    deviations = {"pos_embed": 0.02, "cls_token": 1e-6, "register_tokens": 1e-6}
+    for name, tensor in state.items():
+        if name in deviations or ((".attn." in name or ".mlp." in name) and name.endswith("weight")):
+            assert tensor.std().item() == pytest.approx(deviations.get(name, 0.02), rel=0.25), name
+        elif "gamma" in name:
+            assert (tensor == 1e-4).all(), name
+        elif "norm" in name and name.endswith("weight"):
+            assert (tensor == 1).all(), name
+        elif name != "patch_embed.proj.weight" and name != "patch_embed.proj.bias":
+            assert not tensor.any(), name
+
+
+@pytest.mark.parametrize(("batch", "rate", "kept"), [(4, 0.1, 4), (8, 0.2, 6), (8, 0.3, 6), (2, 0.9, 1), (5, 0.5, 2)])
+def test_drop_path_computes_the_nearest_number_of_samples_and_one_at_least(batch: int, rate: float, kept: int) -> None:
+    model = DinoVisionTransformer(ViTConfig(embed_dim=8, depth=1, num_heads=1, img_size=28), drop_path_rate=rate)
+    samples, gain = model.blocks[0]._kept_samples(torch.zeros(batch, 5, 8))
+    assert len(set(samples.tolist())) == len(samples) == kept
+    assert gain == batch / kept
+
+
+def test_nothing_is_dropped_outside_of_training(small: DinoVisionTransformer, pixels: torch.Tensor) -> None:
+    dropping = DinoVisionTransformer(SMALL, drop_path_rate=0.5).eval()
+    dropping.load_state_dict(small.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(dropping(pixels), small(pixels))
+
+
 def test_drop_path_keeps_the_expectation() -> None:
     torch.manual_seed(0)
     model = DinoVisionTransformer(ViTConfig(embed_dim=8, depth=1, num_heads=1, img_size=28), drop_path_rate=0.5)

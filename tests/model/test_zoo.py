@@ -16,7 +16,8 @@ import pytest
 
 from model import zoo
 from model.config import CONFIGS
-from model.zoo import ENTRIES, DownloadError, ZooEntry, download, resolve
+from model.zoo import ENTRIES, MAX_ATTEMPTS, DownloadError, ZooEntry, download, resolve
+from tests.disk_log import DiskLog
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 ENTRY = replace(ENTRIES["dinov2_vits14"], size_bytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
@@ -160,6 +161,31 @@ def test_dropped_connections_resume(server: Server, tmp_path: Path) -> None:
     assert left_over(tmp_path) == {ENTRY.filename}
 
 
+def test_a_line_that_breaks_again_and_again_but_delivers_is_no_failure(server: Server, tmp_path: Path) -> None:
+    server.sent_per_connection = [100_000] * (MAX_ATTEMPTS + 2)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert len(server.requests) == MAX_ATTEMPTS + 3
+
+
+def test_fruitless_attempts_end_and_wait_longer_each_time(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(zoo.time, "sleep", waits.append)
+    server.sent_per_connection = [1000] + [0] * 10
+    with pytest.raises(DownloadError):
+        fetch(server, tmp_path)
+    assert len(server.requests) == MAX_ATTEMPTS  # the first, which delivered, is the first of those in a row
+    assert waits == [0.001, 0.002, 0.004]
+
+
+def test_the_bytes_are_on_the_disk_before_they_have_their_name(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = DiskLog(monkeypatch)
+    log.assert_durable(fetch(server, tmp_path))
+
+
 def test_a_later_call_resumes_what_an_earlier_one_left(server: Server, tmp_path: Path) -> None:
     server.sent_per_connection = [500_000] + [0] * 10
     with pytest.raises(DownloadError, match="cannot download dinov2_vits14 from http://127"):
@@ -281,6 +307,18 @@ def test_too_little_space_is_seen_before(server: Server, tmp_path: Path, monkeyp
     with pytest.raises(DownloadError, match=f"{len(CONTENT)} bytes are missing and 1000 are free"):
         fetch(server, tmp_path)
     assert left_over(tmp_path) == set()
+
+
+def test_only_what_is_missing_must_fit_on_the_disk(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.sent_per_connection = [800_000] + [0] * 10
+    with pytest.raises(DownloadError):
+        fetch(server, tmp_path)
+    server.sent_per_connection = []
+    usage = zoo.shutil.disk_usage(tmp_path)._replace(free=len(CONTENT) - 800_000)
+    monkeypatch.setattr(zoo.shutil, "disk_usage", lambda path: usage)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 
 class FullDisk(io.FileIO):

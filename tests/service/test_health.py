@@ -5,8 +5,8 @@ import base64
 import socket
 import threading
 
-from service import app
 from service.features.cache import MemoryCache
+from service.search import opening
 from tests.dict_store import DictStore
 from tests.fakes import FakeEngine, photo, running, until
 
@@ -106,7 +106,7 @@ async def test_the_recall_of_live_searches_is_a_metric(tmp_path, monkeypatch):
         on_recall("shop", 0.75)
         return DictStore()
 
-    monkeypatch.setattr(app, "open_store", measured)
+    monkeypatch.setattr(opening, "open_store", measured)
     async with running(tmp_path) as run:
         text = (await run.client.get("/metrics")).text
     assert 'dinov2_index_recall_ratio{collection="shop"} 0.75' in text

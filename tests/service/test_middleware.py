@@ -161,13 +161,17 @@ async def test_nobody_waits_for_a_client_that_has_its_answer(tmp_path, delay_s):
         assert watchers() == []
 
 
+def border(inner, service):
+    return Border(inner, service.settings, service.metrics, service.lifecycle)
+
+
 async def test_one_request_id_is_sent(tmp_path):
     async def inner(scope, receive, send):
         await send(START)
         await send(END)
 
     async with running(tmp_path) as run:
-        sent = await exchange(Border(inner, run.service), b"", asyncio.Event())
+        sent = await exchange(border(inner, run.service), b"", asyncio.Event())
     names = [name for name, _ in sent[0]["headers"]]
     assert sorted(names) == [b"x-other", b"x-request-id"]
     assert dict(sent[0]["headers"])[b"x-request-id"] != b"inner"
@@ -180,7 +184,7 @@ async def test_an_answer_that_has_begun_is_not_answered_again(tmp_path, error):
         raise error
 
     async with running(tmp_path) as run:
-        sent = await exchange(Border(inner, run.service), b"", asyncio.Event())
+        sent = await exchange(border(inner, run.service), b"", asyncio.Event())
     assert [message["type"] for message in sent] == ["http.response.start"]
 
 
@@ -197,7 +201,7 @@ async def test_an_answer_that_has_begun_is_sent_to_its_end_though_the_client_lea
         finished.append(True)
 
     async with running(tmp_path) as run:
-        sent = await exchange(Border(inner, run.service), b"", leave)
+        sent = await exchange(border(inner, run.service), b"", leave)
         text = (await run.client.get("/metrics")).text
     assert finished
     assert sent[-1] == END
@@ -215,7 +219,7 @@ async def test_what_fails_because_the_client_has_left_is_no_fault(tmp_path, capl
         raise RuntimeError("the connection is closed")
 
     async with running(tmp_path) as run:
-        await exchange(Border(inner, run.service), b"", leave)
+        await exchange(border(inner, run.service), b"", leave)
         text = (await run.client.get("/metrics")).text
     assert 'status="499"' in text
     assert [record for record in caplog.records if record.name == "service.middleware"] == []

@@ -4,15 +4,27 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.disk_log import DiskLog
 from tests.training.tiny import ALONE
 from training import state as states
 from training.config import TrainConfig
 from training.setup import make_setup
-from training.state import alone_in, drop_states, find_state, load_state, remember, save_state, start_from
+from training.state import (
+    Saved,
+    alone_in,
+    check_same_settings,
+    drop_states,
+    find_state,
+    load_state,
+    remember,
+    save_state,
+    start_from,
+)
 
 SETTINGS = {
     "data": "-",
@@ -71,6 +83,48 @@ def test_a_state_comes_back_whole(out):
     assert (parts.buffers["dino"] == 20).all()
     assert {float(state["step"]) for state in parts.optimizer.state.values()} == {20.0}
     assert all((state["exp_avg"] == 7).all() for state in parts.optimizer.state.values())
+
+
+def test_student_and_average_come_back_each_as_it_was(tmp_path):
+    parts = parts_at(3)
+    for parameter in parts.ema.parameters():
+        torch.nn.init.constant_(parameter, 8)
+    save_state(tmp_path, parts, 1, SETTINGS, {}, 1, ALONE)
+    other = parts_at(5)
+    load_state(find_state(tmp_path)[0], other)
+    assert all((p == 3).all() for p in other.student.parameters())
+    assert all((p == 8).all() for p in other.ema.parameters())
+    assert other.teacher is other.ema
+
+
+def test_an_optimizer_that_has_gone_further_forgets_what_the_state_has_not(tmp_path):
+    parts = parts_at(3)
+    parts.optimizer.state.clear()
+    save_state(tmp_path, parts, 0, SETTINGS, {}, 1, ALONE)
+    other = parts_at(5)
+    load_state(find_state(tmp_path)[0], other)
+    assert not other.optimizer.state
+
+
+# What may be other in the run that goes on: where it runs, how fast, and what it shows.
+FREE = {
+    *("out", "data", "device", "compile", "strategy", "micro_batch", "checkpoint_blocks", "workers", "ahead_steps"),
+    *("ahead_bytes", "measure_peak", "log_every", "save_every_minutes", "keep_states", "eval_every_epochs"),
+    *("keep_checkpoints_every_epochs", "sheet_every", "wandb", "whiten", "eval_resize", "eval_crop"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TrainConfig.model_fields))
+def test_a_run_goes_on_with_its_own_settings_but_for_those_that_change_no_weight(name):
+    settings = TrainConfig.model_validate(SETTINGS).model_dump(mode="json")
+    saved = Saved(Path("run/states/000000010.pt"), 10, settings, {})
+    check_same_settings(saved, dict(settings))
+    changed = settings | {name: "another"}
+    if name in FREE:
+        check_same_settings(saved, changed)
+    else:
+        with pytest.raises(ValueError, match=rf"run/states is of a run with other settings \({name}: .* -> another\)"):
+            check_same_settings(saved, changed)
 
 
 def cut(folder, name):
@@ -184,6 +238,34 @@ def test_what_is_remembered_changes_without_the_tensors(out):
     again, broken = find_state(out)
     assert (again.step, again.memory, again.settings, broken) == (20, {"note": "other"}, saved.settings, [])
     assert saved.path.read_bytes() == before
+
+
+def test_a_state_is_on_the_disk_before_it_has_its_name_and_before_its_note(tmp_path, monkeypatch):
+    log = DiskLog(monkeypatch)
+    save(tmp_path, 10)
+    path = tmp_path / "states" / "000000010.pt"
+    log.assert_durable(path)
+    log.assert_durable(path.with_suffix(".json"))
+    assert [Path(name).name for what, _, name in log.events if what == "renamed"] == [path.name, f"{path.stem}.json"]
+
+
+def test_what_is_remembered_is_on_the_disk_before_it_has_its_name(out, monkeypatch):
+    saved, _ = find_state(out)
+    log = DiskLog(monkeypatch)
+    remember(saved, {})
+    log.assert_durable(saved.path.with_suffix(".json"))
+
+
+def test_a_state_loses_its_note_first(out, monkeypatch):
+    unlinked, unlink = [], Path.unlink
+
+    def logged(path, missing_ok=False):
+        unlinked.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", logged)
+    drop_states(out, 10)
+    assert unlinked == ["000000020.json", "000000020.pt"]
 
 
 class FullDisk:

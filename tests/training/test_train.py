@@ -28,11 +28,11 @@ from training.losses import koleo_loss
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision
 from training.run import RunStopped
-from training.setup import make_setup
+from training.setup import make_setup, strategy_of
 from training.state import find_state
-from training.student_teacher import Network, Output, make_teacher, update_teacher
+from training.student_teacher import DinoHead, Network, Output, make_teacher, update_teacher
 from training.watch.monitor import read_lines
-from training.watch.sentinels import load_replay
+from training.watch.sentinels import Limits, load_replay
 from training.wiring import crop_settings, make_schedules, step_settings
 
 
@@ -148,6 +148,55 @@ def test_the_command_line(photos, tmp_path, capsys, monkeypatch):
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_the_defaults_are_those_of_dinov2s_short_recipe():
+    """facebookresearch/dinov2, `configs/ssl_default_config.yaml` and `train/vitl16_short.yaml`; epochs as shares."""
+    expected = {
+        "dino_weight": 1.0,
+        "ibot_weight": 1.0,
+        "koleo_weight": 0.1,
+        "student_temp": 0.1,
+        "shared_head": True,
+        "n_prototypes": 65536,
+        "head_hidden_dim": 2048,
+        "head_bottleneck_dim": 256,
+        "centering": "sinkhorn",
+        "teacher_temp": (0.04, 0.07),
+        "teacher_temp_warmup": 0.3,
+        "momentum": (0.992, 1.0),
+        "center_momentum": 0.9,
+        "mask_ratio": (0.1, 0.5),
+        "mask_probability": 0.5,
+        "ibot_patches": "masked",
+        "global_size": 224,
+        "global_scale": (0.32, 1.0),
+        "local_scale": (0.05, 0.32),
+        "n_local": 8,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.2,
+        "hue": 0.1,
+        "jitter_probability": 0.8,
+        "gray": 0.2,
+        "blur": (0.0, 0.9, 0.5),
+        "solarize": 0.2,
+        "white_balance": 0.0,
+        "optimizer": "adamw",
+        "lr": 4e-3,
+        "min_lr": 1e-6,
+        "warmup": 0.1,
+        "weight_decay": (0.04, 0.4),
+        "betas": (0.9, 0.999),
+        "layer_decay": 0.9,
+        "patch_embed_lr_mult": 0.2,
+        "freeze_last_layer": 0.01,
+        "clip_grad": 3.0,
+        "freeze_backbone": 0.0,
+        "last_phase": None,
+    }
+    found = TrainConfig(data="-", out="-")
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
     found = load_config(recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7"])
@@ -250,6 +299,99 @@ def test_a_shared_head_is_one_head():
         torch.testing.assert_close(out.patch_logits, head(patches))
         torch.testing.assert_close(out.global_logits, network.dino_head(features["x_norm_clstoken"]))
         torch.testing.assert_close(out.local_logits, network.dino_head(network.backbone(x[:2, :, :14, :14])))
+
+
+def test_a_head_is_its_definition():
+    torch.manual_seed(0)
+    head = DinoHead(6, 9, hidden_dim=300, bottleneck_dim=40)
+    weights = [parameter for name, parameter in head.named_parameters() if name.endswith(("weight", "weight_v"))]
+    assert [w.std().item() for w in weights[1:]] == pytest.approx([0.02] * 3, rel=0.15)
+    assert (head.last_layer.weight_g == 1).all()
+    with torch.no_grad():
+        head.last_layer.weight_g.copy_(torch.linspace(0.5, 2, 9)[:, None])
+        for parameter in head.mlp.parameters():
+            parameter.mul_(10).add_(0.01)
+        x = torch.randn(5, 6)
+        found, hidden = head(x), x
+        for layer in (0, 2, 4):
+            hidden = hidden @ head.mlp[layer].weight.T + head.mlp[layer].bias
+            hidden = hidden if layer == 4 else torch.nn.functional.gelu(hidden)
+        rows = head.last_layer.weight_v / head.last_layer.weight_v.norm(dim=1, keepdim=True)
+        expected = hidden / hidden.norm(dim=1, keepdim=True) @ (rows * head.last_layer.weight_g).T
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_settings_of_network_and_optimizer_reach_them():
+    given = {"betas": (0.8, 0.95), "drop_path": 0.3, "shared_head": False, "ibot_bottleneck_dim": 4}
+    parts = parts_of(config("-", "-", head_bottleneck_dim=6, layer_decay=0.7, patch_embed_lr_mult=0.1, **given))
+    assert {group["betas"] for group in parts.optimizer.param_groups} == {(0.8, 0.95)}
+    assert min(group["lr_mult"] for group in parts.optimizer.param_groups) == pytest.approx(0.1 * 0.7**3)
+    assert {block.drop_path_rate for block in parts.student.backbone.blocks} == {0.3}
+    assert parts.student.dino_head.last_layer.weight_v.shape == (32, 6)
+    assert parts.student.own_ibot_head.last_layer.weight_v.shape == (32, 4)
+    assert parts_of(config("-", "-", shared_head=False)).student.own_ibot_head.last_layer.weight_v.shape == (32, 8)
+    assert parts_of(config("-", "-", shared_head=False, ibot_weight=0.0)).student.own_ibot_head is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch": 3}, "batch_size=8 must be a multiple of 1 ranks times micro_batch=3"),
+        (
+            {"last_phase": {"share": 0.5, "global_size": 42, "local_size": 28, "micro_batch": 5}},
+            r"batch_size=8 must be a multiple of 1 ranks times last_phase\.micro_batch=5",
+        ),
+        ({"batch_size": 26}, "batch_size=26 is more than the 25 photos to train on"),
+    ],
+)
+def test_batches_that_cannot_be_made_are_refused(photos, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config(photos, tmp_path / "run", **changes), QUIET)
+
+
+def test_a_student_is_a_function_of_the_seed():
+    states = [parts_of(config("-", "-", seed=seed)).student.state_dict() for seed in (1, 1, 2)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for key in ("backbone.blocks.1.attn.qkv.weight", "backbone.pos_embed", "dino_head.last_layer.weight_v"):
+        assert not torch.equal(states[0][key], states[2][key])
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "expected"),
+    [
+        ("dinov2_vitg14", "auto", "fsdp"),
+        ("dinov2_vitl14", "auto", "ddp"),
+        ("dinov2_vitg14", "ddp", "ddp"),
+        ("dinov2_vits14", "fsdp", "fsdp"),
+    ],
+)
+def test_only_the_giant_is_sharded_unless_told_otherwise(model, strategy, expected):
+    assert strategy_of(TrainConfig(data="-", out="-", model=model, strategy=strategy)) == expected
+
+
+def test_the_settings_of_the_sentinels_reach_them(photos, tmp_path, monkeypatch):
+    actions = {"on_collapse": "rollback", "on_not_finite": "stop", "on_knn": "warn"}
+    bounds = {"rollback_lr_factor": 0.3, "min_rankme_share": 0.2, "knn_margin": 2.5, "max_rollbacks": 9}
+    seen = []
+
+    def stopped(run, first, stop):
+        seen.append(run.sentinels.limits)
+        raise StopError
+
+    monkeypatch.setattr(loop, "training_loop", stopped)
+    with pytest.raises(StopError):
+        loop.train(config(photos, tmp_path / "run", sentinel_lines=7, **actions, **bounds), QUIET)
+    assert seen == [Limits(9, 32, patience=7, **actions, **bounds)]
+
+
+@pytest.mark.parametrize(("precision", "watched"), [("fp32", True), ("bf16", True), ("fp16", False)])
+def test_gradients_are_watched_but_for_those_that_look_for_their_scale(precision, watched):
+    given = config("-", "-", precision=precision)
+    terms = dict.fromkeys(("loss", "grad_norm_backbone", "koleo"), torch.tensor(1.0))
+    found = loop.watched(SimpleNamespace(setup=make_setup(given, ALONE)), terms)
+    assert "loss" in found
+    assert ("grad_norm_backbone" in found) is watched
+    assert "koleo" not in found
 
 
 def test_the_revision_is_unknown_without_git(monkeypatch):

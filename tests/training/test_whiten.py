@@ -64,6 +64,18 @@ def test_the_cosines_are_those_of_whitening_by_a_matrix():
     assert (before @ before.T - expected @ expected.T).detach().abs().mean() > 0.2  # it was far from that
 
 
+@pytest.mark.parametrize("spread", [0.05, 20.0])
+def test_shrinkage_is_a_share_of_the_variance_there_is(spread):
+    """The class tokens say how large variances are; the wanted gains follow them in proportion."""
+    model, other = make_model(), make_model()
+    cls = class_tokens(model)
+    mean = cls.mean(dim=0)
+    rotation = whiten(model, cls, 0.3)
+    scaled = whiten(other, mean + spread * (cls - mean), 0.3)
+    torch.testing.assert_close(other.norm.weight * spread, model.norm.weight, rtol=1e-3, atol=0)
+    torch.testing.assert_close(scaled.abs(), rotation.abs(), atol=1e-3, rtol=0)
+
+
 def test_whitening_twice_changes_little():
     model = make_model()
     whiten(model, class_tokens(model), 0.01)

@@ -52,7 +52,7 @@ class ImageFeatures:
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
-        """Return [n, D], or [n, 2D] for cls+mean, with unit length of each half."""
+        """Return one vector per image, [n, width(pooling, D)]; joined parts have length 1 each."""
         return pool_tensors(self.cls[:, -1], self.mean, pooling)
 
 

@@ -291,6 +291,32 @@ def test_the_benchmark_takes_turns_and_ends() -> None:
     assert order.count("c") == 2
 
 
+def test_one_slow_pass_does_not_decide_the_benchmark() -> None:
+    now, seconds = [0.0], iter([9.0, 0.1, 0.1, 5.0, 0.1, 0.1])  # the warm-up, and one pass, are slow
+
+    class Timed:
+        name, precision = "a", "fp32"
+
+        def run(self, pixels: np.ndarray) -> Features:
+            now[0] += next(seconds)
+            return Features(*[np.zeros(0, np.float32)] * 3)
+
+    (speed,) = images_per_s([Timed()], np.zeros((1, 3, 14, 14), np.float32), seconds=14.35, clock=lambda: now[0])
+    assert speed == pytest.approx(10)
+    assert next(seconds, None) is None
+
+
+def test_each_gate_of_an_int8_graph_must_have_passed(exported: Artifact) -> None:
+    """A dynamic graph has a record for each size that it was compared at."""
+    passed = with_gate(exported, PASSED).manifest
+    failed = [r.model_copy(update={"gate": GateRecord(status="failed", reason="k-NN fell")}) for r in passed.parity]
+    failed = [r for r in failed if r.precision == "int8"]
+    for records in ([*passed.parity, *failed], [*failed, *passed.parity]):
+        artifact = replace(exported, manifest=passed.model_copy(update={"parity": records}))
+        with pytest.raises(ValueError, match=r"gate of model-70-int8\.onnx failed: k-NN fell"):
+            load_engine(artifact, "onnxruntime:int8", threads=1)
+
+
 class Failing:
     """A runtime whose library raises something unforeseen, in its first pass."""
 

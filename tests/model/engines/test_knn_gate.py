@@ -62,6 +62,9 @@ def test_more_right_than_float32_passes_and_nan_does_not() -> None:
     broken = tokens(0, 0)
     broken.train[3] = np.nan
     assert knn_gate(tokens(0, 0), broken).status == "failed"
+    broken = tokens(0, 0)
+    broken.val[:2] = np.nan  # two images may be lost, but not to NaN
+    assert knn_gate(tokens(0, 0), broken).status == "failed"
 
 
 @pytest.mark.parametrize(("n_val", "n_train"), [(199, 1000), (200, 499)])

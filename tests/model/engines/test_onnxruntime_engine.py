@@ -49,6 +49,26 @@ def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize(("spinning", "prepack", "entries"), [(False, True, ("0", "0")), (True, False, ("1", "1"))])
+def test_threads_do_not_spin_unless_told_to(spinning: bool, prepack: bool, entries: tuple[str, str]) -> None:
+    options = module._options(ort.SessionOptions(), 3, spinning, prepack, Path("folder/model.onnx"))
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (3, 1)
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == entries[0]
+    assert options.get_session_config_entry("session.disable_prepacking") == entries[1]
+
+
+def test_an_engine_does_not_spin_by_default(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, make = [], module._options
+
+    def noted(*arguments: object) -> object:
+        asked.append(arguments[1:4])
+        return make(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_options", noted)
+    OnnxEngine(graphs / "fixed.onnx", threads=1)
+    assert asked == [(1, False, True)]
+
+
 def test_a_fixed_graph_and_a_dynamic_one_agree(graphs: Path) -> None:
     fixed, dynamic = (OnnxEngine(graphs / f"{name}.onnx", threads=1) for name in ("fixed", "dynamic"))
     assert (fixed.name, fixed.precision, fixed.device) == ("onnxruntime", "fp32", "cpu")

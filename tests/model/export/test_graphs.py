@@ -17,6 +17,7 @@ from model.export.artifact import export_artifact
 from model.export.graphs import wanted_graphs
 from model.export.options import ExportOptions, GraphOptions
 from model.onnx_graph.build import GraphSpec
+from tests.disk_log import DiskLog
 from tests.model.tiny import CONFIG, backbone
 
 pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")
@@ -204,6 +205,14 @@ def test_what_is_asked_for() -> None:
 def test_what_cannot_be_asked_for_is_named(asked: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wanted_graphs(CONFIG, (70, 70), GraphOptions(**asked))
+
+
+def test_the_manifest_is_on_the_disk_before_the_artifact_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = DiskLog(monkeypatch)
+    manifest = export(tmp_path).path / "manifest.json"
+    assert ("flushed", manifest.stat().st_ino, "") in log.events  # a rename keeps the inode
 
 
 def test_an_export_over_an_older_one_replaces_it_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -259,8 +259,8 @@ async def test_height_comes_before_width(tmp_path):
     async with running(tmp_path, engine=engine, artifact=replace(artifact, manifest=manifest)) as run:
         analysed = await run.service.pipeline.analyse(image, lambda analysed: (analysed.grid, analysed.image.shape))
         digest = hashlib.sha256(image).hexdigest()
-        patches = (await run.service.pipeline.patches({digest: image}))[digest]
-        kept = (await run.service.pipeline.known_patches([digest]))[digest]
+        patches = (await run.service.pipeline.patches(numbered([(digest, image)])))[0].result()
+        kept = (await run.service.pipeline.kept_patches([digest]))[digest]
         assert run.service.tag().split("/")[3] == "28x56"
     assert set(shapes) == {(1, 3, 28, 56)}
     assert analysed == ((2, 4), (28, 56, 3))

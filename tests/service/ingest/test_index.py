@@ -217,10 +217,7 @@ async def test_one_content_that_two_threads_load_is_written_once(
 async def test_nothing_is_remembered_of_what_is_written_or_has_failed(folder: Path) -> None:
     for id_by in ("path", "sha256"):
         store = DictStore()
-        state = index_files._Run(
-            store, "shop", ARTIFACT, FakeEngine(), IndexOptions(id_by=id_by), threading.Event(), None,
-            lambda _: None, lambda _: None,
-        )  # fmt: skip
+        state = index_files._Run(store, "shop", ARTIFACT, FakeEngine(), IndexOptions(id_by=id_by), IndexHooks())
         await state.check()
         report = await state.go(find_photos([str(folder)]))
         assert (report.indexed, report.failed) == (6, 3)

@@ -47,7 +47,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that are synced and renamed, as it happens; SQLite's own syncs are not seen."""
     calls: list[str] = []
-    real_sync, real_rename = os.fsync, Path.rename
+    real_sync, real_rename = os.fsync, Path.replace
 
     def sync(handle: int) -> None:
         calls.append(f"sync {os.readlink(f'/proc/self/fd/{handle}')}")
@@ -58,7 +58,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return real_rename(path, to)
 
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", rename)
     return calls
 
 

@@ -206,7 +206,7 @@ async def test_a_closed_store_keeps_nothing_open(tmp_path: Path, monkeypatch: py
 async def test_one_process_maintains_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another waits for its lock, and takes over when it is gone."""
     tries, tidied = 0, list[bool]()
-    exclusive, tidy = maintenance.exclusive, maintenance.Maintenance._tidy
+    exclusive, tidy = maintenance.lock_file, maintenance.Maintenance._tidy
 
     def counted(path: Path) -> Any:
         nonlocal tries
@@ -217,7 +217,7 @@ async def test_one_process_maintains_a_folder(tmp_path: Path, monkeypatch: pytes
         tidied.append(self._working.locked())
         tidy(self, *given, **named)
 
-    monkeypatch.setattr(maintenance, "exclusive", counted)
+    monkeypatch.setattr(maintenance, "lock_file", counted)
     monkeypatch.setattr(maintenance.Maintenance, "_tidy", watched)
     held = lock_file(tmp_path / "maintenance.lock")
     assert held is not None

@@ -111,6 +111,26 @@ def test_boxes_keep_area_and_aspect_in_the_photos_own_pixels():
     assert ratio.min() >= 0.75 - 1e-4
     assert ratio.max() <= 4 / 3 + 1e-4
     assert abs(float(ratio.log().mean())) < 0.01
+    assert ratio.min() < 0.755  # the whole range is used
+    assert ratio.max() > 1.325
+
+
+def test_boxes_lie_anywhere_and_their_two_places_are_drawn_apart():
+    top, left, height, width = sample_boxes(torch.ones(6000), (0.1, 0.4), keyed(6000)).unbind(1)
+    across, down = left / (1 - width), top / (1 - height)  # 0 to 1 of the room that there is
+    for place in (across, down):
+        assert place.min() < 0.01
+        assert place.max() > 0.99
+        assert float(place.var()) == pytest.approx(1 / 12, abs=0.003)
+    assert abs(float(torch.corrcoef(torch.stack((across, down)))[0, 1])) < 0.05
+
+
+def test_an_image_gets_ten_attempts_at_a_box():
+    # Of the log ratios, uniform up to log(4 / 3), those up to log(1 / area) fit.
+    boxes = sample_boxes(torch.ones(6000), (0.9, 0.9), keyed(6000))
+    fallback = (boxes == torch.tensor([0.0, 0.0, 1.0, 1.0])).all(dim=1).float().mean()
+    expected = (1 - math.log(1 / 0.9) / math.log(4 / 3)) ** 10
+    assert float(fallback) == pytest.approx(expected, abs=0.01)
 
 
 def test_a_photo_that_no_box_fits_gets_its_largest_centred_one():
@@ -260,6 +280,11 @@ def test_the_draws_have_the_shares_and_ranges_asked_for():
     assert share(draws.sigma > 0) == pytest.approx(0.5, abs=0.02)
     assert draws.sigma[draws.sigma > 0].min() >= 0.1
     assert draws.sigma.max() < 2
+    blurred = draws.sigma[draws.sigma > 0]
+    assert blurred.min() < 0.11
+    assert blurred.max() > 1.99
+    assert float(blurred.mean()) == pytest.approx((0.1 + 2.0) / 2, abs=0.04)
+    assert float(blurred.std()) == pytest.approx(1.9 / 12**0.5, abs=0.02)
     for chosen in (draws.flips, draws.gray, draws.solarize, draws.sigma > 0):  # each apart from the jitter
         assert share(chosen[jittered]) == pytest.approx(share(chosen), abs=0.02)
     assert (draws.factors[~jittered] == 1).all()

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from tests.training.tiny import ALONE
 from training.config import TrainConfig
-from training.data.crops import make_crops
+from training.data import crops as crops_module
+from training.data.augment import Jitter, View
+from training.data.crops import make_crops, make_micros
 from training.wiring import crop_settings
 
 BATCH = 6
@@ -104,6 +107,74 @@ def test_first_second_and_local_views_are_drawn_apart(photos):
     for i in range(5):
         for other in range(i):
             assert (views[i] - views[other]).abs().amax(dim=(1, 2, 3)).min() > 0.05
+
+
+def test_the_settings_of_the_views_reach_them():
+    given = config(
+        global_scale=(0.4, 0.9),
+        local_scale=(0.1, 0.3),
+        blur=(0.1, 0.2, 0.3),
+        solarize=0.4,
+        last_phase={"share": 0.5, "global_size": 84, "local_size": 42, "local_scale": (0.2, 0.25)},
+    )
+    crops = crop_settings(given)
+    assert crops.phase(0.49).views == (
+        (View(56, (0.4, 0.9), 0.1, 0.0), 1),
+        (View(56, (0.4, 0.9), 0.2, 0.4), 1),
+        (View(28, (0.1, 0.3), 0.3, 0.0), 3),
+    )
+    assert crops.phase(0.5).views == (
+        (View(84, (0.32, 1.0), 0.1, 0.0), 1),
+        (View(84, (0.32, 1.0), 0.2, 0.4), 1),
+        (View(42, (0.2, 0.25), 0.3, 0.0), 3),
+    )
+
+
+def test_the_settings_of_the_colours_reach_every_view(photos, monkeypatch):
+    given = {"white_balance": 0.15, "brightness": 0.31, "contrast": 0.32, "saturation": 0.33, "hue": 0.34, "gray": 0.35}
+    seen, augmented_views = [], crops_module.augmented_views
+
+    def noted(images, aspect, view, n_views, jitter, random):
+        seen.append(jitter)
+        return augmented_views(images, aspect, view, n_views, jitter, random)
+
+    monkeypatch.setattr(crops_module, "augmented_views", noted)
+    crops_of(config(jitter_probability=0.6, **given), photos, [0])
+    assert seen == [Jitter(probability=0.6, **given)] * 3
+
+
+@pytest.mark.parametrize(("ratio", "probability"), [((0.25, 0.25), 1.0), ((0.5, 0.5), 0.5)])
+def test_the_settings_of_the_masks_reach_them(photos, ratio, probability):
+    masks = crops_of(config(mask_ratio=ratio, mask_probability=probability), photos, list(range(BATCH))).masks
+    counts = masks.sum(dim=1)
+    assert int((counts > 0).sum()) == 2 * BATCH * probability
+    assert int(counts.max()) == 16 * ratio[0]
+
+
+def test_both_global_views_have_masks_of_their_own(photos):
+    masks = crops_of(config(mask_ratio=(0.3, 0.5), mask_probability=1.0), photos, list(range(BATCH))).masks
+    first, second = masks.unflatten(0, (2, -1))
+    assert (first != second).any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("micro", "last", "step", "sizes"),
+    [
+        (3, 2, 0, [3, 3]),
+        (3, 2, 4, [3, 3]),
+        (3, 2, 5, [2, 2, 2]),
+        (3, None, 5, [3, 3]),
+        (None, 2, 5, [2, 2, 2]),
+        (None, None, 0, [6]),
+    ],
+)
+def test_micro_batches_have_the_size_of_their_phase(photos, micro, last, step, sizes):
+    phase = {"share": 0.2, "global_size": 84, "local_size": 42, "micro_batch": last}
+    given = config(micro_batch=micro, last_phase=phase)
+    images, aspect = photos
+    found = make_micros(crop_settings(given), ALONE, images, aspect, step, 6)
+    assert [len(crops.globals_) // 2 for crops in found] == sizes
+    assert {crops.globals_.shape[-1] for crops in found} == {84 if step == 5 else 56}
 
 
 def test_no_masks_where_none_are_wanted(photos):

@@ -2,6 +2,7 @@
 
 import os
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from training.data.dataset import (
     squash,
 )
 from training.data.loader import open_loader, shuffled
+from training.data.run_images import Data, sample
 from training.data.sources import FolderSource
 
 
@@ -194,7 +196,7 @@ def test_any_error_of_the_decoder_is_a_broken_photo(monkeypatch):
         raise KeyError("tag 7")
 
     monkeypatch.setattr(model.decode, "_to_rgb", broken)
-    with pytest.raises(ValueError, match="the PNG is damaged or cut off: 'tag 7'"):
+    with pytest.raises(ValueError, match="the JPEG is damaged or cut off: 'tag 7'"):
         decode(encoded((8, 8)))
 
 
@@ -261,3 +263,28 @@ def test_formats_that_are_read(name):
 def test_formats_that_are_not_whatever_the_file_is_called(name):
     with pytest.raises(ValueError, match=r"not a known image; it starts with .*JPEG, PNG, WEBP"):
         decode(encoded((20, 10), format=name))
+
+
+def labelled(*labels):
+    """Items that have nothing but a label."""
+    return [SimpleNamespace(label=label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("known", "held_out", "expected"),
+    [
+        (("a", "b"), ("a",), True),
+        (("a", None, "b"), ("a",), True),
+        (("a", "b"), (), False),
+        (("a", "a"), ("a",), False),
+        (("a", None), ("a",), False),  # no label is no class
+        ((None, None), (None,), False),
+    ],
+)
+def test_there_is_something_to_classify(known, held_out, expected):
+    assert Data(None, labelled(*known), labelled(*held_out), "digest", "folder").has_classes is expected
+
+
+@pytest.mark.parametrize(("most", "expected"), [(10, range(10)), (99, range(10)), (4, (0, 3, 6, 9)), (3, (0, 4, 8))])
+def test_a_sample_is_taken_evenly_and_is_no_larger_than_asked(most, expected):
+    assert [photo.index for photo in sample([None] * 10, most)] == list(expected)

@@ -25,7 +25,7 @@ SIDE = 8
 
 
 class Fake:
-    """Photo i is an image of (i, i, i); some are broken, some places do not answer."""
+    """Image i is a plane of (i, i, i), twice as wide as high; some are broken, some places do not answer."""
 
     parts, skipped = {}, ()
 
@@ -128,6 +128,25 @@ def test_broken_photos_are_left_out_of_memory_and_listed():
         assert "starts with 62 72 6f 6b" in loader.skipped[0].reason
 
 
+class Shaped(Fake):
+    """Image i is i + 1 times as wide as high."""
+
+    def encoded(self, index):
+        super().encoded(index)
+        file = BytesIO()
+        Image.new("RGB", (4 * (index + 1), 4), (index,) * 3).save(file, "png")
+        return file.getvalue() if index not in self.broken else b"broken"
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])
+def test_an_image_keeps_its_aspect_behind_broken_ones(options):
+    with open_loader(Shaped(12, broken=[0, 3, 4]), SIDE, in_order, **options) as loader:
+        for step in range(2):
+            batch = loader.batch(step)
+            assert numbers(batch) == [int(name.removeprefix("photo ")) for name in batch.names]
+            assert batch.aspect.tolist() == [number + 1 for number in numbers(batch)]
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_broken_photo_is_replaced_by_the_next_readable_one(workers):
     broken = {2, 3, 9, 39}
@@ -163,6 +182,34 @@ def test_too_many_broken_photos_stop_the_run_but_not_before_a_hundred():
     assert len(source.asked) >= MIN_TRIES
     with streaming(source, max_broken_share=0.7) as loader:
         run(loader, 600)  # more than one epoch
+
+
+def all_once(n):
+    """A plan that tries all `n` images in its first step, one after the other."""
+    return lambda n_photos, step: torch.arange(n)
+
+
+@pytest.mark.parametrize("broken", [10, 11])
+def test_a_share_that_is_reached_is_no_error_and_one_that_is_passed_is(broken):
+    source = Fake(MIN_TRIES, broken=range(broken))
+    with streaming(source, all_once(MIN_TRIES), workers=1, ahead_steps=1, max_broken_share=0.1) as loader:
+        if broken == 10:
+            assert numbers(loader.batch(0)) == [10] * 10 + list(range(10, MIN_TRIES))
+            assert len(loader.skipped) == 10
+            loader.batch(1)
+        else:
+            with pytest.raises(ValueError, match="11 of the 100 photos tried so far cannot be read"):
+                loader.batch(0)
+
+
+def test_no_broken_share_stops_a_run_only_where_something_is_broken():
+    with streaming(Fake(150), all_once(150), workers=1, max_broken_share=0.0) as loader:
+        run(loader, 2)
+    with (
+        streaming(Fake(150, broken=[149]), all_once(150), workers=1, max_broken_share=0.0) as loader,
+        pytest.raises(ValueError, match="1 of the 150 photos tried so far cannot be read"),
+    ):
+        run(loader, 2)
 
 
 def test_a_few_broken_ones_at_the_start_do_not():

@@ -13,7 +13,16 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.evaluate import depth, segmentation
-from training.evaluate.dense import DenseData, HeadTraining, TokenSettings, find_pairs, learning_rates
+from training.evaluate.dense import (
+    DenseData,
+    HeadTraining,
+    Pair,
+    TokenSettings,
+    find_pairs,
+    learning_rates,
+    train_head,
+)
+from training.evaluate.linear import batch_stream
 
 TINY = ViTConfig(embed_dim=24, depth=2, num_heads=2, img_size=28, pos_embed_rule="antialias", layerscale_init=None)
 SPEC = PreprocessSpec(resize=56, crop=None)
@@ -76,6 +85,108 @@ def test_tokens_are_the_models_and_memory_changes_nothing(model, scenes):
         torch.testing.assert_close(tokens, plain.permute(1, 2, 0))
 
 
+@pytest.mark.parametrize(("fits", "all_but_one"), [(0, True), (1, True), (2, True), (2, False), (3, False)])
+def test_only_as_many_tokens_are_kept_as_fit(model, tmp_path, fits, all_but_one):
+    rng = np.random.default_rng(0)
+    pairs = [Pair(tmp_path / f"{i}.png", tmp_path / f"{i}-mask.png") for i in range(3)]
+    for pair in pairs:
+        Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(pair.image)
+        Image.fromarray(rng.integers(0, 3, (56, 56), dtype=np.uint8)).save(pair.target)
+    read = []
+
+    def read_target(path):
+        read.append(path.name)
+        return segmentation.read_mask(path)
+
+    one = 4 * 4 * 24 * 4 + 56 * 56  # float32 tokens and a uint8 map
+    spare = one - 1 if all_but_one else 0  # bytes
+    data = DenseData(model, pairs, SPEC, read_target, TokenSettings(1, with_cls=False), memory_bytes=fits * one + spare)
+    assert data.memory_left == spare
+    read.clear()
+    for index in range(3):
+        data[index]
+    assert read == [pair.target.name for pair in pairs[fits:]]
+
+
+def test_maps_are_resized_to_the_nearest_pixel_by_their_centres(model, tmp_path):
+    Image.fromarray(np.zeros((60, 110, 3), np.uint8)).save(tmp_path / "image.png")
+    mask = np.random.default_rng(0).integers(0, 200, (60, 110), dtype=np.uint8)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    pairs = [Pair(tmp_path / "image.png", tmp_path / "mask.png")]
+    data = DenseData(model, pairs, SPEC, segmentation.read_mask, TokenSettings(1, with_cls=False), memory_bytes=0)
+    found = data[0][1]
+    height, width = found.shape
+    assert (height, width) == (56, 98)
+    rows = [int((y + 0.5) * 60 / height) for y in range(height)]
+    columns = [int((x + 0.5) * 110 / width) for x in range(width)]
+    assert np.array_equal(found, mask[np.ix_(rows, columns)])
+
+
+class Fixed:
+    """Tokens and maps as given, in the place of `DenseData`."""
+
+    def __init__(self, tokens, maps):
+        self.tokens, self.maps = tokens, maps
+        self.pairs = [Pair(Path(f"{i}.jpg"), Path(str(i))) for i in range(len(maps))]
+
+    def __len__(self):
+        return len(self.maps)
+
+    def __getitem__(self, index):
+        return self.tokens[index], self.maps[index]
+
+    def read_target(self, path):
+        return self.maps[int(path.name)]
+
+
+def test_a_head_is_trained_by_adamw_with_the_learning_rates_and_batches_of_the_protocol():
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(2, 3, 4, generator=generator) for _ in range(5)]
+    targets = [torch.randn(2, 3, generator=generator) for _ in range(5)]
+    training = HeadTraining(iterations=30, batch_size=2, lr=0.05, weight_decay=0.3, seed=4)
+
+    def head():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(4, 1)).eval()
+
+    def loss_of(network, x, y):
+        found = torch.cat([network(t)[..., 0] for t in x])
+        return (found - torch.cat(y)).square().mean()
+
+    ours, plain = head(), head()
+    last = train_head(ours, Fixed(tokens, targets), lambda x, y: loss_of(ours, x, y), training)
+    optimizer = torch.optim.AdamW(plain.train().parameters(), lr=0.0, weight_decay=0.3)
+    stream = batch_stream(5, 2, 4)
+    for lr in learning_rates(training):
+        optimizer.param_groups[0]["lr"] = lr
+        index = next(stream).tolist()
+        optimizer.zero_grad()
+        loss = loss_of(plain, [tokens[i] for i in index], [targets[i] for i in index])
+        loss.backward()
+        optimizer.step()
+    assert last == pytest.approx(loss.item(), rel=1e-4)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+    assert not ours.training
+
+
+def test_the_figures_of_segmentation_are_those_of_one_confusion_matrix(monkeypatch):
+    masks = [torch.tensor([[0, 0, 0, 0, 1, 255]]).byte(), torch.tensor([[1, 1, 3, 3]]).byte()]
+    predicted = [torch.tensor([[0, 0, 0, 1, 1, 2]]), torch.tensor([[1, 0, 3, 0]])]
+    answers = iter(predicted)
+    monkeypatch.setattr(segmentation, "train_head", lambda *args: 0.25)
+    monkeypatch.setattr(segmentation, "predict", lambda logits, size: next(answers))
+    data = Fixed([torch.zeros(1, 2, 4)] * 2, masks)
+    report = segmentation.evaluate_segmentation(data, data, HeadTraining(1, 1, 1.0, 0.0, 0))
+    assert report.iou[:2] == pytest.approx([3 / 6, 2 / 4])
+    assert math.isnan(report.iou[2])  # neither there nor predicted where anything is labelled
+    assert report.iou[3] == pytest.approx(1 / 2)
+    assert report.mean_iou == pytest.approx((3 / 6 + 2 / 4 + 1 / 2) / 3)
+    assert report.pixel_accuracy == pytest.approx(6 / 9)
+    assert report.mean_accuracy == pytest.approx((3 / 4 + 2 / 3 + 1 / 2) / 3)
+    assert report.loss == 0.25
+
+
 def test_segmentation_learns_and_repeats_itself(model, scenes):
     train, val = make(model, scenes, "masks"), make(model, scenes, "masks", "val")
     told = []
@@ -121,6 +232,16 @@ def test_predict_in_parts_is_the_argmax():
     plain = F.interpolate(logits[None], size=(20, 17), mode="bilinear")[0].argmax(0)
     for at_once in (1, 3, 7, 16):
         assert torch.equal(segmentation.predict(logits, (20, 17), at_once), plain)
+
+
+@pytest.mark.parametrize("at_once", [1, 16, 19, 30])
+def test_of_equal_logits_the_first_class_is_predicted(at_once):
+    logits = torch.full((24, 2, 3), -1.0)
+    logits[[0, 20]] = 2.0
+    assert (segmentation.predict(logits, (2, 3), at_once) == 0).all()  # nothing is enlarged, so ties stay ties
+    logits[0] = -1.0
+    logits[[3, 5]] = 2.0
+    assert (segmentation.predict(logits, (2, 3), at_once) == 3).all()
 
 
 def test_iou_is_its_definition():
@@ -174,6 +295,17 @@ def test_depth_learns_and_repeats_itself(model, scenes):
         depth.evaluate_depth(train, val, training, min_depth=7, max_depth=8)
 
 
+def test_depths_count_above_the_least_and_up_to_the_largest():
+    tokens = torch.zeros(1, 2, 4)
+    train = Fixed([tokens], [torch.full((2, 4), 3.0)])
+    val = Fixed([tokens] * 3, [torch.full((2, 4), metres) for metres in (1.0, 5.0, 5.5)])
+    training = HeadTraining(1, 1, 1e-9, 0.0, 0)
+    report = depth.evaluate_depth(train, val, training, min_depth=1.0, max_depth=5.0, n_bins=5)
+    assert report.photos == 1
+    assert report.rmse == pytest.approx(2.0, rel=1e-5)  # all bins weigh the same: 3 m
+    assert report.abs_rel == pytest.approx(2 / 5, rel=1e-5)
+
+
 def test_depth_of_a_token_is_the_expectation_of_its_bins():
     head = depth.LinearDepth(5, 1.0, 4.0, n_bins=4, seed=3)
     with torch.no_grad():
@@ -218,6 +350,11 @@ def test_depth_metrics_by_hand():
     assert rmse == pytest.approx(math.sqrt((0 + 1 + 0.81) / 3))
     assert abs_rel == pytest.approx((0 + 1 + 0.9 / 4.1) / 3)
     assert delta1 == pytest.approx(2 / 3)
+    assert depth.depth_metrics(torch.tensor([1.25, 2.0]), torch.tensor([1.0, 2.5])) == (
+        pytest.approx(math.sqrt((0.0625 + 0.25) / 2)),
+        pytest.approx((0.25 + 0.2) / 2),
+        0.0,  # a factor of 1.25 is not within it
+    )
 
 
 def test_depth_files(tmp_path):

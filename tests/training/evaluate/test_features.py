@@ -25,8 +25,13 @@ SPEC = PreprocessSpec(resize=28, crop=None)
 
 @pytest.fixture
 def model():
+    """Weights far from those at the start, where all blocks give nearly the same."""
     torch.manual_seed(0)
-    return DinoVisionTransformer(TINY).eval()
+    model = DinoVisionTransformer(TINY).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 @pytest.fixture
@@ -44,6 +49,7 @@ def test_class_tokens_of_the_last_blocks_in_the_order_of_the_photos(model, photo
     )
     assert sum(told) == 7
     assert found.kept.tolist() == list(range(7))
+    assert (found.cls[:, 0] - found.cls[:, 1]).abs().amax(dim=1).min() > 0.1  # the blocks differ
     for i, path in enumerate(photos):
         pixels = torch.from_numpy(preprocess(read_photo(path), SPEC))[None]
         layers = model.get_intermediate_layers(pixels, n=2, return_class_token=True)
@@ -60,10 +66,26 @@ def test_a_broken_photo_is_skipped_and_listed_or_an_error(model, photos):
     assert [(s.name, s.reason != "") for s in found.skipped] == [(str(photos[2]), True)]
     whole = compute_features(model, [p for p in photos if p != photos[2]], SPEC)
     torch.testing.assert_close(found.cls, whole.cls, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="not one of JPEG"):
+    with pytest.raises(ValueError, match=r"not a known image; it starts with .*JPEG, PNG, WEBP"):
         extract_features(model, photos, SPEC)
     with pytest.raises(ValueError, match="none of 1 images could be read"):
         compute_features(model, [photos[2]], SPEC)
+
+
+def test_half_precision_and_the_models_mode(photos):
+    torch.manual_seed(0)
+    dropping = DinoVisionTransformer(TINY, drop_path_rate=0.5).train()
+    with torch.no_grad():
+        for parameter in dropping.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    full = compute_features(dropping, photos, SPEC)
+    assert dropping.training
+    assert torch.equal(full.cls, compute_features(dropping.eval(), photos, SPEC).cls)  # nothing was dropped
+    assert not dropping.training
+    half = compute_features(dropping, photos, SPEC, forward=ForwardSettings(precision="bf16"))
+    assert half.cls.dtype == torch.float32
+    assert not torch.equal(half.cls, full.cls)
+    assert torch.nn.functional.cosine_similarity(half.cls[:, 0], full.cls[:, 0]).min() > 0.99
 
 
 def test_more_blocks_than_the_model_has(model, photos):
@@ -103,9 +125,32 @@ def test_the_cache_serves_the_same_and_notices_changes(model, photos, tmp_path):
     assert get("b")[1]  # another model
     assert get(paths=photos[1:])[1]
     assert get(boxes=[(0, 0, 20, 20)] * 7)[1]
+    assert get(boxes=[(0, 0, 20, 21)] * 7)[1]
+    assert get(forward=ForwardSettings(precision="bf16"))[1]
+    assert not get(forward=ForwardSettings(precision="bf16"))[1]
+    assert not get(n_blocks=3)[1]  # and each is kept beside the others
+    for changed in (SPEC.model_copy(update={"resize": 42}), SPEC.model_copy(update={"mean": (0.4, 0.4, 0.4)})):
+        calls.clear()
+        cached_features(FeatureCache(cache, "a"), model, photos, changed)
+        assert calls
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:50])
     assert get()[1]  # damaged files are made anew
+
+
+def test_in_order_takes_four_items_a_thread_ahead_and_no_more():
+    taken = []
+
+    def items():
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    results = in_order(lambda i: i, items(), 2)
+    for done in range(3):
+        assert next(results) == done
+        assert len(taken) == 8 + done
+    results.close()
 
 
 def test_in_order_keeps_order_and_passes_errors_on():

@@ -94,3 +94,12 @@ def test_evaluate_knn(folder):
     found = evaluate_knn(DinoVisionTransformer(TINY), train, val, PreprocessSpec(resize=28, crop=28), ks=(1, 5))
     assert found["mean"] == {1: 1.0, 5: 1.0}
     assert set(found) == {"cls", "mean", "cls+mean"}
+
+
+def test_an_image_that_cannot_be_read_takes_no_label_from_its_neighbours(folder):
+    (folder / "train" / "blue" / "3.png").write_bytes(b"broken")
+    (folder / "val" / "blue" / "0.png").write_bytes(b"broken")
+    torch.manual_seed(0)
+    train, val = sorted((folder / "train").rglob("*.png")), sorted((folder / "val").rglob("*.png"))
+    found = evaluate_knn(DinoVisionTransformer(TINY), train, val, PreprocessSpec(resize=28, crop=28), ks=(1, 3))
+    assert found["mean"] == {1: 1.0, 3: 1.0}

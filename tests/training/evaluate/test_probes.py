@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from training.evaluate import logistic
 from training.evaluate.knn import knn_accuracy, nearest
 from training.evaluate.linear import (
     CODE_LRS,
@@ -109,6 +110,32 @@ def test_logistic_chooses_c_on_a_share_of_train_only():
     assert report == evaluate_logistic(train, labels, val, val_labels, c_grid=grid)
 
 
+def test_the_last_fit_is_of_all_training_images(monkeypatch):
+    train, labels = blobs(50, 4, 3)
+    rows, fit = [], logistic.fit_logistic
+    monkeypatch.setattr(logistic, "fit_logistic", lambda x, *args, **more: rows.append(len(x)) or fit(x, *args, **more))
+    evaluate_logistic(train, labels, train, labels, c_grid=(0.1, 1.0), fit=logistic.FitSettings(held_out_share=0.2))
+    assert rows == [40, 40, 50]
+
+
+def test_of_equally_good_values_of_c_the_smallest_is_taken():
+    train, labels = blobs(60, 4, 3, spread=1e-3)
+    report = evaluate_logistic(
+        train, labels, train, labels, c_grid=(10.0, 0.1, 1.0), fit=logistic.FitSettings(held_out_share=0.2)
+    )
+    assert list(report.sweep) == [0.1, 1.0, 10.0]
+    assert set(report.sweep.values()) == {1.0}
+    assert report.c == 0.1
+
+
+def test_the_share_set_aside_is_drawn_by_the_seed():
+    sets = [split_off(100, 0.25, seed)[1].tolist() for seed in range(4)]
+    assert all(len(set(aside)) == 25 and aside == sorted(aside) for aside in sets)
+    assert len({tuple(aside) for aside in sets}) == 4
+    assert split_off(100, 0.25, 2)[1].tolist() == sets[2]
+    assert [len(part) for part in split_off(5, 0.1, 0)] == [4, 1]  # one at least
+
+
 def test_grids_are_those_of_the_protocol():
     assert len(C_GRID) == 45
     assert C_GRID[0] == pytest.approx(1e-6)
@@ -162,6 +189,24 @@ def test_heads_trained_together_are_heads_trained_alone(blocks, avgpool, lr):
         schedule.step()
     torch.testing.assert_close(together.weight[:, lrs.index(lr)].T, alone.weight.detach(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together.bias[lrs.index(lr)], alone.bias.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_heads_begin_small_and_alike_for_all_learning_rates():
+    group = _make_group(4, True, 3, 7, 4, torch.zeros(2, 5 * 40), seed=2)
+    assert group.weight.shape == (200, 3, 7)
+    assert float(group.weight.std()) == pytest.approx(0.01, rel=0.1)  # as the original's
+    assert torch.equal(group.weight[:, 0], group.weight[:, 2])
+    assert not group.bias.any()
+    assert not torch.equal(group.weight, _make_group(4, True, 3, 7, 4, torch.zeros(2, 5 * 40), seed=3).weight)
+
+
+def test_of_equally_good_heads_the_first_of_the_grid_is_the_best():
+    train, labels = blobs(40, 6, 2, spread=1e-3)
+    features = torch.cat((train, train), dim=1)
+    settings = ProbeSettings(blocks=(1,), lrs=(0.05, 0.1), iterations=200, batch_size=64)
+    report = evaluate_linear(features, labels, features, labels, depth=1, settings=settings)
+    assert set(report.accuracy.values()) == {1.0}
+    assert report.best == Head(1, False, 0.05)
 
 
 def test_linear_report_has_every_head_and_is_the_same_again():

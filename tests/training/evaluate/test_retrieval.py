@@ -95,6 +95,18 @@ def test_the_setups_of_revisited_oxford_and_paris():
     assert score_setup(only_junk, "easy", queries, database[:1]) is None
 
 
+@pytest.mark.parametrize(("relevant", "ap"), [(0, 1.0), (1, 0.5), (2, 1 / 3)])
+def test_equal_database_images_rank_in_the_order_of_the_database(relevant, ap):
+    found = score(line(0.0), line(0.3, 0.3, 0.3, 1.0), [torch.tensor([relevant])], [torch.tensor([3])], rule="mean")
+    assert found.mean_ap == pytest.approx(ap)
+
+
+def test_recall_at_k_looks_at_k_places():
+    database = line(0.1, 0.2, 0.3, 0.4)
+    found = score(line(0.0), database, [torch.tensor([2])], [torch.tensor([], dtype=torch.long)], ks=(1, 2, 3))
+    assert found.recall == {1: 0.0, 2: 0.0, 3: 1.0}
+
+
 def test_class_folders_leave_the_query_out():
     features = line(0.0, 0.1, 1.0, 1.1, 3.0)
     found = score_classes(features, torch.tensor([0, 0, 1, 1, 2]))  # the last has no mate
@@ -104,6 +116,13 @@ def test_class_folders_leave_the_query_out():
     assert found.recall[5] == 1.0
     with pytest.raises(ValueError, match="no query has a relevant image"):
         score_classes(features, torch.arange(5))
+
+
+def test_class_folders_take_the_plain_mean_of_the_precision():
+    # The mates of the outer two come second, those of the inner two third; by the trapezoid rule it is half of that.
+    found = score_classes(line(0.0, 0.1, 0.21, 0.29), torch.tensor([0, 1, 0, 1]), ks=(1, 2))
+    assert found.mean_ap == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert found.recall == {1: 0.0, 2: 0.5}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,13 @@ from model.artifact import bundled_artifact, read_manifest
 from model.checkpoint import save_checkpoint
 from model.config import ViTConfig
 from model.vit import DinoVisionTransformer
+from training.evaluate import depth, segmentation, tasks
 from training.evaluate.backbone import load_backbone, spec_for
+from training.evaluate.dense import HeadTraining
+from training.evaluate.features import compute_features
 from training.evaluate.knn import evaluate_knn
+from training.evaluate.linear import CODE_LRS, PAPER_LRS, ProbeSettings
+from training.evaluate.logistic import FitSettings
 from training.evaluate.run import evaluate, print_report, write_json
 from training.evaluate.settings import make_settings
 
@@ -85,6 +91,15 @@ def test_backbones_by_name(checkpoint, tmp_path):
         load_backbone(str(foreign))
     with pytest.raises(ValueError, match="not the weights of a DINOv2 backbone"):
         load_backbone(str(foreign), arch="dinov2_vits14")
+
+
+def test_auto_is_the_newest_artifact_of_the_data_folder(tmp_path):
+    bundled = bundled_artifact()
+    for name, created in (("older", "2030-01-01T00:00:00+00:00"), ("newer", "2030-01-02T00:00:00+00:00")):
+        folder = shutil.copytree(bundled, tmp_path / "artifacts" / name)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"name": name, "created": created}))
+    assert load_backbone("auto", data_dir=tmp_path).name.startswith("newer-")
 
 
 def test_settings_that_do_not_apply_are_refused():
@@ -156,6 +171,146 @@ def test_tasks_on_class_folders(checkpoint, colours, task, given, tmp_path):
         assert sum(row[-1].endswith("*") for row in report.rows) == 1
     write_json(report, tmp_path / "out" / "report.json")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["protocol"]["seed"] == 0
+
+
+class CalledError(Exception):
+    """What an evaluation was called with."""
+
+    def __init__(self, args, more):
+        super().__init__()
+        self.given, self.more = args, more
+
+
+def called_with(monkeypatch, module, name, *asked):
+    """The arguments with which `evaluate(*asked)` calls `module.name`."""
+
+    def call(*args, **more):
+        more.pop("advance", None)
+        raise CalledError(args, more)
+
+    monkeypatch.setattr(module, name, call)
+    with pytest.raises(CalledError) as caught:
+        evaluate(*asked)
+    return caught.value.given, caught.value.more
+
+
+def test_the_settings_of_knn_reach_it(checkpoint, colours, monkeypatch):
+    backbone = load_backbone(str(checkpoint))
+    given = {"k": (2, 3), "pooling": "cls+mean"}
+    (train, _, val, _, ks), more = called_with(monkeypatch, tasks, "knn_accuracy", "knn", backbone, colours, given)
+    assert (train.shape, val.shape, ks, more) == ((18, 32), (9, 32), (2, 3), {})
+    alone, more = called_with(monkeypatch, tasks, "knn_accuracy", "knn", backbone, colours / "val", {"k": (1,)})
+    assert more == {"leave_one_out": True}
+    assert alone[0] is alone[2]
+    assert alone[1] is alone[3]
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
+def test_the_settings_of_logistic_regression_reach_it(checkpoint, colours, monkeypatch, pooling):
+    backbone = load_backbone(str(checkpoint))
+    given = {"held_out": 0.3, "seed": 5, "tolerance": 1e-3, "iterations": 7, "pooling": pooling}
+    args, more = called_with(monkeypatch, tasks, "evaluate_logistic", "logistic", backbone, colours, given)
+    assert more == {"fit": FitSettings(held_out_share=0.3, seed=5, tolerance=1e-3, max_iterations=7)}
+    paths = sorted((colours / "val").rglob("*.png"))
+    torch.testing.assert_close(args[2], compute_features(backbone.model, paths, backbone.spec).pooled(pooling))
+    assert args[0].shape == (18, args[2].shape[1])
+
+
+@pytest.mark.parametrize(("grid", "lrs"), [("code", CODE_LRS), ("paper", PAPER_LRS)])
+def test_the_settings_of_the_linear_probe_reach_it(checkpoint, colours, monkeypatch, grid, lrs):
+    given = {"grid": grid, "blocks": (1, 3), "iterations": 6, "batch_size": 4, "seed": 5}
+    backbone = load_backbone(str(checkpoint))
+    args, more = called_with(monkeypatch, tasks, "evaluate_linear", "linear", backbone, colours, given)
+    settings = ProbeSettings(lrs=lrs, blocks=(1, 3), avgpools=(False, True), iterations=6, batch_size=4, seed=5)
+    assert more == {"depth": 3, "settings": settings}
+    assert [part.shape for part in (args[0], args[2])] == [(18, 64), (9, 64)]
+
+
+@pytest.mark.parametrize("task", ["logistic", "linear"])
+def test_without_a_split_the_seed_draws_the_share_to_score(checkpoint, colours, monkeypatch, task):
+    backbone, name = load_backbone(str(checkpoint)), f"evaluate_{task}"
+    labels = {}
+    for seed, share in ((1, 0.25), (1, 0.5), (2, 0.5)):
+        given = {"seed": seed, "held_out": share}
+        args, _ = called_with(monkeypatch, tasks, name, task, backbone, colours / "train", given)
+        labels[seed, share] = args[3].tolist()
+        assert len(args[3]) in (int(19 * share), int(19 * share) - 1)  # one of all images is broken
+    assert labels[1, 0.5] != labels[2, 0.5]
+
+
+DENSE = {"iterations": 3, "batch_size": 5, "lr": 0.07, "weight_decay": 0.02, "seed": 9, "resize": 42, "blocks": 2}
+DENSE_TRAINING = HeadTraining(3, 5, 0.07, 0.02, 9)
+
+
+def test_the_settings_of_segmentation_reach_it(checkpoint, tmp_path, monkeypatch):
+    asked = "segmentation", load_backbone(str(checkpoint)), dense_folder(tmp_path / "scenes")
+    given = {**DENSE, "classes": 4, "zero_is_ignored": True}
+    (train, val, training), more = called_with(monkeypatch, segmentation, "evaluate_segmentation", *asked, given)
+    assert (training, more) == (DENSE_TRAINING, {"n_classes": 4})
+    assert train[0][0].shape == (3, 4, 32)  # two blocks of 16, no class token
+    assert set(train[0][1].flatten().tolist()) == set(val[0][1].flatten().tolist()) == {0, 255}
+    (train, _, training), more = called_with(monkeypatch, segmentation, "evaluate_segmentation", *asked, {})
+    assert (training, more) == (HeadTraining(4000, 16, 1e-3, 1e-3, 0), {"n_classes": None})
+    assert set(train[0][1].flatten().tolist()) == {0, 1}
+
+
+def test_the_settings_of_depth_reach_it(checkpoint, tmp_path, monkeypatch):
+    asked = "depth", load_backbone(str(checkpoint)), dense_folder(tmp_path / "scenes")
+    ranges = {"min_depth": 0.5, "max_depth": 6.0, "gradient_weight": 0.25}
+    given = {**DENSE, **ranges, "bins": 12, "units_per_metre": 500.0}
+    (train, _, training), more = called_with(monkeypatch, depth, "evaluate_depth", *asked, given)
+    assert (training, more) == (DENSE_TRAINING, {**ranges, "n_bins": 12})
+    assert train[0][0].shape == (3, 4, 64)  # two blocks of 16, each with its class token
+    assert set(train[0][1].flatten().tolist()) == {4.0, 10.0}
+    (_, _, training), more = called_with(monkeypatch, depth, "evaluate_depth", *asked, {})
+    assert training == HeadTraining(4000, 16, 3e-4, 1e-3, 0)
+    assert more == {"min_depth": 1e-3, "max_depth": 10.0, "gradient_weight": 0.5, "n_bins": 256}
+
+
+def test_train_and_val_share_the_memory_of_dense_tasks(checkpoint, tmp_path, monkeypatch):
+    backbone, folder = load_backbone(str(checkpoint)), dense_folder(tmp_path / "scenes")
+    one = 3 * 4 * 16 * 4 + 42 * 56  # tokens in float32 and the mask at 42 x 56 pixels
+    given = {"resize": 42, "memory_gb": 3.5 * one / 1e9}
+    (train, val, _), _ = called_with(
+        monkeypatch, segmentation, "evaluate_segmentation", "segmentation", backbone, folder, given
+    )
+    assert train.memory_left == pytest.approx(1.5 * one, abs=1)
+    assert val.memory_left == pytest.approx(0.5 * one, abs=1)
+
+
+@pytest.mark.parametrize("task", ["knn", "segmentation"])
+def test_the_precision_reaches_the_backbone(checkpoint, colours, tmp_path, monkeypatch, task):
+    backbone, found = load_backbone(str(checkpoint)), []
+    module, name = (tasks, "knn_accuracy") if task == "knn" else (segmentation, "evaluate_segmentation")
+    folder = colours if task == "knn" else dense_folder(tmp_path / "scenes")
+    for precision in ("fp32", "bf16"):
+        args, _ = called_with(monkeypatch, module, name, task, backbone, folder, {"precision": precision})
+        found.append(args[0] if task == "knn" else args[0][0][0])
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, atol=0.1, rtol=0.1)
+
+
+def test_a_query_is_searched_with_its_box_and_nothing_may_be_missing(checkpoint, colours, tmp_path, monkeypatch):
+    names = [str(p.relative_to(colours)) for p in sorted((colours / "train").rglob("*.png"))]
+    truth = tmp_path / "truth.json"
+    backbone, vectors = load_backbone(str(checkpoint)), []
+    for box in ({}, {"box": [0, 0, 20, 20]}):
+        query = {"image": "val/red/0.png", "easy": names[:2], **box}
+        truth.write_text(json.dumps({"queries": [query], "database": names}))
+        given = {"ground_truth": truth, "k": (1, 2), "pooling": "mean"}
+        args, more = called_with(monkeypatch, tasks, "score_setup", "retrieval", backbone, colours, given)
+        assert more == {"ks": (1, 2)}
+        vectors.append(args[2])
+    assert not torch.allclose(*vectors, atol=1e-4)
+    truth.write_text(json.dumps({"queries": [query], "database": [*names, "train/red/broken.jpg"]}))
+    with pytest.raises(ValueError, match=r"1 photos of the ground truth cannot be read, e\.g\. .*broken\.jpg"):
+        evaluate("retrieval", backbone, colours, {"ground_truth": truth})
+
+
+def test_as_many_blocks_as_the_model_has_are_not_too_many(checkpoint, colours, monkeypatch):
+    backbone = load_backbone(str(checkpoint))
+    args, _ = called_with(monkeypatch, tasks, "evaluate_linear", "linear", backbone, colours, {"blocks": (4,)})
+    assert args[0].shape == (18, 5 * 16)
 
 
 def test_retrieval_with_a_ground_truth(checkpoint, colours, tmp_path):

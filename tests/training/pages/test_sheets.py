@@ -175,7 +175,7 @@ def test_a_diverged_network_has_a_sheet_too(backbone):
     with torch.no_grad():
         diverged.norm.weight.fill_(torch.inf)
         diverged.blocks[-1].attn.qkv.weight.fill_(torch.nan)
-    assert picture_sheet(diverged, photos(4), [0, 1], SPEC, **crops(2)).size[0] > 0
+    assert picture_sheet(diverged, photos(4), [0, 1], SPEC, SheetCrops(**crops(2))).size[0] > 0
     assert heat_colours(np.array([np.nan])).tolist() == heat_colours(np.array([0.0])).tolist()
 
 
