@@ -1,7 +1,7 @@
 # One command for each thing a user or a contributor does; each makes the environment it needs.
 #   make run    serving environment (no torch), then the service on 127.0.0.1:8000
 #   make test   test environment (with torch), then every test
-# PYTHON=python3.12 picks an interpreter; ARGS="-k cache -x" goes to pytest.
+# PYTHON=python3.12 picks an interpreter; ARGS="-k cache -x" goes to pytest, ARGS="-n 0" runs the tests in one process.
 #
 # An environment is complete when its stamp is newer than pyproject.toml and constraints.txt. The stamp carries the
 # Python version, so another PYTHON makes it anew; an interrupted installation leaves no stamp and the next call
@@ -18,6 +18,8 @@ STAMP := .complete-$(PYTHON_VERSION)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt
 # torch is asked for by its exact version, so that pip never takes a newer CUDA build for it.
 TORCH := torch==2.13.0
+# Two workers, which take tests from each other at the end; each starts its own servers when a test asks for them.
+PARALLEL := -n 2 --dist worksteal
 # ONNX Runtime reports to Microsoft by default; the tests and benchmarks that import it first do not either.
 export ORT_DISABLE_TELEMETRY := 1
 
@@ -32,10 +34,10 @@ run: $(RUN_ENV)/$(STAMP) ## start the service on http://127.0.0.1:8000 (DINOV2_H
 	@exec $(RUN_ENV)/bin/python -m cli serve
 
 test: $(TEST_ENV)/$(STAMP) ## run every test
-	@$(TEST_ENV)/bin/python -m pytest $(ARGS)
+	@$(TEST_ENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-service: $(SERVICE_ENV)/$(STAMP) ## run the tests that need no torch, in an environment without it
-	@$(SERVICE_ENV)/bin/python -m pytest tests/service tests/model tests/deploy $(ARGS)
+	@$(SERVICE_ENV)/bin/python -m pytest $(PARALLEL) tests/service tests/model tests/deploy $(ARGS)
 
 # For ATen, oneDNN and MKL (which heeds it on Intel's processors): the least, AVX2, and all that this processor has.
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2

@@ -85,7 +85,8 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     if isinstance(condition, Exists):
         return value is not None
     if isinstance(condition, In):
-        return any(_kind(value) == _kind(wanted) and _plain(value) == wanted for wanted in condition.values)
+        kind, plain = _kind(value), _plain(value)
+        return any(plain == wanted and kind == _kind(wanted) for wanted in condition.values)
     return all(_kind(value) == _kind(bound) and holds(_plain(value), op, bound) for op, bound in condition.bounds)
 
 
