@@ -33,6 +33,13 @@ def test_knn_is_what_training_measures(leave_one_out: bool, k: int) -> None:
     assert theirs > 0.5 if k < 1000 else theirs > 0
 
 
+def test_no_image_of_a_later_block_is_its_own_neighbour() -> None:
+    images = np.eye(2, dtype=np.float32)[np.zeros(1030, int)]  # all alike: only the label tells which one votes
+    images[-1] = [0, 1]
+    labels = np.arange(1030) == 1029  # the only one of its class: its nearest neighbour is of the other
+    assert knn_right(images, labels.astype(int), images, labels.astype(int), 1, leave_one_out=True) == 1029
+
+
 def tokens(val_wrong: int, train_wrong: int, *, n_val: int = 240, n_train: int = 1000) -> ClassTokens:
     """Two classes far apart; so many images of each part lie with the wrong class."""
 
