@@ -299,7 +299,7 @@ def test_collections_say_what_is_wrong(kept: Kept) -> None:
     assert "either the collection" in kept.refused("collections", "alias", "live")
     assert "another name" in kept.refused("collections", "copy", "shop")
     assert "no collection" in kept.refused("collections", "show", "none")
-    assert "indexed: a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    assert "indexed: a key must be" in kept.refused("collections", "create", "shop", "--indexed", "")
     for words, said in [
         (["--m", 1], "index.m=1 is not allowed: a whole number, 2 to 256"),
         (["--ef-construction", 3], "index.ef_construction=3 is not allowed: a whole number, 4 to 4,096"),

@@ -158,7 +158,7 @@ async def test_other_settings_are_a_conflict_that_names_them(tmp_path, change, w
         ({"indexed": [f"k{i}" for i in range(17)]}, "indexed"),
         ({"indexed": ["a..b"]}, "indexed: key 'a..b' is not allowed: printable"),
         ({"indexed": ["a'b"]}, 'indexed: key "a\'b" is not allowed: printable'),
-        ({"indexed": [""]}, "indexed: a key is a string of 1 to 256 characters, not ''"),
+        ({"indexed": [""]}, "indexed: a key must be a string of 1 to 256 characters, not ''"),
         ({"indexed": [7]}, "indexed.0"),
         ({"originals": "yes"}, "originals"),
         ({"dimension": 9}, "dimension=9"),

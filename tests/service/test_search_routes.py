@@ -695,7 +695,7 @@ def nested(levels: int) -> dict:
         ({"vector": GOOD, "score_threshold": "NaN"}, "score_threshold: "),
         ({"vector": GOOD, "filter": nested(16)}, "nested more than 16 deep"),
         ({"vector": GOOD, "filter": nested(200)}, "nested more than 16 deep"),
-        ({"vector": GOOD, "filter": []}, "a condition is an object"),
+        ({"vector": GOOD, "filter": []}, "a condition must be an object"),
         ({"vector": GOOD, "filter": {"key": "a", "in": list(range(10_001))}}, "more than 10,000 values"),
         ({"vector": GOOD, "filter": {"key": "a'b", "eq": 1}}, "is not allowed"),
         ({"vector": GOOD, "group_by": ".a"}, "group_by: key"),
