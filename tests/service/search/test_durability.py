@@ -198,6 +198,35 @@ async def test_what_changes_while_a_segment_is_built_is_not_lost(
     await again.close()
 
 
+async def test_what_was_deleted_from_the_tail_stays_so_when_what_lies_before_it_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written, found, deleted and searched for again while a segment is built: the view knows the item as deleted."""
+    store, plain = await opened(tmp_path, interval_s=60.0), DictStore()
+    for one in (store, plain):
+        await one.upsert("c", items(20), tag=TAG)
+    loop, real = asyncio.get_running_loop(), maintenance.write
+
+    async def change() -> None:
+        for one in (store, plain):
+            await one.upsert("c", items(3, seed=9, prefix="new"), tag=TAG)
+        await same(store, plain, 0, k=100)
+        for one in (store, plain):
+            await one.delete("c", ["new1"])
+        await same(store, plain, 0, k=100)
+
+    def write(folder: Path, built: building.Built) -> Any:
+        asyncio.run_coroutine_threadsafe(change(), loop).result(10)
+        return real(folder, built)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance, "write", write)
+        await asyncio.to_thread(build_one, store, seal_rows=1)
+    await same(store, plain, 0, k=100)
+    assert (await store.stats("c"))["tail"] == 2
+    await store.close()
+
+
 async def test_another_store_learns_of_changes_to_its_tail_when_they_are_sealed_elsewhere(tmp_path: Path) -> None:
     """Records of what a segment holds go when it is made; those of items beyond it must stay."""
     one, two = await opened(tmp_path, interval_s=60.0), await opened(tmp_path, interval_s=60.0)
