@@ -1,4 +1,4 @@
-"""Every pooling's features of a set of images, all of which must be readable: for benchmarks and tests."""
+"""The features of every pooling for a set of images, for benchmarks and tests. All images must be readable."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from training.evaluate.features import ForwardSettings, compute_features
 def extract_features(
     model: DinoVisionTransformer, paths: Sequence[Path | Photo], spec: PreprocessSpec, batch_size: int = 64
 ) -> dict[Pooling, Tensor]:
-    """Features [n, D] (cls+mean: [n, 2D]) of images, float32 on the CPU. The halves of cls+mean have unit length each.
+    """Return features [n, D] (cls+mean: [n, 2D]) of images, float32 on the CPU. Each half of cls+mean has unit length.
 
     Raises:
-        ValueError: an image that cannot be read.
+        ValueError: an image cannot be read.
     """
     features = compute_features(model, paths, spec, forward=ForwardSettings(batch_size))
     if features.skipped:

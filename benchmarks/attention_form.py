@@ -1,12 +1,12 @@
-"""Time and memory of the forms of attention in a whole backbone: which one an ONNX graph should carry.
+"""Time and memory of the attention operators in a whole backbone, to choose the one for ONNX graphs.
 
     python benchmarks/attention_form.py [--model dinov2_vits14] [--sizes 224 518 1022] [--rounds 9]
 
 Forms: ONNX's standard `Attention` (opset 23) and ONNX Runtime's `MultiHeadAttention` (tiled on a CPU), both on ONNX
-Runtime, and torch's `scaled_dot_product_attention`. Each runs in a process of its own with the same number of threads;
-they take turns within each round, the first place moving on. `MB` is how far resident memory rose above what the loaded
-engine held, at its peak, from the first forward pass on (Linux: the peak is started anew after loading). Batch 8 is
-left out above `--largest-batched` pixels.
+Runtime, and torch's `scaled_dot_product_attention`. Each runs in a separate process with the same number of threads.
+They take turns within each round, and the starting form rotates. `MB` is the peak increase of resident memory over that
+of the loaded engine, from the first forward pass on (Linux: the peak is reset after loading). Batch 8 is skipped above
+`--largest-batched` pixels.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def start(model: RandomModel, name: str, form: str, size: int, threads: int) -> 
 
 
 def measure(model: RandomModel, name: str, size: int, batch: int, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for each form."""
+    """Return a table row for each form."""
     workers = {form: start(model, name, form, size, threads) for form in FORMS}
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     loaded, peak = {}, {}

@@ -1,12 +1,12 @@
-"""Two engines in two processes on the same CPUs, beside one alone: images/s together and the time of a request.
+"""Two engines in two processes on the same CPUs, compared with one alone: total images/s and latency per request.
 
     python benchmarks/contention.py [--model dinov2_vits14] [--seconds 10] [--rounds 3] [--engines onnxruntime torch]
 
-Each process runs one request (one image) after the other. Cases: one process and two, each with one thread and with a
-thread for every CPU, spinning while they wait or not (ONNX Runtime's switch; torch: what libgomp does by itself, or
+Each process runs one request (one image) after the other. Cases: one process and two, each with one thread and with one
+thread per CPU, with and without spinning (ONNX Runtime's option; for torch libgomp's default or
 OMP_WAIT_POLICY=passive). All cases take turns in each round. `of alone` is the median of the rounds' ratios to the
-service's own setting: the first engine, one process, a thread for every CPU, no spinning. Two engines that share
-well keep it at 1; the time of a request then doubles, since each has half the machine.
+service's own setting: the first engine, one process, one thread per CPU, no spinning. Two engines that share well keep
+it at 1; the latency then doubles, because each has half the machine.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def run_case(workers: list[Worker], seconds: float) -> tuple[float, list[float]]:
-    """Images/s of all together and the latencies of every request, seconds."""
+    """Return the total images/s and the latency of every request in seconds."""
     at = time.monotonic() + 0.2
     for worker in workers:
         worker.send(do="load", at=at, seconds=seconds, batch=1)
@@ -50,7 +50,7 @@ def run_case(workers: list[Worker], seconds: float) -> tuple[float, list[float]]
 def measure(
     model: RandomModel, name: str, size: int, cases: list[Case], seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row for each case."""
+    """Return a table row for each case."""
     workers: dict[Case, list[Worker]] = {}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
     latencies: dict[Case, list[float]] = {case: [] for case in cases}

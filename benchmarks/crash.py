@@ -1,14 +1,14 @@
-"""Kill the embedded store at random moments and look at what is left.
+"""Kill the embedded store at random moments and check the data that remains.
 
-A child process writes (upserts, replacements, deletes, changes of metadata), while segments are built and merged and
-snapshots taken as fast as they can; it says which writes were acknowledged. The parent kills it with SIGKILL, opens the
-store and demands: every acknowledged write is there, nothing else is (but the one write that was under way, whole or
-not at all), searches with and without a filter give the answers of a numpy scan, every snapshot is whole. Then the next
-child goes on in the same folder.
+A child process writes (upserts, replacements, deletes, changes of metadata) while segments are built and merged and
+snapshots are taken as fast as possible. It reports each acknowledged write. The parent kills it with SIGKILL, opens the
+store and checks that every acknowledged write is present, that nothing else is (except the write in progress,
+completely or not at all), that searches with and without a filter match a numpy scan, and that every snapshot is
+complete. The next child then continues in the same folder.
 
     python benchmarks/crash.py [--kills 200] [--seed 0] [--folder DIR]
 
-Prints a table and, last, one JSON line; exit status 1 when something was lost.
+Prints a table and, as the last line, one JSON line; the exit status is 1 if data was lost.
 """
 
 import argparse
@@ -37,7 +37,7 @@ State = dict[str, tuple[np.ndarray, dict[str, int]]]
 
 
 def operation(seed: int, n: int) -> tuple[str, list[int], np.ndarray]:
-    """The n-th write: its kind, the items it concerns, and vectors for them."""
+    """Return the n-th write: its kind, the affected items, and their vectors."""
     rng = np.random.default_rng((seed, n))
     kind = str(rng.choice(["upsert", "upsert", "upsert", "delete", "patch"]))
     which = rng.choice(IDS, size=int(rng.integers(1, 40)), replace=False).tolist()
@@ -46,7 +46,7 @@ def operation(seed: int, n: int) -> tuple[str, list[int], np.ndarray]:
 
 
 def apply(state: State, seed: int, n: int) -> None:
-    """The n-th write, on a dictionary."""
+    """Apply the n-th write to a dictionary."""
     kind, which, vectors = operation(seed, n)
     if kind == "upsert":
         for item, vector in zip(which, vectors, strict=True):
@@ -60,7 +60,7 @@ def apply(state: State, seed: int, n: int) -> None:
 
 
 async def opened(folder: Path) -> EmbeddedStore:
-    """The store, with sizes at which a few hundred items go through every stage."""
+    """Open the store with small sizes, so that a few hundred items go through every stage."""
     building.FLAT_BELOW, maintenance.MANY, maintenance.ORPHAN_S = 100, 2, 0.05
     store = await open_embedded(folder, threads=1, interval_s=0.005, seal_rows=48)
     assert isinstance(store, EmbeddedStore)
@@ -68,7 +68,7 @@ async def opened(folder: Path) -> EmbeddedStore:
 
 
 async def child(folder: Path, seed: int, start: int) -> None:
-    """Write for ever, saying `n` when the n-th write was acknowledged."""
+    """Write forever; print `n` when the n-th write has been acknowledged."""
     store = await opened(folder)
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw"), indexed=("group",)))
 
@@ -96,7 +96,7 @@ async def child(folder: Path, seed: int, start: int) -> None:
 
 
 async def differences(store: EmbeddedStore, state: State, rng: np.random.Generator) -> str:
-    """What is wrong with the store, if it should hold `state`; empty when nothing is."""
+    """Return the differences between the store and `state`; empty if there are none."""
     found: State = {}
     cursor = None
     while True:
@@ -125,10 +125,10 @@ async def differences(store: EmbeddedStore, state: State, rng: np.random.Generat
 
 
 async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, float]:
-    """Which of the possible states the store is in, and the seconds that opening took.
+    """Return which of the possible states the store is in, and how many seconds opening it took.
 
     Raises:
-        AssertionError: it is in none of them, or a snapshot is broken.
+        AssertionError: the store is in none of them, or a snapshot is broken.
     """
     started = time.perf_counter()
     store = await opened(folder)
@@ -148,7 +148,7 @@ async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, floa
 
 
 def run(folder: Path, kills: int, seed: int) -> dict[str, float | int]:
-    """Kill, look, go on."""
+    """Kill a child, check the store and continue, repeatedly."""
     moments = random.Random(seed)
     state: State = {}
     n, opening, under_way = 0, [], 0

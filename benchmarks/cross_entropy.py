@@ -2,10 +2,11 @@
 
     python benchmarks/cross_entropy.py [--prototypes 65536 1024] [--rows 256] [--rounds 9] [--dtype float32]
 
-All candidates take turns within each round, so that a busy neighbour hurts all alike; ratios are medians of per-round
-ratios against the plain expression. The least that has to move is: forward the logits and targets, backward both again
-and the gradient. GB/s is that over the best time, and stands beside what a plain copy reaches in the same run (reading
-and writing counted). On a GPU, Triton's kernels join in, and the peak of memory that a candidate adds is measured.
+All candidates take turns within each round, so that other load affects them equally; ratios are medians of per-round
+ratios to the plain expression. The minimum memory traffic is the logits and targets in the forward pass, and both again
+plus the gradient in the backward pass. GB/s is that traffic over the best time, printed next to the rate of a plain
+copy in the same run (reads plus writes). On a GPU, Triton's kernels are included, and each candidate's peak additional
+memory is measured.
 """
 
 import argparse
@@ -32,21 +33,21 @@ Run = Callable[[], object]
 
 
 def torch_expression(student: Tensor, targets: Tensor, temp: float) -> Tensor:
-    """F.cross_entropy with probabilities as targets."""
+    """Return F.cross_entropy with probabilities as targets."""
     return F.cross_entropy(student.float() / temp, targets, reduction="none")
 
 
 def both_passes(
     loss: Callable[..., Tensor], student: Tensor, targets: Tensor | TeacherTargets, grad: Tensor
 ) -> Tensor | None:
-    """Forward and backward."""
+    """Run forward and backward."""
     student.grad = None
     torch.autograd.backward(loss(student, targets, STUDENT_TEMP), grad)
     return student.grad
 
 
 def plain_sinkhorn(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor:
-    """In the log domain, each half round over the whole array."""
+    """Run Sinkhorn-Knopp in the log domain, each half round over the whole array."""
     scores = logits.float() / temp
     u = scores.new_zeros(scores.shape[0], 1)
     for _ in range(n_iterations):
@@ -56,7 +57,7 @@ def plain_sinkhorn(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
 
 
 def candidates(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, tuple[Run, int]]]:
-    """For each operation its candidates, the plain one first, with the bytes that have to move."""
+    """Return the candidates of each operation, the plain one first, and its minimum memory traffic in bytes."""
     generator = torch.Generator().manual_seed(0)
     student = (torch.randn(rows, k, generator=generator) * 0.3).to(device, dtype).requires_grad_()
     teacher = (torch.randn(rows, k, generator=generator) * 0.3).to(device, dtype)
@@ -88,7 +89,7 @@ def candidates(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> d
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """Wall clock of one call, with what it left on the GPU's queue."""
+    """Return the wall-clock time of one call, including its queued GPU work."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -97,7 +98,7 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def peak_mb(run: Run, device: torch.device) -> float | None:
-    """Memory that one call adds at its peak; None where it cannot be measured."""
+    """Return the peak memory that one call adds; None where it cannot be measured."""
     if device.type != "cuda":
         return None
     run()  # what stays, such as the gradient's array, is there already
@@ -108,7 +109,7 @@ def peak_mb(run: Run, device: torch.device) -> float | None:
 
 
 def measure(rows: int, k: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[dict[str, object]]:
-    """One row of the table for each candidate."""
+    """Return one table row per candidate."""
     operations = candidates(rows, k, dtype, device)
     times: dict[tuple[str, str], list[float]] = {(op, name): [] for op, runs in operations.items() for name in runs}
     for _ in range(rounds + 1):

@@ -1,11 +1,11 @@
-"""A half-precision graph for a runtime that has no such arithmetic: computed in float32, rounded after every step.
+"""Emulation of half-precision graphs for runtimes without such arithmetic: float32, rounded after every operator.
 
-ONNX Runtime has no bfloat16 matrix product on a CPU, and what float16 it is given there it computes in float32 without
-rounding in between, which flatters the result and hides overflow. OpenVINO does the same. So that an export on a
-machine without a GPU can still be compared with torch, every operator here takes float32 and its result is rounded to
-the half's grid: what a GPU computes that accumulates in float32. Inside the attention operator nothing is rounded.
+ONNX Runtime has no bfloat16 matrix product on a CPU, and it computes float16 in float32 without rounding in between,
+which improves the result and hides overflow. OpenVINO does the same. To allow a comparison with torch on a machine
+without a GPU, every operator here takes float32 and its result is rounded to the half type's grid. This equals a GPU
+that accumulates in float32. Nothing is rounded inside the attention operator.
 
-Slow and larger than the original; for checks only.
+The emulated graph is slow and larger than the original; use it for checks only.
 """
 
 import onnx
@@ -16,13 +16,13 @@ MOVES = ("Split", "Slice", "Reshape", "Transpose")  # rounded inputs, so rounded
 
 
 def emulate_half(model: ModelProto) -> ModelProto:
-    """`model` (weights inside) with every float16 or bfloat16 tensor held in float32, rounded.
+    """Return `model` (with its weights inside) with every float16 or bfloat16 tensor stored in float32, rounded.
 
     Raises:
-        ValueError: its weights are in a file beside it.
+        ValueError: its weights are in an external file.
     """
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise ValueError("a graph with weights in a file beside it cannot be emulated: build it in memory")
+        raise ValueError("a graph with weights in an external file cannot be emulated: build it in memory")
     emulated = ModelProto()
     emulated.CopyFrom(model)
     graph = emulated.graph
@@ -41,7 +41,7 @@ def emulate_half(model: ModelProto) -> ModelProto:
 
 
 def _emulated(node: NodeProto, half: dict[str, int]) -> list[NodeProto]:
-    """The nodes that stand for `node`; notes in `half` which of its outputs were halves."""
+    """Return the nodes that replace `node`; add to `half` those of its outputs that were half precision."""
     kinds = [half[name] for name in node.input if name in half]
     if node.op_type == "Cast":
         target = next(attribute.i for attribute in node.attribute if attribute.name == "to")

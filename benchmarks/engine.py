@@ -1,24 +1,26 @@
-"""Images/s of the engines on this machine's CPU, beside other people's and the machine's own limit.
+"""Images/s of the engines on this machine's CPU, compared with other implementations and the machine's limit.
 
     python benchmarks/engine.py [--model dinov2_vits14] [--sizes 224 518] [--batches 1 8] [--rounds 12]
 
 Rows: our backbone in torch, eager and compiled; our ONNX graph on ONNX Runtime in fp32 and int8, and on OpenVINO;
-transformers' Dinov2Model eager and compiled; and a plain `torch.onnx.export` of it (opset 18) on ONNX Runtime. All have
-the weights of one random network, since speed does not depend on them; `cosine` is the lowest of the class tokens with
-torch eager's, for int8 on these random weights only (its gate on photos is elsewhere). What is not installed is named.
+transformers' Dinov2Model, eager and compiled; and a plain `torch.onnx.export` of it (opset 18) on ONNX Runtime. All use
+the weights of one random network, because speed does not depend on them. `cosine` is the lowest cosine of a class token
+with torch eager's; for int8 it is valid for these random weights only (the export's gate uses images). Packages that
+are not installed are listed.
 
 What makes the comparison fair:
 
-- One process, turns within each round, the first place moving on from round to round: a busy neighbour, a hot cache or
-  a throttled clock hurts all alike. Ratios are medians of the rounds' ratios to torch eager, and of the best times.
-- The same number of threads for all, and a pause before each turn, in which the last one's threads go to sleep.
-- Waiting threads either sleep at once in all runtimes (`--waiting passive`, the default and how the service runs:
-  OMP_WAIT_POLICY=passive and KMP_BLOCKTIME=0 for torch, spinning off for ONNX Runtime) or each does what its makers
-  chose (`--waiting default`). A spinning pool gains a little alone and takes cores from whatever runs beside it
-  (benchmarks/contention.py); which of the two is kinder to which runtime is a reason to run both.
-- Compilation, graph optimisation and `--warmup` rounds come before the measurement.
-- GFLOP/s count what the network needs (training/watch/flops.py), so int8's are those of float32's work. The limit is
-  the faster of two float32 matrix products, torch's and ONNX Runtime's, which take turns in the same rounds.
+- All engines run in one process and take turns within each round; the starting engine rotates. Other load, a hot cache
+  or a throttled clock therefore affects all equally. Ratios are medians of the rounds' ratios to torch eager, and
+  ratios of the best times.
+- All use the same number of threads. A pause before each turn lets the previous engine's threads go to sleep.
+- Waiting threads either sleep at once in all runtimes (`--waiting passive`, the default and the service's setting:
+  OMP_WAIT_POLICY=passive and KMP_BLOCKTIME=0 for torch, spinning off for ONNX Runtime) or follow each runtime's default
+  (`--waiting default`). A spinning pool gains a little alone and takes cores from other programs
+  (benchmarks/contention.py). Each setting favours different runtimes, so run both.
+- Compilation, graph optimisation and `--warmup` rounds precede the measurement.
+- GFLOP/s count the network's operations (training/watch/flops.py), so int8's figures refer to the float32 work. The
+  limit is the faster of two float32 matrix products, torch's and ONNX Runtime's, which take turns in the same rounds.
 """
 
 import argparse
@@ -42,7 +44,7 @@ PAUSE_S = 0.02
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, np.ndarray]:
-    """Seconds of each function in each round; the first place moves on from round to round."""
+    """Return the seconds of each function in each round. The starting function rotates."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
@@ -57,14 +59,14 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warmup: int)
 
 
 def lowest_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the rows [B, D] of both."""
+    """Return the lowest cosine between corresponding rows [B, D]."""
     return float(np.min(np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))))
 
 
 def measure(
     case: Any, batches: list[int], engines: list[str], rounds: int, warmup: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of one input size, and the engines that cannot run here with the reason."""
+    """Return the rows of one input size, and the engines that cannot run here with the reason."""
     from engine_peers import BUILDERS, MissingError, products
 
     from training.watch.flops import backbone_flops

@@ -1,7 +1,7 @@
-"""The engines that benchmarks/engine.py lets take turns: ours and others', all with the weights of one random network.
+"""The engines that benchmarks/engine.py compares: ours and others', all with the weights of one random network.
 
-transformers' model is drawn first and ours are converted from it, so every row computes the same function and its
-answer can be compared. Imported after the variables that OpenMP reads once at load are set.
+transformers' model is initialised first and ours are converted from it, so every row computes the same function and the
+outputs can be compared. Import this module after setting the variables that OpenMP reads at load.
 """
 
 import importlib
@@ -36,7 +36,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """What every engine is built for."""
+    """The parameters that every engine is built for."""
 
     config: ViTConfig
     theirs: Any  # transformers' model
@@ -48,7 +48,7 @@ class Case:
 
 
 def make_case(config: ViTConfig, size: int, threads: int, *, spinning: bool, folder: Path) -> Case:
-    """One random network, as transformers' model and as ours. LayerScale lies near one, so that every block counts."""
+    """Return one random network as transformers' model and as ours. LayerScale is near one, so every block counts."""
     transformers = require("transformers")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def make_case(config: ViTConfig, size: int, threads: int, *, spinning: bool, fol
 
 
 def require(package: str) -> Any:
-    """The module, or `MissingError` with its name."""
+    """Import a module, or raise `MissingError` with its name."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -100,7 +100,9 @@ def _torch_run(model: Callable[[torch.Tensor], Any], output: str, *, compiled: b
 
 
 def write_graph(case: Case, precision: Precision = "fp32", weights: Int8Weights = "s7", floats: str = "") -> Path:
-    """Our graph, for this size and any batch; `weights` and `floats` (comma-separated) are of int8: see `GraphSpec`."""
+    """Write our graph for this size and any batch; `weights` and `floats` (comma-separated) apply to int8: see
+    `GraphSpec`.
+    """
     path = case.folder / f"ours-{case.size}-{precision}-{weights}-{floats}.onnx"
     if not path.exists():
         state = {key: tensor.numpy() for key, tensor in case.ours.state_dict().items()}
@@ -111,14 +113,14 @@ def write_graph(case: Case, precision: Precision = "fp32", weights: Int8Weights 
 
 
 def our_onnx(case: Case, precision: Precision = "fp32", weights: Int8Weights = "s7", floats: str = "") -> Run:
-    """As the service runs it."""
+    """Return our graph's engine with the service's settings."""
     path = write_graph(case, precision, weights, floats)
     engine = OnnxEngine(path, threads=case.threads, spinning=case.spinning)
     return lambda pixels: engine.run(pixels).cls
 
 
 def openvino(case: Case) -> Run:
-    """OpenVINO on our float32 graph, told not to compute in less."""
+    """Return OpenVINO on our float32 graph, restricted to float32."""
     ov = require("openvino")
     settings = {
         "INFERENCE_NUM_THREADS": case.threads,
@@ -139,7 +141,7 @@ def openvino(case: Case) -> Run:
 
 
 def plain_export(case: Case, *, opset: int = 18) -> Run:
-    """What most people run: `torch.onnx.export` of transformers' model, any batch, on ONNX Runtime."""
+    """Return a plain `torch.onnx.export` of transformers' model for any batch, the usual way, on ONNX Runtime."""
     require("onnxscript")
     path = case.folder / f"plain-{case.size}.onnx"
     example = torch.zeros(2, 3, case.size, case.size)  # with batch 1 the exporter would take it as fixed
@@ -185,10 +187,10 @@ BUILDERS: dict[str, Callable[[Case], Run]] = {
 
 
 def products(threads: int, *, spinning: bool, n: int = 2048) -> tuple[float, dict[str, Callable[[], object]]]:
-    """A float32 matrix product of n x n in torch and in ONNX Runtime: the machine's limit is the faster one.
+    """Return a float32 matrix product of n x n in torch and in ONNX Runtime. The machine's limit is the faster one.
 
     Returns:
-        its floating-point operations, and the two as functions.
+        The number of floating-point operations, and the two functions.
     """
     helper = require("onnx.helper")
     a, b = torch.randn(2, n, n)
@@ -203,7 +205,7 @@ def products(threads: int, *, spinning: bool, n: int = 2048) -> tuple[float, dic
 
 
 def versions() -> dict[str, str]:
-    """Of every runtime that is installed."""
+    """Return the version of every installed runtime."""
     found = {}
     for package in ("torch", "onnxruntime", "transformers", "openvino", "onnxscript"):
         try:

@@ -2,12 +2,12 @@
 
     python benchmarks/export_giant.py [--depth 40] [--stored float16] [--precision fp32,fp16] [--crop 224]
 
-A checkpoint is written by a process of its own; then the export runs as the command line runs it (load, write, hash,
-compare with torch, verify), and the peak of its resident memory is read. The peak counts pages of files that are mapped
-(weights, external data), which the system can take back; a machine with less memory is slower, not out of it.
+A separate process writes a checkpoint. The export then runs as from the command line (load, write, hash, compare with
+torch, verify), and its peak resident memory is read. The peak includes pages of mapped files (weights, external data)
+that the system can reclaim: a machine with less memory is slower, but does not run out of it.
 
-Prints a table and, last, one JSON line, which is also written to benchmarks/results/. At full size it needs about 20 GB
-of disk for the time it runs.
+Prints a table and, as the last line, one JSON line, which is also written to benchmarks/results/. At full size it
+temporarily needs about 20 GB of disk.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LIMIT_GIB = 16.0
 
 
 def write_checkpoint(path: Path, config: ViTConfig) -> None:
-    """A checkpoint of the project's own format with weights as initialised, LayerScale 0.5 so that no block fades."""
+    """Write our own checkpoint with initial weights. LayerScale is 0.5, so that every block counts."""
     import torch
 
     from model.checkpoint import save_checkpoint
@@ -41,7 +41,7 @@ def write_checkpoint(path: Path, config: ViTConfig) -> None:
 
 
 def export(path: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """What `dinov2 export` does, on four generated images."""
+    """Run `dinov2 export` on four generated images."""
     from model.engines import parity
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
@@ -59,7 +59,7 @@ def export(path: Path, out: Path, arguments: argparse.Namespace) -> None:
 
 
 def in_process(target: object, *arguments: object) -> None:
-    """Run a function in a process of its own, so that its peak is its own."""
+    """Run a function in a separate process, to measure its own memory peak."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)  # type: ignore[arg-type]
     process.start()
     process.join()

@@ -1,13 +1,14 @@
-"""The checks of benchmarks/gpu_suite.py, one a process: `python benchmarks/gpu_checks.py KIND ARGUMENTS` (JSON).
+"""The checks of benchmarks/gpu_suite.py, one per process: `python benchmarks/gpu_checks.py KIND ARGUMENTS` (JSON).
 
-Each prints a line {"row": {...}} for each result as it comes, or {"skipped": "why"}, and nothing else on standard
-output. Networks have random weights with LayerScale at 0.5, so that every block counts in the parity with torch in
-float32 (TF32 off); photos and trained weights are for `dinov2 export` and `build-engine`, which gate what serves.
+Each check prints a line {"row": {...}} per result as it becomes available, or {"skipped": "why"}, and nothing else on
+standard output. Networks have random weights with LayerScale at 0.5, so that every block counts in the parity with
+torch in float32 (TF32 off). Images and trained weights are left to `dinov2 export` and `build-engine`, which gate the
+served models.
 
-Images/s are of a batch that lies on the GPU, by the wall clock, synchronised at both ends, best and median of five
-windows; MFU is the work that the network needs (training/watch/flops.py) over the maker's dense bf16 peak. Latency is
-that of one image from the host's memory to its class token there. A TensorRT row is of the engine's own CUDA graph, in
-which the copies of pixels and all features are; the others copy the class token alone.
+Images/s are measured on a batch in GPU memory, by the wall clock, synchronised at both ends: best and median of five
+windows. MFU is the network's operations (training/watch/flops.py) over the vendor's dense bf16 peak. Latency is the
+time of one image from host memory to its class token in host memory. A TensorRT row measures the engine's own CUDA
+graph, which includes copies of pixels and all features; the others copy only the class token.
 """
 
 import importlib.metadata
@@ -44,7 +45,7 @@ PACKAGES = ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "tensor
 
 
 def device(setting: Setting, emit: Emit) -> None:
-    """The GPU, what is installed, and what it reaches: a bf16 matrix product and a copy."""
+    """Report the GPU, the installed packages, and the machine's limits: a bf16 matrix product and a copy."""
     import torch
 
     from training.watch.flops import describe_device, device_peak_flops
@@ -72,7 +73,7 @@ def device(setting: Setting, emit: Emit) -> None:
 
 
 def cross_entropy(setting: Setting, emit: Emit) -> None:
-    """The kernel's value and gradient beside the definition in float64, then benchmarks/cross_entropy.py."""
+    """Compare the kernel's value and gradient with the definition in float64, then run benchmarks/cross_entropy.py."""
     import torch
     from cross_entropy import measure
 
@@ -102,7 +103,7 @@ TINY_STEP = TINY | {"model": "dinov2_vitt14", "batch_size": 4, "compile": False}
 
 
 def training_step(setting: Setting, emit: Emit) -> None:
-    """benchmarks/training_step.py; the official code beside it only when a checkout was given."""
+    """Run benchmarks/training_step.py, with the official code if a checkout is given."""
     from training_step import COMMON, PRESETS, measure
 
     from training.config import TrainConfig
@@ -121,7 +122,7 @@ def training_step(setting: Setting, emit: Emit) -> None:
 
 
 def torch_bf16(setting: Setting, emit: Emit) -> None:
-    """Eager, then each block compiled and the whole pass replayed as a CUDA graph."""
+    """Measure torch in bf16: eager, then with compiled blocks and the whole pass replayed as a CUDA graph."""
     import torch
 
     network, pixels, reference = network_of(setting)
@@ -162,7 +163,7 @@ def torch_bf16(setting: Setting, emit: Emit) -> None:
 
 
 def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
-    """Our graph on the CUDA provider (tiny: on the CPU's), its inputs and outputs bound to the GPU's memory."""
+    """Measure our graph on the CUDA provider (tiny: the CPU's), with inputs and outputs bound to GPU memory."""
     if not package_there("onnx"):
         raise SkipError("onnx is not installed")
     try:
@@ -235,7 +236,7 @@ def _session_row(name: str, path: Path, provider: str, setting: Setting, pixels:
 
 
 def tensorrt(setting: Setting, emit: Emit) -> None:
-    """A plan of our bf16 graph, built here as `dinov2 build-engine` builds it, in the engine that serves it."""
+    """Measure a plan of our bf16 graph, built as by `dinov2 build-engine`, in the serving engine."""
     if not setting.cuda:
         raise SkipError("TensorRT runs on a GPU only")
     if not package_there("onnx"):
@@ -277,7 +278,7 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
 
 
 def served(setting: Setting, emit: Emit) -> None:
-    """The demo artifact in every engine that the service has for a GPU, as the service loads and calls them."""
+    """Run the demo artifact in each of the service's GPU engines, loaded and called as in the service."""
     import numpy as np
 
     from model.artifact import load_artifact
@@ -320,7 +321,7 @@ def served(setting: Setting, emit: Emit) -> None:
 
 @contextmanager
 def own_output() -> Iterator[Emit]:
-    """What writes a JSON line; whatever else a library prints goes to the messages."""
+    """Return a writer of JSON lines. Other output of libraries goes to standard error."""
     with os.fdopen(os.dup(1), "w") as lines:
         os.dup2(2, 1)
 

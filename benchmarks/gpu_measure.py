@@ -1,4 +1,4 @@
-"""What the checks of benchmarks/gpu_checks.py measure with: networks, rates, latencies, parity with float32.
+"""Measuring tools of benchmarks/gpu_checks.py: networks, rates, latencies, parity with float32.
 
 Legend: B batch, N patches, D width.
 """
@@ -19,12 +19,12 @@ MIN_COSINE = (0.999, 0.998)  # of class tokens and patches, as model/engines/ten
 
 
 class SkipError(Exception):
-    """What the machine lacks, for this kind of check."""
+    """A requirement of this kind of check that the machine does not meet."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the parent asked for."""
+    """The parent's settings for a check."""
 
     device: Any  # torch.device
     tiny: bool
@@ -52,7 +52,7 @@ def setting_of(arguments: dict[str, Any]) -> Setting:
 
 
 def network_of(setting: Setting) -> tuple[Any, Any, Any]:
-    """A random float32 network on the device, pixels [B, 3, H, W] there, and (class tokens, patches) of the first."""
+    """Return a random float32 network on the device, pixels [B, 3, H, W] there, and its (class tokens, patches)."""
     import torch
 
     from model.config import config_for
@@ -66,7 +66,7 @@ def network_of(setting: Setting) -> tuple[Any, Any, Any]:
     with setting.device:
         network = DinoVisionTransformer(replace(config, layerscale_init=0.5)).eval().requires_grad_(False)
         pixels = torch.randn(batch, 3, side // 14, side // 14)
-    # Patches differ from each other and each is smooth, as in photos; noise alone would average out.
+    # Patches differ from each other and each is smooth, as in images; noise alone would average out.
     pixels = torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear")
     with torch.inference_mode():
         features = network.forward_features(pixels[:COMPARED])
@@ -84,7 +84,7 @@ def graph_file(folder: Path, weights: Any, config: Any, setting: Setting, precis
 
 
 def replayed(forward: Callable[[Any], Any], x: Any, setting: Setting) -> Any:
-    """The pass as a CUDA graph over `x`, which stays as `.pixels`; without a GPU the pass itself."""
+    """Return the pass over `x` as a CUDA graph, with `x` as its attribute `pixels`; without a GPU, the plain pass."""
     import torch
 
     if not setting.cuda:
@@ -117,7 +117,7 @@ def pinned(x: Any, setting: Setting) -> Any:
 
 
 def rates(run: Callable[[], object], setting: Setting, amount: float) -> tuple[float, float]:
-    """`amount` per second of a call: best and median of some windows of at least a fifth of a second."""
+    """Return `amount` per second of a call: best and median of some windows of at least a fifth of a second."""
     window_s = 0.01 if setting.tiny else 0.2
     for _ in range(3):
         run()
@@ -135,7 +135,7 @@ def rates(run: Callable[[], object], setting: Setting, amount: float) -> tuple[f
 
 
 def latency(request: Callable[[], object], setting: Setting) -> dict[str, float]:
-    """Milliseconds of one image, one after the other."""
+    """Return the milliseconds per image, one image after the other."""
     calls, times = 5 if setting.tiny else LATENCY_CALLS, []
     for number in range(-3, calls):
         start = time.perf_counter()
@@ -148,7 +148,7 @@ def latency(request: Callable[[], object], setting: Setting) -> dict[str, float]
 
 
 def compare(reference: Any, found: Any) -> tuple[float, float, float]:
-    """Lowest cosine of a class token and of a patch, largest absolute difference; NaN stays NaN."""
+    """Return the lowest cosine of a class token and of a patch, and the largest absolute difference. NaN stays NaN."""
     import numpy as np
 
     cosines, errors = [], []
@@ -173,7 +173,7 @@ def row_of(
     parity: tuple[float, float, float],
     started: float,
 ) -> dict[str, Any]:
-    """Everything of one engine and one network."""
+    """Return all figures of one engine and one network."""
     from model.config import config_for
     from training.watch.flops import backbone_flops, device_peak_flops
 

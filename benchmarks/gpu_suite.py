@@ -1,15 +1,15 @@
-"""Every check of this project that needs a GPU, in one command of under ten minutes, with one JSON result.
+"""All checks of this project that need a GPU, in one command of under ten minutes, with one JSON result.
 
     python benchmarks/gpu_suite.py [--out FILE] [--budget-s 540] [--official CHECKOUT] [--only PREFIX ...]
-    python benchmarks/gpu_suite.py --device cpu --tiny      the same code with tiny models, where there is no GPU
+    python benchmarks/gpu_suite.py --device cpu --tiny      the same code with tiny models, without a GPU
 
-Checks (benchmarks/gpu_checks.py does them): the device itself; the Triton cross-entropy against its definition and the
-memory's bandwidth; training steps; images/s, MFU, batch-1 latency and parity of torch compiled in bf16 with CUDA
-graphs, of ONNX Runtime's CUDA provider and of TensorRT, for the published sizes at 224 and 518 pixels.
+Checks (in benchmarks/gpu_checks.py): the device; the Triton cross-entropy against its definition and the memory
+bandwidth; training steps; images/s, MFU, batch-1 latency and parity of torch compiled in bf16 with CUDA graphs, of ONNX
+Runtime's CUDA provider and of TensorRT, for the published sizes at 224 and 518 pixels.
 
-Each check is a process of its own with a time limit, so that a crash or a hang costs that check and nothing else, and
-keeps the rows it had. The most telling come first. The result is written after every check: a run that is cut off
-leaves what it had. Nothing is installed; what a machine lacks is told once and skipped. This file needs Python alone.
+Each check is a separate process with a time limit. A crash or a hang costs only that check, which keeps its rows so
+far. The most informative checks come first. The result is written after every check, so an interrupted run keeps its
+results. Nothing is installed; missing packages are reported once and their checks skipped. This file needs only Python.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MESSAGE_CHARACTERS = 1500
 
 @dataclass(frozen=True)
 class Check:
-    """One process to start. What makes one check of a `kind` impossible (a missing package) does so for all."""
+    """A process to start. If one check of a `kind` is impossible (a missing package), all of that kind are."""
 
     name: str
     kind: str
@@ -44,14 +44,14 @@ class Check:
     command: Sequence[str] = ()
 
     def line(self) -> list[str]:
-        """The command line; by default the function of benchmarks/gpu_checks.py that is called as the kind."""
+        """Return the command line. By default the kind is the name of a function in benchmarks/gpu_checks.py."""
         if self.command:
             return list(self.command)
         return [sys.executable, str(HERE / "gpu_checks.py"), self.kind, json.dumps(self.arguments)]
 
 
 def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
-    """Every check, the most telling first."""
+    """Return every check, the most informative first."""
     common: dict[str, Any] = {"device": device, "tiny": tiny}
     found = [
         Check("device", "device", 60, common),
@@ -76,11 +76,11 @@ def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
 
 
 def run_check(check: Check, limit_s: float) -> dict[str, Any]:
-    """Start a check, wait for it and say what came of it.
+    """Start a check, wait for it and return its outcome.
 
     Returns:
-        `status`: "ok", "skipped", "failed" (also when a row's numbers stray) or "timed out", `seconds`, `rows` (of
-        whatever outcome), and a `reason` unless it is ok.
+        `status`: "ok", "skipped", "failed" (also if a row's numbers differ too much) or "timed out"; `seconds`; `rows`
+            (for any outcome); and a `reason` unless the status is "ok".
     """
     start = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1"}
@@ -120,14 +120,14 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a check's whole session, whether or not the check itself is still there."""
+    """End a check's whole session, even if the check itself has exited."""
     with contextlib.suppress(ProcessLookupError):  # nothing of it is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:
-    """The lines that are JSON objects: a process that was killed may leave half a line."""
+    """Return the lines that are JSON objects. A killed process may leave half a line."""
     found = []
     for line in text.splitlines():
         try:
@@ -140,7 +140,7 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
 
 
 def run_all(checks: Sequence[Check], budget_s: float, out: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """Run the checks in order within the budget; `out` is written after each."""
+    """Run the checks in order within the budget. `out` is written after each."""
     start = time.monotonic()
     result: dict[str, Any] = head | {"budget_s": budget_s, "checks": {}}
     impossible: dict[str, str] = {}
@@ -163,7 +163,7 @@ def run_all(checks: Sequence[Check], budget_s: float, out: Path, head: dict[str,
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write the result completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -171,7 +171,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def say(name: str, found: dict[str, Any]) -> None:
-    """A check's line and its rows."""
+    """Print a check's line and its rows."""
     print(f"{name:<24}{found['status']:<11}{found['seconds']:>6} s  {found.get('reason', '')}", flush=True)
     for row in found["rows"]:
         print("    " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)

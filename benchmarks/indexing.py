@@ -1,14 +1,15 @@
-"""Indexing a folder end to end, beside what the bare engine does on the same photos, decoded before, in the same run.
+"""End-to-end indexing of a folder, compared with the bare engine on the same images, decoded in advance, in the same
+run.
 
     python benchmarks/indexing.py dinov2_vits14|ARTIFACT PHOTOS [--photos 160] [--rounds 4]
 
-Phases take turns (bare engine, `index_photos`, bare engine, ...) in one process with one engine, so that a busy
-neighbour hurts both; yet with one, indexing has more threads to claim cores with than the bare engine, so look at
-`load_average` and at the CPU times too. Each indexing phase lists, reads, decodes, embeds and writes the photos into a
-new collection of the embedded store, which is on disk.
+Phases take turns (bare engine, `index_photos`, bare engine, ...) in one process with one engine, so that other load
+affects both. Under other load, however, indexing has more threads to claim cores with than the bare engine, so check
+`load_average` and the CPU times too. Each indexing phase lists, reads, decodes, embeds and writes the images into a new
+collection of the embedded store, on disk.
 
-`decode_ms` is what one photo costs a decode thread. On a machine without a GPU it comes out of the same cores as the
-engine, so there is an upper bound, `bound`, that no pipeline passes: 1 / (1 + decode time / engine time), both in CPU
+`decode_ms` is the time that a decode thread spends on one image. On a machine without a GPU it uses the same cores as
+the engine, so there is an upper bound, `bound`, for any pipeline: 1 / (1 + decode time / engine time), both in CPU
 seconds.
 """
 
@@ -42,17 +43,17 @@ Batches = list[np.ndarray]
 
 
 def link_photos(photos: Path, folder: Path, count: int) -> int:
-    """Links to some of the photos, so that every phase has the same."""
+    """Create links to some of the images, so that every phase has the same set."""
     found = sorted(photos.rglob("*.jpg"))[:count]
     if not found:
-        raise SystemExit(f"{photos}: holds no .jpg")
+        raise SystemExit(f"{photos}: contains no .jpg")
     for number, path in enumerate(found):
         (folder / f"{number:05}.jpg").symlink_to(path.resolve())
     return len(found)
 
 
 def decoded(folder: Path, artifact: Artifact, batch: int) -> tuple[Batches, float]:
-    """The photos as batches [B, 3, h, w], and what decoding took, in CPU seconds."""
+    """Return the images as batches [B, 3, h, w], and the CPU seconds of decoding."""
     started = time.process_time()
     spec = artifact.manifest.preprocess
     pixels = [preprocess(decode(path.read_bytes()), spec) for path in sorted(folder.iterdir())]
@@ -61,7 +62,7 @@ def decoded(folder: Path, artifact: Artifact, batch: int) -> tuple[Batches, floa
 
 
 def run_bare(engine: Engine, batches: Batches) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+    """Return wall and CPU seconds."""
     started, spent = time.perf_counter(), time.process_time()
     for batch in batches:
         engine.run(batch)

@@ -1,15 +1,16 @@
-"""k-NN on the Grocery Store photos: a checkpoint beside random weights and a colour histogram, one protocol for all.
+"""k-NN on the Grocery Store images: a checkpoint, random weights and a colour histogram under one protocol.
 
     python benchmarks/knn_grocery.py --data GROCERY --checkpoint CHECKPOINT
 
-GROCERY holds `train/` and `val/`, one folder per class. The protocol is `training/evaluate/knn.py`'s (cosine, T 0.07):
-`val`: val photos among all train photos; `leave-one-out`: each train photo among the other train photos (a
-self-supervised checkpoint has seen them, without their labels); k = 1 is precision@1. The histogram has 8 x 8 x 8 bins
-over hue, saturation and value of the whole photo, compared by their roots. Random weights are the checkpoint's own
-architecture as initialised, at the same preprocessing, three seeds averaged. Since a recipe may whiten its model
-(docs/decisions/0011-whitening.md), random weights and histogram are also given whitened, with the same shrinkage.
+GROCERY contains `train/` and `val/`, with one folder per class. The protocol is that of `training/evaluate/knn.py`
+(cosine, T 0.07). `val`: val images among all train images; `leave-one-out`: each train image among the other train
+images (a self-supervised checkpoint has seen them, without their labels); k = 1 is precision@1. The histogram has 8 x 8
+x 8 bins over hue, saturation and value of the whole image; square roots of the shares are compared. Random weights are
+the checkpoint's architecture as initialised, with the same preprocessing, averaged over three seeds. Because a recipe
+may whiten its model (docs/decisions/0011-whitening.md), random weights and histogram are also reported whitened, with
+the same shrinkage.
 
-Prints a table and, last, one JSON line, which is also written to benchmarks/results/.
+Prints a table and, as the last line, one JSON line, which is also written to benchmarks/results/.
 """
 
 import argparse
@@ -39,9 +40,10 @@ Figures = dict[str, dict[int, float]]  # protocol -> k -> accuracy
 
 
 def hsv_histogram(path: Path) -> Tensor:
-    """Roots of the shares [512] of the photo's pixels in 8 x 8 x 8 bins of hue, saturation, value.
+    """Return the square roots of the shares [512] of pixels in 8 x 8 x 8 bins of hue, saturation, value.
 
-    With the roots, cosine is the Bhattacharyya coefficient: the fairer baseline, 28 % on val where the shares get 16 %.
+    With square roots, the cosine is the Bhattacharyya coefficient. It is the fairer baseline: 28 % on val, compared
+    with 16 % for plain shares.
     """
     photo = Image.fromarray(read_photo(path)).convert("HSV")
     bins = np.asarray(photo).reshape(-1, 3).astype(np.int64) * BINS // 256
@@ -50,7 +52,7 @@ def hsv_histogram(path: Path) -> Tensor:
 
 
 def figures(train: Tensor, val: Tensor, train_labels: Tensor, val_labels: Tensor) -> Figures:
-    """Both protocols, every k."""
+    """Return the figures of both protocols for every k."""
     return {
         "val": knn_accuracy(train, train_labels, val, val_labels, KS),
         "leave-one-out": knn_accuracy(train, train_labels, train, train_labels, KS, leave_one_out=True),
@@ -58,7 +60,7 @@ def figures(train: Tensor, val: Tensor, train_labels: Tensor, val_labels: Tensor
 
 
 def whitened(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [n, D] centred and whitened by the covariance of `train`."""
+    """Centre and whiten both arrays [n, D] by the covariance of `train`."""
     mean = train.mean(dim=0)
     variance, directions = torch.linalg.eigh(torch.cov((train - mean).T.double()))
     scales = (variance.clamp(min=0) + SHRINKAGE * variance.mean()).rsqrt()
@@ -71,7 +73,7 @@ def mean_figures(runs: list[Figures]) -> Figures:
 
 
 def measure(data: Path, checkpoint: Path, spec: PreprocessSpec) -> dict[str, Figures]:
-    """Figures by feature name."""
+    """Return the figures by feature name."""
     train, val = find_images(data / "train"), find_images(data / "val")
     train_labels, classes = labels_of(train)
     val_labels, _ = labels_of(val, classes)
@@ -99,7 +101,7 @@ def measure(data: Path, checkpoint: Path, spec: PreprocessSpec) -> dict[str, Fig
 
 
 def print_table(results: dict[str, Figures], console: Console) -> None:
-    table = Table(title="k-NN accuracy, %: val photos among train, and leave-one-out on train")
+    table = Table(title="k-NN accuracy, %: val images among train, and leave-one-out on train")
     table.add_column("features")
     for protocol in ("val", "leave-one-out"):
         for k in KS:

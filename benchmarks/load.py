@@ -1,11 +1,11 @@
-"""Load on the service over loopback, beside what the bare engine does on the same machine in the same run.
+"""Load on the service over loopback, compared with the bare engine on the same machine in the same run.
 
     python benchmarks/load.py dinov2_vits14|ARTIFACT PHOTOS [--clients 64] [--seconds 60]
 
-Phases take turns (bare engine, HTTP, bare engine, HTTP, ...), so that a busy neighbour hurts both. The service runs as
-its own process with the cache off; clients keep one connection each and send one JPEG a request as a raw body. The
-engine's phase runs the same artifact on pixels that were prepared before. Then a flood, with more clients than the
-queue holds: it must answer 503 with Retry-After, and nothing else but 200. Memory is the service's resident set.
+Phases take turns (bare engine, HTTP, bare engine, HTTP, ...), so that other load affects both. The service runs in a
+separate process with the cache off; each client keeps one connection and sends one JPEG per request as a raw body. The
+engine's phase runs the same artifact on prepared pixels. A flood follows, with more clients than the queue holds: every
+response must be 200, or 503 with Retry-After. Memory is the service's resident set.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Tally:
-    """What the clients of one phase saw."""
+    """The responses that the clients of one phase received."""
 
     def __init__(self) -> None:
         self.status: Counter[int] = Counter()
@@ -45,7 +45,7 @@ class Tally:
 
 
 async def client(port: int, photos: list[bytes], offset: int, until: float, tally: Tally) -> None:
-    """One keep-alive connection that sends photo after photo until the clock says stop."""
+    """Send one image after another over one keep-alive connection until the time is over."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     index = offset
     while time.monotonic() < until:
@@ -82,7 +82,7 @@ async def run_clients(port: int, photos: list[bytes], clients: int, seconds: flo
 
 
 def run_engine(engine: Engine, pixels: np.ndarray, seconds: float) -> float:
-    """Images/s of the bare engine."""
+    """Return images/s of the bare engine."""
     start, images = time.monotonic(), 0
     while time.monotonic() - start < seconds:
         engine.run(pixels)
@@ -96,10 +96,10 @@ def resident_mib(pid: int) -> float:
 
 
 def read_photos(folder: Path, count: int) -> list[bytes]:
-    """JPEG bytes as they lie on disk."""
+    """Return the JPEG bytes as stored on disk."""
     photos = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[:count]]
     if not photos:
-        raise SystemExit(f"{folder}: holds no .jpg")
+        raise SystemExit(f"{folder}: contains no .jpg")
     return photos
 
 

@@ -1,15 +1,15 @@
-"""How close every written graph comes to torch float32: models x sizes x batches x precisions.
+"""Parity of every written graph with torch float32: models x sizes x batches x precisions.
 
     python benchmarks/parity_table.py [--models dinov2_vits14 ...] [--sizes 224x224 ...] [--batches 1 3]
 
-Random weights of the width that keeps activations near one in every layer, biases and registers away from zero, and
-LayerScale at 0.5: a layer that is dropped or scaled wrongly shows, as it would not at its initial 1e-5. What trained
-weights do to eight bits is measured elsewhere (docs/decisions); here it is the arithmetic that is compared.
+Random weights are scaled so that activations stay near one in every layer, biases and registers are away from zero, and
+LayerScale is 0.5: a layer that is dropped or scaled wrongly is visible, unlike with the initial 1e-5. The effect of
+trained weights on eight bits is measured elsewhere (docs/decisions); this table compares arithmetic.
 
-Where each row ran: "ORT" is ONNX Runtime's CPU. It has no bfloat16, and computes float16 in float32 without rounding
-between operators; "ORT, rounded" is the same graph in float32 with every half-precision result rounded
-(`benchmarks/emulate.py`), which is what a GPU with float32 accumulators gives. `dynamic` is the float32 graph
-that takes any size and computes the position embedding itself.
+The column `where`: "ORT" is ONNX Runtime's CPU. It has no bfloat16, and computes float16 in float32 without rounding
+between operators. "ORT, rounded" is the same graph in float32 with every half-precision result rounded
+(`benchmarks/emulate.py`), as on a GPU with float32 accumulators. `dynamic` is the float32 graph for any size, which
+computes the position embedding itself.
 """
 
 import argparse
@@ -56,7 +56,9 @@ ROWS = {  # name: what is written (with size None taken for any size), whether h
 
 
 def random_backbone(config: ViTConfig) -> DinoVisionTransformer:
-    """Matrices of standard deviation 1/sqrt(inputs), all else far enough from its initial value to matter."""
+    """Return a backbone with matrices of standard deviation 1/sqrt(inputs); all other weights differ clearly from their
+    initial values.
+    """
     torch.manual_seed(0)
     model = DinoVisionTransformer(dataclasses.replace(config, layerscale_init=LAYERSCALE)).eval()
     with torch.no_grad():
@@ -71,7 +73,7 @@ def random_backbone(config: ViTConfig) -> DinoVisionTransformer:
 
 
 def photos(batch: int, size: tuple[int, int]) -> np.ndarray:
-    """Normalised pixels [B, 3, H, W] of coloured waves."""
+    """Return normalised pixels [B, 3, H, W] of coloured waves."""
     spec, height, width = PreprocessSpec(), *size
     resized = [np.asarray(Image.fromarray(photo).resize((width, height))) for photo in sample_photos(batch)]
     scaled = np.stack(resized).astype(np.float32) / 255
@@ -97,7 +99,7 @@ def session(graph: onnx.ModelProto, threads: int) -> ort.InferenceSession:
 def rows_of(
     name: str, config: ViTConfig, sizes: list[tuple[int, int]], batches: list[int], threads: int
 ) -> Iterator[dict[str, str | int | float]]:
-    """One row per size, batch and graph; the graph for any size is one session for all sizes."""
+    """Return one row per size, batch and graph. The graph for any size uses one session for all sizes."""
     model = random_backbone(config)
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     inputs = {(size, batch): photos(batch, size) for size in sizes for batch in batches}

@@ -1,4 +1,4 @@
-"""What benchmarks in several processes share: the files of one random network."""
+"""The files of one random network, shared by benchmarks with several processes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from model.vit import DinoVisionTransformer
 
 
 class RandomModel:
-    """A network of random weights, as a file of weights and as graphs in `folder`. LayerScale is 0.5."""
+    """A network with random weights, stored in `folder` as weights and as graphs. LayerScale is 0.5."""
 
     def __init__(self, name: str, depth: int | None, folder: Path) -> None:
         torch.manual_seed(0)
@@ -25,7 +25,7 @@ class RandomModel:
         save_file(state, self.weights_file)
 
     def graph(self, size: int, *, precision: Precision = "fp32", attention: AttentionForm = "standard") -> Path:
-        """Written once for each input side in pixels, precision and form of attention."""
+        """Return the graph's path, writing it once per input side in pixels, precision and form of attention."""
         path = self._folder / f"{size}-{precision}-{attention}.onnx"
         if not path.exists():
             spec = GraphSpec(size=(size, size), precision=precision, attention=attention)

@@ -1,10 +1,10 @@
-"""Does search find the same product? Precision@1 through the REST service, beside random weights and colour histograms.
+"""Precision@1 of product search through the REST service, compared with random weights and colour histograms.
 
     python benchmarks/retrieval.py PHOTOS [--model ARTIFACT] [--indexed 1000] [--queries 100] [--seed 0]
 
-PHOTOS holds `train/` and `val/` with one folder for each class. Photos of `train` are put into a collection over HTTP,
-photos of `val` are searched; a search is right when the best hit has the query's class. The same with an artifact of
-random weights (same architecture and preprocessing), and with the colour histograms of `knn_grocery.py`.
+PHOTOS contains `train/` and `val/` with one folder per class. Images of `train` are added to a collection over HTTP and
+images of `val` are searched; a search is correct if the best hit has the query's class. The same is done with an
+artifact of random weights (same architecture and preprocessing) and with the colour histograms of `knn_grocery.py`.
 """
 
 import argparse
@@ -28,15 +28,15 @@ BATCH = 32
 
 
 def photos_of(folder: Path, count: int, seed: int) -> list[Path]:
-    """`count` photos drawn at random, or all."""
+    """Return `count` images drawn at random, or all."""
     files = sorted(path for path in folder.rglob("*.jpg"))
     if not files:
-        raise SystemExit(f"{folder}: holds no .jpg")
+        raise SystemExit(f"{folder}: contains no .jpg")
     return random.Random(seed).sample(files, min(count, len(files)))
 
 
 def precision_at_1(artifact: Path, indexed: list[Path], queries: list[Path]) -> dict[str, float]:
-    """Index and search over HTTP; the share of right first hits, and the rates."""
+    """Index and search over HTTP; return the share of correct first hits, and the rates."""
     with tempfile.TemporaryDirectory() as data_dir, running_service(artifact, Path(data_dir)) as url:
         client = httpx.Client(base_url=url, timeout=120)
         start = time.perf_counter()

@@ -1,27 +1,28 @@
-"""Vector search on this machine: our embedded store beside bare faiss, hnswlib, usearch and Qdrant Edge, and over HTTP.
+"""Vector search on this machine: our embedded store, bare faiss, hnswlib, usearch, Qdrant Edge, and the service over
+HTTP.
 
     python benchmarks/search.py --vectors 100000 --http [--folder DIR] [--only latency qps ...]
     python benchmarks/search.py --vectors 1000000 --http --folder DIR
 
-The vectors are unit vectors of a mixture (N/100 centres, at least 100; variance falls off as 1/rank, as in features of
-photos, so they are not uniform); queries are new samples of it, and the truth is an exact search. Parts:
+The vectors are unit vectors from a mixture (N/100 centres, at least 100; variance falls off as 1/rank, as in image
+features, so they are not uniform). Queries are new samples from it, and the truth is an exact search. Parts:
 
     build    upsert in batches of 2,000, then `settle`; bare indexes; Qdrant Edge with its optimiser
-    latency  one query at a time, one run: engines take turns in an order drawn anew for each turn, each with an order
-             of queries of its own, so that none warms another's cache; ours through its async API under uvloop
-    qps      1 and 16 clients (tasks for ours, threads for the others), phases that take turns
-    filters  that pass 0.001 %, 0.1 %, 10 % and 50 % of the items, and one that passes only what is far from the query
+    latency  one query at a time, in one run: engines take turns in a random order for each turn, each with its own
+             order of queries, so that none warms another's cache; ours through its async API under uvloop
+    qps      1 and 16 clients (tasks for ours, threads for the others), in phases that take turns
+    filters  that 0.001 %, 0.1 %, 10 % and 50 % of the items match, and one that only items far from the query match
     memory   of a fresh process that opens one engine and answers 1,000 queries
-    open     of a fresh process, files in the page cache
-    http     (with --http) the service as its own process, and as two processes on the same folder with half of the
-             clients each; beside empty servers that read the same body; a lean client
+    open     in a fresh process, files in the page cache
+    http     (with --http) the service in a separate process, and as two processes on the same folder with half of the
+             clients each; compared with empty servers that read the same body; a lean client
 
-Every part runs in processes of its own. Above 100,000 vectors the peers and our kind `flat` are left out unless named,
-and bare faiss's HNSW is our own segment's graph and vectors, opened by faiss. An engine that is slow takes part in
-fewer turns. With --folder what was built is kept, so parts can be run one after the other; the result file keeps the
-parts of that day that are not run again. Needs the `bench` extra.
+Every part runs in separate processes. Above 100,000 vectors the peers and our kind `flat` are skipped unless named, and
+bare faiss's HNSW is our own segment's graph and vectors, opened by faiss. A slow engine gets fewer turns. With --folder
+the built data is kept, so parts can be run one after the other; the result file keeps that day's parts that are not run
+again. Needs the `bench` extra.
 
-Prints tables and, last, one JSON line, which is also written to benchmarks/results/.
+Prints tables and, as the last line, one JSON line, which is also written to benchmarks/results/.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def say(text: str) -> None:
 
 
 def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a new process: its memory is its own, and is gone afterwards."""
+    """Return the result of a function run in a new process, whose memory is freed afterwards."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -79,7 +80,9 @@ def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def make_data(folder: Path, n: int, queries: int) -> None:
-    """vectors.npy [n, D], queries.npy, keys.npz (`rank` a permutation, `region` of the centre), truth.npy [q, K]."""
+    """Write vectors.npy [n, D], queries.npy, keys.npz (`rank`: a permutation, `region`: of the centre), truth.npy [q,
+    K].
+    """
     rng = np.random.default_rng(0)
     scale = 1 / np.sqrt(1 + np.arange(D))
     scale /= np.linalg.norm(scale)
@@ -106,7 +109,7 @@ def make_data(folder: Path, n: int, queries: int) -> None:
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    """The K nearest [q, K] of each query, of all or among some positions; -1 where there are fewer."""
+    """Return the K nearest [q, K] of each query, among all or some positions; -1 where there are fewer."""
     faiss.omp_set_num_threads(available_cpus())
     count = len(vectors) if among is None else len(among)
     scores, places = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
@@ -122,7 +125,7 @@ def exact(vectors: np.ndarray, queries: np.ndarray, among: np.ndarray | None) ->
 
 
 class Data:
-    """What lies in a folder; vectors are mapped."""
+    """The data of a folder, with mapped vectors."""
 
     def __init__(self, folder: Path) -> None:
         self.vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))  # a memmap is slow to index
@@ -132,7 +135,7 @@ class Data:
 
 
 def recall(found: dict[int, list[int]], truth: np.ndarray) -> float:
-    """The share of the true neighbours that were found; queries by their numbers."""
+    """Return the share of the true neighbours that were found. Queries are given by number."""
     hits = sum(len(set(places) & set(truth[query].tolist()) - {-1}) for query, places in found.items())
     return round(hits / sum(int((truth[query] >= 0).sum()) for query in found), 4)
 
@@ -141,7 +144,7 @@ def recall(found: dict[int, list[int]], truth: np.ndarray) -> float:
 
 
 def build_part(folder: Path, given: argparse.Namespace) -> Rows:
-    """What is not there yet; figures of all, as they were when it was built."""
+    """Build what is missing; return the figures of all builds, as measured when they were built."""
     known = folder / "build.json"
     figures: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     for name in [*given.kinds, *given.peers]:
@@ -165,7 +168,7 @@ def build_one(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def running(folder: Path, given: argparse.Namespace) -> Iterator[tuple[asyncio.Runner, Data, list[Engine]]]:
-    """All engines, opened, under the event loop that the service has."""
+    """Open all engines under the service's event loop."""
     data = Data(folder)
     built = json.loads((folder / "build.json").read_text())
     ef = max(64, built.get("hnsw", {}).get("effort", 64))
@@ -180,7 +183,7 @@ def running(folder: Path, given: argparse.Namespace) -> Iterator[tuple[asyncio.R
 
 
 async def timed(engine: Engine, query: np.ndarray, where: Any = None) -> tuple[float, list[int]]:
-    """Milliseconds of one search, and what it found."""
+    """Return the milliseconds of one search, and its result."""
     started = time.perf_counter()
     answer = engine.search(query, where)
     if engine.waits:
@@ -192,7 +195,7 @@ async def timed(engine: Engine, query: np.ndarray, where: Any = None) -> tuple[f
 async def take_turns(
     engines: list[Engine], queries: np.ndarray, truth: np.ndarray, limit_s: float, wheres: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """p50, p99 and recall of each engine by name; one that would take longer than the limit has fewer turns."""
+    """Return p50, p99 and recall of each engine by name. An engine that would exceed the limit gets fewer turns."""
     rng = np.random.default_rng(1)
     wheres = wheres or {}
     orders = {engine.name: rng.permutation(len(queries)) for engine in engines}
@@ -303,7 +306,7 @@ def filters_part(folder: Path, given: argparse.Namespace) -> Rows:
 async def filter_rows(
     engines: list[Engine], data: Data, title: str, condition: tuple[str, int, int], chosen: np.ndarray
 ) -> Rows:
-    """One filter: its first use, which is timed with filters that pass as much but were never seen, and its next."""
+    """Measure one filter: its first use, timed with unseen filters of the same selectivity, and its next use."""
     key, low, high = condition
     flags = (data.keys[key] >= low) & (data.keys[key] < high)
     where = Where(key, low, high, np.packbits(flags, bitorder="little"))
@@ -331,7 +334,7 @@ async def filter_rows(
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process: private pages and pages of files, counted whole (Rss) and shared out (Pss)."""
+    """Return the MiB of this process: private pages and file pages, counted in full (Rss) and proportionally (Pss)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {
@@ -345,7 +348,7 @@ def memory() -> dict[str, float]:
 
 
 def mapped(folder: Path) -> dict[str, float]:
-    """MiB resident of each file of the folder, by its name."""
+    """Return the resident MiB of each file of the folder, by name."""
     sizes: dict[str, float] = {}
     name = None
     for line in Path("/proc/self/smaps").read_text().splitlines():

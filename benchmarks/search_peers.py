@@ -1,9 +1,9 @@
-"""The engines that `benchmarks/search.py` compares: our store, and faiss, hnswlib, usearch and Qdrant Edge called as
-directly as each can be; and for HTTP a lean client and servers that do nothing.
+"""The engines that `benchmarks/search.py` compares, plus a lean client and empty servers for HTTP.
 
-Each is built once into a folder and opened from there; item n of the data has the id n everywhere. All graphs have
-M = 32 and efConstruction = 100 and are searched with the efSearch that our segment was tuned to. Qdrant Edge answers
-with payloads, as our store always does; the others know numbers only.
+The engines are our store, and faiss, hnswlib, usearch and Qdrant Edge, each called as directly as possible. Each is
+built once into a folder and opened from there; item n of the data has the id n everywhere. All graphs have M = 32 and
+efConstruction = 100 and are searched with the efSearch that our segment was tuned to. Qdrant Edge responds with
+payloads, as our store always does; the others return only numbers.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ KEYS = ("rank", "region")
 
 @dataclass(frozen=True)
 class Where:
-    """Items whose key lies in [low, high), and the same as a bitmap over all items."""
+    """The items with a key in [low, high), as a range and as a bitmap over all items."""
 
     key: str
     low: int
@@ -54,26 +54,26 @@ class Where:
 
 
 class Engine:
-    """One engine, opened. `search` gives a coroutine if `waits`; `filters` says whether it knows them."""
+    """An opened engine. If `waits`, `search` returns a coroutine; `filters` tells whether it supports filters."""
 
     name: str
     waits = False
     filters = True
 
     def native(self, where: Where) -> Any:
-        """A filter as this engine wants it, made before the clock runs."""
+        """Return a filter in this engine's form, created before timing starts."""
         raise NotImplementedError
 
     def search(self, query: np.ndarray, where: Any = None) -> Any:
-        """The K nearest of one query [1, D]."""
+        """Return the K nearest of one query [1, D]."""
         raise NotImplementedError
 
     def places(self, answer: Any) -> list[int]:
-        """The numbers of the items that were found."""
+        """Return the numbers of the items that were found."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
 
 
 # ---- ours
@@ -157,13 +157,13 @@ class Faiss(Engine):
 
 
 def open_faiss_flat(folder: Path, kind: str) -> Faiss:
-    """Read into memory from the vectors of our segment: the file is one of faiss."""
+    """Load our segment's vectors into memory; the file is faiss's own format."""
     path = folder / kind / "segments" / segment_row(folder, kind).folder / "vectors.faiss"
     return Faiss("faiss flat", faiss.read_index(str(path)), None)
 
 
 def open_faiss_hnsw(folder: Path, ef: int) -> Faiss | None:
-    """The one built here; if none was, our segment's own graph and vectors, mapped; None if that is too small."""
+    """Open the index built here or, if none was built, our segment's own mapped graph. None if that is too small."""
     path = folder / "faiss.index"
     if path.exists():
         return Faiss("faiss hnsw", faiss.read_index(str(path)), ef)
@@ -326,7 +326,9 @@ def build_qdrant(folder: Path, vectors: np.ndarray, keys: dict[str, np.ndarray])
 
 
 def build(folder: Path, name: str, vectors: np.ndarray, keys: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Build an engine anew; seconds of writing and of what is still to do then until its index is complete."""
+    """Build an engine from scratch; return the seconds of writing, and of the remaining work until its index is
+    complete.
+    """
     for left in (folder / name, folder / f"{name}.index"):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     plain: dict[str, Callable[[Path, np.ndarray], dict[str, Any]]] = {
@@ -360,7 +362,7 @@ async def open_all(folder: Path, kinds: list[str], peers: list[str], dimension: 
 
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection that sends the next request as soon as it has the whole answer to the last."""
+    """A keep-alive connection that sends the next request as soon as it has the complete response to the last."""
 
     def __init__(self, requests: list[bytes], at: int, until: float) -> None:
         self._requests, self._at, self._until = requests, at, until
@@ -410,7 +412,7 @@ class Client(asyncio.Protocol):
 
 
 def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) -> tuple[float, np.ndarray, bytes]:
-    """Answers/s, the seconds of each, and one answer; clients take turns among the ports."""
+    """Return responses/s, the seconds of each, and one response. Clients are distributed over the ports."""
 
     async def run() -> tuple[float, np.ndarray, bytes]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
@@ -428,7 +430,7 @@ def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) 
 
 
 def serve_nothing(name: str, port: int) -> None:
-    """A server that reads a request's JSON and answers with nothing: with FastAPI, or without any framework."""
+    """Run a server that reads a request's JSON and returns an empty response, with FastAPI or without a framework."""
     import uvicorn
     from fastapi import FastAPI, Request, Response
 

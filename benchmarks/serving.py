@@ -1,4 +1,4 @@
-"""What benchmarks of the service share: the service as its own process on a free port, and models of random weights."""
+"""Shared by benchmarks of the service: the service in a separate process on a free port, and random models."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ from model.vit import DinoVisionTransformer
 
 @contextmanager
 def service_process(artifact: Path, data_dir: Path, port: int, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, once it is ready; ended with SIGTERM. `settings` are DINOV2_* variables without the prefix."""
+    """Yield the process once it is ready; end it with SIGTERM. `settings` are DINOV2_* variables without the prefix."""
     environment = os.environ | {
         "DINOV2_MODEL": str(artifact),
         "DINOV2_PORT": str(port),
@@ -42,7 +42,7 @@ def service_process(artifact: Path, data_dir: Path, port: int, **settings: str) 
 
 @contextmanager
 def running_service(artifact: Path, data_dir: Path, **settings: str) -> Iterator[str]:
-    """The base URL of a service with `artifact`."""
+    """Yield the base URL of a service with `artifact`."""
     port = free_port()
     with service_process(artifact, data_dir, port, **settings):
         yield f"http://127.0.0.1:{port}"
@@ -63,11 +63,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, limit_s: floa
         except httpx.HTTPError:
             time.sleep(0.2)
     process.kill()
-    raise SystemExit("the service did not become ready; its messages are above")
+    raise SystemExit("the service did not become ready; its log is above")
 
 
 def random_artifact(config: ViTConfig, preprocess: PreprocessSpec, out: Path, *, name: str, seed: int = 0) -> Artifact:
-    """An artifact with random weights: as fast as a trained one, and what a trained one is compared with."""
+    """Write an artifact with random weights. It is as fast as a trained one and serves as its baseline."""
     torch.manual_seed(seed)
     weights = {key: value.numpy() for key, value in DinoVisionTransformer(config).state_dict().items()}
     backbone = Backbone(name, weights, config, preprocess, {"seed": seed}, "Apache-2.0")

@@ -1,12 +1,13 @@
-"""Eight writers and eight readers on one folder, in two processes with a store each, while segments come and go.
+"""Eight writers and eight readers on one folder, in two processes with one store each, while segments come and go.
 
-Every hit must be something that was written; never what was deleted or replaced, if that was acknowledged, to whichever
-process, before the search began; its score must be the cosine to 1e-5. An exact search for an item that was there all
-the time must find it. Sizes are small, so that all stages of maintenance are gone through all the time.
+Every hit must have been written. It must not be an item whose deletion or replacement was acknowledged, to either
+process, before the search began. Its score must be the cosine to 1e-5. An exact search for an item that existed the
+whole time must find it. Sizes are small, so that all stages of maintenance run continually.
 
     python benchmarks/soak.py [--seconds 60] [--folder DIR]
 
-Prints operations/s and, last, one JSON line; exit status 1 when an answer was wrong or a process has died.
+Prints operations/s and, as the last line, one JSON line; the exit status is 1 if a response was wrong or a process
+died.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def vector_of(slot: int, version: int) -> np.ndarray:
 
 
 async def write(store: EmbeddedStore, state: np.ndarray, writer: int, until: float, counts: Counter[str]) -> None:
-    """Insert, replace and delete some of the items that are this writer's."""
+    """Insert, replace and delete some of this writer's items."""
     rng = np.random.default_rng(writer)
     while time.time() < until:
         slots = writer * SLOTS + rng.choice(SLOTS, size=int(rng.integers(1, 20)), replace=False)
@@ -109,7 +110,7 @@ def process(folder: Path, name: str, number: int, until: float, results: Any) ->
 
 
 def soak(folder: Path, seconds: float) -> dict[str, float] | None:
-    """Operations/s, or None when a process has failed; it has said why."""
+    """Return operations/s, or None if a process has failed; it has printed the reason."""
     spawn = multiprocessing.get_context("spawn")
     memory = SharedMemory(create=True, size=4 * PROCESSES * EACH * SLOTS * 8)  # zeros: no version of anything
     results, until = spawn.Queue(), time.time() + seconds + 3  # to start

@@ -1,11 +1,12 @@
-"""What TensorRT for RTX makes of our graphs, without a GPU: seconds, plan bytes, fused attention kernels.
+"""Builds of our graphs with TensorRT for RTX, without a GPU: seconds, plan bytes, fused attention kernels.
 
     python benchmarks/tensorrt_build.py [--models dinov2_vits14 dinov2_vits14_reg] [--precisions bf16 fp16 fp8]
                                         [--targets SM80 SM89 SM120] [--sizes 224] [--one-profile]
 
-Random weights: a build does not depend on them. Each build is a process of its own, one after the other, with the
-three profiles of serving (batches 1, 2-16, 17-64) unless --one-profile asks for 2-16 alone. `rest_s` is what the
-process takes beside parsing and building: starting, importing the library, writing the plan. A refusal is a row too.
+Weights are random, because a build does not depend on them. The builds run one after the other, each in a separate
+process, with the three profiles of serving (batches 1, 2-16, 17-64), or only 2-16 with --one-profile. `rest_s` is the
+time of the process outside parsing and building: starting, importing the library, writing the plan. A refusal is also a
+row.
 """
 
 import argparse
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def random_weights(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Weights of Meta's names and shapes; the activations stay small in every number format."""
+    """Return weights with Meta's names and shapes. Activations stay small in every number format."""
     rng, d, hidden = np.random.default_rng(0), config.embed_dim, config.hidden_dim
     first, second = ("mlp.fc1", "mlp.fc2") if config.ffn == "mlp" else ("mlp.w12", "mlp.w3")
     shapes: dict[str, tuple[int, ...]] = {
@@ -53,7 +54,7 @@ def random_weights(config: ViTConfig) -> dict[str, np.ndarray]:
 
 
 def build(model: str, precision: str, target: str, size: int, profiles: tuple, folder: Path) -> dict:
-    """One row of the table."""
+    """Return one table row."""
     config = config_for(model)
     registers = ("registers",) if config.num_register_tokens else ()
     attention = "upcast" if precision == "fp16" else "standard"

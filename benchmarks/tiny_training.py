@@ -1,4 +1,4 @@
-"""Settings of a run that takes seconds: what crash and GPU checks train, and the tests (tests/training/tiny.py)."""
+"""Settings of a training run of a few seconds, for crash checks, GPU checks and tests (tests/training/tiny.py)."""
 
 from typing import Any
 

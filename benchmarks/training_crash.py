@@ -1,17 +1,17 @@
-"""Kill training runs at random moments and look whether they go on as if nothing had happened.
+"""Kill training runs at random moments and check that they resume with identical results.
 
-Each case is a small run with other settings (how targets are centred, streamed photos, micro-batches, a last phase, a
-distillation, steps that are not finite, a k-NN guard that takes the run back). It is run once unbroken. Then the same
-run is started, killed with SIGKILL at a random moment, started again and so on, until it comes to its end; half of the
-starts save after every step to a slow disk, so that many kills fall into the writing of a state. Demanded: the lines of
-metrics.jsonl (but for times and memory), the evaluations, the released checkpoint and the last state's tensors are the
-unbroken run's, to the last bit, and nothing half written is left.
+Each case is a small run with other settings (centring of targets, streamed images, micro-batches, a last phase, a
+distillation, non-finite steps, a k-NN guard that rolls the run back). It is run once without interruption. Then the
+same run is started, killed with SIGKILL at a random moment and restarted, until it finishes. Half of the starts save
+after every step to a slow disk, so that many kills interrupt the writing of a state. The lines of metrics.jsonl (except
+times and memory), the evaluations, the released checkpoint and the last state's tensors must be bit-identical to the
+uninterrupted run's, and no partial files may remain.
 
     python benchmarks/training_crash.py [--kills 100] [--seed 0] [--case NAME]... [--folder DIR]
 
-`--kills` is per case. Prints a table and, last, one JSON line; exit status 1 when a run differs. Children are forked
-from a process that has torch, which saves its seconds of starting; tests/training/test_safety.py also kills
-`python -m training` itself.
+`--kills` is per case. Prints a table and, as the last line, one JSON line; the exit status is 1 if a run differs.
+Children are forked from a process that has imported torch, which saves seconds per start; tests/training/test_safety.py
+also kills `python -m training` itself.
 """
 
 import argparse
@@ -69,7 +69,7 @@ BAD_STEP = 7  # of "not finite", counted from 0
 
 
 def make_photos(folder: Path) -> None:
-    """27 photos of three classes, and three files that are none."""
+    """Write 27 images of three classes, and three files that are not images."""
     rng = np.random.default_rng(0)
     for label in ("apples", "pears", "plums"):
         (folder / label).mkdir(parents=True)
@@ -80,7 +80,7 @@ def make_photos(folder: Path) -> None:
 
 
 def spoiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step with a loss that is not finite, each time that it is taken."""
+    """Give one step a non-finite loss, each time it runs."""
 
     def run(*arguments: Any) -> Any:
         terms, seen = step(*arguments)
@@ -90,7 +90,7 @@ def spoiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def slow(sync: Callable[[int], None]) -> Callable[[int], None]:
-    """A disk that takes its time, so that a kill finds files half written."""
+    """Slow down the disk, so that kills hit half-written files."""
 
     def run(descriptor: int) -> None:
         time.sleep(0.004)
@@ -100,13 +100,13 @@ def slow(sync: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def changeable_knn(spec: Any, data: Any, backbone: torch.nn.Module) -> dict[str, dict[int, float]]:
-    """Instead of the accuracy, which hardly moves in so small a run, a number that only the weights decide."""
+    """Return a number that depends only on the weights, because accuracy hardly changes in so small a run."""
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in backbone.state_dict().values())).digest()
     return {"cls": {10: digest[0] / 255}}
 
 
 def child(config: TrainConfig, case: str) -> int:
-    """Run to the end, or to what a sentinel makes of it: that must be the same too."""
+    """Run to the end, or until a sentinel stops the run: that outcome must be the same too."""
     if config.save_every_minutes < 1:
         setattr(os, "fsync", slow(os.fsync))  # noqa: B010 - its type is wider
     if case == "not finite":
@@ -121,7 +121,7 @@ def child(config: TrainConfig, case: str) -> int:
 
 
 def start(config: TrainConfig, case: str) -> int:
-    """A forked child's process number."""
+    """Fork a child and return its process id."""
     number = os.fork()
     if number == 0:
         status = 70
@@ -135,7 +135,7 @@ def start(config: TrainConfig, case: str) -> int:
 
 
 def ended_before(number: int, moment: Callable[[], bool]) -> bool:
-    """Whether the child came to its end; it is killed at the moment."""
+    """Return whether the child ended before the moment; otherwise it is killed then."""
     while not moment():
         found, status = os.waitpid(number, os.WNOHANG)
         if found:
@@ -148,12 +148,12 @@ def ended_before(number: int, moment: Callable[[], bool]) -> bool:
 
 
 def never() -> bool:
-    """The moment that does not come."""
+    """Return False: the moment never comes."""
     return False
 
 
 def moment_in(out: Path, seconds: float, moments: random.Random) -> Callable[[], bool]:
-    """When to kill: a quarter of the times anywhere in `seconds`, else a little after one of the next steps."""
+    """Choose when to kill: in a quarter of the cases anywhere in `seconds`, else shortly after a coming step."""
     if moments.random() < 0.25:
         until = time.monotonic() + moments.random() * seconds
         return lambda: time.monotonic() > until
@@ -171,7 +171,7 @@ def moment_in(out: Path, seconds: float, moments: random.Random) -> Callable[[],
 
 
 def tensors_digest(value: Any) -> str:
-    """Of all tensors of a state, in the order of their names."""
+    """Return a digest of all tensors of a state, in the order of their names."""
     digest = hashlib.sha256()
     for kind in sorted(value):
         for name in sorted(value[kind]):
@@ -180,7 +180,7 @@ def tensors_digest(value: Any) -> str:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """What a run left, without what may differ."""
+    """Return the results of a run, without the parts that may differ."""
     saved, broken = find_state(out)
     assert saved is not None
     assert not broken, broken
@@ -203,7 +203,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names of what is not the same."""
+    """Return the names of the results that differ."""
     wrong = [name for name in expected if name != "lines" and found.get(name) != expected[name]]
     steps = [b["step"] for a, b in zip(found["lines"], expected["lines"], strict=False) if a != b]
     if found["lines"] != expected["lines"]:
@@ -214,7 +214,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def run_case(
     case: str, folder: Path, photos: Path, teacher: Path, kills: int, moments: random.Random
 ) -> dict[str, Any]:
-    """Kill a case's run so many times; over several runs, as each comes to its end at last."""
+    """Kill a case's run the given number of times, starting new runs when one finishes."""
 
     def config(out: Path, every_step: bool) -> TrainConfig:
         given = {**SETTINGS, **CASES[case], "data": photos, "out": out}

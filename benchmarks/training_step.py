@@ -1,14 +1,14 @@
-"""Images/s of our training step beside one made of the official code's modules, on the same crops.
+"""Images/s of our training step, compared with one made of the official code's modules, on the same crops.
 
     python benchmarks/training_step.py [--official CHECKOUT] [--preset small|vits14|...] [--rounds 6]
 
-CHECKOUT is one of facebookresearch/dinov2; without it only ours runs.
+CHECKOUT is a checkout of facebookresearch/dinov2; without it only our step runs.
 
-The official step needs xFormers, which needs a GPU; what runs here are its blocks, heads, losses, parameter groups and
+The official step needs xFormers, which needs a GPU. This benchmark runs its blocks, heads, losses, parameter groups and
 average, called once per crop size (its own fallback on `scaled_dot_product_attention`), in the order of
-`dinov2/train/ssl_meta_arch.py`. Both steps take turns in one process on one batch of crops, so that a busy neighbour
-hurts both alike; the ratio is the median of the rounds' ratios. The limit is the best matrix product of the same run.
-Both start from the same weights, and the losses of the first step must agree.
+`dinov2/train/ssl_meta_arch.py`. Both steps take turns in one process on one batch of crops, so that other load affects
+both; the ratio is the median of the rounds' ratios. The limit is the best matrix product of the same run. Both start
+from the same weights, and the losses of the first step must agree.
 """
 
 import argparse
@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Official:
-    """The official modules, one step of them."""
+    """The official modules, assembled to one step."""
 
     def __init__(self, checkout: Path, config: TrainConfig, ours: Setup) -> None:
         os.environ["XFORMERS_DISABLED"] = "1"
@@ -192,7 +192,7 @@ class Official:
 
 
 def limit(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
-    """Best GFLOP/s of an n x n matrix product."""
+    """Return the best GFLOP/s of an n x n matrix product."""
     if device.type == "cuda":
         n *= 4
     a, best = torch.randn(n, n, device=device, dtype=dtype), float("inf")
@@ -212,13 +212,13 @@ def wait(device: torch.device) -> None:
 def measure(
     config: TrainConfig, device: torch.device, rounds: int, official: Path | None = None, side: int = 2048
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Images/s of each step in each round, "ours" first, and what was measured, for the report.
+    """Return the images/s of each step in each round, "ours" first, and the report's description of the measurement.
 
     Args:
         config: the run's settings.
-        rounds: without the first, which warms up.
+        rounds: number of rounds after the warm-up round.
         official: a checkout to compare with.
-        side: of the matrix product that is the limit; four times it on a GPU.
+        side: side of the matrix product that sets the limit; four times as large on a GPU.
     """
     batch = config.batch_size
     ours = make_setup(config, World(0, 1, device))

@@ -1,12 +1,12 @@
-"""Engines in processes of their own, for benchmarks that measure memory or let processes get in each other's way.
+"""Engines in separate processes, for benchmarks that measure memory or contention between processes.
 
-A worker loads one engine, then answers a JSON line for each JSON line:
+A worker loads one engine, then answers each JSON line with a JSON line:
 
     {"do": "run", "batch": 1}                             {"s": 0.08}: one forward pass
     {"do": "load", "at": 12.5, "seconds": 10, "batch": 1} {"done": 117.4, "latencies": [...]}: one request after the
-                                                          other from the time `at` on; the last counts in part
+                                                          other from the time `at` on; the last counts partially
     {"do": "memory", "batch": 1}                          {"rss_mb": 210.3, "peak_mb": 250.1 or null}: now, with the
-                                                          batch's pixels, and the highest since the last such line
+                                                          batch's pixels, and the peak since the last such line
 
 Times are those of `time.monotonic`, which all processes of a machine share.
 """
@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Worker:
-    """The parent's end.
+    """The parent's end of a worker process.
 
     Args:
-        engine: "onnxruntime", the service's engine with `path` of a graph; "graph", the graph in a plain session, as
-            it is written; or "torch", with `path` of weights and `model`, `depth`.
+        engine: "onnxruntime": the service's engine with the `path` of a graph; "graph": the unchanged graph in a plain
+            session; "torch": with the `path` of weights, `model` and `depth`.
         size: side of the input in pixels.
-        threads: of one forward pass.
-        spinning: whether threads spin while they wait: ONNX Runtime's switch; for torch, what libgomp does by itself.
+        threads: threads per forward pass.
+        spinning: whether threads spin while they wait: ONNX Runtime's option; for torch, libgomp's default.
     """
 
     def __init__(self, engine: str, path: Path, *, size: int, threads: int, spinning: bool, **model: Any) -> None:
@@ -54,7 +54,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker has died with status {self._process.wait()}: its message is above")
+            raise RuntimeError(f"a worker died with status {self._process.wait()}; its message is above")
         return dict(json.loads(line))
 
     def ask(self, **command: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Worker:
 
 
 def onnx_session(path: Path | bytes, threads: int, *, spinning: bool) -> Any:
-    """A graph on ONNX Runtime's CPU provider, nothing of it replaced."""
+    """Return a session of the unchanged graph on ONNX Runtime's CPU provider."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
 
@@ -81,7 +81,7 @@ def onnx_session(path: Path | bytes, threads: int, *, spinning: bool) -> Any:
 
 
 def memory() -> dict[str, float | None]:
-    """Resident memory of this process and its peak since the last call, MB; None where the peak cannot be reset."""
+    """Return this process's resident memory and its peak since the last call, in MB; None if it cannot be reset."""
     text = Path("/proc/self/status").read_text()
     found = {key: int(value) / 1024 for key, value in re.findall(r"(VmHWM|VmRSS):\s+(\d+)", text)}
     try:
@@ -92,7 +92,7 @@ def memory() -> dict[str, float | None]:
 
 
 def load(run: Any, at: float, seconds: float) -> dict[str, Any]:
-    """One request after the other from `at` to `at + seconds`; the one that is under way then counts in part."""
+    """Run one request after the other from `at` to `at + seconds`. The last one counts partially."""
     time.sleep(max(0.0, at - time.monotonic()))
     end, done, latencies = at + seconds, 0.0, []
     while (start := time.monotonic()) < end:
@@ -104,7 +104,7 @@ def load(run: Any, at: float, seconds: float) -> dict[str, Any]:
 
 
 def engine_of(spec: dict[str, Any]) -> Any:
-    """The engine's function of pixels."""
+    """Return the engine as a function of pixels."""
     if spec["engine"] == "graph":
         session = onnx_session(Path(spec["path"]), spec["threads"], spinning=spec["spinning"])
         return lambda pixels: session.run(None, {"pixels": pixels})

@@ -1,6 +1,6 @@
-"""The command line `dinov2`: each module holds the commands of one group.
+"""The command line `dinov2`. Each module holds one group of commands.
 
-A command imports what it needs when it runs, so `dinov2 serve` works without torch and `dinov2 --help` is quick.
+A command imports what it needs when it runs. So `dinov2 serve` works without torch and `dinov2 --help` is fast.
 """
 
 import typer
@@ -9,7 +9,7 @@ from cli import collection, engines, evaluate, export, search, serving, training
 
 app = typer.Typer(
     name="dinov2",
-    rich_markup_mode=None,  # it would take [train] for markup
+    rich_markup_mode=None,  # rich would read [train] as markup
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it, search.",

@@ -1,4 +1,4 @@
-"""`dinov2 collections ...`: what there is, new ones, aliases, snapshots, and the way from one store to another."""
+"""`dinov2 collections ...`: list and create collections, set aliases, take snapshots, copy between stores."""
 
 import json
 import sys
@@ -27,17 +27,17 @@ from cli.shared import (
     settings_for,
 )
 from model.pooling import DEFAULT_POOLING
-from service.search.kinds import Kind, kinds_with  # only a table: quick to import
+from service.search.kinds import Kind, kinds_with  # only a table, so cheap to import
 
 if TYPE_CHECKING:
     from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore
     from service.search.transfer import Copied
     from service.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, help="List, make, copy, export and look after collections.")
+app = typer.Typer(no_args_is_help=True, help="List, create, copy, export and manage collections.")
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the collection, or an alias.")]
-TagOption = Annotated[str | None, typer.Option(help="What made the vectors, as `dinov2 collections show` has it.")]
+TagOption = Annotated[str | None, typer.Option(help="Tag of the vectors, as `dinov2 collections show` prints it.")]
 
 
 @app.command("list")
@@ -66,7 +66,7 @@ def list_(data_dir: DataDirOption = DATA, store: StoreOption = None, as_json: Js
 
 @app.command()
 def show(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
-    """What a collection is: size, model, index, as JSON."""
+    """Show a collection's size, model and index as JSON."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
         return described(await vectors.info(name))
@@ -79,27 +79,27 @@ def create(
     name: NameArgument,
     pooling: PoolingOption = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How vectors are stored.")] = "float32",
-    kind: Annotated[Kind, typer.Option(help="Index; auto goes by size.")] = "auto",
+    kind: Annotated[Kind, typer.Option(help="Index kind; auto chooses by size.")] = "auto",
     m: Annotated[int | None, typer.Option(help=f"{kinds_with('m')}: neighbours of a node.")] = None,
     ef_construction: Annotated[
-        int | None, typer.Option(help=f"{kinds_with('ef_construction')}: how carefully it is built.")
+        int | None, typer.Option(help=f"{kinds_with('ef_construction')}: effort of the build.")
     ] = None,
-    n_lists: Annotated[int | None, typer.Option(help=f"{kinds_with('n_lists')}: cells.")] = None,
-    target_recall: Annotated[float, typer.Option(help="Of the ten nearest.")] = 0.98,
+    n_lists: Annotated[int | None, typer.Option(help=f"{kinds_with('n_lists')}: number of cells.")] = None,
+    target_recall: Annotated[float, typer.Option(help="Share of the ten nearest that a search should find.")] = 0.98,
     indexed: Annotated[
-        list[str] | None, typer.Option(help="Metadata key that filters find quickly. Repeatable.")
+        list[str] | None, typer.Option(help="Metadata key that is indexed for filters. Repeatable.")
     ] = None,
-    originals: Annotated[bool, typer.Option(help="Keep photos beside their vectors.")] = False,
+    originals: Annotated[bool, typer.Option(help="Store the images as well as their vectors.")] = False,
     tag: TagOption = None,
-    dimension: Annotated[int | None, typer.Option(help="Numbers in a vector; with --tag.")] = None,
+    dimension: Annotated[int | None, typer.Option(help="Dimension of the vectors; requires --tag.")] = None,
     model: ModelOption = "auto",
     engine: EngineOption = "auto",
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Make an empty collection, for a model that is here, or for the vectors of --tag and --dimension."""
+    """Create an empty collection for a local model, or for vectors described by --tag and --dimension."""
     if (tag is None) != (dimension is None):
-        raise fail("--tag and --dimension go together")
+        raise fail("--tag and --dimension must be given together")
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         from service.ingest.embed import vector_dims
@@ -109,7 +109,7 @@ def create(
 
         choice = IndexSpec(kind, m, ef_construction, n_lists, target_recall)
         spec = CollectionSpec("?", 1, dtype, choice, tuple(sorted(set(indexed or ()))), originals)
-        check_spec(spec)  # before a model is loaded
+        check_spec(spec)  # before the model is loaded, which is slow
         if tag is not None and dimension is not None:
             made_by, width = tag, dimension
         else:
@@ -124,11 +124,11 @@ def create(
 @app.command()
 def drop(
     name: NameArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Remove a collection with all its items. Its snapshots stay."""
+    """Delete a collection with all its items. Its snapshots remain."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         info = await vectors.info(name)
@@ -144,14 +144,14 @@ def drop(
 @app.command()
 def alias(
     name: Annotated[str, typer.Argument(help="The alias.")],
-    collection: Annotated[str | None, typer.Argument(help="Where it leads to from now on.")] = None,
+    collection: Annotated[str | None, typer.Argument(help="Collection that the alias shall point to.")] = None,
     remove: Annotated[bool, typer.Option("--drop", help="Remove the alias.")] = False,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Point an alias to a collection, from one moment to the next, or remove it."""
+    """Point an alias to a collection, in one atomic step, or remove the alias."""
     if remove == (collection is not None):
-        raise fail("an alias takes either a collection to lead to, or --drop")
+        raise fail("give either the collection that the alias shall point to, or --drop")
 
     async def work(vectors: "VectorStore", _: "Settings") -> str:
         if collection is None:
@@ -166,11 +166,11 @@ def alias(
 @app.command()
 def snapshot(
     name: NameArgument,
-    only_list: Annotated[bool, typer.Option("--list", help="List those there are; take none.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="List the snapshots and take none.")] = False,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Keep a collection as it is now."""
+    """Take a snapshot of a collection."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "list[SnapshotInfo]":
         keeper = cast("SnapshotStore", able(vectors, "snapshots"))
@@ -182,13 +182,13 @@ def snapshot(
 
 @app.command()
 def restore(
-    name: Annotated[str, typer.Argument(help="The collection that the snapshot was taken of.")],
-    kept: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its name, see `snapshot --list`.")],
-    new: Annotated[str | None, typer.Option("--as", help="Name of the collection made of it. Default: NAME.")] = None,
+    name: Annotated[str, typer.Argument(help="Collection of which the snapshot was taken.")],
+    kept: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Name of the snapshot; `snapshot --list` shows it.")],
+    new: Annotated[str | None, typer.Option("--as", help="Name of the restored collection. Default: NAME.")] = None,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Make a collection of a snapshot. Its name must be free: restore beside it, then move the alias."""
+    """Create a collection from a snapshot. The name must be free: restore under a new name, then move the alias."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         return await cast("SnapshotStore", able(vectors, "snapshots")).restore(new or name, name, kept)
@@ -199,7 +199,7 @@ def restore(
 
 @app.command()
 def stats(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
-    """How a collection is indexed, as JSON."""
+    """Show index statistics of a collection as JSON."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
         return await cast("StatsStore", able(vectors, "stats")).stats(name)
@@ -215,13 +215,13 @@ def copy(
     new: Annotated[str | None, typer.Option("--as", help="Name of the copy. Default: NAME.")] = None,
     to_originals: Annotated[
         str | None,
-        typer.Option(help="Where the service at the target keeps photos: a folder or s3://... Default: as here."),
+        typer.Option(help="Where the target service stores images: a folder or s3://... Default: as here."),
     ] = None,
     data_dir: DataDirOption = DATA,
 ) -> None:
-    """Copy a collection, with the photos it keeps, to another store or name. Run again, it goes on where it ended."""
+    """Copy a collection, with its stored images, to another store or name. A second run resumes an interrupted copy."""
     if from_store == to_store and new is None:
-        raise fail("within one store a copy needs another name: --as")
+        raise fail("a copy within one store needs another name: give --as")
 
     async def work() -> "Copied":
         from service.originals import Originals
@@ -241,12 +241,12 @@ def copy(
     typer.echo(f"{done.written} copied, {done.present} already there -> {new or name}, {done.count} items")
     if done.photos is None:
         return
-    photos = done.photos
-    missing = f", {photos.missing} not stored at the source" if photos.missing else ""
-    typer.echo(f"photos: {photos.copied} copied, {photos.present} already there{missing}")
-    if photos.unreadable:
-        many = "1 photo was" if photos.unreadable == 1 else f"{photos.unreadable} photos were"
-        typer.echo(f"{many} left out, since the source cannot read them: {photos.reason}", err=True)
+    images = done.photos
+    missing = f", {images.missing} not stored at the source" if images.missing else ""
+    typer.echo(f"images: {images.copied} copied, {images.present} already there{missing}")
+    if images.unreadable:
+        many = "1 image was" if images.unreadable == 1 else f"{images.unreadable} images were"
+        typer.echo(f"{many} left out because the source cannot read them: {images.reason}", err=True)
         raise typer.Exit(code=1)
 
 
@@ -257,7 +257,7 @@ def export(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Write a collection to a file: vectors, metadata, and what made them."""
+    """Write a collection to a file: vectors, metadata and the tag of the vectors."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> int:
         from service.search.transfer import check_format, export_collection
@@ -274,16 +274,18 @@ def export(
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(metavar="FILE", help=".parquet, .npz or .jsonl, as `export` writes them.")],
-    collection: Annotated[str, typer.Option("--collection", "-c", help="Name of the collection; made if need be.")],
+    collection: Annotated[
+        str, typer.Option("--collection", "-c", help="Name of the collection; created if it does not exist.")
+    ],
     tag: TagOption = None,
     fingerprint: Annotated[
-        str | None, typer.Option(help="Of the model that made the vectors, which is here; instead of --tag.")
+        str | None, typer.Option(help="Fingerprint of the local model that made the vectors; replaces --tag.")
     ] = None,
     pooling: PoolingOption = None,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Add a file's items to a collection; ids that are there are replaced."""
+    """Add a file's items to a collection. Items with the same id are replaced."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "Copied":
         from service.search.transfer import import_collection
@@ -300,39 +302,42 @@ def import_(
     typer.echo(f"{done.written} imported -> {collection}, {done.count} items")
 
 
-# ---- what they share
+# ---- helpers of several commands
 
 
 def described(info: "CollectionInfo") -> dict[str, Any]:
+    """Return name, count and settings of a collection as a JSON object."""
     return {"name": info.name, "count": info.count, **asdict(info.spec)}
 
 
 def able(store: "VectorStore", capability: str) -> object:
-    """The store, if it can do this; the caller says which protocol that is.
+    """Return the store if it has this capability. The caller casts it to the matching protocol.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the store does not have the capability.
     """
     if capability not in store.capabilities:
-        raise ValueError(f"this vector store has no {capability}; it has {', '.join(sorted(store.capabilities))}")
+        raise ValueError(
+            f"this vector store does not support {capability}; it supports {', '.join(sorted(store.capabilities))}"
+        )
     return store
 
 
 def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
-    """The tag of normalised float32 vectors of a model that is here."""
+    """Return the tag of normalised float32 vectors of a local model."""
     from model.artifact import read_manifest
     from service.tags import make_tag
 
     path = artifact_with(fingerprint, data_dir)
     if path is None:
-        raise ValueError(f"no model here has the fingerprint {fingerprint!r} (see `dinov2 models`): give --tag")
+        raise ValueError(f"no local model has the fingerprint {fingerprint!r} (see `dinov2 models`): give --tag")
     manifest = read_manifest(path)
     return make_tag(manifest.fingerprint, pooling, manifest.input_size, "fp32")
 
 
 @contextmanager
 def shown(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal."""
+    """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,6 +1,6 @@
-"""`dinov2 build-engine`: the TensorRT plan of an artifact, built and compared on the GPU that will run it.
+"""`dinov2 build-engine`: build the TensorRT plan of an artifact and compare it on the GPU that will run it.
 
-Everything heavy is imported when the command runs.
+All heavy imports happen when the command runs.
 """
 
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from model.engines.protocol import Engine
 
 PHOTOS = 32
-"""Of a folder; parity and fp8's ranges take no more."""
+"""Number of images read from a folder for parity and for the ranges of fp8."""
 
 
 def build_engine(
@@ -28,29 +28,30 @@ def build_engine(
     precision: Annotated[
         Literal["bf16", "fp16", "fp8"],
         typer.Option(
-            help="Number format of the plan. fp8 needs a GPU of compute capability 8.9 and takes its ranges "
-            "from --images."
+            help="Number format of the plan. fp8 needs a GPU of compute capability 8.9 and measures its ranges "
+            "on --images."
         ),
     ] = "bf16",
-    data_dir: Annotated[
-        Path, typer.Option(help="Where artifacts are looked for and plans are kept.", envvar="DINOV2_DATA_DIR")
-    ] = Path("data"),
+    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts and plans.", envvar="DINOV2_DATA_DIR")] = Path(
+        "data"
+    ),
     images: Annotated[
-        Path | None, typer.Option(help="Folder of photos for the parity check. Default: generated pictures.")
+        Path | None, typer.Option(help="Folder of images for the parity check. Default: generated images.")
     ] = None,
     library: Annotated[
-        Literal["tensorrt", "tensorrt_rtx"] | None, typer.Option(help="Default: the one installed, tensorrt first.")
+        Literal["tensorrt", "tensorrt_rtx"] | None,
+        typer.Option(help="Library that builds the plan. Default: the installed one, tensorrt first."),
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(help="File in which tensorrt keeps its measurements of kernels: later builds are quicker."),
+        typer.Option(help="File for tensorrt's kernel timings, which make later builds faster."),
     ] = None,
-    refit: Annotated[bool, typer.Option(help="Build a plan whose weights can be replaced later.")] = False,
+    refit: Annotated[bool, typer.Option(help="Build a plan that accepts new weights later.")] = False,
     refit_from: Annotated[
         Path | None,
-        typer.Option(help="Such a .plan of an earlier model of the same shape: takes the new weights, no build."),
+        typer.Option(help="A refittable .plan of a model of the same shape: it gets the new weights, without a build."),
     ] = None,
-    rebuild: Annotated[bool, typer.Option(help="Build although a plan that passed is there.")] = False,
+    rebuild: Annotated[bool, typer.Option(help="Build even if a plan that passed exists.")] = False,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a build is stopped.")] = 3600,
 ) -> None:
     """Build an artifact's TensorRT plan for this host's GPU, and keep it if it passes parity (docs/tensorrt.md)."""
@@ -60,7 +61,7 @@ def build_engine(
     from service.artifact_choice import choose_artifact, read_photos
 
     try:
-        toolchain = find_toolchain(library)  # first: without a GPU nothing else is worth its time
+        toolchain = find_toolchain(library)  # first, because nothing else is useful without a GPU
         chosen = load_artifact(choose_artifact(artifact, data_dir), derived_dir=data_dir / "derived")
         given: dict[str, Any] = {"photos": read_photos(images, PHOTOS)} if images else {}
         options = BuildOptions(
@@ -89,7 +90,7 @@ def build_engine(
 
 
 def _reference(artifact: "Artifact") -> "Engine":
-    """Float32 on the CPU: torch where it is installed, else ONNX Runtime with the artifact's graph."""
+    """Return a float32 engine on the CPU: torch if it is installed, else ONNX Runtime with the artifact's graph."""
     from importlib.util import find_spec
 
     from model.artifact import ONNX, WEIGHTS
@@ -105,7 +106,7 @@ def _reference(artifact: "Artifact") -> "Engine":
 
 
 def _with_activations(options: Any, artifact: "Artifact") -> Any:
-    """The ranges that fp8 needs, measured on the photos of the parity check."""
+    """Add the activation ranges that fp8 needs, measured on the images of the parity check."""
     from dataclasses import replace
 
     from model.engines.activations import measure_activations
@@ -117,7 +118,7 @@ def _with_activations(options: Any, artifact: "Artifact") -> Any:
 
 
 class _Shown:
-    """A build's phases on a terminal; without one, a line for each."""
+    """A display of a build's phases: a progress bar on a terminal, else a line for each phase."""
 
     def __init__(self) -> None:
         from rich.console import Console

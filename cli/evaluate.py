@@ -1,7 +1,7 @@
-"""`dinov2 eval`: how good a checkpoint or an artifact is, measured by one protocol at a time.
+"""`dinov2 eval`: evaluate a checkpoint or an artifact by one protocol.
 
 The settings of a task are KEY=VALUE arguments, as for `dinov2 train`. Each task has its own settings and defaults
-(`training/evaluate/settings.py`), and refuses those of other tasks. Everything heavy is imported when the command runs.
+(`training/evaluate/settings.py`) and rejects those of other tasks. All heavy imports happen when the command runs.
 """
 
 import sys
@@ -50,7 +50,7 @@ def evaluate(
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
         values = parse_overrides(settings or [])
-        make_settings(task, values)  # before a download, or an hour of features
+        make_settings(task, values)  # reject bad settings before a download or an hour of computing features
         backbone = load_backbone(model, arch=arch, data_dir=data_dir, device=_device(device))
         with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
 
@@ -69,7 +69,11 @@ def evaluate(
 
 
 def _device(name: str) -> str:
-    """`auto` is CUDA where torch sees a device, else the CPU."""
+    """Resolve `auto` to CUDA if torch sees a device, else to the CPU.
+
+    Raises:
+        ValueError: CUDA was requested and torch sees no device.
+    """
     import torch
 
     if name == "auto":

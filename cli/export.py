@@ -1,4 +1,4 @@
-"""`dinov2 export`: a checkpoint becomes an artifact."""
+"""`dinov2 export`: turn a checkpoint into an artifact."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +17,7 @@ def export(
     source: Annotated[
         str, typer.Argument(help="A checkpoint file, or a published model's name (see `dinov2 models`).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of artifacts; the artifact becomes a folder in it.")],
+    out: Annotated[Path, typer.Option(help="Folder of artifacts; the artifact becomes a subfolder.")],
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a foreign checkpoint, e.g. dinov2_vits14_reg.")
     ] = None,
@@ -32,34 +32,34 @@ def export(
     ] = None,
     weights_dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How weights are stored.")] = "float32",
     sizes: Annotated[
-        str, typer.Option(help="Further graphs' input sizes, e.g. 224,518,224x336,dynamic. Default: the crop.")
+        str, typer.Option(help="Input sizes of further graphs, e.g. 224,518,224x336,dynamic. Default: the crop.")
     ] = "",
-    precision: Annotated[str, typer.Option(help="Further graphs' precisions: fp32,fp16,bf16,int8.")] = "",
+    precision: Annotated[str, typer.Option(help="Precisions of further graphs: fp32,fp16,bf16,int8.")] = "",
     outputs: Annotated[
-        str, typer.Option(help="Further graphs' outputs: cls,patches,registers and any of attention,layer.N.")
+        str, typer.Option(help="Outputs of further graphs: cls,patches,registers and any of attention,layer.N.")
     ] = "",
     int8_weights: Annotated[
-        Literal["s7", "u8"], typer.Option(help="int8's weights: s7, the fastest on AVX2; u8, half the error.")
+        Literal["s7", "u8"], typer.Option(help="Weights of int8: s7 is the fastest on AVX2; u8 has half the error.")
     ] = "s7",
     float_layers: Annotated[
         str | None,
         typer.Option(
-            help="Linear layers that int8 leaves in float, by ends or beginnings of names (mlp.fc2,blocks.0), or none. "
+            help="Linear layers that int8 keeps in float, by prefix or suffix of the name (mlp.fc2,blocks.0), or none. "
             "Default: attn.proj, mlp.fc2 (or mlp.w3) and the last block."
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of photos for the parity check; for int8 it holds train/ and val/, a folder per class in "
-            "each. Default: generated pictures."
+            help="Folder of images for the parity check. For int8 it contains train/ and val/, each with one folder "
+            "per class. Default: generated images."
         ),
     ] = None,
-    card: Annotated[Path | None, typer.Option(help="Model card (markdown) to put into the artifact.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card (Markdown) to include in the artifact.")] = None,
     licence: Annotated[
-        str, typer.Option(help="SPDX identifier of your weights; published ones bring theirs.")
+        str, typer.Option(help="SPDX identifier of your weights. Published weights have their own.")
     ] = "unknown",
-    keep_onnx: Annotated[bool, typer.Option(help="--no-keep-onnx leaves out what loading can derive.")] = True,
+    keep_onnx: Annotated[bool, typer.Option(help="Store the ONNX graph, which loading can also derive.")] = True,
 ) -> None:
     """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
     need_torch("export")
@@ -96,12 +96,12 @@ def export(
 
 
 def _items(text: str) -> list[str]:
-    """Parts of a list with commas; an empty one has none."""
+    """Split a comma-separated list. Empty parts are dropped."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _parity_lines(manifest: "Manifest") -> Iterator[str]:
-    """What the export measured, a line per graph and size."""
+    """Yield one line for each graph and size with the parity that the export measured."""
     for record in manifest.parity:
         size = "x".join(map(str, record.size or manifest.input_size))
         yield (

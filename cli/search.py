@@ -1,4 +1,4 @@
-"""`dinov2 index` and `dinov2 search`: images into a collection, and the items most similar to an image."""
+"""`dinov2 index` and `dinov2 search`: index images into a collection and find the items most similar to an image."""
 
 import json
 import os
@@ -43,7 +43,7 @@ _LISTED = 20
 def index(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Folders, photos, .tar, .parquet, lists (.txt, .jsonl): paths or s3://..., memory://..."),
+        typer.Argument(help="Folders, images, .tar, .parquet, lists (.txt, .jsonl): paths or s3://..., memory://..."),
     ],
     collection: CollectionOption,
     model: ModelOption = "auto",
@@ -57,32 +57,35 @@ def index(
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
     pooling: PoolingOption = None,
     metadata: Annotated[
-        list[str] | None, typer.Option(help="key=value for every item; a value is JSON, else a string. Repeatable.")
+        list[str] | None, typer.Option(help="key=value for every item; the value is JSON or else a string. Repeatable.")
     ] = None,
     originals: Annotated[
-        bool | None, typer.Option(help="Store the photos too. Default: as the collection says; a new one: no.")
+        bool | None, typer.Option(help="Store the images too. Default: the collection's setting; off for a new one.")
     ] = None,
     id_by: Annotated[
-        Literal["path", "sha256"], typer.Option("--id", help="Ids: the path within SOURCE, or the content's sha256.")
+        Literal["path", "sha256"],
+        typer.Option("--id", help="Use the path within SOURCE or the content's sha256 as id."),
     ] = "path",
-    image_column: Annotated[str | None, typer.Option(help="Column of photos in Parquet files. Default: found.")] = None,
-    force: Annotated[bool, typer.Option(help="Also what is there and unchanged; replaces ids of other files.")] = False,
+    image_column: Annotated[str | None, typer.Option(help="Image column of Parquet files. Default: detected.")] = None,
+    force: Annotated[
+        bool, typer.Option(help="Index unchanged images again and replace ids that belong to other files.")
+    ] = False,
     errors: Annotated[
-        Path | None, typer.Option(help="File for what could not be indexed, a JSON object a line.")
+        Path | None, typer.Option(help="File for the images that could not be indexed, one JSON object per line.")
     ] = None,
 ) -> None:
-    """Embed photos into a collection. Run again, it goes on where it ended; what cannot be read is listed, and the exit
-    status is then 1."""
+    """Embed images into a collection. A second run resumes an interrupted one. Images that cannot be read are listed,
+    and the exit status is then 1."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of
 
         info = await find_collection(vectors, collection)
-        found = _found(sources, image_column, settings)
+        images = _find_images(sources, image_column, settings)
         if info is not None and pooling not in (None, pooling_of(info)):
             raise ValueError(f"collection {info.name!r} holds {pooling_of(info)} vectors, not {pooling}")
         if originals and info is not None and not info.spec.originals:
-            raise ValueError(f"collection {info.name!r} keeps no photos: it was made without --originals")
+            raise ValueError(f"collection {info.name!r} stores no images: it was created without --originals")
         artifact, loaded = load_model(model, engine, threads, data_dir, info)
         options = IndexOptions(
             pooling=pooling_of(info) if info is not None else pooling or DEFAULT_POOLING,
@@ -94,23 +97,23 @@ def index(
             metadata=_pairs(metadata or []),
             limits=decode_limits(settings),
         )
-        return await _index(found, vectors, collection, artifact, loaded, options, settings, errors)
+        return await _index(images, vectors, collection, artifact, loaded, options, settings, errors)
 
     _tell(run_with(store, data_dir, work, makes=True), collection, errors)
 
 
 def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
-    """What became of the photos, as text and as the exit status: a script must see when some were left out."""
+    """Report the outcome as text and as the exit status, so that a script notices images that were left out."""
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
     typer.echo(
         f"{report.indexed} indexed, {report.present} already there, {report.failed} failed -> {collection} "
-        f"({report.images_per_s:.1f} images/s){'; interrupted: run again to go on' if report.interrupted else ''}"
+        f"({report.images_per_s:.1f} images/s){'; interrupted: run again to resume' if report.interrupted else ''}"
     )
     if report.failed:
         above = "all are listed above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
-        where = f"all are listed in {errors}" if errors is not None else f"{above}; --errors FILE keeps the whole list"
-        many = "1 photo was" if report.failed == 1 else f"{report.failed} photos were"
+        where = f"all are listed in {errors}" if errors is not None else f"{above}; --errors FILE saves the whole list"
+        many = "1 image was" if report.failed == 1 else f"{report.failed} images were"
         typer.echo(f"{many} left out: {where}", err=True)
     if report.interrupted:
         raise typer.Exit(code=130)
@@ -119,7 +122,7 @@ def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
 
 
 async def _index(
-    found: "Iterator[Any]",
+    images: "Iterator[Any]",
     vectors: "VectorStore",
     collection: str,
     artifact: "Artifact",
@@ -128,7 +131,7 @@ async def _index(
     settings: "Settings",
     errors: Path | None,
 ) -> "IndexReport":
-    """The run with its progress, its file of errors and Ctrl+C."""
+    """Run the indexing with progress, an error file and a handler for Ctrl+C."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -148,7 +151,7 @@ async def _index(
             progress.update(task, description=f"{text}, {state.images_per_s:.1f} images/s")
 
         return await index_photos(
-            found,
+            images,
             vectors,
             collection,
             artifact,
@@ -159,10 +162,12 @@ async def _index(
 
 
 def search(
-    photo: Annotated[str, typer.Argument(help="A photo: a path or an address.")],
+    photo: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or address of an image.")],
     collection: CollectionOption,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many.")] = 10,
-    where: Annotated[str | None, typer.Option("--filter", help='On metadata, e.g. {"key": "brand", "eq": "x"}')] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
+    where: Annotated[
+        str | None, typer.Option("--filter", help='Metadata condition, e.g. {"key": "brand", "eq": "x"}')
+    ] = None,
     as_json: JsonOption = False,
     model: ModelOption = "auto",
     data_dir: DataDirOption = DATA,
@@ -170,7 +175,7 @@ def search(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Find the photos of a collection that are most similar to one."""
+    """Find the images of a collection that are most similar to an image."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> list[dict[str, Any]]:
         from model.preprocess import preprocess
@@ -203,16 +208,17 @@ def search(
         typer.echo(f"{hit['score']:7.4f}  {hit['id']:<{width}}  {hit['source'] or ''}")
 
 
-def _found(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":
+def _find_images(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":
+    """Return an iterator over the images of all sources."""
     from service.ingest.sources import find_photos
 
     return find_photos(sources, max_bytes=settings.max_image_bytes, image_column=image_column)
 
 
-def _pairs(given: list[str]) -> dict[str, Any]:
-    """key=value as metadata; a value is JSON if it can be read so."""
+def _pairs(texts: list[str]) -> dict[str, Any]:
+    """Parse key=value pairs as metadata. A value that is valid JSON is parsed as JSON, any other is a string."""
     pairs: dict[str, Any] = {}
-    for pair in given:
+    for pair in texts:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"--metadata {pair!r} is not key=value")
@@ -224,16 +230,18 @@ def _pairs(given: list[str]) -> dict[str, Any]:
 
 
 def _json_value(text: str, option: str) -> Any:
+    """Parse JSON text. A ValueError names the option."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{option}: not JSON: {error}") from error
+        raise ValueError(f"{option} is not JSON: {error}") from error
 
 
 @contextmanager
 def _photos_kept(
     settings: "Settings", wanted: bool
 ) -> "Iterator[Callable[[bytes], Coroutine[Any, Any, object]] | None]":
+    """Yield the function that stores an image, or None if images are not stored."""
     if not wanted:
         yield None
         return
@@ -244,6 +252,7 @@ def _photos_kept(
 
 @contextmanager
 def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
+    """Yield a function that appends a problem to the error file as a JSON line. Without a file it does nothing."""
     if path is None:
         yield lambda _: None
         return
@@ -258,16 +267,18 @@ def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
 
 @contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """Set by the first Ctrl+C; a second one ends the program as usual."""
+    """Yield an event that the first Ctrl+C sets. A second Ctrl+C ends the program as usual."""
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
 
     def interrupt(_number: int, _frame: object) -> None:
         stop.set()
         signal.signal(signal.SIGINT, before)
-        os.write(2, b"\nstopping after the batch in hand; Ctrl+C again ends at once\n")  # print is not reentrant
+        os.write(
+            2, b"\nstopping after the current batch; press Ctrl+C again to stop at once\n"
+        )  # print is not reentrant
 
-    if before is not signal.SIG_IGN:  # as with nohup
+    if before is not signal.SIG_IGN:  # ignored, for instance under nohup
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield stop

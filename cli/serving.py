@@ -1,4 +1,4 @@
-"""`dinov2 serve`, `embed` and `models`: what runs an artifact."""
+"""`dinov2 serve`, `embed` and `models`: the commands that use an artifact."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ ModelOption = Annotated[
 ]
 
 
-ENGINE_HELP = "auto, fastest (of this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
+ENGINE_HELP = "auto, fastest (on this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
 
 
 def serve(
@@ -27,33 +27,33 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [DINOV2_HOST]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [DINOV2_PORT]")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Collections, artifacts, downloads. [DINOV2_DATA_DIR]")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of collections, artifacts and downloads. [DINOV2_DATA_DIR]")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help=f"{ENGINE_HELP} [DINOV2_ENGINE]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass. [DINOV2_THREADS]")] = None,
 ) -> None:
-    """Start the REST service. Settings come from DINOV2_* variables; an option given here wins."""
+    """Start the REST service. Settings come from DINOV2_* variables; an option overrides its variable."""
     from service.__main__ import main as run_service
 
-    given = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
-    raise typer.Exit(run_service({name: value for name, value in given.items() if value is not None}))
+    options = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
+    raise typer.Exit(run_service({name: value for name, value in options.items() if value is not None}))
 
 
 def embed(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images at any depth.")],
-    out: Annotated[Path, typer.Option(help="File to write: paths, vectors, fingerprint (.npz).")],
+    out: Annotated[Path, typer.Option(help="File (.npz) to write paths, vectors and fingerprint to.")],
     model: ModelOption = "auto",
-    data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
-        "data"
-    ),
+    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
     engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")
     ] = None,
-    pooling: Annotated[Pooling, typer.Option(help="What becomes the vector.")] = DEFAULT_POOLING,
+    pooling: Annotated[Pooling, typer.Option(help="Features that form the vector.")] = DEFAULT_POOLING,
     normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
 ) -> None:
-    """Embed images into one .npz; what cannot be read is skipped and listed."""
+    """Embed images into one .npz file. Files that cannot be read are skipped and listed."""
     from rich.progress import Progress
 
     from model.artifact import load_artifact
@@ -91,12 +91,10 @@ def embed(
 
 
 def models(
-    data_dir: Annotated[Path, typer.Option(help="Where artifacts are looked for.", envvar="DINOV2_DATA_DIR")] = Path(
-        "data"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the artifacts that can be served now and the published models that can be downloaded."""
+    """List the local artifacts and the published models that can be downloaded."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
     from model.zoo import ENTRIES
 

@@ -1,8 +1,8 @@
-"""What the commands share: options, the vector store, the model, and errors as one line.
+"""Options, store access, model loading and error reporting that several commands share.
 
-The commands open the vector store themselves, so no server needs to run. A server may use an embedded store at the
-same time. Everything heavy is imported when a command runs, so `dinov2 --help` is quick and `dinov2 serve` works
-without torch.
+The commands open the vector store themselves, so they need no running server. A server may use an embedded store at the
+same time. All heavy imports happen when a command runs, so `dinov2 --help` is fast and `dinov2 serve` works without
+torch.
 """
 
 import asyncio
@@ -26,32 +26,33 @@ T = TypeVar("T")
 
 CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection, or an alias.")]
 DataDirOption = Annotated[
-    Path, typer.Option(help="Folder of collections and artifacts, as the server's.", envvar="DINOV2_DATA_DIR")
+    Path, typer.Option(help="Folder of collections and artifacts, the same as the server's.", envvar="DINOV2_DATA_DIR")
 ]
 StoreOption = Annotated[
     str | None,
     typer.Option(help="embedded, embedded:FOLDER (another data folder) or milvus://... [DINOV2_VECTOR_STORE]"),
 ]
 ModelOption = Annotated[
-    str, typer.Option(help="auto (the collection's own, else as `dinov2 serve`), an artifact folder, or a name.")
+    str, typer.Option(help="auto (the collection's model, else as `dinov2 serve`), an artifact folder, or a name.")
 ]
 EngineOption = Annotated[str, typer.Option(help="auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")]
 PoolingOption = Annotated[
     Pooling | None,
-    typer.Option(help="What becomes the vector, of a new collection. Default: cls."),
+    typer.Option(help="Features that form the vector, for a new collection. Default: cls."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DATA = Path("data")
 
 
 def fail(message: object) -> typer.Exit:
+    """Print an error on one line and return the exit with status 2, for the caller to raise."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
 
 
 def need_torch(command: str) -> None:
-    """Leave with advice where torch is not installed."""
+    """Exit with installation advice if torch is not installed."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
@@ -67,28 +68,29 @@ def run_with(
     *,
     makes: bool = False,
 ) -> T:
-    """What `work` makes of the store; an error that is the user's to mend is one line and exit status 2.
+    """Open the store and return the result of `work`. Report user errors on one line, with exit status 2.
 
     Args:
-        makes: whether a store that is not there is made; otherwise a mistyped folder would hold an empty one.
+        makes: create the store if it does not exist. Otherwise a mistyped folder would silently become an empty store.
     """
     from service.errors import CollectionNotFound
 
     async def opened() -> T:
         settings = settings_for(store, data_dir)
-        here = settings.data_dir.resolve() if settings.vector_store == "embedded" else None
-        if here is not None and not makes and not (here / "search.sqlite3").exists():
-            raise ValueError(f"there is no vector store in {here}: --data-dir or DINOV2_DATA_DIR says where it is")
+        folder = settings.data_dir.resolve() if settings.vector_store == "embedded" else None
+        if folder is not None and not makes and not (folder / "search.sqlite3").exists():
+            raise ValueError(f"no vector store in {folder}: set its folder with --data-dir or DINOV2_DATA_DIR")
         async with opened_store(settings) as vectors:
             try:
                 return await work(vectors, settings)
             except CollectionNotFound as error:
-                raise ValueError(f"{error.detail} in {here}" if here is not None else error.detail) from error
+                raise ValueError(f"{error.detail} in {folder}" if folder is not None else error.detail) from error
 
     return run_async(opened())
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine. Report user errors on one line, with exit status 2."""
     from service.errors import ServiceError
 
     try:
@@ -98,24 +100,24 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def settings_for(store: str | None, data_dir: Path) -> "Settings":
-    """The service's settings with a store in the place of the environment's.
+    """Return the service's settings, with `store` replacing the vector store of the environment.
 
     Raises:
         ValueError: as `load_settings`.
     """
     from service.settings import load_settings
 
-    given: dict[str, Any] = {"data_dir": data_dir}
+    overrides: dict[str, Any] = {"data_dir": data_dir}
     if store is not None and store.startswith("embedded:"):
-        given = {"data_dir": Path(store.removeprefix("embedded:")), "vector_store": "embedded"}
+        overrides = {"data_dir": Path(store.removeprefix("embedded:")), "vector_store": "embedded"}
     elif store is not None:
-        given["vector_store"] = store
-    return load_settings(given)
+        overrides["vector_store"] = store
+    return load_settings(overrides)
 
 
 @asynccontextmanager
 async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
-    """The vector store of the settings, closed at the end."""
+    """Open the vector store of the settings and close it at the end."""
     from service.search.opening import open_store
 
     vectors: VectorStore = await open_store(settings)
@@ -126,6 +128,7 @@ async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
 
 
 async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo | None":
+    """Return the collection's description, or None if it does not exist."""
     from service.errors import CollectionNotFound
 
     try:
@@ -137,7 +140,7 @@ async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo 
 def load_model(
     model: str, engine: str, threads: int | None, data_dir: Path, info: "CollectionInfo | None"
 ) -> "tuple[Artifact, Engine]":
-    """The model asked for; `auto` takes the one that a collection was made with, if it is here."""
+    """Load the requested model. `auto` means the model that made the collection, if it is available locally."""
     from model.artifact import load_artifact
     from model.engines.choice import load_engine
     from service.artifact_choice import choose_artifact
@@ -148,7 +151,8 @@ def load_model(
 
 
 def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
-    """The artifact of the data folder, or the bundled one, with this fingerprint (or one that begins so)."""
+    """Return the path of an artifact with this fingerprint or prefix, in the data folder or bundled. None if there is
+    none."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
 
     for path in find_artifacts(data_dir):
@@ -161,6 +165,7 @@ def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":
+    """Return the decoding limits of the settings."""
     from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)

@@ -1,6 +1,6 @@
-"""`dinov2 train`, `compare`, `average` and `report`: everything that makes or weighs checkpoints, but `eval`.
+"""`dinov2 train`, `compare`, `average` and `report`: the commands that make or compare checkpoints, except `eval`.
 
-Everything heavy is imported when a command runs.
+All heavy imports happen when a command runs.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ DataOption = Annotated[
     str, typer.Option(help="Folder of images, tar shards (also as a URL), or a Hugging Face dataset on disk.")
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings as key=value; they win over the recipe.", metavar="KEY=VALUE")
+    list[str] | None, typer.Argument(help="Settings as key=value; they override the recipe.", metavar="KEY=VALUE")
 ]
 
 
 @contextmanager
 def run_ends_told() -> Iterator[None]:
-    """What ends a training run before its time, as a message and an exit status."""
+    """Turn the early end of a training run into a message and an exit status."""
     from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped
     from training.train import INTERRUPTED
@@ -38,7 +38,7 @@ def run_ends_told() -> Iterator[None]:
 
 def train(
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics. A run in it goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics. A run in it is resumed.")],
     recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
     overrides: OverridesArgument = None,
 ) -> None:
@@ -54,11 +54,13 @@ def train(
 
 def compare(
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="Folder of both runs, compare.json, compare.html. Runs in it go on.")],
-    base: Annotated[str, typer.Option(help="Recipe of both runs: a name, or a TOML file.")] = "smoke",
+    out: Annotated[
+        Path, typer.Option(help="Folder of both runs, compare.json and compare.html. Runs in it are resumed.")
+    ],
+    base: Annotated[str, typer.Option(help="Recipe of both runs: a name or a TOML file.")] = "smoke",
     overrides: OverridesArgument = None,
 ) -> None:
-    """Train DINO and DINOv2 on the same data, budget and seed, and set their figures side by side (docs/compare.md)."""
+    """Train DINO and DINOv2 with the same data, budget and seed, and compare their results (docs/compare.md)."""
     need_torch("compare")
     from training.compare import compare as run_comparison
 
@@ -67,13 +69,16 @@ def compare(
 
 
 def average(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one network, two or more.")],
-    out: Annotated[Path, typer.Option(help="File to write: their mean, a checkpoint.")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more checkpoints of one network.")],
+    out: Annotated[Path, typer.Option(help="File to write the averaged checkpoint to.")],
     data: Annotated[
-        str | None, typer.Option(help="As for train: k-NN of each and of the mean, on photos that all held out.")
+        str | None,
+        typer.Option(
+            help="Data, as for train: evaluate each checkpoint and the mean by k-NN on images that all held out."
+        ),
     ] = None,
 ) -> None:
-    """Average the weights of checkpoints, for instance those that a run kept (keep_checkpoints_every_epochs)."""
+    """Average the weights of checkpoints, for instance those that keep_checkpoints_every_epochs saved."""
     need_torch("average")
     from rich.console import Console
     from rich.table import Table
@@ -82,23 +87,23 @@ def average(
 
     try:
         average_checkpoints(checkpoints, out)
-        typer.echo(f"the mean of {len(checkpoints)} checkpoints: {out}")
+        typer.echo(f"mean of {len(checkpoints)} checkpoints: {out}")
         if data is None:
             return
-        accuracies, photos = knn_of(checkpoints, out, data)
+        accuracies, n_images = knn_of(checkpoints, out, data)
     except (ValueError, OSError) as error:
         raise fail(error) from error
     table = Table("checkpoint", *(f"k-NN, k={k}" for k in KS))
     for name, accuracy in zip([*map(str, checkpoints), "their mean"], accuracies, strict=True):
         table.add_row(name, *(f"{accuracy[k]:.1%}" for k in KS))
     Console().print(table)
-    typer.echo(f"class token, {photos} images that no checkpoint was trained on")
+    typer.echo(f"class token, {n_images} images that no checkpoint was trained on")
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    out: Annotated[Path, typer.Argument(help="Folder of a finished or unfinished run.")],
 ) -> None:
-    """Write the page of a run, report.html, from the files in its folder."""
+    """Write report.html for a run from the files in its folder."""
     need_torch("report")
     from training.pages.report import write_report
 

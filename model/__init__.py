@@ -1,6 +1,6 @@
-"""What the network is and how it becomes an artifact.
+"""The network and its export to an artifact.
 
-`from model import load_model` gives the backbone; it is resolved on first use, because it needs torch and serving does
+`from model import load_model` gives the backbone. The import is lazy, because `load_model` needs torch and serving does
 not.
 """
 

@@ -1,15 +1,15 @@
-"""The artifact directory: the only thing that training hands to serving.
+"""The artifact directory: the only hand-over from training to serving.
 
     <name>-<first 8 digits of the fingerprint>/
-      manifest.json         what it is: shape, preprocessing, parity, provenance, licence, every file with its sha256
+      manifest.json         shape, preprocessing, parity, provenance, licence, and the sha256 of every file
       weights.safetensors   the backbone under Meta's parameter names
-      model.onnx            the graph that serving runs (may be left out: it is derived from the weights, byte for byte)
-      model-<size>-<precision>.onnx   further graphs, each with its record in the manifest; derived in the same way
-      README.md             the model card, when there is one
+      model.onnx            the graph for serving (optional: it can be derived from the weights, byte for byte)
+      model-<size>-<precision>.onnx   further graphs, each with a record in the manifest; also derivable
+      README.md             the model card, if any
 
 The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
-that decides which vector an image gets. Vectors are tagged with it, so those of two models are never mixed. Loading
-checks every file against the manifest and refuses what differs.
+that decides which vector an image gets. Vectors are tagged with it, so vectors of two models are never mixed. Loading
+checks every file against the manifest and refuses a file that differs.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ Weights = Mapping[str, npt.NDArray[np.floating]]
 
 
 class ArtifactError(ValueError):
-    """An artifact that cannot be trusted or read; the message names the file and why."""
+    """An artifact that cannot be read or trusted; the message names the file and the reason."""
 
 
 class _Record(BaseModel):
@@ -50,7 +50,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """One file of the artifact. A derived one may be absent: it is made again from the weights and must then match."""
+    """One file of the artifact. A derived file may be absent; it is then rebuilt from the weights and must match."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
@@ -58,15 +58,17 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """Whether an int8 graph may serve: k-NN with its class tokens beside float32's; see `model/engines/knn_gate.py`."""
+    """The verdict on an int8 graph: k-NN accuracy of its class tokens against float32's; see
+    `model/engines/knn_gate.py`.
+    """
 
     status: Literal["passed", "failed", "not measured"]
-    reason: str  # why not, in one line; of a passed gate its figures
-    k: int | None = None  # neighbours that vote
+    reason: str  # one line: why the graph may not serve, or the figures of a passed gate
+    k: int | None = None  # number of voting neighbours
     val_photos: int | None = None
-    val_right: tuple[int, int] | None = None  # images of val classified rightly: float32, int8
+    val_right: tuple[int, int] | None = None  # correctly classified images of val: float32, int8
     train_photos: int | None = None
-    train_right: tuple[int, int] | None = None  # the same of train, each image among the others
+    train_right: tuple[int, int] | None = None  # the same for train, leave-one-out
 
 
 class ParityRecord(_Record):
@@ -79,41 +81,41 @@ class ParityRecord(_Record):
     min_cosine_cls: float
     min_cosine_patches: float
     neighbour_agreement: float
-    file: str = "model.onnx"  # the graph compared
-    size: tuple[int, int] | None = None  # (H, W) pixels that were compared; None: the artifact's input size
+    file: str = "model.onnx"  # the compared graph
+    size: tuple[int, int] | None = None  # (H, W) pixels of the comparison; None: the artifact's input size
     batch: int | None = None  # images in one forward pass
-    gate: GateRecord | None = None  # of an int8 graph
+    gate: GateRecord | None = None  # int8 graphs only
 
 
 class GraphRecord(_Record):
-    """A further graph of the artifact, and what it was built as."""
+    """A further graph of the artifact and its build options."""
 
     file: str = Field(pattern=r"^model-[a-z0-9]+-[a-z0-9]+\.onnx$")
-    size: tuple[int, int] | None  # (H, W) pixels that it takes; None: any multiples of the patch size
+    size: tuple[int, int] | None  # (H, W) input pixels; None: any multiples of the patch size
     precision: Precision
     outputs: tuple[str, ...]
     attention: AttentionForm
     int8_weights: Int8Weights = "s7"
-    float_layers: tuple[str, ...] = ()  # that int8 leaves alone
-    not_compared: str | None = None  # why no parity record stands beside it; then an engine must pass at load
+    float_layers: tuple[str, ...] = ()  # layers that int8 does not quantize
+    not_compared: str | None = None  # why it has no parity record; an engine must then pass parity at load
 
     @property
     def spec(self) -> GraphSpec:
-        """What `model/onnx_graph/build.py` makes it from."""
+        """The `GraphSpec` that `model/onnx_graph/build.py` builds this graph from."""
         return GraphSpec(**{name: getattr(self, name) for name in GraphSpec.__dataclass_fields__})
 
 
 class Manifest(_Record):
-    """What `manifest.json` holds."""
+    """The content of `manifest.json`."""
 
     format_version: Literal[1] = FORMAT_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     config: ViTConfig
     preprocess: PreprocessSpec
-    input_size: tuple[int, int]  # (H, W) pixels that the graph takes
+    input_size: tuple[int, int]  # (H, W) input pixels of model.onnx
     parity: list[ParityRecord]
-    graphs: list[GraphRecord] = Field(default_factory=list)  # beside model.onnx
+    graphs: list[GraphRecord] = Field(default_factory=list)  # in addition to model.onnx
     provenance: dict[str, Any]
     licence: str
     created: str  # ISO 8601, UTC
@@ -122,12 +124,12 @@ class Manifest(_Record):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact: its folder, its manifest, and where each file lies."""
+    """A verified artifact: its folder, its manifest, and the path of each file."""
 
     path: Path
     manifest: Manifest
     locations: Mapping[str, Path]
-    derived_dir: Path | None = None  # where files made from the artifact are kept; None: beside its folder
+    derived_dir: Path | None = None  # where derived files are stored; None: next to its folder
 
     @property
     def name(self) -> str:
@@ -138,27 +140,33 @@ class Artifact:
         return self.manifest.fingerprint
 
     def file(self, name: str) -> Path:
-        """The verified path of a file of the manifest."""
+        """Return the verified path of a file that the manifest lists.
+
+        Raises:
+            ArtifactError: the artifact has no such file.
+        """
         if name not in self.locations:
-            raise ArtifactError(f"{self.path}: holds no {name}; it has {', '.join(sorted(self.locations))}")
+            raise ArtifactError(f"{self.path}: has no {name}; its files are {', '.join(sorted(self.locations))}")
         return self.locations[name]
 
     @property
     def derived(self) -> Path:
-        """The folder of what hosts make from this artifact: further graphs, engine plans. It may not exist.
+        """The folder for files that hosts derive from this artifact: further graphs and engine plans. It may not exist.
 
-        Named by the fingerprint: an artifact's folder can be renamed, and another model put in its place.
+        The fingerprint is part of its name, because an artifact's folder can be renamed or replaced by another model.
         """
         return (self.derived_dir or self.path.parent) / self.name
 
     @property
     def weights(self) -> Weights:
-        """The weights as stored, each tensor read when it is asked for."""
+        """The weights as stored. Each tensor is read on access."""
         return StoredWeights(self.file(WEIGHTS))
 
 
 class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
-    """A `weights.safetensors` as a mapping that holds none of it: what walks through it needs memory for one tensor.
+    """A `weights.safetensors` file as a mapping that reads one tensor at a time.
+
+    Iterating over it needs memory for one tensor only.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -168,7 +176,7 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
         try:
             self._file = safe_open(path, framework="numpy")
         except Exception as error:  # safetensors raises its own unrelated class, and OSError
-            raise ArtifactError(f"{path}: not weights: {error}") from error
+            raise ArtifactError(f"{path}: cannot be read as safetensors: {error}") from error
         self._keys: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, key: str) -> npt.NDArray[np.floating]:
@@ -185,13 +193,16 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 
 
 def graph_name(size: tuple[int, int] | None, precision: str) -> str:
-    """The file of a further graph: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`."""
+    """Return the file name of a further graph.
+
+    Examples: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`.
+    """
     shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
     return f"model-{shown}-{precision}.onnx"
 
 
 def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:
-    """sha256 (64 hex digits) over everything that decides a vector."""
+    """Return the sha256 (64 hex digits) over everything that decides a vector."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         array = np.ascontiguousarray(weights[key])
@@ -203,13 +214,13 @@ def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec)
 
 
 def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
-    """(H, W) of the fixed input that `preprocess` gives.
+    """Return the (H, W) of the fixed input that `preprocess` produces.
 
     Raises:
-        ValueError: the transform keeps the aspect, so there is no one size.
+        ValueError: the transform keeps the aspect ratio, so there is no fixed size.
     """
     if preprocess.crop is None:
-        raise ValueError("crop=None keeps every photo's own size: an exported graph takes one size, so give a crop")
+        raise ValueError("crop=None keeps each image's own size, but an exported graph takes one size: set a crop")
     return output_size(preprocess.crop, preprocess.crop, preprocess)
 
 
@@ -221,10 +232,10 @@ def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse `manifest.json` of an artifact folder without checking the files it names.
+    """Parse the `manifest.json` of an artifact folder. The files that it lists are not checked.
 
     Raises:
-        ArtifactError: no such file, or not a manifest this version reads.
+        ArtifactError: the file is missing, or this version cannot read it.
     """
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -234,10 +245,10 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"{path / MANIFEST}: not a manifest of format {FORMAT_VERSION}: {error}") from error
     for name in manifest.files:
         if Path(name).name != name or name in (MANIFEST, "..", "."):
-            raise ArtifactError(f"{path / MANIFEST}: file name {name!r} leaves the artifact's folder")
+            raise ArtifactError(f"{path / MANIFEST}: file name {name!r} points outside the artifact's folder")
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
-            raise ArtifactError(f"{path / MANIFEST}: describes {graph.file}, which is none of its files")
+            raise ArtifactError(f"{path / MANIFEST}: describes {graph.file}, which is not in its list of files")
     return manifest
 
 
@@ -246,10 +257,10 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
 
     Args:
         path: the artifact's folder.
-        derived_dir: where files that can be derived are kept when the folder lacks them; None: the folder itself.
+        derived_dir: where derivable files are stored if the folder lacks them; None: next to the folder.
 
     Raises:
-        ArtifactError: a file is missing, changed or unreadable; the message names it and why.
+        ArtifactError: a file is missing, changed or unreadable; the message names the file and the reason.
     """
     manifest = read_manifest(path)
     locations = {}
@@ -260,30 +271,30 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
         _verify(location, record)
         locations[name] = location
     if WEIGHTS not in locations:
-        raise ArtifactError(f"{path / MANIFEST}: names no {WEIGHTS}")
-    found = fingerprint(StoredWeights(locations[WEIGHTS]), manifest.config, manifest.preprocess)
-    if found != manifest.fingerprint:
+        raise ArtifactError(f"{path / MANIFEST}: does not list {WEIGHTS}")
+    actual = fingerprint(StoredWeights(locations[WEIGHTS]), manifest.config, manifest.preprocess)
+    if actual != manifest.fingerprint:
         raise ArtifactError(
             f"{path / MANIFEST}: fingerprint is {manifest.fingerprint}, but weights, architecture and preprocessing "
-            f"give {found}: one of them was changed"
+            f"give {actual}: one of them was changed"
         )
     return Artifact(path=path, manifest=manifest, locations=locations, derived_dir=derived_dir)
 
 
 def bundled_artifact() -> Path:
-    """The folder of the artifact that comes with the project.
+    """Return the folder of the artifact that ships with the project.
 
     Raises:
         ArtifactError: there is none, or more than one.
     """
     found = sorted(path.parent for path in BUNDLED_DIR.glob(f"*/{MANIFEST}"))
     if len(found) != 1:
-        raise ArtifactError(f"{BUNDLED_DIR}: one bundled artifact expected, found {len(found)}")
+        raise ArtifactError(f"{BUNDLED_DIR}: expected one bundled artifact, found {len(found)}")
     return found[0]
 
 
 def find_artifacts(data_dir: Path) -> list[Path]:
-    """Artifact folders that can be served, newest first: those of the data folder, then the bundled one."""
+    """Return the artifact folders that can be served: those in the data folder, newest first, then the bundled one."""
     local = [path.parent for path in (data_dir / "artifacts").glob(f"*/{MANIFEST}") if path.parent.name[0] != "."]
     return [
         *sorted(local, key=_created, reverse=True),
@@ -292,7 +303,7 @@ def find_artifacts(data_dir: Path) -> list[Path]:
 
 
 def _created(path: Path) -> tuple[str, str]:
-    """Sort key: when the artifact was made; one whose manifest cannot be read comes last."""
+    """Return the sort key of an artifact: its creation time. An artifact with an unreadable manifest sorts last."""
     try:
         return read_manifest(path).created, path.name
     except ArtifactError:
@@ -306,16 +317,16 @@ def _verify(path: Path, record: FileRecord) -> None:
         raise ArtifactError(f"{path}: {error.strerror}") from error
     if (found.bytes, found.sha256) != (record.bytes, record.sha256):
         raise ArtifactError(
-            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, the manifest says {record.bytes} bytes and "
-            f"{record.sha256}: it was changed or cut short"
+            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, but the manifest says {record.bytes} bytes "
+            f"and {record.sha256}: the file was changed or truncated"
         )
 
 
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
-    """Make a derived file from the weights, unless an earlier start left it; the caller verifies it."""
+    """Return the path of a derivable file, building it from the weights if needed. The caller verifies it."""
     specs = {ONNX: GraphSpec(size=manifest.input_size)} | {graph.file: graph.spec for graph in manifest.graphs}
     if name not in specs:
-        raise ArtifactError(f"{path / name}: missing, and only graphs can be derived")
+        raise ArtifactError(f"{path / name}: missing, and only graphs can be rebuilt")
     target = directory / name
     if target.exists() and describe_file(target).sha256 == manifest.files[name].sha256:
         return target
@@ -325,7 +336,7 @@ def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path
 
 
 def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: Path) -> None:
-    """Write a graph as `target`, whole or not at all.
+    """Write a graph to `target`, completely or not at all.
 
     Raises:
         ArtifactError: the folder cannot be written.
@@ -335,7 +346,7 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
             names = write_onnx(weights, config, spec, Path(temporary) / target.name)
-            for written in reversed(names):  # the graph's own file last: with it, the others are there
+            for written in reversed(names):  # the graph file last: once it exists, so do the others
                 publish(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

@@ -1,13 +1,13 @@
-"""Weights on disk: reading those of four publishers and our own, writing ours.
+"""Weights on disk: reading four publishers' formats and our own, and writing ours.
 
-A file is data from somebody else. Only tensors are read from it: safetensors can hold nothing else, and PyTorch's files
-go through `torch.load(weights_only=True)`, which refuses a pickle that would run code. Loading is strict: a key that is
-missing, extra or misshapen is an error that names it, because a half-loaded backbone still gives vectors, only bad ones
-(`model/convert.py` holds the tables and the check).
+A weights file is untrusted input, so only tensors are read from it. safetensors can hold nothing else; PyTorch files go
+through `torch.load(weights_only=True)`, which refuses a pickle that would run code. Loading is strict: every missing,
+extra or misshapen key is an error that names the key, because a half-loaded backbone still produces vectors, only wrong
+ones (`model/convert.py` holds the tables and the check).
 
-Our own checkpoints are safetensors with Meta's tensor names and three entries of metadata: `format`, `config` (the
-ViTConfig) and `provenance`, both JSON. They are written beside their place, flushed to the disk and renamed, so a crash
-leaves the old file or the new one.
+Our own checkpoints are safetensors files with Meta's tensor names and three metadata entries: `format`, `config` (the
+ViTConfig) and `provenance`, the last two as JSON. Each file is written under a temporary name, flushed to the disk and
+renamed, so a crash leaves either the old file or the new one.
 """
 
 import json
@@ -32,11 +32,11 @@ from model.vit import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 FORMAT = "dinov2-service"
-"""Value of the metadata entry `format` that marks our own checkpoints."""
+"""The value of the metadata entry `format` that marks our own checkpoints."""
 
 
 def _on_meta(config: ViTConfig) -> DinoVisionTransformer:
-    """A model without memory for its weights: names and shapes only."""
+    """Return a model that has tensor names and shapes but no memory for its weights."""
     with torch.device("meta"):
         return DinoVisionTransformer(config)
 
@@ -46,13 +46,13 @@ def _expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By content: eight bytes of header length, then JSON. Names of files prove nothing."""
+    """Return whether a file is safetensors, by its content: eight bytes of header length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def _first_line(error: Exception) -> str:
-    """torch's messages go on with a page of advice, some of it to switch the protection off."""
+    """Return the first line of a message. torch appends a page of advice, some of which disables the protection."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -61,26 +61,26 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not read, because it holds more than tensors or is no weights file at all; a pickle can run any "
+            f"{path}: refused: it holds something other than tensors, or is not a weights file. A pickle can run any "
             f"code, so only tensors are unpickled ({_first_line(error)})"
         ) from error
-    except Exception as error:  # damaged files end in all kinds of exceptions inside torch
+    except Exception as error:  # torch raises many kinds of exceptions on damaged files
         raise CheckpointError(f"{path}: damaged or not a PyTorch file: {_first_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("teacher"), dict):  # Meta's training dumps
         loaded = loaded["teacher"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         found = list(loaded)[:10] if isinstance(loaded, dict) else type(loaded).__name__
-        raise CheckpointError(f"{path}: expected named tensors, or those under 'teacher', and found {found}")
+        raise CheckpointError(f"{path}: expected named tensors, at the top or under 'teacher', but found {found}")
     return loaded
 
 
 def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file, under the file's own names, on the CPU.
+    """Return the tensors of a safetensors or PyTorch file, under the file's own names, on the CPU.
 
-    A Meta training dump gives what is under its `teacher` key.
+    From a Meta training dump, the tensors under its `teacher` key are returned.
 
     Raises:
-        CheckpointError (a ValueError): damaged, not a weights file, or a pickle that holds anything but tensors.
+        CheckpointError (a ValueError): damaged, not a weights file, or a pickle with anything but tensors.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -95,10 +95,10 @@ def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
 
 
 def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a file that is whole or not there.
+    """Write tensors to a file, completely or not at all.
 
     Raises:
-        OSError: it cannot be written; `path` is then as it was.
+        OSError: the file cannot be written; `path` is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,25 +106,25 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
     with replacing(path) as temporary:
         try:
             save_file(plain, temporary, metadata=dict(metadata))
-        except SafetensorError as error:  # a full disk arrives as one
+        except SafetensorError as error:  # raised on a full disk
             raise OSError(f"{path}: cannot be written: {error}") from error
-        temporary.chmod(0o644)  # safetensors makes its files for the owner alone
+        temporary.chmod(0o644)  # safetensors makes its files readable by the owner only
 
 
 def save_checkpoint(
     path: Path | str, state_dict: Mapping[str, Tensor], config: ViTConfig, provenance: Mapping[str, Any]
 ) -> None:
-    """Write one of our checkpoints.
+    """Write a checkpoint in our own format.
 
     Args:
         path: the file, by convention `*.safetensors`.
-        state_dict: the backbone's tensors under Meta's names, as `DinoVisionTransformer.state_dict()` gives them.
+        state_dict: the backbone's tensors under Meta's names, as returned by `DinoVisionTransformer.state_dict()`.
         config: the backbone's shape.
-        provenance: where the weights come from, as JSON: recipe, data, revision, scores.
+        provenance: the origin of the weights, as JSON: recipe, data, revision, scores.
 
     Raises:
-        CheckpointError: `state_dict` is not that of a model of this shape.
-        OSError: it cannot be written.
+        CheckpointError: `state_dict` does not match a model of this shape.
+        OSError: the file cannot be written.
     """
     convert(state_dict, config, _expected_shapes, META_HUB)
     metadata = {"format": FORMAT, "config": json.dumps(asdict(config)), "provenance": json.dumps(dict(provenance))}
@@ -132,7 +132,7 @@ def save_checkpoint(
 
 
 def _own_metadata(path: Path) -> tuple[ViTConfig, dict[str, Any]] | None:
-    """Configuration and provenance of our own checkpoints; None for files of others."""
+    """Return the configuration and provenance of one of our own checkpoints, or None for any other file."""
     if not _is_safetensors(path):
         return None
     try:
@@ -146,26 +146,26 @@ def _own_metadata(path: Path) -> tuple[ViTConfig, dict[str, Any]] | None:
         config = json.loads(metadata["config"])
         unknown = set(config) - {known.name for known in fields(ViTConfig)}
         if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}, written by a newer version")
+            raise ValueError(f"unknown fields {sorted(unknown)}: written by a newer version")
         return ViTConfig(**config), json.loads(metadata.get("provenance", "{}"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from error
 
 
 def is_own_checkpoint(path: Path | str) -> bool:
-    """Whether a file says that it is one of our checkpoints.
+    """Return whether a file's metadata marks it as one of our own checkpoints.
 
     Raises:
-        CheckpointError: it says so, but its metadata cannot be read.
+        CheckpointError: the file is marked as ours, but its metadata cannot be read.
     """
     return _own_metadata(Path(path)) is not None
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dict[str, Any]]:
-    """One of our checkpoints: tensors under Meta's names (float32), configuration, provenance.
+    """Load one of our own checkpoints: tensors under Meta's names (float32), configuration, provenance.
 
     Raises:
-        CheckpointError: not one of ours, damaged, or its tensors are not those of its configuration.
+        CheckpointError: not one of our own checkpoints, damaged, or its tensors do not match its configuration.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -173,7 +173,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dic
     own = _own_metadata(path)
     if own is None:
         raise CheckpointError(
-            f"{path}: no checkpoint of this project; files of others load by name: load_model(name, weights=...)"
+            f"{path}: not a checkpoint of this project; load other files by name: load_model(name, weights=...)"
         )
     config, provenance = own
     return _converted(path, tensors, config, META_HUB)[0], config, provenance
@@ -194,7 +194,7 @@ def _converted(
 
 
 def _check_same_shape(path: Path, name: str, named: ViTConfig, own: ViTConfig) -> None:
-    """The file's configuration may differ from the name's in what is not the architecture."""
+    """Raise if two configurations differ in architecture. Other fields may differ."""
     wanted, found = asdict(named), asdict(own)
     fixed = set(wanted) - {"img_size", "pos_embed_rule", "layerscale_init"}
     different = [f"{key} {found[key]} instead of {wanted[key]}" for key in sorted(fixed) if wanted[key] != found[key]]
@@ -209,23 +209,24 @@ def load_model(
     pos_embed_rule: PosEmbedRule | None = None,
     cache_dir: Path | str | None = None,
 ) -> DinoVisionTransformer:
-    """A backbone with its weights, in eval mode, float32, on the CPU.
+    """Load a backbone with its weights, in eval mode, float32, on the CPU.
 
-    The file may be Meta's (hub or training dump), timm's, Hugging Face's or one of our own checkpoints; which one is
-    detected. The result's `config.pos_embed_rule` says how it resizes positions: as the library that the file comes
-    from does (Meta: by the model's name; Hugging Face: "size", with registers "antialias"; timm: "antialias"; our own:
-    as recorded), so that the features are those of that library at every input size.
+    The file may be Meta's (hub or training dump), timm's, Hugging Face's or one of our own checkpoints; the format is
+    detected. The result's `config.pos_embed_rule` is the resize rule of the library that the file comes from (Meta: by
+    the model's name; Hugging Face: "size", or "antialias" with registers; timm: "antialias"; our own: as recorded), so
+    the features equal that library's at every input size.
 
     Args:
         name: torch hub's name (`dinov2_vits14`), timm's or Hugging Face's.
-        weights: the file; None takes the published weights of that name, downloaded once.
-        pos_embed_rule: another rule than the file's, for instance "offset" to get torch hub's features from Hugging
-            Face's file.
-        cache_dir: where downloads are kept; None: `zoo.DEFAULT_CACHE_DIR`.
+        weights: the file; None: the published weights of that name, downloaded once.
+        pos_embed_rule: overrides the file's rule, for instance "offset" to get torch hub's features from Hugging Face's
+            file.
+        cache_dir: where downloads are stored; None: `zoo.DEFAULT_CACHE_DIR`.
 
     Raises:
         ValueError: unknown name or rule.
-        CheckpointError (a ValueError): a file that is not these weights; missing, extra and misshapen keys are listed.
+        CheckpointError (a ValueError): the file does not hold these weights; missing, extra and misshapen keys are
+            listed.
         zoo.DownloadError: the published weights cannot be downloaded.
         OSError: the file cannot be read.
     """
@@ -234,7 +235,7 @@ def load_model(
     config = config_for(hub_name)
     if weights is None:
         if entry is None:
-            raise ValueError(f"there are no published weights of {name!r}: give the file with weights=")
+            raise ValueError(f"no weights are published for {name!r}: pass a file with weights=")
         weights = zoo.download(entry, zoo.DEFAULT_CACHE_DIR if cache_dir is None else Path(cache_dir))
     path = Path(weights)
     tensors = load_state_dict_file(path)

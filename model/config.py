@@ -1,15 +1,15 @@
-"""What a DINOv2 backbone looks like: one frozen record and the table of the published sizes.
+"""The shape of a DINOv2 backbone: one frozen record and the table of the published sizes.
 
-The sizes are those of the DINOv2 paper (arXiv 2304.07193, Table 17, with ViT-B's 12 blocks as in the released weights)
-and of "Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small size; nobody
-published weights for it. Imported by the service, so torch is not imported here.
+The sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, with ViT-B's 12 blocks as in the released weights) and
+from "Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small size and has
+no published weights. The service imports this module, so it does not import torch.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 PosEmbedRule = Literal["offset", "antialias", "size"]
-"""How `pos_embed` is resized to another grid; `model/pos_embed.py` explains the three."""
+"""How `pos_embed` is resized to another grid; `model/pos_embed.py` explains the three rules."""
 
 FeedForward = Literal["mlp", "swiglu"]
 
@@ -22,7 +22,7 @@ class ViTConfig:
     `(img_size // patch_size) ** 2` patch positions. `layerscale_init` None means no LayerScale.
 
     Raises:
-        ValueError: a field is out of range; the message names it, its value and what is allowed.
+        ValueError: a field is out of range; the message names the field, its value and the allowed values.
     """
 
     embed_dim: int
@@ -55,12 +55,12 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the square that `pos_embed` was made for."""
+        """Number of patches along one side of the square that `pos_embed` was made for."""
         return self.img_size // self.patch_size
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer. SwiGLU takes two thirds, rounded up to a multiple of 8."""
+        """Width of the feed-forward layer. For SwiGLU it is two thirds, rounded up to a multiple of 8."""
         hidden = int(self.embed_dim * self.mlp_ratio)
         return hidden if self.ffn == "mlp" else (int(hidden * 2 / 3) + 7) // 8 * 8
 
@@ -76,14 +76,16 @@ _SIZES = {
 CONFIGS: dict[str, ViTConfig] = _SIZES | {
     f"{name}_reg": replace(config, num_register_tokens=4, pos_embed_rule="antialias") for name, config in _SIZES.items()
 }
-"""Torch hub's names; `_reg` has four registers and the antialiased resize rule, as released."""
+"""Configurations by torch hub's names. The `_reg` models have four registers and the antialiased resize rule, as
+released.
+"""
 
 
 def config_for(name: str) -> ViTConfig:
-    """The configuration of a size by its torch hub name.
+    """Return the configuration of a size by its torch hub name.
 
     Raises:
-        ValueError: no such size; the message lists the names.
+        ValueError: unknown name; the message lists the known ones.
     """
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}: one of {', '.join(CONFIGS)}")

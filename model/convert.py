@@ -1,16 +1,16 @@
-"""How others name the same tensors, as tables, and the one strict function that reads them.
+"""Tables of other publishers' tensor names, and one strict function that reads their files.
 
-Four publishers store DINOv2's backbone. Ours are Meta's names; a table says, for a tensor of ours, which tensors of
-the file make it. The reader walks the tensors that the model needs, so whatever a file lacks, has too much or has in
-another shape is known exactly, in the file's own names, and nothing is skipped in silence: what is dropped (heads of
-training dumps and of classifiers) is named in a table, too.
+Four publishers store DINOv2's backbone. We use Meta's names; a table maps each of our tensors to the tensors of the
+file that form it. The reader iterates over the tensors that the model needs, so every missing, extra or misshapen
+tensor is reported in the file's own names. Nothing is skipped silently: the tables also list the tensors that are
+dropped (heads of training dumps and of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
-(`models/dinov2/convert_dinov2_to_hf.py` and the names that its version 5 has in memory), timm
+(`models/dinov2/convert_dinov2_to_hf.py` and the in-memory names of its version 5), timm
 (`models/vision_transformer.py`, the function that converts DINOv2).
 
-A file says nothing about how `pos_embed` is resized (see `model/pos_embed.py`). But its publisher's code has a rule,
-and features differ between them, so each dialect names the rule that gives the features its own library would give.
+A file does not record how `pos_embed` is resized (see `model/pos_embed.py`), but each publisher's code uses one rule,
+and features depend on it. Each dialect therefore names the rule of its own library.
 """
 
 import re
@@ -23,29 +23,30 @@ from torch import Tensor
 from model.config import PosEmbedRule, ViTConfig
 
 MAX_LISTED = 10
-"""Keys listed for each kind of problem; a wrong file can have hundreds."""
+"""Maximum number of keys listed per kind of problem; a wrong file can have hundreds."""
 
 
 class CheckpointError(ValueError):
-    """A weights file that cannot be used; the message says which file, which keys and what was expected."""
+    """A weights file that cannot be used; the message names the file, the keys and what was expected."""
 
 
 @dataclass(frozen=True)
 class Dialect:
     """One way to store a backbone.
 
-    `keys` maps our tensor, or module, to the file's, `#` standing for the block number; several of the file's make one
-    of ours, stacked in that order. Names that are not in the table are the same in the file.
+    `keys` maps our tensor (or module) name to the file's names, with `#` for the block number. Several names mean that
+    the file's tensors are concatenated, in that order, into one of ours. A name that is not in the table is the same in
+    the file.
     """
 
     name: str
     describes: Callable[[Iterable[str]], bool]
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    prefixes: tuple[str, ...] = ()  # removed where all of the backbone's tensors carry it
-    dropped: tuple[str, ...] = ()  # tensors that are no part of a backbone, known by how their names begin
-    absent: tuple[str, ...] = ()  # tensors that the format does not carry: zeros
-    class_position_in_cls_token: bool = False  # pos_embed has no row for the class token: it was added to cls_token
-    any_img_size: bool = False  # pos_embed may be made for another square than the name's configuration says
+    prefixes: tuple[str, ...] = ()  # removed from the names of the backbone's tensors
+    dropped: tuple[str, ...] = ()  # name prefixes of tensors that are not part of a backbone
+    absent: tuple[str, ...] = ()  # tensors that the format does not store: set to zeros
+    class_position_in_cls_token: bool = False  # pos_embed has no row for the class token; it was added to cls_token
+    any_img_size: bool = False  # pos_embed may have another grid than the configuration of that name
     pos_embed_rule: Callable[[ViTConfig], PosEmbedRule] = lambda config: config.pos_embed_rule
 
 
@@ -67,7 +68,7 @@ _HUGGING_FACE_KEYS = {
     "blocks.#.ls2.gamma": ("encoder.layer.#.layer_scale2.lambda1",),
     "norm": ("layernorm",),
 }
-# What `model.state_dict()` gives since transformers 5; its files keep the names above.
+# Names in `model.state_dict()` since transformers 5; its files still use the names above.
 _HUGGING_FACE_MEMORY_KEYS = _HUGGING_FACE_KEYS | {
     "blocks.#.attn.qkv": tuple(f"encoder.layer.#.attention.{part}_proj" for part in "qkv"),
     "blocks.#.attn.proj": ("encoder.layer.#.attention.o_proj",),
@@ -120,7 +121,7 @@ TIMM_REGISTERS = Dialect(
 )
 TIMM = replace(
     TIMM_REGISTERS,
-    # Meta's names, but without the mask token, which Meta's files always have.
+    # Meta's names without the mask token, which Meta's own files always contain.
     describes=lambda keys: "cls_token" in keys and "mask_token" not in keys and "register_tokens" not in keys,
     class_position_in_cls_token=False,
 )
@@ -131,17 +132,17 @@ DIALECTS = (META_DUMP, HUGGING_FACE_MEMORY, HUGGING_FACE, TIMM_REGISTERS, TIMM, 
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """The dialect of a file, by its keys.
+    """Return the dialect of a file, by its keys.
 
     Raises:
-        CheckpointError: none of the known ones; the message lists them and some of the keys.
+        CheckpointError: no dialect matches; the message lists the dialects and some of the keys.
     """
-    known = set(keys)
+    names_in_file = set(keys)
     for dialect in DIALECTS:
-        if dialect.describes(known):
+        if dialect.describes(names_in_file):
             return dialect
     names = ", ".join(dict.fromkeys(dialect.name for dialect in DIALECTS))
-    raise CheckpointError(f"not the weights of a DINOv2 backbone ({names}): {_listed(sorted(known))}")
+    raise CheckpointError(f"not the weights of a DINOv2 backbone ({names}): {_listed(sorted(names_in_file))}")
 
 
 def _listed(items: list[str]) -> str:
@@ -150,7 +151,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
-    """The tensors of the file that make our tensor `key`."""
+    """Return the names of the file's tensors that form our tensor `key`."""
     number = re.match(r"blocks\.(\d+)\.", key)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
     module, _, leaf = generic.rpartition(".")
@@ -164,7 +165,10 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Each backbone tensor's name without prefix and chunk, to the file's own name; and the names that are dropped."""
+    """Return two results: plain name -> the file's name for each backbone tensor, and the dropped names.
+
+    A plain name has no prefix and no chunk number.
+    """
     plain: dict[str, str] = {}
     dropped: list[str] = []
     for key in keys:
@@ -172,7 +176,7 @@ def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str],
             dropped.append(key)
             continue
         name = next((key.removeprefix(prefix) for prefix in dialect.prefixes if key.startswith(prefix)), key)
-        # FSDP training groups blocks: blocks.<chunk>.<index>. The index counts through all chunks.
+        # FSDP training groups blocks: blocks.<chunk>.<index>. The index runs across all chunks.
         name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
         if name in plain:
             raise CheckpointError(f"{plain[name]} and {key} are the same tensor {name}")
@@ -182,14 +186,18 @@ def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str],
 
 @dataclass
 class KeyReport:
-    """Everything wrong between a file and a model, in the file's names."""
+    """All differences between a file and a model, under the file's names."""
 
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
 
     def raise_if_any(self, dialect: Dialect) -> None:
-        """Raises CheckpointError with all of it, each list bounded by `MAX_LISTED`."""
+        """Raise a CheckpointError that lists every difference, each list limited to `MAX_LISTED` keys.
+
+        Raises:
+            CheckpointError: there is at least one difference.
+        """
         kinds = {"missing": self.missing, "extra": self.extra, "misshapen": self.misshapen}
         found = [f"{kind} keys: {_listed(keys)}" for kind, keys in kinds.items() if keys]
         if found:
@@ -198,7 +206,7 @@ class KeyReport:
 
 @dataclass(frozen=True)
 class Converted:
-    """A backbone's tensors in our names and float32, and what is known about them."""
+    """A backbone's tensors under our names in float32, with its configuration, dialect and dropped names."""
 
     state_dict: dict[str, Tensor]
     config: ViTConfig
@@ -212,14 +220,14 @@ def convert(
     expected: Callable[[ViTConfig], Mapping[str, torch.Size]],
     dialect: Dialect | None = None,
 ) -> Converted:
-    """Read a backbone out of the tensors of a file.
+    """Convert the tensors of a file to a backbone's state dict.
 
     Args:
         tensors: the file's tensors.
-        config: the model they should fit. The result's has the dialect's `pos_embed_rule` and, for training dumps, the
-            image size that the dump's `pos_embed` was made for.
-        expected: gives the names and shapes of a model's tensors.
-        dialect: how the file names its tensors; None detects it.
+        config: the model that they should fit. The result's configuration has the dialect's `pos_embed_rule` and, for
+            training dumps, the image size of the dump's `pos_embed`.
+        expected: returns the names and shapes of a model's tensors.
+        dialect: how the file names its tensors; None: detect it.
 
     Raises:
         CheckpointError: missing, extra or misshapen keys, all in one message.

@@ -1,11 +1,13 @@
-"""How many CPUs this process may use: its affinity, cut by the CPU quota of its cgroup and of every cgroup above it.
+"""The number of CPUs that this process may use: its affinity, limited by the CPU quotas of its cgroup and the ones
+above.
 
-Two kernels' layouts are read. Version 2 has `cpu.max` ("quota period", or "max"), version 1 `cpu.cfs_quota_us` (-1: no
-quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` says where the process is; inside a container without a namespace of
-its own that path is the host's, of which the container sees only the root, so paths that do not exist are passed over.
+Both cgroup versions are read. Version 2 has `cpu.max` ("quota period", or "max"); version 1 has `cpu.cfs_quota_us` (-1:
+no quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` names the cgroup of the process. In a container without its own
+cgroup namespace that path is the host's, and the container sees only the root of it, so paths that do not exist are
+skipped.
 
-A fraction is rounded down. A group that uses up its quota is stopped whole until the period ends, its event loop with
-it; the fraction is what decoding and HTTP run on while the engine's threads are at work.
+A fraction is rounded down. The kernel stops a group that has used up its quota, including its event loop, until the
+period ends. The fraction leaves time for decoding and HTTP while the engine's threads run.
 """
 
 import os
@@ -17,20 +19,20 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_cpus() -> int:
-    """CPUs this process may use, at least 1."""
+    """Return the number of CPUs that this process may use, at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cpus if quota is None else max(1, min(cpus, int(quota)))
 
 
 def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float | None:
-    """The smallest CPU quota of this process' cgroup and those above it, in CPUs; None where nothing cuts it."""
+    """Return the smallest CPU quota of this process's cgroup and those above it, in CPUs; None without a quota."""
     quotas = [quota for folder in _folders(membership, cgroups) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """The folders that may hold a quota, the roots among them."""
+    """Yield the folders that may hold a quota, including the roots."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux
@@ -57,6 +59,6 @@ def _quota(folder: Path) -> float | None:
             return None
     try:
         cpus = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):  # "max", or a file of something else
+    except (ValueError, ZeroDivisionError):  # "max", or an unrelated file
         return None
     return cpus if cpus > 0 else None

@@ -1,23 +1,23 @@
-"""Untrusted bytes -> RGB pixels: the one decoder of serving, indexing, training and evaluation.
+"""Untrusted bytes to RGB pixels: the one decoder for serving, indexing, training and evaluation.
 
-Steps: byte limit -> format by its first bytes (allow-list) -> scans of a JPEG -> header -> pixel and shape limits
--> pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed before the limits hold. Pillow reads the files;
-whatever it raises (hostile bytes make it raise nearly anything) becomes one of three errors in `_translated`:
+Steps: byte limit -> format from the first bytes (allow-list) -> JPEG scan count -> header -> pixel and shape limits ->
+pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed until the limits have been checked. Pillow reads the
+files. Hostile bytes make it raise almost any exception; `_translated` turns each into one of three errors:
 
-    TooLarge     too many bytes, pixels or JPEG scans, or too long and thin
-    Unsupported  not one of the formats, or pixels without a defined black and white
-    Broken       one of the formats, but damaged or cut off
+    TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
+    Unsupported  an unknown format, or a pixel type without a defined black and white
+    Broken       a known format, but damaged or truncated
 
-What the pixels mean:
-- Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composed on white.
-- 16 and 12 bits per channel are scaled to 8 by keeping the high byte, as Pillow itself does for 16-bit colour. (Its own
-  conversion of 16-bit grey clips instead: all above 255 would be white.)
-- Float and 32-bit integer TIFFs are refused: such files define no white, and a guess would be silently wrong.
-- ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) take the pixels as stored,
-  and features must agree with theirs. CMYK is converted without a profile for the same reason.
-- Animations and multi-page files give their first frame.
-- The orientation in EXIF (or XMP) is applied, in every container; EXIF that cannot be read is ignored, because the
-  pixels are fine.
+How pixels are interpreted:
+- Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composited on white.
+- 16 and 12 bits per channel are reduced to 8 by keeping the high byte, as Pillow does for 16-bit colour. (Pillow's
+  conversion of 16-bit grey clips instead: every value above 255 would become white.)
+- Float and 32-bit integer TIFFs are refused: they define no white, and a guess would be silently wrong.
+- ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) use the stored pixels, and
+  features must match theirs. CMYK is converted without a profile for the same reason.
+- Animations and multi-page files yield their first frame.
+- The orientation in EXIF (or XMP) is applied in every container. Unreadable EXIF is ignored, because the pixels are
+  intact.
 """
 
 import re
@@ -35,7 +35,7 @@ Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
 
 
 class DecodeError(ValueError):
-    """An image that cannot be used; the message names the value and what is allowed."""
+    """An image that cannot be used; the message gives the value and what is allowed."""
 
 
 class TooLarge(DecodeError): ...
@@ -47,7 +47,7 @@ class Unsupported(DecodeError): ...
 class Broken(DecodeError): ...
 
 
-# format -> the (offset, bytes) signatures of which one must be there
+# format -> (offset, bytes) signatures; one of them must match
 SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "JPEG": ((0, b"\xff\xd8\xff"),),
     "PNG": ((0, b"\x89PNG\r\n\x1a\n"),),
@@ -57,11 +57,11 @@ SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "TIFF": ((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")),
     "AVIF": ((4, b"ftypavif"), (4, b"ftypavis")),
 }
-BUILD_FEATURES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}  # what Pillow may be built without
+BUILD_FEATURES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}  # optional parts of a Pillow build
 FORMATS = tuple(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name]))
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
-ORIENTATIONS = {  # EXIF tag 0x0112 -> what turns the image upright
+ORIENTATIONS = {  # EXIF tag 0x0112 -> the operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -73,25 +73,26 @@ ORIENTATIONS = {  # EXIF tag 0x0112 -> what turns the image upright
 
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 TIFF_WHITE_IS_ZERO = 0
-PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own bomb limit (twice its MAX_IMAGE_PIXELS): above, it refuses by itself
+PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own limit (twice its MAX_IMAGE_PIXELS); it refuses larger images
 
 JPEG_MAX_SCANS = 100
-"""Each scan goes over the whole image, and a scan of a hundred bytes may take as long as one of a megabyte.
-Progressive encoders write about 10. In TIFF, libtiff itself has the same limit."""
+"""Each scan covers the whole image, and a scan of a hundred bytes may take as long as one of a megabyte. Progressive
+encoders write about 10. For TIFF, libtiff enforces the same limit.
+"""
 
 JPEG_MAX_SEGMENTS = 2000
-"""Bounds the walk over the segments, ours and Pillow's. 20 MB in full segments, such as metadata has, are about 300."""
+"""Bounds how many segments we and Pillow read. 20 MB of full-size segments, as in metadata, are about 300."""
 
-# What has a meaning of its own: not a stuffed zero, padding, a restart, or TEM
+# A marker with a meaning: not a stuffed zero, padding, a restart, or TEM
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What an image may cost; all checked before a pixel is decompressed.
+    """Limits on an image, all checked before any pixel is decompressed.
 
-    A decoded image takes 3 to 4 bytes per pixel, twice that for a moment.
+    A decoded image takes 3 to 4 bytes per pixel, and briefly twice that.
     """
 
     max_bytes: int = 20 * 2**20
@@ -111,12 +112,12 @@ DEFAULT_LIMITS = DecodeLimits()
 
 
 class Stored(NamedTuple):
-    """An image as its file stores it, before EXIF turns it upright."""
+    """An image as its file stores it, before EXIF orientation is applied."""
 
     rgb: Image.Image
     orientation: int  # EXIF's, 1 to 8
-    size: tuple[int, int]  # width and height of the whole image as stored
-    box: tuple[float, float, float, float] | None  # of `rgb` that holds the image, if it was decoded at a fraction
+    size: tuple[int, int]  # (width, height) of the whole stored image
+    box: tuple[float, float, float, float] | None  # area of `rgb` with the image, if decoded at reduced size
 
     @property
     def aspect(self) -> float:
@@ -126,12 +127,12 @@ class Stored(NamedTuple):
 
 
 def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
-    """Decode an image to uint8 [H, W, 3] RGB, contiguous, upright; the array may be read-only.
+    """Decode an image to uint8 [H, W, 3] RGB, contiguous and upright. The array may be read-only.
 
     Raises:
-        TooLarge: more bytes or pixels, or a longer and thinner image, than `limits` allow; too many JPEG scans.
-        Unsupported: a format or a pixel type that is not read here.
-        Broken: empty, damaged, or cut off.
+        TooLarge: more bytes, more pixels or a more extreme aspect ratio than `limits` allow, or too many JPEG scans.
+        Unsupported: a format or pixel type that is not supported.
+        Broken: empty, damaged or truncated.
     """
     stored = decode_stored(data, limits)
     with _translated("image", limits):
@@ -143,9 +144,9 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
 
     Args:
         data: the encoded image.
-        limits: what it may cost.
-        least_side: libjpeg may decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep this many
-            pixels. Other formats are decoded whole.
+        limits: the limits on its size.
+        least_side: lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep at least this
+            many pixels. Other formats are decoded at full size.
 
     Raises:
         DecodeError: as `decode`.
@@ -169,7 +170,7 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
 
 
 def sniff(data: bytes) -> str | None:
-    """The format that the first bytes declare, whatever a file name or header calls it; None: none that is known."""
+    """Return the format that the first bytes declare, or None if it is unknown. File names and headers are ignored."""
     for name, signatures in SIGNATURES.items():
         if any(data.startswith(magic, offset) for offset, magic in signatures):
             return name
@@ -189,7 +190,7 @@ def _why_unsupported(data: bytes, name: str | None) -> str:
 
 @contextmanager
 def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
-    """The border: everything that Pillow raises becomes an error of ours with a detail for the user."""
+    """Convert every exception that Pillow raises to one of our errors, with a detail for the user."""
     try:
         yield
     except DecodeError:
@@ -197,36 +198,36 @@ def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(f"the {name} has more pixels than the limit of {limits.max_pixels}") from error
     except MemoryError as error:
-        raise TooLarge(f"the {name} needs more memory than there is") from error
+        raise TooLarge(f"the {name} needs more memory than is available") from error
     except UnidentifiedImageError as error:
-        raise Broken(f"the {name}'s header is damaged, or its kind of pixels is not supported") from error
-    except Exception as error:  # hostile bytes make Pillow raise nearly anything: KeyError, struct.error, ...
+        raise Broken(f"the {name}'s header is damaged, or its pixel type is not supported") from error
+    except Exception as error:  # hostile bytes make Pillow raise almost anything: KeyError, struct.error, ...
         raise Broken(f"the {name} is damaged or cut off: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """Pillow's message, short and on one line; never empty."""
+    """Return Pillow's message on one line, shortened, never empty."""
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
 
 
 def _check_scans(data: bytes) -> None:
-    """Refuse a JPEG whose scans, or segments, are too many; what is damaged is left to the decoder.
+    """Refuse a JPEG with too many scans or segments. Damaged data is left to the decoder.
 
-    Walks from marker to marker as libjpeg does: a segment is skipped by its length (a thumbnail in EXIF has scans of
-    its own), the data of a scan up to the next marker, and what follows the end of the image is not looked at (phones
-    put a second image or a film there).
+    Walks from marker to marker as libjpeg does. A segment is skipped by its length (a thumbnail in EXIF has its own
+    scans), and the data of a scan is skipped to the next marker. Data after the end of the image is ignored (phones
+    append a second image or a video there).
     """
     position, scans, segments = 2, 0, 0
-    while (found := _JPEG_MARKER.search(data, position)) and found[1] not in (_SOI, _EOI):
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] not in (_SOI, _EOI):
         segments += 1
-        scans += found[1] == _SOS
+        scans += marker[1] == _SOS
         if scans > JPEG_MAX_SCANS:
             raise TooLarge(f"the JPEG has more than {JPEG_MAX_SCANS} scans; save it with fewer")
         if segments > JPEG_MAX_SEGMENTS:
             raise TooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
-        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
-        position = found.end() + max(2, length)  # a length counts its own two bytes
+        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + max(2, length)  # a length includes its own two bytes
 
 
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
@@ -237,7 +238,7 @@ def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
         ratio = f"{limits.max_aspect_ratio:g}"
         raise TooLarge(f"the image is {width} x {height}: one side may be at most {ratio} times the other")
-    # libtiff allocates a whole tile even for an image of one pixel
+    # libtiff allocates a whole tile, even for an image of one pixel
     tags = getattr(image, "tag_v2", {})
     tile_width, tile_height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
     if isinstance(tile_width, int) and isinstance(tile_height, int):
@@ -247,12 +248,12 @@ def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
 def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> None:
     if width * height > limits.max_pixels:
         raise TooLarge(
-            f"{what} has {width} x {height} pixels, {width * height} in all; the limit is {limits.max_pixels}"
+            f"{what} has {width} x {height} pixels, {width * height} in total; the limit is {limits.max_pixels}"
         )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that the formats give -> mode RGB."""
+    """Convert any mode that the supported formats produce to mode RGB."""
     if image.mode.startswith("I;16"):
         image = _gray16_to_gray8(image)
     if image.mode in ("I", "F"):
@@ -266,14 +267,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _gray16_to_gray8(image: Image.Image) -> Image.Image:
-    """Mode I;16 (PNG, TIFF; also 12-bit TIFF) -> mode L, the high 8 bits."""
+    """Convert mode I;16 (PNG, TIFF; also 12-bit TIFF) to mode L, keeping the high 8 bits."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image)  # [H,W] uint16
     gray = (values >> (bits - 8)).astype(np.uint8)
-    if tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:  # Pillow inverts 8 bits by itself, not 16
+    if tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:  # Pillow inverts 8-bit images, but not 16-bit ones
         gray = 255 - gray
-    if "transparency" in image.info:  # PNG's tRNS: this one value is transparent
+    if "transparency" in image.info:  # PNG's tRNS: this value is transparent
         gray[values == image.info["transparency"]] = 255
     return Image.fromarray(gray)
 
@@ -281,7 +282,7 @@ def _gray16_to_gray8(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # a 16-bit key; Pillow kept the high bytes
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # 16-bit key, 8-bit pixels
     if image.mode == "La":
         image = image.convert("LA")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -294,14 +295,14 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) when there is none or it cannot be read."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001  broken EXIF raises nearly anything, and the pixels are fine
+    except Exception:  # noqa: BLE001  broken EXIF raises almost anything, and the pixels are intact
         return 1
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turn an image as EXIF's orientation (1 to 8) says; any other value leaves it as it is."""
+    """Apply an EXIF orientation (1 to 8) to an image. Any other value leaves it unchanged."""
     method = ORIENTATIONS.get(orientation)
     return image if method is None else image.transpose(method)

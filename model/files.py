@@ -1,9 +1,9 @@
-"""Files and folders that exist whole or not at all, and locks between processes.
+"""Atomic file writes, and locks between processes.
 
-Everything that the project writes and later reads again goes through here. The durability is the same everywhere: the
-content is written beside its target and flushed to the disk, a rename gives it its name, and the folder that holds the
-name is flushed too. After a crash or a power cut the target is the old version or the new one, never a part of one.
-What a killed process leaves behind is called `.<name>.<...>.part`.
+Everything that the project writes and later reads goes through this module. Content is written to a temporary file in
+the target's folder and flushed to the disk; a rename gives it its final name, and the folder is flushed too. After a
+crash or a power cut the target is either the old version or the new one, never a part of one. A killed process leaves
+temporary files named `.<name>.<...>.part`.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's names, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,10 +25,10 @@ def sync(path: Path) -> None:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Rename a finished file, or a folder of files, to `target`, durably. A file replaces an older one.
+    """Rename a finished file or folder of files to `target`, durably. A file replaces an existing one.
 
     Raises:
-        OSError: the disk refuses; `target` is as it was.
+        OSError: a disk operation failed; `target` is unchanged.
     """
     if finished.is_dir():
         for path in sorted(finished.iterdir()):
@@ -40,10 +40,10 @@ def publish(finished: Path, target: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; on success it is published as `target`, on an error it is removed.
+    """Yield a temporary path next to `target`. On success it is published as `target`; on an error it is removed.
 
     Raises:
-        OSError: the disk refuses; `target` is as it was.
+        OSError: a disk operation failed; `target` is unchanged.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
@@ -54,31 +54,31 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-    """Write a whole file; errors as `replacing`."""
+    """Write a whole file atomically. Raises the errors of `replacing`."""
     with replacing(target) as path:
         path.write_bytes(content)
 
 
 def write_text(target: Path, content: str) -> None:
-    """Write a whole file as UTF-8; errors as `replacing`."""
+    """Write a whole file atomically as UTF-8. Raises the errors of `replacing`."""
     write_bytes(target, content.encode())
 
 
 def lock_file(path: Path, *, wait: bool = False) -> BinaryIO | None:
-    """Lock a file, which is created if needed, until it is closed or the process ends, however it ends.
+    """Lock a file, creating it if needed, until it is closed or the process ends.
 
-    The file stays: two processes that lock a path must lock the same file. SQLite's locks on a file are independent of
-    this one.
+    The file is never deleted: two processes that lock a path must lock the same file. SQLite's locks on a file are
+    independent of this one.
 
     Args:
         path: the file.
-        wait: wait for another holder instead of returning None.
+        wait: wait until another holder releases the lock, instead of returning None.
 
     Returns:
-        The open file (positioned at its end), or None if another process holds it.
+        The open file (positioned at its end), or None if another process holds the lock.
 
     Raises:
-        OSError: the file cannot be opened, or its file system has no locks.
+        OSError: the file cannot be opened, or its file system does not support locks.
     """
     file = path.open("a+b")
     try:

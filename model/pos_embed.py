@@ -1,18 +1,18 @@
-"""Position embeddings for another grid than the one they were trained on: three rules, one implementation.
+"""Position embeddings for a grid other than the trained one: three rules, one implementation.
 
-A backbone carries positions for one square grid (37 x 37 for the released weights, trained at 518 pixels). At any
-other input size they are resized bicubically, and the published implementations disagree on how:
+A backbone stores positions for one square grid (37 x 37 for the released weights, trained at 518 pixels). For any other
+input size they are resized bicubically, and the published implementations use different rules:
 
-- `offset`: by the scale (n + 0.1) / M, no antialias. Meta's models without registers. The 0.1 began as a guard against
-  rounding and became part of the features: it shifts every sampling point.
+- `offset`: by the scale (n + 0.1) / M, no antialias. Meta's models without registers. The 0.1 was introduced as a guard
+  against rounding and became part of the features: it shifts every sampling point.
 - `antialias`: by size, antialiased (wider kernel when shrinking). Every register model, and all of timm's.
 - `size`: by size, no antialias. Hugging Face's models without registers.
 
-Features differ at every size but the native one, so the rule belongs to a model's identity (it is in the fingerprint).
+Features differ at every size but the native one, so the rule is part of a model's identity (it is in the fingerprint).
 
 Bicubic resizing is linear and separable, so each rule is a pair of small matrices: `P' = Wh @ P @ Ww^T`. The matrices
-are made here in numpy and used by all: by torch in training, by the ONNX writer when it bakes a size. The tests
-compare them with `torch.nn.functional.interpolate`.
+are computed here in numpy. Training applies them in torch, and the ONNX writer uses them to bake in an input size. The
+tests compare them with `torch.nn.functional.interpolate`.
 """
 
 from functools import lru_cache
@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def _cubic(distance: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:
-    """Keys' cubic convolution kernel (IEEE ASSP 29, 1981) with free parameter `a`; zero beyond a distance of 2."""
+    """Return Keys' cubic convolution kernel (IEEE ASSP 29, 1981) with parameter `a`; zero beyond a distance of 2."""
     d = np.abs(distance)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((d - 5) * d + 8) * d * a - 4 * a
@@ -34,7 +34,9 @@ def _cubic(distance: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float6
 
 
 def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
-    """Bicubic sampling (a = -0.75) each `step` input cells, the border repeated: [n_out, n_in]."""
+    """Return the matrix [n_out, n_in] of bicubic sampling (a = -0.75) every `step` input cells, with the border
+    repeated.
+    """
     matrix = np.zeros((n_out, n_in))
     source = (np.arange(n_out) + 0.5) * step - 0.5
     first = np.floor(source).astype(int)
@@ -45,7 +47,10 @@ def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
 
 
 def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
-    """Bicubic resampling (a = -0.5) with the kernel stretched when shrinking, rows normalised: [n_out, n_in]."""
+    """Return the matrix [n_out, n_in] of antialiased bicubic resampling (a = -0.5).
+
+    The kernel is stretched when shrinking, and rows are normalised.
+    """
     step = n_in / n_out
     stretch = max(step, 1.0)
     centre = (np.arange(n_out)[:, None] + 0.5) * step
@@ -56,7 +61,7 @@ def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=256)
 def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
-    """The matrix [n_out, n_in] that resizes one axis of the grid by `rule`. Read-only: it is cached."""
+    """Return the matrix [n_out, n_in] that resizes one axis of the grid by `rule`. It is cached, hence read-only."""
     if rule == "offset":
         matrix = _sampled(n_in, n_out, step=n_in / (n_out + 0.1))
     elif rule == "size":
@@ -83,7 +88,7 @@ def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
 def resize_pos_embed(pos_embed: FloatArray, grid: tuple[int, int], rule: PosEmbedRule) -> FloatArray:
     """Resize [1, 1 + M*M, D] (class position first) to [1, 1 + h*w, D] for a grid of (h, w) patches.
 
-    At the native square grid the embedding is returned as it is, under every rule.
+    At the native square grid the embedding is returned unchanged under every rule.
     """
     side = round((pos_embed.shape[1] - 1) ** 0.5)
     assert side * side == pos_embed.shape[1] - 1, f"pos_embed of shape {pos_embed.shape} is not 1 + a square"

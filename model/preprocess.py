@@ -1,17 +1,17 @@
-"""Image to network input: the one preprocessing that training's evaluation, export and service share.
+"""Image to network input: the one preprocessing that evaluation, export and the service share.
 
-DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) is torchvision's: resize the
-short side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean, divide by its
-standard deviation. Features depend on each of these, so they are repeated here to the pixel, without torch or
-torchvision: the service loads neither. `tests/model/test_preprocess.py` compares with Hugging Face's processor, which
-follows the same definition except that it floors an odd crop margin; torchvision rounds half to even, and so does this
-file.
+DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) uses torchvision: resize the short
+side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean and divide by its
+standard deviation. Features depend on each step, so this module reproduces them pixel by pixel, without torch or
+torchvision, which the service does not load. `tests/model/test_preprocess.py` compares with Hugging Face's processor,
+which follows the same definition except that it floors an odd crop margin; torchvision and this module round half to
+even.
 
 Two things make it fast. The crop comes before the conversion to float, and the conversion is a table: a channel has
-only 256 values, so `(value / 255 - mean) / std` is computed once for each and looked up, which is also exact. Pillow's
-own short cuts (`box=`, `reducing_gap=`, JPEG draft mode) are not taken: they change pixels.
+only 256 values, so `(value / 255 - mean) / std` is computed once per value and looked up, which is also exact. Pillow's
+own shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
-Legend: H, W the image as given; h, w the network's input; p the patch size. Sizes are (height, width) in pixels.
+Legend: H, W the original image; h, w the network's input; p the patch size. Sizes are (height, width) in pixels.
 """
 
 from functools import lru_cache
@@ -23,20 +23,20 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_ASPECT_RATIO = 100.0
-"""Long side over short side. Beyond it the resized image is a thread that costs memory and shows nothing."""
+"""Long side over short side. Beyond this ratio the resized image wastes memory and shows nothing."""
 
 Triple = tuple[float, float, float]
 
 
 class PreprocessSpec(BaseModel):
-    """How an image becomes the network's input. It is part of an artifact's fingerprint.
+    """How an image becomes the network's input. The spec is part of an artifact's fingerprint.
 
-    With `crop`: the short side is resized to `resize` and the centre square of `crop` pixels is cut out.
-    Without (`crop=None`): the whole image is kept at its aspect, the short side near `resize` (None: the image's own
+    With `crop`: the short side is resized to `resize`, and the centre square of `crop` pixels is cut out. Without
+    (`crop=None`): the whole image is kept at its aspect ratio, with the short side near `resize` (None: the image's own
     size), and both sides are rounded to the nearest multiple of `patch_size`, at least one patch.
 
     Raises:
-        pydantic.ValidationError (a ValueError): an unknown field, or values that do not fit each other.
+        pydantic.ValidationError (a ValueError): an unknown field, or values that contradict each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +66,7 @@ REFERENCE_224 = PreprocessSpec()
 """The reference evaluation transform."""
 
 REFERENCE_518 = PreprocessSpec(resize=518, crop=518)
-"""The same at the resolution of the released weights, as timm's configurations of them say."""
+"""The same transform at the resolution of the released weights, as in timm's configurations."""
 
 
 def _check_size(height: int, width: int) -> None:
@@ -80,21 +80,21 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """The size that the image is resized to, before any crop."""
+    """Return the size that the image is resized to, before any crop."""
     short = min(height, width)
     target = short if spec.resize is None else spec.resize
     if spec.crop is not None:  # torchvision's Resize: the long side is truncated
         return (target, int(target * width / height)) if height <= width else (int(target * height / width), target)
     p = spec.patch_size
 
-    def nearest_multiple(side: int) -> int:  # of p to side * target / short, halves up, in exact integers
+    def nearest_multiple(side: int) -> int:  # nearest to side * target / short, halves up, in exact integers
         return max(1, (2 * side * target + short * p) // (2 * short * p)) * p
 
     return nearest_multiple(height), nearest_multiple(width)
 
 
 def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """The (h, w) that `preprocess` gives for an image of this size, without doing it.
+    """Return the (h, w) of the `preprocess` output for an image of this size, without computing it.
 
     Raises:
         ValueError: a side below 1, or an aspect ratio above `MAX_ASPECT_RATIO`.
@@ -104,10 +104,10 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
 
 
 def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, float, float, float]:
-    """Which part of an image of this size the network sees: (x, y, width, height), in the image's own pixels.
+    """Return the part of an image of this size that the network sees: (x, y, width, height), in the image's own pixels.
 
-    The numbers are fractional, because the crop is cut after resizing: pixel (X, Y) of the network's input is centred
-    on x + (X + 0.5) * width / w, y + (Y + 0.5) * height / h of the image, with (h, w) = `output_size(...)`.
+    The numbers are fractional, because the crop follows the resize. The centre of pixel (X, Y) of the network's input
+    is at x + (X + 0.5) * width / w, y + (Y + 0.5) * height / h of the image, with (h, w) = `output_size(...)`.
 
     Raises:
         ValueError: as `output_size`.
@@ -119,13 +119,13 @@ def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, floa
 
 
 def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
-    """Top and left of the centre crop, as torchvision's CenterCrop: Python's round, half a pixel to the even side."""
-    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # no crop: both are 0
+    """Return top and left of the centre crop. Half a pixel rounds to the even side, as in torchvision's CenterCrop."""
+    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # without a crop both are 0
 
 
 @lru_cache(maxsize=16)
 def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
-    """Table [3, 256]: what each of the 256 values of each channel becomes, with torchvision's float32 arithmetic."""
+    """Return a table [3, 256] of the normalised value of each channel and byte, in torchvision's float32 arithmetic."""
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     table = (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     table.setflags(write=False)  # cached and shared
@@ -133,7 +133,7 @@ def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
 
 
 def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
-    """One image to the network's input. Images smaller than the target are enlarged, as the reference does.
+    """Convert one image to the network's input. Images smaller than the target are enlarged, as in the reference.
 
     Args:
         image: RGB [H, W, 3] uint8, already upright.

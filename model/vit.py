@@ -1,13 +1,13 @@
-"""DINOv2's vision transformer, whole and in one file.
+"""DINOv2's vision transformer in one file.
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
-(`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models
-keeps working. What differs is inside: attention goes through `scaled_dot_product_attention` only; drop path computes
-only the samples that are kept; the position embedding is resized by matrices (`model/pos_embed.py`), which is
-differentiable and exports anywhere.
+(`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models keeps
+working. The differences are internal: attention always goes through `scaled_dot_product_attention`; drop path computes
+only the samples that are kept; the position embedding is resized by matrices (`model/pos_embed.py`), which are
+differentiable and can be exported to any runtime.
 
-Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens,
-D width, A attention heads.
+Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
+width, A attention heads.
 """
 
 import functools
@@ -25,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class FeatureDict(TypedDict):
-    """What `forward_features` returns, under Meta's names."""
+    """The result of `forward_features`, under Meta's names."""
 
     x_norm_clstoken: Tensor
     x_norm_regtokens: Tensor
@@ -36,14 +36,17 @@ class FeatureDict(TypedDict):
 
 @functools.lru_cache(maxsize=64)
 def _resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
-    """`resize_matrix` on a device: once, since a GPU's host would wait for the copy in every forward pass."""
+    """Return `resize_matrix` as a tensor on a device, cached: a copy in every forward pass would block the host."""
     with torch.inference_mode(False):
         return torch.tensor(resize_matrix(side, n, rule), device=device)
 
 
 def resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
-    """As `_resize_tensor`. What compiles a whole pass marks this function as constant: torch's compiler looks through
-    `lru_cache` and cannot trace the numpy beneath."""
+    """Return the result of `_resize_tensor`.
+
+    Code that compiles a whole pass marks this function as constant: torch's compiler looks through `lru_cache` and
+    cannot trace the numpy code behind it.
+    """
     return _resize_tensor(side, n, rule, device)
 
 
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # [B, A, T, D/A] -> [B, T, D]
 
     def weights(self, x: Tensor) -> Tensor:
-        """Softmax weights [B, A, T, T]: quadratic in memory, only for looking at."""
+        """Return the softmax weights [B, A, T, T]. Memory is quadratic in T; use them for inspection only."""
         q, k, _ = self._split(x)
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
@@ -91,7 +94,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """SiLU-gated feed-forward (arXiv 2002.05202); `w12` holds the gate's half first."""
+    """A SiLU-gated feed-forward layer (arXiv 2002.05202). The first half of `w12` is the gate."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+    """A pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
     def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
         super().__init__()
@@ -146,14 +149,16 @@ class Block(nn.Module):
         return x + self._mlp_branch(x)
 
     def _kept_samples(self, x: Tensor) -> tuple[Tensor, float]:
-        """Which samples this branch computes, and the gain that keeps its expectation."""
+        """Choose the samples that this branch computes, and return them with the gain that preserves the branch's
+        expectation.
+        """
         batch = x.shape[0]
         n_kept = max(1, round(batch * (1 - self.drop_path_rate)))
         return torch.randperm(batch, device=x.device)[:n_kept], batch / n_kept
 
 
 class DinoVisionTransformer(nn.Module):
-    """DINOv2 backbone.
+    """The DINOv2 backbone.
 
     Args:
         config: the shape.
@@ -181,7 +186,7 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal (0.02) for linear layers and positions, nearly zero class and register tokens."""
+        """Initialise linear layers and positions from a truncated normal (0.02), other tokens close to zero."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -192,7 +197,7 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
-        """Positions [1, 1 + h*w, D], resized by the model's rule unless the grid is the native one."""
+        """Return positions [1, 1 + h*w, D], resized by the model's rule unless the grid is the native one."""
         side = self.config.grid
         if (h, w) == (side, side):
             return self.pos_embed
@@ -211,29 +216,31 @@ class DinoVisionTransformer(nn.Module):
         return height // p, width // p
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Pixels [B, 3, H, W] to tokens [B, T, D]; `masks` [B, N] bool puts the mask token where True."""
+        """Convert pixels [B, 3, H, W] to tokens [B, T, D]. Where `masks` [B, N] bool is True, the mask token replaces
+        the patch.
+        """
         h, w = self._grid_of(x)
-        # The residual stream keeps the weights' precision; under autocast the convolution's result is a half.
+        # The residual stream keeps the weights' precision; under autocast the convolution returns half precision.
         x = self.patch_embed(x).to(self.pos_embed.dtype)
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
         x = x + self._pos_embed_for(h, w).to(x.dtype)
-        if self.register_tokens is not None:  # after the positions: registers have none
+        if self.register_tokens is not None:  # after the positions, because registers have none
             registers = self.register_tokens.expand(x.shape[0], -1, -1).to(x.dtype)
             x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
         return x
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> FeatureDict:
-        """All features of a batch.
+        """Compute all features of a batch.
 
         Args:
             x: normalised pixels [B, 3, H, W], H and W multiples of the patch size.
-            masks: [B, N] bool, True where a patch is replaced by the mask token.
+            masks: [B, N] bool, True where the mask token replaces a patch.
 
         Returns:
-            `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D], `x_norm_patchtokens` [B, N, D] after the last
-            norm, `x_prenorm` [B, T, D] before it, and `masks` as given.
+            `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D], `x_norm_patchtokens` [B, N, D] after the last norm,
+                `x_prenorm` [B, T, D] before it, and `masks` unchanged.
         """
         x = self.prepare_tokens_with_masks(x, masks)
         for block in self.blocks:
@@ -255,17 +262,17 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Patch tokens after chosen blocks, in the order of the blocks.
+        """Return the patch tokens after chosen blocks, in the order of the blocks.
 
         Args:
             x: pixels [B, 3, H, W].
-            n: the last n blocks, or the block indices.
-            reshape: [B, D, h, w] instead of [B, N, D].
-            return_class_token: pairs (patches, class token [B, D]).
+            n: the number of last blocks, or the block indices.
+            reshape: return [B, D, h, w] instead of [B, N, D].
+            return_class_token: return pairs (patches, class token [B, D]).
             norm: apply the last norm.
 
         Raises:
-            ValueError: a block that the model does not have.
+            ValueError: the model has no such block.
         """
         depth = len(self.blocks)
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
@@ -286,7 +293,9 @@ class DinoVisionTransformer(nn.Module):
         return tuple(patches)
 
     def get_attention(self, x: Tensor, block: int = -1) -> Tensor:
-        """Attention weights [B, A, T, T] of one block (row: query, summing to one). Runs beside the fast path."""
+        """Return the attention weights [B, A, T, T] of one block (row: query, summing to one), in a separate, slower
+        pass.
+        """
         depth = len(self.blocks)
         if not -depth <= block < depth:
             raise ValueError(f"block={block}: the model has {depth} blocks, {-depth} to {depth - 1}")
@@ -298,5 +307,5 @@ class DinoVisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(tokens))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The class token after the last norm [B, D]: the image's embedding."""
+        """Return the class token after the last norm [B, D]: the image's embedding."""
         return self.forward_features(x)["x_norm_clstoken"]

@@ -1,14 +1,14 @@
-"""The published backbones: what they are called, where they lie, and a download that can be trusted.
+"""The published backbones: their names, their addresses, and a verified download.
 
 Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.py`, README, MODEL_CARD), which
-publishes no checksums: a hash stands here only where somebody computed it from the real file. timm's and Hugging Face's
-names mean the same weights, and are accepted as aliases; the file that is downloaded is always Meta's.
+publishes no checksums. A hash is listed here only if it was computed from the real file. timm's and Hugging Face's
+names refer to the same weights and are accepted as aliases; the downloaded file is always Meta's.
 
-A download resumes where it broke (HTTP Range, with If-Range so that a changed file starts again), is checked for size
-and hash before it gets its name, and takes a lock, so that two processes that want the same file fetch it once. Beside
-the file lie, while it is incomplete, `<file>.part` and `<file>.part.validator`, and for good an empty `<file>.lock`.
+An interrupted download resumes (HTTP Range, with If-Range so that a changed file restarts). A file is checked for size
+and hash before it gets its final name. A lock ensures that two processes download the same file only once. The cache
+folder holds `<file>.part` and `<file>.part.validator` during a download, and permanently an empty `<file>.lock`.
 
-Imported without torch.
+This module does not import torch.
 """
 
 import difflib
@@ -41,16 +41,16 @@ logger = logging.getLogger(__name__)
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dinov2-service" / "weights"
 MAX_ATTEMPTS = 4
-"""Attempts in a row without a single new byte; a connection that delivers may break as often as it likes."""
+"""Maximum number of consecutive attempts without a single new byte. Attempts that receive data are not limited."""
 
 
 class DownloadError(RuntimeError):
-    """Weights that cannot be had; the message says why and how to fetch them by hand."""
+    """Weights that cannot be downloaded; the message gives the reason and how to download them manually."""
 
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One published backbone. `size_bytes` and `sha256` are None where nobody published or measured them."""
+    """One published backbone. `size_bytes` and `sha256` are None if nobody has published or measured them."""
 
     name: str  # torch hub's
     timm_name: str
@@ -105,10 +105,10 @@ _BY_ANY_NAME = {name: entry for entry in ENTRIES.values() for name in (entry.nam
 
 
 def resolve(name: str) -> ZooEntry:
-    """The entry of a published backbone by torch hub's, timm's or Hugging Face's name; case does not matter.
+    """Return the entry of a published backbone by torch hub's, timm's or Hugging Face's name. Case does not matter.
 
     Raises:
-        ValueError: no such backbone; the message gives near matches and lists the names.
+        ValueError: unknown name; the message suggests near matches and lists the names.
     """
     entry = _BY_ANY_NAME.get(name.strip().lower())
     if entry is not None:
@@ -116,7 +116,7 @@ def resolve(name: str) -> ZooEntry:
     near = difflib.get_close_matches(name.lower(), _BY_ANY_NAME, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}: {hint}published are {', '.join(ENTRIES)}, also by their timm and Hugging Face names"
+        f"unknown model {name!r}: {hint}known are {', '.join(ENTRIES)}, and their timm and Hugging Face names"
     )
 
 
@@ -129,22 +129,22 @@ def download(
     retry_wait_s: float = 0.5,
     timeout_s: float = 30.0,
 ) -> Path:
-    """The weights file of an entry, downloaded unless it is there already.
+    """Return the path of an entry's weights file, downloading it if needed.
 
     Args:
         entry: from `resolve`.
-        cache_dir: where the file is kept; made when missing.
+        cache_dir: where the file is stored; created if missing.
         base_url: a mirror with the same paths as `BASE_URL`.
         progress: show a progress bar on stderr (only on a terminal).
-        retry_wait_s: wait before the first repeated attempt; doubles each time.
+        retry_wait_s: wait before the first retry; doubles each time.
         timeout_s: for connecting, and between two reads.
 
     Returns:
-        The path, after its size and hash have been checked as far as they are known.
+        The path. Size and hash have been checked, if known.
 
     Raises:
-        DownloadError: no network, a refusal, wrong bytes, a full disk; the message tells the manual way.
-        OSError: the folder cannot be made or written.
+        DownloadError: no network, a refusal, wrong bytes or a full disk; the message explains the manual download.
+        OSError: the folder cannot be created or written.
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -165,10 +165,10 @@ def download(
 
 def _by_hand(entry: ZooEntry, url: str, target: Path, error: Exception) -> str:
     reason = str(error) or type(error).__name__
-    known = f" ({entry.size_bytes} bytes, sha256 {entry.sha256})" if entry.sha256 is not None else ""
+    expected = f" ({entry.size_bytes} bytes, sha256 {entry.sha256})" if entry.sha256 is not None else ""
     return (
-        f"cannot download {entry.name} from {url}: {reason}. By hand: fetch that address on a machine that can "
-        f"(curl -fLO {url}) and put the file at {target}{known}"
+        f"cannot download {entry.name} from {url}: {reason}. To download it manually, run `curl -fLO {url}` on a "
+        f"machine with access and put the file at {target}{expected}"
     )
 
 
@@ -189,7 +189,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     """Hold the lock of one download."""
     file = lock_file(path)
     if file is None:
-        logger.info("%s: another process downloads it, waiting", name)
+        logger.info("%s: waiting for another process to download it", name)
         file = lock_file(path, wait=True)
     assert file is not None
     with file:
@@ -203,13 +203,13 @@ def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
     if entry.sha256 is None:
         return
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != entry.sha256:
-        raise DownloadError(f"{path} has sha256 {found} instead of {entry.sha256}: {remedy}")
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != entry.sha256:
+        raise DownloadError(f"{path} has sha256 {actual} instead of {entry.sha256}: {remedy}")
 
 
 class _Part:
-    """One incomplete file: its bytes so far, and what identifies the version on the server that they belong to."""
+    """An incomplete file: its bytes so far, and the identifier of the server's version that they belong to."""
 
     def __init__(self, target: Path, entry: ZooEntry, url: str, bar: Progress, task: TaskID) -> None:
         self.target, self.entry, self.url = target, entry, url
@@ -225,7 +225,7 @@ class _Part:
         self.validator.unlink(missing_ok=True)
 
     def fetch(self, retry_wait_s: float, timeout_s: float) -> None:
-        """Attempt until complete, then check, flush and rename."""
+        """Retry until complete, then check, flush and rename."""
         resumed = self._size() > 0
         fruitless = 0
         with httpx.Client(follow_redirects=True, timeout=timeout_s) as client:
@@ -246,13 +246,13 @@ class _Part:
                 self._discard()
                 if not resumed:
                     raise
-                logger.warning("%s: the resumed file is wrong; starting again", self.url)
+                logger.warning("%s: the resumed file is wrong; downloading it again from the start", self.url)
                 self._attempt(client)
                 _check_file(self.path, self.entry, remedy="the server's file is not the published one")
         self._finish()
 
     def _attempt(self, client: httpx.Client) -> None:
-        """One request, appended to what is there if the server agrees that it is the same file."""
+        """Send one request. Append to the partial file if the server confirms that it is the same version."""
         headers = {"Accept-Encoding": "identity"}
         have = self._size()
         if have and self.validator.exists():
@@ -261,19 +261,19 @@ class _Part:
             status = response.status_code
             if status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
                 if response.headers.get("Content-Range") == f"bytes */{have}":
-                    return  # nothing is missing: the last attempt ended between the last byte and the rename
+                    return  # complete: the last attempt ended between the last byte and the rename
                 self._discard()
-                raise _TryAgainError("the server's file is shorter than what is here")
+                raise _TryAgainError("the server's file is shorter than the partial download")
             if status >= 500 or status == httpx.codes.TOO_MANY_REQUESTS:
-                raise _TryAgainError(f"the server answers {status} {response.reason_phrase}")
+                raise _TryAgainError(f"the server returned {status} {response.reason_phrase}")
             if status == httpx.codes.PARTIAL_CONTENT:
                 if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                     self._discard()
-                    raise _TryAgainError("the server sent another range than it was asked for")
+                    raise _TryAgainError("the server sent a different range than requested")
             elif status == httpx.codes.OK:
                 have = 0
             else:
-                raise DownloadError(f"the server answers {status} {response.reason_phrase}")
+                raise DownloadError(f"the server returned {status} {response.reason_phrase}")
             self._write(response, have)
 
     def _write(self, response: httpx.Response, have: int) -> None:
@@ -281,10 +281,12 @@ class _Part:
         total = have + int(length) if length.isdecimal() else None
         if total is not None:
             if self.entry.size_bytes not in (None, total):
-                raise DownloadError(f"the server has {total} bytes instead of {self.entry.size_bytes}: another file")
+                raise DownloadError(
+                    f"the server's file has {total} bytes instead of {self.entry.size_bytes}: not the published file"
+                )
             free = shutil.disk_usage(self.path.parent).free
             if free < total - have:
-                raise DownloadError(f"{total - have} bytes are missing and {free} are free in {self.path.parent}")
+                raise DownloadError(f"{total - have} bytes are needed, but only {free} are free in {self.path.parent}")
         if have == 0:
             self._discard()
         self._bar.update(self._task, completed=have, total=total)
@@ -292,19 +294,22 @@ class _Part:
             if have == 0:
                 self._remember_version(response)
             with self.path.open("ab" if have else "wb") as file:
-                for chunk in response.iter_raw():  # as it arrives: what came before a break is kept
+                for chunk in response.iter_raw():  # written as received, so an interruption loses nothing
                     file.write(chunk)
                     self._bar.advance(self._task, len(chunk))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._discard()  # a disk left full would hurt others
+            self._discard()  # a full disk would affect other programs
             raise DownloadError(f"the disk is full: {self.path.parent}") from error
         if total is not None and self._size() != total:
             raise _TryAgainError(f"{self._size()} of {total} bytes arrived")
 
     def _remember_version(self, response: httpx.Response) -> None:
-        """Without a strong validator a broken download starts again: two versions must not be glued together."""
+        """Store a strong validator of the server's version.
+
+        Without one an interrupted download restarts, because parts of two versions must not be joined.
+        """
         etag = response.headers.get("ETag", "")
         validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
         if validator:
@@ -314,8 +319,8 @@ class _Part:
         publish(self.path, self.target)
         self.validator.unlink(missing_ok=True)
         if self.entry.sha256 is None:
-            logger.info("%s: no published hash to compare with; only its length was checked", self.target)
+            logger.info("%s: only the length was checked, because no hash is published", self.target)
 
 
 class _TryAgainError(DownloadError):
-    """A failure that the next attempt may not meet."""
+    """A failure that a retry may not meet."""

@@ -1,1 +1,1 @@
-"""Bytes in, answers out: the REST service over an exported artifact. Loads without torch."""
+"""The REST service over an exported artifact. It loads without torch."""

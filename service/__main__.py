@@ -1,11 +1,11 @@
-"""`python -m service`, and what `dinov2 serve` calls: load the model, then serve until SIGTERM.
+"""`python -m service`, also called by `dinov2 serve`: load the model, then serve until SIGTERM.
 
-Everything that can be wrong with settings, model and stored data is found before the port is opened. Whatever keeps the
-service from starting, a port in use among it, is told in one line, and the exit status is 2.
+Settings, model and stored data are checked before the port is opened. Every error at startup, including a busy port, is
+reported in one line, and the exit status is 2.
 
-Shutdown: on SIGTERM the service stops taking work (new requests get 503, /readyz fails) but keeps listening until what
-is in flight has been answered, at most `shutdown_grace_s`; then it closes. A second signal ends it at once. In the end
-the process does not wait for its threads: Python would join one that is stuck in a decoder for ever.
+Shutdown: on SIGTERM the service refuses new requests (503, and /readyz fails). It keeps listening until the requests in
+flight are answered, at most `shutdown_grace_s`, and then closes. A second signal ends it at once. At the end the
+process does not join its threads, because a thread that is stuck in a decoder would block the exit forever.
 """
 
 import asyncio
@@ -43,26 +43,26 @@ log = logging.getLogger("service")
 
 START_FAILED: Final = 2
 CLOSE_LIMIT_S: Final = 10.0
-"""How long cache and store may take to close, after the grace; Compose kills 15 s after it."""
+"""Time limit for closing cache and store after the grace period. Compose kills the container 15 s after it."""
 
 
 def main(overrides: Mapping[str, Any] | None = None) -> int:
-    """The life of the process, for its entry points only: `serve`, then the end of the process.
+    """Run the service and end the process. Only the entry points call this.
 
-    Returns the exit status when the service did not start.
+    Returns the exit status if the service did not start.
     """
     status = serve(overrides)
     if status == START_FAILED:
         return status
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # the stream is closed, or its reader is gone
             stream.flush()
     os._exit(status)
 
 
 def serve(overrides: Mapping[str, Any] | None = None) -> int:
-    """Serve until a signal. `overrides` are settings from the command line. The exit status that this means."""
+    """Serve until a signal and return the exit status. `overrides` are settings from the command line."""
     try:
         settings = load_settings(overrides)
         configure_logging(settings.log_level)
@@ -76,17 +76,17 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """An error's message in one line that a terminal can show: pydantic's have many."""
+    """Return an error's message as one line of at most 600 characters. Pydantic's messages have several lines."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:600]}..."
 
 
 def make_server(settings: Settings) -> "DrainingServer":
-    """Load the model and wire the server.
+    """Load the model and build the server.
 
     Raises:
-        ValueError, OSError: the model cannot be found, verified or loaded; the message names the file and why.
-        ModuleNotFoundError: the runtime asked for is not installed.
+        ValueError, OSError: the model cannot be found, verified or loaded; the message names the file and the reason.
+        ModuleNotFoundError: the requested runtime is not installed.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     path = choose_artifact(settings.model, settings.data_dir)
@@ -105,9 +105,9 @@ def make_server(settings: Settings) -> "DrainingServer":
         port=settings.port,
         log_config=None,
         access_log=False,
-        lifespan="off",  # DrainingServer's part: uvicorn would log a traceback and exit with 3
+        lifespan="off",  # DrainingServer runs it; uvicorn would log a traceback and exit with 3
         server_header=False,
-        timeout_graceful_shutdown=1,  # what may finish has finished by then: on_tick waits for it
+        timeout_graceful_shutdown=1,  # on_tick has already waited for running requests
         timeout_keep_alive=30,
     )
     return DrainingServer(
@@ -120,16 +120,16 @@ def make_server(settings: Settings) -> "DrainingServer":
 
 
 class _Unjoined(ThreadPoolExecutor):
-    """The event loop's threads, which its end does not wait for."""
+    """The event loop's thread pool. Shutting it down does not wait for its threads."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=cancel_futures)
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, which on a signal refuses new requests and finishes old ones before it stops listening.
+    """A uvicorn server that, on a signal, refuses new requests and finishes running ones before it stops listening.
 
-    It starts and closes the application itself, so that what goes wrong at the start is an exception of `run`.
+    It starts and closes the application itself, so an error at startup is an exception of `run`.
     """
 
     def __init__(
@@ -153,28 +153,29 @@ class DrainingServer(uvicorn.Server):
         """Start the application, then listen.
 
         Raises:
-            ServiceError, ValueError, OSError: why it cannot start.
+            ServiceError, ValueError, OSError: the service cannot start.
         """
         asyncio.get_running_loop().set_default_executor(_Unjoined(thread_name_prefix="io"))
         await self._running.enter_async_context(self._lifespan)
         try:
             await super().startup(sockets)
-        except SystemExit as stop:  # how uvicorn ends when it cannot listen; the cause is only in the context
+        except SystemExit as stop:  # uvicorn cannot listen; only the context has the cause
             await self._close()
             where = f"{self.config.host}:{self.config.port}"
             raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
         gc.collect()
-        gc.freeze()  # what is there now stays, and looking through it again and again would hold up requests
+        gc.freeze()  # objects made at startup live on; scanning them again would delay requests
         print(self._greet(self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Stop listening, end what still runs, close the application."""
+        """Stop listening, end what still runs, and close the application."""
         await super().shutdown(sockets)
         if not self.force_exit:
             await self._close()
 
     async def _close(self) -> None:
-        """A fault or a hang here loses nothing, since every write was durable when it was answered."""
+        """Close the application. An error or a hang loses no data, because every write is durable before it is
+        answered."""
         closing = asyncio.create_task(self._running.aclose())
         await asyncio.wait([closing], timeout=CLOSE_LIMIT_S)
         if not closing.done():
@@ -202,16 +203,16 @@ class DrainingServer(uvicorn.Server):
 
 
 def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
-    """What a user sees: where it is, which model answers, and a line to try that works as it stands."""
-    picture = io.BytesIO()
-    Image.linear_gradient("L").resize((16, 16)).save(picture, "PNG")
-    example = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii")
+    """Return the startup message: the address, the model, and a command that works as printed."""
+    png = io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).save(png, "PNG")
+    example = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
     return (
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
         f"model {artifact.name} from {artifact.path}, "
         f"engine {engine.name} ({engine.precision})\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
-        f"or without a photo at hand:\n\n"
+        f"or, without an image file:\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
     )
 

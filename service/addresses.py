@@ -1,7 +1,7 @@
-"""Addresses of Redis and Milvus: read, checked, and shown without their passwords.
+"""Redis and Milvus addresses: parse, check, and print them without passwords.
 
-An unencoded `/`, `?` or `#` in a password moves the rest of it into another part of the URL. So each part is checked,
-and no message quotes one, nor urllib's messages, which do.
+An unencoded `/`, `?` or `#` in a password moves the rest of the password into another part of the URL. So every part is
+checked, and no message quotes a part. urllib's own messages do quote parts, so they are not shown.
 """
 
 import re
@@ -9,20 +9,20 @@ from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 _REDIS_FORM: Final = (
-    "not a valid URL: {}; redis://[[user]:password@]host[:port][/db] is, with special characters of the password "
-    "percent-encoded"
+    "not a valid URL: {}; the form is redis://[[user]:password@]host[:port][/db], with special characters of the "
+    "password percent-encoded"
 )
 _MILVUS_FORM: Final = (
-    "not a valid URL: {}; milvus://[user:password@]host[:port][/database] is, with special characters of the password "
-    "percent-encoded"
+    "not a valid URL: {}; the form is milvus://[user:password@]host[:port][/database], with special characters of the "
+    "password percent-encoded"
 )
 
 
 def redis_parts(url: str) -> SplitResult:
-    """The parts of a Redis URL, each checked.
+    """Split a Redis URL and check each part.
 
     Raises:
-        ValueError: it is no URL of Redis; the message shows no more than the scheme.
+        ValueError: not a Redis URL. The message shows at most the scheme.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("redis", "rediss", "unix"):
@@ -32,17 +32,17 @@ def redis_parts(url: str) -> SplitResult:
     if scheme != "unix" and not parts.hostname:
         raise ValueError(_REDIS_FORM.format("the host is missing"))
     if scheme != "unix" and not re.fullmatch(r"/?|/[0-9]+", parts.path):
-        raise ValueError(_REDIS_FORM.format("what follows the host is not the number of a database"))
+        raise ValueError(_REDIS_FORM.format("the part after the host is not a database number"))
     if scheme == "unix" and (parts.hostname or not parts.path):
-        raise ValueError("not a valid URL: unix:///path/of/the/socket is")
+        raise ValueError("not a valid URL: the form is unix:///path/of/the/socket")
     return parts
 
 
 def milvus_parts(url: str) -> SplitResult:
-    """The parts of a Milvus address, each checked.
+    """Split a Milvus address and check each part.
 
     Raises:
-        ValueError: it is no address of Milvus; the message shows no more than the scheme.
+        ValueError: not a Milvus address. The message shows at most the scheme.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("milvus", "milvus+tls"):
@@ -50,35 +50,35 @@ def milvus_parts(url: str) -> SplitResult:
         raise ValueError(f"must be embedded, or start with milvus:// or milvus+tls://, not with {shown}")
     parts = _split(url, _MILVUS_FORM)
     if not parts.hostname or not re.fullmatch(r"[A-Za-z0-9._:-]+", parts.hostname):
-        raise ValueError(_MILVUS_FORM.format("the host is missing or cannot be one"))
+        raise ValueError(_MILVUS_FORM.format("the host is missing or invalid"))
     if bool(parts.username) != bool(parts.password):
-        raise ValueError(_MILVUS_FORM.format("user and password go together"))
+        raise ValueError(_MILVUS_FORM.format("user and password must be given together"))
     if not re.fullmatch(r"/?|/[A-Za-z_][A-Za-z0-9_]*", parts.path):
-        raise ValueError(_MILVUS_FORM.format("what follows the host is not the name of a database"))
+        raise ValueError(_MILVUS_FORM.format("the part after the host is not a database name"))
     return parts
 
 
 def masked_url(url: str) -> str:
-    """Scheme, host, port and database of a Redis URL, for the log: built from these, so that nothing else is shown.
+    """Return scheme, host, port and database of a Redis URL for the log. Nothing else of the URL is shown.
 
     Raises:
-        ValueError: it is no URL of Redis; the message shows no more than the scheme.
+        ValueError: not a Redis URL. The message shows at most the scheme.
     """
     parts = redis_parts(url)
     return f"unix://{parts.path}" if parts.scheme == "unix" else _masked(parts)
 
 
 def masked_milvus_url(url: str) -> str:
-    """Scheme, host, port and database of a Milvus address, for the log.
+    """Return scheme, host, port and database of a Milvus address for the log.
 
     Raises:
-        ValueError: it is no address of Milvus; the message shows no more than the scheme.
+        ValueError: not a Milvus address. The message shows at most the scheme.
     """
     return _masked(milvus_parts(url))
 
 
 def bracketed_host(parts: SplitResult) -> str:
-    """The host, in brackets if it is an IPv6 address."""
+    """Return the host, in brackets if it is an IPv6 address."""
     return f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
 
 
@@ -87,9 +87,9 @@ def _split(url: str, form: str) -> SplitResult:
         parts = urlsplit(url)
         _ = parts.hostname, parts.port
     except ValueError:
-        raise ValueError(form.format("host or port cannot be read")) from None
+        raise ValueError(form.format("host or port is invalid")) from None
     if parts.query or parts.fragment:
-        raise ValueError(form.format("options after ? or # are not taken"))
+        raise ValueError(form.format("options after ? or # are not supported"))
     return parts
 
 

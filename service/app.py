@@ -1,9 +1,9 @@
-"""The only wiring: settings, artifact and engine become a running application.
+"""Wire settings, artifact and engine into a running application. No other module does this.
 
     Border (id, limits, deadline, errors, metrics)  ->  FastAPI  ->  routes  ->  Pipeline, VectorStore
 
-Collaborators are passed in, so a test gives a fake engine. What needs the event loop (pipeline, cache, store) is made
-when the application starts and closed when it stops, in the opposite order.
+Collaborators are passed in, so a test can pass a fake engine. Pipeline, cache and store need the event loop: they are
+made when the application starts and closed in reverse order when it stops.
 """
 
 import logging
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation.
 
-Errors are RFC 9457 problems (`application/problem+json`); on `/v1/embeddings` they have OpenAI's shape."""
+Errors are RFC 9457 problems (`application/problem+json`). On `/v1/embeddings` they have OpenAI's format."""
 
 
 def create_app(
@@ -58,14 +58,14 @@ def create_app(
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
 ) -> FastAPI:
-    """The application.
+    """Build the application.
 
     Args:
-        settings: what the operator chose.
-        artifact, engine: the verified model and the runtime that has it loaded.
-        tried: the engines that were tried before it, for /v1/models.
-        cache: None makes the one that the settings ask for.
-        open_store: opens the vector store; None opens the one that the settings name.
+        settings: the operator's settings.
+        artifact, engine: the verified model and the runtime that has loaded it.
+        tried: the engines that were tried before this one, for /v1/models.
+        cache: None makes the cache that the settings name.
+        open_store: opens the vector store. None opens the store that the settings name.
     """
     start = _Start(settings, artifact, engine, tried, cache, open_store)
 
@@ -81,21 +81,22 @@ def create_app(
         version=_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
-        redirect_slashes=False,  # the redirect's address would be made of the Host header, which the client chooses
+        redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
     app.state.border = partial(Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle)
     app.state.lifecycle = start.lifecycle
-    app.state.cache_status = "ok"  # what /readyz has logged last
+    app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health)
-    # In front of the framework's own, and not wrapped once more, as `include_router` would.
+    # Before the framework's own routes, and without the extra wrapping that `include_router` adds.
     app.router.routes[:0] = [route for resource in resources for route in resource.router.routes]
     app.add_exception_handler(HTTPException, _framework_error)
     return app
 
 
 class _App(FastAPI):
-    """FastAPI with the border around its router instead of its own layers, each of which a search would feel; what they
-    do (errors, a limit on bodies, exit stacks of dependencies) the border does, or no route needs."""
+    """FastAPI with the border around its router instead of FastAPI's own middleware layers, each of which adds
+    measurable latency to a search. The border does their work (errors, body limits), or no route needs it (exit stacks
+    of dependencies)."""
 
     def build_middleware_stack(self) -> ASGIApp:
         border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))
@@ -104,7 +105,7 @@ class _App(FastAPI):
 
 @dataclass(frozen=True)
 class _Start:
-    """What a service is made of, as far as it needs no event loop."""
+    """The parts of a service that need no event loop."""
 
     settings: Settings
     artifact: Artifact
@@ -116,7 +117,7 @@ class _Start:
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
-        """Make the rest, warm the engine up, and leave with `stack` how each is closed."""
+        """Make the other parts, warm up the engine, and register with `stack` how to close each part."""
         store = await self._store()
         stack.push_async_callback(store.close)
         originals = Originals(self.settings.originals_place)
@@ -162,7 +163,7 @@ class _Start:
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
-    """The framework's own errors in the shapes of ours."""
+    """Answer the framework's own errors in the service's format."""
     translated = _translated(request, error)
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(
@@ -185,5 +186,5 @@ def _version() -> str:
 
     try:
         return version("dinov2-service")
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # run from a checkout without installation
         return "unknown"

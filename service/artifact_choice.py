@@ -1,4 +1,5 @@
-"""Which artifact is served: the newest in the data folder, the bundled one, a folder, or a published model by name."""
+"""Choose the artifact to serve: the newest in the data folder, the bundled one, a folder, or a published model by
+name."""
 
 import logging
 import subprocess
@@ -18,20 +19,20 @@ log = logging.getLogger(__name__)
 
 
 def choose_artifact(model: str, data_dir: Path) -> Path:
-    """The artifact folder that `model` means; a published model is downloaded and exported once.
+    """Return the artifact folder that `model` names. A published model is downloaded and exported once.
 
     Args:
-        model: "auto" (the newest artifact of the data folder, else the bundled one), an artifact folder, the name of
-            an artifact in the data folder, or a published model's name.
-        data_dir: artifacts are in its folder `artifacts`.
+        model: "auto" (the newest artifact in the data folder, else the bundled one), an artifact folder, the name of an
+            artifact in the data folder, or a published model's name.
+        data_dir: its subfolder `artifacts` contains the artifacts.
 
     Raises:
-        ValueError: nothing answers to that name, or it has to be exported and torch is not installed.
+        ValueError: nothing has that name, or the model must be exported and torch is not installed.
     """
     local = find_artifacts(data_dir)
     if model == "auto":
         if not local:
-            raise ArtifactError(f"no artifact in {data_dir / 'artifacts'} and none bundled: give a folder or a name")
+            raise ArtifactError(f"no artifact in {data_dir / 'artifacts'} and none bundled: name a folder or a model")
         return local[0]
     folder = Path(model)
     if (folder / MANIFEST).is_file():
@@ -40,7 +41,7 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
         if model in (path.name, _name(path)):
             return path
     if folder.exists() or "/" in model.removeprefix("facebook/"):
-        raise ArtifactError(f"{model}: not an artifact folder: it holds no {MANIFEST}")
+        raise ArtifactError(f"{model}: not an artifact folder: it contains no {MANIFEST}")
     name = resolve(model).name
     for path in local:
         if _name(path) == name:
@@ -49,7 +50,7 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
-    """A photo's pixels [H, W, 3]; None, and a line to `tell`, if the file is none."""
+    """Return an image's pixels [H, W, 3]. If the file is not an image, pass a line to `tell` and return None."""
     try:
         return decode(path.read_bytes())
     except DecodeError as error:
@@ -58,22 +59,23 @@ def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.N
 
 
 def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
-    """Up to `limit` photos of a folder at any depth, spread over it, so that of sorted classes every part is seen.
+    """Read up to `limit` images below a folder, spread evenly over the sorted paths, so that every part of sorted
+    classes is covered.
 
     Raises:
-        ValueError: fewer than two can be read.
+        ValueError: fewer than two images can be read.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    photos: list[npt.NDArray[np.uint8]] = []
+    images: list[npt.NDArray[np.uint8]] = []
     first_pass = paths[:: max(1, len(paths) // limit)]
     for path in [*first_pass, *(path for path in paths if path not in first_pass)]:
-        if len(photos) == limit:
+        if len(images) == limit:
             break
-        if (photo := read_photo(path, tell)) is not None:
-            photos.append(photo)
-    if len(photos) < 2:
-        raise ValueError(f"{folder}: the comparison of engines needs at least two readable photos, found {len(photos)}")
-    return photos
+        if (image := read_photo(path, tell)) is not None:
+            images.append(image)
+    if len(images) < 2:
+        raise ValueError(f"{folder}: comparing engines requires at least two readable images, found {len(images)}")
+    return images
 
 
 def _name(path: Path) -> str | None:
@@ -85,19 +87,20 @@ def _name(path: Path) -> str | None:
 
 
 def _export(name: str, data_dir: Path) -> Path:
-    """Download and export a published model with the command line's export, as its own process: it needs torch."""
+    """Download and export a published model by running the CLI's export in a separate process, because it needs
+    torch."""
     if find_spec("torch") is None:
         raise ValueError(
-            f"{name} has to be exported once, which needs torch: pip install 'dinov2-service[train]', or make the "
-            f"artifact elsewhere (dinov2 export {name} --out artifacts) and copy it to {data_dir / 'artifacts'}"
+            f"{name} must be exported once, which requires torch: pip install 'dinov2-service[train]', or export it on "
+            f"another machine (dinov2 export {name} --out artifacts) and copy it to {data_dir / 'artifacts'}"
         )
     target = (data_dir / "artifacts").resolve()
     command = [sys.executable, "-m", "cli", "export", name, "--out", str(target)]
     log.info("exporting %s into %s", name, target)
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)  # noqa: S603  resolve() knows the name
     if done.returncode:
-        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); its message is above")
-    found = [path for path in find_artifacts(data_dir) if _name(path) == name]
-    if not found:
-        raise ValueError(f"the export of {name} left no artifact in {target}")
-    return found[0]
+        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); see its message above")
+    exported = [path for path in find_artifacts(data_dir) if _name(path) == name]
+    if not exported:
+        raise ValueError(f"the export of {name} wrote no artifact to {target}")
+    return exported[0]

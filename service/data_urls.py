@@ -1,6 +1,6 @@
-"""Images as JSON carries them: data URLs or plain base64.
+"""Images in JSON: data URLs or plain base64.
 
-An image that cannot be read (not base64, a link) becomes an error of its own item, not of the request, so that
+An image that cannot be read (not base64, or a link) is an error of its item and not of the request, so
 `on_error=partial` covers it.
 """
 
@@ -17,7 +17,7 @@ _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGN
 
 
 async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
-    """Bytes of data URLs or base64, in order; what cannot be read is its item's error."""
+    """Decode data URLs or base64 texts to bytes, in order. A text that cannot be decoded is its item's error."""
 
     def work() -> list[Outcome[bytes]]:
         return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
@@ -26,16 +26,17 @@ async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[byt
 
 
 def image_from_text(text: Any, max_bytes: int) -> bytes:
-    """Bytes of one data URL or plain base64 (line breaks, URL-safe letters and missing padding are forgiven).
+    """Decode one data URL or plain base64 text. Line breaks, URL-safe letters and missing padding are accepted.
 
     Raises:
         InvalidRequest: not a string, or a link.
-        ImageTooLarge, BrokenImage: more than `max_bytes`, not base64.
+        ImageTooLarge: more than `max_bytes`.
+        BrokenImage: not base64.
     """
     if not isinstance(text, str):
-        raise InvalidRequest(f"an image is a string (data URL or base64), not {type(text).__name__}")
+        raise InvalidRequest(f"an image must be a string (data URL or base64), not {type(text).__name__}")
     if text[:8].lower().startswith(("http://", "https://")):
-        raise InvalidRequest("links are not fetched: send the image itself, as a data URL or base64")
+        raise InvalidRequest("the service does not fetch links: send the image as a data URL or base64")
     start = 0
     if text[:1].isspace():
         text = text.lstrip()
@@ -58,7 +59,7 @@ def image_from_text(text: Any, max_bytes: int) -> bytes:
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:
-    """Refuse a request with no image or with more than one request may bring."""
+    """Refuse a request that has no image or more images than allowed."""
     limit = settings.items_per_request
     if not 1 <= count <= limit:
-        raise InvalidRequest(f"{count} images in {param}: a request takes 1 to {limit}", param=param)
+        raise InvalidRequest(f"{count} images in {param}: a request can have 1 to {limit}", param=param)

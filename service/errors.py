@@ -16,8 +16,8 @@
     │   └── UnsupportedImage            415 unsupported_image
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
-    │   └── InvalidItems                422 invalid_items (or what all its items share)
-    ├── ClientGone                      499 client_closed_request (logged; nobody is left to read it)
+    │   └── InvalidItems                422 invalid_items (or the code that all items share)
+    ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
     ├── StorageFailed                   500 storage_failed
     ├── Unavailable                     503 unavailable
@@ -26,10 +26,10 @@
     │   └── ModelUnavailable            503 model_unavailable
     └── DeadlineExceeded                504 deadline_exceeded
 
-A class is raised where the fault is found; `ERRORS` gives it its status, code and title; the border
+The code that detects a fault raises a class. `ERRORS` maps the class to status, code and title. The border
 (`service/middleware.py`) turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error": {...}}` on
-`/v1/embeddings`, so that OpenAI's clients parse it. No web framework here: the pipeline and everything below it raise
-these too.
+`/v1/embeddings`, so that OpenAI clients can parse it. This module uses no web framework, because the pipeline and
+everything below it raise these classes too.
 """
 
 from collections.abc import Mapping
@@ -46,10 +46,10 @@ class ErrorKind(NamedTuple):
 
 
 class ServiceError(Exception):
-    """An error with an HTTP answer.
+    """An error with an HTTP status and body.
 
-    `detail` is for the user: it names the value and what is allowed. `param` is the request field at fault, if one is.
-    `extra` holds further members of the body, `headers` further response headers.
+    `detail` is for the user: it names the wrong value and what is allowed. `param` is the request field at fault, if
+    there is one. `extra` contains further members of the body, `headers` further response headers.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class BrokenImage(InvalidRequest): ...
 
 @dataclass(frozen=True)
 class ItemError:
-    """What is wrong with one item of a request; `index` counts from 0 in the order sent."""
+    """The error of one item of a request. `index` counts from 0 in the order sent."""
 
     index: int
     error: ServiceError
@@ -136,17 +136,17 @@ class ItemError:
 
 
 class InvalidItems(InvalidRequest):
-    """Some items of a request cannot be used; the body names every one of them.
+    """Some items of a request cannot be used. The body names every one of them.
 
-    When all of them fail alike, status and code are theirs; when they differ, a fault of the server (5xx) comes first,
-    and otherwise it is 422 invalid_items.
+    If all items fail for the same reason, status and code are that reason's. Otherwise a fault of the server (5xx)
+    takes precedence, and without one it is 422 invalid_items.
     """
 
     def __init__(self, items: list[ItemError], *, total: int, param: str = "input") -> None:
         assert items
         super().__init__(invalid_items_detail(items, total), param=param, extra={"errors": [i.body() for i in items]})
         self.items = items
-        for item in items:  # a Retry-After of an item is the request's
+        for item in items:  # an item's Retry-After applies to the request
             self.headers.update(item.error.headers)
 
     @property
@@ -169,7 +169,7 @@ class InvalidItems(InvalidRequest):
 
 
 def invalid_items_detail(items: list[ItemError], total: int) -> str:
-    """One line that names every bad index and why: '2 of 5 items ...: [1] broken ...; [4] ...'."""
+    """Return one line that names every bad index and its reason: '2 of 5 items ...: [1] broken ...; [4] ...'."""
     reasons = "; ".join(f"[{item.index}] {item.error.detail}" for item in items)
     return f"{len(items)} of {total} items cannot be used: {reasons}"
 
@@ -184,7 +184,7 @@ class StorageFailed(ServiceError): ...
 
 
 class Unavailable(ServiceError):
-    """Not now; with `retry_after_s`, when to come back."""
+    """The service cannot answer now. `retry_after_s` says when to try again."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(detail, headers={} if retry_after_s is None else {"Retry-After": str(max(1, retry_after_s))})
@@ -233,7 +233,8 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
 
 
 def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:
-    """The RFC 9457 body: type, title, status, detail, instance; with code, param and request_id as extensions."""
+    """Return the RFC 9457 body: type, title, status, detail and instance, with code, param and request_id as
+    extensions."""
     body: dict[str, Any] = {
         "type": f"urn:dinov2:error:{error.code}",
         "title": error.title,
@@ -249,7 +250,7 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """OpenAI's body; `type` is invalid_request_error below 500 and server_error from there on."""
+    """Return OpenAI's error body. `type` is invalid_request_error below 500, else server_error."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

@@ -1,9 +1,9 @@
-"""uvicorn's HTTP protocol with limits on what comes before a body.
+"""uvicorn's HTTP protocol with limits on everything that precedes a body.
 
-uvicorn reads with httptools, which has no limit for request line and headers and joins their pieces quadratically: a
-request line of 50 MB holds up the event loop for minutes, and a connection that never sends a whole head stays open
-for ever. h11 has a limit but is slower, and no time limit either. So this counts, in front of the parser, bytes that
-are not of a body, and gives each head a time to be complete.
+uvicorn reads with httptools, which does not limit the request line and headers and joins their pieces in quadratic
+time. A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays
+open forever. h11 has a size limit, but it is slower and has no time limit. So this class counts the bytes outside of
+bodies before the parser sees them, and limits the time for each head.
 """
 
 from asyncio import TimerHandle, Transport
@@ -16,22 +16,23 @@ _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Closes a connection whose head is larger than `MAX_HEAD_BYTES` or not complete within `header_timeout_s`.
+    """A protocol that closes a connection whose head is larger than `MAX_HEAD_BYTES` or incomplete after
+    `header_timeout_s`.
 
-    The size is looked at after each read from the socket, so a head that comes whole within one read may be larger.
-    A kept-alive connection that sends nothing is left to uvicorn's timeout, and a body to the request's deadline.
+    The size is checked after each read from the socket, so a head that arrives in one read may be larger. uvicorn's own
+    timeout covers an idle keep-alive connection, and the request's deadline covers a body.
     """
 
     header_timeout_s: float
-    """Set by a subclass, because uvicorn makes the instances."""
+    """A subclass sets this, because uvicorn creates the instances."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pending_bytes = 0  # since the last head, piece of a body or message was complete; trailers count too
+        self._pending_bytes = 0  # bytes since the last complete head, body piece or message, with trailers
         self._in_head = True
         self._head_timer: TimerHandle | None = None
 
-    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         super().connection_made(transport)
         self._start_timer()
 
@@ -45,7 +46,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or not self._pending_bytes:
             return
         if self._pending_bytes > MAX_HEAD_BYTES:
-            if self.cycle is None or self.cycle.response_complete:  # else it would stand within another answer
+            if self.cycle is None or self.cycle.response_complete:  # else it would land inside another answer
                 self.transport.write(_TOO_LARGE)
             self.transport.close()
         elif self._in_head and self._head_timer is None:
@@ -75,5 +76,5 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
-        else:  # the head came before the answer to an earlier request: that one is not cut off
+        else:  # an earlier request is still being answered: do not cut it off
             self._start_timer()

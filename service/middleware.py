@@ -1,14 +1,14 @@
-"""The border of the service, around every request: id, limits, deadline, departure, errors, metrics, log line.
+"""The border around every request: id, limits, deadline, disconnects, errors, metrics, log line.
 
-One plain ASGI callable does it all, because these belong together: whatever happens inside, the client gets one answer
-with a request id, the metrics count it under its route's template, and the log has one line. Plain ASGI because
-Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
+One plain ASGI callable does all of this, so that every request gets exactly one answer with a request id, one count
+under its route's template, and one log line, whatever happens inside. It is plain ASGI because Starlette's
+BaseHTTPMiddleware copies streams and hides disconnects.
 
-- The body is counted while it streams in, whatever Content-Length says; above the limit reading stops.
-- When the body is in and the answer takes a moment, a watcher waits for the client to leave and then cancels the work.
-  Cancelling reaches the pipeline, which drops what is still queued.
-- A `ServiceError` becomes an answer; any other exception becomes a 500 that tells nothing but the request id. Either is
-  in the log with its traceback, causes included, if it is a fault of the service (500).
+- The body is counted while it streams in, independent of Content-Length. Reading stops at the limit.
+- If the answer takes longer than a moment after the body is complete, a watcher waits for the client to disconnect and
+  then cancels the work. The cancellation reaches the pipeline, which drops queued images.
+- A `ServiceError` becomes an answer. Any other exception becomes a 500 that reveals only the request id. Faults of the
+  service (500) are logged with traceback and causes.
 """
 
 import asyncio
@@ -46,15 +46,15 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPENAI_PATHS = frozenset({"/v1/embeddings"})
 _PROCESS = uuid.uuid4().hex[:20]
-_numbers = itertools.count(1)  # a new random id for each request would cost a system call
-_NO_FAULTS = frozenset({503, 504})  # of load and of stopping: counted, and too many for a traceback each
-_WATCH_AFTER_S = 0.02  # a task for each request, and the garbage that cancelling it leaves, costs more than a search
+_numbers = itertools.count(1)  # cheaper than a random id, which costs a system call
+_NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown: counted, but too frequent for a traceback each
+_WATCH_AFTER_S = 0.02  # starting and cancelling a task for every request costs more than a search
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
 
 
 class Border:
-    """See the top of the file."""
+    """The ASGI middleware described at the top of this module."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> None:
         self.app = app
@@ -111,7 +111,7 @@ class _Exchange:
 
                 async def send(message: Message) -> None:
                     if message["type"] == "http.response.start" and not deadline.expired():
-                        deadline.reschedule(None)  # it is on the work: a file may take long to send
+                        deadline.reschedule(None)  # the deadline covers the work; sending a file may take longer
                     await self._send_tagged(message)
 
                 await self._app(self._scope, self._receive_limited, send)
@@ -131,16 +131,16 @@ class _Exchange:
             task = asyncio.current_task()
             assert task is not None
             task.uncancel()
-            self._status = ClientGone("the client left").status
-        except Exception:  # noqa: BLE001  the border: nothing else may reach the client
+            self._status = ClientGone("the client disconnected").status
+        except Exception:  # noqa: BLE001  no other exception may reach the client
             await self._unhandled()
 
     async def _unhandled(self) -> None:
-        if self._gone.is_set():  # the client left while it was sending
-            self._status = ClientGone("the client left").status
+        if self._gone.is_set():  # the client disconnected while it was sending
+            self._status = ClientGone("the client disconnected").status
             return
         log.exception("unhandled", extra=self._log_fields)
-        await self._send_error(ServiceError("an internal error; the log has it under this request id"))
+        await self._send_error(ServiceError("internal error; the log has the details under this request id"))
 
     @property
     def _log_fields(self) -> dict[str, Any]:
@@ -149,14 +149,14 @@ class _Exchange:
     # Towards the app
 
     def _check_length(self) -> None:
-        """Refuse early what says itself that it is too large."""
+        """Refuse a request early if its Content-Length exceeds the limit."""
         for name, value in self._scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
                 raise self._too_large()
 
     def _too_large(self) -> PayloadTooLarge:
         limit = self._settings.max_body_bytes
-        return PayloadTooLarge(f"the request's body is larger than {limit} bytes", headers={"Connection": "close"})
+        return PayloadTooLarge(f"the request body is larger than {limit} bytes", headers={"Connection": "close"})
 
     async def _receive_limited(self) -> Message:
         if self._body_ended:
@@ -181,14 +181,14 @@ class _Exchange:
             raise self._too_large()
         if self._lifecycle.buffered_bytes > settings.max_buffered_bytes:
             raise Unavailable(
-                f"request bodies hold more than {settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
+                f"request bodies use more than {settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
             )
 
     def _start_watching(self, task: "asyncio.Task[None] | None") -> None:
         self._watcher = asyncio.create_task(self._watch(task))
 
     async def _watch(self, task: "asyncio.Task[None] | None") -> None:
-        """Cancel the work when the client leaves before the answer has begun."""
+        """Cancel the work if the client disconnects before the answer has begun."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone.set()
@@ -205,14 +205,14 @@ class _Exchange:
         await self._send(message)
 
     async def _send_error(self, error: ServiceError) -> None:
-        if self._gone.is_set() or self._status:  # nobody to tell, or an answer has begun
+        if self._gone.is_set() or self._status:  # no client is left, or an answer has begun
             self._status = self._status or 499
             return
         content_type, body = error_body(error, self._scope["path"], self.request_id)
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
-            headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]  # body left unread
+            headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]  # unread body
         await self._send_tagged({"type": "http.response.start", "status": error.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -228,21 +228,22 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 def _origin(error: ServiceError) -> ServiceError:
-    """What a request's error comes from: of several items, the first fault."""
+    """Return the underlying error. For several items, that is the first fault of the service, or else the first
+    error."""
     if isinstance(error, InvalidItems):
         return max((item.error for item in error.items), key=lambda item: item.status >= 500)
     return error
 
 
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
-    """Content type and body of an error: OpenAI's shape on its route, RFC 9457 elsewhere."""
+    """Return content type and body of an error: OpenAI's format on its route, RFC 9457 elsewhere."""
     if path in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))
     return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
 
 
 def _json(body: dict[str, Any]) -> bytes:
-    """Never fails: half a surrogate pair in a client's text, which orjson refuses, is escaped."""
+    """Serialise a body. orjson refuses half a surrogate pair in a client's text, so the fallback escapes it."""
     try:
         return orjson.dumps(body)
     except TypeError:
@@ -250,7 +251,7 @@ def _json(body: dict[str, Any]) -> bytes:
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's X-Request-ID when it is short and plain, else a new one."""
+    """Return the client's X-Request-ID if it is short and plain, else a new id."""
     for name, value in headers:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return value.decode("ascii")

@@ -1,4 +1,4 @@
-"""Work that grows with a body's size, off the event loop when the others would notice."""
+"""Run work that grows with the body's size off the event loop if it would delay other requests."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 BIG_BODY: Final = 2**18
-"""Bytes from which parsing JSON and base64 would hold up the event loop noticeably."""
+"""Size in bytes from which parsing JSON or base64 noticeably delays the event loop."""
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """The result of `work`, which goes over `size` bytes: on a thread if the event loop would notice."""
+    """Return the result of `work`, which processes `size` bytes. A large size runs on a thread."""
     return work() if size < BIG_BODY else await asyncio.to_thread(work)

@@ -1,4 +1,4 @@
-"""Fields of a request checked against a schema of `service/schemas.py`; what is wrong is told field by field."""
+"""Check request fields against a schema of `service/schemas.py`. Errors are reported field by field."""
 
 import reprlib
 from typing import Any, Final, TypeVar
@@ -12,7 +12,7 @@ from service.errors import InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_FIELDS: Final = 32
-"""Beside each other in one object that is checked against a schema: every wrong one is an object of its own."""
+"""Limit of fields in one object that is checked against a schema. Pydantic creates an object for every wrong field."""
 MAX_PROBLEMS: Final = 10
 
 
@@ -20,7 +20,7 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
     """Check fields against a schema.
 
     Raises:
-        InvalidRequest: the message names each field at fault, its value's problem and what is allowed.
+        InvalidRequest: the message names each wrong field, the problem and what is allowed.
     """
     check_fields(fields, "the request")
     try:
@@ -35,27 +35,27 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
-    """Refuse an object of very many fields before a schema makes an error of each."""
+    """Refuse an object with too many fields before a schema creates an error for each."""
     if len(fields) > MAX_FIELDS:
         raise InvalidRequest(f"{where} has {len(fields):,} fields; at most {MAX_FIELDS} are accepted")
 
 
 def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
-    """One fault: where, what is allowed, what was given."""
+    """Describe one fault: the field, what is allowed, and the given value."""
     where = ".".join(str(part)[:80] for part in problem["loc"]) or "body"
     if problem["type"] == "extra_forbidden":
-        known = f"; known are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
-        return f"{where}: unknown field{known}"
+        allowed = f"; known fields are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
+        return f"{where}: unknown field{allowed}"
     text = problem["msg"]
     if problem["type"] in ("model_type", "dict_type"):
-        text = "Input should be an object"  # pydantic's own words name a class of ours
+        text = "Input should be an object"  # pydantic's message names an internal class
     elif problem["type"].startswith(("int_", "float_")) and len(problem["loc"]) == 1:
         text = text.partition(", ")[0] + _limits(model.model_fields[str(problem["loc"][0])])
-    told = problem["type"] in ("missing", "too_long", "too_short")  # how many there are is in pydantic's words
-    return f"{where}: {text}" + ("" if told else f", not {reprlib.repr(problem['input'])}")
+    complete = problem["type"] in ("missing", "too_long", "too_short")  # pydantic's message has the count
+    return f"{where}: {text}" + ("" if complete else f", not {reprlib.repr(problem['input'])}")
 
 
 def _limits(field: FieldInfo) -> str:
-    """What numbers a field takes, as far as it says."""
-    low, high = ([getattr(one, name) for one in field.metadata if hasattr(one, name)] for name in ("ge", "le"))
+    """Return the range that a number field accepts, or an empty text if it has none."""
+    low, high = ([getattr(bound, name) for bound in field.metadata if hasattr(bound, name)] for name in ("ge", "le"))
     return f" from {low[0]} to {high[0]}" if low and high else ""

@@ -1,14 +1,14 @@
-"""Photos as they were sent, kept under their sha256: the same photo is stored once, whatever it is called.
+"""Original images, stored under their sha256, so identical bytes are stored once.
 
-Over fsspec, so they may lie in a local folder or wherever an fsspec package reaches (`s3://bucket/prefix` with s3fs).
-A digest `abcd...` lies at `ab/cd/abcd...`; a folder then holds few entries even with millions of photos. In a local
-folder a photo is written aside, synced and renamed: it is there whole or not at all. An object store does the same by
-itself. Elsewhere an interrupted write may leave a part; the next one of the same photo replaces it, since the sizes
-differ, and no read hands it out, since every read checks the sha256.
+Storage goes through fsspec: a local folder, or any system that an fsspec package supports (`s3://bucket/prefix` with
+s3fs). The image with digest `abcd...` is stored at `ab/cd/abcd...`, so a folder has few entries even with millions of
+images. In a local folder an image is written to a temporary file, synced and renamed, so it exists completely or not at
+all. An object store guarantees the same. On other systems an interrupted write may leave a partial file. The next write
+of the same image replaces it, because the sizes differ, and no read returns it, because every read checks the sha256.
 
-Nothing is ever deleted here: two items, of two collections even, may have the same photo.
+Nothing is deleted here, because several items, even of different collections, may share an image.
 
-What the storage raises (each package has errors of its own) becomes `StorageFailed`, without its paths and addresses.
+The storage packages raise errors of their own. They become `StorageFailed`, without paths and addresses.
 """
 
 import asyncio
@@ -28,25 +28,25 @@ from model.files import sync, write_bytes
 from service.errors import NotFound, ServiceError, StorageFailed
 
 THREADS: Final = 4
-"""Calls to the storage at one time: each holds a photo, and a slow storage must not take the threads of others."""
+"""Concurrent calls to the storage. Each holds an image in memory, and a slow storage must not block other threads."""
 SCHEME: Final = "original:"
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 T = TypeVar("T")
 
 
 def source_of(digest: str) -> str:
-    """What an item says of where its photo is."""
+    """Return the source text that points to a stored image."""
     return SCHEME + digest
 
 
 def digest_of(source: str | None) -> str | None:
-    """The digest that a source names; None when it is none of ours."""
+    """Return the digest that a source names, or None if the source does not point to a stored image."""
     digest = (source or "").removeprefix(SCHEME)
     return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
 
 
 class HasPhoto(Protocol):
-    """What an item of a collection says of its photo."""
+    """An item's fields that identify its image."""
 
     @property
     def source(self) -> str | None: ...
@@ -56,14 +56,16 @@ class HasPhoto(Protocol):
 
 
 def photo_digest(item: HasPhoto) -> str | None:
-    """The digest of an item's stored photo, if its collection keeps them: what its source names, else its own."""
+    """Return the digest of an item's stored image: the one that its source names, else the item's own. The image exists
+    only if the collection stores images."""
     return digest_of(item.source) or item.digest
 
 
 class Originals:
-    """One place with photos. Calls may overlap, and several processes may use the same place.
+    """A store of original images. Calls may overlap, and several processes may use the same storage.
 
-    Raises, when made: ValueError for an address that is none, or whose package is not installed.
+    Raises:
+        ValueError: on construction, if the address is invalid or its package is not installed.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -71,32 +73,33 @@ class Originals:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="originals")
 
     async def put(self, data: bytes) -> str:
-        """Store a photo; its sha256 in hex. What is there already is not written again.
+        """Store an image and return its sha256 in hex. An image that is already stored is not written again.
 
         Raises:
-            StorageFailed: it could not be stored, as when the disk is full.
+            StorageFailed: the image could not be stored, for instance because the disk is full.
         """
         return await self._call(self._put, data)
 
     async def get(self, digest: str) -> bytes:
-        """The photo with this sha256.
+        """Return the image with this sha256.
 
         Raises:
-            NotFound: it is not stored here.
-            StorageFailed: it cannot be read, or is damaged.
+            NotFound: the image is not stored.
+            StorageFailed: the image cannot be read or is damaged.
         """
         return await self._call(self._get, digest)
 
     async def size(self, digest: str) -> int | None:
-        """Bytes of the photo with this sha256, as far as it is stored; None when there is nothing.
+        """Return the stored bytes of the image with this sha256, or None if nothing is stored. A partial file counts as
+        well.
 
         Raises:
-            StorageFailed: the storage does not tell.
+            StorageFailed: the storage cannot report the size.
         """
         return await self._call(self._size_of, digest)
 
     def is_same_place(self, other: "Originals") -> bool:
-        """Whether what one of them stores is in the other too; addresses that differ in spelling may go unnoticed."""
+        """Return whether both use the same storage. Different spellings of one address may go unnoticed."""
         return bool(self._fs == other._fs) and self._real_root() == other._real_root()
 
     def _real_root(self) -> str:
@@ -112,17 +115,17 @@ class Originals:
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
         with _translated("stored"):
-            there = self._size(path) == len(data)
+            exists = self._size(path) == len(data)
             if isinstance(self._fs, LocalFileSystem):
-                _put_local(Path(path), None if there else data)
-            elif not there:
+                _put_local(Path(path), None if exists else data)
+            elif not exists:
                 self._pipe(path, data)
         return digest
 
     def _pipe(self, path: str, data: bytes) -> None:
         try:
             self._fs.pipe_file(path, data)
-        except FileNotFoundError:  # storage with real folders; making them first would make a bucket of a misspelt name
+        except FileNotFoundError:  # storage with real folders; creating them first could create a mistyped bucket
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(path, data)
 
@@ -132,17 +135,17 @@ class Originals:
             try:
                 data = self._fs.cat_file(path)
             except FileNotFoundError as error:
-                raise NotFound(f"the photo {digest} is not stored here") from error
+                raise NotFound(f"the image {digest} is not stored") from error
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
-            raise StorageFailed(f"the stored photo {digest} is damaged: its sha256 is another one")
+            raise StorageFailed(f"the stored image {digest} is damaged: its sha256 differs")
         return data
 
     def _size_of(self, digest: str) -> int | None:
-        with _translated("looked for"):
+        with _translated("found"):
             return self._size(self._path(digest))
 
     def _size(self, path: str) -> int | None:
-        """In bytes; None when there is nothing."""
+        """Return the size in bytes, or None if nothing is stored."""
         try:
             size = self._fs.info(path)["size"]
         except FileNotFoundError:
@@ -155,20 +158,21 @@ class Originals:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """The file system that a URL names, and the path in it. Messages quote the scheme only: a URL may hold a secret."""
+    """Open the file system of a URL and return it with the path. Messages quote only the scheme, because a URL may
+    contain a secret."""
     scheme = url.partition("://")[0] if "://" in url else "a path"
     try:
         fs, root = url_to_fs(url)
     except ImportError as error:
         raise ValueError(f"originals_url: {scheme} needs a package that is not installed: {error}") from error
-    except Exception as error:  # whatever the package of a scheme raises
+    except Exception as error:  # each package raises errors of its own
         raise ValueError(f"originals_url: {scheme} cannot be opened: {type(error).__name__}") from error
     return fs, str(root).rstrip("/")
 
 
 def _put_local(path: Path, data: bytes | None) -> None:
-    """Aside, synced, renamed; None when it is there already. The folders are synced in either case: whoever made them
-    may not have come that far, and a power cut must not lose what was told to be stored."""
+    """Write to a temporary file, sync and rename. None means that the file already exists. The folders are synced in
+    both cases, because the earlier writer may not have synced them, and a stored image must survive a power cut."""
     root = path.parent.parent.parent
     root_is_new = not root.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,12 +186,12 @@ def _put_local(path: Path, data: bytes | None) -> None:
 
 @contextmanager
 def _translated(done: str) -> Iterator[None]:
-    """The border to the storage. The client gets the system's own words for the fault; the log has the cause."""
+    """Turn storage errors into `StorageFailed`. The client gets the system's error text; the log has the cause."""
     try:
         yield
     except ServiceError:
         raise
-    except Exception as error:  # each package has errors of its own
+    except Exception as error:  # each package has its own errors
         number = error.errno if isinstance(error, OSError) else None
         why = os.strerror(number) if isinstance(number, int) and number else type(error).__name__
-        raise StorageFailed(f"the photo cannot be {done}: {why}") from error
+        raise StorageFailed(f"the image cannot be {done}: {why}") from error

@@ -1,8 +1,8 @@
-"""What became of each item of a request: a value, or the error that is that item's own.
+"""The outcome of each item of a request: a value or the item's own error.
 
-A function that works on one item returns or raises. `attempt` and `Outcome.then` turn what it raises into an outcome,
-so that one broken image does not fail the others; `split_items` applies the request's `on_error` at the end. Only a
-`ServiceError` is an item's error: anything else is a fault of ours and goes on up.
+A function that works on one item returns or raises. `attempt` and `Outcome.then` turn the result into an outcome, so
+one broken image does not fail the others. `split_items` applies the request's `on_error` at the end. Only a
+`ServiceError` is an item's error. Any other exception is a bug and propagates.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -19,10 +19,10 @@ OnError = Literal["fail", "partial"]
 
 @dataclass(slots=True)
 class Outcome(Generic[T]):
-    """`index` counts from 0 in the order sent; `value` is meaningless where there is an `error`.
+    """One item's value or error. `index` counts from 0 in the order sent. With an `error`, `value` has no meaning.
 
-    Never changed once it is made. Not frozen, because every image and every search makes a few, and a frozen dataclass
-    takes twice as long to make.
+    Treat it as immutable. It is not frozen, because every image and every search makes several, and creating a frozen
+    dataclass takes twice as long.
     """
 
     index: int
@@ -30,17 +30,17 @@ class Outcome(Generic[T]):
     error: ServiceError | None = None
 
     def result(self) -> T:
-        """The value.
+        """Return the value.
 
         Raises:
-            ServiceError: the item's error, where there is one.
+            ServiceError: the item's error, if it has one.
         """
         if self.error is not None:
             raise self.error
         return cast("T", self.value)
 
     def then(self, work: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> "Outcome[R]":
-        """What `work` makes of the value; an error stays."""
+        """Apply `work` to the value. An error is passed on."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return attempt(self.index, work, cast("T", self.value), *args, **kwargs)
@@ -48,14 +48,14 @@ class Outcome(Generic[T]):
     async def then_await(
         self, work: Callable[Concatenate[T, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
     ) -> "Outcome[R]":
-        """As `then`, for work that is awaited."""
+        """Apply asynchronous `work` to the value. An error is passed on."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return await attempt_await(self.index, work(cast("T", self.value), *args, **kwargs))
 
 
 def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
-    """What `work` returns, or the ServiceError that it raises."""
+    """Call `work` and return its value, or the ServiceError that it raises, as an outcome."""
     try:
         return Outcome(index, work(*args, **kwargs))
     except ServiceError as error:
@@ -63,7 +63,7 @@ def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:
-    """As `attempt`, for work that is awaited."""
+    """Await `work` and return its value, or the ServiceError that it raises, as an outcome."""
     try:
         return Outcome(index, await work)
     except ServiceError as error:
@@ -71,32 +71,32 @@ async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:
 
 
 def numbered(values: Iterable[T]) -> list[Outcome[T]]:
-    """Values in order, none of which has failed so far."""
+    """Wrap values in outcomes without errors, numbered in order."""
     return [Outcome(index, value) for index, value in enumerate(values)]
 
 
 def indexed(outcomes: Iterable[Outcome[T]]) -> list[tuple[int, T]]:
-    """The values with their indices."""
+    """Return the values with their indices."""
     return [(outcome.index, outcome.result()) for outcome in outcomes if outcome.error is None]
 
 
 def successes(outcomes: Iterable[Outcome[T]]) -> list[T]:
-    """The values, in order."""
+    """Return the values, in order."""
     return [outcome.result() for outcome in outcomes if outcome.error is None]
 
 
 def failures(outcomes: Iterable[Outcome[T]]) -> list[ItemError]:
-    """The errors, in order."""
+    """Return the errors, in order."""
     return [ItemError(outcome.index, outcome.error) for outcome in outcomes if outcome.error is not None]
 
 
 def split_items(
     outcomes: Sequence[Outcome[T]], on_error: OnError, param: str
 ) -> tuple[list[tuple[int, T]], list[ItemError]]:
-    """Good items with their indices, and bad ones.
+    """Return the good values with their indices, and the errors.
 
     Raises:
-        InvalidItems: there are bad ones and on_error is "fail", or there is no good one.
+        InvalidItems: there are errors and on_error is "fail", or no item is good.
     """
     good, bad = indexed(outcomes), failures(outcomes)
     if bad and (on_error == "fail" or not good):

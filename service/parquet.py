@@ -1,13 +1,13 @@
-"""pyarrow, which only Parquet files need: imported when one is read or written."""
+"""pyarrow, imported only when a Parquet file is read or written."""
 
 from typing import Any
 
 
 def need_parquet() -> Any:
-    """The module pyarrow.parquet.
+    """Import and return the module pyarrow.parquet.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message says what to install.
+        ModuleNotFoundError: pyarrow is not installed; the message says how to install it.
     """
     try:
         import pyarrow.parquet

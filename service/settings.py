@@ -1,8 +1,8 @@
-"""Every setting of the service, and the only place that reads the environment.
+"""All settings of the service. Only this module reads the environment.
 
-A setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. A `DINOV2_*` name that is no setting is an error
-that names the nearest one: a misspelt limit that is silently ignored is found on the day it was needed. An empty value
-means the default, because Compose passes a variable that is not set as "".
+The setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. An unknown `DINOV2_*` name is an error that
+suggests the nearest setting, because a mistyped limit that is silently ignored goes unnoticed until it is needed. An
+empty value means the default, because Compose passes an unset variable as "".
 """
 
 import difflib
@@ -21,67 +21,73 @@ from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
-"""Names that docker-compose.yml uses on the host; they may reach the service through an .env file."""
+"""Names that docker-compose.yml reads on the host. An .env file may pass them on to the service."""
 
 
 class Settings(BaseSettings):
-    """What an operator can choose. Sizes are in bytes or pixels and times in seconds, as the names say."""
+    """The operator's settings. Sizes are in bytes or pixels and times in seconds, as the names say."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True
     )
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    data_dir: Path = Field(Path("data"), description="collections, artifacts, derived files")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
+    data_dir: Path = Field(Path("data"), description="folder of collections, artifacts and derived files")
     model: str = Field("auto", description="auto, an artifact folder, or a published model's name")
-    engine: str = Field("auto", description="auto, fastest, or runtime[:precision]; docs/engines.md has them")
+    engine: str = Field("auto", description="auto, fastest, or runtime[:precision]; see docs/engines.md")
     engine_photos: Path | None = Field(
-        None, description="folder of photos that an engine is compared on before it serves; unset: generated pictures"
+        None, description="folder of images on which an engine is checked before it serves; unset: generated images"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
 
-    redis_url: str | None = Field(None, description="redis://[:password@]host:port/db; unset: cache in process")
+    redis_url: str | None = Field(None, description="redis://[:password@]host:port/db; unset: in-process cache")
     cache_bytes: int = Field(256 * 2**20, ge=0, description="budget of the in-process cache; 0: no cache at all")
-    patch_cache_bytes: int = Field(64 * 2**20, ge=0, description="budget for patch features, in process; 0: none")
+    patch_cache_bytes: int = Field(64 * 2**20, ge=0, description="budget of the patch features in memory; 0: none")
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
 
     vector_store: str = Field(
         "embedded", description="embedded: in data_dir; or milvus://[user:password@]host[:port][/database]"
     )
-    originals_url: str | None = Field(None, description="photos of collections that keep them; unset: in data_dir")
+    originals_url: str | None = Field(None, description="where original images are stored; unset: in data_dir")
 
-    max_image_bytes: int = Field(20 * 2**20, ge=1, description="one image as sent")
+    max_image_bytes: int = Field(20 * 2**20, ge=1, description="limit for one image as sent")
     max_image_pixels: int = Field(
-        64_000_000, ge=1, le=178_956_970, description="one image, width x height, checked before decoding"
+        64_000_000,
+        ge=1,
+        le=178_956_970,
+        description="limit for width x height of one image, checked before decoding",
     )
-    max_batch_items: int = Field(64, ge=1, le=2048, description="images in one request")
-    max_body_bytes: int = Field(64 * 2**20, ge=1, description="one request body")
-    max_buffered_bytes: int = Field(2**30, ge=1, description="all request bodies held at one time")
+    max_batch_items: int = Field(64, ge=1, le=2048, description="limit of images in one request")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="limit for one request body")
+    max_buffered_bytes: int = Field(2**30, ge=1, description="limit for all request bodies in memory together")
 
-    queue_max_images: int = Field(256, ge=1, description="images accepted and not yet answered; beyond it 503")
-    queue_max_patches: int = Field(262_144, ge=1, description="patches waiting for the engine; beyond it 503")
-    batch_max_patches: int = Field(2048, ge=1, description="patches in one forward pass (256 per image of 224 x 224)")
-    decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="threads that decode")
+    queue_max_images: int = Field(256, ge=1, description="limit of images accepted and not yet answered; above it 503")
+    queue_max_patches: int = Field(262_144, ge=1, description="limit of patches waiting for the engine; above it 503")
+    batch_max_patches: int = Field(
+        2048, ge=1, description="limit of patches in one forward pass (256 per image of 224 x 224)"
+    )
+    decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="number of decoding threads")
 
     header_timeout_s: float = Field(
-        20.0, gt=0, allow_inf_nan=False, description="a connection without complete headers by then is closed"
+        20.0, gt=0, allow_inf_nan=False, description="a connection whose headers take longer is closed"
     )
     request_deadline_s: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="a request that takes longer is a 504"
+        60.0, gt=0, allow_inf_nan=False, description="a request that takes longer gets 504"
     )
     shutdown_grace_s: float = Field(
-        25.0, ge=0, allow_inf_nan=False, description="how long requests in flight may take after SIGTERM"
+        25.0, ge=0, allow_inf_nan=False, description="time for requests in flight to finish after SIGTERM"
     )
     hang_timeout_s: float = Field(
         120.0, gt=0, allow_inf_nan=False, description="a forward pass that takes longer makes /livez fail"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level to log")
 
     @model_validator(mode="before")
     @classmethod
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """An empty host would listen on every interface, and an empty data folder would be the current one."""
+        """Drop empty values. An empty host would listen on every interface, and an empty data folder would be the
+        current one."""
         return {name: value for name, value in values.items() if value != ""}
 
     @field_validator("engine")
@@ -118,16 +124,16 @@ class Settings(BaseSettings):
 
     @property
     def items_per_request(self) -> int:
-        """How many images one request may bring: never more than the queue could take at once."""
+        """The most images in one request, never more than the queue can hold."""
         return min(self.max_batch_items, self.queue_max_images)
 
     @property
     def originals_place(self) -> str | Path:
-        """Where the photos of collections that keep them lie."""
+        """The folder or URL where the images of collections with `originals` are stored."""
         return self.originals_url or self.data_dir / "originals"
 
     def shown(self) -> dict[str, Any]:
-        """The settings for the log, without secrets."""
+        """Return the settings for the log, without secrets."""
         values = self.model_dump(mode="json")
         masked = masked_url(self.redis_url) if self.redis_url else None
         originals = self.originals_url and re.sub(r"://.*", "://...", self.originals_url, flags=re.DOTALL)
@@ -136,19 +142,19 @@ class Settings(BaseSettings):
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from the environment; `overrides` (the command line's options) win.
+    """Load settings from the environment. `overrides` (the options of the command line) take precedence.
 
     Raises:
-        ValueError: an unknown `DINOV2_*` name (the message names the nearest known one) or a bad value.
+        ValueError: an unknown `DINOV2_*` name (the message suggests the nearest setting) or a bad value.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    names = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known | READ_BY_COMPOSE:
-            nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
+        if name.upper().startswith(PREFIX) and name.upper() not in names | READ_BY_COMPOSE:
+            nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown setting {name} in the environment: did you mean {nearest}?")
     try:
         return Settings(**dict(overrides or {}))
-    except ValidationError as error:  # pydantic's own text would show a password within redis_url
+    except ValidationError as error:  # pydantic's own message would show a password in redis_url
         problems = error.errors(include_url=False, include_context=False)
         raise ValueError(
             "; ".join(_problem(problem["loc"], problem["input"], problem["msg"]) for problem in problems)

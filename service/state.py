@@ -1,6 +1,7 @@
-"""What the routes work with: one record, made when the application starts, reachable as `request.app.state.service`.
+"""The collaborators that routes use, in one record, made when the application starts: `request.app.state.service`.
 
-It is whole from the beginning. What is needed before, and while the service stops, is the `Lifecycle`.
+The record is complete from the start. `Lifecycle` holds the state that is needed before startup ends and during
+shutdown.
 """
 
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from service.telemetry import Metrics
 
 @dataclass
 class Lifecycle:
-    """Where the process stands between start and end: the border counts, shutdown waits, /readyz tells."""
+    """The state of the process between start and end. The border updates it; shutdown and /readyz read it."""
 
     warm: bool = False
-    draining: bool = False  # shutting down: what runs may finish, nothing begins
+    draining: bool = False  # shutting down: running requests may finish, new ones are refused
     in_flight: int = 0
     buffered_bytes: int = 0
 
@@ -36,7 +37,7 @@ class Service:
     settings: Settings
     artifact: Artifact
     engine: Engine
-    tried: tuple[Tried, ...]  # engines at the start, in order, the one that serves last
+    tried: tuple[Tried, ...]  # engines tried at startup, in order; the last one serves
     metrics: Metrics
     lifecycle: Lifecycle
     store: VectorStore
@@ -44,34 +45,35 @@ class Service:
     pipeline: Pipeline
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
-        """What two vectors must share to be compared; `fingerprint` of another model, if not the served one's."""
+        """Return the tag that two vectors must share to be comparable. `fingerprint` names another model than the
+        served one."""
         size = self.artifact.manifest.input_size
         return make_tag(fingerprint or self.artifact.fingerprint, pooling, size, self.engine.precision)
 
     @property
     def model_names(self) -> list[str]:
-        """What the `model` field of a request may say for the model that is served, beside "" and "auto"."""
+        """The names of the served model that the `model` field of a request accepts, besides "" and "auto"."""
         manifest = self.artifact.manifest
         names = [self.artifact.name, manifest.name, manifest.fingerprint]
         entry = ENTRIES.get(manifest.name)
         return names + list(entry.aliases if entry else ())
 
     def check_model(self, name: str) -> None:
-        """Refuse a request that asks for another model than the one served.
+        """Refuse a request for another model than the served one.
 
         Raises:
-            ModelNotFound: it does; the message names what is served.
+            ModelNotFound: the name is another model's; the message names the served model.
         """
         if name and name != "auto" and name not in self.model_names:
             raise ModelNotFound(
-                f"model {name!r} is not served here; this service has {self.artifact.name} (also: auto, "
+                f"model {name!r} is not served here; this service serves {self.artifact.name} (also: auto, "
                 f"{', '.join(self.model_names[1:])})",
                 param="model",
             )
 
     def identity(self, tag: str | None = None) -> dict[str, Any]:
-        """What an answer says about the model that made its vectors: the one served, or the one that a collection's tag
-        names; of another than the served one only the fingerprint is known."""
+        """Return name and fingerprint of the model that made the vectors: the served one, or the one in a collection's
+        tag. The name of another model than the served one is unknown."""
         fingerprint = self.artifact.fingerprint if tag is None else tag_parts(tag).fingerprint
         name = self.artifact.name if fingerprint == self.artifact.fingerprint else None
         return {"model": name, "fingerprint": fingerprint}

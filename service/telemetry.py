@@ -1,8 +1,8 @@
-"""Every metric and every log field, declared once.
+"""All metrics and log fields, each declared once.
 
 Names follow Prometheus' conventions: a prefix, base units, `_total` on counters. Each `Metrics` has its own registry,
-so two services in one process (tests) do not share counters. Labels are few and bounded: a route's template and never
-the path as sent, which a scanner could fill with anything.
+so two services in one process (in tests) do not share counters. Labels are few and bounded. A route label is the
+route's template, never the path as sent, because a scanner could create any number of paths.
 """
 
 import json
@@ -21,7 +21,7 @@ access_log = logging.getLogger("service.access")
 
 
 class Metrics:
-    """The counters of one service."""
+    """The metrics of one service."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -40,35 +40,40 @@ class Metrics:
             return Histogram(f"dinov2_{name}", text, labels, buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests_total", "Requests answered.", "method", "route", "status")
-        self.request_seconds = histogram("request_duration_seconds", "Time to the answer.", SECONDS, "route")
+        self.request_seconds = histogram("request_duration_seconds", "Time until the answer.", SECONDS, "route")
         self.requests_in_flight = gauge("requests_in_flight", "Requests being answered.")
-        self.stage_seconds = histogram("stage_duration_seconds", "Time of one image in one stage.", SECONDS, "stage")
+        self.stage_seconds = histogram(
+            "stage_duration_seconds", "Time that one image spends in one stage.", SECONDS, "stage"
+        )
         self.batch_images = histogram("batch_images", "Images in one forward pass.", BATCH)
         self.queue_images = gauge("queue_images", "Images accepted and not yet answered.")
         self.queue_patches = gauge("queue_patches", "Patches waiting for the engine.")
-        self.images = counter("images_total", "Images through the engine.")
-        self.dropped = counter("dropped_images_total", "Images whose clients left before the engine took them.")
+        self.images = counter("images_total", "Images that the engine processed.")
+        self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
-        self.cache_hits = counter("cache_hits_total", "Vectors taken from the cache.")
+        self.cache_hits = counter("cache_hits_total", "Vectors found in the cache.")
         self.cache_misses = counter("cache_misses_total", "Vectors not in the cache.")
         self.cache_events = counter(
-            "cache_events_total", "Troubles of the cache; failed calls count as misses.", "event"
+            "cache_events_total", "Cache errors and recoveries; a failed call counts as a miss.", "event"
         )
-        self.coalesced = counter("coalesced_images_total", "Images that waited for an identical one in flight.")
+        self.coalesced = counter(
+            "coalesced_images_total", "Images that shared the computation of an identical image in flight."
+        )
         self.index_recall = gauge(
-            "index_recall_ratio", "Share of the true ten nearest that live searches found, of a sample.", "collection"
+            "index_recall_ratio", "Share of the true ten nearest that sampled live searches found.", "collection"
         )
         self.model_info = gauge("model_info", "The model in use.", "name", "fingerprint", "engine", "precision")
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """Return the text that Prometheus scrapes."""
         return generate_latest(self.registry)
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and the fields given as `extra={"fields": {...}}`."""
+    """A formatter that writes a record as one JSON object per line: time, level, logger, message, and the fields of
+    `extra={"fields": {...}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -84,18 +89,18 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Send every log record to standard error as a JSON line."""
+    """Send all log records to standard error as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns of every odd photo
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns about every unusual image
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
-    """The one line of a request. No body, no image, no query string."""
+    """Log the one line of a request. It has no body, image or query string."""
     if not access_log.isEnabledFor(logging.INFO):
         return
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}

@@ -1,4 +1,4 @@
-"""How long the stages of a request took, in milliseconds, as answers show them."""
+"""Durations of a request's stages in milliseconds, as answers show them."""
 
 import time
 from collections.abc import Iterable
@@ -7,12 +7,12 @@ from service.features.pipeline import Embedded
 
 
 def ms_since(started: float) -> float:
-    """Milliseconds since a `time.perf_counter()`."""
+    """Return the milliseconds since a `time.perf_counter()` value."""
     return round((time.perf_counter() - started) * 1e3, 3)
 
 
 def slowest(images: Iterable[Embedded]) -> dict[str, float]:
-    """Milliseconds that each stage took for the image that it took longest for."""
+    """Return the milliseconds of each stage, each for the image that took longest in it."""
     stages: dict[str, float] = {}
     for image in images:
         for stage, seconds in image.timings.items():

@@ -1,6 +1,6 @@
-"""The slow plain definition of a vector store: dictionaries and a numpy scan.
+"""The plain, slow definition of a vector store: dictionaries and a numpy scan.
 
-What the real stores are compared with, and what the routes are tested on.
+Tests compare the real stores with it and test the routes on it.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class _Collection:
 
 
 class DictStore:
-    """`VectorStore` in plain Python."""
+    """A `VectorStore` in plain Python."""
 
     capabilities = frozenset({"atomic_upsert", "idempotency"})
 
@@ -65,11 +65,11 @@ class DictStore:
         return [await self.info(name) for name in sorted(self._collections)]
 
     async def info(self, collection: str) -> CollectionInfo:
-        name, found = self._found(collection)
-        return CollectionInfo(name, found.spec, len(found.items))
+        name, stored = self._resolve(collection)
+        return CollectionInfo(name, stored.spec, len(stored.items))
 
     async def drop(self, collection: str) -> None:
-        self._found(collection)
+        self._resolve(collection)
         if collection in self._aliases or collection in self._aliases.values():
             raise Conflict(f"{collection!r} is or has an alias")
         del self._collections[collection]
@@ -82,7 +82,7 @@ class DictStore:
         if check_name(alias) in self._collections:
             raise Conflict(f"{alias!r} is a collection")
         before = self._aliases.get(alias)
-        self._aliases[alias], _ = self._found(collection)
+        self._aliases[alias], _ = self._resolve(collection)
         return before
 
     async def drop_alias(self, alias: str) -> None:
@@ -108,52 +108,52 @@ class DictStore:
         except CollectionNotFound:
             info = CollectionInfo(collection, check_spec(CollectionSpec(tag, dimension)), 0)
         check_match(info, tag=tag, dimension=dimension)
-        found = self._collections.setdefault(info.name, _Collection(info.spec))
+        stored = self._collections.setdefault(info.name, _Collection(info.spec))
         if request_key is not None:
-            known = request_key in found.requests
+            is_repeat = request_key in stored.requests
             text = repr([replace(item, vector=item.vector.tolist()) for item in rows.values()])
-            if found.requests.setdefault(request_key, text) != text:
+            if stored.requests.setdefault(request_key, text) != text:
                 raise Conflict(f"the idempotency key {request_key!r} was used with other items")
-            if known:
+            if is_repeat:
                 return await self.info(collection)
-        found.items.update(rows)
+        stored.items.update(rows)
         return await self.info(collection)
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
-        found = self._found(collection)[1]
-        return [found.items.get(check_id(item_id)) for item_id in ids]
+        stored = self._resolve(collection)[1]
+        return [stored.items.get(check_id(item_id)) for item_id in ids]
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        found = self._found(collection)[1]
+        stored = self._resolve(collection)[1]
         metadata_text(metadata)
-        if check_id(item_id) not in found.items:
+        if check_id(item_id) not in stored.items:
             raise ItemNotFound(f"collection {collection!r} holds no item {item_id!r}")
-        old = found.items[item_id]
+        old = stored.items[item_id]
         new = replace(old, metadata=merged(old.metadata, metadata))
         metadata_text(new.metadata)
-        found.items[item_id] = new
+        stored.items[item_id] = new
         return new
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
-        found = self._found(collection)[1]
+        stored = self._resolve(collection)[1]
         wanted = [check_id(item_id) for item_id in ids]
-        return sum(found.items.pop(item_id, None) is not None for item_id in wanted)
+        return sum(stored.items.pop(item_id, None) is not None for item_id in wanted)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        found = self._found(collection)[1]
+        stored = self._resolve(collection)[1]
         return await self.delete(
-            collection, [item.id for item in found.items.values() if matches(where, item.metadata)]
+            collection, [item.id for item in stored.items.values() if matches(where, item.metadata)]
         )
 
     async def count(self, collection: str, where: Filter | None = None) -> int:
-        return len(self._passing(self._found(collection)[1], where))
+        return len(self._passing(self._resolve(collection)[1], where))
 
     async def scroll(
         self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page:
-        items = sorted(self._passing(self._found(collection)[1], where), key=lambda item: item.id)
+        items = sorted(self._passing(self._resolve(collection)[1], where), key=lambda item: item.id)
         if cursor is not None and not cursor.startswith("after:"):
-            raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor")
+            raise InvalidRequest(f"cursor {cursor[:80]!r} is not from this store", param="cursor")
         rest = [item for item in items if cursor is None or item.id > cursor.removeprefix("after:")]
         return Page(rest[:limit], f"after:{rest[limit - 1].id}" if len(rest) > limit else None)
 
@@ -169,9 +169,9 @@ class DictStore:
     ) -> list[list[Hit]]:
         check_k(k)
         queries = normalised_rows(vectors)
-        name, found = self._found(collection)
-        check_match(CollectionInfo(name, found.spec, 0), tag=tag, dimension=queries.shape[1])
-        items = self._passing(found, where)
+        name, stored = self._resolve(collection)
+        check_match(CollectionInfo(name, stored.spec, 0), tag=tag, dimension=queries.shape[1])
+        items = self._passing(stored, where)
         answers = []
         for query in queries:
             hits = [
@@ -184,11 +184,11 @@ class DictStore:
     async def close(self) -> None:
         self._is_open = False
 
-    def _found(self, name: str) -> tuple[str, _Collection]:
-        real = self._aliases.get(check_name(name), name)
-        if real not in self._collections:
+    def _resolve(self, name: str) -> tuple[str, _Collection]:
+        own_name = self._aliases.get(check_name(name), name)
+        if own_name not in self._collections:
             raise CollectionNotFound(f"there is no collection {name!r}")
-        return real, self._collections[real]
+        return own_name, self._collections[own_name]
 
-    def _passing(self, found: _Collection, where: Filter | None) -> list[Item]:
-        return [item for item in found.items.values() if where is None or matches(where, item.metadata)]
+    def _passing(self, stored: _Collection, where: Filter | None) -> list[Item]:
+        return [item for item in stored.items.values() if where is None or matches(where, item.metadata)]

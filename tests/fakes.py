@@ -1,6 +1,6 @@
-"""The only doubles of the tests: an engine that computes features from pixels by a fixed rule, and an artifact for it.
+"""The only test doubles: an engine that computes features from pixels by a fixed rule, and an artifact for it.
 
-The engine can be slowed, stopped at a gate, made to fail on chosen images, and killed, and records what it was given.
+The engine can be slowed down, stopped at a gate, made to fail on chosen images, or killed. It records its inputs.
 """
 
 import asyncio
@@ -40,21 +40,21 @@ _WEIGHTS = np.random.default_rng(0).normal(size=(3 * 14 * 14, DIMS)).astype(np.f
 
 
 class WorkerKilled(BaseException):
-    """What ends a worker thread: not an Exception, so nothing may catch it as a failed forward pass."""
+    """Ends a worker thread. It is not an Exception, so no code can catch it as a failed forward pass."""
 
 
 @dataclass
 class FakeEngine:
-    """Features that depend on every pixel: each patch by a fixed matrix, the class token from their mean."""
+    """An engine with features from every pixel: a fixed matrix gives each patch, and their mean the class token."""
 
     name: str = "fake"
     precision: str = "fp32"
     device: str = "cpu"
     delay_s: float = 0.0
-    gate: threading.Event | None = None  # a pass waits until it is set
-    fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # of a batch [B, 3, h, w]
+    gate: threading.Event | None = None  # each pass waits until the event is set
+    fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # takes a batch [B, 3, h, w]
     killed: bool = False
-    batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes given
+    batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes of the inputs
     entered: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
 
@@ -82,7 +82,7 @@ class FakeEngine:
 
 
 def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
-    """An artifact without files; `digit` makes its fingerprint."""
+    """Return an artifact without files; its fingerprint repeats `digit`."""
     manifest = Manifest(
         name=name,
         fingerprint=digit * 64,
@@ -109,7 +109,7 @@ def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
 
 
 def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
-    """An encoded image of noise, `size` (width, height); another seed, another image."""
+    """Return an encoded image of noise with `size` (width, height); each seed gives another image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
@@ -117,7 +117,7 @@ def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG")
 
 
 def plain_photo(value: int) -> bytes:
-    """An encoded image of one grey: what a test tells the engine to fail on."""
+    """Return an encoded image of a single grey, on which a test can make the engine fail."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (value, value, value)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -125,7 +125,7 @@ def plain_photo(value: int) -> bytes:
 
 @dataclass
 class Running:
-    """A service that has started, without a server: requests go straight to the application."""
+    """A started service without a server; requests go straight to the application."""
 
     app: FastAPI
     client: httpx.AsyncClient
@@ -133,7 +133,7 @@ class Running:
     engine: FakeEngine
 
     async def embed(self, images: Sequence[bytes]) -> list[Outcome[Embedded]]:
-        """What the pipeline makes of images that could all be read."""
+        """Return the pipeline's outcomes for images that can all be read."""
         return await self.service.pipeline.embed(numbered(images))
 
 
@@ -147,15 +147,15 @@ async def running(
     store: VectorStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
-    """A started service, with the embedded store if none is given; the warm-up is not in the engine's records."""
+    """Start a service, with the embedded store if none is given. The engine's records exclude the warm-up."""
 
-    async def given() -> VectorStore:
+    async def open_given() -> VectorStore:
         assert store is not None
         return store
 
     engine = engine or FakeEngine()
     chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
-    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=given if store else None)
+    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=open_given if store else None)
     async with app.router.lifespan_context(app):
         engine.batches.clear()
         engine.entered.clear()
@@ -165,7 +165,7 @@ async def running(
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Let the event loop run until the condition holds."""
+    """Run the event loop until the condition holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
@@ -173,7 +173,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 
 def most_s(body: bytes) -> float:
-    """Processor time that refusing `body` may take: many times what reading its JSON costs on this machine, now."""
+    """Return the CPU seconds that refusing `body` may take: many times the cost of parsing its JSON now."""
     started = time.process_time()
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(body)
@@ -182,7 +182,7 @@ def most_s(body: bytes) -> float:
 
 @contextmanager
 def no_file_left_open() -> Iterator[None]:
-    """Fails if a file is let go inside that nobody has closed."""
+    """Fail if the block leaves a file that was garbage-collected without being closed."""
     gc.collect()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)

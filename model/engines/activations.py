@@ -1,4 +1,4 @@
-"""How large the inputs of each linear layer get on given images: what fp8 needs to know beforehand."""
+"""Measures how large the inputs of each linear layer are on given images. fp8 needs these ranges in advance."""
 
 import tempfile
 from pathlib import Path
@@ -15,19 +15,20 @@ from model.onnx_graph.nodes import FloatArray, Weights
 
 
 def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray, *, batch: int = 4) -> dict[str, float]:
-    """The largest absolute input of every linear layer, by the layer's name, in float32 on ONNX Runtime's CPU.
+    """Return the largest absolute input of every linear layer, by layer name, in float32 on ONNX Runtime's CPU
+    provider.
 
     Args:
         weights: Meta's parameter names to arrays.
-        pixels: normalised images [B, 3, H, W], like those that will be served.
-        batch: images at a time.
+        pixels: normalised images [B, 3, H, W], like those to be served.
+        batch: images per forward pass.
 
     Raises:
-        ValueError: a side of the images is not a multiple of the patch size; no image; a value that is not finite.
+        ValueError: a side that is not a multiple of the patch size, no images, or a value that is not finite.
     """
     ort = load_runtime()
     if not len(pixels):
-        raise ValueError("at least one photo is needed to measure activations")
+        raise ValueError("at least one image is needed to measure activations")
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.onnx"
         write_onnx(weights, config, GraphSpec((pixels.shape[2], pixels.shape[3]), outputs=("cls",)), path)
@@ -38,15 +39,17 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
         options.intra_op_num_threads = available_cpus()
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         parts = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
-        found = [session.run([f"{layer}.largest" for layer in layers], {"pixels": part}) for part in parts]
-    largest = np.max(np.array(found, dtype=np.float64), axis=0)
+        per_part = [session.run([f"{layer}.largest" for layer in layers], {"pixels": part}) for part in parts]
+    largest = np.max(np.array(per_part, dtype=np.float64), axis=0)
     if not np.isfinite(largest).all():
-        raise ValueError(f"inputs that are not finite: {[layers[i] for i in np.flatnonzero(~np.isfinite(largest))]}")
+        raise ValueError(
+            f"layers whose inputs are not finite: {[layers[i] for i in np.flatnonzero(~np.isfinite(largest))]}"
+        )
     return dict(zip(layers, map(float, largest), strict=True))
 
 
 def _add_largest(model: onnx.ModelProto) -> list[str]:
-    """Outputs `<layer>.largest` for every linear layer; returns the layers."""
+    """Add an output `<layer>.largest` for every linear layer; return the layers."""
     graph, layers = model.graph, []
     stored = {tensor.name for tensor in graph.initializer}
     for node in list(graph.node):

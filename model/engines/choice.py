@@ -1,13 +1,13 @@
-"""Which engine serves: the one asked for, the first of a fixed order that is right, or the fastest on this CPU.
+"""Chooses the serving engine: the requested one, the first of a fixed order that passes, or the fastest on this CPU.
 
-Nothing serves before its numbers were compared. The reference on a serving host is ONNX Runtime's CPU engine in
-float32, whose own parity with torch the manifest records; every other engine runs the same few images when it is
-loaded, and one that strays is discarded. Whatever was tried is logged in order, with the reason, and kept for
+No engine serves before its results have been compared. The reference on a serving host is ONNX Runtime's CPU engine in
+float32, whose own parity with torch is in the manifest. Every other engine runs the same few images when it is loaded,
+and one that differs too much is discarded. All attempts are logged in order, with the reason, and stored for
 /v1/models.
 
-`auto` never takes int8: a vector's tag has its precision, and a service must not begin to write other vectors because
-it was started on another host. A GPU's bf16 is another precision too, so a collection that was filled on a GPU is
-searched on one.
+`auto` never selects int8: a vector's tag includes its precision, and a service must not start to write different
+vectors because it runs on another host. A GPU's bf16 is also a separate precision, so a collection that was filled on a
+GPU must be searched on a GPU.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
-    """An engine that may serve; `device` is torch's, None where it takes a GPU if there is one."""
+    """An engine that may serve. `device` is torch's; None means a GPU if there is one."""
 
     runtime: str
     precision: str
@@ -48,20 +48,19 @@ AUTO: Final = (
     Candidate("onnxruntime-cuda", "bf16"),
     Candidate("torch", "bf16", "cuda"),
     Candidate("onnxruntime", "fp32"),
-    Candidate("torch", "fp32", "cpu"),  # for an artifact without a graph
+    Candidate("torch", "fp32", "cpu"),  # for artifacts without a graph
 )
 FASTEST: Final = (Candidate("onnxruntime", "fp32"), Candidate("onnxruntime", "int8"))
 BENCHMARK_S: Final = 2.0
 INT8_MARGIN: Final = 1.1
-"""How much faster than float32 an engine of less precision must be to be worth it."""
+"""The speed-up over float32 that an engine of lower precision must reach to be chosen."""
 
-PHOTOS_AT_LOAD: Final = (
-    5  # images that are compared, on a CPU in batches of 4 and 1; on a GPU in each that it has kernels of its own for
-)
+PHOTOS_AT_LOAD: Final = 5
+"""Images of the comparison at load: in batches of 4 and 1 on a CPU, at every bucket on a GPU."""
 
 
 class NotHere(ValueError):
-    """Why an engine cannot serve on this host or from this artifact, in one line."""
+    """The reason, on one line, why an engine cannot serve on this host or from this artifact."""
 
 
 def choose_engine(
@@ -75,14 +74,14 @@ def choose_engine(
 
     Args:
         artifact: the verified artifact.
-        name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`); `auto`, the first of `AUTO` that is here
-            and passes; or `fastest`, by a benchmark of two seconds among the CPU engines that pass.
-        threads: CPU threads of a forward pass; None takes what the machine and its cgroup grant.
-        photos: uint8 [H, W, 3] images, at least two, for the comparison at load; None takes generated ones.
+        name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`); `auto`: the first engine of `AUTO` that is
+            available and passes; `fastest`: the winner of a two-second benchmark among the CPU engines that pass.
+        threads: CPU threads per forward pass; None: as many as the machine and its cgroup grant.
+        photos: uint8 [H, W, 3] images, at least two, for the comparison at load; None: generated images.
 
     Raises:
         ValueError: an unknown engine name, `threads` below 1, or no engine that can serve; the message has the reasons.
-        ModuleNotFoundError: the runtime that was asked for is not installed.
+        ModuleNotFoundError: the requested runtime is not installed.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
@@ -93,7 +92,7 @@ def choose_engine(
     elif name == "auto":
         choice = _first(host, AUTO)
     else:
-        choice = _asked(host, Candidate(runtime, precision))
+        choice = _requested(host, Candidate(runtime, precision))
     for tried in choice.tried:
         log.info("engine %s %s: %s", *tried)
     log.info("engine %s (%s), %d threads", choice.engine.name, choice.engine.precision, host.threads)
@@ -107,18 +106,18 @@ def load_engine(
     threads: int | None = None,
     photos: Sequence[npt.NDArray[np.uint8]] | None = None,
 ) -> Engine:
-    """The engine that `choose_engine` chooses; see there."""
+    """Return the engine that `choose_engine` selects."""
     return choose_engine(artifact, name, threads=threads, photos=photos).engine
 
 
-def _asked(host: "_Host", candidate: Candidate) -> Choice:
+def _requested(host: "_Host", candidate: Candidate) -> Choice:
     try:
         engine = host.load(candidate)
     except NotHere as error:
         raise NotHere(f"engine {candidate.name}: {error}") from error
-    except RuntimeError as error:  # CUDA's, mostly; ValueError is what a start that fails in one line knows
+    except RuntimeError as error:  # mostly CUDA's; the command line reports a ValueError on one line
         raise ValueError(f"engine {candidate.name}: {_line(error)}") from error
-    return Choice(engine, (Tried(candidate.name, "serves", "asked for"),))
+    return Choice(engine, (Tried(candidate.name, "serves", "requested"),))
 
 
 def _first(host: "_Host", candidates: Sequence[Candidate]) -> Choice:
@@ -126,13 +125,13 @@ def _first(host: "_Host", candidates: Sequence[Candidate]) -> Choice:
     for candidate in candidates:
         try:
             engine = host.load(candidate)
-        except Exception as error:  # whatever a GPU's libraries raise, the next one may be able to
+        except Exception as error:  # GPU libraries raise anything; the next candidate may work
             if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
-                log.warning("engine %s failed in a way of its own", candidate.name, exc_info=True)
+                log.warning("engine %s failed unexpectedly", candidate.name, exc_info=True)
             tried.append(Tried(candidate.name, "passed over", _line(error)))
         else:
-            return Choice(engine, (*tried, Tried(candidate.name, "serves", "the first that can")))
-        gc.collect()  # what was passed over may hold memory, the GPU's among it, in cycles
+            return Choice(engine, (*tried, Tried(candidate.name, "serves", "first that can serve")))
+        gc.collect()  # a rejected engine may hold memory, including the GPU's, in cycles
     raise ValueError(f"no engine can serve {host.artifact.name}: {'; '.join(f'{t.engine}: {t.reason}' for t in tried)}")
 
 
@@ -146,7 +145,7 @@ def _fastest(host: "_Host") -> Choice:
     if not loaded:
         raise ValueError(f"no CPU engine can serve {host.artifact.name}: {'; '.join(t.reason for t in tried)}")
     if len(loaded) == 1:
-        return Choice(loaded[0][1], (*tried, Tried(loaded[0][0], "serves", "the only CPU engine that can")))
+        return Choice(loaded[0][1], (*tried, Tried(loaded[0][0], "serves", "only CPU engine that can serve")))
     pixels = np.zeros((1, 3, *host.artifact.manifest.input_size), np.float32)
     speeds = images_per_s([engine for _, engine in loaded], pixels)
     best = 0
@@ -166,7 +165,10 @@ def images_per_s(
     seconds: float = BENCHMARK_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Median images/s of each engine: all take turns until `seconds` are over, each at least once after a warm-up."""
+    """Return the median images/s of each engine.
+
+    The engines take turns until `seconds` have passed. Each runs at least once after a warm-up.
+    """
     start = clock()
     for engine in engines:
         engine.run(pixels)
@@ -180,14 +182,14 @@ def images_per_s(
 
 
 class _Host:
-    """What loading an engine needs, and the reference's features once they were asked for."""
+    """What loading an engine needs, and the cached features of the reference."""
 
     def __init__(self, artifact: Artifact, threads: int, photos: Sequence[npt.NDArray[np.uint8]] | None = None) -> None:
         self.artifact, self.threads = artifact, threads
         self._photos = photos
 
     def load(self, candidate: Candidate) -> Engine:
-        """An engine that has been compared with the reference.
+        """Return an engine that has been compared with the reference.
 
         Raises:
             ValueError, OSError, RuntimeError: it cannot serve; the message says why.
@@ -202,18 +204,18 @@ class _Host:
                     record = parity.measure(self._reference, engine, self._pixels, batch=batch)
                     parity.check(record, "the float32 reference")
             except BaseException:
-                engine.close()  # the next one needs the memory
+                engine.close()  # the next candidate needs the memory
                 raise
         return engine
 
     def _fault(self, candidate: Candidate) -> str | None:
-        """What can be told without loading anything."""
+        """Return a reason that is known without loading anything."""
         runtime = RUNTIMES[candidate.runtime]
         fault = no_gpu() if runtime.needs_gpu or candidate.device == "cuda" else None
         return fault or runtime.file.fault(self._request(candidate))
 
     def _open(self, candidate: Candidate, *, few_passes: bool = False) -> Engine:
-        """Load without comparing."""
+        """Load an engine without comparing it."""
         return RUNTIMES[candidate.runtime].file.open(self._request(candidate, few_passes=few_passes))
 
     def _request(self, candidate: Candidate, *, few_passes: bool = False) -> OpenRequest:
@@ -223,7 +225,7 @@ class _Host:
 
     @property
     def _recorded(self) -> Candidate:
-        """What the others are compared with: ONNX Runtime's CPU, or torch where the artifact has no graph."""
+        """The engine that the others are compared with: ONNX Runtime's CPU, or torch if the artifact has no graph."""
         has_graph = ONNX in self.artifact.locations
         return Candidate("onnxruntime", "fp32") if has_graph else Candidate("torch", "fp32", "cpu")
 
@@ -239,9 +241,9 @@ class _Host:
 
 
 def no_gpu() -> str | None:
-    """Why this host has no NVIDIA GPU that a program can use, asked of the driver; None if it has one.
+    """Return why this host has no usable NVIDIA GPU, according to the driver, or None if it has one.
 
-    torch would know too, but takes seconds and hundreds of megabytes to say so.
+    torch could tell as well, but loading it takes seconds and hundreds of megabytes.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -255,6 +257,6 @@ def no_gpu() -> str | None:
 
 
 def _line(error: Exception) -> str:
-    """A message in one line that a table can show: some runtimes' have many."""
+    """Return a message on one line, short enough for a table. Some runtimes' messages have many lines."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

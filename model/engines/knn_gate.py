@@ -1,7 +1,7 @@
-"""The gate that an int8 graph has to pass beside parity: k-NN classification as good as float32's.
+"""The gate for int8 graphs, in addition to parity: k-NN classification must be as good as float32's.
 
-Cosines say little about which image is nearest, so labelled images are classified by their neighbours, with the class
-tokens of the int8 graph and with those of float32. The protocol is that of `training/evaluate/knn.py`, which `model`
+Cosines say little about which image is nearest. Labelled images are therefore classified by their neighbours, once with
+the int8 graph's class tokens and once with float32's. The protocol is that of `training/evaluate/knn.py`, which `model`
 may not import; a test compares the two.
 """
 
@@ -18,17 +18,17 @@ from model.engines.parity import BATCH, Image, pixels_at, unit_length
 from model.engines.protocol import Engine, FloatArray
 from model.preprocess import PreprocessSpec
 
-KNN_K: Final = 20  # the usual best of the paper's
+KNN_K: Final = 20  # usually the best value in the paper
 KNN_TEMPERATURE: Final = 0.07
-MAX_VAL_LOSS: Final = 2  # images of val that int8 may classify wrongly and float32 rightly, net
-MAX_TRAIN_LOSS: Final = 0.005  # share of train, each image among the others
-MIN_VAL: Final = 200  # images, below which losing two of them says nothing
+MAX_VAL_LOSS: Final = 2  # maximum net loss of correctly classified images of val
+MAX_TRAIN_LOSS: Final = 0.005  # maximum net loss as a share of train, leave-one-out
+MIN_VAL: Final = 200  # images; with fewer, a loss of two says nothing
 MIN_TRAIN: Final = 500
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Files of `train/` and `val/`, each with its class; `read` gives a file's pixels, or None if it is no image."""
+    """Files of `train/` and `val/` with their classes. `read` returns a file's pixels, or None if it is no image."""
 
     train: Sequence[tuple[Path, str]]
     val: Sequence[tuple[Path, str]]
@@ -37,7 +37,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class ClassTokens:
-    """Class tokens [n, D] of the labelled images that could be read, and their class numbers [n]."""
+    """Class tokens [n, D] of the readable labelled images, and their class numbers [n]."""
 
     train: FloatArray
     train_labels: npt.NDArray[np.intp]
@@ -46,7 +46,10 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """The labelled images of a folder that holds `train/` and `val/`, each with a folder per class; None of another."""
+    """Return the labelled images of a folder with `train/` and `val/`, each with a folder per class.
+
+    Returns None if either has no files.
+    """
 
     def files_of(part: str) -> list[tuple[Path, str]]:
         classes = sorted(path for path in (folder / part).glob("*") if path.is_dir())
@@ -57,7 +60,11 @@ def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> Labelle
 
 
 def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
-    """Class tokens of all labelled images at `size`, read one after the other."""
+    """Return the class tokens of all labelled images at `size`. Images are read one at a time.
+
+    Raises:
+        ValueError: no file of `train/` or of `val/` can be read as an image.
+    """
     numbers = {name: i for i, name in enumerate(sorted({name for _, name in [*images.train, *images.val]}))}
 
     def of(files: Sequence[tuple[Path, str]]) -> tuple[FloatArray, npt.NDArray[np.intp]]:
@@ -71,7 +78,7 @@ def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, s
 
         tokens = [engine.run(np.stack(batch)).cls for batch in _batches(readable())]
         if not tokens:
-            raise ValueError(f"{files[0][0].parent.parent}: none of its {len(files)} files can be read as a photo")
+            raise ValueError(f"{files[0][0].parent.parent}: none of the {len(files)} files can be read as an image")
         return np.concatenate(tokens), np.array(labels)
 
     return ClassTokens(*of(images.train), *of(images.val))
@@ -97,15 +104,16 @@ def knn_right(
     *,
     leave_one_out: bool = False,
 ) -> int:
-    """How many of `test` [m, D] the k nearest of `train` [n, D] classify rightly, votes weighted by exp(cosine / T).
+    """Count the images of `test` [m, D] that their k nearest of `train` [n, D] classify correctly.
 
-    With `leave_one_out` both are the same images, and none is its own neighbour. Fewer than k images all vote.
+    Votes are weighted by exp(cosine / T). With `leave_one_out` both sets are the same, and no image is its own
+    neighbour. If there are fewer than k images, all of them vote.
     """
     k = min(k, len(train) - leave_one_out)
-    known, right = unit_length(train), 0
+    unit_train, right = unit_length(train), 0
     for top in range(0, len(test), 1024):
         rows = np.arange(top, min(top + 1024, len(test)))
-        similarity = unit_length(test[rows]) @ known.T  # [rows, n]
+        similarity = unit_length(test[rows]) @ unit_train.T  # [rows, n]
         if leave_one_out:
             similarity[rows - top, rows] = -np.inf
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
@@ -117,24 +125,27 @@ def knn_right(
 
 
 def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
-    """Whether k-NN with the candidate's class tokens is as good as with float32's; of few images it can only fail."""
+    """Return whether k-NN with the candidate's class tokens is as good as with float32's.
+
+    A set that is too small can only give "failed" or "not measured".
+    """
     val, train = [], []
     for tokens in (reference, candidate):
-        known = (tokens.train, tokens.train_labels)
-        val.append(knn_right(*known, tokens.val, tokens.val_labels))
-        train.append(knn_right(*known, *known, leave_one_out=True))
+        labelled = (tokens.train, tokens.train_labels)
+        val.append(knn_right(*labelled, tokens.val, tokens.val_labels))
+        train.append(knn_right(*labelled, *labelled, leave_one_out=True))
     n_val, n_train = len(reference.val_labels), len(reference.train_labels)
     finite = bool(np.isfinite(candidate.train).all() and np.isfinite(candidate.val).all())
     passed = finite and val[0] - val[1] <= MAX_VAL_LOSS and train[0] - train[1] <= MAX_TRAIN_LOSS * n_train
     enough = n_val >= MIN_VAL and n_train >= MIN_TRAIN
-    few = "" if enough else f"too few photos, at least {MIN_TRAIN} of train and {MIN_VAL} of val are needed: "
+    few = "" if enough else f"too few images (at least {MIN_TRAIN} in train and {MIN_VAL} in val are needed): "
     return GateRecord(
         status="failed" if not passed else "passed" if enough else "not measured",
         reason=few
         + (
-            f"k-NN of {KNN_K} on val {val[0]} -> {val[1]} of {n_val} photos (may fall by {MAX_VAL_LOSS}), "
+            f"k-NN (k={KNN_K}) on val {val[0]} -> {val[1]} of {n_val} images (may fall by {MAX_VAL_LOSS}), "
             f"leave-one-out on train {100 * train[0] / n_train:.2f} -> {100 * train[1] / n_train:.2f} % "
-            f"(may fall by {100 * MAX_TRAIN_LOSS:g} points){'' if finite else '; not every feature is finite'}"
+            f"(may fall by {100 * MAX_TRAIN_LOSS:g} points){'' if finite else '; some features are not finite'}"
         ),
         k=KNN_K,
         val_photos=n_val,
@@ -146,5 +157,5 @@ def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
 
 NO_LABELS: Final = GateRecord(
     status="not measured",
-    reason="the export had no labelled photos: --images FOLDER with train/ and val/, a folder per class in each",
+    reason="the export had no labelled images: --images FOLDER with train/ and val/, a folder per class in each",
 )

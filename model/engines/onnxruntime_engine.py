@@ -1,19 +1,20 @@
-"""The ONNX Runtime engine: the default on CPU, and on NVIDIA GPUs through its CUDA and TensorRT providers.
+"""The ONNX Runtime engine: the default on a CPU, and on NVIDIA GPUs through its CUDA and TensorRT providers.
 
-Threads of ONNX Runtime spin while they wait by default, which steals the cores that decode images for the next batch;
-spinning is off here (figures: docs/decisions/0002-engine-threads.md).
+By default ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch; spinning is
+off here (figures: docs/decisions/0002-engine-threads.md).
 
-On a CPU the standard `Attention` operator holds a whole T x T matrix a head, `com.microsoft.MultiHeadAttention` is
-tiled: at many tokens it is faster and needs a fraction of the memory, at few it is a little slower
-(docs/decisions/0017-attention-form.md). So a graph of many tokens has its attention nodes replaced in memory
-as it is loaded; weights that lie beside the graph stay where they are.
+On a CPU the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention` is
+tiled: with many tokens it is faster and needs a fraction of the memory; with few it is slightly slower
+(docs/decisions/0017-attention-form.md). Attention nodes of graphs with many tokens are therefore replaced in memory at
+load. External weights stay in their file.
 
-A provider that was asked for answers or there is an error: ONNX Runtime itself would go on with its CPU kernels and say
-so in its log only. The GPU providers have never run in this project; docs/engines.md says what has.
+A requested provider either runs or raises an error. ONNX Runtime itself would continue with its CPU kernels and only
+log the fact. The GPU providers have never run in this project; docs/engines.md lists what has.
 
-ONNX Runtime's released builds since 1.29 report to Microsoft (sessions, model hashes, a device id kept in ~/.cache)
-unless a variable says no before the module loads; its own call to turn that off comes after a first event. A
-self-hosted service reports to nobody, so `load_runtime`, the only place that imports it, says no first.
+ONNX Runtime's released builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
+~/.cache) unless an environment variable disables it before the module loads; its API call to disable it comes after a
+first event. A self-hosted service must not report to anyone, so `load_runtime`, the only place that imports the module,
+sets the variable first.
 
 Legend: B batch, H x W pixels, T tokens, D width.
 """
@@ -36,9 +37,9 @@ from model.onnx_graph.build import GraphSpec
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
 TILED_ABOVE_TOKENS: Final = 1024
-"""Patch tokens of an image from which a CPU session takes tiled attention."""
+"""A CPU session uses tiled attention for images with more patch tokens than this."""
 
-LARGEST_BATCH: Final = 64  # that TensorRT's profile is built for
+LARGEST_BATCH: Final = 64  # upper limit of TensorRT's profile
 
 _PROVIDER_OF: Final[dict[str, Provider]] = {
     "onnxruntime": "cpu",
@@ -52,7 +53,7 @@ _STATUS = {"failed": "failed", "not measured": "was not measured"}
 
 
 def load_runtime() -> Any:
-    """The module `onnxruntime`, which is told to report to nobody before it loads."""
+    """Import the module `onnxruntime` with its telemetry disabled."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -60,7 +61,7 @@ def load_runtime() -> Any:
 
 
 def fault(request: OpenRequest) -> str | None:
-    """See `model.engines.protocol.EngineFile`: int8 without a passed gate, float32 without a graph."""
+    """Check the artifact; see `model.engines.protocol.EngineFile`. int8 needs a passed gate, float32 a graph."""
     artifact = request.artifact
     if request.precision == "int8":
         return _int8_fault(artifact)
@@ -70,9 +71,9 @@ def fault(request: OpenRequest) -> str | None:
 
 
 def open(request: OpenRequest) -> "OnnxEngine":
-    """See `model.engines.protocol.EngineFile`. A graph that the artifact lacks is made from its weights, and kept."""
+    """Open the engine, deriving its graph if the artifact lacks it; see `model.engines.protocol.EngineFile`."""
     provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
-    need_provider(provider)  # before a graph is made for it
+    need_provider(provider)  # before a graph is derived for it
     path = graph_file(request.artifact, request.precision, any_size=provider == "cpu")
     if provider == "tensorrt":
         cache.mkdir(parents=True, exist_ok=True)
@@ -87,21 +88,21 @@ def open(request: OpenRequest) -> "OnnxEngine":
 
 
 class OnnxEngine:
-    """Runs one graph.
+    """An engine that runs one graph.
 
     Args:
-        path: the graph; its external data lies beside it.
-        threads: CPU threads of a forward pass.
-        precision: what the graph was built as.
-        provider: what computes; "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
-        tiled: attention in its tiled form; None decides by the number of tokens, on a CPU only.
-        cache_dir: where TensorRT keeps its engines and timings.
+        path: the graph, with its external data in the same folder.
+        threads: CPU threads per forward pass.
+        precision: the precision that the graph was built with.
+        provider: the execution provider; "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
+        tiled: use tiled attention; None decides by the number of tokens, on a CPU only.
+        cache_dir: where TensorRT stores its engines and timings.
         spinning: let waiting threads spin.
-        prepack: lay the weights out anew for the CPU: faster, and a second copy of them.
+        prepack: let ONNX Runtime repack the weights for the CPU: faster, but it makes a second copy of them.
 
     Raises:
-        ValueError: the file is not a model that ONNX Runtime loads, or the provider does not run it.
-        ModuleNotFoundError: this build of ONNX Runtime does not have the provider.
+        ValueError: ONNX Runtime cannot load the file, or the provider cannot run the model.
+        ModuleNotFoundError: this build of ONNX Runtime lacks the provider.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class OnnxEngine:
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
         self.outputs = tuple(output.name for output in model.graph.output)
         self.patch_size = _patch_size(model)
-        self._shape: tuple[int | str, ...] = tuple(  # (3, H, W); a name where any size is taken
+        self._shape: tuple[int | str, ...] = tuple(  # (3, H, W); a name marks a free dimension
             dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]
         )
         tokens = self._tokens()
@@ -140,41 +141,41 @@ class OnnxEngine:
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
                 provider_options=settings,
-                enable_fallback=0,  # on a fault of the GPU it would go on with the CPU, then and in every later pass
+                enable_fallback=0,  # else a GPU error would move this and all later passes to the CPU
             )
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         started = self._session.get_providers()
         if _PROVIDERS[provider] not in started:
-            raise ValueError(f"ONNX Runtime could not start {_PROVIDERS[provider]}; it would go on with {started[0]}")
+            raise ValueError(f"ONNX Runtime could not start {_PROVIDERS[provider]}; it would use {started[0]} instead")
         if provider != "cpu":
             _check_assignment(self._session, provider)
 
     def run(self, pixels: FloatArray) -> Features:
-        """See `model.engines.protocol.Engine`."""
+        """Compute all features; see `model.engines.protocol.Engine`."""
         return Features(**self.run_outputs(pixels, Features._fields))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Chosen outputs of a batch of normalised pixels [B, 3, H, W], float32.
+        """Return chosen outputs of a batch of normalised pixels [B, 3, H, W], float32.
 
         Raises:
-            ValueError: a shape that the graph does not take, or an output that it does not have.
+            ValueError: the graph does not accept the shape, or lacks an output.
         """
         self._check_shape(pixels.shape)
         missing = [name for name in names if name not in self.outputs]
         if missing:
-            raise ValueError(f"this graph has no output {missing[0]!r}: it has {', '.join(self.outputs)}")
-        step = self._largest_batch or len(pixels)  # beyond its profile TensorRT would build anew, for minutes
+            raise ValueError(f"this graph has no output {missing[0]!r}; its outputs are {', '.join(self.outputs)}")
+        step = self._largest_batch or len(pixels)  # outside its profile TensorRT would rebuild, for minutes
         parts = [self._session.run(list(names), {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
-        found = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-        return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, found, strict=True)}
+        outputs = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, outputs, strict=True)}
 
     def close(self) -> None:
-        """See `model.engines.protocol.Engine`."""
+        """Release the session; see `model.engines.protocol.Engine`."""
         self._session = None
 
     def _tokens(self) -> int:
-        """Patch tokens of an image; 0 where any size is taken."""
+        """Return the number of patch tokens of an image; 0 if the graph accepts any size."""
         _, height, width = self._shape
         if isinstance(height, str) or isinstance(width, str):
             return 0
@@ -199,9 +200,9 @@ def need_provider(provider: Provider) -> None:
     """
     ort = load_runtime()
     if provider != "cpu":
-        # CUDA as pip's wheels bring it: the GPU build itself looks only where the system keeps it. Builds whose CUDA
-        # provider is a plugin register it only when these load, so this comes before the question.
-        with redirect_stdout(sys.stderr):  # it prints what it does not find
+        # Loads the CUDA libraries of pip's wheels; the GPU build itself searches only the system's folders. A CUDA
+        # provider that is a plugin registers when these load, so this precedes get_available_providers().
+        with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
             ort.preload_dlls()
     if _PROVIDERS[provider] not in ort.get_available_providers():
         raise ModuleNotFoundError(
@@ -210,16 +211,19 @@ def need_provider(provider: Provider) -> None:
 
 
 def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
-    """The artifact's graph of this precision for its input size: one of that size, else a dynamic one."""
+    """Return the artifact's graph of this precision: one of its input size, else a dynamic one, else None."""
     graphs = [graph for graph in artifact.manifest.graphs if graph.precision == precision]
     usable = [graph for graph in graphs if graph.size in (artifact.manifest.input_size, None)]
     return min(usable, key=lambda graph: graph.size is None, default=None)
 
 
 def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> Path:
-    """The graph's file: the artifact's, or one that this host makes from the weights and keeps.
+    """Return the path of the graph: the artifact's, or one that this host derives from the weights and stores.
 
-    `any_size`: a dynamic graph will do. TensorRT takes none.
+    Args:
+        artifact: the verified artifact.
+        precision: of the graph.
+        any_size: accept a dynamic graph. TensorRT does not.
     """
     if precision == "fp32" and ONNX in artifact.locations:
         return artifact.file(ONNX)
@@ -234,9 +238,9 @@ def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> 
 
 
 def _derived_precision(precision: str) -> Literal["fp32", "fp16", "bf16"]:
-    for known in ("fp32", "fp16", "bf16"):
-        if precision == known:
-            return known
+    for derivable in ("fp32", "fp16", "bf16"):
+        if precision == derivable:
+            return derivable
     raise AssertionError(precision)  # int8 is never derived: its gate belongs to the artifact
 
 
@@ -252,7 +256,7 @@ def _int8_fault(artifact: Artifact) -> str | None:
 
 
 def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Path) -> Any:
-    """Fill a session's options."""
+    """Set and return a session's options."""
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -268,13 +272,13 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
 
 
 def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_dir: Path) -> dict[str, str]:
-    """A provider's options. TensorRT's need fixed sizes, and its engines are kept: a build takes minutes."""
+    """Return a provider's options. TensorRT needs fixed sizes; its engines are cached, as a build takes minutes."""
     if provider == "cpu":
         return {}
     if provider == "cuda":
         return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     if any(isinstance(side, str) for side in shape):
-        raise ValueError("the TensorRT provider takes a graph of one size, not a dynamic one")
+        raise ValueError("the TensorRT provider needs a graph of a fixed size, not a dynamic one")
     settings = {
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(cache_dir),
@@ -289,11 +293,11 @@ def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_d
 
 
 def _with_tiled_attention(model: onnx.ModelProto) -> bytes:
-    """The graph with `com.microsoft.MultiHeadAttention` in place of each standard `Attention`, serialized."""
+    """Return the serialized graph with `com.microsoft.MultiHeadAttention` instead of each standard `Attention`."""
     for node in model.graph.node:
         if node.op_type == "Attention" and not node.domain:
-            given: Mapping[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            kept = {"num_heads": given["q_num_heads"]} | {k: v for k, v in given.items() if k == "scale"}
+            old: Mapping[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            kept = {"num_heads": old["q_num_heads"]} | {k: v for k, v in old.items() if k == "scale"}
             node.CopyFrom(
                 helper.make_node(
                     "MultiHeadAttention",
@@ -318,14 +322,14 @@ def _patch_size(model: onnx.ModelProto) -> int:
 
 
 def _check_assignment(session: Any, provider: Provider) -> None:
-    """Raise when the provider leaves one of the operators that take time to the CPU.
+    """Raise if the provider leaves an expensive operator to the CPU.
 
     Raises:
         ValueError: it does; the message names the operators.
     """
-    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24: the provider's start has to do
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24: rely on the provider's start
         return
     parts = session.get_provider_graph_assignment_info()
     left = {node.op_type for part in parts if part.ep_name.startswith("CPU") for node in part.get_nodes()} & _HEAVY
     if left:
-        raise ValueError(f"{_PROVIDERS[provider]} does not run {', '.join(sorted(left))} of this graph")
+        raise ValueError(f"{_PROVIDERS[provider]} cannot run {', '.join(sorted(left))} of this graph")

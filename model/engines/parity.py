@@ -1,12 +1,13 @@
-"""The gate between an engine and the traffic: its numbers are compared with torch float32 before it may serve.
+"""The parity check: an engine's results are compared with torch float32 before it may serve.
 
-Four figures: the largest absolute difference of any output; the lowest cosine of a class token and of a patch token;
-and how often the nearest other image, by class token, stays the same. The last one is what a search user would notice.
+There are four figures: the largest absolute difference of any output, the lowest cosine of a class token, the lowest
+cosine of a patch token, and how often the nearest other image, by class token, stays the same. The last one is what a
+search user would notice.
 
-Graphs of other sizes are compared on the same images with the crop resized. Reference features are plain arrays, so
-that the engine that made them can be let go before the next one is loaded: two copies of a large model do not fit.
+Graphs of other sizes are compared on the same images with a resized crop. Reference features are plain arrays, so the
+engine that computed them can be released before the next one is loaded: two copies of a large model do not fit.
 
-An int8 graph has to pass `knn_gate.py` as well.
+An int8 graph must also pass `knn_gate.py`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ Image = npt.NDArray[np.uint8]  # RGB [H, W, 3]
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """What an engine of one precision must reach."""
+    """The limits that an engine of one precision must meet."""
 
     max_abs_error: float
     min_cosine_cls: float
@@ -45,11 +46,11 @@ LIMITS = {
 
 
 class ParityError(ValueError):
-    """An engine strays from the reference; the message has every figure and its limit."""
+    """An engine whose results differ too much from the reference; the message has every figure and its limit."""
 
 
 def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
-    """Deterministic images (uint8 [H, W, 3]): coloured waves with noise, of several sizes and aspects."""
+    """Return deterministic images (uint8 [H, W, 3]): coloured waves with noise, of several sizes and aspect ratios."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
@@ -65,8 +66,10 @@ def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
 
 
 def compare(reference: Features, candidate: Features) -> tuple[float, float, float, float]:
-    """(max abs error, lowest class cosine, lowest patch cosine, share of equal nearest neighbours) of two batches."""
-    # numpy's maximum keeps a NaN, Python's may lose it.
+    """Compare two batches: (max abs error, lowest class cosine, lowest patch cosine, share of equal nearest
+    neighbours).
+    """
+    # numpy's maximum propagates NaN, Python's may not.
     error = float(
         np.max([np.abs(ours - theirs).max(initial=0.0) for ours, theirs in zip(candidate, reference, strict=True)])
     )
@@ -80,11 +83,11 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 
 
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
-    """Images as a graph of `size` (H, W) takes them, [B, 3, H, W]: the preprocessing with its crop resized.
+    """Return images as input [B, 3, H, W] of a graph of `size` (H, W): the usual preprocessing with a resized crop.
 
-    A size that is not square is cut from the centre of the square that holds it.
+    A size that is not square is cut from the centre of the enclosing square.
     """
-    assert spec.crop is not None  # an artifact's graph has one size
+    assert spec.crop is not None  # an artifact's preprocessing always crops
     assert spec.resize is not None
     side = max(size)
     resized = spec.model_copy(update={"crop": side, "resize": round(spec.resize * side / spec.crop)})
@@ -94,7 +97,7 @@ def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, in
 
 
 def features(engine: Engine, pixels: FloatArray, batch: int = BATCH) -> Features:
-    """All features of `pixels`, by default in small batches, so that parity of a large model fits in memory."""
+    """Return all features of `pixels`. Small default batches let the parity check of a large model fit in memory."""
     parts = [engine.run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
     return Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
@@ -111,15 +114,15 @@ def measure(
 ) -> ParityRecord:
     """Run `candidate` on `pixels` [B, 3, H, W] (at least two) and compare all outputs with the reference's.
 
-    A batch above the number of images holds some of them several times, so that each of its rows is compared.
+    If the batch is larger than the number of images, images are repeated, so that every row is compared.
     """
     n = len(pixels)
     assert n > 1, "nearest neighbours need two images"
     rows = np.arange(max(n, batch)) % n
-    found = features(candidate, pixels[rows], batch)
-    error, cls, patches, _ = compare(Features(*(part[rows] for part in reference)), found)
-    # The nearest other image of one that is there twice would be itself.
-    agreement = compare(reference, Features(*(part[:n] for part in found)))[3]
+    outputs = features(candidate, pixels[rows], batch)
+    error, cls, patches, _ = compare(Features(*(part[rows] for part in reference)), outputs)
+    # Without duplicates, because the nearest image of a duplicate would be its copy.
+    agreement = compare(reference, Features(*(part[:n] for part in outputs)))[3]
     return ParityRecord(
         engine=candidate.name,
         precision=candidate.precision,
@@ -138,19 +141,19 @@ def measure(
 def with_extras(
     record: ParityRecord, reference: dict[str, FloatArray], candidate: dict[str, FloatArray]
 ) -> ParityRecord:
-    """The record with further outputs in its figures: the error, and as patch tokens every vector of theirs."""
+    """Return the record with further outputs included: in the error, and in the patch cosine (every vector counts)."""
     errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
     cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
     return record.model_copy(
         update={
-            "max_abs_error": float(np.max([record.max_abs_error, *errors])),  # a NaN stays
+            "max_abs_error": float(np.max([record.max_abs_error, *errors])),  # propagates NaN
             "min_cosine_patches": float(np.min([record.min_cosine_patches, *cosines])),
         }
     )
 
 
 def check(record: ParityRecord, reference: str = "torch float32") -> None:
-    """Raise unless the record is within the limits of its precision (NaN is not). The gate of int8 is not looked at.
+    """Raise unless the record is within the limits of its precision. NaN fails. The int8 gate is not checked here.
 
     Raises:
         ParityError: the engine must not serve.
@@ -164,7 +167,7 @@ def check(record: ParityRecord, reference: str = "torch float32") -> None:
     if not passed:
         limit = f" (limit {limits.max_abs_error:g})" if np.isfinite(limits.max_abs_error) else ""
         raise ParityError(
-            f"{record.engine} {record.precision} strays from {reference} on {record.images} photos: "
+            f"{record.engine} {record.precision} differs too much from {reference} on {record.images} images: "
             f"max error {record.max_abs_error:.3g}{limit}, "
             f"class cosine {record.min_cosine_cls:.6f} (at least {limits.min_cosine_cls}), "
             f"patch cosine {record.min_cosine_patches:.6f} (at least {limits.min_cosine_patches})"
@@ -178,7 +181,7 @@ def _min_cosine(a: FloatArray, b: FloatArray) -> float:
 
 
 def unit_length(vectors: FloatArray) -> FloatArray:
-    """Each row [n, D] scaled to length 1; a zero row stays zero."""
+    """Scale each row of [n, D] to length 1. A zero row stays zero."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
 
 

@@ -1,9 +1,9 @@
-"""What serving needs of a runtime: one small protocol, and the record that an engine is opened from.
+"""What serving needs from a runtime: a small protocol, and the record that an engine is opened from.
 
-An engine turns a batch of normalised pixels into all features of one forward pass. It is called by one worker thread
-at a time. Each runtime has a file `*_engine.py` in this folder that offers `fault` and `open` (`EngineFile`), and a row
-in `runtimes.py`. These files import their runtime only when they open an engine, so a server without torch never looks
-for it.
+An engine turns a batch of normalised pixels into all features of one forward pass. One worker thread calls it at a
+time. Each runtime has a file `*_engine.py` in this folder that provides `fault` and `open` (`EngineFile`), and a row in
+`runtimes.py`. These files import their runtime only when they open an engine, so a server without torch never imports
+it.
 
 Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
 """
@@ -28,9 +28,9 @@ class Features(NamedTuple):
 
 
 class Engine(Protocol):
-    """A loaded model. `name` and `precision` say which runtime and number format answer; `device` is "cpu" or "cuda".
+    """A loaded model. `name` and `precision` identify runtime and number format; `device` is "cpu" or "cuda".
 
-    A GPU engine has kernels of its own for each batch size of `BUCKETS`.
+    A GPU engine has separate kernels for each batch size in `BUCKETS`.
     """
 
     name: str
@@ -38,24 +38,24 @@ class Engine(Protocol):
     device: str
 
     def run(self, pixels: FloatArray) -> Features:
-        """Features of a batch of normalised pixels [B, 3, H, W].
+        """Compute the features of a batch of normalised pixels [B, 3, H, W].
 
         Raises:
-            ValueError: a shape that this engine was not built for.
+            ValueError: the engine was not built for this shape.
         """
         ...
 
     def close(self) -> None:
-        """Give the memory back, a GPU's in particular. The engine cannot run afterwards."""
+        """Release the memory, including the GPU's. The engine cannot run afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class OpenRequest:
-    """What an engine is opened from.
+    """The parameters for opening an engine.
 
-    `runtime` and `precision` are of `runtimes.RUNTIMES`. `device` is for runtimes that take either; None takes a GPU
-    if there is one. An engine that is opened for few passes may be slower and should need less memory.
+    `runtime` and `precision` come from `runtimes.RUNTIMES`. `device` applies to runtimes that support both devices;
+    None means a GPU if there is one. With `few_passes` the engine should use less memory and may be slower.
     """
 
     artifact: Artifact
@@ -67,12 +67,13 @@ class OpenRequest:
 
 
 class EngineFile(Protocol):
-    """What the file of a runtime offers."""
+    """The interface of a runtime's file."""
 
     def fault(self, request: OpenRequest) -> str | None:
-        """Why the engine cannot serve from this artifact or on this host, in one line; None if nothing is known.
+        """Return why the engine cannot serve from this artifact or on this host, on one line; None if no reason is
+        known.
 
-        Cheap: neither the runtime nor the model is loaded. Whether there is a GPU is asked elsewhere.
+        The call is cheap: it loads neither the runtime nor the model. The caller checks for a GPU.
         """
         ...
 
@@ -87,7 +88,7 @@ class EngineFile(Protocol):
 
 
 class Tried(NamedTuple):
-    """One engine that was tried at the start, and what came of it, in one line."""
+    """One engine that was tried at startup, with the outcome on one line."""
 
     engine: str  # runtime:precision
     outcome: Literal["serves", "passed over"]
@@ -96,16 +97,16 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine that serves, and everything that was tried, in order."""
+    """The serving engine, and all attempts in order."""
 
     engine: Engine
     tried: tuple[Tried, ...]
 
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
-"""Batches that a GPU has CUDA graphs for; others are padded up, larger ones cut."""
+"""Batch sizes that have a CUDA graph on a GPU. Other batches are padded up; larger ones are split."""
 
 
 def bucket_of(batch: int) -> int:
-    """The smallest bucket that a batch of 1 to 64 fits into."""
+    """Return the smallest bucket that holds a batch of 1 to 64."""
     return next(bucket for bucket in BUCKETS if bucket >= batch)

@@ -1,4 +1,4 @@
-"""The table of runtimes: what each one computes in, whether it needs a GPU, and the file that opens it.
+"""The table of runtimes: their precisions, whether they need a GPU, and the file that opens them.
 
 A new runtime is one more `*_engine.py` in this folder and one more row here.
 """
@@ -31,10 +31,10 @@ RUNTIMES: Final = {runtime.name: runtime for runtime in _ROWS}
 
 
 def parse_engine(name: str) -> tuple[str, str]:
-    """`runtime[:precision]` as (runtime, precision); `auto` and `fastest` have no precision ("").
+    """Split `runtime[:precision]` into (runtime, precision). `auto` and `fastest` have no precision ("").
 
     Raises:
-        ValueError: an unknown runtime, or a precision that it does not have.
+        ValueError: an unknown runtime, or a precision that it does not support.
     """
     runtime, colon, precision = name.partition(":")
     if name in ("auto", "fastest"):
@@ -43,5 +43,5 @@ def parse_engine(name: str) -> tuple[str, str]:
         raise ValueError(f"unknown engine {name!r}: one of auto, fastest, {', '.join(RUNTIMES)}")
     precisions = RUNTIMES[runtime].precisions
     if colon and precision not in precisions:
-        raise ValueError(f"engine {name!r}: {runtime} computes in {', '.join(precisions)}")
+        raise ValueError(f"engine {name!r}: {runtime} supports {', '.join(precisions)}")
     return runtime, precision or precisions[0]

@@ -1,16 +1,16 @@
-"""What talks to TensorRT's builder: which library is there, and one build or refit, in a process of its own.
+"""The interface to TensorRT's builder: the installed library, and one build or refit in a separate process.
 
-A graph that the builder dislikes can end the process that builds (seen: by a signal), so
+A graph that the builder cannot handle can kill the building process (a signal has been observed), so
 `model/engines/tensorrt_export.py` runs this file as a program: `python -P tensorrt_build.py JOB.json`. It imports
-nothing of the project. Standard output carries one JSON object a line (progress, then the result); everything that the
-libraries print goes to standard error.
+nothing from the project. Standard output carries one JSON object per line (progress, then the result); everything that
+the libraries print goes to standard error.
 
-Two libraries speak this API: `tensorrt` (10.14 or newer: the first with the `Attention` operator) and `tensorrt_rtx`
-(TensorRT for RTX, whose wheels install from PyPI and which builds without a GPU when it is told the target).
+Two libraries provide this API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
+`tensorrt_rtx` (TensorRT for RTX, whose wheels install from PyPI and which can build for a given target without a GPU).
 
-Attention must become one fused kernel a block. The operator is not decomposable by default, so that a build which finds
-no kernel fails; but TensorRT-RTX 1.7.1 was seen to decompose a float32 operator all the same when the batch is fixed to
-1. Its plans name their kernels, so they are counted too (`count_fused_attention`).
+Attention must become one fused kernel per block. The operator is not decomposable by default, so a build without a
+matching kernel fails. TensorRT-RTX 1.7.1, however, has decomposed a float32 operator when the batch was fixed to 1. Its
+plans contain the names of their kernels, so the fused kernels are counted as well (`count_fused_attention`).
 """
 
 import importlib
@@ -33,18 +33,18 @@ _STEP_INTERVAL_S = 0.2
 
 @dataclass(frozen=True)
 class Library:
-    """TensorRT as it is installed."""
+    """The installed TensorRT library."""
 
-    name: str  # of LIBRARIES
+    name: str  # one of LIBRARIES
     version: str
     module: Any
 
 
 def find_library(name: str | None = None) -> Library:
-    """The TensorRT to use: the one named, else the full library, else TensorRT for RTX.
+    """Return the TensorRT library to use: the named one, else the full library, else TensorRT for RTX.
 
     Raises:
-        ModuleNotFoundError: none can be imported; the message has each one's reason and how to install one.
+        ModuleNotFoundError: none can be imported; the message has the reason for each and how to install one.
         ValueError: an unknown name, or a `tensorrt` older than 10.14.
     """
     if name is not None and name not in LIBRARIES:
@@ -53,12 +53,12 @@ def find_library(name: str | None = None) -> Library:
     for candidate in (name,) if name else LIBRARIES:
         try:
             module = importlib.import_module(candidate)
-        except (ImportError, OSError) as error:  # OSError: a wheel whose shared library is missing or does not load
+        except (ImportError, OSError) as error:  # OSError: the wheel's shared library is missing or does not load
             reasons.append(f"{candidate}: {error}")
             continue
         version = str(module.__version__)
         if candidate == "tensorrt" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TENSORRT:
-            reasons.append(f"tensorrt {version}: has no fused attention operator, 10.14 or newer is needed")
+            reasons.append(f"tensorrt {version}: no fused attention operator; 10.14 or newer is needed")
             continue
         return Library(candidate, version, module)
     if all("10.14" in reason for reason in reasons):
@@ -67,19 +67,19 @@ def find_library(name: str | None = None) -> Library:
 
 
 def count_fused_attention(plan: bytes) -> int:
-    """How many fused attention kernels a plan of TensorRT-RTX names: one a block and profile when all are fused.
+    """Count the fused attention kernels that a TensorRT-RTX plan names: one per block and profile if all are fused.
 
-    Plans of the full library were never seen; there the count is information and decides nothing.
+    Plans of the full library have not been examined; for them the count is informational.
     """
     return len(_FUSED.findall(plan))
 
 
 class BuildError(ValueError):
-    """TensorRT refused; the message is its reason in plain words, with its own."""
+    """A build or refit that TensorRT refused; the message explains the reason and quotes TensorRT's own."""
 
 
 def plain_reason(errors: list[str]) -> str:
-    """What the builder's errors mean to whoever asked for the build."""
+    """Explain the builder's errors in plain words."""
     said = " | ".join(errors[-3:]) or "it gave no reason"
     if "not supported by a dedicated kernel" in said:
         return (
@@ -89,15 +89,15 @@ def plain_reason(errors: list[str]) -> str:
     if "HW-specific datatypes" in said:
         return f"the target GPU cannot compute in this number format (bf16 needs 8.0, fp8 8.9). TensorRT says: {said}"
     if "CUDA_SUCCESS" in said or "CUDA initialization failure" in said or "cudaError" in said:
-        return f"this build needs a GPU that CUDA can use, and there is none. TensorRT says: {said}"
+        return f"this build needs a GPU, and CUDA can use none. TensorRT says: {said}"
     if "out of memory" in said.lower():
-        return f"the GPU's memory was too small for the build: stop what else uses it. TensorRT says: {said}"
+        return f"the GPU's memory was too small for the build: stop other programs that use it. TensorRT says: {said}"
     return f"TensorRT cannot build this graph. It says: {said}"
 
 
 @dataclass
 class _Events:
-    """Progress to whoever waits, one JSON object a line."""
+    """A writer of progress events to standard output, one JSON object per line."""
 
     out: TextIO
     last_step: float = 0.0
@@ -113,7 +113,7 @@ class _Events:
 
 
 def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
-    """The library's own logger, which passes on everything but its verbose lines: severity's name, message."""
+    """Return a library logger that passes on all but verbose lines: the severity's name and the message."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -127,7 +127,7 @@ def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:
-    """Messages go to standard error; errors are kept."""
+    """Return a logger that prints messages to standard error and collects errors."""
 
     def on_message(severity: str, message: str) -> None:
         if "ERROR" in severity:
@@ -156,15 +156,15 @@ def _monitor(trt: Any, events: _Events) -> Any:
 
 
 def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Parse `job["onnx"]`, build it, write `job["plan"]`; what was done, as JSON.
+    """Parse `job["onnx"]`, build it and write `job["plan"]`; return timings and profiles for JSON.
 
     Raises:
-        BuildError: it cannot be parsed or built.
+        BuildError: the graph cannot be parsed or built.
     """
     errors: list[str] = []
     logger = _logger(trt, errors)
     builder = trt.Builder(logger)
-    # From 11 on every network is strongly typed and the flag may be gone.
+    # Since version 11 every network is strongly typed, and the flag may be missing.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
@@ -175,7 +175,7 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     parsed = time.monotonic()
     config, profiles, monitor = _configure(trt, builder, job, events)
     plan = builder.build_serialized_network(network, config)
-    del monitor  # it has to outlive the build
+    del monitor  # it must outlive the build
     if plan is None:
         raise BuildError(plain_reason(errors))
     built = time.monotonic()
@@ -190,9 +190,9 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 
 
 def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
-    """The builder's configuration, its profiles as it holds them, and the monitor, which must outlive the build."""
+    """Return the builder's configuration, its profiles as stored there, and the monitor. It must outlive the build."""
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for whoever inspects a plan
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps layer names for inspecting a plan
     profiles = []
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
@@ -203,7 +203,7 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
     if job.get("refit"):
         config.set_flag(trt.BuilderFlag.REFIT)
     if job["library"] == "tensorrt_rtx":
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # asked for where CUDA graphs capture its work
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # required for capture in CUDA graphs
     targets = job.get("targets") or []
     if targets:
         config.num_compute_capabilities = len(targets)
@@ -212,9 +212,9 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
             if capability is None or not config.set_compute_capability(capability, index):
                 raise BuildError(f"this TensorRT cannot build for {target}")
     if cache := job.get("timing_cache"):
-        known = Path(cache).read_bytes() if Path(cache).exists() else b""
-        timings = config.create_timing_cache(known)
-        if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: begin a new one
+        stored = Path(cache).read_bytes() if Path(cache).exists() else b""
+        timings = config.create_timing_cache(stored)
+        if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: start afresh
             config.set_timing_cache(config.create_timing_cache(b""), False)
     monitor = None
     if hasattr(trt, "IProgressMonitor"):
@@ -224,10 +224,10 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Put the weights of `job["onnx"]` into the plan `job["from"]`, write `job["plan"]`; what was done, as JSON.
+    """Put the weights of `job["onnx"]` into the plan `job["from"]` and write `job["plan"]`; return timings for JSON.
 
     Raises:
-        BuildError: the plan cannot be loaded, was built without the refit flag, or is of another graph.
+        BuildError: the plan cannot be loaded, was built without the refit flag, or was built from another graph.
     """
     errors: list[str] = []
     logger = _logger(trt, errors)
@@ -238,12 +238,12 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     if engine is None:
         raise BuildError(f"{job['from']}: TensorRT cannot load it: {plain_reason(errors)}")
     if not engine.refittable:
-        raise BuildError(f"{job['from']}: was built without --refit, so its weights cannot be replaced")
+        raise BuildError(f"{job['from']}: built without --refit, so its weights cannot be replaced")
     refitter = trt.Refitter(engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(job["onnx"]):
         reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise BuildError(f"the plan is of another graph than these weights: {' | '.join(reasons[-3:] or errors[-3:])}")
+        raise BuildError(f"the plan was built from a different graph: {' | '.join(reasons[-3:] or errors[-3:])}")
     missing = list(refitter.get_missing_weights())
     if missing:
         raise BuildError(f"the new graph leaves {len(missing)} weights of the plan without values: {missing[:5]}")
@@ -256,9 +256,9 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 
 
 def main(job_file: str) -> int:
-    """Do the job; 0 and a last line {"result": ...}, or 1 and {"error": ...}."""
+    """Run the job; return 0 after a last line {"result": ...}, or 1 after {"error": ...}."""
     events = _Events(os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)  # the libraries print there too
+    os.dup2(2, 1)  # the libraries also print to standard output
     job = json.loads(Path(job_file).read_text())
     try:
         library = find_library(job["library"])

@@ -1,15 +1,15 @@
 """The TensorRT engine: a plan on one NVIDIA GPU, without torch.
 
-Batches are padded up to the next of 1, 2, 4, ..., 64, and each of these has a CUDA graph: copy the pixels in, run the
-plan, copy the features out, all launched by one call. The graphs are captured when the engine loads, after one pass
-that lets the library set itself up. NVIDIA asks for one execution context for each captured graph; they share the
-weights and one piece of memory for activations, since one stream runs them one after the other.
+Batches are padded up to the next of 1, 2, 4, ..., 64. Each of these has a CUDA graph that copies the pixels in, runs
+the plan and copies the features out with one launch. The graphs are captured when the engine loads, after one pass in
+which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts share the
+weights and one block of memory for activations, because one stream runs them one after the other.
 
-Plans are built by `model/engines/tensorrt_export.py`, which keeps only those that passed parity; `open` takes no
-others. A refitted plan is loaded as a new engine, so its graphs are captured anew.
+`model/engines/tensorrt_export.py` builds the plans and keeps only those that passed parity; `open` accepts no others. A
+refitted plan is loaded as a new engine, so its graphs are captured again.
 
-Status: written against the documented API of both libraries and tested against a recording stand-in
-(`tests/model/engines/fake_tensorrt.py`); see docs/tensorrt.md for what has run on a GPU.
+Status: written against the documented API of both libraries and tested against a recording fake
+(`tests/model/engines/fake_tensorrt.py`); docs/tensorrt.md lists what has run on a GPU.
 
 Legend: B batch, H x W pixels, N patches, R registers, D width.
 """
@@ -43,15 +43,16 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 
 def fault(request: OpenRequest) -> None:
-    """See `model.engines.protocol.EngineFile`: whether there is a plan is not known before the libraries are loaded."""
+    """Return None: finding a plan needs the loaded libraries. See `model.engines.protocol.EngineFile`."""
 
 
 def open(request: OpenRequest) -> "TensorRTEngine":
-    """See `model.engines.protocol.EngineFile`. The plan is the one that `dinov2 build-engine` made on this host.
+    """Open the engine with the plan that `dinov2 build-engine` built on this host; see
+    `model.engines.protocol.EngineFile`.
 
     Raises:
-        ModuleNotFoundError: no TensorRT, or no CUDA bindings.
-        ValueError: no GPU, no plan that may serve (the message says why), or one that this GPU refuses.
+        ModuleNotFoundError: TensorRT or the CUDA bindings are not installed.
+        ValueError: no GPU, no plan that may serve (the message says why), or a plan that this GPU refuses.
     """
     precision = request.precision
     if precision not in PRECISIONS:
@@ -61,20 +62,23 @@ def open(request: OpenRequest) -> "TensorRTEngine":
     plan, record = find_plan(request.artifact, precision, toolchain, folder)
     try:
         return TensorRTEngine(plan, toolchain, precision, jit_cache=folder / f"{record.key.digest}.jit")
-    except CudaError as error:  # memory, mostly
+    except CudaError as error:  # mostly out of memory
         raise ValueError(f"the TensorRT plan cannot be loaded: {error}") from error
 
 
 class TensorRTEngine:
-    """Runs one plan; see `model.engines.protocol.Engine`. Called by one thread at a time, not always the same one.
+    """An engine that runs one plan; see `model.engines.protocol.Engine`. One thread at a time calls it, not always the
+    same one.
 
     Args:
-        plan: its bytes.
-        precision: of the graph that it was built from.
-        jit_cache: file of compiled kernels, for TensorRT for RTX, which compiles on the GPU it runs on; None: none.
+        plan: the plan's bytes.
+        toolchain: the library, CUDA and the GPU.
+        precision: of the graph that the plan was built from.
+        jit_cache: file of compiled kernels for TensorRT for RTX, which compiles on the GPU that it runs on; None: no
+            file.
 
     Raises:
-        ValueError: TensorRT refuses the plan, or it is not one of ours.
+        ValueError: TensorRT refuses the plan, or it is not one of this project's plans.
         CudaError: the GPU's memory is too small, or another call failed.
     """
 
@@ -87,7 +91,7 @@ class TensorRTEngine:
         self._trt, self._cuda = toolchain.library.module, toolchain.cuda
         self._errors: deque[str] = deque(maxlen=5)
         self._graphs: dict[int, Callable[[], None]] = {}
-        with ExitStack() as stack:  # gives everything back if the rest fails
+        with ExitStack() as stack:  # releases everything if a later step fails
             self._cuda.use(0)
             self._stream = self._cuda.stream()
             stack.callback(self._cuda.call, "cudaStreamDestroy", self._stream)
@@ -99,10 +103,10 @@ class TensorRTEngine:
             self._resources = stack.pop_all()
 
     def run(self, pixels: FloatArray) -> Features:
-        """See `model.engines.protocol.Engine`. Batches above the largest bucket run in pieces.
+        """Compute all features; see `model.engines.protocol.Engine`. Batches above the largest bucket are split.
 
         Raises:
-            ValueError: a shape that the plan was not built for.
+            ValueError: the plan was not built for this shape.
             CudaError: the GPU failed.
         """
         if pixels.ndim != 4 or pixels.shape[1:] != self._input_shape:
@@ -114,7 +118,7 @@ class TensorRTEngine:
         for start in range(0, batch, BUCKETS[-1]):
             piece = pixels[start : start + BUCKETS[-1]]
             self._host_in[: len(piece)] = piece
-            self._graphs[bucket_of(len(piece))]()  # rows above the piece hold older images; nobody reads their features
+            self._graphs[bucket_of(len(piece))]()  # rows beyond the piece are older images; their features are not read
             self._cuda.wait(self._stream)
             for name, host in self._host_out.items():
                 outputs[name][start : start + len(piece)] = host[: len(piece)]
@@ -123,26 +127,26 @@ class TensorRTEngine:
         return Features(cls, patches, registers)
 
     def close(self) -> None:
-        """Give the GPU's memory back. The engine cannot run afterwards."""
+        """Release the GPU's memory. The engine cannot run afterwards."""
         self._resources.close()
 
     def __del__(self) -> None:
-        """An engine that is passed over must not keep the GPU's memory."""
-        with suppress(Exception):  # at the end of the process CUDA may be gone already, or a load that failed
+        """Release the GPU's memory, so that a rejected engine does not keep it."""
+        with suppress(Exception):  # CUDA may be gone at process exit, or loading may have failed
             self.close()
 
     def _deserialize(self, plan: bytes, stack: ExitStack) -> None:
         trt = self._trt
-        self._runtime = trt.Runtime(make_logger(trt, self._heard))
+        self._runtime = trt.Runtime(make_logger(trt, self._log_message))
         if hasattr(self._runtime, "get_engine_validity"):
             validity, diagnostics = self._runtime.get_engine_validity(plan)
             if validity == trt.EngineValidity.INVALID:
                 raise ValueError(
-                    f"{self.name} refuses this plan on this GPU (diagnostics {diagnostics:#x}): {self._told()}"
+                    f"{self.name} refuses this plan on this GPU (diagnostics {diagnostics:#x}): {self._last_errors()}"
                 )
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise ValueError(f"{self.name} cannot load the plan: {self._told()}")
+            raise ValueError(f"{self.name} cannot load the plan: {self._last_errors()}")
         self._engine = engine
         stack.callback(self._forget)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -152,7 +156,7 @@ class TensorRTEngine:
         self._input_shape = shapes.pop(INPUT)[1:]  # (3, H, W)
         self._output_shapes = {name: shape[1:] for name, shape in shapes.items()}
         if free := [name for name, shape in self._output_shapes.items() if min(shape) < 0]:
-            raise ValueError(f"not a plan of this project: {', '.join(free)} has other free dimensions than the batch")
+            raise ValueError(f"not a plan of this project: {', '.join(free)} has free dimensions other than the batch")
         ranges = []
         for index in range(engine.num_optimization_profiles):
             low, _, high = engine.get_tensor_profile_shape(INPUT, index)  # each [B, 3, H, W]
@@ -160,14 +164,14 @@ class TensorRTEngine:
         self._profile_of = {bucket: choose_profile(ranges, bucket) for bucket in BUCKETS}
 
     def _forget(self) -> None:
-        """Let the library's objects go in the order in which they depend on each other."""
+        """Release the library's objects in the order of their dependencies."""
         self._contexts: dict[int, Any] = {}
-        self._jit: Any = None  # the bindings let it hold the engine, and with it the weights
+        self._jit: Any = None  # in the bindings it holds the engine, and thus the weights
         self._engine = None
         self._runtime = None
 
     def _allocate(self, stack: ExitStack) -> None:
-        """Buffers of the largest bucket, which all buckets share, and the memory of the activations."""
+        """Allocate buffers of the largest bucket, which all buckets share, and the memory for activations."""
         cuda, largest = self._cuda, BUCKETS[-1]
 
         def pinned(shape: tuple[int, ...]) -> FloatArray:
@@ -188,7 +192,7 @@ class TensorRTEngine:
         self._activations = on_device(self._activation_bytes)
 
     def _make_contexts(self, stack: ExitStack, jit_cache: Path | None) -> None:
-        """One execution context a bucket, with its profile, shape and addresses."""
+        """Create one execution context per bucket and set its profile, shape and addresses."""
         self._contexts = {}
         stack.callback(self._contexts.clear)
         self._jit = None
@@ -196,7 +200,7 @@ class TensorRTEngine:
         for bucket in BUCKETS:
             context = self._engine.create_execution_context(settings)
             if context is None:
-                raise ValueError(f"{self.name} gives no execution context: {self._told()}")
+                raise ValueError(f"{self.name} cannot create an execution context: {self._last_errors()}")
             context.set_device_memory(self._activations, self._activation_bytes)
             done = context.set_optimization_profile_async(self._profile_of[bucket], self._stream)
             self._cuda.wait(self._stream)
@@ -204,22 +208,22 @@ class TensorRTEngine:
             for name, address in self._addresses.items():
                 done = done and context.set_tensor_address(name, address)
             if not done:
-                raise ValueError(f"{self.name} refuses batch {bucket}: {self._told()}")
+                raise ValueError(f"{self.name} refuses batch {bucket}: {self._last_errors()}")
             self._contexts[bucket] = context
 
     def _runtime_settings(self, jit_cache: Path | None) -> Any:
-        """How contexts are made: with memory that we give them, and in TensorRT for RTX with its compiled kernels."""
+        """Return how contexts are created: with our own memory, and for TensorRT for RTX with its compiled kernels."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.name != "tensorrt_rtx":
             return strategy
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(strategy)
-        # Kernels for each bucket's shape are compiled at its first pass, so that the capture gets those.
+        # Each bucket's kernels are compiled in its first pass, so the capture records them.
         settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._jit = settings.create_runtime_cache()
         if jit_cache is not None and jit_cache.exists() and not self._jit.deserialize(jit_cache.read_bytes()):
-            logger.warning("%s: not a cache of this library and GPU, kernels are compiled again", jit_cache)
+            logger.warning("%s: not a cache of this library and GPU; kernels are compiled again", jit_cache)
         settings.set_runtime_cache(self._jit)
         return settings
 
@@ -228,57 +232,57 @@ class TensorRTEngine:
             return
         try:
             write_bytes(path, bytes(self._jit.serialize()))
-        except OSError as error:  # only the next start is slower
-            logger.warning("%s: compiled kernels are not kept: %s", path, error.strerror)
+        except OSError as error:  # it only slows down the next start
+            logger.warning("%s: cannot store compiled kernels: %s", path, error.strerror)
 
     def _capture_all(self, stack: ExitStack) -> None:
         for bucket in BUCKETS:
-            self._queue(bucket)  # the library allocates and compiles in its first pass, which no graph may hold
+            self._queue(bucket)  # the first pass allocates and compiles, which a graph cannot record
             self._cuda.wait(self._stream)
             self._graphs[bucket] = self._captured(bucket, stack)
         stack.callback(self._graphs.clear)
 
     def _captured(self, bucket: int, stack: ExitStack) -> Callable[[], None]:
-        """What runs the bucket: its graph, or call by call where it cannot be captured."""
+        """Return the function that runs a bucket: its graph, or separate calls if it cannot be captured."""
 
         def queue() -> None:
             self._queue(bucket)
 
         context = self._contexts[bucket]
         if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._stream):
-            logger.warning("batch %d cannot be captured as a CUDA graph, it runs call by call", bucket)
+            logger.warning("batch %d cannot be captured as a CUDA graph; it runs as separate calls", bucket)
             return queue
         try:
             graph = self._cuda.capture(self._stream, queue)
         except CudaError as error:
-            logger.warning("batch %d cannot be captured as a CUDA graph, it runs call by call: %s", bucket, error)
+            logger.warning("batch %d cannot be captured as a CUDA graph; it runs as separate calls: %s", bucket, error)
             return queue
         stack.callback(self._cuda.call, "cudaGraphExecDestroy", graph)
         return lambda: self._cuda.launch(graph, self._stream)
 
     def _queue(self, bucket: int) -> None:
-        """Put a pass of `bucket` rows on the stream: pixels in, plan, features out."""
+        """Queue a pass of `bucket` rows on the stream: pixels in, plan, features out."""
         self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
         if not self._contexts[bucket].execute_async_v3(self._stream):
-            raise CudaError(f"{self.name} failed at batch {bucket}: {self._told()}")
+            raise CudaError(f"{self.name} failed at batch {bucket}: {self._last_errors()}")
         for name, host in self._host_out.items():
             self._cuda.to_host(host[:bucket], self._addresses[name], self._stream)
 
-    def _heard(self, severity: str, message: str) -> None:
+    def _log_message(self, severity: str, message: str) -> None:
         level = _LEVELS.get(severity, logging.DEBUG)
         if level == logging.ERROR:
             self._errors.append(message)
         logger.log(level, "%s: %s", self.name, message)
 
-    def _told(self) -> str:
+    def _last_errors(self) -> str:
         return " | ".join(self._errors) or "it gave no reason"
 
 
 def choose_profile(ranges: list[tuple[int, int]], batch: int) -> int:
-    """The narrowest profile whose (lowest, highest) batch holds `batch`.
+    """Return the index of the narrowest profile, given as (lowest, highest) batch, that includes `batch`.
 
     Raises:
-        ValueError: none does, so the plan is of another version of this project.
+        ValueError: no profile does, so the plan is from another version of this project.
     """
     fitting = [(high - low, index) for index, (low, high) in enumerate(ranges) if low <= batch <= high]
     if not fitting:

@@ -1,12 +1,12 @@
-"""An artifact becomes a TensorRT plan on the host that will run it, and only one that passed parity is kept.
+"""Builds a TensorRT plan from an artifact on the host that will run it. Only a plan that passes parity is kept.
 
-The graph is derived from the artifact's weights in the plan's number format (the network is strongly typed: formats
-come from the graph alone), built in a process of its own (`model/engines/tensorrt_build.py`), loaded as serving will
-load it, and compared with the reference on photos at every batch that serving runs, since each profile has kernels of
-its own. Plans that stray are dropped; their figures stay (`model/engines/tensorrt_plans.py` keeps both).
+The graph is derived from the artifact's weights in the plan's number format (the network is strongly typed: all formats
+come from the graph) and built in a separate process (`model/engines/tensorrt_build.py`). The plan is then loaded as in
+serving and compared with the reference on images at every serving batch size, because each profile has its own kernels.
+A plan that differs too much is deleted, but its figures are stored (`model/engines/tensorrt_plans.py` stores both).
 
-A refit puts the weights of a retrained model into a plan that was built with `refit=True`: quicker than a build,
-checked in the same way, and kept under the new weights' own key.
+A refit puts the weights of a retrained model into a plan that was built with `refit=True`. It is faster than a build,
+checked in the same way, and stored under the new weights' own key.
 """
 
 import datetime
@@ -53,7 +53,9 @@ from model.onnx_graph.build import write_onnx
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Mapping[str, Any]], None]
-"""Told each event of a build: {"phase", "parent", "steps"} when one begins, {"phase", "step"}, {"phase", "done"}."""
+"""A callback for build events: {"phase", "parent", "steps"} at the start of a phase, {"phase", "step"}, {"phase",
+"done"}.
+"""
 
 LOG_TAIL_LINES = 12
 
@@ -62,10 +64,10 @@ LOG_TAIL_LINES = 12
 class BuildOptions:
     """How a plan is built.
 
-    `refit` makes its weights replaceable; `refit_from` is such a plan to take instead of a build. `timing_cache` is a
-    file that the full library keeps its measurements of kernels in. `photos` are uint8 [H, W, 3], for parity.
-    `rebuild` builds although a plan of the same key is there.
-    `activations` are the largest inputs of each linear layer, which fp8 needs.
+    `refit` makes the plan's weights replaceable. `refit_from` is such a plan, to be refitted instead of a build.
+    `timing_cache` is the file in which the full library stores its kernel measurements. `photos` are uint8 [H, W, 3]
+    images for parity. `rebuild` builds even if a plan with the same key exists. `activations` are the largest inputs of
+    each linear layer, which fp8 needs.
     """
 
     precision: PlanPrecision = "bf16"
@@ -93,20 +95,24 @@ def build_plan(
     run: JobRunner | None = None,
     make_engine: EngineMaker | None = None,
 ) -> tuple[Path, PlanRecord]:
-    """Build (or refit) the plan of `artifact` for this host, compare it with `reference`, keep it in `folder`.
+    """Build (or refit) the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
 
     Args:
-        reference: float32, on the CPU: torch where it is installed, else ONNX Runtime with the artifact's graph.
-        folder: of plans; made when missing.
+        artifact: the verified artifact.
+        toolchain: the library, CUDA and the GPU of this host.
+        reference: float32 on the CPU: torch if installed, else ONNX Runtime with the artifact's graph.
+        folder: folder of plans; created if missing.
+        options: how the plan is built.
         progress: called with each event of the build.
-        run, make_engine: what runs the job and loads the plan; the tests give their own.
+        run, make_engine: functions that run the job and load the plan; tests pass their own.
 
     Returns:
-        the plan's file and its record; those that are there already, unless `options.rebuild`.
+        The plan's file and its record. Existing ones are reused unless `options.rebuild` is set.
 
     Raises:
-        BuildError (a ValueError): TensorRT cannot build or refit; the message has the reason and the log's end.
-        ParityError (a ValueError): the plan strays from the reference; it was dropped, its figures are kept.
+        BuildError (a ValueError): TensorRT cannot build or refit; the message has the reason and the end of the log.
+        ParityError (a ValueError): the plan differs too much from the reference. It was deleted; its figures are
+            stored.
         OSError: the folder cannot be written.
     """
     run, make_engine = run or run_job, make_engine or _load
@@ -121,9 +127,9 @@ def build_plan(
         onnx_sha256 = file_digest([work / name for name in names])
         replaceable = options.refit or options.refit_from is not None
         key = make_key(onnx_sha256, options.precision, toolchain, refit=replaceable)
-        if (known := None if options.rebuild else _known(folder, key)) is not None:
+        if (existing := None if options.rebuild else _existing(folder, key)) is not None:
             remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
-            return known
+            return existing
         size, targets = artifact.manifest.input_size, targets_of(toolchain)
         job = make_job(toolchain.library.name, work / names[0], work / "plan", size, options, targets=targets)
         done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
@@ -149,15 +155,15 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
     if not record.passed:
         limits = parity.LIMITS[precision]
         raise parity.ParityError(
-            f"the {precision} plan strays from {record.reference} and was dropped: {said}; "
-            f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are asked. "
+            f"the {precision} plan differs too much from {record.reference} and was dropped: {said}; "
+            f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are required. "
             f"The figures are in {path.with_suffix('.json')}"
         )
     logger.info("plan %s (%s): %s", path, precision, said)
 
 
-def _known(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
-    """The plan of this key, if one is there that may serve."""
+def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
+    """Return the existing plan of this key, or None if there is none that may serve."""
     try:
         record = read_plan(folder, key)[1]
     except PlanMissing as missing:
@@ -167,11 +173,11 @@ def _known(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
 
 
 def targets_of(toolchain: Toolchain) -> list[str]:
-    """The GPU that TensorRT for RTX is to build for, by its name there.
+    """Return the name of the GPU for which TensorRT for RTX should build, as a list.
 
-    For a GPU that it has no name for (SM90) it is not told any: its plans then run on compute capability 8.0, 8.6, 8.9,
-    12.0 "and later", by its documentation; it checks a plan itself when one is loaded. The full library builds for the
-    GPU that is there.
+    The list is empty for a GPU that the library has no name for (SM90). Such plans run on compute capability 8.0, 8.6,
+    8.9, 12.0 "and later", according to its documentation, and the library checks each plan when it is loaded. The list
+    is also empty for the full library, which builds for the present GPU.
     """
     if toolchain.library.name != "tensorrt_rtx":
         return []
@@ -180,13 +186,13 @@ def targets_of(toolchain: Toolchain) -> list[str]:
 
 
 def _store_timings(new: Path, cache: Path | None) -> None:
-    """Store the library's measurements of kernels, if there are any, for the next build."""
+    """Store the library's kernel measurements, if there are any, for the next build."""
     if cache is None or not new.exists():
         return
     try:
         write_bytes(cache, new.read_bytes())
-    except OSError as error:  # only the next build is slower
-        logger.warning("%s: measurements of kernels are not kept: %s", cache, error.strerror)
+    except OSError as error:  # it only slows down the next build
+        logger.warning("%s: cannot store kernel measurements: %s", cache, error.strerror)
 
 
 def make_job(
@@ -198,31 +204,34 @@ def make_job(
     *,
     targets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What the building process is told (see `model/engines/tensorrt_build.py`)."""
+    """Return the job for the build process (see `model/engines/tensorrt_build.py`)."""
     job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
     if options.refit_from is not None:
         return job | {"action": "refit", "from": str(options.refit_from.resolve())}
     shapes = [[[batch, 3, *size] for batch in profile] for profile in PROFILES]
     job |= {"action": "build", "input": "pixels", "profiles": shapes, "refit": options.refit}
     job |= {"targets": list(targets)}
-    if options.timing_cache is not None and library == "tensorrt":  # the one for RTX measures nothing while it builds
+    if options.timing_cache is not None and library == "tensorrt":  # RTX builds without measurements
         job["timing_cache"] = str(options.timing_cache.resolve())
         job["new_timings"] = str(plan.with_name("timings"))
     return job
 
 
 def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progress: Progress) -> dict[str, Any]:
-    """Run one job in its own process; its result.
+    """Run one job in a separate process and return its result.
 
     Args:
-        folder: for the job's file and its log.
+        job: from `make_job`.
+        folder: where the job's file and its log are written.
+        time_limit_s: the process is killed after this time.
+        progress: called with each event.
 
     Raises:
-        BuildError: it failed, was ended by a signal, or took longer than `time_limit_s`.
+        BuildError: it failed, was killed by a signal, or took longer than `time_limit_s`.
     """
     job_file, log = folder / "job.json", folder / "build.log"
     job_file.write_text(json.dumps(job))
-    # -P: the script's own folder would put this package's files before modules of the same names.
+    # -P: otherwise the script's folder is searched first, and its files hide modules of the same names.
     command = [sys.executable, "-P", str(Path(tensorrt_build.__file__).resolve()), str(job_file)]
     late = threading.Event()
     with (
@@ -263,7 +272,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
 
 
 def _follow(lines: Iterable[str], progress: Progress) -> dict[str, Any]:
-    """Pass the events on; the last one is returned."""
+    """Pass each event to `progress` and return the last one."""
     last: dict[str, Any] = {}
     for line in lines:
         last = json.loads(line)
@@ -285,7 +294,11 @@ def _signal_name(number: int) -> str:
 
 
 def check_fusion(library: str, fused: int, depth: int) -> None:
-    """One fused kernel a block and profile. Only plans of TensorRT for RTX are known to name theirs."""
+    """Check for one fused kernel per block and profile. Only plans of TensorRT for RTX are known to name their kernels.
+
+    Raises:
+        BuildError: attention was not fused.
+    """
     wanted = depth * len(PROFILES)
     if library == "tensorrt_rtx" and fused != wanted:
         raise BuildError(
@@ -297,9 +310,13 @@ def check_fusion(library: str, fused: int, depth: int) -> None:
 def measure_batches(
     reference: Engine, candidate: Engine, artifact: Artifact, photos: Sequence[npt.NDArray[np.uint8]]
 ) -> list[ParityRecord]:
-    """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch of `BUCKETS`."""
+    """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch size of `BUCKETS`.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
     if len(photos) < 2:
-        raise ValueError(f"parity needs at least two photos, not {len(photos)}")
+        raise ValueError(f"parity needs at least two images, not {len(photos)}")
     pixels = parity.pixels_at(photos, artifact.manifest.preprocess, artifact.manifest.input_size)
     expected = parity.features(reference, pixels)
     return [parity.measure(expected, candidate, pixels, batch=batch) for batch in BUCKETS]

@@ -1,17 +1,17 @@
-"""Plans on disk: what a TensorRT plan is tied to, and the folder that keeps those that may serve.
+"""Plans on disk: the key of a TensorRT plan, and the folder that stores plans that may serve.
 
 A plan is machine code for one GPU, made by one version of the library from one graph. Its key is a sha256 over all of
-that, so that after an update of driver, library, GPU or weights no plan is found and one is built, instead of loading
-one that is slow, refused or wrong.
+these. After an update of driver, library, GPU or weights no plan matches, so a new one is built instead of loading one
+that is slow, refused or wrong.
 
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
-      <key>.json            its record: what it is tied to, its sha256, how long the build took, its parity figures
-      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written by the first start
-      <graph>.graph.json    sha256 of the ONNX graph that was derived for an artifact, size and precision, so that a
+      <key>.json            its record: the parts of the key, its sha256, the build time, its parity figures
+      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written at the first start
+      <graph>.graph.json    sha256 of the ONNX graph derived for an artifact, size and precision, so that a
                             server finds its plan's key without writing the graph again
 
-A record without `passed` is the memory of a plan that strayed from the reference: there is no plan beside it.
+A record without `passed` stores the figures of a plan that failed parity; the plan itself is deleted.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
 
 
 class Profile(NamedTuple):
-    """Batches that one set of kernels is made for, and the one it is tuned at."""
+    """The batch sizes that one set of kernels supports, and the one it is tuned for."""
 
     low: int
     best: int
@@ -42,12 +42,12 @@ class Profile(NamedTuple):
 
 
 PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
-"""A single image at the lowest latency; what waits together under usual load; full batches."""
+"""A single image at the lowest latency; small batches under typical load; full batches."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What builds and runs plans on this host."""
+    """The library, CUDA and GPU that build and run plans on this host."""
 
     library: Library
     cuda: Cuda
@@ -55,27 +55,28 @@ class Toolchain:
 
 
 def find_toolchain(library: str | None = None) -> Toolchain:
-    """TensorRT (the one named, else the full library, else the one for RTX), CUDA and the GPU of this host.
+    """Return this host's TensorRT (the named library, else the full one, else the one for RTX), CUDA and GPU.
 
     Raises:
-        ModuleNotFoundError: no TensorRT, or no CUDA bindings; the message says how to install them.
+        ModuleNotFoundError: TensorRT or the CUDA bindings are not installed; the message says how to install them.
         ValueError: no GPU that CUDA can use, or a library that is too old.
     """
-    found, cuda = find_library(library), Cuda(load_runtime())
-    return Toolchain(found, cuda, describe_gpu(cuda))
+    tensorrt, cuda = find_library(library), Cuda(load_runtime())
+    return Toolchain(tensorrt, cuda, describe_gpu(cuda))
 
 
 def plans_folder(derived_dir: Path) -> Path:
-    """Where plans lie; `derived_dir` is the artifact's folder for what this host made from it (`Artifact.derived`)."""
+    """Return the folder of plans in `derived_dir`, the artifact's folder of derived files (`Artifact.derived`)."""
     return derived_dir / "plans"
 
 
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
-    """The graph that a plan is built from.
+    """Return the spec of the graph that a plan is built from.
 
-    bf16 attention keeps its softmax in float32. fp16 attention keeps it in fp16, unless q, k and v are cast up around
-    it: TensorRT for RTX fuses that form, the full library does from 11.3 on (its release notes), so it is taken there.
-    `registers` is left out of models without, since an output of no elements is worth nothing.
+    bf16 attention computes its softmax in float32. fp16 attention computes it in fp16 unless q, k and v are cast to
+    float32 around it. TensorRT for RTX fuses that form, and so does the full library since 11.3 (according to its
+    release notes), so the casts are used there. Models without registers omit `registers`, because an empty output is
+    useless.
     """
     major, minor = (int(part) for part in library.version.split(".")[:2])
     casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
@@ -89,18 +90,20 @@ def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -
 
 
 def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
-    """32 hex digits for what decides the graph's bytes: the weights, the spec and the code that writes it."""
+    """Return 32 hex digits that identify the graph's bytes: a hash of the weights, the spec and the code that writes
+    it.
+    """
     package = Path(__file__).parents[1]
     writer = file_digest(sorted([*(package / "onnx_graph").glob("*.py"), package / "pos_embed.py"]))
     return hashlib.sha256(f"{artifact.fingerprint} {spec} {writer}".encode()).hexdigest()[:32]
 
 
 class PlanMissing(ValueError):
-    """There is no plan to serve from; the message says why and how to build one."""
+    """A plan that is missing or may not serve; the message gives the reason and how to build one."""
 
 
 class PlanKey(BaseModel):
-    """Everything that a plan is tied to."""
+    """Everything that a plan depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -116,12 +119,12 @@ class PlanKey(BaseModel):
 
     @property
     def digest(self) -> str:
-        """64 hex digits: the name of the plan's files."""
+        """64 hex digits, the base name of the plan's files."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 class PlanRecord(BaseModel):
-    """What `<key>.json` holds."""
+    """The content of `<key>.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -131,15 +134,15 @@ class PlanRecord(BaseModel):
     sha256: str
     bytes: int
     passed: bool
-    parity: list[ParityRecord]  # one for each batch bucket, in their order
-    reference: str  # the engine that the figures are against
+    parity: list[ParityRecord]  # one per batch bucket, in order
+    reference: str  # the engine that the plan was compared with
     fused_attention: int
-    build: dict[str, Any]  # seconds of its parts, library; as the build reported
+    build: dict[str, Any]  # seconds per step, library; as reported by the build
     created: str  # ISO 8601, UTC
 
 
 def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *, refit: bool) -> PlanKey:
-    """The key of a plan on this host."""
+    """Return the key of a plan on this host."""
     return PlanKey(
         onnx_sha256=onnx_sha256,
         precision=precision,
@@ -153,14 +156,14 @@ def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *
 
 
 def plan_path(folder: Path, key: PlanKey) -> Path:
-    """The file of a plan, whether it is there or not."""
+    """Return the path of a plan, whether or not it exists."""
     return folder / f"{key.digest}.plan"
 
 
 def find_plan(
     artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
 ) -> tuple[bytes, PlanRecord]:
-    """The plan that may serve `artifact` on this host, one that can be refitted or not.
+    """Return the plan that may serve `artifact` on this host, refittable or not.
 
     Raises:
         PlanMissing: there is none; the message has the reason.
@@ -173,12 +176,12 @@ def find_plan(
             return read_plan(folder, make_key(onnx_sha256, precision, toolchain, refit=refit))
         except PlanMissing as missing:
             reasons.append(str(missing))
-    told = [reason for reason in reasons if not reason.startswith("no ")] or reasons
-    raise PlanMissing(told[0])
+    specific = [reason for reason in reasons if not reason.startswith("no ")] or reasons
+    raise PlanMissing(specific[0])
 
 
 def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
-    """The plan of `key`, checked against its record.
+    """Read the plan of `key` and check it against its record.
 
     Raises:
         PlanMissing: there is none that may serve.
@@ -189,13 +192,13 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
     except FileNotFoundError:
         raise PlanMissing(
             f"no {key.precision} plan for {key.library} {key.version} on {key.gpu} with driver {key.driver}: "
-            "`dinov2 build-engine` makes one"
+            "`dinov2 build-engine` builds one"
         ) from None
     except (OSError, ValidationError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise PlanMissing(f"{folder / name}.json: damaged ({first_line}): build it again") from error
     if record.key != key:
-        raise PlanMissing(f"{folder / name}.json: is the record of another plan: build it again")
+        raise PlanMissing(f"{folder / name}.json: record of another plan: build it again")
     if not record.passed:
         raise PlanMissing(f"the {key.precision} plan failed parity: {figures(record.parity)}")
     try:
@@ -203,19 +206,20 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
     except OSError as error:
         raise PlanMissing(f"{folder / name}.plan: {error.strerror}: build it again") from error
     if hashlib.sha256(plan).hexdigest() != record.sha256:
-        raise PlanMissing(f"{folder / name}.plan: was changed or cut short: build it again")
+        raise PlanMissing(f"{folder / name}.plan: changed or truncated: build it again")
     return plan, record
 
 
 def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
-    """Keep a plan and its record, or the record alone; the plan comes first, so no record ever promises too much.
+    """Store a plan and its record, or the record alone. The plan is written first, so a passed record never lacks its
+    plan.
 
     Raises:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = plan_path(folder, record.key)
-    target.with_suffix(".jit").unlink(missing_ok=True)  # kernels compiled for the plan of before
+    target.with_suffix(".jit").unlink(missing_ok=True)  # kernels compiled for the previous plan
     if plan is None:
         target.unlink(missing_ok=True)
     else:
@@ -226,35 +230,35 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
 
 
 def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
-    """Note which bytes the derived graph of `identity` has."""
+    """Store the sha256 of the derived graph of `identity`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}))
 
 
 def recall_graph(folder: Path, identity: str) -> str:
-    """The sha256 noted by `remember_graph`.
+    """Return the sha256 stored by `remember_graph`.
 
     Raises:
-        PlanMissing: nothing was built for this graph here.
+        PlanMissing: no plan was built for this graph on this host.
     """
     try:
-        found = json.loads((folder / f"{identity}.graph.json").read_bytes())["onnx_sha256"]
+        onnx_sha256 = json.loads((folder / f"{identity}.graph.json").read_bytes())["onnx_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise PlanMissing("no plan was built for this model here: `dinov2 build-engine` makes one") from None
-    return str(found)
+        raise PlanMissing("no plan was built for this model on this host: `dinov2 build-engine` builds one") from None
+    return str(onnx_sha256)
 
 
 def figures(parity: Sequence[ParityRecord]) -> str:
-    """The worst figures over all batches, for people."""
+    """Format the worst figures over all batches for display."""
     return (
         f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
         f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "
-        f"max error {max(record.max_abs_error for record in parity):.3g}, {parity[0].images} photos"
+        f"max error {max(record.max_abs_error for record in parity):.3g}, {parity[0].images} images"
     )
 
 
 def file_digest(paths: Sequence[Path]) -> str:
-    """sha256 over files, one after the other."""
+    """Return the sha256 over the content of several files, in order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

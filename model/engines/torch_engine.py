@@ -1,16 +1,17 @@
-"""The torch engine: the reference that every other engine is compared with, able to serve without an export.
+"""The torch engine: the reference for every other engine. It can also serve without an exported graph.
 
-On a CPU it runs eagerly: compiled it gains little there (docs/decisions/0002-engine-threads.md has the CPU's choice),
-and needs a C++ compiler. On a GPU it is compiled with a free batch size, and each batch of the usual size is padded up
-to the next of a few buckets, whose launches were captured once as a CUDA graph and are replayed: at small batches the
-host's launches, not the arithmetic, set the pace. The graphs are captured here by hand and not by torch.compile's mode
-"reduce-overhead", whose graphs belong to the thread that made them: one thread loads an engine, another runs it.
+On a CPU it runs eagerly: compilation gains little there (docs/decisions/0002-engine-threads.md explains the choice on a
+CPU) and needs a C++ compiler. On a GPU it is compiled with a dynamic batch size. Each batch of the usual image size is
+padded up to the next bucket, whose launches are captured once as a CUDA graph and then replayed: at small batches the
+host's launches limit the speed, not the arithmetic. The graphs are captured here instead of by torch.compile's mode
+"reduce-overhead", because those graphs are tied to the thread that captured them, and one thread loads an engine while
+another runs it.
 
-bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast beforehand: the numbers are
-autocast's (residual stream, LayerNorm and positions stay float32, where a bf16 residual loses a digit a few blocks on),
-without casting every weight again in each pass. TF32 is off: fp32 means fp32.
+bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast in advance. The results equal
+autocast's (residual stream, LayerNorm and positions stay float32; a bf16 residual would lose a digit within a few
+blocks), but weights are not cast again in each pass. TF32 is off: fp32 means fp32.
 
-The GPU parts have never run in this project; docs/engines.md says what has.
+The GPU parts have never run in this project; docs/engines.md lists what has.
 
 Legend: B batch, D width, T tokens, A heads.
 """
@@ -36,11 +37,13 @@ log = logging.getLogger(__name__)
 
 
 def fault(request: OpenRequest) -> None:
-    """See `model.engines.protocol.EngineFile`: every artifact has the weights, and a GPU is asked for elsewhere."""
+    """Return None: every artifact has weights, and the caller checks for a GPU. See
+    `model.engines.protocol.EngineFile`.
+    """
 
 
 def open(request: OpenRequest) -> "TorchEngine":
-    """See `model.engines.protocol.EngineFile`."""
+    """Open the engine; see `model.engines.protocol.EngineFile`."""
     artifact = request.artifact
     return TorchEngine(
         artifact.file(WEIGHTS),
@@ -53,19 +56,19 @@ def open(request: OpenRequest) -> "TorchEngine":
 
 
 class TorchEngine:
-    """Runs `weights.safetensors`.
+    """An engine that runs `weights.safetensors`.
 
     Args:
         weights: the file, of any float type.
         config: the shape.
-        threads: CPU threads of a forward pass.
-        device: None is CUDA where there is one.
-        precision: "fp32", or "bf16".
-        compiled: with torch.compile; None compiles on a GPU only.
-        input_size: (H, W) pixels that a GPU captures CUDA graphs for; None captures none.
+        threads: CPU threads per forward pass.
+        device: None means CUDA if available.
+        precision: "fp32" or "bf16".
+        compiled: use torch.compile; None compiles on a GPU only.
+        input_size: (H, W) pixels for which a GPU captures CUDA graphs; None captures none.
 
     Raises:
-        ValueError: another precision, or a GPU that does not compute in it.
+        ValueError: another precision, or one that the GPU does not support.
     """
 
     name = "torch"
@@ -82,7 +85,7 @@ class TorchEngine:
         input_size: tuple[int, int] | None = None,
     ) -> None:
         if precision not in ("fp32", "bf16"):
-            raise ValueError(f"the torch engine computes in fp32 or bf16, not {precision!r}")
+            raise ValueError(f"the torch engine supports fp32 and bf16, not {precision!r}")
         import torch
 
         from model.vit import resize_tensor
@@ -93,12 +96,12 @@ class TorchEngine:
         if self._on_gpu and not torch.cuda.is_available():
             raise ValueError(f"torch {torch.__version__} finds no CUDA device")
         if self._on_gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bf16")
+            raise ValueError(f"{torch.cuda.get_device_name()} does not support bf16")
         torch.set_num_threads(threads)
         self._model: Any = _load(weights, config, self.device, half=precision == "bf16")
         self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method here would be a cycle
         if compiled if compiled is not None else self._on_gpu:
-            torch.compiler.assume_constant_result(resize_tensor)  # marks it; what is beneath cannot be traced
+            torch.compiler.assume_constant_result(resize_tensor)  # its body cannot be traced
             self._compiled = torch.compile(self._forward)
         self._graphs: dict[int, _Replayed] = {}
         self._input_shape = (3, *input_size) if input_size else None
@@ -106,42 +109,42 @@ class TorchEngine:
             self._capture(self._input_shape)
 
     def run(self, pixels: FloatArray) -> Features:
-        """See `model.engines.protocol.Engine`."""
+        """Compute all features; see `model.engines.protocol.Engine`."""
         if not len(pixels):
             raise ValueError(f"pixels of shape {pixels.shape}: at least one image is needed")
         parts = [self._run_part(pixels[i : i + BUCKETS[-1]]) for i in range(0, len(pixels), BUCKETS[-1])]
         return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Chosen outputs as exported graphs have them: those of `Features`, `attention` [B, A, T], `layer.N`
-        [B, T, D].
+        """Return chosen outputs, as in exported graphs.
 
-        Attention and layers run beside the fast path, each in its own pass.
+        The outputs are those of `Features`, `attention` [B, A, T] and `layer.N` [B, T, D]. Attention and layers each
+        take a separate, slower pass.
 
         Raises:
-            ValueError: an output that there is not.
+            ValueError: there is no such output.
         """
         import torch
 
-        found = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
+        results = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
         x = torch.from_numpy(pixels).to(self.device)
         with torch.inference_mode(), self._autocast():
             for name in names:
                 if name == "attention":
-                    found[name] = self._model.get_attention(x)[:, :, 0].float().cpu().numpy()  # [B, A, T]
+                    results[name] = self._model.get_attention(x)[:, :, 0].float().cpu().numpy()  # [B, A, T]
                 elif name.startswith("layer."):
-                    found[name] = self._layer(x, int(name.removeprefix("layer."))).float().cpu().numpy()
-                elif name not in found:
-                    raise ValueError(f"no output {name!r}: {', '.join(Features._fields)}, attention or layer.N")
-        return {name: found[name] for name in names}
+                    results[name] = self._layer(x, int(name.removeprefix("layer."))).float().cpu().numpy()
+                elif name not in results:
+                    raise ValueError(f"no output {name!r}: one of {', '.join(Features._fields)}, attention, layer.N")
+        return {name: results[name] for name in names}
 
     def close(self) -> None:
-        """See `model.engines.protocol.Engine`."""
+        """Release the model; see `model.engines.protocol.Engine`."""
         self._graphs.clear()
         self._compiled = self._model = None
 
     def _layer(self, x: "Tensor", index: int) -> "Tensor":
-        """All tokens [B, T, D] after block `index`, normed."""
+        """Return all tokens [B, T, D] after block `index`, with the last norm applied."""
         depth = len(self._model.blocks)
         if not 0 <= index < depth:
             raise ValueError(f"layer.{index}: the model has {depth} blocks, 0 to {depth - 1}")
@@ -155,7 +158,7 @@ class TorchEngine:
         import torch
 
         kind = "cuda" if self._on_gpu else "cpu"
-        # A cache of cast weights would be captured with the first graph; there is nothing left to cast either.
+        # The first graph would capture a cache of cast weights, and no weights are left to cast.
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
     def _forward(self, x: "Tensor") -> "tuple[Tensor, ...]":
@@ -175,11 +178,11 @@ class TorchEngine:
             return Features(*(output[: len(pixels)].cpu().numpy() for output in outputs))
 
     def _capture(self, shape: tuple[int, ...]) -> None:
-        """A CUDA graph per bucket. What cannot be compiled is captured as it runs eagerly."""
+        """Capture one CUDA graph per bucket. If compilation fails, the eager pass is captured."""
         try:
             for batch in BUCKETS:
                 self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
-        except Exception as error:  # torch's compiler raises what it likes: no C compiler, no triton, its own faults
+        except Exception as error:  # torch's compiler raises anything: no C compiler, no triton, its bugs
             if self._compiled is None:
                 raise
             log.warning("torch.compile failed, running without it: %s", _first_line(error))
@@ -197,11 +200,11 @@ class _Replayed:
 
         with torch.inference_mode():
             self._pixels = torch.zeros(batch, *shape, device=device)
-            if batch > 1:  # one compilation for all of them; 1 is special to the compiler anyway
+            if batch > 1:  # one compilation for all buckets; the compiler always treats 1 separately
                 torch._dynamo.mark_dynamic(self._pixels, 0)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compilation and the libraries' first-time work, outside of the capture
+            with torch.cuda.stream(side):  # compilation and library initialisation, outside the capture
                 for _ in range(2):
                     forward(self._pixels)
             torch.cuda.current_stream().wait_stream(side)
@@ -210,14 +213,14 @@ class _Replayed:
                 self._outputs = forward(self._pixels)
 
     def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":
-        """Outputs of the whole bucket; rows beyond `pixels` are of whatever ran before."""
+        """Return the outputs of the whole bucket. Rows beyond `pixels` come from an earlier pass."""
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()
         return self._outputs
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
-    """The model with its weights in float32; with `half` those of linear layers and the patch embedding in bf16."""
+    """Load the model in float32; with `half`, weights of linear layers and the patch embedding are bf16."""
     import torch
     from safetensors.torch import load_file
     from torch import nn

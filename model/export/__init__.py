@@ -1,8 +1,8 @@
-"""A checkpoint becomes an artifact.
+"""Export of a checkpoint to an artifact.
 
-options      the records that an export takes
-checkpoint   `export_checkpoint`: a file or a published model, read and exported
-graphs       which further graphs a command line asks for
-artifact     `export_artifact`: weights, graphs, comparison, manifest, in one rename
-comparison   every graph beside torch float32, and the gate of int8
+options      the option records of an export
+checkpoint   `export_checkpoint`: reads a file or a published model and exports it
+graphs       which further graphs the command-line options select
+artifact     `export_artifact`: weights, graphs, comparison and manifest, published in one rename
+comparison   compares every graph with torch float32; runs the int8 gate
 """

@@ -1,11 +1,11 @@
-"""Weights become an artifact: weights, ONNX graphs, parity check, manifest. All of it or nothing.
+"""Export weights to an artifact: weights, ONNX graphs, parity check, manifest. The export is atomic.
 
-Everything is written into a temporary folder beside the target, which takes its name in one rename once parity has
-passed; a failed or killed export leaves no folder that looks like an artifact.
+Everything is written into a temporary folder next to the target. Once parity has passed, one rename gives the folder
+its final name, so a failed or killed export leaves no folder that looks like an artifact.
 
 Memory: weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` holds one engine at a
-time. So the largest model exports with its weights in memory twice at most (what the caller holds, and one engine):
-benchmarks/export_giant.py.
+time. The largest model is therefore exported with at most two copies of its weights in memory (the caller's and one
+engine's); see benchmarks/export_giant.py.
 """
 
 import datetime
@@ -49,16 +49,16 @@ log = logging.getLogger(__name__)
 def export_artifact(
     backbone: Backbone, out_dir: Path, options: ExportOptions, graphs: Sequence[GraphSpec] = ()
 ) -> Artifact:
-    """Write `<out_dir>/<name>-<fingerprint8>/` and return it verified.
+    """Write `<out_dir>/<name>-<fingerprint8>/` and return the verified artifact.
 
     Args:
-        out_dir: folder of artifacts; made when missing.
-        graphs: further graphs beside `model.onnx`, each compared with torch at its own size (a dynamic one at two). A
-            bf16 graph that ONNX Runtime's CPU does not run is kept without a record.
+        out_dir: folder of artifacts; created if missing.
+        graphs: graphs in addition to `model.onnx`, each compared with torch at its own size (a dynamic one at two). A
+            bf16 graph that ONNX Runtime cannot run on the CPU is kept without a parity record.
 
     Raises:
-        ParityError: ONNX Runtime strays from torch. An int8 graph that does is kept, with a gate that failed.
-        ValueError: sizes that do not fit each other.
+        ParityError: ONNX Runtime differs too much from torch. An int8 graph that does is kept with a failed gate.
+        ValueError: inconsistent sizes.
         OSError: the folder cannot be written.
     """
     size = input_size(backbone.preprocess)
@@ -90,7 +90,7 @@ def export_artifact(
             files=_describe(folder, onnx_files, specs),
         )
         write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
-        load_artifact(folder)  # as serving will: every hash, and the fingerprint from what was written
+        load_artifact(folder)  # as serving does: check every hash and the fingerprint of the written files
         if not options.keep_onnx:
             for file in onnx_files:
                 (folder / file).unlink()
@@ -99,34 +99,34 @@ def export_artifact(
 
 
 def _write_weights(backbone: Backbone, temporary: Path, dtype: WeightsDtype) -> tuple[Path, str]:
-    """The artifact's folder below `temporary`, with its weights in it, and the fingerprint."""
+    """Write the weights into a new artifact folder below `temporary`; return the folder and the fingerprint."""
     stored = {key: np.ascontiguousarray(array.astype(dtype, copy=False)) for key, array in backbone.weights.items()}
     digest = fingerprint(stored, backbone.config, backbone.preprocess)
     folder = temporary / f"{backbone.name}-{digest[:8]}"
     folder.mkdir()
     try:
         save_file(stored, folder / WEIGHTS)
-    except SafetensorError as error:  # a full disk arrives as one
+    except SafetensorError as error:  # raised on a full disk
         raise OSError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
     return folder, digest
 
 
 def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpec], *, keep_onnx: bool) -> list[str]:
-    """Write every graph from the stored weights; the names of all files."""
+    """Write every graph from the stored weights; return the names of all written files."""
     files: list[str] = []
     for file, spec in specs.items():
         log.info("writing %s", file)
         written = write_onnx(StoredWeights(folder / WEIGHTS), backbone.config, spec, folder / file)
         if not keep_onnx and len(written) > 1:
             raise ValueError(
-                f"{backbone.name}: {file} needs {len(written)} files and cannot be derived: keep_onnx=True"
+                f"{backbone.name}: {file} needs {len(written)} files and cannot be derived: set keep_onnx=True"
             )
         files += written
     return files
 
 
 def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, GraphSpec]) -> dict[str, FileRecord]:
-    """The manifest's records of all files."""
+    """Return the manifest's records of all files."""
     files = {WEIGHTS: describe_file(folder / WEIGHTS)}
     files |= {file: describe_file(folder / file, derived=file in specs) for file in onnx_files}
     if (folder / MODEL_CARD).exists():
@@ -135,11 +135,11 @@ def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, Graph
 
 
 def _publish(folder: Path, out_dir: Path) -> Path:
-    """Give the finished folder its place."""
+    """Move the finished folder to its final path."""
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors makes its file for the owner alone; a container's user must read it too
+        path.chmod(0o644)  # safetensors makes its file owner-only, but a container's user must read it
     target = out_dir / folder.name
-    if target.exists():  # the same fingerprint: replace it, since its manifest may be older or damaged
+    if target.exists():  # the same fingerprint: replace it, because its manifest may be old or damaged
         os.rename(target, folder.parent / "replaced")
     publish(folder, target)
     return target

@@ -1,4 +1,4 @@
-"""A checkpoint file of any known format, or a published model by name, becomes an artifact."""
+"""Export a checkpoint file of any known format, or a published model by name, to an artifact."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
 
     Args:
         source: a file, or a name of `model/zoo.py` (downloaded).
-        out_dir: folder of artifacts; made when missing.
+        out_dir: folder of artifacts; created if missing.
 
     Raises:
-        ValueError: no such file or published name, no checkpoint, or one that needs `arch`; graphs that cannot be made.
+        ValueError: no such file or published name, not a checkpoint, a checkpoint that needs `arch`, or invalid graph
+            options.
         zoo.DownloadError: a published model cannot be downloaded.
         See also `export_artifact`.
     """
@@ -30,7 +31,7 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
 
 
 def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
-    """The model of a checkpoint file, or a published one by name.
+    """Read the model of a checkpoint file, or a published model by name.
 
     Raises:
         See `export_checkpoint`.
@@ -45,7 +46,7 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
         model = load_model(arch, weights=path)
         state, config, provenance = model.state_dict(), model.config, {"file": path.name}
     elif path.is_dir():
-        raise ValueError(f"{source} is a folder; a checkpoint file is exported, a run's is its checkpoint.safetensors")
+        raise ValueError(f"{source} is a folder: give a checkpoint file, such as a run's checkpoint.safetensors")
     else:
         try:
             entry = zoo.resolve(source)

@@ -1,7 +1,7 @@
-"""Every graph of an artifact beside torch float32, and the gate of int8.
+"""Compare every graph of an artifact with torch float32, and run the int8 gate.
 
-The reference computes everything that it is needed for and is let go before ONNX Runtime loads the first graph: two
-engines of a large model do not fit into memory.
+The reference computes all its results and is released before ONNX Runtime loads the first graph: two engines of a large
+model do not fit into memory.
 """
 
 import logging
@@ -26,17 +26,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Reference:
-    """What torch float32 computes at one size: everything of the parity images, class tokens of the labelled ones."""
+    """Results of torch float32 at one size: outputs for the parity images, class tokens of the labelled images."""
 
     pixels: FloatArray  # [B, 3, H, W]
     features: Features
-    extras: dict[str, FloatArray]  # further outputs of the first images, by name
+    extras: dict[str, FloatArray]  # additional outputs of the first images, by name
     tokens: ClassTokens | None = None
 
 
 @dataclass
 class Comparison:
-    """Every graph of a folder is compared with torch float32 on the CPU (CUDA's TF32 is no reference)."""
+    """The comparison of a folder's graphs with torch float32 on the CPU (CUDA's TF32 is not accurate enough as a
+    reference).
+    """
 
     folder: Path
     config: ViTConfig
@@ -44,14 +46,14 @@ class Comparison:
     images: Sequence[Image]
     labelled: LabelledImages | None
     records: list[ParityRecord] = field(default_factory=list)
-    not_compared: dict[str, str] = field(default_factory=dict)  # file -> why
+    not_compared: dict[str, str] = field(default_factory=dict)  # file -> reason
 
     def run(self, specs: Mapping[str, GraphSpec]) -> None:
         """Fill `records` and `not_compared`.
 
         Raises:
-            ParityError: a graph strays from torch.
-            ValueError: one that ONNX Runtime's CPU should run and does not load.
+            ParityError: a graph differs too much from torch.
+            ValueError: ONNX Runtime cannot load a graph that its CPU provider should run.
         """
         sizes = {file: self._sizes(spec) for file, spec in specs.items()}
         references = self._references(specs, sizes)
@@ -60,7 +62,7 @@ class Comparison:
             self._compare(file, spec, {size: references[size] for size in sizes[file]})
 
     def _sizes(self, spec: GraphSpec) -> list[tuple[int, int]]:
-        """Sizes that a graph is compared at: a dynamic one also at a larger size that is not square."""
+        """Return the sizes at which a graph is compared. A dynamic graph also gets a larger, non-square size."""
         if spec.size is not None:
             return [spec.size]
         height, width = input_size(self.preprocess)
@@ -72,26 +74,26 @@ class Comparison:
     ) -> dict[tuple[int, int], _Reference]:
         engine = TorchEngine(self.folder / WEIGHTS, self.config, threads=available_cpus(), device="cpu")
         extras = sorted({name for spec in specs.values() for name in spec.outputs if name not in Features._fields})
-        found = {}
+        references = {}
         for size in {size for of_file in sizes.values() for size in of_file}:
             pixels = parity.pixels_at(self.images, self.preprocess, size)
-            some = engine.run_outputs(pixels[: parity.BATCH], extras) if extras else {}
-            found[size] = _Reference(pixels, parity.features(engine, pixels), some)
+            extra_outputs = engine.run_outputs(pixels[: parity.BATCH], extras) if extras else {}
+            references[size] = _Reference(pixels, parity.features(engine, pixels), extra_outputs)
         for file, spec in specs.items():
-            reference = found[sizes[file][0]]
+            reference = references[sizes[file][0]]
             if spec.precision == "int8" and self.labelled is not None and reference.tokens is None:
                 reference.tokens = class_tokens(engine, self.labelled, self.preprocess, sizes[file][0])
-        return found
+        return references
 
     def _compare(self, file: str, spec: GraphSpec, references: Mapping[tuple[int, int], _Reference]) -> None:
         try:
             path = self.folder / file
-            prepack = not path.with_name(f"{file}.data").exists()  # of a large model, a second copy is too much
+            prepack = not path.with_name(f"{file}.data").exists()  # no second copy of a large model's weights
             engine = OnnxEngine(path, threads=available_cpus(), precision=spec.precision, prepack=prepack)
         except ValueError as error:
             if spec.precision != "bf16":
                 raise
-            self.not_compared[file] = f"ONNX Runtime's CPU does not run it: {_reason(error)}"
+            self.not_compared[file] = f"ONNX Runtime cannot run it on the CPU: {_reason(error)}"
             return
         extras = [name for name in spec.outputs if name not in Features._fields]
         for size, reference in references.items():
@@ -108,7 +110,7 @@ class Comparison:
     def _gate(
         self, record: ParityRecord, engine: OnnxEngine, size: tuple[int, int], reference: ClassTokens | None
     ) -> GateRecord:
-        """Whether an int8 graph may serve: by the cosines of its record, and by k-NN."""
+        """Return the verdict on an int8 graph, from the cosines of its parity record and from k-NN."""
         gate = NO_LABELS
         if self.labelled is not None:
             assert reference is not None
@@ -122,5 +124,5 @@ class Comparison:
 
 
 def _reason(error: ValueError) -> str:
-    """What a runtime said, in one line without the temporary folder's path."""
+    """Return a runtime's message on one line, without the temporary folder's path."""
     return " ".join(str(error.__cause__ or error).split())[:300]

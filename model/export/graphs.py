@@ -1,4 +1,4 @@
-"""Which further graphs of an artifact a command line asks for."""
+"""Which further graphs of an artifact the command-line options select."""
 
 import re
 from collections.abc import Sequence
@@ -13,20 +13,21 @@ PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf1
 
 
 def wanted_graphs(config: ViTConfig, size: tuple[int, int], asked: GraphOptions) -> list[GraphSpec]:
-    """The graphs of `asked`, less what `model.onnx` is.
+    """Return the graphs that the options select, without the one that equals `model.onnx`.
 
     Args:
         config: the model's shape.
         size: (H, W) pixels of `model.onnx`.
+        asked: the options.
 
     Raises:
-        ValueError: an option has another value than what is allowed; the message names both.
+        ValueError: an option has a value that is not allowed; the message names the value and the allowed ones.
     """
     for precision in asked.precisions:
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
     if asked.float_layers and "int8" not in asked.precisions:
-        raise ValueError(f"float layers {','.join(asked.float_layers)} are for int8, which is not among the precisions")
+        raise ValueError(f"float layers {','.join(asked.float_layers)} apply to int8, which is not a chosen precision")
     outputs = _outputs(config, asked.outputs)
     wanted = [_parse_size(text, config.patch_size) for text in asked.sizes] or [size]
     specs = []
@@ -50,12 +51,14 @@ def _outputs(config: ViTConfig, asked: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"output {output!r} is given twice")
     missing = [name for name in Features._fields if name not in chosen]
     if missing:
-        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be among them, serving reads it")
+        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be included, because serving reads it")
     return chosen
 
 
 def sensitive_layers(config: ViTConfig) -> tuple[str, ...]:
-    """Linear layers whose error reaches the features: those that end a residual branch, and the last block's."""
+    """Return the linear layers whose error reaches the features: the last of each residual branch, and the last
+    block's.
+    """
     return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3", f"blocks.{config.depth - 1}"
 
 
@@ -66,7 +69,7 @@ def _parse_size(text: str, patch_size: int) -> tuple[int, int] | None:
     sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(sides) < patch_size or any(side % patch_size for side in sides):
         raise ValueError(
-            f"size {text!r}: a multiple of the patch size {patch_size} (e.g. {16 * patch_size}), two of them with x "
-            f"between (height x width), or dynamic"
+            f"size {text!r}: must be a multiple of the patch size {patch_size} (e.g. {16 * patch_size}), two of them "
+            f"joined by x (height x width), or dynamic"
         )
     return sides

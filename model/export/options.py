@@ -1,4 +1,4 @@
-"""What an export takes: the model, how it is written, and what is asked of a checkpoint."""
+"""The options of an export: the model, how it is written, and how a checkpoint is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Backbone:
     """A model that can be exported.
 
     Attributes:
-        name: the artifact's.
-        weights: the state dict as arrays, Meta's names.
+        name: the artifact's name.
+        weights: the state dict as arrays, under Meta's names.
         config: the shape, with the position-embedding rule that the weights were trained with.
         preprocess: the transform that serving applies; its crop is the graph's input size.
-        provenance: where the weights come from, as JSON.
+        provenance: the origin of the weights, as JSON.
         licence: SPDX identifier of the weights.
     """
 
@@ -42,10 +42,10 @@ class ExportOptions:
     """How an artifact is written and compared.
 
     Attributes:
-        weights_dtype: how weights are stored. Parity is against torch on the weights as stored.
-        images: uint8 [H, W, 3] images for the parity check; None takes generated ones.
-        labelled: images for the gate of int8 graphs; None: none of these graphs may serve.
-        model_card: markdown that is put into the artifact.
+        weights_dtype: the stored type of the weights. Parity is measured against torch on the stored weights.
+        images: uint8 [H, W, 3] images for the parity check; None: generated images.
+        labelled: images for the gate of int8 graphs; None: no int8 graph may serve.
+        model_card: markdown for the artifact's README.md.
         keep_onnx: False leaves the graphs out; `load_artifact` derives them again, byte for byte.
     """
 
@@ -58,14 +58,15 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """The further graphs that a command line asks for: every size in every precision.
+    """The further graphs that a command line selects: every size in every precision.
 
     Attributes:
-        sizes: "224" (square), "224x336" (H x W) or "dynamic"; none: the size of `model.onnx`.
-        precisions: of `model.export.graphs.PRECISIONS`; none: fp32.
-        outputs: cls, patches and registers, which serving reads, and any of attention and layer.N; none: those three.
-        int8_weights, float_layers: of int8 graphs, see `GraphSpec`; None: `sensitive_layers`, since with them
-            in int8 a trained model missed the gate (docs/decisions/0018-int8.md).
+        sizes: "224" (square), "224x336" (H x W) or "dynamic"; empty: the size of `model.onnx`.
+        precisions: names from `model.export.graphs.PRECISIONS`; empty: fp32.
+        outputs: cls, patches and registers, which serving reads, plus any of attention and layer.N; empty: those three.
+        int8_weights: for int8 graphs, see `GraphSpec`.
+        float_layers: for int8 graphs, see `GraphSpec`; None: `sensitive_layers`, because a trained model with these
+            layers in int8 failed the gate (docs/decisions/0018-int8.md).
     """
 
     sizes: Sequence[str] = ()
@@ -77,14 +78,14 @@ class GraphOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What is asked of a checkpoint.
+    """How a checkpoint is read.
 
     Attributes:
-        arch: torch hub's name of the architecture; needed for files that do not say it (all but our own).
-        name: the artifact's; default: what our own checkpoint's provenance names, else the architecture.
-        resize, crop: of the preprocessing; default: what the checkpoint was evaluated with, else 256 and 224.
-        licence: SPDX identifier of the weights; a published model brings its own.
-        graphs: further graphs beside `model.onnx`.
+        arch: torch hub's name of the architecture; required for files that do not record it (all but our own).
+        name: the artifact's name; default: the name in our own checkpoint's provenance, else the architecture.
+        resize, crop: override the preprocessing; default: as the checkpoint was evaluated, else 256 and 224.
+        licence: SPDX identifier of the weights; a published model has its own.
+        graphs: graphs in addition to `model.onnx`.
     """
 
     arch: str | None = None

@@ -1,20 +1,20 @@
-"""The ONNX graph of a backbone, written from its weights with numpy alone.
+"""The ONNX graph of a backbone, written from its weights with numpy only.
 
-Why not `torch.onnx.export`: this graph has one attention operator a block (fused by ONNX Runtime and TensorRT), the
-position embedding baked for the input size or computed exactly for any, and initializers that keep Meta's parameter
-names. It needs no torch, so a server can derive `model.onnx` from `weights.safetensors` by itself; the same weights
-and `GraphSpec` always give the same bytes.
+Why not `torch.onnx.export`: this graph has one attention operator per block (fused by ONNX Runtime and TensorRT), a
+position embedding that is baked in for one input size or computed exactly for any size, and initializers that keep
+Meta's parameter names. It needs no torch, so a server can derive `model.onnx` from `weights.safetensors`; the same
+weights and `GraphSpec` always produce the same bytes.
 
-Input `pixels` [B, 3, H, W] float32 in every precision. Outputs, float32 as well: `cls` [B, D], `patches` [B, N, D],
-`registers` [B, R, D] (R may be 0), all after the last norm; when asked for, `attention` [B, A, T], the softmax weights
-of the last block with which the class token looks at all tokens, and `layer.<i>` [B, T, D], the tokens after block i
-through the last norm.
+The input is `pixels` [B, 3, H, W], float32 in every precision. The outputs are float32 as well: `cls` [B, D], `patches`
+[B, N, D] and `registers` [B, R, D] (R may be 0), all after the last norm. Two outputs are optional: `attention` [B, A,
+T], the class token's softmax weights over all tokens in the last block, and `layer.<i>` [B, T, D], the tokens after
+block i with the last norm applied.
 
-A graph for any size takes any multiple of the patch size. Pixels beyond the last whole patch are not looked at (a
-convolution without padding drops them), so an engine must refuse other sizes before it runs.
+A graph for any size accepts multiples of the patch size. It ignores pixels beyond the last whole patch (a convolution
+without padding drops them), so an engine must refuse other sizes before it runs the graph.
 
-Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens,
-D width, A attention heads.
+Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
+width, A attention heads.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ OPSET = 23
 IR_VERSION = 11
 NORM_EPS = 1e-6
 EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
-END = np.iinfo(np.int64).max  # of a Slice: up to the last
+END = np.iinfo(np.int64).max  # the end of a Slice that includes the last element
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 AttentionForm = Literal["standard", "tiled", "upcast"]
@@ -45,19 +45,19 @@ AttentionForm = Literal["standard", "tiled", "upcast"]
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """What is to be written of a backbone.
+    """The options of a backbone's graph.
 
-    `size` is (H, W) in pixels, baked in; None takes any multiple of the patch size. `precision`: see
-    `model/onnx_graph/linear.py`. `attention`: "standard" is ONNX's `Attention` (opset 23), "tiled" ONNX Runtime's
-    `MultiHeadAttention`, which needs memory linear in the tokens on a CPU, "upcast" the standard one between casts to
-    float32 (no different from "standard" where q, k and v are float32 anyway).
+    `size` is the fixed (H, W) in pixels; None accepts any multiple of the patch size. `precision` is described in
+    `model/onnx_graph/linear.py`. `attention` is "standard" for ONNX's `Attention` (opset 23), "tiled" for ONNX
+    Runtime's `MultiHeadAttention`, which needs memory linear in the tokens on a CPU, or "upcast" for the standard
+    operator between casts to float32 (equal to "standard" if q, k and v are float32 anyway).
 
-    `int8_weights`: the form of int8's weights, see `model/onnx_graph/quantize.py`. `float_layers`: linear layers that
-    int8 and fp8 leave alone, by name ("blocks.3.mlp.fc2"), by its end ("mlp.fc2": of all blocks) or beginning
-    ("blocks.3").
+    `int8_weights` is the form of int8's weights, see `model/onnx_graph/quantize.py`. `float_layers` are linear layers
+    that int8 and fp8 do not quantize: a full name ("blocks.3.mlp.fc2"), an ending ("mlp.fc2": in all blocks) or a
+    beginning ("blocks.3").
 
     Raises:
-        ValueError: a field holds something else than what is allowed.
+        ValueError: a field has a value that is not allowed.
     """
 
     size: tuple[int, int] | None
@@ -72,22 +72,22 @@ class GraphSpec:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
         if self.float_layers and self.precision not in ("int8", "fp8"):
-            raise ValueError(f"float_layers are for int8 and fp8, not for {self.precision}")
+            raise ValueError(f"float_layers apply to int8 and fp8, not to {self.precision}")
 
 
 def build_onnx(
     weights: Weights, config: ViTConfig, spec: GraphSpec, *, activations: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """The graph for any batch, whole in memory; beyond 2 GiB (a giant) it can only be written, by `write_onnx`.
+    """Build the graph for any batch size, in memory. A graph beyond 2 GiB (a giant model) needs `write_onnx`.
 
     Args:
         weights: Meta's parameter names to arrays, of any float type.
-        activations: the largest absolute input of each linear layer (`model.engines.activations.measure_activations`):
-            needed for fp8, not looked at otherwise.
+        activations: the largest absolute input of each linear layer (`model.engines.activations.measure_activations`);
+            required for fp8, otherwise ignored.
 
     Raises:
-        ValueError: a side of the size is not a multiple of the patch size; an output that the model does not have;
-            fp8 without the activations of every layer.
+        ValueError: a side that is not a multiple of the patch size, an output that the model does not have, or fp8
+            without the activations of every layer.
     """
     _check(config, spec, activations or {})
     return _build(GraphBuilder(weights), config, spec, activations or {})
@@ -101,15 +101,15 @@ def write_onnx(
     *,
     activations: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Write the graph, large weights beside it in `<path>.data`; returns the names written. See `build_onnx`.
+    """Write the graph, and large weights to `<path>.data`; return the names of the files. See `build_onnx`.
 
-    Large weights are read, converted and written one at a time, so `weights` may be a mapping that reads them from a
-    file. All is flushed to the disk, but nothing is renamed: a killed call can leave half a file, so callers write into
-    a temporary folder.
+    Large weights are read, converted and written one at a time, so `weights` may be a mapping that reads from a file.
+    The files are flushed to the disk but not renamed: a killed call can leave half a file, so callers write into a
+    temporary folder.
 
     Raises:
         ValueError: see `build_onnx`.
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     activations = activations or {}
     _check(config, spec, activations)
@@ -126,7 +126,7 @@ def write_onnx(
 
 
 def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]) -> None:
-    """Before anything is written: what `build_onnx` raises."""
+    """Raise the errors of `build_onnx` before anything is written."""
     p = config.patch_size
     if spec.size is not None and (any(side % p for side in spec.size) or min(spec.size) < p):
         height, width = spec.size
@@ -144,14 +144,14 @@ def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float])
     layers = [f"blocks.{i}.{part}" for i in range(config.depth) for part in parts]
     for name in spec.float_layers:
         if not any(is_named(layer, name) for layer in layers):
-            raise ValueError(f"float_layers: no layer is named {name!r}; a block's are {', '.join(parts)}")
+            raise ValueError(f"float_layers: no layer is named {name!r}; a block's layers are {', '.join(parts)}")
     for layer in layers if spec.precision == "fp8" else []:
         if layer not in activations and not any(is_named(layer, name) for name in spec.float_layers):
-            raise ValueError(f"fp8 needs the largest input of every linear layer: activations hold no {layer!r}")
+            raise ValueError(f"fp8 needs the largest input of every linear layer: activations has no {layer!r}")
 
 
 def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
-    """Roughly: the matrices of all blocks."""
+    """Return the approximate size of the weights: the matrices of all blocks."""
     d = config.embed_dim
     feed_forward = (2 if config.ffn == "mlp" else 3) * d * config.hidden_dim
     width = {"fp32": 4, "fp16": 2, "bf16": 2}.get(spec.precision, 1)
@@ -180,7 +180,7 @@ def _build(
 
 
 def _shapes(config: ViTConfig, spec: GraphSpec) -> dict[str, list[int | str]]:
-    """Of the input and of every output that there can be; a name stands for a dimension that is free."""
+    """Return the shapes of the input and of every possible output. A name marks a free dimension."""
     dim, p, prefix = config.embed_dim, config.patch_size, 1 + config.num_register_tokens
     height: int | str = "height" if spec.size is None else spec.size[0]
     width: int | str = "width" if spec.size is None else spec.size[1]
@@ -207,9 +207,9 @@ def _int64(graph: GraphBuilder, name: str, *values: int) -> str:
 
 
 def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec) -> None:
-    """Normed tokens to `cls`, `registers` and `patches`.
+    """Split normed tokens into `cls`, `registers` and `patches`.
 
-    Not by `Gather`: beside a `Split` of the same tensor ONNX Runtime 1.32 gave a wrong class token.
+    `Gather` is avoided: next to a `Split` of the same tensor ONNX Runtime 1.32 returned a wrong class token.
     """
     registers = config.num_register_tokens
     if spec.size is not None:
@@ -218,7 +218,7 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
         if not registers and "registers" not in spec.outputs:
             del parts["registers"]  # TensorRT has no use for an empty tensor
         graph.several("Split", [x, _int64(graph, "token_split", *parts.values())], list(parts), "split", axis=1)
-    else:  # TensorRT's Split takes no computed sizes
+    else:  # TensorRT's Split does not accept computed sizes
         axis = _int64(graph, "token_axis", 1)
         start, first = _int64(graph, "token_start", 0), _int64(graph, "first_register", 1)
         patch, end = _int64(graph, "first_patch", 1 + registers), _int64(graph, "token_end", END)
@@ -230,9 +230,9 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
 
 
 def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
-    """Pixels to tokens [B, 1 + R + N, D]: patches and class token with positions, registers without.
+    """Convert pixels to tokens [B, 1 + R + N, D]. Patches and the class token get positions, registers do not.
 
-    In float32 in every precision: it is 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
+    This part is float32 in every precision: it is 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
     """
     kernel = graph.constant("patch_embed.proj.weight", graph.weight("patch_embed.proj.weight"))
     bias = graph.constant("patch_embed.proj.bias", graph.weight("patch_embed.proj.bias"))
@@ -261,7 +261,7 @@ def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
 
 
 def _block(graph: GraphBuilder, linear: Linear, x: str, index: int, config: ViTConfig, spec: GraphSpec) -> str:
-    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))); the sums in float32 in every precision."""
+    """Add a block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))). The sums are float32 in every precision."""
     key = f"blocks.{index}"
     gains: list[FloatArray | None] = [None, None]
     if config.layerscale_init is not None:
@@ -292,7 +292,7 @@ def _block(graph: GraphBuilder, linear: Linear, x: str, index: int, config: ViTC
 
 
 def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, spec: GraphSpec) -> str:
-    """One operator: q, k, v [B, T, D] each to [B, T, D]."""
+    """Add one attention operator that maps q, k, v [B, T, D] each to [B, T, D]."""
     if spec.attention == "tiled":
         return graph.node("MultiHeadAttention", parts, output, domain="com.microsoft", num_heads=heads)
     half = HALVES.get(spec.precision)
@@ -304,7 +304,7 @@ def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, s
 
 
 def _class_attention(graph: GraphBuilder, q: str, k: str, config: ViTConfig) -> None:
-    """Output `attention` [B, A, T], beside the fused operator: one query's scores, linear in the tokens."""
+    """Add the output `attention` [B, A, T] next to the fused operator: one query's scores, linear in the tokens."""
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     key = "attention"
     axis = _int64(graph, "token_axis", 1)

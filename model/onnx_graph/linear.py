@@ -1,16 +1,16 @@
 """Linear layers of a graph in each precision, and the casts around them.
 
 - fp32: MatMul and Add; LayerScale's gain is folded into weight and bias.
-- fp16, bf16: linear layers, attention and the feed-forward's activation in half precision. float32 stays what half
-  precision would spoil: LayerNormalization (its sums), the residual stream (every block adds to it, and trained ViTs
-  carry a few channels in the thousands, where bfloat16 steps by 8 and float16 comes near its end at 65504), and
-  LayerScale (gains start at 1e-5: folded into float16 weights they would underflow).
-- int8: each linear layer quantises its input by its own range as it comes and multiplies integers; weights per output
-  channel (`model/onnx_graph/quantize.py`), LayerScale folded. The five operators are those that ONNX Runtime fuses into
-  one. All the rest is float32.
-- fp8: for TensorRT. Inputs and weights of linear layers pass through E4M3; all the rest is as in bf16.
+- fp16, bf16: linear layers, attention and the feed-forward activation run in half precision. Three parts stay in
+  float32: LayerNormalization (its sums), the residual stream (every block adds to it, and trained ViTs have a few
+  channels in the thousands, where bfloat16 has steps of 8 and float16 nears its maximum of 65504), and LayerScale
+  (gains start at 1e-5 and would underflow in float16 weights).
+- int8: each linear layer quantises its input dynamically, by its range, and multiplies integers; weights are scaled per
+  output channel (`model/onnx_graph/quantize.py`), with LayerScale folded in. ONNX Runtime fuses the five operators into
+  one. Everything else is float32.
+- fp8: for TensorRT. Inputs and weights of linear layers pass through E4M3; everything else is as in bf16.
 
-`float_layers` are left out of int8 and fp8: they stay in float32 and bfloat16.
+int8 and fp8 do not apply to `float_layers`: these stay in float32 and bfloat16, respectively.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from model.onnx_graph.quantize import FP8_LARGEST, Int8Weights, fp8_per_channel,
 
 
 class Half(NamedTuple):
-    """A half precision as ONNX and as numpy name it."""
+    """A half-precision type under its ONNX and numpy names."""
 
     onnx: int
     numpy: npt.DTypeLike
@@ -40,23 +40,25 @@ HALVES = {
 
 
 def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
-    """float32 to the half of `precision`; as it is where there is none."""
+    """Cast float32 to the half type of `precision`. If it has none, return `x` unchanged."""
     half = HALVES.get(precision)
     return x if half is None else graph.node("Cast", [x], f"{x}.half", to=half.onnx)
 
 
 def widen(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Back to float32."""
+    """Cast back to float32."""
     return x if precision not in HALVES else graph.node("Cast", [x], f"{x}.float", to=TensorProto.FLOAT)
 
 
 def is_named(layer: str, name: str) -> bool:
-    """Whether `layer` (blocks.3.mlp.fc2) is what `name` says: itself, the end (mlp.fc2) or the beginning (blocks.3)."""
+    """Return whether `name` selects `layer` (blocks.3.mlp.fc2): as a full name, an ending (mlp.fc2) or a beginning
+    (blocks.3).
+    """
     return f".{layer}".endswith(f".{name}") or f"{layer}.".startswith(f"{name}.")
 
 
 class Linear:
-    """Writes linear layers x @ W^T + b of one precision into a graph; see `GraphSpec` for the arguments."""
+    """A writer of linear layers x @ W^T + b in one precision; see `GraphSpec` for the arguments."""
 
     def __init__(
         self,
@@ -71,7 +73,9 @@ class Linear:
         self._half = HALVES.get(precision)
 
     def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
-        """One layer with LayerScale's `gain` per output channel folded in; result and input in the half, if any."""
+        """Add one layer, with LayerScale's `gain` per output channel folded in. Input and result have the half type, if
+        any.
+        """
         graph = self._graph
         weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]
         if gain is not None:
@@ -86,7 +90,7 @@ class Linear:
         return graph.node("Add", [product, self._stored(f"{key}.bias", bias)], f"{key}.out")
 
     def branch_end(self, x: str, key: str, gain: FloatArray | None, scale_key: str) -> str:
-        """The layer that ends a residual branch, with LayerScale, in float32."""
+        """Add the last layer of a residual branch, with LayerScale. The result is float32."""
         if self._half is None:
             return self(x, key, gain)
         out = widen(self._graph, self(x, key), self._precision)

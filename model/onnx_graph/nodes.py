@@ -1,8 +1,8 @@
-"""Nodes and initializers of a graph in the making; weights go into the model or, one by one, into a file beside it.
+"""Nodes and initializers of a graph under construction. Weights go into the model or, one by one, into a data file.
 
-A protobuf message ends at 2 GiB and a giant's weights are 4.5 GB, so a large graph's initializers are written to the
-data file as soon as they are made and only their places stay in memory. Every name is given by the caller, none is
-invented, and nothing depends on the order of the weights' mapping: the same calls give the same bytes.
+A protobuf message is limited to 2 GiB, and a giant model's weights take 4.5 GB, so a large graph's initializers are
+written to the data file immediately and only their offsets stay in memory. The caller names every node and tensor, and
+nothing depends on the order of the weights' mapping: the same calls produce the same bytes.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ FloatArray = npt.NDArray[np.float32]
 Weights = Mapping[str, npt.NDArray[np.floating]]
 Attribute = int | float | list[int]
 
-EXTERNAL_ALIGNMENT = 4096  # a page, so that runtimes can map the file
+EXTERNAL_ALIGNMENT = 4096  # one page, so that runtimes can map the file
 INLINE_BELOW_BYTES = 1024  # shapes and scalars stay in the graph, where shape inference reads them
 
 
 class GraphBuilder:
-    """Collects a graph.
+    """A collector of a graph's nodes and initializers.
 
     Args:
-        weights: Meta's parameter names to arrays of any float type; each is read once, when it is needed.
-        data: file for initializers of at least 1 KiB; None keeps all in the graph.
-        location: that file's name as the graph says it.
+        weights: Meta's parameter names to arrays of any float type; each is read once, on use.
+        data: file for initializers of at least 1 KiB; None: all stay in the graph.
+        location: the data file's name as recorded in the graph.
     """
 
     def __init__(self, weights: Weights, data: BinaryIO | None = None, location: str = "") -> None:
@@ -40,7 +40,7 @@ class GraphBuilder:
         return self._weights[key].astype(np.float32, copy=False)
 
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
-        """An initializer; one of the same name is the same one."""
+        """Add an initializer and return its name. If the name exists already, nothing is added."""
         if name in self._names:
             return name
         self._names.add(name)
@@ -54,7 +54,7 @@ class GraphBuilder:
     def _written(self, name: str, value: npt.NDArray[np.generic], data: BinaryIO) -> onnx.TensorProto:
         data.write(b"\0" * (-data.tell() % EXTERNAL_ALIGNMENT))
         offset = data.tell()
-        data.write(value.view(np.uint8).data)  # by view: numpy gives no buffer of a bfloat16
+        data.write(value.view(np.uint8).data)  # as bytes: numpy exports no buffer of bfloat16
         tensor = TensorProto(name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, entry in (("location", self._location), ("offset", str(offset)), ("length", str(value.nbytes))):
@@ -62,11 +62,11 @@ class GraphBuilder:
         return tensor
 
     def node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Attribute) -> str:
-        """A node of one output, named as that output."""
+        """Add a node with one output; its name is the output's."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain or None, **attributes))
         return output
 
     def several(self, op: str, inputs: list[str], outputs: list[str], name: str, **attributes: Attribute) -> list[str]:
-        """A node of several outputs."""
+        """Add a node with several outputs."""
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
         return outputs

@@ -1,19 +1,19 @@
 """The position embedding computed in the graph, for inputs of any size.
 
-`model/pos_embed.py` resizes with one small matrix per axis; here the graph makes the same matrices from the size of
-its input, with plain arithmetic that every runtime has. `Resize` is avoided: runtimes disagree about its antialiased
-cubic form and TensorRT refuses it.
+`model/pos_embed.py` resizes with one small matrix per axis. The graph computes the same matrices from its input size,
+with basic arithmetic that every runtime supports. `Resize` is not used: runtimes differ in its antialiased cubic mode,
+and TensorRT refuses it.
 
-Element (i, j) of a matrix is the cubic kernel at the distance between output cell i and input cell j. That distance
-is a quotient of integers, so the graph computes numerator and denominator exactly in float32 and rounds once:
+Element (i, j) of a matrix is the cubic kernel at the distance between output cell i and input cell j. That distance is
+a quotient of integers, so the graph computes numerator and denominator exactly in float32 and rounds once:
 
 - offset: source = (i + 1/2) * M / (n + 0.1) - 1/2, hence |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1));
 - size: |M (2i+1) - n (2j+1)| / (2 n);
 - antialias: the same numerator over 2 max(n, M), since the kernel widens when shrinking; rows then sum to one.
 
 The two rules without antialias repeat the border: their grid of positions is padded by two cells on every side, which
-is as far as the kernel reaches. At the native grid the kernel falls on 0 and whole numbers and gives the identity by
-itself, except for `offset`, where the graph switches when both sides are native.
+is the kernel's reach. At the native grid the kernel is evaluated at whole numbers and yields the identity. The
+exception is `offset`, for which the graph switches to the identity if both sides are native.
 """
 
 import numpy as np
@@ -21,11 +21,11 @@ import numpy as np
 from model.config import ViTConfig
 from model.onnx_graph.nodes import GraphBuilder
 
-REACH = 2  # cells on either side of a sampling point that the cubic kernel takes in
+REACH = 2  # cells on either side of a sampling point that the cubic kernel covers
 
 
 def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: str) -> str:
-    """Positions [1, h*w, D] of the patches of `patch_map` [B, D, h, w]; equals `resize_pos_embed` without the class."""
+    """Return the positions [1, h*w, D] of `patch_map` [B, D, h, w]: `resize_pos_embed` without the class position."""
     side, dim = config.grid, config.embed_dim
     cells = graph.weight("pos_embed")[0, 1:].reshape(side, side, dim)
     if config.pos_embed_rule != "antialias":
@@ -46,7 +46,7 @@ def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: st
 
 
 def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, name: str) -> str:
-    """The resize matrix [n, M or M + 4] of one axis, where n is that axis of `patch_map`."""
+    """Return the resize matrix [n, M or M + 4] of one axis, where n is the size of that axis of `patch_map`."""
     side, rule, key = config.grid, config.pos_embed_rule, f"pos_embed.{name}"
     border = 0 if rule == "antialias" else REACH
     tenths = (10, 1) if rule == "offset" else (1, 0)  # numerator and denominator times ten make 0.1 an integer
@@ -94,7 +94,10 @@ def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, nam
 
 
 def _cubic(graph: GraphBuilder, distance: str, key: str, a: float) -> str:
-    """Keys' kernel as (d - 1) * ((a+2) d^2 - d - 1) up to 1 and (d - 1) * a (d - 2)^2 up to 2: without cancellation."""
+    """Return Keys' kernel in a form without cancellation.
+
+    It is (d - 1) * ((a+2) d^2 - d - 1) up to 1, and (d - 1) * a (d - 2)^2 up to 2.
+    """
 
     def number(label: str, value: float) -> str:
         return graph.constant(f"pos_embed.{label}", np.array(value, np.float32))

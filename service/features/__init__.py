@@ -1,1 +1,1 @@
-"""One decode and one forward pass per image: pipeline, batcher, cache."""
+"""One decode and one forward pass per image: pipeline, batcher and cache."""

@@ -1,18 +1,18 @@
-"""A bounded queue in front of the engine: requests of many clients share forward passes.
+"""A bounded queue before the engine. Requests of many clients share forward passes.
 
-One worker thread owns the engine. Whenever it is free it takes what is waiting, oldest first, as one batch; it never
-waits for a batch to fill, so an idle engine answers a single image at once, and under load batches fill by themselves
-while the pass before is running. A batch holds images of one shape (the oldest one's) and at most `batch_max_patches`
-patches, which bounds the memory of a pass whatever sizes are mixed.
+One worker thread owns the engine. Whenever it is free, it takes the waiting images, oldest first, as one batch. It
+never waits for a batch to fill, so an idle engine answers a single image at once. Under load, batches fill during the
+previous pass. A batch contains images of one shape (the oldest image's) and at most `batch_max_patches` patches, which
+bounds the memory of a pass for any mix of sizes.
 
-Two bounds refuse work early. `reserve` counts images from acceptance to answer, before anything is decoded; `submit`
-counts patches waiting. Both raise `QueueFull` with a Retry-After from the measured throughput.
+Two limits refuse work early. `reserve` counts images from acceptance to answer, before anything is decoded. `submit`
+counts waiting patches. Both raise `QueueFull` with a Retry-After derived from the measured throughput.
 
-A client that left is dropped when a batch is formed. An exception of the engine fails its own batch only; the images of
-a failed batch are tried singly, so that one that the engine cannot take does not hurt its neighbours. If the worker
-thread itself ends or hangs, `health` says so and `/livez` fails.
+The image of a client that disconnected is dropped when a batch is formed. An engine exception fails only its own batch:
+the images of a failed batch are tried one by one, so an image that the engine cannot process does not affect the
+others. If the worker thread dies or hangs, `health` reports it and `/livez` fails.
 
-All methods but the worker's are called on the event loop's thread.
+All methods except the worker's are called on the event loop's thread.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ MAX_RETRY_AFTER_S = 60
 
 @dataclass(frozen=True)
 class Done(Generic[Row]):
-    """One image's result, with the seconds it waited and the seconds its forward pass and pooling took."""
+    """One image's result, with the seconds in the queue and the seconds of the forward pass with pooling."""
 
     row: Row
     queue_s: float
@@ -49,7 +49,7 @@ class Done(Generic[Row]):
 
 @dataclass(eq=False)
 class Job(Generic[Row]):
-    """One image waiting. `pixels` is [3, h, w]."""
+    """One waiting image. `pixels` is [3, h, w]."""
 
     pixels: FloatArray
     patches: int
@@ -61,11 +61,11 @@ Outcome = tuple[Job[Row], Done[Row] | Exception]
 
 
 class Batcher(Generic[Row]):
-    """See the top of the file.
+    """The queue and its worker thread, as described at the top of this module.
 
     Args:
-        run: the forward pass with its pooling: pixels [B, 3, h, w] -> B rows. Called by one thread at a time.
-        patch_size: side of a patch in pixels, to count patches.
+        run: the forward pass with pooling: pixels [B, 3, h, w] -> B rows. Only one thread calls it at a time.
+        patch_size: side of a patch in pixels, for counting patches.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Batcher(Generic[Row]):
         self._taken: list[Job[Row]] = []
         self._wake = threading.Condition()
         self._closing = False
-        self._dead = False  # set under _wake, with the last look into the queue
+        self._dead = False  # set under _wake, when the queue is emptied for the last time
         self._busy_since: float | None = None
         self._images_per_s: float | None = None
         self._reserved = 0
@@ -101,12 +101,12 @@ class Batcher(Generic[Row]):
 
     @property
     def images(self) -> int:
-        """Images accepted and not yet answered."""
+        """Number of images accepted and not yet answered."""
         return self._reserved
 
     @property
     def waiting(self) -> int:
-        """Images decoded and waiting for the engine."""
+        """Number of decoded images that wait for the engine."""
         return len(self._queue)
 
     @property
@@ -115,7 +115,7 @@ class Batcher(Generic[Row]):
         return self._reserved >= self._queue_max_images or self._queued_patches >= self._queue_max_patches
 
     def health(self) -> str | None:
-        """None when the worker is well, else what is wrong with it."""
+        """Return None if the worker is healthy, else a description of the fault."""
         if self._closing:
             return None
         if self._dead:
@@ -126,11 +126,11 @@ class Batcher(Generic[Row]):
         return None
 
     def reserve(self, images: int) -> None:
-        """Accept `images` more, or none of them. Every reserved image is given back by `release`.
+        """Accept `images` more images, or none of them. `release` must return every reserved image.
 
         Raises:
-            QueueFull: there is no room now.
-            ShuttingDown, ModelUnavailable: there will be none.
+            QueueFull: there is no room at the moment.
+            ShuttingDown, ModelUnavailable: no more images are accepted.
         """
         self._check_open()
         if self._reserved + images > self._queue_max_images:
@@ -139,13 +139,13 @@ class Batcher(Generic[Row]):
         self._metrics.queue_images.set(self._reserved)
 
     def release(self, images: int) -> None:
-        """Give back what `reserve` took."""
+        """Return what `reserve` took."""
         self._reserved -= images
         assert self._reserved >= 0
         self._metrics.queue_images.set(self._reserved)
 
     def submit(self, pixels: FloatArray) -> "asyncio.Future[Done[Row]]":
-        """Queue one image [3, h, w]. Cancelling the future drops it, unless the engine has it already.
+        """Queue one image [3, h, w]. Cancelling the future drops the image unless the engine already has it.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: as `reserve`.
@@ -164,7 +164,7 @@ class Batcher(Generic[Row]):
         return job.future
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Stop the worker after the pass it is in; what still waits fails with `ShuttingDown`."""
+        """Stop the worker after its current pass. Images that still wait fail with `ShuttingDown`."""
         with self._wake:
             self._closing = True
             waiting = list(self._queue)
@@ -176,19 +176,19 @@ class Batcher(Generic[Row]):
         self._thread.join(timeout_s)
 
     def retry_after_s(self) -> int:
-        """Seconds until what is accepted now should be done, from the measured throughput; 1 to 60."""
+        """Estimate the seconds until the accepted images are done, from the measured throughput: 1 to 60."""
         if not self._images_per_s:
             return 1
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._reserved / self._images_per_s)))
 
     def _queue_full(self, what: str) -> QueueFull:
-        return QueueFull(f"the queue holds {what}; try again later", retry_after_s=self.retry_after_s())
+        return QueueFull(f"the queue has {what}; try again later", retry_after_s=self.retry_after_s())
 
     def _check_open(self) -> None:
         if self._closing:
             raise ShuttingDown("the service is shutting down", retry_after_s=1)
         if self._dead:
-            raise ModelUnavailable("the engine's worker thread has died; the service has to be restarted")
+            raise ModelUnavailable("the engine's worker thread has died; the service must be restarted")
 
     # The worker thread.
 
@@ -211,7 +211,7 @@ class Batcher(Generic[Row]):
                 self._deliver([(job, EngineFailed("the engine's worker thread has died")) for job in lost])
 
     def _next_batch(self) -> list[Job[Row]]:
-        """Wait for work and take the next batch; empty when closing."""
+        """Wait for work and take the next batch. The batch is empty when closing."""
         with self._wake:
             while True:
                 self._taken = self._take()
@@ -220,9 +220,9 @@ class Batcher(Generic[Row]):
                 self._wake.wait()
 
     def _take(self) -> list[Job[Row]]:
-        """The oldest waiting image and those after it that fit its batch; the departed are dropped."""
+        """Take the oldest waiting image and the following ones that fit into its batch. Drop cancelled images."""
         batch: list[Job[Row]] = []
-        passed: list[Job[Row]] = []  # of another shape: they keep their places
+        passed: list[Job[Row]] = []  # images of another shape; they keep their order in the queue
         patches = 0
         while self._queue:
             job = self._queue[0]
@@ -244,12 +244,12 @@ class Batcher(Generic[Row]):
         return batch
 
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
-        """Run a batch; when it fails, each of its images by itself."""
+        """Run a batch. If it fails, run each of its images alone."""
         started = time.perf_counter()
         try:
             rows = self._run(np.stack([job.pixels for job in batch]))
             if len(rows) != len(batch):
-                raise ValueError(f"the engine gave {len(rows)} rows for {len(batch)} images")
+                raise ValueError(f"the engine returned {len(rows)} rows for {len(batch)} images")
         except Exception as error:
             self._metrics.engine_errors.inc()
             log.exception("a forward pass of %d images failed", len(batch))
@@ -266,14 +266,15 @@ class Batcher(Generic[Row]):
         return [(job, Done(row, started - job.queued_at, seconds)) for job, row in zip(batch, rows, strict=True)]
 
     def _deliver(self, outcomes: list[Outcome[Row]]) -> None:
-        """Hand results to the event loop: one wake-up for the whole batch."""
+        """Hand the results to the event loop, with one wake-up for the whole batch."""
         try:
             self._loop.call_soon_threadsafe(_set_results, outcomes)
-        except RuntimeError:  # the loop is closed: the service has stopped, nobody waits
-            log.warning("%d results came after the service had stopped", len(outcomes))
+        except RuntimeError:  # the loop is closed: the service has stopped and no client waits
+            log.warning("%d results arrived after the service had stopped", len(outcomes))
 
 
 def _set_results(outcomes: list[Outcome[Row]]) -> None:
+    """Resolve the futures on the event loop."""
     for job, outcome in outcomes:
         if job.future.done():  # cancelled while the engine had it
             continue

@@ -1,13 +1,14 @@
-"""Vectors that were computed before: in this process, or in a Redis that all replicas share.
+"""Caches of computed vectors: in this process, or in a Redis that all replicas share.
 
-A key is made in one place, `cache_key`: the image's bytes, the model's fingerprint and the options. So an entry never
-goes stale, several models live side by side, and nothing is ever invalidated: the least recently used go (memory), or
-the oldest (Redis, by TTL).
+Only `cache_key` makes keys: from the image's bytes, the model's fingerprint and the options. So an entry never becomes
+stale, entries of several models coexist, and nothing is ever invalidated. The memory cache evicts the least recently
+used entries; Redis removes the oldest by TTL.
 
-A cache may forget, but it may not hurt. `RedisCache` turns every fault into misses: each call has a hard time limit,
-and after a fault a circuit breaker spares the following calls the wait. While it is open one call at a time may probe,
-at growing intervals; the first that succeeds closes it, so a Redis that comes back is used again by itself.
-Values carry their length and checksum, so what is truncated, flipped or foreign is a miss too.
+A cache may lose entries, but it must never fail a request. `RedisCache` turns every fault into misses. Each call has a
+hard time limit, and after a fault a circuit breaker makes the following calls skip Redis without waiting. While the
+breaker is open, one call at a time may probe Redis, at growing intervals. The first success closes the breaker, so a
+recovered Redis is used again automatically. Values carry their length and checksum, so a truncated, corrupted or
+foreign value is a miss too.
 """
 
 import asyncio
@@ -26,41 +27,40 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, InvalidResponse, RedisError, ResponseError
 
 CacheEvent = Literal["error", "skipped", "corrupt", "recovered"]
-"""error: a call failed. skipped: the breaker was open. corrupt: a value was not ours. recovered: the breaker closed."""
+"""error: a call failed. skipped: the breaker was open. corrupt: a value was invalid. recovered: the breaker closed."""
 
 OnEvent = Callable[[CacheEvent], None]
 T = TypeVar("T")
 
 ENTRY_OVERHEAD_BYTES: Final = 330
-"""What an entry of `MemoryCache` takes beside the text of its key and its value: object headers, slots of the ordered
-dictionary. Measured with tracemalloc; the test repeats it."""
+"""Memory of an entry of `MemoryCache` besides its key's text and its value: object headers and slots of the ordered
+dictionary. Measured with tracemalloc; a test repeats the measurement."""
 
-_FORMAT: Final = "v1"  # in every Redis key: a release with another value format never reads this one's
+_FORMAT: Final = "v1"  # part of every Redis key, so another value format never reads these values
 _HEADER: Final = struct.Struct("<4sII")  # magic, length of the value, its CRC-32
 _MAGIC: Final = b"dv2\x01"
 
 
 class Cache(Protocol):
-    """What the pipeline needs. No method raises for a cache that is down or full."""
+    """The cache that the pipeline needs. No method raises if the cache is down or full."""
 
     name: str
 
     async def get_many(self, keys: list[str]) -> list[bytes | None]:
-        """The values in the order of the keys; None for a miss."""
+        """Return the values in the order of the keys, None for a miss."""
 
     async def set_many(self, items: dict[str, bytes]) -> None:
-        """Keeps the items, as far as it can."""
+        """Store the items as far as possible."""
 
     async def status(self) -> str:
-        """'ok', or 'degraded: ' and why."""
+        """Return 'ok', or 'degraded: ' and the reason."""
 
     async def close(self) -> None: ...
 
 
 def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | int | float | bool | None]) -> str:
-    """The one definition of what makes two results the same: the bytes' sha256 (hex), the model's fingerprint, and
-    every option that changes the vector, in any order. 8 characters of the fingerprint stay readable, for whoever looks
-    into Redis."""
+    """Return the key of a result: from the bytes' sha256 (hex), the model's fingerprint, and every option that changes
+    the vector, in any order. The first 8 characters of the fingerprint stay readable for people who inspect Redis."""
     text = json.dumps([image_sha256, fingerprint, dict(options)], sort_keys=True, separators=(",", ":"))
     return f"{fingerprint[:8]}:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -68,15 +68,16 @@ def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | i
 def make_cache(
     redis_url: str | None, *, max_bytes: int, ttl_s: int, on_event: OnEvent = lambda event: None
 ) -> "MemoryCache | RedisCache":
-    """The cache that the settings ask for: Redis if there is a URL, else this process's memory (0 bytes: none)."""
+    """Make the cache that the settings name: Redis if there is a URL, else this process's memory (0 bytes: no
+    cache)."""
     return MemoryCache(max_bytes) if redis_url is None else RedisCache(redis_url, ttl_s=ttl_s, on_event=on_event)
 
 
 class MemoryCache:
-    """Least recently used entries go first, within a budget of bytes, overhead counted. For one event loop: no method
-    awaits inside, so each is atomic there.
+    """An LRU cache with a budget in bytes, including overhead. It belongs to one event loop: no method awaits, so each
+    is atomic there.
 
-    A value that alone exceeds the budget is not kept (and drives out nothing).
+    A value that alone exceeds the budget is not stored and evicts nothing.
     """
 
     name = "memory"
@@ -126,17 +127,17 @@ def _entry_bytes(key: str, value: bytes) -> int:
 
 
 class RedisCache:
-    """Shared by every replica that uses the same URL and prefix.
+    """A cache in Redis, shared by all replicas that use the same URL and prefix.
 
     Args:
         url: redis://, rediss:// or unix://, with the password if there is one. It is never shown.
         ttl_s: seconds that Redis keeps a value.
         on_event: called for the metrics.
-        timeout_s: the most that one call may take, connecting included.
-        retry_s, max_retry_s: first and longest interval between probes while Redis is down; it doubles.
+        timeout_s: time limit of one call, including the connection.
+        retry_s, max_retry_s: first and longest interval between probes while Redis is down. The interval doubles.
 
     Raises:
-        ValueError: a URL or number that makes no sense (the message does not show the password).
+        ValueError: the URL or a number is invalid. The message does not show the password.
     """
 
     name = "redis"
@@ -158,7 +159,7 @@ class RedisCache:
         self._prefix = f"{prefix}:{_FORMAT}:"
         self._ttl_s, self._timeout_s, self._on_event = ttl_s, timeout_s, on_event
         self._breaker = _Breaker(retry_s, max_retry_s)
-        self._faults: dict[str, str] = {}  # call -> why its latest try failed
+        self._faults: dict[str, str] = {}  # call -> why it failed last
         self._redis = _client(url, timeout_s, max_connections)
 
     async def get_many(self, keys: list[str]) -> list[bytes | None]:
@@ -172,8 +173,8 @@ class RedisCache:
             await self._guarded("set", lambda: self._set(items))
 
     async def status(self) -> str:
-        """Asks Redis, so that a service without traffic notices faults and recoveries as well. By a read: an answer to
-        PING does not say that reads are answered."""
+        """Query Redis, so that a service without traffic also notices faults and recoveries. The query is a read,
+        because a Redis that answers PING may still refuse reads."""
         await self.get_many(["status"])
         if not self._faults:
             return "ok"
@@ -186,10 +187,10 @@ class RedisCache:
         values = await self._redis.mget(keys)
         if not isinstance(values, list) or len(values) != len(keys):
             raise InvalidResponse("the answer to MGET is not a list of one value for each key")
-        found = [value for value in values if value is None or isinstance(value, bytes)]
-        if len(found) != len(keys):
-            raise InvalidResponse("the answer to MGET holds other values than strings")
-        return found
+        strings = [value for value in values if value is None or isinstance(value, bytes)]
+        if len(strings) != len(keys):
+            raise InvalidResponse("the answer to MGET contains values that are not strings")
+        return strings
 
     async def _set(self, items: dict[str, bytes]) -> bool:
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -199,17 +200,17 @@ class RedisCache:
         return True
 
     async def _guarded(self, call: str, action: Callable[[], Awaitable[T]]) -> T | None:
-        """The border: the call's result within the time limit, or None and an event."""
+        """Run a call within the time limit. On a fault return None and emit an event."""
         if not self._breaker.try_enter():
             self._on_event("skipped")
             return None
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await action()
-        except (RedisError, OSError, TimeoutError, ValueError) as error:  # ValueError: what answers speaks no Redis
+        except (RedisError, OSError, TimeoutError, ValueError) as error:  # ValueError: the server does not speak Redis
             self._failed(call, error)
             return None
-        except BaseException:  # the caller was cancelled: that says nothing about Redis, but a probe must end
+        except BaseException:  # the caller was cancelled, not Redis' fault; end a probe
             self._breaker.abandon()
             raise
         if self._breaker.succeed():
@@ -224,7 +225,7 @@ class RedisCache:
         self._faults[call] = f"{type(error).__name__}: {words}"
         refused = isinstance(error, ResponseError) and not isinstance(error, AuthenticationError | AuthorizationError)
         if refused and not str(error).startswith(("NOAUTH", "WRONGPASS")):
-            self._breaker.abandon()  # it answers (say, out of memory for writes): reads may go on
+            self._breaker.abandon()  # Redis answers (e.g. out of memory for writes): reads may continue
         else:
             self._breaker.fail()
 
@@ -238,7 +239,7 @@ class RedisCache:
 
 
 class _Breaker:
-    """Closed: everybody enters. Open: nobody, but one prober at a time whenever the interval is over."""
+    """A circuit breaker. Closed: every call enters. Open: one probe at a time enters, after each interval."""
 
     def __init__(self, first_s: float, longest_s: float) -> None:
         self._first_s, self._longest_s = first_s, longest_s
@@ -255,13 +256,13 @@ class _Breaker:
         return True
 
     def succeed(self) -> bool:
-        """True if this closed it."""
+        """Close the breaker. Return whether it was open."""
         was_open = bool(self._interval_s)
         self._interval_s, self._probing = 0.0, False
         return was_open
 
     def fail(self) -> None:
-        if self._probing or not self._interval_s:  # calls that were under way when it opened do not lengthen it
+        if self._probing or not self._interval_s:  # calls that started before it opened do not lengthen it
             self._interval_s = min(self._longest_s, max(self._first_s, 2 * self._interval_s))
             self._next_probe = time.monotonic() + self._interval_s
         self._probing = False
@@ -271,7 +272,7 @@ class _Breaker:
 
 
 def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
-    """A pooled client that retries nothing: the breaker does that."""
+    """Make a pooled client without retries, because the breaker handles them."""
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -282,22 +283,22 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
             retry=Retry(NoBackoff(), 0),
         )
     except (ValueError, TypeError):
-        # urllib's messages quote pieces of the URL, and a piece may be of the password
+        # urllib's messages quote parts of the URL, and a part may belong to the password
         scheme = url.split("://", 1)[0] if "://" in url else "?"
         raise ValueError(
-            f"the Redis URL (scheme {scheme!r}) is not valid: redis://[:password@]host:port/db is; "
+            f"the Redis URL (scheme {scheme!r}) is not valid: the form is redis://[:password@]host:port/db; "
             "percent-encode special characters of the password"
         ) from None
     return Redis.from_pool(pool)  # closed with the client
 
 
 def frame(value: bytes) -> bytes:
-    """A value with what is needed to recognise it: magic, length, CRC-32."""
+    """Prefix a value with magic, length and CRC-32."""
     return _HEADER.pack(_MAGIC, len(value), zlib.crc32(value)) + value
 
 
 def unframe(framed: bytes) -> bytes | None:
-    """The value, or None if these bytes are not one that `frame` made."""
+    """Return the value, or None if `frame` did not make these bytes."""
     if len(framed) < _HEADER.size:
         return None
     magic, length, checksum = _HEADER.unpack_from(framed)

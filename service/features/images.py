@@ -1,4 +1,5 @@
-"""Decoding with the service's errors: the border between `model.decode` and everything that answers a client."""
+"""Decode images with the service's errors. This is the border between `model.decode` and all code that answers
+clients."""
 
 from model.decode import DEFAULT_LIMITS, Broken, DecodeError, DecodeLimits, Pixels, TooLarge, Unsupported
 from model.decode import decode as decode_image
@@ -15,7 +16,7 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
     """Decode an image, see `model.decode.decode`.
 
     Raises:
-        ImageTooLarge, UnsupportedImage, BrokenImage: as the decoder says.
+        ImageTooLarge, UnsupportedImage, BrokenImage: the decoder raised the matching error.
     """
     try:
         return decode_image(data, limits)

@@ -1,9 +1,10 @@
-"""The patch features of one photo as they are kept for comparisons: directions only, in half the bytes.
+"""Patch features of one image as they are cached for comparisons: unit vectors in float16.
 
-Every row has length 1, so that a product of two is a cosine; float16 errs by 1 in 2000 of a component, which moves the
-cosine of two such rows by about 1e-5. Size and grid travel with them, because boxes are told in the photo's own pixels.
+Every row has length 1, so the product of two rows is their cosine. float16 has a relative error of 1 in 2000 per
+component, which changes the cosine of two rows by about 1e-5. Image size and grid are stored with the rows, because
+boxes are given in the image's own pixels.
 
-Legend: N patches, D features; H, W the photo as sent, upright; h, w the grid, N = h * w, row-major.
+Legend: N patches, D features; H, W the image as sent, upright; h, w the grid, N = h * w, row-major.
 """
 
 import struct
@@ -20,7 +21,8 @@ _HEAD: Final = struct.Struct("<4I")  # H, W, h, w; the N * D numbers follow
 
 @dataclass(frozen=True)
 class Patches:
-    """rows: float16 [N, D], each of length 1 (or 0, of a feature without direction)."""
+    """Unit patch features of one image. rows: float16 [N, D], each of length 1, or 0 for a feature without
+    direction."""
 
     rows: npt.NDArray[np.float16]
     grid: tuple[int, int]  # h, w
@@ -28,7 +30,7 @@ class Patches:
 
     @staticmethod
     def of(tokens: Floats, grid: tuple[int, int], size: tuple[int, int]) -> "Patches":
-        """Of patch tokens [N, D] as the network gives them."""
+        """Make patches from the patch tokens [N, D] of the network."""
         assert len(tokens) == grid[0] * grid[1], (tokens.shape, grid)
         return Patches(unit_rows(tokens).astype(np.float16), grid, size)
 
@@ -43,7 +45,7 @@ class Patches:
 
 
 def unit_rows(rows: npt.NDArray[np.floating]) -> Floats:
-    """Rows [N, D] to float32 of length 1; a row of zeros stays."""
+    """Scale rows [N, D] to float32 of length 1. A zero row stays zero."""
     values = rows.astype(np.float32)
     lengths = np.linalg.norm(values, axis=1, keepdims=True)  # [N, 1]
     return np.asarray(values / np.where(lengths > 0, lengths, 1), np.float32)

@@ -1,17 +1,17 @@
-"""The straight line of one image: bytes -> cache? -> decode -> preprocess -> batcher -> engine -> pool -> cache.
+"""The path of one image: bytes -> cache? -> decode -> preprocess -> batcher -> engine -> pool -> cache.
 
-Decoding and preprocessing share one thread hop and end before batching, so a broken photo is an error of its own item
-and never reaches the engine. Nothing is decoded for a request that the queue has no room for.
+Decoding and preprocessing run in one thread call and end before batching, so a broken image is an error of its own item
+and never reaches the engine. Nothing is decoded if the queue has no room for the request.
 
-What is cached is not the vector that a client asked for but what every such vector is made of: the class token and the
-mean of the patch tokens, float32, before normalisation. `pooling` and `normalize` are applied on the way out, so one
-forward pass and one entry serve every combination. The key holds the sha256 of the bytes as sent, the model's
-fingerprint (weights, architecture, preprocessing, hence the input size) and the precision.
+The cache does not store final vectors but their parts: the class token and the mean of the patch tokens, float32,
+before normalisation. `pooling` and `normalize` are applied on output, so one forward pass and one entry serve every
+combination. The key contains the sha256 of the bytes as sent, the model's fingerprint (weights, architecture,
+preprocessing, and so the input size) and the precision.
 
-Identical images in flight compute once: the computation is a task of its own that every request waits for. It goes on
-while anyone waits, so a client that leaves does not fail the others, and ends when nobody does. A thread cannot be
-stopped, though: a decode that nobody waits for any more keeps its place in the queue until it is done, so that
-`queue_full` and /readyz tell the truth.
+Identical images in flight are computed once. The computation is a task of its own that every request awaits. It
+continues as long as one request waits, so a client that disconnects does not fail the others, and it is cancelled when
+none waits. A thread cannot be stopped, though: an abandoned decode keeps its place in the queue until it ends, so
+`queue_full` and /readyz report the true load.
 
 Legend: D width of the model, N patches, H x W the image as sent (upright), h x w the network's input.
 """
@@ -46,21 +46,21 @@ from service.telemetry import Metrics
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-_HEAD = struct.Struct("<I")  # of a cache entry: tokens that the model saw; the 2 * D floats follow
+_HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; the 2 * D floats follow
 
 
 class Row(NamedTuple):
-    """One image's share of a forward pass; `patches` is a view into the batch."""
+    """One image's part of a forward pass. `patches` is a view into the batch."""
 
     cls: FloatArray  # [D]
     mean: FloatArray  # [D]
     patches: FloatArray  # [N, D]
-    tokens: int  # that the model saw: class, registers, patches
+    tokens: int  # number of tokens: class, registers, patches
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What every vector of one image is made of."""
+    """The parts from which every vector of one image is made."""
 
     cls: FloatArray  # [D]
     mean: FloatArray  # [D]
@@ -69,7 +69,8 @@ class Embedded:
     timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
-        """The vector of this pooling, [width(pooling, D)]; with `normalize`, the whole and its parts have length 1."""
+        """Return the vector of this pooling, [width(pooling, D)]. With `normalize`, the vector and each of its parts
+        are normalised."""
         unit = _unit if normalize else _as_is
         return unit(pool({"cls": self.cls, "mean": self.mean}, pooling, unit=unit, join=np.concatenate))
 
@@ -78,7 +79,8 @@ class Embedded:
 
     @staticmethod
     def from_bytes(data: bytes, dims: int) -> "Embedded | None":
-        """None when the entry is not one of this model's: whoever writes to a shared cache may be wrong."""
+        """Decode a cache entry. Return None if it is not this model's, because a shared cache may contain wrong
+        entries."""
         if len(data) != _HEAD.size + 8 * dims:
             return None
         both = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32)
@@ -89,7 +91,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Analysed:
-    """Everything that one decode and one forward pass gave for one image."""
+    """All features of one image, from one decode and one forward pass."""
 
     embedded: Embedded
     patches: FloatArray  # [N, D]
@@ -107,7 +109,7 @@ class _Decoded(NamedTuple):
 
 @dataclass
 class _Flight:
-    """A computation that several requests may wait for."""
+    """A computation that several requests may await."""
 
     task: "asyncio.Task[Embedded]"
     waiters: int = 0
@@ -115,7 +117,7 @@ class _Flight:
 
 @dataclass(frozen=True)
 class PipelineLimits:
-    """How much a pipeline takes on; the settings of the same names say what each is."""
+    """Limits of a pipeline, explained by the settings of the same names."""
 
     decode: DecodeLimits
     decode_workers: int
@@ -139,7 +141,7 @@ class PipelineLimits:
 
 
 class Pipeline:
-    """Owns the batcher and the threads around it; made and closed by `service.app`, on the event loop."""
+    """The batcher and the thread pools around it. `service.app` makes and closes the pipeline on the event loop."""
 
     def __init__(
         self,
@@ -157,11 +159,15 @@ class Pipeline:
         self._patch_size = artifact.manifest.config.patch_size
         self._decode_limits = limits.decode
         self._metrics = metrics
-        self._patch_cache = MemoryCache(limits.patch_cache_bytes)  # never Redis: an entry is a hundred vectors
+        self._patch_cache = MemoryCache(
+            limits.patch_cache_bytes
+        )  # never in Redis: an entry is as large as a hundred vectors
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
         self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")  # so that what is cached waits for no decode
+        self._hasher = ThreadPoolExecutor(
+            1, thread_name_prefix="hash"
+        )  # its own thread, so cached images do not wait for decoding
         self._kept_images = asyncio.Semaphore(limits.decode_workers)  # see `analyse`
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
@@ -174,12 +180,12 @@ class Pipeline:
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
-        """Embed the images of one request, in order; a bad one gives its error and does not hurt the others.
+        """Embed the images of one request, in order. A bad image gives its own error and does not affect the others.
 
-        An image that could not be read keeps its error, and every outcome its index.
+        An image that could not be read keeps its error, and every outcome keeps its index.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: of the request as a whole; nothing was begun.
+            QueueFull, ShuttingDown, ModelUnavailable: the whole request is refused; nothing was started.
         """
         keys = await self._keys(images)
         by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
@@ -192,13 +198,13 @@ class Pipeline:
         return [key.then(embedded) for key in keys]
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
-        """What `answer` makes, on a thread, of all features of one image; the vector goes into the cache on the way.
+        """Call `answer` on a thread with all features of one image and return its result. The vector is cached as well.
 
-        The image as sent stays in memory from its decoding to the answer, so that only as many are begun as there are
-        decode threads. The others wait as bytes.
+        The decoded image stays in memory until the answer, so only as many images are decoded as there are decoding
+        threads. The others wait as bytes.
 
         Raises:
-            ServiceError: what is wrong with the image, or `QueueFull` and its like; and what `answer` raises.
+            ServiceError: the image cannot be used, or `QueueFull` and similar; also any error that `answer` raises.
         """
         self.batcher.reserve(1)
         task = asyncio.create_task(self._analyse(image, answer))
@@ -206,20 +212,20 @@ class Pipeline:
         try:
             return await asyncio.shield(task)
         finally:
-            task.cancel()  # of a caller that leaves: it ends when its thread does; else it is done already
+            task.cancel()  # the caller was cancelled; no effect on a finished task
 
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
-        """The patches of those images, by the sha256 of their bytes, that this process has kept."""
+        """Return the cached patches of these images, by the sha256 of their bytes."""
         keys = {digest: self._patches_key(digest) for digest in digests}
         kept = await self._patch_cache.get_many(list(keys.values()))
         return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
 
     async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
-        """The patches of images, each with the sha256 of its bytes, in as few forward passes as they fit in; kept for
-        the next time. An image that could not be read keeps its error.
+        """Compute and cache the patches of images, each with the sha256 of its bytes, in as few forward passes as
+        possible. An image that could not be read keeps its error.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: of all of them; nothing was begun.
+            QueueFull, ShuttingDown, ModelUnavailable: all images are refused; nothing was started.
         """
         self.batcher.reserve(sum(image.error is None for image in images))
         outcomes = [image.then(self._start_patches) for image in images]
@@ -230,34 +236,37 @@ class Pipeline:
             return [outcome.then(_result) for outcome in outcomes]
         finally:
             for task in tasks:
-                task.cancel()  # of a caller that leaves
+                task.cancel()  # the caller was cancelled
 
     async def warm_up(self) -> None:
-        """One forward pass, so that the first client does not pay for what the runtime does once."""
+        """Run one forward pass, so that the first client does not wait for the runtime's initialisation."""
         height, width = self.artifact.manifest.input_size
         await self.batcher.submit(np.zeros((3, height, width), np.float32))
 
     async def close(self) -> None:
-        """Stop; what is still waiting fails with `ShuttingDown`."""
+        """Stop the pipeline. Images that still wait fail with `ShuttingDown`."""
         self.batcher.close()
         for threads in (self._decoders, self._answerers, self._hasher):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _forward(self, pixels: FloatArray) -> list[Row]:
-        """One forward pass with pooling, on the worker's thread.
+        """Run one forward pass with pooling on the worker's thread.
 
         Raises:
-            EngineFailed: not every feature is finite. The batcher then tries the images singly.
+            EngineFailed: a feature is not finite. The batcher then tries the images one by one.
         """
         features = self.engine.run(pixels)  # [B, D], [B, N, D], [B, R, D]
         means = features.patches.mean(axis=1)  # [B, D]
-        if not (np.isfinite(features.cls).all() and np.isfinite(means).all()):  # a mean is only if all patches are
+        if not (
+            np.isfinite(features.cls).all() and np.isfinite(means).all()
+        ):  # a mean is finite only if all patches are
             raise EngineFailed("the engine's features are not finite")
         tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
         return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
-        """Cache keys; hashing more than a few hundred kilobytes would hold up the event loop."""
+        """Compute the cache keys. Hashing more than a few hundred kilobytes runs on a thread, because it would delay
+        the event loop."""
 
         def keys() -> list[Outcome[str]]:
             return [image.then(self._key) for image in images]
@@ -285,10 +294,10 @@ class Pipeline:
         return cached
 
     async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
-        """Join the flights of these images, starting those that are not under way; all are left together, landed."""
+        """Join the flights of these images and start missing ones. Return when all have landed."""
         new = [key for key in wanted if key not in self._flights]
         if new:
-            self.batcher.reserve(len(new))  # all of this request's images or none
+            self.batcher.reserve(len(new))  # all images of this request, or none
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
             task = asyncio.create_task(self._fly(key, wanted[key]))
@@ -311,8 +320,12 @@ class Pipeline:
     async def _fly(self, key: str, image: bytes) -> Embedded:
         decoded = await self._decode(image, keep_image=False)
         row, timings = await self._infer(decoded)
-        embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)  # a copy: lets go of the whole batch
-        await self.cache.set_many({key: embedded.to_bytes()})  # before landing: a later request meets one or the other
+        embedded = Embedded(
+            row.cls.copy(), row.mean, row.tokens, timings=timings
+        )  # copy, so that the batch can be freed
+        await self.cache.set_many(
+            {key: embedded.to_bytes()}
+        )  # before landing, so a later request finds the entry or the flight
         return embedded
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
@@ -347,13 +360,13 @@ class Pipeline:
         self._forget(key, task)
 
     def _ended(self, task: "asyncio.Task[Any]") -> None:
-        """Give back the one place in the queue that was reserved for a task."""
+        """Return the place in the queue that was reserved for a task."""
         self.batcher.release(1)
         if not task.cancelled():
-            task.exception()  # seen: those who waited have it; nobody waiting is no news either
+            task.exception()  # mark it as retrieved; waiting requests have it already
 
     def _forget(self, key: str, task: "asyncio.Task[Embedded]") -> None:
-        """End a flight, unless a newer one has taken its place."""
+        """Remove a flight, unless a newer one has replaced it."""
         if key in self._flights and self._flights[key].task is task:
             del self._flights[key]
 
@@ -373,8 +386,8 @@ class Pipeline:
         return await self._in_thread(self._decoders, work)
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """The result of `work`. When cancelled, it ends at once if the work has not begun, else together with it:
-        nothing counts as given back which a thread still uses."""
+        """Return the result of `work`, run on a thread. When cancelled before `work` has begun, end at once. Otherwise
+        wait for it, so that nothing is released while a thread still uses it."""
         running = threads.submit(work)
         try:
             return await asyncio.wrap_future(running)
@@ -397,7 +410,7 @@ class Pipeline:
 
 
 def _result(task: "asyncio.Task[T]") -> T:
-    """What a finished task returned; raises what it raised."""
+    """Return a finished task's result, or raise its exception."""
     return task.result()
 
 
@@ -406,6 +419,6 @@ def _as_is(vector: FloatArray) -> FloatArray:
 
 
 def _unit(vector: FloatArray) -> FloatArray:
-    """Scaled to length 1; a zero vector stays zero."""
+    """Scale a vector to length 1. A zero vector stays zero."""
     norm = np.linalg.norm(vector)
     return vector if norm == 0 else (vector / norm).astype(np.float32)

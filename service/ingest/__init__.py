@@ -1,1 +1,1 @@
-"""Images from folders, archives and lists into collections and files of vectors."""
+"""Index images from folders, archives and lists into a collection, or embed them into a file of vectors."""

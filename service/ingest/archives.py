@@ -1,12 +1,12 @@
-"""Photos inside tar and Parquet files, for `dinov2 index`; nothing is unpacked to a disk.
+"""Images in tar and Parquet files, for `dinov2 index`. Nothing is unpacked to disk.
 
-Tar, webdataset style: `x.jpg` beside `x.json`, which is its metadata. A plain tar on this machine is read by position:
-what is skipped is never read, and decode threads read on their own. A compressed or remote one can only be read from
-its beginning to its end.
+Tar, in webdataset style: `x.json` next to `x.jpg` contains its metadata. A plain tar on this machine is read by
+position: skipped members are never read, and decoding threads read independently. A compressed or remote tar can only
+be read from start to end.
 
-Parquet: one column holds the photos (bytes, or {bytes, path} as Hugging Face writes them) or where they are; the
-others become metadata. The column of photos is read a few rows at a time, and only from row groups with a row that is
-wanted.
+Parquet: one column contains the images (bytes, or {bytes, path} as Hugging Face writes them) or their addresses. The
+other columns become metadata. The image column is read a few rows at a time, and only from row groups that contain a
+wanted row.
 """
 
 import base64
@@ -38,7 +38,7 @@ IMAGE_SUFFIXES: Final = frozenset(
 )
 MAX_SIDECAR_BYTES: Final = 2**20
 _ROWS: Final = 16
-"""Rows of a Parquet file read at a time; a few such batches are in memory."""
+"""Rows of a Parquet file that are read at once. A few such batches are in memory."""
 _BATCHES_KEPT: Final = 4
 _URI_COLUMNS: Final = (
     "image",
@@ -62,7 +62,7 @@ def suffix_of(name: str) -> str:
 
 
 def json_object(data: bytes | str, what: str) -> dict[str, Any]:
-    """Raises ValueError, which names `what`, unless it is a JSON object."""
+    """Parse a JSON object. A ValueError names `what`."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ def json_object(data: bytes | str, what: str) -> dict[str, Any]:
 
 @dataclass
 class _Group:
-    """Members with one stem, which stand side by side."""
+    """Adjacent members with the same stem."""
 
     stem: str = ""
     photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # name, reader, bytes held
@@ -85,19 +85,19 @@ class _Group:
 
 
 def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
-    """Photos of a tar; ids are the members' names after `prefix`. What is wrong with it ends it as a `Problem`."""
+    """Yield the images of a tar. An id is `prefix` and the member's name. A damaged tar ends with a `Problem`."""
     by_position = file.place.is_local and suffix_of(file.name) == ".tar"
     try:
         with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
             yield from _TarReader(file, prefix, max_bytes, tar, by_position).photos()
             if by_position and not _has_end_mark(raw, tar.offset):
-                yield Problem(file.address, "the tar has no end mark: it may be cut off, or damaged here")
+                yield Problem(file.address, "the tar has no end mark: it may be truncated, or damaged at this point")
     except _DAMAGED as error:
-        yield Problem(file.address, f"the tar is damaged or cut off: {error}; the photos before that were taken")
+        yield Problem(file.address, f"the tar is damaged or truncated: {error}; the images before this point were read")
 
 
 def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
-    """tarfile takes a damaged header, and no header, for the end."""
+    """Return whether the tar has an end mark. tarfile ends without an error at a damaged or missing header."""
     raw.seek(offset)
     block = raw.read(tarfile.BLOCKSIZE)
     return len(block) == tarfile.BLOCKSIZE and not any(block)
@@ -117,7 +117,7 @@ class _TarReader:
         group = _Group()
         try:
             while (member := self._tar.next()) is not None:
-                self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep a record of every member
+                self._tar.members.clear()  # type: ignore[attr-defined]  # drop tarfile's record of every member
                 name = posixpath.normpath(member.name)
                 if member.isdir() or any(part[:1] == "." and part != ".." for part in name.split("/")):
                     continue
@@ -140,14 +140,14 @@ class _TarReader:
 
     def _refused(self, member: tarfile.TarInfo, name: str) -> str | None:
         if name.startswith("/") or ".." in name.split("/"):
-            return "the name leads out of the archive"
+            return "the name points outside the archive"
         if not member.isreg() or member.issparse():
             return "not a plain file"
         limit = MAX_SIDECAR_BYTES if suffix_of(name) == ".json" else self._max_bytes
         return f"has {member.size} bytes; the limit is {limit}" if member.size > limit else None
 
     def _reader(self, member: tarfile.TarInfo) -> tuple[Read, int]:
-        """How the member's bytes are had, and how many are in memory already."""
+        """Return a function that reads the member's bytes, and the number of bytes already in memory."""
         if self._by_position:
             return partial(_read_at, self._file, member.offset_data, member.size), 0
         stream = self._tar.extractfile(member)
@@ -156,7 +156,7 @@ class _TarReader:
 
     def _of(self, group: _Group) -> Iterator[Photo | Problem]:
         if group.sidecar is not None and not group.photos:
-            reason = "metadata with no photo next to it: x.jpg and x.json must follow each other (tar --sort=name)"
+            reason = "metadata without an image next to it: x.jpg and x.json must be adjacent (tar --sort=name)"
             yield Problem(self._address(group.sidecar[0]), reason)
         for member, name, read, held in group.photos:
             yield Photo(
@@ -168,7 +168,7 @@ class _TarReader:
             )
 
     def _address(self, name: str) -> str:
-        """fsspec's chained form, which fsspec opens."""
+        """Return the address in fsspec's chained form, which fsspec can open."""
         return f"tar://{name}::{self._file.address}"
 
 
@@ -182,7 +182,7 @@ def _read_at(file: File, offset: int, size: int) -> bytes:
         raw.seek(offset)
         data = raw.read(size)
     if len(data) < size:
-        raise OSError(f"the tar is cut off: {len(data)} of {size} bytes are there")
+        raise OSError(f"the tar is truncated: it has {len(data)} of {size} bytes")
     return data
 
 
@@ -192,7 +192,8 @@ def _read_at(file: File, offset: int, size: int) -> bytes:
 def parquet_photos(
     file: File, wanted: str | None, max_bytes: int, at_uri: Callable[[str, dict[str, Any]], Photo | Problem]
 ) -> Iterator[Photo | Problem]:
-    """Photos of a Parquet file, `NAME#ROW` their ids; of a column of addresses, what `at_uri` makes of each.
+    """Yield the images of a Parquet file, with `NAME#ROW` as ids. For a column of addresses, yield what `at_uri`
+    returns for each.
 
     Raises:
         ModuleNotFoundError: pyarrow is not installed.
@@ -224,29 +225,29 @@ def parquet_photos(
 
 
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:
-    """The column that holds the photos, or says where they are.
+    """Return the column that contains the images or their addresses.
 
     Raises:
-        ValueError: there is none, or more than one; the message names the columns.
+        ValueError: there is no such column, or more than one; the message names the columns.
     """
     listed = ", ".join(schema.names)
     if wanted is not None:
         if wanted not in schema.names:
-            raise ValueError(f"no column {wanted!r}; there are {listed}")
+            raise ValueError(f"no column {wanted!r}; the columns are {listed}")
         if not _holds_bytes(schema.field(wanted).type) and not _is_text(schema.field(wanted).type):
-            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, neither photos nor addresses")
+            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, neither images nor addresses")
         return wanted
-    photos = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
-    if len(photos) > 1 and "image" in photos:
+    candidates = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    if len(candidates) > 1 and "image" in candidates:
         return "image"
-    if len(photos) > 1:
-        raise ValueError(f"more than one column could be the photos: {', '.join(photos)}; choose with --image-column")
-    if photos:
-        return str(photos[0])
+    if len(candidates) > 1:
+        raise ValueError(f"several columns may contain images: {', '.join(candidates)}; choose one with --image-column")
+    if candidates:
+        return str(candidates[0])
     for name in _URI_COLUMNS:
         if name in schema.names and _is_text(schema.field(name).type):
             return name
-    raise ValueError(f"no column of photos among {listed}; choose with --image-column")
+    raise ValueError(f"no image column among {listed}; choose one with --image-column")
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:
@@ -278,7 +279,7 @@ def _rows(table: Any, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A value of a table as JSON has it: dates as ISO 8601, bytes in base64, what is not a number as null."""
+    """Convert a table's value for JSON: dates become ISO 8601, bytes base64, and non-finite numbers null."""
     if isinstance(value, dict):
         return {str(key): plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
@@ -295,7 +296,7 @@ def plain(value: Any) -> Any:
 
 
 class _Images:
-    """The photos of a Parquet file, asked for by many threads in roughly ascending order."""
+    """The images of a Parquet file. Many threads request them in roughly ascending order."""
 
     def __init__(self, file: File, column: str) -> None:
         self._file = file
@@ -303,18 +304,18 @@ class _Images:
         self._lock = threading.Lock()
         self._table: Any = None
         self._group = -1
-        self._next = 0  # row of the group that comes next
+        self._next = 0  # next row of the group
         self._batches: Iterator[Any] = iter(())
         self._kept: deque[tuple[int, int, Any]] = deque(maxlen=_BATCHES_KEPT)  # group, first row, batch
 
     def get(self, group: int, row: int) -> Any:
-        """What stands in a row of a row group; None for null."""
+        """Return the value in a row of a row group, None for null."""
         with self._lock:
             while True:
                 for kept_group, first, batch in self._kept:
                     if kept_group == group and first <= row < first + batch.num_rows:
                         return batch.column(0)[row - first].as_py()
-                if group != self._group or row < self._next:  # another row group, or asked for too late
+                if group != self._group or row < self._next:  # another row group, or a row that was dropped
                     self._start(group)
                 batch = next(self._batches, None)
                 if batch is None:
@@ -326,7 +327,7 @@ class _Images:
     def _start(self, group: int) -> None:
         if self._table is None:
             raw = self._file.open()
-            weakref.finalize(self, raw.close)  # with the last photo that is still to be read
+            weakref.finalize(self, raw.close)  # closes after the last image is read
             self._table = need_parquet().ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         self._batches = self._table.iter_batches(_ROWS, row_groups=[group], columns=[self._column], use_threads=False)
         self._group, self._next = group, 0
@@ -344,7 +345,7 @@ def _row_content(images: _Images, group: int, row: int, metadata: dict[str, Any]
             metadata = {"path": value["path"], **metadata}
         value = value.get("bytes")
     if value is None:
-        raise ValueError("the row has no photo")
+        raise ValueError("the row has no image")
     if len(value) > max_bytes:
-        raise ImageTooLarge(f"the photo has {len(value)} bytes; the limit is {max_bytes}")
+        raise ImageTooLarge(f"the image has {len(value)} bytes; the limit is {max_bytes}")
     return Content(value, metadata)

@@ -1,8 +1,8 @@
 """Embed files in bulk into one .npz: `dinov2 embed`, without a server.
 
-Decoding runs in threads ahead of the engine, so the engine waits only when decoding is the slower of the two; at most
-two batches are decoded ahead, so memory does not grow with the number of files. The vectors are those that the service
-gives for the same bytes. `dinov2 index` (`service/ingest/index.py`) shares `load_ahead` and `vectors_of`.
+Decoding runs in threads ahead of the engine, so the engine waits only if decoding is slower. At most two batches are
+decoded ahead, so memory does not grow with the number of files. The vectors equal those that the service returns for
+the same bytes. `dinov2 index` (`service/ingest/index.py`) shares `load_ahead` and `vectors_of`.
 """
 
 import threading
@@ -37,7 +37,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What became of the files: how many were embedded, and which were not, with the reason."""
+    """The outcome of a run: the number of embedded files, and the skipped files with reasons."""
 
     embedded: int
     skipped: list[tuple[Path, str]]
@@ -49,10 +49,10 @@ class EmbedReport:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths` and below its folders, sorted within each folder, hidden ones left out.
+    """Return the files in `paths` and below their folders, sorted within each folder, without hidden files.
 
     Raises:
-        ValueError: a path that does not exist, or no file at all.
+        ValueError: a path does not exist, or there are no files.
     """
     files: list[Path] = []
     for path in paths:
@@ -79,14 +79,14 @@ def embed_files(
     limits: DecodeLimits | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Path], FloatArray, EmbedReport]:
-    """Vectors of all readable files.
+    """Embed all readable files.
 
     Args:
         files: images in any format that the service reads.
-        advance: called with the number of files just dealt with.
+        advance: called with the number of files just processed.
 
     Returns:
-        The files embedded, their vectors [n, D] float32 (D as `model.pooling.width` says), and the report.
+        The embedded files, their vectors [n, D] float32 (D as `model.pooling.width` says), and the report.
     """
     started = time.perf_counter()
     limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess
@@ -117,7 +117,7 @@ def embed_files(
 
 
 def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
-    """The vectors [D] of one forward pass over preprocessed images [3, h, w] of one size."""
+    """Run one forward pass over preprocessed images [3, h, w] of one size and return their vectors [D]."""
     features = engine.run(np.stack(pixels))
     means = features.patches.mean(axis=1)  # [B, D]
     rows = zip(features.cls, means, strict=True)
@@ -125,17 +125,18 @@ def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, n
 
 
 def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
+    """Return the dimension of the model's vectors with this pooling."""
     return width(pooling, artifact.manifest.config.embed_dim)
 
 
 def load_ahead(
     tasks: Iterable[T], load: Callable[[T], R], *, ahead: int, workers: int | None = None
 ) -> Generator[tuple[T, R], None, None]:
-    """Each task with what `load` makes of it, in order; at most `ahead` of them are begun and not yet taken.
+    """Yield each task with the result of `load`, in order. At most `ahead` tasks are started and not yet yielded.
 
-    `load` runs in `workers` threads (None: one per CPU). `tasks` is gone through in a thread of its own, so it may
-    wait for a disk or a network without holding up who takes the results. What either raises is raised here; closing
-    the iterator ends the threads, after the loads that have begun.
+    `load` runs in `workers` threads (None: one per CPU). A separate thread iterates over `tasks`, so `tasks` may wait
+    for a disk or a network without delaying the consumer. Exceptions of either are raised here. Closing the iterator
+    ends the threads after the loads that have begun.
     """
     begun: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
     room, closed = threading.Semaphore(ahead), threading.Event()
@@ -169,10 +170,10 @@ def load_ahead(
 def save_vectors(
     out: Path, files: Sequence[Path], vectors: FloatArray, artifact: Artifact, tag: dict[str, object]
 ) -> None:
-    """Write `paths` [n], `vectors` [n, D], `fingerprint` and what else decides a vector, aside and then renamed.
+    """Write `paths` [n], `vectors` [n, D], `fingerprint` and the fields of `tag` to a temporary file and rename it.
 
     Raises:
-        OSError: the file cannot be written; an older one is left as it was.
+        OSError: the file cannot be written; an older file stays unchanged.
     """
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "paths": np.array([str(path) for path in files], dtype=np.str_),

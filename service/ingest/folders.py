@@ -1,9 +1,10 @@
-"""Where photos lie, for `dinov2 index`: on this machine, behind any file system that fsspec knows, or on the web.
+"""File systems for `dinov2 index`: this machine, any file system that fsspec supports, and the web.
 
-Two kinds of place with one interface. The local one is its own, because fsspec's does not look behind links and leaves
-a file out of a listing when it vanishes; here both are a `Problem` that is listed at the end.
+There are two kinds of place with one interface. Local files have an implementation of their own, because fsspec's does
+not follow links and silently omits a file that vanishes during a listing. Here both are a `Problem` that is listed at
+the end.
 
-Whatever a file system raises (each brings errors of its own libraries) becomes an OSError at one border, `translated`.
+File systems raise errors of their own libraries. `translated` turns all of them into OSError.
 """
 
 import datetime
@@ -20,33 +21,35 @@ import httpx
 from service.errors import ImageTooLarge
 
 Stamp = Mapping[str, int | str]
-"""What changes when a file does: `bytes`, `modified` (ISO 8601, UTC), `etag`; what the place knows of them."""
+"""Values that change when a file changes: `bytes`, `modified` (ISO 8601, UTC) and `etag`, if the place has them."""
 
 _MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
-"""What fsspec's file systems call the time of the last change."""
+"""Names that fsspec's file systems use for the time of the last change."""
 _WEB_TIMEOUT_S: Final = 30.0
 
 
 class Content(NamedTuple):
+    """An image's bytes and its metadata."""
+
     data: bytes
     metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo of a source, not yet read. `load` may be called in any thread; it raises ServiceError, OSError or
-    ValueError, with a reason for the user."""
+    """One image of a source, not yet read. Any thread may call `load`. It raises ServiceError, OSError or ValueError
+    with a reason for the user."""
 
     id: str
     source: str
     load: Callable[[], Content] = field(repr=False)
-    stamp: Stamp | None = None  # None: nothing is known of changes
-    held_bytes: int = 0  # memory that this record keeps, for sources that cannot be read out of order
+    stamp: Stamp | None = None  # None: changes cannot be detected
+    held_bytes: int = 0  # bytes in memory, for sources that must be read in order
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What could not be taken, and why."""
+    """Something that could not be indexed, and the reason."""
 
     source: str
     reason: str
@@ -62,15 +65,15 @@ class Entry(NamedTuple):
 
 
 class Place(Protocol):
-    """A file system. All raise OSError."""
+    """A file system. All methods raise OSError."""
 
     is_local: bool
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
-        """By name, hidden ones left out."""
+        """Yield the entries of a folder, sorted by name, without hidden ones."""
 
     def entry(self, path: str) -> Entry:
-        """What is known of one file or folder."""
+        """Describe one file or folder."""
 
     def open(self, path: str) -> BinaryIO: ...
 
@@ -79,7 +82,7 @@ class Place(Protocol):
     def join(self, folder: str, name: str) -> str: ...
 
     def address(self, path: str) -> str:
-        """The path as hits show it: printable, and enough to find the file again."""
+        """Return the path as search results show it: printable, and sufficient to find the file again."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,10 @@ class File:
         return self.place.open(self.path)
 
     def read(self, max_bytes: int) -> bytes:
-        """All of it.
+        """Return the file's bytes.
 
         Raises:
-            ImageTooLarge: more than `max_bytes`; not read beyond.
+            ImageTooLarge: the file has more than `max_bytes`. The rest is not read.
         """
         size = (self.stamp or {}).get("bytes")
         if size is None:
@@ -111,23 +114,23 @@ class File:
         else:
             data = self.place.read(self.path) if int(size) <= max_bytes else b""
         if len(data) > max_bytes or int(size or 0) > max_bytes:
-            raise ImageTooLarge(f"the file has more than the limit of {max_bytes} bytes")
+            raise ImageTooLarge(f"the file exceeds the limit of {max_bytes} bytes")
         return data
 
 
 class Disk:
-    """This machine's files. Links to files are followed, links to folders are not."""
+    """Files of this machine. Links to files are followed, links to folders are not."""
 
     is_local = True
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
         try:
             with os.scandir(folder) as entries:
-                found = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+                visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
             yield Problem(self.address(folder), error.strerror or str(error))
             return
-        for entry in found:
+        for entry in visible:
             try:
                 if entry.is_dir(follow_symlinks=False):
                     yield Entry(entry.path, entry.name, True, {})
@@ -154,7 +157,7 @@ class Disk:
 
 
 class Remote:
-    """Files behind fsspec."""
+    """Files that fsspec reads."""
 
     is_local = False
 
@@ -193,16 +196,17 @@ class Remote:
 
 
 class Web:
-    """http and https, through the client that the service has anyway; one connection pool for all threads."""
+    """Files on http and https, read with httpx. All threads share one connection pool."""
 
     def __init__(self) -> None:
         self._client: httpx.Client | None = None
 
     def read(self, url: str, max_bytes: int) -> bytes:
-        """The body of a GET.
+        """Return the body of a GET.
 
         Raises:
-            OSError: it could not be had. ImageTooLarge: more than `max_bytes`; not read beyond.
+            OSError: the request failed.
+            ImageTooLarge: the body has more than `max_bytes`. The rest is not read.
         """
         client = self._client = self._client or httpx.Client(follow_redirects=True, timeout=_WEB_TIMEOUT_S)
         parts, size = [], 0
@@ -213,7 +217,7 @@ class Web:
                     parts.append(part)
                     size += len(part)
                     if size > max_bytes:
-                        raise ImageTooLarge(f"the file has more than the limit of {max_bytes} bytes")
+                        raise ImageTooLarge(f"the file exceeds the limit of {max_bytes} bytes")
         except httpx.HTTPStatusError as error:
             raise OSError(f"HTTP {error.response.status_code}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -222,7 +226,7 @@ class Web:
 
 
 def find_place(source: str) -> tuple[Place, str]:
-    """The place that a path or URI names, and the path there.
+    """Return the place that a path or URI names, and the path in it.
 
     Raises:
         ValueError: the protocol is unknown, or its package is not installed.
@@ -238,14 +242,14 @@ def find_place(source: str) -> tuple[Place, str]:
 
 @contextmanager
 def translated(path: str) -> Iterator[None]:
-    """The border: what a file system raises becomes an OSError that names the path."""
+    """Turn a file system's errors into an OSError that names the path."""
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file or folder") from error
     except OSError:
         raise
-    except Exception as error:  # botocore's, aiohttp's, gcsfs's, ...: none of them is known here
+    except Exception as error:  # errors of botocore, aiohttp, gcsfs, ..., unknown here
         raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
@@ -275,7 +279,8 @@ def _remote_entry(row: Mapping[str, Any]) -> Entry:
 
 
 def iso_time(seconds: float) -> str:
-    """Seconds since 1970 as ISO 8601 in UTC; as a number where no calendar has it (a damaged header)."""
+    """Format seconds since 1970 as ISO 8601 in UTC. A value outside the calendar (from a damaged header) stays a
+    number."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
     except (OverflowError, ValueError, OSError):

@@ -1,15 +1,15 @@
-"""Photos of any source into a collection: `dinov2 index`, without a server.
+"""Index the images of any source into a collection: `dinov2 index`, without a server.
 
-    source ─▶ feed thread: which are there already? ─▶ decode threads, two batches ahead ─▶ engine thread
+    source ─▶ feed thread: is it indexed already? ─▶ decode threads, two batches ahead ─▶ engine thread
            ─▶ event loop: writes in groups, one at a time, while the next batches are embedded
 
-The engine waits for nothing but decoding: sources are listed, and the store is asked, in the feed thread; a write runs
-beside the next batches. At most two batches are decoded ahead and two groups wait to be written, so memory does not
-grow with the source.
+The engine waits only for decoding. The feed thread lists sources and queries the store, and a write overlaps the next
+batches. At most two batches are decoded ahead and two groups wait to be written, so memory does not grow with the
+source.
 
-An item that the collection holds under the same id is left alone, unread, unless its file has changed: what is known of
-the file (size, time, etag) is kept in the item's metadata, under `_file`. So a second run goes on where the first one
-ended. An id that belongs to another file is a problem that is listed, not a silent replacement.
+An item whose id is in the collection is skipped without reading it, unless its file has changed. The file's size, time
+and etag are stored in the item's metadata under `_file`. So a second run resumes where the first ended. An id that
+belongs to another file is reported as a problem and not silently replaced.
 """
 
 import asyncio
@@ -38,9 +38,9 @@ from service.search.store import CollectionInfo, CollectionSpec, Item, VectorSto
 from service.tags import make_tag, tag_parts
 
 STAMP_KEY: Final = "_file"
-"""Of an item's metadata: what is known of the file."""
+"""Metadata key of the file's size, time and etag."""
 MAX_LISTED: Final = 1000
-"""Problems that a report keeps; all go to `on_problem`."""
+"""Limit of problems in a report. `on_problem` gets all of them."""
 _WRITE_ITEMS: Final = 256
 _WRITE_S: Final = 1.0
 _CHECK_ITEMS: Final = 256
@@ -49,21 +49,21 @@ _CHECK_BYTES: Final = 64 * 2**20
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The choices of one run."""
+    """The options of one run."""
 
     pooling: Pooling = DEFAULT_POOLING
     batch_size: int = 16
     workers: int | None = None  # decode threads; None: one per CPU
     id_by: Literal["path", "sha256"] = "path"
-    force: bool = False  # also what is there and unchanged
-    originals: bool = False  # what a new collection says about keeping photos
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # of every item; wins over the source's
+    force: bool = False  # index unchanged images again
+    originals: bool = False  # whether a new collection stores images
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # for every item; overrides the source's metadata
     limits: DecodeLimits = DEFAULT_LIMITS
 
 
 @dataclass
 class IndexReport:
-    """Where a run stands. Photos are counted once: indexed (written), present (skipped) or failed."""
+    """The progress of a run. Each image is counted once: indexed (written), present (skipped) or failed."""
 
     indexed: int = 0
     present: int = 0
@@ -79,10 +79,10 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexHooks:
-    """How a run meets its surroundings.
+    """Callbacks of a run.
 
-    stop: once set, the batch in hand is finished and written, and the run ends.
-    keep: stores an image's bytes, before its item is written.
+    stop: once set, the run finishes and writes the current batch and ends.
+    keep: stores an image's bytes before its item is written.
     on_problem, on_progress: called in threads of the run.
     """
 
@@ -93,19 +93,19 @@ class IndexHooks:
 
 
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
-    """Of the vectors that this model makes in this engine."""
+    """Return the tag of the vectors that this model makes with this engine."""
     return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
 
 
 def pooling_of(info: CollectionInfo) -> Pooling:
-    """How a collection's vectors were pooled, from its tag.
+    """Return the pooling of a collection's vectors, from its tag.
 
     Raises:
-        Conflict: the tag is not one that this service makes.
+        Conflict: this service does not make such a tag.
     """
     pooling = tag_parts(info.tag).pooling
     if pooling is None:
-        raise Conflict(f"collection {info.name!r} has the tag {info.tag!r}, which no model here makes")
+        raise Conflict(f"collection {info.name!r} has the tag {info.tag!r}, which no local model makes")
     return pooling
 
 
@@ -118,14 +118,14 @@ async def index_photos(
     options: IndexOptions,
     hooks: IndexHooks | None = None,
 ) -> IndexReport:
-    """Embed and write images; the first write makes the collection.
+    """Embed and write images. The first write creates the collection.
 
     Args:
-        images: from `service.ingest.sources.find_photos`; gone through in a thread.
+        images: from `service.ingest.sources.find_photos`; a thread iterates over it.
 
     Raises:
-        ModelMismatch: the collection holds vectors of another model.
-        StorageFailed and what else the store, the engine or the source raise: what was written is kept.
+        ModelMismatch: the collection contains vectors of another model.
+        StorageFailed, and other errors of store, engine or source: items written before the error stay.
     """
     run = _Run(store, collection, artifact, engine, options, hooks or IndexHooks())
     await run.check()
@@ -134,7 +134,7 @@ async def index_photos(
 
 @dataclass(frozen=True)
 class _Ready:
-    """A photo that can be embedded."""
+    """An image that is ready to be embedded."""
 
     photo: Photo
     item_id: str
@@ -145,7 +145,7 @@ class _Ready:
 
 @dataclass
 class _Run:
-    """One run's state; what several threads change is changed under the lock."""
+    """The state of one run. A lock protects the fields that several threads change."""
 
     store: VectorStore
     collection: str
@@ -155,8 +155,8 @@ class _Run:
     hooks: IndexHooks
     report: IndexReport = field(default_factory=IndexReport)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    under_way: dict[str, Photo] = field(default_factory=dict)  # from the check until the write, by the item's id
-    exists: bool = True  # the collection
+    under_way: dict[str, Photo] = field(default_factory=dict)  # images between check and write, by item id
+    exists: bool = True  # whether the collection exists
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -171,12 +171,12 @@ class _Run:
             return
         if info.tag != self.tag:
             raise ModelMismatch(
-                f"collection {info.name!r} holds vectors of {info.tag!r}; this model makes {self.tag!r}: they cannot "
-                "be compared"
+                f"collection {info.name!r} contains vectors of {info.tag!r}; this model makes {self.tag!r}: they "
+                "cannot be compared"
             )
 
     async def go(self, images: Iterable[Photo | Problem]) -> IndexReport:
-        """The event loop's part: takes batch after batch from the engine's thread and writes them in groups."""
+        """Take batches from the engine's thread and write them in groups. This part runs on the event loop."""
         batches = self._embedded(images)
         thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         upcoming = self.loop.run_in_executor(thread, next, batches, None)
@@ -193,7 +193,7 @@ class _Run:
                     writing = asyncio.create_task(self._write(pending))
                     pending, last_write = [], time.perf_counter()
         finally:
-            self.hooks.stop.set()  # when cancelled, or after an error: the threads end with what they have in hand
+            self.hooks.stop.set()  # if cancelled or failed, the threads finish their current work
             await asyncio.gather(*filter(None, [writing]), upcoming, return_exceptions=True)
             await self.loop.run_in_executor(thread, batches.close)
             thread.shutdown()
@@ -206,7 +206,8 @@ class _Run:
     # ---- feed thread
 
     def _wanted(self, images: Iterable[Photo | Problem]) -> Iterator[Photo]:
-        """Photos that are to be loaded, asked of the store a group at a time; first few, so that work begins soon."""
+        """Yield the images to load. The store is queried for groups of images; the first groups are small, so that work
+        starts soon."""
         unchecked: list[Photo] = []
         size = self.options.batch_size
         for image in images:
@@ -216,13 +217,13 @@ class _Run:
             if isinstance(image, Problem):
                 self._fail(image)
                 continue
-            if self.options.id_by == "sha256":  # known when it is read
+            if self.options.id_by == "sha256":  # the id is known after reading
                 yield image
                 continue
             try:
                 check_id(image.id)
             except InvalidRequest as error:
-                self._fail(Problem(image.source, f"{error.detail}; --id sha256 takes any path"))
+                self._fail(Problem(image.source, f"{error.detail}; --id sha256 accepts any path"))
                 continue
             unchecked.append(image)
             if len(unchecked) >= size or sum(photo.held_bytes for photo in unchecked) > _CHECK_BYTES:
@@ -231,7 +232,8 @@ class _Run:
         yield from self._not_present(unchecked)
 
     def _not_present(self, unchecked: Sequence[Photo]) -> Iterator[Photo]:
-        with self.lock:  # before the store is asked: what is written meanwhile is in one of both
+        """Yield the new and changed images of a group. Count the unchanged ones and report id conflicts."""
+        with self.lock:  # before querying the store, so a write in between is not missed
             before = {photo.id: self.under_way[photo.id] for photo in unchecked if photo.id in self.under_way}
         held = self._held([photo.id for photo in unchecked])
         for photo in unchecked:
@@ -250,10 +252,11 @@ class _Run:
                     self.under_way[photo.id] = photo
                 yield photo
             else:
-                self._fail(Problem(photo.source, f"its id {photo.id!r} is taken by {verdict}; --force replaces it"))
+                self._fail(Problem(photo.source, f"its id {photo.id!r} belongs to {verdict}; --force replaces it"))
 
     def _compare(self, photo: Photo, stamp: Any, source: str | None) -> str:
-        """Of a photo and what has its id: "same", "new" (a changed file), or the other file's source."""
+        """Compare an image with the holder of its id. Return "same", "new" (a changed file), or the other file's
+        source."""
         if self.options.force:
             return "new"
         if photo.stamp is None or not isinstance(stamp, Mapping):
@@ -263,7 +266,7 @@ class _Run:
         return "new" if source in (None, photo.source) else source
 
     def _held(self, ids: Sequence[str]) -> dict[str, Item]:
-        """What the collection holds of these; asked from a thread."""
+        """Return the collection's items with these ids. A thread calls this."""
         if not ids or not self.exists:
             return {}
         items = asyncio.run_coroutine_threadsafe(self.store.get(self.collection, list(ids)), self.loop).result()
@@ -272,9 +275,9 @@ class _Run:
     # ---- decode threads
 
     def _load(self, photo: Photo) -> Outcome[_Ready | None]:
-        """The image, ready to be embedded; None when its content is in the collection."""
+        """Return the image, ready to be embedded, or None if the collection contains its content."""
         loaded = attempt(0, self._read, photo)
-        if isinstance(loaded.error, StorageFailed):  # of no image: the next one would fare no better
+        if isinstance(loaded.error, StorageFailed):  # not the image's fault: the next one would fail too
             raise loaded.error
         return loaded
 
@@ -304,6 +307,7 @@ class _Run:
         return _Ready(photo, item_id, digest, metadata, pixels)
 
     def _is_here(self, digest: str) -> bool:
+        """Return whether this content is in the collection or being indexed."""
         with self.lock:
             if digest in self.under_way:
                 return True
@@ -358,7 +362,7 @@ class _Run:
             self.exists = True
         try:
             await self.store.upsert(self.collection, items, tag=self.tag)
-        except InvalidRequest as error:  # a store with limits of its own: find the item that they concern
+        except InvalidRequest as error:  # the store has stricter limits: find the item that exceeds them
             if len(items) == 1:
                 self._fail(Problem(items[0].source or items[0].id, error.detail), items[0].id)
                 return

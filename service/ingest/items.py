@@ -1,7 +1,8 @@
-"""Images and vectors of one request into a collection.
+"""Add the images and vectors of one request to a collection.
 
-Each item is checked as far as that goes without a network, images go through it together, those of collections that
-keep them are stored, and what is good is written in one call. An item's fault stays its own (`on_error`).
+Each item is checked as far as possible without the network. The images go through the network together. If the
+collection stores images, they are stored. All good items are written in one call. An item's error does not affect the
+others (`on_error`).
 """
 
 import asyncio
@@ -31,18 +32,18 @@ _NO_VECTOR: Final = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class NewItem:
-    """An item as it was sent. Until its image has been through the network its vector is the empty one."""
+    """An item as it was sent. Until the network has processed its image, its vector is empty."""
 
     item: Item
     image: bytes | None = None
-    fingerprint: str | None = None  # that the vector is said to be of
+    fingerprint: str | None = None  # model of the vector, according to the client
     embedded: Embedded | None = None
 
 
 @dataclass(frozen=True)
 class Added:
-    """What became of the items: the ids of those that were written, by index, and the errors of the others; the
-    collection as it is now; milliseconds by stage."""
+    """The outcome of a request: the ids of the written items, by index; the errors of the others; the collection after
+    the write; milliseconds by stage."""
 
     collection: CollectionInfo
     ids: dict[int, str]
@@ -53,11 +54,11 @@ class Added:
 async def add_items(
     service: Service, name: str, items: Sequence[Outcome[NewItem]], on_error: OnError, request_key: str | None = None
 ) -> Added:
-    """Write items; the first write makes the collection. A second call with the same `request_key` changes nothing.
+    """Write items. The first write creates the collection. A second call with the same `request_key` changes nothing.
 
     Raises:
-        InvalidItems: some cannot be written and `on_error` is "fail", or none can; nothing is written.
-        ModelMismatch, QueueFull and other ServiceErrors: of the request as a whole; nothing is written.
+        InvalidItems: some items cannot be written and `on_error` is "fail", or none can. Nothing is written.
+        ModelMismatch, QueueFull and other ServiceErrors: the whole request fails. Nothing is written.
     """
     collection = await _target(service, name)
     good, errors = split_items(await _ready(service, collection, items), on_error, "items")
@@ -69,20 +70,20 @@ async def add_items(
 
 
 def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
-    """One of a body's `items`, checked as far as that goes without a store or a network.
+    """Parse one of a body's `items` and check it as far as possible without store and network.
 
     Raises:
-        ServiceError: what is wrong with it.
+        ServiceError: the item is invalid.
     """
     if not isinstance(raw, dict):
-        raise InvalidRequest(f"items.{index}: an item is an object, not {type(raw).__name__}")
+        raise InvalidRequest(f"items.{index}: an item must be an object, not {type(raw).__name__}")
     check_fields(raw, f"items.{index}")
     sent = parse_options(ItemIn, raw)
     if (sent.image is None) == (sent.vector is None):
-        raise InvalidRequest("an item has either an image or a vector")
+        raise InvalidRequest("an item must have either an image or a vector")
     if sent.image is not None:
         if sent.fingerprint is not None:
-            raise InvalidRequest("fingerprint goes with a vector: photos go through the model that is served")
+            raise InvalidRequest("fingerprint requires a vector: images are embedded by the served model")
         return _image_item(image_from_text(sent.image, max_image_bytes), sent.id, sent.metadata, sent.source)
     if sent.id is None:
         raise InvalidRequest("an item with a vector needs an id")
@@ -91,10 +92,10 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
 
 
 def item_from_file(image: bytes, filename: str) -> NewItem:
-    """An uploaded file: its id is the content's sha256.
+    """Make an item from an uploaded file. Its id is the content's sha256.
 
     Raises:
-        InvalidRequest: its name cannot be kept.
+        InvalidRequest: the file name cannot be stored.
     """
     return _image_item(image, None, {"filename": filename} if filename else {}, None)
 
@@ -105,14 +106,15 @@ def _image_item(image: bytes, item_id: str | None, metadata: dict[str, Any], sou
 
 
 def _checked(item: Item) -> Item:
-    """The item, unless the store would refuse what stands beside the vector: known before any work is done."""
+    """Return the item, or raise if the store would refuse its id, metadata or source. This runs before any work is
+    done."""
     check_id(item.id)
     metadata_text(item.metadata)
     return check_source(item)
 
 
 async def _target(service: Service, name: str) -> CollectionInfo:
-    """The collection that is written to; one that does not exist, as the first write will make it."""
+    """Return the collection to write to. If it does not exist, return it as the first write will create it."""
     try:
         return await service.store.info(name)
     except CollectionNotFound:
@@ -122,11 +124,12 @@ async def _target(service: Service, name: str) -> CollectionInfo:
 async def _ready(
     service: Service, collection: CollectionInfo, sent: Sequence[Outcome[NewItem]]
 ) -> list[Outcome[NewItem]]:
-    """The items as they can be written: images through the network, and stored if the collection keeps them.
+    """Return the items ready to be written. Images go through the network and are stored if the collection stores
+    images.
 
     Raises:
-        ModelMismatch: there are images only, and the collection holds vectors of another model.
-        QueueFull, ShuttingDown, ModelUnavailable: nothing was begun.
+        ModelMismatch: all items are images, and the collection contains vectors of another model.
+        QueueFull, ShuttingDown, ModelUnavailable: nothing was started.
     """
     readable = successes(sent)
     if readable and all(new.image is not None for new in readable):
@@ -141,36 +144,36 @@ async def _ready(
 
 
 def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
-    """Refuse images whose vectors may not stand in this collection.
+    """Refuse images whose vectors do not fit into this collection.
 
     Raises:
-        ModelMismatch: it holds vectors of another model, or of none.
+        ModelMismatch: the collection contains vectors of another model or of an unknown tag.
     """
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
         raise ModelMismatch(
-            f"collection {collection.name!r} holds vectors of {collection.tag!r}, which no photo gives here"
+            f"collection {collection.name!r} contains vectors of {collection.tag!r}, which images do not give here"
         )
     dimension = width(pooling, service.pipeline.dims)
     check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)
 
 
 def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewItem:
-    """The item, if its vector may stand beside those of the collection."""
+    """Return the item, or raise if its vector does not fit into the collection."""
     if new.image is not None:
         _check_images_fit(service, collection)
         return new
     if new.fingerprint not in (None, tag_parts(collection.tag).fingerprint):
         raise ModelMismatch(
-            f"collection {collection.name!r} holds vectors of {collection.tag!r}; this one is of {new.fingerprint!r}: "
-            "they cannot be compared (PUT makes a collection for vectors of another model)"
+            f"collection {collection.name!r} contains vectors of {collection.tag!r}; this one is of "
+            f"{new.fingerprint!r}: they cannot be compared (PUT creates a collection for vectors of another model)"
         )
     check_match(collection, tag=collection.tag, dimension=len(new.item.vector))
     return new
 
 
 def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embedded] | None) -> NewItem:
-    """With the vector that the collection holds of an image; an item that came with a vector is as it was."""
+    """Set the vector of an image's item. An item that came with a vector stays unchanged."""
     if outcome is None:
         return new
     pooling = tag_parts(collection.tag).pooling
@@ -181,7 +184,7 @@ def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embe
 
 
 async def _stored(new: NewItem, service: Service) -> NewItem:
-    """With its image stored, before its vector is written: no item ever leads to an image that is not there."""
+    """Store the item's image before its vector is written, so that no item points to a missing image."""
     if new.image is None:
         return new
     digest = await service.originals.put(new.image)

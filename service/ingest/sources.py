@@ -1,17 +1,17 @@
-"""What `dinov2 index SOURCE...` takes: folders, archives, lists and addresses as one stream of photos.
+"""The sources of `dinov2 index SOURCE...`: folders, archives, lists and addresses as one stream of images.
 
-    folder             every photo at any depth, `x.json` beside `x.jpg` as its metadata; archives in it are gone into
-    photo              one file
+    folder             all images at any depth, with `x.json` next to `x.jpg` as metadata, and the archives below it
+    image              one file
     .tar .tar.gz       `service/ingest/archives.py`
     .parquet           `service/ingest/archives.py`
-    .txt               a path or address a line
-    .jsonl             {"image": "...", "id": "...", ...} a line; what else stands there is metadata
+    .txt               one path or address per line
+    .jsonl             {"image": "...", "id": "...", ...} per line; other keys are metadata
 
-each on this machine or anywhere that fsspec reaches (s3://, gs://, memory://, file://). Nothing is read ahead of what
-is asked for, so a stream of a million photos takes no more memory than one of ten.
+A source may be on this machine or anywhere that fsspec supports (s3://, gs://, memory://, file://). Nothing is read
+ahead of demand, so a stream of a million images takes no more memory than one of ten.
 
-An id is the path within the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`, `train.parquet#12`; in a list
-it is the entry as written. What cannot be taken is a `Problem` in the stream and stops nothing.
+An id is the path within the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`, `train.parquet#12`. In a list
+it is the entry as written. An image that cannot be read becomes a `Problem` in the stream and does not stop it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,15 +38,15 @@ _MAX_LINE_BYTES: Final = 2**20
 def find_photos(
     sources: Sequence[str], *, max_bytes: int = 20 * 2**20, image_column: str | None = None
 ) -> Iterator[Photo | Problem]:
-    """The photos of all sources, in order.
+    """Yield the images of all sources, in order.
 
     Args:
         sources: paths or addresses.
-        max_bytes: of one photo; larger ones are not read.
-        image_column: of Parquet files; None finds it.
+        max_bytes: limit of one image; larger ones are not read.
+        image_column: image column of Parquet files; None detects it.
 
     Raises:
-        ValueError: at once: no source, or one that does not exist or cannot be reached.
+        ValueError: immediately, if there is no source, or a source does not exist or cannot be reached.
     """
     if not sources:
         raise ValueError("no source was given")
@@ -66,10 +66,10 @@ def find_photos(
 
 
 def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
-    """The bytes of one photo at a path or address.
+    """Return the bytes of one image at a path or address.
 
     Raises:
-        ImageTooLarge, OSError, ValueError: it cannot be read, with the reason.
+        ImageTooLarge, OSError, ValueError: the image cannot be read; the message has the reason.
     """
     if source.startswith(_WEB):
         return Web().read(source, max_bytes)
@@ -78,7 +78,7 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 
 
 class _Finder:
-    """The choices that hold for all sources."""
+    """A finder of images, with the options that hold for all sources."""
 
     def __init__(self, max_bytes: int, image_column: str | None) -> None:
         self._max_bytes = max_bytes
@@ -101,10 +101,11 @@ class _Finder:
                 yield from self._archived(file, "") or [self._plain(file, None)]
 
     def _below(self, place: Place, folder: str, prefix: str) -> Iterator[Photo | Problem]:
-        """Depth first, by name. Files that are neither photos nor archives are left out."""
-        found = list(place.listing(folder))
-        sidecars = {row.name: row for row in found if isinstance(row, Entry) and suffix_of(row.name) == ".json"}
-        for row in found:
+        """Yield the images below a folder, depth first, sorted by name. Other files than images and archives are left
+        out."""
+        rows = list(place.listing(folder))
+        sidecars = {row.name: row for row in rows if isinstance(row, Entry) and suffix_of(row.name) == ".json"}
+        for row in rows:
             if isinstance(row, Problem):
                 yield row
                 continue
@@ -113,13 +114,13 @@ class _Finder:
             if row.is_folder:
                 yield from self._below(place, row.path, f"{name}/")
             elif suffix_of(name) in IMAGE_SUFFIXES:
-                beside = sidecars.get(f"{row.name.rpartition('.')[0]}.json")
-                yield self._plain(file, beside and File(place, beside.path, beside.name, beside.stamp))
+                sidecar = sidecars.get(f"{row.name.rpartition('.')[0]}.json")
+                yield self._plain(file, sidecar and File(place, sidecar.path, sidecar.name, sidecar.stamp))
             else:
                 yield from self._archived(file, f"{name}/") or ()
 
     def _archived(self, file: File, prefix: str) -> Iterator[Photo | Problem] | None:
-        """What is in the file; None if it is no archive."""
+        """Return the images in an archive, or None if the file is not an archive."""
         if file.name.lower().endswith(_TAR):
             return tar_photos(file, prefix, self._max_bytes)
         if suffix_of(file.name) == ".parquet":
@@ -144,7 +145,9 @@ class _Finder:
                     number += 1
                     where = f"{file.address}:{number}"
                     if len(line) > _MAX_LINE_BYTES:
-                        yield Problem(where, f"the line has more than {_MAX_LINE_BYTES} bytes; the rest was not read")
+                        yield Problem(
+                            where, f"the line has more than {_MAX_LINE_BYTES} bytes; the rest of the file was not read"
+                        )
                         return
                     if line.strip():
                         yield self._line(file, line, where, is_json)
@@ -159,7 +162,7 @@ class _Finder:
             fields = json_object(text, "the line")
             key = next((key for key in _ADDRESS_KEYS if isinstance(fields.get(key), str) and fields[key]), None)
             if key is None:
-                raise ValueError(f"the line says nowhere where the photo is: one of {', '.join(_ADDRESS_KEYS)}")
+                raise ValueError(f"the line has no address of an image: add one of {', '.join(_ADDRESS_KEYS)}")
             address, item_id = fields.pop(key), fields.pop("id", None)
             if item_id is not None and not isinstance(item_id, str):
                 raise ValueError("the id is not a string")
@@ -176,7 +179,7 @@ class _Finder:
     def _at(
         self, listed_in: File, address: str, metadata: dict[str, Any], item_id: str | None = None
     ) -> Photo | Problem:
-        """The photo at an address; a relative path starts where the list lies."""
+        """Return the image at an address. A relative path starts at the folder of the list."""
         item_id = address if item_id is None else item_id
         if address.startswith(_WEB):
             return self._on_web(address, metadata, item_id)
@@ -186,7 +189,7 @@ class _Finder:
             else:
                 place = listed_in.place
                 path = place.join(listed_in.path.rpartition("/")[0], address)
-            stamp = place.entry(path).stamp if place.is_local else None  # elsewhere it would be a request each
+            stamp = place.entry(path).stamp if place.is_local else None  # a remote place would need a request for each
         except (OSError, ValueError) as error:
             return Problem(address, getattr(error, "strerror", None) or str(error))
         file = File(place, path, address, stamp)

@@ -1,1 +1,1 @@
-"""What a search request asks for, where it starts, what it finds, and in which order."""
+"""Search: parse requests, find where each query starts, query the store, and order the results."""

@@ -1,7 +1,7 @@
-"""One query of several: "like these photos, and not like that one".
+"""Combine several examples into one query: "like these images, and not like that one".
 
-Every part is a direction. They are scaled to length 1, so that none counts more for the size of its numbers, then added
-with their weights; the sum's direction is what is searched for.
+Every part is a direction. The parts are scaled to length 1, so that the magnitude of a vector does not matter, and
+added with their weights. The search uses the direction of the sum.
 """
 
 from collections.abc import Sequence
@@ -15,34 +15,32 @@ from service.search.checks import normalised_rows
 from service.search.store import Floats
 
 NOTHING_LEFT: Final = 1e-5
-"""Length of a sum over the sum of its weights' sizes, below which its direction is float32's rounding."""
+"""Ratio of the sum's length to the sum of absolute weights, below which the direction is only float32 rounding."""
 
 
 def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
-    """The direction of the weighted sum of unit vectors.
+    """Return the direction of the weighted sum of unit vectors.
 
     Args:
         vectors: [n, D], of any scale.
-        weights: n finite numbers; a negative one leads away from its vector.
+        weights: n finite numbers. A negative weight moves the query away from its vector.
 
     Returns:
         float32 [D] of length 1.
 
     Raises:
-        InvalidRequest: a vector without a direction; all weights are 0; or the vectors cancel out, so that the sum has
-            no direction.
+        InvalidRequest: a vector has no direction, all weights are 0, or the vectors cancel out, so the sum has no
+            direction.
     """
     if not any(weights):
-        raise InvalidRequest(
-            f"combine: the weights are {list(weights)}, so nothing counts: at least one must not be 0", param="combine"
-        )
+        raise InvalidRequest(f"combine: the weights are {list(weights)}: at least one must not be 0", param="combine")
     rows = normalised_rows(vectors).astype(np.float64)
     total = np.asarray(weights, np.float64) @ rows  # [D]
     length = float(np.linalg.norm(total))
     if length <= NOTHING_LEFT * sum(abs(weight) for weight in weights):
         raise InvalidRequest(
             f"combine: with the weights {list(weights)} the vectors cancel out, so there is no direction to search in: "
-            "other weights or vectors are needed",
+            "change weights or vectors",
             param="combine",
         )
     return (total / length).astype(np.float32)

@@ -1,11 +1,12 @@
-"""Results by group: the best products, say, each with its best few photos.
+"""Results by group, for instance the best products, each with its best few images.
 
-A store ranks items, so groups are cut from the ranking: in the order in which their best items come, each with its best
-`size`. How deep the ranking must go is not known before, since one product may fill the first thousand places. So it is
-searched again, twice as deep each time, until enough groups are full, nothing is left, or `MAX_DEPTH` is reached; then
-the answer says that it was cut short.
+A store ranks items, so groups are formed from the ranking, in the order of their best items, each with its best `size`
+items. The required depth is unknown beforehand, because one product may fill the first thousand ranks. So the search is
+repeated, twice as deep each time, until enough groups are full, no items are left, or `MAX_DEPTH` is reached. In the
+last case the answer says that it is truncated.
 
-`split` on the whole ranking is the definition; `grouped` gives the same from as little of it as it can.
+`split` on the whole ranking is the definition. `grouped` gives the same result from as little of the ranking as
+possible.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -16,12 +17,12 @@ from service.search.filters import Scalar
 from service.search.store import MAX_DEPTH, Hit
 
 Search = Callable[[int], Awaitable[Sequence[Hit]]]
-"""The best so many hits, best first; fewer if there are fewer."""
+"""Returns that many hits, best first, or fewer if there are fewer."""
 
 
 @dataclass
 class Group:
-    """Items with the same value under the key that was grouped by, best first."""
+    """Items with the same value of the grouping key, best first."""
 
     value: Scalar
     hits: list[Hit]
@@ -29,7 +30,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """`truncated`: deeper than `MAX_DEPTH` there may be more groups, or more items of these."""
+    """The groups of an answer. `truncated`: below `MAX_DEPTH` there may be more groups, or more items of these
+    groups."""
 
     groups: list[Group]
     truncated: bool
@@ -45,14 +47,14 @@ async def grouped(
     keep: Callable[[Hit], bool] = lambda hit: True,
     threshold: float | None = None,
 ) -> Groups:
-    """The best `k` groups after the first `offset`, with up to `size` items each.
+    """Return the best `k` groups after the first `offset`, with up to `size` items each.
 
     Args:
-        search: any store's, for one vector.
-        path: of the metadata key; items without it, or with another value than a string, a number or a boolean, are
-            in no group.
-        keep: which hits count at all.
-        threshold: the least score that does.
+        search: returns a store's best hits for one vector, down to a depth.
+        path: path of the metadata key. Items without it, or with a value that is not a string, number or boolean,
+            belong to no group.
+        keep: decides which hits count.
+        threshold: the lowest score that counts.
     """
     wanted = offset + k
     depth = min(MAX_DEPTH, 2 * wanted * size)
@@ -68,7 +70,8 @@ async def grouped(
 
 
 def split(hits: Iterable[Hit], path: tuple[str, ...], size: int) -> list[Group]:
-    """Ranked hits by their value, in the order in which the values come first; the first `size` of each."""
+    """Group ranked hits by their value, in the order in which the values first occur. Each group has its first `size`
+    hits."""
     groups: dict[tuple[bool, Scalar], Group] = {}
     for hit in hits:
         value = _value(hit.metadata, path)

@@ -1,11 +1,11 @@
-"""From what a query names to where its search starts: one vector of the collection's kind.
+"""From a query to its start: one vector of the collection's kind.
 
-All images of a request go through the pipeline together, and all ids through the store. What the collection holds
-decides what is made of them: its tag says the pooling. Images are refused if the served model's tag is another one; a
-stored item is always of its collection's kind, whatever is served now.
+All images of a request go through the pipeline together, and all ids through the store. The collection's tag determines
+the pooling. Images are refused if the served model's tag differs from the collection's. A stored item always matches
+its collection, whichever model is served.
 
-A region, and an image that candidates are compared with patch by patch, need the patch tokens themselves: one forward
-pass each, past the cache, which holds only their mean.
+A region needs the patch tokens, and so does an image whose candidates are re-ranked by patches. Each takes one forward
+pass and bypasses the cache, which stores only the mean of the patch tokens.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from service.vision.region import box_weights, mask_weights, region_mean
 
 @dataclass(frozen=True)
 class Target:
-    """The collection that is searched, under its own name, and the pooling of its vectors."""
+    """The collection to search, under its own name, and the pooling of its vectors."""
 
     info: CollectionInfo
     pooling: Pooling
@@ -47,10 +47,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a search starts.
+    """The start of a search.
 
-    vector: [D], length 1. exclude: ids that are left out of the answer. patches, weights: of the image that candidates
-    are compared with, and what part of each patch counts [N] (None: all of each); only where a re-ranking asks.
+    vector: [D], length 1.
+    exclude: ids that are left out of the answer.
+    patches, weights: patches of the query image for re-ranking, and the weight of each patch [N] (None: all equal).
+    patches is only set if the query asks for re-ranking.
     timings: milliseconds by stage.
     """
 
@@ -58,15 +60,15 @@ class Origin:
     exclude: frozenset[str] = frozenset()
     patches: Patches | None = None
     weights: Floats | None = None
-    source: Item | None = None  # the item that was named
+    source: Item | None = None  # the item that the query names
     timings: dict[str, float] = field(default_factory=dict)
 
 
 async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
-    """For each query where its search starts, or why it cannot.
+    """Return, for each query, the start of its search or its error.
 
     Raises:
-        ServiceError: of the request as a whole, as when the queue is full.
+        ServiceError: the whole request fails, for instance because the queue is full.
     """
     checked = [query.then(_checked, service, target) for query in queries]
     good = {query.index: query.result() for query in checked if query.error is None}
@@ -97,25 +99,27 @@ async def find_origins(service: Service, target: Target, queries: Sequence[Outco
 
 
 class _Part(NamedTuple):
+    """A part of a query with the features of its image or the item of its id."""
+
     part: Part
-    embedded: Outcome[Embedded] | None  # of an image
-    item: Item | None  # of an id
+    embedded: Outcome[Embedded] | None  # if the part is an image
+    item: Item | None  # if the part is an id
 
 
 def _checked(query: Query, service: Service, target: Target) -> Query:
-    """The query, unless it cannot be compared with what the collection holds: known before any work is done."""
+    """Return the query, or raise if it cannot be compared with the collection. This runs before any work is done."""
     info = target.info
     if query.needs_model:
         check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
     for part in query.parts:
         if part.vector is not None:
-            told_right = part.fingerprint is not None and part.fingerprint == tag_parts(info.tag).fingerprint
-            tag = info.tag if told_right else service.tag(part.fingerprint, target.pooling)
+            same_model = part.fingerprint is not None and part.fingerprint == tag_parts(info.tag).fingerprint
+            tag = info.tag if same_model else service.tag(part.fingerprint, target.pooling)
             check_match(info, tag=tag, dimension=len(part.vector))
     if query.form == "region" and target.pooling != "mean":
         raise InvalidRequest(
-            f"a region is the mean of its patch tokens, which compares with vectors of pooling mean only; "
-            f"collection {info.name!r} holds {target.pooling}: index the photos in a collection made with "
+            f"a region is the mean of its patch tokens, which can only be compared with vectors of pooling mean; "
+            f"collection {info.name!r} has pooling {target.pooling}: index the images in a collection with "
             "pooling mean",
             param="region",
         )
@@ -123,7 +127,7 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
 
 
 def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
-    """Where a query starts whose images are embedded and whose items are read."""
+    """Return the start of a query from its embedded images and stored items."""
     embedded = [part.embedded for part in parts if part.embedded is not None]
     if bad := failures(embedded):
         raise InvalidItems(bad, total=len(parts), param=query.form)
@@ -141,10 +145,11 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
 
 
 def _vector(target: Target, with_features: _Part) -> Floats:
+    """Return the unit vector of a part."""
     part, embedded, item = with_features
     if part.id is not None:
         if item is None:
-            raise ItemNotFound(f"collection {target.info.name!r} holds no item {part.id[:80]!r}", param="id")
+            raise ItemNotFound(f"collection {target.info.name!r} has no item {part.id[:80]!r}", param="id")
         return item.vector
     if part.vector is not None:
         return normalised(part.vector)
@@ -153,10 +158,10 @@ def _vector(target: Target, with_features: _Part) -> Floats:
 
 
 async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Query]) -> dict[int, Outcome[Origin]]:
-    """Side by side, so that their images share forward passes as far as they are decoded together."""
+    """Analyse the images concurrently, so that those decoded at the same time share forward passes."""
     analyses = (attempt_await(number, _analysed(service, target, query)) for number, query in queries.items())
     origins: dict[int, Outcome[Origin]] = {}
-    for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # none is left running
+    for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # none keeps running
         if isinstance(outcome, BaseException):
             raise outcome
         origins[outcome.index] = outcome
@@ -164,18 +169,19 @@ async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Q
 
 
 async def _analysed(service: Service, target: Target, query: Query) -> Origin:
+    """Return the start of a query that needs all features of its image."""
     image = query.parts[0].image
     assert image is not None
     try:
         return await service.pipeline.analyse(image.result(), partial(_of_patches, service, target, query))
     except ServiceError as error:
-        if error.status >= 500 or error.param == "region":  # the image is good, what is asked of it is not
+        if error.status >= 500 or error.param == "region":  # the image is good, but the region is not
             raise
         raise InvalidItems([ItemError(0, error)], total=1, param=query.form) from error
 
 
 def _of_patches(service: Service, target: Target, query: Query, analysed: Analysed) -> Origin:
-    """Where a query starts that needs all features of its image; runs off the event loop."""
+    """Compute the start of a query from all features of its image. This runs off the event loop."""
     weights = None
     vector = analysed.embedded.vector(target.pooling, True)
     height, width = analysed.image.shape[:2]

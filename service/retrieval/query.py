@@ -1,7 +1,7 @@
-"""What a search asks for.
+"""A search request, parsed and checked.
 
-A query names what to search for in one of five forms; all but `region` come down to parts: an image, a vector or an
-item's id, each with a weight.
+A query has one of five forms. All forms except `region` consist of parts: an image, a vector or an item's id, each with
+a weight.
 """
 
 from dataclasses import dataclass
@@ -21,52 +21,52 @@ DEFAULT_RERANK_DEPTH: Final = 20
 
 @dataclass(frozen=True)
 class Part:
-    """One of what is searched for: an image, a vector or an id."""
+    """One part of a query: an image, a vector or an id."""
 
-    image: Outcome[bytes] | None = None  # its index is that of the part
+    image: Outcome[bytes] | None = None  # its index is the part's
     vector: npt.NDArray[np.float64] | None = None  # [D], of any scale
     id: str | None = None
-    fingerprint: str | None = None  # of the model that made the vector, if the client told
+    fingerprint: str | None = None  # model that made the vector, if the client named it
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Query:
-    """One query, checked: `form` is one of `FORMS`, `ranking` what is done with what it finds."""
+    """One checked query. `form` is one of `FORMS`; `ranking` has the options for ordering and cutting its results."""
 
     form: str
-    parts: tuple[Part, ...]  # of a region: its image
+    parts: tuple[Part, ...]  # for a region: its image
     ranking: Ranking
     region: dict[str, Any] | None = None  # {"box": (x, y, w, h)} or {"mask": {"size": ..., "counts": ...}}
     where: Filter | None = None
-    path: tuple[str, ...] | None = None  # of the key that is grouped by
+    path: tuple[str, ...] | None = None  # path of the grouping key
     params: SearchParams | None = None
-    batch_key: bytes = b""  # queries with the same key can share one call of the store
+    batch_key: bytes = b""  # queries with the same key can share one store call
 
     @property
     def needs_model(self) -> bool:
-        """Whether the served model computes something for it."""
+        """Whether the served model must compute features for the query."""
         return any(part.image is not None for part in self.parts)
 
     @property
     def needs_patches(self) -> bool:
-        """Whether the patch tokens of its image are needed, not only its vector."""
+        """Whether the query needs the patch tokens of its image as well as the vector."""
         return self.form == "region" or (self.form == "image" and self.ranking.rerank is not None)
 
     @property
     def depth(self) -> int:
-        """How far down the store's ranking the answer reaches."""
+        """How many ranks of the store's result the answer needs."""
         return self.ranking.k + self.ranking.offset
 
     @property
     def rerank_depth(self) -> int:
-        """How many of the best are compared patch by patch."""
+        """How many of the best hits are compared patch by patch."""
         return self.ranking.rerank_depth or DEFAULT_RERANK_DEPTH
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A whole request: its queries, of a batch with the errors of those that make no sense."""
+    """A whole request. In a batch, invalid queries have errors."""
 
     queries: list[Outcome[Query]]
     model: str = "auto"

@@ -1,9 +1,9 @@
-"""Queries read from a request's fields and checked, before anything is computed.
+"""Parse and check the queries of a request before anything is computed.
 
-A request is one query, a list of them, or an image with options. A vector becomes an array here, at once: it is most of
-the body of the commonest request, and pydantic would make a list of floats of it first.
+A request is one query, a list of queries, or an image with options. A vector becomes an array immediately: it is most
+of the body of the commonest request, and pydantic would first make a list of floats of it.
 
-Of a list, a query that makes no sense becomes an error of its own, as images do elsewhere.
+In a list, an invalid query has an error of its own, like an invalid image elsewhere.
 """
 
 import reprlib
@@ -34,20 +34,23 @@ _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]
 
 @dataclass
 class _Reader:
-    """Reads queries; what several of them share is read once."""
+    """A parser of queries. Filters that several queries share are parsed once."""
 
     settings: Settings
-    filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity: it outlives the reader
-    values: int = 0  # in all of them
+    filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity; the object outlives the reader
+    values: int = 0  # values in all filters
 
     async def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
+        """Parse and check one query."""
         body = body or _parsed(QueryIn, fields)
         forms = [form for form in FORMS if getattr(body, form) is not None]
         if len(forms) != 1:
             raise InvalidRequest(f"exactly one of {', '.join(FORMS)} is needed, not {' and '.join(forms) or 'none'}")
         [form] = forms
         if body.fingerprint is not None and form != "vector":
-            raise InvalidRequest("fingerprint says which model made `vector`, and there is none", param="fingerprint")
+            raise InvalidRequest(
+                "fingerprint requires a vector: it names the model that made `vector`", param="fingerprint"
+            )
         region = None
         if form == "combine":
             assert body.combine is not None
@@ -70,9 +73,11 @@ class _Reader:
     def ranked(
         self, form: str, parts: tuple[Part, ...], ranking: Ranking, region: dict[str, Any] | None = None
     ) -> Query:
-        """With the fields that all forms share."""
+        """Build a query from its parts and the fields that all forms share."""
         if ranking.k + ranking.offset > MAX_DEPTH:
-            raise InvalidRequest(f"k + offset is {ranking.k + ranking.offset}; at most {MAX_DEPTH:,}", param="offset")
+            raise InvalidRequest(
+                f"k + offset is {ranking.k + ranking.offset}; at most {MAX_DEPTH:,} is allowed", param="offset"
+            )
         _check_grouping_and_rerank(form, ranking)
         return Query(
             form,
@@ -98,7 +103,7 @@ class _Reader:
         if part.vector is not None:
             return Part(vector=read_vector(part.vector, f"{where}vector"), fingerprint=part.fingerprint, weight=weight)
         if part.fingerprint is not None:
-            raise InvalidRequest(f"{where}fingerprint says which model made a vector; there is none", param="combine")
+            raise InvalidRequest(f"{where}fingerprint requires a vector: it names its model", param="combine")
         if part.id is not None:
             return Part(id=check_id(part.id, f"{where}id"), weight=weight)
         return Part(image=await self._image(part.image, index), weight=weight)
@@ -109,19 +114,19 @@ class _Reader:
 
     def _filter(self, body: Any) -> Filter:
         if id(body) not in self.filters:
-            if self.values <= MAX_VALUES:  # else the next ones need not even be read
+            if self.values <= MAX_VALUES:  # else the limit is exceeded already
                 self.filters[id(body)] = parse_filter(body)
                 self.values += _count_values(self.filters[id(body)])
             if self.values > MAX_VALUES:
-                raise InvalidRequest(f"the filters of one request hold more than {MAX_VALUES:,} values", param="filter")
+                raise InvalidRequest(f"the filters of one request have more than {MAX_VALUES:,} values", param="filter")
         return self.filters[id(body)]
 
 
 def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """A search by one image, with options as a form or an address has them: as text.
+    """Parse a search by one image. Its options come from a form or a query string, as text.
 
     Raises:
-        InvalidRequest: an option that is not allowed.
+        InvalidRequest: an option is not allowed.
     """
     options = parse_options(SearchOptions, _from_text(fields))
     query = _Reader(settings).ranked("image", (Part(image=image),), options)
@@ -129,22 +134,24 @@ def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: S
 
 
 async def read_search(fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """The queries of a JSON object: one, or `queries`.
+    """Parse the one query or the `queries` of a JSON object.
 
     Raises:
-        ServiceError: what is wrong with the request as a whole, or with its only query.
+        ServiceError: the whole request, or its only query, is invalid.
     """
     reader = _Reader(settings)
     body = _parsed(SearchIn, fields)
     if body.queries is None:
         if "on_error" in fields:
-            raise InvalidRequest("on_error belongs to queries, and there are none", param="on_error")
+            raise InvalidRequest("on_error requires queries", param="on_error")
         query = await reader.query(fields, body)
         _check_images([query], settings)
         return SearchRequest(numbered([query]), body.model)
     forms = [name for name in (*FORMS, "fingerprint") if getattr(body, name) is not None]
     if forms:
-        raise InvalidRequest(f"{' and '.join(forms)} beside queries: say it in each of them", param="queries")
+        raise InvalidRequest(
+            f"{' and '.join(forms)} cannot be combined with queries: put it into each query", param="queries"
+        )
     shared = {name: value for name, value in fields.items() if name in Ranking.model_fields}
     queries = [await attempt_await(i, _one_of_many(reader, shared, part)) for i, part in enumerate(body.queries)]
     _check_batch(successes(queries), settings)
@@ -152,7 +159,7 @@ async def read_search(fields: dict[str, Any], settings: Settings) -> SearchReque
 
 
 def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
-    """`parse_options`, and no object within may have very many fields either."""
+    """Call `parse_options`, after checking that no nested object has too many fields."""
     combine, region, params = fields.get("combine"), fields.get("region"), fields.get("params")
     parts = combine[: MAX_PARTS + 1] if isinstance(combine, list) else []
     mask = region.get("mask") if isinstance(region, dict) else None
@@ -169,22 +176,22 @@ def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
 
 async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> Query:
     if not isinstance(fields, dict):
-        raise InvalidRequest(f"a query is an object, not {reprlib.repr(fields)}")
+        raise InvalidRequest(f"a query must be an object, not {reprlib.repr(fields)}")
     check_fields(fields, "the query")
     query = await reader.query({**shared, **fields})
     if query.ranking.rerank is not None:
-        raise InvalidRequest("rerank goes through the photos of one query: send it by itself", param="rerank")
+        raise InvalidRequest("rerank is not possible in a batch: send the query alone", param="rerank")
     return query
 
 
 def _check_batch(queries: list[Query], settings: Settings) -> None:
-    """What all queries of a request may cost together."""
+    """Limit the total cost of all queries of a request."""
     _check_images(queries, settings)
     results = sum(query.ranking.k * (query.ranking.group_size or 1) + query.ranking.offset for query in queries)
     if results > MAX_RESULTS_OF_BATCH:
         raise InvalidRequest(
-            f"the queries ask for {results:,} results together (k times group_size, plus offset); "
-            f"at most {MAX_RESULTS_OF_BATCH:,}",
+            f"the queries request {results:,} results in total (k times group_size, plus offset); "
+            f"at most {MAX_RESULTS_OF_BATCH:,} are allowed",
             param="queries",
         )
 
@@ -192,20 +199,20 @@ def _check_batch(queries: list[Query], settings: Settings) -> None:
 def _check_images(queries: list[Query], settings: Settings) -> None:
     images = sum(part.image is not None for query in queries for part in query.parts)
     if images > settings.items_per_request:
-        raise InvalidRequest(f"{images} images to search for: a request takes {settings.items_per_request}")
+        raise InvalidRequest(f"{images} images to search for: a request can have at most {settings.items_per_request}")
 
 
 def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
-    """A JSON value as a vector [D].
+    """Parse a JSON value as a vector [D].
 
     Raises:
-        InvalidRequest: not a list of 1 to `MAX_DIMENSION` numbers; the message names the first that is none. Or all of
-            them are 0.
+        InvalidRequest: not a list of 1 to `MAX_DIMENSION` numbers (the message names the first wrong element), or all
+            numbers are 0.
     """
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSION:
         size = f" of {len(value):,}" if isinstance(value, list) else ""
         raise InvalidRequest(
-            f"{where}: a vector is a list of 1 to {MAX_DIMENSION:,} numbers, not {reprlib.repr(value)}{size}",
+            f"{where}: a vector must be a list of 1 to {MAX_DIMENSION:,} numbers, not {reprlib.repr(value)}{size}",
             param=where[:80],
         )
     try:
@@ -214,13 +221,11 @@ def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
         index = error.errors(include_url=False, include_context=False)[0]["loc"][0]
         assert isinstance(index, int)
         raise InvalidRequest(
-            f"{where}.{index}: a number is needed, not {reprlib.repr(value[index])}", param=where[:80]
+            f"{where}.{index}: must be a number, not {reprlib.repr(value[index])}", param=where[:80]
         ) from error
     if not any(numbers):
-        raise InvalidRequest(
-            f"{where}: {len(numbers)} zeros have no direction, so nothing is similar", param=where[:80]
-        )
-    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # a third of the time of np.array
+        raise InvalidRequest(f"{where}: a vector of {len(numbers)} zeros has no direction", param=where[:80])
+    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # takes a third of the time of np.array
 
 
 def _count_values(condition: Filter) -> int:
@@ -232,27 +237,27 @@ def _count_values(condition: Filter) -> int:
 
 
 def search_params(params: ParamsIn | None) -> SearchParams | None:
-    """As the store takes them."""
+    """Convert search parameters to the store's type."""
     return None if params is None else SearchParams(params.exact, params.ef_search, params.nprobe)
 
 
 def _check_grouping_and_rerank(form: str, ranking: Ranking) -> None:
     if ranking.group_size is not None and ranking.group_by is None:
-        raise InvalidRequest("group_size needs group_by", param="group_size")
+        raise InvalidRequest("group_size requires group_by", param="group_size")
     if ranking.rerank is None:
         if ranking.matches or ranking.rerank_depth is not None:
-            raise InvalidRequest("matches and rerank_depth need rerank", param="rerank")
+            raise InvalidRequest("matches and rerank_depth require rerank", param="rerank")
         return
     if ranking.group_by is not None:
-        raise InvalidRequest("rerank and group_by do not go together", param="rerank")
+        raise InvalidRequest("rerank and group_by cannot be combined", param="rerank")
     if form not in ("image", "region", "id"):
         raise InvalidRequest(
-            f"rerank compares photos, and a query by {form} has none: use image, region or id", param="rerank"
+            f"rerank compares images, but a query by {form} has none: use image, region or id", param="rerank"
         )
 
 
 def _from_text(fields: dict[str, Any]) -> dict[str, Any]:
-    """Options of a form or an address, where everything is text: JSON within it, one `include` as a list."""
+    """Parse options that are all text: JSON in `filter` and `params`, and a single `include` as a list."""
     read = dict(fields)
     for name in ("filter", "params"):
         if isinstance(read.get(name), str):

@@ -1,10 +1,10 @@
-"""Candidates in a better order: the best hits of a search, compared with the query patch by patch (`vision/maxsim`).
+"""Re-order the best hits of a search by comparing them with the query patch by patch (`vision/maxsim`).
 
-Their patches come from the images that the collection keeps. Fetched and computed a few at a time, so that neither a
-hundred images nor a hundred tensors are held at once; what was computed lately is kept by the pipeline.
+The patches are computed from the images that the collection stores, a few at a time, so that neither a hundred images
+nor a hundred tensors are in memory at once. The pipeline caches recently computed patches.
 
-A candidate whose image is gone, damaged or cannot be read gets no `rerank_score` and comes after those that have one.
-That is seen in the answer. Only when none can be compared because of a fault of the service, the request fails.
+A candidate whose image is missing, damaged or unreadable gets no `rerank_score` and comes after the scored candidates.
+The request fails only if a fault of the service prevents every comparison.
 """
 
 import asyncio
@@ -29,12 +29,13 @@ from service.vision.region import patch_box
 log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
-"""Two full forward passes at 224 pixels; at most so many images (of 20 MiB by default) in memory."""
+"""Images that are fetched and computed at once: two full forward passes at 224 pixels. Each image has at most 20 MiB by
+default."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the patches of a hit say: its score, and where the images match if that was asked for."""
+    """The patch comparison of a hit: its score and, if requested, where the images match."""
 
     score: float
     matches: list[dict[str, Any]] | None = None
@@ -42,22 +43,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Reranked:
-    """Hits in their new order, and the comparisons by id of those that could be compared."""
+    """Hits in their new order, and the comparisons by id of the hits that could be compared."""
 
     hits: list[Hit]
     comparisons: dict[str, Comparison]
 
 
 async def reranked(service: Service, target: Target, query: Query, origin: Origin, hits: Sequence[Hit]) -> Reranked:
-    """The hits, those that were compared first, best first; then the others as they came.
+    """Re-order the hits: the compared hits first, best first, then the others in their original order.
 
     Raises:
-        InvalidRequest: the collection keeps no images, or not the one of the item that was named.
-        QueueFull and its like: there is no room for the candidates' images.
+        InvalidRequest: the collection stores no images, or not the image of the item that the query names.
+        QueueFull and similar: there is no room for the candidates' images.
     """
     if not target.info.spec.originals:
         raise InvalidRequest(
-            f"rerank compares stored photos, and collection {target.info.name!r} keeps none: make it with originals",
+            f"rerank compares stored images, but collection {target.info.name!r} stores none: create it with originals",
             param="rerank",
         )
     query_patches = await _query_patches(service, origin)
@@ -76,7 +77,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
         readable = [(candidates[index].id, patches) for index, patches in indexed(outcomes)]
         comparisons |= await asyncio.to_thread(lambda pairs: {item_id: compare(p) for item_id, p in pairs}, readable)
     if faults:
-        log.warning("rerank: %d photos cannot be compared: %s", len(faults), faults[0].detail)
+        log.warning("rerank: %d images could not be compared: %s", len(faults), faults[0].detail)
         if not comparisons:
             raise faults[0]
     compared = [hit for hit in hits if hit.id in comparisons]
@@ -85,7 +86,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
 
 
 async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """The digests of the hits' stored images. Where a source names another place, the item knows."""
+    """Return the digests of the hits' stored images. If a hit's source does not name one, use the item's own digest."""
     named = [digest_of(hit.source) for hit in hits]
     unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
     items = iter(await service.store.get(name, unnamed) if unnamed else [])
@@ -97,18 +98,19 @@ def _of_item(item: Item | None) -> str | None:
 
 
 async def _query_patches(service: Service, origin: Origin) -> Patches:
+    """Return the patches of the query's image."""
     if origin.patches is not None:
         return origin.patches
     assert origin.source is not None
     digest = photo_digest(origin.source)
     if digest is None:
         raise InvalidRequest(
-            f"rerank compares photos, and the one of item {origin.source.id[:80]!r} is not stored", param="id"
+            f"rerank compares images, but the image of item {origin.source.id[:80]!r} is not stored", param="id"
         )
     [patches] = await _patches_of(service, [digest])
     if patches.error is not None and patches.error.status < 500:
         raise InvalidRequest(
-            f"rerank compares photos, and the one of item {origin.source.id[:80]!r} cannot be read: "
+            f"rerank compares images, but the image of item {origin.source.id[:80]!r} cannot be read: "
             f"{patches.error.detail}",
             param="id",
         )
@@ -116,7 +118,7 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
 
 
 async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
-    """The patches of stored images, in order, or why there are none."""
+    """Return the patches of stored images, or the errors, in order."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
     kept = await service.pipeline.kept_patches(wanted)
     missing = [digest for digest in wanted if digest not in kept]
@@ -125,7 +127,7 @@ async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[O
 
     def patches(digest: str | None) -> Patches:
         if digest is None:
-            raise NotFound("the photo is not stored")
+            raise NotFound("the image is not stored")
         return kept[digest] if digest in kept else computed[digest].result()
 
     return [attempt(i, patches, digest) for i, digest in enumerate(digests)]
@@ -138,6 +140,7 @@ async def _read(service: Service, digest: str) -> tuple[str, bytes]:
 def _compare(
     rows: Floats, query: Patches, weights: Floats | None, spec: PreprocessSpec, matches: bool, patches: Patches
 ) -> Comparison:
+    """Compare the query's patches with one candidate's."""
     candidate = unit_rows(patches.rows)
     if not matches:
         return Comparison(maxsim(rows, candidate, weights))

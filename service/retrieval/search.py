@@ -1,10 +1,10 @@
-"""One search: find where each query starts (`origins`), ask the store, cut its answer to size.
+"""Run a search: find where each query starts (`origins`), query the store, and cut its result to size.
 
-The commonest request, one vector, skips the first step: the store compares the tags itself, so nothing about the
-collection need be known before. Queries of a batch that ask for the same share one call of the store.
+The commonest request, a single vector, skips the first step: the store compares the tags itself, so the collection need
+not be looked up. Queries of a batch with the same options share one store call.
 
-What a query names by id is left out of its answer: "like this one" does not mean this one. So that many more are
-searched for.
+An item that a query names by id is left out of the answer, because "like this one" does not mean this one. The search
+goes deeper by the number of such items.
 """
 
 import time
@@ -26,9 +26,9 @@ from service.timings import ms_since
 
 @dataclass
 class QueryResults:
-    """What one query finds: hits, best first, or groups of them.
+    """The results of one query: hits, best first, or groups of hits.
 
-    comparisons, vectors: by the item's id, as far as the query asks for them.
+    comparisons, vectors: by item id, if the query requests them.
     """
 
     hits: Sequence[Hit] = ()
@@ -43,7 +43,8 @@ class QueryResults:
 
 @dataclass(frozen=True)
 class SearchResults:
-    """What a request finds: each query's results or error, in order; the collection's tag; milliseconds by stage."""
+    """The results of a request: results or error of each query, in order; the collection's tag; milliseconds by
+    stage."""
 
     queries: list[Outcome[QueryResults]]
     tag: str
@@ -51,10 +52,10 @@ class SearchResults:
 
 
 async def search(service: Service, name: str, request: SearchRequest) -> SearchResults:
-    """The items of a collection nearest to what each query names.
+    """Return the items of a collection nearest to each query.
 
     Raises:
-        ServiceError: of the request as a whole, as when the queue is full or there is no such collection.
+        ServiceError: the whole request fails, for instance because the queue is full or the collection does not exist.
     """
     service.check_model(request.model)
     quick = await _by_one_vector(service, name, request)
@@ -74,8 +75,8 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
 
 
 async def _by_one_vector(service: Service, name: str, request: SearchRequest) -> SearchResults | None:
-    """The answer to a request that is one vector and nothing unusual; None when it takes the longer way. That looks the
-    collection's tag up; here it is taken for granted that the pooling is the usual one."""
+    """Answer a request that is one vector without special options. Return None if it needs the general path, which
+    looks up the collection's tag. Here the default pooling is assumed."""
     if request.batch:
         return None
     query = request.queries[0].result()
@@ -97,7 +98,7 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
 async def _find(
     service: Service, target: Target, request: SearchRequest, origins: Sequence[Outcome[Origin]]
 ) -> list[Outcome[QueryResults]]:
-    """What each query finds, or why it finds nothing, in order."""
+    """Return each query's results or error, in order."""
     results: dict[int, QueryResults] = {}
     batches: dict[bytes, dict[int, tuple[Query, Origin]]] = {}
     for number, origin in indexed(origins):
@@ -112,7 +113,7 @@ async def _find(
 
 
 async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
-    """Queries that ask for the same of different places: one call of the store."""
+    """Answer queries that differ only in their start with one store call."""
     first = batch[0][0]
     depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
@@ -134,6 +135,8 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
 async def _groups(
     service: Service, target: Target, query: Query, path: tuple[str, ...], origin: Origin
 ) -> QueryResults:
+    """Answer a query with grouping."""
+
     async def best(depth: int) -> list[Hit]:
         info, vectors = target.info, origin.vector[None]
         [hits] = await service.store.search(
@@ -154,7 +157,7 @@ async def _groups(
 
 
 def _above(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
-    """The hits, best first, down to the threshold."""
+    """Return the hits that reach the score threshold, best first."""
     least = query.ranking.score_threshold
     return hits if least is None else [hit for hit in hits if hit.score >= least]
 
@@ -170,7 +173,7 @@ def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
 async def _add_vectors(
     service: Service, target: Target, request: SearchRequest, outcomes: Sequence[Outcome[QueryResults]]
 ) -> None:
-    """To the results of those queries that ask for them."""
+    """Add the vectors to the results of the queries that request them."""
     asking = [results for number, results in indexed(outcomes) if request.queries[number].result().ranking.include]
     ids = list(dict.fromkeys(item_id for results in asking for item_id in results.ids()))
     items = await service.store.get(target.info.name, ids) if ids else []

@@ -1,1 +1,1 @@
-"""One file per resource: parse, call one function, answer."""
+"""The routes, one file per resource. A route parses the request, calls one function and answers."""

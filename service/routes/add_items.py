@@ -1,4 +1,4 @@
-"""`POST /v1/collections/{name}/items`: images and vectors go in."""
+"""`POST /v1/collections/{name}/items`: add images and vectors."""
 
 import re
 import time
@@ -25,7 +25,7 @@ from service.timings import ms_since
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 MAX_VECTORS: Final = 1000
-"""Items with vectors in one request. Those with images are bounded by the queue, as everywhere."""
+"""Limit of items with vectors in one request. Items with images are limited by the queue."""
 KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -48,9 +48,9 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
     },
 )
 async def add_items(request: Request, name: str) -> Response:
-    """Photos or vectors as JSON (`items`, with id, source and metadata), or photos as files of a form: the id is the
-    content's sha256, and the file's name goes into the metadata as `filename`. With the header `Idempotency-Key` a
-    second request of the same items within a day changes nothing."""
+    """Add images or vectors. JSON has `items` with id, source and metadata. A form has image files: the id is the
+    content's sha256, and the file name is stored in the metadata as `filename`. With the header `Idempotency-Key`, a
+    second request with the same items within a day changes nothing."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -71,23 +71,23 @@ async def add_items(request: Request, name: str) -> Response:
 
 
 def _request_key(request: Request, service: Service) -> str | None:
-    """The `Idempotency-Key`.
+    """Return the `Idempotency-Key`.
 
     Raises:
-        InvalidRequest: too long, not ASCII, or the store would not remember it.
+        InvalidRequest: the key is too long or not ASCII, or the store cannot remember it.
     """
     key: str | None = request.headers.get(KEY_HEADER)
     if key is None:
         return None
     if not _KEY.fullmatch(key):
-        raise InvalidRequest(f"{KEY_HEADER} is not allowed: 1 to 128 printable ASCII characters", param=KEY_HEADER)
+        raise InvalidRequest(f"{KEY_HEADER} must have 1 to 128 printable ASCII characters", param=KEY_HEADER)
     if "idempotency" not in service.store.capabilities:
-        raise InvalidRequest(f"{KEY_HEADER}: this vector store does not remember requests", param=KEY_HEADER)
+        raise InvalidRequest(f"{KEY_HEADER} is not supported by this vector store", param=KEY_HEADER)
     return key
 
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewItem]], ItemsIn | UploadOptions]:
-    """The items in order, each checked as far as that goes without a store or a network."""
+    """Parse the items in order. Each is checked as far as possible without store and network."""
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         _check_counts(body.items, settings)
@@ -107,6 +107,6 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
 def _check_counts(items: list[Any], settings: Settings) -> None:
     vectors = sum(isinstance(raw, dict) and raw.get("vector") is not None for raw in items)
     if vectors > MAX_VECTORS:
-        raise InvalidRequest(f"{vectors} vectors in items: a request takes at most {MAX_VECTORS}", param="items")
+        raise InvalidRequest(f"{vectors} vectors in items: a request can have at most {MAX_VECTORS}", param="items")
     if vectors < len(items):
         check_count(len(items) - vectors, settings, "items")

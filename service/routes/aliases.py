@@ -1,7 +1,7 @@
-"""`/v1/aliases`: names that lead to collections. Wherever a collection is named, an alias may be.
+"""`/v1/aliases`: names that point to collections. An alias can be used wherever a collection is named.
 
-To change the model without a gap, a new collection is filled beside the old one and the alias moved to it: each request
-goes wholly to one or the other.
+To change the model without a gap, fill a new collection next to the old one and then move the alias. Each request uses
+either the old or the new collection.
 """
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/aliases", tags=["aliases"], route_class=DirectRou
 
 @router.get("", summary="List aliases")
 async def list_aliases(request: Request) -> Response:
-    """All aliases and what they lead to."""
+    """List all aliases and their collections."""
     service = service_of(request)
     aliases = await service.store.aliases()
     data = [{"alias": alias, "collection": collection} for alias, collection in sorted(aliases.items())]
@@ -27,11 +27,12 @@ async def list_aliases(request: Request) -> Response:
 
 @router.put("/{alias}", summary="Create or move an alias", openapi_extra=json_body(AliasIn))
 async def put_alias(request: Request, alias: str) -> Response:
-    """Points it to a collection, from one moment to the next; `before` is where it pointed (201 if nowhere)."""
+    """Point the alias to a collection, in one atomic step. `before` is the previous collection (status 201 if there was
+    none)."""
     service = service_of(request)
     check_name(alias)
     body = parse_options(AliasIn, await read_json(request))
-    collection = (await service.store.info(check_name(body.collection))).name  # of an alias, where it leads
+    collection = (await service.store.info(check_name(body.collection))).name  # resolves an alias
     before = await service.store.set_alias(alias, collection)
     answer = {"alias": alias, "collection": collection, "before": before, **service.identity()}
     return json_response(answer, status=201 if before is None else 200)
@@ -39,7 +40,7 @@ async def put_alias(request: Request, alias: str) -> Response:
 
 @router.delete("/{alias}", summary="Delete an alias")
 async def delete_alias(request: Request, alias: str) -> Response:
-    """The alias only; its collection stays."""
+    """Delete the alias. Its collection remains."""
     service = service_of(request)
     await service.store.drop_alias(check_name(alias))
     return json_response({"alias": alias, "deleted": True, **service.identity()})

@@ -1,4 +1,4 @@
-"""What answers have in common: vectors, the timing header, JSON without a detour over objects."""
+"""Parts that answers share: vectors, the timing header, and direct JSON."""
 
 import base64
 from typing import Any, Literal
@@ -10,18 +10,18 @@ from fastapi import Response
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:
-    """A vector as JSON: an array of numbers, or base64 of little-endian float32."""
+    """Prepare a vector for JSON: an array of numbers, or base64 of little-endian float32."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
     return np.ascontiguousarray(vector)
 
 
 def server_timing(timings: dict[str, float]) -> dict[str, str]:
-    """The Server-Timing header, which browsers and load testers show."""
+    """Return the Server-Timing header, which browsers and load testers display."""
     return {"Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.items())}
 
 
 def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON; numpy arrays are written as they are."""
+    """Return a JSON response. numpy arrays are serialised directly."""
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status_code=status, headers=headers, media_type="application/json")

@@ -1,7 +1,7 @@
-"""How requests bring what they say: a JSON object, a form with files, or an image as the raw body.
+"""Read request bodies: a JSON object, a form with files, or an image as the raw body.
 
-Sizes were limited while the body came in (`service/middleware.py`); a form's files stay in memory, since a container's
-root is read-only and an image should not touch the disk.
+`service/middleware.py` limits the size while the body arrives. A form's files stay in memory, because a container's
+root is read-only and an image should not be written to disk.
 """
 
 from collections.abc import AsyncGenerator
@@ -23,14 +23,15 @@ from service.settings import Settings
 MAX_FORM_FIELDS: Final = 32
 MAX_FIELD_BYTES: Final = 64 * 1024
 MAX_JSON_VALUES: Final = 1_000_000
-"""In one body: each becomes an object of 60 bytes and more, so a body of commas takes 20 times its size in memory."""
+"""Limit of one body. Each value becomes an object of at least 60 bytes, so a body of commas takes 20 times its size in
+memory."""
 _FORM_CHARSETS: Final = frozenset({"utf-8", "utf8", "us-ascii", "iso-8859-1", "latin-1"})
 _FORMS: Final = "application/json, multipart/form-data, or the image itself as image/*"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A request's body, read: its images in order, whatever stood beside them, and the files' names (of a form)."""
+    """A parsed request body: its images in order, the other fields, and the file names of a form."""
 
     images: list[Outcome[bytes]]
     fields: dict[str, Any]
@@ -38,21 +39,21 @@ class Upload:
 
 
 def media_type(request: Request) -> str:
-    """The Content-Type without its parameters, in lower case; empty when there is none."""
+    """Return the Content-Type without parameters, in lower case, or an empty text if there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_upload(request: Request, settings: Settings, *, key: str) -> Upload:
-    """Read a body with images; `key` is the JSON field that holds them (a string or a list of strings).
+    """Read a body with images. `key` is the JSON field of the images (a string or a list of strings).
 
     Raises:
-        BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: what is wrong with the body.
+        BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is invalid.
     """
     kind = media_type(request)
     if kind == "application/json":
         fields = await read_json(request)
         if key not in fields:
-            raise InvalidRequest(f"{key} is missing: a data URL or base64, or a list of them", param=key)
+            raise InvalidRequest(f"{key} is missing: send a data URL or base64, or a list of them", param=key)
         images = fields.pop(key)
         texts = images if isinstance(images, list) else [images]
         check_count(len(texts), settings, key)
@@ -67,7 +68,7 @@ async def read_upload(request: Request, settings: Settings, *, key: str) -> Uplo
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The JSON object of a body.
+    """Return the JSON object of a body.
 
     Raises:
         UnsupportedMediaType, BadRequest, InvalidRequest: another content type, not JSON, not an object.
@@ -79,10 +80,10 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 async def json_of(request: Request) -> dict[str, Any]:
-    """As `read_json`, whatever the content type."""
+    """Return the JSON object of a body of any content type."""
     body = await request.body()
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
-        raise InvalidRequest(f"the body holds more than {MAX_JSON_VALUES:,} JSON values")
+        raise InvalidRequest(f"the body has more than {MAX_JSON_VALUES:,} JSON values")
     try:
         value = await off_loop(len(body), lambda: orjson.loads(body))
     except orjson.JSONDecodeError as error:
@@ -93,18 +94,18 @@ async def json_of(request: Request) -> dict[str, Any]:
 
 
 async def read_optional_json(request: Request) -> dict[str, Any]:
-    """As `read_json`; no body at all is an empty object."""
+    """Return the JSON object of a body, or an empty one if there is no body."""
     return await read_json(request) if await request.body() else {}
 
 
 def query_fields(request: Request) -> dict[str, Any]:
-    """Query parameters; one given several times becomes a list."""
+    """Return the query parameters. A repeated parameter becomes a list."""
     return _grouped(request.query_params.multi_items())
 
 
 class _MemoryParser(MultiPartParser):
-    """Starlette's parser that never spools a file to disk (the body's limit bounds the memory), and knows whether the
-    form was cut off: what stood after the last whole part would be lost without a word."""
+    """Starlette's parser, except that it never writes a file to disk (the body limit bounds the memory) and records
+    whether the form is complete. Otherwise the data after the last complete part would be lost silently."""
 
     spool_max_size = 2**62
     ended = False
@@ -115,20 +116,23 @@ class _MemoryParser(MultiPartParser):
 
 
 async def _read_form(request: Request, settings: Settings) -> Upload:
+    """Read a form with image files and text fields."""
     charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
-    if charset.lower() not in _FORM_CHARSETS:  # others (utf-7, unicode_escape) decode to what no JSON can hold
+    if (
+        charset.lower() not in _FORM_CHARSETS
+    ):  # others (utf-7, unicode_escape) may decode to text that JSON cannot encode
         raise BadRequest(f"the form's charset {charset[:80]!r} is not accepted: send utf-8")
 
     async def whole_form() -> AsyncGenerator[bytes, None]:
         async for chunk in request.stream():
             yield chunk
-        if not parser.ended:  # raised while the parser reads, so that it closes its files
+        if not parser.ended:  # raised inside the parser, which then closes its files
             raise MultiPartException("it ends before its last boundary")
 
     parser = _MemoryParser(
         request.headers,
         whole_form(),
-        max_files=settings.items_per_request + 1,  # one more, so that the usual excess is told as in JSON
+        max_files=settings.items_per_request + 1,  # one more, so that one file too many gets the same error as in JSON
         max_fields=MAX_FORM_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
     )
@@ -146,13 +150,14 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
                 files.append(await value.read())
                 names.append(value.filename or "")
             else:
-                raise InvalidRequest(f"form file {name!r}: files are called file or files", param=name[:64])
+                raise InvalidRequest(f"form file {name!r}: name the field file or files", param=name[:64])
     finally:
         await form.close()
     return Upload(numbered(files), _grouped(texts), names)
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Turn pairs into a dictionary. A repeated name becomes a list."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

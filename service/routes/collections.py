@@ -1,8 +1,9 @@
-"""`/v1/collections`: what a collection is, and copies of it. Its items are in `items`, how it is searched in `search`.
+"""`/v1/collections`: create, describe and delete collections, and manage snapshots. `items` has the items, `search` the
+search.
 
-A collection keeps the tag of the vectors it holds: fingerprint, pooling, normalisation, input size and precision. After
-a change of the model its vectors and new ones cannot be compared, and every write and search says so (409, naming both
-tags).
+A collection stores the tag of its vectors: fingerprint, pooling, normalisation, input size and precision. After a
+change of the model, old and new vectors cannot be compared, so every write and search fails with 409 and names both
+tags.
 """
 
 from dataclasses import asdict
@@ -29,16 +30,17 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 
 @router.get("", summary="List collections")
 async def list_collections(request: Request) -> Response:
-    """All collections with what they hold."""
+    """List all collections with their settings and item counts."""
     service = service_of(request)
     collections, aliases = await service.store.collections(), await service.store.aliases()
     data = [_described(info, aliases) for info in collections]
     return json_response({"object": "list", "data": data, **service.identity()})
 
 
-@router.put("/{name}", summary="Make a collection", openapi_extra=json_body(CollectionIn))
+@router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
 async def put_collection(request: Request, name: str) -> Response:
-    """With these settings, for good: 201 when it was made, 200 when it is there with the same, 409 when with others."""
+    """Create a collection. Its settings are permanent. 201: created; 200: it exists with the same settings; 409: with
+    others."""
     service = service_of(request)
     check_name(name)
     fields = await read_optional_json(request)
@@ -60,7 +62,7 @@ async def put_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}", summary="Describe a collection")
 async def get_collection(request: Request, name: str) -> Response:
-    """Its settings, number of items, and the aliases that lead to it."""
+    """Return settings, number of items, and the aliases that point to the collection."""
     service = service_of(request)
     info = await service.store.info(check_name(name))
     return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
@@ -68,15 +70,15 @@ async def get_collection(request: Request, name: str) -> Response:
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
-    """The collection with all its items; snapshots and stored photos stay."""
+    """Delete the collection with all its items. Snapshots and stored images remain."""
     service = service_of(request)
     await service.store.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})
 
 
-@router.get("/{name}/stats", summary="How a collection is indexed")
+@router.get("/{name}/stats", summary="Get index statistics")
 async def get_stats(request: Request, name: str) -> Response:
-    """What the store tells of its index; which figures, is the store's own."""
+    """Return the store's statistics of the index. Each store defines its own figures."""
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
@@ -86,18 +88,18 @@ async def get_stats(request: Request, name: str) -> Response:
 
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
 async def take_snapshot(request: Request, name: str) -> Response:
-    """The collection as it is now, in a file that outlives it."""
+    """Save the collection's current state in a file. The file remains if the collection is deleted."""
     service = service_of(request)
     store = _snapshots(service, name)
     parse_options(SnapshotIn, await read_optional_json(request))
-    request.state.deadline.reschedule(None)  # a large collection takes longer than a request may
+    request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
     taken = await store.snapshot(name)
     return json_response({**asdict(taken), **service.identity()}, status=201)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")
 async def list_snapshots(request: Request, name: str) -> Response:
-    """Those of one collection, oldest first; also when it is deleted."""
+    """List a collection's snapshots, oldest first. This also works after the collection is deleted."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
     return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
@@ -105,14 +107,14 @@ async def list_snapshots(request: Request, name: str) -> Response:
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
-    """The file, streamed; parts of it by `Range`."""
+    """Stream the snapshot's file. `Range` requests are supported."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
 async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
-    """The file; the collection stays."""
+    """Delete the snapshot. The collection remains."""
     service = service_of(request)
     await _snapshots(service, name).drop_snapshot(name, snapshot)
     return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
@@ -120,7 +122,7 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> Respons
 
 @router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
 async def restore_snapshot(request: Request, name: str) -> Response:
-    """Makes the collection of a snapshot, of this name or of another (`from`); 409 when there is one of this name."""
+    """Create a collection from a snapshot of this collection or of another (`from`). 409: the name is taken."""
     service = service_of(request)
     store = _snapshots(service, name)
     body = parse_options(RestoreIn, await read_json(request))
@@ -131,20 +133,21 @@ async def restore_snapshot(request: Request, name: str) -> Response:
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
-    """What the body asks for.
+    """Return the requested specification.
 
     Raises:
-        InvalidRequest: a setting that is not allowed; a dimension that is not the model's, or none for another model.
+        InvalidRequest: a setting is not allowed, the dimension differs from the model's, or another model's dimension
+            is missing.
     """
     dimension = width(body.pooling, service.pipeline.dims)
     if body.fingerprint not in (None, service.artifact.fingerprint):
         if body.dimension is None:
-            raise InvalidRequest("dimension is needed with the fingerprint of another model", param="dimension")
+            raise InvalidRequest("the fingerprint of another model requires a dimension", param="dimension")
         dimension = body.dimension
     elif body.dimension not in (None, dimension):
         raise InvalidRequest(
-            f"dimension={body.dimension}: the model served gives {dimension} with pooling {body.pooling}; for vectors "
-            "of another model name its fingerprint",
+            f"dimension={body.dimension}: the served model gives {dimension} with pooling {body.pooling}; for vectors "
+            "of another model, set its fingerprint",
             param="dimension",
         )
     return check_spec(
@@ -167,6 +170,7 @@ async def _existing(service: Service, name: str) -> CollectionInfo | None:
 
 
 def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
+    """Return a collection's description as a JSON object."""
     spec = info.spec
     return {
         "name": info.name,
@@ -183,7 +187,7 @@ def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
 
 
 def _differences(there: CollectionSpec, wanted: CollectionSpec) -> str:
-    """Each setting that differs, with both values."""
+    """List each setting that differs, with both values."""
     old, new = (_settings(spec) for spec in (there, wanted))
     names = [name for name in old if old[name] != new[name]]
     return "; ".join(f"{name} {_shown(old[name])}, not {_shown(new[name])}" for name in names)
@@ -208,4 +212,6 @@ def _snapshots(service: Service, name: str) -> SnapshotStore:
 def _check_capability(service: Service, wanted: str) -> None:
     has = service.store.capabilities
     if wanted not in has:
-        raise InvalidRequest(f"the vector store has no {wanted}; it has {', '.join(sorted(has)) or 'nothing more'}")
+        raise InvalidRequest(
+            f"the vector store does not support {wanted}; it supports {', '.join(sorted(has)) or 'no extra capability'}"
+        )

@@ -1,8 +1,8 @@
-"""Routes that call their function with the request and the parts of the path, and nothing between.
+"""Routes that pass the request and the path parameters directly to their function.
 
-FastAPI's own routes look for dependencies, open exit stacks and validate on every call, which costs more than a search
-does; our functions take the request apart themselves. The routes stay FastAPI's, so the OpenAPI document shows them. An
-error is left to the application (`service/app.py`).
+FastAPI's own routes resolve dependencies, open exit stacks and validate on every call, which costs more than a search.
+The functions here parse the request themselves. The routes remain FastAPI routes, so the OpenAPI document lists them.
+The application handles errors (`service/app.py`).
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from service.state import Service
 
 
 def service_of(request: Request) -> Service:
-    """The service that answers this request."""
+    """Return the service that answers this request."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
 class DirectRoute(APIRoute):
-    """A route to `async def endpoint(request, **parts of the path) -> Response`."""
+    """A route to `async def endpoint(request, **path_parameters) -> Response`."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
         super().__init__(path, endpoint, **options)

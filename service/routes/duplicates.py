@@ -1,4 +1,5 @@
-"""`/v1/collections/{name}/duplicates`: which items are the same photo, or nearly. No model is needed."""
+"""`/v1/collections/{name}/duplicates`: find items that are identical or nearly identical images. This needs no
+model."""
 
 import time
 from typing import Any
@@ -27,14 +28,14 @@ _BODY = {"application/json": {"schema": json_schema(DuplicatesIn)}}
 
 @router.post("/{name}/duplicates", summary="Find duplicates", openapi_extra={"requestBody": {"content": _BODY}})
 async def duplicates(request: Request, name: str) -> Response:
-    """Groups of items with equal bytes, or with vectors near each other; largest first."""
+    """Find groups of items with equal bytes or with similar vectors, largest group first."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
     options = parse_options(DuplicatesIn, await read_json(request))
     service.check_model(options.model)
     if options.by == "content" and (options.threshold is not None or options.params is not None):
-        raise InvalidRequest("threshold and params belong to by=similarity; bytes are equal or not", param="by")
+        raise InvalidRequest("threshold and params require by=similarity", param="by")
     where = None if options.filter is None else parse_filter(options.filter)
     info = await service.store.info(name)
     if options.by == "content":
@@ -47,7 +48,7 @@ async def duplicates(request: Request, name: str) -> Response:
     body = {
         "object": "list",
         "collection": name,
-        "groups": [group for group in shown if len(group["items"]) > 1],  # some may have been deleted meanwhile
+        "groups": [group for group in shown if len(group["items"]) > 1],  # items may have been deleted meanwhile
         "total_groups": len(result.groups),
         "compared": result.compared,
         "without_digest": result.skipped,

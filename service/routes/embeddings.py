@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: photos to vectors, in OpenAI's shape."""
+"""`POST /v1/embeddings`: embed images, in OpenAI's format."""
 
 import time
 from typing import Any
@@ -18,10 +18,10 @@ from service.timings import slowest
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
-_PICTURE = {"type": "string", "format": "binary"}
+_IMAGE = {"type": "string", "format": "binary"}
 _OPTIONS = EmbeddingOptions.model_json_schema()["properties"]
 _IMAGES = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-_FILES = {"type": "array", "items": _PICTURE}
+_FILES = {"type": "array", "items": _IMAGE}
 _BODIES = {
     "application/json": {
         "schema": {"type": "object", "required": ["input"], "properties": {"input": _IMAGES} | _OPTIONS}
@@ -29,13 +29,13 @@ _BODIES = {
     "multipart/form-data": {
         "schema": {"type": "object", "required": ["file"], "properties": {"file": _FILES} | _OPTIONS}
     },
-    "image/*": {"schema": _PICTURE},
+    "image/*": {"schema": _IMAGE},
 }
 
 
 @router.post("/v1/embeddings", summary="Embed images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def create_embeddings(request: Request) -> Response:
-    """Vectors of one or many images: JSON with data URLs or base64 in `input`, a form with files, or one raw image."""
+    """Embed one or more images: JSON with data URLs or base64 in `input`, a form with files, or one raw image."""
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="input")
     options = parse_options(EmbeddingOptions, upload.fields)
@@ -77,6 +77,6 @@ def _check_dimensions(options: EmbeddingOptions, service: Service) -> None:
     if options.dimensions not in (None, dims):
         raise UnsupportedDimensions(
             f"dimensions={options.dimensions}: this model gives {dims} with pooling {options.pooling}, "
-            "and vectors are never cut short",
+            "and vectors are never truncated",
             param="dimensions",
         )

@@ -1,9 +1,9 @@
-"""Is it alive, can it answer, what has it done: /livez, /readyz, /metrics. No model, no cache and no key needed.
+"""Liveness, readiness and metrics: /livez, /readyz and /metrics. They need no model, cache or key.
 
-`/livez` asks whether a restart would help: the engine's worker thread lives and is not stuck. `/readyz` asks whether a
-request would be answered now: warmed up, not shutting down, room in the queue. A Redis that is down costs cache hits,
-not answers, so it is `degraded` and still 200. Anyone may ask, so the answer has the kind of fault only; the reason,
-with Redis' address, is in the log.
+`/livez` answers whether a restart would help: it fails if the engine's worker thread has died or hangs. `/readyz`
+answers whether a request would be served now: the service is warmed up, not shutting down, and the queue has room. A
+Redis that is down costs cache hits but no answers, so the status is `degraded` and still 200. Anyone may call these
+routes, so the answer names only the kind of fault. The log has the reason with Redis' address.
 """
 
 import logging
@@ -19,16 +19,17 @@ log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"], route_class=DirectRoute)
 
 
-@router.get("/livez", summary="Alive?")
+@router.get("/livez", summary="Check liveness")
 async def livez(request: Request) -> JSONResponse:
-    """200, or 503 with the reason when the engine's worker has died or hangs."""
+    """Return 200, or 503 with the reason if the engine's worker has died or hangs."""
     fault = service_of(request).pipeline.batcher.health()
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
 
 
-@router.get("/readyz", summary="Ready?")
+@router.get("/readyz", summary="Check readiness")
 async def readyz(request: Request) -> JSONResponse:
-    """200 when a request would be answered now, else 503 with the reasons; `degraded` names what only slows it."""
+    """Return 200 if a request would be served now, else 503 with the reasons. `degraded` means that requests are served
+    but slower."""
     service = service_of(request)
     batcher = service.pipeline.batcher
     checks = {
@@ -51,22 +52,22 @@ async def readyz(request: Request) -> JSONResponse:
     return _answer(body, not reasons)
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@router.get("/metrics", summary="Get Prometheus metrics")
 async def metrics(request: Request) -> Response:
-    """Counters and histograms in Prometheus' text format."""
+    """Return counters and histograms in Prometheus' text format."""
     recorded = service_of(request).metrics
     return Response(recorded.render(), media_type=recorded.content_type)
 
 
 def _log_change(state: Any, status: str) -> None:
-    """One line when the cache's state changes, not one for each time that somebody asks."""
+    """Log a change of the cache's status, but not every query."""
     if status != state.cache_status:
         state.cache_status = status
         log.log(logging.INFO if status == "ok" else logging.WARNING, "cache: %s", status)
 
 
 def _kind_of_fault(status: str) -> str:
-    """`degraded`, with the names of the exceptions that the reason begins its parts with: no addresses, no messages."""
+    """Return `degraded` with the exception names in the status, without addresses and messages."""
     kinds = sorted(set(re.findall(r"(?<=: )[A-Za-z]+Error(?=:)", status)))
     return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 

@@ -1,7 +1,7 @@
-"""`/v1/collections/{name}/items`: items are read, edited, listed, counted and deleted. How they come in: `add_items`.
+"""`/v1/collections/{name}/items`: read, edit, list, count and delete items. `add_items` adds them.
 
-An id may hold slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only of an id that ends in
-`/image` the slashes must come as `%2F`, since `items/a/image` is the photo of `a`.
+An id may contain slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only if an id ends in `/image`,
+its slashes must be sent as `%2F`, because `items/a/image` is the image of `a`.
 """
 
 import asyncio
@@ -29,25 +29,27 @@ _MEDIA_TYPES: Final = {name: f"image/{name.lower()}" for name in FORMATS}
 Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 
 
-@router.get("/{name}/items/{item_id:path}/image", summary="Get the photo of an item", response_class=Response)
+@router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
 async def get_image(request: Request, name: str, item_id: str) -> Response:
-    """The bytes as they were sent; of collections that keep `originals`."""
-    if not request.scope.get("raw_path", b"/image").endswith(b"/image"):  # its slash was %2F: part of the id
+    """Return the image's bytes as they were sent. The collection must have `originals`."""
+    if not request.scope.get("raw_path", b"/image").endswith(
+        b"/image"
+    ):  # the slash was sent as %2F, so it is part of the id
         return await get_item(request, name, f"{item_id}/image")
     service = service_of(request)
     info = await service.store.info(check_name(name))
     item = await _item(service, info.name, item_id)
     digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
-        raise NotFound(f"collection {info.name!r} keeps no photo of item {item_id[:80]!r}")
-    photo = await service.originals.get(digest)
-    kind = _MEDIA_TYPES.get(sniff(photo) or "", "application/octet-stream")
-    return Response(photo, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
+        raise NotFound(f"collection {info.name!r} stores no image of item {item_id[:80]!r}")
+    image = await service.originals.get(digest)
+    kind = _MEDIA_TYPES.get(sniff(image) or "", "application/octet-stream")
+    return Response(image, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
 
 
 @router.get("/{name}/items/{item_id:path}", summary="Get an item")
 async def get_item(request: Request, name: str, item_id: str) -> Response:
-    """Its metadata and source; with `include=vector` its vector, of length 1."""
+    """Return the item's metadata and source. `include=vector` adds its vector, of length 1."""
     service = service_of(request)
     fields = query_fields(request)
     if isinstance(fields.get("include"), str):
@@ -62,18 +64,18 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata", openapi_extra=json_body(PatchIn))
 async def patch_item(request: Request, name: str, item_id: str) -> Response:
-    """A merge patch (RFC 7396): null removes a key, objects merge, anything else replaces."""
+    """Apply a merge patch (RFC 7396) to the metadata: null removes a key, objects merge, anything else replaces."""
     service = service_of(request)
     check_name(name), check_id(item_id)
     metadata = parse_options(PatchIn, await read_json(request)).metadata
-    metadata_text(metadata)  # what is nested too deeply cannot be merged
+    metadata_text(metadata)  # refuse metadata that is nested too deeply to merge
     item = await service.store.patch(name, item_id, metadata)
     return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
 
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
-    """404 when there is none. A stored photo stays."""
+    """Delete an item. 404: it does not exist. A stored image remains."""
     service = service_of(request)
     if not await service.store.delete(check_name(name), [check_id(item_id)]):
         raise _no_item(name, item_id)
@@ -82,9 +84,10 @@ async def delete_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
 async def delete_items(request: Request, name: str) -> Response:
-    """Those with the `ids`, or all that a `filter` finds; an empty filter is none, so nothing is emptied by accident.
+    """Delete the items with these `ids`, or all items that match a `filter`. An empty filter is refused, so a
+    collection is not emptied by accident.
 
-    A POST, because proxies and clients drop the body of a DELETE, and a DELETE that lost its filter would be one of
+    This is a POST, because proxies and clients drop the body of a DELETE, and a DELETE without its filter would delete
     everything.
     """
     service = service_of(request)
@@ -95,13 +98,13 @@ async def delete_items(request: Request, name: str) -> Response:
     elif body.ids is None and where is not None:
         deleted = await service.store.delete_where(name, where)
     else:
-        raise InvalidRequest("exactly one of ids and filter is needed")
+        raise InvalidRequest("exactly one of ids and filter is required")
     return json_response({"collection": name, "deleted": deleted, **service.identity()})
 
 
 @router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
 async def scroll_items(request: Request, name: str) -> Response:
-    """Page by page, in the store's order; `cursor` is null at the end."""
+    """List items page by page, in the store's order. `cursor` is null on the last page."""
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
@@ -125,7 +128,7 @@ async def scroll_items(request: Request, name: str) -> Response:
 
 @router.post("/{name}/items/count", summary="Count items", openapi_extra=json_body(CountIn))
 async def count_items(request: Request, name: str) -> Response:
-    """Those that a filter finds, or all."""
+    """Count the items that match a filter, or all items."""
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
@@ -133,7 +136,7 @@ async def count_items(request: Request, name: str) -> Response:
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
-    """A JSON body with a `filter`."""
+    """Parse a JSON body and its `filter`."""
     body = parse_options(model, await read_json(request))
     where = body.filter
     if where is None:
@@ -143,6 +146,7 @@ async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter
 
 
 async def _item(service: Service, name: str, item_id: str) -> Item:
+    """Return an item of a collection. Raise ItemNotFound if it does not exist."""
     item = (await service.store.get(name, [check_id(item_id)]))[0]
     if item is None:
         raise _no_item(name, item_id)
@@ -150,14 +154,16 @@ async def _item(service: Service, name: str, item_id: str) -> Item:
 
 
 def _no_item(name: str, item_id: str) -> ItemNotFound:
-    return ItemNotFound(f"collection {name!r} holds no item {item_id[:80]!r}", param="id")
+    return ItemNotFound(f"collection {name!r} has no item {item_id[:80]!r}", param="id")
 
 
 def _head(name: str, tag: str) -> dict[str, Any]:
-    """`tag` is what made the vectors; the answer's `fingerprint` is of the model that is served now."""
+    """Return collection and tag. `tag` belongs to the collection's vectors; the answer's `fingerprint` to the served
+    model."""
     return {"collection": name, "tag": tag}
 
 
 def _shown(item: Item, include: list[Any], encoding: Encoding) -> dict[str, Any]:
+    """Return an item as a JSON object."""
     body = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
     return body | ({"vector": encode_vector(item.vector, encoding)} if "vector" in include else {})

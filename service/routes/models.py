@@ -1,4 +1,4 @@
-"""GET /v1/models: what is served, and how it was checked."""
+"""`GET /v1/models`: the served model and how it was checked."""
 
 import re
 from typing import Any
@@ -14,20 +14,20 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 @router.get("/v1/models", summary="List models")
 async def list_models(request: Request) -> Response:
-    """The model in use, in OpenAI's list shape."""
+    """List the served model, in OpenAI's format."""
     return json_response({"object": "list", "data": [describe(service_of(request))]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
 async def get_model(request: Request, name: str) -> Response:
-    """The model in use, by any of its names."""
+    """Return the served model, by any of its names."""
     service = service_of(request)
     service.check_model(name)
     return json_response(describe(service))
 
 
 def describe(service: Service) -> dict[str, Any]:
-    """Everything that decides a vector, with the parity figures and where the weights come from."""
+    """Return everything that determines a vector, with the parity figures and the origin of the weights."""
     manifest = service.artifact.manifest
     return {
         "id": service.artifact.name,
@@ -50,12 +50,12 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 _FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"]+/)+")
-"""The folders of an absolute path, not those of an address."""
+"""The folders of an absolute path. Paths in URLs do not match."""
 
 
 def _without_folders(text: str, service: Service) -> str:
-    """A reason with its files' names alone: where they lie on the host is for the log."""
+    """Strip folders from file names in a reason. Only the log shows the host's paths."""
     for folder in (service.artifact.path, service.artifact.derived, service.settings.data_dir.absolute()):
         if folder.is_absolute():
-            text = text.replace(f"{folder}/", "/")  # it may hold spaces
+            text = text.replace(f"{folder}/", "/")  # the path may contain spaces
     return _FOLDERS.sub("", text)

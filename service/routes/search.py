@@ -1,4 +1,4 @@
-"""`/v1/collections/{name}/search`: similar images come out. Scores are cosine similarities."""
+"""`/v1/collections/{name}/search`: find similar images. Scores are cosine similarities."""
 
 import time
 from collections.abc import Sequence
@@ -36,9 +36,10 @@ _BODIES = {
 }
 
 
-@router.post("/{name}/search", summary="Find similar photos", openapi_extra={"requestBody": {"content": _BODIES}})
+@router.post("/{name}/search", summary="Find similar images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def search(request: Request, name: str) -> Response:
-    """The items nearest to a photo, a part of one, a vector, an item, or a combination; or of up to 64 such queries."""
+    """Find the items nearest to an image, a region, a vector, an item or a combination. `queries` takes up to 64
+    queries."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -51,7 +52,7 @@ async def search(request: Request, name: str) -> Response:
 
 
 async def _read(request: Request, settings: Settings) -> SearchRequest:
-    """JSON with one query or with `queries`, or an image as a form's file or a raw body."""
+    """Parse JSON with one query or with `queries`, or an image as a form's file or the raw body."""
     if media_type(request) == "application/json":
         return await read_search(await json_of(request), settings)
     upload = await read_upload(request, settings, key="image")
@@ -68,7 +69,7 @@ def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
 
 
 def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
-    """With the error of a query's only image as it is, without the form that it has in a request of one query."""
+    """Unwrap the error of a query's only image, which is wrapped only in requests with one query."""
     if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
         return replace(outcome, error=outcome.error.items[0].error)
     return outcome

@@ -1,4 +1,5 @@
-"""`POST /v1/segment`: which part of a photo is the object. One decode and one forward pass give mask and embedding."""
+"""`POST /v1/segment`: separate the object from the background. One decode and one forward pass give mask and
+embedding."""
 
 import base64
 import time
@@ -24,7 +25,7 @@ router = APIRouter(tags=["segment"], route_class=DirectRoute)
 
 
 class _Answer(NamedTuple):
-    """What is left when photo and mask are let go of."""
+    """The answer without the image and the mask, so that their memory can be freed."""
 
     content: bytes | dict[str, Any]
     contrast: float
@@ -35,7 +36,7 @@ class _Answer(NamedTuple):
 
 @router.post(
     "/v1/segment",
-    summary="Foreground mask",
+    summary="Segment the foreground",
     openapi_extra={
         "requestBody": {
             "content": {
@@ -52,7 +53,8 @@ class _Answer(NamedTuple):
     },
 )
 async def segment(request: Request) -> Response:
-    """One photo (JSON `image`, a form's file, or the raw body); PNG bytes, or JSON with format=rle."""
+    """Return the foreground mask of one image (JSON `image`, a form's file, or the raw body) as PNG, or as JSON with
+    format=rle."""
     started = time.perf_counter()
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="image")
@@ -81,26 +83,26 @@ async def segment(request: Request) -> Response:
 
 
 def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _Answer:
-    """The mask in the form asked for; computed off the event loop."""
+    """Compute the mask in the requested format. This runs off the event loop."""
     started = time.perf_counter()
     height, width = analysed.image.shape[:2]
     try:
         foreground = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
-    except ValueError as error:  # not finite, or not the grid: the engine's fault, never the photo's
+    except ValueError as error:  # not finite or not the grid: the engine's fault, not the image's
         raise EngineFailed(f"the engine's features cannot be used: {error}") from error
     content = _content(analysed, foreground.mask, options)
     return _Answer(content, foreground.contrast, foreground.crop_box, analysed.embedded, ms_since(started))
 
 
 def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
-    """With `include` a picture goes into JSON too."""
+    """Encode the mask. With `include` an image is embedded in JSON."""
     if options.format == "rle":
         return {"segmentation": coco_rle_encode(mask)}
-    picture = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)
-    return {options.format: base64.b64encode(picture).decode("ascii")} if options.include else picture
+    png = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)
+    return {options.format: base64.b64encode(png).decode("ascii")} if options.include else png
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Forms and queries give one `include` as a string."""
+    """Turn a single `include` of a form or query string into a list."""
     include = fields.get("include")
     return {**fields, "include": [include]} if isinstance(include, str) else fields

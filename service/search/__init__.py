@@ -1,1 +1,1 @@
-"""Collections of vectors: what is kept, and what is nearest."""
+"""Collections of vectors: storage and nearest-neighbour search."""

@@ -1,8 +1,8 @@
-"""Making segments: which kind, its index, how hard a search must try, and the files.
+"""Builds segments: chooses the kind, builds the index, tunes the search effort and writes the files.
 
-Small segments are flat: quick to build, quick enough to search. A graph is continued when items are added; what is
-trained is made anew. Files are written aside, synced, checksummed and then given their name, so a crash leaves nothing
-that looks whole and is not.
+Small segments are flat: they are quick to build and quick enough to search. A graph is extended when items are added;
+a trained index is rebuilt. Files are written under a temporary name, synced, checksummed and then renamed, so a crash
+never leaves an incomplete segment that looks complete.
 """
 
 import shutil
@@ -30,12 +30,13 @@ _TUNE_K: Final = 10
 
 
 class Stopped(Exception):
-    """The store closes while a segment is being built; nothing of it is kept."""
+    """Raised when the store closes during a build; the unfinished segment is discarded."""
 
 
 def kind_for(spec: IndexSpec, count: int) -> str:
-    """The kind for a segment of this size. Small ones are searched exactly, which is quick, and no index is trained on
-    fewer vectors than it has cells to fill.
+    """Return the kind for a segment of this size.
+
+    Small segments are searched exactly, which is quick, and no index is trained on fewer vectors than it has cells.
 
     Raises:
         ValueError: the settings name a kind that this version does not know.
@@ -45,13 +46,13 @@ def kind_for(spec: IndexSpec, count: int) -> str:
 
 
 class Built(NamedTuple):
-    """A segment's contents, not yet written."""
+    """The contents of a segment before they are written."""
 
     numbers: Numbers
     flat: Any
     index: Any
     payloads: list[bytes]
-    effort: int  # efSearch or nprobe that reaches the target recall
+    effort: int  # the efSearch or nprobe that reaches the target recall
     kind: str
 
 
@@ -63,13 +64,13 @@ def build(
     grown_from: Segment | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Built:
-    """Index the vectors of some items.
+    """Build the contents of a segment from chunks of items.
 
     Args:
         kind: the name of a kind, as `kind_for` returns it.
         chunks: the items, in ascending order.
-        grown_from: a segment of this kind: its index is continued with the chunks instead of a new one begun.
-        check: called between steps; raises `Stopped` to give up.
+        grown_from: a segment of this kind; its index is extended with the chunks instead of building a new one.
+        check: called between steps; raises `Stopped` to end the build.
     """
     row = kind_named(kind)
     structure = structure_of(row)
@@ -90,8 +91,11 @@ def build(
 
 
 def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: float) -> int:
-    """The least effort whose recall of the ten nearest reaches the target, for stored vectors as queries (themselves
-    left out). The greatest, if none does. Live queries that are harder show in the measured recall, which raises it."""
+    """Return the lowest effort that reaches the target recall of the ten nearest, or the highest if none does.
+
+    The queries are stored vectors; each query vector is excluded from its own answer. Live queries may be harder: the
+    recall measured on them raises the effort later.
+    """
     n = len(matrix)
     chosen = np.sort(np.random.default_rng(0).permutation(n)[:_TUNE_QUERIES])
     queries = np.ascontiguousarray(matrix[chosen], np.float32)
@@ -104,26 +108,27 @@ def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: flo
     for effort in efforts:
         params = SearchParams(ef_search=effort, nprobe=effort)
         nearest = search(trial, queries, k, None, Effort(params)).positions
-        if recall(nearest, truth) >= target + (1 - target) / 2:  # of a sample: half way to perfect, to be safe
+        if recall(nearest, truth) >= target + (1 - target) / 2:  # a safety margin, because this is only a sample
             return effort
     return efforts[-1]
 
 
 def recall(answers: Positions, truth: Positions) -> float:
-    """The share of the true neighbours [q, k] that are among the answers."""
+    """Return the share of the true neighbours [q, k] that are among the answers."""
     wanted = (truth >= 0).sum()
     hit = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(answers, truth, strict=True))
     return float(hit / wanted) if wanted else 1.0
 
 
 def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
-    """Write a segment's files aside, sync them, then give the folder its name.
+    """Write a segment's files to a temporary folder, sync them, then rename the folder.
 
     Returns:
-        Each file's size and checksum, as the database keeps them.
+        The size and checksum of each file, as the database stores them.
 
     Raises:
-        OSError, RuntimeError: it could not be written (a full disk); nothing is left behind.
+        OSError, RuntimeError: the files cannot be written, for example because the disk is full. Nothing is left
+            behind.
     """
     aside = folder.with_name(f".{folder.name}.part")
     aside.mkdir(parents=True)
@@ -146,11 +151,11 @@ def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
 
 
 def new_folder() -> str:
-    """A name that no segment had before."""
+    """Return a folder name that no segment has used before."""
     return uuid.uuid4().hex
 
 
 def remove_folders(root: Path, names: Iterable[str]) -> None:
-    """Delete folders that no segment uses: left by a crash, or replaced. Whoever has them mapped keeps them."""
+    """Delete folders that no segment uses, left by a crash or replaced. Existing memory maps of them stay valid."""
     for name in names:
         shutil.rmtree(root / name, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What a vector store accepts, and the form in which it keeps it: the same for every store.
+"""Input checks and normalisation, shared by all vector stores.
 
-What is not allowed raises `InvalidRequest`; the message names the value and what is allowed.
+A value that is not allowed raises `InvalidRequest`; the message names the value and what is allowed.
 """
 
 import json
@@ -26,7 +26,7 @@ from service.search.store import (
 )
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON: not behind a backslash that is itself escaped
+_ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; excludes a literal backslash followed by "u0000"
 
 
 def check_name(name: str) -> str:
@@ -39,7 +39,7 @@ def check_name(name: str) -> str:
 
 
 def check_id(item_id: str, where: str = "id") -> str:
-    """`where` names the field that holds it, for the message."""
+    """Return the id if it is allowed; `where` is the field name that an error message gives."""
     if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not item_id.isprintable():
         raise InvalidRequest(
             f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param=where
@@ -54,7 +54,14 @@ def check_k(k: int) -> int:
 
 
 def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
-    """The tag first: another model usually has another dimension too, and the tag says more."""
+    """Check that vectors with this tag and dimension fit the collection.
+
+    The tag is checked first: another model often has another dimension too, and the tag is the better explanation.
+
+    Raises:
+        ModelMismatch: the tags differ.
+        Conflict: the dimensions differ.
+    """
     if info.tag != tag:
         raise ModelMismatch(
             f"collection {info.name!r} holds vectors of {info.tag!r}; this one is of {tag!r}: they cannot be compared"
@@ -66,10 +73,11 @@ def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
 
 
 def normalised(vector: npt.ArrayLike) -> Floats:
-    """Vector [D] of any scale to float32 of length 1.
+    """Scale a vector [D] to length 1, as float32.
 
     Raises:
-        InvalidRequest: not one-dimensional, empty, not finite, or all zero (it has no direction).
+        InvalidRequest: the vector is not one-dimensional, is empty or not finite, or is all zeros and so has no
+            direction.
     """
     values = np.asarray(vector, np.float64)
     if values.ndim != 1 or not values.size:
@@ -79,20 +87,21 @@ def normalised(vector: npt.ArrayLike) -> Floats:
         raise InvalidRequest("a vector must hold finite numbers only")
     if largest == 0:
         raise InvalidRequest("a vector of zeros has no direction, so nothing is similar to it")
-    values = values / largest  # the squares of very large or small numbers would leave float64
+    values = values / largest  # prevents overflow or underflow when very large or small numbers are squared
     return (values / np.linalg.norm(values)).astype(np.float32)
 
 
 def metadata_text(metadata: Metadata) -> str:
-    """Metadata as the JSON that is stored.
+    """Return metadata as the JSON text that is stored.
 
     Raises:
-        InvalidRequest: not a JSON object, nested too deeply to be answered with, too long, or with the character
-            U+0000, at which SQLite before 3.45 ends a string, so that filters would go wrong.
+        InvalidRequest: the metadata is not a JSON object, is nested too deeply for a response, is too long, or
+            contains U+0000. SQLite before 3.45 ends a string at that character, so filters would give wrong results.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        # As deep as in an answer (results, groups, hits): what orjson refuses would fail every search that finds it.
+        # Nested as deeply as in a response (results, groups, hits). Metadata that orjson refuses here would make every
+        # search that returns the item fail.
         orjson.dumps([[[[[[[dict(metadata)]]]]]]])
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
@@ -107,28 +116,28 @@ def metadata_text(metadata: Metadata) -> str:
 
 
 def normalised_rows(vectors: npt.ArrayLike) -> Floats:
-    """Vectors [n, D] of any scale to float32 of length 1, each row as `normalised` does.
+    """Scale each row of vectors [n, D] to length 1, as float32, as `normalised` does for one vector.
 
     Raises:
-        InvalidRequest: not two-dimensional, or one of them is not a direction.
+        InvalidRequest: the array is not two-dimensional, or `normalised` refuses one of its rows.
     """
     values = np.asarray(vectors, np.float64)
     if values.ndim != 2 or not values.size:
         raise InvalidRequest(f"vectors must be a non-empty list of vectors, not of shape {list(values.shape)}")
-    if len(values) == 1:  # the usual case; every function of numpy that a search goes through is felt
+    if len(values) == 1:  # the usual case; each numpy call adds measurable latency to a search
         with np.errstate(over="ignore"):
             square = float(values[0].dot(values[0]))
         if 1e-200 < square < 1e200:
             return (values / math.sqrt(square)).astype(np.float32)
     squares = np.einsum("nd,nd->n", values, values)
-    if not (squares.min() > 1e-200 and squares.max() < 1e200):  # rare: not finite, zero, or out of float64 when squared
+    if not (squares.min() > 1e-200 and squares.max() < 1e200):  # rare: not finite, zero, or near the limits of float64
         return np.stack([normalised(row) for row in values])
     units: Floats = (values / np.sqrt(squares)[:, None]).astype(np.float32)
     return units
 
 
 def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
-    """Metadata with a merge patch (RFC 7396) applied: null removes, objects merge, anything else replaces."""
+    """Apply a merge patch (RFC 7396) to metadata: null removes a key, objects merge, other values replace."""
     result = dict(metadata)
     for key, value in patch.items():
         if value is None:
@@ -142,7 +151,7 @@ def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
 
 
 def check_source(item: Item) -> Item:
-    """Refuse an item whose source or digest could not be stored."""
+    """Return the item; raise `InvalidRequest` if its source or digest is not allowed."""
     if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and item.source.isprintable()):
         raise InvalidRequest(
             f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} printable characters",
@@ -154,11 +163,14 @@ def check_source(item: Item) -> Item:
 
 
 def checked_items(items: Sequence[Item]) -> tuple[list[tuple[Item, Floats, str]], int]:
-    """What a call writes: each item with its vector of length 1 and the text of its metadata, of equal ids the last;
-    and the vectors' dimension.
+    """Check the items of one write.
+
+    Returns:
+        For each item: the item, its vector scaled to length 1, and its metadata as text. If an id occurs twice, the
+        last item wins. The second value is the dimension of the vectors.
 
     Raises:
-        InvalidRequest: there is none, or one of them is not allowed, or their dimensions differ.
+        InvalidRequest: there are no items, one of them is not allowed, or their dimensions differ.
     """
     if not items:
         raise InvalidRequest("no items to write")

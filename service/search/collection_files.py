@@ -1,16 +1,16 @@
-"""Files that hold a collection, and how they are written and read; `service/search/transfer.py` says when.
+"""Readers and writers of collection files, used by `service/search/transfer.py`.
 
-All carry the collection's tag and settings, without which vectors of two models could be mixed:
+Every file carries the collection's tag and settings, so that vectors of two models are not mixed:
 
     .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; tag and spec in the schema
-    .npz       ids, vectors [n, D], fields (a JSON object a line, UTF-8), tag, spec; also read: what `dinov2 embed`
-               wrote
-    .jsonl     a first line with tag and spec, then an item a line
+    .npz       ids, vectors [n, D], fields (one JSON object per line, UTF-8), tag, spec; the reader also accepts the
+               files that `dinov2 embed` writes
+    .jsonl     a first line with tag and spec, then one item per line
 
-Parquet and npz give back every vector to the bit; so does JSON, as a float32 is exact in the float64 that it writes.
-Files are written aside and renamed, so one is whole or not there. Nothing is ever unpickled.
+All three formats restore every vector bit for bit; JSON does so because float64 represents every float32 exactly.
+Files are written under a temporary name and renamed, so a file is either complete or absent. No reader unpickles data.
 
-A reader yields a `Head` and then lists of items; what is wrong with a file is a ValueError that names the line or row.
+A reader yields a `Head` and then lists of items. An error in a file raises a ValueError that names the line or row.
 """
 
 import json
@@ -36,7 +36,7 @@ _MAX_LINE_BYTES: Final = 8 * 2**20
 
 @dataclass(frozen=True)
 class Head:
-    """Comes first from every reader; the lists of items follow."""
+    """The first value that every reader yields, before the lists of items."""
 
     tag: str | None
     spec: CollectionSpec | None
@@ -50,7 +50,11 @@ def spec_text(spec: CollectionSpec) -> str:
 
 
 def spec_from(text: str) -> CollectionSpec:
-    """Raises ValueError when the text is no such spec, or one that no collection may have."""
+    """Parse the text that `spec_text` writes.
+
+    Raises:
+        ValueError: the text is not a spec, or the spec is not allowed for a collection.
+    """
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -64,7 +68,7 @@ def _spec_of(settings: Any) -> CollectionSpec:
         raise ValueError("the collection's settings cannot be read: an object with tag, dimension and index is needed")
     unknown = [*(settings.keys() - _names_of(CollectionSpec)), *(index.keys() - _names_of(IndexSpec))]
     if unknown:
-        raise ValueError(f"the collection's settings cannot be read: {reprlib.repr(min(unknown))} is no setting")
+        raise ValueError(f"the collection's settings cannot be read: {reprlib.repr(min(unknown))} is not a setting")
     indexed = settings.get("indexed", [])
     indexed = tuple(indexed) if isinstance(indexed, list) else indexed
     try:
@@ -79,7 +83,7 @@ def _names_of(kind: type[CollectionSpec] | type[IndexSpec]) -> set[str]:
 
 def _head(tag: Any, spec: CollectionSpec | None) -> Head:
     if spec is not None and str(tag) != spec.tag:
-        raise ValueError(f"the tag {str(tag)!r} is not that of the settings, {spec.tag!r}")
+        raise ValueError(f"the tag {str(tag)!r} differs from the tag in the settings, {spec.tag!r}")
     return Head(str(tag) if tag is not None else None, spec)
 
 
@@ -112,7 +116,7 @@ class ParquetWriter:
             self._flush()
 
     def abandon(self) -> None:
-        """After an error: lets go of a file that will be removed."""
+        """Close the writer after an error; the caller removes the file."""
         self._writer.close()
 
     def close(self) -> None:
@@ -144,7 +148,7 @@ def read_parquet(path: Path) -> Read:
             tag, spec = (said[key].decode() if key in said else None for key in (b"dinov2.tag", b"dinov2.spec"))
             names = table.schema_arrow.names
             if missing := [name for name in ("id", "vector") if name not in names]:
-                raise ValueError(f"there is no column {' or '.join(missing)} among {', '.join(names)}")
+                raise ValueError(f"there is no column {' or '.join(missing)}; the columns are {', '.join(names)}")
             kind = table.schema_arrow.field("vector").type
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
                 raise ValueError(f"the vectors are of type {kind}, not lists of floats")
@@ -159,7 +163,7 @@ def read_parquet(path: Path) -> Read:
 
 
 def _parquet_items(batch: Any, first_row: int) -> list[Item]:
-    """Raises ValueError, which names a row counted from 0."""
+    """Return the items of a batch; raise a ValueError that names the row (counted from 0) if one is invalid."""
     n = batch.num_rows
     vectors = batch.column("vector")
     if batch.column("id").null_count or vectors.null_count:
@@ -170,7 +174,7 @@ def _parquet_items(batch: Any, first_row: int) -> list[Item]:
     lengths = vectors.value_lengths().to_numpy(zero_copy_only=False)
     if not (lengths == dimension).all() or not dimension:
         row = int(np.flatnonzero(lengths != dimension)[0]) if dimension else 0
-        raise ValueError(f"row {first_row + row}: its vector has {lengths[row]} numbers, others have another number")
+        raise ValueError(f"row {first_row + row}: its vector has {lengths[row]} numbers; other rows differ")
     if flat.null_count:
         raise ValueError(f"row {first_row + flat.is_null().index(True).as_py() // dimension}: its vector has a null")
     matrix = _floats(flat.to_numpy(zero_copy_only=False)).reshape(n, dimension)
@@ -190,7 +194,7 @@ def _parquet_items(batch: Any, first_row: int) -> list[Item]:
 
 
 class NpzWriter:
-    """numpy's archive has no way to append, so everything is kept until the end."""
+    """Collects all items in memory and writes them on `close`: a numpy archive cannot be appended to."""
 
     def __init__(self, file: BinaryIO, info: CollectionInfo) -> None:
         self._file = file
@@ -227,7 +231,7 @@ def read_npz(path: Path) -> Read:
     try:
         opened = np.load(path, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an .npz")
+            raise ValueError("the file is a single array, not an .npz")
         with opened as arrays:
             ids, vectors = _array(arrays, "ids", "paths"), _array(arrays, "vectors")
             tag, spec = (str(arrays[key]) if key in arrays.files else None for key in ("tag", "spec"))
@@ -239,11 +243,9 @@ def read_npz(path: Path) -> Read:
             or len(ids) != len(vectors)
             or not vectors.shape[1]
         ):
-            raise ValueError(
-                f"ids {ids.dtype} {list(ids.shape)} and vectors {list(vectors.shape)} do not fit each other"
-            )
+            raise ValueError(f"ids {ids.dtype} {list(ids.shape)} and vectors {list(vectors.shape)} do not match")
         if lines is not None and len(lines) != len(ids):
-            raise ValueError(f"there are fields of {len(lines)} items and {len(ids)} ids")
+            raise ValueError(f"there are {len(lines)} lines of fields but {len(ids)} ids")
         yield _head(tag, spec_from(spec) if spec is not None else None)
         floats = _floats(vectors)
         for start in range(0, len(ids), BATCH):
@@ -255,7 +257,7 @@ def read_npz(path: Path) -> Read:
             yield items
     except (OSError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    except Exception as error:  # zipfile's, zlib's, numpy's on damaged headers (some are SyntaxErrors)
+    except Exception as error:  # damaged files raise errors of zipfile, zlib and numpy; some are SyntaxErrors
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -279,7 +281,7 @@ class JsonlWriter:
         for item in items:
             body = {
                 "id": item.id,
-                "vector": item.vector.astype(np.float64),  # a float32 is exact in it, and comes back exactly
+                "vector": item.vector.astype(np.float64),  # float64 represents every float32 exactly
                 "metadata": dict(item.metadata),
                 "source": item.source,
                 "digest": item.digest,
@@ -313,7 +315,7 @@ def read_jsonl(path: Path) -> Read:
                     yield items
                     items = []
         except ValueError:
-            if items:  # what stands before the broken line
+            if items:  # the items before the invalid line
                 yield items
             raise
         if items:
@@ -321,7 +323,7 @@ def read_jsonl(path: Path) -> Read:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line stands, and its object."""
+    """Yield the location and the JSON object of each line that is not blank."""
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
@@ -336,9 +338,9 @@ def _jsonl_item(where: str, body: dict[str, Any]) -> Item:
     try:
         vector = _floats(np.asarray(body.get("vector"), np.float64))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: its vector is no list of numbers") from error
+        raise ValueError(f"{where}: its vector is not a list of numbers") from error
     if vector.ndim != 1:
-        raise ValueError(f"{where}: its vector is no list of numbers")
+        raise ValueError(f"{where}: its vector is not a list of numbers")
     return _item(where, body.get("id"), vector, body.get("metadata"), body.get("source"), body.get("digest"))
 
 
@@ -354,7 +356,7 @@ def _object(line: bytes | str, where: str) -> dict[str, Any]:
         value = orjson.loads(line)
     except ValueError:
         try:
-            value = json.loads(line)  # orjson takes no integers beyond 64 bits
+            value = json.loads(line)  # orjson rejects integers beyond 64 bits
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -369,15 +371,18 @@ def _floats(values: npt.NDArray[Any]) -> Floats:
 
 
 def _item(where: str, item_id: Any, vector: Floats, metadata: Any, source: Any, digest: Any) -> Item:
-    """Raises ValueError, which says where, unless every part has its type. Metadata is an object, or JSON of one."""
+    """Build an item; raise a ValueError that names the location if a field has the wrong type.
+
+    Metadata may be an object or its JSON text.
+    """
     if isinstance(metadata, str):
         metadata = _object(metadata, f"{where}: metadata")
     if not isinstance(item_id, str):
-        raise ValueError(f"{where}: its id is no string")
+        raise ValueError(f"{where}: its id is not a string")
     if (
         not isinstance(metadata, dict | None)
         or not isinstance(source, str | None)
         or not isinstance(digest, str | None)
     ):
-        raise ValueError(f"{where}: metadata is an object, source and digest are strings")
+        raise ValueError(f"{where}: metadata must be an object; source and digest must be strings")
     return Item(item_id, vector, metadata or {}, source, digest)

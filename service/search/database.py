@@ -1,15 +1,15 @@
-"""The embedded store's truth: the statements that read and write its SQLite file (`service/search/sqlite_file.py`).
+"""SQL statements of the embedded store. Its SQLite file (`service/search/sqlite_file.py`) is the source of truth.
 
-Whatever else lies in the folder (segments of faiss) can be made again from here.
+The other files in the folder, such as faiss segments, can be rebuilt from this database.
 
-An item's `number` stands for one vector, for ever: replacing an item deletes its number and gives a new one, above all
-before it. So vectors never change, "what is new" is "numbers above the last one seen", and a segment, which holds the
-items of a range of numbers, goes wrong in two ways only: some of them are deleted, and some have other metadata now.
-Those are kept in `removed` and `edited`, until no segment is older. Whoever holds items in memory, in this process or
-another, follows by reading from where it left off; a collection's `version` says whether there is anything to read.
+An item's `number` identifies one vector permanently: replacing an item deletes its number and assigns a new, higher
+one. So vectors never change, and new items are those with numbers above the last one seen. A segment holds the items
+of a range of numbers and can become outdated in only two ways: items are deleted, or their metadata changes. The tables
+`removed` and `edited` record these changes until every segment includes them. A process that holds items in memory
+catches up by reading from where it stopped; a collection's `version` shows whether there is anything to read.
 
-Each collection has tables of its own for items and for vectors: dropping it is quick, a filter that reads all metadata
-does not read the vectors, and numbers stay dense.
+Each collection has its own tables for items and vectors. So a drop is quick, a filter that reads all metadata does not
+read the vectors, and numbers stay dense.
 """
 
 import dataclasses
@@ -48,13 +48,13 @@ UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.i
 """
 _FIND_HERE: Final = _FIND.format("main")
 HIDDEN: Final = "restoring:"
-"""What names of unfinished collections begin with; no client can give such a name."""
+"""Prefix for the names of collections that are being restored; clients cannot use such a name."""
 _REQUESTS_KEPT_S: Final = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Row:
-    """A collection as it stands in one transaction."""
+    """The state of a collection in one transaction."""
 
     key: int
     name: str
@@ -75,7 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SegmentRow:
-    """A segment that is in use: the vectors whose numbers lie from `first` to `last`, as files in `folder`."""
+    """A segment in use: the vectors with numbers from `first` to `last`, stored as files in `folder`."""
 
     key: int
     folder: str
@@ -99,7 +99,7 @@ _SPECS: dict[str, CollectionSpec] = {}
 
 
 def _spec(text: str) -> CollectionSpec:
-    """Parsed once for each text: every search reads it."""
+    """Parse the settings of a collection. Results are cached by text, because every search reads them."""
     spec = _SPECS.get(text)
     if spec is None:
         fields = json.loads(text)
@@ -111,10 +111,10 @@ def _spec(text: str) -> CollectionSpec:
 
 
 def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
-    """A collection by its name or an alias.
+    """Return the collection with this name or alias.
 
     Raises:
-        CollectionNotFound: there is neither.
+        CollectionNotFound: no collection or alias has this name.
     """
     query = _FIND_HERE if schema == "main" else _FIND.format(schema)
     columns = db.execute(query, (name,)).fetchone()
@@ -124,33 +124,33 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
-    """Raises CollectionNotFound when it was dropped."""
+    """Return the collection with this key; raise CollectionNotFound if it was dropped."""
     columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
     if columns is None:
-        raise CollectionNotFound("there is no such collection any more")
+        raise CollectionNotFound("the collection no longer exists")
     return _row(columns)
 
 
 def check_exists(db: sqlite3.Connection, row: Row) -> None:
-    """Raises CollectionNotFound when it was dropped since `row` was read."""
+    """Raise CollectionNotFound if the collection was dropped after `row` was read."""
     if not db.execute("SELECT 1 FROM collections WHERE id = ?", (row.key,)).fetchone():
         raise CollectionNotFound(f"there is no collection {row.name!r}")
 
 
 def every(db: sqlite3.Connection) -> list[Row]:
-    """All collections by name, without those that are being restored."""
+    """Return all collections in order of name, except those being restored."""
     query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
     return [_row(columns) for columns in db.execute(query)]
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
-    """Keys and names of collections that are being restored, or were when a process died."""
+    """Return the keys and names of collections with an unfinished restore, running or cut off by a crash."""
     unfinished: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
     return unfinished
 
 
 def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
-    """A new, empty collection; the name must be free."""
+    """Create an empty collection; the name must be free."""
     text = json.dumps(dataclasses.asdict(spec))
     (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
     run_script(db, _TABLES.format(key))
@@ -169,7 +169,7 @@ def drop(db: sqlite3.Connection, key: int) -> None:
 
 
 def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, str]]) -> None:
-    """Items with the bytes of their vectors and the text of their metadata; each id at most once."""
+    """Write items, each with the bytes of its vector and the text of its metadata. Each id may occur only once."""
     fresh = 0
     for item, vector, metadata in rows:
         old = db.execute(f"DELETE FROM items_{key} WHERE id = ? RETURNING number", (item.id,)).fetchone()
@@ -187,7 +187,7 @@ def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, s
 
 
 def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
-    """Delete items by number; how many there were."""
+    """Delete items by number; return how many existed."""
     gone = 0
     for number in numbers:
         if db.execute(f"DELETE FROM items_{key} WHERE number = ?", (number,)).rowcount:
@@ -200,7 +200,7 @@ def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
 
 
 def last_number(db: sqlite3.Connection, row: Row) -> int:
-    """The highest number in use; 0 when there is none."""
+    """Return the highest number in use, or 0 if there are no items."""
     (last,) = db.execute(f"SELECT coalesce(max(number), 0) FROM items_{row.key}").fetchone()
     return int(last)
 
@@ -212,7 +212,10 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
 
 
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
-    """Whether this request was carried out before; None if another was, under the same key. It is noted if not."""
+    """Return whether this request was carried out before, or None if its key was used for another request.
+
+    A new request is recorded.
+    """
     db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
     earlier = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
     if earlier is not None:
@@ -222,7 +225,7 @@ def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: byt
 
 
 def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
-    """What two requests with the same key must agree in."""
+    """Return a digest of a request's content; requests with the same key must have the same digest."""
     digest = hashlib.sha256()
     for item, vector, metadata in rows:
         for part in (item.id, metadata, item.source or "", item.digest or ""):
@@ -235,10 +238,10 @@ def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
 
 
 def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
-    """Numbers [n] and vectors [n, D] float32 of rows (number, vector, crc).
+    """Return numbers [n] and vectors [n, D] float32 from rows (number, vector, crc).
 
     Raises:
-        StorageFailed: one of them is not what was written.
+        StorageFailed: a vector does not match its checksum or has the wrong size.
     """
     size = row.spec.dimension * row.dtype.itemsize
     for number, vector, crc in rows:
@@ -250,24 +253,24 @@ def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Number
 
 
 class Point(NamedTuple):
-    """How far `removed` and `edited` were read."""
+    """The last sequence numbers read from `removed` and `edited`."""
 
     removed: int = 0
     edited: int = 0
 
 
 class Chunk(NamedTuple):
-    """Some items in the order of their numbers."""
+    """A batch of items in order of number."""
 
     numbers: Numbers  # [n]
     vectors: Floats  # [n, D]
-    payloads: list[bytes]  # what an answer says of each: JSON [id, metadata, source]
+    payloads: list[bytes]  # what a hit returns for each item: JSON [id, metadata, source]
 
 
 def read_items(
     db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
 ) -> Iterator[Chunk]:
-    """All items with numbers above `after`, in order, in chunks."""
+    """Yield the items with numbers above `after`, up to `to`, in order and in chunks."""
     query = f"""SELECT v.number, vector, crc, id, metadata, source FROM vectors_{row.key} v
                 LEFT JOIN items_{row.key} i ON i.number = v.number
                 WHERE v.number > ? AND v.number <= ? ORDER BY v.number"""
@@ -278,7 +281,7 @@ def read_items(
 
 
 def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
-    """What an answer says of an item, as JSON. The metadata is JSON already."""
+    """Return what a hit says about an item, as JSON [id, metadata, source]; `metadata` is JSON text."""
     if item_id is None:
         raise StorageFailed("the vector store is damaged: a vector has no item")
     try:
@@ -289,13 +292,13 @@ def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
 
 
 def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
-    """Numbers that were removed after this point, and the new point."""
+    """Return the new position in `removed` and the numbers removed after `seq`."""
     rows = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
     return (rows[-1][0] if rows else seq), np.fromiter((number for _, number in rows), np.int64, len(rows))
 
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
-    """Payloads, as they are now, of items whose metadata was changed after this point, and the new point."""
+    """Return the new position in `edited` and the current payloads of items edited after `seq`."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
     rows = db.execute(query, (seq,)).fetchall()
@@ -307,7 +310,7 @@ def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[
 
 
 def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
-    """Those in use, by number."""
+    """Return the segments in use, in order of their numbers."""
     query = """SELECT id, folder, kind, first, last, count, effort, files FROM segments WHERE collection = ?
                ORDER BY first"""
     return [
@@ -321,11 +324,12 @@ def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
 def swap_segments(
     db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, point: Point
 ) -> bool:
-    """Put one segment in the place of others and of the tail up to `sealed`. It was made after all that was removed and
-    edited up to `point`, of which no record is needed any more.
+    """Replace segments, and the tail up to `sealed`, with one new segment.
+
+    The new segment includes all removals and edits up to `point`, so their records are deleted.
 
     Returns:
-        False, and nothing is changed, when they are no longer what they were in `row`'s time.
+        False, without a change, if the segments have changed since `row` was read.
     """
     state = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
     in_use = {segment.key for segment in segments(db, row.key)}
@@ -351,5 +355,5 @@ def swap_segments(
 
 
 def folders(db: sqlite3.Connection) -> set[str]:
-    """Of all segments in use."""
+    """Return the folder names of all segments in use."""
     return {folder for (folder,) in db.execute("SELECT folder FROM segments")}

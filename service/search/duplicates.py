@@ -1,14 +1,13 @@
-"""Which items of a collection are the same photo, or nearly.
+"""Finds duplicate and near-duplicate images in a collection.
 
-By content: items whose photos' bytes have the same sha256. By similarity: items whose vectors have a cosine of at least
-a threshold are joined, and what hangs together is a group; so the first and the last of a series of ever so slightly
-different photos are in one group although they differ.
+By content, items form a group if the bytes of their images have the same sha256. By similarity, two items are joined
+if their vectors have a cosine of at least a threshold, and connected items form a group. So the first and last image
+of a series of small changes are in one group although they differ.
 
-Both go over the collection page by page, and the second searches the neighbours of every vector, as deep as they are
-near enough. That is one search an item, but for those whose vectors are equal to the bit, so the number of items is
-limited, and the request's deadline ends it at any call.
-Only the store's protocol is used. With an approximate index a neighbour may be missed; with `SearchParams(exact=True)`
-none is.
+Both methods read the collection page by page. By similarity, each vector is searched until its neighbours fall below
+the threshold: one search per item, except for vectors that are equal bit for bit. So the number of items is limited,
+and the request's deadline can end the work between calls. Only the store's protocol is used. An approximate index may
+miss a neighbour; `SearchParams(exact=True)` misses none.
 """
 
 import asyncio
@@ -25,19 +24,19 @@ from service.search.store import MAX_DEPTH, CollectionInfo, Floats, Item, Search
 
 MAX_ITEMS: Final = 100_000
 ROUNDING: Final = 1e-6
-"""What a cosine may miss of the threshold: equal vectors have 0.9999999 in float32."""
+"""The tolerance below the threshold: the cosine of equal vectors in float32 may be 0.9999999."""
 
 _PAGE: Final = 1000
-_FIRST_K: Final = 4  # most items have no neighbour that near, and hits cost more than the products
+_FIRST_K: Final = 4  # most items have no neighbour that near, and hits cost more than the dot products
 _HITS_PER_CALL: Final = 10_000
 _QUERIES_PER_CALL: Final = 250
-"""Both bound what one call of the store returns, how long the event loop is held up by joining it, and for how long the
-store goes on after the deadline."""
+"""Both limits bound the results of one store call, how long joining them blocks the event loop, and how long the store
+keeps working after the deadline."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ids that belong together, in the store's own order; `digest` when all have the same bytes."""
+    """Ids of one group, in the store's order. `digest` is set if all their images have the same bytes."""
 
     ids: list[str]
     digest: str | None = None
@@ -45,10 +44,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of two and more, largest first.
+    """Groups of at least two items, largest first.
 
-    compared: items looked at. skipped: of these, the ones without a digest, when bytes are compared. truncated: an item
-    has more neighbours than a search returns, so two groups may be one.
+    compared: the number of items read. skipped: how many of these have no digest (only when bytes are compared).
+    truncated: an item has more neighbours than a search returns, so two groups may belong together.
     """
 
     groups: list[Group]
@@ -58,7 +57,7 @@ class Duplicates:
 
 
 async def by_content(store: VectorStore, info: CollectionInfo, where: Filter | None = None) -> Duplicates:
-    """Items with equal bytes.
+    """Group items that have images with equal bytes.
 
     Raises:
         InvalidRequest: more than `MAX_ITEMS` pass the filter.
@@ -84,7 +83,7 @@ async def by_similarity(
     where: Filter | None = None,
     params: SearchParams | None = None,
 ) -> Duplicates:
-    """Items that hang together by cosines of at least `threshold`.
+    """Group items that are connected by cosines of at least `threshold`.
 
     Raises:
         InvalidRequest: more than `MAX_ITEMS` pass the filter.
@@ -120,7 +119,11 @@ async def _join(
     params: SearchParams | None,
     families: "Families",
 ) -> list[Item]:
-    """Join the items with their neighbours among the nearest k; those whose k-th is still near enough come back."""
+    """Join each item with those of its k nearest that are near enough.
+
+    Returns:
+        The items with k near neighbours, which may have more.
+    """
     deeper = []
     step = min(_QUERIES_PER_CALL, max(1, _HITS_PER_CALL // k))
     for start in range(0, len(items), step):
@@ -136,7 +139,7 @@ async def _join(
 
 
 async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequence[str]) -> list[tuple[str, float]]:
-    """The ids that are still there, with the cosine of each to the first of them."""
+    """Return the ids that still exist, each with the cosine of its vector to the first one."""
     first: Floats | None = None
     scored = []
     for start in range(0, len(ids), _PAGE):
@@ -148,14 +151,14 @@ async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequenc
 
 
 class Families:
-    """Union-find over ids (Tarjan 1975: the smaller joins the larger, and paths are halved)."""
+    """Union-find over ids (Tarjan 1975), with union by size and path halving."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
         self._size: dict[str, int] = {}
 
     def join(self, item_id: str, others: Iterable[str]) -> None:
-        """All of them are one family."""
+        """Merge the families of all these ids into one."""
         root = self._root(item_id)
         for other in others:
             other_root = self._root(other)
@@ -166,7 +169,7 @@ class Families:
                 self._size[root] += self._size.pop(other_root)
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
-        """The ids by family, in their order, families by their first."""
+        """Group the ids by family; families and their ids are in order of first occurrence."""
         families: dict[str, list[str]] = {}
         for item_id in ids:
             families.setdefault(self._root(item_id), []).append(item_id)
@@ -186,7 +189,7 @@ async def _check_count(store: VectorStore, info: CollectionInfo, where: Filter |
     count = info.count if where is None else await store.count(info.name, where)
     if count > MAX_ITEMS:
         raise InvalidRequest(
-            f"{count:,} items would be compared; at most {MAX_ITEMS:,} are in one request: narrow it by a filter",
+            f"{count:,} items would be compared; one request allows at most {MAX_ITEMS:,}: narrow it with a filter",
             param="filter",
         )
 
@@ -202,4 +205,4 @@ async def _pages(store: VectorStore, info: CollectionInfo, where: Filter | None)
 
 
 def _largest_first(groups: list[Group]) -> list[Group]:
-    return sorted(groups, key=lambda group: -len(group.ids))  # stable: else in the store's order
+    return sorted(groups, key=lambda group: -len(group.ids))  # stable: equal sizes stay in the store's order

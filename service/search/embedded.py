@@ -1,11 +1,12 @@
-"""The embedded store: SQLite holds the truth, faiss answers, and neither waits for the other.
+"""The embedded store: SQLite is the source of truth, faiss answers searches, and neither waits for the other.
 
-    write   ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
-    search  ─▶ stamp changed? then the view follows ─▶ View ─▶ faiss ─▶ what the view says of the hits
-    meanwhile  maintenance: tail ─▶ segment, segments ─▶ one segment; recall is measured
+    write       ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
+    search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ payloads of the hits
+    background  maintenance turns the tail into segments, merges segments and measures recall
 
-`database` has the statements, `view` and `segments` what is searched, `searcher` how, `maintenance` and `building` what
-happens meanwhile. This file is the protocol: what each call checks, and in which thread it runs.
+`database` has the SQL statements, `view` and `segments` hold the data to search, `searcher` runs searches, and
+`maintenance` and `building` work in the background. This module implements the protocol: it checks each call and
+chooses the thread that runs it.
 """
 
 import asyncio
@@ -54,13 +55,14 @@ log = logging.getLogger(__name__)
 
 
 async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
-    """Opens, or makes, the store in `data_dir`.
+    """Open the store in `data_dir`, or create it.
 
     Args:
-        threads: that search; by default half as many as CPUs, since each needs the interpreter for a part of its time.
+        threads: the number of search threads. The default is half the number of CPUs, because each thread needs the
+            Python interpreter for part of its time.
 
     Raises:
-        StorageFailed: the folder or file cannot be used, is damaged or is not ours; the message names the file.
+        StorageFailed: the folder or file cannot be used, is damaged or is not a vector store; the message names it.
     """
     return await asyncio.to_thread(
         EmbeddedStore, data_dir, threads=threads or max(1, available_cpus() // 2), **maintenance
@@ -68,7 +70,7 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
 
 
 class EmbeddedStore:
-    """`VectorStore` in a folder. Several processes of one host may have it open."""
+    """A `VectorStore` in a folder. Several processes on one host may open the same folder."""
 
     capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "snapshots", "stats"})
 
@@ -226,7 +228,7 @@ class EmbeddedStore:
         return await self._write(work)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Page by page, so that other writes need not wait; what is written meanwhile stays."""
+        """Delete page by page, so that other writes do not wait. Items written meanwhile are not deleted."""
         check_name(collection)
         row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
@@ -245,7 +247,7 @@ class EmbeddedStore:
     async def scroll(
         self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page:
-        """In the order of writing."""
+        """Return a page of items in the order in which they were written."""
         check_name(collection)
         after = number_after(cursor)
 
@@ -262,11 +264,11 @@ class EmbeddedStore:
     # ---- snapshots
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
-        """Keeps the collection as it is now."""
+        """Take a snapshot of the collection in its current state."""
         return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
-        """Of a collection by its own name, oldest first; they outlive it."""
+        """List the snapshots of a collection, oldest first. They remain after the collection is dropped."""
         return await asyncio.to_thread(snapshots.listed, self._snapshots, await self._own_name(collection))
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
@@ -278,10 +280,12 @@ class EmbeddedStore:
             path.unlink()
 
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
-        """Makes `collection` of a snapshot that was taken of `source`.
+        """Create `collection` from a snapshot of `source`.
 
         Raises:
-            Conflict: the name is taken; NotFound, StorageFailed: there is no such snapshot; it is damaged.
+            Conflict: the name is taken.
+            NotFound: there is no such snapshot.
+            StorageFailed: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
         await self._read(lambda db: _check_free(db, check_name(collection)))
@@ -293,18 +297,18 @@ class EmbeddedStore:
                     await self._write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
                 return await self._write(partial(_named, row=row, name=collection))
             except BaseException:
-                with suppress(StorageFailed):  # why it failed first is what counts, and maintenance removes the rest
+                with suppress(StorageFailed):  # report the first error; maintenance removes what is left
                     await asyncio.shield(self._write(partial(database.drop, key=row.key)))
                 raise
             finally:
                 self._maintenance.wake()
 
     async def _own_name(self, collection: str) -> str:
-        """What an alias leads to; any other name as it is."""
+        """Return the name of the collection that an alias points to, or the name itself if it is not an alias."""
         return (await self.aliases()).get(check_name(collection), collection)
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """How the collection is indexed, for whoever looks after it."""
+        """Return how the collection is indexed, for operators."""
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
@@ -335,7 +339,7 @@ class EmbeddedStore:
         return db
 
     def _load(self) -> None:
-        """Open all segments now, so that the first search does not wait for it, and damage is found at the start."""
+        """Open all segments now, so that the first search does not wait and damage is found at startup."""
         db = self._connect()
         with translated(f"vector store {self.path}"), snapshot(db):
             rows = database.every(db)
@@ -351,7 +355,7 @@ class EmbeddedStore:
             except StorageFailed:
                 if len(writes) == 1:
                     raise
-                return [_alone(db, write) for write in writes]  # one may be too large for the disk, and the others not
+                return [_alone(db, write) for write in writes]  # perhaps only one is too large for the disk
             finally:
                 self.stamp.bump()
 
@@ -362,7 +366,7 @@ class EmbeddedStore:
         return done
 
     async def _read(self, work: Callable[[sqlite3.Connection], T], *, as_one: bool = True) -> T:
-        """In a thread, in one transaction unless `as_one` is false."""
+        """Run `work` in a thread, in one transaction unless `as_one` is false."""
         if not self._is_open:
             raise StorageFailed("the vector store is closed")
 
@@ -376,11 +380,11 @@ class EmbeddedStore:
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     async def settle(self, collection: str) -> None:
-        """Build now what maintenance would build when the store is idle, and wait for it."""
+        """Run the builds that maintenance would run while the store is idle, and wait for them."""
         await asyncio.to_thread(self._maintenance.settle, check_name(collection))
 
     async def close(self) -> None:
-        """Calls under way finish; calling again does nothing."""
+        """Close the store after running calls finish. A second call does nothing."""
         if not self._is_open:
             return
         self._is_open = False
@@ -411,7 +415,7 @@ def _check_free(db: sqlite3.Connection, name: str) -> None:
 
 
 def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
-    """A restored collection gets its name."""
+    """Give a restored collection its name."""
     _check_free(db, name)
     db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
     return database.find(db, name).info

@@ -1,14 +1,14 @@
-"""Filters in Milvus' expression language, where it can say them; `filters.matches` decides the rest.
+"""Translates filters to Milvus' expression language where possible; `filters.matches` decides the rest.
 
-Milvus and Milvus Lite differ in what they make of JSON: Lite takes true for 1, compares text with a number as unknown,
-knows no `in` on a JSON path; Milvus compares large integers as floats. So an expression is either exact on both, or it
-passes more than the filter does and the store looks at what comes back.
+Milvus and Milvus Lite treat JSON differently. Lite treats true as 1, evaluates a comparison of text with a number as
+unknown, and does not support `in` on a JSON path; Milvus compares large integers as floats. So an expression is either
+exact on both, or it passes more items than the filter and the store checks the results.
 
-Of what is negated only `exists` is sent. Where a key has a value of another type, a comparison is false to Milvus up to
-2.6.18 and unknown from then on (milvus-io/milvus#50699, #50702), and its `not` unknown too, so that items would be
-missed. All other negated conditions, and strange keys, pass everything.
+The only negated condition sent to the server is `exists`. If a key has a value of another type, a comparison is false
+in Milvus up to 2.6.18 and unknown in later versions (milvus-io/milvus#50699, #50702). Its `not` is then unknown too, so
+items would be missed. All other negated conditions, and keys with unusual characters, pass everything.
 
-Every `==` and range of a path is a scalar comparison; long lists become balanced trees, since servers limit nesting.
+Each `==` or range on a path is a scalar comparison. Long lists become balanced trees, because servers limit nesting.
 """
 
 import math
@@ -21,35 +21,38 @@ from service.search.filters import And, Between, Exists, Filter, Not, Or, Scalar
 FIELD: Final = "metadata"
 _EXACT_INTEGERS: Final = 2**53
 _PLAIN_KEY: Final = re.compile(r"(?![0-9]+$)[^\[\]\"'\\/~\x00-\x1f]+")
-"""A key that Milvus takes for what it is: no index of an array, no part of a JSON pointer."""
+"""A key that Milvus reads as a plain key: not as an array index, nor as part of a JSON pointer."""
 _SIGNS: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 class Expression(NamedTuple):
-    """`text` is a bool where there is nothing to ask; if not `is_exact`, it passes more than the filter."""
+    """A Milvus expression. `text` is a bool if the filter passes all or no items.
+
+    If `is_exact` is false, the expression passes more than the filter.
+    """
 
     text: str | bool
     is_exact: bool
 
 
 def translate(where: Filter) -> Expression:
-    """The expression that passes what `where` passes, or more."""
+    """Return an expression that passes every item that `where` passes, and possibly more."""
     return _translate(where, wide=True)
 
 
 def quoted(text: str) -> str:
-    """A string literal; nothing in `text` can end it."""
+    """Return `text` as a string literal, escaped so that nothing in it can end the literal."""
     for char, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(char, escape)
     return f'"{text}"'
 
 
 def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON field holds of metadata, for filters only; never longer than the metadata, which may fill it.
+    """Return the metadata for the JSON field, which is used only by filters.
 
-    Versions of Milvus differ on whether `exists` finds null, and what is empty through and through. So null is left
-    out, and what is empty is 0: no expression that 0 passes is taken to be exact. A list is 0 too: no filter looks
-    inside.
+    The result is never longer than the metadata, which may be as long as the field allows. Versions of Milvus differ
+    on whether `exists` matches null and empty objects. So null is omitted and an empty object becomes 0; an expression
+    that passes 0 is never treated as exact. A list also becomes 0, because no filter looks inside lists.
     """
     filled: dict[str, Any] = {}
     for key, value in metadata.items():
@@ -61,7 +64,7 @@ def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translate(where: Filter, *, wide: bool) -> Expression:
-    """`wide`: passes no less than the filter; otherwise no more."""
+    """Translate a filter. If `wide`, the expression passes at least what the filter passes; otherwise at most that."""
     if isinstance(where, Not):
         inside = _translate(where.part, wide=not wide)
         text = not inside.text if isinstance(inside.text, bool) else f"not ({inside.text})"
@@ -78,7 +81,7 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
     if isinstance(where, Exists):
         return Expression(f"exists {path}", True)
     if isinstance(where, Between) and len({isinstance(bound, str) for _, bound in where.bounds}) > 1:
-        return Expression(False, True)  # nothing is text and a number
+        return Expression(False, True)  # no value is both text and a number
     if not wide:
         return Expression(False, False)
     if isinstance(where, Between):
@@ -88,7 +91,7 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
 
 
 def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
-    """The parts under one word, as a balanced tree."""
+    """Join the parts with `and` or `or`, as a balanced tree."""
     decides = word == "or"  # True decides an or, False an and
     if any(text is decides for text in texts):
         return decides
@@ -105,7 +108,7 @@ def _equal(path: str, value: Scalar) -> Expression:
     if isinstance(value, str):
         return Expression(f"{path} == {quoted(value)}", True)
     if isinstance(value, bool):
-        return Expression(f"{path} == {str(value).lower()}", False)  # Lite takes true and 1 for each other
+        return Expression(f"{path} == {str(value).lower()}", False)  # Lite treats true and 1 as equal
     if abs(value) < _EXACT_INTEGERS:
         return Expression(f"{path} == {_number(value)}", value not in (0, 1))
     return Expression(_within(path, [("gte", value), ("lte", value)]), False)
@@ -121,7 +124,7 @@ def _between(path: str, where: Between) -> Expression:
 
 
 def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
-    """Numbers within the bounds; beyond the exact integers a little more than that."""
+    """Return an expression for numbers within the bounds, slightly widened where floats are not exact for integers."""
     parts: list[str | bool] = []
     for op, bound in bounds:
         if abs(bound) < _EXACT_INTEGERS:
@@ -130,7 +133,7 @@ def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
         edge = math.nextafter(float(bound), -math.inf if op in ("gt", "gte") else math.inf)
         if math.isfinite(edge):
             parts.append(f"{path} {_SIGNS[op][0]}= {edge!r}")
-    if not parts:  # a bound at the end of all floats: any number
+    if not parts:  # the bounds are at the limits of float64, so any number passes
         return f"exists {path}"
     return _joined(parts, "and")
 

@@ -1,9 +1,10 @@
-"""A filter as SQL over a column `metadata` of JSON text.
+"""Translates a filter to SQL over a column `metadata` of JSON text.
 
-One expression per key, `json_extract(metadata, '$."key"')`, word for word the one that a declared index is made of, so
-SQLite finds it. It gives numbers and strings their own types, which never compare equal, but true and false as 1 and 0,
-and objects and lists as their text: a check of `json_type`, which no index answers, is added only where that could
-matter. A missing key gives NULL, which is neither true nor false, so whatever is negated is coalesced first.
+Each key becomes one expression, `json_extract(metadata, '$."key"')`. A declared index uses exactly the same expression,
+so SQLite uses the index. `json_extract` returns numbers and strings as separate types, which never compare equal, but
+true and false as 1 and 0, and objects and lists as text. A check of `json_type`, which no index supports, is added only
+where that matters. A missing key gives NULL, which is neither true nor false, so every negated expression is coalesced
+first.
 """
 
 from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar, holds
@@ -12,12 +13,12 @@ _SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 def extract(path: tuple[str, ...]) -> str:
-    """The SQL expression of a key's value. `parse_path` has refused quotes and backslashes."""
+    """Return the SQL expression for a key's value. `parse_path` rejects quotes and backslashes in keys."""
     return f"json_extract(metadata, {_json_path(path)})"
 
 
 def to_sql(condition: Filter) -> tuple[str, list[Scalar]]:
-    """A WHERE expression and its parameters."""
+    """Return a WHERE expression for the filter, and its parameters."""
     parameters: list[Scalar] = []
     return _sql(condition, parameters), parameters
 
@@ -36,7 +37,7 @@ def _sql(condition: Filter, parameters: list[Scalar]) -> str:
 
 def _in(condition: In, parameters: list[Scalar]) -> str:
     value, kind = extract(condition.path), f"json_type(metadata, {_json_path(condition.path)})"
-    groups: dict[str, list[Scalar]] = {}  # one list for each check of the type: SQLite takes no deep chains of OR
+    groups: dict[str, list[Scalar]] = {}  # one list per type check: SQLite limits the depth of OR chains
     for wanted in condition.values:
         groups.setdefault(_kinds(wanted), []).append(wanted)
     parts = []
@@ -59,13 +60,13 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
         parts.append(f"{kind} = 'text'")
     elif all(op in ("gt", "gte") for op, _ in condition.bounds) or any(
         all(holds(number, op, bound) for op, bound in condition.bounds) for number in (0, 1)
-    ):  # strings are greater than numbers to SQLite, and true and false are 1 and 0
+    ):  # in SQLite strings are greater than numbers, and true and false are 1 and 0
         parts.append(f"{kind} IN ('integer', 'real')")
     return "(" + " AND ".join(parts) + ")"
 
 
 def _kinds(wanted: Scalar) -> str:
-    """The JSON types, as SQL, to check for, where a value of another type gives the same in `json_extract`."""
+    """Return the JSON types to check for, as SQL; empty if `json_extract` cannot confuse the value with another."""
     if isinstance(wanted, bool):
         return "'true'" if wanted else "'false'"
     if isinstance(wanted, str):

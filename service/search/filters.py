@@ -1,16 +1,16 @@
-"""Filters on metadata: what they mean, how they are read from a request.
+"""Filters on metadata: their meaning, and the parser for requests.
 
 A filter is a tree of conditions on one key each:
 
     {"key": "brand", "eq": "Arla"}                     equal (number, string or boolean; 1 and true differ)
     {"key": "brand", "in": ["Arla", "Oatly"]}          equal to one of them
-    {"key": "price", "gte": 5, "lt": 10}               a number in a range; strings by code points, as ISO dates do
-    {"key": "shelf.row", "exists": true}               there, and not null; a dot goes into an object
+    {"key": "price", "gte": 5, "lt": 10}               a number in a range; strings (ISO dates) compare by code points
+    {"key": "shelf.row", "exists": true}               present and not null; a dot enters an object
     {"and": [...]}, {"or": [...]}, {"not": {...}}
 
-A condition holds or does not: on an item without the key every condition fails but `exists: false`, and `not` of a
-failed one holds. `matches` is the definition; stores translate the tree into their own language and are tested to
-agree with it.
+A condition is true or false; there is no third value. On an item without the key, every condition except
+`exists: false` is false, and its `not` is true. `matches` is the definition; stores translate the tree into their own
+query language, and tests check that they agree with it.
 """
 
 import math
@@ -34,7 +34,7 @@ _OPERATORS: Final = ("eq", "in", "exists", *_RANGES)
 
 @dataclass(frozen=True)
 class In:
-    """The value is one of these; `eq` is a list of one."""
+    """The value equals one of `values`; `eq` gives a single one."""
 
     path: tuple[str, ...]
     values: tuple[Scalar, ...]
@@ -42,7 +42,7 @@ class In:
 
 @dataclass(frozen=True)
 class Between:
-    """The value has the bounds' type and lies within all of them."""
+    """The value has the type of the bounds and is within all of them."""
 
     path: tuple[str, ...]
     bounds: tuple[tuple[Range, str | int | float], ...]
@@ -50,7 +50,7 @@ class Between:
 
 @dataclass(frozen=True)
 class Exists:
-    """There is a value, and it is not null."""
+    """The key has a value that is not null."""
 
     path: tuple[str, ...]
 
@@ -74,7 +74,7 @@ Filter = In | Between | Exists | And | Or | Not
 
 
 def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
-    """Whether an item with this metadata passes."""
+    """Return whether an item with this metadata passes the filter."""
     if isinstance(condition, And):
         return all(matches(part, metadata) for part in condition.parts)
     if isinstance(condition, Or):
@@ -100,7 +100,7 @@ def _value_at(metadata: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """What can equal what: JSON's types, with one kind of number."""
+    """Return the JSON type of a value; values of different types are never equal. All numbers have one type."""
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int | float):
@@ -109,12 +109,12 @@ def _kind(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Integers beyond 64 bits with sign compare as floats, as stores keep them."""
+    """Convert integers beyond signed 64 bits to floats, because stores hold them as floats."""
     return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def holds(value: Any, op: Range, bound: Any) -> bool:
-    """Whether `value op bound`."""
+    """Return whether `value op bound` is true."""
     if op == "gt":
         return bool(value > bound)
     if op == "gte":
@@ -123,32 +123,34 @@ def holds(value: Any, op: Range, bound: Any) -> bool:
 
 
 def parse_filter(body: Any) -> Filter:
-    """The filter that a request's JSON describes.
+    """Parse the filter in a request's JSON.
 
     Raises:
-        InvalidRequest: it is none; the message quotes the part at fault and says what is allowed.
+        InvalidRequest: the JSON is not a filter; the message quotes the invalid part and says what is allowed.
     """
     return _Parser().parse(body, 1)
 
 
 def parse_path(key: Any, where: str = "filter") -> tuple[str, ...]:
-    """`shelf.row` as the keys to follow; `where` names the field that holds it, for the message.
+    """Split a key such as `shelf.row` into its path; `where` is the field name that an error message gives.
 
     Raises:
-        InvalidRequest: not a key; control characters, quotes and backslashes are not taken.
+        InvalidRequest: the key is not allowed, for example because it has control characters, quotes or backslashes.
     """
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_CHARACTERS:
-        raise _wrong(f"a key is a string of 1 to {MAX_KEY_CHARACTERS} characters, not {_quoted(key)}", where)
+        raise _wrong(f"a key must be a string of 1 to {MAX_KEY_CHARACTERS} characters, not {_quoted(key)}", where)
     path = tuple(key.split("."))
     if not all(path) or not key.isprintable() or set(key) & set("\"'\\"):
         raise _wrong(
-            f"key {_quoted(key)} is not allowed: printable, without quotes and backslashes, dots inside only", where
+            f"key {_quoted(key)} is not allowed: printable characters only, without quotes or backslashes, and no "
+            "leading, trailing or double dots",
+            where,
         )
     return path
 
 
 class _Parser:
-    """One filter's parts, counted as they are read."""
+    """Parses one filter and counts its conditions and values."""
 
     def __init__(self) -> None:
         self._conditions = 0
@@ -161,7 +163,7 @@ class _Parser:
         if self._conditions > MAX_CONDITIONS:
             raise _wrong(f"more than {MAX_CONDITIONS} conditions")
         if not isinstance(body, dict):
-            raise _wrong(f"a condition is an object, not {_quoted(body)}")
+            raise _wrong(f"a condition must be an object, not {_quoted(body)}")
         if "key" in body:
             return self._condition(body)
         if len(body) == 1:
@@ -174,7 +176,7 @@ class _Parser:
                 parts = tuple(self.parse(part, depth + 1) for part in inside)
                 return And(parts) if name == "and" else Or(parts)
         raise _wrong(
-            f"{_quoted(body)} is no condition: it has a key and one of {', '.join(_OPERATORS)}; or is and, or, not"
+            f"{_quoted(body)} is not a condition: it needs a key and one of {', '.join(_OPERATORS)}, or and, or, not"
         )
 
     def _condition(self, body: dict[str, Any]) -> Filter:
@@ -183,14 +185,14 @@ class _Parser:
         unknown = [name for name in operators if name not in _OPERATORS]
         if unknown or not operators:
             raise _wrong(
-                f"{_quoted(unknown[0] if unknown else body)} is no operator: known are {', '.join(_OPERATORS)}"
+                f"{_quoted(unknown[0] if unknown else body)} is not an operator: known are {', '.join(_OPERATORS)}"
             )
         if len(operators) > 1 and not set(operators) <= set(_RANGES):
-            raise _wrong(f"{' and '.join(operators)} in one condition: only gt, gte, lt and lte go together")
+            raise _wrong(f"{' and '.join(operators)} in one condition: only gt, gte, lt and lte can be combined")
         operand = body[operators[0]]
         if operators[0] == "exists":
             if not isinstance(operand, bool):
-                raise _wrong(f"exists is true or false, not {_quoted(operand)}")
+                raise _wrong(f"exists must be true or false, not {_quoted(operand)}")
             return Exists(path) if operand else Not(Exists(path))
         if operators[0] == "eq":
             return In(path, (self._scalar(operand),))
@@ -212,7 +214,7 @@ class _Parser:
         if self._values > MAX_VALUES:
             raise _wrong(f"more than {MAX_VALUES:,} values")
         if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
-            raise _wrong(f"a value is a string, a number or a boolean, not {_quoted(value)}; for null there is exists")
+            raise _wrong(f"a value must be a string, number or boolean, not {_quoted(value)}; use exists for null")
         if isinstance(value, str) and (len(value) > MAX_TEXT_CHARACTERS or not _encodes(value)):
             raise _wrong(
                 f"a string has at most {MAX_TEXT_CHARACTERS} characters of valid Unicode, not {_quoted(value)}"
@@ -220,7 +222,7 @@ class _Parser:
         try:
             return _plain(value) if isinstance(value, int) and not isinstance(value, bool) else value
         except OverflowError:
-            raise _wrong(f"a number is one that a double can hold, not {_quoted(value)}") from None
+            raise _wrong(f"a number must fit in a double, not {_quoted(value)}") from None
 
 
 def _encodes(text: str) -> bool:
@@ -238,6 +240,6 @@ def _wrong(why: str, where: str = "filter") -> InvalidRequest:
 def _quoted(value: Any) -> str:
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply; a number with thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply, or a number with thousands of digits
         return f"that {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."

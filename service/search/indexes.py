@@ -1,9 +1,9 @@
-"""What faiss does with the vectors of a segment: one class per structure of `service/search/kinds.py`.
+"""faiss indexes over the vectors of a segment: one class per structure of `service/search/kinds.py`.
 
-A class has everything that differs between structures: how an index is built, written, opened, and searched with and
-without a filter. The rest of the store works with any of them.
+Each class contains everything that differs between structures: how an index is built, written, opened and searched
+with and without a filter. The rest of the store works with any of them.
 
-Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
+Legend: n vectors in the segment, D dimension, q queries, k neighbours requested.
 """
 
 from collections.abc import Callable
@@ -33,21 +33,22 @@ HNSW_M: Final = 32
 HNSW_EF_CONSTRUCTION: Final = 100
 OVERSAMPLE: Final = 3
 MAX_OVERSAMPLED: Final = 4096
-"""Of a graph, for a filter: times as many as are expected to hold k that pass, and how many at most."""
+"""A filtered search of a graph fetches OVERSAMPLE times as many vectors as should contain k that pass, up to the
+maximum."""
 DENSER: Final = 1.5
-"""Of inverted lists, for a filter: times as many candidates as without one."""
+"""A filtered search of inverted lists looks at this many times as many candidates as a search without a filter."""
 FAR: Final = 2
-"""A filter for which so many times more lists must be searched than if its items were spread evenly passes what is far
-from the query. The nearest of them are then spread over all lists that hold any, so all are searched."""
+"""If a filter needs this many times more lists than evenly spread items would, its items are far from the query. Their
+nearest are then spread over all lists that hold any, so all lists are searched."""
 ADD: Final = 4096
-"""Vectors that are added to an index between two checks whether the store closes."""
+"""Vectors that are added to an index between two checks for a closing store."""
 INDEX_FILE: Final = "index.faiss"
 
 Check = Callable[[], None]
 
 
 class Effort(NamedTuple):
-    """How hard a search by index tries."""
+    """The effort that a search by index makes."""
 
     params: SearchParams
     widen: float = 1.0  # multiplies efSearch and nprobe
@@ -57,34 +58,38 @@ class Structure(Protocol):
     """One way to index the vectors of a segment."""
 
     can_grow: bool
-    """Whether an index takes more vectors later; otherwise it is built anew."""
+    """Whether vectors can be added to an existing index; otherwise it is rebuilt."""
     write_flags: int
-    """For `faiss.write_index`."""
+    """Flags for `faiss.write_index`."""
 
     def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
-        """The index to add vectors to, and the flat index of its vectors. The first is None if vectors are added to the
-        flat index alone. `base`: a segment whose index is continued (`can_grow`)."""
+        """Return the index to add vectors to, and the flat index that stores them.
+
+        The first is None if vectors are added to the flat index only. `base` is a segment with an index to extend; it
+        may be given only if `can_grow`.
+        """
 
     def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
-        """The index when all vectors [n, D] have been added; None if there is none."""
+        """Return the finished index after all vectors [n, D] have been added, or None if the structure has no index."""
 
     def open(self, folder: Path, flat: Any) -> Any:
-        """The index of a segment's folder, mapped; None if there is none."""
+        """Map the index in a segment's folder; return None if the structure has no index."""
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
-        """The k nearest of each query among those alive (None: all)."""
+        """Return the k nearest of each query among the vectors in `alive` (None: all)."""
 
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """The k nearest that a filter allows; None, or missing ones, when the index does not lead to k.
+        """Return the k nearest that a filter allows.
 
-        `rarity` is how many items the segment has for each that is allowed.
+        If the index does not lead to k of them, the result is None or has missing entries. `rarity` is the number of
+        items in the segment divided by the number that is allowed.
         """
 
 
 class Scan:
-    """No index: a search compares every vector."""
+    """A structure without an index: a search compares every vector."""
 
     can_grow = False
     write_flags = 0
@@ -109,7 +114,7 @@ class Scan:
 
 
 class Graph:
-    """HNSW (Malkov and Yashunin 2016). The graph is kept without its vectors; items can be added to it."""
+    """HNSW (Malkov and Yashunin 2016). The graph is stored without its vectors; items can be added to it."""
 
     can_grow = True
     write_flags = int(faiss.IO_FLAG_SKIP_STORAGE)
@@ -132,8 +137,10 @@ class Graph:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Searches without the filter, but deeper: with it, faiss goes through all of a graph whose allowed items lie
-        far from the query."""
+        """Search deeper without the filter, then drop hits that do not pass.
+
+        With a filter, faiss would traverse the whole graph if the allowed items are far from the query.
+        """
         depth = int(OVERSAMPLE * rarity * effort.widen * k)
         if depth > MAX_OVERSAMPLED:
             return None
@@ -145,7 +152,7 @@ class Graph:
 
 
 class InvertedLists:
-    """Cells of k-means, with a code for each vector. It is trained, so it does not grow."""
+    """Cells of k-means with a code for each vector. The index is trained, so it cannot grow."""
 
     can_grow = False
     write_flags = 0
@@ -158,7 +165,7 @@ class InvertedLists:
         assert kind.codes is not None
         n, dimension = matrix.shape
         lists = spec.index.n_lists or int(np.clip(2 ** round(np.log2(4 * np.sqrt(n))), 16, 65_536))
-        lists = min(lists, max(1, n // 39))  # fewer points a list than that, and k-means complains
+        lists = min(lists, max(1, n // 39))  # k-means warns if a list has fewer points
         code = kind.codes.factory.format(subvectors=dimension // 2 if dimension % 2 == 0 else dimension)
         index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
         sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
@@ -176,16 +183,21 @@ class InvertedLists:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Searches as many lists as hold more allowed items than those of a search without a filter hold items: the
-        nearest that are allowed lie further apart."""
+        """Search more lists than without a filter, because the nearest allowed items are spread more widely.
+
+        The lists contain `DENSER` times as many allowed items as the lists of a search without a filter contain items.
+        An exact search compares all allowed items.
+        """
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
+        if effort.params.exact:
+            return segment.scan(queries, k, alive)
         in_lists = allowed.in_lists(segment)
         nprobe = effort.widen * (effort.params.nprobe or segment.row.effort)
         usual = nprobe * len(segment.numbers) / len(in_lists)
         enough = lists_holding(segment, queries, in_lists, int(DENSER * usual))
         if enough <= FAR * DENSER * nprobe * rarity:
             return search_lists(segment, queries, k, alive, enough)
-        # Twice as many, since codes tell far ones apart less.
+        # Fetch twice as many, because codes distinguish distant vectors less well.
         nearest = search_lists(segment, queries, 2 * k, alive, len(in_lists))
         return Neighbours(nearest.scores[:, :k], nearest.positions[:, :k])
 
@@ -198,14 +210,17 @@ def structure_of(kind: IndexKind) -> Structure:
 
 
 def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
-    """The k nearest of each query among those alive (None: all), by the segment's index unless exactly is asked for."""
+    """Return the k nearest of each query among the vectors in `alive` (None: all).
+
+    Uses the segment's index unless the search is exact.
+    """
     if segment.index is None or effort.params.exact:
         return segment.scan(queries, k, alive)
     return STRUCTURES[segment.kind.structure].search(segment, queries, k, alive, effort)
 
 
 def add_in_steps(index: Any, vectors: npt.NDArray[Any], check: Check) -> None:
-    """Adds vectors [n, D] to an index, with a check before each step."""
+    """Add vectors [n, D] to an index in steps, with a call of `check` before each."""
     for begin in range(0, len(vectors), ADD):
         check()
         index.add(np.ascontiguousarray(vectors[begin : begin + ADD], np.float32))
@@ -235,7 +250,7 @@ def _new_graph(spec: CollectionSpec) -> Any:
 
 
 def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
-    """The base's graph with vectors of its own, which can be added to."""
+    """Copy the graph of `base` together with its vectors, so that items can be added."""
     graph = faiss.read_index(str(base.folder / INDEX_FILE))
     storage = new_flat(spec.dimension, spec.dtype)
     for begin in range(0, len(base.numbers), ADD):
@@ -245,7 +260,7 @@ def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
 
 
 def _with_storage(graph: Any, storage: Any) -> Any:
-    """An HNSW graph over these vectors; Python keeps them as long as the graph."""
+    """Attach vectors to an HNSW graph; the graph keeps a reference to them."""
     graph.storage = storage
     graph.own_fields = False
     graph.referenced_objects = [storage]  # as faiss itself does
@@ -258,7 +273,7 @@ def _all_alive(ef_search: int) -> Any:
 
 
 def _hnsw_params(ef_search: int, selector: Any) -> Any:
-    """Making one takes as long as a good part of a search, so the usual ones are kept."""
+    """Return search parameters. Those without a selector are cached, because creating them slows a search."""
     if selector is None:
         return _all_alive(ef_search)
     return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
@@ -268,7 +283,7 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
 
 
 def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
-    """Finds candidates by code in `nprobe` lists, and scores them by their vectors, so that a score is the cosine."""
+    """Find candidates by code in `nprobe` lists, then score them by their vectors, so that a score is the cosine."""
     codes = segment.kind.codes
     assert codes is not None
     selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
@@ -283,8 +298,10 @@ def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, 
 
 
 def lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
-    """How many of a query's nearest lists hold `wanted` vectors, of which list i has counts[i]; the most of all
-    queries."""
+    """Return how many of a query's nearest lists together hold `wanted` vectors; the maximum over all queries.
+
+    counts[i] is the number of vectors in list i.
+    """
     quantizer = faiss.extract_index_ivf(segment.index).quantizer
     if_even = int(wanted / max(1, counts.sum()) * len(counts))
     for depth in (min(2 * if_even + 1, len(counts)), len(counts)):

@@ -1,8 +1,8 @@
-"""The kinds of index that a collection may have: one row each, with everything that differs between kinds.
+"""A table of the index kinds that a collection may have; each row has everything that differs between kinds.
 
-This module holds only data, so the command line and the schemas take their choices from it without loading faiss.
-`service/search/indexes.py` defines what the three structures do. A name that has no row raises `ValueError` in
-`kind_named`, so it never reaches the code of another kind.
+This module holds only data, so the command line and the schemas read their choices from it without loading faiss.
+`service/search/indexes.py` implements the three structures. `kind_named` raises `ValueError` for a name without a row,
+so an unknown kind never reaches the code of another kind.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
-"""The choices in a collection's settings: `auto`, which goes by size, and the names of all rows."""
+"""The choices in a collection's settings: `auto`, which chooses by size, and the names of all rows."""
 StructureName = Literal["scan", "graph", "lists"]
 
 
@@ -18,21 +18,21 @@ StructureName = Literal["scan", "graph", "lists"]
 class Codes:
     """How inverted lists store vectors. Scores by code are approximate, so candidates are scored by their vectors."""
 
-    factory: str  # in the language of faiss's index_factory; {subvectors} is half the dimension if that is even
-    candidates: int  # by code for each neighbour wanted, scored by their vectors
+    factory: str  # a string for faiss's index_factory; {subvectors} is half the dimension if that is even
+    candidates: int  # candidates found by code and then scored by vector, per neighbour requested
     min_candidates: int = 0
-    refine_factor: int | None = None  # faiss picks the candidates from so many times as many, by a finer code
+    refine_factor: int | None = None  # faiss picks the candidates from this many times as many, by a finer code
 
 
 @dataclass(frozen=True)
 class IndexKind:
-    """What distinguishes one kind from the others."""
+    """The properties that distinguish one kind from the others."""
 
     name: str
     structure: StructureName
-    settings: tuple[str, ...] = ()  # of IndexSpec and SearchParams that apply to it
+    settings: tuple[str, ...] = ()  # fields of IndexSpec and SearchParams that apply to it
     efforts: tuple[int, ...] = (1,)  # efSearch or nprobe, ascending; tuning chooses one
-    auto_below: float = 0  # `auto` chooses the first row whose limit the number of vectors is below
+    auto_below: float = 0  # `auto` chooses the first row with a limit above the number of vectors
     codes: Codes | None = None  # structure `lists` only
     on_disk: bool = False  # vectors and payloads are read on demand instead of mapped: saves memory
 
@@ -45,7 +45,7 @@ _IVF_PQ: Final = Codes("PQ{subvectors}x4fs", candidates=8, min_candidates=64)
 _RABITQ: Final = Codes("RaBitQfs,Refine(SQ6)", candidates=2, refine_factor=8)
 
 EXACT: Final = IndexKind("flat", "scan")
-"""No index: every vector is compared. Small segments have this kind whatever the settings say."""
+"""The kind without an index: a search compares every vector. Small segments always have this kind."""
 KINDS: Final[dict[str, IndexKind]] = {
     kind.name: kind
     for kind in (
@@ -59,10 +59,10 @@ CHOICES: Final = ("auto", *KINDS)
 
 
 def kind_named(name: str) -> IndexKind:
-    """The row of a kind.
+    """Return the row of a kind.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no kind with this name.
     """
     kind = KINDS.get(name)
     if kind is None:
@@ -71,10 +71,10 @@ def kind_named(name: str) -> IndexKind:
 
 
 def auto_kind(count: int) -> IndexKind:
-    """What `auto` means for so many vectors."""
+    """Return the kind that `auto` chooses for this number of vectors."""
     return next(kind for kind in KINDS.values() if count < kind.auto_below)
 
 
 def kinds_with(setting: str) -> str:
-    """The names of the kinds that a setting applies to, for help texts."""
+    """Return the names of the kinds that a setting applies to, for help texts."""
     return ", ".join(kind.name for kind in KINDS.values() if setting in kind.settings)

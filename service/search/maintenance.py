@@ -1,11 +1,12 @@
-"""What the embedded store does while nobody waits: it makes segments of the tail, merges them, and measures recall.
+"""Background work of the embedded store: builds segments from the tail, merges segments and measures recall.
 
-One process of those on a folder does it, the one that holds the lock on `maintenance.lock`; the others follow what it
-commits. Files are written and synced first, then named in the database together with the removal of those they replace:
-a crash at any moment leaves either state, and at worst a folder that nobody names, which is deleted later.
+Only one of the processes on a folder builds and merges, the one that holds the lock on `maintenance.lock`; the others
+follow its commits. New files are written and synced first. One transaction then adds them to the database and removes
+the segments they replace. So a crash at any moment leaves the old or the new state, and at worst an unused folder,
+which is deleted later.
 
-The thread is nice: its processor time is what the service leaves over. A disk that is full, or any other fault, is
-logged and tried again later; searches go on with what there is.
+The thread runs at low priority, so it uses CPU time that the service does not need. A full disk, or any other error,
+is logged and the work is retried later; searches continue with the existing segments.
 """
 
 import contextlib
@@ -48,18 +49,18 @@ from service.search.view import View, Views
 log = logging.getLogger(__name__)
 
 SEAL_ROWS: Final = 8192
-"""A tail of this length becomes a segment: searching it takes about a millisecond."""
+"""A tail of this length becomes a segment; searching it takes about a millisecond."""
 MERGE_SHARE: Final = 0.1
-"""Small segments are merged into the large one when they are this share of it: each vector is copied few times."""
+"""Small segments are merged into the large one when they reach this share of it, so each vector is copied few times."""
 REBUILD_SHARE: Final = 0.25
-"""The same for indexes that are trained, and so made anew."""
+"""The same share for trained indexes, which are rebuilt."""
 DEAD_SHARE: Final = 0.2
-"""A segment with this share of deleted vectors is made anew without them."""
+"""A segment with more than this share of deleted vectors is rebuilt without them."""
 MANY: Final = 4
 IDLE_S: Final = 3.0
 RETRY_S: Final = 60.0
 ORPHAN_S: Final = 120.0
-"""How long a folder is kept after it was replaced: a reader may just be opening it."""
+"""How long a replaced folder is kept, because a reader may still be opening it."""
 NICE: Final = 10
 RECALL_EVERY_S: Final = 1.0
 RECALL_WINDOW: Final = 128
@@ -72,18 +73,18 @@ def _alive(part: LivePart) -> int:
 
 
 class Plan(NamedTuple):
-    """What to make one segment of."""
+    """The inputs of one new segment."""
 
-    parts: tuple[LivePart, ...]  # beside each other
+    parts: tuple[LivePart, ...]  # adjacent segments
     with_tail: bool = False
-    grow: bool = False  # continue the graph of the first part instead of beginning a new one
+    grow: bool = False  # extend the graph of the first part instead of building a new one
 
 
 def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False) -> Plan | None:
-    """The most useful change of a collection's segments; None when there is none.
+    """Return the most useful change to a collection's segments, or None if there is nothing to do.
 
-    Small segments are flat and quick to build. They are merged when they are many, and into the first, large one, whose
-    index is costly, when they are a good share of it.
+    Small segments are flat and quick to build. They are merged with each other when there are many. The first, large
+    segment has an index that is costly to build, so they are merged into it only when they reach a certain share of it.
     """
     spec, parts, tail = view.row.spec.index, view.parts, len(view.tail.numbers)
     for part in parts:
@@ -96,7 +97,7 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
         if settle:
             settled = len(parts) == 1 and not tail and parts[0].segment.row.kind == kind
             return None if settled or not (parts or tail) else Plan(parts, tail > 0, grow)
-        # A tail that is a good share of all, as after a bulk upload, goes into the large one at once.
+        # A tail with a large share of all items, as after a bulk upload, goes into the large segment at once.
         return Plan(parts, True, grow) if tail >= (MERGE_SHARE if grow else 1) * sum(sizes) else Plan((), True)
     if not parts:
         return None
@@ -109,14 +110,14 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
 
 
 def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
-    """Whether the first part's index can be continued: its files are read for that, and may have been deleted."""
+    """Return whether the first part's index can be extended. This reads its files, which may have been deleted."""
     if not parts or parts[0].segment.row.kind != kind or not structure_of(kind_named(kind)).can_grow:
         return False
     return (parts[0].segment.folder / INDEX_FILE).exists()
 
 
 class Maintenance:
-    """One thread, and what searches ask it: how hard to try."""
+    """The maintenance thread of a store, and the search effort derived from measured recall."""
 
     def __init__(
         self,
@@ -132,9 +133,10 @@ class Maintenance:
     ) -> None:
         """
         Args:
-            build_threads: that build a segment; by default half as many as CPUs. Threads of OpenMP that wait for one
-                whose CPU is busy spin meanwhile: with all CPUs, building beside a service takes longer, not shorter.
-            on_recall: is told a collection's recall whenever it has been measured again.
+            build_threads: the number of threads that build a segment. The default is half the number of CPUs: OpenMP
+                threads spin while they wait for a thread on a busy CPU, so a build next to a running service takes
+                longer with all CPUs.
+            on_recall: called with a collection's name and recall after each measurement.
         """
         self._root = data_dir / "segments"
         self._snapshots = data_dir / "snapshots"
@@ -153,18 +155,18 @@ class Maintenance:
         self._stop = threading.Event()
         self._working = threading.Lock()  # held while segments are changed, by this thread or by `settle`
         self._retry_at: dict[int, float] = {}
-        self._unused: dict[str, float] = {}  # folder -> since when nobody names it
+        self._unused: dict[str, float] = {}  # folder -> when it was first found unused
         self._thread = threading.Thread(target=self._run, name="store-maintenance", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def wake(self) -> None:
-        """Something was written."""
+        """Tell the thread that something was written."""
         self._wake.set()
 
     def close(self) -> None:
-        """A build under way is given up at its next step."""
+        """Stop the thread. A running build ends at its next step and is discarded."""
         self._stop.set()
         self._wake.set()
         self._thread.join(30)
@@ -172,19 +174,19 @@ class Maintenance:
     # ---- recall
 
     def boost(self, row: Row) -> float:
-        """How much harder than tuned a search tries: above 1 while measured recall is below the target."""
+        """Return the factor on the tuned search effort; it rises above 1 when measured recall is below the target."""
         recalled = self._recalls.get(row.key)
         return 1.0 if recalled is None else recalled.boost
 
     def stats(self, row: Row) -> dict[str, Any]:
-        """Measured recall of the last live queries (None: none yet), and the boost."""
+        """Return the recall of recent live queries (None: not measured yet) and the boost."""
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
     def observe(
         self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
     ) -> None:
-        """Perhaps keep a live query, to compare its answer with the exact one later."""
+        """Sample a live query at most once per interval, to compare its answer with the exact one later."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
@@ -206,7 +208,7 @@ class Maintenance:
     # ---- segments
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):  # of one thread only on Linux; elsewhere it goes on as it is
+        with contextlib.suppress(OSError):  # only Linux sets the priority of a single thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         faiss.omp_set_num_threads(1)
         db = self._connect()
@@ -216,7 +218,7 @@ class Maintenance:
             if self._wake.wait(self._interval_s):
                 changed_at = time.monotonic()
             self._wake.clear()
-            if self._stop.wait(min(0.05, self._interval_s)):  # let writes of the same moment gather
+            if self._stop.wait(min(0.05, self._interval_s)):  # collects writes that arrive together
                 break
             try:
                 self._measure()
@@ -227,7 +229,7 @@ class Maintenance:
             except Stopped:
                 break
             except Exception:
-                log.exception("maintenance of the vector store failed; it goes on later")
+                log.exception("maintenance of the vector store failed; it will be retried")
                 self._stop.wait(self._interval_s)
         if lock is not None:
             lock.close()
@@ -257,7 +259,7 @@ class Maintenance:
                 continue
             except (OSError, RuntimeError, ValueError, ServiceError, sqlite3.Error, MemoryError) as error:
                 self._retry_at[row.key] = time.monotonic() + RETRY_S
-                log.error("collection %r: no segment could be built (%s); again in %g s", row.name, error, RETRY_S)
+                log.error("collection %r: cannot build a segment (%s); retrying in %g s", row.name, error, RETRY_S)
 
     def _remove_orphans(self, used: set[str]) -> None:
         now = time.monotonic()
@@ -266,10 +268,10 @@ class Maintenance:
         remove_folders(self._root, [name for name, since in self._unused.items() if now - since >= ORPHAN_S])
 
     def _remove_unfinished(self, db: sqlite3.Connection) -> None:
-        """What snapshots and restores left that were cut off by a crash."""
+        """Remove what is left of snapshots and restores that a crash cut off."""
         snapshots.tidy(self._snapshots)
         if database.hidden(db):
-            with transaction(db):  # in which none of them gets its name
+            with transaction(db):  # no restore can finish and get its name during this transaction
                 for key, name in database.hidden(db):
                     if not snapshots.is_restoring(self._snapshots, name):
                         database.drop(db, key)
@@ -279,7 +281,7 @@ class Maintenance:
         return self._views.newest(db, row)
 
     def _step(self, db: sqlite3.Connection, collection: str | int, *, idle: bool = False, settle: bool = False) -> bool:
-        """Do the most useful thing for a collection, if there is one."""
+        """Carry out the most useful change to a collection; return whether there was one."""
         view = self._current(db, collection)
         wanted = plan(view, seal_rows=self._seal_rows, idle=idle, settle=settle)
         if wanted is not None:
@@ -287,7 +289,10 @@ class Maintenance:
         return wanted is not None
 
     def _replace(self, db: sqlite3.Connection, view: View, wanted: Plan) -> None:
-        """Make one segment of several and perhaps the tail. What is deleted of a graph that grows stays, marked."""
+        """Build one segment from the planned inputs and swap it in.
+
+        A graph that is extended keeps its deleted vectors, which stay marked as deleted.
+        """
         started = time.perf_counter()
         row, parts, tail = view.row, wanted.parts, view.tail
         base = parts[0].segment if wanted.grow else None
@@ -310,7 +315,7 @@ class Maintenance:
         with transaction(db):
             point = Point() if base else view.point
             if not database.swap_segments(db, row, old, new, sealed=sealed, point=point):
-                return  # another process was faster; this one's folder is an orphan now
+                return  # another process was faster; the folder written here is now an orphan
         self._stamp.bump()
         self._current(db, row.key)  # open it now, so that no search waits for its checksums
         seconds = round(time.perf_counter() - started, 3)
@@ -318,8 +323,11 @@ class Maintenance:
         log.info("segment built", extra={"fields": {**fields, "seconds": seconds}})
 
     def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[Chunk]:
-        """Items with numbers above `after`, up to `to`, each chunk in a transaction of its own: what is deleted in
-        between is in `removed`, and a long one would keep SQLite from shortening its log."""
+        """Yield items with numbers above `after`, up to `to`, one transaction per chunk.
+
+        Items deleted between chunks are recorded in `removed`. One long transaction would keep SQLite from truncating
+        its log.
+        """
         while True:
             with snapshot(db):
                 database.check_exists(db, row)
@@ -335,7 +343,7 @@ class Maintenance:
 
 
 class Recall:
-    """Recall of the last live queries of a collection, and how much harder than tuned they must try."""
+    """The recall of recent live queries of a collection, and the boost to their search effort."""
 
     def __init__(self, target: float) -> None:
         self._target = target
@@ -344,10 +352,10 @@ class Recall:
         self.boost = 1.0
 
     def add(self, ratio: float) -> float:
-        """The mean, with this one."""
+        """Add a measurement and return the new mean."""
         self._ratios.append(ratio)
         self.mean = sum(self._ratios) / len(self._ratios)
         if len(self._ratios) >= RECALL_ENOUGH and self.mean < self._target and self.boost < MAX_BOOST:
             self.boost *= 1.5
-            self._ratios.clear()  # what follows is measured with the new effort
+            self._ratios.clear()  # later measurements use the new effort
         return self.mean

@@ -1,11 +1,12 @@
-"""Collections in a Milvus server: for more vectors than one machine holds, or several machines that serve them.
+"""Collections in a Milvus server, for more vectors than one machine holds or for several serving machines.
 
-One Milvus collection for each of ours. The metadata is there twice: as text, which gives back what was written, and as
-JSON, which filters look at. What Milvus cannot filter as `filters.matches` defines it (see
-`service/search/filter_milvus.py`) is fetched page by page and decided here: slower, never wrong.
+Each collection of ours is one Milvus collection. Metadata is stored twice: as text, to return exactly what was
+written, and as JSON, for filters. If Milvus cannot evaluate a filter as `filters.matches` defines it (see
+`service/search/filter_milvus.py`), items are fetched page by page and filtered here: slower, but never wrong.
 
-What is checked and then written (patch, delete, create, aliases) is in order within this process; between processes the
-last write wins. A call with several items is several writes: others may see, and a failure may leave, a part of them.
+Operations that check and then write (patch, delete, create, aliases) run one after another within this process; between
+processes the last write wins. A call with several items makes several writes: other clients may see some of them
+before the rest, and a failure may leave only some of them.
 """
 
 import asyncio
@@ -69,24 +70,27 @@ from service.search.store import (
 )
 
 TIMEOUT_S: Final = 15.0
-"""Of one call to the server, with what the client tries again."""
+"""Time limit for one call to the server, including the client's retries."""
 _SPEC: Final = "dinov2.spec"
 _SPEC_STARTS: Final = '{"tag":'
 _MAX_LIMIT: Final = 16_384
-"""Rows of one answer of Milvus."""
+"""The most rows that Milvus returns in one answer."""
 _MAX_HITS: Final = 50_000
-"""Of one answer, over all its queries: each comes with its metadata, and an answer is one message."""
+"""The most hits in one answer, over all its queries. Each hit carries its metadata, and an answer is one message."""
 _PAGE: Final = 500
 _ITEM: Final = ["id", "vector", "text", "source", "digest"]
 
 
 async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
-    """Connects to the server; `url` as in `Settings.vector_store`.
+    """Connect to the server at `url`, in the form of `Settings.vector_store`.
+
+    The messages of these errors do not contain the password.
 
     Raises:
-        Unavailable: it cannot be reached; StorageFailed: it refuses us. The message does not show the password.
+        Unavailable: the server cannot be reached.
+        StorageFailed: the server refuses the connection.
     """
-    # It logs every error with a traceback, a missing collection too; each is answered or raised here.
+    # pymilvus logs every error with a traceback, even a missing collection; this module handles or raises each of them.
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
     server = Server(url, timeout_s)
     await server.connect()
@@ -94,14 +98,14 @@ async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
 
 
 class MilvusStore:
-    """`VectorStore` in a Milvus server."""
+    """A `VectorStore` in a Milvus server."""
 
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._writes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by our name of a collection
-        self._names = asyncio.Lock()  # what makes, drops or points a name
+        self._writes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # key: our name for a collection
+        self._names = asyncio.Lock()  # held while a name is created, dropped or changed
         self._is_open = True
 
     # ---- collections
@@ -124,7 +128,7 @@ class MilvusStore:
         for name in await self._own_names():
             try:
                 infos.append(await self.info(name))
-            except CollectionNotFound:  # dropped meanwhile, or not ours for all its name
+            except CollectionNotFound:  # dropped meanwhile, or not ours despite its name
                 continue
         return infos
 
@@ -219,7 +223,7 @@ class MilvusStore:
             return await self._delete(name, [row["id"] for row in await self._by_id(name, wanted, ["id"])])
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Page by page; what is written meanwhile, by another process, may stay or go."""
+        """Delete page by page. Items that another process writes meanwhile may or may not be deleted."""
         name, _ = await self._resolve(collection)
         async with self._writes[name]:
             gone = 0
@@ -228,7 +232,10 @@ class MilvusStore:
             return gone
 
     async def count(self, collection: str, where: Filter | None = None) -> int:
-        """A filter that Milvus cannot express exactly is counted by looking at what it passes."""
+        """Count the items that match a filter, or all items.
+
+        If Milvus cannot express the filter exactly, the matching items are fetched and counted here.
+        """
         name, spec = await self._resolve(collection)
         if where is None:
             return (await self._info(name, spec)).count
@@ -240,7 +247,7 @@ class MilvusStore:
     async def scroll(
         self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page:
-        """In the order of the ids."""
+        """Return a page of items in order of id."""
         after = id_after(cursor)
         name, _ = await self._resolve(collection)
         page: list[Row] = []
@@ -262,7 +269,7 @@ class MilvusStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """Over an HNSW index; `exact` is a search as wide as the index allows, since Milvus has no other."""
+        """Search an HNSW index; `exact` searches it as widely as it allows, because Milvus offers no exact search."""
         check_k(k)
         queries = normalised_rows(vectors)
         name, spec = await self._resolve(collection)
@@ -287,7 +294,7 @@ class MilvusStore:
     async def _nearest(
         self, name: str, queries: Floats, depth: int, expression: Expression, params: SearchParams
     ) -> list[list[Row]]:
-        usual = 128 if expression.text is True else 512  # a filter leaves the graph fewer ways
+        usual = 128 if expression.text is True else 512  # a filter leaves fewer paths in the graph
         ef = max(depth, _MAX_LIMIT if params.exact else params.ef_search or usual)
         together = max(1, _MAX_HITS // depth)
         answers: list[Any] = []
@@ -305,7 +312,7 @@ class MilvusStore:
         return [[row_of_hit(hit) for hit in answer] for answer in answers]
 
     async def _scan(self, name: str, queries: Floats, k: int, where: Filter) -> list[list[Hit]]:
-        """By looking at every item that the filter may pass."""
+        """Search exactly by comparing every item that the filter may pass."""
         best: list[list[Hit]] = [[] for _ in queries]
         async for rows in self._pages(name, where, fields=["id", "vector", "text", "source"]):
             if rows:
@@ -316,15 +323,15 @@ class MilvusStore:
         return best
 
     async def close(self) -> None:
-        """Calls under way finish; calling again does nothing."""
+        """Close the connection after running calls finish. A second call does nothing."""
         if self._is_open:
             self._is_open = False
             await self._server.close()
 
-    # ---- what these are made of
+    # ---- helpers
 
     async def _resolve(self, collection: str) -> tuple[str, CollectionSpec]:
-        """The own name of a collection or alias, and what it is."""
+        """Return the name and settings of the collection that a name or alias leads to."""
         missing = CollectionNotFound(f"there is no collection {check_name(collection)!r}")
         try:
             described = await self._server.call("describe_collection", collection_name=encoded(collection))
@@ -332,12 +339,12 @@ class MilvusStore:
             raise missing from None
         name = decoded(described["collection_name"])
         text = described.get("properties", {}).get(_SPEC) or described.get("description", "")
-        if name is None or not text.startswith(_SPEC_STARTS):  # somebody else's, with a name like ours
+        if name is None or not text.startswith(_SPEC_STARTS):  # another application's collection with a name like ours
             raise missing
         return name, spec_of(name, text)
 
     async def _create(self, name: str, spec: CollectionSpec) -> tuple[str, CollectionSpec]:
-        """A new collection; or what another process has made under this name meanwhile."""
+        """Create a collection, or return the one that another process created under this name meanwhile."""
         try:
             await self._make(name, spec)
         except StorageFailed as error:
@@ -397,11 +404,14 @@ class MilvusStore:
     async def _pages(
         self, name: str, where: Filter | None, *, fields: list[str], after: str = "", size: int = _PAGE
     ) -> AsyncIterator[list[Row]]:
-        """What the filter passes, by id; `fields` with id and text. A page may be empty and not the last."""
+        """Yield pages of the rows that pass the filter, in order of id.
+
+        `fields` must include id and text. A page may be empty although more pages follow.
+        """
         expression = True if where is None else translate(where).text
         while expression is not False:
             condition = f"id > {quoted(after)}" + (f" and ({expression})" if isinstance(expression, str) else "")
-            # The two flags are what makes an answer with a limit the first by id; the client's iterator sets them too.
+            # With these two flags a limited answer contains the first rows by id. The client's iterator sets them too.
             rows = await self._server.call(
                 "query",
                 collection_name=encoded(name),

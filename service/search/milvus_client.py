@@ -1,4 +1,4 @@
-"""The connection to a Milvus server: its client in threads, its errors as ours, our names as its names."""
+"""The connection to a Milvus server: runs its client in threads and translates its errors and collection names."""
 
 import asyncio
 import re
@@ -15,13 +15,13 @@ from service.addresses import bracketed_host, milvus_parts
 from service.errors import CollectionNotFound, ServiceError, StorageFailed, Unavailable
 
 PREFIX: Final = "dinov2_"
-"""Of our collections and aliases: others of the same database are none of our business."""
+"""Prefix of our collections and aliases; all others in the database are ignored."""
 _CHANNEL: Final = {
     "grpc.use_local_subchannel_pool": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
-"""A server that is back is found within a second: gRPC would wait for up to two minutes, in all channels alike."""
+"""Reconnect within a second after the server returns; by default gRPC waits up to two minutes, in all channels."""
 _NOT_FOUND: Final = 100
 _NOT_LOADED: Final = 101
 _RATE_LIMIT: Final = 8
@@ -29,7 +29,7 @@ _NO_INDEX: Final = 700
 
 
 class Server:
-    """The client in threads of its own; its errors become ours here and nowhere else."""
+    """The Milvus client, run in its own threads. Its errors are translated only here."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         parts = milvus_parts(url)
@@ -56,7 +56,7 @@ class Server:
             raise
 
     async def call(self, method: str, **arguments: Any) -> Any:
-        """One method of the client; a collection that the server has not loaded is loaded."""
+        """Call one method of the client; load the collection first if the server has not loaded it."""
 
         def work() -> Any:
             do = partial(getattr(self._client, method), timeout=self._timeout_s, **arguments)
@@ -71,7 +71,7 @@ class Server:
         return await self._run(work)
 
     def _load(self, name: str) -> None:
-        """Also of a collection whose making was cut off before its index was made."""
+        """Load a collection, and first create its index if an interrupted creation left it without one."""
         try:
             self._client.load_collection(name, timeout=self._timeout_s)
         except MilvusException as error:
@@ -89,13 +89,13 @@ class Server:
             raise self._translated(error) from error
 
     def _translated(self, error: Exception) -> ServiceError:
-        """Ours for one of the client."""
+        """Translate an error of the client to one of ours."""
         code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
         message = str(getattr(error, "message", None) or getattr(error, "details", lambda: error)())
         if self._options["password"]:
             message = message.replace(self._options["password"], "***")
         if code == _NOT_FOUND:
-            return CollectionNotFound(f"the collection is gone: {message[:200]}")
+            return CollectionNotFound(f"the collection no longer exists: {message[:200]}")
         is_away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, _RATE_LIMIT)
         if is_away or re.search("Fail connecting|Retry timeout|Retry run out|closed channel", message):
             return Unavailable(f"Milvus at {self.address} does not answer: {message[:200]}", retry_after_s=1)
@@ -108,19 +108,19 @@ class Server:
 
 
 def encoded(name: str) -> str:
-    """Our name as one that Milvus allows: a-z, 0-9 and _."""
+    """Encode our name as one that Milvus allows: a-z, 0-9 and _."""
     return PREFIX + name.replace("_", "__").replace("-", "_2d")
 
 
 def decoded(name: str) -> str | None:
-    """Our name of a collection or alias of Milvus; None if it is not ours."""
+    """Decode the Milvus name of a collection or alias; return None if it is not ours."""
     if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
         return None
     return re.sub("_(_|2d)", lambda escape: "_" if escape[1] == "_" else "-", name.removeprefix(PREFIX))
 
 
 def index() -> Any:
-    """Of the vectors of every collection."""
+    """Return the parameters of the vector index, the same for every collection."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
     return parameters

@@ -1,4 +1,4 @@
-"""What Milvus stores of a collection and its items, and what is made of the rows that it answers with."""
+"""Converts collection settings and items to the form that Milvus stores, and its rows back to items and hits."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +16,9 @@ from service.search.store import CollectionSpec, Floats, Hit, IndexSpec, Item
 Row = Mapping[str, Any]
 
 DIGITS: Final = 6
-"""Of a score, as in the embedded store."""
+"""The digits to which scores are rounded, as in the embedded store."""
 _WRITE_BYTES: Final = 16 * 2**20
-"""Of one message to the server."""
+"""The size limit for one message to the server."""
 
 
 def spec_of(name: str, text: str) -> CollectionSpec:
@@ -26,7 +26,7 @@ def spec_of(name: str, text: str) -> CollectionSpec:
         values = orjson.loads(text)
         return CollectionSpec(**{**values, "index": IndexSpec(**values["index"]), "indexed": tuple(values["indexed"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise StorageFailed(f"collection {name!r} in Milvus says nothing of use about itself: {error}") from error
+        raise StorageFailed(f"the settings of collection {name!r} in Milvus cannot be read: {error}") from error
 
 
 def id_in(ids: Sequence[str]) -> str:
@@ -34,7 +34,10 @@ def id_in(ids: Sequence[str]) -> str:
 
 
 def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
-    """As stored. The text is without its braces: 64 KiB of metadata are one byte more than Milvus takes."""
+    """Return an item as a Milvus row.
+
+    The text omits the braces of the JSON object, because 64 KiB of metadata exceed Milvus' limit by one byte.
+    """
     return {
         "id": item.id,
         "vector": vector.tolist(),
@@ -46,7 +49,7 @@ def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
 
 
 def batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    """Rows by what one message may hold."""
+    """Split rows into batches that fit in one message."""
     batch: list[dict[str, Any]] = []
     size = 0
     for row in rows:
@@ -73,7 +76,7 @@ def item_of(row: Row) -> Item:
 
 
 def row_of_hit(hit: Mapping[str, Any]) -> Row:
-    """A hit of Milvus as a row with a score."""
+    """Convert a Milvus hit to a row with a score."""
     entity = hit["entity"]
     score = rounded(hit["distance"])
     return {"id": hit["id"], "score": score, "text": entity["text"], "source": entity["source"]}
@@ -88,9 +91,9 @@ def rounded(score: float) -> float:
 
 
 def best_hits(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is_last: bool) -> list[Hit] | None:
-    """The k best of the nearest rows, equal scores by id; None if more must be fetched to know them.
+    """Return the k best of the nearest rows, equal scores by id, or None if more rows are needed to determine them.
 
-    `is_all`: there are no more; `is_last`: no more can be fetched.
+    `is_all`: no more rows exist. `is_last`: no more rows can be fetched.
     """
     hits = sorted((hit_of(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
     hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]
@@ -105,14 +108,14 @@ def cursor_at(item_id: str) -> str:
 
 
 def id_after(cursor: str | None) -> str:
-    """The id that a cursor continues behind."""
+    """Return the id after which a cursor continues."""
     if cursor is None:
         return ""
     text = cursor.removeprefix("i")
     try:
         item_id = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
         if not item_id or cursor_at(item_id) != cursor:
-            raise ValueError("not as it was given")
+            raise ValueError("the cursor is not one that this store issued")
         return check_id(item_id)
     except (ValueError, InvalidRequest) as error:
-        raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor") from error
+        raise InvalidRequest(f"cursor {cursor[:80]!r} is not from this store", param="cursor") from error

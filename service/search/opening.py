@@ -1,6 +1,6 @@
-"""Which vector store the service gets: the one place that knows the kinds.
+"""Opens the vector store that the settings name. No other module of the service knows which stores exist.
 
-A store's packages are imported only when it is chosen: pymilvus is an extra.
+A store's packages are imported only when it is chosen, because pymilvus is an extra.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ from service.settings import Settings
 
 
 async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore:
-    """The store that `settings.vector_store` names; `embedded_options` go to `open_embedded`.
+    """Open the store that `settings.vector_store` names; `embedded_options` go to `open_embedded`.
 
     Raises:
-        ModuleNotFoundError: the extra for it is not installed; the message says how.
-        StorageFailed: the data folder cannot be used, or Milvus refuses us.
+        ModuleNotFoundError: the extra is not installed; the message says how to install it.
+        StorageFailed: the data folder cannot be used, or Milvus refuses the connection.
         Unavailable: Milvus cannot be reached.
     """
     if settings.vector_store == "embedded":
@@ -27,7 +27,7 @@ async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore
         if (error.name or "").partition(".")[0] not in ("pymilvus", "grpc"):
             raise
         raise ModuleNotFoundError(
-            "vector_store is Milvus, and its client is not installed: python -m pip install pymilvus",
+            "vector_store is Milvus, but its client is not installed: python -m pip install pymilvus",
             name=error.name,
         ) from error
     return await open_milvus(settings.vector_store)

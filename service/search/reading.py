@@ -1,4 +1,4 @@
-"""Items of the embedded store as they are read from the database: whole, by filter, page by page."""
+"""Reads and deletes items of the embedded store's database, whole, by filter and page by page."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from service.search.filters import Filter
 from service.search.store import Item
 
 _PAGE: Final = 1000
-"""Items that one transaction deletes by filter: others may write in between."""
+"""The number of items that one transaction deletes by filter; other writes may run in between."""
 ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
-"""The columns that `items_of` takes."""
+"""The columns that `items_of` expects."""
 
 
 def number_after(cursor: str | None) -> int:
-    """The number that a cursor continues behind."""
+    """Return the number after which a cursor continues."""
     if cursor is None:
         return 0
     digits = cursor.removeprefix("n")
     if digits == cursor or not digits.isascii() or not digits.isdigit() or len(digits) > 18:
-        raise InvalidRequest(f"cursor {cursor[:80]!r} is none of this store's", param="cursor")
+        raise InvalidRequest(f"cursor {cursor[:80]!r} is not from this store", param="cursor")
     return int(digits)
 
 
 def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) -> list[Item]:
-    """Items of rows (number, id, metadata, source, digest), with their vectors."""
+    """Return items, with their vectors, from rows (number, id, metadata, source, digest)."""
     query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number = ?"
     vectors = [db.execute(query, (columns[0],)).fetchone() for columns in rows]
     if None in vectors:
@@ -43,11 +43,11 @@ def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) 
 
 
 def metadata_of(item_id: str, text: Any) -> dict[str, Any]:
-    """What `metadata_text` has made, unless the file was damaged since."""
+    """Parse stored metadata; raise StorageFailed if the text is damaged."""
     try:
         metadata = orjson.loads(text)
         if not isinstance(metadata, dict):
-            raise ValueError(f"a JSON object was stored, and it is {type(metadata).__name__}")
+            raise ValueError(f"the stored metadata must be a JSON object, not {type(metadata).__name__}")
     except (TypeError, ValueError) as error:
         raise StorageFailed(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
     return metadata
@@ -58,7 +58,11 @@ def condition_of(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:
-    """Delete the next of what passes; how many, and up to which number it has looked."""
+    """Delete the next page of items that pass a filter.
+
+    Returns:
+        How many were deleted, and the last number that was checked.
+    """
     database.check_exists(db, row)
     condition, parameters = to_sql(where)
     query = f"SELECT number FROM items_{row.key} WHERE number > ? AND number <= ? AND {condition} ORDER BY 1 LIMIT ?"

@@ -1,10 +1,11 @@
-"""Searching the embedded store: which view, in which thread, and the items at the positions that it answers with.
+"""Searches the embedded store: chooses the view and the thread, and turns positions into hits.
 
-A search looks at the stamp that every commit changes and, if it has changed, brings the view up to date, so it sees
-every acknowledged write, of this process or of another on the same folder, and none half. Searches that wait together
-and want the same share one call of faiss; one that is alone and quick is answered in the caller's thread.
+Every commit changes the stamp. A search reads the stamp and updates the view if it has changed. So the search sees
+every acknowledged write, by this process or another on the same folder, and no partial write. Queued searches with the
+same parameters share one faiss call. A quick search with no others running is answered in the caller's thread.
 
-Equal scores come by id, so scores are rounded to six digits: sums in another order differ in the seventh.
+Hits with equal scores are in order of id. Scores are rounded to six digits, because sums in another order differ in
+the seventh.
 """
 
 import asyncio
@@ -35,18 +36,19 @@ from service.search.threads import Workers
 from service.search.view import View, Views
 
 AT_ONCE_S: Final = 0.001
-"""A search that usually takes no longer may hold the event loop up for as long."""
+"""A search that usually takes at most this long may block the event loop."""
 DIGITS: Final = 6
-"""Of a score."""
+"""The digits to which scores are rounded."""
 AT_ONCE_K: Final = 100
-"""Nor does one that asks for more: only of the usual ones is it known how long they take."""
+"""A search with a larger k does not run in the caller's thread, because its duration is not known."""
 TIED: Final = 1024
-"""How deep an approximate search goes to tell which of very many equal scores have the smallest ids. The same depth for
-every k below it, so that pages do not overlap."""
+"""How deep an approximate search looks for the smallest ids among many equal scores. The depth is the same for every k
+below it, so that pages do not overlap."""
 IN_TURN: Final = 4
-"""How many of one task come after each other before it gives way to others."""
+"""The number of consecutive searches of one task before it yields to others."""
 ATTEMPTS: Final = 100
-"""Of a search with a filter; after them it is not a write in between, and the thread must not turn for ever."""
+"""The number of attempts of a filtered search that finds items changed meanwhile, so that a thread never loops forever.
+"""
 
 
 _USUAL: Final = SearchParams()
@@ -64,7 +66,7 @@ class _Query(NamedTuple):
 
 
 class Searcher:
-    """Answers searches on the newest views."""
+    """Answers searches on the latest views."""
 
     def __init__(
         self,
@@ -80,13 +82,13 @@ class Searcher:
         self._connect = connect
         self._selections = Selections()
         self._local = threading.local()
-        self._searching = 0  # in the search threads
-        self._first: asyncio.Task[Any] | None = None  # to search in this turn of the event loop
+        self._searching = 0  # searches in the search threads
+        self._first: asyncio.Task[Any] | None = None  # the first task to search in this turn of the event loop
         self._in_turn = 0  # searches of that task
-        self._seconds: dict[str, float] = {}  # a collection's usual search
-        self._at_stamp: tuple[int, dict[str, View]] = (0, {})  # a stamp, and views by name or alias while it stands
+        self._seconds: dict[str, float] = {}  # collection -> usual duration of a search
+        self._at_stamp: tuple[int, dict[str, View]] = (0, {})  # a stamp, and the views valid for it by name or alias
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
-        # Apart, as a filter may read all metadata: no search without one waits for that.
+        # Separate threads, because a filter may read all metadata and other searches must not wait for that.
         self._filtering: Workers[_Query] = Workers("store-filter", threads, self._make_worker)
 
     async def search(
@@ -114,7 +116,7 @@ class Searcher:
             self._searching -= 1
 
     async def _is_alone(self) -> bool:
-        """Whether no other task searches now, in a thread or in this turn of the event loop."""
+        """Return whether no other task is searching, in a thread or in this turn of the event loop."""
         task = asyncio.current_task()
         if self._first is None:
             self._first, self._in_turn = task, 0
@@ -130,8 +132,11 @@ class Searcher:
         self._first = None
 
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
-        """The answer to a search that is alone and quick, in the caller's thread: waking another takes as long as it
-        does. None when it may not be quick: not searched lately, written to meanwhile, deep, or tied."""
+        """Answer a quick search in the caller's thread, because waking another thread takes as long as the search.
+
+        Return None if the search may be slow: the collection was not searched recently or has changed, the search is
+        deep or has unusual parameters, or scores are tied.
+        """
         stamp, views = self._at_stamp
         view = views.get(query.collection)
         usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
@@ -147,7 +152,7 @@ class Searcher:
         return None
 
     def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
-        faiss.omp_set_num_threads(1)  # of this thread: queries run beside each other, and the engine has the cores
+        faiss.omp_set_num_threads(1)  # applies to this thread; queries run in parallel, and the engine uses the cores
         db = self._connect()
 
         def work(together: Sequence[_Query]) -> Sequence[Any]:
@@ -161,7 +166,7 @@ class Searcher:
         return work
 
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
-        """For each of the vectors; `query` says the rest."""
+        """Return the hits for each vector; `query` gives everything else."""
         attempts = 0
         while True:
             attempts += 1
@@ -174,7 +179,7 @@ class Searcher:
                 self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
             elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
                 if attempts < ATTEMPTS:
-                    continue  # it was changed between the filter's answer and this one
+                    continue  # an item changed between the filter's answer and this one
                 answers = [[hit for hit in hits if matches(query.where, hit.metadata)] for hits in answers]
             return answers
 
@@ -194,31 +199,32 @@ class Searcher:
         return [_hits(view, best, query.k) for best in candidates]
 
     def view(self, db: sqlite3.Connection, name: str) -> View:
-        """The view of a collection (or alias) that holds every write acknowledged until now."""
+        """Return the view of a collection (or alias) with every write acknowledged so far."""
         stamp = self._stamp.read()
         if self._at_stamp[0] != stamp:
-            self._at_stamp = (stamp, {})  # also lets go of collections that were dropped
+            self._at_stamp = (stamp, {})  # also releases dropped collections
         views_at, views = self._at_stamp
         view = views.get(name) if views_at == stamp else None
         if view is None:
             view = self._views.newest(db, database.find(db, name))
-            if views_at == stamp:  # read before the view was: what came in between may be in it, never missing
+            if views_at == stamp:  # the stamp was read before the view, so the view misses no write before the stamp
                 views[name] = view
         return view
 
     def close(self) -> None:
-        """Searches that wait are answered."""
+        """Answer the queued searches, then stop the threads."""
         self._workers.close()
         self._filtering.close()
 
 
 class _Tied(Exception):
-    """More than the k nearest are needed to tell which they are."""
+    """Raised when scores are tied, so that a deeper search is needed to choose the k nearest."""
 
 
 def _nearest(find: Callable[..., Neighbours], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
-    """For each vector the (score, position) of its k nearest, best first, and of those that tie with the last of them,
-    as far as `deepest`. `find` is the search, still without its vectors and its k.
+    """Return (score, position) of the k nearest of each vector, best first, and of those that tie with the last.
+
+    Ties are searched down to `deepest`. `find` is called with the vectors and k.
 
     Raises:
         _Tied: there may be more ties, and `deepest` is 0.
@@ -252,7 +258,7 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
 
 
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
-    """Candidates (score, position) with their ids and metadata; the k best, equal scores by id."""
+    """Return the k best candidates (score, position) as hits, equal scores in order of id."""
     hits = []
     try:
         for (score, _), payload in zip(best, view.payloads([position for _, position in best]), strict=True):

@@ -1,7 +1,6 @@
-"""Opening segments: files are checked byte by byte, then mapped.
+"""Opens segments: verifies the checksum of every file, then maps the files.
 
-Files are mapped (`IO_FLAG_MMAP_IFC`), so opening costs nothing but their checksums, and all processes of a host share
-one copy.
+Files are mapped (`IO_FLAG_MMAP_IFC`), so opening costs only the checksums, and all processes of a host share one copy.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ _CHUNK: Final = 2**20
 
 
 def checksum(path: Path) -> str:
-    """xxh3 of a file, at the speed of memory: every opening checks every byte."""
+    """Return the xxh3 checksum of a file. It runs at memory speed, so every byte is checked at each opening."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(_CHUNK)
@@ -36,7 +35,7 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
     """Check a segment's files and map them.
 
     Raises:
-        StorageFailed: a file is missing, or is not what was written.
+        StorageFailed: a file is missing or damaged.
         ValueError: this version does not know the segment's kind.
     """
     folder, kind = root / row.folder, kind_named(row.kind)
@@ -47,7 +46,7 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
             raise StorageFailed(f"segment {row.folder}: {name}: {error.strerror}") from error
         if not whole:
             raise StorageFailed(f"segment {row.folder}: {name} is damaged")
-    # As a plain array: a memmap is slow to index.
+    # A plain array, because a memmap is slow to index.
     numbers = np.asarray(np.load(folder / "numbers.npy", mmap_mode="r", allow_pickle=False))
     flat = faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
     index = structure_of(kind).open(folder, flat)
@@ -58,7 +57,7 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
 
 
 def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
-    """What takes the place of a damaged segment: the same vectors, from the database, searched exactly."""
+    """Build a replacement for a damaged segment in memory: the same vectors from the database, searched exactly."""
     flat = new_flat(dimension, dtype)
     for chunk in chunks:
         flat.add(chunk.vectors)

@@ -1,15 +1,15 @@
 """Immutable files of vectors with a faiss index over them, mapped into memory.
 
-A segment is a folder of `numbers.npy` (what each item is called in the database), `payloads.bin` with `payloads.npy`
-(what an answer says of each, and where that begins), `vectors.faiss` (a flat index: float32 or float16) and, but for
-the kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of codes). Nothing here is ever
-changed: what is deleted is a bit in a bitmap that comes with each search, since faiss aborts or answers wrongly when an
-index changes under a search (faiss#1504).
+A segment is a folder with `numbers.npy` (each item's number in the database), `payloads.bin` and `payloads.npy` (what a
+hit returns for each item, and the offsets), `vectors.faiss` (a flat index in float32 or float16) and, except for the
+kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of codes). Segments never change,
+because faiss aborts or gives wrong answers if an index changes during a search (faiss#1504). Deleted items are marked
+in a bitmap that is passed with each search.
 
 This module has the vectors and exact searches; `service/search/indexes.py` has the searches by index, and
 `service/search/segment_files.py` opens the files.
 
-Legend: n vectors in the segment, D dimension, q queries, k neighbours wanted.
+Legend: n vectors in the segment, D dimension, q queries, k neighbours requested.
 """
 
 import io
@@ -30,25 +30,25 @@ from service.search.database import Numbers, SegmentRow
 from service.search.kinds import IndexKind, kind_named
 from service.search.store import Floats
 
-Bits = npt.NDArray[np.uint8]  # a bit for each vector, lowest first
+Bits = npt.NDArray[np.uint8]  # one bit per vector, lowest bit first
 Positions = npt.NDArray[np.int64]
 
-_GATHER: Final = 2048  # 3 MB at a time stay in the cache
+_GATHER: Final = 2048  # rows at a time; 3 MB of float32 at 384 dimensions fit in the cache
 
 
 class Neighbours(NamedTuple):
-    """The answers to some queries, best first; missing ones have position -1 and score -inf."""
+    """The neighbours of each query, best first; missing ones have position -1 and score -inf."""
 
     scores: Floats  # [q, k]
     positions: Positions  # [q, k], within the part that was searched, or over all parts of a view
 
 
 class Mapped:
-    """Vectors [n, D] in memory, or mapped into it."""
+    """Vectors [n, D] in memory or memory-mapped."""
 
     def __init__(self, matrix: npt.NDArray[Any]) -> None:
         self._type = matrix.dtype
-        # As bytes: mapped floats lie at odd addresses, and numpy would copy all of them to take a few.
+        # Stored as bytes: mapped floats may be unaligned, and numpy would copy all of them to take a few.
         self._rows = matrix.view(np.uint8).reshape(len(matrix), matrix.shape[1] * matrix.itemsize)
 
     def take(self, positions: Positions) -> Floats:
@@ -57,8 +57,7 @@ class Mapped:
 
 
 class OnDisk:
-    """Vectors [n, D] that are read from their file when they are wanted: mapped, every one would bring its neighbours
-    into memory."""
+    """Vectors [n, D] that are read from their file on demand. If mapped, each read would load neighbouring vectors."""
 
     def __init__(self, path: Path, dimension: int, dtype: str, count: int) -> None:
         self._type = np.dtype("<f4" if dtype == "float32" else "<f2")
@@ -66,7 +65,7 @@ class OnDisk:
         self._size = dimension * self._type.itemsize
         self._file = path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
-        self._start = path.stat().st_size - count * self._size  # faiss writes them last
+        self._start = path.stat().st_size - count * self._size  # faiss writes the vectors last
 
     def take(self, positions: Positions) -> Floats:
         handle, size, start = self._file.fileno(), self._size, self._start
@@ -78,11 +77,11 @@ class OnDisk:
 
 
 class Payloads(Sequence[bytes]):
-    """What an answer says of each item of a segment, in a file: mapped, or read when it is wanted, as with `OnDisk`."""
+    """What a hit returns for each item of a segment, in a file that is mapped or, as with `OnDisk`, read on demand."""
 
     def __init__(self, data: bytes | mmap.mmap | io.FileIO, starts: npt.NDArray[np.int64]) -> None:
         self._data = data
-        self._starts = memoryview(starts)  # type: ignore[arg-type]  # [n + 1]; gives integers faster than numpy does
+        self._starts = memoryview(starts)  # type: ignore[arg-type]  # [n + 1]; indexing is faster than with numpy
 
     @staticmethod
     def of(payloads: Sequence[bytes]) -> "Payloads":
@@ -113,38 +112,38 @@ class Payloads(Sequence[bytes]):
 
 @dataclass(frozen=True)
 class Segment:
-    """One open segment. Safe to search from several threads."""
+    """An open segment. It is safe to search from several threads."""
 
     row: SegmentRow
     folder: Path
     numbers: Numbers  # [n], ascending
     flat: Any  # faiss.IndexFlatIP or IndexScalarQuantizer (float16)
-    matrix: Mapped | OnDisk  # [n, D], the flat index's own vectors
+    matrix: Mapped | OnDisk  # [n, D], the vectors of the flat index
     index: Any  # over the same positions; None for the kind flat
     payloads: Payloads
-    whole: bool = True  # False: its files are damaged, and this was made of the database's rows
+    whole: bool = True  # False: the files are damaged, and this segment was built from database rows
 
     @cached_property
     def kind(self) -> IndexKind:
-        """Raises ValueError when this version does not know it."""
+        """The index kind; raises ValueError if this version does not know it."""
         return kind_named(self.row.kind)
 
     @property
     def n_lists(self) -> int:
-        """Of an index of inverted lists."""
+        """The number of inverted lists in the index."""
         return int(faiss.extract_index_ivf(self.index).nlist)
 
     @cached_property
     def lists(self) -> npt.NDArray[np.int32]:
-        """[n]: the inverted list that each vector is in."""
+        """The inverted list of each vector, [n]."""
         inverted, lists = faiss.extract_index_ivf(self.index).invlists, np.empty(len(self.numbers), np.int32)
         for number in range(inverted.nlist):
-            if size := inverted.list_size(number):  # of none, faiss makes an array of floats
+            if size := inverted.list_size(number):  # faiss returns an array of floats for an empty list
                 lists[faiss.rev_swig_ptr(inverted.get_ids(number), size)] = number
         return lists
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Neighbours:
-        """The k nearest of each query among some positions, by their vectors."""
+        """Return the k nearest of each query among these positions, compared by their vectors."""
         nearest = []
         for begin in range(0, len(positions), _GATHER):
             gathered = positions[begin : begin + _GATHER]
@@ -153,11 +152,11 @@ class Segment:
         return merged(nearest or [nothing(len(queries))], k)
 
     def rows(self, positions: Positions) -> Floats:
-        """Vectors [len(positions), D] float32."""
+        """Return the vectors at these positions, [len(positions), D] float32."""
         return self.matrix.take(positions)
 
     def positions_of(self, numbers: Numbers) -> Positions:
-        """Where those of the numbers (ascending) lie that this segment holds."""
+        """Return the positions of those numbers (ascending) that this segment contains."""
         if not len(self.numbers):
             return np.empty(0, np.int64)
         inside = numbers[np.searchsorted(numbers, self.row.first) : np.searchsorted(numbers, self.row.last, "right")]
@@ -166,7 +165,10 @@ class Segment:
         return held
 
     def scan(self, queries: Floats, k: int, alive: Bits | None) -> Neighbours:
-        """All vectors that are alive. Those on disk are read through, not mapped: they would fill the memory."""
+        """Return the k nearest of each query by comparing all vectors in `alive` (None: all).
+
+        Vectors on disk are read in batches instead of mapped, because mapped pages would fill the memory.
+        """
         if isinstance(self.matrix, Mapped):
             selector = None if alive is None else faiss.IDSelectorBitmap(alive)
             return Neighbours(*self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector)))
@@ -175,15 +177,15 @@ class Segment:
 
 
 class LivePart(NamedTuple):
-    """A segment, and which of its vectors are deleted."""
+    """A segment and its deleted vectors."""
 
     segment: Segment
     dead: Positions
-    alive: Bits | None  # the others; None: all
+    alive: Bits | None  # the vectors that are not deleted; None: all
 
 
 class Allowed:
-    """The items that pass a filter: their numbers, ascending, and where they lie in each segment, computed once."""
+    """The items that pass a filter: their numbers, ascending, and their positions in each segment, computed once."""
 
     def __init__(self, numbers: Numbers) -> None:
         self.numbers = numbers
@@ -204,7 +206,7 @@ class Allowed:
         return bits
 
     def in_lists(self, segment: Segment) -> Numbers:
-        """How many are in each of the segment's inverted lists."""
+        """Return the number of these items in each of the segment's inverted lists."""
         counts = self._in_lists.get(segment.row.folder)
         if counts is None:
             counts = np.bincount(segment.lists[self.positions(segment)], minlength=segment.n_lists)
@@ -215,26 +217,26 @@ class Allowed:
     def nbytes(self) -> int:
         arrays: list[np.ndarray[Any, Any]] = [self.numbers]
         for kept in (self._positions, self._bits, self._in_lists):
-            arrays += kept.values()  # in one go: another thread may be adding to it
+            arrays += kept.values()  # in one step, because another thread may be adding entries
         return sum(array.nbytes for array in arrays)
 
 
 def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positions]:
-    """The k nearest rows [m, D] of each query: scores and row numbers [q, min(k, m)].
+    """Return scores and row numbers [q, min(k, m)] of the k nearest rows [m, D] of each query.
 
-    By faiss, in this thread: numpy's product would wake a thread for every CPU, and wait for those that are busy.
+    Uses faiss in this thread: numpy's matrix product would start a thread on every CPU and wait for busy ones.
     """
     scores, row_numbers = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
     return scores, row_numbers
 
 
 def nothing(queries: int) -> Neighbours:
-    """The answer of a part that holds nothing."""
+    """Return the answer of an empty part."""
     return Neighbours(np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64))
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
-    """The k best of each row [q, m], best first; a missing one is (-inf, -1)."""
+    """Return the k best of each row [q, m], best first; missing ones are (-inf, -1)."""
     if scores.shape[1] > k:
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         scores, labels = np.take_along_axis(scores, best, 1), np.take_along_axis(labels, best, 1)
@@ -248,7 +250,7 @@ def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
 
 
 def bits_without(count: int, dead: Positions) -> Bits | None:
-    """All alive but these; None when all are."""
+    """Return a bitmap of `count` vectors with all bits set except the dead ones; None if there are no dead ones."""
     if not len(dead):
         return None
     flags = np.ones(count, bool)
@@ -257,14 +259,14 @@ def bits_without(count: int, dead: Positions) -> Bits | None:
 
 
 def bits_of(count: int, positions: Positions) -> Bits:
-    """Only these alive."""
+    """Return a bitmap of `count` vectors with only the bits at these positions set."""
     flags = np.zeros(count, bool)
     flags[positions] = True
     return np.packbits(flags, bitorder="little")
 
 
 def are_set(bits: Bits | None, positions: Positions) -> npt.NDArray[np.bool_]:
-    """For each position whether its bit is set."""
+    """Return for each position whether its bit is set; with `bits` None all are."""
     if bits is None:
         return np.ones(len(positions), bool)
     flags: npt.NDArray[np.bool_] = (bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
@@ -278,7 +280,7 @@ def new_flat(dimension: int, dtype: str) -> Any:
 
 
 def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
-    """The vectors [n, D] within a flat index, without a copy; valid as long as the index is."""
+    """Return the vectors [n, D] of a flat index without a copy; they are valid while the index exists."""
     size = np.dtype("<f4" if dtype == "float32" else "<f2")
     data = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.d * size.itemsize)
     matrix: npt.NDArray[Any] = data.view(size).reshape(flat.ntotal, flat.d)
@@ -286,7 +288,7 @@ def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
 
 
 def merged(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """The k best of several parts' answers."""
+    """Merge the answers of several parts and return the k best."""
     if len(parts) == 1 and parts[0].scores.shape[1] == k:
         return parts[0]
     scores = np.concatenate([part.scores for part in parts], axis=1)

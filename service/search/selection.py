@@ -1,8 +1,9 @@
-"""Which items a filter lets pass, as the numbers of their vectors; asked once, then kept up to date.
+"""Caches which items pass a filter, as item numbers, and keeps the result up to date.
 
-The database answers through its indexes on declared keys, or by reading all metadata. A filter that is used again
-(most are: a shop, a language, "in stock") costs only what was added since: numbers above the last seen; deleted ones
-drop out by the view's bitmaps. A change of metadata alone makes every answer of that collection void.
+The database evaluates a filter through its indexes on declared keys, or by reading all metadata. Most filters are used
+repeatedly (a shop, a language, "in stock"); a repeated filter reads only the items added since, those with numbers
+above the last one seen. The bitmaps of the view exclude deleted items. An edit of metadata invalidates all cached
+results of the collection.
 """
 
 import sqlite3
@@ -28,25 +29,27 @@ MAX_KEPT: Final = 256
 class _Kept:
     allowed: Allowed
     edits: int
-    through: int  # numbers up to here were looked at
-    segments: frozenset[str]  # whose positions it may hold
+    through: int  # the last number that was checked
+    segments: frozenset[str]  # folders of the segments that `allowed` may have positions for
 
 
 class Selections:
-    """Filters and what passes them, the most recently used. Safe to use from several threads."""
+    """The most recently used filters and the items that pass them. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, str, tuple[Scalar, ...]], _Kept] = OrderedDict()
 
     def allowed(self, db: sqlite3.Connection, view: View, where: Filter) -> Allowed:
-        """What passes now, of the view and perhaps of what was deleted before it. Outside of a transaction.
+        """Return the items of the view that pass the filter now, possibly with items that are already deleted.
+
+        Call it outside a transaction.
 
         Raises:
-            CollectionNotFound: it was dropped since the view was made.
+            CollectionNotFound: the collection was dropped after the view was made.
         """
         row = view.row
-        condition, parameters = to_sql(where)  # also what tells filters apart: to Python, 1 and True are equal
+        condition, parameters = to_sql(where)  # also the cache key, because 1 and True are equal in Python
         key = (row.key, condition, tuple(parameters))
         with self._lock:
             kept = self._kept.get(key)
@@ -72,11 +75,11 @@ class Selections:
 
 
 def passing(db: sqlite3.Connection, row: Row, where: Filter, *, after: int = 0, to: int = 2**62) -> Numbers:
-    """Numbers of the items that pass a filter, ascending."""
+    """Return the numbers of the items that pass a filter, ascending."""
     condition, parameters = to_sql(where)
     query = f"SELECT number FROM items_{row.key} WHERE {condition}"
     if after or to != 2**62:
-        # The plus keeps SQLite from walking through the numbers instead of using an index on metadata.
+        # The plus sign prevents SQLite from scanning the numbers instead of using an index on metadata.
         limits = "number > ? AND number <= ?" if after else "+number > ? AND +number <= ?"
         query, parameters = f"{query} AND {limits}", [*parameters, after, to]
     numbers = np.fromiter((number for (number,) in db.execute(query, parameters)), np.int64)

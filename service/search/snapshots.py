@@ -1,8 +1,8 @@
-"""A collection as it was at one moment, in a file of its own: a small store that holds nothing else.
+"""Snapshots: each is a small store in its own file with one collection as it was at one moment.
 
-Taken within one read transaction, so it is whole while others write, and written aside, synced and renamed. It holds
-what is in the database; segments are built again after a restore. A restore writes into a collection that nobody can
-name yet, page by page so that other writes go on, and gives it its name in the end.
+A snapshot is taken within one read transaction, so it is consistent while others write. It is written to a temporary
+file, synced and renamed. It contains the database rows; segments are rebuilt after a restore. A restore writes to a
+hidden collection, page by page so that other writes continue, and gives it its name at the end.
 """
 
 import json
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
 _CHUNK: Final = 2000
 _YOUNG_S: Final = 60.0
-"""A file that is younger may not be locked yet by whoever has just made it."""
-_LENGTH_ERROR: Final = 0.01  # of vectors in float16 with thousands of numbers, many times over
+"""A younger file may not be locked yet by the process that created it."""
+_LENGTH_ERROR: Final = 0.01  # many times the rounding error of float16 vectors with thousands of numbers
 _NO_VECTOR: Final = np.zeros(0, np.float32)
 
 ItemRow = tuple[int, str, str, str | None, str | None]
@@ -45,7 +45,8 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
     """Write a snapshot of the collection (or alias) in the database `source`.
 
     Raises:
-        CollectionNotFound, StorageFailed: there is none; the disk is full.
+        CollectionNotFound: there is no such collection.
+        StorageFailed: the snapshot cannot be written, for example because the disk is full.
     """
     now = time.time()
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
@@ -55,9 +56,9 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
         folder = root / collection
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{name}.{os.getpid()}.part"
-        lock = lock_file(aside)  # by which `tidy` knows that it is being written
+        lock = lock_file(aside)  # shows `tidy` that the file is being written
         if lock is None:
-            raise StorageFailed("the snapshot: another of this collection is taken in the same moment; try again")
+            raise StorageFailed("the snapshot: another one of this collection is being taken now; try again")
         try:
             _write(source, collection, aside)
             publish(aside, folder / f"{name}.sqlite3")
@@ -68,9 +69,9 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
 
 
 def _write(source: Path, collection: str, target: Path) -> None:
-    sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # one file, without a log beside it
+    sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # a single file without a write-ahead log
     with closing(sqlite3.connect(target, isolation_level=None, uri=True)) as db:
-        db.execute("ATTACH ? AS source", (_read_only(source),))  # else BEGIN IMMEDIATE would lock out its writers
+        db.execute("ATTACH ? AS source", (_read_only(source),))  # otherwise BEGIN IMMEDIATE blocks the source's writers
         with transaction(db):
             copied = database.find(db, collection, schema="source")
             made = database.make(db, collection, copied.spec)
@@ -80,8 +81,10 @@ def _write(source: Path, collection: str, target: Path) -> None:
 
 
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
-    """Of one collection, oldest first; also when the collection itself is gone. Of one that cannot be read the count is
-    None."""
+    """List a collection's snapshots, oldest first, even if the collection was dropped.
+
+    The count of an unreadable snapshot is None.
+    """
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
     infos = []
@@ -98,10 +101,11 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
 
 
 def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
-    """What a snapshot holds.
+    """Return information about a snapshot.
 
     Raises:
-        NotFound, StorageFailed: there is none; it is damaged.
+        NotFound: there is no such snapshot.
+        StorageFailed: the snapshot is damaged.
     """
     path = path_of(root, collection, name)
     with translated(f"snapshot {name}"), closing(_opened(path)) as db:
@@ -115,14 +119,15 @@ def _info(root: Path, collection: str, name: str, count: int | None) -> Snapshot
 
 
 def path_of(root: Path, collection: str, name: str) -> Path:
-    """The snapshot's file.
+    """Return the path of a snapshot's file.
 
     Raises:
-        InvalidRequest, NotFound: no name of a snapshot; there is none.
+        InvalidRequest: `name` is not a snapshot name.
+        NotFound: there is no such snapshot.
     """
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"snapshot {name[:80]!r} is no name of a snapshot: 20260131T235959.123Z is", param="snapshot"
+            f"{name[:80]!r} is not a snapshot name; a valid one is 20260131T235959.123Z", param="snapshot"
         )
     path = root / collection / f"{name}.sqlite3"
     if not path.is_file():
@@ -131,11 +136,12 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """The collection in a snapshot, and its rows page by page. The file may come from anywhere, so everything in it
-    is checked as if it were written now.
+    """Return the collection in a snapshot and an iterator over pages of its rows.
+
+    The file may come from anywhere, so its contents are checked like a new write.
 
     Raises:
-        StorageFailed: it is damaged, no snapshot, or holds what no collection may.
+        StorageFailed: the file is damaged, is not a snapshot, or contains values that a collection may not have.
     """
     what = f"snapshot {path.stem}"
     with translated(what):
@@ -162,7 +168,7 @@ def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]
                 _, matrix = database.vectors_of(row, vectors)
                 lengths = np.linalg.norm(matrix, axis=1)
                 if not (np.abs(lengths - 1) < _LENGTH_ERROR).all():
-                    raise StorageFailed(f"{what} is damaged: a vector has not length 1")
+                    raise StorageFailed(f"{what} is damaged: the length of a vector is not 1")
                 if not items:
                     return
                 yield [_checked(item, what) for item in items], vectors
@@ -177,48 +183,50 @@ def _only_collection(db: sqlite3.Connection, what: str) -> Row:
         check_spec(row.spec)
     except InvalidRequest as error:
         raise StorageFailed(f"{what} cannot be restored: {error.detail}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # of the settings' JSON
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # invalid JSON settings
         raise StorageFailed(f"{what} is damaged: its settings cannot be read: {error}") from error
     return row
 
 
 def _is_number(number: object) -> bool:
-    """Whether an item may have it: SQLite counts on from the largest, and must not come to its end."""
+    """Return whether an item may have this number. SQLite continues from the largest and must not reach its limit."""
     return isinstance(number, int) and 0 < number < 2**53
 
 
 def _checked(row: ItemRow, what: str) -> ItemRow:
-    """An item's row as a write would store it."""
+    """Check an item's row and return it as a write would store it."""
     number, item_id, metadata, source, digest = row
     try:
         if not (isinstance(item_id, str) and isinstance(metadata, str)) or not (
             isinstance(source, str | None) and isinstance(digest, str | None)
         ):
-            raise ValueError("its id, metadata, source or digest is no text")
+            raise ValueError("its id, metadata, source or digest is not text")
         check_source(Item(check_id(item_id), _NO_VECTOR, source=source, digest=digest))
         value = json.loads(metadata)
         if not isinstance(value, dict):
-            raise ValueError("its metadata is no JSON object")
+            raise ValueError("its metadata is not a JSON object")
         return number, item_id, metadata_text(value), source, digest
     except (InvalidRequest, ValueError, RecursionError) as error:
         raise StorageFailed(f"{what} cannot be restored: item number {number}: {error}") from error
 
 
 def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list[VectorRow]) -> None:
-    """Rows of a snapshot into a collection that is being restored."""
+    """Insert rows of a snapshot into a collection that is being restored."""
     database.check_exists(db, row)
     db.executemany(f"INSERT INTO items_{row.key} (number, id, metadata, source, digest) VALUES (?, ?, ?, ?, ?)", items)
     db.executemany(f"INSERT INTO vectors_{row.key} VALUES (?, ?, ?)", vectors)
     db.execute("UPDATE collections SET count = count + ?, version = version + 1 WHERE id = ?", (len(items), row.key))
 
 
-# ---- what is under way, and what was left behind
+# ---- running restores, and cleanup
 
 
 @contextmanager
 def restoring(root: Path) -> Iterator[str]:
-    """A name for a collection until it is restored; `is_restoring` is true of it while the process lives and the block
-    goes on."""
+    """Yield a hidden name for a collection during a restore.
+
+    `is_restoring` returns true for the name until the block ends or the process dies.
+    """
     name = f"{database.HIDDEN}{uuid.uuid4().hex}"
     path = _lock_path(root, name)
     with translated("the restore"):
@@ -237,12 +245,12 @@ def is_restoring(root: Path, name: str) -> bool:
 
 
 def tidy(root: Path) -> None:
-    """Remove the files of snapshots and restores whose process has died."""
+    """Remove the files of snapshots and restores that a dead process left behind."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
-        with suppress(OSError):  # finished meanwhile; or not ours to delete, and nothing else may wait for that
+        with suppress(OSError):  # finished meanwhile, or not deletable; neither must block the other files
             if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := lock_file(path)) is not None:
                 with lock:
-                    path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's, of a snapshot
+                    path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's journal of a snapshot
                     path.unlink()
 
 

@@ -1,8 +1,8 @@
-"""What the settings of a collection may be: one check for every way in.
+"""The single check of a collection's settings.
 
-REST, the command line, an import, a copy and a restore all make collections, and none of them may make one that the
-others refuse or that no index can be built for. Stores call it when they make a collection; what reads settings from a
-file calls it before anything else, since a file may say anything.
+REST, the command line, an import, a copy and a restore all create collections. None of them may create one that the
+others refuse or that no index can be built for. Stores run the check when they create a collection. Code that reads
+settings from a file runs it first, because a file may contain anything.
 """
 
 import reprlib
@@ -23,10 +23,10 @@ TARGET_RECALL: Final = (0.5, 1.0)
 
 
 def check_spec(spec: CollectionSpec) -> CollectionSpec:
-    """The settings, if a collection may have them. Types are checked too: a file's JSON may hold others.
+    """Return the settings if they are allowed. Types are checked too, because JSON from a file may have any type.
 
     Raises:
-        InvalidRequest: it may not; the message names the setting, its value and what is allowed.
+        InvalidRequest: a setting is not allowed; the message names it, its value and what is allowed.
     """
     if not isinstance(spec.tag, str) or not 1 <= len(spec.tag) <= MAX_TAG_CHARACTERS or not spec.tag.isprintable():
         raise _refused("tag", spec.tag, f"1 to {MAX_TAG_CHARACTERS} printable characters")

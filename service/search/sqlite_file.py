@@ -1,6 +1,6 @@
-"""The embedded store's SQLite file: opened, checked to be ours, read and written in transactions.
+"""The embedded store's SQLite file: creation, connections, checks and transactions.
 
-A write is acknowledged after a commit in WAL mode with `synchronous=FULL`: it has been synced to disk.
+A write is acknowledged after a commit in WAL mode with `synchronous=FULL`, so it has been synced to disk.
 `service/search/database.py` has the statements.
 """
 
@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from service.errors import StorageFailed
 
-_APPLICATION_ID: Final = 0x64763273  # "dv2s", in the file's header: a foreign database is told from ours
+_APPLICATION_ID: Final = 0x64763273  # "dv2s", in the file header; distinguishes our files from other databases
 _SCHEMA_VERSION: Final = 2
 _BUSY_MS: Final = 30_000
 _SCHEMA: Final = f"""
@@ -41,7 +41,7 @@ CREATE TABLE requests (
 
 @contextmanager
 def translated(what: str = "the vector store") -> Iterator[None]:
-    """The border to SQLite and the file system: their errors become ours. Clients see no path."""
+    """Translate errors of SQLite and the file system to StorageFailed, without paths that clients could see."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -56,29 +56,29 @@ def translated(what: str = "the vector store") -> Iterator[None]:
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection for one thread; the file is there and ours (`prepare`)."""
+    """Return a connection for one thread. The file must exist and be ours (see `prepare`)."""
     db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA cache_size = -16384")
-    db.execute(f"PRAGMA mmap_size = {2**40}")  # looking hits up takes half the time; SQLite caps it at 2 GB
+    db.execute(f"PRAGMA mmap_size = {2**40}")  # halves the time to look up hits; SQLite caps it at 2 GB
     if read_only:
         db.execute("PRAGMA query_only = ON")
     return db
 
 
 def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | None = None) -> None:
-    """Make the file, or check that it is one of ours.
+    """Create the file, or check that it is one of ours.
 
     Raises:
-        StorageFailed: it cannot be used, is damaged or is not ours; the message names it, or `what`.
+        StorageFailed: the file cannot be used, is damaged or is not ours; the message names it, or `what`.
     """
     what = what or f"vector store {path}"
     with translated(what):
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)) as db:
             if db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-                check_ours(db, what)  # before anything of it is changed
+                check_ours(db, what)  # before changing anything in it
             db.execute("PRAGMA page_size = 8192")
             db.execute(f"PRAGMA journal_mode = {mode}")
             db.execute("PRAGMA synchronous = FULL")
@@ -88,7 +88,7 @@ def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | N
 
 
 def check_ours(db: sqlite3.Connection, what: str) -> None:
-    """Raises StorageFailed when the file is not a vector store of this version."""
+    """Raise StorageFailed if the file is not a vector store of this version."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
@@ -99,14 +99,14 @@ def check_ours(db: sqlite3.Connection, what: str) -> None:
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Statements within the transaction that is open (`executescript` would commit it)."""
+    """Run statements within the open transaction (`executescript` would commit it)."""
     for statement in script.split(";\n"):
         db.execute(statement)
 
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """A write: all or nothing, on disk when the block has ended."""
+    """Run a block as one atomic write, which is on disk when the block ends."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -119,7 +119,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Reads that see one state of the store, from the first one on."""
+    """Run a block of reads that all see the state of the store at the first read."""
     db.execute("BEGIN")
     try:
         yield

@@ -1,10 +1,10 @@
-"""A number that all processes on a data folder share and that changes with every commit: "is there anything new?"
-without asking SQLite, which costs a search more than its own Python does.
+"""A number that all processes on a data folder share and that changes with every commit.
 
-Whoever commits bumps it before the write is acknowledged, so a reader that finds it unchanged has seen every
-acknowledged write. It is a new random number each time: counted up by two processes at once, one could set it back to
-what a reader has seen. A process that dies between commit and bump acknowledged nothing; the next bump shows what it
-wrote.
+It shows whether there is anything new without a query to SQLite, which would cost a search more time than its own
+Python code. A writer changes the stamp before it acknowledges the write, so a reader that finds it unchanged has seen
+every acknowledged write. Each new value is random: if it were a counter, two processes that increment it at once could
+set it back to a value that a reader has seen. A process that dies between commit and change has acknowledged nothing;
+the next change reveals its write.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from service.search.sqlite_file import translated
 
 
 class Stamp:
-    """Eight bytes in a mapped file."""
+    """A 64-bit number in a mapped file."""
 
     def __init__(self, path: Path) -> None:
         with translated(f"vector store {path}"):

@@ -1,10 +1,10 @@
-"""What the service asks of a vector store, whatever stands behind it.
+"""The interface of a vector store, the same for every implementation.
 
-Vectors compare only if the same model made them in the same way, so every collection has a `tag` (the model's
+Vectors can be compared only if the same model made them in the same way. So every collection has a `tag` (the model's
 fingerprint with pooling, normalisation, input size and precision) and a dimension, both set by its first write. A write
-or search with another tag is a 409 that names both.
+or search with another tag is a 409 error that names both tags.
 
-Scores are cosine similarities, -1 to 1: vectors are normalised when they are written and when they are searched for.
+Scores are cosine similarities from -1 to 1; stored vectors and queries are normalised.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Metadata = Mapping[str, Any]
 DType = Literal["float32", "float16"]
 
 MAX_DEPTH: Final = 10_000
-"""How far down one search may look: k with offset, or what a grouping goes through."""
+"""The most hits that one search may read: k with offset, or the hits that a grouping reads."""
 MAX_ID_CHARACTERS: Final = 256
 MAX_METADATA_BYTES: Final = 64 * 2**10
 MAX_SOURCE_CHARACTERS: Final = 2048
@@ -31,13 +31,13 @@ MAX_SOURCE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True)
 class Item:
-    """One vector of a collection. Read back, the vector [D] has length 1."""
+    """One vector of a collection. A vector [D] that is read back has length 1."""
 
     id: str
     vector: Floats
     metadata: Metadata = field(default_factory=dict)
-    source: str | None = None  # where the photo is: an address, or a stored original
-    digest: str | None = None  # sha256 of the photo's bytes, in hex: exact duplicates have the same
+    source: str | None = None  # location of the image: an address or a stored original
+    digest: str | None = None  # sha256 of the image's bytes, in hex; equal for exact duplicates
 
 
 class Hit(NamedTuple):
@@ -51,10 +51,10 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """How a collection is indexed; a store that has no choice ignores what does not concern it.
+    """Index settings of a collection. A store ignores settings that it does not support.
 
-    `auto` goes by size. `service/search/kinds.py` defines which settings apply to a kind; None takes what suits the
-    size.
+    `auto` chooses by size, and None uses a value that suits the size. `service/search/kinds.py` defines which settings
+    apply to each kind.
     """
 
     kind: Kind = "auto"
@@ -66,14 +66,14 @@ class IndexSpec:
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """What a collection is, fixed when it is made; `service/search/specs.py` defines what is allowed."""
+    """Settings of a collection, fixed when it is created; `service/search/specs.py` defines what is allowed."""
 
-    tag: str  # what made its vectors: two vectors compare only if their tags are equal
+    tag: str  # identifies what made the vectors; only vectors with equal tags can be compared
     dimension: int
     dtype: DType = "float32"  # as stored
     index: IndexSpec = field(default_factory=IndexSpec)
-    indexed: tuple[str, ...] = ()  # metadata keys that filters find without looking at every item
-    originals: bool = False  # whether photos are kept beside their vectors
+    indexed: tuple[str, ...] = ()  # metadata keys with an index, so filters on them need not read every item
+    originals: bool = False  # whether images are stored with their vectors
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class SearchParams:
-    """How hard one search tries; None takes what the store was tuned to. What does not concern a kind is ignored."""
+    """The effort of one search. None uses the tuned value; settings that do not apply to a kind are ignored."""
 
     exact: bool = False
     ef_search: int | None = None  # graphs
@@ -102,7 +102,7 @@ class SearchParams:
 
 @dataclass(frozen=True)
 class Page:
-    """Some items in the store's own order; `cursor` continues after them, None at the end."""
+    """A page of items in the store's order. `cursor` continues after them; it is None at the end."""
 
     items: list[Item]
     cursor: str | None
@@ -110,7 +110,7 @@ class Page:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """A collection kept as it was; `created` is ISO 8601, UTC, and the count None when the snapshot is damaged."""
+    """A snapshot of a collection. `created` is ISO 8601 in UTC; `count` is None if the snapshot is damaged."""
 
     name: str
     collection: str
@@ -120,90 +120,91 @@ class SnapshotInfo:
 
 
 class VectorStore(Protocol):
-    """Collections of items with string ids, and aliases of collections. Calls may overlap; a write that has returned is
-    durable, and every later call sees it.
+    """Collections of items with string ids, and aliases of collections.
 
-    Wherever a collection is named, an alias may be.
+    Calls may overlap. A write that has returned is durable, and every later call sees it. An alias may be given
+    instead of a collection's name.
 
-    Raises, everywhere: CollectionNotFound; InvalidRequest for names, settings, ids, vectors, metadata or numbers that
-    are not allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed when the storage behind it
-    fails.
+    Every method may raise CollectionNotFound; InvalidRequest for names, settings, ids, vectors, metadata or numbers
+    that are not allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed if the storage fails.
     """
 
     capabilities: frozenset[str]
-    """What this store can do beyond the protocol: `atomic_upsert` (all or none of a call), `idempotency`, `snapshots`,
+    """Optional features of this store: `atomic_upsert` (a call writes all items or none), `idempotency`, `snapshots`,
     `index_kinds` (follows `IndexSpec`), `stats`."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
-        """Makes a collection; one that exists with the same spec is left as it is.
+        """Create a collection; do nothing if it exists with the same spec.
 
         Raises:
             Conflict: the name is taken by an alias, or by a collection with another spec.
         """
 
     async def collections(self) -> list[CollectionInfo]:
-        """All of them, by name."""
+        """Return all collections in order of name."""
 
     async def info(self, collection: str) -> CollectionInfo: ...
 
     async def drop(self, collection: str) -> None:
-        """A collection by its own name, with all its items.
+        """Drop a collection with all its items.
 
         Raises:
-            Conflict: an alias leads to it, or the name is an alias.
+            Conflict: the collection has an alias, or the name is an alias.
         """
 
     async def aliases(self) -> dict[str, str]:
-        """Alias -> collection."""
+        """Return a mapping from aliases to collections."""
 
     async def set_alias(self, alias: str, collection: str) -> str | None:
-        """Points the alias to the collection, from one moment to the next; where it pointed before.
+        """Point the alias to the collection, atomically; return its previous collection or None.
 
         Raises:
             Conflict: a collection has this name.
         """
 
     async def drop_alias(self, alias: str) -> None:
-        """Raises CollectionNotFound when there is none."""
+        """Remove an alias; raise CollectionNotFound if it does not exist."""
 
     async def upsert(
         self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
     ) -> CollectionInfo:
-        """Adds the items, replaces those whose id exists. Of equal ids in one call the last wins. The first write to a
-        name makes the collection, with the defaults.
+        """Add the items; an item with an existing id replaces the old one. If an id occurs twice, the last item wins.
 
-        `request_key`: a second call with the same key within a day changes nothing (`idempotency`).
+        The first write to a name creates the collection with default settings. A second call with the same
+        `request_key` within a day changes nothing (`idempotency`).
 
         Raises:
             Conflict: the key was used with other items.
         """
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
-        """In the order of the ids; None for those that do not exist."""
+        """Return the items in the order of the ids, with None for ids that do not exist."""
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        """Merges into the item's metadata (RFC 7396: null removes a key); the item as it is then.
+        """Merge a patch into the item's metadata (RFC 7396: null removes a key); return the updated item.
 
         Raises:
             ItemNotFound: there is no such item.
         """
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
-        """How many there were."""
+        """Delete items by id; return how many existed."""
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """How many there were."""
+        """Delete the items that match a filter; return how many."""
 
     async def count(self, collection: str, where: Filter | None = None) -> int: ...
 
     async def scroll(
         self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page:
-        """Items page by page. What is there from the first page to the last is seen exactly once; what is written or
-        deleted meanwhile may or may not be seen.
+        """Return one page of items.
+
+        Items that exist from the first page to the last appear exactly once; items written or deleted meanwhile may or
+        may not appear.
 
         Raises:
-            InvalidRequest: the cursor is none of this store's.
+            InvalidRequest: the cursor is not from this store.
         """
 
     async def search(
@@ -216,32 +217,34 @@ class VectorStore(Protocol):
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """For each of the vectors [n, D] of any scale its k nearest (to MAX_DEPTH), best first, equal scores by id;
-        fewer if there are fewer."""
+        """Return the k nearest items (up to MAX_DEPTH) of each vector [n, D], best first, equal scores by id.
+
+        Vectors may have any scale. There are fewer than k hits if fewer items match.
+        """
 
     async def close(self) -> None: ...
 
 
 class SnapshotStore(VectorStore, Protocol):
-    """A store that can keep a collection as it is now and bring it back (`snapshots`).
+    """A store that can take snapshots of a collection and restore them (`snapshots`).
 
-    Raises, wherever a snapshot is named: InvalidRequest for what is no name of one; NotFound when there is none;
-    StorageFailed when it is damaged.
+    Methods that take a snapshot's name raise InvalidRequest if it is not a snapshot name, NotFound if there is no such
+    snapshot, and StorageFailed if it is damaged.
     """
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
-        """Keeps the collection as it is at one moment, while others write."""
+        """Take a snapshot of the collection at one moment; other writes may continue."""
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
-        """Of one collection, oldest first. They outlive it."""
+        """List a collection's snapshots, oldest first. They remain after the collection is dropped."""
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
-        """The file that holds it."""
+        """Return the path of the snapshot's file."""
 
     async def drop_snapshot(self, collection: str, name: str) -> None: ...
 
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
-        """Makes `collection` of the snapshot `name` of the collection `source`.
+        """Create `collection` from the snapshot `name` of the collection `source`.
 
         Raises:
             Conflict: the name is taken.
@@ -249,7 +252,7 @@ class SnapshotStore(VectorStore, Protocol):
 
 
 class StatsStore(VectorStore, Protocol):
-    """A store that tells how a collection is indexed (`stats`)."""
+    """A store that reports how a collection is indexed (`stats`)."""
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Whatever helps who looks after it, as JSON."""
+        """Return figures for operators, as JSON values."""

@@ -1,8 +1,8 @@
-"""The embedded store's threads: one that writes, some that search; the event loop only waits for them.
+"""The embedded store's threads: one for writes and several for searches; the event loop only waits for them.
 
-Writes that wait together are committed together: one sync of the disk for all of them, each of them still all or
-nothing by a savepoint of its own. Searches that wait together and want the same are given to faiss together. The hop
-between the event loop and a thread is kept small, since a search takes a fraction of a millisecond.
+Queued writes are committed together with one sync of the disk; a savepoint keeps each of them atomic. Queued searches
+with the same parameters go to faiss in one call. Handing a job from the event loop to a thread is kept cheap, because a
+search takes a fraction of a millisecond.
 """
 
 import asyncio
@@ -35,10 +35,10 @@ class _Job(Generic[Q]):
 
 
 class Workers(Generic[Q]):
-    """Threads that take jobs from one queue, several at once when their keys are equal."""
+    """Threads that take jobs from one queue, several at once if their keys are equal."""
 
     def __init__(self, name: str, count: int, make: Callable[[], Callable[[Sequence[Q]], Sequence[Any]]]) -> None:
-        """`make` is called in each thread and gives the function that does jobs: for each its result or its error."""
+        """Start `count` threads. Each calls `make` once for a function that returns the result or error of each job."""
         self._waiting: deque[_Job[Q]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -49,7 +49,7 @@ class Workers(Generic[Q]):
             thread.start()
 
     async def do(self, what: Q, key: Hashable = None) -> Any:
-        """The job's result. A caller that is cancelled leaves a job that is done all the same, or not begun."""
+        """Run a job and return its result. If the caller is cancelled, a job that has started still completes."""
         loop = asyncio.get_running_loop()
         job = _Job(what, key, loop, loop.create_future())
         with self._changed:
@@ -60,7 +60,7 @@ class Workers(Generic[Q]):
         return await job.future
 
     def close(self, timeout_s: float | None = None) -> None:
-        """What waits is done; then the threads end."""
+        """Finish the queued jobs, then end the threads."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
@@ -68,7 +68,10 @@ class Workers(Generic[Q]):
             thread.join(timeout_s)
 
     def _take(self) -> list[_Job[Q]]:
-        """The next job with others of its key: a fair share, so that no thread is idle meanwhile. Empty at the end."""
+        """Take the next job and queued jobs with the same key, up to this thread's share of the queue.
+
+        The result is empty when the workers are closed and the queue is empty.
+        """
         with self._changed:
             while not self._waiting:
                 if not self._open:
@@ -90,13 +93,13 @@ class Workers(Generic[Q]):
                 results = work([job.what for job in wanted])
             except ServiceError as error:
                 results = [error] * len(wanted)
-            except Exception as error:  # noqa: BLE001 - the thread must live on, and whoever waits gets it
+            except Exception as error:  # noqa: BLE001 - the thread must survive; the caller gets the error
                 results = [error] * len(wanted)
             by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
             for job, result in zip(wanted, results, strict=True):
                 by_loop.setdefault(job.loop, []).append((job.future, result))
             for loop, pairs in by_loop.items():
-                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+                with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for the result
                     loop.call_soon_threadsafe(_resolve, pairs)
 
 
@@ -114,10 +117,10 @@ Write = Callable[[sqlite3.Connection], Any]
 
 
 def commit_together(db: sqlite3.Connection, writes: Sequence[Write]) -> list[Any]:
-    """Carry out several writes in one transaction: for each its result or its own error.
+    """Run several writes in one transaction; return for each its result or its own error.
 
     Raises:
-        StorageFailed: the transaction as a whole failed; nothing is written.
+        StorageFailed: the whole transaction failed and nothing is written.
     """
     with translated(), transaction(db):
         return [_carry_out(db, write) for write in writes]

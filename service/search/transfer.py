@@ -1,11 +1,11 @@
-"""Collections from store to store, into files and back: `dinov2 collections copy | export | import`.
+"""Copies collections between stores, and to and from files: `dinov2 collections copy | export | import`.
 
-Everything goes through `VectorStore`, page by page, so a million vectors need no more memory than a thousand
-(.npz excepted: it is written at once). A copy or import that was interrupted is simply run again: a copy skips the ids
-that are there, an import writes them again with the same content.
+Everything goes through `VectorStore` page by page, so a million vectors need no more memory than a thousand (except
+for .npz, which is written at once). An interrupted copy or import can be run again: a copy skips ids that exist, and an
+import writes them again with the same content.
 
-A collection that keeps its photos has them beside the store (`service/originals.py`); a copy to where other photos are
-kept takes them along, each before the items that lead to it.
+A collection may store its images next to the store (`service/originals.py`). A copy to a store with other images
+copies them too, each before the items that refer to it.
 """
 
 import asyncio
@@ -37,23 +37,23 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Photos:
-    """What became of the photos that the items of a copy lead to."""
+    """Counts of the images that the items of a copy refer to."""
 
     copied: int = 0
-    present: int = 0  # were there already
-    missing: int = 0  # the source does not have them
-    unreadable: int = 0  # the source has them, damaged
-    reason: str = ""  # of the first that could not be read
+    present: int = 0  # already in the target
+    missing: int = 0  # not in the source
+    unreadable: int = 0  # damaged in the source
+    reason: str = ""  # why the first unreadable image could not be read
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy or an import did."""
+    """The result of a copy or an import."""
 
     written: int
-    present: int  # were there already, and were left
-    count: int  # of the collection now
-    photos: Photos | None = None  # None: there were none to take along
+    present: int  # already in the target, and left unchanged
+    count: int  # items in the collection now
+    photos: Photos | None = None  # None: there were no images to copy
 
 
 async def copy_collection(
@@ -65,15 +65,15 @@ async def copy_collection(
     originals: tuple[Originals, Originals] | None = None,
     advance: Progress = lambda _: None,
 ) -> Copied:
-    """Everything of a collection into another store, or under another name; ids that are there are skipped.
+    """Copy a collection to another store or another name; ids that exist in the target are skipped.
 
     Args:
-        originals: where the source keeps photos, and where the target does. They are copied if the collection keeps
-            its photos and the places are two, also those of items that were there.
+        originals: the image stores of source and target. Images are copied if the collection stores its images and the
+            two image stores differ; this includes images of items that already exist.
 
     Raises:
-        Conflict: the target has the name with other settings, or the counts differ at the end.
-        StorageFailed: a photo cannot be stored at the target, or a store fails.
+        Conflict: the target has a collection of this name with other settings, or the counts differ at the end.
+        StorageFailed: an image cannot be stored at the target, or a store fails.
     """
     info = await source.info(name)
     new_name = new_name or name
@@ -95,14 +95,14 @@ async def copy_collection(
     if wanted != count:
         raise Conflict(
             f"{name!r} holds {wanted} items and {new_name!r} now {count}: one of them was written to meanwhile, or "
-            f"{new_name!r} held others before; run the copy again, or into a new name"
+            f"{new_name!r} had other items before; run the copy again, or copy to a new name"
         )
     return Copied(written, present, count, photos if originals is not None else None)
 
 
 async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
-    """Those that the items lead to, a few at a time; counted in `photos`."""
-    gate = asyncio.Semaphore(THREADS)  # each photo under way is in memory
+    """Copy the images that the items refer to, a few at a time; count them in `photos`."""
+    gate = asyncio.Semaphore(THREADS)  # each image being copied is in memory
 
     async def copy(digest: str) -> None:
         async with gate:
@@ -127,7 +127,7 @@ async def _copy_photos(items: Sequence[Item], source: Originals, target: Origina
 
 
 async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]]:
-    """All items, page by page."""
+    """Yield all items of a collection, page by page."""
     cursor: str | None = None
     while True:
         page = await store.scroll(collection, cursor=cursor, limit=BATCH)
@@ -139,10 +139,12 @@ async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]
 
 
 async def export_collection(store: VectorStore, name: str, out: Path, *, advance: Progress = lambda _: None) -> int:
-    """Writes a collection to a file of the kind that the suffix says; the number of items.
+    """Write a collection to a file; its suffix chooses the format. Return the number of items.
 
     Raises:
-        ValueError: no such kind; ModuleNotFoundError: pyarrow is missing; OSError: the file cannot be written.
+        ValueError: the suffix is not a known format.
+        ModuleNotFoundError: pyarrow is missing.
+        OSError: the file cannot be written.
     """
     suffix = check_format(out)
     info = await store.info(name)
@@ -169,16 +171,16 @@ async def export_collection(store: VectorStore, name: str, out: Path, *, advance
 async def import_collection(
     store: VectorStore, name: str, path: Path, *, tag: str | None = None, advance: Progress = lambda _: None
 ) -> Copied:
-    """Adds a file's items to a collection, which is made if need be; ids that are there are replaced.
+    """Add a file's items to a collection, which is created if needed; items with existing ids are replaced.
 
     Args:
-        tag: what made the vectors, for a file that does not say; one that does must agree.
+        tag: the tag of the vectors if the file has none; otherwise it must equal the tag in the file.
 
     Raises:
-        ValueError: the file is none of ours, says no tag, or is damaged; the message names the line or row. Items
-            before that are in the collection.
+        ValueError: the file has an unknown form, has no tag, or is damaged; the message names the line or row. Items
+            before that point are in the collection.
         InvalidRequest: an item or a setting is not allowed; the message names the file and the item, counted from 1.
-        ModelMismatch, Conflict: the collection is of another model or dimension.
+        ModelMismatch, Conflict: the collection has vectors of another model or dimension.
     """
     suffix = check_format(path)
     opened = {".parquet": read_parquet, ".npz": read_npz, ".jsonl": read_jsonl}[suffix](path)
@@ -186,9 +188,7 @@ async def import_collection(
     assert isinstance(head, Head)
     made_by = head.tag or tag
     if made_by is None:
-        raise ValueError(
-            f"{path}: says no tag, so nothing tells which model made its vectors; give --tag or --fingerprint"
-        )
+        raise ValueError(f"{path}: has no tag that identifies the model of its vectors; give --tag or --fingerprint")
     if tag is not None and tag != made_by:
         raise ValueError(f"{path}: its vectors are of {made_by!r}, not of {tag!r}")
     written, made = 0, head.spec is None
@@ -211,7 +211,7 @@ async def import_collection(
 
 
 def _first_refused(items: Sequence[Item]) -> int | None:
-    """Where the first item stands that no store takes."""
+    """Return the position of the first item that is not allowed, or None."""
     for position, item in enumerate(items):
         try:
             checked_items([item])
@@ -221,14 +221,14 @@ def _first_refused(items: Sequence[Item]) -> int | None:
 
 
 def check_format(path: Path) -> str:
-    """Raises ValueError unless the suffix is one of FORMATS."""
+    """Return the file's suffix; raise ValueError unless it is one of FORMATS."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
     return path.suffix.lower()
 
 
 async def _make(store: VectorStore, name: str, spec: CollectionSpec) -> None:
-    """One that exists is kept with its settings; the write checks that tag and dimension agree."""
+    """Create a collection unless it exists. An existing one keeps its settings; the write checks tag and dimension."""
     try:
         await store.info(name)
     except CollectionNotFound:

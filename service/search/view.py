@@ -1,8 +1,8 @@
-"""A collection's vectors as they are at one moment: segments, a tail in memory, and what of them is deleted.
+"""A collection's vectors at one moment: segments, a tail in memory, and the positions of deleted vectors.
 
-A `View` never changes, so a search runs on one without a lock and without waiting for writes. `Views` keeps the newest
-of each collection and makes the next from it and from what the database says is new, whoever wrote it: this process or
-another. The tail grows in place: rows are appended behind the length that older views know, and existing rows never
+A `View` never changes, so a search needs no lock and does not wait for writes. `Views` keeps the latest view of each
+collection. It builds the next one from that view and the database's new changes, whether written by this process or
+another. The tail grows in place: new rows are appended beyond the length that older views use, and existing rows never
 change.
 """
 
@@ -42,13 +42,13 @@ log = logging.getLogger(__name__)
 
 EXACT_ROWS: Final = 4_000
 EXACT_SHARE: Final = 0.02
-"""A filter that passes at most this many items, or this share of them, is searched exactly: the index's graph or cells
-would lead past most of what passes."""
+"""A filter that passes at most this many items, or this share of a segment, is searched exactly, because a search by
+index would miss most of them."""
 _FIRST_CAPACITY: Final = 256
 
 
 class Tail:
-    """Items that are in no segment yet. Appended to under the lock of `Views`, read without."""
+    """Items that are in no segment yet. Appending needs the lock of `Views`; reading does not."""
 
     def __init__(self, dimension: int) -> None:
         self.numbers = np.empty(_FIRST_CAPACITY, np.int64)
@@ -57,7 +57,7 @@ class Tail:
 
     def append(self, chunk: Chunk) -> None:
         length, needed = len(self.payloads), len(self.payloads) + len(chunk.numbers)
-        if needed > len(self.numbers):  # older views keep the arrays they have
+        if needed > len(self.numbers):  # older views keep their arrays
             room = max(needed, 2 * len(self.numbers)) - length
             self.numbers = np.concatenate([self.numbers[:length], np.empty(room, np.int64)])
             empty = np.empty((room, self.matrix.shape[1]), np.float32)
@@ -67,7 +67,7 @@ class Tail:
         self.payloads += chunk.payloads
 
     def without(self, gone: npt.NDArray[np.bool_]) -> "Tail":
-        """A new tail of the other rows."""
+        """Return a new tail without the rows that are marked in `gone`."""
         stays = np.flatnonzero(~gone)
         kept = Tail(self.matrix.shape[1])
         kept.append(Chunk(self.numbers[stays], self.matrix[stays], [self.payloads[row] for row in stays]))
@@ -75,13 +75,13 @@ class Tail:
 
 
 class LiveTail(NamedTuple):
-    """The tail's first rows, and which of them are deleted."""
+    """The tail's rows as one view sees them, and which of them are deleted."""
 
     numbers: Numbers
     matrix: Floats
-    payloads: list[bytes]  # and perhaps later ones
+    payloads: list[bytes]  # may also contain payloads of later rows
     dead: Positions
-    buffer: Tail  # which the next view's tail continues
+    buffer: Tail  # shared with the next view, which appends to it
 
     def search(self, queries: Floats, k: int) -> Neighbours:
         wanted = min(k + len(self.dead), len(self.numbers))
@@ -91,7 +91,7 @@ class LiveTail(NamedTuple):
         return Neighbours(*top_of(scores, positions, k))
 
     def among(self, queries: Floats, k: int, allowed: Numbers) -> Neighbours:
-        """The k nearest of those rows that are allowed (ascending)."""
+        """Return the k nearest of each query among the rows with these numbers (ascending)."""
         inside = np.isin(self.numbers, allowed, assume_unique=True)
         inside[self.dead] = False
         rows = np.flatnonzero(inside)
@@ -103,20 +103,20 @@ class LiveTail(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """One state of one collection. Its positions count over all its parts laid end to end, the tail last."""
+    """One state of one collection. Positions count through all parts in order, with the tail last."""
 
     row: Row
     parts: tuple[LivePart, ...]
-    starts: tuple[int, ...]  # the position at which each part begins, and in the end the tail
+    starts: tuple[int, ...]  # the first position of each part and, last, of the tail
     tail: LiveTail
-    edited: dict[int, bytes]  # payloads of items that changed since; shared with later views
-    last: int  # the highest number seen
+    edited: dict[int, bytes]  # payloads that changed after their segment was built; shared with later views
+    last: int  # the highest number read
     point: Point
 
     def search(
         self, queries: Floats, k: int, params: SearchParams, allowed: Allowed | None = None, widen: float = 1.0
     ) -> Neighbours:
-        """The k nearest [q, k] of all, or of what a filter allows; `widen` multiplies efSearch and nprobe."""
+        """Return the k nearest [q, k] of all items, or of the allowed ones; `widen` multiplies efSearch and nprobe."""
         if allowed is not None:
             return self._search_allowed(queries, k, allowed, Effort(params, widen))
         effort = Effort(params, widen)
@@ -131,7 +131,7 @@ class View:
         return merged(answers or [nothing(len(queries))], k)
 
     def payloads(self, positions: Sequence[int]) -> Iterator[bytes]:
-        """What an answer says of the item at each of these positions: JSON [id, metadata, source]."""
+        """Yield what a hit returns for the item at each position: JSON [id, metadata, source]."""
         for position in positions:
             part = bisect.bisect_right(self.starts, position) - 1
             row = position - self.starts[part]
@@ -140,7 +140,7 @@ class View:
             yield holder.payloads[row] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
-        """Segments and tail, for people."""
+        """Return figures about the segments and the tail, for operators."""
         segments = [
             {
                 "kind": part.segment.row.kind,
@@ -167,8 +167,11 @@ class View:
 
 
 def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Neighbours:
-    """The k nearest of a segment: by its index, or exactly where that leads to fewer than there are (many equal vectors
-    are not all linked in a graph, nor in the lists that are looked at)."""
+    """Return the k nearest of each query in a segment, by its index.
+
+    If the index returns too few, all vectors are compared: many equal vectors are not all reachable in a graph, nor in
+    the lists that are searched.
+    """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
     if reachable and min(nearest.positions[:, reachable - 1].tolist()) < 0:
@@ -179,8 +182,10 @@ def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Nei
 def _search_allowed(
     part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, positions: Positions
 ) -> Neighbours:
-    """The k nearest of a segment that a filter allows, which lie at `positions`: by its index, or exactly where they
-    are few or the index does not lead to k of them."""
+    """Return the k nearest of each query among the allowed items of a segment, which are at `positions`.
+
+    The search uses the index. It is exact if few items are allowed or the index does not lead to k of them.
+    """
     segment, total = part.segment, len(part.segment.numbers)
     if len(positions) <= max(EXACT_ROWS, EXACT_SHARE * total):
         return segment.exact(queries, k, positions)
@@ -192,14 +197,14 @@ def _search_allowed(
 
 
 def _moved(nearest: Neighbours, start: int) -> Neighbours:
-    """A part's positions as positions of the view."""
+    """Convert a part's positions to positions of the view."""
     if not start:
         return nearest
     return Neighbours(nearest.scores, np.where(nearest.positions < 0, -1, nearest.positions + start))
 
 
 class Views:
-    """The newest view of each collection. Safe to use from several threads, each with its own connection."""
+    """The latest view of each collection. Safe to use from several threads, each with its own connection."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -207,8 +212,10 @@ class Views:
         self._views: dict[int, View] = {}
 
     def at(self, db: sqlite3.Connection, row: Row) -> View | None:
-        """The view of a collection as the transaction that read `row` sees it; None if that is already outdated: begin
-        another."""
+        """Return the view of a collection as of the transaction that read `row`.
+
+        The result is None if that state is outdated; the caller must then begin a new transaction.
+        """
         view = self._views.get(row.key)
         if view is None or view.row.version != row.version:
             with self._lock:
@@ -219,10 +226,10 @@ class Views:
         return view if view.row.version == row.version else None
 
     def newest(self, db: sqlite3.Connection, row: Row) -> View:
-        """The view of the state that `row` was read in, or of a later one. Outside of a transaction.
+        """Return the view of the state in which `row` was read, or a later one. Call it outside a transaction.
 
         Raises:
-            CollectionNotFound: it was dropped since.
+            CollectionNotFound: the collection was dropped after `row` was read.
         """
         view = self._views.get(row.key)
         if view is not None and view.row.version >= row.version:
@@ -234,7 +241,7 @@ class Views:
                 return view
 
     def forget(self, keys: set[int]) -> None:
-        """Of collections that are gone."""
+        """Discard the views of dropped collections."""
         with self._lock:
             for key in keys:
                 self._views.pop(key, None)
@@ -249,7 +256,7 @@ class Views:
         last, tail = self._tail(db, row, old, removed)
         starts = np.cumsum([0, *(len(part.segment.numbers) for part in parts)]).tolist()
         if old is None or [part.segment for part in parts] != [part.segment for part in old.parts]:
-            changed = database.edited_since(db, row, 0)[1]  # what was built meanwhile may know the rest
+            changed = database.edited_since(db, row, 0)[1]  # new segments may already include the other edits
         else:
             changed = old.edited
             changed.update(edited)
@@ -278,11 +285,11 @@ class Views:
         last = max(old.last if old else 0, row.sealed)
         if old is None:
             tail, dead = Tail(row.spec.dimension), np.empty(0, np.int64)
-        elif row.sealed > old.row.sealed:  # what is in segments now leaves the tail
+        elif row.sealed > old.row.sealed:  # items that are now in segments leave the tail
             tail, dead = old.tail.buffer.without(_rows_gone(old.tail, row.sealed)), np.empty(0, np.int64)
         else:
             tail, dead = old.tail.buffer, old.tail.dead
-            del tail.payloads[len(old.tail.numbers) :]  # appended by a call that failed before its view was made
+            del tail.payloads[len(old.tail.numbers) :]  # appended by a call that failed before it made its view
         for chunk in database.read_items(db, row, after=last):
             tail.append(chunk)
             last = int(chunk.numbers[-1])
@@ -297,11 +304,11 @@ class Views:
         return last, LiveTail(tail.numbers[:length], tail.matrix[:length], tail.payloads, dead, tail)
 
     def _open(self, db: sqlite3.Connection, row: Row, wanted: SegmentRow) -> Segment:
-        """The segment, or the same vectors from the database when its files are damaged."""
+        """Open the segment, or build it in memory from the database if its files are damaged."""
         try:
             return open_segment(self._root, wanted, row.spec.dtype)
         except (StorageFailed, RuntimeError, ValueError, OSError) as error:
-            log.error("%s; searching the database's vectors instead, until it is built again", error)
+            log.error("%s; searching the database's vectors instead until the segment is rebuilt", error)
         chunks = list(database.read_items(db, row, after=wanted.first - 1, to=wanted.last))
         return in_memory(wanted, chunks, row.spec.dimension, row.spec.dtype)
 

@@ -1,1 +1,1 @@
-"""What is computed from features that the network has already given; nothing here runs the network."""
+"""Computations on features that the network has already produced. Nothing here runs the network."""

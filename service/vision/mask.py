@@ -1,10 +1,10 @@
-"""Masks on the wire: COCO's compressed run lengths, PNG, and an overlay to look at.
+"""Masks for transport: COCO's compressed run lengths, PNG, and an overlay for display.
 
-COCO's RLE (cocoapi, `common/maskApi.c`): run lengths over the mask in column-major order, starting with background
-(a first run of 0 if the mask starts with foreground). The compressed string stores each run from the fourth on as the
-difference to the run two before, in groups of 5 bits, lowest first, as characters from "0" on: bit 5 says that more
-groups follow, the highest value bit of the last group is the sign. The text is byte for byte what pycocotools writes;
-here it is vectorised over all runs.
+COCO's RLE (cocoapi, `common/maskApi.c`) has run lengths over the mask in column-major order, starting with background
+(a first run of 0 if the mask starts with foreground). In the compressed string, each run from the fourth on is stored
+as the difference to the run two before, in groups of 5 bits, lowest first, as characters from "0" on. Bit 5 says that
+more groups follow; the highest value bit of the last group is the sign. The text equals pycocotools' byte for byte;
+this code is vectorised over all runs.
 """
 
 import io
@@ -23,7 +23,8 @@ _TINT: Final = (255, 64, 32)
 
 
 def coco_rle_encode(mask: Mask) -> dict[str, Any]:
-    """Mask [H, W] to `{"size": [H, W], "counts": str}`, as `pycocotools.mask.encode` gives it (counts as text)."""
+    """Encode a mask [H, W] as `{"size": [H, W], "counts": str}`, like `pycocotools.mask.encode` but with counts as
+    text."""
     flat = np.ravel(mask, order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     edges = np.concatenate([[0], changes, [flat.size]])
@@ -34,10 +35,11 @@ def coco_rle_encode(mask: Mask) -> dict[str, Any]:
 
 
 def coco_rle_decode(rle: dict[str, Any]) -> Mask:
-    """The inverse of `coco_rle_encode`; also takes what pycocotools writes (counts as bytes) and uncompressed lists.
+    """Decode a mask, the inverse of `coco_rle_encode`. Counts may also be bytes, as pycocotools writes them, or an
+    uncompressed list.
 
     Raises:
-        ValueError: no run lengths, or run lengths that do not fill the size.
+        ValueError: invalid run lengths, or run lengths that do not fill the size.
     """
     height, width = (int(side) for side in rle["size"])
     counts = rle["counts"]
@@ -46,34 +48,36 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
     else:
         runs = _unpack(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
     pixels = height * width
-    wrong = runs[(runs < 0) | (runs > pixels)]  # each alone first: a sum may wrap around
+    wrong = runs[(runs < 0) | (runs > pixels)]  # check each run before the sum, which may wrap around
     if len(wrong):
-        raise ValueError(f"a run length is {wrong[0]}: 0 to {pixels} is allowed, the {height} x {width} pixels")
+        raise ValueError(f"a run length is {wrong[0]}: 0 to {pixels} ({height} x {width} pixels) is allowed")
     if min(height, width) < 0 or runs.sum() != pixels:
-        raise ValueError(f"the run lengths sum to {runs.sum()}, not to {pixels}, the {height} x {width} pixels")
+        raise ValueError(f"the run lengths sum to {runs.sum()}, not to {pixels} ({height} x {width} pixels)")
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape((height, width), order="F")
 
 
 def _pack(counts: npt.NDArray[np.int64]) -> str:
+    """Compress run lengths to COCO's string."""
     values = counts.astype(np.int64)
     values[3:] -= counts[1:-2]
     groups = np.arange(_MAX_GROUPS)
     shifted = values[:, None] >> np.minimum(5 * groups, 63)  # [runs, groups], arithmetic
-    rest = values[:, None] >> np.minimum(5 * groups + 4, 63)  # what is left beside the group's lower four bits
-    last = np.argmax((rest == 0) | (rest == -1), axis=1)  # the first group whose sign bit already tells the rest
+    rest = values[:, None] >> np.minimum(5 * groups + 4, 63)  # the value without the bits below the group's sign bit
+    last = np.argmax((rest == 0) | (rest == -1), axis=1)  # the first group whose sign bit determines the rest
     chars = (shifted & 0x1F) + np.where(groups < last[:, None], 0x20, 0) + 48
     text: bytes = chars[groups <= last[:, None]].astype(np.uint8).tobytes()
     return text.decode("ascii")
 
 
 def _unpack(text: bytes) -> npt.NDArray[np.int64]:
+    """Parse COCO's string into run lengths."""
     chars = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if not len(chars):
         return np.zeros(0, np.int64)
     last = (chars & 0x20) == 0
     if chars.min() < 0 or chars.max() > 63 or not last[-1]:
-        raise ValueError("not compressed COCO run lengths, such as /v1/segment?format=rle gives")
+        raise ValueError("not compressed COCO run lengths, as /v1/segment?format=rle returns them")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
@@ -89,12 +93,12 @@ def _unpack(text: bytes) -> npt.NDArray[np.int64]:
 
 
 def png_mask(mask: Mask) -> bytes:
-    """Mask [H, W] as an 8-bit grey PNG: 255 on the foreground, 0 elsewhere."""
+    """Encode a mask [H, W] as an 8-bit grey PNG: 255 on the foreground, 0 elsewhere."""
     return _png(np.where(mask, np.uint8(255), np.uint8(0)))
 
 
 def overlay_png(image: Pixels, mask: Mask) -> bytes:
-    """The image [H, W, 3] as PNG, with the foreground tinted and the background dimmed.
+    """Encode the image [H, W, 3] as PNG, with the foreground tinted and the background dimmed.
 
     Raises:
         ValueError: image and mask differ in size.

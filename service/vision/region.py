@@ -1,11 +1,12 @@
-"""Which patches show a part of a photo, and the other way round.
+"""Map between patches and parts of an image.
 
-The network saw a crop of the photo, cut into a grid of patches. A region (a box, or a mask, in pixels of the photo as
-sent) covers each of them to some fraction, 0 to 1, and by that fraction the patch counts: a region smaller than a patch
-still has its features, and its edges need not fall on the grid. The weighted mean of the patch tokens is then what
-`pooling=mean` would give if the region were all there is to see; so it compares with such vectors, and with no others.
+The network sees a crop of the image, divided into a grid of patches. A region (a box, or a mask, in pixels of the image
+as sent) covers a fraction of each patch, 0 to 1, and this fraction is the patch's weight. So a region smaller than a
+patch still has features, and its edges need not align with the grid. The weighted mean of the patch tokens is what
+`pooling=mean` would give if the image showed only the region, so it can be compared with such vectors and with no
+others.
 
-Legend: H, W the photo as sent, upright; h, w the patch grid; N = h * w; D features. Boxes are (x, y, width, height);
+Legend: H, W the image as sent, upright; h, w the patch grid; N = h * w; D features. Boxes are (x, y, width, height);
 pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1).
 """
 
@@ -26,15 +27,15 @@ _PIXELS_PER_BLOCK: Final = 2**22
 
 
 def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """What part of each patch lies in the box: float32 [h, w], 0 to 1.
+    """Return the fraction of each patch that the box covers: float32 [h, w], 0 to 1.
 
     Raises:
-        InvalidRequest: the box has no area, or lies outside the crop; the message names it.
+        InvalidRequest: the box has no area or is outside the crop; the message names it.
     """
     x, y, width, height = box
     if not all(map(math.isfinite, box)) or min(width, height) <= 0:
         raise InvalidRequest(
-            f"region.box {list(box)} has no area: it is [x, y, width, height] in pixels, the last two above 0",
+            f"region.box {list(box)} has no area: [x, y, width, height] in pixels needs width and height above 0",
             param="region",
         )
     rows = _overlap(np.array([[y, y + height]]), crop_box[1], crop_box[3], grid[0])  # [h, 1]
@@ -43,43 +44,44 @@ def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
 
 
 def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """What part of each patch the mask covers: float32 [h, w], 0 to 1.
+    """Return the fraction of each patch that the mask covers: float32 [h, w], 0 to 1.
 
     Args:
         rle: COCO run lengths, `{"size": [H, W], "counts": ...}`.
-        size: H, W of the photo.
+        size: H, W of the image.
 
     Raises:
-        InvalidRequest: not run lengths of a mask of this size (nothing is allocated for one of another size); an empty
-            mask; one that lies outside the crop.
+        InvalidRequest: the run lengths are invalid, the mask has another size than the image (nothing is allocated
+            then), is empty, or is outside the crop.
     """
     if list(rle["size"]) != list(size):
         raise InvalidRequest(
-            f"region.mask.size is {list(rle['size'])} and the photo of {list(size)} pixels (height, width; upright)",
+            f"region.mask.size is {list(rle['size'])}, but the image has {list(size)} pixels (height, width; upright)",
             param="region",
         )
     if isinstance(rle["counts"], list) and not {int}.issuperset(map(type, rle["counts"])):
         wrong = next(run for run in rle["counts"] if type(run) is not int)
         raise InvalidRequest(
-            f"region.mask.counts is a string, or a list of whole numbers; {reprlib.repr(wrong)} is none", param="region"
+            f"region.mask.counts must be a string or a list of integers, and {reprlib.repr(wrong)} is neither",
+            param="region",
         )
     try:
         mask = coco_rle_decode(rle)
     except (ValueError, OverflowError) as error:
         raise InvalidRequest(f"region.mask.counts: {error}", param="region") from error
     if not mask.any():
-        raise InvalidRequest("region.mask is empty: at least one pixel must be in it", param="region")
+        raise InvalidRequest("region.mask is empty: it must have at least one pixel", param="region")
     return _seen(_covered(mask, crop_box, grid), crop_box, "region.mask")
 
 
 def region_mean(tokens: Floats, weights: Floats) -> Floats:
-    """Mean of patch tokens [N, D] by their weights [h, w]: float32 [D]."""
+    """Return the mean of patch tokens [N, D], weighted by [h, w]: float32 [D]."""
     by = weights.ravel().astype(np.float64)
     return np.asarray(by @ tokens / by.sum(), np.float32)
 
 
 def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
-    """Where patch `index` (row-major) lies in the photo: [x, y, width, height] in its pixels, as sent and upright."""
+    """Return the box of patch `index` (row-major) in the image: [x, y, width, height] in pixels as sent, upright."""
     x, y, width, height = crop_box
     row, column = divmod(index, grid[1])
     w, h = width / grid[1], height / grid[0]
@@ -87,9 +89,10 @@ def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
 
 
 def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
+    """Convert the weights to float32, or raise if the crop contains nothing of the region."""
     if weights.max() <= 0:
         raise InvalidRequest(
-            f"{what} lies outside what the network saw of the photo, its crop box "
+            f"{what} is outside the part of the image that the network sees, the crop box "
             f"{[round(side, 1) for side in crop_box]} (x, y, width, height)",
             param="region",
         )
@@ -97,7 +100,8 @@ def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
 
 
 def _covered(mask: Mask, crop_box: Box, grid: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """Share of each patch that the mask [H, W] covers. In blocks of rows: 64 million pixels never exist as floats."""
+    """Return the fraction of each patch that the mask [H, W] covers. Works in blocks of rows, so that 64 million pixels
+    are never floats at once."""
     height, width = mask.shape
     columns = _overlap(_spans(width), crop_box[0], crop_box[2], grid[1]).astype(np.float32)  # [w, W]
     rows = _overlap(_spans(height), crop_box[1], crop_box[3], grid[0]).astype(np.float32)  # [h, H]
@@ -115,8 +119,8 @@ def _spans(pixels: int) -> npt.NDArray[np.float64]:
 
 
 def _overlap(spans: npt.NDArray[np.float64], start: float, extent: float, cells: int) -> npt.NDArray[np.float64]:
-    """Along one side, where `cells` divide `extent` evenly: the share of each that each span [n, 2] covers,
-    [cells, n]."""
+    """Return the fraction of each cell that each span [n, 2] covers, along one side: [cells, n]. `cells` divide
+    `extent` evenly."""
     edges = start + np.arange(cells + 1) * (extent / cells)
     low = np.maximum(edges[:-1, None], spans[:, 0])
     high = np.minimum(edges[1:, None], spans[:, 1])

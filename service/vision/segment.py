@@ -1,15 +1,15 @@
-"""Foreground against background, without labels, from the patch features of one forward pass.
+"""Separate foreground from background without labels, from the patch features of one forward pass.
 
-DINOv2's patch features of an image spread most along the direction that parts the object from what is behind it: the
-paper colours that component and thresholds it (arXiv 2304.07193, figure 1). So: centre the patches [N, D], and
-take it, decide which of its ends is the foreground, threshold by Otsu.
+DINOv2's patch features of an image vary most along the direction that separates the object from its background. The
+paper colours this component and thresholds it (arXiv 2304.07193, figure 1). So the code centres the patches [N, D],
+takes the first principal component, decides which end is the foreground, and applies Otsu's threshold.
 
-- A principal component has no sign. `orient` decides it, from where the patches lie; the rule was measured against
+- A principal component has no sign. `orient` decides it from the patches' positions. The rule was measured against
   others: docs/decisions/0003-foreground-sign.md.
-- Otsu's threshold is exact: all N - 1 splits of the sorted projection, no histogram.
-- The projection, not the mask, is upsampled (bilinear between patch centres) and then thresholded: outlines are smooth.
-- The network saw a crop of the image, so only the crop can be known: outside it the mask is background, and `crop_box`
-  says where it lies.
+- Otsu's threshold is exact: it tries all N - 1 splits of the sorted projection and uses no histogram.
+- The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling the mask would give
+  jagged outlines.
+- The network sees a crop of the image. Outside the crop the mask is background; `crop_box` is the crop's position.
 
 Legend: H, W the image as sent, upright; h, w the patch grid, N = h * w; D the features' dimension. Row-major.
 """
@@ -27,20 +27,20 @@ Mask = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]
 
 MIN_SPREAD: Final = 1e-6
-"""Variance of the patches over their mean square, below which they count as all equal; float32 noise gives 1e-13."""
+"""Ratio of the patches' variance to their mean square, below which they count as equal. float32 noise gives 1e-13."""
 
 _ROWS_PER_BLOCK: Final = 256
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """What `segment_foreground` finds.
+    """The result of `segment_foreground`.
 
     mask: bool [H, W], True on the foreground, in the pixels of the image as sent; False outside `crop_box`.
     patch_mask: bool [h, w], the same on the patch grid.
-    scores: float32 [h, w], the projection less the threshold: above 0 is foreground. All 0 if nothing stands out.
-    contrast: cosine distance between the mean foreground and the mean background patch, 0 (nothing to part) to 2.
-    crop_box: (x, y, width, height) in pixels of the image as sent: what the network saw.
+    scores: float32 [h, w], the projection minus the threshold: above 0 is foreground. All 0 if there is no foreground.
+    contrast: cosine distance between the mean foreground and the mean background patch, 0 (no foreground) to 2.
+    crop_box: (x, y, width, height) in pixels of the image as sent: the part that the network sees.
     """
 
     mask: Mask
@@ -51,15 +51,15 @@ class Foreground:
 
 
 def segment_foreground(patches: Floats, height: int, width: int, spec: PreprocessSpec) -> Foreground:
-    """Foreground mask of one image.
+    """Return the foreground mask of one image.
 
     Args:
         patches: [N, D] patch features, row-major over the grid that `spec` gives for this image.
-        height, width: of the image as sent, after its EXIF rotation.
-        spec: the preprocessing that the features were made with.
+        height, width: size of the image as sent, after its EXIF rotation.
+        spec: the preprocessing of the features.
 
     Raises:
-        ValueError: N is not the grid of an image of this size under `spec`; features that are not finite.
+        ValueError: N does not match an image of this size under `spec`, or a feature is not finite.
     """
     out_h, out_w = output_size(height, width, spec)
     grid = out_h // spec.patch_size, out_w // spec.patch_size
@@ -76,11 +76,11 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
 
 
 def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
-    """Projection of the patches on the direction that parts them most, less the threshold: float32 [h, w], > 0 is
-    foreground. Equal patches give zeros: no foreground.
+    """Project the patches onto the direction of largest variance and subtract the threshold: float32 [h, w], > 0 is
+    foreground. Equal patches give zeros, which means no foreground.
 
     Raises:
-        ValueError: patches that do not fill the grid, or are not finite.
+        ValueError: the patches do not fill the grid or are not finite.
     """
     if patches.ndim != 2 or patches.shape[0] != grid[0] * grid[1]:
         raise ValueError(f"patches of shape {list(patches.shape)} do not fill a grid of {grid[0]} x {grid[1]}")
@@ -95,10 +95,10 @@ def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
 
 
 def first_component(centred: Floats) -> Floats:
-    """Direction of the largest variance of centred rows [N, D]: unit vector [D], of either sign.
+    """Return the direction of largest variance of centred rows [N, D]: a unit vector [D] of either sign.
 
-    An exact eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power iteration would be cheaper for
-    large ones, but a start that happens to be another eigenvector stays there.
+    It is an exact eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power iteration would be
+    cheaper for large matrices, but it stays at its start if that is another eigenvector.
     """
     rows = centred.astype(np.float64)
     if len(rows) >= rows.shape[1]:
@@ -109,10 +109,10 @@ def first_component(centred: Floats) -> Floats:
 
 
 def orient(projection: Floats) -> Floats:
-    """The projection [h, w] with the sign that makes the foreground positive.
+    """Return the projection [h, w] with the sign that makes the foreground positive.
 
-    The background is what touches the frame: the sign is the one that gives the border patches the lower mean. A tie
-    (also: a grid that is all border) falls to the smaller side as foreground.
+    The background touches the frame, so the sign is the one that gives the border patches the lower mean. On a tie, or
+    if all patches are border patches, the smaller side is the foreground.
     """
     h, w = projection.shape
     if h > 2 and w > 2:
@@ -126,25 +126,25 @@ def orient(projection: Floats) -> Floats:
 
 
 def otsu_threshold(values: Floats) -> float:
-    """The threshold that leaves the least variance inside the two classes (Otsu 1979), in the middle of the gap.
+    """Return the threshold with the least variance within the two classes (Otsu 1979), in the middle of the gap.
 
-    Equal values: that value (nothing is above it).
+    If all values are equal, return that value, so that no value is above it.
     """
     ordered = np.sort(values.astype(np.float64))
     if ordered[0] == ordered[-1]:
         return float(ordered[-1])
     count = len(ordered)
-    below = np.arange(1, count)  # how many values lie under each of the N - 1 splits
+    below = np.arange(1, count)  # number of values below each of the N - 1 splits
     sums = np.cumsum(ordered)
     gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / (count - below)
     between = below * (count - below) * gap**2
-    between[ordered[1:] == ordered[:-1]] = -1  # equal values cannot be parted
+    between[ordered[1:] == ordered[:-1]] = -1  # equal values cannot be separated
     split = int(np.argmax(between))
     return float((ordered[split] + ordered[split + 1]) / 2)
 
 
 def _contrast(patches: Floats, inside: Mask) -> float:
-    """Cosine distance of the two classes' means; 0 if one is empty."""
+    """Return the cosine distance of the two classes' means, 0 if a class is empty."""
     if inside.all() or not inside.any():
         return 0.0
     front, back = patches[inside].mean(axis=0, dtype=np.float64), patches[~inside].mean(axis=0, dtype=np.float64)
@@ -153,10 +153,10 @@ def _contrast(patches: Floats, inside: Mask) -> float:
 
 
 def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
-    """Scores [h, w] that cover `box` (x, y, width, height) of an image, to a mask [H, W] of it.
+    """Upsample scores [h, w], which cover `box` (x, y, width, height) of an image, to a mask [H, W] of the image.
 
-    Bilinear between patch centres, constant beyond the outermost ones, then thresholded at 0. Pixels whose centre lies
-    outside the box are False. Computed in blocks of rows: a mask of 64 million pixels never exists as floats.
+    Bilinear between patch centres, constant beyond the outermost ones, then thresholded at 0. Pixels with their centre
+    outside the box are False. Works in blocks of rows, so that 64 million pixels are never floats at once.
     """
     x, y, box_width, box_height = box
     rows, row_weights = _bilinear(height, y, box_height, scores.shape[0])
@@ -170,11 +170,13 @@ def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
 
 
 def _bilinear(size: int, start: float, extent: float, cells: int) -> tuple[slice, Floats]:
-    """Along one side of `size` pixels: the pixels with their centre in [start, start + extent), and the weights
-    [pixels, cells] by which each mixes the cells that divide this span evenly."""
+    """Return, for one side of `size` pixels, the slice of pixels with their centre in [start, start + extent), and the
+    weights [pixels, cells] with which each pixel mixes the cells that divide this span evenly."""
     centres = np.arange(size) + 0.5
     inside = np.flatnonzero((centres >= start) & (centres < start + extent))
-    at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(0, cells - 1)  # in cells, from the first's centre
+    at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(
+        0, cells - 1
+    )  # in cells, from the centre of the first cell
     low = np.minimum(at.astype(np.int64), max(cells - 2, 0))
     high = np.minimum(low + 1, cells - 1)
     weights = np.zeros((len(inside), cells), np.float32)

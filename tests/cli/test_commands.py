@@ -84,7 +84,7 @@ def test_further_graphs_and_the_gate_are_told(tmp_path: Path) -> None:
     assert [line for line in lines if line.startswith("model-dynamic-int8.onnx at 84x112: parity on 5 images: ")]
     assert "model-70-int8.onnx" in result.stdout
     assert "serve: gate " in result.stdout
-    assert "of 2 photos" in result.stdout
+    assert "of 2 images" in result.stdout
     (folder,) = (tmp_path / "out").iterdir()
     assert len(load_artifact(folder).manifest.graphs) == 4
 
@@ -106,7 +106,7 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     assert "skipped" in result.output
     nothing = runner.invoke(cli.app, [*command, "--images", str(tmp_path / "none")])
     assert nothing.exit_code == 2
-    assert "at least two readable photos" in nothing.output
+    assert "at least two readable images" in nothing.output
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
         (["nowhere/checkpoint.safetensors"], "nowhere/checkpoint.safetensors: no such file"),
-        (["tests"], "tests is a folder; a checkpoint file is exported"),
+        (["tests"], "tests is a folder: give a checkpoint file"),
         (["FOREIGN"], "add --arch"),
         (["OWN", "--crop", "300"], "does not fit into resize"),
         (["OWN", "--crop", "71"], "must be a multiple of patch_size=14"),
-        (["OWN", "--sizes", "70,100"], "size '100': a multiple of the patch size 14"),
+        (["OWN", "--sizes", "70,100"], "size '100': must be a multiple of the patch size 14"),
         (["OWN", "--precision", "fp4"], "precision 'fp4': one of fp32, fp16, bf16, int8"),
         (["OWN", "--outputs", "cls,patches,registers,layer.99"], "output 'layer.99'"),
     ],

@@ -38,7 +38,7 @@ class KeptStore(DictStore):
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
         info = await self.info(collection)
-        self.kept = replace(self._found(collection)[1], items=dict(self._found(collection)[1].items))
+        self.kept = replace(self._resolve(collection)[1], items=dict(self._resolve(collection)[1].items))
         return SnapshotInfo("s1", collection, "2026-01-01T00:00:00+00:00", 1000, info.count)
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
@@ -123,7 +123,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def torn(photos: Path) -> Path:
-    """Among the photos, one that cannot be read."""
+    """Among the images, one that cannot be read."""
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     return photos / "torn.jpg"
 
@@ -167,19 +167,19 @@ def test_photos_left_out_are_listed_counted_and_exit_status_1(
     assert "3 indexed, 0 already there, 1 failed -> shop" in result.stdout
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"failed {torn}: the JPEG is damaged")
-    assert lines[-1] == "1 photo was left out: all are listed above; --errors FILE keeps the whole list"
+    assert lines[-1] == "1 image was left out: all are listed above; --errors FILE saves the whole list"
     assert kept.store()._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     for index in range(25):
         (photos / f"{index}.jpg").write_bytes(b"")
     result = kept.invoke("index", photos, "-c", "shop")  # the good ones are there already
     assert (result.exit_code, result.stderr.count("failed ")) == (1, 20)
     assert result.stderr.splitlines()[-1] == (
-        "26 photos were left out: the first 20 are listed above; --errors FILE keeps the whole list"
+        "26 images were left out: the first 20 are listed above; --errors FILE saves the whole list"
     )
     errors = tmp_path / "errors.jsonl"
     result = kept.invoke("index", photos, "-c", "shop", "--errors", errors)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"26 photos were left out: all are listed in {errors}"
+    assert result.stderr.splitlines()[-1] == f"26 images were left out: all are listed in {errors}"
     rows = [json.loads(line) for line in errors.read_text().splitlines()]
     assert len(rows) == 26
     assert rows[0].keys() == {"source", "reason"}
@@ -203,9 +203,9 @@ def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
         (["PHOTOS", "-c", "shop", "--errors", "NONE/x"], "No such file or directory"),
         (["PHOTOS"], "Missing option"),
         (["PHOTOS", "-c", "means", "--pooling", "cls"], "holds mean vectors, not cls"),
-        (["PHOTOS", "-c", "means", "--originals"], "keeps no photos"),
+        (["PHOTOS", "-c", "means", "--originals"], "stores no images"),
         (["PHOTOS", "-c", "other"], "cannot be compared"),
-        (["PHOTOS", "-c", "foreign"], "no model here makes"),
+        (["PHOTOS", "-c", "foreign"], "no local model makes"),
     ],
 )
 def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], said: str) -> None:
@@ -248,7 +248,7 @@ def test_ctrl_c_keeps_what_was_written(kept: Kept, tmp_path: Path) -> None:
         kept.engine.run = interrupted  # type: ignore[method-assign]
         result = kept.invoke("index", folder, "-c", "shop", "--batch-size", 4)
         assert result.exit_code == 130
-        assert "run again to go on" in result.output
+        assert "run again to resume" in result.output
         assert 0 < len(kept.store()._collections["shop"].items) == kept.engine.images < 60
         assert signal.getsignal(signal.SIGINT) == before
     finally:
@@ -261,7 +261,7 @@ def test_search_says_what_is_wrong(kept: Kept, photos: Path) -> None:
     assert "there is no collection 'none'" in kept.refused("search", photos / "a.png", "-c", "none")
     assert "no such file" in kept.refused("search", photos / "none.png", "-c", "shop").lower()
     assert "damaged" in kept.refused("search", photos / "torn.jpg", "-c", "shop")
-    assert "--filter: not JSON" in kept.refused("search", photos / "a.png", "-c", "shop", "--filter", "{")
+    assert "--filter is not JSON" in kept.refused("search", photos / "a.png", "-c", "shop", "--filter", "{")
     assert "filter:" in kept.refused("search", photos / "a.png", "-c", "shop", "--filter", "{}")
 
 
@@ -295,11 +295,11 @@ def test_collections_from_their_making_to_their_end(kept: Kept, photos: Path) ->
 
 
 def test_collections_say_what_is_wrong(kept: Kept) -> None:
-    assert "go together" in kept.refused("collections", "create", "shop", "--tag", "x")
-    assert "either a collection" in kept.refused("collections", "alias", "live")
+    assert "must be given together" in kept.refused("collections", "create", "shop", "--tag", "x")
+    assert "either the collection" in kept.refused("collections", "alias", "live")
     assert "another name" in kept.refused("collections", "copy", "shop")
     assert "no collection" in kept.refused("collections", "show", "none")
-    assert "indexed: a key is" in kept.refused("collections", "create", "shop", "--indexed", "")
+    assert "indexed: a key must be" in kept.refused("collections", "create", "shop", "--indexed", "")
     for words, said in [
         (["--m", 1], "index.m=1 is not allowed: a whole number, 2 to 256"),
         (["--ef-construction", 3], "index.ef_construction=3 is not allowed: a whole number, 4 to 4,096"),
@@ -315,8 +315,8 @@ def test_collections_say_what_is_wrong(kept: Kept) -> None:
     made = json.loads(kept.ok("collections", "create", "keys", "--indexed", "b", "--indexed", "a", "--indexed", "b"))
     assert made["indexed"] == ["a", "b"]  # as over REST, so that both mean the same collection
     kept.store().capabilities = frozenset({"atomic_upsert"})  # type: ignore[misc]
-    assert "has no snapshots; it has atomic_upsert" in kept.refused("collections", "snapshot", "shop")
-    assert "has no stats" in kept.refused("collections", "stats", "shop")
+    assert "does not support snapshots; it supports atomic_upsert" in kept.refused("collections", "snapshot", "shop")
+    assert "does not support stats" in kept.refused("collections", "stats", "shop")
 
 
 def test_copy_between_stores(kept: Kept, photos: Path) -> None:
@@ -335,9 +335,9 @@ def files(folder: Path) -> list[str]:
 def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "data" / "originals", tmp_path / "elsewhere" / "originals"
     kept.ok("index", photos, "-c", "shop", "--originals")
-    assert "photos" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
+    assert "images" not in kept.ok("collections", "copy", "shop", "--as", "twin")  # one place
     words = ("collections", "copy", "shop", "--to-store", f"embedded:{tmp_path / 'elsewhere'}")
-    assert "photos: 3 copied, 0 already there\n" in kept.ok(*words)
+    assert "images: 3 copied, 0 already there\n" in kept.ok(*words)
     assert files(there) == files(here)
     stored = [path for path in here.rglob("*") if path.is_file()]
     stored[0].unlink()
@@ -345,17 +345,17 @@ def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path
     other = (*words, "--to-originals", tmp_path / "third")
     result = kept.invoke(*other)
     assert result.exit_code == 1
-    assert "photos: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
+    assert "images: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("1 photo was left out, since the source cannot read them: the stored photo ")
+    assert last.startswith("1 image was left out because the source cannot read them: the stored image ")
     assert files(tmp_path / "third") == [stored[2].name]
-    assert "photos: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
+    assert "images: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
 
 
 def test_a_copy_of_a_collection_without_photos_copies_none(kept: Kept, photos: Path, tmp_path: Path) -> None:
     kept.ok("index", photos, "-c", "shop")
     words = ("collections", "copy", "shop", "--as", "twin", "--to-originals", tmp_path / "third")
-    assert "photos" not in kept.ok(*words)
+    assert "images" not in kept.ok(*words)
     assert "originals_url: nowhere cannot be opened" in kept.refused(*words[:-1], "nowhere://x")
 
 
@@ -383,7 +383,7 @@ def test_export_and_import_say_what_is_wrong(kept: Kept, tmp_path: Path, monkeyp
     words = ("collections", "import", tmp_path / "x.npz", "-c", "shop")
     assert "--tag or --fingerprint" in kept.refused(*words)
     assert "not both" in kept.refused(*words, "--tag", TAG, "--fingerprint", "a")
-    assert "no model here" in kept.refused(*words, "--fingerprint", "ffffffff")
+    assert "no local model" in kept.refused(*words, "--fingerprint", "ffffffff")
     assert "cannot be compared" in kept.refused(*words, "--tag", "mine")
     assert "1 imported" in kept.ok(*words, "--tag", TAG)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -436,7 +436,7 @@ def test_reading_makes_no_store_and_names_the_one_it_reads(tmp_path: Path, photo
     run = CliRunner()
     for words in (["collections", "list"], ["search", str(photos / "a.png"), "-c", "shop"]):
         result = run.invoke(cli.app, [*words, *data])
-        assert (result.exit_code, "there is no vector store in" in result.output) == (2, True), result.output
+        assert (result.exit_code, "no vector store in" in result.output) == (2, True), result.output
         assert not (tmp_path / "data" / "search.sqlite3").exists()
     assert run.invoke(cli.app, ["index", str(photos), "-c", "shop", *data]).exit_code == 0
     result = run.invoke(cli.app, ["search", str(photos / "a.png"), "-c", "shoop", *data])

@@ -378,7 +378,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "no checkpoint of this project"),
+        ({}, "not a checkpoint of this project"),
         ({"format": "dinov2-service"}, "metadata cannot be read"),
         ({"format": "dinov2-service", "config": '{"embed_dim": 16}'}, "metadata cannot be read"),
         ({"format": "dinov2-service", "config": '{"embed_dim": 16, "rope": 1}'}, r"unknown fields \['rope'\]"),
@@ -408,7 +408,7 @@ def test_aliases_and_unknown_names(tmp_path: Path) -> None:
         assert model_package.load_model(name, weights=tmp_path / "w.pth").embed_dim == 384
     with pytest.raises(ValueError, match="did you mean dinov2_vits14"):
         load_model("dinov2_vits15", weights=tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no published weights of 'dinov2_vitt14'"):
+    with pytest.raises(ValueError, match="no weights are published for 'dinov2_vitt14'"):
         load_model("dinov2_vitt14")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = model_package.nothing

@@ -50,7 +50,7 @@ GREY = RGB.convert("L")
 
 
 def corpus() -> dict[str, bytes]:
-    """Valid pictures, one per format, mode and compression that we can write: name -> bytes."""
+    """Valid images, one per format, mode and compression that we can write: name -> bytes."""
     rgba = RGB.convert("RGBA")
     rgba.putalpha(GREY)
     grey16 = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
@@ -234,7 +234,7 @@ def test_limits_pass_at_the_limit_and_refuse_beyond() -> None:
     assert decode(data, limits).shape == (24, 40, 3)
     for field, value, words in (
         ("max_bytes", len(data) - 1, "bytes"),
-        ("max_pixels", 24 * 40 - 1, "960 in all"),
+        ("max_pixels", 24 * 40 - 1, "960 in total"),
         ("max_aspect_ratio", 1.6, "1.6 times"),
     ):
         with pytest.raises(TooLarge, match=words):

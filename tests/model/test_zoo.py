@@ -62,7 +62,7 @@ def test_unknown_names_get_near_matches_and_the_list() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'dinov2_vits16': did you mean dinov2_vits14") as caught:
         resolve("dinov2_vits16")
     assert all(name in str(caught.value) for name in ENTRIES)
-    with pytest.raises(ValueError, match="unknown model 'resnet50': published are"):
+    with pytest.raises(ValueError, match="unknown model 'resnet50': known are"):
         resolve("resnet50")
 
 
@@ -249,7 +249,7 @@ def test_wrong_bytes(server: Server, tmp_path: Path) -> None:
 
 def test_wrong_size_is_refused_before_it_is_fetched(server: Server, tmp_path: Path) -> None:
     server.content = b"<html>log in to the hotel's network</html>"
-    with pytest.raises(DownloadError, match=f"42 bytes instead of {len(CONTENT)}: another file"):
+    with pytest.raises(DownloadError, match=f"42 bytes instead of {len(CONTENT)}: not the published file"):
         fetch(server, tmp_path)
     assert left_over(tmp_path) == set()
 
@@ -268,7 +268,7 @@ def test_passing_troubles_are_waited_out(server: Server, tmp_path: Path, status:
 
 def test_a_refusal_is_final(server: Server, tmp_path: Path) -> None:
     server.statuses = [404]
-    with pytest.raises(DownloadError, match="answers 404 Not Found"):
+    with pytest.raises(DownloadError, match="returned 404 Not Found"):
         fetch(server, tmp_path)
     assert len(server.requests) == 1
 
@@ -287,7 +287,7 @@ def test_no_server_tells_the_manual_way(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base_url", ["https://[::1", "ftp://127.0.0.1/x", "http://no-such-host.invalid"])
 def test_mirrors_that_cannot_be(base_url: str, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"cannot download dinov2_vits14 from .* By hand: "):
+    with pytest.raises(DownloadError, match=r"cannot download dinov2_vits14 from .* To download it manually, run "):
         download(ENTRY, tmp_path, base_url=base_url, progress=False, retry_wait_s=0.001)
 
 
@@ -304,7 +304,7 @@ def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
 def test_too_little_space_is_seen_before(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = zoo.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(zoo.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DownloadError, match=f"{len(CONTENT)} bytes are missing and 1000 are free"):
+    with pytest.raises(DownloadError, match=f"{len(CONTENT)} bytes are needed, but only 1000 are free"):
         fetch(server, tmp_path)
     assert left_over(tmp_path) == set()
 

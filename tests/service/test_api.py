@@ -298,7 +298,7 @@ async def test_a_mask_is_of_one_image_and_of_the_served_model(tmp_path):
         other = await run.client.post("/v1/segment", json={"image": data_url(photo(1)), "model": "resnet50"})
     for answer in (two, listed):
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-        assert "2 images in image: a request takes 1 to 1" in answer.json()["detail"]
+        assert "2 images in image: a request can have 1 to 1" in answer.json()["detail"]
     assert (other.status_code, other.json()["code"]) == (404, "model_not_found")
     assert run.engine.images == 0
 

@@ -79,7 +79,7 @@ def test_images_are_taken_from_all_over_a_folder(tmp_path):
 
 def test_one_image_is_too_few_to_compare_engines_on(tmp_path):
     (tmp_path / "a.png").write_bytes(plain_photo(1))
-    with pytest.raises(ValueError, match="at least two readable photos, found 1"):
+    with pytest.raises(ValueError, match="at least two readable images, found 1"):
         models.read_photos(tmp_path, 4)
     (tmp_path / "b.png").write_bytes(plain_photo(2))
     assert len(models.read_photos(tmp_path, 4)) == 2
@@ -104,7 +104,7 @@ def test_the_export_runs_once_as_its_own_process(tmp_path, monkeypatch, leaves):
         assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
         assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
     else:
-        with pytest.raises(ValueError, match="left no artifact"):
+        with pytest.raises(ValueError, match="wrote no artifact"):
             choose_artifact("dinov2_vits14", tmp_path)
     assert len(calls) == 1
     assert calls[0][-4:] == ["export", "dinov2_vits14", "--out", str(tmp_path / "artifacts")]

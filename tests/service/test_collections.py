@@ -158,11 +158,11 @@ async def test_other_settings_are_a_conflict_that_names_them(tmp_path, change, w
         ({"indexed": [f"k{i}" for i in range(17)]}, "indexed"),
         ({"indexed": ["a..b"]}, "indexed: key 'a..b' is not allowed: printable"),
         ({"indexed": ["a'b"]}, 'indexed: key "a\'b" is not allowed: printable'),
-        ({"indexed": [""]}, "indexed: a key is a string of 1 to 256 characters, not ''"),
+        ({"indexed": [""]}, "indexed: a key must be a string of 1 to 256 characters, not ''"),
         ({"indexed": [7]}, "indexed.0"),
         ({"originals": "yes"}, "originals"),
         ({"dimension": 9}, "dimension=9"),
-        ({"fingerprint": "clip"}, "dimension is needed"),
+        ({"fingerprint": "clip"}, "requires a dimension"),
         ({"fingerprint": "a/b", "dimension": 3}, "fingerprint"),
         ({"fingerprint": "a" * 65, "dimension": 3}, "fingerprint"),
         ({"fingerprint": "clip", "dimension": 0}, "dimension"),
@@ -353,7 +353,7 @@ async def test_a_store_without_snapshots_says_so(tmp_path):
         ):
             answer = await run.client.request(method, f"{SHOP}/{path}", json={"snapshot": "s0"})
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-            assert f"has no {'stats' if path == 'stats' else 'snapshots'}" in answer.json()["detail"]
+            assert f"does not support {'stats' if path == 'stats' else 'snapshots'}" in answer.json()["detail"]
 
 
 async def test_openapi_shows_bodies_without_references(tmp_path):

@@ -58,7 +58,7 @@ async def test_messages_name_the_value_and_what_is_allowed(tmp_path):
         typo = await run.client.post("/v1/embeddings", json={"input": "", "poling": "cls"})
         pooling = await run.client.post("/v1/embeddings", json={"input": "", "pooling": "max"})
     assert "k: Input should be less than or equal to 1000, not 5000" in k.json()["detail"]
-    assert "poling: unknown field; known are model, encoding_format" in typo.json()["error"]["message"]
+    assert "poling: unknown field; known fields are model, encoding_format" in typo.json()["error"]["message"]
     assert "'cls', 'mean' or 'cls+mean', not 'max'" in pooling.json()["error"]["message"]
 
 

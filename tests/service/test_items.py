@@ -92,7 +92,7 @@ async def test_the_collection_decides_which_vector_of_a_photo_is_stored(tmp_path
 
 
 BAD_ITEMS: list[tuple[Any, int, str, str]] = [
-    (7, 422, "invalid_request", "an item is an object, not int"),
+    (7, 422, "invalid_request", "an item must be an object, not int"),
     ({}, 422, "invalid_request", "either an image or a vector"),
     ({"id": "x"}, 422, "invalid_request", "either an image or a vector"),
     ({"id": "x", "image": text(photo()), "vector": axis(0)}, 422, "invalid_request", "either an image or a vector"),
@@ -108,10 +108,10 @@ BAD_ITEMS: list[tuple[Any, int, str, str]] = [
     ({"id": "x", "vector": [1.0] * (DIMS + 1)}, 409, "conflict", "dimension 8; this one has 9"),
     ({"id": "x", "vector": axis(0), "fingerprint": "b" * 64}, 409, "model_mismatch", "b" * 64),
     ({"id": "x", "vector": axis(0), "fingerprint": ""}, 422, "invalid_request", "fingerprint"),
-    ({"id": "x", "image": text(photo()), "fingerprint": "a" * 64}, 422, "invalid_request", "goes with a vector"),
+    ({"id": "x", "image": text(photo()), "fingerprint": "a" * 64}, 422, "invalid_request", "requires a vector"),
     ({"id": "x", "image": "%%%"}, 422, "broken_image", "base64"),
     ({"id": "x", "image": 7}, 422, "invalid_request", "image"),
-    ({"id": "x", "image": "https://example.com/x.png"}, 422, "invalid_request", "links are not fetched"),
+    ({"id": "x", "image": "https://example.com/x.png"}, 422, "invalid_request", "does not fetch links"),
     ({"id": "x", "image": text(b"%PDF-1.7 and so on")}, 415, "unsupported_image", "not a known image"),
     ({"id": "", "vector": axis(0)}, 422, "invalid_request", "id"),
     ({"id": 7, "vector": axis(0)}, 422, "invalid_request", "id"),
@@ -160,7 +160,7 @@ async def test_a_bad_item_is_named_and_the_others_are_written_if_wished(tmp_path
 
 async def test_every_failed_item_of_many_is_reported(tmp_path):
     async with running(tmp_path, store=DictStore()) as run:
-        run.engine.fails = lambda pixels: bool((np.ptp(pixels, axis=(2, 3)) < 1e-3).any())  # a plain photo in the batch
+        run.engine.fails = lambda pixels: bool((np.ptp(pixels, axis=(2, 3)) < 1e-3).any())  # a plain image in the batch
         answer = await add(
             run,
             {"id": "0", "image": text(photo()[:60])},
@@ -290,7 +290,7 @@ async def test_the_idempotency_key(tmp_path):
     assert [answer.status_code for answer in wrong] == [422] * 4
     assert longest.status_code == 200
     assert lacking.status_code == 422
-    assert "does not remember requests" in lacking.json()["detail"]
+    assert "not supported by this vector store" in lacking.json()["detail"]
 
 
 async def test_an_aliased_collection_is_written_through_its_alias(tmp_path):

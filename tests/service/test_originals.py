@@ -104,7 +104,7 @@ async def test_a_full_disk_leaves_nothing_behind_and_no_path_in_the_message(tmp_
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageFailed) as caught:
         await originals.put(b"photo")
-    assert caught.value.detail == "the photo cannot be stored: No space left on device"
+    assert caught.value.detail == "the image cannot be stored: No space left on device"
     assert files(tmp_path) == []
     monkeypatch.undo()
     await originals.put(b"photo")
@@ -440,7 +440,7 @@ async def test_a_collection_that_keeps_no_photos_gives_none_out_though_another_o
         refused = await run.client.get("/v1/collections/other/items/x/image")
     assert (kept.status_code, kept.content) == (200, image)
     assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
-    assert "keeps no photo" in refused.json()["detail"]
+    assert "stores no image" in refused.json()["detail"]
 
 
 async def test_photos_stay_when_items_go(tmp_path):

@@ -57,7 +57,7 @@ class CountingStore(DictStore):
 
 
 async def fill(run, store, *, pooling="cls", count=N, name="shop", **spec) -> list[Item]:
-    """A collection of noise photos p00, p01, ...; its items as the store has them."""
+    """A collection of noise images p00, p01, ...; its items as the store has them."""
     tag = run.service.tag(pooling=pooling)
     dims = DIMS * (2 if pooling == "cls+mean" else 1)
     await store.create(name, CollectionSpec(tag, dims, **spec))
@@ -152,7 +152,7 @@ async def test_combine_is_the_weighted_sum_of_unit_vectors(tmp_path):
     assert pairs(found["data"]) == plain(items, by_hand, exclude=["p01", "p02"])
     assert len(found["data"]) == 10  # as many as asked for, without those two
     assert "cancel out" in cancelled["detail"]
-    assert "so nothing counts: at least one must not be 0" in nothing["detail"]
+    assert "at least one must not be 0" in nothing["detail"]
     assert [error["index"] for error in bad["errors"]] == [1]
 
 
@@ -243,22 +243,22 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
     ("region", "words"),
     [
         ({"box": [0, 0, 5.9, 32]}, "crop box [6.0, 2.0, 28.0, 28.0]"),
-        ({"box": [-100, -100, 5, 5]}, "outside what the network saw"),
+        ({"box": [-100, -100, 5, 5]}, "outside the part of the image that the network sees"),
         (
             {"box": [10, 10, 0, 5]},
-            "region.box [10.0, 10.0, 0.0, 5.0] has no area: it is [x, y, width, height] in pixels",
+            "region.box [10.0, 10.0, 0.0, 5.0] has no area: [x, y, width, height] in pixels",
         ),
-        ({"box": [10, 10, 5, -5]}, "the last two above 0"),
+        ({"box": [10, 10, 5, -5]}, "needs width and height above 0"),
         ({"box": [10, 10, 5]}, "region.box: List should have at least 4 items after validation, not 3"),
         ({"box": ["x", 10, 5, 5]}, "region.box.0: Input should be a valid number, not 'x'"),
         ({"box": [10, 10, "5", 5]}, "region.box.2: Input should be a valid number, not '5'"),
         ({"box": [10, True, 5, 5]}, "region.box.1: Input should be a valid number, not True"),
         ({"box": [1e308, 1e308, 1e308, 1e308]}, "outside"),
         ({}, "region: exactly one of box and mask is needed, not none"),
-        ({"mask": {"size": [40, 32], "counts": [0, 1280]}}, "region.mask.size is [40, 32] and the photo of [32, 40]"),
+        ({"mask": {"size": [40, 32], "counts": [0, 1280]}}, "region.mask.size is [40, 32], but the image has [32, 40]"),
         ({"mask": 7}, "region.mask: Input should be an object, not 7"),
-        ({"mask": {"size": [10**9, 10**9], "counts": "0"}}, "photo of [32, 40]"),
-        ({"mask": {"size": [32, 40], "counts": [1280]}}, "region.mask is empty: at least one pixel must be in it"),
+        ({"mask": {"size": [10**9, 10**9], "counts": "0"}}, "image has [32, 40]"),
+        ({"mask": {"size": [32, 40], "counts": [1280]}}, "region.mask is empty: it must have at least one pixel"),
         ({"mask": {"size": [32, 40], "counts": [0, 10]}}, "region.mask.counts: the run lengths sum to 10, not to 1280"),
         ({"mask": {"size": [32, 40], "counts": [0, -1, 1281]}}, "region.mask.counts: a run length is -1: 0 to 1280"),
         (
@@ -266,12 +266,15 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
             f"is {2**60}: 0 to 1280",
         ),  # the sum wraps around
         ({"mask": {"size": [32, 40], "counts": [2**64 - 1]}}, "region.mask"),
-        ({"mask": {"size": [32, 40], "counts": [1, 1.5, "x"]}}, "or a list of whole numbers; 1.5 is none"),
-        ({"mask": {"size": [32, 40], "counts": [True, 1279]}}, "or a list of whole numbers; True is none"),
+        ({"mask": {"size": [32, 40], "counts": [1, 1.5, "x"]}}, "or a list of integers, and 1.5 is neither"),
+        ({"mask": {"size": [32, 40], "counts": [True, 1279]}}, "or a list of integers, and True is neither"),
         ({"mask": {"size": [32, 40], "counts": "not run lengths \x00"}}, "region.mask.counts: not compressed COCO run"),
-        ({"mask": {"size": [32, 40], "counts": None}}, "at most 1,000,000 long, is needed, not None"),
+        ({"mask": {"size": [32, 40], "counts": None}}, "at most 1,000,000 long, not None"),
         ({"mask": {"size": [32], "counts": "0"}}, "region.mask.size: List should have at least 2 items"),
-        ({"mask": {"size": [32, 40], "counts": "0" * 1_000_001}}, "region.mask.counts: a COCO run-length string, or"),
+        (
+            {"mask": {"size": [32, 40], "counts": "0" * 1_000_001}},
+            "region.mask.counts: must be a COCO run-length string or",
+        ),
         ({"box": [10, 10, 5, 5], "polygon": []}, "region.polygon: unknown field"),
     ],
 )
@@ -291,8 +294,8 @@ async def test_a_region_needs_vectors_of_pooling_mean(tmp_path):
         await fill(run, store, count=2)
         answer = await ask(run, {"region": {"image": text_of(photo(7)), "box": [8, 8, 9, 9]}}, 422)
         broken = await ask(run, {"region": {"image": "!", "box": [8, 8, 9, 9]}}, 422)
-    assert "holds cls" in answer["detail"]
-    assert "made with pooling mean" in answer["detail"]
+    assert "has pooling cls" in answer["detail"]
+    assert "a collection with pooling mean" in answer["detail"]
     assert run.engine.images == 0
     assert broken["code"] == "invalid_request"
 
@@ -305,7 +308,7 @@ async def test_a_part_of_weight_0_counts_nothing(tmp_path):
         for weights in ([0], [0, 0.0, -0.0]):
             none = await ask(run, {"combine": [{"id": "p01", "weight": weight} for weight in weights]}, 422)
             assert none["param"] == "combine"
-            assert f"combine: the weights are {[float(w) for w in weights]}, so nothing counts" in none["detail"]
+            assert f"combine: the weights are {[float(w) for w in weights]}: " in none["detail"]
             assert "at least one must not be 0" in none["detail"]
     assert pairs(some["data"]) == plain(items, items[1].vector, exclude=["p01", "p02"])
 
@@ -325,7 +328,7 @@ async def test_a_part_of_weight_0_counts_nothing(tmp_path):
         ({"combine": [5]}, "combine.0: Input should be an object, not 5"),
         ({"combine": [{"id": "p01"}] * 17}, "combine: List should have at most 16 items after validation, not 17"),
         ({"combine": [{"id": "\n"}]}, "combine.0.id '\\n' is not allowed: 1 to 256 printable characters"),
-        ({"combine": [{"id": "p01"}, {"vector": [0, 0]}]}, "combine.1.vector: 2 zeros have no direction"),
+        ({"combine": [{"id": "p01"}, {"vector": [0, 0]}]}, "combine.1.vector: a vector of 2 zeros has no direction"),
         (
             {"combine": [{"id": "p01"}, {"id": "p01", "weight": -1}]},
             "combine: with the weights [1.0, -1.0] the vectors cancel out",
@@ -575,7 +578,7 @@ async def test_what_a_request_may_ask_for_in_all_is_allowed_up_to_the_limit(tmp_
         await ask(run, {"queries": [grouped] * 10})
         refused = await ask(run, {"queries": [grouped] * 10 + [{"id": "p00", "k": 1}]}, 422)
         await ask(run, {"id": "p00", "filter": where})
-    assert "10,001 results together" in refused["detail"]
+    assert "10,001 results in total" in refused["detail"]
 
 
 async def test_1_and_true_are_different_filters(tmp_path):
@@ -633,7 +636,7 @@ async def test_partial_errors_of_a_batch(tmp_path):
     assert errors[1]["code"] == "item_not_found"
     assert errors[2]["code"] == "unsupported_image"
     assert "1 of 1" not in errors[2]["detail"]
-    assert "links are not fetched" in errors[3]["detail"]
+    assert "does not fetch links" in errors[3]["detail"]
     assert "vector.1" in errors[9]["detail"]
     assert failed["code"] == "invalid_items"
     assert failed["errors"] == some["errors"]
@@ -672,17 +675,17 @@ def nested(levels: int) -> dict:
         ({}, "exactly one of image, vector, id, combine, region is needed, not none"),
         ({"vector": GOOD, "id": "a"}, "not vector and id"),
         ({"vector": None}, "not none"),
-        ({"vector": []}, "vector: a vector is a list of 1 to 8,192 numbers, not [] of 0"),
+        ({"vector": []}, "vector: a vector must be a list of 1 to 8,192 numbers, not [] of 0"),
         ({"vector": [0.5] * 8193}, "of 8,193"),
         ({"vector": [0.0] * DIMS}, "no direction"),
-        ({"vector": ["1"] * DIMS}, "vector.0: a number is needed, not '1'"),
+        ({"vector": ["1"] * DIMS}, "vector.0: must be a number, not '1'"),
         ({"vector": [1.0] * 7 + [True]}, "vector.7"),
         ({"vector": [1.0] * 7 + [None]}, "vector.7"),
         ({"vector": [1.0] * 7 + [[1.0]]}, "vector.7"),
         ({"vector": [1.0] * 7 + [{}]}, "vector.7"),
-        ({"vector": "1,2,3"}, "vector: a vector is a list"),
-        ({"vector": {"0": 1.0}}, "vector: a vector is a list"),
-        ({"vector": 5}, "vector: a vector is a list"),
+        ({"vector": "1,2,3"}, "vector: a vector must be a list"),
+        ({"vector": {"0": 1.0}}, "vector: a vector must be a list"),
+        ({"vector": 5}, "vector: a vector must be a list"),
         ({"vector": GOOD, "k": 0}, "k: Input should be greater"),
         ({"vector": GOOD, "k": 1001}, "k: Input should be less than or equal to 1000, not 1001"),
         ({"vector": GOOD, "k": "many"}, "k: "),
@@ -692,7 +695,7 @@ def nested(levels: int) -> dict:
         ({"vector": GOOD, "score_threshold": "NaN"}, "score_threshold: "),
         ({"vector": GOOD, "filter": nested(16)}, "nested more than 16 deep"),
         ({"vector": GOOD, "filter": nested(200)}, "nested more than 16 deep"),
-        ({"vector": GOOD, "filter": []}, "a condition is an object"),
+        ({"vector": GOOD, "filter": []}, "a condition must be an object"),
         ({"vector": GOOD, "filter": {"key": "a", "in": list(range(10_001))}}, "more than 10,000 values"),
         ({"vector": GOOD, "filter": {"key": "a'b", "eq": 1}}, "is not allowed"),
         ({"vector": GOOD, "group_by": ".a"}, "group_by: key"),
@@ -700,21 +703,21 @@ def nested(levels: int) -> dict:
         ({"vector": GOOD, "group_by": ""}, "group_by: "),
         ({"vector": GOOD, "group_by": ["a"]}, "group_by: "),
         ({"vector": GOOD, "group_by": "a", "group_size": 101}, "group_size: "),
-        ({"vector": GOOD, "group_size": 2}, "group_size needs group_by"),
+        ({"vector": GOOD, "group_size": 2}, "group_size requires group_by"),
         ({"vector": GOOD, "params": {"ef": 5}}, "params.ef: unknown field"),
         ({"vector": GOOD, "params": {"ef_search": 0}}, "params.ef_search"),
         ({"vector": GOOD, "params": []}, "params: "),
         ({"vector": GOOD, "params": {f"k{i}": 0 for i in range(5000)}}, "params has 5,000 fields"),
         ({"vector": GOOD, "include": ["photo"]}, "include"),
-        ({"vector": GOOD, "topk": 5}, "topk: unknown field; known are k, offset"),
-        ({"vector": GOOD, "on_error": "partial"}, "on_error belongs to queries"),
+        ({"vector": GOOD, "topk": 5}, "topk: unknown field; known fields are k, offset"),
+        ({"vector": GOOD, "on_error": "partial"}, "on_error requires queries"),
         ({"vector": GOOD, "rerank": "patches"}, "a query by vector has none"),
         ({"combine": [{"id": "p00"}], "rerank": "patches"}, "a query by combine has none"),
         ({"id": "p00", "rerank": "colour"}, "rerank: "),
-        ({"id": "p00", "matches": True}, "need rerank"),
-        ({"id": "p00", "rerank_depth": 5}, "need rerank"),
+        ({"id": "p00", "matches": True}, "require rerank"),
+        ({"id": "p00", "rerank_depth": 5}, "require rerank"),
         ({"id": "p00", "rerank": "patches", "rerank_depth": 101}, "rerank_depth: "),
-        ({"id": "p00", "rerank": "patches", "group_by": "a"}, "do not go together"),
+        ({"id": "p00", "rerank": "patches", "group_by": "a"}, "cannot be combined"),
         ({"id": ""}, "id: "),
         ({"id": "a\nb"}, "printable"),
         ({"id": 5}, "id: "),
@@ -734,15 +737,15 @@ def nested(levels: int) -> dict:
         ({"queries": []}, "queries: "),
         ({"queries": [{"id": "p00"}] * 65}, "queries: "),
         ({"queries": "all"}, "queries: "),
-        ({"queries": [{"id": "p00"}], "vector": GOOD}, "vector beside queries"),
-        ({"queries": [{"id": "p00"}], "fingerprint": "a"}, "fingerprint beside queries"),
+        ({"queries": [{"id": "p00"}], "vector": GOOD}, "vector cannot be combined with queries"),
+        ({"queries": [{"id": "p00"}], "fingerprint": "a"}, "fingerprint cannot be combined with queries"),
         ({"queries": [{"id": "p00"}], "k": 0}, "k: "),
-        ({"queries": [{"id": "p00", "k": 1000}] * 11}, "11,000 results together"),
-        ({"queries": [{"id": "p00", "offset": 900}] * 11}, "10,010 results together"),
+        ({"queries": [{"id": "p00", "k": 1000}] * 11}, "11,000 results in total"),
+        ({"queries": [{"id": "p00", "offset": 900}] * 11}, "10,010 results in total"),
         ({"queries": [{"combine": [{"image": ""}] * 13}] * 5}, "65 images"),
         (
             {"queries": [{"id": "p00", "filter": {"key": "a", "in": [f"{q}", *range(6000)]}} for q in range(64)]},
-            "the filters of one request hold more than 10,000 values",
+            "the filters of one request have more than 10,000 values",
         ),
         ({"queries": [{f"k{i}": 0 for i in range(5000)}]}, "the query has 5,000 fields"),
         ({"queries": [{"queries": [{"id": "p00"}]}]}, "queries: unknown field"),

@@ -100,7 +100,7 @@ def test_of_a_redis_url_scheme_host_port_and_database_are_shown(url, shown):
         ("redis://:1?s3cret@cache", "options after"),
         ("redis://:1#s3cret@cache", "options after"),
         ("redis://:1/s3cret@cache", "host is missing"),
-        ("redis://cache/s3cret", "number of a database"),
+        ("redis://cache/s3cret", "database number"),
         ("redis://:pw@cache:s3cret", "host or port"),
         ("redis://:s3cret@[cache", "host or port"),
         ("redis://:s3cret@:6379", "host is missing"),
@@ -139,11 +139,11 @@ def test_of_a_vector_store_scheme_host_port_and_database_are_shown(url, shown):
         ("milvus://user:s3cret@vectors?x=1", "options after"),
         ("milvus://user:pw@vectors#s3cret", "options after"),
         ("milvus://user:pw/s3cret@vectors", "host or port"),
-        ("milvus://user:pw@vectors/s3cret@x", "name of a database"),
+        ("milvus://user:pw@vectors/s3cret@x", "database name"),
         ("milvus://user:pw@vectors:s3cret", "host or port"),
         ("milvus://user:s3cret@", "host is missing"),
-        ("milvus://s3cret@vectors", "user and password go together"),
-        ("milvus://:s3cret@vectors", "user and password go together"),
+        ("milvus://s3cret@vectors", "user and password must be given together"),
+        ("milvus://:s3cret@vectors", "user and password must be given together"),
     ],
 )
 def test_a_vector_store_that_is_refused_is_not_shown(monkeypatch, url, message):

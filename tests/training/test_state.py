@@ -123,7 +123,9 @@ def test_a_run_goes_on_with_its_own_settings_but_for_those_that_change_no_weight
     if name in FREE:
         check_same_settings(saved, changed)
     else:
-        with pytest.raises(ValueError, match=rf"run/states is of a run with other settings \({name}: .* -> another\)"):
+        with pytest.raises(
+            ValueError, match=rf"run/states is from a run with other settings \({name}: .* -> another\)"
+        ):
             check_same_settings(saved, changed)
 
 

@@ -341,7 +341,7 @@ def test_the_settings_of_network_and_optimizer_reach_them():
             {"last_phase": {"share": 0.5, "global_size": 42, "local_size": 28, "micro_batch": 5}},
             r"batch_size=8 must be a multiple of 1 ranks times last_phase\.micro_batch=5",
         ),
-        ({"batch_size": 26}, "batch_size=26 is more than the 25 photos to train on"),
+        ({"batch_size": 26}, "batch_size=26 is more than the 25 images to train on"),
     ],
 )
 def test_batches_that_cannot_be_made_are_refused(photos, tmp_path, changes, message):

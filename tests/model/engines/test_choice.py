@@ -81,8 +81,8 @@ def test_names(name: str, expected: tuple[str, str]) -> None:
         ("cuda9", "unknown engine 'cuda9': one of auto, fastest, onnxruntime, .*, tensorrt"),
         ("", "unknown engine ''"),
         ("auto:fp32", "unknown engine 'auto:fp32'"),
-        ("torch:int8", "engine 'torch:int8': torch computes in fp32, bf16"),
-        ("torch:", "engine 'torch:': torch computes in"),
+        ("torch:int8", "engine 'torch:int8': torch supports fp32, bf16"),
+        ("torch:", "engine 'torch:': torch supports"),
     ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:
@@ -117,13 +117,15 @@ def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: p
     choice = choose_engine(exported, threads=1)
     assert choice.engine.name == "onnxruntime"
     reasons = {tried.engine: tried.reason for tried in choice.tried}
-    assert "wrong bf16 strays from the float32 reference on 5 photos" in reasons["tensorrt:bf16"]
+    assert "wrong bf16 differs too much from the float32 reference on 5 images" in reasons["tensorrt:bf16"]
     assert "(at least 0.999)" in reasons["tensorrt:bf16"]
     assert "has no CUDAExecutionProvider" in reasons["onnxruntime-cuda:bf16"]
     assert "finds no CUDA device" in reasons["torch:bf16"]
     assert not exported.derived.exists()  # no graph is made for a runtime that is not there
     assert given == [OpenRequest(exported, "tensorrt", "bf16", threads=1)]
-    with pytest.raises(parity.ParityError, match="wrong bf16 strays"):  # asked for by name: nothing else serves
+    with pytest.raises(
+        parity.ParityError, match="wrong bf16 differs too much"
+    ):  # asked for by name: nothing else serves
         load_engine(exported, "tensorrt", threads=1)
 
 
@@ -150,7 +152,7 @@ def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
         assert load_engine(exported, "tensorrt", threads=1).name == "gpu"
         assert set(BUCKETS) <= set(batches)
         return
-    with pytest.raises(parity.ParityError, match="gpu bf16 strays"):
+    with pytest.raises(parity.ParityError, match="gpu bf16 differs too much"):
         load_engine(exported, "tensorrt", threads=1)
 
 
@@ -173,14 +175,14 @@ def test_tensorrt_that_is_not_installed(exported: Artifact, monkeypatch: pytest.
 def test_engines_by_name_are_near_the_reference(exported: Artifact, name: str, engine: str, precision: str) -> None:
     choice = choose_engine(exported, name, threads=1, photos=parity.sample_photos(3, seed=5))
     assert (choice.engine.name, choice.engine.precision) == (engine, precision)
-    assert choice.tried == ((name if ":" in name else f"{name}:fp32", "serves", "asked for"),)
+    assert choice.tried == ((name if ":" in name else f"{name}:fp32", "serves", "requested"),)
 
 
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
         (GateRecord(status="failed", reason="k-NN fell"), r"gate of model-70-int8\.onnx failed: k-NN fell"),
-        (NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled photos"),
+        (NO_LABELS, r"gate of model-70-int8\.onnx was not measured: the export had no labelled images"),
         (None, r"model-70-int8\.onnx has no gate in the manifest"),
     ],
 )
@@ -207,7 +209,9 @@ def test_int8_is_compared_again_on_this_host(
     if serves:
         assert load_engine(with_gate(exported, PASSED), "onnxruntime:int8", threads=1).precision == "int8"
         return
-    with pytest.raises(parity.ParityError, match=r"int8 strays .* class cosine 0\.997500 \(at least 0\.998\)"):
+    with pytest.raises(
+        parity.ParityError, match=r"int8 differs too much .* class cosine 0\.997500 \(at least 0\.998\)"
+    ):
         load_engine(with_gate(exported, PASSED), "onnxruntime:int8", threads=1)
 
 

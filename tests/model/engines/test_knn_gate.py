@@ -33,8 +33,15 @@ def test_knn_is_what_training_measures(leave_one_out: bool, k: int) -> None:
     assert theirs > 0.5 if k < 1000 else theirs > 0
 
 
+def test_no_image_of_a_later_block_is_its_own_neighbour() -> None:
+    images = np.eye(2, dtype=np.float32)[np.zeros(1030, int)]  # all alike: only the label tells which one votes
+    images[-1] = [0, 1]
+    labels = np.arange(1030) == 1029  # the only one of its class: its nearest neighbour is of the other
+    assert knn_right(images, labels.astype(int), images, labels.astype(int), 1, leave_one_out=True) == 1029
+
+
 def tokens(val_wrong: int, train_wrong: int, *, n_val: int = 240, n_train: int = 1000) -> ClassTokens:
-    """Two classes far apart; so many photos of each part lie with the wrong class."""
+    """Two classes far apart; so many images of each part lie with the wrong class."""
 
     def of(n: int, wrong: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(n) % 2
@@ -53,7 +60,7 @@ def test_what_int8_may_lose(val: int, train: int, status: str) -> None:
     assert gate.status == status
     assert gate.val_right == (239, 239 - val)
     assert gate.train_right == (990, 990 - train)
-    assert f"val 239 -> {239 - val} of 240 photos (may fall by 2)" in gate.reason
+    assert f"val 239 -> {239 - val} of 240 images (may fall by 2)" in gate.reason
     assert f"train 99.00 -> {99 - train / 10:.2f} % (may fall by 0.5 points)" in gate.reason
 
 
@@ -72,7 +79,8 @@ def test_few_photos_let_nothing_pass(n_val: int, n_train: int) -> None:
     few = {"n_val": n_val, "n_train": n_train}
     gate = knn_gate(tokens(0, 0, **few), tokens(0, 0, **few))
     assert gate.status == "not measured"
-    assert gate.reason.startswith("too few photos, at least 500 of train and 200 of val are needed: k-NN of 20 on val ")
+    start = "too few images (at least 500 in train and 200 in val are needed): k-NN (k=20) on val "
+    assert gate.reason.startswith(start)
     assert knn_gate(tokens(0, 0, **few), tokens(3, 0, **few)).status == "failed"
     assert knn_gate(*[tokens(0, 0, n_val=200, n_train=500)] * 2).status == "passed"
 
@@ -109,5 +117,5 @@ def test_class_tokens_leave_out_what_is_no_photo() -> None:
     assert found.val_labels.tolist() == [0, 1]
     expected = preprocess(photos[Path("4.jpg")], SPEC).mean(axis=(1, 2))
     np.testing.assert_allclose(found.train[4], expected, atol=1e-6)
-    with pytest.raises(ValueError, match="none of its 1 files can be read"):
+    with pytest.raises(ValueError, match="none of the 1 files can be read"):
         class_tokens(Mean(), LabelledImages(broken[:1], names, photos.get), SPEC, (70, 70))

@@ -132,14 +132,14 @@ def test_a_provider_that_is_not_there_is_no_cpu(
     monkeypatch.setattr(ort, "get_available_providers", lambda: both)  # there, and it does not start
     with (
         pytest.warns(UserWarning, match="is not in available provider names"),
-        pytest.raises(ValueError, match=f"could not start {name}ExecutionProvider; it would go on with CPU"),
+        pytest.raises(ValueError, match=f"could not start {name}ExecutionProvider; it would use CPU"),
     ):
         OnnxEngine(graphs / "fixed.onnx", threads=1, provider=provider)
 
 
 def test_operators_that_a_gpu_leaves_to_the_cpu_are_named(graphs: Path) -> None:
     session = OnnxEngine(graphs / "fixed.onnx", threads=1)._session
-    with pytest.raises(ValueError, match=r"does not run .*Attention.*MatMul.* of this graph"):
+    with pytest.raises(ValueError, match=r"cannot run .*Attention.*MatMul.* of this graph"):
         module._check_assignment(session, "cuda")
 
 
@@ -149,7 +149,7 @@ def test_tensorrt_s_options(tmp_path: Path) -> None:
     assert options["trt_profile_max_shapes"] == "pixels:64x3x70x98"
     assert options["trt_bf16_enable"] == "True"
     assert options["trt_engine_cache_path"] == str(tmp_path)
-    with pytest.raises(ValueError, match="one size, not a dynamic one"):
+    with pytest.raises(ValueError, match="a fixed size, not a dynamic one"):
         module._settings("tensorrt", "bf16", (3, "height", "width"), tmp_path)
 
 

@@ -281,8 +281,8 @@ def test_a_refit_replaces_the_weights_and_stays_refittable(tmp_path: Path) -> No
     ("wrong", "said"),
     [
         ("deserialize", "TensorRT cannot load it"),
-        ("refittable", "was built without --refit, so its weights cannot be replaced"),
-        ("refit_from_file", "the plan is of another graph than these weights: node 3: names differ"),
+        ("refittable", "built without --refit, so its weights cannot be replaced"),
+        ("refit_from_file", "the plan was built from a different graph: node 3: names differ"),
         ("missing", r"leaves 1 weights of the plan without values: \['blocks\.0\.attn\.qkv\.bias'\]"),
         ("refit_cuda_engine", "the weights cannot be replaced"),
     ],

@@ -128,7 +128,7 @@ def test_too_little_memory_is_said_and_leaves_nothing(name: str, successes: int)
 def test_what_cannot_be_captured_runs_call_by_call(name: str, caplog: pytest.LogCaptureFixture) -> None:
     cuda = FakeCuda(fail={name: (2, 900)})  # the first two buckets are captured
     engine = TensorRTEngine(fake_plan(), fake_toolchain(cuda), "bf16")
-    assert "batch 4 cannot be captured as a CUDA graph, it runs call by call" in caplog.text
+    assert "batch 4 cannot be captured as a CUDA graph; it runs as separate calls" in caplog.text
     cuda.calls.clear()
     for batch in (1, 4, 9):
         expected = features_of(pixels_of(batch))

@@ -81,7 +81,7 @@ def test_a_closed_engine_holds_nothing(weights: Path) -> None:
 
 
 def test_other_precisions_are_refused(weights: Path) -> None:
-    with pytest.raises(ValueError, match="computes in fp32 or bf16, not 'fp16'"):
+    with pytest.raises(ValueError, match="supports fp32 and bf16, not 'fp16'"):
         open_engine(weights, precision="fp16")
 
 

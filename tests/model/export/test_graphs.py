@@ -56,7 +56,7 @@ def test_every_graph_has_its_figures_or_a_reason(exported: Artifact) -> None:
     assert all(record.min_cosine_cls > 0.99999 for record in manifest.parity if record.precision == "fp32")
     reasons = {graph.file: graph.not_compared for graph in manifest.graphs if graph.not_compared}
     assert list(reasons) == ["model-70-bf16.onnx"]
-    assert "ONNX Runtime's CPU does not run it: " in reasons["model-70-bf16.onnx"]
+    assert "ONNX Runtime cannot run it on the CPU: " in reasons["model-70-bf16.onnx"]
     assert "exporting" not in reasons["model-70-bf16.onnx"]  # no temporary folder
     (record,) = [record for record in manifest.parity if record.precision == "int8"]
     assert record.gate is not None
@@ -76,7 +76,9 @@ def test_further_outputs_and_sizes_are_torch_s(exported: Artifact) -> None:
     assert ours["layer.0"].shape == (3, 1 + 2 + 42, 48)
     for name in EXTRAS:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
-    with pytest.raises(ValueError, match=r"no output 'layer\.1': it has cls, patches, registers, attention, layer\.0"):
+    with pytest.raises(
+        ValueError, match=r"no output 'layer\.1'; its outputs are cls, patches, registers, attention, layer\.0"
+    ):
         onnx_engine.run_outputs(pixels, ["layer.1"])
 
 
@@ -145,7 +147,7 @@ def test_int8_needs_its_cosines_too(
     assert record.gate is not None
     assert record.gate.status == status
     assert ("class cosine" in record.gate.reason) == (status == "failed")
-    assert "k-NN of 20 on val" in record.gate.reason
+    assert "k-NN (k=20) on val" in record.gate.reason
 
 
 def test_the_bundled_manifest_is_older_and_loads() -> None:
@@ -158,7 +160,7 @@ def test_a_graph_that_is_no_file_is_refused(exported: Artifact, tmp_path: Path) 
     manifest = json.loads((exported.path / "manifest.json").read_text())
     manifest["graphs"][0]["file"] = "model-1-fp32.onnx"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match=r"describes model-1-fp32\.onnx, which is none of its files"):
+    with pytest.raises(ArtifactError, match=r"describes model-1-fp32\.onnx, which is not in its list of files"):
         read_manifest(tmp_path)
 
 
@@ -190,13 +192,13 @@ def test_what_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"sizes": ["100"]}, r"size '100': a multiple of the patch size 14 \(e\.g\. 224\), .* or dynamic"),
+        ({"sizes": ["100"]}, r"size '100': must be a multiple of the patch size 14 \(e\.g\. 224\), .* or dynamic"),
         ({"sizes": ["224x"]}, "size '224x'"),
         ({"sizes": ["0"]}, "size '0'"),
         ({"sizes": ["-14"]}, "size '-14'"),
         ({"precisions": ["fp8"]}, "precision 'fp8': one of fp32, fp16, bf16, int8"),
-        ({"float_layers": ["mlp.fc2"]}, r"float layers mlp\.fc2 are for int8, which is not among the precisions"),
-        ({"outputs": ["cls", "patches"]}, "outputs cls,patches: registers must be among them"),
+        ({"float_layers": ["mlp.fc2"]}, r"float layers mlp\.fc2 apply to int8, which is not a chosen precision"),
+        ({"outputs": ["cls", "patches"]}, "outputs cls,patches: registers must be included"),
         ({"outputs": ["cls", "tokens"]}, r"output 'tokens': one of cls, patches, registers, attention, layer\.0 to"),
         ({"outputs": ["layer.2"]}, r"output 'layer\.2': .* layer\.0 to layer\.1"),
         ({"outputs": ["cls", "patches", "registers", "cls"]}, "output 'cls' is given twice"),

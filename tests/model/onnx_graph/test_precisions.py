@@ -218,10 +218,10 @@ def test_layers_are_left_in_float(float_layers: tuple[str, ...], kept: int) -> N
 
 def test_float_layers_must_exist() -> None:
     with pytest.raises(
-        ValueError, match=r"no layer is named 'blocks\.3'; a block's are attn\.qkv, attn\.proj, mlp\.fc1"
+        ValueError, match=r"no layer is named 'blocks\.3'; a block's layers are attn\.qkv, attn\.proj, mlp\.fc1"
     ):
         build_onnx({}, BASE, GraphSpec(None, "int8", float_layers=("blocks.3",)))
-    with pytest.raises(ValueError, match="float_layers are for int8 and fp8, not for bf16"):
+    with pytest.raises(ValueError, match="float_layers apply to int8 and fp8, not to bf16"):
         GraphSpec(None, "bf16", float_layers=("mlp.fc2",))
 
 
@@ -235,7 +235,7 @@ def test_fp8_weights_use_the_whole_range() -> None:
 def test_fp8_against_torch_and_what_it_needs() -> None:
     model, pixels = random_model(VARIANTS["registers"]), random_pixels(2, (98, 98))
     weights, config, spec = arrays(model), model.config, GraphSpec((98, 98), "fp8")
-    with pytest.raises(ValueError, match=r"activations hold no 'blocks\.0\.attn\.qkv'"):
+    with pytest.raises(ValueError, match=r"activations has no 'blocks\.0\.attn\.qkv'"):
         build_onnx(weights, config, spec)
     graph = build_onnx(weights, config, spec, activations=measure_activations(weights, config, pixels))
     onnx.checker.check_model(graph, full_check=True)
@@ -263,7 +263,7 @@ def test_activations_equal_torch_hooks(variant: str) -> None:
 
 
 def test_activations_refuse_what_cannot_be_measured() -> None:
-    with pytest.raises(ValueError, match="at least one photo"):
+    with pytest.raises(ValueError, match="at least one image"):
         measure_activations({}, BASE, np.zeros((0, 3, 98, 98), np.float32))
     weights = arrays(random_model(BASE))
     with pytest.raises(ValueError, match="not finite"):

@@ -30,14 +30,14 @@ def engine(artifact: Artifact) -> Engine:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Five pictures at two depths, a text file, a truncated JPEG and a hidden file."""
+    """Five images at two depths, a text file, a truncated JPEG and a hidden file."""
     folder = tmp_path / "photos"
     (folder / "deep" / "er").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index, name in enumerate(["a.png", "b.jpg", "deep/c.jpg", "deep/er/d.webp", "z.bmp"]):
         pixels = rng.integers(0, 255, (40 + index, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
-    (folder / "notes.txt").write_text("not a photo")
+    (folder / "notes.txt").write_text("not an image")
     (folder / "torn.jpg").write_bytes((folder / "b.jpg").read_bytes()[:200])
     (folder / ".hidden").write_text("x")
     return folder

@@ -68,12 +68,12 @@ def write_photos(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six photos at two depths, one with metadata, and three files that are none."""
+    """Six images at two depths, one with metadata, and three files that are none."""
     path = write_photos(tmp_path / "photos", ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png", "ü/写.png"])
     (path / "a.json").write_text('{"brand": "Arla", "price": 5}')
     (path / "empty.jpg").write_bytes(b"")
     (path / "torn.png").write_bytes(photo()[:100])
-    (path / "text.jpg").write_text("no photo")
+    (path / "text.jpg").write_text("no image")
     return path
 
 
@@ -103,7 +103,7 @@ async def test_the_tag_is_the_services(tmp_path: Path) -> None:
         assert tag == served_tag
         assert vector_tag(ARTIFACT, FakeEngine(precision="int8"), pooling).endswith("/28x28/int8")
         assert pooling_of(CollectionInfo("shop", CollectionSpec(tag, DIMS), 0)) == pooling
-    with pytest.raises(Conflict, match="no model here makes"):
+    with pytest.raises(Conflict, match="no local model makes"):
         pooling_of(CollectionInfo("shop", CollectionSpec("mine", DIMS), 0))
 
 
@@ -169,7 +169,7 @@ async def test_two_sources_with_one_relative_path(tmp_path: Path) -> None:
     for _ in range(2):
         report = await run(one, two, store=store)
         assert [problem.source for problem in report.problems] == [str(two / "a.png")]
-        assert f"is taken by {one / 'a.png'}; --force" in report.problems[0].reason
+        assert f"belongs to {one / 'a.png'}; --force" in report.problems[0].reason
     assert (await store.info("shop")).count == 3
     assert (await run(one, two, store=store, id_by="sha256", to="other")).indexed == 4
 

@@ -1,4 +1,4 @@
-"""Sources of `dinov2 index`: every kind gives its photos, and what is hostile or broken is listed and stops nothing."""
+"""Sources of `dinov2 index`: every kind gives its images, and what is hostile or broken is listed and stops nothing."""
 
 import datetime
 import io
@@ -165,7 +165,7 @@ def test_a_tar_that_means_harm_unpacks_nothing(tmp_path: Path) -> None:
             tar.addfile(info)
     contents, problems = taken(path)
     assert list(contents) == ["fine.jpg"]
-    assert sorted(problems.values()) == ["not a plain file"] * 3 + ["the name leads out of the archive"] * 3
+    assert sorted(problems.values()) == ["not a plain file"] * 3 + ["the name points outside the archive"] * 3
     assert [file.name for file in tmp_path.iterdir()] == ["evil.tar"]
 
 
@@ -189,7 +189,7 @@ def test_metadata_apart_from_its_photo_is_told(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"A"), ("b.jpg", b"B"), ("a.json", b"{}"), ("b.json", b"[1]")])
     contents, problems = taken(path)
     assert set(contents) == {"a.jpg", "b.jpg"}
-    assert all("follow each other" in reason for reason in problems.values())
+    assert all("must be adjacent" in reason for reason in problems.values())
     assert len(problems) == 2
     beside = write_tar(tmp_path / "y.tar", [("b.jpg", b"B"), ("b.json", b"[1]")])
     assert taken(beside)[1] == {f"tar://b.jpg::{beside}": "b.json: not a JSON object"}
@@ -206,7 +206,7 @@ def test_a_cut_tar_gives_what_comes_before(tmp_path: Path, mode: str, share: flo
     contents, problems = taken(path)
     assert int(10 * share) - 1 <= len(contents) < 10
     assert all(content.data == members[name] for name, content in contents.items())
-    assert "cut off" in problems[str(path)]
+    assert "truncated" in problems[str(path)]
 
 
 def test_a_tar_with_a_damaged_header_does_not_end_in_silence(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_row_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path / "x.parquet", {"image": [bytes(11), bytes(10)]})
     contents, problems = taken(path, max_bytes=10)
     assert list(contents) == ["x.parquet#1"]
-    assert problems == {f"{path}#0": "the photo has 11 bytes; the limit is 10"}
+    assert problems == {f"{path}#0": "the image has 11 bytes; the limit is 10"}
 
 
 def test_parquet_nulls_and_columns(tmp_path: Path) -> None:
@@ -270,14 +270,14 @@ def test_parquet_nulls_and_columns(tmp_path: Path) -> None:
         "x.parquet#0": (b"A", {"brand": "x", "n": 1}),
         "x.parquet#2": (b"C", {"brand": "z", "n": 3}),
     }
-    assert problems == {f"{path}#1": "the row has no photo"}
+    assert problems == {f"{path}#1": "the row has no image"}
     assert taken(path, image_column="other")[0]["x.parquet#1"].data == b"2"
-    for wanted, said in [("none", "there are image, other, brand, n"), ("n", "neither photos nor addresses")]:
+    for wanted, said in [("none", "the columns are image, other, brand, n"), ("n", "neither images nor addresses")]:
         assert said in taken(path, image_column=wanted)[1][str(path)]
     ambiguous = write_table(tmp_path / "y.parquet", {"a": [b"A"], "b": [b"B"]})
     assert "--image-column" in taken(ambiguous)[1][str(ambiguous)]
     empty = write_table(tmp_path / "z.parquet", {"n": [1]})
-    assert "no column of photos" in taken(empty)[1][str(empty)]
+    assert "no image column" in taken(empty)[1][str(empty)]
 
 
 def test_parquet_of_paths(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_lists(tmp_path: Path) -> None:
     where = f"{tmp_path / 'list.jsonl'}:"
     assert {source.removeprefix(where): reason for source, reason in problems.items()} == {
         "memory:///lists/none.jpg": "/lists/none.jpg: no such file or folder",
-        "3": "the line says nowhere where the photo is: one of image, uri, url, path, source",
+        "3": "the line has no address of an image: add one of image, uri, url, path, source",
         "4": "the id is not a string",
         "5": "the line: not a JSON object",
         "6": problems[f"{where}6"],

@@ -39,7 +39,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
         (["DELETE FROM collections"], "settings cannot be read"),
         (["UPDATE items_1 SET id = 'new' || char(10) || 'line' WHERE number = 7"], "item number 7: id 'new"),
         (["UPDATE items_1 SET id = x'00ff' WHERE number = 7"], "item number 7: its id"),
-        (["UPDATE items_1 SET metadata = '[1]' WHERE number = 7"], "item number 7: its metadata is no JSON object"),
+        (["UPDATE items_1 SET metadata = '[1]' WHERE number = 7"], "item number 7: its metadata is not a JSON object"),
         (["UPDATE items_1 SET metadata = '{' WHERE number = 7"], "item number 7: Expecting"),
         (["UPDATE items_1 SET metadata = '{\"a\": NaN}' WHERE number = 7"], "item number 7: metadata must be"),
         (['UPDATE items_1 SET metadata = \'{"a": "\\u0000"}\' WHERE number = 7'], "the character U+0000"),
@@ -52,7 +52,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
         ),
         (
             [f"UPDATE vectors_1 SET vector = zeroblob(32), crc = {ZERO_CRC} WHERE number = 7"],
-            "a vector has not length 1",
+            "the length of a vector is not 1",
         ),
     ],
 )

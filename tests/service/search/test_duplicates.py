@@ -77,7 +77,7 @@ async def test_equal_vectors_count_at_a_threshold_of_one():
 
 
 async def test_equal_vectors_are_searched_for_once():
-    """A shop's placeholder photo may be there ten thousand times."""
+    """A shop's placeholder image may be there ten thousand times."""
     store, items = await filled([*np.ones((300, DIMS)), *np.eye(DIMS)[:2], *(np.eye(DIMS)[:2] + 1e-3)])
     searched = []
     search = store.search
@@ -126,7 +126,8 @@ async def test_too_many_items_are_refused_before_any_work(monkeypatch):
     store, _ = await filled(np.eye(10))
     info = await store.info("shop")
     for work in (by_content(store, info), by_similarity(store, info, 0.9)):
-        with pytest.raises(InvalidRequest, match=r"10 items would be compared; at most 9 .* narrow it by a filter"):
+        words = "10 items would be compared; one request allows at most 9: narrow it with a filter"
+        with pytest.raises(InvalidRequest, match=words):
             await work
     assert (await by_content(store, info, parse_filter({"key": "i", "lt": 9}))).compared == 9
 
@@ -230,8 +231,8 @@ def store_unit(vector):
     ("body", "words"),
     [
         ({"by": "colour"}, "by: "),
-        ({"by": "content", "threshold": 0.9}, "belong to by=similarity"),
-        ({"by": "content", "params": {}}, "belong to by=similarity"),
+        ({"by": "content", "threshold": 0.9}, "require by=similarity"),
+        ({"by": "content", "params": {}}, "require by=similarity"),
         ({"by": "similarity", "threshold": 0.4}, "threshold: "),
         ({"by": "similarity", "threshold": 1.01}, "threshold: "),
         ({"by": "similarity", "threshold": "NaN"}, "threshold: "),

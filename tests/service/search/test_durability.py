@@ -122,6 +122,7 @@ async def test_what_was_deleted_of_an_older_segment_stays_so(
     for one in (store, plain):
         await one.delete("c", ["i3"])
         await one.patch("c", "i2", {"even": False})
+    await same(store, plain, 9)
     for part, step in enumerate(("seal", "seal", "merge", "grow")):
         for one in (store, plain):
             if step == "seal":
@@ -132,6 +133,7 @@ async def test_what_was_deleted_of_an_older_segment_stays_so(
             build_one(store, seal_rows=1)
         segments = (await store.stats("c"))["segments"]
         assert len(segments) == {"seal": part + 2, "merge": 2, "grow": 1}[step]
+        await same(store, plain, part)
         await store.close()
         store = await opened(tmp_path, interval_s=60.0)
         for where in (None, EVERY):
@@ -194,6 +196,35 @@ async def test_what_changes_while_a_segment_is_built_is_not_lost(
     assert [(len(again.views._views[1].parts)), (await again.stats("c"))["tail"]] == [1, 2]
     await same(again, plain, 2, k=100)
     await again.close()
+
+
+async def test_what_was_deleted_from_the_tail_stays_so_when_what_lies_before_it_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written, found, deleted and searched for again while a segment is built: the view knows the item as deleted."""
+    store, plain = await opened(tmp_path, interval_s=60.0), DictStore()
+    for one in (store, plain):
+        await one.upsert("c", items(20), tag=TAG)
+    loop, real = asyncio.get_running_loop(), maintenance.write
+
+    async def change() -> None:
+        for one in (store, plain):
+            await one.upsert("c", items(3, seed=9, prefix="new"), tag=TAG)
+        await same(store, plain, 0, k=100)
+        for one in (store, plain):
+            await one.delete("c", ["new1"])
+        await same(store, plain, 0, k=100)
+
+    def write(folder: Path, built: building.Built) -> Any:
+        asyncio.run_coroutine_threadsafe(change(), loop).result(10)
+        return real(folder, built)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance, "write", write)
+        await asyncio.to_thread(build_one, store, seal_rows=1)
+    await same(store, plain, 0, k=100)
+    assert (await store.stats("c"))["tail"] == 2
+    await store.close()
 
 
 async def test_another_store_learns_of_changes_to_its_tail_when_they_are_sealed_elsewhere(tmp_path: Path) -> None:
@@ -524,13 +555,13 @@ async def test_a_snapshot_of_more_than_one_page_comes_back(
 async def test_snapshots_that_fail_or_meet_leave_the_others(
     store: EmbeddedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second one in the same moment is refused and the first one's file stays; one that fails leaves no file."""
+    """A second snapshot at the same moment is refused and the first one's file stays; a failed one leaves no file."""
     await store.upsert("c", items(3), tag=TAG)
     now, write = time.time(), snapshots._write
     refused: list[str] = []
 
     def meets(source: Path, collection: str, target: Path) -> None:
-        with pytest.raises(StorageFailed, match="another of this collection is taken in the same moment") as caught:
+        with pytest.raises(StorageFailed, match="another one of this collection is being taken now") as caught:
             snapshots.take(source, collection, tmp_path / "snapshots")
         refused.append(caught.value.detail)
         write(source, collection, target)

@@ -14,6 +14,7 @@ from service.schemas import IndexIn
 from service.search import building
 from service.search.database import SegmentRow
 from service.search.embedded import EmbeddedStore, open_embedded
+from service.search.filters import parse_filter
 from service.search.indexes import STRUCTURES, structure_of
 from service.search.kinds import CHOICES, EXACT, KINDS, Kind, StructureName, auto_kind, kind_named, kinds_with
 from service.search.segment_files import open_segment
@@ -110,6 +111,29 @@ async def test_a_segment_of_an_unknown_kind_is_searched_exactly_and_built_again(
     await store.close()
 
 
+@pytest.mark.parametrize("name", KINDS)
+async def test_an_exact_search_with_a_filter_compares_all_that_pass(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "FLAT_BELOW", 100)
+    monkeypatch.setattr("service.search.view.EXACT_ROWS", 20)
+    store = await opened(tmp_path)
+    written = [Item(item.id, item.vector, {"odd": bool(n % 2)}) for n, item in enumerate(items(2000))]
+    await store.create("c", CollectionSpec(TAG, 8, index=IndexSpec(cast("Kind", name))))
+    await store.upsert("c", written, tag=TAG)
+    await store.settle("c")
+    assert [segment["kind"] for segment in (await store.stats("c"))["segments"]] == [name]
+    odd = [item for item in written if item.metadata["odd"]]
+    units = np.stack([item.vector / np.linalg.norm(item.vector) for item in odd])
+    queries = np.random.default_rng(1).normal(size=(20, 8))
+    exact = SearchParams(exact=True, nprobe=1, ef_search=1)
+    where = parse_filter({"key": "odd", "eq": True})
+    answers = await store.search("c", queries, 10, tag=TAG, where=where, params=exact)
+    nearest = np.argsort(-queries @ units.T, axis=1)[:, :10]
+    assert [[hit.id for hit in hits] for hits in answers] == [[odd[row].id for row in rows] for rows in nearest]
+    await store.close()
+
+
 async def test_a_collection_of_an_unknown_kind_does_not_stop_the_maintenance_of_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,7 +146,7 @@ async def test_a_collection_of_an_unknown_kind_does_not_stop_the_maintenance_of_
     store = await opened(tmp_path)
     store._maintenance._seal_rows = 10
     store._maintenance._tidy(store._connect(), idle=False)
-    assert "collection 'a': no segment could be built (index kind 'diskann' is unknown" in caplog.text
+    assert "collection 'a': cannot build a segment (index kind 'diskann' is unknown" in caplog.text
     assert len((await store.stats("b"))["segments"]) == 1
     assert (await store.stats("a"))["tail"] == 50
     await store.close()

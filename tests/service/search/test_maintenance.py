@@ -260,7 +260,7 @@ async def test_what_cannot_be_built_holds_up_no_other_and_is_tried_again_later(
     assert [(await store.stats(name))["tail"] for name in ("a", "b")] == [20, 0]
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(told) == 2
-    assert "collection 'a': no segment could be built" in told[0]
+    assert "collection 'a': cannot build a segment" in told[0]
 
 
 async def test_maintenance_outlives_an_error(

@@ -18,7 +18,7 @@ from model.files import lock_file
 from service.search import building, database, indexes, reading, searcher, sqlite_file, view
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
-from service.search.segments import Segment
+from service.search.segments import OnDisk, Segment
 from service.search.selection import Selections
 from service.search.stamp import Stamp
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
@@ -129,6 +129,20 @@ async def test_a_filter_has_no_fewer_candidates_in_inverted_lists(
         queries.astype(np.float32) / np.linalg.norm(queries, axis=1, keepdims=True).astype(np.float32), nprobe
     )[1]
     assert allowed[nearest].sum(axis=1).min() >= usual
+
+
+@pytest.mark.parametrize("positions", [[2, 4, 3, 5], [0, 5, 1, 3], [3, 2, 1], [1, 2, 3], [2, 2, 4], [4], []])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_vectors_on_disk_come_in_the_order_in_which_they_are_asked_for(
+    positions: list[int], dtype: str, tmp_path: Path
+) -> None:
+    """Neighbours are read at once, but only those that follow each other, not all whose ends lie right."""
+    matrix = np.arange(6 * D, dtype=dtype).reshape(6, D)
+    path = tmp_path / "vectors"
+    path.write_bytes(b"head" + matrix.tobytes())
+    taken = OnDisk(path, D, dtype, 6).take(np.array(positions, np.int64))
+    assert taken.dtype == np.float32
+    np.testing.assert_array_equal(taken, matrix[positions])
 
 
 @pytest.mark.parametrize("kind", ["ivf_pq", "rabitq"])

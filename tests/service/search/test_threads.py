@@ -111,7 +111,7 @@ async def test_closing_does_what_waits_and_takes_no_more(watched: Callable[..., 
     with pytest.raises(StorageFailed, match="closed"):
         await one.workers.do(4)
     one.gate.set()
-    assert await asyncio.gather(*tasks) == [0, 1, 2]
+    assert await asyncio.wait_for(asyncio.gather(*tasks), 10) == [0, 1, 2]
     await closing
     assert not any(thread.is_alive() for thread in one.workers._threads)
 

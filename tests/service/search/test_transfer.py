@@ -46,7 +46,7 @@ class ExactStore(DictStore):
 
     async def upsert(self, collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
         info = await super().upsert(collection, items, **options)
-        held = self._found(collection)[1].items
+        held = self._resolve(collection)[1].items
         for item in items:
             held[item.id] = replace(held[item.id], vector=item.vector.copy())
         return info
@@ -116,7 +116,7 @@ async def test_copy_takes_the_photos_that_items_lead_to(tmp_path: Path) -> None:
     source = ExactStore()
     await source.create("shop", SPEC)
     some = [replace(one, digest=digest) for one, digest in zip(items(30), digests, strict=True)]
-    some[0] = replace(some[0], digest=None, source=source_of(digests[1]))  # two items, one photo
+    some[0] = replace(some[0], digest=None, source=source_of(digests[1]))  # two items, one image
     some[2] = replace(some[2], digest=None, source=None)
     some[3] = replace(some[3], digest="0" * 64)  # is not stored
     await source.upsert("shop", some, tag=TAG)
@@ -152,7 +152,7 @@ async def test_a_photo_that_cannot_be_stored_ends_the_copy_before_its_item_is_wr
     await source.upsert("shop", [replace(items(1)[0], digest=await here.put(b"photo"))], tag=TAG)
 
     async def full(data: bytes) -> str:
-        raise StorageFailed("the photo cannot be stored: No space left on device")
+        raise StorageFailed("the image cannot be stored: No space left on device")
 
     monkeypatch.setattr(there, "put", full)
     with pytest.raises(StorageFailed, match="No space left"):
@@ -177,8 +177,8 @@ def test_specs_are_read_as_they_were_written() -> None:
     wrong: list[tuple[Any, str]] = [
         (1, "an object with tag, dimension and index is needed"),
         ({}, "an object with tag, dimension and index is needed"),
-        ({**asdict(SPEC), "more": 1}, "'more' is no setting"),
-        ({**asdict(SPEC), "index": {"sort": "x"}}, "'sort' is no setting"),
+        ({**asdict(SPEC), "more": 1}, "'more' is not a setting"),
+        ({**asdict(SPEC), "index": {"sort": "x"}}, "'sort' is not a setting"),
         ({**asdict(SPEC), "indexed": "brand"}, "indexed='brand' is not allowed"),
         *((body, words) for body, words in CRAFTED),
     ]
@@ -278,15 +278,15 @@ async def broken(path: Path, match: str) -> DictStore:
 @pytest.mark.parametrize(
     ("arrays", "match"),
     [
-        ({"ids": np.array(["a", "b"]), "vectors": np.ones((3, 5), np.float32)}, "do not fit"),
-        ({"ids": np.array(["a"]), "vectors": np.ones(5, np.float32)}, "do not fit"),
-        ({"ids": np.array(["a"]), "vectors": np.ones((1, 0), np.float32)}, "do not fit"),
-        ({"ids": np.array([["a"]]), "vectors": np.ones((1, 5), np.float32)}, "do not fit"),
-        ({"ids": np.array([1]), "vectors": np.ones((1, 5), np.float32)}, "do not fit"),
+        ({"ids": np.array(["a", "b"]), "vectors": np.ones((3, 5), np.float32)}, "do not match"),
+        ({"ids": np.array(["a"]), "vectors": np.ones(5, np.float32)}, "do not match"),
+        ({"ids": np.array(["a"]), "vectors": np.ones((1, 0), np.float32)}, "do not match"),
+        ({"ids": np.array([["a"]]), "vectors": np.ones((1, 5), np.float32)}, "do not match"),
+        ({"ids": np.array([1]), "vectors": np.ones((1, 5), np.float32)}, "do not match"),
         ({"ids": np.array(["a"]), "vectors": np.ones((1, 5), np.int64)}, "not floats"),
         ({"ids": np.array(["a"])}, "no array vectors"),
         ({"vectors": np.ones((1, 5), np.float32)}, "no array ids or paths"),
-        ({"ids": np.array(["a"]), "vectors": np.ones((1, 5)), "fields": np.array([], np.uint8)}, "fields of 0 items"),
+        ({"ids": np.array(["a"]), "vectors": np.ones((1, 5)), "fields": np.array([], np.uint8)}, "0 lines of fields"),
         ({"ids": np.array(["a"]), "vectors": np.ones((1, 5)), "fields": np.frombuffer(b"{x", np.uint8)}, "row 0: not"),
         ({"ids": np.array(["a"]), "vectors": np.ones((1, 5)), "tag": np.array(TAG), "spec": np.array("?")}, "settings"),
         ({"ids": np.array(["a"]), "vectors": np.array([[object()]])}, "allow_pickle=False"),
@@ -317,13 +317,13 @@ async def test_nothing_is_unpickled(tmp_path: Path) -> None:
     [
         ("{broken", "line 4: not JSON"),
         ("[1]", "line 4: not a JSON object"),
-        ('{"vector": [1, 2, 3, 4, 5]}', "line 4: its id is no string"),
+        ('{"vector": [1, 2, 3, 4, 5]}', "line 4: its id is not a string"),
         ('{"id": "x"}', "line 4: its vector"),
         ('{"id": "x", "vector": "text"}', "line 4: its vector"),
         ('{"id": "x", "vector": [[1], [2, 3]]}', "line 4: its vector"),
         ('{"id": "x", "vector": 5}', "line 4: its vector"),
-        ('{"id": "x", "vector": [1, 2, 3, 4, 5], "metadata": [1]}', "line 4: metadata is an object"),
-        ('{"id": "x", "vector": [1, 2, 3, 4, 5], "source": 1}', "line 4: metadata is an object"),
+        ('{"id": "x", "vector": [1, 2, 3, 4, 5], "metadata": [1]}', "line 4: metadata must be an object"),
+        ('{"id": "x", "vector": [1, 2, 3, 4, 5], "source": 1}', "line 4: metadata must be an object"),
     ],
 )
 async def test_a_broken_line_is_named_and_what_stands_before_is_kept(tmp_path: Path, line: str, match: str) -> None:
@@ -347,10 +347,10 @@ async def test_parquet_of_the_wrong_form(tmp_path: Path) -> None:
         ({"id": ["a", "b"], "vector": [[], []]}, "row 0: its vector has 0 numbers"),
         ({"id": ["a", "b"], "vector": [[1, 2], [3, 4]]}, "not floats"),
         ({"id": ["a", "b"], "vector": [1.0, 2.0]}, "not lists"),
-        ({"id": [1, 2], "vector": good}, "row 0: its id is no string"),
+        ({"id": [1, 2], "vector": good}, "row 0: its id is not a string"),
         ({"id": ["a", "b"], "vector": good, "metadata": ["{}", "{x"]}, "row 1: metadata: not JSON"),
         ({"id": ["a", "b"], "vector": good, "metadata": ["{}", "[]"]}, "row 1: metadata: not a JSON object"),
-        ({"id": ["a", "b"], "embedding": good}, "no column vector among id, embedding"),
+        ({"id": ["a", "b"], "embedding": good}, "no column vector; the columns are id, embedding"),
     ]
     for columns, match in tables:
         pq.write_table(pa.table(columns), path)

@@ -1,4 +1,4 @@
-"""Patch comparison against two loops; re-ranking over HTTP with photos that are there, gone and damaged."""
+"""Patch comparison against two loops; re-ranking over HTTP with images that are there, gone and damaged."""
 
 import asyncio
 import base64
@@ -97,7 +97,7 @@ def test_patches_survive_as_bytes():
 
 
 class FakePhotos:
-    """Stored photos; what is named in `failing` cannot be read."""
+    """Stored images; what is named in `failing` cannot be read."""
 
     def __init__(self) -> None:
         self.photos: dict[str, bytes] = {}
@@ -112,9 +112,9 @@ class FakePhotos:
     async def get(self, digest: str) -> bytes:
         self.read.append(digest)
         if digest in self.failing:
-            raise StorageFailed("the photo cannot be read: Input/output error")
+            raise StorageFailed("the image cannot be read: Input/output error")
         if digest not in self.photos:
-            raise NotFound(f"the photo {digest} is not stored here")
+            raise NotFound(f"the image {digest} is not stored")
         return self.photos[digest]
 
 
@@ -264,7 +264,7 @@ async def test_candidates_without_a_photo_come_last(tmp_path, caplog):
     assert "is not stored" in elsewhere["detail"]
     assert failed["code"] == "storage_failed"
     assert none_left.status_code == 200  # three are kept in the process
-    assert "1 photos cannot be compared" in caplog.text
+    assert "1 images could not be compared" in caplog.text
 
 
 async def test_a_storage_that_is_down_fails_the_request(tmp_path):
@@ -284,13 +284,13 @@ async def test_collections_without_originals_are_told(tmp_path):
         run.service.originals = photos
         still = await ask(run, {"id": "p0", "rerank": "patches"}, 422)
         broken = await ask(run, {"image": text_of(b"no photo"), "rerank": "patches"}, 415)
-    assert "keeps none" in without["detail"]
-    assert "keeps none" in still["detail"]
+    assert "stores none" in without["detail"]
+    assert "stores none" in still["detail"]
     assert broken["errors"][0]["index"] == 0
 
 
 async def test_matches_are_boxes_in_both_photos(tmp_path):
-    """The photo itself, in another size: each quarter of what the network saw matches the same quarter."""
+    """The image itself, in another size: each quarter of what the network saw matches the same quarter."""
     store, photos = DictStore(), FakePhotos()
     image = photo(3, size=(60, 48))
     async with running(tmp_path, store=store) as run:

@@ -88,7 +88,7 @@ def test_outside_the_crop_is_background() -> None:
 @pytest.mark.parametrize("size", [(480, 640), (333, 257), (1000, 231), (50, 60)])
 @pytest.mark.parametrize("spec", [REFERENCE_224, NO_CROP])
 def test_crop_box_is_what_preprocess_cuts(size: tuple[int, int], spec: PreprocessSpec) -> None:
-    """A picture that stores its own coordinates: the network's input tells where each of its pixels was."""
+    """An image that stores its own coordinates: the network's input tells where each of its pixels was."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([x * 255 / (width - 1), y * 255 / (height - 1), 0 * x], -1).round().astype(np.uint8)
@@ -98,7 +98,7 @@ def test_crop_box_is_what_preprocess_cuts(size: tuple[int, int], spec: Preproces
     left, top, box_w, box_h = crop_box(height, width, spec)
     expected_x = (left + (np.arange(out_w) + 0.5) * box_w / out_w - 0.5) / (width - 1)
     expected_y = (top + (np.arange(out_h) + 0.5) * box_h / out_h - 0.5) / (height - 1)
-    inner = slice(8, -8)  # bicubic bends at the picture's rim
+    inner = slice(8, -8)  # bicubic bends at the image's rim
     assert np.abs(seen[0, out_h // 2] - expected_x)[inner].max() < 0.006
     assert np.abs(seen[1, :, out_w // 2] - expected_y)[inner].max() < 0.006
 

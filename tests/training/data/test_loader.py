@@ -198,7 +198,7 @@ def test_a_share_that_is_reached_is_no_error_and_one_that_is_passed_is(broken):
             assert len(loader.skipped) == 10
             loader.batch(1)
         else:
-            with pytest.raises(ValueError, match="11 of the 100 photos tried so far cannot be read"):
+            with pytest.raises(ValueError, match="11 of the 100 images tried so far cannot be read"):
                 loader.batch(0)
 
 
@@ -207,7 +207,7 @@ def test_no_broken_share_stops_a_run_only_where_something_is_broken():
         run(loader, 2)
     with (
         streaming(Fake(150, broken=[149]), all_once(150), workers=1, max_broken_share=0.0) as loader,
-        pytest.raises(ValueError, match="1 of the 150 photos tried so far cannot be read"),
+        pytest.raises(ValueError, match="1 of the 150 images tried so far cannot be read"),
     ):
         run(loader, 2)
 

@@ -303,7 +303,7 @@ def test_a_query_is_searched_with_its_box_and_nothing_may_be_missing(checkpoint,
         vectors.append(args[2])
     assert not torch.allclose(*vectors, atol=1e-4)
     truth.write_text(json.dumps({"queries": [query], "database": [*names, "train/red/broken.jpg"]}))
-    with pytest.raises(ValueError, match=r"1 photos of the ground truth cannot be read, e\.g\. .*broken\.jpg"):
+    with pytest.raises(ValueError, match=r"1 images of the ground truth cannot be read, e\.g\. .*broken\.jpg"):
         evaluate("retrieval", backbone, colours, {"ground_truth": truth})
 
 
