@@ -19,13 +19,14 @@ DATA=${DATA:?the folder of images, tar shards or data set to train on}
 OUT=${OUT:?the folder of the run, on a file system that all machines see}
 RECIPE=${RECIPE:-vitl14}
 
+run= stopped=
+trap 'stopped=yes; ${run:+kill -TERM "$run"}' TERM
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun \
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
   --rdzv-backend=c10d --rdzv-endpoint="$head:29400" --rdzv-id="$SLURM_JOB_ID" \
   -m training --data "$DATA" --out "$OUT" --recipe "$RECIPE" "$@" &
-run=$! stopped=
-trap 'stopped=yes; kill -TERM "$run"' TERM
+run=$!
 status=0
 wait "$run" || status=$?
 if [ "$stopped" ]; then

@@ -4,6 +4,7 @@ The losses are weighted so low that gradients stay near AdamW's epsilon. There a
 otherwise a weight whose gradient is nearly zero would move by a whole step in a direction that rounding decides.
 """
 
+import multiprocessing
 import os
 import socket
 
@@ -139,7 +140,9 @@ def rank_main(rank, port, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(rank_main, args=(free_port(), folder), nprocs=2, start_method="spawn")
+    # Both are forked from a process that has no threads yet and has imported what takes each of them six seconds.
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp"])
+    mp.start_processes(rank_main, args=(free_port(), folder), nprocs=2, start_method="forkserver")
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,6 +1,8 @@
 """A Milvus Lite server as a process of its own: what the Milvus tests talk to, kill and start again."""
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +47,11 @@ class MilvusServer:
                 self.kill()
                 raise RuntimeError(f"no Milvus Lite: {(self._folder / 'server.log').read_text()[-2000:]}")
             time.sleep(0.05)
+
+    def stop(self) -> None:
+        """SIGSTOP; returns when every thread has stopped, so that nothing is answered any more."""
+        os.kill(self.process_id, signal.SIGSTOP)
+        os.waitpid(self.process_id, os.WUNTRACED)
 
     def kill(self) -> None:
         """At once, as when the machine loses power."""

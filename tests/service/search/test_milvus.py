@@ -23,7 +23,7 @@ from service.search.milvus_client import decoded, encoded
 from service.search.opening import open_store
 from service.search.store import CollectionSpec, Item
 from service.settings import Settings
-from tests.service.search.milvus_server import milvus_server, running_server
+from tests.service.search.milvus_server import running_server
 
 HOSTILE = [
     'a" or id != "',
@@ -42,10 +42,9 @@ VALUES = [*SCALARS, 1e300, 1.7976931348623157e308, None, [], [1], {}, {"x": 1}]
 KEYS = ["a", "b", "n.x", "é k", "0", "a[0]", "x/y", "x~y", "in", "true", "a][b"]
 
 
-@pytest.fixture(scope="module")
-def url():
-    with milvus_server() as address:
-        yield address
+@pytest.fixture
+def url(milvus_url):
+    return milvus_url
 
 
 @pytest.fixture
@@ -261,15 +260,14 @@ async def test_a_server_that_hangs_is_not_waited_for():
     with running_server() as server:
         store = await open_milvus(server.url, timeout_s=1)
         await store.create("c", CollectionSpec("t", 2))
-        process = server.process_id
-        os.kill(process, signal.SIGSTOP)
+        server.stop()
         try:
             started = time.monotonic()
             with pytest.raises(Unavailable):
                 await store.count("c")
             assert time.monotonic() - started < 8
         finally:
-            os.kill(process, signal.SIGCONT)
+            os.kill(server.process_id, signal.SIGCONT)
         assert await store.count("c") == 0
         await store.close()
 
