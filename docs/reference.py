@@ -50,7 +50,7 @@ def _default(field: Any) -> str:
     value = field.default
     if value is None:
         return "unset"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"`{value}`"
+    return f"`{value}`"
 
 
 def _allowed(field: Any) -> str:
@@ -60,7 +60,7 @@ def _allowed(field: Any) -> str:
     for rule in field.metadata:
         for name, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
             if hasattr(rule, name):
-                bounds.append(f"{words} {getattr(rule, name):,}")
+                bounds.append(f"{words} {getattr(rule, name)}")
     return ", ".join(bounds) or _kind(field.annotation)
 
 
@@ -92,7 +92,8 @@ def commands_page() -> str:
     """All commands of `dinov2` with their arguments and options."""
     parts = [
         f"{NOTE}# Commands\n\n"
-        "`make run` installs the command `dinov2` into `.venv-run`. `dinov2 COMMAND --help` shows the same texts.\n"
+        "`make run` installs the command `dinov2` into `.venv-run`. `dinov2 COMMAND --help` shows the same texts,\n"
+        "with the allowed ranges.\n"
     ]
     parts += _group(typer.main.get_command(app), "dinov2")
     return "\n".join(parts)
