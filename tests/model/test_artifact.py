@@ -113,7 +113,7 @@ def test_nothing_is_derived_from_weights_that_were_changed(tmp_path: Path) -> No
     lean = export(tmp_path / "lean", keep_onnx=False).path
     weights = lean / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
-    with pytest.raises(ArtifactError, match=r"weights\.safetensors: has .* it was changed or cut short"):
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors: has .* the file was changed or truncated"):
         load_artifact(lean, derived_dir=tmp_path / "derived")
     assert not list(tmp_path.glob("derived/**/*.onnx"))
 

@@ -78,7 +78,7 @@ def test_each_figure_alone_decides_at_its_limit(precision: str, figure: str) -> 
     if np.isinf(beyond):
         parity.check(worse)
     else:
-        with pytest.raises(parity.ParityError, match=f"x {precision} strays from torch float32 on 3 photos"):
+        with pytest.raises(parity.ParityError, match=f"x {precision} differs too much from torch float32 on 3 images"):
             parity.check(worse)
 
 
