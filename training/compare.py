@@ -1,24 +1,23 @@
-"""Compare DINO with DINOv2: two runs that differ only in what the papers differ in.
+"""Compare DINO with DINOv2: two training runs that differ only in the settings of `DINO`.
 
-Both runs use one recipe with the same images, network, crops, schedules, seed and number of images seen; `dino` is that
-recipe with the changes in `DINO`. A third network, the common starting point of both, is the baseline. All three get
-the same evaluation: k-NN, logistic regression and robustness of the features. Each run also reports its speed, its
-memory and how steady its loss was.
+Both runs use the same recipe, images, network, crops, schedules, seed and number of steps. The network that both runs
+start from is evaluated too, as the baseline. All three networks get the same evaluation: k-NN, logistic regression and
+robustness of the features. For each run, its speed, its memory and the stability of its loss are reported as well.
 
-Stability of the loss is the standard deviation of the change of the DINO loss from one line of metrics.jsonl to the
-next, over the last half of the lines, as a share of ln K (K prototypes; ln K is the loss of a network that has learned
-nothing). It is measured on changes, because a steady fall shifts their mean but not their deviation, and because the
-two losses have different levels: the two centerings make targets of different sharpness. It is measured on the last
-half, because every run falls fast at first. The number of jumps is reported next to it: lines of the whole run that
-rise by more than `JUMP` of ln K, or are not finite. Both runs see the same crops at the same steps, so both have the
-same random variation.
+The stability of the loss has two figures. The first is the standard deviation of the change of the DINO loss from one
+line of metrics.jsonl to the next, over the last half of the lines, as a share of ln K (K prototypes; ln K is the loss
+of a network that has learned nothing). Changes are used because a steady fall shifts their mean but not their deviation,
+and because the losses of the two runs have different levels: their centerings make targets of different sharpness. Only
+the last half is used because the loss of every run falls fast at first. The second figure is the number of jumps: lines
+of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite. Both runs see the same crops
+at the same steps, so the crops cause the same variation in both.
 
-Each run trains in a process of its own, because peak memory is measured per process and never falls. On Linux a child
+Each run trains in its own process, because peak memory is measured per process and never falls. On Linux a child
 process inherits its parent's peak, so the evaluation starts only after both runs have trained.
 
-    out/dino, out/dinov2   two ordinary runs, which resume where they stopped
-    out/compare.json       every figure
-    out/compare.html       the table and the curves, one page
+    out/dino, out/dinov2   the folders of the two runs; an interrupted run is resumed
+    out/compare.json       all figures
+    out/compare.html       a page with the table and the curves
 """
 
 import json
@@ -67,10 +66,10 @@ DINO: dict[str, object] = {
     "koleo_weight": 0.0,
     "mask_probability": 0.0,
 }
-"""The settings of version 1 (arXiv 2104.14294) that differ: a moving centre, sharpening, no iBOT, KoLeo or masks."""
+"""The settings in which DINO (arXiv 2104.14294) differs from DINOv2: a moving centre, no iBOT, no KoLeo, no masks."""
 
 WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
-"""Defaults of both runs: enough log lines to judge the loss, and a collapse is a result and does not stop the run."""
+"""Defaults of both runs: frequent log lines, and sentinels that only warn, because a collapse is a result here."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 KS = (10, 20)
@@ -93,17 +92,18 @@ def compare(
         out: folder of the comparison; runs in it are resumed.
         base: the recipe of both runs.
         overrides: `key=value` settings for both runs.
-        run: trains a run, given the arguments of `python -m training`; None: in a process of its own.
+        console: where messages and the table are printed; None: the terminal.
+        run: trains one run, given the arguments of `python -m training`; None: `run_apart`, in another process.
 
     Returns:
         the content of compare.json.
 
     Raises:
-        ValueError: an unknown recipe or setting, a setting that must differ between the two runs, or no images to
-            train or test on.
+        ValueError: a recipe or setting is unknown, a setting is one in which the two runs must differ, or there are no
+            images to train or test on.
         OSError: the images or `out` cannot be reached.
-        RunStopped: a training run ended with an error, which it has printed.
-        Interrupted: SIGTERM; the states of both runs are saved, and the same command resumes.
+        RunStopped: a training run failed; it has printed the error.
+        Interrupted: SIGTERM arrived during training. The run's state is saved, and the same command resumes it.
     """
     console, run = console or Console(), run or run_apart
     commands = {name: arguments(name, data, out, base, overrides) for name in RUNS}
@@ -123,7 +123,10 @@ def compare(
 
 
 def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[str]) -> list[str]:
-    """Return the arguments of `python -m training` for one run of `RUNS`. Later settings win over earlier ones."""
+    """Return the arguments of `python -m training` for the run `name` of `RUNS`.
+
+    Later settings override earlier ones, so the settings of `DINO` come last.
+    """
     changes = DINO if name == "dino" else {}
     settings = [f"{key}={json.dumps(value)}" for key, value in WATCHED.items()]
     settings += [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
@@ -131,20 +134,20 @@ def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[st
 
 
 def config_of(command: Sequence[str]) -> TrainConfig:
-    """Return the run's settings.
+    """Return the settings of a run, given the arguments that `arguments` returned.
 
     Raises:
-        ValueError, OSError: as `load_config`.
+        ValueError, OSError: see `load_config`.
     """
     _, data, _, base, _, out, *settings = command
     return load_config(base, data, Path(out), settings)
 
 
 def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
-    """Refuse settings that make the comparison unfair.
+    """Refuse settings with which the two runs could not be compared.
 
     Raises:
-        ValueError: the comparison is unfair; the message names the setting.
+        ValueError: an override sets one of `DINO`'s settings, or the recipe has a frozen teacher.
     """
     conflicting = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
     if conflicting:
@@ -156,10 +159,10 @@ def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
 
 
 def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list[Photo]]:
-    """Return the images that k-NN searches and the held-out images, split as the runs split them.
+    """Return the training images among which k-NN searches, and the held-out images. Training uses the same split.
 
     Raises:
-        ValueError: there is no data, or fewer than two images are held out.
+        ValueError: there are no images, or fewer than two images are held out.
     """
     train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
     if len(held_out) < 2:
@@ -169,7 +172,9 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
 
 
 def run_apart(command: Sequence[str]) -> None:
-    """Train in another process that shares the terminal. SIGTERM is forwarded; the process then saves and exits.
+    """Train in another process with the arguments `command`; it prints to the same terminal.
+
+    SIGTERM is forwarded to it, and the process then saves its state and exits.
 
     Raises:
         Interrupted: the process was stopped by SIGTERM.
@@ -198,7 +203,7 @@ def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 def measure(
     configs: Mapping[str, TrainConfig], train_images: Sequence[Photo], held_out: Sequence[Photo], console: Console
 ) -> dict[str, Any]:
-    """Compute every figure of the comparison from two finished runs."""
+    """Evaluate the three networks, read the figures of the two runs, and return the content of compare.json."""
     config = configs["dinov2"]
     labels = {photo.label for photo in train_images}
     classes = len(labels) if None not in labels else 0
@@ -233,7 +238,7 @@ def measure(
 
 
 def trained(config: TrainConfig) -> DinoVisionTransformer:
-    """Load the backbone that a run released."""
+    """Load the backbone from the checkpoint of a finished run."""
     weights, vit_config, _ = load_checkpoint(config.out / CHECKPOINT)
     backbone = DinoVisionTransformer(vit_config)
     backbone.load_state_dict(weights)
@@ -247,8 +252,12 @@ def judge(
     spec: PreprocessSpec,
     has_classes: bool,
 ) -> dict[str, Any]:
-    """Evaluate a network: `knn` (by pooling, then k) and `logistic` if there are classes, `robustness`, and
-    `rankme_share`, the effective rank of the held-out images' class tokens as a share of its maximum."""
+    """Evaluate one network on the held-out images.
+
+    Returns:
+        `robustness`; `rankme_share` (the effective rank of the class tokens as a share of its maximum); and, if
+        `has_classes`, `knn` (accuracy by pooling, then by k) and `logistic` (accuracy and C).
+    """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
     results: dict[str, Any] = {
@@ -271,7 +280,7 @@ def judge(
 
 
 def run_figures(config: TrainConfig) -> dict[str, Any]:
-    """Read a run's figures from its log files."""
+    """Read the loss, speed, memory and events of a run from its log files."""
     lines = read_lines(config.out / METRICS)
     speeds, memory = values_of(lines, "images_per_s"), values_of(lines, "peak_memory_bytes")
     loss = values_of(lines, "dino_over_ln_k")
@@ -287,13 +296,14 @@ def run_figures(config: TrainConfig) -> dict[str, Any]:
 
 
 def stability(loss: Sequence[float | None]) -> dict[str, Any]:
-    """Measure how steady a loss is; the top of this file defines the measure.
+    """Measure the stability of a loss, as defined at the top of this file.
 
     Args:
-        loss: the loss of each line as a share of ln K; None where it was not finite.
+        loss: the DINO loss of each line of metrics.jsonl as a share of ln K; None if it was not finite.
 
     Returns:
-        `change_std` (None with fewer than three finite lines in the last half) and `jumps`.
+        `change_std`, the standard deviation (None if the last half has fewer than three finite values), and `jumps`,
+        the number of jumps.
     """
 
     def changes(values: Sequence[float | None]) -> list[float]:

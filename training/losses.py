@@ -1,16 +1,17 @@
-"""DINOv2's three losses and the ways to turn teacher logits into targets.
+"""DINOv2's three losses and the three ways to turn teacher logits into targets.
 
 DINO (arXiv 2104.14294) makes crops of one image agree on a soft assignment to K prototypes; iBOT (arXiv 2111.07832)
 does the same for each masked patch; KoLeo (arXiv 1806.03198) spreads the embeddings of a batch. Definitions are those
-of facebookresearch/dinov2, `dinov2/loss/`, with two deliberate differences that do not change the values: everything is
-float32 whatever the network's precision, and Sinkhorn-Knopp uses logarithms where the range requires it, because
-`exp(logit / 0.04)` overflows float32 once a logit passes 3.5.
+of facebookresearch/dinov2, `dinov2/loss/`, with two differences that do not change the definition: all losses are
+computed in float32 whatever the network's precision, and Sinkhorn-Knopp uses logarithms where the range requires it,
+because `exp(logit / 0.04)` overflows float32 once a logit passes 3.5.
 
-A batch may come as a list of micro-batches and may be spread over ranks. Operations over ranks are passed in as
-callables, so nothing here depends on how ranks communicate. Every rank must call them equally often, even a rank
-without a masked patch.
+A batch may be a list of micro-batches and may be spread over ranks. Operations over ranks are passed in as callables,
+so this module does not depend on how ranks communicate. Every rank must call them equally often, even a rank without a
+masked patch.
 
-Legend: B images, K prototypes, N patches per image, M masked patches of the batch, S student views, T teacher views.
+Legend: B images, K prototypes, N patches per image, M masked patches of the batch, S student views, T teacher views,
+D width of an embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from training.kernels import chunk_elements, soft_cross_entropy
 from training.teacher_targets import TeacherTargets
 
 EPS = 1e-8
-LEAST_VARIANCE = 1e-5  # of a prototype, as a share of the mean variance
+LEAST_VARIANCE = 1e-5  # added to a prototype's variance, as a share of the mean variance over prototypes
 OverRanks = Callable[[Tensor], Tensor]
 """Combines a tensor of this rank with those of the others and returns the same result on all ranks."""
 
@@ -47,18 +48,20 @@ def sinkhorn_knopp(
 ) -> Tensor | list[Tensor]:
     """Compute teacher targets that use all prototypes equally often, by scaling prototypes and samples in turn.
 
-    With Q = exp(logits / temp) the definition is, n times: divide each prototype's column by its sum and by K, then
-    each sample's row by its sum and by B; at the end rows sum to one. Only two vectors change, so only they are
-    iterated: log Q = logits / temp - u[sample] - v[prototype]. Constants (K, B) cancel in the last row scaling.
+    Q = exp(logits / temp) has a row per sample and a column per prototype. Each of the `n_iterations` rounds divides
+    every column by its sum and by K, then every row by its sum and by B; at the end each row is scaled to sum to one.
+    All these divisions together are one factor per row and one per column: log Q = logits / temp - u[sample] -
+    v[prototype], so only the vectors u and v are iterated. The constants K and B cancel in the last scaling of rows.
 
     Args:
-        logits: [..., K], any float type, or micro-batches of it, which are scaled as one batch; a batch may be empty.
+        logits: [..., K] of any float type, or a sequence of such micro-batches, which are scaled as one batch. A
+            micro-batch may be empty.
         temp: the teacher's temperature.
-        n_iterations: rounds; 3 in the paper.
-        combine: log-sum-exp over ranks of a float32 [1, K].
+        n_iterations: number of rounds; 3 in the paper.
+        combine: computes the log-sum-exp over ranks of a float32 [1, K].
 
     Returns:
-        float32 [..., K], rows sum to one; a list if `logits` is one.
+        float32 [..., K] with rows that sum to one; a list of such tensors if `logits` is a sequence.
     """
     batches = [logits] if isinstance(logits, Tensor) else logits
     pieces, _, row_factors, _, column_factor = _scale(batches, temp, n_iterations, combine or _alone)
@@ -73,7 +76,11 @@ def sinkhorn_knopp(
 def sinkhorn_targets(
     logits: Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
 ) -> list[TeacherTargets]:
-    """Compute `sinkhorn_knopp` of micro-batches without writing the targets: return the logits with u and v."""
+    """Compute the targets of `sinkhorn_knopp` for micro-batches [..., K] without storing the probabilities.
+
+    Each result has the logits [..., K], u [...] (one value per sample) and v [K] (one value per prototype), so that the
+    targets are exp(logits / temp - u - v). Arguments are those of `sinkhorn_knopp`.
+    """
     _, us, row_factors, v, column_factor = _scale(logits, temp, n_iterations, combine or _alone)
     v = (v - column_factor.log())[0]  # [K]
     return [
@@ -85,16 +92,16 @@ def sinkhorn_targets(
 def _scale(
     batches: Sequence[Tensor], temp: float, n_iterations: int, combine: OverRanks
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Run the rounds of Sinkhorn-Knopp on micro-batches [b, K].
+    """Run the rounds of Sinkhorn-Knopp on micro-batches [..., K], flattened to b rows each: [b, K].
 
-    The first round needs logarithms: logits of different samples may be thousands apart. With its v, and each row's
-    maximum as u, P = exp(logits / temp - u - v) is written once. After that round rows sum to one and columns to
-    1 / (B * K) or more, so values that underflow in P do not matter. The other rounds are products of P with a vector:
-    row factors, and a column factor for each further round.
+    The first round uses logarithms, because logits of different samples may be thousands apart. It gives v, the log of
+    each column's sum. With u as the maximum of logits / temp - v in each row, P = exp(logits / temp - u - v) is stored.
+    The rows of P times their factors sum to one, so values that underflow in P do not matter. Each further round
+    only computes products of P with a vector: the next factor of each column, then the next factor of each row.
 
     Returns:
-        P [b, K], u [b, 1] and row factors [b, 1] for each batch; v and column factor [1, K] for all. The targets are
-        row factor * P * column factor.
+        P [b, K], u [b, 1] and row factors [b, 1] of each micro-batch; v [1, K] and column factors [1, K] common to all.
+        The targets are row factor * P * column factor.
     """
     batches = [batch.flatten(0, -2) for batch in batches]
     k, device = batches[0].shape[1], batches[0].device
@@ -121,12 +128,12 @@ def _scale(
 
 
 def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
-    """Split `x` into chunks of rows, as many rows as fit for `columns` columns (0: the columns of `x`)."""
+    """Split `x` into chunks of rows of at most `chunk_elements` elements, for `columns` columns (0: those of `x`)."""
     return torch.split(x, max(1, chunk_elements(x.device) // (columns or x.shape[1])))
 
 
 def _column_logsumexp(batch: Tensor, temp: float) -> Tensor:
-    """Compute log sum over rows of exp(batch / temp), float32 [1, K]; -inf without rows."""
+    """Compute the log of the sum over rows of exp(batch / temp), float32 [1, K]; -inf if `batch` has no rows."""
     columns = max(256, chunk_elements(batch.device) // max(1, len(batch)))
     return torch.cat(
         [(x.float() / temp).logsumexp(dim=0, keepdim=True) for x in torch.split(batch, columns, dim=1)], dim=1
@@ -141,7 +148,11 @@ def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
 
 @torch.no_grad()
 def center_targets(logits: Tensor, center: Tensor, temp: float) -> TeacherTargets:
-    """Compute `softmax_center` without writing the targets: return the logits with u and v."""
+    """Compute the targets of `softmax_center` without storing the probabilities.
+
+    The result has the logits [..., K], u [...] (one value per sample) and v [K] (one value per prototype), so that the
+    targets are exp(logits / temp - u - v).
+    """
     v = center.flatten() / temp  # [K]
     rows = _row_chunks(logits.flatten(0, -2))
     u = torch.cat([(x.float() / temp).sub_(v).logsumexp(dim=1) for x in rows])
@@ -159,9 +170,11 @@ def update_center(
     """Return the next moving centre: momentum * center + (1 - momentum) * mean of the batch (DINO, section 3.1).
 
     Args:
-        center: float32 [1, K], from the previous step; zeros at first. A step's targets use the centre from before it.
-        logits: the teacher's, [..., K], or micro-batches of it. If no rank has a row, the centre does not change.
-        sum_over_ranks: sum over ranks of a float32 vector.
+        center: float32 [1, K], the centre that the targets of this step use; zeros at the first step.
+        logits: the teacher's logits [..., K], or a sequence of such micro-batches. If no rank has a row, the centre
+            does not change.
+        momentum: share of the old centre that is kept.
+        sum_over_ranks: computes the sum over ranks of a float32 vector.
 
     Returns:
         float32 [1, K].
@@ -182,19 +195,21 @@ def batch_norm_center(
 ) -> Tensor | list[Tensor]:
     """Compute teacher targets by batch normalisation of the teacher's output, instead of a moving centre.
 
-    Each prototype's logits are reduced by their mean over the batch and divided by their standard deviation (biased, as
-    in arXiv 1502.03167, without learned scale and shift), so that no prototype wins or varies more than another. DINO
-    has no agreed definition of this. Ours multiplies by the root mean square of the deviations over all prototypes, so
-    that the temperature means the same as in the other two ways. A share of that mean square keeps a prototype that
-    does not vary from being amplified; a fixed constant would not do, because the spread of cosines has no known scale.
+    From each prototype's logits their mean over the batch is subtracted, and the result is divided by their standard
+    deviation (biased, as in arXiv 1502.03167, without learned scale and shift). So no prototype has larger logits on
+    average, or more varied ones, than another. The DINO papers do not define this centring. Here the logits are also
+    multiplied by the root of the mean variance over all prototypes, so that the temperature has the same effect as with
+    Sinkhorn-Knopp and the moving centre. `LEAST_VARIANCE` times the mean variance is added to each variance, so that a
+    prototype that hardly varies is not amplified. A fixed constant would not do, because the scale of the logits is not
+    known in advance.
 
     Args:
-        logits: [..., K], any float type, or micro-batches of it with common statistics.
+        logits: [..., K] of any float type, or a sequence of such micro-batches, which share mean and variance.
         temp: the teacher's temperature.
-        sum_over_ranks: sum over ranks of a float32 vector; called twice.
+        sum_over_ranks: computes the sum over ranks of a float32 vector; called twice.
 
     Returns:
-        float32 [..., K], rows sum to one; a list if `logits` is one.
+        float32 [..., K] with rows that sum to one; a list of such tensors if `logits` is a sequence.
     """
     batches = [logits] if isinstance(logits, Tensor) else logits
     total = sum_over_ranks or _alone
@@ -208,7 +223,7 @@ def batch_norm_center(
 
 
 def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Tensor]:
-    """Return the mean over all rows of all ranks [1, K] (0 without rows), and the number of rows, a scalar."""
+    """Return the mean over all rows of all ranks, float32 [1, K] (0 if there are none), and their number, a scalar."""
     rows = [batch.flatten(0, -2).float() for batch in batches]
     count = rows[0].new_full((1,), sum(map(len, rows)))
     sums = total(torch.cat([torch.stack([x.sum(dim=0) for x in rows]).sum(dim=0), count]))  # [K + 1]
@@ -220,15 +235,16 @@ def dino_loss(
     teacher_probs: Tensor | Sequence[Tensor] | TeacherTargets,
     student_temp: float,
 ) -> Tensor:
-    """Compute the cross-entropy of every student view with every teacher view: summed over pairs, mean over images.
+    """Compute the cross-entropy of every student view with every teacher view, summed over pairs, averaged over images.
 
     Args:
-        student_logits: one view [B, K], or S of them as [S, B, K] or a sequence.
-        teacher_probs: targets, one view [B, K] or T of them as [T, B, K] or a sequence; rows sum to one.
+        student_logits: one view [B, K], or S views as [S, B, K] or as a sequence of [B, K].
+        teacher_probs: the targets p of one view [B, K], or of T views as [T, B, K] or as a sequence of [B, K]. Rows sum
+            to one.
         student_temp: the student's temperature.
 
     Returns:
-        scalar: sum over S x T pairs of mean over B of -sum_k p log softmax(logits / student_temp).
+        a scalar: the sum over S x T pairs of the mean over B of -sum_k p log softmax(logits / student_temp).
     """
     student = student_logits if isinstance(student_logits, Tensor) else torch.stack(list(student_logits))
     targets = teacher_probs if isinstance(teacher_probs, Tensor | TeacherTargets) else torch.stack(list(teacher_probs))
@@ -244,16 +260,19 @@ def ibot_loss(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Compute the cross-entropy on masked patches: the mean over an image's masked patches, then over all images.
+    """Compute the cross-entropy on masked patches, averaged over the masked patches of each image, then over images.
 
-    Images without masked patches count in the second mean.
+    An image without masked patches counts as 0 in the average over images.
 
     Args:
-        student_logits, teacher_probs: [M, K], the masked patches in the order of `masks`, row-major.
+        student_logits, teacher_probs: [M, K], one row per masked patch, in the row-major order of `masks`.
         masks: bool [B, N] with M True entries.
         student_temp: the student's temperature.
         selected: int64 [M], the positions of the True entries in the flattened masks. Without it they are computed,
             which makes the host wait for a GPU.
+
+    Returns:
+        a scalar.
     """
     cross = soft_cross_entropy(student_logits, teacher_probs, student_temp)  # [M]
     image = (masks.flatten().nonzero().squeeze(1) if selected is None else selected) // masks.shape[1]  # [M]
@@ -262,22 +281,23 @@ def ibot_loss(
 
 
 def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor:
-    """Compute minus the mean log distance of each L2-normalised row of `x` [B, D] to its nearest other row.
+    """Compute minus the mean, over the rows of `x`, of the log distance to the nearest other row.
 
-    It computes in float32: half precision turns near-duplicates into infinities.
+    Rows are L2-normalised first. All values are float32, because in half precision the log distance of near-duplicates
+    is infinite.
 
     Args:
-        x: [B, D].
-        pool: [n, D], the rows that are searched for neighbours: `x` itself, or the rows of all ranks, gathered so that
-            gradients flow back. If all ranks have equally many rows, the mean of the ranks' losses equals the loss of
-            all rows, also in its gradient.
-        offset: row i of `x` is row offset + i of the pool, and is not a neighbour of itself.
+        x: embeddings [B, D].
+        pool: [n, D], the rows among which neighbours are searched; None: `x` itself. To search all ranks, pass the rows
+            of all ranks, gathered so that gradients flow back. If all ranks have equally many rows, the mean of the
+            ranks' losses then equals the loss of all rows, and so does its gradient.
+        offset: row i of `x` is row offset + i of the pool. A row is not its own neighbour.
 
     Returns:
-        scalar, 0 for a pool of one row.
+        a scalar, 0 if the pool has one row.
 
     Raises:
-        ValueError: rows of `x` are not in the pool.
+        ValueError: the pool does not have rows `offset` to `offset + B - 1`.
     """
     pool = x if pool is None else pool
     if not 0 <= offset <= len(pool) - len(x):

@@ -3,8 +3,8 @@
 `TERMS` lists the losses. To add one, write its definition in `losses.py`, an entry in `TERMS` and a `NAME_weight` in
 `config.py`.
 
-Legend: B images per step, b of them in this micro-batch, V views, N patches of a global crop, K prototypes, M masked
-patches.
+Legend: B images per step on this rank, b of them in a micro-batch, V local views, N patches of a global crop, K
+prototypes, M masked patches, D width of the student.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,20 +43,20 @@ SCALE_GROWS_AFTER = 2000
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of a step. A loss with weight 0 is not computed and counts as 0, except for DINO's."""
+    """The settings of a step. A loss with weight 0 is skipped and reported as 0, but DINO's is always computed."""
 
     seed: int
     loss_weights: Mapping[str, float]  # by the names of `TERMS`
     student_temp: float
     centering: Literal["sinkhorn", "softmax", "batch_norm"]
     center_momentum: float
-    koleo_over_ranks: bool  # search neighbours on all ranks, else among this rank's images
+    koleo_over_ranks: bool  # True: KoLeo searches neighbours on all ranks; False: among this rank's images
     clip_grad: float
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every step uses. `learner` is the module called for training: the student, or DDP around it."""
+    """What every step uses. `learner` is the module that the training forward pass calls: the student, maybe in DDP."""
 
     parts: Parts
     learner: nn.Module
@@ -66,7 +66,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Schedules:
-    """One value per step for everything that changes over the run. `lr` is 0 while a part is frozen."""
+    """Arrays with one value per step. The learning rate of a part is 0 while the part is frozen."""
 
     lr: dict[Part, Schedule]
     weight_decay: Schedule
@@ -76,7 +76,7 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Targets:
-    """The student's targets for one micro-batch: class tokens [2, b, K] and patches [M, K], rows sum to one."""
+    """The teacher's targets for one micro-batch: class tokens [2, b, K] and patches [M, K]. Each row sums to one."""
 
     cls: Tensor | TeacherTargets
     patches: Tensor | TeacherTargets
@@ -91,22 +91,22 @@ def train_step(
     lr_factor: float = 1.0,
     measure: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Do one update of student and average (`ema`).
+    """Update the student by one optimizer step, and then its moving average (`ema`).
 
-    A step with gradients that are not finite changes neither weights nor optimizer; `finite` reports this, without a
-    wait for the device.
+    If a gradient is not finite, the student and the optimizer stay unchanged. `finite` reports this without making the
+    host wait for the device.
 
     Args:
         settings, setup, schedules: those of the run.
-        micros: this rank's images in micro-batches of one size.
-        step: index into the schedules.
-        lr_factor: factor on all learning rates, lowered by a rollback.
-        measure: also return `teacher_entropy`, which costs a pass over the targets.
+        micros: this rank's images, in micro-batches of equal size.
+        step: index into the schedules, from 0.
+        lr_factor: factor on all learning rates, which a rollback lowers.
+        measure: whether to compute `teacher_entropy`, which costs a pass over the targets.
 
     Returns:
-        scalars on the device, means over this rank: the losses of `TERMS`, unweighted, their weighted sum `loss`,
-        `teacher_entropy`, norms of the gradients before clipping, `finite` (1 or 0); and the student's class tokens
-        [b, D] of the first view of each image, for RankMe.
+        figures, and the student's class tokens [B, D] of the first view of each image. The figures are scalars on the
+        device: the losses of `TERMS` without weights, their weighted sum `loss`, `teacher_entropy` if `measure` (all
+        means over this rank's images), the gradient norms before clipping, and `finite` (1 or 0).
     """
     parts, world = setup.parts, setup.world
     # Drop path draws from torch's global generator.
@@ -128,7 +128,7 @@ def train_step(
 
 @torch.no_grad()
 def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
-    """Compute targets for every micro-batch, centred over all micro-batches and ranks as if they were one batch."""
+    """Compute the targets of every micro-batch. All micro-batches of all ranks are centred as one batch."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
     cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
     cls = _center(settings, setup, "dino", cls_logits, temp)
@@ -141,7 +141,7 @@ def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops
 def _center(
     settings: StepSettings, setup: Setup, head: str, logits: list[Tensor], temp: float
 ) -> Sequence[Tensor | TeacherTargets]:
-    """Turn logits [..., K] of each micro-batch into targets. The moving centre is updated after use."""
+    """Turn the logits [..., K] of each micro-batch into targets. The moving centre, if used, is updated afterwards."""
     total = sum_over_ranks(setup.world)
     if settings.centering == "sinkhorn":
         return sinkhorn_targets(logits, temp, combine=logsumexp_over_ranks(setup.world))
@@ -155,7 +155,7 @@ def _center(
 
 
 def entropy(targets: Tensor | TeacherTargets) -> Tensor:
-    """Return the mean entropy of the rows of targets [2, b, K]. It copies one view at a time to save memory."""
+    """Return the mean entropy of the rows of targets [2, b, K]. One view at a time is computed, to save memory."""
     views = [targets[view] for view in range(2)]
     probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
     return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
@@ -163,7 +163,7 @@ def entropy(targets: Tensor | TeacherTargets) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch as the losses see it: the crops, the student's output and the teacher's targets."""
+    """The input of the losses for one micro-batch: the crops, the student's output and the teacher's targets."""
 
     crops: Crops
     output: Output
@@ -173,10 +173,10 @@ class MicroBatch:
 
 
 def dino_term(micro: MicroBatch) -> Tensor:
-    """Compute DINO's loss: the mean over all pairs of different views.
+    """Compute DINO's loss: the mean over all pairs of a student view and a different teacher view.
 
-    Without local crops the official code divides the two pairs by 3, because its guard against zero terms counts as
-    one. Here they are divided by 2, so that ln K remains the sign of collapse.
+    Without local crops, Meta's code divides the sum over the two pairs by 3, because it counts at least one local pair.
+    Here the sum is divided by 2, so that a collapsed network has a loss of ln K.
     """
     output, targets, temp = micro.output, micro.targets.cls, micro.settings.student_temp
     global_logits = output.global_logits.unflatten(0, (2, -1))  # [2, b, K]
@@ -196,7 +196,7 @@ def ibot_term(micro: MicroBatch) -> Tensor:
 
 
 def koleo_term(micro: MicroBatch) -> Tensor:
-    """Compute KoLeo of each global view, summed, with neighbours from all ranks if the settings require it."""
+    """Compute the sum of KoLeo over the two global views. `koleo_over_ranks` sets where neighbours are searched."""
     world = micro.world
 
     def of_view(cls: Tensor) -> Tensor:
@@ -229,11 +229,11 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
 def accumulate_gradients(
     settings: StepSettings, setup: Setup, micros: Sequence[Crops], targets: Sequence[Targets], measure: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run forward and backward pass of each micro-batch; gradients are averaged over the ranks with the last one.
+    """Run the forward and backward pass of each micro-batch, and average the gradients over ranks in the last one.
 
     Returns:
-        means over the micro-batches: the losses, their weighted sum `loss`, `teacher_entropy` if `measure`; and the
-        student's class tokens [b, D] of the first view of each image.
+        figures (means over the micro-batches of the losses, of their weighted sum `loss` and, if `measure`, of
+        `teacher_entropy`), and the student's class tokens [B, D] of the first view of each image.
     """
     weights, scale = settings.loss_weights, setup.parts.buffers.get("loss_scale")
     means: dict[str, Tensor] = {}
@@ -257,7 +257,7 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
     """Clip the gradients and update the student, unless a gradient is not finite.
 
     Returns:
-        norms of the gradients before clipping, by sub-module, and a bool scalar: whether all are finite.
+        the norms of the gradients before clipping, by sub-module, and a bool scalar, True if all norms are finite.
     """
     scale = parts.buffers.get("loss_scale")
     if scale is not None:

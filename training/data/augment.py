@@ -1,27 +1,28 @@
-"""Random crops and colours of whole batches, in plain tensor code that runs on the network's device.
+"""Random crops and colour changes for whole batches, in plain tensor code that runs on the network's device.
 
-DINOv2 augments each crop with Pillow and torchvision in worker processes (`dinov2/data/augmentations.py`); this module
-does it for many crops at once. Resizing is linear along each axis, so a crop is two small matrix products, rows @ image
-@ columns^T. They antialias exactly as Pillow (with a box and the bilinear filter) and include the flip.
+DINOv2 augments one crop at a time with Pillow and torchvision (`dinov2/data/augmentations.py`); this module augments
+many crops at once. Cropping, resizing and flipping are linear along each axis, so a crop is the result of two small
+matrix products, rows @ image @ columns^T. They give the values of Pillow's `resize` with a box and the bilinear filter.
 `tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
 
-The random numbers of a view (`draw_views`) are few. They are made on the CPU and keyed by sample
-(`training/randomness.py`), so an image's views do not depend on its batch, and it is known without asking a GPU which
-crops to blur, shift in hue or solarise. Nothing is computed for the others. Each crop has its own order of colour
-operations, as in torchvision. Brightness, contrast and saturation are one operation, a blend with another image, so
-three rounds of blending serve all orders; the hue shift happens before, between or after them.
+The random numbers of a crop (`draw_views`) are made on the CPU and keyed by sample (`training/randomness.py`), so the
+crops of an image do not depend on the batch it is in. The host also knows, without waiting for a GPU, which crops to
+blur, shift in hue or solarise, and each operation is computed only for these crops. As in torchvision, each crop has
+its own order of colour operations. Brightness, contrast and saturation are all a blend with another image, so three
+rounds of blending cover all their orders; the hue shift comes before, between or after the rounds.
 
-Crops go through all operations in chunks: on a CPU as many as fit into its cache, on a GPU all of them, up to a memory
-limit. On a CPU the window around a crop is cut out before the products, since a local crop needs little of its image.
+Crops go through all operations in chunks: on a CPU as many crops as fit into its cache, on a GPU as many as a memory
+limit allows. On a CPU the window around each crop is cut out before the products, since a local crop needs only a small
+part of its image.
 
-A deliberate difference: DINOv2's `GaussianBlur(p)` blurs with probability 1 - p, so the released weights saw blur on
-0 / 90 / 50 % of first global, second global and local crops. Here a probability is the probability of blur, and the
-recipes state the effective ones.
+One difference from DINOv2 is deliberate: its `GaussianBlur(p)` blurs with probability 1 - p, so the released weights
+were trained with blur on 0, 90 and 50 % of first global, second global and local crops. Here a probability is the
+probability of blur, and the recipes have these effective values.
 
-Legend: V views per image, B images, n crops, S side of the stored square image, W side of the window cut out of it, o
-side of a crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's
-sides. Images are uint8 [B, 3, S, S], stored squashed to squares; `aspect` is their true width / height, so that a
-crop's aspect is right in the image's own pixels. Functions with a trailing underscore work in place.
+Legend: V views per image, B images, n crops, S side of a stored image, W side of the window cut out of it, o side of a
+crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's sides.
+Images are uint8 [B, 3, S, S], squashed to squares; `aspect` is their width / height before that, so that the aspect of
+a crop is right in the pixels of the original image. Functions with a trailing underscore work in place.
 """
 
 import functools
@@ -46,12 +47,13 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)  # kinds of blend
 BLEND_ORDERS = tuple(itertools.permutations(range(3)))
 DRAW_BOX, DRAW_LOOK = range(2)  # numbers of a sample's draws
 WINDOW_STEP = 32  # pixels
-CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # elements of crops, or of what they are cut from, at once
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # maximum elements of the crops (or of their windows, if larger) in a chunk
 
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: side in pixels, range of its share of the image's area, probabilities of blur and solarize."""
+    """One kind of crop: `size` is its side in pixels, `scale` the range of its share of the image's area, `blur` and
+    `solarize` are probabilities."""
 
     size: int
     scale: tuple[float, float]
@@ -61,9 +63,11 @@ class View:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Strengths as in torchvision's ColorJitter, applied with `probability`; `gray` is the share of gray crops.
+    """Strengths of colour changes, and their probabilities.
 
-    `white_balance` is our addition: it imitates light of another place or hour, which the other four do not.
+    `brightness`, `contrast`, `saturation` and `hue` are those of torchvision's ColorJitter. `white_balance`, which
+    DINOv2 does not have, scales each channel and so imitates another colour of light. All five are applied together
+    with `probability`. `gray` is the probability that a crop is turned gray.
     """
 
     white_balance: float = 0.0
@@ -77,11 +81,12 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices for n crops, all on the CPU.
+    """The random choices for n crops, as tensors on the CPU.
 
-    `boxes` [n, 4]; `flips` bool [n]; `gains` [n, 3] or None; `blends` int [n, 3] and `factors` [n, 3], the kind and
-    strength of each round of blending (factor 1 changes nothing); `hue` [n] in turns, applied before round `hue_round`
-    [n] (3: after the last; -1: never); `gray` and `solarize` bool [n]; `sigma` [n] of the blur in pixels, 0 for none.
+    `boxes` [n, 4] and `flips` bool [n] are the geometry; `gains` [n, 3] the white balance of each channel, or None;
+    `blends` int [n, 3] and `factors` [n, 3] the kind and strength of each round of blending (factor 1 changes nothing);
+    `hue` [n] the hue shift in turns, applied before round `hue_round` [n] (3: after the last round; -1: not applied);
+    `gray` and `solarize` bool [n]; `sigma` [n] the blur in pixels (0: no blur).
     """
 
     boxes: Tensor
@@ -97,10 +102,11 @@ class Draws:
 
 
 def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
-    """Draw random-resized-crop boxes [n, 4] for images of width / height `aspect` [n].
+    """Draw the boxes [n, 4] of random resized crops, for images of width / height `aspect` [n].
 
-    Area is uniform in `scale` and log aspect uniform in 3/4 to 4/3. If none of ten attempts fits, the box is the
-    largest centred one with an aspect in range (as torchvision's RandomResizedCrop).
+    As in torchvision's RandomResizedCrop, the area of a box is uniform in `scale`, and the log of its aspect is uniform
+    between log 3/4 and log 4/3. If none of ten attempts fits into the image, the result is the largest centred box with
+    an aspect in this range.
     """
     # Doubles: whether an attempt fits, and the rounded box, must not depend on how exp is vectorised.
     drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
@@ -121,7 +127,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
 
 
 def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
-    """Draw the choices for one crop of each image of width / height `aspect` [n]; `random` has n keys."""
+    """Draw the random choices for n crops, from images of width / height `aspect` [n] and the n keys of `random`."""
     flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
     strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
     chosen = jittered < jitter.probability
@@ -150,7 +156,7 @@ def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom)
 
 
 def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """Apply `change(crops, *parameters)` only to the `chosen` (bool [n], on the CPU) of `crops` [n, ...]."""
+    """Apply `change(crops, *parameters)` only to those of `crops` [n, ...] where `chosen` (bool [n], CPU) is True."""
     n_chosen = int(chosen.sum())
     if n_chosen == 0:
         return crops
@@ -163,10 +169,11 @@ def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *param
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
-    """Compute rows [n, out, source] that resample [start, start + length] (pixels, [n]) to `out` pixels.
+    """Return matrices [n, out, source] that resample part of an axis of `source` pixels to `out` pixels.
 
-    Each row is a triangle of half width max(1, |length| / out) around the output pixel's centre, cut at the image's
-    edge and normalised, as in Pillow's `resize(..., BILINEAR, box=...)`. A negative length mirrors the pixels.
+    The part is from `start` to `start + length`, in pixels, [n] each; a negative length mirrors it. As in Pillow's
+    `resize(..., BILINEAR, box=...)`, each row is a triangle around the centre of the output pixel, of half width
+    max(1, |length| / out), cut off at the edge of the image and scaled to sum to one.
     """
     step = length / out  # source pixels per output pixel, [n]
     centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
@@ -177,21 +184,25 @@ def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tens
 
 
 def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
-    """Return the side int [n], in steps, of a square window with all pixels that a crop by `boxes` [n, 4] needs."""
+    """Return, for each box [n, 4], the side of a square window that contains all pixels its crop needs, int [n].
+
+    Sides are rounded up to multiples of `WINDOW_STEP`, so that few sizes occur.
+    """
     length = boxes[:, 2:] * side
     seen = (length + 2 * (length / out).clamp(min=1)).amax(dim=1) + 2
     return ((seen / WINDOW_STEP).ceil().long() * WINDOW_STEP).clamp(max=side)
 
 
 def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: Tensor, window: int) -> Tensor:
-    """Cut and resize crops, float [n, 3, o, o] in 0..1.
+    """Cut crops out of images and resize them; return float [n, 3, o, o] in 0..1.
 
     Args:
         images: uint8 [B, 3, S, S].
-        photo: which of the images each crop shows, int [n] on the CPU.
-        boxes, flips: position of each crop, [n, 4], and whether it is mirrored, bool [n]; on the CPU.
-        out: side of the crops.
-        window: side of the part of the image that is multiplied, at least `window_sides`; S is always valid.
+        photo: the index of the image that each crop is cut from, int [n] on the CPU.
+        boxes, flips: the box of each crop [n, 4], and whether it is mirrored, bool [n]; both on the CPU.
+        out: side o of the crops.
+        window: side of the window that is cut out of the image before the products: S (no window), or at least the
+            `window_sides` of every box.
     """
     side = images.shape[-1]
     start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
@@ -219,15 +230,15 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def adjust_white_balance_(images: Tensor, gains: Tensor) -> Tensor:
-    """Multiply each channel of `images` [n, 3, H, W] by its gain [n, 3] and clip to 0..1: another colour of light."""
+    """Multiply each channel of `images` [n, 3, H, W] by its gain [n, 3], and clip to 0..1."""
     return images.mul_(gains[:, :, None, None]).clamp_(0, 1)
 
 
 def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     """Blend each of `images` [n, 3, H, W] with another image and clip to 0..1; factor 1 changes nothing.
 
-    The result is factor * image + (1 - factor) * other. For brightness the other is black, for contrast the image's
-    mean luma, for saturation its luma. `kind` and `factor` [n] are on the CPU.
+    The result is factor * image + (1 - factor) * other. The other image is black for brightness, the mean luma of the
+    image for contrast, and its luma for saturation. `kind` and `factor` [n] are on the CPU.
     """
     if bool((factor == 1).all()):
         return images
@@ -263,14 +274,14 @@ def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def _gaussian_taps(sigma: Tensor) -> Tensor:
-    """Return a 9-tap Gaussian of `sigma` [n] pixels, [n, 9]; sigma 0 is the identity."""
+    """Return Gaussian kernels [n, 9] of standard deviation `sigma` [n] in pixels; sigma 0 gives the identity."""
     offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
     taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
     return taps / taps.sum(dim=1, keepdim=True)
 
 
 def blur_weights(sigma: Tensor, side: int) -> Tensor:
-    """Return matrices [n, side, side] of a 9-tap Gaussian of `sigma` [n] pixels, with reflected edges."""
+    """Return matrices [n, side, side] that blur an axis by a 9-tap Gaussian of `sigma` [n] pixels, edges reflected."""
     offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
     source = (torch.arange(side, device=sigma.device)[:, None] + offsets).abs()  # [side, taps]
     source = torch.where(source >= side, 2 * (side - 1) - source, source)
@@ -297,18 +308,19 @@ def _blur_by_taps(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur `images` [n, 3, o, o] with a 9-tap Gaussian of `sigma` [n] pixels each, with reflected edges.
+    """Blur each of `images` [n, 3, o, o] with a 9-tap Gaussian of its `sigma` [n] in pixels, with reflected edges.
 
-    Few large products suit a GPU and small crops. On a CPU a large crop's nine taps are less work than its matrices.
+    On a GPU, and for small crops, the blur is two matrix products. For large crops on a CPU it is computed tap by tap,
+    which is less work.
     """
     by_taps = images.device.type == "cpu" and images.shape[-1] >= TAPS_FROM_SIDE
     return _blur_by_taps(images, sigma) if by_taps else _blur_by_matrices(images, sigma)
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Invert the values above one half: on bytes, Pillow's `ImageOps.solarize` at 128.
+    """Invert the values above one half. For whole bytes this equals Pillow's `ImageOps.solarize` at 128.
 
-    The function is continuous between the bytes 127 and 128, so a rounding difference does not grow.
+    The function is continuous, so a small rounding difference in the input stays small.
     """
     return torch.minimum(images, 1 - images)
 
@@ -318,7 +330,7 @@ def _to_gray_(images: Tensor) -> Tensor:
 
 
 def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
-    """Apply white balance, jitter and gray to `crops` [n, 3, o, o] with the draws at `index` [n]."""
+    """Apply white balance, jitter and gray to `crops` [n, 3, o, o], with the choices at `index` [n] of `draws`."""
     if draws.gains is not None:
         crops = adjust_white_balance_(crops, draws.gains[index].to(crops.device, non_blocking=True))
     hue, hue_round = draws.hue[index], draws.hue_round[index]
@@ -332,7 +344,7 @@ def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return constants [3, 1, 1] on a device. They are cached: copying them would make the host wait in every step."""
+    """Return constants [3, 1, 1] on a device. They are cached, since each copy to a GPU would make the host wait."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
@@ -344,7 +356,7 @@ def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """Subtract ImageNet's mean and divide by its deviation in one pass, as `model.preprocess` does."""
+    """Subtract ImageNet's mean and divide by its standard deviation, the normalisation of `model.preprocess`."""
     mean, std = _mean_and_std(images)
     return torch.addcmul(-mean / std, images, 1 / std, out=out)
 
@@ -356,12 +368,12 @@ def augmented_views(
 
     Args:
         images: uint8 [B, 3, S, S].
-        aspect: width / height of the images before they were squashed [B], on the CPU.
-        view, n_views, jitter: what to draw.
-        random: B keys on the CPU, the only source of randomness: an image's views depend only on its key.
+        aspect: width / height of the images before they were squashed, [B] on the CPU.
+        view, n_views, jitter: the kind of crop, the number of crops of each image, and the strengths of colour changes.
+        random: B keys on the CPU. The crops of an image depend only on its key.
 
     Returns:
-        float [V * B, 3, o, o], all images' first views first.
+        float [V * B, 3, o, o] with V = n_views: the first views of all images, then the second views, and so on.
     """
     n_photos, side, out = len(images), images.shape[-1], view.size
     draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))

@@ -18,7 +18,10 @@ from training.evaluate.settings import DenseSettings, TaskSettings
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model to evaluate, in eval mode, with its own preprocessing and fingerprint (the same as its artifact's)."""
+    """A model to evaluate, in eval mode, with its own preprocessing and fingerprint.
+
+    The fingerprint is the one that an artifact of the same model has.
+    """
 
     name: str
     model: DinoVisionTransformer
@@ -37,10 +40,12 @@ def _artifact_of(source: str, data_dir: Path) -> Path | None:
 def load_backbone(
     source: str, *, arch: str | None = None, data_dir: Path = Path("data"), device: torch.device | str = "cpu"
 ) -> Backbone:
-    """Load a model from a checkpoint file, an artifact folder or its name, "auto", or a published name (downloaded).
+    """Load a model to evaluate.
 
     Args:
-        source: as above; "auto" is the newest artifact of `data_dir`, or the bundled one if there is none.
+        source: a checkpoint file, an artifact's folder, the name of an artifact in `data_dir`, the name of a published
+            model (which is downloaded), or "auto" for the newest artifact in `data_dir` (if it has none, the bundled
+            artifact).
         arch: torch hub's name of the architecture, for files that do not name it.
         data_dir: folder that is searched for artifacts.
         device: device of the model.
@@ -77,10 +82,10 @@ def load_backbone(
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
-    """Return the model's preprocessing with the resize and crop of the settings.
+    """Return the model's own preprocessing, with the resize and crop of the settings where they are set.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: the crop does not fit the resized image or the patch size.
     """
     whole = isinstance(settings, DenseSettings) or settings.crop == 0
     changes: dict[str, Any] = {"crop": None} if whole else {}

@@ -1,11 +1,12 @@
-"""Common parts of segmentation and depth: images with a map each, patch tokens in memory, a small head.
+"""Common parts of segmentation and depth: pairs of an image and its map, patch tokens in memory, and a small head.
 
-The data is a folder `images/{train,val}/...` and next to it a folder of maps with the same names (`masks/`, `depth/`).
-Each image is used whole, resized to a multiple of the patch size at its own aspect, without windows, crops or flips, so
-its tokens never change and are computed once. An image's tokens take as much memory as its pixels or more, so they are
-stored up to a memory limit; those beyond it are computed again each time, with the same result.
+The data is a folder `images/{train,val}/...` and next to it a folder of maps with the same names (`masks/` of classes,
+`depth/` of distances). Each image is used whole, without windows, crops or flips, resized to multiples of the patch
+size at its own aspect. Its tokens therefore never change and are computed once. An image's tokens take at least as much
+memory as its pixels, so tokens are stored up to a memory limit. The tokens of the other images are computed again each
+time, with the same result.
 
-Legend: h, w patches of an image, F features of a patch, L blocks, D width.
+Legend: h, w patches of an image, H, W pixels of a map, F features of a patch, L blocks, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """AdamW with a linear warm-up (3.75 % of the iterations) and linear decay to zero."""
+    """How a head is trained: AdamW with a linear warm-up over 3.75 % of the iterations, then linear decay to zero."""
 
     iterations: int
     batch_size: int
@@ -47,7 +48,9 @@ class HeadTraining:
 
 
 def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Pair]:
-    """Return images below `folder/images/split` with their maps of the same name below `folder/kind/split`, sorted.
+    """Return the images below `folder/images/split`, sorted, each with the map of the same name.
+
+    The map is below `folder/kind/split` and has one of `suffixes`.
 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.
@@ -71,10 +74,11 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """The tokens that are the input of a head, F features per patch.
+    """How the input of a head is made: F features per patch.
 
-    The tokens of the last `n_blocks` (L) blocks are concatenated: F = L * D. `with_cls` appends each block's class
-    token to each of its patch tokens: F = 2 * L * D. bf16 runs the forward pass in autocast.
+    The patch tokens of the last `n_blocks` (L) blocks are concatenated: F = L * D. With `with_cls`, each block's class
+    token is appended to each of its patch tokens: F = 2 * L * D. With precision "bf16", the forward pass runs in
+    autocast.
     """
 
     n_blocks: int
@@ -83,18 +87,19 @@ class TokenSettings:
 
 
 class DenseData:
-    """Tokens [h, w, F] and maps of pairs, by position; unreadable pairs are in `skipped` and not counted.
+    """A sequence with the tokens [h, w, F] and the map of each readable pair.
 
-    `memory_left` is the part of `memory_bytes` that is still free.
+    `pairs` are the readable pairs, `skipped` the files that could not be read. `memory_left` is the unused part of
+    `memory_bytes`.
 
     Args:
-        model: in eval mode; tokens are computed and stored on its device.
+        model: a model in eval mode; tokens are computed and stored on its device.
         pairs: images and maps.
         spec: preprocessing without a crop.
-        read_target: reads a map [H, W] from a file; raises ValueError if it cannot be read.
-        tokens: which tokens.
-        memory_bytes: memory limit for stored tokens; the rest is computed again each time.
-        advance: called with the number of pairs done.
+        read_target: reads a map [H, W] from a file; it must raise ValueError if the file cannot be read.
+        tokens: how tokens are made.
+        memory_bytes: memory limit for stored tokens and maps; the other pairs are read and computed again each time.
+        advance: called with 1 after each pair.
 
     Raises:
         ValueError: no pair could be read, or the model has too few blocks.
@@ -139,7 +144,7 @@ class DenseData:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return tokens [h, w, F] float32 and the map at the size of the network's input, by nearest neighbour."""
+        """Return the tokens float32 [h, w, F] of a pair, and its map resized to the network's input (nearest pixel)."""
         if index in self._kept:
             tokens, target = self._kept[index]
         else:
@@ -201,18 +206,19 @@ def train_head(
     training: HeadTraining,
     advance: Advance = lambda count: None,
 ) -> float:
-    """Train `head` in place; return the last loss.
+    """Train `head` in place, and return the loss of the last iteration.
 
     Args:
-        head: the head.
+        head: the module to train.
         data: tokens and maps to train on.
-        loss_of: computes the loss of a batch from tokens [h, w, F] and maps at the input's size, one each per image.
-        training: the schedule.
+        loss_of: computes the loss of a batch from the list of its tokens [h, w, F] and the list of its maps, which have
+            the size of the network's input.
+        training: iterations, batch size, learning rate, weight decay and seed.
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: less than one iteration, or a batch of less than one image.
-        FloatingPointError: the loss is not finite.
+        ValueError: the number of iterations or the batch size is less than 1.
+        FloatingPointError: the last loss is not finite.
     """
     if training.iterations < 1 or training.batch_size < 1:
         raise ValueError(f"iterations={training.iterations}, batch_size={training.batch_size} must be at least 1")

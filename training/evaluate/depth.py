@@ -1,17 +1,19 @@
-"""Linear depth: the distance in metres of each pixel, from frozen tokens.
+"""Linear depth: predict the distance of each pixel in metres from frozen tokens.
 
 Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`): each patch token is
-concatenated with the class token, of the last block ("lin. 1") or the last four ("lin. 4"). One linear layer maps it to
-256 bins, uniform between the least and the largest depth. Logits are enlarged 4 times, bilinearly; weights are relu
-plus 0.1, divided by their sum; the depth is the expectation of the bins, enlarged to the map. The loss is the
-scale-invariant loss of log depth (root of the variance plus 0.15 times the squared mean) plus 0.5 times the difference
-of gradients at four scales (MegaDepth's). Unlike the paper, it uses the whole image, no augmentation, no flipped second
-view, and no crop of the map's border.
+concatenated with the class token, of the last block ("lin. 1") or of each of the last four ("lin. 4"). One linear layer
+maps this vector to logits of 256 bins, which are evenly spaced depths from `min_depth` to `max_depth`. The logits are
+enlarged 4 times, bilinearly. The weight of a bin is relu(logit) + 0.1, divided by the sum over bins; the predicted
+depth is the weighted mean of the bins, enlarged to the size of the map. The loss is the scale-invariant loss of log
+depth (the root of the variance plus 0.15 times the squared mean of the log error), plus 0.5 times MegaDepth's gradient
+loss at four scales. Unlike the paper, this module uses the whole image, without augmentation, without a flipped second
+view, and without cropping the map's border.
 
-RMSE, AbsRel and delta1 (share within a factor of 1.25) are computed per image and then averaged, over pixels with a
-depth above `min_depth` and up to `max_depth`; predictions are clamped to that range.
+RMSE, AbsRel and delta1 (the share of pixels predicted within a factor of 1.25) are computed for each image and averaged
+over images. Only pixels with a depth above `min_depth` and up to `max_depth` count; predictions are clamped to that
+range.
 
-Legend: K bins, h x w patches, H x W pixels of the map, F features.
+Legend: K bins, h x w patches, H x W pixels of the map, F features of a patch, n known pixels.
 """
 
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ STRIDES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Means over val images, and the last training loss."""
+    """Metrics averaged over val images, the number of these images (`photos`), and the last training loss."""
 
     rmse: float
     abs_rel: float
@@ -56,7 +58,7 @@ def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
         units_per_metre: units of a PNG per metre; 256 for KITTI.
 
     Raises:
-        ValueError: it cannot be read, or is neither.
+        ValueError: the file cannot be read, or is neither a 16-bit gray PNG nor an array [H, W].
     """
     try:
         if path.suffix == ".npy":
@@ -74,7 +76,7 @@ def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
 
 
 class LinearDepth(nn.Module):
-    """One linear layer to K uniform bins, normalised linearly."""
+    """A linear layer to K evenly spaced depths; its logits become weights by relu(logit) + 0.1 over their sum."""
 
     bins: Tensor
 
@@ -90,7 +92,7 @@ class LinearDepth(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Predict metres [H, W] = `size` from tokens [h, w, F]."""
+        """Predict depths in metres, [H, W] with (H, W) = `size`, from tokens [h, w, F]."""
         logits = self.linear(tokens).permute(2, 0, 1)[None]  # [1, K, h, w]
         logits = F.interpolate(logits, scale_factor=UPSAMPLE, mode="bilinear", align_corners=False)
         weights = logits.relu() + BIN_FLOOR
@@ -99,14 +101,28 @@ class LinearDepth(nn.Module):
 
 
 def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
-    """Compute the root of variance + 0.15 * mean^2 of the difference of log depths; both [n], of known pixels."""
+    """Compute the square root of variance + 0.15 * mean^2 of the log error over known pixels.
+
+    `predicted` and `depth` are [n], in metres; the log error is log predicted - log depth.
+    """
     difference = (predicted + LOG_EPS).log() - (depth + LOG_EPS).log()
     spread = difference.var(correction=0) + MEAN_WEIGHT * difference.mean().square()
     return (spread + 1e-12).sqrt()  # the root has no gradient at zero
 
 
 def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
-    """Sum absolute differences of the log error between neighbours, per known pixel, over four strides; all [H, W]."""
+    """Compute how much the log error differs between neighbouring pixels, summed over four strides.
+
+    At each stride, the absolute differences between vertical and horizontal neighbours that are both known are added up
+    and divided by the number of known pixels. The log error is log predicted - log depth.
+
+    Args:
+        predicted, depth: [H, W], in metres.
+        known: bool [H, W], True for pixels that count.
+
+    Returns:
+        a scalar.
+    """
     total = predicted.new_zeros(())
     for stride in STRIDES:
         p, d, k = (part[::stride, ::stride] for part in (predicted, depth, known))
@@ -118,7 +134,7 @@ def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
 
 
 def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float]:
-    """Compute RMSE, AbsRel and delta1 of one image; both [n] metres, of known pixels."""
+    """Compute RMSE, AbsRel and delta1 of one image. `predicted` and `depth` are [n], in metres, of known pixels."""
     p, d = predicted.double(), depth.double()
     ratio = torch.maximum(p / d, d / p)
     return (
@@ -142,16 +158,16 @@ def evaluate_depth(
     """Train a linear depth head on the tokens of `train`, and score it on `val` at the maps' own size.
 
     Args:
-        train, val: data with maps from `read_depth` and with `with_cls`.
-        training: the schedule.
-        min_depth, max_depth: metres; the range of the bins and of the pixels that count.
-        n_bins: K.
+        train, val: data with maps from `read_depth` and with class tokens (`with_cls`).
+        training: iterations, batch size, learning rate, weight decay and seed.
+        min_depth, max_depth: range of the bins and of the pixels that count, in metres.
+        n_bins: number of bins K.
         gradient_weight: weight of the gradient loss.
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: the range is empty, or no map of a split has a pixel in it.
-        FloatingPointError: the head did not train.
+        ValueError: `min_depth` is not below `max_depth`, or no map of `train` or of `val` has a pixel in the range.
+        FloatingPointError: the head's loss is not finite.
     """
     first = train[0][0]
     head = LinearDepth(first.shape[-1], min_depth, max_depth, n_bins, training.seed).to(first.device)

@@ -1,9 +1,9 @@
 """Frozen features of images: read once, in threads, in batches of one size, and optionally cached on disk.
 
 Every evaluation except segmentation and depth starts from the class tokens of the last blocks and the mean patch token
-of the last. These are a few numbers per image, so those of a whole data set fit into memory, and one pass over the
-images serves k-NN, logistic regression, the linear probe and retrieval. A user's data may have broken files, which are
-skipped and listed.
+of the last block. These are a few numbers per image, so the features of a whole data set fit into memory, and one pass
+over the images serves k-NN, logistic regression, the linear probe and retrieval. Unreadable images are skipped and
+listed.
 
 Legend: n images, b images of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
 """
@@ -40,10 +40,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of n images, float32 on the CPU.
+    """Features of the n images that could be read, float32 on the CPU.
 
-    `kept` [n] has the positions, among the requested images, of those that could be read; `cls` [n, L, D] the class
-    tokens after each of the last L blocks, the last block last; `mean` [n, D] the mean patch token of the last block.
+    `kept` [n] has their positions among the requested images. `cls` [n, L, D] has the class tokens of the last L
+    blocks, the last block last. `mean` [n, D] has the mean patch token of the last block. `skipped` lists the other
+    images.
     """
 
     kept: Tensor
@@ -52,7 +53,10 @@ class ImageFeatures:
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
-        """Return one vector per image, [n, width(pooling, D)]; joined parts have length 1 each."""
+        """Return one vector per image, [n, width(pooling, D)].
+
+        A pooling that joins class token and mean patch token scales each of them to length 1 first.
+        """
         return pool_tensors(self.cls[:, -1], self.mean, pooling)
 
 
@@ -62,10 +66,10 @@ def pool_tensors(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
 
 
 def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
-    """Return the network's input [3, h, w] for an image, or for its part in `box`. All evaluations read images here.
+    """Return the network's input [3, h, w] for an image, or for the part of it inside `box`.
 
     Raises:
-        ValueError: the image cannot be read, or the box has no pixel of it.
+        ValueError: the image cannot be read, or the box does not contain a pixel of it.
     """
     photo = read_photo(path)
     if box is not None:
@@ -84,9 +88,9 @@ def name_of(photo: Path | Photo) -> str:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield `work(item)` in the order of `items`, computed ahead in threads, at most 4 items per thread.
+    """Yield `work(item)` in the order of `items`. Threads compute ahead, up to 4 items per thread.
 
-    Pillow releases the interpreter's lock to decode and resize, so reading overlaps with the forward pass.
+    Pillow releases the interpreter's lock to decode and resize, so reading images overlaps with the forward pass.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool_of_threads:
@@ -109,7 +113,10 @@ def _batches(
     workers: int,
     skipped: list[Skipped],
 ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-    """Yield inputs of one size, [b, 3, h, w], with their positions in `photos`; add unreadable images to `skipped`."""
+    """Yield batches [b, 3, h, w] of inputs of equal size, with their positions in `photos`.
+
+    Unreadable images are added to `skipped`.
+    """
 
     def read(photo: tuple[Path | Photo, Box | None]) -> npt.NDArray[np.float32] | Skipped:
         try:
@@ -144,10 +151,10 @@ def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """How images pass through a network. Only `precision` affects the result.
+    """How images pass through a network. Batch size and threads do not affect the result.
 
-    `workers` is the number of threads that read images; None: one per CPU, at most 8. bf16 runs the forward pass in
-    autocast.
+    `workers` is the number of threads that read images; None: one per CPU, at most 8. With precision "bf16", the
+    forward pass runs in autocast.
     """
 
     batch_size: int = 64
@@ -175,8 +182,9 @@ def compute_features(
         model: its mode (train or eval) is restored.
         paths: n images.
         spec: preprocessing.
-        n_blocks: L, the number of last blocks with a class token each (after the last norm, as in Meta's probes).
-        boxes: the part of each image to use; None: the whole.
+        n_blocks: L, the number of last blocks whose class tokens are returned (each after the network's last norm, as
+            in Meta's probes).
+        boxes: the part of each image to use; None: the whole image.
         forward: batch size, threads, precision.
         advance: called with the number of images of each batch.
 
@@ -220,9 +228,10 @@ def cache_key(
     boxes: Sequence[Box | None] | None,
     precision: str,
 ) -> str:
-    """Compute a sha256 (64 hex digits) of what determines the features: model, preprocessing, image paths and sizes.
+    """Compute a sha256 (64 hex digits) of what determines the features.
 
-    Contents are not read, so replacing an image by one of exactly the same size in bytes goes unnoticed.
+    It covers the model, the preprocessing, the precision, the images' paths and sizes in bytes, and the boxes. Contents
+    are not read, so replacing an image by one of exactly the same size goes unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
     for path, box in zip(paths, boxes or [None] * len(paths), strict=True):
@@ -241,7 +250,7 @@ def _save(path: Path, features: ImageFeatures) -> None:
 
 
 def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
-    """Load features from a cache file; None if there is none, it is damaged, or it has fewer blocks."""
+    """Load features from a cache file. Return None if it is missing or damaged, or has fewer than `n_blocks` blocks."""
     if not path.is_file():
         return None
     try:
@@ -272,10 +281,12 @@ def cached_features(
     forward: ForwardSettings = FORWARD,
     advance: Callable[[int], object] = lambda count: None,
 ) -> ImageFeatures:
-    """Compute features as `compute_features`, or load them from the cache (None: no cache); store new ones in it.
+    """Load features from the cache, or compute them with `compute_features` and store them in the cache.
+
+    Without a cache (None) they are always computed. The other arguments are those of `compute_features`.
 
     Raises:
-        ValueError: as `compute_features`.
+        ValueError: the model has too few blocks, or no image could be read.
         OSError: the cache cannot be written.
     """
     file = None

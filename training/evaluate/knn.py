@@ -1,11 +1,12 @@
-"""k-NN classification on frozen features: the comparison of DINO and DINOv2 that needs no training.
+"""k-NN classification on frozen features, the evaluation of DINO and DINOv2 that trains nothing.
 
 Protocol (facebookresearch/dinov2, `dinov2/eval/knn.py`): features are L2-normalised; the k most similar training images
-vote with weight exp(cosine / 0.07); the class with most votes wins. (The original divides the weights by their sum over
-the 200 nearest, which changes no result.) The original's preprocessing is short side 256, crop 224; here it is the
-model's own spec, which is reported with every figure.
+vote for their class with weight exp(cosine / 0.07); the class with the largest sum wins. (Meta's code also divides the
+weights by their sum over the 200 nearest images, which changes no result.) Meta's preprocessing is short side 256, crop
+224; here it is the model's own, which is reported with every figure.
 
-Similarities are computed in blocks, and only the nearest are stored: memory does not grow with n or m.
+Similarities are computed in blocks, and only the k nearest images of each test image are stored, so the matrix of all
+n * m similarities is never in memory.
 
 Legend: n training images, m test images, D features, C classes.
 """
@@ -33,13 +34,13 @@ def nearest(
     """Find the k most similar training images of each test image.
 
     Args:
-        train, test: features [n, D], [m, D], any scale.
-        k: at most n, or n - 1 with `leave_one_out`.
-        leave_one_out: `test` is `train`, and an image is never its own neighbour.
-        rows, columns: test and train images of one block; a block of similarities takes 4 * rows * columns bytes.
+        train, test: features [n, D] and [m, D]; they need not be normalised.
+        k: number of neighbours, at most n, or n - 1 with `leave_one_out`.
+        leave_one_out: True if `test` is `train`, so that no image is its own neighbour.
+        rows, columns: numbers of test and training images in one block; a block takes 4 * rows * columns bytes.
 
     Returns:
-        cosines [m, k], falling, and positions in `train` [m, k].
+        cosines [m, k] in descending order, and the neighbours' positions in `train` [m, k].
     """
     n, m = len(train), len(test)
     assert k <= n - int(leave_one_out)
@@ -77,12 +78,11 @@ def knn_accuracy(
     """Compute the share of test images classified correctly, for each k.
 
     Args:
-        train: features [n, D], any scale.
-        train_labels: class numbers [n].
-        test, test_labels: [m, D], [m].
-        ks: numbers of neighbours; a number above the number of images means all of them.
-        leave_one_out: `test` is `train`, and an image is never its own neighbour.
-        rows, columns: as in `nearest`.
+        train, test: features [n, D] and [m, D]; they need not be normalised.
+        train_labels, test_labels: class numbers [n] and [m].
+        ks: numbers of neighbours. If k is larger than the number of training images, all of them vote.
+        leave_one_out: True if `test` is `train`, so that no image is its own neighbour.
+        rows, columns: block size, see `nearest`.
     """
     most = len(train) - int(leave_one_out)
     values, indices = nearest(
@@ -103,7 +103,10 @@ def knn_accuracy(
 
 
 def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
-    """Return class numbers by label (for a path: the name of its folder), and `classes` extended by new labels."""
+    """Return the class number of each image, and the class numbers by label.
+
+    The label of a path is the name of its folder. Labels that `classes` does not have get the next numbers.
+    """
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
     return torch.tensor(numbers), classes
@@ -116,7 +119,9 @@ def evaluate_knn(
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """Compute k-NN accuracy of `test` images among `train` images, by pooling and k; unreadable images do not count.
+    """Compute the k-NN accuracy on `test` images with neighbours from `train` images, by pooling and then by k.
+
+    Unreadable images are left out.
 
     Raises:
         ValueError: an image has no label, or one of the two sets has no readable image.

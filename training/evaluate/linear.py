@@ -1,15 +1,17 @@
-"""The linear probe: every learning rate and every choice of layers, trained in one pass over cached features.
+"""The linear probe: heads for every learning rate and every choice of input, trained together on cached features.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/linear.py`): a linear layer on the class tokens of the last 1 or 4
-blocks, concatenated, with or without the mean patch token of the last; SGD with momentum 0.9, no weight decay, cosine
-to zero, batch 1,024, 12,500 iterations, learning rate times batch / 256. The figure is the best head by val accuracy,
-which is slightly optimistic for a small val; all heads are reported. The original draws a new random crop and flip of
-each image each time; here the features are those of the evaluation's own crop, computed once.
+Protocol (facebookresearch/dinov2, `dinov2/eval/linear.py`): a linear layer on the concatenated class tokens of the last
+1 or 4 blocks, with or without the mean patch token of the last block; SGD with momentum 0.9, no weight decay, cosine
+decay to zero, batch 1,024, 12,500 iterations, learning rate times batch / 256. The reported figure is the val accuracy
+of the best head, which is slightly optimistic if val is small; the accuracy of every head is reported too. Meta's code
+makes a new random crop and flip of each image in each iteration; here the features of one centre crop are computed
+once.
 
-All inputs are adjacent columns of one row per image, [class token of block -4 | -3 | -2 | -1 | mean patch token], and
-heads that share an input are columns of one matrix. Their losses are summed, and no two heads share a weight, so each
-gets the same gradient as alone. That gradient has a closed form, so there is no autograd and no Python loop over heads,
-only two matrix products per input and step.
+Each image has one row, [class token of block -4 | -3 | -2 | -1 | mean patch token]. The input of a head is a range of
+adjacent columns of it, and the weights of all heads with the same input form one matrix. The losses of these heads are
+summed, and no two heads share a weight, so each head gets the same gradient as if it were trained alone. This gradient
+has a closed form, so each step needs only two matrix products per input, without autograd and without a loop over
+heads.
 
 Legend: n images, b images of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
 """
@@ -31,7 +33,8 @@ PAPER_LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3
 
 @dataclass(frozen=True, order=True)
 class Head:
-    """One linear head: its input, and its learning rate before scaling by batch / 256."""
+    """One linear head: the number of last blocks in its input, whether the mean patch token is in it (`avgpool`), and
+    the learning rate before scaling by batch / 256."""
 
     blocks: int
     avgpool: bool
@@ -40,8 +43,11 @@ class Head:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The heads and their training: one head per learning rate (before scaling by batch_size / 256), number of blocks,
-    with and without the mean patch token. If there are few images, a batch has some of them twice."""
+    """The heads and their training.
+
+    There is one head for each combination of learning rate (before scaling by batch_size / 256), number of blocks, and
+    use of the mean patch token. If there are fewer images than `batch_size`, a batch repeats some of them.
+    """
 
     lrs: Sequence[float] = CODE_LRS
     blocks: Sequence[int] = (1, 4)
@@ -53,7 +59,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class LinearReport:
-    """Val accuracy of every head, and the best head (the first of equally good ones, in the order of the grid)."""
+    """Val accuracy of every head, and the best head. If several are equally good, the first in the grid is the best."""
 
     accuracy: dict[Head, float]
     best: Head
@@ -61,7 +67,7 @@ class LinearReport:
 
 @dataclass
 class _Group:
-    """Heads of one input: `weight` [F, H, C] and `bias` [H, C] with their momentum, and the input's columns."""
+    """All heads with the same input: `weight` [F, H, C] and `bias` [H, C], their momentum, and the input's columns."""
 
     columns: slice
     weight: Tensor
@@ -76,7 +82,10 @@ def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
 
 
 def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield positions [batch_size] without end, from one permutation after another; a batch may span two."""
+    """Yield batches of positions [batch_size] without end, from one permutation of n after another.
+
+    A batch may span two permutations.
+    """
     rest, epoch = np.empty(0, np.int64), 0
     while True:
         while len(rest) < batch_size:
@@ -89,7 +98,7 @@ def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 def _make_group(
     blocks: int, avgpool: bool, n_lrs: int, n_classes: int, depth: int, features: Tensor, seed: int
 ) -> _Group:
-    """Make the heads of an input. All learning rates start with the same weights, so that they can be compared."""
+    """Make the heads of one input. All of them start with the same weights, so that learning rates can be compared."""
     dim = features.shape[1] // (depth + 1)
     columns = slice((depth - blocks) * dim, (depth + int(avgpool)) * dim)
     draw = torch.Generator().manual_seed(seed * 1000 + blocks * 2 + int(avgpool))
@@ -100,7 +109,7 @@ def _make_group(
 
 
 def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
-    """Do one SGD step of all heads of an input, in place. x [b, F], labels [b], lrs [H]."""
+    """Do one SGD step of all heads of one input, in place, with inputs `x` [b, F], `labels` [b] and rates `lrs` [H]."""
     f, h, c = group.weight.shape
     logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias
     gradient = logits.softmax(dim=2)
@@ -113,7 +122,7 @@ def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
 
 
 def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096) -> list[float]:
-    """Return the share of images that each head [H] classifies correctly."""
+    """Return the share of images that each of the H heads classifies correctly."""
     f, h, c = group.weight.shape
     right = torch.zeros(h, dtype=torch.long, device=features.device)
     for top in range(0, len(features), rows):
@@ -133,7 +142,11 @@ def train_heads(
     settings: ProbeSettings,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, bool], _Group]:
-    """Train all heads; see `evaluate_linear`. `depth` is L, the number of blocks in `features` [n, (L + 1) D]."""
+    """Train all heads, and return them by number of blocks and use of the mean patch token.
+
+    `depth` is L, the number of blocks in `features` [n, (L + 1) D]. The other arguments are those of
+    `evaluate_linear`.
+    """
     lrs, seed = settings.lrs, settings.seed
     groups = {
         (blocks, avgpool): _make_group(blocks, avgpool, len(lrs), n_classes, depth, features, seed)
@@ -163,17 +176,17 @@ def evaluate_linear(
     settings: ProbeSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LinearReport:
-    """Compute val accuracy of a head per learning rate and number of blocks, with and without the mean patch token.
+    """Train a head per learning rate and number of blocks, with and without the mean patch token, and score all on val.
 
     Args:
-        train, val: [n, (L + 1) D], [m, (L + 1) D] from `stack_features`, float32; computed on their device.
-        train_labels, val_labels: class numbers [n], [m]; a class that only val has is never predicted.
+        train, val: float32 features [n, (L + 1) D] and [m, (L + 1) D] from `stack_features`, on one device.
+        train_labels, val_labels: class numbers [n] and [m]; a class that only val has is never predicted.
         depth: L, the number of class tokens in the features.
         settings: the heads and their training; None: the published protocol.
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: there is nothing to train, or the features have too few blocks.
+        ValueError: there are no heads or no images, a setting is not above 0, or the features have too few blocks.
     """
     settings = settings or ProbeSettings()
     lrs, blocks, iterations, batch_size = settings.lrs, settings.blocks, settings.iterations, settings.batch_size

@@ -1,16 +1,17 @@
-"""Logistic regression on frozen features: a figure that needs no learning rate.
+"""Logistic regression on frozen features, an evaluation without a learning rate to choose.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2, float64. C is the best of 45
-values between 1e-6 and 1e5 on a tenth of the training images, drawn with a fixed seed; then all training images are
-fitted with it. Features are not normalised. The original uses cuML's solver with tolerance 1e-12 and 1,000 iterations,
-so for a large C it stops at the iteration limit. Here L-BFGS runs until the largest entry of the gradient of the mean
-loss (see below) is below `tolerance`, and each C starts from the solution of the next smaller one. C is as in
-scikit-learn: the fit minimises C * sum of the log losses + 0.5 * sum of the squared weights, with a free bias.
+Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2 penalty, float64. C is the inverse
+strength of the penalty, as in scikit-learn: the fit minimises C * sum of the log losses + 0.5 * sum of the squared
+weights, and the bias has no penalty. The best of 45 values of C between 1e-6 and 1e5 is chosen on a tenth of the
+training images, drawn with a fixed seed; then a model with this C is fitted to all training images. Features are not
+normalised. Meta's code uses cuML's solver with tolerance 1e-12 and 1,000 iterations, so for a large C it stops at the
+iteration limit. Here L-BFGS runs until the largest entry of the gradient is below `tolerance`, and the fit for each C
+starts from the solution for the next smaller C.
 
-L-BFGS needs unknowns of similar curvature, and at C = 1e-6 the penalty makes the curvature of the weights a million
-times that of the biases. So it solves for other unknowns: features are centred, which only shifts the bias, and each
-weight is divided by the root of its curvature relative to a bias's at the start. The solution is the same, and takes
-tens of steps instead of hundreds.
+L-BFGS converges fast only if all unknowns have similar curvature, but at C = 1e-6 the penalty makes the curvature of
+the weights a million times that of the biases. So the fit uses rescaled unknowns: features are centred, which only
+shifts the bias, and each weight is scaled so that its curvature at the start equals that of a bias. The solution is the
+same, and it takes tens of steps instead of hundreds.
 
 Legend: n images, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
 """
@@ -39,7 +40,10 @@ class Logistic:
 
 
 def logistic_loss(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, c: float) -> Tensor:
-    """Compute the objective divided by c * n, so that its size depends on neither: log loss + |weight|^2 / (2 c n)."""
+    """Compute the objective divided by c * n: mean log loss + |weight|^2 / (2 c n).
+
+    The division makes the size of the loss independent of c and n.
+    """
     loss = F.cross_entropy(features @ weight.T + bias, labels)
     return loss + weight.square().sum() / (2 * c * len(labels))
 
@@ -58,12 +62,13 @@ def fit_logistic(
 
     Args:
         features: [n, D].
-        labels: [n], below `n_classes`.
-        c: inverse strength of the penalty, as scikit-learn's C.
-        n_classes: columns of the result; a class without images is never predicted against one with images.
-        start: initial weights; None: zeros.
-        tolerance: the fit ends when no entry of the gradient of `logistic_loss`, by the rescaled unknowns, is larger.
-        max_iterations: limit on iterations.
+        labels: class numbers [n], below `n_classes`.
+        c: inverse strength of the penalty, scikit-learn's C.
+        n_classes: number of classes of the result.
+        start: model to start from; None: zeros.
+        tolerance: the fit ends when no entry of the gradient of `logistic_loss`, with respect to the rescaled unknowns,
+            is larger than this.
+        max_iterations: maximum number of iterations.
 
     Raises:
         ValueError: c is not above 0, or there are no images.
@@ -103,7 +108,7 @@ def fit_logistic(
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
-    """Return the share of images with the largest logit for their class."""
+    """Return the share of images whose largest logit is that of their class."""
     right = 0
     for top in range(0, len(labels), rows):
         part = slice(top, top + rows)
@@ -112,7 +117,10 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n images into positions kept and set aside, a fixed random share of at least one image."""
+    """Split n images at random, and return the positions of the images kept and of those set aside, each ascending.
+
+    The images set aside are `share` of all, but at least one. The split depends only on the arguments.
+    """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     aside = max(1, int(n * share))
     return order[aside:].sort().values, order[:aside].sort().values
@@ -120,7 +128,7 @@ def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LogisticReport:
-    """`accuracy` on val with the chosen `c`; `sweep` is the accuracy on the share set aside, by C."""
+    """`accuracy` on val with the chosen `c`; `sweep` has the accuracy on the images set aside, by C."""
 
     accuracy: float
     c: float
@@ -129,7 +137,7 @@ class LogisticReport:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The share of training images that C is chosen on, and when a fit ends."""
+    """The share of training images on which C is chosen, the seed that draws them, and the limits that end a fit."""
 
     held_out_share: float = 0.1
     seed: int = 0
@@ -147,12 +155,12 @@ def evaluate_logistic(
     fit: FitSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LogisticReport:
-    """Choose C on a share of the training images, fit all of them, score val.
+    """Choose C on a share of the training images, fit a model to all training images, and score it on val.
 
     Args:
-        train, val: features [n, D], [m, D].
-        train_labels, val_labels: [n], [m]; classes that only val has are never predicted.
-        c_grid: values of C; the smallest of equally good ones is taken.
+        train, val: features [n, D] and [m, D].
+        train_labels, val_labels: class numbers [n] and [m]; classes that only val has are never predicted.
+        c_grid: values of C; if several are equally good, the smallest is chosen.
         fit: settings of the fit; None: the defaults.
         advance: called with 1 after each C.
 

@@ -1,26 +1,30 @@
-"""Retrieval: rank a database by cosine and score the ranking, with the junk rule of revisited Oxford and Paris.
+"""Retrieval: rank a database for each query by cosine similarity, and score the rankings.
 
-Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label database images for each query as easy,
-hard or junk (the query itself, or too little of its object visible to tell). Each setup counts some of them as relevant
-and removes others from the ranking before it is scored:
+The data sets Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label some database images for
+each query as easy, hard or junk (the query image itself, or an image that shows too little of the object). A setup
+defines which labels count as relevant; images with the other labels are removed from the ranking before it is scored:
 
     setup    relevant       removed
     easy     easy           hard, junk
     medium   easy, hard     junk
     hard     hard           easy, junk
 
-Average precision is the area under precision by recall by the trapezoid rule, as in the Oxford buildings' own program:
-the mean, over the relevant images, of the precision before and at each of them. Queries without a relevant image do not
-count. For images in class folders every image is a query, those of its folder are relevant, and the query itself is
-removed. There average precision is the plain mean of the precision at each relevant image, as usual in metric learning.
+For these data sets, average precision is the area under the curve of precision over recall by the trapezoid rule, as in
+the program published with Oxford Buildings: for each relevant image, the precision just before it and the precision at
+it are averaged, and the mean is taken over all relevant images. Queries without a relevant image do not count.
+
+If the images are in class folders, every image is a query, the other images of its folder are relevant, and the query
+image is removed from the ranking. Average precision is then the mean of the precision at each relevant image, as usual
+in metric learning.
+
 recall@k is the share of queries with at least one relevant image among the first k.
 
-The ground truth is JSON, with paths relative to the images' folder:
+The ground truth is a JSON file, with paths relative to the images' folder:
 
     {"database": ["a.jpg", ...],
      "queries": [{"image": "q.jpg", "box": [x, y, width, height], "easy": [...], "hard": [...], "junk": [...]}, ...]}
 
-`box` is optional. Oxford's queries have one, and without the crop the figures differ.
+`box` is optional. Oxford's queries have one, and only the part of the query image inside it is searched with.
 
 Legend: q queries, n database images, D features.
 """
@@ -49,7 +53,7 @@ SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Query(BaseModel):
-    """One query: its image, the part of it to search with, and labels of database images by name."""
+    """One query: its image, the part of the image to search with, and the names of database images with each label."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +65,7 @@ class Query(BaseModel):
 
 
 class GroundTruth(BaseModel):
-    """Queries and the database that they search."""
+    """The queries, and the names of the database images that they search."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,7 +75,7 @@ class GroundTruth(BaseModel):
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the queries that have a relevant image; `queries` is their number."""
+    """Mean average precision and recall@k (by k) over the queries that have a relevant image, and their number."""
 
     mean_ap: float
     recall: dict[int, float]
@@ -82,8 +86,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """Read and validate a ground truth file.
 
     Raises:
-        ValueError: it cannot be read, has another format, names an image twice, or labels one that is not in the
-            database.
+        ValueError: the file cannot be read, has another format, names an image twice, or labels an image that is not
+            in the database.
     """
     try:
         truth = GroundTruth.model_validate_json(path.read_bytes())
@@ -108,22 +112,23 @@ def read_ground_truth(path: Path) -> GroundTruth:
 
 
 def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
-    """Return the positions (from 0) of the relevant images in a ranking without the ignored ones.
+    """Return the positions (from 0) of the relevant images in a ranking from which the ignored images are removed.
 
     Args:
-        relevant, ignored: bool [n], best first, never both.
+        relevant, ignored: bool [n] in the order of the ranking, best first. No image is both.
     """
     places = torch.cumsum(~ignored, dim=0) - 1
     return places[relevant]
 
 
 def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoid") -> float:
-    """Compute average precision from the rising positions (from 0) of relevant images.
+    """Compute the average precision of one ranking.
 
     Args:
-        positions: of the relevant images in the ranking.
-        n_relevant: number of relevant images; those missing in the ranking count as never found.
-        rule: "trapezoid" averages the precision before and at each relevant image, "mean" uses that at it.
+        positions: positions (from 0) of the relevant images in the ranking, ascending.
+        n_relevant: number of relevant images; any without a position add 0 to the mean.
+        rule: "trapezoid" uses the mean of the precision just before and at each relevant image, "mean" uses the
+            precision at each relevant image.
     """
     assert n_relevant > 0
     index = positions.double()
@@ -148,11 +153,11 @@ def score(
     """Rank the database for each query by cosine, and score the rankings.
 
     Args:
-        queries, database: features [q, D], [n, D], any scale.
-        relevant, ignored: for each query, positions in the database; ignored images are removed from its ranking.
-        ks: numbers of first images for recall@k.
-        rule: as in `average_precision`.
-        block_bytes: memory for similarities; queries are ranked in blocks.
+        queries, database: features [q, D] and [n, D]; they need not be normalised.
+        relevant, ignored: for each query, positions in the database. Ignored images are removed from its ranking.
+        ks: values of k for recall@k.
+        rule: see `average_precision`.
+        block_bytes: memory for similarities; queries are ranked in blocks of this size.
 
     Raises:
         ValueError: no query has a relevant image.
@@ -187,7 +192,10 @@ def score_setup(
     *,
     ks: Sequence[int] = KS,
 ) -> Scores | None:
-    """Score one setup; None if no query has a relevant image in it. Features are in the order of `truth`."""
+    """Score one setup, or return None if no query has a relevant image in it.
+
+    `queries` [q, D] and `database` [n, D] are features in the order of `truth`.
+    """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
 
@@ -201,9 +209,9 @@ def score_setup(
 
 
 def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
-    """Score the search for every image [n, D] among all others; those of its class [n] are relevant.
+    """Search for every image among all others, and score the rankings; the images of its class are relevant.
 
-    It uses plain average precision.
+    `features` are [n, D] and `labels` class numbers [n]. Average precision follows the rule "mean".
 
     Raises:
         ValueError: no class has two images.

@@ -1,16 +1,16 @@
-"""Robustness of an image's features to fixed changes of the image: crop, blur, other light, JPEG.
+"""Robustness: how much the class token of an image changes when the image is cropped, blurred, relit or compressed.
 
-Augmentations in training are random; here each image gets the same eight changes, so two networks get the same test.
-The changes apply to the network's input (the image after its preprocessing, as uint8 pixels). A blur of 2 pixels is
-then as strong on a large image as on a small one, and a figure depends only on the network's input size. Strengths are
-at or beyond the limits of training's augmentations.
+Augmentations in training are random; here each image gets the same eight changes, so all networks get the same test.
+The changes apply to the network's input (the preprocessed image as uint8 pixels), not to the original image. A blur of
+2 pixels is therefore equally strong for large and small originals. The strength of each change is at or beyond the
+limit of the augmentations in training.
 
-There are two figures for each change, both of the class token:
+Two figures are computed for each change, from class tokens:
 
-- cosine: mean cosine of the image and its changed version. It is easy to read but not enough: a collapsed network, for
-  which all images are alike, has 1. So the mean cosine of different images is reported next to it.
-- recall@1: share of images with their changed version nearer to them than to any other image of the set. It can be
-  compared across networks. It falls as the number of images grows, which is reported.
+- cosine: the mean cosine similarity between an image and its changed version. A collapsed network, which gives all
+  images the same features, has cosine 1, so the mean cosine between different images is reported as well.
+- recall@1: the share of changed images whose nearest unchanged image is the one they were made from. It can be compared
+  between networks. It falls as the number of images grows, so this number is reported too.
 
 Legend: n images, b images of a batch, D width, s side of the network's input.
 """
@@ -51,14 +51,20 @@ JPEG_QUALITY = 20
 
 
 def centre_crop(pixels: Tensor) -> Tensor:
-    """Cut out the middle, `CROP_SIDE` of each side (half the area), and resize: uint8 [b, 3, s, s] to float 0..1."""
+    """Cut out the middle, `CROP_SIDE` of each side (half the area), and enlarge it to the full size.
+
+    Takes uint8 [b, 3, s, s] and returns float [b, 3, s, s] in 0..1.
+    """
     box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
     still = torch.zeros(len(pixels), dtype=torch.bool)
     return crop_resize(pixels, torch.arange(len(pixels)), box, pixels.shape[-1], still, pixels.shape[-1])
 
 
 def jpeg(pixels: Tensor) -> Tensor:
-    """Apply Pillow's JPEG at `JPEG_QUALITY`, colour at half the resolution: uint8 [b, 3, s, s] to float 0..1."""
+    """Compress and decompress with Pillow's JPEG at `JPEG_QUALITY`, which stores colour at half the resolution.
+
+    Takes uint8 [b, 3, s, s] and returns float [b, 3, s, s] in 0..1.
+    """
     decoded = []
     for photo in pixels.permute(0, 2, 3, 1).numpy():
         file = BytesIO()
@@ -116,23 +122,23 @@ def robustness(
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Compute cosine and recall@1 of the class tokens of changed images among the unchanged ones.
+    """Compute cosine and recall@1 between images and their changed versions, for every change.
 
     Args:
         model: its mode (train or eval) is restored.
-        photos: at least two readable images; labels are not needed.
-        spec: preprocessing with a crop, because inputs must be squares of one size.
+        photos: images, at least two of them readable; labels are not needed.
+        spec: preprocessing with a crop, because all inputs must be squares of one size.
         batch_size: images of a batch.
         workers: threads that read images; None: one per CPU, at most 8.
         advance: called with the number of images of each batch.
 
     Returns:
-        JSON types: `photos` (n), `skipped` (number of unreadable images), `other_photos_cosine` (mean over pairs of
-        different unchanged images), `changes` (by the name in `CHANGES`: `cosine`, `recall@1`), and `mean`, of both
-        over the changes.
+        JSON types: `photos` (n), `skipped` (number of unreadable images), `other_photos_cosine` (mean cosine over pairs
+        of different unchanged images), `changes` (`cosine` and `recall@1` by the change's name in `CHANGES`), and
+        `mean` (the means of `cosine` and `recall@1` over the changes).
 
     Raises:
-        ValueError: a spec without a crop, or fewer than two readable images.
+        ValueError: `spec` has no crop, or fewer than two images are readable.
     """
     if spec.crop is None:
         raise ValueError("robustness needs a preprocessing with a crop, so that images are square and of one size")
@@ -140,7 +146,7 @@ def robustness(
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
 
     def features(pixels: Tensor) -> Tensor:
-        """Compute class tokens [b, D] of pixels float [b, 3, s, s] in 0..1."""
+        """Compute class tokens [b, D] from pixels, float [b, 3, s, s] in 0..1."""
         [(_, cls)] = model.get_intermediate_layers((pixels.to(device) - mean) / std, n=1, return_class_token=True)
         return cls.float().cpu()
 
@@ -165,7 +171,7 @@ def robustness(
 
 
 def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[str, Any]:
-    """Compute the result of `robustness` from class tokens [n, D], unchanged and by change."""
+    """Compute the result of `robustness` from class tokens [n, D]: `clean` of the images, `changed` of each change."""
     n, rows = len(clean), F.normalize(clean, dim=1)
     figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
     # The sum over all pairs, including each image with itself, is the squared length of the sum.
@@ -180,7 +186,7 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 
 
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
-    """Compute cosine and recall@1 from rows [n, D] of unit length."""
+    """Compute cosine and recall@1 from class tokens [n, D] of unit length of unchanged and of changed images."""
     _, neighbours = nearest(clean, changed, 1)  # [n, 1]
     return {
         "cosine": float((clean * changed).sum(dim=1).mean()),

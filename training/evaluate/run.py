@@ -28,7 +28,7 @@ from training.evaluate.tasks import Track
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one evaluation. `rows` is a table, `figures` the same and more as data; shares are 0 to 1."""
+    """The result of one evaluation. `rows` is a table as text; `figures` has its numbers and more. Shares are 0..1."""
 
     task: Task
     model: str
@@ -52,7 +52,7 @@ class Report:
 
 
 def no_progress(what: str, total: int) -> Callable[[int], object]:
-    """Ignore progress; a `Track` that shows nothing."""
+    """Return a function that ignores progress. This is the `Track` that shows no progress bars."""
     return lambda count: None
 
 
@@ -70,14 +70,15 @@ def evaluate(
     Args:
         task: the name of the evaluation.
         backbone: the model.
-        data: a folder, or any training data for tasks with classes; docs/evaluation.md lists what each task needs.
+        data: a folder or, for a task with classes, any data that training accepts; docs/evaluation.md lists what each
+            task needs.
         given: settings of the task that differ from its defaults.
-        cache: folder where features are cached between calls; not for segmentation and depth.
+        cache: folder where features are cached between calls; segmentation and depth do not use it.
         track: starts progress bars.
 
     Raises:
-        ValueError: unusable settings or data; the message names them.
-        FloatingPointError: a head did not train.
+        ValueError: a setting or the data cannot be used; the message names it.
+        FloatingPointError: the loss of a head is not finite.
         OSError: the cache cannot be written.
     """
     settings = make_settings(task, given or {})
@@ -108,7 +109,7 @@ def evaluate(
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print protocol, table and skipped files."""
+    """Print the protocol, the table and the first skipped files of a report."""
     spec = report.protocol["preprocess"]
     size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole image")
     rest = ", ".join(f"{key} {_short(value)}" for key, value in report.protocol.items() if key != "preprocess")
@@ -134,7 +135,7 @@ def write_json(report: Report, path: Path) -> None:
     """Write the report as a JSON file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(report.as_json(), indent=1) + "\n")

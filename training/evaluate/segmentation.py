@@ -1,15 +1,16 @@
 """Linear segmentation: how well a linear layer on patch tokens predicts the class of each pixel.
 
 Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`): batch normalisation
-and a 1x1 convolution on the patch tokens of the last block ("linear") or the last four ("+ms" without its larger images
-and test-time views), cross-entropy, AdamW 1e-3, weight decay 1e-3; logits are enlarged bilinearly to the mask. Masks
-are never shrunk for the score; other set-ups do that, which changes the figures. Unlike the paper, it uses the whole
-image at once and unchanged, while the original trains on random crops of 512 and slides a window.
+and a 1x1 convolution on the patch tokens of the last block (the paper's "linear") or of the last four blocks (the
+paper's "+ms", but without its larger images and test-time views); cross-entropy; AdamW with learning rate 1e-3 and
+weight decay 1e-3. Logits are enlarged bilinearly to the size of the mask. Masks are scored at their own size; shrinking
+them, as some other programs do, would change the figures. Unlike the paper, which trains on random crops of 512 pixels
+and tests with a sliding window, this module uses each image whole and unaugmented.
 
-mIoU is computed over the whole val set at once (one confusion matrix), as the mean of the classes that occur in it or
+mIoU is computed from one confusion matrix of the whole val set: the mean over the classes that occur in the masks or
 are predicted.
 
-Legend: C classes, h x w patches, H x W pixels, F features.
+Legend: C classes, h x w patches, H x W pixels of a mask, F features of a patch.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,10 @@ SUFFIXES = (".png",)
 
 @dataclass(frozen=True)
 class SegmentationReport:
-    """`iou` [C] by class, nan for one that neither occurs nor is predicted; the last training loss."""
+    """The scores on val, and the last training loss. `iou` has a value per class [C].
+
+    The value is nan for a class that neither occurs in the masks nor is predicted.
+    """
 
     mean_iou: float
     pixel_accuracy: float
@@ -40,14 +44,15 @@ class SegmentationReport:
 
 
 def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
-    """Read class numbers uint8 [H, W] from an indexed or gray PNG; 255 is ignored.
+    """Read class numbers, uint8 [H, W], from an indexed or gray PNG; 255 marks pixels that do not count.
 
     Args:
         path: the file.
-        zero_is_ignored: 0 means "no class" too, and class 1 becomes 0 (ADE20k's masks).
+        zero_is_ignored: True if 0 marks such pixels too (ADE20k's masks); then class 1 becomes 0, class 2 becomes 1,
+            and so on.
 
     Raises:
-        ValueError: it cannot be read, or its pixels are colours.
+        ValueError: the file cannot be read, or its pixels are colours.
     """
     try:
         with Image.open(path) as image:
@@ -60,10 +65,10 @@ def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
 
 
 def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> int:
-    """Return the number of classes: `n_classes`, or else one more than the largest class of all masks.
+    """Return the number of classes: `n_classes` or, if it is None, one more than the largest class in all masks.
 
     Raises:
-        ValueError: there are only ignored pixels, or a mask has a class beyond `n_classes`.
+        ValueError: the masks have only ignored pixels, or a mask has a class of `n_classes` or more.
     """
     most = -1
     for part in data:
@@ -79,7 +84,7 @@ def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> in
 
 
 class LinearSegmenter(nn.Module):
-    """Batch normalisation and a 1x1 convolution, as a linear layer, so that images of several sizes share a batch."""
+    """Batch normalisation and a 1x1 convolution, applied as a linear layer so that a batch can mix image sizes."""
 
     def __init__(self, dim: int, n_classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -91,14 +96,20 @@ class LinearSegmenter(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Compute logits [C, h, w] from tokens [h, w, F], one of each per image; normalised over all their patches."""
+        """Compute the logits [C, h, w] of each image from its tokens [h, w, F].
+
+        Batch normalisation is over the patches of all images.
+        """
         flat = torch.cat([photo.flatten(0, 1) for photo in tokens])  # [patches of the batch, F]
         logits = self.linear(self.bn(flat)).split([photo.shape[0] * photo.shape[1] for photo in tokens])
         return [part.T.reshape(-1, *photo.shape[:2]) for part, photo in zip(logits, tokens, strict=True)]
 
 
 def segmentation_loss(logits: list[Tensor], masks: list[Tensor]) -> Tensor:
-    """Compute mean cross-entropy over the labelled pixels of a batch: logits [C, h, w] enlarged to masks [H, W]."""
+    """Compute the mean cross-entropy over the labelled pixels of a batch.
+
+    The logits [C, h, w] of each image are first enlarged to the size of its mask [H, W].
+    """
     total = logits[0].new_zeros(())
     count = 0
     for photo, mask in zip(logits, masks, strict=True):
@@ -109,11 +120,13 @@ def segmentation_loss(logits: list[Tensor], masks: list[Tensor]) -> Tensor:
 
 
 def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) -> Tensor:
-    """Return the class [H, W] with the largest enlarged logit; a few classes at a time, since masks may be large.
+    """Enlarge logits to `size`, and return the class with the largest logit at each pixel, int64 [H, W].
+
+    Masks may be large, so only `classes_at_once` classes are enlarged at a time.
 
     Args:
         logits: [C, h, w].
-        size: (H, W).
+        size: height and width (H, W) of the result.
         classes_at_once: number of classes to enlarge at a time.
     """
     best = torch.full(size, -torch.inf, device=logits.device)
@@ -127,14 +140,17 @@ def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) ->
 
 
 def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
-    """Count pixels that are not ignored, int64 [C, C] (row: class of the mask, column: predicted)."""
+    """Count the pixels that are not ignored, by class in the mask (row) and predicted class (column): int64 [C, C]."""
     labelled = mask != IGNORE
     pairs = mask[labelled].long() * n_classes + predicted[labelled]
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def iou_of(confusion: Tensor) -> Tensor:
-    """Compute intersection over union by class [C], float64; nan for a class that neither occurs nor is predicted."""
+    """Compute the intersection over union of each class, float64 [C], from a confusion matrix [C, C].
+
+    The value is nan for a class that neither occurs nor is predicted.
+    """
     counts = confusion.double()
     hits = counts.diagonal()
     return hits / (counts.sum(0) + counts.sum(1) - hits)
@@ -152,13 +168,13 @@ def evaluate_segmentation(
 
     Args:
         train, val: data with masks from `read_mask`.
-        training: the schedule.
-        n_classes: C; None: one more than the largest class of the masks.
+        training: iterations, batch size, learning rate, weight decay and seed.
+        n_classes: number of classes C; None: one more than the largest class in the masks.
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: a mask has a class beyond `n_classes`, or there are only ignored pixels.
-        FloatingPointError: the head did not train.
+        ValueError: a mask has a class of `n_classes` or more, or the masks have only ignored pixels.
+        FloatingPointError: the head's loss is not finite.
     """
     classes = count_classes([train, val], n_classes)
     first = train[0][0]

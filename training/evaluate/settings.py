@@ -1,6 +1,6 @@
-"""The settings of each evaluation: every choice that affects a figure. The report prints all of them.
+"""The settings of each evaluation: every choice that affects a figure. The report of an evaluation prints all of them.
 
-A setting that a task does not have is an error and is not silently ignored.
+A setting that the task does not have is an error.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"
 
 
 class TaskSettings(BaseModel):
-    """Settings of every task. `resize`, `crop` None: the model's own; crop 0: the whole image at its aspect."""
+    """Settings that every task has.
+
+    If `resize` or `crop` is None, the model's own value is used. With `crop` 0 the whole image is used at its aspect.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -116,7 +119,8 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
     """Return the settings of a task: its defaults, overridden by `given`.
 
     Raises:
-        ValueError: an unknown task, a setting that it does not have, or an impossible value; the message names it.
+        ValueError: the task is unknown, it does not have one of the settings, or a value is not allowed; the message
+            names the fault.
     """
     if task not in SETTINGS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(SETTINGS)}")

@@ -1,4 +1,4 @@
-"""The six tasks: find the data, compute features, run the evaluation, make a table. `run.py` selects the task."""
+"""The six evaluation tasks. Each finds its data, computes features, runs the evaluation and makes a table."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ class Context:
 
     @property
     def source(self) -> Source:
-        """Open the data of a task with classes: anything that can be trained on."""
+        """Open the data of a task with classes, in any form that training accepts."""
         with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which then stays in memory
             return open_source(self.data, Path(index))
 
@@ -88,7 +88,7 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of both splits with class numbers. Classes are folder names; those of train are numbered first."""
+    """Features and class numbers of train and val. The classes of train have the lowest numbers."""
 
     train: ImageFeatures
     train_labels: Tensor
@@ -105,12 +105,12 @@ Result = tuple[TaskTable, list[Skipped]]
 
 
 def percent(share: float) -> str:
-    """Format a share for a table."""
+    """Format a share (0 to 1) as a percentage."""
     return f"{100 * share:.1f} %"
 
 
 def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
-    """Return the images that could be read."""
+    """Return the images of `paths` that could be read."""
     return [paths[index] for index in features.kept.tolist()]
 
 
@@ -120,7 +120,10 @@ def _check_classes(classes: dict[str, int], where: str | Path) -> None:
 
 
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
-    """Compute features and labels of train and val, or of a share held out with `seed` if there is no such split."""
+    """Compute features and labels of train and val.
+
+    If the source has no such split, the share `held_out`, drawn with `seed`, is val.
+    """
     train_images, val_images = (photos_of(part) for part in split_source(source, held_out, seed))
     if not val_images:
         raise ValueError(f"{context.data}: {len(train_images)} images are too few to hold out a share of {held_out}")
@@ -141,7 +144,7 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """Classify val by k-NN in train, or without splits every image by all others (leave-one-out)."""
+    """Classify val images by their neighbours in train or, without a split, every image by all others."""
     device = context.device
     source = context.source
     if source.parts:
@@ -180,7 +183,7 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 
 
 def run_linear(context: Context, settings: LinearSettings) -> Result:
-    """Train all heads; the table has the best learning rate of each input, the figures have every head."""
+    """Train all heads. The table has the best learning rate for each input; the figures have every head."""
     depth_wanted = max(settings.blocks)
     labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
@@ -254,7 +257,7 @@ DENSE_PROTOCOL = {
 
 
 def run_segmentation(context: Context, settings: SegmentationSettings) -> Result:
-    """Train batch norm and a 1x1 convolution; score mIoU at the masks' own size."""
+    """Train batch normalisation and a 1x1 convolution, and compute mIoU at the masks' own size."""
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(context, settings, "masks", segmentation.SUFFIXES, read)
     report = segmentation.evaluate_segmentation(
@@ -284,7 +287,7 @@ def run_segmentation(context: Context, settings: SegmentationSettings) -> Result
 
 
 def run_depth(context: Context, settings: DepthSettings) -> Result:
-    """Train a head with 256 bins; score RMSE, AbsRel and delta1 at the maps' own size."""
+    """Train a linear depth head, and compute RMSE, AbsRel and delta1 at the maps' own size."""
     read = partial(depth.read_depth, units_per_metre=settings.units_per_metre)
     train, val = _dense(context, settings, "depth", depth.SUFFIXES, read)
     report = depth.evaluate_depth(
@@ -328,7 +331,7 @@ def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> Tas
 
 
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
-    """Score easy, medium and hard of a ground truth file, or class folders with leave-one-out."""
+    """Score the setups easy, medium and hard of a ground truth file or, without one, class folders (leave-one-out)."""
     device = context.device
     if settings.ground_truth is None:
         source = context.source

@@ -1,1 +1,1 @@
-"""Pages and images about runs."""
+"""HTML pages and image sheets that describe training runs."""

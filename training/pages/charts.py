@@ -1,7 +1,7 @@
 """Line charts as SVG text, without a library, for the report of a run and the comparison of runs.
 
-A chart is a function from data to text. Colours and fonts come from the page's style sheet (`CSS`, light and dark), so
-a chart follows the reader's colour scheme. Points have `<title>`s, which browsers show under the pointer.
+Colours and fonts come from a style sheet (`CSS`) with a light and a dark scheme, so a chart follows the reader's colour
+scheme. Points have a `<title>`, which browsers show when the pointer is over the point.
 """
 
 import math
@@ -12,7 +12,7 @@ from html import escape
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 38
 MAX_POINTS = 400  # more points than pixels only enlarge the page
-MAX_DOTS = 100  # values that can be read under the pointer
+MAX_DOTS = 100  # about how many points per line show their value under the pointer
 COLOURS = 6
 
 CSS = """
@@ -35,7 +35,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: points (x, y) in order of x. Points that are None or not finite are gaps."""
+    """A named line of points (x, y) in order of x. The line has a gap where y is None or not finite."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
@@ -75,7 +75,7 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, 
 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
-    """Return the range of the y axis: the values, the mark if given, `floor` if given, and a margin."""
+    """Return the range of the y axis. It includes the values, the mark and the floor (each if given), and a margin."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)
@@ -94,14 +94,14 @@ def line_chart(
     mark: tuple[float, str] | None = None,
     floor: float | None = None,
 ) -> str:
-    """Draw a chart as `<figure>` with SVG and legend; empty text if no point is finite.
+    """Return a chart as a `<figure>` with an SVG and a legend, or empty text if no point is finite.
 
     Args:
-        series: lines, at most six with distinct colours.
+        series: the lines. There are six colours; a seventh line repeats the first colour.
         title: heading, also for screen readers.
         y_label, x_label: labels of the axes, with units.
-        mark: a dashed horizontal line at this y, with a label.
-        floor: lower end of the y axis, if the values are above it: 0 for counts.
+        mark: y and label of a dashed horizontal line; None: no such line.
+        floor: a value that the y axis must include, such as 0 for counts; None: the axis fits the values.
     """
     points = _finite(series)
     if not points:
@@ -148,7 +148,10 @@ def line_chart(
 
 
 def _line(line: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """Draw one series: a path broken at gaps, and points that show their values under the pointer."""
+    """Return the SVG of one series: a path with gaps, and invisible circles that show values under the pointer.
+
+    `px` and `py` map x and y to pixels; `index` selects the colour.
+    """
     path, dots, pen_down = [], [], False
     colour = f'style="stroke:var(--c{index % COLOURS})"'
     points = _thinned(line.points)

@@ -1,7 +1,8 @@
 """The comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as one page.
 
-It uses the figures of compare.json and the runs' folders. The page shares parts with a run's report
-(`training/pages/report.py`) and, like it, is self-contained: no script, no external files, everything escaped.
+The figures come from compare.json and from the log files of the two runs. The page shares its style and parts with the
+report of a run (`training/pages/report.py`). It is self-contained: it has no script and no external files, and all text
+is escaped.
 """
 
 import json
@@ -47,11 +48,14 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
     ("cost", "seconds of training", ("run", "seconds"), "{:,.0f}".format),
     ("cost", "peak memory", ("run", "peak_memory_bytes"), _mebibytes),
 )
-"""Group, figure, its path in a network's figures, and its format."""
+"""For each figure of a run: its group, its name, its path in a network's figures, and its format."""
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Return rows of group, figure and a cell for each of `NETWORKS`. Figures that no network has are left out."""
+    """Return the rows of the table: group, name of the figure, and one cell for each of `NETWORKS`.
+
+    A figure that no network has gets no row.
+    """
     networks = results["networks"]
     first = networks["untrained"]
     accuracy = [
@@ -74,7 +78,7 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
-    """Format a figure; empty if this network has none."""
+    """Format the figure at `path`, or return empty text if this network does not have it."""
     value: Any = figures
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -82,7 +86,7 @@ def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
 
 
 def heading(results: Mapping[str, Any]) -> str:
-    """Return one line that says what was compared."""
+    """Return one line about the comparison: recipe, seed, images and hardware."""
     return (
         f"recipe {results['base']}, seed {results['settings']['seed']}: {results['photos_seen']:,} images seen, of "
         f"{results['photos']:,} in {results['data']}; {results['held_out']:,} held out; {results['hardware']}"
@@ -106,7 +110,7 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
 
 
 def page(results: Mapping[str, Any], out: Path) -> str:
-    """Make the page from the figures and from the two runs in `out`."""
+    """Return the HTML page, made from the figures of compare.json and the log files of the two runs in `out`."""
     lines = rows(results)
     groups = [group for group, _, _ in lines]
     table = [
@@ -134,7 +138,7 @@ def page(results: Mapping[str, Any], out: Path) -> str:
 
 
 def charts(out: Path) -> str:
-    """Draw the curves of both runs; curves without figures are left out."""
+    """Return the charts with the curves of both runs. A chart without figures is left out."""
     metrics = {name: read_lines(out / name / METRICS) for name in RUNS}
     evaluations = {name: read_lines(out / name / EVALUATIONS) for name in RUNS}
 

@@ -1,11 +1,11 @@
-"""A run's settings, events and results on one page: `report.html` in the run's folder.
+"""The report of a run: its settings, events and results on one page, `report.html` in the run's folder.
 
-It is made from the folder alone, at the end of a run or at any other time. The page is self-contained: it includes the
-style, the curves (`training/pages/charts.py`) and the last image sheet, so it can be mailed and archived. Whatever is
-missing is left out. It has no script, and all text from outside is escaped.
+The report can be written at the end of a run or at any other time, because it is made only from files in the run's
+folder: config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
+provenance in checkpoint.safetensors. A section whose file is missing is left out.
 
-It reads config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
-provenance in checkpoint.safetensors.
+The page includes its style, the curves (`training/pages/charts.py`) and the last image sheet, so it can be mailed and
+archived as one file. It has no script, and all text from the files is escaped.
 """
 
 import base64
@@ -69,10 +69,10 @@ img { width: 100%; height: auto; border-radius: 10px; display: block; }
 
 
 def write_report(out: Path) -> Path:
-    """Write the page of the run in `out`; return its path.
+    """Write the report of the run in the folder `out`, and return the report's path.
 
     Raises:
-        ValueError: `out` has no run.
+        ValueError: `out` is not the folder of a run.
         OSError: the page cannot be written.
     """
     config, metrics = _json(out / "config.json"), read_lines(out / METRICS)
@@ -104,7 +104,7 @@ def write_report(out: Path) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if it is missing or damaged."""
+    """Read a JSON object from a file, or return an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Read the checkpoint's metadata without its weights; empty if there is none."""
+    """Read the provenance from a checkpoint without its weights. It is empty if the file is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
             content = json.loads((file.metadata() or {}).get("provenance", "{}"))
@@ -123,13 +123,13 @@ def _provenance(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number as float, or None."""
+    """Return `value` as a float if it is a finite number, else None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
 
 
 def points_of(lines: Lines, name: str) -> list[tuple[float, float | None]]:
-    """Return (step, value) of every line that has the figure."""
+    """Return (step, value) for every line that has the figure `name`; the value is None if it is not finite."""
     return [(step, _number(x[name])) for x in lines if name in x and (step := _number(x.get("step"))) is not None]
 
 
@@ -142,7 +142,7 @@ def html_section(title: str, body: str) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
-    """Format a table. Cells are text, not HTML; columns in `numbers` are right-aligned."""
+    """Return a table as HTML. Cells are plain text and are escaped. The columns in `numbers` are right-aligned."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kind = [" class=n" if i in numbers else "" for i in range(len(cells))]
@@ -177,13 +177,13 @@ def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -
 
 
 def _best_knn(knn: Mapping[str, Any]) -> float | None:
-    """Return the best accuracy of a table of pooling, then k."""
+    """Return the highest k-NN accuracy in a table by pooling, then by k, or None if it is empty."""
     values = [_number(v) for row in knn.values() if isinstance(row, dict) for v in row.values()]
     return max((v for v in values if v is not None), default=None)
 
 
 def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Format the most important figures as tiles."""
+    """Return the most important figures as a row of HTML tiles."""
     tiles: list[tuple[str, str]] = []
     best = _best_knn(knn)
     during = [v for name in names_of(evaluations, "knn") for v in values_of(evaluations, name)]
@@ -214,7 +214,7 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
 
 
 def _events(events: Lines) -> str:
-    """List the latest warnings, rollbacks and stops."""
+    """Return the latest warnings, rollbacks and stops as an HTML list."""
     shown = events[-EVENTS_SHOWN:]
     items = "".join(f"<li><b>{escape(str(e.get('kind')))}</b>: {escape(str(e.get('message')))}</li>" for e in shown)
     more = f"<p class='muted'>{len(events) - len(shown)} earlier ones are in {EVENTS}.</p>"
@@ -227,7 +227,7 @@ def names_of(lines: Lines, start: str) -> list[str]:
 
 
 def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
-    """Draw all curves that have figures."""
+    """Return the charts of all figures that the run has."""
     prototypes = _number(config.get("n_prototypes"))
     knn_all = names_of(evaluations, "knn")
     knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to show the trend
@@ -263,7 +263,7 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
 
 
 def _sheet(folder: Path) -> str:
-    """Embed the last image sheet, reduced in size."""
+    """Return the last image sheet as an embedded JPEG, reduced in size, or empty text if there is none."""
     sheets = sorted(folder.glob("*.png"))
     if not sheets:
         return ""
@@ -279,7 +279,7 @@ def _sheet(folder: Path) -> str:
 
 
 def _knn_table(knn: Mapping[str, Any]) -> str:
-    """Format accuracy by pooling (rows) and k (columns)."""
+    """Return a table of k-NN accuracy by pooling (rows) and k (columns)."""
     rows = {str(name): row for name, row in knn.items() if isinstance(row, dict)}
     ks = list(dict.fromkeys(str(k) for row in rows.values() for k in row))
     if not ks:
@@ -294,7 +294,7 @@ def _knn_table(knn: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
-    """Describe the training data, and list files that could not be read."""
+    """Return a table about the training data, and a list of the first images that could not be read."""
     rows = [[words, str(facts[key])] for key, words in (("photos", "training images"), ("data_sha256", "digest"))
             if key in facts]  # fmt: skip
     if "data" in config:
@@ -310,7 +310,7 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) ->
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """List the settings that differ from their defaults."""
+    """Return a table of the settings that differ from their defaults."""
     missing = object()
     defaults = {
         name: missing if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
@@ -325,7 +325,7 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
-    """Format code revision, machine and initial weights."""
+    """Return a table with the code revision, the hardware, the torch version and the initial weights."""
     words = {"revision": "code revision", "hardware": "hardware", "torch": "torch", "init": "started from"}
     rows = [
         [shown, facts[key] if isinstance(facts[key], str) else json.dumps(facts[key])]
@@ -336,7 +336,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
-    """Return commands to serve the checkpoint or to resume training."""
+    """Return the commands that export the checkpoint and resume training."""
     steps = []
     if (out / "checkpoint.safetensors").exists():
         checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))

@@ -1,20 +1,21 @@
-"""An image sheet: the network's inputs and what it computes from them, on one page.
+"""An image sheet shows, for a few images, the network's inputs and what the network computes from them.
 
-One row per image, from left to right:
+Each image has one row, with these columns:
 
-    image          as the evaluation prepares it
-    global 1, 2    the two large crops of a step; masked patches, which the student must guess, are darkened
-    locals         some of the small crops
-    attention      attention of the class token in the last block, mean over the heads
-    parts (PCA)    the patch tokens' three main directions as red, green and blue; one fit for all images of the sheet,
-                   so a colour means the same in each row
-    nearest        the most similar images of a sample of the training data, by class token, with the cosine
+    image          the image after the preprocessing of the evaluation
+    global 1, 2    the two large crops of a training step; masked patches, which the student must predict, are darkened
+    locals         up to nine of the small crops
+    attention      the attention of the class token to each patch in the last block, mean over the heads
+    parts (PCA)    the first three principal components of the patch tokens as red, green and blue, computed for all
+                   images of the sheet together, so that a colour has the same meaning in each row
+    nearest        the images of the gallery with the most similar class tokens, and their cosine similarity
 
-The sheet shows that a network learns before the curves do: attention moves from the corners to the objects, parts get
-their own colours, and neighbours become the same kind of object. If the sheet remains noise, stop the run. It needs
-only Pillow.
+The gallery is a sample of the training images. Progress is visible on a sheet earlier than in the curves of a run: the
+attention moves from the corners to the objects, each part of an object gets its own colour, and the nearest images show
+the same kind of object. If a sheet still looks like noise late in a run, stop the run. Drawing needs only Pillow.
 
-Legend: n images of the sheet, V local crops, G and L sides of crops, N = h * w patches, D width, A heads, g gallery.
+Legend: n images of the sheet, V local crops, G and L sides of global and local crops, S side of the evaluation's crop,
+N = h * w patches, D width, g images of the gallery, k nearest images.
 """
 
 from collections.abc import Sequence
@@ -48,9 +49,9 @@ HEAT = np.array(
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """Resize the image as `preprocess` does before cropping, so that a gallery fits into memory.
+    """Resize an image to the size that `preprocess` uses before it crops, so that a gallery fits into memory.
 
-    `preprocess` makes the same pixels from it as from the original.
+    `preprocess` returns the same pixels for the resized image as for the full-size one.
     """
     assert spec.resize is not None
     height, width = photo.shape[:2]
@@ -60,14 +61,17 @@ def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
 
 
 def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
-    """Turn normalised crops [n, 3, S, S] into images for display."""
+    """Turn crops [n, 3, S, S], normalised as `spec` says, into n images RGB uint8 [S, S, 3]."""
     mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in (spec.mean, spec.std))
     scaled = ((crops.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
-    """Darken and grey the masked patches ([h * w], True is masked) of the image [S, S, 3]."""
+    """Return a crop [S, S, 3] with its masked patches grey and dark.
+
+    `mask` is bool [h * w], True for masked patches; `grid` is (h, w).
+    """
     h, w = grid
     per_pixel = np.kron(mask.reshape(h, w), np.ones((photo.shape[0] // h, photo.shape[1] // w), bool))
     grey = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
@@ -75,7 +79,7 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
-    """Map values 0 to 1, of any shape [...], to colours [..., 3]. NaN (from a diverged network) is shown as 0."""
+    """Map values [...] from 0 to 1 to colours uint8 [..., 3] of `HEAT`. NaN, from a diverged network, counts as 0."""
     position = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
     below = np.minimum(position.astype(int), len(HEAT) - 2)
     share = (position - below)[..., None]
@@ -83,16 +87,20 @@ def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
 
 
 def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
-    """Return the class token's attention to each patch in the last block, mean over heads: [n, N], rows sum to one."""
+    """Return the attention [n, N] of the class token to each patch in the last block, averaged over heads.
+
+    Each row is scaled to sum to one.
+    """
     patches = slice(1 + backbone.num_register_tokens, None)
     weights = backbone.get_attention(pixels)[:, :, 0, patches].float().mean(dim=1)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
 def pca_colours(patches: Tensor) -> Tensor:
-    """Map patch tokens [n, N, D] to colours [n, N, 3] in 0..1: three main directions over all images, each stretched.
+    """Map patch tokens [n, N, D] to colours [n, N, 3] in 0..1 by their first three principal components.
 
-    A direction's sign is arbitrary. Here its largest entry is positive, so that the same network gives the same sheet.
+    The components are those of the patches of all images together, and each is scaled to the range of its colour. The
+    sign of a component is arbitrary; here its largest entry is positive, so that a network always gives the same sheet.
     """
     flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network's are not finite
     flat = flat - flat.mean(dim=0)
@@ -105,7 +113,11 @@ def pca_colours(patches: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, gallery: Tensor, own: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """Return indices and cosines [n, k] of the most similar gallery features, without the query's `own` index."""
+    """Return the gallery indices and cosines [n, k] of the most similar gallery images of each query.
+
+    `queries` [n, D] and `gallery` [g, D] are features. `own` has each query's own index in the gallery, which is left
+    out of its result.
+    """
     similarity = F.normalize(queries.float(), dim=1) @ F.normalize(gallery.float(), dim=1).T  # [n, g]
     similarity[torch.arange(len(own)), torch.tensor(own)] = -torch.inf
     top = similarity.topk(min(k, len(gallery) - 1), dim=1)
@@ -118,13 +130,13 @@ def _cell(photo: Photo, side: int = CELL, *, smooth: bool = True) -> Image.Image
 
 
 def _map_cell(values: Photo, photo: Photo, opacity: float) -> Image.Image:
-    """Enlarge colours per patch [h, w, 3] smoothly and blend them with the greyed image."""
+    """Enlarge the colours of patches [h, w, 3] to a cell and blend them with the image in grey."""
     colours = Image.fromarray(values).resize((CELL, CELL), Image.Resampling.BICUBIC)
     return Image.blend(_cell(photo).convert("L").convert("RGB"), colours, opacity)
 
 
 def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
-    """Put up to nine crops into one cell, two or three per row."""
+    """Put up to nine crops into one cell, in rows of two or three."""
     cell = Image.new("RGB", (CELL, CELL), BACKGROUND)
     per_row = 2 if len(crops) <= 4 else 3
     side = (CELL - 3 * (per_row - 1)) // per_row
@@ -136,7 +148,10 @@ def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
 
 @torch.inference_mode()
 def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: PreprocessSpec) -> Tensor:
-    """Compute class tokens [g, D] on the CPU; without a crop in `spec` sizes differ, so images are processed singly."""
+    """Return the class tokens [g, D] of images, on the CPU.
+
+    Without a crop in `spec` the images have different sizes, so each batch is one image.
+    """
     device, step = backbone.cls_token.device, BATCH if spec.crop is not None else 1
     features = []
     for start in range(0, len(photos), step):
@@ -147,7 +162,8 @@ def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: Pr
 
 @dataclass(frozen=True)
 class SheetCrops:
-    """The crops of n images, view by view, as in `training.data.crops.Crops`."""
+    """The crops of n images in the order of `training.data.crops.Crops`: the first views of all images, then the second
+    views, and so on."""
 
     globals_: Tensor  # [2n, 3, G, G], normalised
     masks: Tensor  # bool [2n, N]
@@ -156,7 +172,7 @@ class SheetCrops:
 
 @dataclass(frozen=True)
 class _Look:
-    """The network's inputs and results for the images of a sheet."""
+    """What a sheet shows besides the crops: the network's inputs, and its results for them."""
 
     inputs: Tensor  # [n, 3, S, S]
     attention: Tensor  # [n, N]
@@ -173,7 +189,10 @@ def _look(
     spec: PreprocessSpec,
     n_neighbours: int,
 ) -> _Look:
-    """Run the network on the shown images and, for their neighbours, on the gallery; its mode is restored."""
+    """Run the network on the images of the sheet (`shown`, indices of the gallery) and on the gallery.
+
+    The mode of `backbone` (train or eval) is restored.
+    """
     was_training = backbone.training
     backbone.eval()
     try:
@@ -200,20 +219,20 @@ def picture_sheet(
     title: str = "",
     n_neighbours: int = 4,
 ) -> Image.Image:
-    """Draw one sheet; the top of the file describes the columns.
+    """Draw one sheet. The top of this file describes its columns.
 
     Args:
-        backbone: whole and on one device; its mode is restored afterwards.
-        gallery: a sample of the training images, RGB uint8 [H, W, 3] of any sizes; `shrunk` saves memory.
+        backbone: a network that is not sharded; its mode (train or eval) is restored.
+        gallery: a sample of the training images, RGB uint8 [H, W, 3] of any size; use `shrunk` to save memory.
         shown: the n images of the sheet, as indices of `gallery`.
-        spec: the evaluation's preprocessing; must crop.
+        spec: the evaluation's preprocessing, which must have a crop.
         crops: crops of the n images.
-        names: captions of the gallery's images, e.g. their folders.
-        title: run and step, for the heading.
-        n_neighbours: columns of nearest images.
+        names: captions of the gallery's images, e.g. the names of their folders; None: no names.
+        title: heading of the sheet, e.g. the run and the step.
+        n_neighbours: number of nearest images in a row.
 
     Raises:
-        ValueError: `spec` has no crop, or the crops are not those of n images.
+        ValueError: `spec` has no crop, or `crops` does not have two global crops and masks for each of the n images.
     """
     n, globals_, masks, locals_ = len(shown), crops.globals_, crops.masks, crops.locals_
     if spec.crop is None:
@@ -244,7 +263,7 @@ def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
 
 
 def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> list[Image.Image]:
-    """Draw the two global crops and the local ones of one image."""
+    """Return the cells with the crops of the image in `row`: two for global crops, one for all local crops."""
     side = crops.globals_.shape[-1] // spec.patch_size
     cells = []
     for view in range(2):
@@ -255,7 +274,7 @@ def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> li
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten the text to a cell's width."""
+    """Shorten a text so that it fits the width of a cell."""
     if draw.textlength(text, font=font) <= CELL:
         return text
     while text and draw.textlength(text + "...", font=font) > CELL:
@@ -264,7 +283,7 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
 
 
 def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Sequence[str], title: str) -> Image.Image:
-    """Put cells and captions on one page, below a title and headings."""
+    """Put rows of cells and their captions (by column) on one page, below the title and the headings of the columns."""
     columns = max(len(cells) for cells, _ in rows)
     top = MARGIN + (HEADER + 6 if title else 0) + HEADER
     width = 2 * MARGIN + columns * (CELL + GAP) - GAP
@@ -287,7 +306,7 @@ def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Se
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as a PNG, atomically, so that a reader never gets half a file."""
+    """Write a sheet to a PNG file in one atomic step, so that a reader never sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         sheet.save(temporary, "PNG")

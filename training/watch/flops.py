@@ -69,7 +69,7 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class HeadShape:
-    """A projection head: K prototypes, hidden H, bottleneck Z."""
+    """The sizes of a projection head: K prototypes, hidden width H, bottleneck width Z."""
 
     n_prototypes: int
     hidden_dim: int = 2048
@@ -78,7 +78,7 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The input of a step: its images, over all processes, and the crops of each."""
+    """The input of a step: the number of images over all processes, and the crops of each image."""
 
     batch_size: int
     global_size: int  # sides of the crops, pixels
@@ -115,7 +115,10 @@ def block_flops(config: ViTConfig, size: int) -> int:
 
 
 def backbone_flops(config: ViTConfig, size: int, *, kept: float = 1.0) -> float:
-    """Count the whole backbone's forward pass for one square image; drop path computes the share `kept` of samples."""
+    """Count the operations of the whole backbone's forward pass for one square image of `size` pixels.
+
+    `kept` is the share of samples that each branch computes under drop path.
+    """
     return patch_embed_flops(config, size) + config.depth * block_flops(config, size) * kept
 
 
@@ -126,9 +129,10 @@ def head_flops(width: int, head: HeadShape) -> int:
 
 
 def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], probability: float) -> float:
-    """Return the average number of masked patches of a batch: a share of the images, with the mean ratio of the range.
+    """Return the average number of masked patches of a batch.
 
-    This is slightly too high, because `training/data/masking.py` rounds down.
+    The share `probability` of the images is masked, on average at the middle of the range `ratio`. The result is
+    slightly too high, because `training/data/masking.py` rounds down.
     """
     return int(n_images * probability) * n_patches * (ratio[0] + ratio[1]) / 2
 
@@ -142,13 +146,13 @@ def step_flops(
     drop_path: float = 0.0,
     teacher: ViTConfig | None = None,
 ) -> StepFlops:
-    """Compute the useful work of one training step; the top of the file has the formula.
+    """Compute the useful work of one training step by the formula at the top of the file.
 
     Args:
         config: the student's backbone.
         shape: the input of the step.
         dino_head: the head for class tokens.
-        ibot_head: the head for patches; None: the same.
+        ibot_head: the head for patches; None: the same as `dino_head`.
         drop_path: share of samples that skip a branch of the student.
         teacher: the teacher's backbone, if it differs from the student's (distillation).
     """
@@ -173,9 +177,10 @@ def step_flops(
 
 
 def known_peak_flops(name: str) -> float | None:
-    """Look up a GPU's dense bf16 (or fp16) peak by `torch.cuda.get_device_name`, operations per second; None: unknown.
+    """Return a GPU's dense bf16 (or fp16) peak in operations per second, or None if it is unknown.
 
-    Parts of a GPU (MIG) and laptop chips have the full chip's name but not its peak, so they count as unknown.
+    `name` is that of `torch.cuda.get_device_name`. Parts of a GPU (MIG) and laptop chips have the full chip's name but
+    not its peak, so they count as unknown.
     """
     if "MIG" in name or "Laptop" in name:
         return None
@@ -183,10 +188,10 @@ def known_peak_flops(name: str) -> float | None:
 
 
 def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 5) -> float:
-    """Measure the fastest float32 matrix product of `side` on this device, in operations per second.
+    """Measure the speed of a float32 product of two matrices of `side` x `side`, in operations per second.
 
-    This is for machines that the table does not list, mainly CPUs. Other load lowers the figure, so the best of several
-    attempts is returned.
+    It is used for devices that `PEAK_TFLOPS` does not list, mainly CPUs. Other load lowers the figure, so the best of
+    several attempts is returned.
     """
     a = torch.ones(side, side, device=device)
     b = torch.ones(side, side, device=device)
@@ -199,7 +204,7 @@ def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 
 
 
 def device_peak_flops(device: torch.device, *, measure: bool = False) -> float | None:
-    """Return the peak for MFU: from the table for a known GPU, else measured if `measure`, else None."""
+    """Return the peak for MFU, operations per second: listed for a known GPU, else measured if `measure`, else None."""
     listed = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return measured_peak_flops(device) if listed is None and measure else listed
 

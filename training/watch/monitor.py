@@ -1,16 +1,16 @@
 """A run's output: a progress bar in a terminal, plain lines elsewhere, and log files.
 
-    metrics.jsonl      one JSON line each `log_every` steps: losses, schedules, speed, waiting, memory, gradients
+    metrics.jsonl      one JSON line every `log_every` steps: losses, schedules, speed, waiting, memory, gradients
     evaluations.jsonl  one JSON line per evaluation during the run: k-NN and other measurements
-    events.jsonl       warnings, rollbacks and other messages; a history that is never cut
+    events.jsonl       warnings, rollbacks and other messages; no line is ever removed
 
-The first two are appended to, and a resumed run first removes the lines of steps that it repeats. TensorBoard and
-Weights & Biases get the same figures (`training/watch/sinks.py`). A write error is reported once and never stops the
-run.
+A resumed run first removes, from metrics.jsonl and evaluations.jsonl, the lines of the steps that it repeats.
+TensorBoard and Weights & Biases get the same figures (`training/watch/sinks.py`). A write error is reported once and
+never stops the run.
 
-On a GPU the host runs ahead of the device. Reading a tensor's value makes it wait, so figures arrive as tensors, and
-only `write` reads them, all at once. The clock stops during evaluations and saves (`paused`), so that images/s is the
-speed of training.
+On a GPU the host runs ahead of the device. Reading a tensor's value makes the host wait, so figures arrive as tensors,
+and only `write` reads them, in one transfer. The clock stops during evaluations and saves (`paused`), so that images/s
+is the speed of training.
 """
 
 import json
@@ -36,12 +36,15 @@ from training.watch.sinks import Sink
 
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
 NO_CURVES = {"step", "time", "seconds"}
-LINES_TO_WARN = 3  # lines in a row: one slow line is noise
+LINES_TO_WARN = 3  # consecutive slow log lines before a warning; a single slow line is noise
 Figure = Tensor | float | str | None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON lines of a file, without incomplete ones that a killed process left; none if there is no file."""
+    """Return the JSON objects of a file, one per line. Incomplete lines of a killed process are skipped.
+
+    The list is empty if the file does not exist.
+    """
     if not path.exists():
         return []
     lines = []
@@ -56,9 +59,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Remove lines that a run resuming after `last_step` writes again, and incomplete lines.
+    """Remove the lines of steps after `last_step`, which a resumed run writes again, and incomplete lines.
 
-    The new file is written under another name, flushed and renamed, so that a complete file exists at any time.
+    The new file is written under another name and then renamed, so that a complete file exists at any time.
     """
     if not path.exists():
         return
@@ -68,9 +71,10 @@ def cut_lines(path: Path, last_step: int) -> None:
 
 
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
-    """Return figures as plain values, in their order. Tensors (scalars of one device) are copied in one transfer.
+    """Return the figures as plain values, in the same order.
 
-    A value that is not finite becomes None, since JSON cannot express it; the sentinels report it in words.
+    Tensors must be scalars on one device and are copied in one transfer. A value that is not finite becomes None, since
+    JSON cannot express it; the sentinels report it in a message.
     """
     tensors = {name: value.detach() for name, value in figures.items() if isinstance(value, Tensor)}
     numbers: dict[str, float | str | None] = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}
@@ -82,7 +86,7 @@ def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return this process's peak memory so far: tensors on the GPU, else main memory (None on Windows)."""
+    """Return the process's peak memory in bytes: that of tensors for a GPU, else main memory (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -95,7 +99,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class RunSize:
-    """The steps of a run, the steps done when it starts or resumes, and the images of a step over all ranks."""
+    """The size of a run: its steps, the steps done when it starts or resumes, and the images per step on all ranks."""
 
     total_steps: int
     first_step: int
@@ -103,17 +107,17 @@ class RunSize:
 
 
 class Monitor:
-    """Progress bar, log lines and log files of one run; a context manager.
+    """A context manager for the progress bar, log lines and log files of one run.
 
     Args:
         path: `metrics.jsonl` in the run's folder; the other files are in the same folder.
-        size: the size of the run. Lines of steps later than its first are removed.
+        size: the size of the run. Lines of steps after `size.first_step` are removed from the files.
         console: where messages are printed.
-        active: False in all processes but one, which then print, write and transfer nothing.
+        active: True in one process. A monitor that is not active prints, writes and transfers nothing.
         device: the device whose memory is reported.
         sinks: further receivers of the figures.
-        peak_flops: of all devices together, per second (`training/watch/flops.py`); None: no MFU.
-        advise: returns the message to show for the share of time spent waiting for images.
+        peak_flops: peak operations per second of all devices together (`training/watch/flops.py`); None: no MFU.
+        advise: takes the share of time spent waiting for images and returns the warning about it.
     """
 
     def __init__(
@@ -164,7 +168,7 @@ class Monitor:
             self._guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
-        """Continue after `step`, at the start or after a rollback: remove the lines of later steps."""
+        """Prepare to continue after `step`, at the start or after a rollback: remove the lines of later steps."""
         self._start_line()
         if not self._active:
             return
@@ -173,7 +177,10 @@ class Monitor:
         self._progress.update(self._task, completed=step)
 
     def advance(self, steps_done: int, flops: float = 0.0) -> None:
-        """Count a finished step; `flops` is its useful work (`training/watch/flops.py`) over all processes."""
+        """Count a finished step and show that `steps_done` steps are done.
+
+        `flops` is the step's useful work (`training/watch/flops.py`) over all processes.
+        """
         self._steps += 1
         self._flops += flops
         if self._active:
@@ -198,7 +205,10 @@ class Monitor:
             self._since += time.perf_counter() - start
 
     def write(self, steps_done: int, figures: Mapping[str, Figure]) -> dict[str, Any]:
-        """Write one line, the given figures and the monitor's own, and return it; empty if not active."""
+        """Write one line with the given figures and the monitor's own (speed, waiting, memory, MFU), and return it.
+
+        A monitor that is not active writes nothing and returns an empty line.
+        """
         if not self._active:
             self._start_line()
             return {}
@@ -236,7 +246,7 @@ class Monitor:
         self._since = time.perf_counter()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Append a line to a file, and send its numbers to the sinks."""
+        """Append a line to the file `name`, and send its numbers to the sinks unless it is an event."""
 
         def write_file() -> None:
             # A failed write may leave an incomplete line: start a new one. Readers skip empty and incomplete lines.
@@ -253,7 +263,10 @@ class Monitor:
                 self._sinks.remove(sink)
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
-        """Run an action that may fail (disk, network); report the first failure. Return whether it worked."""
+        """Run an action that may fail (disk, network), and return whether it succeeded.
+
+        A failure is reported once until the action succeeds again.
+        """
         try:
             action()
         except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run continues

@@ -1,24 +1,26 @@
-"""Sentinels: they detect a failing run, report it, and decide what happens next.
+"""Sentinels detect a failing run, report it, and decide whether the run continues, rolls back or stops.
 
 Self-supervised training fails in three ways, each with its signs and its configured action:
 
-- collapse: the network no longer tells images apart. After a third of the run, one of these signs lasts several lines
-  in a row: the DINO loss at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy at ln K (its targets have no
-  information) or at 0 (one prototype for every image, whatever it shows); RankMe, the effective rank of a batch of
-  class tokens (arXiv 2210.02885), below a share of its maximum. (A random network has about 0.1 of the maximum, a
-  trained one 0.5 and more.)
+- collapse: the network no longer tells images apart. After the first third of the run, one of these signs is present in
+  several consecutive lines of metrics.jsonl: the DINO loss is at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy
+  is at ln K (its targets carry no information) or at 0 (each image is assigned to a single prototype); RankMe, the
+  effective rank of a batch of class tokens (arXiv 2210.02885), is below a set share of its maximum. (A random network
+  reaches about 0.1 of the maximum, a trained network 0.5 or more.)
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
 - k-NN: the accuracy on held-out images has fallen below the best figure of the run by more than a margin. Continued
-  training of released weights can lose accuracy (facebookresearch/dinov2#204: 80 to 10 %).
+  training of released weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
 
-The action is `stop`, `warn` (reported once each time it begins) or `rollback`. A rollback loads the newest checkpoint
-of step `Verdict.back_to` or before, deletes later ones, and keeps what the sentinels have learned, except from the
-later steps (`forget_after`). Something must change, or the same failure would recur. After "not finite" the run skips
-the failing step (`passes_over`): its images are not trained on in this epoch. After the other two the rates are
-multiplied by `lr_factor` from there on. After `max_rollbacks`, or without an old enough checkpoint, the run stops.
+The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
+checkpoint of step `Verdict.back_to` or before and deletes later checkpoints. The sentinels keep their state, except for
+what they recorded after that step (`forget_after`). A repeat of the same steps would fail again, so a rollback also
+changes the run. After "not finite" the run skips the failing step (`passes_over`): its images are not trained on in
+this epoch. After "collapse" and "k-NN" all later learning rates are multiplied by `lr_factor`. The run stops after
+`max_rollbacks` rollbacks, or if no checkpoint is old enough.
 
-Decisions depend only on the figures of the lines and a state of plain JSON types, so a resumed run decides the same.
-Steps are counted as in metrics.jsonl: the first is 1. K is the number of prototypes.
+Decisions depend only on the figures of metrics.jsonl and evaluations.jsonl and on a state of plain JSON types, so a
+resumed run makes the same decisions. Steps are counted as in metrics.jsonl: the first is 1. K is the number of
+prototypes.
 """
 
 import json
@@ -45,14 +47,14 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Limits:
-    """What the sentinels check and how they react. `knn_margin` is in percentage points."""
+    """The thresholds of the sentinels and their actions. `knn_margin` is in percentage points."""
 
     total_steps: int
     n_prototypes: int
     on_collapse: Action = "stop"
     on_not_finite: Action = "rollback"
     on_knn: Action = "stop"
-    patience: int = 5  # lines in a row
+    patience: int = 5  # consecutive log lines with the same sign of collapse
     min_rankme_share: float = 0.05
     knn_margin: float = 5.0
     rollback_lr_factor: float = 0.5
@@ -61,7 +63,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a sentinel found at `step`, in words; `back_to` is the last step known to be good."""
+    """A failure found at `step` and the action to take. `message` describes both for the user.
+
+    `back_to` is the last step without a sign of this failure.
+    """
 
     kind: Kind
     action: Action
@@ -72,11 +77,11 @@ class Verdict:
 
 @dataclass
 class State:
-    """The sentinels' memory, as JSON types."""
+    """What the sentinels have recorded so far, as JSON types."""
 
-    bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> lines in a row
-    good_step: int = 0  # last line without any sign of collapse
-    warned: bool = False  # the current collapse was reported
+    bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
+    good_step: int = 0  # step of the last log line without any sign of collapse
+    warned: bool = False  # whether the current collapse was reported
     best_knn: float | None = None
     best_knn_step: int = 0
     knn_fallen: bool = False
@@ -86,10 +91,11 @@ class State:
 
 
 def rankme(features: Tensor) -> float:
-    """Compute the effective rank of features [n, D]: exp of the entropy of the singular values, normalised to sum one.
+    """Compute the effective rank of features [n, D]: exp of the entropy of the singular values, scaled to sum to one.
 
-    It is 1 if all rows are on one line, and min(n, D) if all directions are equally strong (RankMe, arXiv 2210.02885,
-    equation 2, with its epsilon of 1e-7). Features are not centred, as in the paper. NaN if a feature is not finite.
+    It is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal (RankMe, arXiv
+    2210.02885, equation 2, with its epsilon of 1e-7). As in the paper, features are not centred. The result is NaN if a
+    feature is not finite.
     """
     if not bool(torch.isfinite(features).all()):
         return math.nan
@@ -104,9 +110,9 @@ def rankme_share(features: Tensor) -> float:
 
 
 class FirstNotFinite:
-    """The first step with a figure that is not finite, recorded on the device, so that the host need not wait for it.
+    """Records, on the device, the first step with a figure that is not finite, so that the host need not wait for it.
 
-    `step` (int64, `NEVER` if there was none) can be reduced over processes with MIN before it is read.
+    `step` is an int64 scalar, `NEVER` while all figures are finite. Processes can reduce it with MIN before `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -115,7 +121,7 @@ class FirstNotFinite:
         self._values: Tensor | None = None
 
     def note(self, step: int, figures: Mapping[str, Tensor]) -> None:
-        """Record scalars of one step: losses, gradient norms. The names must be the same each time."""
+        """Check the scalars of one step (losses, gradient norms). Every call must pass the same names."""
         values = torch.stack([value.detach().reshape(()).float() for value in figures.values()])
         first = ~values.isfinite().all() & (self.step == NEVER)
         self.step = torch.where(first, step, self.step)
@@ -123,7 +129,10 @@ class FirstNotFinite:
         self._names = list(figures)
 
     def read(self) -> tuple[int, dict[str, float]] | None:
-        """Return the step and its figures, or None. This waits for the device: call it when a line is written."""
+        """Return the recorded step and its figures, or None if all figures were finite.
+
+        This waits for the device, so call it only when a log line is written.
+        """
         step = int(self.step)
         if step == NEVER or self._values is None:
             return None
@@ -135,13 +144,17 @@ class FirstNotFinite:
 
 
 class Sentinels:
-    """Decides after each line, each evaluation and each failure. All processes of a run must use the same verdict."""
+    """Decides whether the run continues, warns, rolls back or stops.
+
+    The training loop calls it after each log line, each evaluation and each step that is not finite. All processes of a
+    run must act on the same verdict.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.state = limits, State()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for the checkpoint, as JSON types."""
+        """Return the sentinels' state for the checkpoint, as JSON types."""
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,11 +162,12 @@ class Sentinels:
         self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
-        """Forget, at a rollback, what was found after the state to return to, so that it can be found again.
+        """Reset, at a rollback, what was recorded after the restored checkpoint, so that it can be recorded again.
 
         Args:
-            then: `state_dict` of the state to return to.
-            kind: of the verdict. After a verdict on k-NN, the best accuracy so far remains the reference.
+            then: the `state_dict` in the restored checkpoint.
+            kind: the kind of failure that caused the rollback. After "knn" the best accuracy so far is kept as the
+                reference.
         """
         old = State(**json.loads(json.dumps(then)))
         self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
@@ -164,24 +178,27 @@ class Sentinels:
 
     @property
     def lr_factor(self) -> float:
-        """Return the factor on the schedules' learning rates."""
+        """Return the factor by which the scheduled learning rates are multiplied."""
         return self.state.lr_factor
 
     def passes_over(self, step: int) -> bool:
-        """Return whether this step (counted from 1) is skipped: no update, and its images are not used."""
+        """Return whether this step (counted from 1) is skipped: it updates nothing, and its images are not used."""
         return step in self.state.passed_over
 
     def may_go_back_to(self) -> list[int]:
-        """Return steps that a rollback may need, however old: their states must be kept.
+        """Return the steps that a rollback may return to. Their checkpoints must be kept, however old they are.
 
-        A rollback after a figure that is not finite uses the newest state, which is kept anyway.
+        A rollback after a figure that is not finite uses the newest checkpoint, which is always kept.
         """
         limits, state = self.limits, self.state
         steps = [state.good_step] if limits.on_collapse == "rollback" else []
         return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
 
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
-        """Check one line for collapse, by `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`."""
+        """Check one log line for collapse, by `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`.
+
+        Return a verdict, or None if there is nothing to report.
+        """
         signs = self._signs(figures)
         state, limits = self.state, self.limits
         state.bad_lines = {sign: state.bad_lines.get(sign, 0) + 1 for sign in signs}
@@ -203,7 +220,7 @@ class Sentinels:
         return self._decide("collapse", limits.on_collapse, step, state.good_step, begin, advice)
 
     def _signs(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Return the signs of collapse in one line, each in words. A missing or non-finite figure is not a sign."""
+        """Return the signs of collapse in one log line, as a description by name. A missing figure is not a sign."""
         ln_k = math.log(self.limits.n_prototypes)
         dino, entropy, share = (figures.get(name) for name in ("dino_over_ln_k", "teacher_entropy", "rankme_share"))
         signs = {}
@@ -223,7 +240,13 @@ class Sentinels:
         return signs
 
     def check_finite(self, step: int, figures: Mapping[str, float], replay: Path | None) -> Verdict:
-        """Report figures that are not finite, from `FirstNotFinite.read`; `replay` is the file of the batch."""
+        """Return the verdict on figures that are not finite.
+
+        Args:
+            step: the step of the figures, counted from 1.
+            figures: those of `FirstNotFinite.read`.
+            replay: the file in which the batch is stored; None: it is not stored.
+        """
         wrong = ", ".join(f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value))
         begin = f"step {step}: {wrong or 'a weight is not finite'}."
         if replay is not None:
@@ -232,7 +255,10 @@ class Sentinels:
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """Check the k-NN `accuracy` (0 to 1) after `step` steps; the first call, before training, is step 0."""
+        """Check the k-NN `accuracy` (0 to 1) after `step` steps; the first call comes before training, with step 0.
+
+        Return a verdict, or None if there is nothing to report.
+        """
         state, limits = self.state, self.limits
         if state.best_knn is None or accuracy >= state.best_knn:
             state.best_knn, state.best_knn_step, state.knn_fallen = accuracy, step, False
@@ -248,7 +274,7 @@ class Sentinels:
         return self._decide("knn", limits.on_knn, step, state.best_knn_step, begin, advice)
 
     def _decide(self, kind: Kind, action: Action, step: int, back_to: int, begin: str, advice: str) -> Verdict:
-        """Return the verdict; count a rollback, and record in the state what changes after it."""
+        """Return the verdict. For a rollback, count it, and record the step to skip or the lower learning rate."""
         state, limits = self.state, self.limits
         verdict = Verdict(kind, action, step, back_to, begin + advice)
         if action == "warn":
@@ -273,7 +299,7 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A stored batch: the step, the images' names, the tensors of the crops, and the step's figures."""
+    """A stored batch: its step, its images' names, its crops by name, and the step's figures (`terms`)."""
 
     step: int
     names: list[str]
@@ -291,19 +317,21 @@ def save_replay(
     facts: Mapping[str, Any] | None = None,
     keep: int = 3,
 ) -> Path:
-    """Store a batch for inspection and a repeat: `step_NNNNNNNN.safetensors`, with its names in a JSON file.
+    """Store a batch so that it can be inspected and repeated.
+
+    The file `step_NNNNNNNN.safetensors` has the crops and the record; a JSON file next to it repeats the record.
 
     Args:
-        folder: created if missing. Only the replays of the `keep` latest steps are kept in it.
+        folder: created if missing. Only the batches of the `keep` latest steps are kept in it.
         step: the step of the batch, counted from 1.
         names: file names (or keys) of the images, in the batch's order.
         crops: tensors by name, e.g. those of `training.data.crops.Crops`.
         terms: the step's figures, which may be NaN.
         facts: further values of JSON types: indices, seed, rates.
-        keep: number of replays to keep.
+        keep: number of stored batches to keep.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     assert keep >= 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,8 +354,8 @@ def load_replay(path: Path) -> Replay:
     """Load a batch that `save_replay` stored, with tensors on the CPU.
 
     Raises:
-        ValueError: not such a file.
-        OSError: it cannot be read.
+        ValueError: the file is not one that `save_replay` wrote.
+        FileNotFoundError: there is no such file.
     """
     try:
         with safe_open(path, "pt") as file:

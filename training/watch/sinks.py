@@ -1,4 +1,4 @@
-"""Further receivers of a run's figures: TensorBoard and Weights & Biases, each if it is installed.
+"""Sinks are further receivers of a run's figures: TensorBoard and Weights & Biases, if they are installed.
 
 A sink gets a step and named numbers. If it fails, `training/watch/monitor.py` reports that once and continues without
 it. TensorBoard is used whenever it is installed, since it only writes into the run's folder. Weights & Biases sends
@@ -18,7 +18,7 @@ WANDB_ID = "wandb_id.txt"
 
 @dataclass(frozen=True)
 class Sink:
-    """A receiver of figures: `write(step, numbers)` takes one line's figures, `close()` ends it."""
+    """A receiver of figures: `write(step, numbers)` takes the figures of one log line, `close()` ends the sink."""
 
     name: str
     write: Callable[[int, Mapping[str, float]], None]
@@ -28,15 +28,15 @@ class Sink:
 def make_sinks(
     out: Path, first_step: int, wandb: str | None, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Sink]:
-    """Make the sinks of a run: TensorBoard if installed, wandb if a project is named.
+    """Make the sinks of a run: TensorBoard if it is installed, and Weights & Biases if a project is named.
 
     Args:
         out: the run's folder.
-        first_step: steps done before; later steps of an earlier attempt are hidden.
-        wandb: name of the project; None: not used.
-        settings: shown by wandb as the run's configuration.
-        say: called with the reason if an installed sink cannot be used (no network, a broken installation); the run
-            continues.
+        first_step: steps done before this start; TensorBoard hides later steps of an earlier attempt.
+        wandb: name of the Weights & Biases project; None: Weights & Biases is not used.
+        settings: the run's configuration, which Weights & Biases shows.
+        say: called with the reason if an installed sink cannot be used (no network, a broken installation). The run
+            continues without that sink.
 
     Raises:
         ValueError: a project is named, but wandb is not installed.
@@ -58,7 +58,10 @@ def make_sinks(
 
 
 def tensorboard_sink(folder: Path, first_step: int) -> Sink:
-    """Make a sink that writes scalars to `folder`, for `tensorboard --logdir` on it or on a folder of runs."""
+    """Make a sink that writes scalars to `folder`; `tensorboard --logdir` shows it.
+
+    TensorBoard hides steps after `first_step` that an earlier attempt wrote.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -79,9 +82,10 @@ def _load_wandb(project: str) -> Any:
 
 
 def wandb_sink(client: Any, project: str, out: Path, settings: Mapping[str, Any]) -> Sink:
-    """Make a run of a Weights & Biases project, named after the folder; a resumed run continues in the same one.
+    """Make a sink that sends figures to a run of a Weights & Biases project.
 
-    `client` is the module `wandb`.
+    The run has the name of the folder `out`. A resumed training run continues the same Weights & Biases run. `client`
+    is the module `wandb`.
     """
     id_file = out / WANDB_ID
     if not id_file.exists():
