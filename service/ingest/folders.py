@@ -1,10 +1,11 @@
 """File systems for `dinov2 index`: this machine, any file system that fsspec supports, and the web.
 
-There are two kinds of place with one interface. Local files have an implementation of their own, because fsspec's does
-not follow links and silently omits a file that vanishes during a listing. Here both are a `Problem` that is listed at
-the end.
+`Disk` and `Remote` have one interface, `Place`; `Web` can only read one URL at a time. `Disk` does not use fsspec,
+because fsspec's local file system does not follow links to files, and it silently omits a file that vanishes during a
+listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a broken link and for a file
+that vanishes.
 
-File systems raise errors of their own libraries. `translated` turns all of them into OSError.
+Each file system raises the errors of its own library. `translated` turns all of them into OSError.
 """
 
 import datetime

@@ -65,7 +65,8 @@ class Origin:
 
 
 async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
-    """Return, for each query, the start of its search or its error.
+    """Return for each query what its search starts from (its vector, its patches for re-ranking, and the ids to
+    exclude), or its error.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full.

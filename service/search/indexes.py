@@ -73,7 +73,8 @@ class Structure(Protocol):
         """Return the finished index after all vectors [n, D] have been added, or None if the structure has no index."""
 
     def open(self, folder: Path, flat: Any) -> Any:
-        """Map the index in a segment's folder; return None if the structure has no index."""
+        """Return the index stored in a segment's folder, memory-mapped, or None if the structure has no index. `flat`
+        is the segment's open flat index; a graph takes its vectors from it."""
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         """Return the k nearest of each query among the vectors in `alive` (None: all)."""

@@ -116,7 +116,9 @@ class View:
     def search(
         self, queries: Floats, k: int, params: SearchParams, allowed: Allowed | None = None, widen: float = 1.0
     ) -> Neighbours:
-        """Return the k nearest [q, k] of all items, or of the allowed ones; `widen` multiplies efSearch and nprobe."""
+        """Return the k nearest items of each query, best first. `queries` is [q, D], and scores and positions of the
+        result are [q, k]. If `allowed` is given, only its items are returned. `widen` multiplies efSearch and
+        nprobe."""
         if allowed is not None:
             return self._search_allowed(queries, k, allowed, Effort(params, widen))
         effort = Effort(params, widen)
