@@ -40,7 +40,8 @@ async def list_collections(request: Request) -> Response:
 @router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
 async def put_collection(request: Request, name: str) -> Response:
     """Create an empty collection. Its settings cannot be changed later. The status is 201 if the collection was
-    created, 200 if it already exists with the same settings, and 409 if it exists with other settings."""
+    created, 200 if it already exists with the same settings, and 409 if it exists with other settings or the name is an
+    alias."""
     service = service_of(request)
     check_name(name)
     fields = await read_optional_json(request)

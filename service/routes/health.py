@@ -23,7 +23,7 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 @router.get("/livez", summary="Check liveness")
 async def livez(request: Request) -> JSONResponse:
     """Return 200 if the process is healthy. Return 503 with the reason if the thread that runs the network has died or
-    hangs; only a restart helps then."""
+    hangs, so the process should be restarted."""
     fault = service_of(request).pipeline.batcher.health()
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
 

@@ -71,8 +71,9 @@ def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
 
 
 def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
-    """Replace an `InvalidItems` that holds exactly one error by that error. Then the entry of this query in the batch's
-    `errors` has the code and reason of the image that failed, not those of the wrapper."""
+    """Replace an `InvalidItems` that holds exactly one error by that error. In a batch, `errors` has one entry for each
+    failed query, with the index of the query. Without the replacement, its detail would be "1 of 1 items cannot be
+    used: [0] ...", with a second index that means nothing to the client."""
     if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
         return replace(outcome, error=outcome.error.items[0].error)
     return outcome
