@@ -24,7 +24,7 @@ _CHANNEL: Final = {
     "grpc.max_reconnect_backoff_ms": 1000,
 }
 """Options of the gRPC channel. With them, the client reconnects within a second after the server returns. By default,
-gRPC waits up to two minutes, also in channels that are opened later."""
+gRPC waits up to two minutes, and a new channel to the same server shares this wait."""
 _NOT_FOUND: Final = 100
 _NOT_LOADED: Final = 101
 _RATE_LIMIT: Final = 8
