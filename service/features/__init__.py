@@ -1,1 +1,2 @@
-"""One decode and one forward pass per image: pipeline, batcher and cache."""
+"""Compute the features of images, with one decode and one forward pass for each image: the pipeline, the batcher and
+the cache."""

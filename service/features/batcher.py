@@ -1,18 +1,20 @@
-"""A bounded queue before the engine. Requests of many clients share forward passes.
+"""A bounded queue of images that wait for the engine. Images of different requests share forward passes.
 
 One worker thread owns the engine. Whenever it is free, it takes the waiting images, oldest first, as one batch. It
-never waits for a batch to fill, so an idle engine answers a single image at once. Under load, batches fill during the
-previous pass. A batch contains images of one shape (the oldest image's) and at most `batch_max_patches` patches, which
-bounds the memory of a pass for any mix of sizes.
+never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive during a
+pass and form the next batch. All images of a batch have the shape of the oldest waiting image, and together they have
+at most `batch_max_patches` patches. This bounds the memory of a pass.
 
-Two limits refuse work early. `reserve` counts images from acceptance to answer, before anything is decoded. `submit`
-counts waiting patches. Both raise `QueueFull` with a Retry-After derived from the measured throughput.
+Two limits bound the queue. `reserve` limits the number of images that are accepted and not yet answered; it is called
+before an image is decoded. `submit` limits the number of patches that wait. Both methods raise `QueueFull`, with a
+Retry-After that is computed from the measured throughput.
 
-The image of a client that disconnected is dropped when a batch is formed. An engine exception fails only its own batch:
-the images of a failed batch are tried one by one, so an image that the engine cannot process does not affect the
-others. If the worker thread dies or hangs, `health` reports it and `/livez` fails.
+If a client disconnects, its waiting images are dropped when the next batch is formed. If the engine fails on a batch,
+its images are tried one by one, so an image that the engine cannot process does not affect the others. If the worker
+thread dies or hangs, `health` reports it and `/livez` fails.
 
-All methods except the worker's are called on the event loop's thread.
+The methods in the section "The worker thread" run in that thread. All others are called on the thread of the event
+loop.
 """
 
 import asyncio
@@ -40,7 +42,8 @@ MAX_RETRY_AFTER_S = 60
 
 @dataclass(frozen=True)
 class Done(Generic[Row]):
-    """One image's result, with the seconds in the queue and the seconds of the forward pass with pooling."""
+    """The result of one image. `queue_s` is the time that the image waited, and `infer_s` the time of its forward pass
+    with pooling, in seconds."""
 
     row: Row
     queue_s: float
@@ -64,8 +67,9 @@ class Batcher(Generic[Row]):
     """The queue and its worker thread, as described at the top of this module.
 
     Args:
-        run: the forward pass with pooling: pixels [B, 3, h, w] -> B rows. Only one thread calls it at a time.
-        patch_size: side of a patch in pixels, for counting patches.
+        run: runs a forward pass with pooling. It takes pixels [B, 3, h, w] and returns B rows. Only the worker thread
+            calls it.
+        patch_size: the side of a patch in pixels. It is used to count patches.
     """
 
     def __init__(
@@ -101,12 +105,12 @@ class Batcher(Generic[Row]):
 
     @property
     def images(self) -> int:
-        """Number of images accepted and not yet answered."""
+        """The number of images that are accepted and not yet answered."""
         return self._reserved
 
     @property
     def waiting(self) -> int:
-        """Number of decoded images that wait for the engine."""
+        """The number of decoded images that wait for the engine."""
         return len(self._queue)
 
     @property
@@ -126,11 +130,12 @@ class Batcher(Generic[Row]):
         return None
 
     def reserve(self, images: int) -> None:
-        """Accept `images` more images, or none of them. `release` must return every reserved image.
+        """Reserve places for `images` more images, or raise and reserve none. The caller must give back every place
+        with `release`.
 
         Raises:
-            QueueFull: there is no room at the moment.
-            ShuttingDown, ModelUnavailable: no more images are accepted.
+            QueueFull: there are not enough free places at the moment.
+            ShuttingDown, ModelUnavailable: images are no longer accepted.
         """
         self._check_open()
         if self._reserved + images > self._queue_max_images:
@@ -139,17 +144,18 @@ class Batcher(Generic[Row]):
         self._metrics.queue_images.set(self._reserved)
 
     def release(self, images: int) -> None:
-        """Return what `reserve` took."""
+        """Give back `images` places that `reserve` reserved."""
         self._reserved -= images
         assert self._reserved >= 0
         self._metrics.queue_images.set(self._reserved)
 
     def submit(self, pixels: FloatArray) -> "asyncio.Future[Done[Row]]":
-        """Queue one image [3, h, w]. Cancelling the future drops the image unless the engine already has it.
+        """Put one image [3, h, w] into the queue and return a future of its result. If the future is cancelled before
+        the engine has the image, the image is dropped.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: as `reserve`.
-            EngineFailed: (from the future) the forward pass failed.
+            QueueFull: too many patches wait. ShuttingDown, ModelUnavailable: images are no longer accepted.
+            EngineFailed: the forward pass failed. The future raises this, not the call.
         """
         patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
         with self._wake:
@@ -176,7 +182,8 @@ class Batcher(Generic[Row]):
         self._thread.join(timeout_s)
 
     def retry_after_s(self) -> int:
-        """Estimate the seconds until the accepted images are done, from the measured throughput: 1 to 60."""
+        """Estimate from the measured throughput how many seconds the accepted images will take. The result is from 1 to
+        60."""
         if not self._images_per_s:
             return 1
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._reserved / self._images_per_s)))
@@ -211,7 +218,7 @@ class Batcher(Generic[Row]):
                 self._deliver([(job, EngineFailed("the engine's worker thread has died")) for job in lost])
 
     def _next_batch(self) -> list[Job[Row]]:
-        """Wait for work and take the next batch. The batch is empty when closing."""
+        """Wait for images and take the next batch. Return an empty batch if the batcher is being closed."""
         with self._wake:
             while True:
                 self._taken = self._take()
@@ -220,7 +227,8 @@ class Batcher(Generic[Row]):
                 self._wake.wait()
 
     def _take(self) -> list[Job[Row]]:
-        """Take the oldest waiting image and the following ones that fit into its batch. Drop cancelled images."""
+        """Take the oldest waiting image and the following images that fit into the same batch. Drop images whose
+        futures are cancelled."""
         batch: list[Job[Row]] = []
         passed: list[Job[Row]] = []  # images of another shape; they keep their order in the queue
         patches = 0
@@ -244,7 +252,8 @@ class Batcher(Generic[Row]):
         return batch
 
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
-        """Run a batch. If it fails, run each of its images alone."""
+        """Run a forward pass over the batch and return the result or the error of each image. If the pass fails, run
+        each image alone."""
         started = time.perf_counter()
         try:
             rows = self._run(np.stack([job.pixels for job in batch]))
@@ -266,7 +275,7 @@ class Batcher(Generic[Row]):
         return [(job, Done(row, started - job.queued_at, seconds)) for job, row in zip(batch, rows, strict=True)]
 
     def _deliver(self, outcomes: list[Outcome[Row]]) -> None:
-        """Hand the results to the event loop, with one wake-up for the whole batch."""
+        """Pass the results to the event loop, which is woken once for the whole batch."""
         try:
             self._loop.call_soon_threadsafe(_set_results, outcomes)
         except RuntimeError:  # the loop is closed: the service has stopped and no client waits
@@ -274,7 +283,7 @@ class Batcher(Generic[Row]):
 
 
 def _set_results(outcomes: list[Outcome[Row]]) -> None:
-    """Resolve the futures on the event loop."""
+    """Set the results or errors of the futures. This runs on the event loop."""
     for job, outcome in outcomes:
         if job.future.done():  # cancelled while the engine had it
             continue

@@ -1,14 +1,14 @@
 """Caches of computed vectors: in this process, or in a Redis that all replicas share.
 
-Only `cache_key` makes keys: from the image's bytes, the model's fingerprint and the options. So an entry never becomes
-stale, entries of several models coexist, and nothing is ever invalidated. The memory cache evicts the least recently
-used entries; Redis removes the oldest by TTL.
+A key (`cache_key`) is computed from the image's bytes, the model's fingerprint and the options. So an entry never
+becomes outdated, and a cache can have entries of several models. The memory cache evicts the least recently used
+entries. Redis removes an entry when its time to live (TTL) ends.
 
 A cache may lose entries, but it must never fail a request. `RedisCache` turns every fault into misses. Each call has a
 hard time limit, and after a fault a circuit breaker makes the following calls skip Redis without waiting. While the
-breaker is open, one call at a time may probe Redis, at growing intervals. The first success closes the breaker, so a
-recovered Redis is used again automatically. Values carry their length and checksum, so a truncated, corrupted or
-foreign value is a miss too.
+breaker is open, a single call may try Redis again from time to time, at growing intervals. When such a call succeeds,
+the breaker closes and Redis is used again. A value is stored with its length and checksum, so a truncated, damaged or
+foreign value is also a miss.
 """
 
 import asyncio
@@ -27,14 +27,15 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, InvalidResponse, RedisError, ResponseError
 
 CacheEvent = Literal["error", "skipped", "corrupt", "recovered"]
-"""error: a call failed. skipped: the breaker was open. corrupt: a value was invalid. recovered: the breaker closed."""
+"""error: a call failed. skipped: a call was not made because the breaker was open. corrupt: a value was invalid.
+recovered: the breaker closed."""
 
 OnEvent = Callable[[CacheEvent], None]
 T = TypeVar("T")
 
 ENTRY_OVERHEAD_BYTES: Final = 330
-"""Memory of an entry of `MemoryCache` besides its key's text and its value: object headers and slots of the ordered
-dictionary. Measured with tracemalloc; a test repeats the measurement."""
+"""The memory that an entry of `MemoryCache` uses in addition to the characters of its key and the bytes of its value.
+It was measured with tracemalloc; a test repeats the measurement."""
 
 _FORMAT: Final = "v1"  # part of every Redis key, so another value format never reads these values
 _HEADER: Final = struct.Struct("<4sII")  # magic, length of the value, its CRC-32
@@ -47,20 +48,21 @@ class Cache(Protocol):
     name: str
 
     async def get_many(self, keys: list[str]) -> list[bytes | None]:
-        """Return the values in the order of the keys, None for a miss."""
+        """Return the values in the order of the keys, with None for a key that is not in the cache."""
 
     async def set_many(self, items: dict[str, bytes]) -> None:
-        """Store the items as far as possible."""
+        """Store the values by key. Values that cannot be stored are left out."""
 
     async def status(self) -> str:
-        """Return 'ok', or 'degraded: ' and the reason."""
+        """Return "ok", or "degraded: " followed by the reason."""
 
     async def close(self) -> None: ...
 
 
 def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | int | float | bool | None]) -> str:
-    """Return the key of a result: from the bytes' sha256 (hex), the model's fingerprint, and every option that changes
-    the vector, in any order. The first 8 characters of the fingerprint stay readable for people who inspect Redis."""
+    """Return the key of a cached result. It depends on the sha256 of the image in hex, the model's fingerprint, and
+    `options`, which must have every option that changes the result. The order of the options does not matter. The key
+    begins with the first 8 characters of the fingerprint, for people who inspect Redis."""
     text = json.dumps([image_sha256, fingerprint, dict(options)], sort_keys=True, separators=(",", ":"))
     return f"{fingerprint[:8]}:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -68,16 +70,16 @@ def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | i
 def make_cache(
     redis_url: str | None, *, max_bytes: int, ttl_s: int, on_event: OnEvent = lambda event: None
 ) -> "MemoryCache | RedisCache":
-    """Make the cache that the settings name: Redis if there is a URL, else this process's memory (0 bytes: no
-    cache)."""
+    """Make a cache in Redis if there is a URL, else in the memory of this process. With `max_bytes` 0, the memory cache
+    stores nothing."""
     return MemoryCache(max_bytes) if redis_url is None else RedisCache(redis_url, ttl_s=ttl_s, on_event=on_event)
 
 
 class MemoryCache:
-    """An LRU cache with a budget in bytes, including overhead. It belongs to one event loop: no method awaits, so each
-    is atomic there.
+    """A cache in the memory of this process that evicts the least recently used entries. `max_bytes` limits its memory,
+    including the overhead of entries. It belongs to one event loop. No method awaits anything, so each call is atomic.
 
-    A value that alone exceeds the budget is not stored and evicts nothing.
+    A value that alone exceeds `max_bytes` is not stored, and no entry is evicted for it.
     """
 
     name = "memory"
@@ -130,11 +132,13 @@ class RedisCache:
     """A cache in Redis, shared by all replicas that use the same URL and prefix.
 
     Args:
-        url: redis://, rediss:// or unix://, with the password if there is one. It is never shown.
-        ttl_s: seconds that Redis keeps a value.
-        on_event: called for the metrics.
-        timeout_s: time limit of one call, including the connection.
-        retry_s, max_retry_s: first and longest interval between probes while Redis is down. The interval doubles.
+        url: an address that begins with redis://, rediss:// or unix://, with the password if there is one. No message
+            or log shows it.
+        ttl_s: the time in seconds for which Redis keeps a value.
+        on_event: a function that is called with each event, to count it.
+        timeout_s: the time limit of one call in seconds, including the time to connect.
+        retry_s, max_retry_s: the first and the longest interval between attempts while Redis is down, in seconds. The
+            interval doubles after each failure.
 
     Raises:
         ValueError: the URL or a number is invalid. The message does not show the password.
@@ -173,8 +177,9 @@ class RedisCache:
             await self._guarded("set", lambda: self._set(items))
 
     async def status(self) -> str:
-        """Query Redis, so that a service without traffic also notices faults and recoveries. The query is a read,
-        because a Redis that answers PING may still refuse reads."""
+        """Read a value from Redis and return the status. Because of this query, a service without traffic also notices
+        when Redis fails or recovers. The query is not a PING, because a Redis that answers PING may still refuse
+        reads."""
         await self.get_many(["status"])
         if not self._faults:
             return "ok"
@@ -200,7 +205,8 @@ class RedisCache:
         return True
 
     async def _guarded(self, call: str, action: Callable[[], Awaitable[T]]) -> T | None:
-        """Run a call within the time limit. On a fault return None and emit an event."""
+        """Run `action` within the time limit and return its result. If it fails or the breaker is open, report an event
+        and return None."""
         if not self._breaker.try_enter():
             self._on_event("skipped")
             return None
@@ -239,7 +245,8 @@ class RedisCache:
 
 
 class _Breaker:
-    """A circuit breaker. Closed: every call enters. Open: one probe at a time enters, after each interval."""
+    """A circuit breaker. While it is closed, every call may be made. While it is open, one call may be made after each
+    interval, to probe whether Redis works again."""
 
     def __init__(self, first_s: float, longest_s: float) -> None:
         self._first_s, self._longest_s = first_s, longest_s
@@ -272,7 +279,8 @@ class _Breaker:
 
 
 def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
-    """Make a pooled client without retries, because the breaker handles them."""
+    """Make a Redis client with a connection pool. It does not retry failed calls, because the breaker determines when
+    Redis is tried again."""
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -293,12 +301,12 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
 
 
 def frame(value: bytes) -> bytes:
-    """Prefix a value with magic, length and CRC-32."""
+    """Return a value with a header in front of it: a magic number, the value's length and its CRC-32."""
     return _HEADER.pack(_MAGIC, len(value), zlib.crc32(value)) + value
 
 
 def unframe(framed: bytes) -> bytes | None:
-    """Return the value, or None if `frame` did not make these bytes."""
+    """Return the value in the bytes that `frame` made, or None if `frame` did not make them."""
     if len(framed) < _HEADER.size:
         return None
     magic, length, checksum = _HEADER.unpack_from(framed)

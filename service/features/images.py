@@ -1,5 +1,4 @@
-"""Decode images with the service's errors. This is the border between `model.decode` and all code that answers
-clients."""
+"""Decode images, and translate the errors of `model.decode` to the errors that clients see."""
 
 from model.decode import DEFAULT_LIMITS, Broken, DecodeError, DecodeLimits, Pixels, TooLarge, Unsupported
 from model.decode import decode as decode_image
@@ -13,10 +12,10 @@ _ERRORS: dict[type[DecodeError], type[ServiceError]] = {
 
 
 def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
-    """Decode an image, see `model.decode.decode`.
+    """Decode an image with `model.decode.decode` and return its pixels [H, W, 3].
 
     Raises:
-        ImageTooLarge, UnsupportedImage, BrokenImage: the decoder raised the matching error.
+        ImageTooLarge, UnsupportedImage, BrokenImage: the image is too large, has an unsupported format, or is damaged.
     """
     try:
         return decode_image(data, limits)

@@ -1,10 +1,11 @@
-"""Patch features of one image as they are cached for comparisons: unit vectors in float16.
+"""The patch features of an image, as they are cached to compare images: float16 vectors of length 1.
 
-Every row has length 1, so the product of two rows is their cosine. float16 has a relative error of 1 in 2000 per
-component, which changes the cosine of two rows by about 1e-5. Image size and grid are stored with the rows, because
-boxes are given in the image's own pixels.
+The vectors have length 1, so the dot product of two is their cosine. In float16, each component has a relative error of
+up to 1 in 2000, which changes a cosine by about 1e-5. The size of the image and of the patch grid are stored with the
+vectors, because they are needed to convert a patch to a box in pixels of the image.
 
-Legend: N patches, D features; H, W the image as sent, upright; h, w the grid, N = h * w, row-major.
+Legend: N patches, D features; H, W size of the upright image in pixels; h, w size of the patch grid; N = h * w. Patches
+are in row-major order.
 """
 
 import struct
@@ -21,8 +22,8 @@ _HEAD: Final = struct.Struct("<4I")  # H, W, h, w; the N * D numbers follow
 
 @dataclass(frozen=True)
 class Patches:
-    """Unit patch features of one image. rows: float16 [N, D], each of length 1, or 0 for a feature without
-    direction."""
+    """The patch features of one image. `rows` is float16 [N, D]. Each row has length 1, except that a zero feature
+    stays zero."""
 
     rows: npt.NDArray[np.float16]
     grid: tuple[int, int]  # h, w
@@ -30,7 +31,7 @@ class Patches:
 
     @staticmethod
     def of(tokens: Floats, grid: tuple[int, int], size: tuple[int, int]) -> "Patches":
-        """Make patches from the patch tokens [N, D] of the network."""
+        """Scale the network's patch tokens [N, D] to length 1 and return them as `Patches`."""
         assert len(tokens) == grid[0] * grid[1], (tokens.shape, grid)
         return Patches(unit_rows(tokens).astype(np.float16), grid, size)
 
@@ -45,7 +46,7 @@ class Patches:
 
 
 def unit_rows(rows: npt.NDArray[np.floating]) -> Floats:
-    """Scale rows [N, D] to float32 of length 1. A zero row stays zero."""
+    """Return rows [N, D] as float32, each scaled to length 1. A zero row stays zero."""
     values = rows.astype(np.float32)
     lengths = np.linalg.norm(values, axis=1, keepdims=True)  # [N, 1]
     return np.asarray(values / np.where(lengths > 0, lengths, 1), np.float32)

@@ -1,19 +1,21 @@
 """The path of one image: bytes -> cache? -> decode -> preprocess -> batcher -> engine -> pool -> cache.
 
-Decoding and preprocessing run in one thread call and end before batching, so a broken image is an error of its own item
-and never reaches the engine. Nothing is decoded if the queue has no room for the request.
+An image is decoded and preprocessed in a thread before it is put into a batch. So a damaged image is only an error of
+its own item and never reaches the engine. If the queue has no room for all images of a request, none is decoded.
 
 The cache does not store final vectors but their parts: the class token and the mean of the patch tokens, float32,
-before normalisation. `pooling` and `normalize` are applied on output, so one forward pass and one entry serve every
-combination. The key contains the sha256 of the bytes as sent, the model's fingerprint (weights, architecture,
+before normalisation. `pooling` and `normalize` are applied when an entry is used, so one entry serves every combination
+of them. The key contains the sha256 of the bytes as sent, the model's fingerprint (weights, architecture,
 preprocessing, and so the input size) and the precision.
 
-Identical images in flight are computed once. The computation is a task of its own that every request awaits. It
-continues as long as one request waits, so a client that disconnects does not fail the others, and it is cancelled when
-none waits. A thread cannot be stopped, though: an abandoned decode keeps its place in the queue until it ends, so
-`queue_full` and /readyz report the true load.
+If several requests need the same image at the same time, it is computed once. The computation (a flight) is a task of
+its own, and all these requests await it. It continues as long as one request waits, so a client that disconnects does
+not affect the others. When no request waits any more, it is cancelled. But a thread that is decoding cannot be stopped.
+Until it ends, its image keeps its place in the queue, so the errors `queue_full` and the answers of /readyz show the
+true load.
 
-Legend: D width of the model, N patches, H x W the image as sent (upright), h x w the network's input.
+Legend: B images in a batch, D width of the model, N patches, R registers, H x W size of the upright image, h x w size
+of the network's input.
 """
 
 import asyncio
@@ -50,7 +52,7 @@ _HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; the 2 * 
 
 
 class Row(NamedTuple):
-    """One image's part of a forward pass. `patches` is a view into the batch."""
+    """The features of one image from a forward pass. `patches` is a view of the array of the whole batch."""
 
     cls: FloatArray  # [D]
     mean: FloatArray  # [D]
@@ -60,7 +62,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """The parts from which every vector of one image is made."""
+    """The class token and the mean of the patch tokens of one image. The vector of every pooling is computed from
+    them."""
 
     cls: FloatArray  # [D]
     mean: FloatArray  # [D]
@@ -69,8 +72,8 @@ class Embedded:
     timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
-        """Return the vector of this pooling, [width(pooling, D)]. With `normalize`, the vector and each of its parts
-        are normalised."""
+        """Return the vector for a pooling, of shape [width(pooling, D)]. If `normalize`, first each of its parts and
+        then the vector is scaled to length 1."""
         unit = _unit if normalize else _as_is
         return unit(pool({"cls": self.cls, "mean": self.mean}, pooling, unit=unit, join=np.concatenate))
 
@@ -79,8 +82,8 @@ class Embedded:
 
     @staticmethod
     def from_bytes(data: bytes, dims: int) -> "Embedded | None":
-        """Decode a cache entry. Return None if it is not this model's, because a shared cache may contain wrong
-        entries."""
+        """Parse a cache entry. Return None if it does not have `dims` finite numbers in each part, because a shared
+        cache may contain wrong entries."""
         if len(data) != _HEAD.size + 8 * dims:
             return None
         both = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32)
@@ -109,7 +112,7 @@ class _Decoded(NamedTuple):
 
 @dataclass
 class _Flight:
-    """A computation that several requests may await."""
+    """The computation of one image, which several requests may await."""
 
     task: "asyncio.Task[Embedded]"
     waiters: int = 0
@@ -117,7 +120,7 @@ class _Flight:
 
 @dataclass(frozen=True)
 class PipelineLimits:
-    """Limits of a pipeline, explained by the settings of the same names."""
+    """The limits of a pipeline. The settings of the same names explain them."""
 
     decode: DecodeLimits
     decode_workers: int
@@ -141,7 +144,8 @@ class PipelineLimits:
 
 
 class Pipeline:
-    """The batcher and the thread pools around it. `service.app` makes and closes the pipeline on the event loop."""
+    """Computes the features of images, as described at the top of this module. It must be made and closed on the event
+    loop."""
 
     def __init__(
         self,
@@ -180,12 +184,12 @@ class Pipeline:
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
-        """Embed the images of one request, in order. A bad image gives its own error and does not affect the others.
+        """Embed the images of one request. Return for each image, in order, its features or its error.
 
-        An image that could not be read keeps its error, and every outcome keeps its index.
+        An image that already has an error keeps it. Each outcome has the index of its image.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: the whole request is refused; nothing was started.
+            QueueFull, ShuttingDown, ModelUnavailable: the whole request is refused. No image was decoded.
         """
         keys = await self._keys(images)
         by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
@@ -198,13 +202,14 @@ class Pipeline:
         return [key.then(embedded) for key in keys]
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
-        """Call `answer` on a thread with all features of one image and return its result. The vector is cached as well.
+        """Compute all features of one image, call `answer` with them in a thread, and return the result of `answer`.
+        Class token and mean are also cached.
 
-        The decoded image stays in memory until the answer, so only as many images are decoded as there are decoding
-        threads. The others wait as bytes.
+        The decoded image stays in memory until `answer` returns. To limit memory, at most as many images are analysed
+        at once as there are decoding threads. Other images wait undecoded.
 
         Raises:
-            ServiceError: the image cannot be used, or `QueueFull` and similar; also any error that `answer` raises.
+            ServiceError: the image cannot be used or is refused, or `answer` raised the error.
         """
         self.batcher.reserve(1)
         task = asyncio.create_task(self._analyse(image, answer))
@@ -215,17 +220,17 @@ class Pipeline:
             task.cancel()  # the caller was cancelled; no effect on a finished task
 
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
-        """Return the cached patches of these images, by the sha256 of their bytes."""
+        """Return those patches that are cached, by digest. A digest is the sha256 of an image's bytes."""
         keys = {digest: self._patches_key(digest) for digest in digests}
         kept = await self._patch_cache.get_many(list(keys.values()))
         return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
 
     async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
-        """Compute and cache the patches of images, each with the sha256 of its bytes, in as few forward passes as
-        possible. An image that could not be read keeps its error.
+        """Compute and cache the patches of images. Each image is given as (sha256 of its bytes, bytes). Return for each
+        image, in order, its patches or its error. An image that already has an error keeps it.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: all images are refused; nothing was started.
+            QueueFull, ShuttingDown, ModelUnavailable: all images are refused. None was decoded.
         """
         self.batcher.reserve(sum(image.error is None for image in images))
         outcomes = [image.then(self._start_patches) for image in images]
@@ -239,7 +244,7 @@ class Pipeline:
                 task.cancel()  # the caller was cancelled
 
     async def warm_up(self) -> None:
-        """Run one forward pass, so that the first client does not wait for the runtime's initialisation."""
+        """Run one forward pass, so that the first request need not wait until the runtime is initialised."""
         height, width = self.artifact.manifest.input_size
         await self.batcher.submit(np.zeros((3, height, width), np.float32))
 
@@ -250,7 +255,8 @@ class Pipeline:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _forward(self, pixels: FloatArray) -> list[Row]:
-        """Run one forward pass with pooling on the worker's thread.
+        """Run one forward pass over pixels [B, 3, h, w] and return the features of each image. The batcher's worker
+        thread calls this.
 
         Raises:
             EngineFailed: a feature is not finite. The batcher then tries the images one by one.
@@ -265,8 +271,8 @@ class Pipeline:
         return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
-        """Compute the cache keys. Hashing more than a few hundred kilobytes runs on a thread, because it would delay
-        the event loop."""
+        """Compute the cache key of each image. More than a few hundred kilobytes are hashed in a thread, because this
+        would delay the event loop."""
 
         def keys() -> list[Outcome[str]]:
             return [image.then(self._key) for image in images]
@@ -294,7 +300,8 @@ class Pipeline:
         return cached
 
     async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
-        """Join the flights of these images and start missing ones. Return when all have landed."""
+        """Compute the images, by key. If an image is already being computed, wait for that computation instead of
+        starting another. Return the finished tasks when all computations have ended."""
         new = [key for key in wanted if key not in self._flights]
         if new:
             self.batcher.reserve(len(new))  # all images of this request, or none
@@ -360,13 +367,13 @@ class Pipeline:
         self._forget(key, task)
 
     def _ended(self, task: "asyncio.Task[Any]") -> None:
-        """Return the place in the queue that was reserved for a task."""
+        """Release the place in the queue that was reserved for a finished task."""
         self.batcher.release(1)
         if not task.cancelled():
             task.exception()  # mark it as retrieved; waiting requests have it already
 
     def _forget(self, key: str, task: "asyncio.Task[Embedded]") -> None:
-        """Remove a flight, unless a newer one has replaced it."""
+        """Remove the computation `task` of an image, unless a newer one has replaced it."""
         if key in self._flights and self._flights[key].task is task:
             del self._flights[key]
 
@@ -386,8 +393,9 @@ class Pipeline:
         return await self._in_thread(self._decoders, work)
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Return the result of `work`, run on a thread. When cancelled before `work` has begun, end at once. Otherwise
-        wait for it, so that nothing is released while a thread still uses it."""
+        """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,
+        `work` does not run. If it is cancelled later, wait until `work` ends, so that nothing is released that the
+        thread still uses."""
         running = threads.submit(work)
         try:
             return await asyncio.wrap_future(running)

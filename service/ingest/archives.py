@@ -1,12 +1,12 @@
 """Images in tar and Parquet files, for `dinov2 index`. Nothing is unpacked to disk.
 
-Tar, in webdataset style: `x.json` next to `x.jpg` contains its metadata. A plain tar on this machine is read by
-position: skipped members are never read, and decoding threads read independently. A compressed or remote tar can only
-be read from start to end.
+Tar, in webdataset style: the member `x.json` next to `x.jpg` contains the metadata of that image. From an uncompressed
+tar on this machine, each image is read by its position in the file: skipped members are never read, and several
+decoding threads can read at once. A compressed or remote tar is read once, from start to end.
 
 Parquet: one column contains the images (bytes, or {bytes, path} as Hugging Face writes them) or their addresses. The
-other columns become metadata. The image column is read a few rows at a time, and only from row groups that contain a
-wanted row.
+other columns become metadata. The image column is read in batches of a few rows, and only from row groups of which an
+image is requested.
 """
 
 import base64
@@ -38,7 +38,8 @@ IMAGE_SUFFIXES: Final = frozenset(
 )
 MAX_SIDECAR_BYTES: Final = 2**20
 _ROWS: Final = 16
-"""Rows of a Parquet file that are read at once. A few such batches are in memory."""
+"""The number of rows in one batch that is read from a Parquet file's image column. Up to `_BATCHES_KEPT` batches are in
+memory."""
 _BATCHES_KEPT: Final = 4
 _URI_COLUMNS: Final = (
     "image",
@@ -62,7 +63,7 @@ def suffix_of(name: str) -> str:
 
 
 def json_object(data: bytes | str, what: str) -> dict[str, Any]:
-    """Parse a JSON object. A ValueError names `what`."""
+    """Parse a JSON object. Raises a ValueError if the data is something else; the message begins with `what`."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -77,7 +78,7 @@ def json_object(data: bytes | str, what: str) -> dict[str, Any]:
 
 @dataclass
 class _Group:
-    """Adjacent members with the same stem."""
+    """Adjacent members of a tar whose names differ only in the suffix: images and the JSON file with their metadata."""
 
     stem: str = ""
     photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # name, reader, bytes held
@@ -85,7 +86,8 @@ class _Group:
 
 
 def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
-    """Yield the images of a tar. An id is `prefix` and the member's name. A damaged tar ends with a `Problem`."""
+    """Yield the images of a tar. The id of an image is `prefix` followed by the member's name. If the tar is damaged,
+    the last value is a `Problem`."""
     by_position = file.place.is_local and suffix_of(file.name) == ".tar"
     try:
         with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
@@ -97,14 +99,15 @@ def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Prob
 
 
 def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
-    """Return whether the tar has an end mark. tarfile ends without an error at a damaged or missing header."""
+    """Return whether the tar has an end mark, a block of zeros, at `offset`. This check is needed because tarfile stops
+    without an error at a damaged or missing header."""
     raw.seek(offset)
     block = raw.read(tarfile.BLOCKSIZE)
     return len(block) == tarfile.BLOCKSIZE and not any(block)
 
 
 class _TarReader:
-    """One pass over a tar's members."""
+    """Reads the members of a tar in one pass and groups them into images with metadata."""
 
     def __init__(self, file: File, prefix: str, max_bytes: int, tar: tarfile.TarFile, by_position: bool) -> None:
         self._file = file
@@ -168,7 +171,7 @@ class _TarReader:
             )
 
     def _address(self, name: str) -> str:
-        """Return the address in fsspec's chained form, which fsspec can open."""
+        """Return the address of a member in fsspec's chained form `tar://member::archive`, which fsspec can open."""
         return f"tar://{name}::{self._file.address}"
 
 
@@ -192,8 +195,9 @@ def _read_at(file: File, offset: int, size: int) -> bytes:
 def parquet_photos(
     file: File, wanted: str | None, max_bytes: int, at_uri: Callable[[str, dict[str, Any]], Photo | Problem]
 ) -> Iterator[Photo | Problem]:
-    """Yield the images of a Parquet file, with `NAME#ROW` as ids. For a column of addresses, yield what `at_uri`
-    returns for each.
+    """Yield the images of a Parquet file. The id of an image is `NAME#ROW`. If the image column contains addresses,
+    call `at_uri` with each address and the metadata of its row, and yield the result. `wanted` is the name of the image
+    column; None means to detect it.
 
     Raises:
         ModuleNotFoundError: pyarrow is not installed.
@@ -225,10 +229,11 @@ def parquet_photos(
 
 
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:
-    """Return the column that contains the images or their addresses.
+    """Return the name of the column that contains the images or their addresses: `wanted` if it is given, else the only
+    suitable one.
 
     Raises:
-        ValueError: there is no such column, or more than one; the message names the columns.
+        ValueError: no column is suitable, or several are; the message names the columns.
     """
     listed = ", ".join(schema.names)
     if wanted is not None:
@@ -279,7 +284,8 @@ def _rows(table: Any, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Convert a table's value for JSON: dates become ISO 8601, bytes base64, and non-finite numbers null."""
+    """Convert a value of a table to one that JSON allows. Dates and times become ISO 8601 texts, bytes become base64
+    texts, decimals become floats, and numbers that are not finite become None. Values of other types become texts."""
     if isinstance(value, dict):
         return {str(key): plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
@@ -296,7 +302,8 @@ def plain(value: Any) -> Any:
 
 
 class _Images:
-    """The images of a Parquet file. Many threads request them in roughly ascending order."""
+    """Reads the images of a Parquet file. Several threads request images, in roughly ascending order, so only the last
+    few batches of rows are kept."""
 
     def __init__(self, file: File, column: str) -> None:
         self._file = file
@@ -309,7 +316,7 @@ class _Images:
         self._kept: deque[tuple[int, int, Any]] = deque(maxlen=_BATCHES_KEPT)  # group, first row, batch
 
     def get(self, group: int, row: int) -> Any:
-        """Return the value in a row of a row group, None for null."""
+        """Return the value of the image column in a row of a row group. A null gives None."""
         with self._lock:
             while True:
                 for kept_group, first, batch in self._kept:

@@ -1,8 +1,8 @@
-"""Embed files in bulk into one .npz: `dinov2 embed`, without a server.
+"""Embed many image files into one .npz file, without a server: the command `dinov2 embed`.
 
-Decoding runs in threads ahead of the engine, so the engine waits only if decoding is slower. At most two batches are
-decoded ahead, so memory does not grow with the number of files. The vectors equal those that the service returns for
-the same bytes. `dinov2 index` (`service/ingest/index.py`) shares `load_ahead` and `vectors_of`.
+Threads decode images before the engine needs them, so the engine waits only if decoding is slower than the network. At
+most two batches of decoded images wait, so memory does not grow with the number of files. The vectors equal those that
+the service returns for the same bytes. `dinov2 index` (`service/ingest/index.py`) shares `load_ahead` and `vectors_of`.
 """
 
 import threading
@@ -37,7 +37,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """The outcome of a run: the number of embedded files, and the skipped files with reasons."""
+    """The result of a run: how many files were embedded, which files were skipped and why, and how long the run
+    took."""
 
     embedded: int
     skipped: list[tuple[Path, str]]
@@ -49,10 +50,11 @@ class EmbedReport:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files in `paths` and below their folders, sorted within each folder, without hidden files.
+    """Return all files in `paths`. For a folder, these are all files below it, sorted by path, except hidden files and
+    files in hidden folders.
 
     Raises:
-        ValueError: a path does not exist, or there are no files.
+        ValueError: a path does not exist, or no file was found.
     """
     files: list[Path] = []
     for path in paths:
@@ -82,11 +84,11 @@ def embed_files(
     """Embed all readable files.
 
     Args:
-        files: images in any format that the service reads.
+        files: image files, in any format that the service can decode.
         advance: called with the number of files just processed.
 
     Returns:
-        The embedded files, their vectors [n, D] float32 (D as `model.pooling.width` says), and the report.
+        The files that were embedded, their vectors as float32 [n, D], and the report. `model.pooling.width` defines D.
     """
     started = time.perf_counter()
     limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess
@@ -125,18 +127,19 @@ def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, n
 
 
 def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
-    """Return the dimension of the model's vectors with this pooling."""
+    """Return the dimension of the vectors that the model makes with this pooling."""
     return width(pooling, artifact.manifest.config.embed_dim)
 
 
 def load_ahead(
     tasks: Iterable[T], load: Callable[[T], R], *, ahead: int, workers: int | None = None
 ) -> Generator[tuple[T, R], None, None]:
-    """Yield each task with the result of `load`, in order. At most `ahead` tasks are started and not yet yielded.
+    """Yield each task with the result of `load(task)`, in order. At any time, at most `ahead` tasks have been started
+    and not yet yielded.
 
     `load` runs in `workers` threads (None: one per CPU). A separate thread iterates over `tasks`, so `tasks` may wait
-    for a disk or a network without delaying the consumer. Exceptions of either are raised here. Closing the iterator
-    ends the threads after the loads that have begun.
+    for a disk or a network without delaying the consumer. An exception that `load` or `tasks` raises is raised to the
+    consumer. When the consumer closes this generator, the threads end after the calls of `load` that have begun.
     """
     begun: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
     room, closed = threading.Semaphore(ahead), threading.Event()
@@ -170,10 +173,11 @@ def load_ahead(
 def save_vectors(
     out: Path, files: Sequence[Path], vectors: FloatArray, artifact: Artifact, tag: dict[str, object]
 ) -> None:
-    """Write `paths` [n], `vectors` [n, D], `fingerprint` and the fields of `tag` to a temporary file and rename it.
+    """Write an .npz file with the arrays `paths` [n], `vectors` [n, D], `fingerprint` and one for each entry of `tag`.
+    The file is first written under a temporary name and then renamed.
 
     Raises:
-        OSError: the file cannot be written; an older file stays unchanged.
+        OSError: the file cannot be written. An existing file at `out` stays unchanged.
     """
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "paths": np.array([str(path) for path in files], dtype=np.str_),

@@ -1,10 +1,11 @@
 """File systems for `dinov2 index`: this machine, any file system that fsspec supports, and the web.
 
-There are two kinds of place with one interface. Local files have an implementation of their own, because fsspec's does
-not follow links and silently omits a file that vanishes during a listing. Here both are a `Problem` that is listed at
-the end.
+`Disk` and `Remote` have one interface, `Place`; `Web` can only read one URL at a time. `Disk` does not use fsspec,
+because fsspec's local file system does not follow links to files, and it silently omits a file that vanishes during a
+listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a broken link and for a file
+that vanishes.
 
-File systems raise errors of their own libraries. `translated` turns all of them into OSError.
+Each file system raises the errors of its own library. `translated` turns all of them into OSError.
 """
 
 import datetime
@@ -21,10 +22,11 @@ import httpx
 from service.errors import ImageTooLarge
 
 Stamp = Mapping[str, int | str]
-"""Values that change when a file changes: `bytes`, `modified` (ISO 8601, UTC) and `etag`, if the place has them."""
+"""Values that change when a file changes: `bytes`, `modified` (ISO 8601, UTC) and `etag`. A file system may lack some
+of them."""
 
 _MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
-"""Names that fsspec's file systems use for the time of the last change."""
+"""The names that different file systems of fsspec use for the time of the last change."""
 _WEB_TIMEOUT_S: Final = 30.0
 
 
@@ -37,8 +39,8 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class Photo:
-    """One image of a source, not yet read. Any thread may call `load`. It raises ServiceError, OSError or ValueError
-    with a reason for the user."""
+    """One image of a source that has not been read yet. `load` reads it; any thread may call it. If it fails, it raises
+    a ServiceError, OSError or ValueError with a reason for the user."""
 
     id: str
     source: str
@@ -65,12 +67,13 @@ class Entry(NamedTuple):
 
 
 class Place(Protocol):
-    """A file system. All methods raise OSError."""
+    """A file system. Every method that reads raises OSError if it fails, except `listing`, which yields a `Problem`."""
 
     is_local: bool
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
-        """Yield the entries of a folder, sorted by name, without hidden ones."""
+        """Yield the entries of a folder, sorted by name, except hidden ones. Yield a `Problem` for each entry, or the
+        folder itself, that cannot be read."""
 
     def entry(self, path: str) -> Entry:
         """Describe one file or folder."""
@@ -82,12 +85,12 @@ class Place(Protocol):
     def join(self, folder: str, name: str) -> str: ...
 
     def address(self, path: str) -> str:
-        """Return the path as search results show it: printable, and sufficient to find the file again."""
+        """Return the path as search results show it. The text is printable and identifies the file."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file in a place. `name` is its path within the SOURCE, with slashes."""
+    """A file in a file system. `name` is its path relative to the SOURCE argument of the command, with slashes."""
 
     place: Place
     path: str
@@ -105,7 +108,7 @@ class File:
         """Return the file's bytes.
 
         Raises:
-            ImageTooLarge: the file has more than `max_bytes`. The rest is not read.
+            ImageTooLarge: the file has more than `max_bytes`. At most one byte more than that is read.
         """
         size = (self.stamp or {}).get("bytes")
         if size is None:
@@ -119,7 +122,7 @@ class File:
 
 
 class Disk:
-    """Files of this machine. Links to files are followed, links to folders are not."""
+    """The file system of this machine. In a listing, links to files are followed and links to folders are left out."""
 
     is_local = True
 
@@ -157,7 +160,7 @@ class Disk:
 
 
 class Remote:
-    """Files that fsspec reads."""
+    """A file system that fsspec accesses."""
 
     is_local = False
 
@@ -196,17 +199,17 @@ class Remote:
 
 
 class Web:
-    """Files on http and https, read with httpx. All threads share one connection pool."""
+    """Reads files from http and https addresses with httpx. All threads share one connection pool."""
 
     def __init__(self) -> None:
         self._client: httpx.Client | None = None
 
     def read(self, url: str, max_bytes: int) -> bytes:
-        """Return the body of a GET.
+        """Return the body of the response to a GET request.
 
         Raises:
             OSError: the request failed.
-            ImageTooLarge: the body has more than `max_bytes`. The rest is not read.
+            ImageTooLarge: the body has more than `max_bytes`. Reading stops at the limit.
         """
         client = self._client = self._client or httpx.Client(follow_redirects=True, timeout=_WEB_TIMEOUT_S)
         parts, size = [], 0
@@ -226,7 +229,7 @@ class Web:
 
 
 def find_place(source: str) -> tuple[Place, str]:
-    """Return the place that a path or URI names, and the path in it.
+    """Return the file system that a path or URI belongs to, and the path within it.
 
     Raises:
         ValueError: the protocol is unknown, or its package is not installed.
@@ -242,7 +245,8 @@ def find_place(source: str) -> tuple[Place, str]:
 
 @contextmanager
 def translated(path: str) -> Iterator[None]:
-    """Turn a file system's errors into an OSError that names the path."""
+    """Turn any other exception of the block into an OSError. The message of a FileNotFoundError, or of an error that
+    was not an OSError, names the path."""
     try:
         yield
     except FileNotFoundError as error:
@@ -279,8 +283,8 @@ def _remote_entry(row: Mapping[str, Any]) -> Entry:
 
 
 def iso_time(seconds: float) -> str:
-    """Format seconds since 1970 as ISO 8601 in UTC. A value outside the calendar (from a damaged header) stays a
-    number."""
+    """Format seconds since 1970 as ISO 8601 in UTC. A value outside the range of the calendar, as from a damaged
+    header, is returned as the text of the number."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
     except (OverflowError, ValueError, OSError):

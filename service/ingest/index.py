@@ -1,15 +1,15 @@
-"""Index the images of any source into a collection: `dinov2 index`, without a server.
+"""Index the images of any source into a collection, without a server: the command `dinov2 index`.
 
     source ─▶ feed thread: is it indexed already? ─▶ decode threads, two batches ahead ─▶ engine thread
            ─▶ event loop: writes in groups, one at a time, while the next batches are embedded
 
-The engine waits only for decoding. The feed thread lists sources and queries the store, and a write overlaps the next
-batches. At most two batches are decoded ahead and two groups wait to be written, so memory does not grow with the
-source.
+The engine waits only for decoded images: the feed thread lists the sources and queries the store, and items are written
+while the next batches are embedded. At most two batches of decoded images wait for the engine and two groups of items
+wait to be written, so memory does not grow with the source.
 
-An item whose id is in the collection is skipped without reading it, unless its file has changed. The file's size, time
-and etag are stored in the item's metadata under `_file`. So a second run resumes where the first ended. An id that
-belongs to another file is reported as a problem and not silently replaced.
+An image whose id is in the collection is skipped without reading its file, unless the file has changed. To detect
+changes, the file's size, time and etag are stored in the item's metadata under `_file`. So a second run resumes where
+the first ended. If the id belongs to an item of another file, that item is not replaced and a problem is reported.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from service.tags import make_tag, tag_parts
 STAMP_KEY: Final = "_file"
 """Metadata key of the file's size, time and etag."""
 MAX_LISTED: Final = 1000
-"""Limit of problems in a report. `on_problem` gets all of them."""
+"""The highest number of problems that a report contains. `on_problem` is called for every problem."""
 _WRITE_ITEMS: Final = 256
 _WRITE_S: Final = 1.0
 _CHECK_ITEMS: Final = 256
@@ -49,7 +49,7 @@ _CHECK_BYTES: Final = 64 * 2**20
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The options of one run."""
+    """The options of one run of `index_photos`."""
 
     pooling: Pooling = DEFAULT_POOLING
     batch_size: int = 16
@@ -81,9 +81,8 @@ class IndexReport:
 class IndexHooks:
     """Callbacks of a run.
 
-    stop: once set, the run finishes and writes the current batch and ends.
-    keep: stores an image's bytes before its item is written.
-    on_problem, on_progress: called in threads of the run.
+    stop: an event. Once it is set, the run finishes its current batch, writes it and ends. keep: stores an image's
+    bytes before its item is written. on_problem, on_progress: called in threads of the run.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
@@ -93,7 +92,7 @@ class IndexHooks:
 
 
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
-    """Return the tag of the vectors that this model makes with this engine."""
+    """Return the tag of the vectors that this model makes with this engine and pooling."""
     return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
 
 
@@ -101,7 +100,7 @@ def pooling_of(info: CollectionInfo) -> Pooling:
     """Return the pooling of a collection's vectors, from its tag.
 
     Raises:
-        Conflict: this service does not make such a tag.
+        Conflict: the tag is not one that this service makes.
     """
     pooling = tag_parts(info.tag).pooling
     if pooling is None:
@@ -118,14 +117,16 @@ async def index_photos(
     options: IndexOptions,
     hooks: IndexHooks | None = None,
 ) -> IndexReport:
-    """Embed and write images. The first write creates the collection.
+    """Embed images and write them to a collection. If the collection does not exist, the first write creates it.
 
     Args:
-        images: from `service.ingest.sources.find_photos`; a thread iterates over it.
+        images: the images and problems that `service.ingest.sources.find_photos` yields. A thread of the run iterates
+            over them.
 
     Raises:
         ModelMismatch: the collection contains vectors of another model.
-        StorageFailed, and other errors of store, engine or source: items written before the error stay.
+        StorageFailed: the store fails. Errors of the store, the engine and `images` end the run; items that were
+            written before remain.
     """
     run = _Run(store, collection, artifact, engine, options, hooks or IndexHooks())
     await run.check()
@@ -134,7 +135,7 @@ async def index_photos(
 
 @dataclass(frozen=True)
 class _Ready:
-    """An image that is ready to be embedded."""
+    """An image that is decoded and ready to be embedded, with the id, digest and metadata of its item."""
 
     photo: Photo
     item_id: str
@@ -176,7 +177,8 @@ class _Run:
             )
 
     async def go(self, images: Iterable[Photo | Problem]) -> IndexReport:
-        """Take batches from the engine's thread and write them in groups. This part runs on the event loop."""
+        """Take embedded batches from the engine thread and write them in groups, until all images are done. This
+        coroutine runs on the event loop."""
         batches = self._embedded(images)
         thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         upcoming = self.loop.run_in_executor(thread, next, batches, None)
@@ -206,8 +208,8 @@ class _Run:
     # ---- feed thread
 
     def _wanted(self, images: Iterable[Photo | Problem]) -> Iterator[Photo]:
-        """Yield the images to load. The store is queried for groups of images; the first groups are small, so that work
-        starts soon."""
+        """Yield the images that must be read. The store is queried for a group of images at a time. The first groups
+        are small, so that decoding starts soon."""
         unchecked: list[Photo] = []
         size = self.options.batch_size
         for image in images:
@@ -232,7 +234,8 @@ class _Run:
         yield from self._not_present(unchecked)
 
     def _not_present(self, unchecked: Sequence[Photo]) -> Iterator[Photo]:
-        """Yield the new and changed images of a group. Count the unchanged ones and report id conflicts."""
+        """Yield the images of a group that are new or have changed. Count the unchanged images, and report a problem
+        for an image whose id belongs to another file."""
         with self.lock:  # before querying the store, so a write in between is not missed
             before = {photo.id: self.under_way[photo.id] for photo in unchecked if photo.id in self.under_way}
         held = self._held([photo.id for photo in unchecked])
@@ -255,8 +258,8 @@ class _Run:
                 self._fail(Problem(photo.source, f"its id {photo.id!r} belongs to {verdict}; --force replaces it"))
 
     def _compare(self, photo: Photo, stamp: Any, source: str | None) -> str:
-        """Compare an image with the holder of its id. Return "same", "new" (a changed file), or the other file's
-        source."""
+        """Compare an image with the item or image that has its id. Return "same" if the file is unchanged, "new" if it
+        must be indexed again, or the source of the other file if the id belongs to one."""
         if self.options.force:
             return "new"
         if photo.stamp is None or not isinstance(stamp, Mapping):
@@ -266,7 +269,8 @@ class _Run:
         return "new" if source in (None, photo.source) else source
 
     def _held(self, ids: Sequence[str]) -> dict[str, Item]:
-        """Return the collection's items with these ids. A thread calls this."""
+        """Return the items of the collection that have these ids, by id. Call this from a thread, not from the event
+        loop."""
         if not ids or not self.exists:
             return {}
         items = asyncio.run_coroutine_threadsafe(self.store.get(self.collection, list(ids)), self.loop).result()
@@ -275,7 +279,8 @@ class _Run:
     # ---- decode threads
 
     def _load(self, photo: Photo) -> Outcome[_Ready | None]:
-        """Return the image, ready to be embedded, or None if the collection contains its content."""
+        """Read and decode an image. The outcome is the image, ready to be embedded, or None if an item with the same
+        content exists, or the error."""
         loaded = attempt(0, self._read, photo)
         if isinstance(loaded.error, StorageFailed):  # not the image's fault: the next one would fail too
             raise loaded.error
@@ -307,7 +312,7 @@ class _Run:
         return _Ready(photo, item_id, digest, metadata, pixels)
 
     def _is_here(self, digest: str) -> bool:
-        """Return whether this content is in the collection or being indexed."""
+        """Return whether an image with this sha256 is in the collection or is being indexed."""
         with self.lock:
             if digest in self.under_way:
                 return True

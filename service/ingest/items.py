@@ -1,8 +1,8 @@
 """Add the images and vectors of one request to a collection.
 
-Each item is checked as far as possible without the network. The images go through the network together. If the
-collection stores images, they are stored. All good items are written in one call. An item's error does not affect the
-others (`on_error`).
+First each item is checked as far as is possible without running the neural network. Then the network embeds all images
+together. If the collection stores images, they are stored. Finally all good items are written in one call. With
+`on_error=partial`, an item that fails does not affect the others.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _NO_VECTOR: Final = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class NewItem:
-    """An item as it was sent. Until the network has processed its image, its vector is empty."""
+    """An item of a request. The vector of an item with an image is empty until the network has embedded the image."""
 
     item: Item
     image: bytes | None = None
@@ -42,8 +42,13 @@ class NewItem:
 
 @dataclass(frozen=True)
 class Added:
-    """The outcome of a request: the ids of the written items, by index; the errors of the others; the collection after
-    the write; milliseconds by stage."""
+    """The result of a request.
+
+    collection: the collection after the write.
+    ids: the ids of the written items, by their index in the request.
+    errors: the errors of the items that were not written.
+    timings: the milliseconds of each stage.
+    """
 
     collection: CollectionInfo
     ids: dict[int, str]
@@ -54,11 +59,13 @@ class Added:
 async def add_items(
     service: Service, name: str, items: Sequence[Outcome[NewItem]], on_error: OnError, request_key: str | None = None
 ) -> Added:
-    """Write items. The first write creates the collection. A second call with the same `request_key` changes nothing.
+    """Write items to a collection. If it does not exist, it is created. A second call with the same `request_key` and
+    the same items within a day changes nothing.
 
     Raises:
-        InvalidItems: some items cannot be written and `on_error` is "fail", or none can. Nothing is written.
-        ModelMismatch, QueueFull and other ServiceErrors: the whole request fails. Nothing is written.
+        InvalidItems: an item cannot be written and `on_error` is "fail", or no item can be written. Nothing was
+            written.
+        ServiceError: the whole request failed, for instance with ModelMismatch or QueueFull. Nothing was written.
     """
     collection = await _target(service, name)
     good, errors = split_items(await _ready(service, collection, items), on_error, "items")
@@ -70,7 +77,8 @@ async def add_items(
 
 
 def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
-    """Parse one of a body's `items` and check it as far as possible without store and network.
+    """Parse the item at `index` of a body's list `items`. Check it as far as is possible without the store and the
+    network.
 
     Raises:
         ServiceError: the item is invalid.
@@ -92,7 +100,7 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
 
 
 def item_from_file(image: bytes, filename: str) -> NewItem:
-    """Make an item from an uploaded file. Its id is the content's sha256.
+    """Make an item from an uploaded image file. The id of the item is the sha256 of the file, in hex.
 
     Raises:
         InvalidRequest: the file name cannot be stored.
@@ -106,15 +114,16 @@ def _image_item(image: bytes, item_id: str | None, metadata: dict[str, Any], sou
 
 
 def _checked(item: Item) -> Item:
-    """Return the item, or raise if the store would refuse its id, metadata or source. This runs before any work is
-    done."""
+    """Return the item. Raises InvalidRequest if the store would refuse its id, metadata or source. This check runs
+    before any expensive work."""
     check_id(item.id)
     metadata_text(item.metadata)
     return check_source(item)
 
 
 async def _target(service: Service, name: str) -> CollectionInfo:
-    """Return the collection to write to. If it does not exist, return it as the first write will create it."""
+    """Return a description of the collection to write to. If the collection does not exist, describe the one that the
+    first write will create."""
     try:
         return await service.store.info(name)
     except CollectionNotFound:
@@ -124,12 +133,12 @@ async def _target(service: Service, name: str) -> CollectionInfo:
 async def _ready(
     service: Service, collection: CollectionInfo, sent: Sequence[Outcome[NewItem]]
 ) -> list[Outcome[NewItem]]:
-    """Return the items ready to be written. Images go through the network and are stored if the collection stores
+    """Return the items, or their errors, ready to be written: embed the images, and store them if the collection stores
     images.
 
     Raises:
         ModelMismatch: all items are images, and the collection contains vectors of another model.
-        QueueFull, ShuttingDown, ModelUnavailable: nothing was started.
+        QueueFull, ShuttingDown, ModelUnavailable: the network accepts no more images. No image was embedded.
     """
     readable = successes(sent)
     if readable and all(new.image is not None for new in readable):
@@ -144,7 +153,7 @@ async def _ready(
 
 
 def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
-    """Refuse images whose vectors do not fit into this collection.
+    """Raise an error if vectors of the served model do not fit into this collection.
 
     Raises:
         ModelMismatch: the collection contains vectors of another model or of an unknown tag.
@@ -159,7 +168,7 @@ def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
 
 
 def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewItem:
-    """Return the item, or raise if its vector does not fit into the collection."""
+    """Return the item. Raises ModelMismatch or Conflict if its vector does not fit into the collection."""
     if new.image is not None:
         _check_images_fit(service, collection)
         return new
@@ -173,7 +182,8 @@ def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewI
 
 
 def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embedded] | None) -> NewItem:
-    """Set the vector of an image's item. An item that came with a vector stays unchanged."""
+    """Return the item with the vector of its image, which `outcome` has. If `outcome` is None, the item came with a
+    vector and is returned unchanged. Raises the error of `outcome`, if it has one."""
     if outcome is None:
         return new
     pooling = tag_parts(collection.tag).pooling
@@ -184,7 +194,8 @@ def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embe
 
 
 async def _stored(new: NewItem, service: Service) -> NewItem:
-    """Store the item's image before its vector is written, so that no item points to a missing image."""
+    """Store the image of the item and return the item. This runs before the item is written, so that no item points to
+    a missing image."""
     if new.image is None:
         return new
     digest = await service.originals.put(new.image)

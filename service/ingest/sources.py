@@ -7,11 +7,12 @@
     .txt               one path or address per line
     .jsonl             {"image": "...", "id": "...", ...} per line; other keys are metadata
 
-A source may be on this machine or anywhere that fsspec supports (s3://, gs://, memory://, file://). Nothing is read
-ahead of demand, so a stream of a million images takes no more memory than one of ten.
+A source may be on this machine or anywhere that fsspec supports (s3://, gs://, memory://, file://). Images are yielded
+one by one and read only when `load` is called, so a million images take no more memory than ten.
 
-An id is the path within the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`, `train.parquet#12`. In a list
-it is the entry as written. An image that cannot be read becomes a `Problem` in the stream and does not stop it.
+The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`,
+`train.parquet#12`. For an image of a list, the id is the path or address as the list has it, unless the line gives an
+`id`. For something that cannot be read, a `Problem` is yielded and the next images follow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,12 @@ def find_photos(
 
     Args:
         sources: paths or addresses.
-        max_bytes: limit of one image; larger ones are not read.
-        image_column: image column of Parquet files; None detects it.
+        max_bytes: size limit of one image. Larger images are not read.
+        image_column: name of the image column of Parquet files. None means to detect it.
 
     Raises:
-        ValueError: immediately, if there is no source, or a source does not exist or cannot be reached.
+        ValueError: there is no source, or a source does not exist or cannot be reached. This is raised by the call
+            itself, before the first image.
     """
     if not sources:
         raise ValueError("no source was given")
@@ -78,7 +80,7 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 
 
 class _Finder:
-    """A finder of images, with the options that hold for all sources."""
+    """Finds the images of all sources, with the same options for each."""
 
     def __init__(self, max_bytes: int, image_column: str | None) -> None:
         self._max_bytes = max_bytes
@@ -101,8 +103,8 @@ class _Finder:
                 yield from self._archived(file, "") or [self._plain(file, None)]
 
     def _below(self, place: Place, folder: str, prefix: str) -> Iterator[Photo | Problem]:
-        """Yield the images below a folder, depth first, sorted by name. Other files than images and archives are left
-        out."""
+        """Yield the images below a folder, depth first, sorted by name, including those in archives. Other files are
+        ignored. `prefix` is the folder's path relative to the source."""
         rows = list(place.listing(folder))
         sidecars = {row.name: row for row in rows if isinstance(row, Entry) and suffix_of(row.name) == ".json"}
         for row in rows:
@@ -120,7 +122,7 @@ class _Finder:
                 yield from self._archived(file, f"{name}/") or ()
 
     def _archived(self, file: File, prefix: str) -> Iterator[Photo | Problem] | None:
-        """Return the images in an archive, or None if the file is not an archive."""
+        """Return an iterator over the images in an archive, or None if the file is not an archive."""
         if file.name.lower().endswith(_TAR):
             return tar_photos(file, prefix, self._max_bytes)
         if suffix_of(file.name) == ".parquet":
@@ -179,7 +181,8 @@ class _Finder:
     def _at(
         self, listed_in: File, address: str, metadata: dict[str, Any], item_id: str | None = None
     ) -> Photo | Problem:
-        """Return the image at an address. A relative path starts at the folder of the list."""
+        """Return the image at an address that `listed_in`, a list or Parquet file, contains. A relative path is
+        relative to the folder of that file."""
         item_id = address if item_id is None else item_id
         if address.startswith(_WEB):
             return self._on_web(address, metadata, item_id)

@@ -1,1 +1,1 @@
-"""Search: parse requests, find where each query starts, query the store, and order the results."""
+"""Search: parse requests, determine the vector of each query, query the store, and order the results."""

@@ -1,7 +1,7 @@
 """Combine several examples into one query: "like these images, and not like that one".
 
-Every part is a direction. The parts are scaled to length 1, so that the magnitude of a vector does not matter, and
-added with their weights. The search uses the direction of the sum.
+Each example is a vector. It is scaled to length 1, so that its magnitude does not matter, and multiplied by its weight.
+The query is the direction of the sum.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ from service.search.checks import normalised_rows
 from service.search.store import Floats
 
 NOTHING_LEFT: Final = 1e-5
-"""Ratio of the sum's length to the sum of absolute weights, below which the direction is only float32 rounding."""
+"""If the length of the sum divided by the sum of the absolute weights is at most this, the direction of the sum is
+mostly rounding error of float32."""
 
 
 def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
-    """Return the direction of the weighted sum of unit vectors.
+    """Scale vectors to length 1 and return the direction of their weighted sum.
 
     Args:
         vectors: [n, D], of any scale.
@@ -29,8 +30,7 @@ def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
         float32 [D] of length 1.
 
     Raises:
-        InvalidRequest: a vector has no direction, all weights are 0, or the vectors cancel out, so the sum has no
-            direction.
+        InvalidRequest: a vector is zero, all weights are 0, or the weighted vectors cancel out.
     """
     if not any(weights):
         raise InvalidRequest(f"combine: the weights are {list(weights)}: at least one must not be 0", param="combine")

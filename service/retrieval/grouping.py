@@ -1,12 +1,12 @@
-"""Results by group, for instance the best products, each with its best few images.
+"""Group the results of a search by a metadata key, for instance to find the best products, each with its best images.
 
-A store ranks items, so groups are formed from the ranking, in the order of their best items, each with its best `size`
-items. The required depth is unknown beforehand, because one product may fill the first thousand ranks. So the search is
-repeated, twice as deep each time, until enough groups are full, no items are left, or `MAX_DEPTH` is reached. In the
-last case the answer says that it is truncated.
+A store ranks items. Groups are formed from this ranking: they are in the order of their best items, and each has its
+best `size` items. It is unknown beforehand how many ranks are needed, because one product may fill the first thousand.
+So the search is repeated, each time for twice as many items, until enough groups are full, no items are left, or
+`MAX_DEPTH` items are read. In the last case `Groups.truncated` is true.
 
-`split` on the whole ranking is the definition. `grouped` gives the same result from as little of the ranking as
-possible.
+`split` on the whole ranking is the definition. `grouped` gives the same result but reads only the first part of the
+ranking.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,8 @@ from service.search.filters import Scalar
 from service.search.store import MAX_DEPTH, Hit
 
 Search = Callable[[int], Awaitable[Sequence[Hit]]]
-"""Returns that many hits, best first, or fewer if there are fewer."""
+"""A function that takes a number of hits and returns the best ones, best first. It returns fewer if the store has
+fewer."""
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of an answer. `truncated`: below `MAX_DEPTH` there may be more groups, or more items of these
-    groups."""
+    """The groups of an answer, best first. If `truncated`, the ranking continues after `MAX_DEPTH` items, and the rest
+    may contain more groups or more items of these groups."""
 
     groups: list[Group]
     truncated: bool
@@ -50,11 +51,11 @@ async def grouped(
     """Return the best `k` groups after the first `offset`, with up to `size` items each.
 
     Args:
-        search: returns a store's best hits for one vector, down to a depth.
+        search: returns the best hits of a store for the query, as many as its argument says.
         path: path of the metadata key. Items without it, or with a value that is not a string, number or boolean,
             belong to no group.
-        keep: decides which hits count.
-        threshold: the lowest score that counts.
+        keep: returns whether a hit is used. Other hits are left out.
+        threshold: the lowest score of a hit that is used. None means no limit.
     """
     wanted = offset + k
     depth = min(MAX_DEPTH, 2 * wanted * size)
@@ -70,8 +71,8 @@ async def grouped(
 
 
 def split(hits: Iterable[Hit], path: tuple[str, ...], size: int) -> list[Group]:
-    """Group ranked hits by their value, in the order in which the values first occur. Each group has its first `size`
-    hits."""
+    """Group ranked hits by their value at `path` in the metadata. The groups are in the order in which their values
+    first occur, and each has its first `size` hits. Hits without such a value are left out."""
     groups: dict[tuple[bool, Scalar], Group] = {}
     for hit in hits:
         value = _value(hit.metadata, path)

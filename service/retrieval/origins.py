@@ -1,11 +1,12 @@
-"""From a query to its start: one vector of the collection's kind.
+"""Determine what the search for each query starts from: one vector that can be compared with those of the collection.
 
-All images of a request go through the pipeline together, and all ids through the store. The collection's tag determines
-the pooling. Images are refused if the served model's tag differs from the collection's. A stored item always matches
-its collection, whichever model is served.
+The pipeline embeds all images of a request together, and one call of the store reads all items that the request names
+by id. The collection's tag determines the pooling. Images are refused if the served model's tag differs from the
+collection's. The vector of a stored item can always be used, whichever model is served.
 
-A region needs the patch tokens, and so does an image whose candidates are re-ranked by patches. Each takes one forward
-pass and bypasses the cache, which stores only the mean of the patch tokens.
+A query by region needs the patch tokens of its image, and so does a query by image whose results are re-ranked by
+patches. The cache stores only the class token and the mean of the patch tokens, so each such image takes a forward
+pass.
 """
 
 import asyncio
@@ -34,7 +35,8 @@ from service.vision.region import box_weights, mask_weights, region_mean
 
 @dataclass(frozen=True)
 class Target:
-    """The collection to search, under its own name, and the pooling of its vectors."""
+    """The collection to search and the pooling of its vectors. `info.name` is the collection's own name, even if the
+    request used an alias."""
 
     info: CollectionInfo
     pooling: Pooling
@@ -47,13 +49,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Origin:
-    """The start of a search.
+    """What a search starts from.
 
-    vector: [D], length 1.
-    exclude: ids that are left out of the answer.
-    patches, weights: patches of the query image for re-ranking, and the weight of each patch [N] (None: all equal).
-    patches is only set if the query asks for re-ranking.
-    timings: milliseconds by stage.
+    vector: the vector of the query, [D], of length 1.
+    exclude: the ids that are left out of the answer.
+    patches: the N patches of the query image. They are only set if the query asks for re-ranking.
+    weights: the weight of each patch, [N]. None means that all weights are equal.
+    timings: the milliseconds of each stage.
     """
 
     vector: Floats
@@ -65,7 +67,8 @@ class Origin:
 
 
 async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
-    """Return, for each query, the start of its search or its error.
+    """Return for each query what its search starts from (its vector, its patches for re-ranking, and the ids to
+    exclude), or its error.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full.
@@ -107,7 +110,8 @@ class _Part(NamedTuple):
 
 
 def _checked(query: Query, service: Service, target: Target) -> Query:
-    """Return the query, or raise if it cannot be compared with the collection. This runs before any work is done."""
+    """Return the query. Raises ModelMismatch, Conflict or InvalidRequest if it cannot be compared with the collection's
+    vectors. This check runs before any image is decoded."""
     info = target.info
     if query.needs_model:
         check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
@@ -127,7 +131,8 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
 
 
 def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
-    """Return the start of a query from its embedded images and stored items."""
+    """Return what the search for a query starts from, computed from the vectors of its parts. Raises InvalidItems if an
+    image could not be embedded."""
     embedded = [part.embedded for part in parts if part.embedded is not None]
     if bad := failures(embedded):
         raise InvalidItems(bad, total=len(parts), param=query.form)
@@ -145,7 +150,7 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
 
 
 def _vector(target: Target, with_features: _Part) -> Floats:
-    """Return the unit vector of a part."""
+    """Return the vector of a part, [D], of length 1. Raises ItemNotFound if its item does not exist."""
     part, embedded, item = with_features
     if part.id is not None:
         if item is None:
@@ -158,7 +163,8 @@ def _vector(target: Target, with_features: _Part) -> Floats:
 
 
 async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Query]) -> dict[int, Outcome[Origin]]:
-    """Analyse the images concurrently, so that those decoded at the same time share forward passes."""
+    """Compute the origins of queries that need patches, by number. The images are analysed concurrently, so that those
+    which are decoded at the same time share a forward pass."""
     analyses = (attempt_await(number, _analysed(service, target, query)) for number, query in queries.items())
     origins: dict[int, Outcome[Origin]] = {}
     for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # none keeps running
@@ -169,7 +175,7 @@ async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Q
 
 
 async def _analysed(service: Service, target: Target, query: Query) -> Origin:
-    """Return the start of a query that needs all features of its image."""
+    """Return what the search for a query starts from, if the query needs the patches of its image."""
     image = query.parts[0].image
     assert image is not None
     try:
@@ -181,7 +187,8 @@ async def _analysed(service: Service, target: Target, query: Query) -> Origin:
 
 
 def _of_patches(service: Service, target: Target, query: Query, analysed: Analysed) -> Origin:
-    """Compute the start of a query from all features of its image. This runs off the event loop."""
+    """Compute what the search for a query starts from, using all features of its image. This runs in a worker
+    thread."""
     weights = None
     vector = analysed.embedded.vector(target.pooling, True)
     height, width = analysed.image.shape[:2]

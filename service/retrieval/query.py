@@ -1,7 +1,7 @@
 """A search request, parsed and checked.
 
-A query has one of five forms. All forms except `region` consist of parts: an image, a vector or an item's id, each with
-a weight.
+A query has one of five forms (`FORMS`) and one or more parts. A part is an image, a vector or the id of an item, with a
+weight. Only a query of the form `combine` has several parts.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Query:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the served model must compute features for the query."""
+        """Whether the query has an image, so that the served model must compute features."""
         return any(part.image is not None for part in self.parts)
 
     @property
@@ -55,7 +55,7 @@ class Query:
 
     @property
     def depth(self) -> int:
-        """How many ranks of the store's result the answer needs."""
+        """How many of the store's best hits the answer needs: `k` plus `offset`."""
         return self.ranking.k + self.ranking.offset
 
     @property
@@ -66,7 +66,7 @@ class Query:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A whole request. In a batch, invalid queries have errors."""
+    """A parsed request. In a batch, the outcome of an invalid query is its error."""
 
     queries: list[Outcome[Query]]
     model: str = "auto"

@@ -1,9 +1,9 @@
 """Parse and check the queries of a request before anything is computed.
 
-A request is one query, a list of queries, or an image with options. A vector becomes an array immediately: it is most
-of the body of the commonest request, and pydantic would first make a list of floats of it.
+A request is one query, a list of queries, or an image with options. `read_vector` parses vectors without the schema,
+because a vector is most of the body of the commonest request, and pydantic would take longer.
 
-In a list, an invalid query has an error of its own, like an invalid image elsewhere.
+In a list of queries, the error of an invalid query does not affect the others.
 """
 
 import reprlib
@@ -34,7 +34,7 @@ _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]
 
 @dataclass
 class _Reader:
-    """A parser of queries. Filters that several queries share are parsed once."""
+    """Parses the queries of one request. A filter that several queries share is parsed only once."""
 
     settings: Settings
     filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity; the object outlives the reader
@@ -123,7 +123,7 @@ class _Reader:
 
 
 def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Parse a search by one image. Its options come from a form or a query string, as text.
+    """Make a request from one image. `fields` has the options as texts, from a form or a query string.
 
     Raises:
         InvalidRequest: an option is not allowed.
@@ -134,7 +134,7 @@ def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: S
 
 
 async def read_search(fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Parse the one query or the `queries` of a JSON object.
+    """Parse a JSON object with either one query or the list `queries`.
 
     Raises:
         ServiceError: the whole request, or its only query, is invalid.
@@ -185,7 +185,7 @@ async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> 
 
 
 def _check_batch(queries: list[Query], settings: Settings) -> None:
-    """Limit the total cost of all queries of a request."""
+    """Raise InvalidRequest if all queries of a request together have too many images or request too many results."""
     _check_images(queries, settings)
     results = sum(query.ranking.k * (query.ranking.group_size or 1) + query.ranking.offset for query in queries)
     if results > MAX_RESULTS_OF_BATCH:
@@ -203,11 +203,11 @@ def _check_images(queries: list[Query], settings: Settings) -> None:
 
 
 def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
-    """Parse a JSON value as a vector [D].
+    """Parse a JSON value as a vector, float64 [D]. `where` is the field name that an error message gives.
 
     Raises:
-        InvalidRequest: not a list of 1 to `MAX_DIMENSION` numbers (the message names the first wrong element), or all
-            numbers are 0.
+        InvalidRequest: the value is not a list of 1 to `MAX_DIMENSION` numbers, or all numbers are 0. The message names
+            the first element that is not a number.
     """
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSION:
         size = f" of {len(value):,}" if isinstance(value, list) else ""
@@ -237,7 +237,7 @@ def _count_values(condition: Filter) -> int:
 
 
 def search_params(params: ParamsIn | None) -> SearchParams | None:
-    """Convert search parameters to the store's type."""
+    """Convert the search parameters of a request to the type that stores use. None stays None."""
     return None if params is None else SearchParams(params.exact, params.ef_search, params.nprobe)
 
 
@@ -257,7 +257,8 @@ def _check_grouping_and_rerank(form: str, ranking: Ranking) -> None:
 
 
 def _from_text(fields: dict[str, Any]) -> dict[str, Any]:
-    """Parse options that are all text: JSON in `filter` and `params`, and a single `include` as a list."""
+    """Return options from a form or query string in the types of a JSON body. `filter` and `params` are parsed as JSON,
+    and a single `include` becomes a list."""
     read = dict(fields)
     for name in ("filter", "params"):
         if isinstance(read.get(name), str):

@@ -1,10 +1,10 @@
 """Re-order the best hits of a search by comparing them with the query patch by patch (`vision/maxsim`).
 
-The patches are computed from the images that the collection stores, a few at a time, so that neither a hundred images
-nor a hundred tensors are in memory at once. The pipeline caches recently computed patches.
+The patches of a hit are computed from its image, which the collection must store. At most `AT_A_TIME` images are
+processed at once, to limit memory. The pipeline caches recently computed patches.
 
-A candidate whose image is missing, damaged or unreadable gets no `rerank_score` and comes after the scored candidates.
-The request fails only if a fault of the service prevents every comparison.
+A hit whose image is missing, damaged or unreadable gets no `rerank_score` and comes after the hits that have one. The
+request fails only if no hit could be compared because of a fault of the service.
 """
 
 import asyncio
@@ -29,13 +29,14 @@ from service.vision.region import patch_box
 log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
-"""Images that are fetched and computed at once: two full forward passes at 224 pixels. Each image has at most 20 MiB by
-default."""
+"""The number of images that are read and embedded at once, which are two full forward passes at 224 pixels. Each image
+has at most 20 MiB by default."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The patch comparison of a hit: its score and, if requested, where the images match."""
+    """The comparison of a hit with the query by patches: the score and, if requested, the boxes where the two images
+    match."""
 
     score: float
     matches: list[dict[str, Any]] | None = None
@@ -43,18 +44,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Reranked:
-    """Hits in their new order, and the comparisons by id of the hits that could be compared."""
+    """The hits in their new order, and the comparison of each hit that could be compared, by item id."""
 
     hits: list[Hit]
     comparisons: dict[str, Comparison]
 
 
 async def reranked(service: Service, target: Target, query: Query, origin: Origin, hits: Sequence[Hit]) -> Reranked:
-    """Re-order the hits: the compared hits first, best first, then the others in their original order.
+    """Compare the best hits with the query by patches and re-order the hits. The hits that could be compared come
+    first, best first, and the others follow in their previous order.
 
     Raises:
         InvalidRequest: the collection stores no images, or not the image of the item that the query names.
-        QueueFull and similar: there is no room for the candidates' images.
+        ServiceError: no hit could be compared because of a fault of the service, or the queue has no room for the
+            images.
     """
     if not target.info.spec.originals:
         raise InvalidRequest(
@@ -86,7 +89,8 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
 
 
 async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """Return the digests of the hits' stored images. If a hit's source does not name one, use the item's own digest."""
+    """Return the digest of each hit's stored image, in order, or None. The digest is the one that the hit's source
+    names, else the digest of the item."""
     named = [digest_of(hit.source) for hit in hits]
     unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
     items = iter(await service.store.get(name, unnamed) if unnamed else [])
@@ -98,7 +102,7 @@ def _of_item(item: Item | None) -> str | None:
 
 
 async def _query_patches(service: Service, origin: Origin) -> Patches:
-    """Return the patches of the query's image."""
+    """Return the patches of the query's image, or of the stored image of the item that the query names."""
     if origin.patches is not None:
         return origin.patches
     assert origin.source is not None
@@ -118,7 +122,7 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
 
 
 async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
-    """Return the patches of stored images, or the errors, in order."""
+    """Return the patches of the stored images with these digests, or their errors, in order."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
     kept = await service.pipeline.kept_patches(wanted)
     missing = [digest for digest in wanted if digest not in kept]
@@ -140,7 +144,8 @@ async def _read(service: Service, digest: str) -> tuple[str, bytes]:
 def _compare(
     rows: Floats, query: Patches, weights: Floats | None, spec: PreprocessSpec, matches: bool, patches: Patches
 ) -> Comparison:
-    """Compare the query's patches with one candidate's."""
+    """Compare the query's patches with those of one hit. `rows` are the query's patches as float32 unit vectors [N,
+    D]."""
     candidate = unit_rows(patches.rows)
     if not matches:
         return Comparison(maxsim(rows, candidate, weights))

@@ -1,10 +1,11 @@
-"""Run a search: find where each query starts (`origins`), query the store, and cut its result to size.
+"""Run a search: determine the vector of each query (`origins`), query the store, and cut each result to the requested
+page.
 
-The commonest request, a single vector, skips the first step: the store compares the tags itself, so the collection need
-not be looked up. Queries of a batch with the same options share one store call.
+The commonest request, a single vector, skips the first step. The collection's tag need not be read beforehand, because
+the store compares the tags. Queries of a batch that have the same options share one call of the store.
 
-An item that a query names by id is left out of the answer, because "like this one" does not mean this one. The search
-goes deeper by the number of such items.
+An item that a query names by id is left out of the answer, because it would always be its own best hit. The store is
+asked for as many more hits as there are such items.
 """
 
 import time
@@ -28,7 +29,8 @@ from service.timings import ms_since
 class QueryResults:
     """The results of one query: hits, best first, or groups of hits.
 
-    comparisons, vectors: by item id, if the query requests them.
+    comparisons: the comparisons by patches, by item id. Empty unless the query asks for re-ranking.
+    vectors: the vectors, by item id. Empty unless the query requests them.
     """
 
     hits: Sequence[Hit] = ()
@@ -43,8 +45,8 @@ class QueryResults:
 
 @dataclass(frozen=True)
 class SearchResults:
-    """The results of a request: results or error of each query, in order; the collection's tag; milliseconds by
-    stage."""
+    """The results of a request: the results or the error of each query, in order, the collection's tag, and the
+    milliseconds of each stage."""
 
     queries: list[Outcome[QueryResults]]
     tag: str
@@ -75,8 +77,9 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
 
 
 async def _by_one_vector(service: Service, name: str, request: SearchRequest) -> SearchResults | None:
-    """Answer a request that is one vector without special options. Return None if it needs the general path, which
-    looks up the collection's tag. Here the default pooling is assumed."""
+    """Answer a request that is one vector without grouping or `include`, assuming that the collection has the default
+    pooling. Return None if the request is of another kind or the collection has another tag; `search` then looks up the
+    collection."""
     if request.batch:
         return None
     query = request.queries[0].result()
@@ -113,7 +116,7 @@ async def _find(
 
 
 async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
-    """Answer queries that differ only in their start with one store call."""
+    """Answer queries that have the same options but different vectors, with one call of the store."""
     first = batch[0][0]
     depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
@@ -135,7 +138,7 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
 async def _groups(
     service: Service, target: Target, query: Query, path: tuple[str, ...], origin: Origin
 ) -> QueryResults:
-    """Answer a query with grouping."""
+    """Return the results of a query that asks for groups."""
 
     async def best(depth: int) -> list[Hit]:
         info, vectors = target.info, origin.vector[None]

@@ -1,1 +1,2 @@
-"""The routes, one file per resource. A route parses the request, calls one function and answers."""
+"""The routes, one file per resource. A route parses the request, calls the code that does the work, and builds the
+answer."""

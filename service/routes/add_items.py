@@ -25,7 +25,8 @@ from service.timings import ms_since
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 MAX_VECTORS: Final = 1000
-"""Limit of items with vectors in one request. Items with images are limited by the queue."""
+"""The highest number of items with vectors in one request. For items with images, the length of the queue sets the
+limit."""
 KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -48,9 +49,11 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
     },
 )
 async def add_items(request: Request, name: str) -> Response:
-    """Add images or vectors. JSON has `items` with id, source and metadata. A form has image files: the id is the
-    content's sha256, and the file name is stored in the metadata as `filename`. With the header `Idempotency-Key`, a
-    second request with the same items within a day changes nothing."""
+    """Add images or vectors to a collection. An item replaces an existing item with the same id. The first write to a
+    name creates the collection. A JSON body has the list `items`; each item has an image or a vector, and may have an
+    id, a source and metadata. A form has image files: the id of each item is the sha256 of the file, and the file name
+    is stored in the metadata as `filename`. If two requests within a day have the same `Idempotency-Key` header and the
+    same items, the second one changes nothing."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -71,10 +74,10 @@ async def add_items(request: Request, name: str) -> Response:
 
 
 def _request_key(request: Request, service: Service) -> str | None:
-    """Return the `Idempotency-Key`.
+    """Return the value of the header `Idempotency-Key`, or None if the request does not have it.
 
     Raises:
-        InvalidRequest: the key is too long or not ASCII, or the store cannot remember it.
+        InvalidRequest: the key is empty, too long or not printable ASCII, or the store does not support such keys.
     """
     key: str | None = request.headers.get(KEY_HEADER)
     if key is None:
@@ -87,7 +90,8 @@ def _request_key(request: Request, service: Service) -> str | None:
 
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewItem]], ItemsIn | UploadOptions]:
-    """Parse the items in order. Each is checked as far as possible without store and network."""
+    """Return the items of the request in order, each parsed item or its error, and the request's options. Each item is
+    checked as far as is possible without the store and the neural network."""
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         _check_counts(body.items, settings)

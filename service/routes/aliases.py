@@ -1,7 +1,7 @@
 """`/v1/aliases`: names that point to collections. An alias can be used wherever a collection is named.
 
-To change the model without a gap, fill a new collection next to the old one and then move the alias. Each request uses
-either the old or the new collection.
+To change the model without a gap, fill a new collection next to the old one and then move the alias. A request that
+arrives during the move uses either the old or the new collection, never parts of both.
 """
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/aliases", tags=["aliases"], route_class=DirectRou
 
 @router.get("", summary="List aliases")
 async def list_aliases(request: Request) -> Response:
-    """List all aliases and their collections."""
+    """List all aliases in alphabetical order, each with the collection that it points to."""
     service = service_of(request)
     aliases = await service.store.aliases()
     data = [{"alias": alias, "collection": collection} for alias, collection in sorted(aliases.items())]
@@ -27,8 +27,8 @@ async def list_aliases(request: Request) -> Response:
 
 @router.put("/{alias}", summary="Create or move an alias", openapi_extra=json_body(AliasIn))
 async def put_alias(request: Request, alias: str) -> Response:
-    """Point the alias to a collection, in one atomic step. `before` is the previous collection (status 201 if there was
-    none)."""
+    """Create an alias of a collection, or move an existing alias to it in one atomic step. The answer's `before` is the
+    collection that the alias pointed to. If the alias is new, `before` is null and the status is 201."""
     service = service_of(request)
     check_name(alias)
     body = parse_options(AliasIn, await read_json(request))
@@ -40,7 +40,7 @@ async def put_alias(request: Request, alias: str) -> Response:
 
 @router.delete("/{alias}", summary="Delete an alias")
 async def delete_alias(request: Request, alias: str) -> Response:
-    """Delete the alias. Its collection remains."""
+    """Delete the alias. The collection that it points to remains."""
     service = service_of(request)
     await service.store.drop_alias(check_name(alias))
     return json_response({"alias": alias, "deleted": True, **service.identity()})

@@ -1,4 +1,4 @@
-"""Parts that answers share: vectors, the timing header, and direct JSON."""
+"""Functions that several routes use to build answers: encode vectors, make the timing header, and serialise JSON."""
 
 import base64
 from typing import Any, Literal
@@ -10,14 +10,15 @@ from fastapi import Response
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:
-    """Prepare a vector for JSON: an array of numbers, or base64 of little-endian float32."""
+    """Prepare a vector [D] for JSON: as an array of numbers, or as the base64 text of its little-endian float32
+    bytes."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
     return np.ascontiguousarray(vector)
 
 
 def server_timing(timings: dict[str, float]) -> dict[str, str]:
-    """Return the Server-Timing header, which browsers and load testers display."""
+    """Return the Server-Timing header for timings in milliseconds. Browsers and load testers display this header."""
     return {"Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.items())}
 
 

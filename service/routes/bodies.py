@@ -1,7 +1,7 @@
 """Read request bodies: a JSON object, a form with files, or an image as the raw body.
 
-`service/middleware.py` limits the size while the body arrives. A form's files stay in memory, because a container's
-root is read-only and an image should not be written to disk.
+`service/middleware.py` limits the size while the body arrives. The files of a form stay in memory: in a container the
+root file system is read-only, and a client's image should not be written to disk.
 """
 
 from collections.abc import AsyncGenerator
@@ -23,8 +23,8 @@ from service.settings import Settings
 MAX_FORM_FIELDS: Final = 32
 MAX_FIELD_BYTES: Final = 64 * 1024
 MAX_JSON_VALUES: Final = 1_000_000
-"""Limit of one body. Each value becomes an object of at least 60 bytes, so a body of commas takes 20 times its size in
-memory."""
+"""The highest number of JSON values in one body. Each value becomes a Python object of at least 60 bytes. Without a
+limit, a body of mostly commas would take more than 20 times its size in memory."""
 _FORM_CHARSETS: Final = frozenset({"utf-8", "utf8", "us-ascii", "iso-8859-1", "latin-1"})
 _FORMS: Final = "application/json, multipart/form-data, or the image itself as image/*"
 
@@ -44,7 +44,8 @@ def media_type(request: Request) -> str:
 
 
 async def read_upload(request: Request, settings: Settings, *, key: str) -> Upload:
-    """Read a body with images. `key` is the JSON field of the images (a string or a list of strings).
+    """Read a body with images. `key` is the name of the JSON field that has the images, as one string or a list of
+    strings.
 
     Raises:
         BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is invalid.
@@ -71,7 +72,9 @@ async def read_json(request: Request) -> dict[str, Any]:
     """Return the JSON object of a body.
 
     Raises:
-        UnsupportedMediaType, BadRequest, InvalidRequest: another content type, not JSON, not an object.
+        UnsupportedMediaType: the content type is not application/json.
+        BadRequest: the body is not JSON.
+        InvalidRequest: the JSON is not an object, or it has too many values.
     """
     kind = media_type(request)
     if kind != "application/json":
@@ -80,7 +83,7 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 async def json_of(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body of any content type."""
+    """Return the JSON object of a body, whatever its content type is."""
     body = await request.body()
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
         raise InvalidRequest(f"the body has more than {MAX_JSON_VALUES:,} JSON values")
@@ -99,13 +102,14 @@ async def read_optional_json(request: Request) -> dict[str, Any]:
 
 
 def query_fields(request: Request) -> dict[str, Any]:
-    """Return the query parameters. A repeated parameter becomes a list."""
+    """Return the query parameters as a dictionary. A repeated parameter gets the list of its values."""
     return _grouped(request.query_params.multi_items())
 
 
 class _MemoryParser(MultiPartParser):
-    """Starlette's parser, except that it never writes a file to disk (the body limit bounds the memory) and records
-    whether the form is complete. Otherwise the data after the last complete part would be lost silently."""
+    """Starlette's parser with two differences. It never writes a file to disk; the limit on the body bounds the memory.
+    It also records in `ended` whether the form is complete, because Starlette would silently drop an incomplete last
+    part."""
 
     spool_max_size = 2**62
     ended = False
@@ -157,7 +161,7 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Turn pairs into a dictionary. A repeated name becomes a list."""
+    """Turn (name, value) pairs into a dictionary. A repeated name gets the list of its values."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

@@ -1,9 +1,9 @@
-"""`/v1/collections`: create, describe and delete collections, and manage snapshots. `items` has the items, `search` the
-search.
+"""`/v1/collections`: create, describe and delete collections, and manage snapshots. The modules `items`, `add_items`
+and `search` have the routes for the items of a collection.
 
-A collection stores the tag of its vectors: fingerprint, pooling, normalisation, input size and precision. After a
-change of the model, old and new vectors cannot be compared, so every write and search fails with 409 and names both
-tags.
+A collection stores the tag of its vectors: fingerprint, pooling, normalisation, input size and precision. If the
+service is then started with another model, old and new vectors cannot be compared. So a write or search that needs the
+new model fails with status 409, and the message names both tags.
 """
 
 from dataclasses import asdict
@@ -39,8 +39,9 @@ async def list_collections(request: Request) -> Response:
 
 @router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
 async def put_collection(request: Request, name: str) -> Response:
-    """Create a collection. Its settings are permanent. 201: created; 200: it exists with the same settings; 409: with
-    others."""
+    """Create an empty collection. Its settings cannot be changed later. The status is 201 if the collection was
+    created, 200 if it already exists with the same settings, and 409 if it exists with other settings or the name is an
+    alias."""
     service = service_of(request)
     check_name(name)
     fields = await read_optional_json(request)
@@ -62,7 +63,7 @@ async def put_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}", summary="Describe a collection")
 async def get_collection(request: Request, name: str) -> Response:
-    """Return settings, number of items, and the aliases that point to the collection."""
+    """Return the settings of the collection, its number of items, and the aliases that point to it."""
     service = service_of(request)
     info = await service.store.info(check_name(name))
     return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
@@ -70,7 +71,8 @@ async def get_collection(request: Request, name: str) -> Response:
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
-    """Delete the collection with all its items. Snapshots and stored images remain."""
+    """Delete the collection with all its items. Its snapshots and stored images remain. The status is 409 if an alias
+    points to the collection."""
     service = service_of(request)
     await service.store.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})
@@ -78,7 +80,8 @@ async def delete_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}/stats", summary="Get index statistics")
 async def get_stats(request: Request, name: str) -> Response:
-    """Return the store's statistics of the index. Each store defines its own figures."""
+    """Return statistics of the collection's index. The vector store determines which figures there are. The status is
+    422 if the store has no statistics."""
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
@@ -88,7 +91,8 @@ async def get_stats(request: Request, name: str) -> Response:
 
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
 async def take_snapshot(request: Request, name: str) -> Response:
-    """Save the collection's current state in a file. The file remains if the collection is deleted."""
+    """Save the current state of the collection in a snapshot, which is one file on the server. The snapshot remains if
+    the collection is deleted. The status is 422 if the vector store does not support snapshots."""
     service = service_of(request)
     store = _snapshots(service, name)
     parse_options(SnapshotIn, await read_optional_json(request))
@@ -99,7 +103,7 @@ async def take_snapshot(request: Request, name: str) -> Response:
 
 @router.get("/{name}/snapshots", summary="List snapshots")
 async def list_snapshots(request: Request, name: str) -> Response:
-    """List a collection's snapshots, oldest first. This also works after the collection is deleted."""
+    """List the snapshots of the collection, oldest first. They are listed even after the collection is deleted."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
     return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
@@ -107,14 +111,14 @@ async def list_snapshots(request: Request, name: str) -> Response:
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
-    """Stream the snapshot's file. `Range` requests are supported."""
+    """Download the file of the snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
 async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
-    """Delete the snapshot. The collection remains."""
+    """Delete the file of the snapshot. The collection itself remains."""
     service = service_of(request)
     await _snapshots(service, name).drop_snapshot(name, snapshot)
     return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
@@ -122,7 +126,8 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> Respons
 
 @router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
 async def restore_snapshot(request: Request, name: str) -> Response:
-    """Create a collection from a snapshot of this collection or of another (`from`). 409: the name is taken."""
+    """Create the collection in the path from a snapshot. The snapshot is one of the collection `from`, by default of
+    the name in the path. The status is 409 if a collection or alias already has the name in the path."""
     service = service_of(request)
     store = _snapshots(service, name)
     body = parse_options(RestoreIn, await read_json(request))
@@ -133,11 +138,11 @@ async def restore_snapshot(request: Request, name: str) -> Response:
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
-    """Return the requested specification.
+    """Return the specification of the collection that the request describes.
 
     Raises:
-        InvalidRequest: a setting is not allowed, the dimension differs from the model's, or another model's dimension
-            is missing.
+        InvalidRequest: a setting is not allowed, the dimension differs from the served model's, or `fingerprint` names
+            another model and `dimension` is missing.
     """
     dimension = width(body.pooling, service.pipeline.dims)
     if body.fingerprint not in (None, service.artifact.fingerprint):
@@ -187,7 +192,7 @@ def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
 
 
 def _differences(there: CollectionSpec, wanted: CollectionSpec) -> str:
-    """List each setting that differs, with both values."""
+    """Return a text that lists each setting in which the two specifications differ, with both values."""
     old, new = (_settings(spec) for spec in (there, wanted))
     names = [name for name in old if old[name] != new[name]]
     return "; ".join(f"{name} {_shown(old[name])}, not {_shown(new[name])}" for name in names)

@@ -1,8 +1,8 @@
 """Routes that pass the request and the path parameters directly to their function.
 
-FastAPI's own routes resolve dependencies, open exit stacks and validate on every call, which costs more than a search.
-The functions here parse the request themselves. The routes remain FastAPI routes, so the OpenAPI document lists them.
-The application handles errors (`service/app.py`).
+On every call, FastAPI's own routes resolve dependencies, open exit stacks and validate arguments. This takes longer
+than a search. A route function of this service parses the request itself. `DirectRoute` is still a FastAPI route, so
+the OpenAPI document lists it. `service/app.py` turns the errors that a route raises into answers.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def service_of(request: Request) -> Service:
 
 
 class DirectRoute(APIRoute):
-    """A route to `async def endpoint(request, **path_parameters) -> Response`."""
+    """A route that calls `async def endpoint(request, **path_parameters) -> Response`."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
         super().__init__(path, endpoint, **options)

@@ -1,9 +1,10 @@
 """Liveness, readiness and metrics: /livez, /readyz and /metrics. They need no model, cache or key.
 
-`/livez` answers whether a restart would help: it fails if the engine's worker thread has died or hangs. `/readyz`
-answers whether a request would be served now: the service is warmed up, not shutting down, and the queue has room. A
-Redis that is down costs cache hits but no answers, so the status is `degraded` and still 200. Anyone may call these
-routes, so the answer names only the kind of fault. The log has the reason with Redis' address.
+`/livez` answers whether a restart would help. It fails if the worker thread that runs the network has died or hangs.
+`/readyz` answers whether a request would be served now: the service is warmed up, not shutting down, and the queue has
+room. If Redis is down, requests are still answered but nothing is cached. So /readyz answers 200 with the status
+`degraded`. Anyone may call these routes, so the answer names only the kind of fault. The log has the full reason with
+the address of Redis.
 """
 
 import logging
@@ -21,15 +22,16 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 
 @router.get("/livez", summary="Check liveness")
 async def livez(request: Request) -> JSONResponse:
-    """Return 200, or 503 with the reason if the engine's worker has died or hangs."""
+    """Return 200 if the process is healthy. Return 503 with the reason if the thread that runs the network has died or
+    hangs, so the process should be restarted."""
     fault = service_of(request).pipeline.batcher.health()
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
 
 
 @router.get("/readyz", summary="Check readiness")
 async def readyz(request: Request) -> JSONResponse:
-    """Return 200 if a request would be served now, else 503 with the reasons. `degraded` means that requests are served
-    but slower."""
+    """Return 200 if a request would be served now, else 503 with the reasons. The status is `ready`, `degraded` or
+    `unready`. `degraded` is a 200 and means that the cache is down, so requests are served but may be slower."""
     service = service_of(request)
     batcher = service.pipeline.batcher
     checks = {
@@ -54,20 +56,20 @@ async def readyz(request: Request) -> JSONResponse:
 
 @router.get("/metrics", summary="Get Prometheus metrics")
 async def metrics(request: Request) -> Response:
-    """Return counters and histograms in Prometheus' text format."""
+    """Return the metrics of this process in the text format of Prometheus."""
     recorded = service_of(request).metrics
     return Response(recorded.render(), media_type=recorded.content_type)
 
 
 def _log_change(state: Any, status: str) -> None:
-    """Log a change of the cache's status, but not every query."""
+    """Log the status of the cache only if it differs from the last one that was logged."""
     if status != state.cache_status:
         state.cache_status = status
         log.log(logging.INFO if status == "ok" else logging.WARNING, "cache: %s", status)
 
 
 def _kind_of_fault(status: str) -> str:
-    """Return `degraded` with the exception names in the status, without addresses and messages."""
+    """Return `degraded` with the names of the exceptions that occur in `status`, but without addresses and messages."""
     kinds = sorted(set(re.findall(r"(?<=: )[A-Za-z]+Error(?=:)", status)))
     return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 

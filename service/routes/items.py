@@ -1,7 +1,8 @@
-"""`/v1/collections/{name}/items`: read, edit, list, count and delete items. `add_items` adds them.
+"""`/v1/collections/{name}/items`: read, edit, list, count and delete items. The module `add_items` has the route that
+adds items.
 
-An id may contain slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only if an id ends in `/image`,
-its slashes must be sent as `%2F`, because `items/a/image` is the image of `a`.
+An id may contain slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only if an id ends in `/image`
+must its slashes be sent as `%2F`, because `items/a/image` is the image of item `a`.
 """
 
 import asyncio
@@ -31,7 +32,8 @@ Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 
 @router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
 async def get_image(request: Request, name: str, item_id: str) -> Response:
-    """Return the image's bytes as they were sent. The collection must have `originals`."""
+    """Return the image of an item, byte for byte as it was sent. The collection must have been created with `originals:
+    true`. The status is 404 if the item does not exist or its image is not stored."""
     if not request.scope.get("raw_path", b"/image").endswith(
         b"/image"
     ):  # the slash was sent as %2F, so it is part of the id
@@ -49,7 +51,8 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
 
 @router.get("/{name}/items/{item_id:path}", summary="Get an item")
 async def get_item(request: Request, name: str, item_id: str) -> Response:
-    """Return the item's metadata and source. `include=vector` adds its vector, of length 1."""
+    """Return the metadata, source and digest of an item. `include=vector` adds its vector, which is scaled to length
+    1."""
     service = service_of(request)
     fields = query_fields(request)
     if isinstance(fields.get("include"), str):
@@ -64,7 +67,9 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata", openapi_extra=json_body(PatchIn))
 async def patch_item(request: Request, name: str, item_id: str) -> Response:
-    """Apply a merge patch (RFC 7396) to the metadata: null removes a key, objects merge, anything else replaces."""
+    """Apply a JSON merge patch (RFC 7396) to the metadata of an item. In the patch, null removes a key, an object is
+    merged into the existing object, and any other value replaces the existing value. The answer has the updated
+    item."""
     service = service_of(request)
     check_name(name), check_id(item_id)
     metadata = parse_options(PatchIn, await read_json(request)).metadata
@@ -75,7 +80,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
-    """Delete an item. 404: it does not exist. A stored image remains."""
+    """Delete an item. Its stored image remains. The status is 404 if the item does not exist."""
     service = service_of(request)
     if not await service.store.delete(check_name(name), [check_id(item_id)]):
         raise _no_item(name, item_id)
@@ -84,11 +89,10 @@ async def delete_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
 async def delete_items(request: Request, name: str) -> Response:
-    """Delete the items with these `ids`, or all items that match a `filter`. An empty filter is refused, so a
-    collection is not emptied by accident.
+    """Delete the items with the given `ids`, or all items that match the given `filter`, and return how many were
+    deleted. An empty filter is refused, so that no one empties a collection by accident.
 
-    This is a POST, because proxies and clients drop the body of a DELETE, and a DELETE without its filter would delete
-    everything.
+    The method is POST, because some proxies and clients drop the body of a DELETE request.
     """
     service = service_of(request)
     check_name(name)
@@ -104,7 +108,8 @@ async def delete_items(request: Request, name: str) -> Response:
 
 @router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
 async def scroll_items(request: Request, name: str) -> Response:
-    """List items page by page, in the store's order. `cursor` is null on the last page."""
+    """Return one page of items, in the order that the store defines. To get the next page, send the answer's `cursor`;
+    it is null on the last page. With a `filter`, only the matching items are returned."""
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
@@ -128,7 +133,7 @@ async def scroll_items(request: Request, name: str) -> Response:
 
 @router.post("/{name}/items/count", summary="Count items", openapi_extra=json_body(CountIn))
 async def count_items(request: Request, name: str) -> Response:
-    """Count the items that match a filter, or all items."""
+    """Return the number of items that match the `filter`, or of all items if there is none."""
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
@@ -136,7 +141,7 @@ async def count_items(request: Request, name: str) -> Response:
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
-    """Parse a JSON body and its `filter`."""
+    """Return the parsed JSON body, and its parsed `filter` or None."""
     body = parse_options(model, await read_json(request))
     where = body.filter
     if where is None:
@@ -158,12 +163,11 @@ def _no_item(name: str, item_id: str) -> ItemNotFound:
 
 
 def _head(name: str, tag: str) -> dict[str, Any]:
-    """Return collection and tag. `tag` belongs to the collection's vectors; the answer's `fingerprint` to the served
-    model."""
+    """Return the first fields of an answer: the name of the collection and the tag of its vectors."""
     return {"collection": name, "tag": tag}
 
 
 def _shown(item: Item, include: list[Any], encoding: Encoding) -> dict[str, Any]:
-    """Return an item as a JSON object."""
+    """Return the fields of an item in an answer."""
     body = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
     return body | ({"vector": encode_vector(item.vector, encoding)} if "vector" in include else {})

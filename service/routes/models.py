@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the served model and how it was checked."""
+"""`GET /v1/models`: describe the served model and how its engine was checked."""
 
 import re
 from typing import Any
@@ -14,20 +14,22 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 @router.get("/v1/models", summary="List models")
 async def list_models(request: Request) -> Response:
-    """List the served model, in OpenAI's format."""
+    """Return a list with one entry, the served model, in OpenAI's format."""
     return json_response({"object": "list", "data": [describe(service_of(request))]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
 async def get_model(request: Request, name: str) -> Response:
-    """Return the served model, by any of its names."""
+    """Return the description of the served model. The path may have any of its names. The status is 404 for any other
+    name."""
     service = service_of(request)
     service.check_model(name)
     return json_response(describe(service))
 
 
 def describe(service: Service) -> dict[str, Any]:
-    """Return everything that determines a vector, with the parity figures and the origin of the weights."""
+    """Return the model's fingerprint, preprocessing, engine and precision, which determine its vectors. Also return the
+    figures of the comparison with the reference (`parity`) and the origin of the weights (`provenance`)."""
     manifest = service.artifact.manifest
     return {
         "id": service.artifact.name,
@@ -50,11 +52,11 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 _FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"]+/)+")
-"""The folders of an absolute path. Paths in URLs do not match."""
+"""Matches the folders of an absolute path, but not the path of a URL."""
 
 
 def _without_folders(text: str, service: Service) -> str:
-    """Strip folders from file names in a reason. Only the log shows the host's paths."""
+    """Return `text` with folders removed from the file names in it. Only the log shows paths of the host."""
     for folder in (service.artifact.path, service.artifact.derived, service.settings.data_dir.absolute()):
         if folder.is_absolute():
             text = text.replace(f"{folder}/", "/")  # the path may contain spaces

@@ -38,8 +38,9 @@ _BODIES = {
 
 @router.post("/{name}/search", summary="Find similar images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def search(request: Request, name: str) -> Response:
-    """Find the items nearest to an image, a region, a vector, an item or a combination. `queries` takes up to 64
-    queries."""
+    """Find the items that are most similar to an image, a region of an image, a vector, an item of the collection, or a
+    combination of these, best first. Send one query, or up to 64 queries in `queries`. Scores are cosine similarities
+    from -1 to 1."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -52,7 +53,8 @@ async def search(request: Request, name: str) -> Response:
 
 
 async def _read(request: Request, settings: Settings) -> SearchRequest:
-    """Parse JSON with one query or with `queries`, or an image as a form's file or the raw body."""
+    """Parse a search. The body is JSON with one query or with `queries`, a form with one image file, or one image as
+    the raw body."""
     if media_type(request) == "application/json":
         return await read_search(await json_of(request), settings)
     upload = await read_upload(request, settings, key="image")
@@ -69,7 +71,9 @@ def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
 
 
 def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
-    """Unwrap the error of a query's only image, which is wrapped only in requests with one query."""
+    """Replace an `InvalidItems` that holds exactly one error by that error. In a batch, `errors` has one entry for each
+    failed query, with the index of the query. Without the replacement, its detail would be "1 of 1 items cannot be
+    used: [0] ...", with a second index that means nothing to the client."""
     if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
         return replace(outcome, error=outcome.error.items[0].error)
     return outcome

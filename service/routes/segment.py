@@ -1,5 +1,5 @@
-"""`POST /v1/segment`: separate the object from the background. One decode and one forward pass give mask and
-embedding."""
+"""`POST /v1/segment`: separate the foreground of an image from its background. Mask and embedding come from one decode
+and one forward pass."""
 
 import base64
 import time
@@ -25,7 +25,7 @@ router = APIRouter(tags=["segment"], route_class=DirectRoute)
 
 
 class _Answer(NamedTuple):
-    """The answer without the image and the mask, so that their memory can be freed."""
+    """What the answer needs. The decoded image and the mask are not kept, so that their memory can be freed."""
 
     content: bytes | dict[str, Any]
     contrast: float
@@ -53,8 +53,10 @@ class _Answer(NamedTuple):
     },
 )
 async def segment(request: Request) -> Response:
-    """Return the foreground mask of one image (JSON `image`, a form's file, or the raw body) as PNG, or as JSON with
-    format=rle."""
+    """Separate the foreground of one image from its background. Send the image in the JSON field `image`, as a file in
+    a form, or as the raw body. `format=png` returns the mask as a PNG, `format=overlay` returns the image as a PNG with
+    the foreground tinted, and `format=rle` returns JSON with the mask as COCO run lengths. With `include=embedding`,
+    the answer is JSON in every format: it also has the embedding of the image, and a PNG is a base64 string."""
     started = time.perf_counter()
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="image")
@@ -83,7 +85,7 @@ async def segment(request: Request) -> Response:
 
 
 def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _Answer:
-    """Compute the mask in the requested format. This runs off the event loop."""
+    """Compute the mask and encode it in the requested format. This runs in a worker thread."""
     started = time.perf_counter()
     height, width = analysed.image.shape[:2]
     try:
@@ -95,7 +97,8 @@ def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _A
 
 
 def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
-    """Encode the mask. With `include` an image is embedded in JSON."""
+    """Encode the mask: as a JSON object, or as PNG bytes. If `options.include` is not empty, a PNG becomes a base64
+    string in a JSON object."""
     if options.format == "rle":
         return {"segmentation": coco_rle_encode(mask)}
     png = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)
@@ -103,6 +106,6 @@ def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes |
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Turn a single `include` of a form or query string into a list."""
+    """Return the fields. If `include` is a single string, as in a form or query string, it becomes a list."""
     include = fields.get("include")
     return {**fields, "include": [include]} if isinstance(include, str) else fields

@@ -1,8 +1,8 @@
 """Builds segments: chooses the kind, builds the index, tunes the search effort and writes the files.
 
-Small segments are flat: they are quick to build and quick enough to search. A graph is extended when items are added;
-a trained index is rebuilt. Files are written under a temporary name, synced, checksummed and then renamed, so a crash
-never leaves an incomplete segment that looks complete.
+Small segments are flat: they are quick to build and quick enough to search. When items are added to a large segment, a
+graph is extended, but inverted lists are rebuilt. The files are written to a folder with a temporary name, synced and
+checksummed, and then the folder is renamed. So a crash never leaves an incomplete segment that looks complete.
 """
 
 import shutil
@@ -34,9 +34,10 @@ class Stopped(Exception):
 
 
 def kind_for(spec: IndexSpec, count: int) -> str:
-    """Return the kind for a segment of this size.
+    """Return the name of the index kind for a segment of `count` vectors.
 
-    Small segments are searched exactly, which is quick, and no index is trained on fewer vectors than it has cells.
+    The kind of a segment with fewer than `FLAT_BELOW` vectors is `flat`: exact search is quick there, and k-means needs
+    more vectors than cells.
 
     Raises:
         ValueError: the settings name a kind that this version does not know.
@@ -46,7 +47,7 @@ def kind_for(spec: IndexSpec, count: int) -> str:
 
 
 class Built(NamedTuple):
-    """The contents of a segment before they are written."""
+    """The contents of a new segment that is not written yet."""
 
     numbers: Numbers
     flat: Any
@@ -64,13 +65,14 @@ def build(
     grown_from: Segment | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Built:
-    """Build the contents of a segment from chunks of items.
+    """Build the contents of a segment from items.
 
     Args:
         kind: the name of a kind, as `kind_for` returns it.
-        chunks: the items, in ascending order.
-        grown_from: a segment of this kind; its index is extended with the chunks instead of building a new one.
-        check: called between steps; raises `Stopped` to end the build.
+        chunks: the items, in ascending order of their numbers.
+        grown_from: a segment of this kind. If it is given, a copy of its index is extended with the items; otherwise a
+            new index is built.
+        check: a function that is called between steps. It raises `Stopped` to end the build.
     """
     row = kind_named(kind)
     structure = structure_of(row)
@@ -91,10 +93,11 @@ def build(
 
 
 def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: float) -> int:
-    """Return the lowest effort that reaches the target recall of the ten nearest, or the highest if none does.
+    """Return the lowest effort (efSearch or nprobe) at which the index finds the ten nearest vectors with the target
+    recall. Return the highest effort if none reaches the target.
 
-    The queries are stored vectors; each query vector is excluded from its own answer. Live queries may be harder: the
-    recall measured on them raises the effort later.
+    The queries are a sample of the stored vectors, and each is excluded from its own answer. Live queries may be
+    harder. `Maintenance` measures their recall and raises the effort if it is too low.
     """
     n = len(matrix)
     chosen = np.sort(np.random.default_rng(0).permutation(n)[:_TUNE_QUERIES])
@@ -114,17 +117,18 @@ def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: flo
 
 
 def recall(answers: Positions, truth: Positions) -> float:
-    """Return the share of the true neighbours [q, k] that are among the answers."""
+    """Return the share of the true neighbours that were found. `answers` and `truth` are positions [q, k] for q
+    queries; -1 means no neighbour."""
     wanted = (truth >= 0).sum()
     hit = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(answers, truth, strict=True))
     return float(hit / wanted) if wanted else 1.0
 
 
 def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
-    """Write a segment's files to a temporary folder, sync them, then rename the folder.
+    """Write the files of a segment to a temporary folder, sync them, and rename the folder to `folder`.
 
     Returns:
-        The size and checksum of each file, as the database stores them.
+        A dictionary from the name of each file to its size in bytes and its checksum.
 
     Raises:
         OSError, RuntimeError: the files cannot be written, for example because the disk is full. Nothing is left
@@ -156,6 +160,6 @@ def new_folder() -> str:
 
 
 def remove_folders(root: Path, names: Iterable[str]) -> None:
-    """Delete folders that no segment uses, left by a crash or replaced. Existing memory maps of them stay valid."""
+    """Delete folders that no segment uses any more. Existing memory maps of their files stay valid."""
     for name in names:
         shutil.rmtree(root / name, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Input checks and normalisation, shared by all vector stores.
 
-A value that is not allowed raises `InvalidRequest`; the message names the value and what is allowed.
+The functions raise `InvalidRequest` for a value that is not allowed. The message names the value and what is allowed.
 """
 
 import json
@@ -56,7 +56,7 @@ def check_k(k: int) -> int:
 def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
     """Check that vectors with this tag and dimension fit the collection.
 
-    The tag is checked first: another model often has another dimension too, and the tag is the better explanation.
+    The tag is checked first. If both differ, the vectors are of another model, and the tag says so more clearly.
 
     Raises:
         ModelMismatch: the tags differ.
@@ -73,7 +73,7 @@ def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
 
 
 def normalised(vector: npt.ArrayLike) -> Floats:
-    """Scale a vector [D] to length 1, as float32.
+    """Return a vector [D] scaled to length 1, as float32.
 
     Raises:
         InvalidRequest: the vector is not one-dimensional, is empty or not finite, or is all zeros and so has no
@@ -116,7 +116,7 @@ def metadata_text(metadata: Metadata) -> str:
 
 
 def normalised_rows(vectors: npt.ArrayLike) -> Floats:
-    """Scale each row of vectors [n, D] to length 1, as float32, as `normalised` does for one vector.
+    """Return vectors [n, D] with each row scaled to length 1, as float32.
 
     Raises:
         InvalidRequest: the array is not two-dimensional, or `normalised` refuses one of its rows.
@@ -137,7 +137,8 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
 
 
 def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
-    """Apply a merge patch (RFC 7396) to metadata: null removes a key, objects merge, other values replace."""
+    """Return the metadata after a JSON merge patch (RFC 7396). In the patch, None removes a key, an object is merged
+    into the existing object, and any other value replaces the existing value."""
     result = dict(metadata)
     for key, value in patch.items():
         if value is None:
@@ -151,7 +152,7 @@ def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
 
 
 def check_source(item: Item) -> Item:
-    """Return the item; raise `InvalidRequest` if its source or digest is not allowed."""
+    """Return the item. Raises `InvalidRequest` if its source or digest is not allowed."""
     if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and item.source.isprintable()):
         raise InvalidRequest(
             f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} printable characters",
@@ -166,8 +167,8 @@ def checked_items(items: Sequence[Item]) -> tuple[list[tuple[Item, Floats, str]]
     """Check the items of one write.
 
     Returns:
-        For each item: the item, its vector scaled to length 1, and its metadata as text. If an id occurs twice, the
-        last item wins. The second value is the dimension of the vectors.
+        A list with a tuple for each item (the item, its vector scaled to length 1, its metadata as JSON text), and the
+        dimension of the vectors. If several items have the same id, the list has only the last of them.
 
     Raises:
         InvalidRequest: there are no items, one of them is not allowed, or their dimensions differ.

@@ -1,16 +1,17 @@
-"""Readers and writers of collection files, used by `service/search/transfer.py`.
+"""Readers and writers of the files that `dinov2 collections export` writes and `import` reads.
 
-Every file carries the collection's tag and settings, so that vectors of two models are not mixed:
+Every file contains the tag and the settings (`spec`) of its collection, so that vectors of two models are not mixed:
 
     .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; tag and spec in the schema
     .npz       ids, vectors [n, D], fields (one JSON object per line, UTF-8), tag, spec; the reader also accepts the
                files that `dinov2 embed` writes
     .jsonl     a first line with tag and spec, then one item per line
 
-All three formats restore every vector bit for bit; JSON does so because float64 represents every float32 exactly.
-Files are written under a temporary name and renamed, so a file is either complete or absent. No reader unpickles data.
+All three formats restore every vector bit for bit. JSON numbers are read as float64, which represents every float32
+exactly. No reader unpickles data.
 
-A reader yields a `Head` and then lists of items. An error in a file raises a ValueError that names the line or row.
+A reader first yields a `Head` and then lists of items. It raises a ValueError if the file is invalid; the message names
+the line or row.
 """
 
 import json
@@ -163,7 +164,8 @@ def read_parquet(path: Path) -> Read:
 
 
 def _parquet_items(batch: Any, first_row: int) -> list[Item]:
-    """Return the items of a batch; raise a ValueError that names the row (counted from 0) if one is invalid."""
+    """Return the items of a batch. Raises a ValueError if a row is invalid; the message names the row, counted from 0
+    in the file."""
     n = batch.num_rows
     vectors = batch.column("vector")
     if batch.column("id").null_count or vectors.null_count:
@@ -194,7 +196,7 @@ def _parquet_items(batch: Any, first_row: int) -> list[Item]:
 
 
 class NpzWriter:
-    """Collects all items in memory and writes them on `close`: a numpy archive cannot be appended to."""
+    """Collects all items in memory and writes them when it is closed, because a numpy archive cannot be extended."""
 
     def __init__(self, file: BinaryIO, info: CollectionInfo) -> None:
         self._file = file
@@ -323,7 +325,7 @@ def read_jsonl(path: Path) -> Read:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the location and the JSON object of each line that is not blank."""
+    """Yield a text with file name and line number, and the JSON object, for each line that is not blank."""
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
@@ -371,9 +373,9 @@ def _floats(values: npt.NDArray[Any]) -> Floats:
 
 
 def _item(where: str, item_id: Any, vector: Floats, metadata: Any, source: Any, digest: Any) -> Item:
-    """Build an item; raise a ValueError that names the location if a field has the wrong type.
+    """Build an item. Raises a ValueError if a field has the wrong type; the message begins with `where`.
 
-    Metadata may be an object or its JSON text.
+    `metadata` is a JSON object, its text, or None.
     """
     if isinstance(metadata, str):
         metadata = _object(metadata, f"{where}: metadata")

@@ -1,15 +1,16 @@
 """SQL statements of the embedded store. Its SQLite file (`service/search/sqlite_file.py`) is the source of truth.
 
-The other files in the folder, such as faiss segments, can be rebuilt from this database.
+The faiss segments in the same data folder can be rebuilt from this database.
 
-An item's `number` identifies one vector permanently: replacing an item deletes its number and assigns a new, higher
-one. So vectors never change, and new items are those with numbers above the last one seen. A segment holds the items
-of a range of numbers and can become outdated in only two ways: items are deleted, or their metadata changes. The tables
-`removed` and `edited` record these changes until every segment includes them. A process that holds items in memory
-catches up by reading from where it stopped; a collection's `version` shows whether there is anything to read.
+An item's `number` identifies one vector permanently: if an item is replaced, its number is deleted and the new item
+gets a higher one. So the vector of a number never changes, and new items are those with numbers above the highest
+number that a process has read. A segment contains the items of a range of numbers. It becomes outdated in only two
+ways: an item is deleted, or the metadata of an item changes. The tables `removed` and `edited` record these changes
+until every segment includes them. A process that keeps items in memory reads the records that are new since its last
+read. The `version` of a collection tells it whether anything is new.
 
-Each collection has its own tables for items and vectors. So a drop is quick, a filter that reads all metadata does not
-read the vectors, and numbers stay dense.
+Each collection has its own tables for items and vectors. So a collection can be dropped quickly, a filter that reads
+all metadata does not read the vectors, and the numbers of a collection have few gaps.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.i
 """
 _FIND_HERE: Final = _FIND.format("main")
 HIDDEN: Final = "restoring:"
-"""Prefix for the names of collections that are being restored; clients cannot use such a name."""
+"""The names of collections that are being restored begin with this. Clients cannot use such a name."""
 _REQUESTS_KEPT_S: Final = 24 * 3600
 
 
@@ -99,7 +100,7 @@ _SPECS: dict[str, CollectionSpec] = {}
 
 
 def _spec(text: str) -> CollectionSpec:
-    """Parse the settings of a collection. Results are cached by text, because every search reads them."""
+    """Parse the settings of a collection from JSON text. Results are cached, because every search needs them."""
     spec = _SPECS.get(text)
     if spec is None:
         fields = json.loads(text)
@@ -124,7 +125,7 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
-    """Return the collection with this key; raise CollectionNotFound if it was dropped."""
+    """Return the collection with this key. Raises CollectionNotFound if it was dropped."""
     columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
     if columns is None:
         raise CollectionNotFound("the collection no longer exists")
@@ -132,7 +133,7 @@ def by_key(db: sqlite3.Connection, key: int) -> Row:
 
 
 def check_exists(db: sqlite3.Connection, row: Row) -> None:
-    """Raise CollectionNotFound if the collection was dropped after `row` was read."""
+    """Raise CollectionNotFound if the collection of `row` no longer exists."""
     if not db.execute("SELECT 1 FROM collections WHERE id = ?", (row.key,)).fetchone():
         raise CollectionNotFound(f"there is no collection {row.name!r}")
 
@@ -144,13 +145,14 @@ def every(db: sqlite3.Connection) -> list[Row]:
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
-    """Return the keys and names of collections with an unfinished restore, running or cut off by a crash."""
+    """Return the keys and names of collections whose restore is unfinished: it is still running, or a crash ended
+    it."""
     unfinished: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
     return unfinished
 
 
 def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
-    """Create an empty collection; the name must be free."""
+    """Create an empty collection. No other collection may have the name."""
     text = json.dumps(dataclasses.asdict(spec))
     (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
     run_script(db, _TABLES.format(key))
@@ -169,7 +171,8 @@ def drop(db: sqlite3.Connection, key: int) -> None:
 
 
 def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, str]]) -> None:
-    """Write items, each with the bytes of its vector and the text of its metadata. Each id may occur only once."""
+    """Write items, replacing those with the same id. Each row has an item, the bytes of its vector and its metadata as
+    JSON text. Each id may occur only once."""
     fresh = 0
     for item, vector, metadata in rows:
         old = db.execute(f"DELETE FROM items_{key} WHERE id = ? RETURNING number", (item.id,)).fetchone()
@@ -187,7 +190,7 @@ def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, s
 
 
 def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
-    """Delete items by number; return how many existed."""
+    """Delete the items with these numbers. Return how many of them existed."""
     gone = 0
     for number in numbers:
         if db.execute(f"DELETE FROM items_{key} WHERE number = ?", (number,)).rowcount:
@@ -200,7 +203,7 @@ def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
 
 
 def last_number(db: sqlite3.Connection, row: Row) -> int:
-    """Return the highest number in use, or 0 if there are no items."""
+    """Return the highest number of an item, or 0 if there are no items."""
     (last,) = db.execute(f"SELECT coalesce(max(number), 0) FROM items_{row.key}").fetchone()
     return int(last)
 
@@ -212,9 +215,10 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
 
 
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
-    """Return whether this request was carried out before, or None if its key was used for another request.
+    """Return True if this request was carried out before, None if its key was used for a request with other items, else
+    False.
 
-    A new request is recorded.
+    In the last case, record the request. Records older than a day are deleted.
     """
     db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
     earlier = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
@@ -225,7 +229,8 @@ def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: byt
 
 
 def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
-    """Return a digest of a request's content; requests with the same key must have the same digest."""
+    """Return the sha256 of the items of a request. Two requests with the same idempotency key must have the same
+    digest."""
     digest = hashlib.sha256()
     for item, vector, metadata in rows:
         for part in (item.id, metadata, item.source or "", item.digest or ""):
@@ -238,7 +243,7 @@ def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
 
 
 def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
-    """Return numbers [n] and vectors [n, D] float32 from rows (number, vector, crc).
+    """Convert rows (number, vector, crc) to an array of numbers [n] and float32 vectors [n, D].
 
     Raises:
         StorageFailed: a vector does not match its checksum or has the wrong size.
@@ -253,7 +258,7 @@ def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Number
 
 
 class Point(NamedTuple):
-    """The last sequence numbers read from `removed` and `edited`."""
+    """How far a process has read the tables `removed` and `edited`: the last sequence number of each."""
 
     removed: int = 0
     edited: int = 0
@@ -270,7 +275,8 @@ class Chunk(NamedTuple):
 def read_items(
     db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
 ) -> Iterator[Chunk]:
-    """Yield the items with numbers above `after`, up to `to`, in order and in chunks."""
+    """Yield the items with numbers above `after` and up to `to`, in ascending order, at most `chunk` items at a
+    time."""
     query = f"""SELECT v.number, vector, crc, id, metadata, source FROM vectors_{row.key} v
                 LEFT JOIN items_{row.key} i ON i.number = v.number
                 WHERE v.number > ? AND v.number <= ? ORDER BY v.number"""
@@ -281,7 +287,8 @@ def read_items(
 
 
 def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
-    """Return what a hit says about an item, as JSON [id, metadata, source]; `metadata` is JSON text."""
+    """Return the JSON text [id, metadata, source], from which a search makes the hit for an item. `metadata` is JSON
+    text."""
     if item_id is None:
         raise StorageFailed("the vector store is damaged: a vector has no item")
     try:
@@ -292,13 +299,15 @@ def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
 
 
 def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
-    """Return the new position in `removed` and the numbers removed after `seq`."""
+    """Return the last sequence number in the table `removed`, and the numbers of items that were removed after
+    `seq`."""
     rows = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
     return (rows[-1][0] if rows else seq), np.fromiter((number for _, number in rows), np.int64, len(rows))
 
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
-    """Return the new position in `edited` and the current payloads of items edited after `seq`."""
+    """Return the last sequence number in the table `edited`, and the current payloads, by number, of the items that
+    were edited after `seq`."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
     rows = db.execute(query, (seq,)).fetchall()
@@ -310,7 +319,7 @@ def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[
 
 
 def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
-    """Return the segments in use, in order of their numbers."""
+    """Return the segments of a collection, in ascending order of the numbers they contain."""
     query = """SELECT id, folder, kind, first, last, count, effort, files FROM segments WHERE collection = ?
                ORDER BY first"""
     return [
@@ -324,9 +333,9 @@ def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
 def swap_segments(
     db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, point: Point
 ) -> bool:
-    """Replace segments, and the tail up to `sealed`, with one new segment.
+    """Replace the segments `old`, and the items outside segments with numbers up to `sealed`, by the segment `new`.
 
-    The new segment includes all removals and edits up to `point`, so their records are deleted.
+    The new segment includes all changes up to `point`, so the records of these changes are deleted.
 
     Returns:
         False, without a change, if the segments have changed since `row` was read.

@@ -1,13 +1,13 @@
 """Finds duplicate and near-duplicate images in a collection.
 
-By content, items form a group if the bytes of their images have the same sha256. By similarity, two items are joined
-if their vectors have a cosine of at least a threshold, and connected items form a group. So the first and last image
-of a series of small changes are in one group although they differ.
+`by_content` groups items whose images have the same sha256. `by_similarity` connects two items if the cosine of their
+vectors is at least a threshold, and groups items that are connected directly or through others. So if each image of a
+series is similar to the next, the first and the last are in one group although they may differ.
 
-Both methods read the collection page by page. By similarity, each vector is searched until its neighbours fall below
-the threshold: one search per item, except for vectors that are equal bit for bit. So the number of items is limited,
-and the request's deadline can end the work between calls. Only the store's protocol is used. An approximate index may
-miss a neighbour; `SearchParams(exact=True)` misses none.
+Both methods read the collection page by page. `by_similarity` searches with each vector for more and more neighbours
+until one is below the threshold. Only vectors that are equal bit for bit share a search. This takes long, so the number
+of items is limited, and the request's deadline can end the work between two calls of the store. An approximate index
+may miss a neighbour; with `SearchParams(exact=True)`, none is missed.
 """
 
 import asyncio
@@ -24,19 +24,20 @@ from service.search.store import MAX_DEPTH, CollectionInfo, Floats, Item, Search
 
 MAX_ITEMS: Final = 100_000
 ROUNDING: Final = 1e-6
-"""The tolerance below the threshold: the cosine of equal vectors in float32 may be 0.9999999."""
+"""The threshold is lowered by this, because in float32 the cosine of two equal vectors may be 0.9999999."""
 
 _PAGE: Final = 1000
 _FIRST_K: Final = 4  # most items have no neighbour that near, and hits cost more than the dot products
 _HITS_PER_CALL: Final = 10_000
 _QUERIES_PER_CALL: Final = 250
-"""Both limits bound the results of one store call, how long joining them blocks the event loop, and how long the store
-keeps working after the deadline."""
+"""The two limits above apply to one call of the store. They bound the size of its result, the time for which joining
+the result blocks the event loop, and the time for which the store works on after the deadline."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ids of one group, in the store's order. `digest` is set if all their images have the same bytes."""
+    """The ids of the items in one group, in the store's order. `digest` is the sha256 of their images if they were
+    grouped by content."""
 
     ids: list[str]
     digest: str | None = None
@@ -46,8 +47,9 @@ class Group:
 class Duplicates:
     """Groups of at least two items, largest first.
 
-    compared: the number of items read. skipped: how many of these have no digest (only when bytes are compared).
-    truncated: an item has more neighbours than a search returns, so two groups may belong together.
+    compared: how many items were read. skipped: how many of these have no digest and so could not be grouped by
+    content. truncated: whether an item has more neighbours than one search can return, so that two groups may belong
+    together.
     """
 
     groups: list[Group]
@@ -57,7 +59,7 @@ class Duplicates:
 
 
 async def by_content(store: VectorStore, info: CollectionInfo, where: Filter | None = None) -> Duplicates:
-    """Group items that have images with equal bytes.
+    """Group the items whose images have equal bytes. `where` restricts the items.
 
     Raises:
         InvalidRequest: more than `MAX_ITEMS` pass the filter.
@@ -83,7 +85,7 @@ async def by_similarity(
     where: Filter | None = None,
     params: SearchParams | None = None,
 ) -> Duplicates:
-    """Group items that are connected by cosines of at least `threshold`.
+    """Group the items that are connected by cosines of at least `threshold`. `where` restricts the items.
 
     Raises:
         InvalidRequest: more than `MAX_ITEMS` pass the filter.
@@ -119,10 +121,11 @@ async def _join(
     params: SearchParams | None,
     families: "Families",
 ) -> list[Item]:
-    """Join each item with those of its k nearest that are near enough.
+    """Join the family of each item with those of its neighbours: of the k nearest items, those with a cosine of at
+    least `floor`.
 
     Returns:
-        The items with k near neighbours, which may have more.
+        The items of which all k nearest are neighbours. They may have more neighbours.
     """
     deeper = []
     step = min(_QUERIES_PER_CALL, max(1, _HITS_PER_CALL // k))
@@ -139,7 +142,7 @@ async def _join(
 
 
 async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the ids that still exist, each with the cosine of its vector to the first one."""
+    """Return the ids of the items that still exist, each with the cosine of its vector to the vector of the first."""
     first: Floats | None = None
     scored = []
     for start in range(0, len(ids), _PAGE):

@@ -1,12 +1,13 @@
-"""The embedded store: SQLite is the source of truth, faiss answers searches, and neither waits for the other.
+"""The embedded store: SQLite is the source of truth, and faiss answers searches. Searches do not wait for writes, nor
+writes for searches.
 
     write       ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
     search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ payloads of the hits
     background  maintenance turns the tail into segments, merges segments and measures recall
 
-`database` has the SQL statements, `view` and `segments` hold the data to search, `searcher` runs searches, and
-`maintenance` and `building` work in the background. This module implements the protocol: it checks each call and
-chooses the thread that runs it.
+`database` has the SQL statements, `view` and `segments` contain the data that is searched, `searcher` runs searches,
+and `maintenance` and `building` work in the background. This module implements the protocol `VectorStore`: it checks
+the arguments of each call and chooses the thread that runs it.
 """
 
 import asyncio
@@ -62,7 +63,8 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
             Python interpreter for part of its time.
 
     Raises:
-        StorageFailed: the folder or file cannot be used, is damaged or is not a vector store; the message names it.
+        StorageFailed: the folder cannot be used, or its database is damaged or not a vector store. The message names
+            it.
     """
     return await asyncio.to_thread(
         EmbeddedStore, data_dir, threads=threads or max(1, available_cpus() // 2), **maintenance
@@ -228,7 +230,8 @@ class EmbeddedStore:
         return await self._write(work)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete page by page, so that other writes do not wait. Items written meanwhile are not deleted."""
+        """Delete the matching items page by page, so that other writes need not wait. Items that are written meanwhile
+        are not deleted."""
         check_name(collection)
         row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
@@ -268,7 +271,7 @@ class EmbeddedStore:
         return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
-        """List the snapshots of a collection, oldest first. They remain after the collection is dropped."""
+        """Return the snapshots of a collection, oldest first. Snapshots remain after the collection is dropped."""
         return await asyncio.to_thread(snapshots.listed, self._snapshots, await self._own_name(collection))
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
@@ -308,7 +311,8 @@ class EmbeddedStore:
         return (await self.aliases()).get(check_name(collection), collection)
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return how the collection is indexed, for operators."""
+        """Return figures for operators: the number of items, the segments, the length of the tail and the measured
+        recall."""
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
@@ -339,7 +343,7 @@ class EmbeddedStore:
         return db
 
     def _load(self) -> None:
-        """Open all segments now, so that the first search does not wait and damage is found at startup."""
+        """Open all segments at startup, so that the first search does not wait and damage is found early."""
         db = self._connect()
         with translated(f"vector store {self.path}"), snapshot(db):
             rows = database.every(db)
@@ -366,7 +370,8 @@ class EmbeddedStore:
         return done
 
     async def _read(self, work: Callable[[sqlite3.Connection], T], *, as_one: bool = True) -> T:
-        """Run `work` in a thread, in one transaction unless `as_one` is false."""
+        """Run `work` in a reader thread, with a connection of that thread. If `as_one`, all its queries are in one
+        transaction."""
         if not self._is_open:
             raise StorageFailed("the vector store is closed")
 
@@ -380,11 +385,11 @@ class EmbeddedStore:
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     async def settle(self, collection: str) -> None:
-        """Run the builds that maintenance would run while the store is idle, and wait for them."""
+        """Merge all items of a collection into one segment with its index, and return when that is done."""
         await asyncio.to_thread(self._maintenance.settle, check_name(collection))
 
     async def close(self) -> None:
-        """Close the store after running calls finish. A second call does nothing."""
+        """Wait for running calls and close the store. A second call does nothing."""
         if not self._is_open:
             return
         self._is_open = False
@@ -415,7 +420,7 @@ def _check_free(db: sqlite3.Connection, name: str) -> None:
 
 
 def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
-    """Give a restored collection its name."""
+    """Rename a restored collection from its hidden name to `name`. Raises Conflict if the name is taken."""
     _check_free(db, name)
     db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
     return database.find(db, name).info

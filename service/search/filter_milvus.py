@@ -1,14 +1,17 @@
-"""Translates filters to Milvus' expression language where possible; `filters.matches` decides the rest.
+"""Translates filters to the expression language of Milvus. What Milvus cannot express exactly is left to
+`filters.matches`.
 
 Milvus and Milvus Lite treat JSON differently. Lite treats true as 1, evaluates a comparison of text with a number as
 unknown, and does not support `in` on a JSON path; Milvus compares large integers as floats. So an expression is either
-exact on both, or it passes more items than the filter and the store checks the results.
+exact on both, or it passes more items than the filter does. In the second case, the store checks the results with
+`filters.matches`.
 
-The only negated condition sent to the server is `exists`. If a key has a value of another type, a comparison is false
-in Milvus up to 2.6.18 and unknown in later versions (milvus-io/milvus#50699, #50702). Its `not` is then unknown too, so
-items would be missed. All other negated conditions, and keys with unusual characters, pass everything.
+Of the negated conditions, only `exists` is sent to the server. If a key has a value of another type, a comparison is
+false in Milvus up to 2.6.18 and unknown in later versions (milvus-io/milvus#50699, #50702). The negation of such a
+comparison is then unknown too, so items would be missed. So other negated conditions, and conditions on keys with
+unusual characters, are translated to an expression that passes every item.
 
-Each `==` or range on a path is a scalar comparison. Long lists become balanced trees, because servers limit nesting.
+A list of values becomes a balanced tree of `==` comparisons, because servers limit how deeply expressions are nested.
 """
 
 import math
@@ -21,14 +24,14 @@ from service.search.filters import And, Between, Exists, Filter, Not, Or, Scalar
 FIELD: Final = "metadata"
 _EXACT_INTEGERS: Final = 2**53
 _PLAIN_KEY: Final = re.compile(r"(?![0-9]+$)[^\[\]\"'\\/~\x00-\x1f]+")
-"""A key that Milvus reads as a plain key: not as an array index, nor as part of a JSON pointer."""
+"""Matches a key that Milvus reads as a plain key, not as an array index or as part of a JSON pointer."""
 _SIGNS: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 class Expression(NamedTuple):
-    """A Milvus expression. `text` is a bool if the filter passes all or no items.
+    """A filter expression of Milvus. `text` is True if the expression passes all items and False if it passes none.
 
-    If `is_exact` is false, the expression passes more than the filter.
+    If `is_exact` is false, the expression may pass items that the filter does not pass.
     """
 
     text: str | bool
@@ -36,23 +39,25 @@ class Expression(NamedTuple):
 
 
 def translate(where: Filter) -> Expression:
-    """Return an expression that passes every item that `where` passes, and possibly more."""
+    """Return an expression that passes every item that `where` passes, and perhaps others."""
     return _translate(where, wide=True)
 
 
 def quoted(text: str) -> str:
-    """Return `text` as a string literal, escaped so that nothing in it can end the literal."""
+    """Return `text` as a string literal of Milvus' expression language. Characters that would end the literal are
+    escaped."""
     for char, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(char, escape)
     return f'"{text}"'
 
 
 def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata for the JSON field, which is used only by filters.
+    """Return the metadata as it is stored in the JSON field, which only filters use.
 
-    The result is never longer than the metadata, which may be as long as the field allows. Versions of Milvus differ
-    on whether `exists` matches null and empty objects. So null is omitted and an empty object becomes 0; an expression
-    that passes 0 is never treated as exact. A list also becomes 0, because no filter looks inside lists.
+    The result must not be longer than the metadata, because the metadata may already be as long as the field allows.
+    Versions of Milvus differ on whether `exists` matches null and empty objects. So null is omitted and an empty object
+    becomes 0; an expression that passes 0 is never treated as exact. A list also becomes 0, because no filter looks
+    inside lists.
     """
     filled: dict[str, Any] = {}
     for key, value in metadata.items():
@@ -64,7 +69,8 @@ def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translate(where: Filter, *, wide: bool) -> Expression:
-    """Translate a filter. If `wide`, the expression passes at least what the filter passes; otherwise at most that."""
+    """Translate a filter. If `wide`, the expression passes every item that the filter passes, and perhaps others.
+    Otherwise it passes only items that the filter passes, and perhaps not all of them."""
     if isinstance(where, Not):
         inside = _translate(where.part, wide=not wide)
         text = not inside.text if isinstance(inside.text, bool) else f"not ({inside.text})"
@@ -91,7 +97,8 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
 
 
 def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
-    """Join the parts with `and` or `or`, as a balanced tree."""
+    """Join the parts with the operator `word`, "and" or "or", as a balanced tree. Return a bool if the parts that are
+    bools decide the result."""
     decides = word == "or"  # True decides an or, False an and
     if any(text is decides for text in texts):
         return decides
@@ -124,7 +131,8 @@ def _between(path: str, where: Between) -> Expression:
 
 
 def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
-    """Return an expression for numbers within the bounds, slightly widened where floats are not exact for integers."""
+    """Return an expression for numbers within the bounds. Bounds beyond 2**53 are moved outwards slightly, because
+    Milvus compares such integers as floats."""
     parts: list[str | bool] = []
     for op, bound in bounds:
         if abs(bound) < _EXACT_INTEGERS:

@@ -1,10 +1,10 @@
-"""Translates a filter to SQL over a column `metadata` of JSON text.
+"""Translates a filter to an SQL condition on the column `metadata`, which contains JSON text.
 
-Each key becomes one expression, `json_extract(metadata, '$."key"')`. A declared index uses exactly the same expression,
-so SQLite uses the index. `json_extract` returns numbers and strings as separate types, which never compare equal, but
-true and false as 1 and 0, and objects and lists as text. A check of `json_type`, which no index supports, is added only
-where that matters. A missing key gives NULL, which is neither true nor false, so every negated expression is coalesced
-first.
+The value of a key is the expression `json_extract(metadata, '$."key"')`. The index on a declared key has exactly the
+same expression, so that SQLite uses it. `json_extract` returns numbers and strings as different types, which are never
+equal. But it returns true and false as 1 and 0, and objects and lists as text. Only where a value could be confused in
+this way is a check of `json_type` added, because no index supports this check. For a missing key `json_extract` returns
+NULL, which is neither true nor false. So a negated expression is first coalesced to 0.
 """
 
 from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar, holds
@@ -13,12 +13,13 @@ _SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 def extract(path: tuple[str, ...]) -> str:
-    """Return the SQL expression for a key's value. `parse_path` rejects quotes and backslashes in keys."""
+    """Return the SQL expression for the value at `path`. The path needs no escaping, because `parse_path` refuses keys
+    with quotes or backslashes."""
     return f"json_extract(metadata, {_json_path(path)})"
 
 
 def to_sql(condition: Filter) -> tuple[str, list[Scalar]]:
-    """Return a WHERE expression for the filter, and its parameters."""
+    """Return an SQL condition for a WHERE clause, with `?` for each value, and the list of values."""
     parameters: list[Scalar] = []
     return _sql(condition, parameters), parameters
 
@@ -66,7 +67,8 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
 
 
 def _kinds(wanted: Scalar) -> str:
-    """Return the JSON types to check for, as SQL; empty if `json_extract` cannot confuse the value with another."""
+    """Return the JSON types that a value equal to `wanted` may have, as a list in SQL. Return an empty text if no check
+    is needed, because `json_extract` cannot confuse `wanted` with a value of another type."""
     if isinstance(wanted, bool):
         return "'true'" if wanted else "'false'"
     if isinstance(wanted, str):

@@ -1,6 +1,6 @@
-"""Filters on metadata: their meaning, and the parser for requests.
+"""Filters on metadata: what they mean, and how they are parsed from a request.
 
-A filter is a tree of conditions on one key each:
+A filter is a tree. Each leaf is a condition on one key:
 
     {"key": "brand", "eq": "Arla"}                     equal (number, string or boolean; 1 and true differ)
     {"key": "brand", "in": ["Arla", "Oatly"]}          equal to one of them
@@ -8,9 +8,9 @@ A filter is a tree of conditions on one key each:
     {"key": "shelf.row", "exists": true}               present and not null; a dot enters an object
     {"and": [...]}, {"or": [...]}, {"not": {...}}
 
-A condition is true or false; there is no third value. On an item without the key, every condition except
-`exists: false` is false, and its `not` is true. `matches` is the definition; stores translate the tree into their own
-query language, and tests check that they agree with it.
+A condition is true or false, never unknown. For an item without the key, `exists: false` is true and every other
+condition on the key is false; so the `not` of such a condition is true. `matches` defines the meaning of a filter.
+Stores translate the tree into their own query language, and tests compare them with `matches`.
 """
 
 import math
@@ -34,7 +34,7 @@ _OPERATORS: Final = ("eq", "in", "exists", *_RANGES)
 
 @dataclass(frozen=True)
 class In:
-    """The value equals one of `values`; `eq` gives a single one."""
+    """The value at `path` equals one of `values`. The operator `eq` becomes an `In` with one value."""
 
     path: tuple[str, ...]
     values: tuple[Scalar, ...]
@@ -42,7 +42,7 @@ class In:
 
 @dataclass(frozen=True)
 class Between:
-    """The value has the type of the bounds and is within all of them."""
+    """The value at `path` has the same type as the bounds and is within all of them."""
 
     path: tuple[str, ...]
     bounds: tuple[tuple[Range, str | int | float], ...]
@@ -50,7 +50,7 @@ class Between:
 
 @dataclass(frozen=True)
 class Exists:
-    """The key has a value that is not null."""
+    """The item has a value at `path`, and the value is not null."""
 
     path: tuple[str, ...]
 
@@ -100,7 +100,7 @@ def _value_at(metadata: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """Return the JSON type of a value; values of different types are never equal. All numbers have one type."""
+    """Return the JSON type of a value. Values of different types are never equal; all numbers have the same type."""
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int | float):
@@ -109,12 +109,13 @@ def _kind(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert integers beyond signed 64 bits to floats, because stores hold them as floats."""
+    """Return the value. An integer beyond signed 64 bits becomes a float, because stores keep such integers as
+    floats."""
     return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def holds(value: Any, op: Range, bound: Any) -> bool:
-    """Return whether `value op bound` is true."""
+    """Return whether the comparison `op` of `value` with `bound` is true; "gt" means `value > bound`."""
     if op == "gt":
         return bool(value > bound)
     if op == "gte":
@@ -123,16 +124,17 @@ def holds(value: Any, op: Range, bound: Any) -> bool:
 
 
 def parse_filter(body: Any) -> Filter:
-    """Parse the filter in a request's JSON.
+    """Parse a filter from the JSON value that a request has.
 
     Raises:
-        InvalidRequest: the JSON is not a filter; the message quotes the invalid part and says what is allowed.
+        InvalidRequest: the value is not a filter. The message quotes the invalid part and says what is allowed.
     """
     return _Parser().parse(body, 1)
 
 
 def parse_path(key: Any, where: str = "filter") -> tuple[str, ...]:
-    """Split a key such as `shelf.row` into its path; `where` is the field name that an error message gives.
+    """Split a key such as `shelf.row` at its dots and return the parts. `where` is the name of the request's field, for
+    an error message.
 
     Raises:
         InvalidRequest: the key is not allowed, for example because it has control characters, quotes or backslashes.
@@ -150,7 +152,7 @@ def parse_path(key: Any, where: str = "filter") -> tuple[str, ...]:
 
 
 class _Parser:
-    """Parses one filter and counts its conditions and values."""
+    """Parses one filter. Counts its conditions and values to enforce the limits."""
 
     def __init__(self) -> None:
         self._conditions = 0

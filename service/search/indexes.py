@@ -1,9 +1,10 @@
-"""faiss indexes over the vectors of a segment: one class per structure of `service/search/kinds.py`.
+"""faiss indexes over the vectors of a segment. There is one class for each structure in `service/search/kinds.py`.
 
-Each class contains everything that differs between structures: how an index is built, written, opened and searched
-with and without a filter. The rest of the store works with any of them.
+A class contains everything that differs between the structures: how an index is built, written, opened, and searched
+with and without a filter.
 
-Legend: n vectors in the segment, D dimension, q queries, k neighbours requested.
+Legend: n vectors in the segment, D dimension, q queries, k neighbours requested. A position is the row of a vector in
+its segment. A bitmap (`Bits`) has one bit for each position.
 """
 
 from collections.abc import Callable
@@ -33,22 +34,24 @@ HNSW_M: Final = 32
 HNSW_EF_CONSTRUCTION: Final = 100
 OVERSAMPLE: Final = 3
 MAX_OVERSAMPLED: Final = 4096
-"""A filtered search of a graph fetches OVERSAMPLE times as many vectors as should contain k that pass, up to the
-maximum."""
+"""A filtered search of a graph fetches more vectors than k and drops those that do not pass. It fetches OVERSAMPLE
+times the number that contains k passing vectors on average. If that is more than MAX_OVERSAMPLED, the graph is not
+used."""
 DENSER: Final = 1.5
-"""A filtered search of inverted lists looks at this many times as many candidates as a search without a filter."""
+"""A filtered search of inverted lists compares this many times as many vectors as a search without a filter."""
 FAR: Final = 2
-"""If a filter needs this many times more lists than evenly spread items would, its items are far from the query. Their
-nearest are then spread over all lists that hold any, so all lists are searched."""
+"""If a filtered search needs this many times more lists than it would for evenly spread items, the items that pass are
+far from the query. The nearest of them may then be in any list, so all lists are searched."""
 ADD: Final = 4096
-"""Vectors that are added to an index between two checks for a closing store."""
+"""The number of vectors that are added to an index between two checks whether the store is closing."""
 INDEX_FILE: Final = "index.faiss"
 
 Check = Callable[[], None]
 
 
 class Effort(NamedTuple):
-    """The effort that a search by index makes."""
+    """How thoroughly a search uses an index. `params` may set efSearch or nprobe; None means the value that tuning
+    chose."""
 
     params: SearchParams
     widen: float = 1.0  # multiplies efSearch and nprobe
@@ -58,38 +61,43 @@ class Structure(Protocol):
     """One way to index the vectors of a segment."""
 
     can_grow: bool
-    """Whether vectors can be added to an existing index; otherwise it is rebuilt."""
+    """Whether vectors can be added to an existing index. If not, the index is rebuilt."""
     write_flags: int
-    """Flags for `faiss.write_index`."""
+    """The flags with which `faiss.write_index` writes the index."""
 
     def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
-        """Return the index to add vectors to, and the flat index that stores them.
+        """Return an index to which the vectors are added, and the flat index that stores the vectors.
 
-        The first is None if vectors are added to the flat index only. `base` is a segment with an index to extend; it
-        may be given only if `can_grow`.
+        The first is None if vectors are added to the flat index only. `base` is a segment whose index is extended. It
+        may be given only if `can_grow` is true.
         """
 
     def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
-        """Return the finished index after all vectors [n, D] have been added, or None if the structure has no index."""
+        """Return the finished index, or None if the structure has no index. All vectors have been added to the index or
+        flat index that `begin` returned; `matrix` [n, D] has all of them."""
 
     def open(self, folder: Path, flat: Any) -> Any:
-        """Map the index in a segment's folder; return None if the structure has no index."""
+        """Return the index stored in a segment's folder, memory-mapped, or None if the structure has no index. `flat`
+        is the segment's open flat index; a graph takes its vectors from it."""
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
-        """Return the k nearest of each query among the vectors in `alive` (None: all)."""
+        """Return the k nearest vectors of each query [q, D], using the index.
+
+        Only vectors whose bit in `alive` is set are returned. With None, all may be.
+        """
 
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Return the k nearest that a filter allows.
+        """Return the k nearest vectors of each query [q, D] among those that are in `allowed` and not deleted.
 
-        If the index does not lead to k of them, the result is None or has missing entries. `rarity` is the number of
-        items in the segment divided by the number that is allowed.
+        If the index does not find k such vectors, the result is None or has missing entries. `rarity` is the number of
+        items in the segment divided by the number of allowed items.
         """
 
 
 class Scan:
-    """A structure without an index: a search compares every vector."""
+    """The structure without an index. A search compares the query with every vector."""
 
     can_grow = False
     write_flags = 0
@@ -114,7 +122,8 @@ class Scan:
 
 
 class Graph:
-    """HNSW (Malkov and Yashunin 2016). The graph is stored without its vectors; items can be added to it."""
+    """An HNSW graph (Malkov and Yashunin 2016). Its file does not contain the vectors. Items can be added to the
+    graph."""
 
     can_grow = True
     write_flags = int(faiss.IO_FLAG_SKIP_STORAGE)
@@ -137,7 +146,7 @@ class Graph:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Search deeper without the filter, then drop hits that do not pass.
+        """Search for more than k vectors without the filter, then drop those that do not pass.
 
         With a filter, faiss would traverse the whole graph if the allowed items are far from the query.
         """
@@ -152,7 +161,8 @@ class Graph:
 
 
 class InvertedLists:
-    """Cells of k-means with a code for each vector. The index is trained, so it cannot grow."""
+    """Inverted lists: the cells of k-means, with a code for each vector. Cells and codes are trained on the vectors, so
+    the index cannot grow."""
 
     can_grow = False
     write_flags = 0
@@ -183,10 +193,11 @@ class InvertedLists:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Search more lists than without a filter, because the nearest allowed items are spread more widely.
+        """Search more lists than a search without a filter does, because the nearest allowed items are spread more
+        widely.
 
-        The lists contain `DENSER` times as many allowed items as the lists of a search without a filter contain items.
-        An exact search compares all allowed items.
+        So many lists are searched that they contain `DENSER` times as many allowed items as the lists of an unfiltered
+        search contain items. An exact search compares all allowed items.
         """
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
         if effort.params.exact:
@@ -210,9 +221,10 @@ def structure_of(kind: IndexKind) -> Structure:
 
 
 def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
-    """Return the k nearest of each query among the vectors in `alive` (None: all).
+    """Return the k nearest vectors of each query [q, D] in a segment.
 
-    Uses the segment's index unless the search is exact.
+    Only vectors whose bit in `alive` is set are returned. With None, all may be. The search uses the segment's index if
+    there is one and the search need not be exact.
     """
     if segment.index is None or effort.params.exact:
         return segment.scan(queries, k, alive)
@@ -220,7 +232,7 @@ def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort
 
 
 def add_in_steps(index: Any, vectors: npt.NDArray[Any], check: Check) -> None:
-    """Add vectors [n, D] to an index in steps, with a call of `check` before each."""
+    """Add vectors [n, D] to an index in steps of `ADD`. Call `check` before each step."""
     for begin in range(0, len(vectors), ADD):
         check()
         index.add(np.ascontiguousarray(vectors[begin : begin + ADD], np.float32))
@@ -250,7 +262,7 @@ def _new_graph(spec: CollectionSpec) -> Any:
 
 
 def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
-    """Copy the graph of `base` together with its vectors, so that items can be added."""
+    """Return a copy of the graph of `base` with its vectors in memory, so that items can be added."""
     graph = faiss.read_index(str(base.folder / INDEX_FILE))
     storage = new_flat(spec.dimension, spec.dtype)
     for begin in range(0, len(base.numbers), ADD):
@@ -260,7 +272,8 @@ def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
 
 
 def _with_storage(graph: Any, storage: Any) -> Any:
-    """Attach vectors to an HNSW graph; the graph keeps a reference to them."""
+    """Attach the flat index `storage` to an HNSW graph and return the graph. The graph keeps a reference to
+    `storage`."""
     graph.storage = storage
     graph.own_fields = False
     graph.referenced_objects = [storage]  # as faiss itself does
@@ -273,7 +286,8 @@ def _all_alive(ef_search: int) -> Any:
 
 
 def _hnsw_params(ef_search: int, selector: Any) -> Any:
-    """Return search parameters. Those without a selector are cached, because creating them slows a search."""
+    """Return faiss's search parameters. Parameters without a selector are cached, because creating them takes time in
+    each search."""
     if selector is None:
         return _all_alive(ef_search)
     return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
@@ -283,7 +297,8 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
 
 
 def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
-    """Find candidates by code in `nprobe` lists, then score them by their vectors, so that a score is the cosine."""
+    """Return the k nearest vectors of each query [q, D], from `nprobe` lists. Candidates are found by their codes and
+    then scored by their vectors, so every score is the exact cosine."""
     codes = segment.kind.codes
     assert codes is not None
     selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
@@ -298,7 +313,8 @@ def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, 
 
 
 def lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
-    """Return how many of a query's nearest lists together hold `wanted` vectors; the maximum over all queries.
+    """Return how many lists must be searched so that, for every query, its nearest lists together contain `wanted`
+    vectors.
 
     counts[i] is the number of vectors in list i.
     """

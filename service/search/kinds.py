@@ -1,8 +1,9 @@
-"""A table of the index kinds that a collection may have; each row has everything that differs between kinds.
+"""A table of the index kinds that a collection may have. A row has all properties in which a kind differs from the
+others.
 
-This module holds only data, so the command line and the schemas read their choices from it without loading faiss.
-`service/search/indexes.py` implements the three structures. `kind_named` raises `ValueError` for a name without a row,
-so an unknown kind never reaches the code of another kind.
+This module contains only data, so the command line and the schemas can use it without loading faiss.
+`service/search/indexes.py` implements the three structures. `kind_named` raises `ValueError` for an unknown name, so an
+unknown kind is never treated as another one.
 """
 
 import math
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
-"""The choices in a collection's settings: `auto`, which chooses by size, and the names of all rows."""
+"""The kinds that a collection's settings may name. With `auto`, the number of vectors determines the kind."""
 StructureName = Literal["scan", "graph", "lists"]
 
 
 @dataclass(frozen=True)
 class Codes:
-    """How inverted lists store vectors. Scores by code are approximate, so candidates are scored by their vectors."""
+    """How inverted lists encode vectors. Scores computed from codes are approximate, so they are only used to find
+    candidates. The candidates are then scored by their vectors."""
 
     factory: str  # a string for faiss's index_factory; {subvectors} is half the dimension if that is even
     candidates: int  # candidates found by code and then scored by vector, per neighbour requested
@@ -26,7 +28,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class IndexKind:
-    """The properties that distinguish one kind from the others."""
+    """The properties of one index kind."""
 
     name: str
     structure: StructureName
@@ -45,7 +47,7 @@ _IVF_PQ: Final = Codes("PQ{subvectors}x4fs", candidates=8, min_candidates=64)
 _RABITQ: Final = Codes("RaBitQfs,Refine(SQ6)", candidates=2, refine_factor=8)
 
 EXACT: Final = IndexKind("flat", "scan")
-"""The kind without an index: a search compares every vector. Small segments always have this kind."""
+"""The kind without an index: a search compares the query with every vector. Small segments always have this kind."""
 KINDS: Final[dict[str, IndexKind]] = {
     kind.name: kind
     for kind in (
@@ -59,10 +61,10 @@ CHOICES: Final = ("auto", *KINDS)
 
 
 def kind_named(name: str) -> IndexKind:
-    """Return the row of a kind.
+    """Return the properties of the kind with this name.
 
     Raises:
-        ValueError: there is no kind with this name.
+        ValueError: no kind has this name.
     """
     kind = KINDS.get(name)
     if kind is None:
@@ -76,5 +78,5 @@ def auto_kind(count: int) -> IndexKind:
 
 
 def kinds_with(setting: str) -> str:
-    """Return the names of the kinds that a setting applies to, for help texts."""
+    """Return the names of the kinds to which a setting applies, separated by commas, for help texts."""
     return ", ".join(kind.name for kind in KINDS.values() if setting in kind.settings)

@@ -1,12 +1,13 @@
-"""Background work of the embedded store: builds segments from the tail, merges segments and measures recall.
+"""Background work of the embedded store: builds segments from the tail (items that are in no segment yet), merges
+segments, and measures recall.
 
-Only one of the processes on a folder builds and merges, the one that holds the lock on `maintenance.lock`; the others
-follow its commits. New files are written and synced first. One transaction then adds them to the database and removes
-the segments they replace. So a crash at any moment leaves the old or the new state, and at worst an unused folder,
-which is deleted later.
+If several processes use a data folder, only the one that holds the lock on `maintenance.lock` builds and merges
+segments. The others see the result in the database. The files of a new segment are written and synced first. Then one
+transaction adds the segment to the database and removes the segments that it replaces. So a crash at any moment leaves
+the old or the new state. It may leave an unused folder, which is deleted later.
 
-The thread runs at low priority, so it uses CPU time that the service does not need. A full disk, or any other error,
-is logged and the work is retried later; searches continue with the existing segments.
+The thread runs at low priority, so it mostly uses CPU time that the service does not need. If the disk is full or
+another error occurs, the error is logged and the work is retried later. Searches continue with the existing segments.
 """
 
 import contextlib
@@ -49,18 +50,20 @@ from service.search.view import View, Views
 log = logging.getLogger(__name__)
 
 SEAL_ROWS: Final = 8192
-"""A tail of this length becomes a segment; searching it takes about a millisecond."""
+"""When the tail has this many items, they become a segment. Searching a tail of this length takes about a
+millisecond."""
 MERGE_SHARE: Final = 0.1
-"""Small segments are merged into the large one when they reach this share of it, so each vector is copied few times."""
+"""The small segments are merged into the large one when together they have this share of its vectors. So each vector is
+copied only a few times."""
 REBUILD_SHARE: Final = 0.25
-"""The same share for trained indexes, which are rebuilt."""
+"""The share that replaces MERGE_SHARE if the index of the large segment cannot grow, so that a merge rebuilds it."""
 DEAD_SHARE: Final = 0.2
-"""A segment with more than this share of deleted vectors is rebuilt without them."""
+"""A segment is rebuilt if more than this share of its vectors is deleted."""
 MANY: Final = 4
 IDLE_S: Final = 3.0
 RETRY_S: Final = 60.0
 ORPHAN_S: Final = 120.0
-"""How long a replaced folder is kept, because a reader may still be opening it."""
+"""How long a folder is kept after its segment was replaced, because a reader may still be opening it."""
 NICE: Final = 10
 RECALL_EVERY_S: Final = 1.0
 RECALL_WINDOW: Final = 128
@@ -73,7 +76,7 @@ def _alive(part: LivePart) -> int:
 
 
 class Plan(NamedTuple):
-    """The inputs of one new segment."""
+    """What the next new segment is built from."""
 
     parts: tuple[LivePart, ...]  # adjacent segments
     with_tail: bool = False
@@ -81,10 +84,12 @@ class Plan(NamedTuple):
 
 
 def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False) -> Plan | None:
-    """Return the most useful change to a collection's segments, or None if there is nothing to do.
+    """Return the most useful change to the segments of a collection, or None if there is nothing to do. If `idle`,
+    merges start earlier. If `settle`, all items are merged into one segment.
 
-    Small segments are flat and quick to build. They are merged with each other when there are many. The first, large
-    segment has an index that is costly to build, so they are merged into it only when they reach a certain share of it.
+    The first segment is the large one. Its index takes long to build. The other segments are small, have no index and
+    are quick to build. They are merged with each other when there are many, and into the large segment only when
+    together they reach a certain share of it.
     """
     spec, parts, tail = view.row.spec.index, view.parts, len(view.tail.numbers)
     for part in parts:
@@ -110,14 +115,15 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
 
 
 def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
-    """Return whether the first part's index can be extended. This reads its files, which may have been deleted."""
+    """Return whether the index of the first part can be extended. Its file is needed for this, and another process may
+    have deleted it."""
     if not parts or parts[0].segment.row.kind != kind or not structure_of(kind_named(kind)).can_grow:
         return False
     return (parts[0].segment.folder / INDEX_FILE).exists()
 
 
 class Maintenance:
-    """The maintenance thread of a store, and the search effort derived from measured recall."""
+    """The maintenance thread of a store. It also determines the search effort from the measured recall."""
 
     def __init__(
         self,
@@ -133,10 +139,10 @@ class Maintenance:
     ) -> None:
         """
         Args:
-            build_threads: the number of threads that build a segment. The default is half the number of CPUs: OpenMP
-                threads spin while they wait for a thread on a busy CPU, so a build next to a running service takes
-                longer with all CPUs.
-            on_recall: called with a collection's name and recall after each measurement.
+            build_threads: the number of threads that build a segment. The default is half the number of CPUs. OpenMP
+                threads spin while they wait for each other, so with one thread on every CPU, a build takes longer while
+                the service is busy.
+            on_recall: called after each measurement, with the name of the collection and its mean recall.
         """
         self._root = data_dir / "segments"
         self._snapshots = data_dir / "snapshots"
@@ -166,7 +172,7 @@ class Maintenance:
         self._wake.set()
 
     def close(self) -> None:
-        """Stop the thread. A running build ends at its next step and is discarded."""
+        """Stop the thread and wait up to 30 seconds for it. A running build ends at its next step and is discarded."""
         self._stop.set()
         self._wake.set()
         self._thread.join(30)
@@ -174,19 +180,22 @@ class Maintenance:
     # ---- recall
 
     def boost(self, row: Row) -> float:
-        """Return the factor on the tuned search effort; it rises above 1 when measured recall is below the target."""
+        """Return the factor by which searches multiply the tuned effort. It rises above 1 if the measured recall is
+        below the target."""
         recalled = self._recalls.get(row.key)
         return 1.0 if recalled is None else recalled.boost
 
     def stats(self, row: Row) -> dict[str, Any]:
-        """Return the recall of recent live queries (None: not measured yet) and the boost."""
+        """Return the mean recall of recent live queries, or None if it was not measured yet, and the factor on the
+        search effort (`boost`)."""
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
     def observe(
         self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
     ) -> None:
-        """Sample a live query at most once per interval, to compare its answer with the exact one later."""
+        """Keep a sample of the live queries, at most one per RECALL_EVERY_S. The thread later compares its answer with
+        the exact answer. `vectors` is [q, D], and `answers` has (score, position) pairs for each of the q queries."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
@@ -235,7 +244,7 @@ class Maintenance:
             lock.close()
 
     def settle(self, collection: str) -> None:
-        """Bring one collection to its best state now, in the calling thread."""
+        """Merge all items of a collection into one segment with its index. This runs in the calling thread."""
         db = self._connect()
         with self._working:
             while self._step(db, collection, settle=True):
@@ -268,7 +277,7 @@ class Maintenance:
         remove_folders(self._root, [name for name, since in self._unused.items() if now - since >= ORPHAN_S])
 
     def _remove_unfinished(self, db: sqlite3.Connection) -> None:
-        """Remove what is left of snapshots and restores that a crash cut off."""
+        """Remove unfinished snapshots and restores that a crash left behind."""
         snapshots.tidy(self._snapshots)
         if database.hidden(db):
             with transaction(db):  # no restore can finish and get its name during this transaction
@@ -281,7 +290,7 @@ class Maintenance:
         return self._views.newest(db, row)
 
     def _step(self, db: sqlite3.Connection, collection: str | int, *, idle: bool = False, settle: bool = False) -> bool:
-        """Carry out the most useful change to a collection; return whether there was one."""
+        """Carry out the most useful change to the segments of a collection. Return whether there was one."""
         view = self._current(db, collection)
         wanted = plan(view, seal_rows=self._seal_rows, idle=idle, settle=settle)
         if wanted is not None:
@@ -289,9 +298,9 @@ class Maintenance:
         return wanted is not None
 
     def _replace(self, db: sqlite3.Connection, view: View, wanted: Plan) -> None:
-        """Build one segment from the planned inputs and swap it in.
+        """Build one segment according to the plan and put it in the place of the segments that it replaces.
 
-        A graph that is extended keeps its deleted vectors, which stay marked as deleted.
+        If a graph is extended, its deleted vectors remain in it and stay marked as deleted.
         """
         started = time.perf_counter()
         row, parts, tail = view.row, wanted.parts, view.tail
@@ -323,10 +332,10 @@ class Maintenance:
         log.info("segment built", extra={"fields": {**fields, "seconds": seconds}})
 
     def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[Chunk]:
-        """Yield items with numbers above `after`, up to `to`, one transaction per chunk.
+        """Yield the items with numbers above `after` and up to `to`. Each chunk is read in a transaction of its own.
 
-        Items deleted between chunks are recorded in `removed`. One long transaction would keep SQLite from truncating
-        its log.
+        The table `removed` records items that are deleted between two chunks. One long transaction would keep SQLite
+        from truncating its write-ahead log.
         """
         while True:
             with snapshot(db):
@@ -343,7 +352,8 @@ class Maintenance:
 
 
 class Recall:
-    """The recall of recent live queries of a collection, and the boost to their search effort."""
+    """The recall of recent live queries of a collection, and the factor on the search effort that follows from it
+    (`boost`)."""
 
     def __init__(self, target: float) -> None:
         self._target = target
@@ -352,7 +362,7 @@ class Recall:
         self.boost = 1.0
 
     def add(self, ratio: float) -> float:
-        """Add a measurement and return the new mean."""
+        """Add the recall of one query and return the new mean. Raise the boost if the mean is below the target."""
         self._ratios.append(ratio)
         self.mean = sum(self._ratios) / len(self._ratios)
         if len(self._ratios) >= RECALL_ENOUGH and self.mean < self._target and self.boost < MAX_BOOST:

@@ -1,12 +1,13 @@
-"""Collections in a Milvus server, for more vectors than one machine holds or for several serving machines.
+"""The vector store that keeps its collections in a Milvus server. It is for more vectors than one machine can keep, or
+for several machines that run the service.
 
-Each collection of ours is one Milvus collection. Metadata is stored twice: as text, to return exactly what was
-written, and as JSON, for filters. If Milvus cannot evaluate a filter as `filters.matches` defines it (see
-`service/search/filter_milvus.py`), items are fetched page by page and filtered here: slower, but never wrong.
+Each collection is one collection of Milvus. Metadata is stored twice: as text, so that exactly what was written is
+returned, and as JSON, for filters. Milvus cannot evaluate every filter as `filters.matches` defines it (see
+`service/search/filter_milvus.py`). In this case, items are fetched and filtered by this module, which is slower.
 
-Operations that check and then write (patch, delete, create, aliases) run one after another within this process; between
-processes the last write wins. A call with several items makes several writes: other clients may see some of them
-before the rest, and a failure may leave only some of them.
+Operations that check and then write (patch, delete, create, aliases) run one after another within this process; if two
+processes write the same item or name, the last write wins. A call with many items makes several writes. Other clients
+may see some of these writes before the others, and after a failure only some may have been made.
 """
 
 import asyncio
@@ -74,15 +75,16 @@ TIMEOUT_S: Final = 15.0
 _SPEC: Final = "dinov2.spec"
 _SPEC_STARTS: Final = '{"tag":'
 _MAX_LIMIT: Final = 16_384
-"""The most rows that Milvus returns in one answer."""
+"""The highest number of rows that Milvus returns in one answer."""
 _MAX_HITS: Final = 50_000
-"""The most hits in one answer, over all its queries. Each hit carries its metadata, and an answer is one message."""
+"""The highest number of hits that one call requests, over all its queries. Hits contain metadata, and the answer to a
+call is one message of limited size."""
 _PAGE: Final = 500
 _ITEM: Final = ["id", "vector", "text", "source", "digest"]
 
 
 async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
-    """Connect to the server at `url`, in the form of `Settings.vector_store`.
+    """Connect to the server at `url`, which has the form of the setting `vector_store`.
 
     The messages of these errors do not contain the password.
 
@@ -223,7 +225,8 @@ class MilvusStore:
             return await self._delete(name, [row["id"] for row in await self._by_id(name, wanted, ["id"])])
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete page by page. Items that another process writes meanwhile may or may not be deleted."""
+        """Delete the matching items page by page. Items that another process writes meanwhile may or may not be
+        deleted."""
         name, _ = await self._resolve(collection)
         async with self._writes[name]:
             gone = 0
@@ -234,7 +237,8 @@ class MilvusStore:
     async def count(self, collection: str, where: Filter | None = None) -> int:
         """Count the items that match a filter, or all items.
 
-        If Milvus cannot express the filter exactly, the matching items are fetched and counted here.
+        If no Milvus expression is exactly equal to the filter, the ids and metadata of items are fetched and counted
+        here.
         """
         name, spec = await self._resolve(collection)
         if where is None:
@@ -269,7 +273,8 @@ class MilvusStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """Search an HNSW index; `exact` searches it as widely as it allows, because Milvus offers no exact search."""
+        """Search with Milvus' HNSW index. Milvus has no exact search, so with `exact` the highest possible `ef` is
+        used."""
         check_k(k)
         queries = normalised_rows(vectors)
         name, spec = await self._resolve(collection)
@@ -312,7 +317,7 @@ class MilvusStore:
         return [[row_of_hit(hit) for hit in answer] for answer in answers]
 
     async def _scan(self, name: str, queries: Floats, k: int, where: Filter) -> list[list[Hit]]:
-        """Search exactly by comparing every item that the filter may pass."""
+        """Return the k best hits of each query [q, D], by comparing it with every item that passes the filter."""
         best: list[list[Hit]] = [[] for _ in queries]
         async for rows in self._pages(name, where, fields=["id", "vector", "text", "source"]):
             if rows:
@@ -323,7 +328,7 @@ class MilvusStore:
         return best
 
     async def close(self) -> None:
-        """Close the connection after running calls finish. A second call does nothing."""
+        """Wait for running calls and close the connection. A second call does nothing."""
         if self._is_open:
             self._is_open = False
             await self._server.close()
@@ -331,7 +336,8 @@ class MilvusStore:
     # ---- helpers
 
     async def _resolve(self, collection: str) -> tuple[str, CollectionSpec]:
-        """Return the name and settings of the collection that a name or alias leads to."""
+        """Return the name and settings of the collection that has this name or alias. Raises CollectionNotFound if
+        there is none."""
         missing = CollectionNotFound(f"there is no collection {check_name(collection)!r}")
         try:
             described = await self._server.call("describe_collection", collection_name=encoded(collection))
@@ -344,7 +350,8 @@ class MilvusStore:
         return name, spec_of(name, text)
 
     async def _create(self, name: str, spec: CollectionSpec) -> tuple[str, CollectionSpec]:
-        """Create a collection, or return the one that another process created under this name meanwhile."""
+        """Create a collection and return its name and settings. If another process created one with this name
+        meanwhile, return the name and settings of that collection."""
         try:
             await self._make(name, spec)
         except StorageFailed as error:
@@ -406,7 +413,8 @@ class MilvusStore:
     ) -> AsyncIterator[list[Row]]:
         """Yield pages of the rows that pass the filter, in order of id.
 
-        `fields` must include id and text. A page may be empty although more pages follow.
+        `fields` must include id and text. The first page begins after the id `after`. A page may be empty although more
+        pages follow.
         """
         expression = True if where is None else translate(where).text
         while expression is not False:

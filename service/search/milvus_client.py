@@ -1,4 +1,5 @@
-"""The connection to a Milvus server: runs its client in threads and translates its errors and collection names."""
+"""The connection to a Milvus server. Runs pymilvus' client in threads, and translates its errors and the names of
+collections."""
 
 import asyncio
 import re
@@ -15,13 +16,15 @@ from service.addresses import bracketed_host, milvus_parts
 from service.errors import CollectionNotFound, ServiceError, StorageFailed, Unavailable
 
 PREFIX: Final = "dinov2_"
-"""Prefix of our collections and aliases; all others in the database are ignored."""
+"""The names of the service's collections and aliases in Milvus begin with this. All other names in the database are
+ignored."""
 _CHANNEL: Final = {
     "grpc.use_local_subchannel_pool": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
-"""Reconnect within a second after the server returns; by default gRPC waits up to two minutes, in all channels."""
+"""Options of the gRPC channel. With them, the client reconnects within a second after the server returns. By default,
+gRPC waits up to two minutes, and a new channel to the same server shares this wait."""
 _NOT_FOUND: Final = 100
 _NOT_LOADED: Final = 101
 _RATE_LIMIT: Final = 8
@@ -29,7 +32,7 @@ _NO_INDEX: Final = 700
 
 
 class Server:
-    """The Milvus client, run in its own threads. Its errors are translated only here."""
+    """Calls pymilvus' client in threads of its own and translates the client's errors to `ServiceError`."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         parts = milvus_parts(url)
@@ -56,7 +59,8 @@ class Server:
             raise
 
     async def call(self, method: str, **arguments: Any) -> Any:
-        """Call one method of the client; load the collection first if the server has not loaded it."""
+        """Call one method of the client and return its result. If the server has not loaded the collection, load it and
+        call the method again."""
 
         def work() -> Any:
             do = partial(getattr(self._client, method), timeout=self._timeout_s, **arguments)
@@ -71,7 +75,7 @@ class Server:
         return await self._run(work)
 
     def _load(self, name: str) -> None:
-        """Load a collection, and first create its index if an interrupted creation left it without one."""
+        """Load a collection. If an interrupted creation left it without an index, create the index first."""
         try:
             self._client.load_collection(name, timeout=self._timeout_s)
         except MilvusException as error:
@@ -89,7 +93,7 @@ class Server:
             raise self._translated(error) from error
 
     def _translated(self, error: Exception) -> ServiceError:
-        """Translate an error of the client to one of ours."""
+        """Return the `ServiceError` for an error of the client. Its message does not contain the password."""
         code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
         message = str(getattr(error, "message", None) or getattr(error, "details", lambda: error)())
         if self._options["password"]:
@@ -108,19 +112,21 @@ class Server:
 
 
 def encoded(name: str) -> str:
-    """Encode our name as one that Milvus allows: a-z, 0-9 and _."""
+    """Return the Milvus name of a collection or alias. Milvus allows no hyphens, so `-` becomes `_2d` and `_` becomes
+    `__`."""
     return PREFIX + name.replace("_", "__").replace("-", "_2d")
 
 
 def decoded(name: str) -> str | None:
-    """Decode the Milvus name of a collection or alias; return None if it is not ours."""
+    """Return the name of a collection or alias from its Milvus name, or None if `encoded` did not make the Milvus
+    name."""
     if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
         return None
     return re.sub("_(_|2d)", lambda escape: "_" if escape[1] == "_" else "-", name.removeprefix(PREFIX))
 
 
 def index() -> Any:
-    """Return the parameters of the vector index, the same for every collection."""
+    """Return the parameters of the vector index. They are the same for every collection."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
     return parameters

@@ -1,4 +1,4 @@
-"""Converts collection settings and items to the form that Milvus stores, and its rows back to items and hits."""
+"""Converts items to rows of Milvus, and rows back to items and hits. Also parses stored settings and makes cursors."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from service.search.store import CollectionSpec, Floats, Hit, IndexSpec, Item
 Row = Mapping[str, Any]
 
 DIGITS: Final = 6
-"""The digits to which scores are rounded, as in the embedded store."""
+"""Scores are rounded to this many decimal places, as in the embedded store."""
 _WRITE_BYTES: Final = 16 * 2**20
 """The size limit for one message to the server."""
 
@@ -36,7 +36,8 @@ def id_in(ids: Sequence[str]) -> str:
 def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
     """Return an item as a Milvus row.
 
-    The text omits the braces of the JSON object, because 64 KiB of metadata exceed Milvus' limit by one byte.
+    The metadata text is stored without the outer braces of the JSON object, because with them, 64 KiB of metadata
+    exceed Milvus' limit by one byte.
     """
     return {
         "id": item.id,
@@ -49,7 +50,7 @@ def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
 
 
 def batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    """Split rows into batches that fit in one message."""
+    """Yield the rows in batches, each of which fits in one message."""
     batch: list[dict[str, Any]] = []
     size = 0
     for row in rows:
@@ -91,9 +92,10 @@ def rounded(score: float) -> float:
 
 
 def best_hits(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is_last: bool) -> list[Hit] | None:
-    """Return the k best of the nearest rows, equal scores by id, or None if more rows are needed to determine them.
+    """Return the k best hits that pass the filter, from the rows nearest to a query. Hits with equal scores are in
+    order of id. Return None if more rows are needed to determine the k best.
 
-    `is_all`: no more rows exist. `is_last`: no more rows can be fetched.
+    If `is_all`, no more rows exist. If `is_last`, no more rows can be fetched.
     """
     hits = sorted((hit_of(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
     hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]

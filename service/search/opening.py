@@ -1,6 +1,6 @@
-"""Opens the vector store that the settings name. No other module of the service knows which stores exist.
+"""Opens the vector store that the settings name. Only this module chooses between the implementations.
 
-A store's packages are imported only when it is chosen, because pymilvus is an extra.
+The packages of a store are imported only if the settings name it, because pymilvus is an optional dependency.
 """
 
 from typing import Any
@@ -10,10 +10,11 @@ from service.settings import Settings
 
 
 async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore:
-    """Open the store that `settings.vector_store` names; `embedded_options` go to `open_embedded`.
+    """Open the store that `settings.vector_store` names. If it is the embedded store, `embedded_options` are passed to
+    `open_embedded`.
 
     Raises:
-        ModuleNotFoundError: the extra is not installed; the message says how to install it.
+        ModuleNotFoundError: pymilvus is needed and not installed. The message says how to install it.
         StorageFailed: the data folder cannot be used, or Milvus refuses the connection.
         Unavailable: Milvus cannot be reached.
     """

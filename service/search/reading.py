@@ -1,4 +1,5 @@
-"""Reads and deletes items of the embedded store's database, whole, by filter and page by page."""
+"""Functions that read items from the embedded store's database, and delete the items that pass a filter page by
+page."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from service.search.filters import Filter
 from service.search.store import Item
 
 _PAGE: Final = 1000
-"""The number of items that one transaction deletes by filter; other writes may run in between."""
+"""The highest number of items that `delete_some` deletes in one transaction. Other writes may run between two
+transactions."""
 ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 """The columns that `items_of` expects."""
 
 
 def number_after(cursor: str | None) -> int:
-    """Return the number after which a cursor continues."""
+    """Return the item number after which the page of a cursor begins. Raises InvalidRequest if this store did not make
+    the cursor."""
     if cursor is None:
         return 0
     digits = cursor.removeprefix("n")
@@ -30,7 +33,7 @@ def number_after(cursor: str | None) -> int:
 
 
 def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) -> list[Item]:
-    """Return items, with their vectors, from rows (number, id, metadata, source, digest)."""
+    """Convert rows (number, id, metadata, source, digest) to items. Reads their vectors from the database."""
     query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number = ?"
     vectors = [db.execute(query, (columns[0],)).fetchone() for columns in rows]
     if None in vectors:
@@ -43,7 +46,7 @@ def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) 
 
 
 def metadata_of(item_id: str, text: Any) -> dict[str, Any]:
-    """Parse stored metadata; raise StorageFailed if the text is damaged."""
+    """Parse the stored metadata of an item. Raises StorageFailed if the text is damaged."""
     try:
         metadata = orjson.loads(text)
         if not isinstance(metadata, dict):
@@ -58,10 +61,10 @@ def condition_of(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:
-    """Delete the next page of items that pass a filter.
+    """Delete the first page of items that pass a filter, among those with numbers above `after` and up to `to`.
 
     Returns:
-        How many were deleted, and the last number that was checked.
+        How many items were deleted, and the last number that was checked.
     """
     database.check_exists(db, row)
     condition, parameters = to_sql(where)

@@ -1,11 +1,12 @@
-"""Searches the embedded store: chooses the view and the thread, and turns positions into hits.
+"""Searches the embedded store: chooses the view and the thread of a search, and turns positions into hits.
 
-Every commit changes the stamp. A search reads the stamp and updates the view if it has changed. So the search sees
-every acknowledged write, by this process or another on the same folder, and no partial write. Queued searches with the
-same parameters share one faiss call. A quick search with no others running is answered in the caller's thread.
+Every commit changes the stamp (`service/search/stamp.py`). A search reads the stamp and updates its view of the
+collection if the stamp has changed. So the search sees every acknowledged write of any process with the same data
+folder, and no partial write. Searches that wait in the queue and have the same parameters share one call of faiss. A
+quick search is answered in the caller's thread if no other search is running.
 
-Hits with equal scores are in order of id. Scores are rounded to six digits, because sums in another order differ in
-the seventh.
+Hits with equal scores are in order of id. Scores are rounded to six decimal places, because the seventh depends on the
+order of summation.
 """
 
 import asyncio
@@ -38,16 +39,17 @@ from service.search.view import View, Views
 AT_ONCE_S: Final = 0.001
 """A search that usually takes at most this long may block the event loop."""
 DIGITS: Final = 6
-"""The digits to which scores are rounded."""
+"""Scores are rounded to this many decimal places."""
 AT_ONCE_K: Final = 100
 """A search with a larger k does not run in the caller's thread, because its duration is not known."""
 TIED: Final = 1024
-"""How deep an approximate search looks for the smallest ids among many equal scores. The depth is the same for every k
-below it, so that pages do not overlap."""
+"""If more than k items may have the k-th score, an approximate search fetches up to this many items to find those with
+the smallest ids. The number is the same for every smaller k, so that pages of a result do not overlap."""
 IN_TURN: Final = 4
-"""The number of consecutive searches of one task before it yields to others."""
+"""How many consecutive searches of one task are answered before it yields to other tasks."""
 ATTEMPTS: Final = 100
-"""The number of attempts of a filtered search that finds items changed meanwhile, so that a thread never loops forever.
+"""How often a filtered search is attempted if items change while it runs. The limit ensures that a thread never loops
+forever.
 """
 
 
@@ -132,10 +134,10 @@ class Searcher:
         self._first = None
 
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
-        """Answer a quick search in the caller's thread, because waking another thread takes as long as the search.
+        """Answer a quick search in the caller's thread, because waking another thread takes as long as the search does.
 
-        Return None if the search may be slow: the collection was not searched recently or has changed, the search is
-        deep or has unusual parameters, or scores are tied.
+        Return None if the search may be slow: if the collection was not searched recently or has changed, k is large,
+        the parameters are not the default, or scores are tied.
         """
         stamp, views = self._at_stamp
         view = views.get(query.collection)
@@ -166,7 +168,7 @@ class Searcher:
         return work
 
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
-        """Return the hits for each vector; `query` gives everything else."""
+        """Return the hits for each of the vectors [q, D]. `query` has all other arguments of the search."""
         attempts = 0
         while True:
             attempts += 1
@@ -199,7 +201,8 @@ class Searcher:
         return [_hits(view, best, query.k) for best in candidates]
 
     def view(self, db: sqlite3.Connection, name: str) -> View:
-        """Return the view of a collection (or alias) with every write acknowledged so far."""
+        """Return a view of the collection with this name or alias. It includes every write that has been
+        acknowledged."""
         stamp = self._stamp.read()
         if self._at_stamp[0] != stamp:
             self._at_stamp = (stamp, {})  # also releases dropped collections
@@ -218,16 +221,17 @@ class Searcher:
 
 
 class _Tied(Exception):
-    """Raised when scores are tied, so that a deeper search is needed to choose the k nearest."""
+    """Raised when scores are tied, so that more items must be fetched to choose the k nearest."""
 
 
 def _nearest(find: Callable[..., Neighbours], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
-    """Return (score, position) of the k nearest of each vector, best first, and of those that tie with the last.
+    """Return the (score, position) pairs of the k nearest items of each vector, best first, and of further items with
+    the same score as the last.
 
-    Ties are searched down to `deepest`. `find` is called with the vectors and k.
+    Up to `deepest` items are fetched to find items with equal scores. `find(vectors, k=...)` runs the search.
 
     Raises:
-        _Tied: there may be more ties, and `deepest` is 0.
+        _Tied: `deepest` is 0, and more items may have the same score as the last.
     """
     answers = _candidates(find, vectors, k + 1)
     depth, tied = k + 1, [which for which, best in enumerate(answers) if _is_tied(best, k, k + 1)]
@@ -258,7 +262,7 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
 
 
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
-    """Return the k best candidates (score, position) as hits, equal scores in order of id."""
+    """Return hits for the k best of the pairs (score, position). Hits with equal scores are in order of id."""
     hits = []
     try:
         for (score, _), payload in zip(best, view.payloads([position for _, position in best]), strict=True):

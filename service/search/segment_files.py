@@ -1,6 +1,7 @@
-"""Opens segments: verifies the checksum of every file, then maps the files.
+"""Opens segments: verifies the checksum of every file and maps the files into memory.
 
-Files are mapped (`IO_FLAG_MMAP_IFC`), so opening costs only the checksums, and all processes of a host share one copy.
+Because the files are memory-mapped (`IO_FLAG_MMAP_IFC`), opening takes only as long as the checksums, and all processes
+of a host share one copy in memory.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ _CHUNK: Final = 2**20
 
 
 def checksum(path: Path) -> str:
-    """Return the xxh3 checksum of a file. It runs at memory speed, so every byte is checked at each opening."""
+    """Return the xxh3 checksum of a file, in hex. It is fast enough to check every byte each time a segment is
+    opened."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(_CHUNK)
@@ -32,7 +34,7 @@ def checksum(path: Path) -> str:
 
 
 def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
-    """Check a segment's files and map them.
+    """Verify the files of a segment, map them and return the segment.
 
     Raises:
         StorageFailed: a file is missing or damaged.
@@ -57,7 +59,8 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
 
 
 def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
-    """Build a replacement for a damaged segment in memory: the same vectors from the database, searched exactly."""
+    """Return a replacement for a damaged segment. It has the same vectors, which `chunks` reads from the database, but
+    it is in memory and is searched exactly."""
     flat = new_flat(dimension, dtype)
     for chunk in chunks:
         flat.add(chunk.vectors)

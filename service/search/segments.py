@@ -1,15 +1,17 @@
 """Immutable files of vectors with a faiss index over them, mapped into memory.
 
-A segment is a folder with `numbers.npy` (each item's number in the database), `payloads.bin` and `payloads.npy` (what a
-hit returns for each item, and the offsets), `vectors.faiss` (a flat index in float32 or float16) and, except for the
-kind `flat`, `index.faiss` (an HNSW graph without its vectors, or inverted lists of codes). Segments never change,
-because faiss aborts or gives wrong answers if an index changes during a search (faiss#1504). Deleted items are marked
-in a bitmap that is passed with each search.
+A segment is a folder with these files: `numbers.npy` has the number of each item in the database. `payloads.bin` has
+the JSON text [id, metadata, source] of each item, from which a search makes its hit, and `payloads.npy` has the
+offsets. `vectors.faiss` is a flat index in float32 or float16. `index.faiss` is an HNSW graph without its vectors, or
+inverted lists of codes; a segment of the kind `flat` does not have it. Segments never change, because faiss aborts or
+gives wrong answers if an index changes during a search (faiss#1504). The positions of deleted items are kept outside
+the segment. A search gets a bitmap of the other positions.
 
-This module has the vectors and exact searches; `service/search/indexes.py` has the searches by index, and
+This module reads the vectors and searches exactly. `service/search/indexes.py` searches with an index, and
 `service/search/segment_files.py` opens the files.
 
-Legend: n vectors in the segment, D dimension, q queries, k neighbours requested.
+Legend: n vectors in the segment, D dimension, q queries, k neighbours requested. A position is the row of a vector in
+its segment.
 """
 
 import io
@@ -37,14 +39,15 @@ _GATHER: Final = 2048  # rows at a time; 3 MB of float32 at 384 dimensions fit i
 
 
 class Neighbours(NamedTuple):
-    """The neighbours of each query, best first; missing ones have position -1 and score -inf."""
+    """The nearest vectors of each query, best first. If fewer than k were found, the rest has position -1 and score
+    -inf."""
 
     scores: Floats  # [q, k]
     positions: Positions  # [q, k], within the part that was searched, or over all parts of a view
 
 
 class Mapped:
-    """Vectors [n, D] in memory or memory-mapped."""
+    """Vectors [n, D] in memory or in a memory-mapped file."""
 
     def __init__(self, matrix: npt.NDArray[Any]) -> None:
         self._type = matrix.dtype
@@ -57,7 +60,8 @@ class Mapped:
 
 
 class OnDisk:
-    """Vectors [n, D] that are read from their file on demand. If mapped, each read would load neighbouring vectors."""
+    """Vectors [n, D] that are read from their file on demand. If the file were mapped, each access would also load
+    neighbouring vectors."""
 
     def __init__(self, path: Path, dimension: int, dtype: str, count: int) -> None:
         self._type = np.dtype("<f4" if dtype == "float32" else "<f2")
@@ -77,7 +81,8 @@ class OnDisk:
 
 
 class Payloads(Sequence[bytes]):
-    """What a hit returns for each item of a segment, in a file that is mapped or, as with `OnDisk`, read on demand."""
+    """The payloads of a segment: for each item, the JSON text [id, metadata, source]. They are in memory, in a mapped
+    file, or in a file that is read on demand."""
 
     def __init__(self, data: bytes | mmap.mmap | io.FileIO, starts: npt.NDArray[np.int64]) -> None:
         self._data = data
@@ -125,7 +130,7 @@ class Segment:
 
     @cached_property
     def kind(self) -> IndexKind:
-        """The index kind; raises ValueError if this version does not know it."""
+        """The index kind. Raises ValueError if this version does not know it."""
         return kind_named(self.row.kind)
 
     @property
@@ -135,7 +140,7 @@ class Segment:
 
     @cached_property
     def lists(self) -> npt.NDArray[np.int32]:
-        """The inverted list of each vector, [n]."""
+        """The number of the inverted list that contains each vector, [n]."""
         inverted, lists = faiss.extract_index_ivf(self.index).invlists, np.empty(len(self.numbers), np.int32)
         for number in range(inverted.nlist):
             if size := inverted.list_size(number):  # faiss returns an array of floats for an empty list
@@ -143,7 +148,8 @@ class Segment:
         return lists
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Neighbours:
-        """Return the k nearest of each query among these positions, compared by their vectors."""
+        """Return the k nearest of each query [q, D] among the vectors at `positions`. All of these vectors are
+        compared."""
         nearest = []
         for begin in range(0, len(positions), _GATHER):
             gathered = positions[begin : begin + _GATHER]
@@ -156,7 +162,8 @@ class Segment:
         return self.matrix.take(positions)
 
     def positions_of(self, numbers: Numbers) -> Positions:
-        """Return the positions of those numbers (ascending) that this segment contains."""
+        """Return the positions of the items with these numbers. `numbers` must be ascending; numbers that are not in
+        this segment are ignored."""
         if not len(self.numbers):
             return np.empty(0, np.int64)
         inside = numbers[np.searchsorted(numbers, self.row.first) : np.searchsorted(numbers, self.row.last, "right")]
@@ -165,9 +172,10 @@ class Segment:
         return held
 
     def scan(self, queries: Floats, k: int, alive: Bits | None) -> Neighbours:
-        """Return the k nearest of each query by comparing all vectors in `alive` (None: all).
+        """Return the k nearest of each query [q, D] by comparing all vectors whose bit in `alive` is set, or all if it
+        is None.
 
-        Vectors on disk are read in batches instead of mapped, because mapped pages would fill the memory.
+        If the vectors are read on demand, they are read in batches.
         """
         if isinstance(self.matrix, Mapped):
             selector = None if alive is None else faiss.IDSelectorBitmap(alive)
@@ -177,7 +185,7 @@ class Segment:
 
 
 class LivePart(NamedTuple):
-    """A segment and its deleted vectors."""
+    """A segment and the positions of its deleted vectors."""
 
     segment: Segment
     dead: Positions
@@ -185,7 +193,8 @@ class LivePart(NamedTuple):
 
 
 class Allowed:
-    """The items that pass a filter: their numbers, ascending, and their positions in each segment, computed once."""
+    """The items that pass a filter: their numbers, ascending. Their positions in a segment are computed when they are
+    first needed, and then kept."""
 
     def __init__(self, numbers: Numbers) -> None:
         self.numbers = numbers
@@ -222,21 +231,23 @@ class Allowed:
 
 
 def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positions]:
-    """Return scores and row numbers [q, min(k, m)] of the k nearest rows [m, D] of each query.
+    """Return the k nearest of the rows [m, D] for each query [q, D], as scores and row numbers [q, min(k, m)].
 
-    Uses faiss in this thread: numpy's matrix product would start a thread on every CPU and wait for busy ones.
+    faiss runs in the calling thread. numpy's matrix product would start a thread on every CPU, and wait for threads on
+    busy CPUs.
     """
     scores, row_numbers = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
     return scores, row_numbers
 
 
 def nothing(queries: int) -> Neighbours:
-    """Return the answer of an empty part."""
+    """Return the neighbours of `queries` queries in an empty segment: arrays of shape [queries, 0]."""
     return Neighbours(np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64))
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
-    """Return the k best of each row [q, m], best first; missing ones are (-inf, -1)."""
+    """Return the k highest scores [q, k] of each row of `scores` [q, m], best first, and their labels [q, k]. If m < k,
+    the rest has score -inf and label -1."""
     if scores.shape[1] > k:
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         scores, labels = np.take_along_axis(scores, best, 1), np.take_along_axis(labels, best, 1)
@@ -250,7 +261,8 @@ def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
 
 
 def bits_without(count: int, dead: Positions) -> Bits | None:
-    """Return a bitmap of `count` vectors with all bits set except the dead ones; None if there are no dead ones."""
+    """Return a bitmap of `count` positions in which all bits except those at the positions `dead` are set, or None if
+    `dead` is empty."""
     if not len(dead):
         return None
     flags = np.ones(count, bool)
@@ -259,14 +271,14 @@ def bits_without(count: int, dead: Positions) -> Bits | None:
 
 
 def bits_of(count: int, positions: Positions) -> Bits:
-    """Return a bitmap of `count` vectors with only the bits at these positions set."""
+    """Return a bitmap of `count` positions in which only the bits at `positions` are set."""
     flags = np.zeros(count, bool)
     flags[positions] = True
     return np.packbits(flags, bitorder="little")
 
 
 def are_set(bits: Bits | None, positions: Positions) -> npt.NDArray[np.bool_]:
-    """Return for each position whether its bit is set; with `bits` None all are."""
+    """Return for each position whether its bit is set. If `bits` is None, all bits count as set."""
     if bits is None:
         return np.ones(len(positions), bool)
     flags: npt.NDArray[np.bool_] = (bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
@@ -280,7 +292,8 @@ def new_flat(dimension: int, dtype: str) -> Any:
 
 
 def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
-    """Return the vectors [n, D] of a flat index without a copy; they are valid while the index exists."""
+    """Return the vectors [n, D] of a flat index without copying them. The array is valid only while the index
+    exists."""
     size = np.dtype("<f4" if dtype == "float32" else "<f2")
     data = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.d * size.itemsize)
     matrix: npt.NDArray[Any] = data.view(size).reshape(flat.ntotal, flat.d)
@@ -288,7 +301,7 @@ def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
 
 
 def merged(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """Merge the answers of several parts and return the k best."""
+    """Merge the neighbours that were found in several parts of a collection, and return the k best of each query."""
     if len(parts) == 1 and parts[0].scores.shape[1] == k:
         return parts[0]
     scores = np.concatenate([part.scores for part in parts], axis=1)

@@ -1,9 +1,9 @@
-"""Caches which items pass a filter, as item numbers, and keeps the result up to date.
+"""Caches the numbers of the items that pass a filter, and keeps them up to date.
 
-The database evaluates a filter through its indexes on declared keys, or by reading all metadata. Most filters are used
-repeatedly (a shop, a language, "in stock"); a repeated filter reads only the items added since, those with numbers
-above the last one seen. The bitmaps of the view exclude deleted items. An edit of metadata invalidates all cached
-results of the collection.
+The database evaluates a filter with its indexes on declared keys, or by reading all metadata. Most filters are used
+repeatedly (a shop, a language, "in stock"). If the result of a filter is cached, only items that were added later are
+read, which have higher numbers. A cached result may contain deleted items; the view excludes them from searches. An
+edit of metadata invalidates all cached results of the collection.
 """
 
 import sqlite3
@@ -34,14 +34,16 @@ class _Kept:
 
 
 class Selections:
-    """The most recently used filters and the items that pass them. Safe to use from several threads."""
+    """A cache of the most recently used filters and the items that pass them. It is safe to use from several
+    threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, str, tuple[Scalar, ...]], _Kept] = OrderedDict()
 
     def allowed(self, db: sqlite3.Connection, view: View, where: Filter) -> Allowed:
-        """Return the items of the view that pass the filter now, possibly with items that are already deleted.
+        """Return the items of the view that pass the filter in their current state. The result may also contain deleted
+        items.
 
         Call it outside a transaction.
 
@@ -75,7 +77,8 @@ class Selections:
 
 
 def passing(db: sqlite3.Connection, row: Row, where: Filter, *, after: int = 0, to: int = 2**62) -> Numbers:
-    """Return the numbers of the items that pass a filter, ascending."""
+    """Return the numbers of the items that pass a filter, ascending. Only numbers above `after` and up to `to` are
+    returned."""
     condition, parameters = to_sql(where)
     query = f"SELECT number FROM items_{row.key} WHERE {condition}"
     if after or to != 2**62:

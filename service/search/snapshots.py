@@ -1,8 +1,9 @@
-"""Snapshots: each is a small store in its own file with one collection as it was at one moment.
+"""Takes, lists, reads and restores snapshots. A snapshot is an SQLite file with one collection as it was at one moment.
 
-A snapshot is taken within one read transaction, so it is consistent while others write. It is written to a temporary
-file, synced and renamed. It contains the database rows; segments are rebuilt after a restore. A restore writes to a
-hidden collection, page by page so that other writes continue, and gives it its name at the end.
+A snapshot is taken within one read transaction, so it is consistent even if items are written meanwhile. It is written
+to a temporary file, which is synced and renamed. It contains the database rows of the collection; segments are rebuilt
+after a restore. A restore writes the items to a hidden collection, page by page, so that other writes can run in
+between. At the end the collection gets its name.
 """
 
 import json
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
 _CHUNK: Final = 2000
 _YOUNG_S: Final = 60.0
-"""A younger file may not be locked yet by the process that created it."""
+"""`tidy` leaves files alone that are younger than this, because the process that created such a file may not have
+locked it yet."""
 _LENGTH_ERROR: Final = 0.01  # many times the rounding error of float16 vectors with thousands of numbers
 _NO_VECTOR: Final = np.zeros(0, np.float32)
 
@@ -42,7 +44,8 @@ VectorRow = tuple[int, bytes, int]
 
 
 def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
-    """Write a snapshot of the collection (or alias) in the database `source`.
+    """Write a snapshot of a collection in the database `source` to a new file below `root`. Return its description.
+    `collection` is a name or an alias.
 
     Raises:
         CollectionNotFound: there is no such collection.
@@ -81,9 +84,9 @@ def _write(source: Path, collection: str, target: Path) -> None:
 
 
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
-    """List a collection's snapshots, oldest first, even if the collection was dropped.
+    """Return the snapshots of a collection, oldest first. The collection may have been dropped.
 
-    The count of an unreadable snapshot is None.
+    The `count` of a damaged snapshot is None.
     """
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
@@ -101,7 +104,7 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
 
 
 def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
-    """Return information about a snapshot.
+    """Return the description of a snapshot.
 
     Raises:
         NotFound: there is no such snapshot.
@@ -136,12 +139,14 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """Return the collection in a snapshot and an iterator over pages of its rows.
+    """Return the collection in a snapshot, and an iterator over pages of its rows: (rows of `items`, rows of
+    `vectors`).
 
-    The file may come from anywhere, so its contents are checked like a new write.
+    The file may come from anywhere, so its contents are checked as strictly as items of a request.
 
     Raises:
-        StorageFailed: the file is damaged, is not a snapshot, or contains values that a collection may not have.
+        StorageFailed: the file is damaged, is not a snapshot, or contains values that are not allowed. The iterator
+            raises it too.
     """
     what = f"snapshot {path.stem}"
     with translated(what):
@@ -189,12 +194,14 @@ def _only_collection(db: sqlite3.Connection, what: str) -> Row:
 
 
 def _is_number(number: object) -> bool:
-    """Return whether an item may have this number. SQLite continues from the largest and must not reach its limit."""
+    """Return whether `number` is allowed as the number of an item. SQLite numbers new items from the largest number on,
+    so a number near SQLite's limit is not allowed."""
     return isinstance(number, int) and 0 < number < 2**53
 
 
 def _checked(row: ItemRow, what: str) -> ItemRow:
-    """Check an item's row and return it as a write would store it."""
+    """Check the row of an item, and return it in the form in which a write would store it. Raises StorageFailed if it
+    is not allowed."""
     number, item_id, metadata, source, digest = row
     try:
         if not (isinstance(item_id, str) and isinstance(metadata, str)) or not (
@@ -211,7 +218,7 @@ def _checked(row: ItemRow, what: str) -> ItemRow:
 
 
 def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list[VectorRow]) -> None:
-    """Insert rows of a snapshot into a collection that is being restored."""
+    """Insert a page of rows from a snapshot into the collection `row`, which is being restored."""
     database.check_exists(db, row)
     db.executemany(f"INSERT INTO items_{row.key} (number, id, metadata, source, digest) VALUES (?, ?, ?, ?, ?)", items)
     db.executemany(f"INSERT INTO vectors_{row.key} VALUES (?, ?, ?)", vectors)
@@ -223,7 +230,7 @@ def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list
 
 @contextmanager
 def restoring(root: Path) -> Iterator[str]:
-    """Yield a hidden name for a collection during a restore.
+    """Yield a hidden name for the collection that a restore creates.
 
     `is_restoring` returns true for the name until the block ends or the process dies.
     """
@@ -245,7 +252,7 @@ def is_restoring(root: Path, name: str) -> bool:
 
 
 def tidy(root: Path) -> None:
-    """Remove the files of snapshots and restores that a dead process left behind."""
+    """Remove the temporary files of snapshots and restores whose process has died."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
         with suppress(OSError):  # finished meanwhile, or not deletable; neither must block the other files
             if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := lock_file(path)) is not None:

@@ -1,8 +1,8 @@
-"""The single check of a collection's settings.
+"""The check of a collection's settings, used wherever a collection is created.
 
-REST, the command line, an import, a copy and a restore all create collections. None of them may create one that the
-others refuse or that no index can be built for. Stores run the check when they create a collection. Code that reads
-settings from a file runs it first, because a file may contain anything.
+Collections are created by REST requests, the command line, imports, copies and restores. With one check, none of these
+can create a collection that another would refuse or for which no index can be built. Stores run the check when they
+create a collection. Code that reads settings from a file also runs it, because a file may contain anything.
 """
 
 import reprlib
@@ -23,10 +23,11 @@ TARGET_RECALL: Final = (0.5, 1.0)
 
 
 def check_spec(spec: CollectionSpec) -> CollectionSpec:
-    """Return the settings if they are allowed. Types are checked too, because JSON from a file may have any type.
+    """Return the settings if they are allowed. Types are checked too, because settings from a JSON file may have any
+    type.
 
     Raises:
-        InvalidRequest: a setting is not allowed; the message names it, its value and what is allowed.
+        InvalidRequest: a setting is not allowed. The message has its name, its value and what is allowed.
     """
     if not isinstance(spec.tag, str) or not 1 <= len(spec.tag) <= MAX_TAG_CHARACTERS or not spec.tag.isprintable():
         raise _refused("tag", spec.tag, f"1 to {MAX_TAG_CHARACTERS} printable characters")

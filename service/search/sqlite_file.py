@@ -1,7 +1,7 @@
 """The embedded store's SQLite file: creation, connections, checks and transactions.
 
-A write is acknowledged after a commit in WAL mode with `synchronous=FULL`, so it has been synced to disk.
-`service/search/database.py` has the statements.
+Writes are committed in WAL mode with `synchronous=FULL`, so a committed write has been synced to disk.
+`service/search/database.py` has the statements that read and write collections.
 """
 
 import sqlite3
@@ -41,7 +41,8 @@ CREATE TABLE requests (
 
 @contextmanager
 def translated(what: str = "the vector store") -> Iterator[None]:
-    """Translate errors of SQLite and the file system to StorageFailed, without paths that clients could see."""
+    """Translate errors of SQLite and the file system to StorageFailed. The messages have no paths, because clients see
+    them."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -56,7 +57,7 @@ def translated(what: str = "the vector store") -> Iterator[None]:
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """Return a connection for one thread. The file must exist and be ours (see `prepare`)."""
+    """Return a connection for one thread. `prepare` must have created or checked the file."""
     db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
@@ -68,10 +69,11 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 
 def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | None = None) -> None:
-    """Create the file, or check that it is one of ours.
+    """Create the file, or check that it is a vector store.
 
     Raises:
-        StorageFailed: the file cannot be used, is damaged or is not ours; the message names it, or `what`.
+        StorageFailed: the file cannot be used, is damaged or is not a vector store. The message begins with `what`, by
+            default with the path.
     """
     what = what or f"vector store {path}"
     with translated(what):

@@ -1,10 +1,10 @@
-"""A number that all processes on a data folder share and that changes with every commit.
+"""A number that all processes with the same data folder share. It changes with every commit.
 
-It shows whether there is anything new without a query to SQLite, which would cost a search more time than its own
-Python code. A writer changes the stamp before it acknowledges the write, so a reader that finds it unchanged has seen
-every acknowledged write. Each new value is random: if it were a counter, two processes that increment it at once could
-set it back to a value that a reader has seen. A process that dies between commit and change has acknowledged nothing;
-the next change reveals its write.
+From the number, called the stamp, a search learns whether anything was written since its last read. A query to SQLite
+would take longer than all other Python code of a search. A writer changes the stamp before it acknowledges the write,
+so a reader that finds the stamp unchanged has seen every acknowledged write. Each new value is random. With a counter,
+two processes that increment it at once could set it back to a value that a reader has seen. If a process dies between
+the commit and the change of the stamp, it has not acknowledged the write; readers see the write after the next change.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from service.search.sqlite_file import translated
 
 
 class Stamp:
-    """A 64-bit number in a mapped file."""
+    """A 64-bit number in a memory-mapped file."""
 
     def __init__(self, path: Path) -> None:
         with translated(f"vector store {path}"):

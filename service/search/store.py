@@ -1,10 +1,10 @@
-"""The interface of a vector store, the same for every implementation.
+"""The interface `VectorStore` and the types of its arguments and results. All vector stores implement it.
 
 Vectors can be compared only if the same model made them in the same way. So every collection has a `tag` (the model's
 fingerprint with pooling, normalisation, input size and precision) and a dimension, both set by its first write. A write
-or search with another tag is a 409 error that names both tags.
+or search with another tag raises ModelMismatch (status 409); the message names both tags.
 
-Scores are cosine similarities from -1 to 1; stored vectors and queries are normalised.
+Scores are cosine similarities from -1 to 1, because stored vectors and queries are scaled to length 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,8 @@ Metadata = Mapping[str, Any]
 DType = Literal["float32", "float16"]
 
 MAX_DEPTH: Final = 10_000
-"""The most hits that one search may read: k with offset, or the hits that a grouping reads."""
+"""The highest k of one search of a store. It bounds the sum of k and offset of a request, and the number of hits that
+grouping reads."""
 MAX_ID_CHARACTERS: Final = 256
 MAX_METADATA_BYTES: Final = 64 * 2**10
 MAX_SOURCE_CHARACTERS: Final = 2048
@@ -31,7 +32,7 @@ MAX_SOURCE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True)
 class Item:
-    """One vector of a collection. A vector [D] that is read back has length 1."""
+    """One vector of a collection, with its id and metadata. `vector` is [D]; a store returns it scaled to length 1."""
 
     id: str
     vector: Floats
@@ -41,7 +42,7 @@ class Item:
 
 
 class Hit(NamedTuple):
-    """One result of a search; `score` is the cosine similarity."""
+    """One result of a search. `score` is the cosine similarity to the query."""
 
     id: str
     score: float
@@ -53,8 +54,8 @@ class Hit(NamedTuple):
 class IndexSpec:
     """Index settings of a collection. A store ignores settings that it does not support.
 
-    `auto` chooses by size, and None uses a value that suits the size. `service/search/kinds.py` defines which settings
-    apply to each kind.
+    With the kind `auto`, the number of vectors determines the kind. A setting that is None gets a suitable default.
+    `service/search/kinds.py` defines which settings apply to which kind.
     """
 
     kind: Kind = "auto"
@@ -66,7 +67,8 @@ class IndexSpec:
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """Settings of a collection, fixed when it is created; `service/search/specs.py` defines what is allowed."""
+    """Settings of a collection. They are fixed when it is created. `service/search/specs.py` defines what is
+    allowed."""
 
     tag: str  # identifies what made the vectors; only vectors with equal tags can be compared
     dimension: int
@@ -93,7 +95,8 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class SearchParams:
-    """The effort of one search. None uses the tuned value; settings that do not apply to a kind are ignored."""
+    """How thoroughly one search uses the index. None means the value that tuning chose. Settings that do not apply to
+    the index kind are ignored."""
 
     exact: bool = False
     ef_search: int | None = None  # graphs
@@ -102,7 +105,8 @@ class SearchParams:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of items in the store's order. `cursor` continues after them; it is None at the end."""
+    """A page of items in the store's order. `cursor` is the argument with which `scroll` returns the next page, or None
+    on the last page."""
 
     items: list[Item]
     cursor: str | None
@@ -122,11 +126,12 @@ class SnapshotInfo:
 class VectorStore(Protocol):
     """Collections of items with string ids, and aliases of collections.
 
-    Calls may overlap. A write that has returned is durable, and every later call sees it. An alias may be given
-    instead of a collection's name.
+    Several calls may run at the same time. When a write has returned, it is durable and every later call sees it.
+    Wherever a method takes the name of a collection, an alias may be given instead.
 
-    Every method may raise CollectionNotFound; InvalidRequest for names, settings, ids, vectors, metadata or numbers
-    that are not allowed; ModelMismatch or Conflict for another tag or dimension; StorageFailed if the storage fails.
+    Every method may raise CollectionNotFound, StorageFailed if the storage fails, and InvalidRequest for a name,
+    setting, id, vector, metadata or number that is not allowed. Methods that take vectors raise ModelMismatch if the
+    tag, or Conflict if the dimension, differs from the collection's.
     """
 
     capabilities: frozenset[str]
@@ -134,10 +139,10 @@ class VectorStore(Protocol):
     `index_kinds` (follows `IndexSpec`), `stats`."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
-        """Create a collection; do nothing if it exists with the same spec.
+        """Create a collection. If it exists with the same spec, do nothing. Return its description.
 
         Raises:
-            Conflict: the name is taken by an alias, or by a collection with another spec.
+            Conflict: an alias, or a collection with another spec, has this name.
         """
 
     async def collections(self) -> list[CollectionInfo]:
@@ -156,42 +161,44 @@ class VectorStore(Protocol):
         """Return a mapping from aliases to collections."""
 
     async def set_alias(self, alias: str, collection: str) -> str | None:
-        """Point the alias to the collection, atomically; return its previous collection or None.
+        """Point the alias to the collection, in one atomic step. Return the collection that it pointed to before, or
+        None if the alias is new.
 
         Raises:
             Conflict: a collection has this name.
         """
 
     async def drop_alias(self, alias: str) -> None:
-        """Remove an alias; raise CollectionNotFound if it does not exist."""
+        """Remove an alias. Raises CollectionNotFound if it does not exist."""
 
     async def upsert(
         self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
     ) -> CollectionInfo:
-        """Add the items; an item with an existing id replaces the old one. If an id occurs twice, the last item wins.
+        """Write items. An item replaces the existing item with the same id. If several of the items have the same id,
+        only the last of them is written.
 
-        The first write to a name creates the collection with default settings. A second call with the same
-        `request_key` within a day changes nothing (`idempotency`).
+        The first write to a name creates the collection with default settings. If the store has the capability
+        `idempotency`, a second call with the same `request_key` and items within a day changes nothing.
 
         Raises:
             Conflict: the key was used with other items.
         """
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
-        """Return the items in the order of the ids, with None for ids that do not exist."""
+        """Return the items in the order of the ids, with None for an id that does not exist."""
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        """Merge a patch into the item's metadata (RFC 7396: null removes a key); return the updated item.
+        """Apply a JSON merge patch (RFC 7396) to the metadata of an item: None removes a key. Return the updated item.
 
         Raises:
             ItemNotFound: there is no such item.
         """
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
-        """Delete items by id; return how many existed."""
+        """Delete the items with these ids. Return how many of them existed."""
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete the items that match a filter; return how many."""
+        """Delete the items that match a filter. Return how many were deleted."""
 
     async def count(self, collection: str, where: Filter | None = None) -> int: ...
 
@@ -200,8 +207,8 @@ class VectorStore(Protocol):
     ) -> Page:
         """Return one page of items.
 
-        Items that exist from the first page to the last appear exactly once; items written or deleted meanwhile may or
-        may not appear.
+        An item that exists while all pages are read is on exactly one of them. An item that is written or deleted
+        meanwhile may be missing.
 
         Raises:
             InvalidRequest: the cursor is not from this store.
@@ -217,26 +224,27 @@ class VectorStore(Protocol):
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """Return the k nearest items (up to MAX_DEPTH) of each vector [n, D], best first, equal scores by id.
+        """Return the k nearest items of each of the vectors [n, D], best first. Items with equal scores are in order of
+        id. k is at most MAX_DEPTH.
 
-        Vectors may have any scale. There are fewer than k hits if fewer items match.
+        The vectors may have any length except 0. If fewer than k items match, fewer hits are returned.
         """
 
     async def close(self) -> None: ...
 
 
 class SnapshotStore(VectorStore, Protocol):
-    """A store that can take snapshots of a collection and restore them (`snapshots`).
+    """A store that can take and restore snapshots of a collection (capability `snapshots`).
 
     Methods that take a snapshot's name raise InvalidRequest if it is not a snapshot name, NotFound if there is no such
     snapshot, and StorageFailed if it is damaged.
     """
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
-        """Take a snapshot of the collection at one moment; other writes may continue."""
+        """Take a snapshot of the collection as it is at one moment. Writes may continue meanwhile."""
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
-        """List a collection's snapshots, oldest first. They remain after the collection is dropped."""
+        """Return the snapshots of a collection, oldest first. Snapshots remain after the collection is dropped."""
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
         """Return the path of the snapshot's file."""
@@ -247,12 +255,12 @@ class SnapshotStore(VectorStore, Protocol):
         """Create `collection` from the snapshot `name` of the collection `source`.
 
         Raises:
-            Conflict: the name is taken.
+            Conflict: a collection or alias has the name `collection`.
         """
 
 
 class StatsStore(VectorStore, Protocol):
-    """A store that reports how a collection is indexed (`stats`)."""
+    """A store that reports how a collection is indexed (capability `stats`)."""
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return figures for operators, as JSON values."""
+        """Return figures about the index of a collection, for operators. They can be serialised as JSON."""

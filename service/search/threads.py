@@ -1,8 +1,9 @@
-"""The embedded store's threads: one for writes and several for searches; the event loop only waits for them.
+"""The embedded store's threads: one for writes and several for searches. The event loop only passes jobs to them and
+receives the results.
 
-Queued writes are committed together with one sync of the disk; a savepoint keeps each of them atomic. Queued searches
-with the same parameters go to faiss in one call. Handing a job from the event loop to a thread is kept cheap, because a
-search takes a fraction of a millisecond.
+Writes that wait in the queue are committed together, with one sync of the disk. A savepoint keeps each write atomic.
+Searches that wait in the queue and have the same parameters share one call of faiss. A search takes a fraction of a
+millisecond, so passing a job to a thread must be quick.
 """
 
 import asyncio
@@ -35,10 +36,11 @@ class _Job(Generic[Q]):
 
 
 class Workers(Generic[Q]):
-    """Threads that take jobs from one queue, several at once if their keys are equal."""
+    """Threads that take jobs from one queue. A thread takes several jobs at once if they have the same key."""
 
     def __init__(self, name: str, count: int, make: Callable[[], Callable[[Sequence[Q]], Sequence[Any]]]) -> None:
-        """Start `count` threads. Each calls `make` once for a function that returns the result or error of each job."""
+        """Start `count` threads. Each thread calls `make` once. `make` returns the function that the thread calls with
+        the jobs it takes; this function returns the result or the error of each job."""
         self._waiting: deque[_Job[Q]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -49,7 +51,8 @@ class Workers(Generic[Q]):
             thread.start()
 
     async def do(self, what: Q, key: Hashable = None) -> Any:
-        """Run a job and return its result. If the caller is cancelled, a job that has started still completes."""
+        """Run the job `what` in a thread and return its result, or raise its error. If the caller is cancelled, a job
+        that has started still completes."""
         loop = asyncio.get_running_loop()
         job = _Job(what, key, loop, loop.create_future())
         with self._changed:
@@ -68,9 +71,10 @@ class Workers(Generic[Q]):
             thread.join(timeout_s)
 
     def _take(self) -> list[_Job[Q]]:
-        """Take the next job and queued jobs with the same key, up to this thread's share of the queue.
+        """Wait for a job and take it. Also take the jobs right behind it with the same key, up to this thread's share
+        of the queue.
 
-        The result is empty when the workers are closed and the queue is empty.
+        Return an empty list if the workers are closed and the queue is empty.
         """
         with self._changed:
             while not self._waiting:
@@ -117,7 +121,7 @@ Write = Callable[[sqlite3.Connection], Any]
 
 
 def commit_together(db: sqlite3.Connection, writes: Sequence[Write]) -> list[Any]:
-    """Run several writes in one transaction; return for each its result or its own error.
+    """Run several writes in one transaction. Return the result of each write, or its own error.
 
     Raises:
         StorageFailed: the whole transaction failed and nothing is written.

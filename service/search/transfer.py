@@ -1,11 +1,12 @@
-"""Copies collections between stores, and to and from files: `dinov2 collections copy | export | import`.
+"""Copies collections between stores, writes them to files and reads them from files: the commands `dinov2 collections
+copy`, `export` and `import`.
 
-Everything goes through `VectorStore` page by page, so a million vectors need no more memory than a thousand (except
-for .npz, which is written at once). An interrupted copy or import can be run again: a copy skips ids that exist, and an
-import writes them again with the same content.
+Items are read and written page by page through the protocol `VectorStore`, so a million vectors need no more memory
+than a thousand. Only an .npz file is read or written as a whole. An interrupted copy or import can be run again: a copy
+skips items that exist, and an import writes all items again.
 
-A collection may store its images next to the store (`service/originals.py`). A copy to a store with other images
-copies them too, each before the items that refer to it.
+The images of a collection may be stored too (`service/originals.py`). If the target has another image store, a copy
+includes the images. Each image is copied before the items that refer to it.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Photos:
-    """Counts of the images that the items of a copy refer to."""
+    """How many images a copy had to copy, and what happened to them."""
 
     copied: int = 0
     present: int = 0  # already in the target
@@ -48,7 +49,7 @@ class Photos:
 
 @dataclass(frozen=True)
 class Copied:
-    """The result of a copy or an import."""
+    """The result of a copy or import: how many items were written, and how many there are."""
 
     written: int
     present: int  # already in the target, and left unchanged
@@ -65,14 +66,15 @@ async def copy_collection(
     originals: tuple[Originals, Originals] | None = None,
     advance: Progress = lambda _: None,
 ) -> Copied:
-    """Copy a collection to another store or another name; ids that exist in the target are skipped.
+    """Copy a collection to another store or to another name. Items whose ids exist in the target are skipped.
 
     Args:
-        originals: the image stores of source and target. Images are copied if the collection stores its images and the
-            two image stores differ; this includes images of items that already exist.
+        originals: the image stores of source and target. Images are copied if the collection stores images and the two
+            image stores differ. The images of items that are skipped are copied too.
 
     Raises:
-        Conflict: the target has a collection of this name with other settings, or the counts differ at the end.
+        Conflict: the target has a collection of this name with other settings, or the two collections have different
+            numbers of items at the end.
         StorageFailed: an image cannot be stored at the target, or a store fails.
     """
     info = await source.info(name)
@@ -101,7 +103,7 @@ async def copy_collection(
 
 
 async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
-    """Copy the images that the items refer to, a few at a time; count them in `photos`."""
+    """Copy the images that the items refer to, at most `THREADS` at a time. Count them in `photos`."""
     gate = asyncio.Semaphore(THREADS)  # each image being copied is in memory
 
     async def copy(digest: str) -> None:
@@ -139,7 +141,7 @@ async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]
 
 
 async def export_collection(store: VectorStore, name: str, out: Path, *, advance: Progress = lambda _: None) -> int:
-    """Write a collection to a file; its suffix chooses the format. Return the number of items.
+    """Write a collection to a file. The suffix of the file's name determines the format. Return the number of items.
 
     Raises:
         ValueError: the suffix is not a known format.
@@ -171,15 +173,16 @@ async def export_collection(store: VectorStore, name: str, out: Path, *, advance
 async def import_collection(
     store: VectorStore, name: str, path: Path, *, tag: str | None = None, advance: Progress = lambda _: None
 ) -> Copied:
-    """Add a file's items to a collection, which is created if needed; items with existing ids are replaced.
+    """Add the items of a file to a collection. The collection is created if it does not exist. Existing items with the
+    same ids are replaced.
 
     Args:
-        tag: the tag of the vectors if the file has none; otherwise it must equal the tag in the file.
+        tag: the tag of the vectors. It is needed if the file has no tag. If the file has one, both must be equal.
 
     Raises:
-        ValueError: the file has an unknown form, has no tag, or is damaged; the message names the line or row. Items
-            before that point are in the collection.
-        InvalidRequest: an item or a setting is not allowed; the message names the file and the item, counted from 1.
+        ValueError: the file has an unknown format, no tag is known, or the file is damaged. The message names the line
+            or row. The items before that point have been written.
+        InvalidRequest: an item or a setting is not allowed. The message names the file and the item, counted from 1.
         ModelMismatch, Conflict: the collection has vectors of another model or dimension.
     """
     suffix = check_format(path)
@@ -221,14 +224,15 @@ def _first_refused(items: Sequence[Item]) -> int | None:
 
 
 def check_format(path: Path) -> str:
-    """Return the file's suffix; raise ValueError unless it is one of FORMATS."""
+    """Return the suffix of the file's name, in lower case. Raises ValueError if it is not one of FORMATS."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
     return path.suffix.lower()
 
 
 async def _make(store: VectorStore, name: str, spec: CollectionSpec) -> None:
-    """Create a collection unless it exists. An existing one keeps its settings; the write checks tag and dimension."""
+    """Create a collection if it does not exist. An existing collection keeps its settings. Later writes check its tag
+    and dimension."""
     try:
         await store.info(name)
     except CollectionNotFound:

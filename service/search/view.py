@@ -1,9 +1,12 @@
-"""A collection's vectors at one moment: segments, a tail in memory, and the positions of deleted vectors.
+"""The vectors of a collection at one moment: its segments, its tail (the items that are in no segment yet), and the
+positions of deleted vectors.
 
 A `View` never changes, so a search needs no lock and does not wait for writes. `Views` keeps the latest view of each
-collection. It builds the next one from that view and the database's new changes, whether written by this process or
-another. The tail grows in place: new rows are appended beyond the length that older views use, and existing rows never
-change.
+collection. It makes the next view from the latest one and the changes in the database since then, by this process or
+another. Views share the arrays of the tail: new rows are appended after those that older views use, and existing rows
+never change.
+
+Legend: q queries, D dimension, k neighbours requested.
 """
 
 import bisect
@@ -42,13 +45,14 @@ log = logging.getLogger(__name__)
 
 EXACT_ROWS: Final = 4_000
 EXACT_SHARE: Final = 0.02
-"""A filter that passes at most this many items, or this share of a segment, is searched exactly, because a search by
-index would miss most of them."""
+"""If a filter passes at most EXACT_ROWS items of a segment, or at most the share EXACT_SHARE of it, these items are
+searched exactly. A search by index would miss most of them."""
 _FIRST_CAPACITY: Final = 256
 
 
 class Tail:
-    """Items that are in no segment yet. Appending needs the lock of `Views`; reading does not."""
+    """The items that are in no segment yet. A caller of `append` must have the lock of `Views`. Reading needs no
+    lock."""
 
     def __init__(self, dimension: int) -> None:
         self.numbers = np.empty(_FIRST_CAPACITY, np.int64)
@@ -75,7 +79,7 @@ class Tail:
 
 
 class LiveTail(NamedTuple):
-    """The tail's rows as one view sees them, and which of them are deleted."""
+    """The rows of the tail that belong to one view, and the positions of those that are deleted."""
 
     numbers: Numbers
     matrix: Floats
@@ -91,7 +95,7 @@ class LiveTail(NamedTuple):
         return Neighbours(*top_of(scores, positions, k))
 
     def among(self, queries: Floats, k: int, allowed: Numbers) -> Neighbours:
-        """Return the k nearest of each query among the rows with these numbers (ascending)."""
+        """Return the k nearest rows of each query [q, D], among the rows whose item numbers are in `allowed`."""
         inside = np.isin(self.numbers, allowed, assume_unique=True)
         inside[self.dead] = False
         rows = np.flatnonzero(inside)
@@ -103,7 +107,8 @@ class LiveTail(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """One state of one collection. Positions count through all parts in order, with the tail last."""
+    """A collection at one moment. A position in a view counts the vectors of all segments in order, and then those of
+    the tail."""
 
     row: Row
     parts: tuple[LivePart, ...]
@@ -116,7 +121,9 @@ class View:
     def search(
         self, queries: Floats, k: int, params: SearchParams, allowed: Allowed | None = None, widen: float = 1.0
     ) -> Neighbours:
-        """Return the k nearest [q, k] of all items, or of the allowed ones; `widen` multiplies efSearch and nprobe."""
+        """Return the k nearest items of each query, best first. `queries` is [q, D], and scores and positions of the
+        result are [q, k]. If `allowed` is given, only its items are returned. `widen` multiplies efSearch and
+        nprobe."""
         if allowed is not None:
             return self._search_allowed(queries, k, allowed, Effort(params, widen))
         effort = Effort(params, widen)
@@ -131,7 +138,8 @@ class View:
         return merged(answers or [nothing(len(queries))], k)
 
     def payloads(self, positions: Sequence[int]) -> Iterator[bytes]:
-        """Yield what a hit returns for the item at each position: JSON [id, metadata, source]."""
+        """Yield for each position the JSON text [id, metadata, source] of its item, from which a search makes the
+        hit."""
         for position in positions:
             part = bisect.bisect_right(self.starts, position) - 1
             row = position - self.starts[part]
@@ -140,7 +148,7 @@ class View:
             yield holder.payloads[row] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
-        """Return figures about the segments and the tail, for operators."""
+        """Return figures about each segment and the length of the tail, for operators."""
         segments = [
             {
                 "kind": part.segment.row.kind,
@@ -167,10 +175,10 @@ class View:
 
 
 def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Neighbours:
-    """Return the k nearest of each query in a segment, by its index.
+    """Return the k nearest vectors of each query [q, D] in a segment. The segment's index is used.
 
-    If the index returns too few, all vectors are compared: many equal vectors are not all reachable in a graph, nor in
-    the lists that are searched.
+    If the index returns fewer than k although there are more, all vectors are compared. This happens for instance if
+    many vectors are equal: a graph may not lead to all of them.
     """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
@@ -182,9 +190,11 @@ def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Nei
 def _search_allowed(
     part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, positions: Positions
 ) -> Neighbours:
-    """Return the k nearest of each query among the allowed items of a segment, which are at `positions`.
+    """Return the k nearest vectors of each query [q, D] among the allowed items of a segment. `positions` are the
+    positions of these items.
 
-    The search uses the index. It is exact if few items are allowed or the index does not lead to k of them.
+    The segment's index is used. If few items are allowed, or the index does not find k of them, all allowed items are
+    compared.
     """
     segment, total = part.segment, len(part.segment.numbers)
     if len(positions) <= max(EXACT_ROWS, EXACT_SHARE * total):
@@ -197,14 +207,16 @@ def _search_allowed(
 
 
 def _moved(nearest: Neighbours, start: int) -> Neighbours:
-    """Convert a part's positions to positions of the view."""
+    """Convert positions in a part to positions in the view. `start` is the view's position of the part's first
+    vector."""
     if not start:
         return nearest
     return Neighbours(nearest.scores, np.where(nearest.positions < 0, -1, nearest.positions + start))
 
 
 class Views:
-    """The latest view of each collection. Safe to use from several threads, each with its own connection."""
+    """Keeps the latest view of each collection. It is safe to use from several threads, each with its own
+    connection."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -212,9 +224,10 @@ class Views:
         self._views: dict[int, View] = {}
 
     def at(self, db: sqlite3.Connection, row: Row) -> View | None:
-        """Return the view of a collection as of the transaction that read `row`.
+        """Return the view of a collection in the state that the current transaction of `db` sees. `row` was read in
+        this transaction.
 
-        The result is None if that state is outdated; the caller must then begin a new transaction.
+        Return None if a newer view exists. The caller must then begin a new transaction.
         """
         view = self._views.get(row.key)
         if view is None or view.row.version != row.version:
@@ -226,7 +239,8 @@ class Views:
         return view if view.row.version == row.version else None
 
     def newest(self, db: sqlite3.Connection, row: Row) -> View:
-        """Return the view of the state in which `row` was read, or a later one. Call it outside a transaction.
+        """Return a view of the collection in the state in which `row` was read, or in a later state. Call this outside
+        a transaction.
 
         Raises:
             CollectionNotFound: the collection was dropped after `row` was read.
@@ -304,7 +318,8 @@ class Views:
         return last, LiveTail(tail.numbers[:length], tail.matrix[:length], tail.payloads, dead, tail)
 
     def _open(self, db: sqlite3.Connection, row: Row, wanted: SegmentRow) -> Segment:
-        """Open the segment, or build it in memory from the database if its files are damaged."""
+        """Open a segment. If its files are damaged, log the error and make a replacement in memory from the
+        database."""
         try:
             return open_segment(self._root, wanted, row.spec.dtype)
         except (StorageFailed, RuntimeError, ValueError, OSError) as error:

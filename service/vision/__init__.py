@@ -1,1 +1,2 @@
-"""Computations on features that the network has already produced. Nothing here runs the network."""
+"""Computations on features that the network has already computed: foreground masks, regions of images, and comparisons
+of patches."""

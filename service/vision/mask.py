@@ -1,10 +1,10 @@
-"""Masks for transport: COCO's compressed run lengths, PNG, and an overlay for display.
+"""Encode masks as COCO's compressed run lengths, as PNG, and as an overlay over the image; decode run lengths.
 
 COCO's RLE (cocoapi, `common/maskApi.c`) has run lengths over the mask in column-major order, starting with background
-(a first run of 0 if the mask starts with foreground). In the compressed string, each run from the fourth on is stored
-as the difference to the run two before, in groups of 5 bits, lowest first, as characters from "0" on. Bit 5 says that
-more groups follow; the highest value bit of the last group is the sign. The text equals pycocotools' byte for byte;
-this code is vectorised over all runs.
+(a first run of 0 if the mask starts with foreground). In the compressed string, each run from the fourth on is replaced
+by its difference to the run two before it. Each number is divided into groups of 5 bits, lowest first. A group becomes
+a character from "0" on. Bit 5 of a character is set if more groups of the number follow, and bit 4 of the last group is
+the sign. The text is equal to that of pycocotools. This code processes all runs at once with numpy.
 """
 
 import io
@@ -23,8 +23,8 @@ _TINT: Final = (255, 64, 32)
 
 
 def coco_rle_encode(mask: Mask) -> dict[str, Any]:
-    """Encode a mask [H, W] as `{"size": [H, W], "counts": str}`, like `pycocotools.mask.encode` but with counts as
-    text."""
+    """Encode a mask [H, W] as `{"size": [H, W], "counts": str}`. `pycocotools.mask.encode` returns the same, but with
+    `counts` as bytes."""
     flat = np.ravel(mask, order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     edges = np.concatenate([[0], changes, [flat.size]])
@@ -35,11 +35,11 @@ def coco_rle_encode(mask: Mask) -> dict[str, Any]:
 
 
 def coco_rle_decode(rle: dict[str, Any]) -> Mask:
-    """Decode a mask, the inverse of `coco_rle_encode`. Counts may also be bytes, as pycocotools writes them, or an
-    uncompressed list.
+    """Decode run lengths to a mask [H, W]. `counts` is a string as `coco_rle_encode` returns it, the same as bytes, or
+    a list of uncompressed run lengths.
 
     Raises:
-        ValueError: invalid run lengths, or run lengths that do not fill the size.
+        ValueError: the run lengths are invalid, or their sum is not H * W.
     """
     height, width = (int(side) for side in rle["size"])
     counts = rle["counts"]
@@ -58,7 +58,7 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
 
 
 def _pack(counts: npt.NDArray[np.int64]) -> str:
-    """Compress run lengths to COCO's string."""
+    """Compress run lengths to a string in COCO's format."""
     values = counts.astype(np.int64)
     values[3:] -= counts[1:-2]
     groups = np.arange(_MAX_GROUPS)
@@ -71,7 +71,7 @@ def _pack(counts: npt.NDArray[np.int64]) -> str:
 
 
 def _unpack(text: bytes) -> npt.NDArray[np.int64]:
-    """Parse COCO's string into run lengths."""
+    """Parse a compressed string in COCO's format to run lengths."""
     chars = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if not len(chars):
         return np.zeros(0, np.int64)
@@ -93,7 +93,7 @@ def _unpack(text: bytes) -> npt.NDArray[np.int64]:
 
 
 def png_mask(mask: Mask) -> bytes:
-    """Encode a mask [H, W] as an 8-bit grey PNG: 255 on the foreground, 0 elsewhere."""
+    """Encode a mask [H, W] as an 8-bit grey PNG. The foreground is 255 and the background is 0."""
     return _png(np.where(mask, np.uint8(255), np.uint8(0)))
 
 

@@ -1,19 +1,19 @@
-"""How well the parts of one image are found in another, at any position.
+"""Measure how well the parts of one image are found in another image, at any position.
 
-One vector describes an image as a whole. Two images of the same shelf, or of one logo in different scenes, may differ
-as wholes and agree in parts. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) finds the best
-cosine of every patch of the query among all patches of the candidate, and averages:
+One vector describes an image as a whole. Two images of the same logo in different scenes may differ as a whole although
+some parts are equal. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) compares a query image
+with a candidate, an image that a search has found. For every patch of the query it finds the highest cosine to a patch
+of the candidate. The score is the mean of these cosines:
 
     score = mean over i of  max over j of  cos(query[i], candidate[j])
 
-The definition has two loops. The code computes all cosines of a pair as one matrix product and takes the maximum over
-its rows. The score is not symmetric: content of the candidate that is not in the query costs nothing. Relative
-positions of patches do not matter, so MaxSim re-orders candidates that a vector search has found but does not verify
-geometry.
+The code computes all cosines as one matrix product and takes the maximum of each row. The score is not symmetric:
+content of the candidate that is not in the query does not lower it. The positions of patches do not matter, so a high
+score does not prove that the parts are arranged in the same way.
 
-Two patches match if each is the other's best (mutual nearest neighbours).
+A patch of the query and a patch of the candidate match if each is the other's nearest neighbour.
 
-Legend: Q and N patches of query and candidate, D features, rows of length 1.
+Legend: Q patches of the query, N patches of the candidate, D features. All rows have length 1.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,8 @@ Floats = npt.NDArray[np.float32]
 
 
 class Match(NamedTuple):
-    """A matching pair: a patch of the query and one of the candidate, by index, and their cosine."""
+    """Two matching patches: the index of the patch in the query, the index of the patch in the candidate, and their
+    cosine."""
 
     query: int
     candidate: int
@@ -33,15 +34,16 @@ class Match(NamedTuple):
 
 
 def maxsim(query: Floats, candidate: Floats, weights: Floats | None = None) -> float:
-    """Return the mean over the query's rows [Q, D], weighted by `weights` [Q], of the best cosine among the candidate's
-    [N, D]."""
+    """Return the MaxSim score of `query` [Q, D] and `candidate` [N, D], from -1 to 1. `weights` [Q] are the weights of
+    the query's patches in the mean; None means equal weights."""
     return _mean_best(query @ candidate.T, weights)
 
 
 def maxsim_matches(
     query: Floats, candidate: Floats, weights: Floats | None = None, limit: int = 10
 ) -> tuple[float, list[Match]]:
-    """Return the score of `maxsim` and the best mutual matches, best first. Query rows with weight 0 do not match."""
+    """Return the MaxSim score and up to `limit` matches, best first. Patches of the query with weight 0 have no
+    match."""
     cosines = query @ candidate.T  # [Q, N]
     best = cosines.argmax(axis=1)  # [Q], the first if several are equal
     mutual = cosines.argmax(axis=0)[best] == np.arange(len(query))

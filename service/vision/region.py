@@ -1,13 +1,14 @@
-"""Map between patches and parts of an image.
+"""Convert regions of an image to weights of patches, and patches to boxes.
 
-The network sees a crop of the image, divided into a grid of patches. A region (a box, or a mask, in pixels of the image
-as sent) covers a fraction of each patch, 0 to 1, and this fraction is the patch's weight. So a region smaller than a
-patch still has features, and its edges need not align with the grid. The weighted mean of the patch tokens is what
-`pooling=mean` would give if the image showed only the region, so it can be compared with such vectors and with no
-others.
+The network sees a crop of the image, divided into a grid of patches. A region is a box or a mask in pixels of the
+image. The weight of a patch is the fraction of it that the region covers, from 0 to 1. So a region smaller than a patch
+still has features, and its edges need not align with the grid. The vector of a region is the weighted mean of the patch
+tokens. It can be compared with vectors of `pooling=mean` and with no others, because those are means of patch tokens
+too.
 
-Legend: H, W the image as sent, upright; h, w the patch grid; N = h * w; D features. Boxes are (x, y, width, height);
-pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1).
+Legend: H, W size of the upright image; h, w size of the patch grid; N = h * w; D features. Boxes are (x, y, width,
+height) in pixels; pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1). `crop_box` is the part of the image that
+the network sees.
 """
 
 import math
@@ -27,10 +28,10 @@ _PIXELS_PER_BLOCK: Final = 2**22
 
 
 def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """Return the fraction of each patch that the box covers: float32 [h, w], 0 to 1.
+    """Return the fraction of each patch that the box covers, as float32 [h, w] from 0 to 1.
 
     Raises:
-        InvalidRequest: the box has no area or is outside the crop; the message names it.
+        InvalidRequest: the box has no area or is outside the crop. The message has the box.
     """
     x, y, width, height = box
     if not all(map(math.isfinite, box)) or min(width, height) <= 0:
@@ -44,15 +45,15 @@ def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
 
 
 def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """Return the fraction of each patch that the mask covers: float32 [h, w], 0 to 1.
+    """Return the fraction of each patch that the mask covers, as float32 [h, w] from 0 to 1.
 
     Args:
         rle: COCO run lengths, `{"size": [H, W], "counts": ...}`.
         size: H, W of the image.
 
     Raises:
-        InvalidRequest: the run lengths are invalid, the mask has another size than the image (nothing is allocated
-            then), is empty, or is outside the crop.
+        InvalidRequest: the run lengths are invalid, or the mask is empty, is outside the crop, or has another size than
+            the image. The size is checked before the mask is decoded.
     """
     if list(rle["size"]) != list(size):
         raise InvalidRequest(
@@ -75,13 +76,13 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
 
 
 def region_mean(tokens: Floats, weights: Floats) -> Floats:
-    """Return the mean of patch tokens [N, D], weighted by [h, w]: float32 [D]."""
+    """Return the mean of patch tokens [N, D] with weights [h, w], as float32 [D]."""
     by = weights.ravel().astype(np.float64)
     return np.asarray(by @ tokens / by.sum(), np.float32)
 
 
 def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
-    """Return the box of patch `index` (row-major) in the image: [x, y, width, height] in pixels as sent, upright."""
+    """Return the box of the patch with row-major `index`: [x, y, width, height] in pixels of the upright image."""
     x, y, width, height = crop_box
     row, column = divmod(index, grid[1])
     w, h = width / grid[1], height / grid[0]
@@ -89,7 +90,8 @@ def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
 
 
 def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
-    """Convert the weights to float32, or raise if the crop contains nothing of the region."""
+    """Return the weights as float32. Raises InvalidRequest if all are 0, because then the region is outside the crop;
+    `what` names the region in the message."""
     if weights.max() <= 0:
         raise InvalidRequest(
             f"{what} is outside the part of the image that the network sees, the crop box "
@@ -100,8 +102,8 @@ def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
 
 
 def _covered(mask: Mask, crop_box: Box, grid: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """Return the fraction of each patch that the mask [H, W] covers. Works in blocks of rows, so that 64 million pixels
-    are never floats at once."""
+    """Return the fraction of each patch that the mask [H, W] covers, [h, w]. The mask is processed in blocks of rows,
+    because all its pixels as floats could take too much memory."""
     height, width = mask.shape
     columns = _overlap(_spans(width), crop_box[0], crop_box[2], grid[1]).astype(np.float32)  # [w, W]
     rows = _overlap(_spans(height), crop_box[1], crop_box[3], grid[0]).astype(np.float32)  # [h, H]
@@ -119,8 +121,8 @@ def _spans(pixels: int) -> npt.NDArray[np.float64]:
 
 
 def _overlap(spans: npt.NDArray[np.float64], start: float, extent: float, cells: int) -> npt.NDArray[np.float64]:
-    """Return the fraction of each cell that each span [n, 2] covers, along one side: [cells, n]. `cells` divide
-    `extent` evenly."""
+    """Return for one axis which fraction of each cell each span covers, [cells, n]. `spans` [n, 2] are start and end
+    positions. The cells divide the range from `start` to `start + extent` evenly."""
     edges = start + np.arange(cells + 1) * (extent / cells)
     low = np.maximum(edges[:-1, None], spans[:, 0])
     high = np.minimum(edges[1:, None], spans[:, 1])

@@ -1,17 +1,17 @@
 """Separate foreground from background without labels, from the patch features of one forward pass.
 
 DINOv2's patch features of an image vary most along the direction that separates the object from its background. The
-paper colours this component and thresholds it (arXiv 2304.07193, figure 1). So the code centres the patches [N, D],
-takes the first principal component, decides which end is the foreground, and applies Otsu's threshold.
+paper thresholds this component too (arXiv 2304.07193, figure 1). So the code centres the patches [N, D], projects them
+onto their first principal component, determines which sign is the foreground, and applies Otsu's threshold.
 
-- A principal component has no sign. `orient` decides it from the patches' positions. The rule was measured against
-  others: docs/decisions/0003-foreground-sign.md.
+- The sign of a principal component is arbitrary. `orient` chooses it from the positions of the patches.
+  docs/decisions/0003-foreground-sign.md compares this rule with others.
 - Otsu's threshold is exact: it tries all N - 1 splits of the sorted projection and uses no histogram.
 - The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling the mask would give
   jagged outlines.
 - The network sees a crop of the image. Outside the crop the mask is background; `crop_box` is the crop's position.
 
-Legend: H, W the image as sent, upright; h, w the patch grid, N = h * w; D the features' dimension. Row-major.
+Legend: H, W size of the upright image; h, w size of the patch grid; N = h * w patches in row-major order; D features.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ Mask = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]
 
 MIN_SPREAD: Final = 1e-6
-"""Ratio of the patches' variance to their mean square, below which they count as equal. float32 noise gives 1e-13."""
+"""If the variance of the patches divided by their mean square is at most this, all patches count as equal. Rounding
+errors of float32 give about 1e-13."""
 
 _ROWS_PER_BLOCK: Final = 256
 
@@ -76,8 +77,9 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
 
 
 def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
-    """Project the patches onto the direction of largest variance and subtract the threshold: float32 [h, w], > 0 is
-    foreground. Equal patches give zeros, which means no foreground.
+    """Project the patches onto the direction of their largest variance, subtract Otsu's threshold, and return the
+    result as float32 [h, w]. Values above 0 are foreground. If all patches are equal, all values are 0 and there is no
+    foreground.
 
     Raises:
         ValueError: the patches do not fill the grid or are not finite.
@@ -95,10 +97,11 @@ def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
 
 
 def first_component(centred: Floats) -> Floats:
-    """Return the direction of largest variance of centred rows [N, D]: a unit vector [D] of either sign.
+    """Return the direction in which centred rows [N, D] have the largest variance, as a unit vector [D]. Its sign is
+    arbitrary.
 
-    It is an exact eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power iteration would be
-    cheaper for large matrices, but it stays at its start if that is another eigenvector.
+    It is computed from an eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power iteration would
+    be quicker for large matrices, but it would return its start vector if that happened to be another eigenvector.
     """
     rows = centred.astype(np.float64)
     if len(rows) >= rows.shape[1]:
@@ -111,8 +114,9 @@ def first_component(centred: Floats) -> Floats:
 def orient(projection: Floats) -> Floats:
     """Return the projection [h, w] with the sign that makes the foreground positive.
 
-    The background touches the frame, so the sign is the one that gives the border patches the lower mean. On a tie, or
-    if all patches are border patches, the smaller side is the foreground.
+    The background usually touches the frame of the image, so the sign is chosen with which the border patches have a
+    lower mean than the inner patches. If the means are equal or there are no inner patches, the smaller of the two
+    classes becomes the foreground.
     """
     h, w = projection.shape
     if h > 2 and w > 2:
@@ -126,9 +130,10 @@ def orient(projection: Floats) -> Floats:
 
 
 def otsu_threshold(values: Floats) -> float:
-    """Return the threshold with the least variance within the two classes (Otsu 1979), in the middle of the gap.
+    """Return the threshold that divides the values into two classes with the least variance within the classes (Otsu
+    1979). It is in the middle between the two values next to it.
 
-    If all values are equal, return that value, so that no value is above it.
+    If all values are equal, return this value, so that no value is above the threshold.
     """
     ordered = np.sort(values.astype(np.float64))
     if ordered[0] == ordered[-1]:
@@ -144,7 +149,8 @@ def otsu_threshold(values: Floats) -> float:
 
 
 def _contrast(patches: Floats, inside: Mask) -> float:
-    """Return the cosine distance of the two classes' means, 0 if a class is empty."""
+    """Return the cosine distance between the mean of the patches inside the mask and the mean of the others. Return 0
+    if all patches are on one side."""
     if inside.all() or not inside.any():
         return 0.0
     front, back = patches[inside].mean(axis=0, dtype=np.float64), patches[~inside].mean(axis=0, dtype=np.float64)
@@ -155,8 +161,9 @@ def _contrast(patches: Floats, inside: Mask) -> float:
 def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
     """Upsample scores [h, w], which cover `box` (x, y, width, height) of an image, to a mask [H, W] of the image.
 
-    Bilinear between patch centres, constant beyond the outermost ones, then thresholded at 0. Pixels with their centre
-    outside the box are False. Works in blocks of rows, so that 64 million pixels are never floats at once.
+    The scores are interpolated bilinearly between patch centres; beyond the outermost centres they are constant. A
+    pixel is True if its score is above 0. Pixels with their centre outside the box are False. The image is processed in
+    blocks of rows, because all its pixels as floats could take too much memory.
     """
     x, y, box_width, box_height = box
     rows, row_weights = _bilinear(height, y, box_height, scores.shape[0])
