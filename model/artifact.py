@@ -50,7 +50,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """The size and hash of one file. A derived file may be absent: it is then rebuilt from the weights and must match."""
+    """The size and hash of one file. A derived file may be absent; it is then rebuilt and must match."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
@@ -151,7 +151,7 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder for files that a host derives from this artifact: graphs and engine plans. The folder may not exist.
+        """The folder for files that a host derives from this artifact: graphs and engine plans. It may not exist.
 
         The fingerprint is part of its name, because an artifact's folder can be renamed or replaced by another model.
         """
@@ -347,9 +347,7 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
             names = write_onnx(weights, config, spec, Path(temporary) / target.name)
-            for written in reversed(
-                names
-            ):  # the graph file is published last: once it exists, the other files exist too
+            for written in reversed(names):  # the graph file last: once it exists, so do the other files
                 publish(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

@@ -194,7 +194,7 @@ def _converted(
 
 
 def _check_same_shape(path: Path, name: str, named: ViTConfig, own: ViTConfig) -> None:
-    """Raise a CheckpointError if the configurations `named` and `own` differ in architecture. Other fields may differ."""
+    """Raise a CheckpointError if the architectures of `named` and `own` differ. Other fields may differ."""
     wanted, found = asdict(named), asdict(own)
     fixed = set(wanted) - {"img_size", "pos_embed_rule", "layerscale_init"}
     different = [f"{key} {found[key]} instead of {wanted[key]}" for key in sorted(fixed) if wanted[key] != found[key]]

@@ -60,7 +60,7 @@ class ViTConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """The width of the feed-forward layer. SwiGLU uses two thirds of the MLP's width, rounded up to a multiple of 8."""
+        """The width of the feed-forward layer. For SwiGLU it is 2/3 of the MLP's, rounded up to a multiple of 8."""
         hidden = int(self.embed_dim * self.mlp_ratio)
         return hidden if self.ffn == "mlp" else (int(hidden * 2 / 3) + 7) // 8 * 8
 

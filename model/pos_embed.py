@@ -51,9 +51,10 @@ def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
 
 
 def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
-    """Return the matrix [n_out, n_in] that resizes an axis from n_in to n_out cells, bicubic (a = -0.5) and antialiased.
+    """Return the matrix [n_out, n_in] that resizes an axis from n_in to n_out cells.
 
-    When shrinking, the kernel is stretched by n_in / n_out. Each row is normalised to sum to one.
+    Sampling is bicubic (a = -0.5) and antialiased. When shrinking, the kernel is stretched by n_in / n_out. Each row is
+    normalised to sum to one.
     """
     step = n_in / n_out
     stretch = max(step, 1.0)
@@ -65,7 +66,7 @@ def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=256)
 def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
-    """Return the matrix [n_out, n_in] that resizes one axis of the grid by `rule`. The result is cached and read-only."""
+    """Return the matrix [n_out, n_in] that resizes one axis of the grid by `rule`. It is cached and read-only."""
     if rule == "offset":
         matrix = _sampled(n_in, n_out, step=n_in / (n_out + 0.1))
     elif rule == "size":

@@ -245,7 +245,7 @@ class TensorRTEngine:
         stack.callback(self._graphs.clear)
 
     def _captured(self, bucket: int, stack: ExitStack) -> Callable[[], None]:
-        """Return a function that runs a batch of `bucket` images as a CUDA graph, or as separate calls if capture fails."""
+        """Return a function that runs a batch of `bucket` images as a CUDA graph, or else as separate calls."""
 
         def queue() -> None:
             self._queue(bucket)
