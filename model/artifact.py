@@ -4,7 +4,7 @@
       manifest.json         shape, preprocessing, parity, provenance, licence, and the sha256 of every file
       weights.safetensors   the backbone under Meta's parameter names
       model.onnx            the graph for serving (optional: it can be derived from the weights, byte for byte)
-      model-<size>-<precision>.onnx   further graphs, each with a record in the manifest; also derivable
+      model-<size>-<precision>.onnx   additional graphs, each with a record in the manifest (also optional)
       README.md             the model card, if any
 
 The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
@@ -42,7 +42,7 @@ Weights = Mapping[str, npt.NDArray[np.floating]]
 
 
 class ArtifactError(ValueError):
-    """An artifact that cannot be read or trusted; the message names the file and the reason."""
+    """Raised for an artifact that cannot be read or trusted. The message names the file and the reason."""
 
 
 class _Record(BaseModel):
@@ -50,7 +50,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """One file of the artifact. A derived file may be absent; it is then rebuilt from the weights and must match."""
+    """The size and hash of one file. A derived file may be absent; it is then rebuilt and must match."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
@@ -58,17 +58,17 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """The verdict on an int8 graph: k-NN accuracy of its class tokens against float32's; see
+    """The result of the k-NN gate for an int8 graph: its k-NN accuracy compared with that of float32. See
     `model/engines/knn_gate.py`.
     """
 
     status: Literal["passed", "failed", "not measured"]
-    reason: str  # one line: why the graph may not serve, or the figures of a passed gate
+    reason: str  # one line: why the graph may not serve, or the accuracies if it passed
     k: int | None = None  # number of voting neighbours
     val_photos: int | None = None
     val_right: tuple[int, int] | None = None  # correctly classified images of val: float32, int8
     train_photos: int | None = None
-    train_right: tuple[int, int] | None = None  # the same for train, leave-one-out
+    train_right: tuple[int, int] | None = None  # correctly classified images of train, leave-one-out
 
 
 class ParityRecord(_Record):
@@ -88,7 +88,7 @@ class ParityRecord(_Record):
 
 
 class GraphRecord(_Record):
-    """A further graph of the artifact and its build options."""
+    """A graph of the artifact other than `model.onnx`, with its build options."""
 
     file: str = Field(pattern=r"^model-[a-z0-9]+-[a-z0-9]+\.onnx$")
     size: tuple[int, int] | None  # (H, W) input pixels; None: any multiples of the patch size
@@ -97,7 +97,7 @@ class GraphRecord(_Record):
     attention: AttentionForm
     int8_weights: Int8Weights = "s7"
     float_layers: tuple[str, ...] = ()  # layers that int8 does not quantize
-    not_compared: str | None = None  # why it has no parity record; an engine must then pass parity at load
+    not_compared: str | None = None  # why the graph has no parity record; its engine must then pass parity at load
 
     @property
     def spec(self) -> GraphSpec:
@@ -129,7 +129,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     locations: Mapping[str, Path]
-    derived_dir: Path | None = None  # where derived files are stored; None: next to its folder
+    derived_dir: Path | None = None  # has one folder per artifact for derived files; None: the parent of `path`
 
     @property
     def name(self) -> str:
@@ -151,7 +151,7 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder for files that hosts derive from this artifact: further graphs and engine plans. It may not exist.
+        """The folder for files that a host derives from this artifact: graphs and engine plans. It may not exist.
 
         The fingerprint is part of its name, because an artifact's folder can be renamed or replaced by another model.
         """
@@ -159,14 +159,14 @@ class Artifact:
 
     @property
     def weights(self) -> Weights:
-        """The weights as stored. Each tensor is read on access."""
+        """The tensors of `weights.safetensors`, by name. Each tensor is read on access."""
         return StoredWeights(self.file(WEIGHTS))
 
 
 class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
     """A `weights.safetensors` file as a mapping that reads one tensor at a time.
 
-    Iterating over it needs memory for one tensor only.
+    Reading all tensors in turn needs memory for only one of them.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -193,7 +193,7 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 
 
 def graph_name(size: tuple[int, int] | None, precision: str) -> str:
-    """Return the file name of a further graph.
+    """Return the file name of a graph other than `model.onnx`. `size` is (H, W) in pixels, or None if it is free.
 
     Examples: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`.
     """
@@ -202,7 +202,7 @@ def graph_name(size: tuple[int, int] | None, precision: str) -> str:
 
 
 def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:
-    """Return the sha256 (64 hex digits) over everything that decides a vector."""
+    """Return the sha256 (64 hex digits) of weights, configuration and preprocessing, which determine every vector."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         array = np.ascontiguousarray(weights[key])
@@ -214,10 +214,10 @@ def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec)
 
 
 def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
-    """Return the (H, W) of the fixed input that `preprocess` produces.
+    """Return the (H, W) in pixels of every input that the transform `preprocess` produces.
 
     Raises:
-        ValueError: the transform keeps the aspect ratio, so there is no fixed size.
+        ValueError: the transform does not crop, so the size differs from image to image.
     """
     if preprocess.crop is None:
         raise ValueError("crop=None keeps each image's own size, but an exported graph takes one size: set a crop")
@@ -225,17 +225,17 @@ def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
 
 
 def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
-    """Hash a file for the manifest."""
+    """Return the manifest's record of the file at `path`: its sha256, its size, and whether it is derivable."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(sha256=digest, bytes=path.stat().st_size, derived=derived)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse the `manifest.json` of an artifact folder. The files that it lists are not checked.
+    """Parse the `manifest.json` of an artifact folder, without checking the content of the listed files.
 
     Raises:
-        ArtifactError: the file is missing, or this version cannot read it.
+        ArtifactError: the manifest is missing, has another format, or lists a file outside the folder.
     """
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -257,7 +257,8 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
 
     Args:
         path: the artifact's folder.
-        derived_dir: where derivable files are stored if the folder lacks them; None: next to the folder.
+        derived_dir: graphs that the folder lacks are derived into a folder of the same name in `derived_dir`; None:
+            into the artifact's folder.
 
     Raises:
         ArtifactError: a file is missing, changed or unreadable; the message names the file and the reason.
@@ -285,7 +286,7 @@ def bundled_artifact() -> Path:
     """Return the folder of the artifact that ships with the project.
 
     Raises:
-        ArtifactError: there is none, or more than one.
+        ArtifactError: the project ships no artifact, or more than one.
     """
     found = sorted(path.parent for path in BUNDLED_DIR.glob(f"*/{MANIFEST}"))
     if len(found) != 1:
@@ -294,7 +295,7 @@ def bundled_artifact() -> Path:
 
 
 def find_artifacts(data_dir: Path) -> list[Path]:
-    """Return the artifact folders that can be served: those in the data folder, newest first, then the bundled one."""
+    """Return all artifact folders: those in `<data_dir>/artifacts`, newest first, then the bundled one."""
     local = [path.parent for path in (data_dir / "artifacts").glob(f"*/{MANIFEST}") if path.parent.name[0] != "."]
     return [
         *sorted(local, key=_created, reverse=True),
@@ -323,7 +324,7 @@ def _verify(path: Path, record: FileRecord) -> None:
 
 
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
-    """Return the path of a derivable file, building it from the weights if needed. The caller verifies it."""
+    """Return the path of the derived file `name`, building it from the weights if needed. The caller verifies it."""
     specs = {ONNX: GraphSpec(size=manifest.input_size)} | {graph.file: graph.spec for graph in manifest.graphs}
     if name not in specs:
         raise ArtifactError(f"{path / name}: missing, and only graphs can be rebuilt")
@@ -336,17 +337,17 @@ def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path
 
 
 def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: Path) -> None:
-    """Write a graph to `target`, completely or not at all.
+    """Build a graph from the weights and write it to `target`, completely or not at all.
 
     Raises:
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder of `target` cannot be written.
     """
     directory = target.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
             names = write_onnx(weights, config, spec, Path(temporary) / target.name)
-            for written in reversed(names):  # the graph file last: once it exists, so do the others
+            for written in reversed(names):  # the graph file last: once it exists, so do the other files
                 publish(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

@@ -1,9 +1,9 @@
-"""Weights on disk: reading four publishers' formats and our own, and writing ours.
+"""Weights on disk: reads the formats of four publishers and our own format, and writes our own.
 
 A weights file is untrusted input, so only tensors are read from it. safetensors can hold nothing else; PyTorch files go
 through `torch.load(weights_only=True)`, which refuses a pickle that would run code. Loading is strict: every missing,
-extra or misshapen key is an error that names the key, because a half-loaded backbone still produces vectors, only wrong
-ones (`model/convert.py` holds the tables and the check).
+extra or misshapen key is an error that names the key, because a half-loaded backbone would still produce vectors, and
+they would be wrong. `model/convert.py` holds the tables of names and the check.
 
 Our own checkpoints are safetensors files with Meta's tensor names and three metadata entries: `format`, `config` (the
 ViTConfig) and `provenance`, the last two as JSON. Each file is written under a temporary name, flushed to the disk and
@@ -46,13 +46,13 @@ def _expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return whether a file is safetensors, by its content: eight bytes of header length, then JSON."""
+    """Return whether a file starts like a safetensors file: eight bytes with the header's length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of a message. torch appends a page of advice, some of which disables the protection."""
+    """Return the first line of an error's message. The rest of torch's messages advises disabling the protection."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -75,12 +75,12 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or PyTorch file, under the file's own names, on the CPU.
+    """Return the tensors of a safetensors or PyTorch file by the file's own names, on the CPU.
 
-    From a Meta training dump, the tensors under its `teacher` key are returned.
+    For a training dump of Meta, return the tensors under its key `teacher`.
 
     Raises:
-        CheckpointError (a ValueError): damaged, not a weights file, or a pickle with anything but tensors.
+        CheckpointError (a ValueError): the file is damaged, holds no weights, or is a pickle of more than tensors.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -162,10 +162,10 @@ def is_own_checkpoint(path: Path | str) -> bool:
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dict[str, Any]]:
-    """Load one of our own checkpoints: tensors under Meta's names (float32), configuration, provenance.
+    """Return the tensors (float32, under Meta's names), configuration and provenance of one of our own checkpoints.
 
     Raises:
-        CheckpointError: not one of our own checkpoints, damaged, or its tensors do not match its configuration.
+        CheckpointError: the file is damaged, is not one of our own, or its tensors do not match its configuration.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -194,7 +194,7 @@ def _converted(
 
 
 def _check_same_shape(path: Path, name: str, named: ViTConfig, own: ViTConfig) -> None:
-    """Raise if two configurations differ in architecture. Other fields may differ."""
+    """Raise a CheckpointError if the architectures of `named` and `own` differ. Other fields may differ."""
     wanted, found = asdict(named), asdict(own)
     fixed = set(wanted) - {"img_size", "pos_embed_rule", "layerscale_init"}
     different = [f"{key} {found[key]} instead of {wanted[key]}" for key in sorted(fixed) if wanted[key] != found[key]]
@@ -211,20 +211,20 @@ def load_model(
 ) -> DinoVisionTransformer:
     """Load a backbone with its weights, in eval mode, float32, on the CPU.
 
-    The file may be Meta's (hub or training dump), timm's, Hugging Face's or one of our own checkpoints; the format is
-    detected. The result's `config.pos_embed_rule` is the resize rule of the library that the file comes from (Meta: by
-    the model's name; Hugging Face: "size", or "antialias" with registers; timm: "antialias"; our own: as recorded), so
-    the features equal that library's at every input size.
+    The file may be Meta's (hub or training dump), timm's, Hugging Face's or one of our own checkpoints. Its format is
+    detected. The model's `config.pos_embed_rule` is the rule of the library that wrote the file, so the features equal
+    that library's at every input size. Meta's rule depends on the model's name; Hugging Face uses "size", or
+    "antialias" with registers; timm uses "antialias"; our own checkpoints record their rule.
 
     Args:
-        name: torch hub's name (`dinov2_vits14`), timm's or Hugging Face's.
-        weights: the file; None: the published weights of that name, downloaded once.
-        pos_embed_rule: overrides the file's rule, for instance "offset" to get torch hub's features from Hugging Face's
-            file.
+        name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
+        weights: the file; None: download the published weights of that name once.
+        pos_embed_rule: replaces the file's rule. For instance, "offset" gives torch hub's features from a file of
+            Hugging Face.
         cache_dir: where downloads are stored; None: `zoo.DEFAULT_CACHE_DIR`.
 
     Raises:
-        ValueError: unknown name or rule.
+        ValueError: the name or the rule is unknown.
         CheckpointError (a ValueError): the file does not hold these weights; missing, extra and misshapen keys are
             listed.
         zoo.DownloadError: the published weights cannot be downloaded.

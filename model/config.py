@@ -1,6 +1,6 @@
 """The shape of a DINOv2 backbone: one frozen record and the table of the published sizes.
 
-The sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, with ViT-B's 12 blocks as in the released weights) and
+The sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, but with 12 blocks for ViT-B, as released) and
 from "Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small size and has
 no published weights. The service imports this module, so it does not import torch.
 """
@@ -18,8 +18,8 @@ FeedForward = Literal["mlp", "swiglu"]
 class ViTConfig:
     """The shape of one backbone.
 
-    `img_size` is the side in pixels of the square input that `pos_embed` was made for, so the embedding holds
-    `(img_size // patch_size) ** 2` patch positions. `layerscale_init` None means no LayerScale.
+    `img_size` is the side in pixels of the square input that `pos_embed` was trained for, so `pos_embed` holds
+    `(img_size // patch_size) ** 2` patch positions. If `layerscale_init` is None, the blocks have no LayerScale.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and the allowed values.
@@ -55,12 +55,12 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Number of patches along one side of the square that `pos_embed` was made for."""
+        """The number of patches along one side of the square that `pos_embed` was trained for."""
         return self.img_size // self.patch_size
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer. For SwiGLU it is two thirds, rounded up to a multiple of 8."""
+        """The width of the feed-forward layer. For SwiGLU it is 2/3 of the MLP's, rounded up to a multiple of 8."""
         hidden = int(self.embed_dim * self.mlp_ratio)
         return hidden if self.ffn == "mlp" else (int(hidden * 2 / 3) + 7) // 8 * 8
 
@@ -76,16 +76,14 @@ _SIZES = {
 CONFIGS: dict[str, ViTConfig] = _SIZES | {
     f"{name}_reg": replace(config, num_register_tokens=4, pos_embed_rule="antialias") for name, config in _SIZES.items()
 }
-"""Configurations by torch hub's names. The `_reg` models have four registers and the antialiased resize rule, as
-released.
-"""
+"""Configurations by torch hub's names. As released, the `_reg` models have four registers and the antialiased rule."""
 
 
 def config_for(name: str) -> ViTConfig:
-    """Return the configuration of a size by its torch hub name.
+    """Return the configuration of the model with this torch hub name.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: the name is unknown. The message lists the known names.
     """
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}: one of {', '.join(CONFIGS)}")

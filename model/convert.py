@@ -23,20 +23,20 @@ from torch import Tensor
 from model.config import PosEmbedRule, ViTConfig
 
 MAX_LISTED = 10
-"""Maximum number of keys listed per kind of problem; a wrong file can have hundreds."""
+"""The maximum number of keys that an error message lists per kind of problem. A wrong file can have hundreds."""
 
 
 class CheckpointError(ValueError):
-    """A weights file that cannot be used; the message names the file, the keys and what was expected."""
+    """Raised for a weights file that cannot be used. The message names the file, the keys and what was expected."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One way to store a backbone.
+    """A publisher's file format: how it names and stores a backbone's tensors.
 
-    `keys` maps our tensor (or module) name to the file's names, with `#` for the block number. Several names mean that
-    the file's tensors are concatenated, in that order, into one of ours. A name that is not in the table is the same in
-    the file.
+    `keys` maps our name of a tensor or module to the file's names, with `#` for the block number. If the file has
+    several names, its tensors are concatenated in that order into one of ours. A tensor that `keys` does not list has
+    the same name in the file. `describes` returns whether a file with these tensor names has this format.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Dialect:
     dropped: tuple[str, ...] = ()  # name prefixes of tensors that are not part of a backbone
     absent: tuple[str, ...] = ()  # tensors that the format does not store: set to zeros
     class_position_in_cls_token: bool = False  # pos_embed has no row for the class token; it was added to cls_token
-    any_img_size: bool = False  # pos_embed may have another grid than the configuration of that name
+    any_img_size: bool = False  # pos_embed may have another grid than the configuration's
     pos_embed_rule: Callable[[ViTConfig], PosEmbedRule] = lambda config: config.pos_embed_rule
 
 
@@ -68,7 +68,7 @@ _HUGGING_FACE_KEYS = {
     "blocks.#.ls2.gamma": ("encoder.layer.#.layer_scale2.lambda1",),
     "norm": ("layernorm",),
 }
-# Names in `model.state_dict()` since transformers 5; its files still use the names above.
+# The names in `model.state_dict()` since transformers 5. The files that it writes still use the names above.
 _HUGGING_FACE_MEMORY_KEYS = _HUGGING_FACE_KEYS | {
     "blocks.#.attn.qkv": tuple(f"encoder.layer.#.attention.{part}_proj" for part in "qkv"),
     "blocks.#.attn.proj": ("encoder.layer.#.attention.o_proj",),
@@ -128,14 +128,14 @@ TIMM = replace(
 META_HUB = Dialect("Meta hub", lambda keys: "cls_token" in keys)
 
 DIALECTS = (META_DUMP, HUGGING_FACE_MEMORY, HUGGING_FACE, TIMM_REGISTERS, TIMM, META_HUB)
-"""In the order in which they are tried."""
+"""All dialects, in the order in which `detect` tries them."""
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """Return the dialect of a file, by its keys.
+    """Return the dialect of a file with these tensor names.
 
     Raises:
-        CheckpointError: no dialect matches; the message lists the dialects and some of the keys.
+        CheckpointError: no dialect matches. The message lists the dialects and some of the names.
     """
     names_in_file = set(keys)
     for dialect in DIALECTS:
@@ -165,9 +165,9 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Return two results: plain name -> the file's name for each backbone tensor, and the dropped names.
+    """Return a dictionary of the file's name by plain name for the backbone's tensors, and the list of dropped names.
 
-    A plain name has no prefix and no chunk number.
+    A plain name is the file's name without the dialect's prefix and without FSDP's chunk number.
     """
     plain: dict[str, str] = {}
     dropped: list[str] = []
@@ -186,17 +186,17 @@ def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str],
 
 @dataclass
 class KeyReport:
-    """All differences between a file and a model, under the file's names."""
+    """All differences between a file's tensors and those of a model, under the file's names."""
 
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
 
     def raise_if_any(self, dialect: Dialect) -> None:
-        """Raise a CheckpointError that lists every difference, each list limited to `MAX_LISTED` keys.
+        """Raise an error if there is any difference.
 
         Raises:
-            CheckpointError: there is at least one difference.
+            CheckpointError: the report is not empty. The message lists up to `MAX_LISTED` keys of each kind.
         """
         kinds = {"missing": self.missing, "extra": self.extra, "misshapen": self.misshapen}
         found = [f"{kind} keys: {_listed(keys)}" for kind, keys in kinds.items() if keys]
@@ -224,13 +224,13 @@ def convert(
 
     Args:
         tensors: the file's tensors.
-        config: the model that they should fit. The result's configuration has the dialect's `pos_embed_rule` and, for
-            training dumps, the image size of the dump's `pos_embed`.
-        expected: returns the names and shapes of a model's tensors.
+        config: the shape of the model that the tensors should fit. The returned configuration has the dialect's
+            `pos_embed_rule` and, for training dumps, the image size of the dump's `pos_embed`.
+        expected: a function that returns the names and shapes of the tensors of a model with a configuration.
         dialect: how the file names its tensors; None: detect it.
 
     Raises:
-        CheckpointError: missing, extra or misshapen keys, all in one message.
+        CheckpointError: keys are missing, extra or misshapen. One message lists all of them.
     """
     dialect = detect(tensors) if dialect is None else dialect
     plain, dropped = _plain_names(tensors, dialect)

@@ -1,13 +1,14 @@
-"""The number of CPUs that this process may use: its affinity, limited by the CPU quotas of its cgroup and the ones
-above.
+"""The number of CPUs that this process may use: its affinity, limited by the CPU quotas of its cgroup and that
+cgroup's ancestors.
 
-Both cgroup versions are read. Version 2 has `cpu.max` ("quota period", or "max"); version 1 has `cpu.cfs_quota_us` (-1:
-no quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` names the cgroup of the process. In a container without its own
-cgroup namespace that path is the host's, and the container sees only the root of it, so paths that do not exist are
-skipped.
+Both cgroup versions are supported. In version 2 the file `cpu.max` contains a quota or "max", and a period. In version
+1 the files are `cpu.cfs_quota_us` (-1: no quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` names the process's
+cgroup. In a container without its own cgroup namespace this path is the host's, and only its root is visible inside the
+container, so paths that do not exist are skipped.
 
-A fraction is rounded down. The kernel stops a group that has used up its quota, including its event loop, until the
-period ends. The fraction leaves time for decoding and HTTP while the engine's threads run.
+A fractional quota is rounded down. When a cgroup has used up its quota, the kernel stops all of its threads, including
+the one that runs the event loop, until the period ends. The unused fraction leaves time for decoding and HTTP while the
+engine's threads run.
 """
 
 import os
@@ -26,13 +27,13 @@ def available_cpus() -> int:
 
 
 def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float | None:
-    """Return the smallest CPU quota of this process's cgroup and those above it, in CPUs; None without a quota."""
+    """Return the smallest quota of this process's cgroup and its ancestors, in CPUs, or None if no quota is set."""
     quotas = [quota for folder in _folders(membership, cgroups) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders that may hold a quota, including the roots."""
+    """Yield the folders of this process's cgroup and its ancestors, in which quota files may exist."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux

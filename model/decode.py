@@ -1,8 +1,9 @@
-"""Untrusted bytes to RGB pixels: the one decoder for serving, indexing, training and evaluation.
+"""Decodes untrusted bytes to RGB pixels, for serving, indexing, training and evaluation alike.
 
-Steps: byte limit -> format from the first bytes (allow-list) -> JPEG scan count -> header -> pixel and shape limits ->
-pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed until the limits have been checked. Pillow reads the
-files. Hostile bytes make it raise almost any exception; `_translated` turns each into one of three errors:
+The steps are: byte limit -> format from the first bytes (allow-list) -> JPEG scan count -> header -> pixel and shape
+limits -> pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed until the limits have been checked. Pillow
+reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each into one of three
+errors:
 
     TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
     Unsupported  an unknown format, or a pixel type without a defined black and white
@@ -35,7 +36,7 @@ Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
 
 
 class DecodeError(ValueError):
-    """An image that cannot be used; the message gives the value and what is allowed."""
+    """Raised for an image that cannot be decoded. The message gives the reason and, if one applies, the limit."""
 
 
 class TooLarge(DecodeError): ...
@@ -47,7 +48,7 @@ class Unsupported(DecodeError): ...
 class Broken(DecodeError): ...
 
 
-# format -> (offset, bytes) signatures; one of them must match
+# Format -> its signatures as (offset, bytes). A file has the format if one of them matches.
 SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "JPEG": ((0, b"\xff\xd8\xff"),),
     "PNG": ((0, b"\x89PNG\r\n\x1a\n"),),
@@ -81,9 +82,9 @@ encoders write about 10. For TIFF, libtiff enforces the same limit.
 """
 
 JPEG_MAX_SEGMENTS = 2000
-"""Bounds how many segments we and Pillow read. 20 MB of full-size segments, as in metadata, are about 300."""
+"""The maximum number of segments of a JPEG. 20 MB of metadata in segments of full size are about 300 segments."""
 
-# A marker with a meaning: not a stuffed zero, padding, a restart, or TEM
+# Matches any marker except a stuffed zero, padding, a restart and TEM.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
 
@@ -115,9 +116,9 @@ class Stored(NamedTuple):
     """An image as its file stores it, before EXIF orientation is applied."""
 
     rgb: Image.Image
-    orientation: int  # EXIF's, 1 to 8
+    orientation: int  # the EXIF orientation, 1 to 8
     size: tuple[int, int]  # (width, height) of the whole stored image
-    box: tuple[float, float, float, float] | None  # area of `rgb` with the image, if decoded at reduced size
+    box: tuple[float, float, float, float] | None  # the part of `rgb` that the image fills, if `rgb` is reduced
 
     @property
     def aspect(self) -> float:
@@ -130,9 +131,9 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
     """Decode an image to uint8 [H, W, 3] RGB, contiguous and upright. The array may be read-only.
 
     Raises:
-        TooLarge: more bytes, more pixels or a more extreme aspect ratio than `limits` allow, or too many JPEG scans.
-        Unsupported: a format or pixel type that is not supported.
-        Broken: empty, damaged or truncated.
+        TooLarge: the image exceeds one of `limits`, or a JPEG has too many scans or segments.
+        Unsupported: the format or the pixel type is not supported.
+        Broken: `data` is empty, damaged or truncated.
     """
     stored = decode_stored(data, limits)
     with _translated("image", limits):
@@ -145,11 +146,11 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
     Args:
         data: the encoded image.
         limits: the limits on its size.
-        least_side: lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep at least this
-            many pixels. Other formats are decoded at full size.
+        least_side: if set, libjpeg may decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as each side has at
+            least this many pixels. Other formats are decoded at full size.
 
     Raises:
-        DecodeError: as `decode`.
+        TooLarge, Unsupported, Broken: see `decode`.
     """
     if not data:
         raise Broken("the image is empty (0 bytes)")
@@ -170,7 +171,7 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
 
 
 def sniff(data: bytes) -> str | None:
-    """Return the format that the first bytes declare, or None if it is unknown. File names and headers are ignored."""
+    """Return the format of an image, such as "JPEG", by its first bytes, or None if it is unknown."""
     for name, signatures in SIGNATURES.items():
         if any(data.startswith(magic, offset) for offset, magic in signatures):
             return name
@@ -190,7 +191,7 @@ def _why_unsupported(data: bytes, name: str | None) -> str:
 
 @contextmanager
 def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
-    """Convert every exception that Pillow raises to one of our errors, with a detail for the user."""
+    """Convert every exception that Pillow raises in the `with` block to a subclass of DecodeError."""
     try:
         yield
     except DecodeError:
@@ -214,9 +215,9 @@ def _reason(error: Exception) -> str:
 def _check_scans(data: bytes) -> None:
     """Refuse a JPEG with too many scans or segments. Damaged data is left to the decoder.
 
-    Walks from marker to marker as libjpeg does. A segment is skipped by its length (a thumbnail in EXIF has its own
-    scans), and the data of a scan is skipped to the next marker. Data after the end of the image is ignored (phones
-    append a second image or a video there).
+    The function reads one marker after another, as libjpeg does. It skips each segment by its length, because a
+    thumbnail in EXIF has scans of its own, and skips the data of a scan up to the next marker. It ignores data after
+    the end of the image, where phones append a second image or a video.
     """
     position, scans, segments = 2, 0, 0
     while (marker := _JPEG_MARKER.search(data, position)) and marker[1] not in (_SOI, _EOI):
@@ -267,7 +268,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _gray16_to_gray8(image: Image.Image) -> Image.Image:
-    """Convert mode I;16 (PNG, TIFF; also 12-bit TIFF) to mode L, keeping the high 8 bits."""
+    """Convert an image of mode I;16 (16-bit PNG and TIFF, 12-bit TIFF) to mode L by keeping the high 8 bits."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image)  # [H,W] uint16
@@ -282,7 +283,7 @@ def _gray16_to_gray8(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # 16-bit key, 8-bit pixels
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # the key has 16 bits, the pixels 8
     if image.mode == "La":
         image = image.convert("LA")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -295,7 +296,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
+    """Return the EXIF orientation of an image, or 1 (upright) if it is missing or unreadable."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001  broken EXIF raises almost anything, and the pixels are intact

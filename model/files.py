@@ -1,9 +1,9 @@
 """Atomic file writes, and locks between processes.
 
-Everything that the project writes and later reads goes through this module. Content is written to a temporary file in
-the target's folder and flushed to the disk; a rename gives it its final name, and the folder is flushed too. After a
-crash or a power cut the target is either the old version or the new one, never a part of one. A killed process leaves
-temporary files named `.<name>.<...>.part`.
+The project uses this module for files that it writes and later reads. Content is written to a temporary file in the
+target's folder and flushed to the disk. Then a rename gives the file its final name, and the folder is flushed too.
+After a crash or a power cut the target is either the old version or the new one, never a mixture. A killed process
+leaves temporary files named `.<name>.<...>.part`.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Rename a finished file or folder of files to `target`, durably. A file replaces an existing one.
+    """Flush a finished file or folder of files to the disk and rename it to `target`. A file replaces an existing one.
 
     Raises:
         OSError: a disk operation failed; `target` is unchanged.
@@ -40,7 +40,9 @@ def publish(finished: Path, target: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `target`. On success it is published as `target`; on an error it is removed.
+    """Yield the path of a temporary file next to `target`.
+
+    If the `with` block succeeds, the file is renamed to `target`. If it raises, the file is removed.
 
     Raises:
         OSError: a disk operation failed; `target` is unchanged.
@@ -54,25 +56,25 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-    """Write a whole file atomically. Raises the errors of `replacing`."""
+    """Write `content` to `target` atomically. Raises the same errors as `replacing`."""
     with replacing(target) as path:
         path.write_bytes(content)
 
 
 def write_text(target: Path, content: str) -> None:
-    """Write a whole file atomically as UTF-8. Raises the errors of `replacing`."""
+    """Write `content` to `target` atomically, as UTF-8. Raises the same errors as `replacing`."""
     write_bytes(target, content.encode())
 
 
 def lock_file(path: Path, *, wait: bool = False) -> BinaryIO | None:
-    """Lock a file, creating it if needed, until it is closed or the process ends.
+    """Lock the file at `path`, creating it if needed. The lock ends when the file is closed or the process ends.
 
-    The file is never deleted: two processes that lock a path must lock the same file. SQLite's locks on a file are
-    independent of this one.
+    The file is never deleted, because two processes that lock the same path must lock the same file. This lock is
+    independent of SQLite's locks.
 
     Args:
         path: the file.
-        wait: wait until another holder releases the lock, instead of returning None.
+        wait: if another process holds the lock, wait for it instead of returning None.
 
     Returns:
         The open file (positioned at its end), or None if another process holds the lock.

@@ -1,8 +1,8 @@
-"""Pooling: from the tokens of an image to one vector. Only this module defines the poolings.
+"""Pooling: reduces the tokens of an image to one vector. Only this module defines the poolings.
 
-A pooling joins one or more parts. Each part is one vector [D] per image: the class token, or the mean of the patch
-tokens. Parts that are joined are first scaled to length 1, so that neither dominates the cosine. The code works on
-numpy arrays and on tensors; the caller passes the two operations.
+A pooling joins one or two parts. Each part is one vector [D] per image: the class token, or the mean of the patch
+tokens. If a pooling joins two parts, each is first scaled to length 1, so that neither dominates the cosine. The code
+works on numpy arrays and on tensors; the caller passes the functions that scale and join them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ DEFAULT_POOLING: Final[Pooling] = "cls"
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:
-    """Return the names of the parts that a pooling joins."""
+    """Return the names of the parts that a pooling joins, for example ("cls", "mean")."""
     return tuple(pooling.split("+"))
 
 
@@ -34,13 +34,13 @@ def pool(
     """Pool the parts of each image to one vector.
 
     Args:
-        parts: "cls" (class token) and "mean" (mean patch token), each [..., D].
+        parts: the arrays "cls" (class tokens) and "mean" (means of the patch tokens), each [..., D].
         pooling: one of `POOLINGS`.
-        unit: scales to length 1 along the last axis; applied to each part if several are joined.
-        join: concatenates along the last axis.
+        unit: a function that scales an array to length 1 along the last axis. It is called if two parts are joined.
+        join: a function that concatenates arrays along the last axis.
 
     Returns:
-        [..., width(pooling, D)]. A single part is returned unchanged.
+        The vectors [..., width(pooling, D)]. A single part is returned unchanged.
     """
     names = parts_of(pooling)
     return parts[names[0]] if len(names) == 1 else join([unit(parts[name]) for name in names])

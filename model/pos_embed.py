@@ -1,18 +1,21 @@
-"""Position embeddings for a grid other than the trained one: three rules, one implementation.
+"""Resizes position embeddings to another grid of patches, by one of three rules.
 
-A backbone stores positions for one square grid (37 x 37 for the released weights, trained at 518 pixels). For any other
-input size they are resized bicubically, and the published implementations use different rules:
+A backbone stores positions for one square grid of M x M patches (37 x 37 for the released weights, trained at 518
+pixels). For any other grid the positions are resized bicubically. The published implementations resize an axis from M
+to n patches by different rules:
 
-- `offset`: by the scale (n + 0.1) / M, no antialias. Meta's models without registers. The 0.1 was introduced as a guard
-  against rounding and became part of the features: it shifts every sampling point.
-- `antialias`: by size, antialiased (wider kernel when shrinking). Every register model, and all of timm's.
-- `size`: by size, no antialias. Hugging Face's models without registers.
+- `offset`: by the factor (n + 0.1) / M, without antialiasing. Meta's models without registers use this rule. The 0.1
+  was introduced as a guard against rounding, but it shifts every sampling point, so the features depend on it.
+- `antialias`: by the factor n / M, with a wider kernel when shrinking. Every model with registers uses this rule, and
+  so do all of timm's models.
+- `size`: by the factor n / M, without antialiasing. Hugging Face's models without registers use this rule.
 
-Features differ at every size but the native one, so the rule is part of a model's identity (it is in the fingerprint).
+At every size but the native one the rules give different features, so the rule is part of a model's fingerprint.
 
-Bicubic resizing is linear and separable, so each rule is a pair of small matrices: `P' = Wh @ P @ Ww^T`. The matrices
-are computed here in numpy. Training applies them in torch, and the ONNX writer uses them to bake in an input size. The
-tests compare them with `torch.nn.functional.interpolate`.
+Bicubic resizing is linear and separable, so a rule is applied as two small matrices, one for the rows Wh and one for
+the columns Ww: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
+ONNX writer uses them to store the resized positions of one input size. The tests compare them with
+`torch.nn.functional.interpolate`.
 """
 
 from functools import lru_cache
@@ -26,7 +29,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def _cubic(distance: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:
-    """Return Keys' cubic convolution kernel (IEEE ASSP 29, 1981) with parameter `a`; zero beyond a distance of 2."""
+    """Return the value of Keys' cubic convolution kernel with parameter `a` at each distance (IEEE ASSP 29, 1981)."""
     d = np.abs(distance)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((d - 5) * d + 8) * d * a - 4 * a
@@ -34,8 +37,9 @@ def _cubic(distance: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float6
 
 
 def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
-    """Return the matrix [n_out, n_in] of bicubic sampling (a = -0.75) every `step` input cells, with the border
-    repeated.
+    """Return the matrix [n_out, n_in] that samples an axis of n_in cells at n_out points, `step` cells apart.
+
+    Sampling is bicubic (a = -0.75). Cells beyond the border repeat the border.
     """
     matrix = np.zeros((n_out, n_in))
     source = (np.arange(n_out) + 0.5) * step - 0.5
@@ -47,9 +51,10 @@ def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
 
 
 def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
-    """Return the matrix [n_out, n_in] of antialiased bicubic resampling (a = -0.5).
+    """Return the matrix [n_out, n_in] that resizes an axis from n_in to n_out cells.
 
-    The kernel is stretched when shrinking, and rows are normalised.
+    Sampling is bicubic (a = -0.5) and antialiased. When shrinking, the kernel is stretched by n_in / n_out. Each row is
+    normalised to sum to one.
     """
     step = n_in / n_out
     stretch = max(step, 1.0)
@@ -61,7 +66,7 @@ def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=256)
 def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
-    """Return the matrix [n_out, n_in] that resizes one axis of the grid by `rule`. It is cached, hence read-only."""
+    """Return the matrix [n_out, n_in] that resizes one axis of the grid by `rule`. It is cached and read-only."""
     if rule == "offset":
         matrix = _sampled(n_in, n_out, step=n_in / (n_out + 0.1))
     elif rule == "size":
@@ -74,10 +79,10 @@ def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
 
 
 def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
-    """`matrix` [n, M] times x [M, ...], the same bits on every processor.
+    """Return the product of `matrix` [n, M] and `x` [M, ...], with the same bits on every processor.
 
-    Each term is added in float64 and the sum rounded to float32, as a fused multiply-add does. BLAS differs between
-    processors, and a graph that bakes the positions must be derived byte for byte.
+    Each term is added in float64, and the sum is rounded to float32, as in a fused multiply-add. BLAS is not used,
+    because its results differ between processors, and graphs that contain the positions must not.
     """
     total = np.zeros((len(matrix), *x.shape[1:]), np.float32)
     for column, row in zip(matrix.T.astype(np.float64), x.astype(np.float64), strict=True):
@@ -86,9 +91,10 @@ def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
 
 
 def resize_pos_embed(pos_embed: FloatArray, grid: tuple[int, int], rule: PosEmbedRule) -> FloatArray:
-    """Resize [1, 1 + M*M, D] (class position first) to [1, 1 + h*w, D] for a grid of (h, w) patches.
+    """Return `pos_embed` [1, 1 + M*M, D] resized by `rule` to [1, 1 + h*w, D], for a grid of (h, w) patches.
 
-    At the native square grid the embedding is returned unchanged under every rule.
+    The class token's position comes first and is not resized. For the native grid (M, M), `pos_embed` is returned
+    unchanged.
     """
     side = round((pos_embed.shape[1] - 1) ** 0.5)
     assert side * side == pos_embed.shape[1] - 1, f"pos_embed of shape {pos_embed.shape} is not 1 + a square"

@@ -2,16 +2,17 @@
 
 DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) uses torchvision: resize the short
 side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean and divide by its
-standard deviation. Features depend on each step, so this module reproduces them pixel by pixel, without torch or
+standard deviation. Features depend on each step, so this module reproduces each step pixel by pixel, without torch or
 torchvision, which the service does not load. `tests/model/test_preprocess.py` compares with Hugging Face's processor,
 which follows the same definition except that it floors an odd crop margin; torchvision and this module round half to
 even.
 
-Two things make it fast. The crop comes before the conversion to float, and the conversion is a table: a channel has
-only 256 values, so `(value / 255 - mean) / std` is computed once per value and looked up, which is also exact. Pillow's
-own shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
+Two things make `preprocess` fast. The crop precedes the conversion to float, and the conversion is a table lookup: a
+channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
+shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
-Legend: H, W the original image; h, w the network's input; p the patch size. Sizes are (height, width) in pixels.
+Legend: H, W height and width of the image; h, w height and width of the network's input; p the patch size; all in
+pixels. Sizes are (height, width).
 """
 
 from functools import lru_cache
@@ -31,12 +32,12 @@ Triple = tuple[float, float, float]
 class PreprocessSpec(BaseModel):
     """How an image becomes the network's input. The spec is part of an artifact's fingerprint.
 
-    With `crop`: the short side is resized to `resize`, and the centre square of `crop` pixels is cut out. Without
-    (`crop=None`): the whole image is kept at its aspect ratio, with the short side near `resize` (None: the image's own
-    size), and both sides are rounded to the nearest multiple of `patch_size`, at least one patch.
+    If `crop` is set, the short side is resized to `resize`, and the centre square of `crop` pixels is cut out. If
+    `crop` is None, the whole image is resized at its aspect ratio: the short side to about `resize` pixels (None: its
+    own length), and both sides to the nearest multiple of `patch_size`, at least one patch.
 
     Raises:
-        pydantic.ValidationError (a ValueError): an unknown field, or values that contradict each other.
+        pydantic.ValidationError (a ValueError): a field is unknown, or two values contradict each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +81,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """Return the size that the image is resized to, before any crop."""
+    """Return the (height, width) that an image of this size is resized to, before any crop."""
     short = min(height, width)
     target = short if spec.resize is None else spec.resize
     if spec.crop is not None:  # torchvision's Resize: the long side is truncated
@@ -97,7 +98,7 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
     """Return the (h, w) of the `preprocess` output for an image of this size, without computing it.
 
     Raises:
-        ValueError: a side below 1, or an aspect ratio above `MAX_ASPECT_RATIO`.
+        ValueError: a side is below 1, or the aspect ratio is above `MAX_ASPECT_RATIO`.
     """
     _check_size(height, width)
     return _resized_size(height, width, spec) if spec.crop is None else (spec.crop, spec.crop)
@@ -106,11 +107,12 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
 def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, float, float, float]:
     """Return the part of an image of this size that the network sees: (x, y, width, height), in the image's own pixels.
 
-    The numbers are fractional, because the crop follows the resize. The centre of pixel (X, Y) of the network's input
-    is at x + (X + 0.5) * width / w, y + (Y + 0.5) * height / h of the image, with (h, w) = `output_size(...)`.
+    The four numbers may be fractional, because the crop is taken after the resize and mapped back. With (h, w) =
+    `output_size(...)`, the centre of pixel (X, Y) of the network's input is at the point (x + (X + 0.5) * width / w,
+    y + (Y + 0.5) * height / h) of the image.
 
     Raises:
-        ValueError: as `output_size`.
+        ValueError: `output_size` refuses this size.
     """
     out_h, out_w = output_size(height, width, spec)
     new_h, new_w = _resized_size(height, width, spec)
@@ -119,13 +121,13 @@ def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, floa
 
 
 def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
-    """Return top and left of the centre crop. Half a pixel rounds to the even side, as in torchvision's CenterCrop."""
+    """Return the (top, left) corner of the centre crop. Halves round to even, as in torchvision's CenterCrop."""
     return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # without a crop both are 0
 
 
 @lru_cache(maxsize=16)
 def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
-    """Return a table [3, 256] of the normalised value of each channel and byte, in torchvision's float32 arithmetic."""
+    """Return the normalised value of every byte in every channel, [3, 256], in torchvision's float32 arithmetic."""
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     table = (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     table.setflags(write=False)  # cached and shared
@@ -143,7 +145,7 @@ def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArra
         float32 [3, h, w], contiguous, with (h, w) = `output_size(H, W, spec)`.
 
     Raises:
-        ValueError: another shape or type, or a size that `output_size` refuses.
+        ValueError: `image` has another shape or type, or `output_size` refuses its size.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 of shape [H, W, 3], not {image.dtype} of shape {list(image.shape)}")

@@ -2,8 +2,8 @@
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
 (`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models keeps
-working. The differences are internal: attention always goes through `scaled_dot_product_attention`; drop path computes
-only the samples that are kept; the position embedding is resized by matrices (`model/pos_embed.py`), which are
+working. The differences are internal: attention always uses `scaled_dot_product_attention`; drop path computes only
+the samples that are kept; the position embedding is resized by matrix products (`model/pos_embed.py`), which are
 differentiable and can be exported to any runtime.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
@@ -36,16 +36,16 @@ class FeatureDict(TypedDict):
 
 @functools.lru_cache(maxsize=64)
 def _resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
-    """Return `resize_matrix` as a tensor on a device, cached: a copy in every forward pass would block the host."""
+    """Return `resize_matrix` as a cached tensor on a device. A copy in every forward pass would block the host."""
     with torch.inference_mode(False):
         return torch.tensor(resize_matrix(side, n, rule), device=device)
 
 
 def resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
-    """Return the result of `_resize_tensor`.
+    """Return `resize_matrix(side, n, rule)` [n, side] as a cached tensor on a device.
 
-    Code that compiles a whole pass marks this function as constant: torch's compiler looks through `lru_cache` and
-    cannot trace the numpy code behind it.
+    Code that compiles a whole pass marks this function as constant, because torch's compiler ignores `lru_cache` and
+    cannot trace the numpy code that fills the cache.
     """
     return _resize_tensor(side, n, rule, device)
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # [B, A, T, D/A] -> [B, T, D]
 
     def weights(self, x: Tensor) -> Tensor:
-        """Return the softmax weights [B, A, T, T]. Memory is quadratic in T; use them for inspection only."""
+        """Return the softmax weights [B, A, T, T], for inspection only: their memory is quadratic in T."""
         q, k, _ = self._split(x)
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
@@ -94,7 +94,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A SiLU-gated feed-forward layer (arXiv 2002.05202). The first half of `w12` is the gate."""
+    """A SiLU-gated feed-forward layer (arXiv 2002.05202). The first half of the output of `w12` is the gate."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -149,8 +149,10 @@ class Block(nn.Module):
         return x + self._mlp_branch(x)
 
     def _kept_samples(self, x: Tensor) -> tuple[Tensor, float]:
-        """Choose the samples that this branch computes, and return them with the gain that preserves the branch's
-        expectation.
+        """Choose random samples for which a residual branch is computed.
+
+        Returns:
+            The indices of these samples, and the gain that keeps the expected value of the branch unchanged.
         """
         batch = x.shape[0]
         n_kept = max(1, round(batch * (1 - self.drop_path_rate)))
@@ -162,7 +164,10 @@ class DinoVisionTransformer(nn.Module):
 
     Args:
         config: the shape.
-        drop_path_rate: share of samples that skip a residual branch in training, the same in every block.
+        drop_path_rate: the share of samples that skip a residual branch in training. It is the same in every block.
+
+    Raises:
+        ValueError: `drop_path_rate` is below 0, or 1 or more.
     """
 
     def __init__(self, config: ViTConfig, *, drop_path_rate: float = 0.0) -> None:
@@ -186,7 +191,11 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise linear layers and positions from a truncated normal (0.02), other tokens close to zero."""
+        """Initialise the weights as DINOv2 does.
+
+        Linear weights and positions get a truncated normal distribution (std 0.02), class and register tokens a normal
+        distribution (std 1e-6), and biases zero.
+        """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -197,7 +206,7 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
-        """Return positions [1, 1 + h*w, D], resized by the model's rule unless the grid is the native one."""
+        """Return the positions [1, 1 + h*w, D] for a grid of (h, w) patches, resized by the model's rule if needed."""
         side = self.config.grid
         if (h, w) == (side, side):
             return self.pos_embed
@@ -216,8 +225,9 @@ class DinoVisionTransformer(nn.Module):
         return height // p, width // p
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Convert pixels [B, 3, H, W] to tokens [B, T, D]. Where `masks` [B, N] bool is True, the mask token replaces
-        the patch.
+        """Convert pixels [B, 3, H, W] to tokens [B, T, D], with positions and registers.
+
+        Where `masks` ([B, N], bool) is True, the mask token replaces the patch.
         """
         h, w = self._grid_of(x)
         # The residual stream keeps the weights' precision; under autocast the convolution returns half precision.
@@ -235,12 +245,12 @@ class DinoVisionTransformer(nn.Module):
         """Compute all features of a batch.
 
         Args:
-            x: normalised pixels [B, 3, H, W], H and W multiples of the patch size.
+            x: normalised pixels [B, 3, H, W]. H and W are multiples of the patch size.
             masks: [B, N] bool, True where the mask token replaces a patch.
 
         Returns:
-            `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D], `x_norm_patchtokens` [B, N, D] after the last norm,
-                `x_prenorm` [B, T, D] before it, and `masks` unchanged.
+            `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D] and `x_norm_patchtokens` [B, N, D] after the last
+                norm; `x_prenorm` [B, T, D], all tokens before the last norm; and `masks` unchanged.
         """
         x = self.prepare_tokens_with_masks(x, masks)
         for block in self.blocks:
@@ -262,14 +272,14 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Return the patch tokens after chosen blocks, in the order of the blocks.
+        """Return the patch tokens [B, N, D] after chosen blocks, in the order of the blocks.
 
         Args:
-            x: pixels [B, 3, H, W].
-            n: the number of last blocks, or the block indices.
-            reshape: return [B, D, h, w] instead of [B, N, D].
-            return_class_token: return pairs (patches, class token [B, D]).
-            norm: apply the last norm.
+            x: normalised pixels [B, 3, H, W].
+            n: how many blocks to choose, counted from the last one, or the indices of the chosen blocks.
+            reshape: return patch tokens as [B, D, h, w] instead of [B, N, D].
+            return_class_token: return a pair (patch tokens, class token [B, D]) for each block.
+            norm: apply the last norm to the tokens of every block.
 
         Raises:
             ValueError: the model has no such block.
@@ -293,8 +303,12 @@ class DinoVisionTransformer(nn.Module):
         return tuple(patches)
 
     def get_attention(self, x: Tensor, block: int = -1) -> Tensor:
-        """Return the attention weights [B, A, T, T] of one block (row: query, summing to one), in a separate, slower
-        pass.
+        """Compute the attention weights [B, A, T, T] of one block, in a separate, slower pass.
+
+        Each row holds the weights of one query over all tokens and sums to one.
+
+        Raises:
+            ValueError: the model has no such block.
         """
         depth = len(self.blocks)
         if not -depth <= block < depth:

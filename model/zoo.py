@@ -2,11 +2,12 @@
 
 Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.py`, README, MODEL_CARD), which
 publishes no checksums. A hash is listed here only if it was computed from the real file. timm's and Hugging Face's
-names refer to the same weights and are accepted as aliases; the downloaded file is always Meta's.
+names refer to the same weights and are accepted as aliases, but the downloaded file is always Meta's.
 
-An interrupted download resumes (HTTP Range, with If-Range so that a changed file restarts). A file is checked for size
-and hash before it gets its final name. A lock ensures that two processes download the same file only once. The cache
-folder holds `<file>.part` and `<file>.part.validator` during a download, and permanently an empty `<file>.lock`.
+An interrupted download resumes by HTTP Range. If the server's file has changed, If-Range restarts the download. The
+size and the hash of a file are checked before it gets its final name. A lock ensures that two processes download the
+same file only once. During a download the cache folder contains `<file>.part` and `<file>.part.validator`. An empty
+`<file>.lock` remains there.
 
 This module does not import torch.
 """
@@ -41,21 +42,21 @@ logger = logging.getLogger(__name__)
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dinov2-service" / "weights"
 MAX_ATTEMPTS = 4
-"""Maximum number of consecutive attempts without a single new byte. Attempts that receive data are not limited."""
+"""The maximum number of consecutive attempts that receive no data. Attempts that receive data are not limited."""
 
 
 class DownloadError(RuntimeError):
-    """Weights that cannot be downloaded; the message gives the reason and how to download them manually."""
+    """Raised if weights cannot be downloaded. The message gives the reason and explains the manual download."""
 
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One published backbone. `size_bytes` and `sha256` are None if nobody has published or measured them."""
+    """One published backbone. `size_bytes` and `sha256` are None if they have not been measured."""
 
-    name: str  # torch hub's
+    name: str  # torch hub's name
     timm_name: str
     hf_name: str
-    path: str  # below BASE_URL
+    path: str  # relative to BASE_URL
     licence: str = "Apache-2.0"
     size_bytes: int | None = None
     sha256: str | None = None
@@ -70,7 +71,7 @@ class ZooEntry:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Other names of the same weights: the file's, timm's with and without its tag, Hugging Face's."""
+        """The other names of these weights: the file's stem, and timm's and Hugging Face's names in several forms."""
         stem = self.filename.removesuffix("_pretrain.pth")
         timm, hugging_face = self.timm_name.removesuffix(".lvd142m"), self.hf_name.removeprefix("facebook/")
         names = (stem, self.timm_name, f"timm/{self.timm_name}", timm, self.hf_name, hugging_face)
@@ -99,16 +100,16 @@ def _entry(letter: str, size: str, registers: bool) -> ZooEntry:
 ENTRIES: dict[str, ZooEntry] = {
     entry.name: entry for registers in (False, True) for entry in (_entry(*size, registers) for size in _SIZES)
 }
-"""The eight released backbones by torch hub's name."""
+"""The eight released backbones by their torch hub names."""
 
 _BY_ANY_NAME = {name: entry for entry in ENTRIES.values() for name in (entry.name, *entry.aliases)}
 
 
 def resolve(name: str) -> ZooEntry:
-    """Return the entry of a published backbone by torch hub's, timm's or Hugging Face's name. Case does not matter.
+    """Return the entry of a published backbone by its name in torch hub, timm or Hugging Face. Case does not matter.
 
     Raises:
-        ValueError: unknown name; the message suggests near matches and lists the names.
+        ValueError: the name is unknown. The message suggests similar names and lists the known ones.
     """
     entry = _BY_ANY_NAME.get(name.strip().lower())
     if entry is not None:
@@ -133,17 +134,18 @@ def download(
 
     Args:
         entry: from `resolve`.
-        cache_dir: where the file is stored; created if missing.
-        base_url: a mirror with the same paths as `BASE_URL`.
-        progress: show a progress bar on stderr (only on a terminal).
-        retry_wait_s: wait before the first retry; doubles each time.
-        timeout_s: for connecting, and between two reads.
+        cache_dir: the folder that stores the file. It is created if missing.
+        base_url: the address of a mirror with the same paths as `BASE_URL`; None: `BASE_URL`.
+        progress: show a progress bar on stderr if it is a terminal.
+        retry_wait_s: the wait before the first retry in seconds. It doubles with each further attempt without data.
+        timeout_s: the time limit in seconds for connecting and for each read.
 
     Returns:
-        The path. Size and hash have been checked, if known.
+        The path of the file. If the entry has a size and a hash, the file matches them.
 
     Raises:
-        DownloadError: no network, a refusal, wrong bytes or a full disk; the message explains the manual download.
+        DownloadError: the network failed, the server refused, the bytes are wrong or the disk is full. The message
+            explains the manual download.
         OSError: the folder cannot be created or written.
     """
     cache_dir = Path(cache_dir)
@@ -186,7 +188,7 @@ def _bar(progress: bool) -> Progress:
 
 @contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock of one download."""
+    """Hold the lock of one download, waiting for another process if needed."""
     file = lock_file(path)
     if file is None:
         logger.info("%s: waiting for another process to download it", name)
@@ -209,7 +211,7 @@ def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
 
 
 class _Part:
-    """An incomplete file: its bytes so far, and the identifier of the server's version that they belong to."""
+    """A partial download: a file of the bytes so far, and a file that identifies the server's version of them."""
 
     def __init__(self, target: Path, entry: ZooEntry, url: str, bar: Progress, task: TaskID) -> None:
         self.target, self.entry, self.url = target, entry, url
@@ -225,7 +227,7 @@ class _Part:
         self.validator.unlink(missing_ok=True)
 
     def fetch(self, retry_wait_s: float, timeout_s: float) -> None:
-        """Retry until complete, then check, flush and rename."""
+        """Download the file with retries, check it, and rename it to its final name."""
         resumed = self._size() > 0
         fruitless = 0
         with httpx.Client(follow_redirects=True, timeout=timeout_s) as client:
@@ -252,7 +254,11 @@ class _Part:
         self._finish()
 
     def _attempt(self, client: httpx.Client) -> None:
-        """Send one request. Append to the partial file if the server confirms that it is the same version."""
+        """Send one request and write the response to the partial file.
+
+        The response is appended if the server confirms that its file has not changed. Otherwise it replaces the bytes
+        so far.
+        """
         headers = {"Accept-Encoding": "identity"}
         have = self._size()
         if have and self.validator.exists():
@@ -306,9 +312,9 @@ class _Part:
             raise _TryAgainError(f"{self._size()} of {total} bytes arrived")
 
     def _remember_version(self, response: httpx.Response) -> None:
-        """Store a strong validator of the server's version.
+        """Store a validator of the server's version: a strong ETag or the date of the last change.
 
-        Without one an interrupted download restarts, because parts of two versions must not be joined.
+        If the server sends neither, an interrupted download restarts, because parts of two versions must not be joined.
         """
         etag = response.headers.get("ETag", "")
         validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
@@ -323,4 +329,4 @@ class _Part:
 
 
 class _TryAgainError(DownloadError):
-    """A failure that a retry may not meet."""
+    """A failure of one attempt. A retry may succeed."""

@@ -1,4 +1,4 @@
-"""Measures how large the inputs of each linear layer are on given images. fp8 needs these ranges in advance."""
+"""Measures the largest input of each linear layer on given images. fp8 plans need these values."""
 
 import tempfile
 from pathlib import Path
@@ -15,16 +15,18 @@ from model.onnx_graph.nodes import FloatArray, Weights
 
 
 def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray, *, batch: int = 4) -> dict[str, float]:
-    """Return the largest absolute input of every linear layer, by layer name, in float32 on ONNX Runtime's CPU
-    provider.
+    """Return the largest absolute input of every linear layer, by layer name.
+
+    The model runs in float32 on ONNX Runtime's CPU provider.
 
     Args:
-        weights: Meta's parameter names to arrays.
-        pixels: normalised images [B, 3, H, W], like those to be served.
-        batch: images per forward pass.
+        weights: the arrays by Meta's parameter names.
+        config: the model's shape.
+        pixels: normalised images [B, 3, H, W], similar to those that will be served.
+        batch: the number of images per forward pass.
 
     Raises:
-        ValueError: a side that is not a multiple of the patch size, no images, or a value that is not finite.
+        ValueError: H or W is not a multiple of the patch size, `pixels` is empty, or an input is not finite.
     """
     ort = load_runtime()
     if not len(pixels):
@@ -49,7 +51,7 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
 
 
 def _add_largest(model: onnx.ModelProto) -> list[str]:
-    """Add an output `<layer>.largest` for every linear layer; return the layers."""
+    """Add an output `<layer>.largest` for every linear layer, and return the names of the layers."""
     graph, layers = model.graph, []
     stored = {tensor.name for tensor in graph.initializer}
     for node in list(graph.node):

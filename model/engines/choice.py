@@ -1,13 +1,13 @@
-"""Chooses the serving engine: the requested one, the first of a fixed order that passes, or the fastest on this CPU.
+"""Chooses the serving engine: the requested one, the first in a fixed order that passes, or the fastest on this CPU.
 
-No engine serves before its results have been compared. The reference on a serving host is ONNX Runtime's CPU engine in
-float32, whose own parity with torch is in the manifest. Every other engine runs the same few images when it is loaded,
-and one that differs too much is discarded. All attempts are logged in order, with the reason, and stored for
-/v1/models.
+No engine serves before its results have been compared with a reference. On a serving host the reference is ONNX
+Runtime's CPU engine in float32; the manifest records its parity with torch. When another engine is loaded, it runs the
+same few images as the reference, and it is discarded if its results differ too much. All attempts are logged in order,
+with the reason, and stored for /v1/models.
 
-`auto` never selects int8: a vector's tag includes its precision, and a service must not start to write different
-vectors because it runs on another host. A GPU's bf16 is also a separate precision, so a collection that was filled on a
-GPU must be searched on a GPU.
+`auto` never selects int8. A vector's tag includes the precision, and a service must not write different vectors because
+it runs on another host. A GPU's bf16 is also a separate precision, so a collection that was filled on a GPU must be
+searched on a GPU.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
-    """An engine that may serve. `device` is torch's; None means a GPU if there is one."""
+    """An engine that may be chosen. `device` applies to torch only; None means a GPU if the host has one."""
 
     runtime: str
     precision: str
@@ -53,14 +53,16 @@ AUTO: Final = (
 FASTEST: Final = (Candidate("onnxruntime", "fp32"), Candidate("onnxruntime", "int8"))
 BENCHMARK_S: Final = 2.0
 INT8_MARGIN: Final = 1.1
-"""The speed-up over float32 that an engine of lower precision must reach to be chosen."""
+"""The speed-up over float32 that an int8 engine must exceed to be chosen by `fastest`."""
 
 PHOTOS_AT_LOAD: Final = 5
-"""Images of the comparison at load: in batches of 4 and 1 on a CPU, at every bucket on a GPU."""
+"""The number of generated images in the comparison at load. A CPU runs them in batches of 4 and 1, a GPU in every
+batch size of `BUCKETS`.
+"""
 
 
 class NotHere(ValueError):
-    """The reason, on one line, why an engine cannot serve on this host or from this artifact."""
+    """Raised if an engine cannot serve on this host or from this artifact. The message is the reason, on one line."""
 
 
 def choose_engine(
@@ -70,17 +72,19 @@ def choose_engine(
     threads: int | None = None,
     photos: Sequence[npt.NDArray[np.uint8]] | None = None,
 ) -> Choice:
-    """Load `artifact` in a runtime.
+    """Load the engine that serves `artifact` on this host, and return it with the list of all attempts.
 
     Args:
         artifact: the verified artifact.
-        name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`); `auto`: the first engine of `AUTO` that is
-            available and passes; `fastest`: the winner of a two-second benchmark among the CPU engines that pass.
-        threads: CPU threads per forward pass; None: as many as the machine and its cgroup grant.
-        photos: uint8 [H, W, 3] images, at least two, for the comparison at load; None: generated images.
+        name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`), `auto` or `fastest`. `auto` selects the
+            first engine of `AUTO` that is available and passes the comparison. `fastest` selects the winner of a
+            two-second benchmark of the CPU engines that pass.
+        threads: the number of CPU threads per forward pass; None: all CPUs that this process may use.
+        photos: the images for the comparison at load, uint8 [H, W, 3], at least two; None: generated images.
 
     Raises:
-        ValueError: an unknown engine name, `threads` below 1, or no engine that can serve; the message has the reasons.
+        ValueError: the engine name is unknown, `threads` is below 1, or no engine can serve. The message has the
+            reasons.
         ModuleNotFoundError: the requested runtime is not installed.
     """
     if threads is not None and threads < 1:
@@ -106,7 +110,7 @@ def load_engine(
     threads: int | None = None,
     photos: Sequence[npt.NDArray[np.uint8]] | None = None,
 ) -> Engine:
-    """Return the engine that `choose_engine` selects."""
+    """Return the engine that `choose_engine` selects. The arguments and the errors are the same."""
     return choose_engine(artifact, name, threads=threads, photos=photos).engine
 
 
@@ -165,9 +169,9 @@ def images_per_s(
     seconds: float = BENCHMARK_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Return the median images/s of each engine.
+    """Return the median speed of each engine on the batch `pixels`, in images per second.
 
-    The engines take turns until `seconds` have passed. Each runs at least once after a warm-up.
+    After one warm-up pass each, the engines take turns until `seconds` have passed. Each runs at least once more.
     """
     start = clock()
     for engine in engines:
@@ -182,18 +186,18 @@ def images_per_s(
 
 
 class _Host:
-    """What loading an engine needs, and the cached features of the reference."""
+    """The artifact, threads and images that loading an engine needs, and the reference's features, computed once."""
 
     def __init__(self, artifact: Artifact, threads: int, photos: Sequence[npt.NDArray[np.uint8]] | None = None) -> None:
         self.artifact, self.threads = artifact, threads
         self._photos = photos
 
     def load(self, candidate: Candidate) -> Engine:
-        """Return an engine that has been compared with the reference.
+        """Load an engine, compare it with the reference unless it is the reference itself, and return it.
 
         Raises:
-            ValueError, OSError, RuntimeError: it cannot serve; the message says why.
-            ModuleNotFoundError: its runtime is not installed.
+            ValueError, OSError, RuntimeError: the engine cannot serve. The message says why.
+            ModuleNotFoundError: the engine's runtime is not installed.
         """
         if (fault := self._fault(candidate)) is not None:
             raise NotHere(fault)
@@ -209,13 +213,13 @@ class _Host:
         return engine
 
     def _fault(self, candidate: Candidate) -> str | None:
-        """Return a reason that is known without loading anything."""
+        """Return why the engine cannot serve, or None if no reason is known before the engine is loaded."""
         runtime = RUNTIMES[candidate.runtime]
         fault = no_gpu() if runtime.needs_gpu or candidate.device == "cuda" else None
         return fault or runtime.file.fault(self._request(candidate))
 
     def _open(self, candidate: Candidate, *, few_passes: bool = False) -> Engine:
-        """Load an engine without comparing it."""
+        """Load an engine without comparing it with the reference."""
         return RUNTIMES[candidate.runtime].file.open(self._request(candidate, few_passes=few_passes))
 
     def _request(self, candidate: Candidate, *, few_passes: bool = False) -> OpenRequest:
@@ -225,7 +229,7 @@ class _Host:
 
     @property
     def _recorded(self) -> Candidate:
-        """The engine that the others are compared with: ONNX Runtime's CPU, or torch if the artifact has no graph."""
+        """The reference engine: ONNX Runtime on the CPU, or torch if the artifact has no graph."""
         has_graph = ONNX in self.artifact.locations
         return Candidate("onnxruntime", "fp32") if has_graph else Candidate("torch", "fp32", "cpu")
 
@@ -241,9 +245,9 @@ class _Host:
 
 
 def no_gpu() -> str | None:
-    """Return why this host has no usable NVIDIA GPU, according to the driver, or None if it has one.
+    """Return why this host has no usable NVIDIA GPU, or None if it has one.
 
-    torch could tell as well, but loading it takes seconds and hundreds of megabytes.
+    The function asks the driver. torch is not used, because loading it takes seconds and hundreds of megabytes.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -257,6 +261,6 @@ def no_gpu() -> str | None:
 
 
 def _line(error: Exception) -> str:
-    """Return a message on one line, short enough for a table. Some runtimes' messages have many lines."""
+    """Return the message of an error on one line of at most about 300 characters. Some messages have many lines."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

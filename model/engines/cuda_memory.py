@@ -1,10 +1,10 @@
-"""Memory, streams and graphs of CUDA, through NVIDIA's own Python bindings (`cuda-bindings`), without torch.
+"""Allocates CUDA memory and runs streams and graphs through NVIDIA's Python bindings (`cuda-bindings`), without torch.
 
-`Cuda` turns the bindings' error codes into exceptions that describe the failed request. The runtime module is passed
-in, so the tests can use a fake that records the calls and computes in ordinary memory.
+`Cuda` turns the bindings' error codes into exceptions that describe the failed request. Its constructor takes the
+bindings' runtime module, so the tests can pass a fake that records the calls and computes in ordinary memory.
 
-The GPU copies from and to pinned (page-locked) host memory while the CPU continues. A CUDA graph is a recorded sequence
-of copies and kernels with fixed addresses that one call launches.
+Pinned (page-locked) host memory lets the GPU copy data while the CPU continues. A CUDA graph is a recorded sequence of
+copies and kernels with fixed addresses, which one call launches.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 class CudaError(RuntimeError):
-    """A failed CUDA call; the message names the call and includes CUDA's own error text."""
+    """Raised if a CUDA call fails. The message names the call and includes CUDA's own error text."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Gpu:
 
 
 def load_runtime() -> Any:
-    """Import NVIDIA's bindings of the CUDA runtime.
+    """Import and return NVIDIA's bindings of the CUDA runtime.
 
     Raises:
-        ModuleNotFoundError: they are not installed; the message says how to install them.
+        ModuleNotFoundError: the bindings are not installed. The message says how to install them.
     """
     try:
         return importlib.import_module("cuda.bindings.runtime")
@@ -48,16 +48,21 @@ def load_runtime() -> Any:
 
 
 class Cuda:
-    """The CUDA calls that an engine needs, on one device, with errors as exceptions."""
+    """The CUDA calls that an engine needs. A failed call raises a CudaError."""
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
 
     def call(self, name: str, *arguments: Any, request: str = "") -> Any:
-        """Call a function of the runtime and return its result without the error code (several results as a tuple).
+        """Call a function of the runtime and return its result, or a tuple if it has several results.
+
+        Args:
+            name: the function's name, such as "cudaMalloc".
+            arguments: the function's arguments.
+            request: what the call requests, for the error message.
 
         Raises:
-            CudaError: the code is not success.
+            CudaError: the function returned an error code.
         """
         code, *results = getattr(self.runtime, name)(*arguments)
         if int(code) != 0:
@@ -71,7 +76,7 @@ class Cuda:
         self.call("cudaSetDevice", device, request=f"device {device}")
 
     def stream(self) -> int:
-        """Create a separate stream that does not wait for the default one."""
+        """Create a stream that does not wait for the default stream, and return its handle."""
         return int(self.call("cudaStreamCreateWithFlags", self.runtime.cudaStreamNonBlocking))
 
     def allocate(self, size: int) -> int:
@@ -92,12 +97,12 @@ class Cuda:
         self.call("cudaFreeHost", array.ctypes.data)
 
     def to_device(self, target: int, source: FloatArray, stream: int) -> None:
-        """Queue a copy from a contiguous pinned array to the device."""
+        """Queue a copy of the contiguous pinned array `source` to the device address `target`."""
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
 
     def to_host(self, target: FloatArray, source: int, stream: int) -> None:
-        """Queue a copy from the device into a contiguous pinned array."""
+        """Queue a copy from the device address `source` into the contiguous pinned array `target`."""
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
@@ -106,7 +111,10 @@ class Cuda:
         self.call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, queue: Callable[[], None]) -> Any:
-        """Record the work that `queue` puts on `stream`, without running it, as a graph ready to launch.
+        """Record the work that the function `queue` puts on `stream`, without running it.
+
+        Returns:
+            A CUDA graph for `launch`.
 
         Raises:
             CudaError: some of the work cannot be recorded. The stream remains usable.
@@ -125,15 +133,15 @@ class Cuda:
             self.call("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: int) -> None:
-        """Queue a recorded graph."""
+        """Queue a graph that `capture` returned on `stream`."""
         self.call("cudaGraphLaunch", graph, stream)
 
 
 def describe_gpu(cuda: Cuda, device: int = 0, *, driver_file: Path = DRIVER_FILE) -> Gpu:
-    """Return name, compute capability and driver of a GPU.
+    """Return the name, compute capability and driver of a GPU.
 
     Raises:
-        ValueError: CUDA cannot use any GPU; the message includes CUDA's error text.
+        ValueError: CUDA has no GPU with this number, or cannot use any GPU. The message includes CUDA's error text.
     """
     try:
         count = cuda.call("cudaGetDeviceCount")

@@ -1,8 +1,8 @@
-"""The gate for int8 graphs, in addition to parity: k-NN classification must be as good as float32's.
+"""The gate for int8 graphs: their k-NN classification must be about as accurate as that of float32.
 
-Cosines say little about which image is nearest. Labelled images are therefore classified by their neighbours, once with
-the int8 graph's class tokens and once with float32's. The protocol is that of `training/evaluate/knn.py`, which `model`
-may not import; a test compares the two.
+An int8 graph must pass this gate in addition to the parity check, because cosines say little about which image is
+nearest. Labelled images are classified by their neighbours, once with the int8 graph's class tokens and once with those
+of float32. `training/evaluate/knn.py` uses the same protocol. `model` must not import it, so a test compares the two.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +18,17 @@ from model.engines.parity import BATCH, Image, pixels_at, unit_length
 from model.engines.protocol import Engine, FloatArray
 from model.preprocess import PreprocessSpec
 
-KNN_K: Final = 20  # usually the best value in the paper
+KNN_K: Final = 20  # usually the best value in the DINOv2 paper
 KNN_TEMPERATURE: Final = 0.07
 MAX_VAL_LOSS: Final = 2  # maximum net loss of correctly classified images of val
 MAX_TRAIN_LOSS: Final = 0.005  # maximum net loss as a share of train, leave-one-out
-MIN_VAL: Final = 200  # images; with fewer, a loss of two says nothing
+MIN_VAL: Final = 200  # images; with fewer, a loss of two images means nothing
 MIN_TRAIN: Final = 500
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Files of `train/` and `val/` with their classes. `read` returns a file's pixels, or None if it is no image."""
+    """The files of `train/` and `val/`, each with its class. `read` returns a file's pixels, or None for non-images."""
 
     train: Sequence[tuple[Path, str]]
     val: Sequence[tuple[Path, str]]
@@ -37,7 +37,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class ClassTokens:
-    """Class tokens [n, D] of the readable labelled images, and their class numbers [n]."""
+    """The class tokens [n, D] and the class numbers [n] of the n readable images of `train/` and of `val/`."""
 
     train: FloatArray
     train_labels: npt.NDArray[np.intp]
@@ -46,9 +46,9 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """Return the labelled images of a folder with `train/` and `val/`, each with a folder per class.
+    """Return the labelled images of `folder`, which contains `train/` and `val/`, each with one folder per class.
 
-    Returns None if either has no files.
+    If `train/` or `val/` has no files, return None.
     """
 
     def files_of(part: str) -> list[tuple[Path, str]]:
@@ -60,7 +60,9 @@ def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> Labelle
 
 
 def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
-    """Return the class tokens of all labelled images at `size`. Images are read one at a time.
+    """Return the class tokens of all labelled images, preprocessed by `spec` to the input size `size` (H, W).
+
+    Images are read one at a time.
 
     Raises:
         ValueError: no file of `train/` or of `val/` can be read as an image.
@@ -104,10 +106,10 @@ def knn_right(
     *,
     leave_one_out: bool = False,
 ) -> int:
-    """Count the images of `test` [m, D] that their k nearest of `train` [n, D] classify correctly.
+    """Return how many class tokens of `test` [m, D] are classified correctly by k-NN in `train` [n, D].
 
-    Votes are weighted by exp(cosine / T). With `leave_one_out` both sets are the same, and no image is its own
-    neighbour. If there are fewer than k images, all of them vote.
+    The k nearest images vote for their class with weight exp(cosine / KNN_TEMPERATURE). If `train` has fewer than k
+    images, all of them vote. With `leave_one_out`, `test` must be `train`, and no image votes for itself.
     """
     k = min(k, len(train) - leave_one_out)
     unit_train, right = unit_length(train), 0
@@ -125,9 +127,9 @@ def knn_right(
 
 
 def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
-    """Return whether k-NN with the candidate's class tokens is as good as with float32's.
+    """Compare k-NN with the class tokens of `candidate` (int8) and of `reference` (float32), and return the verdict.
 
-    A set that is too small can only give "failed" or "not measured".
+    If the sets are too small, the verdict is "failed" or "not measured", never "passed".
     """
     val, train = [], []
     for tokens in (reference, candidate):

@@ -1,20 +1,20 @@
 """The ONNX Runtime engine: the default on a CPU, and on NVIDIA GPUs through its CUDA and TensorRT providers.
 
-By default ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch; spinning is
-off here (figures: docs/decisions/0002-engine-threads.md).
+By default ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch. This engine
+turns spinning off (figures: docs/decisions/0002-engine-threads.md).
 
-On a CPU the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention` is
-tiled: with many tokens it is faster and needs a fraction of the memory; with few it is slightly slower
-(docs/decisions/0017-attention-form.md). Attention nodes of graphs with many tokens are therefore replaced in memory at
-load. External weights stay in their file.
+On a CPU the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention`
+computes the matrix in tiles. With many tokens it is faster and needs a fraction of the memory; with few tokens it is
+slightly slower (docs/decisions/0017-attention-form.md). At load, the engine therefore replaces the attention nodes of
+graphs with many tokens, in memory. External weights stay in their file.
 
-A requested provider either runs or raises an error. ONNX Runtime itself would continue with its CPU kernels and only
-log the fact. The GPU providers have never run in this project; docs/engines.md lists what has.
+If a requested provider cannot run a graph, the engine raises an error. ONNX Runtime itself would continue on the CPU
+and only log the fact. The GPU providers have never run in this project; docs/engines.md lists the engines that have.
 
 ONNX Runtime's released builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
-~/.cache) unless an environment variable disables it before the module loads; its API call to disable it comes after a
-first event. A self-hosted service must not report to anyone, so `load_runtime`, the only place that imports the module,
-sets the variable first.
+~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is
+too late for the first event. A self-hosted service must not report to anyone, so `load_runtime`, the only function that
+imports the module, sets the variable first.
 
 Legend: B batch, H x W pixels, T tokens, D width.
 """
@@ -39,7 +39,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 TILED_ABOVE_TOKENS: Final = 1024
 """A CPU session uses tiled attention for images with more patch tokens than this."""
 
-LARGEST_BATCH: Final = 64  # upper limit of TensorRT's profile
+LARGEST_BATCH: Final = 64  # the largest batch of the TensorRT provider's profile
 
 _PROVIDER_OF: Final[dict[str, Provider]] = {
     "onnxruntime": "cpu",
@@ -53,7 +53,7 @@ _STATUS = {"failed": "failed", "not measured": "was not measured"}
 
 
 def load_runtime() -> Any:
-    """Import the module `onnxruntime` with its telemetry disabled."""
+    """Import and return the module `onnxruntime`, with its telemetry disabled."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -61,7 +61,10 @@ def load_runtime() -> Any:
 
 
 def fault(request: OpenRequest) -> str | None:
-    """Check the artifact; see `model.engines.protocol.EngineFile`. int8 needs a passed gate, float32 a graph."""
+    """Return why the engine cannot serve, or None; see `model.engines.protocol.EngineFile`.
+
+    int8 needs an int8 graph that passed its gate. float32 on a CPU needs `model.onnx`.
+    """
     artifact = request.artifact
     if request.precision == "int8":
         return _int8_fault(artifact)
@@ -71,9 +74,9 @@ def fault(request: OpenRequest) -> str | None:
 
 
 def open(request: OpenRequest) -> "OnnxEngine":
-    """Open the engine, deriving its graph if the artifact lacks it; see `model.engines.protocol.EngineFile`."""
+    """Open the engine; see `model.engines.protocol.EngineFile`. If the artifact lacks the graph, derive it first."""
     provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
-    need_provider(provider)  # before a graph is derived for it
+    need_provider(provider)  # raises before a graph is derived
     path = graph_file(request.artifact, request.precision, any_size=provider == "cpu")
     if provider == "tensorrt":
         cache.mkdir(parents=True, exist_ok=True)
@@ -88,17 +91,18 @@ def open(request: OpenRequest) -> "OnnxEngine":
 
 
 class OnnxEngine:
-    """An engine that runs one graph.
+    """An engine that runs one graph in ONNX Runtime; see `model.engines.protocol.Engine`.
 
     Args:
-        path: the graph, with its external data in the same folder.
-        threads: CPU threads per forward pass.
+        path: the graph's file. External data must be in the same folder.
+        threads: the number of CPU threads per forward pass.
         precision: the precision that the graph was built with.
-        provider: the execution provider; "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
-        tiled: use tiled attention; None decides by the number of tokens, on a CPU only.
-        cache_dir: where TensorRT stores its engines and timings.
-        spinning: let waiting threads spin.
-        prepack: let ONNX Runtime repack the weights for the CPU: faster, but it makes a second copy of them.
+        provider: the execution provider. "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
+        tiled: whether to use tiled attention; None: only on a CPU, for graphs with many tokens or a free size.
+        cache_dir: the folder in which TensorRT stores its engines and timings; None: the folder of `path`.
+        spinning: whether waiting threads spin.
+        prepack: whether ONNX Runtime repacks the weights for the CPU. Passes are then faster, but a second copy of the
+            weights stays in memory.
 
     Raises:
         ValueError: ONNX Runtime cannot load the file, or the provider cannot run the model.
@@ -156,10 +160,10 @@ class OnnxEngine:
         return Features(**self.run_outputs(pixels, Features._fields))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Return chosen outputs of a batch of normalised pixels [B, 3, H, W], float32.
+        """Return the outputs `names` of a batch of normalised pixels [B, 3, H, W], as float32 arrays by name.
 
         Raises:
-            ValueError: the graph does not accept the shape, or lacks an output.
+            ValueError: the graph does not accept the shape, or has no output of this name.
         """
         self._check_shape(pixels.shape)
         missing = [name for name in names if name not in self.outputs]
@@ -175,7 +179,7 @@ class OnnxEngine:
         self._session = None
 
     def _tokens(self) -> int:
-        """Return the number of patch tokens of an image; 0 if the graph accepts any size."""
+        """Return the number of patch tokens of an image, or 0 if the graph accepts images of any size."""
         _, height, width = self._shape
         if isinstance(height, str) or isinstance(width, str):
             return 0
@@ -193,16 +197,16 @@ class OnnxEngine:
 
 
 def need_provider(provider: Provider) -> None:
-    """Raise unless the installed ONNX Runtime was built with a provider.
+    """Check that the installed ONNX Runtime was built with a provider.
 
     Raises:
-        ModuleNotFoundError: it was not.
+        ModuleNotFoundError: ONNX Runtime was built without the provider.
     """
     ort = load_runtime()
     if provider != "cpu":
-        # Loads the CUDA libraries of pip's wheels; the GPU build itself searches only the system's folders. A CUDA
-        # provider that is a plugin registers when these load, so this precedes get_available_providers().
-        with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
+        # preload_dlls() loads the CUDA libraries of pip's wheels. The GPU build itself searches only the system's
+        # folders. A CUDA provider that is a plugin is registered by this call, so get_available_providers() follows it.
+        with redirect_stdout(sys.stderr):  # the call prints the libraries that it does not find
             ort.preload_dlls()
     if _PROVIDERS[provider] not in ort.get_available_providers():
         raise ModuleNotFoundError(
@@ -211,19 +215,25 @@ def need_provider(provider: Provider) -> None:
 
 
 def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
-    """Return the artifact's graph of this precision: one of its input size, else a dynamic one, else None."""
+    """Return the record of the artifact's graph of this precision, or None if it has no suitable one.
+
+    A graph of the artifact's input size is preferred to a graph for any size. Graphs of other sizes are not suitable.
+    """
     graphs = [graph for graph in artifact.manifest.graphs if graph.precision == precision]
     usable = [graph for graph in graphs if graph.size in (artifact.manifest.input_size, None)]
     return min(usable, key=lambda graph: graph.size is None, default=None)
 
 
 def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> Path:
-    """Return the path of the graph: the artifact's, or one that this host derives from the weights and stores.
+    """Return the path of the artifact's graph of this precision. If it has none, derive and store the graph.
 
     Args:
         artifact: the verified artifact.
-        precision: of the graph.
-        any_size: accept a dynamic graph. TensorRT does not.
+        precision: the precision of the graph.
+        any_size: whether a graph for any size may be returned. TensorRT needs a fixed size.
+
+    Raises:
+        ArtifactError: the derived graph cannot be written.
     """
     if precision == "fp32" and ONNX in artifact.locations:
         return artifact.file(ONNX)
@@ -256,7 +266,7 @@ def _int8_fault(artifact: Artifact) -> str | None:
 
 
 def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Path) -> Any:
-    """Set and return a session's options."""
+    """Fill in and return `options`, the options of an ONNX Runtime session."""
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -272,7 +282,11 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
 
 
 def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_dir: Path) -> dict[str, str]:
-    """Return a provider's options. TensorRT needs fixed sizes; its engines are cached, as a build takes minutes."""
+    """Return the options of a provider, by name. TensorRT's engines are cached, because a build takes minutes.
+
+    Raises:
+        ValueError: TensorRT is requested for a graph without a fixed size.
+    """
     if provider == "cpu":
         return {}
     if provider == "cuda":
@@ -322,10 +336,10 @@ def _patch_size(model: onnx.ModelProto) -> int:
 
 
 def _check_assignment(session: Any, provider: Provider) -> None:
-    """Raise if the provider leaves an expensive operator to the CPU.
+    """Check that the provider runs all expensive operators itself.
 
     Raises:
-        ValueError: it does; the message names the operators.
+        ValueError: the provider leaves some of them to the CPU. The message names these operators.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24: rely on the provider's start
         return

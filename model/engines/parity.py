@@ -1,13 +1,14 @@
-"""The parity check: an engine's results are compared with torch float32 before it may serve.
+"""The parity check: compares an engine's features with those of a float32 reference before the engine may serve.
 
-There are four figures: the largest absolute difference of any output, the lowest cosine of a class token, the lowest
-cosine of a patch token, and how often the nearest other image, by class token, stays the same. The last one is what a
-search user would notice.
+The check computes four figures: the largest absolute difference of any output, the lowest cosine of a class token, the
+lowest cosine of a patch token, and the share of images that keep the same nearest other image by class token. A user of
+the search would notice a change in the last figure.
 
 Graphs of other sizes are compared on the same images with a resized crop. Reference features are plain arrays, so the
-engine that computed them can be released before the next one is loaded: two copies of a large model do not fit.
+engine that computed them can be released before the next engine is loaded, because two copies of a large model do not
+fit into memory.
 
-An int8 graph must also pass `knn_gate.py`.
+An int8 graph must also pass the gate in `knn_gate.py`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ Image = npt.NDArray[np.uint8]  # RGB [H, W, 3]
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """The limits that an engine of one precision must meet."""
+    """The limits that every engine of one precision must meet."""
 
     max_abs_error: float
     min_cosine_cls: float
@@ -46,11 +47,13 @@ LIMITS = {
 
 
 class ParityError(ValueError):
-    """An engine whose results differ too much from the reference; the message has every figure and its limit."""
+    """Raised if an engine's results differ too much from the reference. The message has every figure and its limit."""
 
 
 def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
-    """Return deterministic images (uint8 [H, W, 3]): coloured waves with noise, of several sizes and aspect ratios."""
+    """Generate `count` images (uint8 [H, W, 3]) of coloured waves with noise, of different sizes. Equal seeds give
+    equal images.
+    """
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
@@ -66,8 +69,11 @@ def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
 
 
 def compare(reference: Features, candidate: Features) -> tuple[float, float, float, float]:
-    """Compare two batches: (max abs error, lowest class cosine, lowest patch cosine, share of equal nearest
-    neighbours).
+    """Compare the features of the same images from two engines.
+
+    Returns:
+        The largest absolute difference, the lowest cosine of a class token, the lowest cosine of a patch token, and the
+            share of images with the same nearest other image.
     """
     # numpy's maximum propagates NaN, Python's may not.
     error = float(
@@ -83,9 +89,10 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 
 
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
-    """Return images as input [B, 3, H, W] of a graph of `size` (H, W): the usual preprocessing with a resized crop.
+    """Preprocess images for a graph of input size `size` (H, W), and return the pixels [B, 3, H, W].
 
-    A size that is not square is cut from the centre of the enclosing square.
+    The transform is `spec` with `resize` and `crop` scaled to the longer side of `size`. If `size` is not square, it is
+    cut from the centre of the square crop.
     """
     assert spec.crop is not None  # an artifact's preprocessing always crops
     assert spec.resize is not None
@@ -97,7 +104,10 @@ def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, in
 
 
 def features(engine: Engine, pixels: FloatArray, batch: int = BATCH) -> Features:
-    """Return all features of `pixels`. Small default batches let the parity check of a large model fit in memory."""
+    """Run `engine` on `pixels` [B, 3, H, W] in batches and return the features of all images.
+
+    The default batch is small, so that the parity check of a large model fits into memory.
+    """
     parts = [engine.run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
     return Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
@@ -112,9 +122,10 @@ def measure(
     size: tuple[int, int] | None = None,
     gate: GateRecord | None = None,
 ) -> ParityRecord:
-    """Run `candidate` on `pixels` [B, 3, H, W] (at least two) and compare all outputs with the reference's.
+    """Run `candidate` on `pixels` [B, 3, H, W], at least two images, and compare its features with `reference`.
 
-    If the batch is larger than the number of images, images are repeated, so that every row is compared.
+    If `batch` is larger than the number of images, images are repeated to fill one batch. `file`, `size` and `gate` are
+    only stored in the returned record.
     """
     n = len(pixels)
     assert n > 1, "nearest neighbours need two images"
@@ -141,7 +152,7 @@ def measure(
 def with_extras(
     record: ParityRecord, reference: dict[str, FloatArray], candidate: dict[str, FloatArray]
 ) -> ParityRecord:
-    """Return the record with further outputs included: in the error, and in the patch cosine (every vector counts)."""
+    """Return `record`, with its error and its patch cosine extended to further outputs of the two engines, by name."""
     errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
     cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
     return record.model_copy(
@@ -153,10 +164,10 @@ def with_extras(
 
 
 def check(record: ParityRecord, reference: str = "torch float32") -> None:
-    """Raise unless the record is within the limits of its precision. NaN fails. The int8 gate is not checked here.
+    """Check a record against the limits of its precision. A NaN fails. The int8 gate is not checked.
 
     Raises:
-        ParityError: the engine must not serve.
+        ParityError: a figure is outside its limit, so the engine must not serve.
     """
     limits = LIMITS[record.precision]
     passed = (

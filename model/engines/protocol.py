@@ -1,9 +1,9 @@
-"""What serving needs from a runtime: a small protocol, and the record that an engine is opened from.
+"""The protocol of engines, which serving calls, and the types that describe how an engine was chosen.
 
-An engine turns a batch of normalised pixels into all features of one forward pass. One worker thread calls it at a
-time. Each runtime has a file `*_engine.py` in this folder that provides `fault` and `open` (`EngineFile`), and a row in
-`runtimes.py`. These files import their runtime only when they open an engine, so a server without torch never imports
-it.
+An engine computes all features of a batch of normalised pixels in one forward pass. Only one thread calls it at a time.
+Each runtime has a file `*_engine.py` in this folder with the functions `fault` and `open` (see `EngineFile`), and a row
+in `runtimes.py`. These files import their runtime only when they open an engine, so a server that does not use torch
+never imports it.
 
 Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
 """
@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Features(NamedTuple):
-    """All outputs of one forward pass, after the last LayerNorm, float32."""
+    """The float32 tokens of one forward pass, after the last LayerNorm."""
 
     cls: FloatArray  # [B, D]
     patches: FloatArray  # [B, N, D]
@@ -28,9 +28,10 @@ class Features(NamedTuple):
 
 
 class Engine(Protocol):
-    """A loaded model. `name` and `precision` identify runtime and number format; `device` is "cpu" or "cuda".
+    """A model that is loaded in a runtime.
 
-    A GPU engine has separate kernels for each batch size in `BUCKETS`.
+    `name` identifies the runtime and `precision` the number format. `device` is "cpu" or "cuda". On a GPU, an engine
+    pads every batch to one of the sizes in `BUCKETS`.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the memory, including the GPU's. The engine cannot run afterwards."""
+        """Release the engine's memory, including memory on the GPU. The engine cannot run afterwards."""
         ...
 
 
@@ -54,8 +55,9 @@ class Engine(Protocol):
 class OpenRequest:
     """The parameters for opening an engine.
 
-    `runtime` and `precision` come from `runtimes.RUNTIMES`. `device` applies to runtimes that support both devices;
-    None means a GPU if there is one. With `few_passes` the engine should use less memory and may be slower.
+    `runtime` and `precision` are a name and a precision from `runtimes.RUNTIMES`. `threads` is the number of CPU
+    threads per forward pass. `device` applies to runtimes that support both devices; None means a GPU if the host has
+    one. If `few_passes` is True, the engine should use less memory and may be slower.
     """
 
     artifact: Artifact
@@ -67,28 +69,27 @@ class OpenRequest:
 
 
 class EngineFile(Protocol):
-    """The interface of a runtime's file."""
+    """The functions that each runtime's file `*_engine.py` provides."""
 
     def fault(self, request: OpenRequest) -> str | None:
-        """Return why the engine cannot serve from this artifact or on this host, on one line; None if no reason is
-        known.
+        """Return why the engine cannot serve from this artifact or on this host, or None if no reason is known.
 
-        The call is cheap: it loads neither the runtime nor the model. The caller checks for a GPU.
+        The reason has one line. The call loads neither the runtime nor the model. The caller checks for a GPU.
         """
         ...
 
     def open(self, request: OpenRequest) -> Engine:
-        """Import the runtime and load the model.
+        """Import the runtime, load the model, and return the engine.
 
         Raises:
-            ValueError, OSError, RuntimeError: the engine cannot serve; the message says why.
+            ValueError, OSError, RuntimeError: the engine cannot serve. The message says why.
             ModuleNotFoundError: the runtime is not installed.
         """
         ...
 
 
 class Tried(NamedTuple):
-    """One engine that was tried at startup, with the outcome on one line."""
+    """One engine that was tried at startup, with the outcome and its reason."""
 
     engine: str  # runtime:precision
     outcome: Literal["serves", "passed over"]
@@ -97,16 +98,18 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The serving engine, and all attempts in order."""
+    """The serving engine, and all engines that were tried, in order."""
 
     engine: Engine
     tried: tuple[Tried, ...]
 
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes that have a CUDA graph on a GPU. Other batches are padded up; larger ones are split."""
+"""The batch sizes for which a GPU engine has a CUDA graph. Other batches are padded to the next size, and batches above
+64 are split.
+"""
 
 
 def bucket_of(batch: int) -> int:
-    """Return the smallest bucket that holds a batch of 1 to 64."""
+    """Return the smallest size in `BUCKETS` that is at least `batch` (1 to 64)."""
     return next(bucket for bucket in BUCKETS if bucket >= batch)

@@ -1,6 +1,6 @@
-"""The table of runtimes: their precisions, whether they need a GPU, and the file that opens them.
+"""The table of runtimes, with the precisions of each, whether it needs a GPU, and the file that opens its engines.
 
-A new runtime is one more `*_engine.py` in this folder and one more row here.
+To add a runtime, add a file `*_engine.py` to this folder and a row to this table.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from model.engines.protocol import EngineFile
 
 @dataclass(frozen=True)
 class Runtime:
-    """One row of the table."""
+    """One row of the table of runtimes."""
 
     name: str
     precisions: tuple[str, ...]  # the first is the default
@@ -31,10 +31,12 @@ RUNTIMES: Final = {runtime.name: runtime for runtime in _ROWS}
 
 
 def parse_engine(name: str) -> tuple[str, str]:
-    """Split `runtime[:precision]` into (runtime, precision). `auto` and `fastest` have no precision ("").
+    """Split the engine name `runtime[:precision]` into (runtime, precision).
+
+    Without a precision, the runtime's default is returned. For `auto` and `fastest` the precision is "".
 
     Raises:
-        ValueError: an unknown runtime, or a precision that it does not support.
+        ValueError: the runtime is unknown, or it does not support the precision.
     """
     runtime, colon, precision = name.partition(":")
     if name in ("auto", "fastest"):

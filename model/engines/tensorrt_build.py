@@ -1,16 +1,16 @@
-"""The interface to TensorRT's builder: the installed library, and one build or refit in a separate process.
+"""Finds the installed TensorRT library, and runs one build or refit of a plan in a separate process.
 
 A graph that the builder cannot handle can kill the building process (a signal has been observed), so
-`model/engines/tensorrt_export.py` runs this file as a program: `python -P tensorrt_build.py JOB.json`. It imports
-nothing from the project. Standard output carries one JSON object per line (progress, then the result); everything that
-the libraries print goes to standard error.
+`model/engines/tensorrt_export.py` runs this file as a program: `python -P tensorrt_build.py JOB.json`. The file imports
+nothing from the project. The program writes one JSON object per line to standard output: progress events, then the
+result. Everything that the libraries print goes to standard error.
 
 Two libraries provide this API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
 `tensorrt_rtx` (TensorRT for RTX, whose wheels install from PyPI and which can build for a given target without a GPU).
 
-Attention must become one fused kernel per block. The operator is not decomposable by default, so a build without a
-matching kernel fails. TensorRT-RTX 1.7.1, however, has decomposed a float32 operator when the batch was fixed to 1. Its
-plans contain the names of their kernels, so the fused kernels are counted as well (`count_fused_attention`).
+Attention must become one fused kernel per block. By default TensorRT does not decompose the operator, so a build
+without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 operator when the batch was fixed to
+1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` also counts the fused kernels.
 """
 
 import importlib
@@ -41,11 +41,11 @@ class Library:
 
 
 def find_library(name: str | None = None) -> Library:
-    """Return the TensorRT library to use: the named one, else the full library, else TensorRT for RTX.
+    """Return the library called `name`, or without a name the full TensorRT if installed, else TensorRT for RTX.
 
     Raises:
-        ModuleNotFoundError: none can be imported; the message has the reason for each and how to install one.
-        ValueError: an unknown name, or a `tensorrt` older than 10.14.
+        ModuleNotFoundError: no library can be imported. The message has the reasons and explains the installation.
+        ValueError: `name` is unknown, or `tensorrt` is older than 10.14.
     """
     if name is not None and name not in LIBRARIES:
         raise ValueError(f"unknown library {name!r}: one of {', '.join(LIBRARIES)}")
@@ -67,19 +67,20 @@ def find_library(name: str | None = None) -> Library:
 
 
 def count_fused_attention(plan: bytes) -> int:
-    """Count the fused attention kernels that a TensorRT-RTX plan names: one per block and profile if all are fused.
+    """Return the number of fused attention kernels that a TensorRT-RTX plan names.
 
-    Plans of the full library have not been examined; for them the count is informational.
+    If all attention is fused, a plan names one kernel per block and profile. Plans of the full library have not been
+    examined, so their count is only informational.
     """
     return len(_FUSED.findall(plan))
 
 
 class BuildError(ValueError):
-    """A build or refit that TensorRT refused; the message explains the reason and quotes TensorRT's own."""
+    """Raised if a build or refit fails. The message explains the reason and quotes TensorRT's own message."""
 
 
 def plain_reason(errors: list[str]) -> str:
-    """Explain the builder's errors in plain words."""
+    """Return an explanation of the builder's error messages, followed by the last messages themselves."""
     said = " | ".join(errors[-3:]) or "it gave no reason"
     if "not supported by a dedicated kernel" in said:
         return (
@@ -97,7 +98,7 @@ def plain_reason(errors: list[str]) -> str:
 
 @dataclass
 class _Events:
-    """A writer of progress events to standard output, one JSON object per line."""
+    """A writer of progress events to `out`, one JSON object per line."""
 
     out: TextIO
     last_step: float = 0.0
@@ -113,7 +114,7 @@ class _Events:
 
 
 def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
-    """Return a library logger that passes on all but verbose lines: the severity's name and the message."""
+    """Return a TensorRT logger that calls `on_message(severity, message)` for all but verbose messages."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -127,7 +128,7 @@ def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:
-    """Return a logger that prints messages to standard error and collects errors."""
+    """Return a TensorRT logger that prints messages to standard error and appends error messages to `errors`."""
 
     def on_message(severity: str, message: str) -> None:
         if "ERROR" in severity:
@@ -156,10 +157,13 @@ def _monitor(trt: Any, events: _Events) -> Any:
 
 
 def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Parse `job["onnx"]`, build it and write `job["plan"]`; return timings and profiles for JSON.
+    """Parse the graph `job["onnx"]`, build it, and write the plan to `job["plan"]`.
+
+    Returns:
+        The profiles of the plan, and the seconds for parsing and building.
 
     Raises:
-        BuildError: the graph cannot be parsed or built.
+        BuildError: TensorRT cannot parse or build the graph.
     """
     errors: list[str] = []
     logger = _logger(trt, errors)
@@ -175,7 +179,7 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     parsed = time.monotonic()
     config, profiles, monitor = _configure(trt, builder, job, events)
     plan = builder.build_serialized_network(network, config)
-    del monitor  # it must outlive the build
+    del monitor  # the monitor must outlive the build
     if plan is None:
         raise BuildError(plain_reason(errors))
     built = time.monotonic()
@@ -190,7 +194,10 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 
 
 def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
-    """Return the builder's configuration, its profiles as stored there, and the monitor. It must outlive the build."""
+    """Return the builder's configuration, the profiles stored in it, and the progress monitor.
+
+    The caller must keep the monitor alive until the build ends.
+    """
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps layer names for inspecting a plan
     profiles = []
@@ -214,7 +221,7 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
     if cache := job.get("timing_cache"):
         stored = Path(cache).read_bytes() if Path(cache).exists() else b""
         timings = config.create_timing_cache(stored)
-        if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: start afresh
+        if timings is None or not config.set_timing_cache(timings, False):  # the cache is of another GPU or version
             config.set_timing_cache(config.create_timing_cache(b""), False)
     monitor = None
     if hasattr(trt, "IProgressMonitor"):
@@ -224,7 +231,10 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Put the weights of `job["onnx"]` into the plan `job["from"]` and write `job["plan"]`; return timings for JSON.
+    """Put the weights of the graph `job["onnx"]` into the plan `job["from"]`, and write the result to `job["plan"]`.
+
+    Returns:
+        The seconds that the refit took.
 
     Raises:
         BuildError: the plan cannot be loaded, was built without the refit flag, or was built from another graph.
@@ -256,7 +266,10 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 
 
 def main(job_file: str) -> int:
-    """Run the job; return 0 after a last line {"result": ...}, or 1 after {"error": ...}."""
+    """Run the job in `job_file` and return the exit status: 0, or 1 if it fails.
+
+    The last line of output is {"result": ...} or {"error": ...}.
+    """
     events = _Events(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # the libraries also print to standard output
     job = json.loads(Path(job_file).read_text())

@@ -1,15 +1,15 @@
-"""The TensorRT engine: a plan on one NVIDIA GPU, without torch.
+"""The TensorRT engine: runs a plan on one NVIDIA GPU, without torch.
 
-Batches are padded up to the next of 1, 2, 4, ..., 64. Each of these has a CUDA graph that copies the pixels in, runs
-the plan and copies the features out with one launch. The graphs are captured when the engine loads, after one pass in
-which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts share the
-weights and one block of memory for activations, because one stream runs them one after the other.
+Each batch is padded to the next of the sizes 1, 2, 4, ..., 64. Each size has a CUDA graph that copies the pixels in,
+runs the plan and copies the features out with one launch. The graphs are captured when the engine loads, after one pass
+in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts share
+the weights and one block of memory for activations, because a single stream runs them one after the other.
 
 `model/engines/tensorrt_export.py` builds the plans and keeps only those that passed parity; `open` accepts no others. A
 refitted plan is loaded as a new engine, so its graphs are captured again.
 
-Status: written against the documented API of both libraries and tested against a recording fake
-(`tests/model/engines/fake_tensorrt.py`); docs/tensorrt.md lists what has run on a GPU.
+Status: this module follows the documented API of both libraries and is tested with a recording fake
+(`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists what has run on a GPU.
 
 Legend: B batch, H x W pixels, N patches, R registers, D width.
 """
@@ -43,7 +43,9 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 
 def fault(request: OpenRequest) -> None:
-    """Return None: finding a plan needs the loaded libraries. See `model.engines.protocol.EngineFile`."""
+    """Return None, because a plan can only be looked for once the libraries are loaded; see
+    `model.engines.protocol.EngineFile`.
+    """
 
 
 def open(request: OpenRequest) -> "TensorRTEngine":
@@ -52,7 +54,7 @@ def open(request: OpenRequest) -> "TensorRTEngine":
 
     Raises:
         ModuleNotFoundError: TensorRT or the CUDA bindings are not installed.
-        ValueError: no GPU, no plan that may serve (the message says why), or a plan that this GPU refuses.
+        ValueError: the host has no GPU or no plan that may serve, or the GPU refuses the plan. The message says why.
     """
     precision = request.precision
     if precision not in PRECISIONS:
@@ -67,19 +69,19 @@ def open(request: OpenRequest) -> "TensorRTEngine":
 
 
 class TensorRTEngine:
-    """An engine that runs one plan; see `model.engines.protocol.Engine`. One thread at a time calls it, not always the
-    same one.
+    """An engine that runs one TensorRT plan; see `model.engines.protocol.Engine`.
+
+    Only one thread may call it at a time, though not always the same thread.
 
     Args:
         plan: the plan's bytes.
         toolchain: the library, CUDA and the GPU.
-        precision: of the graph that the plan was built from.
-        jit_cache: file of compiled kernels for TensorRT for RTX, which compiles on the GPU that it runs on; None: no
-            file.
+        precision: the precision of the graph that the plan was built from.
+        jit_cache: the file that caches the kernels that TensorRT for RTX compiles on this GPU; None: no cache.
 
     Raises:
-        ValueError: TensorRT refuses the plan, or it is not one of this project's plans.
-        CudaError: the GPU's memory is too small, or another call failed.
+        ValueError: TensorRT refuses the plan, or the plan is not one of this project's.
+        CudaError: the GPU's memory is too small, or a CUDA call failed.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class TensorRTEngine:
             self._resources = stack.pop_all()
 
     def run(self, pixels: FloatArray) -> Features:
-        """Compute all features; see `model.engines.protocol.Engine`. Batches above the largest bucket are split.
+        """Compute all features; see `model.engines.protocol.Engine`. A batch above 64 images is split.
 
         Raises:
             ValueError: the plan was not built for this shape.
@@ -164,14 +166,14 @@ class TensorRTEngine:
         self._profile_of = {bucket: choose_profile(ranges, bucket) for bucket in BUCKETS}
 
     def _forget(self) -> None:
-        """Release the library's objects in the order of their dependencies."""
+        """Release the library's objects: first the contexts, then the engine, then the runtime."""
         self._contexts: dict[int, Any] = {}
-        self._jit: Any = None  # in the bindings it holds the engine, and thus the weights
+        self._jit: Any = None  # in the bindings this object holds the engine, and thus the weights
         self._engine = None
         self._runtime = None
 
     def _allocate(self, stack: ExitStack) -> None:
-        """Allocate buffers of the largest bucket, which all buckets share, and the memory for activations."""
+        """Allocate the input and output buffers that all batch sizes share, and the memory for activations."""
         cuda, largest = self._cuda, BUCKETS[-1]
 
         def pinned(shape: tuple[int, ...]) -> FloatArray:
@@ -192,7 +194,7 @@ class TensorRTEngine:
         self._activations = on_device(self._activation_bytes)
 
     def _make_contexts(self, stack: ExitStack, jit_cache: Path | None) -> None:
-        """Create one execution context per bucket and set its profile, shape and addresses."""
+        """Create one execution context per batch size, and set its profile, input shape and buffer addresses."""
         self._contexts = {}
         stack.callback(self._contexts.clear)
         self._jit = None
@@ -212,7 +214,7 @@ class TensorRTEngine:
             self._contexts[bucket] = context
 
     def _runtime_settings(self, jit_cache: Path | None) -> Any:
-        """Return how contexts are created: with our own memory, and for TensorRT for RTX with its compiled kernels."""
+        """Return the settings for new contexts. They use memory that we allocate and, on RTX, the cached kernels."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.name != "tensorrt_rtx":
@@ -243,7 +245,7 @@ class TensorRTEngine:
         stack.callback(self._graphs.clear)
 
     def _captured(self, bucket: int, stack: ExitStack) -> Callable[[], None]:
-        """Return the function that runs a bucket: its graph, or separate calls if it cannot be captured."""
+        """Return a function that runs a batch of `bucket` images as a CUDA graph, or else as separate calls."""
 
         def queue() -> None:
             self._queue(bucket)
@@ -261,7 +263,7 @@ class TensorRTEngine:
         return lambda: self._cuda.launch(graph, self._stream)
 
     def _queue(self, bucket: int) -> None:
-        """Queue a pass of `bucket` rows on the stream: pixels in, plan, features out."""
+        """Queue one pass of `bucket` images: copy the pixels in, run the plan, copy the features out."""
         self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
         if not self._contexts[bucket].execute_async_v3(self._stream):
             raise CudaError(f"{self.name} failed at batch {bucket}: {self._last_errors()}")
@@ -279,10 +281,14 @@ class TensorRTEngine:
 
 
 def choose_profile(ranges: list[tuple[int, int]], batch: int) -> int:
-    """Return the index of the narrowest profile, given as (lowest, highest) batch, that includes `batch`.
+    """Return the index of the narrowest range that includes `batch`.
+
+    Args:
+        ranges: the (lowest, highest) batch size of each of the plan's profiles.
+        batch: the batch size.
 
     Raises:
-        ValueError: no profile does, so the plan is from another version of this project.
+        ValueError: no range includes `batch`, so another version of this project built the plan.
     """
     fitting = [(high - low, index) for index, (low, high) in enumerate(ranges) if low <= batch <= high]
     if not fitting:

@@ -1,12 +1,12 @@
-"""Builds a TensorRT plan from an artifact on the host that will run it. Only a plan that passes parity is kept.
+"""Builds a TensorRT plan from an artifact on the host that will run the plan, and stores it if it passes parity.
 
-The graph is derived from the artifact's weights in the plan's number format (the network is strongly typed: all formats
-come from the graph) and built in a separate process (`model/engines/tensorrt_build.py`). The plan is then loaded as in
-serving and compared with the reference on images at every serving batch size, because each profile has its own kernels.
-A plan that differs too much is deleted, but its figures are stored (`model/engines/tensorrt_plans.py` stores both).
+The graph is derived from the artifact's weights in the plan's precision, because TensorRT takes all number formats from
+the graph. The plan is built in a separate process (`model/engines/tensorrt_build.py`), loaded as in serving, and
+compared with a reference engine on images at every serving batch size, because each profile has its own kernels. If the
+plan differs too much, it is deleted, and only its figures are stored (see `model/engines/tensorrt_plans.py`).
 
-A refit puts the weights of a retrained model into a plan that was built with `refit=True`. It is faster than a build,
-checked in the same way, and stored under the new weights' own key.
+A refit puts the weights of a retrained model into a plan that was built with `refit=True`. A refit is faster than a
+build. The refitted plan is checked in the same way and stored under its own key.
 """
 
 import datetime
@@ -53,8 +53,8 @@ from model.onnx_graph.build import write_onnx
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Mapping[str, Any]], None]
-"""A callback for build events: {"phase", "parent", "steps"} at the start of a phase, {"phase", "step"}, {"phase",
-"done"}.
+"""A function that receives the events of a build. An event has the keys "phase", "parent" and "steps" at the start of a
+phase, "phase" and "step" during it, and "phase" and "done" at its end.
 """
 
 LOG_TAIL_LINES = 12
@@ -64,10 +64,11 @@ LOG_TAIL_LINES = 12
 class BuildOptions:
     """How a plan is built.
 
-    `refit` makes the plan's weights replaceable. `refit_from` is such a plan, to be refitted instead of a build.
-    `timing_cache` is the file in which the full library stores its kernel measurements. `photos` are uint8 [H, W, 3]
-    images for parity. `rebuild` builds even if a plan with the same key exists. `activations` are the largest inputs of
-    each linear layer, which fp8 needs.
+    `refit` makes the plan's weights replaceable. `refit_from` is the path of such a plan: its weights are then replaced
+    instead of building a plan. `timing_cache` is the file in which the full library stores its kernel measurements.
+    `photos` are the images for the parity check, uint8 [H, W, 3]. `activations` are the largest absolute inputs of each
+    linear layer, which fp8 requires. The build is stopped after `time_limit_s`. `rebuild` builds a plan even if one
+    with the same key exists.
     """
 
     precision: PlanPrecision = "bf16"
@@ -95,24 +96,25 @@ def build_plan(
     run: JobRunner | None = None,
     make_engine: EngineMaker | None = None,
 ) -> tuple[Path, PlanRecord]:
-    """Build (or refit) the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
+    """Build or refit the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
 
     Args:
         artifact: the verified artifact.
         toolchain: the library, CUDA and the GPU of this host.
-        reference: float32 on the CPU: torch if installed, else ONNX Runtime with the artifact's graph.
-        folder: folder of plans; created if missing.
+        reference: an engine that runs the artifact in float32 on the CPU.
+        folder: the folder of plans. It is created if missing.
         options: how the plan is built.
-        progress: called with each event of the build.
-        run, make_engine: functions that run the job and load the plan; tests pass their own.
+        progress: a function that is called with each event of the build.
+        run: the function that runs the job; None: `run_job`.
+        make_engine: the function that loads the plan; None: load it in `TensorRTEngine`.
 
     Returns:
-        The plan's file and its record. Existing ones are reused unless `options.rebuild` is set.
+        The path of the plan and its record. An existing plan is reused unless `options.rebuild` is True.
 
     Raises:
-        BuildError (a ValueError): TensorRT cannot build or refit; the message has the reason and the end of the log.
-        ParityError (a ValueError): the plan differs too much from the reference. It was deleted; its figures are
-            stored.
+        BuildError (a ValueError): TensorRT cannot build or refit the plan. The message has the reason.
+        ParityError (a ValueError): the plan's results differ too much from the reference. The plan was deleted, and its
+            figures are stored.
         OSError: the folder cannot be written.
     """
     run, make_engine = run or run_job, make_engine or _load
@@ -163,7 +165,7 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
 
 
 def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
-    """Return the existing plan of this key, or None if there is none that may serve."""
+    """Return the path and the record of the stored plan of this key, or None if no such plan may serve."""
     try:
         record = read_plan(folder, key)[1]
     except PlanMissing as missing:
@@ -173,11 +175,11 @@ def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
 
 
 def targets_of(toolchain: Toolchain) -> list[str]:
-    """Return the name of the GPU for which TensorRT for RTX should build, as a list.
+    """Return the compute capabilities for which TensorRT should build, such as ["SM89"].
 
-    The list is empty for a GPU that the library has no name for (SM90). Such plans run on compute capability 8.0, 8.6,
-    8.9, 12.0 "and later", according to its documentation, and the library checks each plan when it is loaded. The list
-    is also empty for the full library, which builds for the present GPU.
+    The list is empty for the full library, which builds for the GPU of this host. It is also empty if TensorRT for RTX
+    has no name for this GPU's capability (SM90). According to its documentation a plan without a target runs on compute
+    capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it is loaded.
     """
     if toolchain.library.name != "tensorrt_rtx":
         return []
@@ -186,7 +188,7 @@ def targets_of(toolchain: Toolchain) -> list[str]:
 
 
 def _store_timings(new: Path, cache: Path | None) -> None:
-    """Store the library's kernel measurements, if there are any, for the next build."""
+    """Copy the library's new kernel measurements, if it wrote any, to the file `cache` for the next build."""
     if cache is None or not new.exists():
         return
     try:
@@ -204,7 +206,10 @@ def make_job(
     *,
     targets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the job for the build process (see `model/engines/tensorrt_build.py`)."""
+    """Return the job for the build process, as a JSON object. `model/engines/tensorrt_build.py` reads it.
+
+    `onnx` is the path of the graph, `plan` the path of the plan to write, and `size` the input size (H, W) in pixels.
+    """
     job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
     if options.refit_from is not None:
         return job | {"action": "refit", "from": str(options.refit_from.resolve())}
@@ -221,13 +226,13 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
     """Run one job in a separate process and return its result.
 
     Args:
-        job: from `make_job`.
-        folder: where the job's file and its log are written.
-        time_limit_s: the process is killed after this time.
-        progress: called with each event.
+        job: the job that `make_job` returned.
+        folder: the folder in which the job's file and its log are written.
+        time_limit_s: the time in seconds after which the process is killed.
+        progress: a function that is called with each event.
 
     Raises:
-        BuildError: it failed, was killed by a signal, or took longer than `time_limit_s`.
+        BuildError: the process failed, was killed by a signal, or took longer than `time_limit_s`.
     """
     job_file, log = folder / "job.json", folder / "build.log"
     job_file.write_text(json.dumps(job))
@@ -272,7 +277,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
 
 
 def _follow(lines: Iterable[str], progress: Progress) -> dict[str, Any]:
-    """Pass each event to `progress` and return the last one."""
+    """Parse each line as JSON, call `progress` with each phase event, and return the last object."""
     last: dict[str, Any] = {}
     for line in lines:
         last = json.loads(line)
@@ -294,10 +299,12 @@ def _signal_name(number: int) -> str:
 
 
 def check_fusion(library: str, fused: int, depth: int) -> None:
-    """Check for one fused kernel per block and profile. Only plans of TensorRT for RTX are known to name their kernels.
+    """Check that a plan of TensorRT for RTX has one fused attention kernel per block and profile.
+
+    Plans of the full library are not checked, because they are not known to name their kernels.
 
     Raises:
-        BuildError: attention was not fused.
+        BuildError: `fused`, the number of fused kernels, differs from `depth` times the number of profiles.
     """
     wanted = depth * len(PROFILES)
     if library == "tensorrt_rtx" and fused != wanted:
@@ -310,10 +317,12 @@ def check_fusion(library: str, fused: int, depth: int) -> None:
 def measure_batches(
     reference: Engine, candidate: Engine, artifact: Artifact, photos: Sequence[npt.NDArray[np.uint8]]
 ) -> list[ParityRecord]:
-    """Compare `candidate` with `reference` on `photos` (uint8 [H, W, 3], two or more) at every batch size of `BUCKETS`.
+    """Compare `candidate` with `reference` at every batch size in `BUCKETS`, and return one record per size.
+
+    `photos` are the images of the comparison, uint8 [H, W, 3].
 
     Raises:
-        ValueError: fewer than two images.
+        ValueError: `photos` has fewer than two images.
     """
     if len(photos) < 2:
         raise ValueError(f"parity needs at least two images, not {len(photos)}")

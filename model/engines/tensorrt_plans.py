@@ -1,17 +1,17 @@
-"""Plans on disk: the key of a TensorRT plan, and the folder that stores plans that may serve.
+"""Stores TensorRT plans on disk, each under a key of everything that it depends on.
 
-A plan is machine code for one GPU, made by one version of the library from one graph. Its key is a sha256 over all of
-these. After an update of driver, library, GPU or weights no plan matches, so a new one is built instead of loading one
-that is slow, refused or wrong.
+A plan is machine code for one GPU, built by one version of the library from one graph. Its key is a sha256 over GPU,
+driver, library, graph and options. After a change of any of these no stored plan matches, so a plan that would be slow,
+refused or wrong is never loaded.
 
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
-      <key>.json            its record: the parts of the key, its sha256, the build time, its parity figures
+      <key>.json            the plan's record: the parts of the key, sha256, build time and parity figures
       <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written at the first start
-      <graph>.graph.json    sha256 of the ONNX graph derived for an artifact, size and precision, so that a
-                            server finds its plan's key without writing the graph again
+      <graph>.graph.json    the sha256 of the ONNX graph for an artifact, size and precision, so that a server
+                            can compute the plan's key without writing the graph again
 
-A record without `passed` stores the figures of a plan that failed parity; the plan itself is deleted.
+If `passed` is false in a record, it stores the figures of a plan that failed parity and was deleted.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
 
 
 class Profile(NamedTuple):
-    """The batch sizes that one set of kernels supports, and the one it is tuned for."""
+    """The lowest and highest batch size that one set of kernels supports, and the size that it is tuned for."""
 
     low: int
     best: int
@@ -42,7 +42,7 @@ class Profile(NamedTuple):
 
 
 PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
-"""A single image at the lowest latency; small batches under typical load; full batches."""
+"""The profiles of every plan: one for a single image, one for small batches and one for large batches."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Toolchain:
 
 
 def find_toolchain(library: str | None = None) -> Toolchain:
-    """Return this host's TensorRT (the named library, else the full one, else the one for RTX), CUDA and GPU.
+    """Return TensorRT, CUDA and the GPU of this host. `find_library` selects the TensorRT library.
 
     Raises:
-        ModuleNotFoundError: TensorRT or the CUDA bindings are not installed; the message says how to install them.
-        ValueError: no GPU that CUDA can use, or a library that is too old.
+        ModuleNotFoundError: TensorRT or the CUDA bindings are not installed. The message says how to install them.
+        ValueError: CUDA can use no GPU, or the library is too old.
     """
     tensorrt, cuda = find_library(library), Cuda(load_runtime())
     return Toolchain(tensorrt, cuda, describe_gpu(cuda))
 
 
 def plans_folder(derived_dir: Path) -> Path:
-    """Return the folder of plans in `derived_dir`, the artifact's folder of derived files (`Artifact.derived`)."""
+    """Return the folder that stores an artifact's plans. `derived_dir` is the artifact's `Artifact.derived`."""
     return derived_dir / "plans"
 
 
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
-    """Return the spec of the graph that a plan is built from.
+    """Return the spec of the graph from which an artifact's plan is built.
 
-    bf16 attention computes its softmax in float32. fp16 attention computes it in fp16 unless q, k and v are cast to
-    float32 around it. TensorRT for RTX fuses that form, and so does the full library since 11.3 (according to its
-    release notes), so the casts are used there. Models without registers omit `registers`, because an empty output is
-    useless.
+    With bf16, attention computes its softmax in float32. With fp16, it computes the softmax in fp16 unless queries,
+    keys and values are cast to float32. TensorRT for RTX can fuse attention with these casts, and the full library can
+    since 11.3 according to its release notes, so the graph has the casts for these libraries. The graph of a model
+    without registers has no output `registers`, which would be empty.
     """
     major, minor = (int(part) for part in library.version.split(".")[:2])
     casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
@@ -90,16 +90,14 @@ def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -
 
 
 def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
-    """Return 32 hex digits that identify the graph's bytes: a hash of the weights, the spec and the code that writes
-    it.
-    """
+    """Return 32 hex digits that identify a graph: a hash of the weights, the spec and the code that writes graphs."""
     package = Path(__file__).parents[1]
     writer = file_digest(sorted([*(package / "onnx_graph").glob("*.py"), package / "pos_embed.py"]))
     return hashlib.sha256(f"{artifact.fingerprint} {spec} {writer}".encode()).hexdigest()[:32]
 
 
 class PlanMissing(ValueError):
-    """A plan that is missing or may not serve; the message gives the reason and how to build one."""
+    """Raised if no plan may serve. The message gives the reason."""
 
 
 class PlanKey(BaseModel):
@@ -119,12 +117,12 @@ class PlanKey(BaseModel):
 
     @property
     def digest(self) -> str:
-        """64 hex digits, the base name of the plan's files."""
+        """The sha256 of the key (64 hex digits), which is the base name of the plan's files."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 class PlanRecord(BaseModel):
-    """The content of `<key>.json`."""
+    """The content of `<key>.json`: a plan's key, hash, parity figures and build times."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -142,7 +140,7 @@ class PlanRecord(BaseModel):
 
 
 def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *, refit: bool) -> PlanKey:
-    """Return the key of a plan on this host."""
+    """Return the key of a plan that `toolchain` builds from the graph with this sha256."""
     return PlanKey(
         onnx_sha256=onnx_sha256,
         precision=precision,
@@ -156,17 +154,17 @@ def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *
 
 
 def plan_path(folder: Path, key: PlanKey) -> Path:
-    """Return the path of a plan, whether or not it exists."""
+    """Return the path at which `folder` stores the plan of `key`. The file need not exist."""
     return folder / f"{key.digest}.plan"
 
 
 def find_plan(
     artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
 ) -> tuple[bytes, PlanRecord]:
-    """Return the plan that may serve `artifact` on this host, refittable or not.
+    """Return the plan that may serve `artifact` on this host, and its record. The plan may be refittable.
 
     Raises:
-        PlanMissing: there is none; the message has the reason.
+        PlanMissing: no plan may serve. The message has the reason.
     """
     identity = graph_identity(artifact, graph_spec(artifact, precision, toolchain.library))
     onnx_sha256 = recall_graph(folder, identity)
@@ -181,10 +179,10 @@ def find_plan(
 
 
 def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
-    """Read the plan of `key` and check it against its record.
+    """Return the plan of `key` and its record, after checking the plan against the record.
 
     Raises:
-        PlanMissing: there is none that may serve.
+        PlanMissing: the plan is missing, is damaged, or failed parity.
     """
     name = key.digest
     try:
@@ -211,8 +209,9 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
 
 
 def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
-    """Store a plan and its record, or the record alone. The plan is written first, so a passed record never lacks its
-    plan.
+    """Store a plan and its record, and return the plan's path. If `plan` is None, store only the record.
+
+    The plan is written before the record, so that a record of a passed plan never exists without the plan.
 
     Raises:
         OSError: the folder cannot be written.
@@ -230,13 +229,13 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
 
 
 def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
-    """Store the sha256 of the derived graph of `identity`."""
+    """Store the sha256 of the graph that `graph_identity` identifies by `identity`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}))
 
 
 def recall_graph(folder: Path, identity: str) -> str:
-    """Return the sha256 stored by `remember_graph`.
+    """Return the sha256 that `remember_graph` stored for `identity`.
 
     Raises:
         PlanMissing: no plan was built for this graph on this host.
@@ -249,7 +248,7 @@ def recall_graph(folder: Path, identity: str) -> str:
 
 
 def figures(parity: Sequence[ParityRecord]) -> str:
-    """Format the worst figures over all batches for display."""
+    """Return the worst parity figures over all batch sizes as text."""
     return (
         f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
         f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "
@@ -258,7 +257,7 @@ def figures(parity: Sequence[ParityRecord]) -> str:
 
 
 def file_digest(paths: Sequence[Path]) -> str:
-    """Return the sha256 over the content of several files, in order."""
+    """Return the sha256 of the concatenated content of several files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,17 +1,17 @@
-"""The torch engine: the reference for every other engine. It can also serve without an exported graph.
+"""The torch engine: the reference for every exported graph. It can also serve an artifact without a graph.
 
-On a CPU it runs eagerly: compilation gains little there (docs/decisions/0002-engine-threads.md explains the choice on a
-CPU) and needs a C++ compiler. On a GPU it is compiled with a dynamic batch size. Each batch of the usual image size is
-padded up to the next bucket, whose launches are captured once as a CUDA graph and then replayed: at small batches the
-host's launches limit the speed, not the arithmetic. The graphs are captured here instead of by torch.compile's mode
-"reduce-overhead", because those graphs are tied to the thread that captured them, and one thread loads an engine while
-another runs it.
+On a CPU the model runs eagerly, because compilation gains little there and needs a C++ compiler
+(docs/decisions/0002-engine-threads.md). On a GPU the model is compiled with a dynamic batch size. Each batch of the
+usual image size is padded to the next size in `BUCKETS`. The kernel launches of each size are captured once as a CUDA
+graph and then replayed, because at small batches the launches limit the speed. This module captures the graphs itself:
+graphs of torch.compile's mode "reduce-overhead" are tied to the thread that captured them, but one thread loads an
+engine and another runs it.
 
-bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast in advance. The results equal
-autocast's (residual stream, LayerNorm and positions stay float32; a bf16 residual would lose a digit within a few
-blocks), but weights are not cast again in each pass. TF32 is off: fp32 means fp32.
+bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast in advance instead of in each
+pass. The results equal autocast's: residual stream, LayerNorm and positions stay float32, because a bf16 residual would
+lose a digit within a few blocks. TF32 is off, so fp32 computes in full float32.
 
-The GPU parts have never run in this project; docs/engines.md lists what has.
+The GPU parts have never run in this project; docs/engines.md lists the engines that have.
 
 Legend: B batch, D width, T tokens, A heads.
 """
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def fault(request: OpenRequest) -> None:
-    """Return None: every artifact has weights, and the caller checks for a GPU. See
-    `model.engines.protocol.EngineFile`.
+    """Return None, because every artifact has weights; see `model.engines.protocol.EngineFile`. The caller checks for a
+    GPU.
     """
 
 
@@ -56,19 +56,19 @@ def open(request: OpenRequest) -> "TorchEngine":
 
 
 class TorchEngine:
-    """An engine that runs `weights.safetensors`.
+    """An engine that runs a `weights.safetensors` in torch; see `model.engines.protocol.Engine`.
 
     Args:
-        weights: the file, of any float type.
-        config: the shape.
-        threads: CPU threads per forward pass.
-        device: None means CUDA if available.
+        weights: the file. The tensors may have any float type.
+        config: the model's shape.
+        threads: the number of CPU threads per forward pass.
+        device: the torch device; None: "cuda" if available, else "cpu".
         precision: "fp32" or "bf16".
-        compiled: use torch.compile; None compiles on a GPU only.
-        input_size: (H, W) pixels for which a GPU captures CUDA graphs; None captures none.
+        compiled: whether to use torch.compile; None: only on a GPU.
+        input_size: the (H, W) in pixels for which CUDA graphs are captured on a GPU; None: no graphs.
 
     Raises:
-        ValueError: another precision, or one that the GPU does not support.
+        ValueError: the precision is neither of the two, the GPU does not support it, or torch finds no GPU.
     """
 
     name = "torch"
@@ -99,7 +99,7 @@ class TorchEngine:
             raise ValueError(f"{torch.cuda.get_device_name()} does not support bf16")
         torch.set_num_threads(threads)
         self._model: Any = _load(weights, config, self.device, half=precision == "bf16")
-        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method here would be a cycle
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a stored method would be a cycle
         if compiled if compiled is not None else self._on_gpu:
             torch.compiler.assume_constant_result(resize_tensor)  # its body cannot be traced
             self._compiled = torch.compile(self._forward)
@@ -116,13 +116,13 @@ class TorchEngine:
         return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Return chosen outputs, as in exported graphs.
+        """Return the outputs `names` of a batch of normalised pixels [B, 3, H, W], as float32 arrays by name.
 
-        The outputs are those of `Features`, `attention` [B, A, T] and `layer.N` [B, T, D]. Attention and layers each
-        take a separate, slower pass.
+        The names are those of exported graphs: the fields of `Features`, `attention` [B, A, T], and `layer.<i>` [B, T,
+        D]. `attention` and each layer take a separate, slower pass.
 
         Raises:
-            ValueError: there is no such output.
+            ValueError: the model has no output of this name.
         """
         import torch
 
@@ -144,7 +144,7 @@ class TorchEngine:
         self._compiled = self._model = None
 
     def _layer(self, x: "Tensor", index: int) -> "Tensor":
-        """Return all tokens [B, T, D] after block `index`, with the last norm applied."""
+        """Return all tokens [B, T, D] after block `index`, with the model's last norm applied."""
         depth = len(self._model.blocks)
         if not 0 <= index < depth:
             raise ValueError(f"layer.{index}: the model has {depth} blocks, 0 to {depth - 1}")
@@ -178,11 +178,11 @@ class TorchEngine:
             return Features(*(output[: len(pixels)].cpu().numpy() for output in outputs))
 
     def _capture(self, shape: tuple[int, ...]) -> None:
-        """Capture one CUDA graph per bucket. If compilation fails, the eager pass is captured."""
+        """Capture one CUDA graph per batch size in `BUCKETS`. If compilation fails, capture the eager pass."""
         try:
             for batch in BUCKETS:
                 self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
-        except Exception as error:  # torch's compiler raises anything: no C compiler, no triton, its bugs
+        except Exception as error:  # the compiler raises anything: no C compiler, no triton, bugs
             if self._compiled is None:
                 raise
             log.warning("torch.compile failed, running without it: %s", _first_line(error))
@@ -191,7 +191,7 @@ class TorchEngine:
 
 
 class _Replayed:
-    """A forward pass of one batch size, captured once: fixed buffers, and one launch for all kernels."""
+    """A forward pass of one batch size, captured as a CUDA graph with fixed buffers. One launch runs all kernels."""
 
     def __init__(
         self, forward: "Callable[[Tensor], tuple[Tensor, ...]]", batch: int, shape: tuple[int, ...], device: str
@@ -213,14 +213,14 @@ class _Replayed:
                 self._outputs = forward(self._pixels)
 
     def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":
-        """Return the outputs of the whole bucket. Rows beyond `pixels` come from an earlier pass."""
+        """Run the pass and return its outputs. Rows beyond those of `pixels` are results for older images."""
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()
         return self._outputs
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
-    """Load the model in float32; with `half`, weights of linear layers and the patch embedding are bf16."""
+    """Load the model in float32. With `half`, the weights of linear layers and the patch embedding become bf16."""
     import torch
     from safetensors.torch import load_file
     from torch import nn

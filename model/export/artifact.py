@@ -1,11 +1,11 @@
-"""Export weights to an artifact: weights, ONNX graphs, parity check, manifest. The export is atomic.
+"""Exports a model to an artifact: writes weights and ONNX graphs, checks parity, and writes the manifest.
 
-Everything is written into a temporary folder next to the target. Once parity has passed, one rename gives the folder
-its final name, so a failed or killed export leaves no folder that looks like an artifact.
+The export is atomic. All files are written into a temporary folder next to the target. After the parity check, one
+rename gives the folder its final name, so a failed or killed export leaves no folder that looks like an artifact.
 
-Memory: weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` holds one engine at a
-time. The largest model is therefore exported with at most two copies of its weights in memory (the caller's and one
-engine's); see benchmarks/export_giant.py.
+Weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` holds one engine at a time. An
+export therefore keeps at most two copies of the weights in memory: the caller's and one engine's. See
+benchmarks/export_giant.py.
 """
 
 import datetime
@@ -49,16 +49,19 @@ log = logging.getLogger(__name__)
 def export_artifact(
     backbone: Backbone, out_dir: Path, options: ExportOptions, graphs: Sequence[GraphSpec] = ()
 ) -> Artifact:
-    """Write `<out_dir>/<name>-<fingerprint8>/` and return the verified artifact.
+    """Write `<out_dir>/<name>-<first 8 digits of the fingerprint>/` and return the verified artifact.
 
     Args:
-        out_dir: folder of artifacts; created if missing.
-        graphs: graphs in addition to `model.onnx`, each compared with torch at its own size (a dynamic one at two). A
-            bf16 graph that ONNX Runtime cannot run on the CPU is kept without a parity record.
+        backbone: the model.
+        out_dir: the folder of artifacts. It is created if missing.
+        options: how the artifact is written and compared.
+        graphs: the graphs to write in addition to `model.onnx`. Each is compared with torch at its own size, and a
+            graph for any size at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets no parity record.
 
     Raises:
-        ParityError: ONNX Runtime differs too much from torch. An int8 graph that does is kept with a failed gate.
-        ValueError: inconsistent sizes.
+        ParityError: a graph's results in ONNX Runtime differ too much from torch's. An int8 graph does not raise: it
+            is kept with a failed gate.
+        ValueError: a size does not fit the model, or `keep_onnx` is False and a graph is too large to be derived.
         OSError: the folder cannot be written.
     """
     size = input_size(backbone.preprocess)
@@ -90,7 +93,7 @@ def export_artifact(
             files=_describe(folder, onnx_files, specs),
         )
         write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
-        load_artifact(folder)  # as serving does: check every hash and the fingerprint of the written files
+        load_artifact(folder)  # checks every hash and the fingerprint, as at serving
         if not options.keep_onnx:
             for file in onnx_files:
                 (folder / file).unlink()
@@ -99,7 +102,7 @@ def export_artifact(
 
 
 def _write_weights(backbone: Backbone, temporary: Path, dtype: WeightsDtype) -> tuple[Path, str]:
-    """Write the weights into a new artifact folder below `temporary`; return the folder and the fingerprint."""
+    """Write the weights into a new artifact folder in `temporary`, and return the folder and the fingerprint."""
     stored = {key: np.ascontiguousarray(array.astype(dtype, copy=False)) for key, array in backbone.weights.items()}
     digest = fingerprint(stored, backbone.config, backbone.preprocess)
     folder = temporary / f"{backbone.name}-{digest[:8]}"
@@ -112,7 +115,7 @@ def _write_weights(backbone: Backbone, temporary: Path, dtype: WeightsDtype) -> 
 
 
 def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpec], *, keep_onnx: bool) -> list[str]:
-    """Write every graph from the stored weights; return the names of all written files."""
+    """Write every graph from the stored weights, and return the names of all written files."""
     files: list[str] = []
     for file, spec in specs.items():
         log.info("writing %s", file)
@@ -126,7 +129,7 @@ def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpe
 
 
 def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, GraphSpec]) -> dict[str, FileRecord]:
-    """Return the manifest's records of all files."""
+    """Return the manifest's record of every file in `folder`, by file name."""
     files = {WEIGHTS: describe_file(folder / WEIGHTS)}
     files |= {file: describe_file(folder / file, derived=file in specs) for file in onnx_files}
     if (folder / MODEL_CARD).exists():
@@ -135,7 +138,7 @@ def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, Graph
 
 
 def _publish(folder: Path, out_dir: Path) -> Path:
-    """Move the finished folder to its final path."""
+    """Move the finished folder into `out_dir`, replacing a folder of the same name. Return its new path."""
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors makes its file owner-only, but a container's user must read it
     target = out_dir / folder.name

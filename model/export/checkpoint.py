@@ -16,14 +16,16 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
     """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
 
     Args:
-        source: a file, or a name of `model/zoo.py` (downloaded).
-        out_dir: folder of artifacts; created if missing.
+        source: the path of a checkpoint, or the name of a published model (see `model/zoo.py`), which is downloaded.
+        out_dir: the folder of artifacts. It is created if missing.
+        asked: how the checkpoint is read, and which graphs are added.
+        options: how the artifact is written and compared.
 
     Raises:
-        ValueError: no such file or published name, not a checkpoint, a checkpoint that needs `arch`, or invalid graph
-            options.
+        ValueError: `source` is neither a checkpoint nor a published name, `asked.arch` is missing, or a graph option is
+            invalid.
         zoo.DownloadError: a published model cannot be downloaded.
-        See also `export_artifact`.
+        ParityError, OSError: see `export_artifact`.
     """
     backbone = read_backbone(source, asked)
     graphs = wanted_graphs(backbone.config, input_size(backbone.preprocess), asked.graphs)
@@ -31,10 +33,10 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
 
 
 def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
-    """Read the model of a checkpoint file, or a published model by name.
+    """Read the model from a checkpoint file, or download a published model by name.
 
     Raises:
-        See `export_checkpoint`.
+        ValueError, zoo.DownloadError: see `export_checkpoint`.
     """
     provenance: dict[str, Any]
     arch, licence, path = asked.arch, asked.licence, Path(source)

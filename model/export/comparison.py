@@ -1,7 +1,7 @@
-"""Compare every graph of an artifact with torch float32, and run the int8 gate.
+"""Compares every graph of an artifact with torch float32, and runs the int8 gate.
 
-The reference computes all its results and is released before ONNX Runtime loads the first graph: two engines of a large
-model do not fit into memory.
+The torch engine computes all its results and is released before ONNX Runtime loads the first graph, because two engines
+of a large model do not fit into memory.
 """
 
 import logging
@@ -26,18 +26,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Reference:
-    """Results of torch float32 at one size: outputs for the parity images, class tokens of the labelled images."""
+    """The results of torch float32 at one size: outputs for the parity images, class tokens of the labelled images."""
 
     pixels: FloatArray  # [B, 3, H, W]
     features: Features
-    extras: dict[str, FloatArray]  # additional outputs of the first images, by name
+    extras: dict[str, FloatArray]  # other outputs of the first `parity.BATCH` images, by name
     tokens: ClassTokens | None = None
 
 
 @dataclass
 class Comparison:
-    """The comparison of a folder's graphs with torch float32 on the CPU (CUDA's TF32 is not accurate enough as a
-    reference).
+    """The comparison of an artifact's graphs with torch float32.
+
+    torch runs on the CPU, because CUDA's TF32 is not accurate enough for a reference.
     """
 
     folder: Path
@@ -49,10 +50,10 @@ class Comparison:
     not_compared: dict[str, str] = field(default_factory=dict)  # file -> reason
 
     def run(self, specs: Mapping[str, GraphSpec]) -> None:
-        """Fill `records` and `not_compared`.
+        """Compare the graphs of `specs` (file name -> spec), and fill `records` and `not_compared`.
 
         Raises:
-            ParityError: a graph differs too much from torch.
+            ParityError: a graph's results differ too much from torch's.
             ValueError: ONNX Runtime cannot load a graph that its CPU provider should run.
         """
         sizes = {file: self._sizes(spec) for file, spec in specs.items()}
@@ -62,7 +63,7 @@ class Comparison:
             self._compare(file, spec, {size: references[size] for size in sizes[file]})
 
     def _sizes(self, spec: GraphSpec) -> list[tuple[int, int]]:
-        """Return the sizes at which a graph is compared. A dynamic graph also gets a larger, non-square size."""
+        """Return the (H, W) sizes at which a graph is compared. A graph for any size is compared at two sizes."""
         if spec.size is not None:
             return [spec.size]
         height, width = input_size(self.preprocess)
@@ -88,7 +89,7 @@ class Comparison:
     def _compare(self, file: str, spec: GraphSpec, references: Mapping[tuple[int, int], _Reference]) -> None:
         try:
             path = self.folder / file
-            prepack = not path.with_name(f"{file}.data").exists()  # no second copy of a large model's weights
+            prepack = not path.with_name(f"{file}.data").exists()  # prepacking would copy a large model's weights
             engine = OnnxEngine(path, threads=available_cpus(), precision=spec.precision, prepack=prepack)
         except ValueError as error:
             if spec.precision != "bf16":
@@ -110,7 +111,7 @@ class Comparison:
     def _gate(
         self, record: ParityRecord, engine: OnnxEngine, size: tuple[int, int], reference: ClassTokens | None
     ) -> GateRecord:
-        """Return the verdict on an int8 graph, from the cosines of its parity record and from k-NN."""
+        """Return the gate of an int8 graph. It passes if k-NN and the cosines of the parity record pass."""
         gate = NO_LABELS
         if self.labelled is not None:
             assert reference is not None
@@ -124,5 +125,5 @@ class Comparison:
 
 
 def _reason(error: ValueError) -> str:
-    """Return a runtime's message on one line, without the temporary folder's path."""
+    """Return the message of the runtime's own error on one line. It does not contain the temporary folder's path."""
     return " ".join(str(error.__cause__ or error).split())[:300]

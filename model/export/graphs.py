@@ -1,4 +1,4 @@
-"""Which further graphs of an artifact the command-line options select."""
+"""Selects the graphs to export in addition to `model.onnx`, from the command-line options."""
 
 import re
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf1
 
 
 def wanted_graphs(config: ViTConfig, size: tuple[int, int], asked: GraphOptions) -> list[GraphSpec]:
-    """Return the graphs that the options select, without the one that equals `model.onnx`.
+    """Return the specs of the graphs that the options select, except that of `model.onnx` itself.
 
     Args:
         config: the model's shape.
-        size: (H, W) pixels of `model.onnx`.
+        size: the (H, W) input pixels of `model.onnx`.
         asked: the options.
 
     Raises:
-        ValueError: an option has a value that is not allowed; the message names the value and the allowed ones.
+        ValueError: an option has a value that is not allowed. The message names the value and the allowed ones.
     """
     for precision in asked.precisions:
         if precision not in PRECISIONS:
@@ -56,8 +56,8 @@ def _outputs(config: ViTConfig, asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def sensitive_layers(config: ViTConfig) -> tuple[str, ...]:
-    """Return the linear layers whose error reaches the features: the last of each residual branch, and the last
-    block's.
+    """Return the linear layers that int8 should not quantize: the last one of each residual branch, and the whole last
+    block. Their errors affect the features most directly.
     """
     return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3", f"blocks.{config.depth - 1}"
 

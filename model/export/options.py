@@ -1,4 +1,4 @@
-"""The options of an export: the model, how it is written, and how a checkpoint is read."""
+"""The options of an export: which model is exported, how it is written, and how a checkpoint is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Backbone:
         name: the artifact's name.
         weights: the state dict as arrays, under Meta's names.
         config: the shape, with the position-embedding rule that the weights were trained with.
-        preprocess: the transform that serving applies; its crop is the graph's input size.
+        preprocess: the transform that serving applies. Its crop is the input size of `model.onnx`.
         provenance: the origin of the weights, as JSON.
-        licence: SPDX identifier of the weights.
+        licence: the SPDX identifier of the weights' licence.
     """
 
     name: str
@@ -42,11 +42,11 @@ class ExportOptions:
     """How an artifact is written and compared.
 
     Attributes:
-        weights_dtype: the stored type of the weights. Parity is measured against torch on the stored weights.
-        images: uint8 [H, W, 3] images for the parity check; None: generated images.
-        labelled: images for the gate of int8 graphs; None: no int8 graph may serve.
-        model_card: markdown for the artifact's README.md.
-        keep_onnx: False leaves the graphs out; `load_artifact` derives them again, byte for byte.
+        weights_dtype: the type in which the weights are stored. The parity reference is torch with the stored weights.
+        images: images for the parity check, uint8 [H, W, 3]; None: generated images.
+        labelled: images for the k-NN gate of int8 graphs; None: no int8 graph may serve.
+        model_card: the Markdown text of the artifact's README.md; None: no README.md.
+        keep_onnx: if False, the artifact has no graphs, and `load_artifact` derives them again, byte for byte.
     """
 
     weights_dtype: WeightsDtype = "float32"
@@ -58,15 +58,16 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """The further graphs that a command line selects: every size in every precision.
+    """The graphs to export in addition to `model.onnx`: one for every size in every precision.
 
     Attributes:
-        sizes: "224" (square), "224x336" (H x W) or "dynamic"; empty: the size of `model.onnx`.
-        precisions: names from `model.export.graphs.PRECISIONS`; empty: fp32.
-        outputs: cls, patches and registers, which serving reads, plus any of attention and layer.N; empty: those three.
-        int8_weights: for int8 graphs, see `GraphSpec`.
-        float_layers: for int8 graphs, see `GraphSpec`; None: `sensitive_layers`, because a trained model with these
-            layers in int8 failed the gate (docs/decisions/0018-int8.md).
+        sizes: any of "224" (square), "224x336" (H x W) and "dynamic" (any size); empty: the size of `model.onnx`.
+        precisions: any of `model.export.graphs.PRECISIONS`; empty: fp32.
+        outputs: the outputs of each graph: cls, patches and registers, which serving needs, and optionally attention
+            and layer.N; empty: cls, patches and registers.
+        int8_weights: the form of the weights of int8 graphs; see `GraphSpec`.
+        float_layers: the layers that int8 does not quantize; see `GraphSpec`. None: `sensitive_layers`, because a
+            trained model with these layers in int8 failed the gate (docs/decisions/0018-int8.md).
     """
 
     sizes: Sequence[str] = ()
@@ -81,11 +82,12 @@ class CheckpointOptions:
     """How a checkpoint is read.
 
     Attributes:
-        arch: torch hub's name of the architecture; required for files that do not record it (all but our own).
-        name: the artifact's name; default: the name in our own checkpoint's provenance, else the architecture.
-        resize, crop: override the preprocessing; default: as the checkpoint was evaluated, else 256 and 224.
-        licence: SPDX identifier of the weights; a published model has its own.
-        graphs: graphs in addition to `model.onnx`.
+        arch: the torch hub name of the architecture. It is required unless the file is one of our own checkpoints.
+        name: the artifact's name; None: the name in our own checkpoint's provenance, else `arch`, else the file's stem.
+        resize, crop: replace these fields of the preprocessing; None: the values that the checkpoint was evaluated
+            with, else 256 and 224.
+        licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
+        graphs: the graphs to export in addition to `model.onnx`.
     """
 
     arch: str | None = None

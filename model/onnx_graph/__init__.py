@@ -1,8 +1,8 @@
-"""Conversion of weights to ONNX graphs, with numpy only.
+"""Writes ONNX graphs from weights, with numpy only.
 
-build      `GraphSpec`, `write_onnx`: the graph of a backbone
+build      `GraphSpec`, `write_onnx`: writes the graph of a backbone
 nodes      adds nodes, constants and weights to a graph
-positions  the position embedding of a graph that accepts any size
-linear     linear layers in each precision
-quantize   weights in eight bits
+positions  computes the position embedding in a graph that accepts any size
+linear     adds linear layers in each precision
+quantize   quantizes weights to eight bits
 """

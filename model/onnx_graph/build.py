@@ -1,14 +1,14 @@
 """The ONNX graph of a backbone, written from its weights with numpy only.
 
-Why not `torch.onnx.export`: this graph has one attention operator per block (fused by ONNX Runtime and TensorRT), a
-position embedding that is baked in for one input size or computed exactly for any size, and initializers that keep
-Meta's parameter names. It needs no torch, so a server can derive `model.onnx` from `weights.safetensors`; the same
+`torch.onnx.export` is not used, for three reasons. This module adds one attention operator per block, which ONNX
+Runtime and TensorRT can fuse. Its position embedding is either resized in advance for one input size or computed
+exactly for any size. It needs no torch, so a server can derive `model.onnx` from `weights.safetensors`. The same
 weights and `GraphSpec` always produce the same bytes.
 
 The input is `pixels` [B, 3, H, W], float32 in every precision. The outputs are float32 as well: `cls` [B, D], `patches`
-[B, N, D] and `registers` [B, R, D] (R may be 0), all after the last norm. Two outputs are optional: `attention` [B, A,
-T], the class token's softmax weights over all tokens in the last block, and `layer.<i>` [B, T, D], the tokens after
-block i with the last norm applied.
+[B, N, D] and `registers` [B, R, D] (R may be 0), all after the last norm. Two further outputs are optional: `attention`
+[B, A, T], the class token's softmax weights over all tokens in the last block, and `layer.<i>` [B, T, D], the tokens
+after block i with the last norm applied.
 
 A graph for any size accepts multiples of the patch size. It ignores pixels beyond the last whole patch (a convolution
 without padding drops them), so an engine must refuse other sizes before it runs the graph.
@@ -37,7 +37,7 @@ OPSET = 23
 IR_VERSION = 11
 NORM_EPS = 1e-6
 EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
-END = np.iinfo(np.int64).max  # the end of a Slice that includes the last element
+END = np.iinfo(np.int64).max  # as the end of a Slice: up to the last element
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 AttentionForm = Literal["standard", "tiled", "upcast"]
@@ -47,14 +47,16 @@ AttentionForm = Literal["standard", "tiled", "upcast"]
 class GraphSpec:
     """The options of a backbone's graph.
 
-    `size` is the fixed (H, W) in pixels; None accepts any multiple of the patch size. `precision` is described in
-    `model/onnx_graph/linear.py`. `attention` is "standard" for ONNX's `Attention` (opset 23), "tiled" for ONNX
-    Runtime's `MultiHeadAttention`, which needs memory linear in the tokens on a CPU, or "upcast" for the standard
-    operator between casts to float32 (equal to "standard" if q, k and v are float32 anyway).
+    `size` is the fixed input size (H, W) in pixels. If it is None, the graph accepts any multiples of the patch size.
+    `model/onnx_graph/linear.py` describes each `precision`.
 
-    `int8_weights` is the form of int8's weights, see `model/onnx_graph/quantize.py`. `float_layers` are linear layers
-    that int8 and fp8 do not quantize: a full name ("blocks.3.mlp.fc2"), an ending ("mlp.fc2": in all blocks) or a
-    beginning ("blocks.3").
+    `attention` selects the operator. "standard" is ONNX's `Attention` (opset 23). "tiled" is ONNX Runtime's
+    `MultiHeadAttention`, which needs memory linear in the number of tokens on a CPU. "upcast" is `Attention` with
+    queries, keys and values cast to float32; it equals "standard" if they are float32 already.
+
+    `int8_weights` is the form of int8 weights; see `model/onnx_graph/quantize.py`. `float_layers` names linear layers
+    that int8 and fp8 do not quantize. Each entry is a full name ("blocks.3.mlp.fc2"), an ending ("mlp.fc2", in all
+    blocks) or a beginning ("blocks.3").
 
     Raises:
         ValueError: a field has a value that is not allowed.
@@ -78,16 +80,18 @@ class GraphSpec:
 def build_onnx(
     weights: Weights, config: ViTConfig, spec: GraphSpec, *, activations: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """Build the graph for any batch size, in memory. A graph beyond 2 GiB (a giant model) needs `write_onnx`.
+    """Return a backbone's graph, in memory. A graph above 2 GiB (a giant model) needs `write_onnx`.
 
     Args:
-        weights: Meta's parameter names to arrays, of any float type.
-        activations: the largest absolute input of each linear layer (`model.engines.activations.measure_activations`);
-            required for fp8, otherwise ignored.
+        weights: the arrays by Meta's parameter names, of any float type.
+        config: the model's shape.
+        spec: the options of the graph.
+        activations: the largest absolute input of each linear layer, from
+            `model.engines.activations.measure_activations`. fp8 requires it; other precisions ignore it.
 
     Raises:
-        ValueError: a side that is not a multiple of the patch size, an output that the model does not have, or fp8
-            without the activations of every layer.
+        ValueError: a side is not a multiple of the patch size, the model has no such output or layer, or fp8 lacks the
+            activations of a layer.
     """
     _check(config, spec, activations or {})
     return _build(GraphBuilder(weights), config, spec, activations or {})
@@ -101,11 +105,11 @@ def write_onnx(
     *,
     activations: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Write the graph, and large weights to `<path>.data`; return the names of the files. See `build_onnx`.
+    """Write the graph to `path` and return the names of the written files. See `build_onnx` for the arguments.
 
-    Large weights are read, converted and written one at a time, so `weights` may be a mapping that reads from a file.
-    The files are flushed to the disk but not renamed: a killed call can leave half a file, so callers write into a
-    temporary folder.
+    The weights of a large graph are written to a second file, `<path>.data`. They are read, converted and written one
+    at a time, so `weights` may be a mapping that reads from a file. A killed call can leave half a file, so callers
+    write into a temporary folder.
 
     Raises:
         ValueError: see `build_onnx`.
@@ -151,7 +155,7 @@ def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float])
 
 
 def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
-    """Return the approximate size of the weights: the matrices of all blocks."""
+    """Return the approximate size of the weights in bytes. Only the matrices of the blocks are counted."""
     d = config.embed_dim
     feed_forward = (2 if config.ffn == "mlp" else 3) * d * config.hidden_dim
     width = {"fp32": 4, "fp16": 2, "bf16": 2}.get(spec.precision, 1)
@@ -180,7 +184,7 @@ def _build(
 
 
 def _shapes(config: ViTConfig, spec: GraphSpec) -> dict[str, list[int | str]]:
-    """Return the shapes of the input and of every possible output. A name marks a free dimension."""
+    """Return the shapes of the input and of every possible output, by name. A free dimension is a string."""
     dim, p, prefix = config.embed_dim, config.patch_size, 1 + config.num_register_tokens
     height: int | str = "height" if spec.size is None else spec.size[0]
     width: int | str = "width" if spec.size is None else spec.size[1]
@@ -207,9 +211,10 @@ def _int64(graph: GraphBuilder, name: str, *values: int) -> str:
 
 
 def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec) -> None:
-    """Split normed tokens into `cls`, `registers` and `patches`.
+    """Split the normed tokens `x` [B, T, D] into the outputs `cls`, `registers` and `patches`.
 
-    `Gather` is avoided: next to a `Split` of the same tensor ONNX Runtime 1.32 returned a wrong class token.
+    `Gather` is not used: if a graph also has a `Split` of the same tensor, ONNX Runtime 1.32 returns a wrong class
+    token.
     """
     registers = config.num_register_tokens
     if spec.size is not None:
@@ -230,9 +235,9 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
 
 
 def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
-    """Convert pixels to tokens [B, 1 + R + N, D]. Patches and the class token get positions, registers do not.
+    """Add the nodes that convert pixels to tokens [B, 1 + R + N, D]. All tokens but the registers get positions.
 
-    This part is float32 in every precision: it is 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
+    These nodes are float32 in every precision: they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
     """
     kernel = graph.constant("patch_embed.proj.weight", graph.weight("patch_embed.proj.weight"))
     bias = graph.constant("patch_embed.proj.bias", graph.weight("patch_embed.proj.bias"))
@@ -292,7 +297,7 @@ def _block(graph: GraphBuilder, linear: Linear, x: str, index: int, config: ViTC
 
 
 def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, spec: GraphSpec) -> str:
-    """Add one attention operator that maps q, k, v [B, T, D] each to [B, T, D]."""
+    """Add the attention operator and return its output [B, T, D]. `parts` are queries, keys, values, each [B, T, D]."""
     if spec.attention == "tiled":
         return graph.node("MultiHeadAttention", parts, output, domain="com.microsoft", num_heads=heads)
     half = HALVES.get(spec.precision)
@@ -304,7 +309,7 @@ def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, s
 
 
 def _class_attention(graph: GraphBuilder, q: str, k: str, config: ViTConfig) -> None:
-    """Add the output `attention` [B, A, T] next to the fused operator: one query's scores, linear in the tokens."""
+    """Add the output `attention` [B, A, T]: the class token's softmax weights, from `q` and `k` [B, T, D]."""
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     key = "attention"
     axis = _int64(graph, "token_axis", 1)

@@ -1,16 +1,16 @@
 """Linear layers of a graph in each precision, and the casts around them.
 
-- fp32: MatMul and Add; LayerScale's gain is folded into weight and bias.
+- fp32: a layer is a MatMul and an Add. LayerScale's gain is folded into weight and bias.
 - fp16, bf16: linear layers, attention and the feed-forward activation run in half precision. Three parts stay in
   float32: LayerNormalization (its sums), the residual stream (every block adds to it, and trained ViTs have a few
   channels in the thousands, where bfloat16 has steps of 8 and float16 nears its maximum of 65504), and LayerScale
   (gains start at 1e-5 and would underflow in float16 weights).
-- int8: each linear layer quantises its input dynamically, by its range, and multiplies integers; weights are scaled per
-  output channel (`model/onnx_graph/quantize.py`), with LayerScale folded in. ONNX Runtime fuses the five operators into
-  one. Everything else is float32.
-- fp8: for TensorRT. Inputs and weights of linear layers pass through E4M3; everything else is as in bf16.
+- int8: each linear layer quantizes its input by the range of its values at run time and multiplies integers. Weights
+  have one scale per output channel (`model/onnx_graph/quantize.py`), with LayerScale's gain folded in. ONNX Runtime
+  fuses the five operators into one. Everything else is float32.
+- fp8: for TensorRT only. Inputs and weights of linear layers are rounded to E4M3. Everything else is as in bf16.
 
-int8 and fp8 do not apply to `float_layers`: these stay in float32 and bfloat16, respectively.
+The layers in `float_layers` are not quantized: with int8 they are float32, with fp8 bfloat16.
 """
 
 from collections.abc import Mapping
@@ -40,13 +40,13 @@ HALVES = {
 
 
 def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Cast float32 to the half type of `precision`. If it has none, return `x` unchanged."""
+    """Add a cast of the float32 tensor `x` to the half type of `precision`. Without such a type, return `x` itself."""
     half = HALVES.get(precision)
     return x if half is None else graph.node("Cast", [x], f"{x}.half", to=half.onnx)
 
 
 def widen(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Cast back to float32."""
+    """Add a cast of `x` from the half type of `precision` to float32. Without such a type, return `x` itself."""
     return x if precision not in HALVES else graph.node("Cast", [x], f"{x}.float", to=TensorProto.FLOAT)
 
 
@@ -73,8 +73,10 @@ class Linear:
         self._half = HALVES.get(precision)
 
     def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
-        """Add one layer, with LayerScale's `gain` per output channel folded in. Input and result have the half type, if
-        any.
+        """Add the linear layer `key` and return the name of its result [B, T, out].
+
+        LayerScale's `gain` [out] is folded in. The input `x` and the result have the precision's half type, or float32
+        if the precision has none.
         """
         graph = self._graph
         weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]
@@ -90,7 +92,7 @@ class Linear:
         return graph.node("Add", [product, self._stored(f"{key}.bias", bias)], f"{key}.out")
 
     def branch_end(self, x: str, key: str, gain: FloatArray | None, scale_key: str) -> str:
-        """Add the last layer of a residual branch, with LayerScale. The result is float32."""
+        """Add the linear layer `key` that ends a residual branch, then LayerScale's `gain`. The result is float32."""
         if self._half is None:
             return self(x, key, gain)
         out = widen(self._graph, self(x, key), self._precision)

@@ -1,8 +1,8 @@
-"""Nodes and initializers of a graph under construction. Weights go into the model or, one by one, into a data file.
+"""Collects the nodes and initializers of a graph. Weights are stored in the graph or in a separate data file.
 
-A protobuf message is limited to 2 GiB, and a giant model's weights take 4.5 GB, so a large graph's initializers are
-written to the data file immediately and only their offsets stay in memory. The caller names every node and tensor, and
-nothing depends on the order of the weights' mapping: the same calls produce the same bytes.
+A protobuf message is limited to 2 GiB, and a giant model's weights take 4.5 GB. A large graph's initializers are
+therefore written to the data file immediately, and only their offsets stay in memory. The caller names every node and
+tensor, so the same calls produce the same bytes.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ class GraphBuilder:
     """A collector of a graph's nodes and initializers.
 
     Args:
-        weights: Meta's parameter names to arrays of any float type; each is read once, on use.
-        data: file for initializers of at least 1 KiB; None: all stay in the graph.
+        weights: the arrays by Meta's parameter names, of any float type.
+        data: an open file for initializers of at least 1 KiB; None: all initializers stay in the graph.
         location: the data file's name as recorded in the graph.
     """
 
@@ -62,11 +62,11 @@ class GraphBuilder:
         return tensor
 
     def node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Attribute) -> str:
-        """Add a node with one output; its name is the output's."""
+        """Add a node with one output, name the node after the output, and return the name."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain or None, **attributes))
         return output
 
     def several(self, op: str, inputs: list[str], outputs: list[str], name: str, **attributes: Attribute) -> list[str]:
-        """Add a node with several outputs."""
+        """Add a node with several outputs and return their names."""
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
         return outputs

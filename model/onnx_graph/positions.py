@@ -1,19 +1,21 @@
-"""The position embedding computed in the graph, for inputs of any size.
+"""Computes the position embedding inside the graph, for inputs of any size.
 
 `model/pos_embed.py` resizes with one small matrix per axis. The graph computes the same matrices from its input size,
-with basic arithmetic that every runtime supports. `Resize` is not used: runtimes differ in its antialiased cubic mode,
-and TensorRT refuses it.
+with basic arithmetic that every runtime supports. ONNX's `Resize` is not used, because runtimes differ in its
+antialiased cubic mode and TensorRT refuses this mode.
 
-Element (i, j) of a matrix is the cubic kernel at the distance between output cell i and input cell j. That distance is
-a quotient of integers, so the graph computes numerator and denominator exactly in float32 and rounds once:
+A matrix resizes an axis from M stored positions to n patches. Its element (i, j) is the value of the cubic kernel at
+the distance between output cell i and input cell j. For each rule the distance is a quotient of integers, so the graph
+computes numerator and denominator exactly in float32 and rounds once:
 
-- offset: source = (i + 1/2) * M / (n + 0.1) - 1/2, hence |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1));
+- offset: |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1));
 - size: |M (2i+1) - n (2j+1)| / (2 n);
-- antialias: the same numerator over 2 max(n, M), since the kernel widens when shrinking; rows then sum to one.
+- antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when shrinking. Each row is then divided
+  by its sum.
 
-The two rules without antialias repeat the border: their grid of positions is padded by two cells on every side, which
-is the kernel's reach. At the native grid the kernel is evaluated at whole numbers and yields the identity. The
-exception is `offset`, for which the graph switches to the identity if both sides are native.
+The two rules without antialiasing repeat the border. Their grid of positions is therefore padded on every side by two
+cells, the reach of the kernel. At the native grid (n = M) the rules `size` and `antialias` yield the identity. For
+`offset` the graph selects the identity explicitly if both axes are native.
 """
 
 import numpy as np
@@ -25,7 +27,10 @@ REACH = 2  # cells on either side of a sampling point that the cubic kernel cove
 
 
 def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: str) -> str:
-    """Return the positions [1, h*w, D] of `patch_map` [B, D, h, w]: `resize_pos_embed` without the class position."""
+    """Add nodes that compute the positions [1, h*w, D] of `patch_map` [B, D, h, w], and return their name.
+
+    The positions equal those of `resize_pos_embed` without the class token's.
+    """
     side, dim = config.grid, config.embed_dim
     cells = graph.weight("pos_embed")[0, 1:].reshape(side, side, dim)
     if config.pos_embed_rule != "antialias":
@@ -46,10 +51,13 @@ def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: st
 
 
 def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, name: str) -> str:
-    """Return the resize matrix [n, M or M + 4] of one axis, where n is the size of that axis of `patch_map`."""
+    """Add nodes that compute the resize matrix of one axis of `patch_map`, and return its name.
+
+    Its shape is [n, M], or [n, M + 4] with a border. n is the size of the axis.
+    """
     side, rule, key = config.grid, config.pos_embed_rule, f"pos_embed.{name}"
     border = 0 if rule == "antialias" else REACH
-    tenths = (10, 1) if rule == "offset" else (1, 0)  # numerator and denominator times ten make 0.1 an integer
+    tenths = (10, 1) if rule == "offset" else (1, 0)  # both scaled by 10, which makes 0.1 an integer
 
     def number(label: str, value: float) -> str:
         return graph.constant(f"pos_embed.{label}", np.array(value, np.float32))
@@ -94,9 +102,10 @@ def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, nam
 
 
 def _cubic(graph: GraphBuilder, distance: str, key: str, a: float) -> str:
-    """Return Keys' kernel in a form without cancellation.
+    """Add nodes that evaluate Keys' cubic kernel with parameter `a` at each distance d, and return their name.
 
-    It is (d - 1) * ((a+2) d^2 - d - 1) up to 1, and (d - 1) * a (d - 2)^2 up to 2.
+    The form avoids cancellation: (d - 1) * ((a + 2) d^2 - d - 1) for d up to 1, (d - 1) * a (d - 2)^2 for d up to 2,
+    and zero beyond.
     """
 
     def number(label: str, value: float) -> str:
