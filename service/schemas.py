@@ -57,13 +57,14 @@ class SegmentOptions(Options):
 
 
 class Body(BaseModel):
-    """A body that is always JSON, so its values have JSON types: "1" is not a number and "yes" is not a boolean."""
+    """A request body that is always JSON. Its values must have the right JSON type: the string "1" is not accepted as a
+    number, nor "yes" as a boolean."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ItemIn(Body):
-    """One image or vector for a collection."""
+    """One item to add to a collection. It has an image or a vector."""
 
     id: ItemId | None = Field(None, description="your id; default: the sha256 of the image's bytes")
     image: str | None = Field(None, description="data URL or base64; either this or `vector`")
@@ -122,7 +123,7 @@ class CountIn(Body):
 
 
 class DeleteIn(Body):
-    """Body of `POST /v1/collections/{name}/items/delete`: either `ids` or `filter`."""
+    """Body of `POST /v1/collections/{name}/items/delete`. It has either `ids` or `filter`."""
 
     ids: Annotated[list[ItemId] | None, FailFast()] = Field(None, min_length=1, max_length=10_000)
     filter: Where | None = None
