@@ -1,6 +1,7 @@
-"""The command line `dinov2`. Each module holds one group of commands.
+"""The command line `dinov2`. Each module has one group of commands.
 
-A command imports what it needs when it runs. So `dinov2 serve` works without torch and `dinov2 --help` is fast.
+A command imports the packages that it needs when it runs. So `dinov2 serve` works without torch, and `dinov2 --help` is
+fast.
 """
 
 import typer

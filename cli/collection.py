@@ -1,4 +1,5 @@
-"""`dinov2 collections ...`: list and create collections, set aliases, take snapshots, copy between stores."""
+"""The commands `dinov2 collections ...`: list and create collections, set aliases, take snapshots, and copy
+collections."""
 
 import json
 import sys
@@ -97,7 +98,8 @@ def create(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create an empty collection for a local model, or for vectors described by --tag and --dimension."""
+    """Create an empty collection for vectors of a local model, or for other vectors with the given --tag and
+    --dimension."""
     if (tag is None) != (dimension is None):
         raise fail("--tag and --dimension must be given together")
 
@@ -170,7 +172,7 @@ def snapshot(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Take a snapshot of a collection."""
+    """Take a snapshot of a collection, or list its snapshots."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "list[SnapshotInfo]":
         keeper = cast("SnapshotStore", able(vectors, "snapshots"))
@@ -188,7 +190,8 @@ def restore(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create a collection from a snapshot. The name must be free: restore under a new name, then move the alias."""
+    """Create a collection from a snapshot. No collection may have the name yet, so restore to a new name and then move
+    an alias to it."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         return await cast("SnapshotStore", able(vectors, "snapshots")).restore(new or name, name, kept)
@@ -285,7 +288,7 @@ def import_(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Add a file's items to a collection. Items with the same id are replaced."""
+    """Add the items of a file to a collection. Existing items with the same ids are replaced."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "Copied":
         from service.search.transfer import import_collection
@@ -306,12 +309,12 @@ def import_(
 
 
 def described(info: "CollectionInfo") -> dict[str, Any]:
-    """Return name, count and settings of a collection as a JSON object."""
+    """Return the name, the number of items and the settings of a collection, for JSON output."""
     return {"name": info.name, "count": info.count, **asdict(info.spec)}
 
 
 def able(store: "VectorStore", capability: str) -> object:
-    """Return the store if it has this capability. The caller casts it to the matching protocol.
+    """Return the store if it has this capability. The caller casts the result to the protocol of the capability.
 
     Raises:
         ValueError: the store does not have the capability.
@@ -324,7 +327,7 @@ def able(store: "VectorStore", capability: str) -> object:
 
 
 def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
-    """Return the tag of normalised float32 vectors of a local model."""
+    """Return the tag of vectors of length 1 that a local model computes in float32."""
     from model.artifact import read_manifest
     from service.tags import make_tag
 
@@ -337,7 +340,7 @@ def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
 
 @contextmanager
 def shown(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar if standard error is a terminal."""
+    """Show a progress bar if standard error is a terminal, and yield the function that advances it."""
     from rich.console import Console
     from rich.progress import Progress
 

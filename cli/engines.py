@@ -1,4 +1,5 @@
-"""`dinov2 build-engine`: build the TensorRT plan of an artifact and compare it on the GPU that will run it.
+"""`dinov2 build-engine`: build the TensorRT plan of an artifact for the GPU of this host, and compare its features with
+the reference.
 
 All heavy imports happen when the command runs.
 """
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from model.engines.protocol import Engine
 
 PHOTOS = 32
-"""Number of images read from a folder for parity and for the ranges of fp8."""
+"""The number of images that are read from a folder to check parity and to measure activation ranges for fp8."""
 
 
 def build_engine(
@@ -54,7 +55,8 @@ def build_engine(
     rebuild: Annotated[bool, typer.Option(help="Build even if a plan that passed exists.")] = False,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a build is stopped.")] = 3600,
 ) -> None:
-    """Build an artifact's TensorRT plan for this host's GPU, and keep it if it passes parity (docs/tensorrt.md)."""
+    """Build the TensorRT plan of an artifact for the GPU of this host. The plan is kept only if its features match the
+    reference (docs/tensorrt.md)."""
     from model.artifact import load_artifact
     from model.engines.tensorrt_export import BuildOptions, build_plan
     from model.engines.tensorrt_plans import figures, find_toolchain, plans_folder
@@ -90,7 +92,8 @@ def build_engine(
 
 
 def _reference(artifact: "Artifact") -> "Engine":
-    """Return a float32 engine on the CPU: torch if it is installed, else ONNX Runtime with the artifact's graph."""
+    """Return a float32 engine on the CPU. It uses torch if that is installed, else ONNX Runtime with the artifact's
+    graph."""
     from importlib.util import find_spec
 
     from model.artifact import ONNX, WEIGHTS
@@ -106,7 +109,8 @@ def _reference(artifact: "Artifact") -> "Engine":
 
 
 def _with_activations(options: Any, artifact: "Artifact") -> Any:
-    """Add the activation ranges that fp8 needs, measured on the images of the parity check."""
+    """Measure the activation ranges that fp8 needs on the images of the parity check, and return the options with
+    them."""
     from dataclasses import replace
 
     from model.engines.activations import measure_activations
@@ -118,7 +122,7 @@ def _with_activations(options: Any, artifact: "Artifact") -> Any:
 
 
 class _Shown:
-    """A display of a build's phases: a progress bar on a terminal, else a line for each phase."""
+    """Shows the phases of a build: as a progress bar on a terminal, else as one line for each phase."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,7 +1,8 @@
-"""`dinov2 eval`: evaluate a checkpoint or an artifact by one protocol.
+"""`dinov2 eval`: evaluate a checkpoint or an artifact on one task.
 
 The settings of a task are KEY=VALUE arguments, as for `dinov2 train`. Each task has its own settings and defaults
-(`training/evaluate/settings.py`) and rejects those of other tasks. All heavy imports happen when the command runs.
+(`training/evaluate/settings.py`). A setting of another task is an error. All heavy imports happen when the command
+runs.
 """
 
 import sys
@@ -35,7 +36,8 @@ def evaluate(
     data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
-    """Evaluate a model: k-NN, logistic regression, linear probe, linear segmentation and depth, retrieval."""
+    """Evaluate a model on one task: k-NN, logistic regression, a linear probe, linear segmentation, linear depth or
+    retrieval."""
     need_torch("eval")
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -69,10 +71,10 @@ def evaluate(
 
 
 def _device(name: str) -> str:
-    """Resolve `auto` to CUDA if torch sees a device, else to the CPU.
+    """Return the name of the device. `auto` becomes CUDA if torch finds a CUDA device, else the CPU.
 
     Raises:
-        ValueError: CUDA was requested and torch sees no device.
+        ValueError: CUDA was requested and torch finds no CUDA device.
     """
     import torch
 

@@ -61,7 +61,8 @@ def export(
     ] = "unknown",
     keep_onnx: Annotated[bool, typer.Option(help="Store the ONNX graph, which loading can also derive.")] = True,
 ) -> None:
-    """Turn a checkpoint into an artifact that the service loads: weights, ONNX, parity figures, fingerprint."""
+    """Turn a checkpoint into an artifact, a folder that the service can load. It has the weights, ONNX graphs, parity
+    figures and a fingerprint."""
     need_torch("export")
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
@@ -96,7 +97,7 @@ def export(
 
 
 def _items(text: str) -> list[str]:
-    """Split a comma-separated list. Empty parts are dropped."""
+    """Split a comma-separated list. Empty parts are left out."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 

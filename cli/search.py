@@ -74,8 +74,8 @@ def index(
         Path | None, typer.Option(help="File for the images that could not be indexed, one JSON object per line.")
     ] = None,
 ) -> None:
-    """Embed images into a collection. A second run resumes an interrupted one. Images that cannot be read are listed,
-    and the exit status is then 1."""
+    """Embed images and add them to a collection. To resume an interrupted run, run the command again. If images cannot
+    be read, they are listed and the exit status is 1."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of
@@ -103,7 +103,7 @@ def index(
 
 
 def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
-    """Report the outcome as text and as the exit status, so that a script notices images that were left out."""
+    """Print the result of the run and set the exit status, so that a script notices images that were left out."""
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
     typer.echo(
@@ -131,7 +131,7 @@ async def _index(
     settings: "Settings",
     errors: Path | None,
 ) -> "IndexReport":
-    """Run the indexing with progress, an error file and a handler for Ctrl+C."""
+    """Index the images. Show the progress, write problems to the error file, and end gently on Ctrl+C."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -216,7 +216,8 @@ def _find_images(sources: list[str], image_column: str | None, settings: "Settin
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:
-    """Parse key=value pairs as metadata. A value that is valid JSON is parsed as JSON, any other is a string."""
+    """Parse texts of the form key=value to metadata. A value that is valid JSON is parsed. Any other value is a
+    string."""
     pairs: dict[str, Any] = {}
     for pair in texts:
         key, separator, value = pair.partition("=")
@@ -230,7 +231,8 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
 
 
 def _json_value(text: str, option: str) -> Any:
-    """Parse JSON text. A ValueError names the option."""
+    """Parse the JSON text of a command-line option. Raises a ValueError with the name of the option if it is not
+    JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -241,7 +243,7 @@ def _json_value(text: str, option: str) -> Any:
 def _photos_kept(
     settings: "Settings", wanted: bool
 ) -> "Iterator[Callable[[bytes], Coroutine[Any, Any, object]] | None]":
-    """Yield the function that stores an image, or None if images are not stored."""
+    """Yield a function that stores an image, or None if `wanted` is false."""
     if not wanted:
         yield None
         return
@@ -252,7 +254,8 @@ def _photos_kept(
 
 @contextmanager
 def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
-    """Yield a function that appends a problem to the error file as a JSON line. Without a file it does nothing."""
+    """Yield a function that writes a problem to the error file as one line of JSON. If `path` is None, the function
+    does nothing."""
     if path is None:
         yield lambda _: None
         return
@@ -267,7 +270,7 @@ def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
 
 @contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl+C sets. A second Ctrl+C ends the program as usual."""
+    """Yield an event that is set by the first Ctrl+C. A second Ctrl+C ends the program as usual."""
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
 

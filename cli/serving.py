@@ -33,7 +33,8 @@ def serve(
     engine: Annotated[str | None, typer.Option(help=f"{ENGINE_HELP} [DINOV2_ENGINE]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass. [DINOV2_THREADS]")] = None,
 ) -> None:
-    """Start the REST service. Settings come from DINOV2_* variables; an option overrides its variable."""
+    """Start the REST service. The settings are read from DINOV2_* environment variables. An option overrides its
+    variable."""
     from service.__main__ import main as run_service
 
     options = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
@@ -53,7 +54,7 @@ def embed(
     normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
 ) -> None:
-    """Embed images into one .npz file. Files that cannot be read are skipped and listed."""
+    """Embed images and write the vectors to one .npz file. Files that cannot be read are skipped and listed."""
     from rich.progress import Progress
 
     from model.artifact import load_artifact
@@ -94,7 +95,7 @@ def models(
     data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the local artifacts and the published models that can be downloaded."""
+    """List the local artifacts, and the published models that can be downloaded."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
     from model.zoo import ENTRIES
 

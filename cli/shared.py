@@ -1,8 +1,8 @@
-"""Options, store access, model loading and error reporting that several commands share.
+"""Options and functions that several commands use: open the store, load a model, and report errors.
 
-The commands open the vector store themselves, so they need no running server. A server may use an embedded store at the
-same time. All heavy imports happen when a command runs, so `dinov2 --help` is fast and `dinov2 serve` works without
-torch.
+The commands open the vector store themselves, so they need no running server. A running server may use the same
+embedded store at the same time. All heavy imports happen when a command runs, so `dinov2 --help` is fast and `dinov2
+serve` works without torch.
 """
 
 import asyncio
@@ -46,13 +46,13 @@ DATA = Path("data")
 
 
 def fail(message: object) -> typer.Exit:
-    """Print an error on one line and return the exit with status 2, for the caller to raise."""
+    """Print an error in one line. Return an exception that ends the command with status 2; the caller raises it."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
 
 
 def need_torch(command: str) -> None:
-    """Exit with installation advice if torch is not installed."""
+    """If torch is not installed, print how to install it and exit with status 2."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
@@ -68,10 +68,12 @@ def run_with(
     *,
     makes: bool = False,
 ) -> T:
-    """Open the store and return the result of `work`. Report user errors on one line, with exit status 2.
+    """Open the store, call `work` with the store and the settings, and return its result. An error that the user can
+    fix is printed in one line, and the exit status is then 2.
 
     Args:
-        makes: create the store if it does not exist. Otherwise a mistyped folder would silently become an empty store.
+        makes: whether to create the store if it does not exist. If false, a missing store is an error, so that a
+            mistyped folder does not become an empty store.
     """
     from service.errors import CollectionNotFound
 
@@ -90,7 +92,8 @@ def run_with(
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine. Report user errors on one line, with exit status 2."""
+    """Run a coroutine and return its result. An error that the user can fix is printed in one line, and the exit status
+    is then 2."""
     from service.errors import ServiceError
 
     try:
@@ -100,10 +103,10 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def settings_for(store: str | None, data_dir: Path) -> "Settings":
-    """Return the service's settings, with `store` replacing the vector store of the environment.
+    """Return the settings of the service. `store`, if given, replaces the vector store that the environment names.
 
     Raises:
-        ValueError: as `load_settings`.
+        ValueError: a setting in the environment is unknown or not allowed.
     """
     from service.settings import load_settings
 
@@ -117,7 +120,7 @@ def settings_for(store: str | None, data_dir: Path) -> "Settings":
 
 @asynccontextmanager
 async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
-    """Open the vector store of the settings and close it at the end."""
+    """Open the vector store that the settings name, yield it, and close it at the end."""
     from service.search.opening import open_store
 
     vectors: VectorStore = await open_store(settings)
@@ -140,7 +143,8 @@ async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo 
 def load_model(
     model: str, engine: str, threads: int | None, data_dir: Path, info: "CollectionInfo | None"
 ) -> "tuple[Artifact, Engine]":
-    """Load the requested model. `auto` means the model that made the collection, if it is available locally."""
+    """Load the requested model and its engine. `auto` means the model that made the vectors of the collection, if it is
+    available locally."""
     from model.artifact import load_artifact
     from model.engines.choice import load_engine
     from service.artifact_choice import choose_artifact
@@ -151,7 +155,7 @@ def load_model(
 
 
 def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
-    """Return the path of an artifact with this fingerprint or prefix, in the data folder or bundled. None if there is
+    """Return the path of a local or bundled artifact whose fingerprint begins with `fingerprint`, or None if there is
     none."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
 
@@ -165,7 +169,7 @@ def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":
-    """Return the decoding limits of the settings."""
+    """Return the limits for decoding images that the settings define."""
     from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)

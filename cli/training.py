@@ -1,4 +1,4 @@
-"""`dinov2 train`, `compare`, `average` and `report`: the commands that make or compare checkpoints, except `eval`.
+"""The commands `dinov2 train`, `compare`, `average` and `report`.
 
 All heavy imports happen when a command runs.
 """
@@ -22,7 +22,7 @@ OverridesArgument = Annotated[
 
 @contextmanager
 def run_ends_told() -> Iterator[None]:
-    """Turn the early end of a training run into a message and an exit status."""
+    """If a training run ends early, print a message and exit with a status that tells why."""
     from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped
     from training.train import INTERRUPTED
@@ -78,7 +78,8 @@ def average(
         ),
     ] = None,
 ) -> None:
-    """Average the weights of checkpoints, for instance those that keep_checkpoints_every_epochs saved."""
+    """Average the weights of several checkpoints, for instance of those that a run with keep_checkpoints_every_epochs
+    saved."""
     need_torch("average")
     from rich.console import Console
     from rich.table import Table
@@ -103,7 +104,7 @@ def average(
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of a finished or unfinished run.")],
 ) -> None:
-    """Write report.html for a run from the files in its folder."""
+    """Write report.html for a training run, from the files in the folder of the run."""
     need_torch("report")
     from training.pages.report import write_report
 

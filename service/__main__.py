@@ -1,11 +1,11 @@
 """`python -m service`, also called by `dinov2 serve`: load the model, then serve until SIGTERM.
 
-Settings, model and stored data are checked before the port is opened. Every error at startup, including a busy port, is
-reported in one line, and the exit status is 2.
+Settings, model and stored data are checked before the port is opened. If the service cannot start, for instance because
+the port is in use, the error is printed in one line and the exit status is 2.
 
-Shutdown: on SIGTERM the service refuses new requests (503, and /readyz fails). It keeps listening until the requests in
-flight are answered, at most `shutdown_grace_s`, and then closes. A second signal ends it at once. At the end the
-process does not join its threads, because a thread that is stuck in a decoder would block the exit forever.
+On SIGTERM, the service shuts down. It refuses new requests with status 503, and /readyz fails. It keeps listening until
+the running requests are answered, but at most for `shutdown_grace_s`, and then closes. A second signal ends it at once.
+The process does not join its threads at the end, because a thread that hangs in a decoder would block the exit forever.
 """
 
 import asyncio
@@ -43,13 +43,14 @@ log = logging.getLogger("service")
 
 START_FAILED: Final = 2
 CLOSE_LIMIT_S: Final = 10.0
-"""Time limit for closing cache and store after the grace period. Compose kills the container 15 s after it."""
+"""The time limit for closing cache and store after the grace period. Compose kills the container 15 s after the grace
+period."""
 
 
 def main(overrides: Mapping[str, Any] | None = None) -> int:
-    """Run the service and end the process. Only the entry points call this.
+    """Run the service and end the process with its exit status. Only the entry points call this function.
 
-    Returns the exit status if the service did not start.
+    It returns only if the service did not start; the result is then the exit status.
     """
     status = serve(overrides)
     if status == START_FAILED:
@@ -76,7 +77,7 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """Return an error's message as one line of at most 600 characters. Pydantic's messages have several lines."""
+    """Return the message of an error as one line, cut after 600 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:600]}..."
 
@@ -85,7 +86,7 @@ def make_server(settings: Settings) -> "DrainingServer":
     """Load the model and build the server.
 
     Raises:
-        ValueError, OSError: the model cannot be found, verified or loaded; the message names the file and the reason.
+        ValueError, OSError: the model cannot be found, verified or loaded. The message has the file and the reason.
         ModuleNotFoundError: the requested runtime is not installed.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -127,9 +128,10 @@ class _Unjoined(ThreadPoolExecutor):
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that, on a signal, refuses new requests and finishes running ones before it stops listening.
+    """A uvicorn server that shuts down gently: after a signal it refuses new requests, finishes the running ones, and
+    only then stops listening.
 
-    It starts and closes the application itself, so an error at startup is an exception of `run`.
+    The server starts and closes the application itself, so that `run` raises an error that occurs at startup.
     """
 
     def __init__(
@@ -168,14 +170,14 @@ class DrainingServer(uvicorn.Server):
         print(self._greet(self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Stop listening, end what still runs, and close the application."""
+        """Stop listening, end the requests that are still running, and close the application."""
         await super().shutdown(sockets)
         if not self.force_exit:
             await self._close()
 
     async def _close(self) -> None:
-        """Close the application. An error or a hang loses no data, because every write is durable before it is
-        answered."""
+        """Close the application and wait up to CLOSE_LIMIT_S. If this fails or hangs, no data is lost, because every
+        write is on disk before it is answered."""
         closing = asyncio.create_task(self._running.aclose())
         await asyncio.wait([closing], timeout=CLOSE_LIMIT_S)
         if not closing.done():

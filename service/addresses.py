@@ -1,7 +1,7 @@
 """Redis and Milvus addresses: parse, check, and print them without passwords.
 
-An unencoded `/`, `?` or `#` in a password moves the rest of the password into another part of the URL. So every part is
-checked, and no message quotes a part. urllib's own messages do quote parts, so they are not shown.
+If a password has an unencoded `/`, `?` or `#`, the rest of the password becomes another part of the URL. So every part
+is checked, and no message quotes a part. The messages of urllib quote parts, so they are not shown.
 """
 
 import re
@@ -22,7 +22,7 @@ def redis_parts(url: str) -> SplitResult:
     """Split a Redis URL and check each part.
 
     Raises:
-        ValueError: not a Redis URL. The message shows at most the scheme.
+        ValueError: `url` is not a valid Redis URL. The message shows at most its scheme.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("redis", "rediss", "unix"):
@@ -42,7 +42,7 @@ def milvus_parts(url: str) -> SplitResult:
     """Split a Milvus address and check each part.
 
     Raises:
-        ValueError: not a Milvus address. The message shows at most the scheme.
+        ValueError: `url` is not a valid Milvus address. The message shows at most its scheme.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("milvus", "milvus+tls"):
@@ -59,20 +59,20 @@ def milvus_parts(url: str) -> SplitResult:
 
 
 def masked_url(url: str) -> str:
-    """Return scheme, host, port and database of a Redis URL for the log. Nothing else of the URL is shown.
+    """Return a Redis URL for the log, with scheme, host, port and database but without user and password.
 
     Raises:
-        ValueError: not a Redis URL. The message shows at most the scheme.
+        ValueError: `url` is not a valid Redis URL. The message shows at most its scheme.
     """
     parts = redis_parts(url)
     return f"unix://{parts.path}" if parts.scheme == "unix" else _masked(parts)
 
 
 def masked_milvus_url(url: str) -> str:
-    """Return scheme, host, port and database of a Milvus address for the log.
+    """Return a Milvus address for the log, with scheme, host, port and database but without user and password.
 
     Raises:
-        ValueError: not a Milvus address. The message shows at most the scheme.
+        ValueError: `url` is not a valid Milvus address. The message shows at most its scheme.
     """
     return _masked(milvus_parts(url))
 

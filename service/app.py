@@ -1,9 +1,9 @@
-"""Wire settings, artifact and engine into a running application. No other module does this.
+"""Build the application from the settings, the artifact and the engine.
 
     Border (id, limits, deadline, errors, metrics)  ->  FastAPI  ->  routes  ->  Pipeline, VectorStore
 
-Collaborators are passed in, so a test can pass a fake engine. Pipeline, cache and store need the event loop: they are
-made when the application starts and closed in reverse order when it stops.
+Engine, cache and store can be passed in, so a test can pass fakes. Pipeline, cache and store need the event loop. So
+they are made when the application starts, and closed in reverse order when it stops.
 """
 
 import logging
@@ -63,9 +63,9 @@ def create_app(
     Args:
         settings: the operator's settings.
         artifact, engine: the verified model and the runtime that has loaded it.
-        tried: the engines that were tried before this one, for /v1/models.
-        cache: None makes the cache that the settings name.
-        open_store: opens the vector store. None opens the store that the settings name.
+        tried: the engines that were tried at startup, which /v1/models shows.
+        cache: the cache of vectors. None means the cache that the settings name.
+        open_store: a function that opens the vector store. None means the store that the settings name.
     """
     start = _Start(settings, artifact, engine, tried, cache, open_store)
 
@@ -94,9 +94,9 @@ def create_app(
 
 
 class _App(FastAPI):
-    """FastAPI with the border around its router instead of FastAPI's own middleware layers, each of which adds
-    measurable latency to a search. The border does their work (errors, body limits), or no route needs it (exit stacks
-    of dependencies)."""
+    """FastAPI with `Border` around its router instead of FastAPI's own middleware. Each of FastAPI's layers adds
+    measurable latency to a search, and none is needed: `Border` handles errors, and no route has dependencies that need
+    an exit stack."""
 
     def build_middleware_stack(self) -> ASGIApp:
         border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))
@@ -117,7 +117,8 @@ class _Start:
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
-        """Make the other parts, warm up the engine, and register with `stack` how to close each part."""
+        """Make the parts that need the event loop, warm up the engine, and return the service. `stack` gets a callback
+        that closes each part."""
         store = await self._store()
         stack.push_async_callback(store.close)
         originals = Originals(self.settings.originals_place)
@@ -163,7 +164,8 @@ class _Start:
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
-    """Answer the framework's own errors in the service's format."""
+    """Answer an error that FastAPI or Starlette raised, such as an unknown route, in the format of the service's
+    errors."""
     translated = _translated(request, error)
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(

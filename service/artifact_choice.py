@@ -1,5 +1,5 @@
-"""Choose the artifact to serve: the newest in the data folder, the bundled one, a folder, or a published model by
-name."""
+"""Choose the artifact to serve: the newest in the data folder, the bundled one, a given folder, or a published
+model."""
 
 import logging
 import subprocess
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def choose_artifact(model: str, data_dir: Path) -> Path:
-    """Return the artifact folder that `model` names. A published model is downloaded and exported once.
+    """Return the artifact folder that `model` names. If it is a published model without a local artifact, download and
+    export the model first.
 
     Args:
         model: "auto" (the newest artifact in the data folder, else the bundled one), an artifact folder, the name of an
@@ -27,7 +28,8 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
         data_dir: its subfolder `artifacts` contains the artifacts.
 
     Raises:
-        ValueError: nothing has that name, or the model must be exported and torch is not installed.
+        ValueError: nothing has this name, or the model must be exported first and this fails, for instance because
+            torch is not installed.
     """
     local = find_artifacts(data_dir)
     if model == "auto":
@@ -50,7 +52,8 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
-    """Return an image's pixels [H, W, 3]. If the file is not an image, pass a line to `tell` and return None."""
+    """Return the pixels [H, W, 3] of an image file. If the file is not an image, call `tell` with a message and return
+    None."""
     try:
         return decode(path.read_bytes())
     except DecodeError as error:
@@ -59,8 +62,8 @@ def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.N
 
 
 def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
-    """Read up to `limit` images below a folder, spread evenly over the sorted paths, so that every part of sorted
-    classes is covered.
+    """Return the pixels [H, W, 3] of up to `limit` images below a folder. They are spread evenly over the sorted paths,
+    so that folders of different classes are all covered.
 
     Raises:
         ValueError: fewer than two images can be read.
@@ -87,8 +90,8 @@ def _name(path: Path) -> str | None:
 
 
 def _export(name: str, data_dir: Path) -> Path:
-    """Download and export a published model by running the CLI's export in a separate process, because it needs
-    torch."""
+    """Download and export a published model, and return its artifact folder. `dinov2 export` does this in a separate
+    process, because it needs torch."""
     if find_spec("torch") is None:
         raise ValueError(
             f"{name} must be exported once, which requires torch: pip install 'dinov2-service[train]', or export it on "

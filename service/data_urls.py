@@ -1,7 +1,7 @@
-"""Images in JSON: data URLs or plain base64.
+"""Decode images that are sent in JSON, as data URLs or plain base64.
 
-An image that cannot be read (not base64, or a link) is an error of its item and not of the request, so
-`on_error=partial` covers it.
+A text that is not base64, or is a link, is an error of its item and not of the request, so `on_error=partial` applies
+to it.
 """
 
 import binascii
@@ -17,7 +17,7 @@ _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGN
 
 
 async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
-    """Decode data URLs or base64 texts to bytes, in order. A text that cannot be decoded is its item's error."""
+    """Decode data URLs or base64 texts. Return for each text, in order, its bytes or its error."""
 
     def work() -> list[Outcome[bytes]]:
         return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
@@ -26,12 +26,13 @@ async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[byt
 
 
 def image_from_text(text: Any, max_bytes: int) -> bytes:
-    """Decode one data URL or plain base64 text. Line breaks, URL-safe letters and missing padding are accepted.
+    """Decode one data URL or plain base64 text to bytes. Line breaks, the URL-safe characters `-` and `_`, and missing
+    padding are accepted.
 
     Raises:
-        InvalidRequest: not a string, or a link.
-        ImageTooLarge: more than `max_bytes`.
-        BrokenImage: not base64.
+        InvalidRequest: `text` is not a string, is a link, or is a data URL without base64.
+        ImageTooLarge: the image has more than `max_bytes` bytes.
+        BrokenImage: the text is not base64.
     """
     if not isinstance(text, str):
         raise InvalidRequest(f"an image must be a string (data URL or base64), not {type(text).__name__}")
@@ -59,7 +60,7 @@ def image_from_text(text: Any, max_bytes: int) -> bytes:
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:
-    """Refuse a request that has no image or more images than allowed."""
+    """Raise InvalidRequest if a request has no image, or more images than allowed."""
     limit = settings.items_per_request
     if not 1 <= count <= limit:
         raise InvalidRequest(f"{count} images in {param}: a request can have 1 to {limit}", param=param)

@@ -1,4 +1,4 @@
-"""Every error a client can see, and its HTTP status and code, in one place.
+"""All errors that a client can see, with their HTTP status and code.
 
     ServiceError                        500 internal_error
     ├── BadRequest                      400 bad_request
@@ -26,10 +26,10 @@
     │   └── ModelUnavailable            503 model_unavailable
     └── DeadlineExceeded                504 deadline_exceeded
 
-The code that detects a fault raises a class. `ERRORS` maps the class to status, code and title. The border
-(`service/middleware.py`) turns it into a body: RFC 9457 `application/problem+json`, or OpenAI's `{"error": {...}}` on
-`/v1/embeddings`, so that OpenAI clients can parse it. This module uses no web framework, because the pipeline and
-everything below it raise these classes too.
+The code that detects a fault raises one of these classes. `ERRORS` maps each class to its status, code and title.
+`service/middleware.py` turns the exception into a body: RFC 9457 `application/problem+json`, or on `/v1/embeddings`
+OpenAI's `{"error": {...}}`, so that OpenAI clients can parse it. This module uses no web framework, because code that
+is independent of the web framework raises these classes too.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 
 class ErrorKind(NamedTuple):
-    """One row of the error table."""
+    """The status, code and title of an error class."""
 
     status: int
     code: str
@@ -48,8 +48,9 @@ class ErrorKind(NamedTuple):
 class ServiceError(Exception):
     """An error with an HTTP status and body.
 
-    `detail` is for the user: it names the wrong value and what is allowed. `param` is the request field at fault, if
-    there is one. `extra` contains further members of the body, `headers` further response headers.
+    `detail` is a message for the user that has the wrong value and says what is allowed. `param` is the name of the
+    wrong field in the request, if there is one. `extra` has further members of the body, and `headers` has further
+    headers of the response.
     """
 
     def __init__(
@@ -136,10 +137,11 @@ class ItemError:
 
 
 class InvalidItems(InvalidRequest):
-    """Some items of a request cannot be used. The body names every one of them.
+    """Raised if items of a request cannot be used. The body lists each of them with its error.
 
-    If all items fail for the same reason, status and code are that reason's. Otherwise a fault of the server (5xx)
-    takes precedence, and without one it is 422 invalid_items.
+    If all items have errors of the same kind, status and code are those of this kind. Otherwise, if an item has an
+    error of the server (5xx), status and code are those of the error with the highest status. If there is none, they
+    are 422 and invalid_items.
     """
 
     def __init__(self, items: list[ItemError], *, total: int, param: str = "input") -> None:
@@ -169,7 +171,8 @@ class InvalidItems(InvalidRequest):
 
 
 def invalid_items_detail(items: list[ItemError], total: int) -> str:
-    """Return one line that names every bad index and its reason: '2 of 5 items ...: [1] broken ...; [4] ...'."""
+    """Return one line that has the index and the reason of every item that failed: "2 of 5 items cannot be used: [1]
+    ...; [4] ..."."""
     reasons = "; ".join(f"[{item.index}] {item.error.detail}" for item in items)
     return f"{len(items)} of {total} items cannot be used: {reasons}"
 
@@ -184,7 +187,8 @@ class StorageFailed(ServiceError): ...
 
 
 class Unavailable(ServiceError):
-    """The service cannot answer now. `retry_after_s` says when to try again."""
+    """The service cannot answer now. `retry_after_s` is the number of seconds after which the client should try
+    again."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(detail, headers={} if retry_after_s is None else {"Retry-After": str(max(1, retry_after_s))})
@@ -250,7 +254,8 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return OpenAI's error body. `type` is invalid_request_error below 500, else server_error."""
+    """Return an error body in OpenAI's format. `type` is invalid_request_error for a status below 500, else
+    server_error."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

@@ -1,9 +1,9 @@
-"""uvicorn's HTTP protocol with limits on everything that precedes a body.
+"""uvicorn's HTTP protocol with limits on the size and the time of a request's head (request line and headers).
 
-uvicorn reads with httptools, which does not limit the request line and headers and joins their pieces in quadratic
-time. A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays
-open forever. h11 has a size limit, but it is slower and has no time limit. So this class counts the bytes outside of
-bodies before the parser sees them, and limits the time for each head.
+uvicorn parses requests with httptools, which does not limit the size of a head and joins its pieces in quadratic time.
+A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open
+forever. uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So this class counts the
+bytes that are not part of a body, and limits the time for each head.
 """
 
 from asyncio import TimerHandle, Transport
@@ -24,7 +24,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """
 
     header_timeout_s: float
-    """A subclass sets this, because uvicorn creates the instances."""
+    """The time limit for a head. A subclass sets it, because uvicorn creates the instances without further
+    arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

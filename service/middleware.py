@@ -1,12 +1,12 @@
-"""The border around every request: id, limits, deadline, disconnects, errors, metrics, log line.
+"""The middleware around every request: request id, limits, deadline, disconnects, errors, metrics and log line.
 
-One plain ASGI callable does all of this, so that every request gets exactly one answer with a request id, one count
-under its route's template, and one log line, whatever happens inside. It is plain ASGI because Starlette's
+`Border` does all of this. Whatever happens inside, every request gets exactly one answer with a request id, is counted
+once in the metrics, and is logged in one line. `Border` is a plain ASGI application, because Starlette's
 BaseHTTPMiddleware copies streams and hides disconnects.
 
-- The body is counted while it streams in, independent of Content-Length. Reading stops at the limit.
-- If the answer takes longer than a moment after the body is complete, a watcher waits for the client to disconnect and
-  then cancels the work. The cancellation reaches the pipeline, which drops queued images.
+- The bytes of the body are counted while they arrive, whatever Content-Length says. Reading stops at the limit.
+- If the answer takes longer than `_WATCH_AFTER_S` after the body is complete, a task waits until the client
+  disconnects and then cancels the request. The cancellation reaches the pipeline, which drops waiting images.
 - A `ServiceError` becomes an answer. Any other exception becomes a 500 that reveals only the request id. Faults of the
   service (500) are logged with traceback and causes.
 """
@@ -70,7 +70,7 @@ class Border:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """Handles one request and its answer."""
 
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
@@ -149,7 +149,7 @@ class _Exchange:
     # Towards the app
 
     def _check_length(self) -> None:
-        """Refuse a request early if its Content-Length exceeds the limit."""
+        """Raise PayloadTooLarge if the request's Content-Length exceeds the limit, before the body is read."""
         for name, value in self._scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
                 raise self._too_large()
@@ -188,7 +188,8 @@ class _Exchange:
         self._watcher = asyncio.create_task(self._watch(task))
 
     async def _watch(self, task: "asyncio.Task[None] | None") -> None:
-        """Cancel the work if the client disconnects before the answer has begun."""
+        """Wait until the client disconnects. If the answer has not begun by then, cancel `task`, which handles the
+        request."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone.set()
@@ -228,22 +229,24 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 def _origin(error: ServiceError) -> ServiceError:
-    """Return the underlying error. For several items, that is the first fault of the service, or else the first
-    error."""
+    """Return the error whose traceback is logged. For `InvalidItems`, this is the first item's error with a status of
+    500 or above, else the first error."""
     if isinstance(error, InvalidItems):
         return max((item.error for item in error.items), key=lambda item: item.status >= 500)
     return error
 
 
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
-    """Return content type and body of an error: OpenAI's format on its route, RFC 9457 elsewhere."""
+    """Return the content type and the body of an error. The format is OpenAI's for a path in OPENAI_PATHS, else RFC
+    9457."""
     if path in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))
     return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
 
 
 def _json(body: dict[str, Any]) -> bytes:
-    """Serialise a body. orjson refuses half a surrogate pair in a client's text, so the fallback escapes it."""
+    """Serialise a body to JSON. If a client's text contains half a surrogate pair, orjson refuses it, and the json
+    module escapes it."""
     try:
         return orjson.dumps(body)
     except TypeError:
@@ -251,7 +254,7 @@ def _json(body: dict[str, Any]) -> bytes:
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """Return the client's X-Request-ID if it is short and plain, else a new id."""
+    """Return the client's X-Request-ID if it has up to 128 plain characters (`_SANE_ID`), else a new id."""
     for name, value in headers:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return value.decode("ascii")

@@ -1,4 +1,4 @@
-"""Check request fields against a schema of `service/schemas.py`. Errors are reported field by field."""
+"""Check the fields of a request against a schema of `service/schemas.py`, and report all wrong fields."""
 
 import reprlib
 from typing import Any, Final, TypeVar
@@ -12,15 +12,17 @@ from service.errors import InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_FIELDS: Final = 32
-"""Limit of fields in one object that is checked against a schema. Pydantic creates an object for every wrong field."""
+"""The highest number of fields in an object that is checked against a schema. Without a limit, a client could make
+pydantic create an error object for each of millions of unknown fields."""
 MAX_PROBLEMS: Final = 10
 
 
 def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
-    """Check fields against a schema.
+    """Check the fields of a request against a schema and return the parsed object.
 
     Raises:
-        InvalidRequest: the message names each wrong field, the problem and what is allowed.
+        InvalidRequest: a field is missing, unknown or wrong. The message has each such field, the problem and what is
+            allowed.
     """
     check_fields(fields, "the request")
     try:
@@ -35,13 +37,14 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
-    """Refuse an object with too many fields before a schema creates an error for each."""
+    """Raise InvalidRequest if an object has more than MAX_FIELDS fields. `where` is the name of the object in the
+    message."""
     if len(fields) > MAX_FIELDS:
         raise InvalidRequest(f"{where} has {len(fields):,} fields; at most {MAX_FIELDS} are accepted")
 
 
 def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
-    """Describe one fault: the field, what is allowed, and the given value."""
+    """Return a text that describes one of pydantic's errors: the field, what is allowed, and the given value."""
     where = ".".join(str(part)[:80] for part in problem["loc"]) or "body"
     if problem["type"] == "extra_forbidden":
         allowed = f"; known fields are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
@@ -56,6 +59,6 @@ def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
 
 
 def _limits(field: FieldInfo) -> str:
-    """Return the range that a number field accepts, or an empty text if it has none."""
+    """Return a text with the range that a field of numbers accepts, or an empty text if there is no range."""
     low, high = ([getattr(bound, name) for bound in field.metadata if hasattr(bound, name)] for name in ("ge", "le"))
     return f" from {low[0]} to {high[0]}" if low and high else ""

@@ -1,14 +1,15 @@
-"""Original images, stored under their sha256, so identical bytes are stored once.
+"""Stores original images under their sha256, so that identical images are stored once.
 
-Storage goes through fsspec: a local folder, or any system that an fsspec package supports (`s3://bucket/prefix` with
-s3fs). The image with digest `abcd...` is stored at `ab/cd/abcd...`, so a folder has few entries even with millions of
-images. In a local folder an image is written to a temporary file, synced and renamed, so it exists completely or not at
-all. An object store guarantees the same. On other systems an interrupted write may leave a partial file. The next write
-of the same image replaces it, because the sizes differ, and no read returns it, because every read checks the sha256.
+The storage is a local folder or any file system that fsspec supports (for instance `s3://bucket/prefix` with s3fs). The
+image with digest `abcd...` is stored at `ab/cd/abcd...`, so a folder has few entries even with millions of images. In a
+local folder, an image is written to a temporary file, which is synced and renamed. So an image exists completely or not
+at all. Object stores guarantee the same. On other file systems, an interrupted write may leave a partial file. A read
+never returns a partial file, because it checks the sha256. The next write of the same image replaces the file, because
+the sizes differ.
 
 Nothing is deleted here, because several items, even of different collections, may share an image.
 
-The storage packages raise errors of their own. They become `StorageFailed`, without paths and addresses.
+Each storage package raises errors of its own. They are translated to `StorageFailed`, without paths and addresses.
 """
 
 import asyncio
@@ -28,7 +29,8 @@ from model.files import sync, write_bytes
 from service.errors import NotFound, ServiceError, StorageFailed
 
 THREADS: Final = 4
-"""Concurrent calls to the storage. Each holds an image in memory, and a slow storage must not block other threads."""
+"""The number of threads that call the storage, and so of concurrent calls. It is small because each call has an image
+in memory."""
 SCHEME: Final = "original:"
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 T = TypeVar("T")
@@ -40,13 +42,13 @@ def source_of(digest: str) -> str:
 
 
 def digest_of(source: str | None) -> str | None:
-    """Return the digest that a source names, or None if the source does not point to a stored image."""
+    """Return the digest in a source that `source_of` made, or None for any other source."""
     digest = (source or "").removeprefix(SCHEME)
     return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
 
 
 class HasPhoto(Protocol):
-    """An item's fields that identify its image."""
+    """The fields of an item or hit that identify its image."""
 
     @property
     def source(self) -> str | None: ...
@@ -56,16 +58,17 @@ class HasPhoto(Protocol):
 
 
 def photo_digest(item: HasPhoto) -> str | None:
-    """Return the digest of an item's stored image: the one that its source names, else the item's own. The image exists
-    only if the collection stores images."""
+    """Return the digest of an item's image: the digest in its source if there is one, else the item's `digest`. The
+    image itself is stored only if the collection stores images."""
     return digest_of(item.source) or item.digest
 
 
 class Originals:
-    """A store of original images. Calls may overlap, and several processes may use the same storage.
+    """A store of original images. Several calls may run at the same time, and several processes may use the same
+    storage.
 
     Raises:
-        ValueError: on construction, if the address is invalid or its package is not installed.
+        ValueError: the address is invalid or its package is not installed. The constructor raises this.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -90,8 +93,8 @@ class Originals:
         return await self._call(self._get, digest)
 
     async def size(self, digest: str) -> int | None:
-        """Return the stored bytes of the image with this sha256, or None if nothing is stored. A partial file counts as
-        well.
+        """Return how many bytes are stored for the image with this sha256, or None if nothing is stored. The file may
+        be partial.
 
         Raises:
             StorageFailed: the storage cannot report the size.
@@ -99,7 +102,8 @@ class Originals:
         return await self._call(self._size_of, digest)
 
     def is_same_place(self, other: "Originals") -> bool:
-        """Return whether both use the same storage. Different spellings of one address may go unnoticed."""
+        """Return whether both objects use the same storage. The result may be false although it is the same, if the
+        address is written in another way."""
         return bool(self._fs == other._fs) and self._real_root() == other._real_root()
 
     def _real_root(self) -> str:
@@ -158,8 +162,8 @@ class Originals:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """Open the file system of a URL and return it with the path. Messages quote only the scheme, because a URL may
-    contain a secret."""
+    """Open the file system of a URL. Return it with the path in it. Error messages quote only the scheme, because a URL
+    may contain a secret."""
     scheme = url.partition("://")[0] if "://" in url else "a path"
     try:
         fs, root = url_to_fs(url)
@@ -171,8 +175,9 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 def _put_local(path: Path, data: bytes | None) -> None:
-    """Write to a temporary file, sync and rename. None means that the file already exists. The folders are synced in
-    both cases, because the earlier writer may not have synced them, and a stored image must survive a power cut."""
+    """Write an image to a temporary file, sync it and rename it to `path`. If `data` is None, the file already exists.
+    In both cases the folders are synced, because a stored image must survive a power cut and the earlier writer may not
+    have synced them."""
     root = path.parent.parent.parent
     root_is_new = not root.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +191,8 @@ def _put_local(path: Path, data: bytes | None) -> None:
 
 @contextmanager
 def _translated(done: str) -> Iterator[None]:
-    """Turn storage errors into `StorageFailed`. The client gets the system's error text; the log has the cause."""
+    """Translate errors of the storage to `StorageFailed`. The message has only the operating system's text for the
+    error; the log has the cause."""
     try:
         yield
     except ServiceError:

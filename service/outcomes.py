@@ -1,8 +1,8 @@
 """The outcome of each item of a request: a value or the item's own error.
 
-A function that works on one item returns or raises. `attempt` and `Outcome.then` turn the result into an outcome, so
-one broken image does not fail the others. `split_items` applies the request's `on_error` at the end. Only a
-`ServiceError` is an item's error. Any other exception is a bug and propagates.
+A function for one item returns a value or raises an error. `attempt` and `Outcome.then` call it and make an outcome, so
+the error of one item does not affect the others. At the end, `split_items` applies the request's `on_error`. Only a
+`ServiceError` becomes the error of an item. Any other exception is a bug and is not caught.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -19,10 +19,11 @@ OnError = Literal["fail", "partial"]
 
 @dataclass(slots=True)
 class Outcome(Generic[T]):
-    """One item's value or error. `index` counts from 0 in the order sent. With an `error`, `value` has no meaning.
+    """The value or the error of one item. `index` is the item's position in the request, from 0. If `error` is set,
+    `value` has no meaning.
 
-    Treat it as immutable. It is not frozen, because every image and every search makes several, and creating a frozen
-    dataclass takes twice as long.
+    Do not change an outcome. The class is not frozen, because each request makes several outcomes, and it takes twice
+    as long to create an object of a frozen dataclass.
     """
 
     index: int
@@ -40,7 +41,7 @@ class Outcome(Generic[T]):
         return cast("T", self.value)
 
     def then(self, work: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> "Outcome[R]":
-        """Apply `work` to the value. An error is passed on."""
+        """Call `work` with the value and return the outcome. If this outcome is an error, return the same error."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return attempt(self.index, work, cast("T", self.value), *args, **kwargs)
@@ -48,7 +49,8 @@ class Outcome(Generic[T]):
     async def then_await(
         self, work: Callable[Concatenate[T, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
     ) -> "Outcome[R]":
-        """Apply asynchronous `work` to the value. An error is passed on."""
+        """Call and await `work` with the value and return the outcome. If this outcome is an error, return the same
+        error."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return await attempt_await(self.index, work(cast("T", self.value), *args, **kwargs))
@@ -71,32 +73,32 @@ async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:
 
 
 def numbered(values: Iterable[T]) -> list[Outcome[T]]:
-    """Wrap values in outcomes without errors, numbered in order."""
+    """Return an outcome for each value. Its index is the position of the value."""
     return [Outcome(index, value) for index, value in enumerate(values)]
 
 
 def indexed(outcomes: Iterable[Outcome[T]]) -> list[tuple[int, T]]:
-    """Return the values with their indices."""
+    """Return the (index, value) pairs of the outcomes that have no error, in order."""
     return [(outcome.index, outcome.result()) for outcome in outcomes if outcome.error is None]
 
 
 def successes(outcomes: Iterable[Outcome[T]]) -> list[T]:
-    """Return the values, in order."""
+    """Return the values of the outcomes that have no error, in order."""
     return [outcome.result() for outcome in outcomes if outcome.error is None]
 
 
 def failures(outcomes: Iterable[Outcome[T]]) -> list[ItemError]:
-    """Return the errors, in order."""
+    """Return the errors of the outcomes that have one, in order."""
     return [ItemError(outcome.index, outcome.error) for outcome in outcomes if outcome.error is not None]
 
 
 def split_items(
     outcomes: Sequence[Outcome[T]], on_error: OnError, param: str
 ) -> tuple[list[tuple[int, T]], list[ItemError]]:
-    """Return the good values with their indices, and the errors.
+    """Return the (index, value) pairs of the outcomes without an error, and the errors of the others.
 
     Raises:
-        InvalidItems: there are errors and on_error is "fail", or no item is good.
+        InvalidItems: there is an error and `on_error` is "fail", or every outcome is an error.
     """
     good, bad = indexed(outcomes), failures(outcomes)
     if bad and (on_error == "fail" or not good):

@@ -1,4 +1,4 @@
-"""pyarrow, imported only when a Parquet file is read or written."""
+"""Import pyarrow, only when a Parquet file is read or written."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ def need_parquet() -> Any:
     """Import and return the module pyarrow.parquet.
 
     Raises:
-        ModuleNotFoundError: pyarrow is not installed; the message says how to install it.
+        ModuleNotFoundError: pyarrow is not installed. The message says how to install it.
     """
     try:
         import pyarrow.parquet

@@ -1,5 +1,5 @@
-"""Schemas of requests. The routes write answers directly as JSON, because building and checking a pydantic object for
-thousands of floats costs more than a small model's forward pass."""
+"""Schemas of requests. Answers have no schemas: routes serialise them directly, because making a pydantic object with
+thousands of floats takes longer than a forward pass of a small model."""
 
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,8 @@ Where = Annotated[dict[str, Any], Field(description="condition on the metadata")
 
 
 class Options(BaseModel):
-    """Fields of every request with images. An unknown field is an error, so that a typo is not silently ignored."""
+    """Fields that every request with images may have. An unknown field is an error, so that a typo is not silently
+    ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,13 +57,14 @@ class SegmentOptions(Options):
 
 
 class Body(BaseModel):
-    """A body that is always JSON, so its values have JSON types: "1" is not a number and "yes" is not a boolean."""
+    """A request body that is always JSON. Its values must have the right JSON type: the string "1" is not accepted as a
+    number, nor "yes" as a boolean."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ItemIn(Body):
-    """One image or vector for a collection."""
+    """One item to add to a collection. It has an image or a vector."""
 
     id: ItemId | None = Field(None, description="your id; default: the sha256 of the image's bytes")
     image: str | None = Field(None, description="data URL or base64; either this or `vector`")
@@ -121,15 +123,14 @@ class CountIn(Body):
 
 
 class DeleteIn(Body):
-    """Body of `POST /v1/collections/{name}/items/delete`: either `ids` or `filter`."""
+    """Body of `POST /v1/collections/{name}/items/delete`. It has either `ids` or `filter`."""
 
     ids: Annotated[list[ItemId] | None, FailFast()] = Field(None, min_length=1, max_length=10_000)
     filter: Where | None = None
 
 
 class IndexIn(Body):
-    """Index settings of a collection. Settings of other kinds are ignored. The limits equal those of `check_spec`. They
-    are repeated here for the documentation, and so that all errors are reported at once."""
+    """Index settings of a collection. Settings that do not apply to the chosen kind are ignored."""
 
     kind: Kind = Field("auto", description="auto: by size")
     m: int | None = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: neighbours of a node")
@@ -192,7 +193,8 @@ MAX_RUNS = 1_000_000
 QueryVector = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION})
 ]
-"""The route checks it as one array, because pydantic would build a list of floats first."""
+"""A vector in a search. pydantic does not check it, because it would first make a list of floats. `read_vector` checks
+it."""
 ModelPrint = Annotated[str, Field(max_length=64)]
 Side = Annotated[float, Field(allow_inf_nan=False)]
 Run = Annotated[int, Field(ge=0, le=2**31)]
@@ -200,7 +202,7 @@ Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
 class PartIn(Body):
-    """One part of `combine`: exactly one of image, vector and id."""
+    """One part of `combine`. It has exactly one of image, vector and id."""
 
     image: str | None = Field(None, description="data URL or base64")
     vector: QueryVector = None
@@ -210,8 +212,8 @@ class PartIn(Body):
 
 
 def _run_lengths(counts: Any) -> Any:
-    """Check run lengths and report a fault in one sentence. For a union, pydantic would report a fault for each
-    alternative."""
+    """Return run lengths if their type and length are allowed. The schema is not a union, because pydantic would then
+    report an error for each alternative."""
     if not isinstance(counts, str | list) or len(counts) > MAX_RUNS:
         raise PydanticCustomError(
             "run_lengths", f"must be a COCO run-length string or a list of integers, at most {MAX_RUNS:,} long"
@@ -220,7 +222,7 @@ def _run_lengths(counts: Any) -> Any:
 
 
 class MaskIn(Body):
-    """COCO run lengths: compressed, as `/v1/segment` and pycocotools write them, or uncompressed."""
+    """A mask as COCO run lengths. They are compressed, as `/v1/segment` and pycocotools write them, or uncompressed."""
 
     size: Annotated[list[Run], FailFast()] = Field(
         min_length=2, max_length=2, description="height and width of the upright image"
@@ -240,7 +242,7 @@ class MaskIn(Body):
 
 
 class RegionIn(Body):
-    """A part of an image: exactly one of box and mask."""
+    """A region of an image. It has exactly one of box and mask."""
 
     image: str = Field(description="data URL or base64")
     box: Annotated[list[Side] | None, FailFast()] = Field(
@@ -250,7 +252,8 @@ class RegionIn(Body):
 
 
 class ParamsIn(Body):
-    """Search parameters of the index. Parameters of other index kinds are ignored."""
+    """How thoroughly a search uses the index. Parameters that do not apply to the collection's index kind are
+    ignored."""
 
     exact: bool = False
     ef_search: int | None = Field(None, ge=1, le=10_000, description=kinds_with("ef_search"))
@@ -278,7 +281,7 @@ class Ranking(BaseModel):
 
 
 class QueryIn(Ranking):
-    """One query: exactly one of image, vector, id, combine and region."""
+    """One query. It has exactly one of image, vector, id, combine and region."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -291,8 +294,8 @@ class QueryIn(Ranking):
 
 
 class SearchIn(QueryIn):
-    """Body of `POST /v1/collections/{name}/search`: one query, or `queries`. The other fields are defaults for each of
-    the `queries`."""
+    """Body of `POST /v1/collections/{name}/search`. It is one query, or it has the list `queries`. Other fields next to
+    `queries` are defaults for each query in the list."""
 
     model: str = Field("auto", max_length=256, description="empty or auto: the served model; else one of its names")
     queries: Annotated[
@@ -302,7 +305,8 @@ class SearchIn(QueryIn):
 
 
 class SearchOptions(Ranking):
-    """Query parameters or form fields of a search by file. `filter` and `params` are JSON texts."""
+    """Options of a search by an image file, as query parameters or form fields. `filter` and `params` are JSON
+    texts."""
 
     model: str = Field("auto", max_length=256)
 
@@ -320,8 +324,8 @@ class DuplicatesIn(Options):
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a body's schema for use inside the OpenAPI document. References are resolved, because they would point
-    nowhere there."""
+    """Return the JSON schema of a body, to be put into the OpenAPI document. References are replaced by what they refer
+    to, because their targets are not part of that document."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -341,5 +345,5 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return OpenAPI's `requestBody` of a route that accepts only this JSON body."""
+    """Return the OpenAPI fields of a route whose request body is JSON with this schema."""
     return {"requestBody": {"content": {"application/json": {"schema": json_schema(model)}}}}

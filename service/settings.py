@@ -1,8 +1,8 @@
 """All settings of the service. Only this module reads the environment.
 
-The setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. An unknown `DINOV2_*` name is an error that
-suggests the nearest setting, because a mistyped limit that is silently ignored goes unnoticed until it is needed. An
-empty value means the default, because Compose passes an unset variable as "".
+The setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. An unknown `DINOV2_*` name is an error, so that a
+mistyped name is not silently ignored. The message suggests the nearest setting. An empty value means the default,
+because Compose passes an unset variable as an empty one.
 """
 
 import difflib
@@ -21,7 +21,8 @@ from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
-"""Names that docker-compose.yml reads on the host. An .env file may pass them on to the service."""
+"""Names that docker-compose.yml reads on the host. They are no settings, but an .env file may pass them to the
+service."""
 
 
 class Settings(BaseSettings):
@@ -86,8 +87,8 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Drop empty values. An empty host would listen on every interface, and an empty data folder would be the
-        current one."""
+        """Return the values without empty ones, so that an empty value means the default. Otherwise the service would
+        listen on every interface if the host is empty, and an empty data folder would be the current folder."""
         return {name: value for name, value in values.items() if value != ""}
 
     @field_validator("engine")
@@ -124,7 +125,7 @@ class Settings(BaseSettings):
 
     @property
     def items_per_request(self) -> int:
-        """The most images in one request, never more than the queue can hold."""
+        """The highest number of images in one request: `max_batch_items`, but not more than the queue can have."""
         return min(self.max_batch_items, self.queue_max_images)
 
     @property
@@ -142,10 +143,10 @@ class Settings(BaseSettings):
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Load settings from the environment. `overrides` (the options of the command line) take precedence.
+    """Load the settings from the environment. `overrides`, the options of the command line, take precedence.
 
     Raises:
-        ValueError: an unknown `DINOV2_*` name (the message suggests the nearest setting) or a bad value.
+        ValueError: a `DINOV2_*` name is unknown, or a value is not allowed.
     """
     names = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):

@@ -1,7 +1,6 @@
-"""The collaborators that routes use, in one record, made when the application starts: `request.app.state.service`.
+"""The objects that routes use, in one record. The application makes it at startup: `request.app.state.service`.
 
-The record is complete from the start. `Lifecycle` holds the state that is needed before startup ends and during
-shutdown.
+`Lifecycle` has the state that is needed before the record exists and during shutdown.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from service.telemetry import Metrics
 
 @dataclass
 class Lifecycle:
-    """The state of the process between start and end. The border updates it; shutdown and /readyz read it."""
+    """The state of the process between start and end. `Border` counts requests and bytes in it. The shutdown and
+    /readyz read it."""
 
     warm: bool = False
     draining: bool = False  # shutting down: running requests may finish, new ones are refused
@@ -32,7 +32,7 @@ class Lifecycle:
 
 @dataclass
 class Service:
-    """The collaborators of one running service."""
+    """The objects that one running service consists of."""
 
     settings: Settings
     artifact: Artifact
@@ -45,8 +45,8 @@ class Service:
     pipeline: Pipeline
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
-        """Return the tag that two vectors must share to be comparable. `fingerprint` names another model than the
-        served one."""
+        """Return the tag of vectors with this pooling, of the served model or of the model with `fingerprint`. Only
+        vectors with equal tags can be compared."""
         size = self.artifact.manifest.input_size
         return make_tag(fingerprint or self.artifact.fingerprint, pooling, size, self.engine.precision)
 
@@ -59,10 +59,10 @@ class Service:
         return names + list(entry.aliases if entry else ())
 
     def check_model(self, name: str) -> None:
-        """Refuse a request for another model than the served one.
+        """Check the field `model` of a request. It may be empty, "auto" or a name of the served model.
 
         Raises:
-            ModelNotFound: the name is another model's; the message names the served model.
+            ModelNotFound: the served model does not have this name.
         """
         if name and name != "auto" and name not in self.model_names:
             raise ModelNotFound(
@@ -72,8 +72,9 @@ class Service:
             )
 
     def identity(self, tag: str | None = None) -> dict[str, Any]:
-        """Return name and fingerprint of the model that made the vectors: the served one, or the one in a collection's
-        tag. The name of another model than the served one is unknown."""
+        """Return the fields `model` and `fingerprint` of an answer. They are those of the served model, or if `tag` is
+        given, of the model that made the collection's vectors. `model` is None if that is not the served model, because
+        then only its fingerprint is known."""
         fingerprint = self.artifact.fingerprint if tag is None else tag_parts(tag).fingerprint
         name = self.artifact.name if fingerprint == self.artifact.fingerprint else None
         return {"model": name, "fingerprint": fingerprint}

@@ -1,7 +1,8 @@
-"""A vector's tag: everything that two vectors must share to be comparable, in one line.
+"""The tag of a vector: a text with everything that must be equal for two vectors to be comparable.
 
-`fingerprint/pooling/l2/HxW/precision`: the model (weights, architecture, preprocessing), the pooling, the length of 1,
-the network's input size in pixels, and the arithmetic.
+It has the form `fingerprint/pooling/l2/HxW/precision`. The fingerprint identifies the model (weights, architecture,
+preprocessing). `l2` means that the vector is scaled to length 1. HxW is the network's input size in pixels, and the
+precision is that of the engine's arithmetic.
 """
 
 from typing import NamedTuple
@@ -17,13 +18,13 @@ class TagParts(NamedTuple):
 
 
 def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:
-    """Return the tag of normalised vectors. `input_size` is height and width."""
+    """Return the tag of vectors of length 1. `input_size` is (height, width)."""
     height, width = input_size
     return f"{fingerprint}/{pooling}/l2/{height}x{width}/{precision}"
 
 
 def tag_parts(tag: str) -> TagParts:
-    """Split a tag, the inverse of `make_tag`."""
+    """Return the parts of a tag that `make_tag` made. For any other text, the pooling is None."""
     parts = tag.split("/")
     pooling = next((name for name in POOLINGS if name == parts[1]), None) if len(parts) == 5 else None
     return TagParts(parts[0], pooling)

@@ -1,8 +1,9 @@
-"""All metrics and log fields, each declared once.
+"""The metrics of the service, and the format of its log.
 
 Names follow Prometheus' conventions: a prefix, base units, `_total` on counters. Each `Metrics` has its own registry,
-so two services in one process (in tests) do not share counters. Labels are few and bounded. A route label is the
-route's template, never the path as sent, because a scanner could create any number of paths.
+so two services in one process (in tests) do not share counters. Each label has a limited number of values. The label
+`route` is the template of the route and not the path of the request, because clients could send any number of different
+paths.
 """
 
 import json
@@ -72,8 +73,8 @@ class Metrics:
 
 
 class JsonLines(logging.Formatter):
-    """A formatter that writes a record as one JSON object per line: time, level, logger, message, and the fields of
-    `extra={"fields": {...}}`."""
+    """Formats a log record as one line of JSON with time, level, logger, message, and the fields in `extra={"fields":
+    {...}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -100,7 +101,7 @@ def configure_logging(level: str) -> None:
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
-    """Log the one line of a request. It has no body, image or query string."""
+    """Log a request in one line. The line contains nothing of the body or the query string."""
     if not access_log.isEnabledFor(logging.INFO):
         return
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}

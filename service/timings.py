@@ -1,4 +1,4 @@
-"""Durations of a request's stages in milliseconds, as answers show them."""
+"""Compute the durations of a request's stages in milliseconds, which answers contain."""
 
 import time
 from collections.abc import Iterable
@@ -7,12 +7,12 @@ from service.features.pipeline import Embedded
 
 
 def ms_since(started: float) -> float:
-    """Return the milliseconds since a `time.perf_counter()` value."""
+    """Return the milliseconds since `started`, a value of `time.perf_counter()`."""
     return round((time.perf_counter() - started) * 1e3, 3)
 
 
 def slowest(images: Iterable[Embedded]) -> dict[str, float]:
-    """Return the milliseconds of each stage, each for the image that took longest in it."""
+    """Return for each stage the milliseconds of the image that took longest in it."""
     stages: dict[str, float] = {}
     for image in images:
         for stage, seconds in image.timings.items():

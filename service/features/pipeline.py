@@ -94,7 +94,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Analysed:
-    """All features of one image, from one decode and one forward pass."""
+    """All features of one image and its pixels, from one decode and one forward pass."""
 
     embedded: Embedded
     patches: FloatArray  # [N, D]

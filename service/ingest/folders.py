@@ -51,7 +51,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that could not be indexed, and the reason."""
+    """An image, file or folder that could not be indexed, and the reason."""
 
     source: str
     reason: str

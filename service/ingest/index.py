@@ -63,7 +63,8 @@ class IndexOptions:
 
 @dataclass
 class IndexReport:
-    """The progress of a run. Each image is counted once: indexed (written), present (skipped) or failed."""
+    """The progress or result of a run. Each image is counted once: as indexed if it was written, as present if it was
+    skipped because the collection has it, or as failed."""
 
     indexed: int = 0
     present: int = 0
@@ -81,8 +82,10 @@ class IndexReport:
 class IndexHooks:
     """Callbacks of a run.
 
-    stop: an event. Once it is set, the run finishes its current batch, writes it and ends. keep: stores an image's
-    bytes before its item is written. on_problem, on_progress: called in threads of the run.
+    stop: an event. Once it is set, the run finishes its current batch, writes it and ends.
+    keep: stores the bytes of an image. It is called before the image's item is written.
+    on_problem: called with each problem, from any thread of the run.
+    on_progress: called with the report whenever it has changed, from any thread of the run.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)

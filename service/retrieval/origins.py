@@ -102,7 +102,7 @@ async def find_origins(service: Service, target: Target, queries: Sequence[Outco
 
 
 class _Part(NamedTuple):
-    """A part of a query with the features of its image or the item of its id."""
+    """A part of a query, together with the embedded image or the stored item that it names."""
 
     part: Part
     embedded: Outcome[Embedded] | None  # if the part is an image

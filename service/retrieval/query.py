@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """One checked query. `form` is one of `FORMS`; `ranking` has the options for ordering and cutting its results."""
+    """One checked query. `form` is one of `FORMS`. `ranking` has the options for its results."""
 
     form: str
     parts: tuple[Part, ...]  # for a region: its image

@@ -41,7 +41,7 @@ class _Reader:
     values: int = 0  # values in all filters
 
     async def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
-        """Parse and check one query."""
+        """Parse and check one query. `body` is the parsed form of `fields`, if the caller has it."""
         body = body or _parsed(QueryIn, fields)
         forms = [form for form in FORMS if getattr(body, form) is not None]
         if len(forms) != 1:

@@ -54,7 +54,8 @@ class SearchResults:
 
 
 async def search(service: Service, name: str, request: SearchRequest) -> SearchResults:
-    """Return the items of a collection nearest to each query.
+    """Return for each query the items of the collection that are nearest to it. `name` is the collection's name or an
+    alias.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full or the collection does not exist.

@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 
 @router.get("", summary="List collections")
 async def list_collections(request: Request) -> Response:
-    """List all collections with their settings and item counts."""
+    """List all collections, each with its settings, its number of items and its aliases."""
     service = service_of(request)
     collections, aliases = await service.store.collections(), await service.store.aliases()
     data = [_described(info, aliases) for info in collections]
@@ -175,7 +175,7 @@ async def _existing(service: Service, name: str) -> CollectionInfo | None:
 
 
 def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
-    """Return a collection's description as a JSON object."""
+    """Return the fields that describe a collection in an answer."""
     spec = info.spec
     return {
         "name": info.name,

@@ -151,7 +151,7 @@ async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter
 
 
 async def _item(service: Service, name: str, item_id: str) -> Item:
-    """Return an item of a collection. Raise ItemNotFound if it does not exist."""
+    """Return an item of a collection. Raises ItemNotFound if it does not exist."""
     item = (await service.store.get(name, [check_id(item_id)]))[0]
     if item is None:
         raise _no_item(name, item_id)

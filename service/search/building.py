@@ -30,7 +30,7 @@ _TUNE_K: Final = 10
 
 
 class Stopped(Exception):
-    """Raised when the store closes during a build; the unfinished segment is discarded."""
+    """Raised when the store closes during a build. The unfinished segment is discarded."""
 
 
 def kind_for(spec: IndexSpec, count: int) -> str:

@@ -39,7 +39,7 @@ def check_name(name: str) -> str:
 
 
 def check_id(item_id: str, where: str = "id") -> str:
-    """Return the id if it is allowed; `where` is the field name that an error message gives."""
+    """Return the id if it is allowed. `where` is the name of the request's field, for an error message."""
     if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not item_id.isprintable():
         raise InvalidRequest(
             f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param=where

@@ -117,7 +117,7 @@ class ParquetWriter:
             self._flush()
 
     def abandon(self) -> None:
-        """Close the writer after an error; the caller removes the file."""
+        """Close the writer after an error. The caller removes the file."""
         self._writer.close()
 
     def close(self) -> None:

@@ -47,9 +47,9 @@ class Group:
 class Duplicates:
     """Groups of at least two items, largest first.
 
-    compared: how many items were read. skipped: how many of these have no digest and so could not be grouped by
-    content. truncated: whether an item has more neighbours than one search can return, so that two groups may belong
-    together.
+    compared: how many items were read.
+    skipped: how many of these have no digest and so could not be grouped by content.
+    truncated: whether an item has more neighbours than one search can return, so that two groups may belong together.
     """
 
     groups: list[Group]
@@ -154,7 +154,7 @@ async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequenc
 
 
 class Families:
-    """Union-find over ids (Tarjan 1975), with union by size and path halving."""
+    """Sets of connected ids (families), as a union-find structure (Tarjan 1975) with union by size and path halving."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
@@ -172,7 +172,7 @@ class Families:
                 self._size[root] += self._size.pop(other_root)
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
-        """Group the ids by family; families and their ids are in order of first occurrence."""
+        """Group the ids by family. Families, and the ids in each, are in the order in which they occur in `ids`."""
         families: dict[str, list[str]] = {}
         for item_id in ids:
             families.setdefault(self._root(item_id), []).append(item_id)

@@ -110,7 +110,8 @@ def cursor_at(item_id: str) -> str:
 
 
 def id_after(cursor: str | None) -> str:
-    """Return the id after which a cursor continues."""
+    """Return the id after which the page of a cursor begins. Raises InvalidRequest if this store did not make the
+    cursor."""
     if cursor is None:
         return ""
     text = cursor.removeprefix("i")

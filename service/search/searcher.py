@@ -57,7 +57,7 @@ _USUAL: Final = SearchParams()
 
 
 class _Query(NamedTuple):
-    """One call of `search`."""
+    """The arguments of one call of `search`."""
 
     collection: str
     vectors: Floats  # [q, D], length 1
@@ -68,7 +68,7 @@ class _Query(NamedTuple):
 
 
 class Searcher:
-    """Answers searches on the latest views."""
+    """Answers searches with the latest view of each collection."""
 
     def __init__(
         self,

@@ -215,7 +215,7 @@ class Allowed:
         return bits
 
     def in_lists(self, segment: Segment) -> Numbers:
-        """Return the number of these items in each of the segment's inverted lists."""
+        """Return how many of the allowed items each inverted list of the segment contains, [number of lists]."""
         counts = self._in_lists.get(segment.row.folder)
         if counts is None:
             counts = np.bincount(segment.lists[self.positions(segment)], minlength=segment.n_lists)

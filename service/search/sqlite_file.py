@@ -101,14 +101,16 @@ def check_ours(db: sqlite3.Connection, what: str) -> None:
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Run statements within the open transaction (`executescript` would commit it)."""
+    """Run the statements of a script within the open transaction. `executescript` would commit the transaction
+    first."""
     for statement in script.split(";\n"):
         db.execute(statement)
 
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Run a block as one atomic write, which is on disk when the block ends."""
+    """Run a block in one write transaction. When the block ends, its changes are on disk. If it raises, nothing is
+    changed."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -121,7 +123,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Run a block of reads that all see the state of the store at the first read."""
+    """Run a block of reads in one transaction. All of them see the database as it is at the first read."""
     db.execute("BEGIN")
     try:
         yield

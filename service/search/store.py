@@ -114,7 +114,8 @@ class Page:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """A snapshot of a collection. `created` is ISO 8601 in UTC; `count` is None if the snapshot is damaged."""
+    """The description of a snapshot. `created` is ISO 8601 in UTC. `count` is the number of items, or None if the
+    snapshot is damaged."""
 
     name: str
     collection: str

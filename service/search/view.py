@@ -71,7 +71,7 @@ class Tail:
         self.payloads += chunk.payloads
 
     def without(self, gone: npt.NDArray[np.bool_]) -> "Tail":
-        """Return a new tail without the rows that are marked in `gone`."""
+        """Return a new tail without the rows for which `gone` is true."""
         stays = np.flatnonzero(~gone)
         kept = Tail(self.matrix.shape[1])
         kept.append(Chunk(self.numbers[stays], self.matrix[stays], [self.payloads[row] for row in stays]))

@@ -38,7 +38,7 @@ class Foreground:
     """The result of `segment_foreground`.
 
     mask: bool [H, W], True on the foreground, in the pixels of the image as sent; False outside `crop_box`.
-    patch_mask: bool [h, w], the same on the patch grid.
+    patch_mask: bool [h, w], True for each patch with a score above 0.
     scores: float32 [h, w], the projection minus the threshold: above 0 is foreground. All 0 if there is no foreground.
     contrast: cosine distance between the mean foreground and the mean background patch, 0 (no foreground) to 2.
     crop_box: (x, y, width, height) in pixels of the image as sent: the part that the network sees.
@@ -177,8 +177,9 @@ def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
 
 
 def _bilinear(size: int, start: float, extent: float, cells: int) -> tuple[slice, Floats]:
-    """Return, for one side of `size` pixels, the slice of pixels with their centre in [start, start + extent), and the
-    weights [pixels, cells] with which each pixel mixes the cells that divide this span evenly."""
+    """Return the weights for linear interpolation along one axis of an image with `size` pixels. `cells` cells divide
+    the range from `start` to `start + extent` evenly. The first result is the slice of the pixels with their centre in
+    this range. The second is the weight of each cell in each of these pixels, [pixels, cells]."""
     centres = np.arange(size) + 0.5
     inside = np.flatnonzero((centres >= start) & (centres < start + extent))
     at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(
