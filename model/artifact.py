@@ -129,7 +129,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     locations: Mapping[str, Path]
-    derived_dir: Path | None = None  # has one folder per artifact for derived files; None: the parent of `path`
+    derived_dir: Path | None = None  # the parent folder of `derived`; None: the parent of `path`
 
     @property
     def name(self) -> str:

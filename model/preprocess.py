@@ -88,7 +88,7 @@ def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, i
         return (target, int(target * width / height)) if height <= width else (int(target * height / width), target)
     p = spec.patch_size
 
-    def nearest_multiple(side: int) -> int:  # nearest to side * target / short, halves up, in exact integers
+    def nearest_multiple(side: int) -> int:  # of side * target / short; halves round up, in exact integers
         return max(1, (2 * side * target + short * p) // (2 * short * p)) * p
 
     return nearest_multiple(height), nearest_multiple(width)

@@ -1,8 +1,8 @@
-"""What torch computes with in the tests: the number of its threads and the state of its generator.
+"""How torch computes in the tests: its number of threads and the state of its random generator.
 
-The networks of the tests are tiny: a team of threads would only wait for each other, longest where cores are busy.
-`TEST_TORCH_THREADS` sets another number, since sums of a team of threads round differently. Processes that a test
-starts take `ENVIRONMENT`, so that they compute as the test itself does.
+The networks in the tests are tiny, so several threads would only wait for each other, most of all on busy cores.
+`TEST_TORCH_THREADS` sets another number of threads; sums are then rounded differently. Tests start other processes with
+`ENVIRONMENT`, so that these compute exactly as the test itself.
 """
 
 import importlib.util
@@ -17,7 +17,9 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 @contextmanager
 def same_arithmetic() -> Iterator[None]:
-    """Inside, torch has `THREADS` threads and a fresh generator; afterwards it has the threads that it had before."""
+    """Run the `with` block with `THREADS` torch threads and a freshly seeded generator. Restore the number of threads
+    afterwards.
+    """
     if not HAS_TORCH:
         yield
         return

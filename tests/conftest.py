@@ -1,7 +1,8 @@
-"""Fixtures that tests of several packages share, and one thread for each numeric library.
+"""Fixtures that tests of several packages share, and settings that limit numeric libraries to one thread.
 
-The arrays of the tests are tiny, and `make test` has a worker on each core: teams of threads would only wait for each
-other. The libraries read these variables when they load, so they are set before any test imports NumPy or faiss.
+The arrays in the tests are tiny, and `make test` runs one worker per core, so several threads would only wait for each
+other. The libraries read these environment variables when they load, so the variables are set before any test imports
+NumPy or faiss.
 """
 
 import gc
@@ -20,14 +21,14 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 
 def pytest_collection_finish() -> None:
-    """Leaves imported modules out of garbage collections: going through them all takes half a second each time."""
+    """Exclude imported modules from garbage collection. Scanning all of them takes half a second each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def peak_memory_bytes() -> Callable[[str], int]:
-    """Runs a Python script in a process of its own and returns the largest resident set it had, in bytes."""
+    """Run a Python script in a separate process and return its peak resident memory in bytes."""
 
     def measure(script: str) -> int:
         report = "\nimport resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -1,6 +1,6 @@
-"""The plain, slow definition of a vector store: dictionaries and a numpy scan.
+"""A plain, slow vector store: dictionaries and a numpy scan.
 
-Tests compare the real stores with it and test the routes on it.
+Tests compare the real stores with it, and tests of the routes run on it.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class _Collection:
 
 
 class DictStore:
-    """A `VectorStore` in plain Python."""
+    """A `VectorStore` that stores items in dictionaries and searches by scanning all of them."""
 
     capabilities = frozenset({"atomic_upsert", "idempotency"})
 

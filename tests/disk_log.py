@@ -1,4 +1,6 @@
-"""What a piece of code flushes to the disk and renames, in order: what a power cut may leave follows from it."""
+"""Records the order in which code flushes files to the disk and renames them. A power cut can only leave states that
+this order allows.
+"""
 
 import os
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 
 
 class DiskLog:
-    """Records `os.fsync` and `os.replace` from here on, and still does them."""
+    """A recorder of all calls of `os.fsync` and `os.replace` after its creation. The calls are still executed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, int, str]] = []  # flushed or renamed, inode, name after a rename
@@ -25,7 +27,9 @@ class DiskLog:
         monkeypatch.setattr(os, "replace", logged_replace)  # Path.replace calls it
 
     def assert_durable(self, path: Path) -> None:
-        """`path` got its name by a rename, its bytes were flushed before, and the folder after."""
+        """Assert that `path` got its name by a rename, that its content was flushed before the rename, and its folder
+        after it.
+        """
         renames = [i for i, (what, _, name) in enumerate(self.events) if what == "renamed" and name == str(path)]
         assert renames, f"{path} was not renamed into place"
         at = renames[-1]

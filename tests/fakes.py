@@ -1,6 +1,7 @@
-"""The only test doubles: an engine that computes features from pixels by a fixed rule, and an artifact for it.
+"""The test doubles: an engine that computes features from pixels by a fixed rule, and an artifact for it.
 
-The engine can be slowed down, stopped at a gate, made to fail on chosen images, or killed. It records its inputs.
+A test can slow the engine down, block it at an event, make it fail on chosen images, or kill its worker. The engine
+records its inputs.
 """
 
 import asyncio
@@ -40,12 +41,12 @@ _WEIGHTS = np.random.default_rng(0).normal(size=(3 * 14 * 14, DIMS)).astype(np.f
 
 
 class WorkerKilled(BaseException):
-    """Ends a worker thread. It is not an Exception, so no code can catch it as a failed forward pass."""
+    """Raised to end a worker thread. It is not an Exception, so no code can handle it as a failed forward pass."""
 
 
 @dataclass
 class FakeEngine:
-    """An engine with features from every pixel: a fixed matrix gives each patch, and their mean the class token."""
+    """An engine that multiplies each patch's pixels by a fixed matrix. The class token is the mean patch token."""
 
     name: str = "fake"
     precision: str = "fp32"
@@ -82,7 +83,7 @@ class FakeEngine:
 
 
 def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
-    """Return an artifact without files; its fingerprint repeats `digit`."""
+    """Return an artifact without files. Its fingerprint consists of the repeated `digit`."""
     manifest = Manifest(
         name=name,
         fingerprint=digit * 64,
@@ -109,7 +110,7 @@ def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
 
 
 def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
-    """Return an encoded image of noise with `size` (width, height); each seed gives another image."""
+    """Return an encoded image of noise with `size` (width, height). Each seed gives a different image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
@@ -117,7 +118,7 @@ def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG")
 
 
 def plain_photo(value: int) -> bytes:
-    """Return an encoded image of a single grey, on which a test can make the engine fail."""
+    """Return an encoded image of one uniform grey value. A test can make the engine fail on this value."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (value, value, value)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -125,7 +126,7 @@ def plain_photo(value: int) -> bytes:
 
 @dataclass
 class Running:
-    """A started service without a server; requests go straight to the application."""
+    """A service that was started without a server. Requests go directly to the application."""
 
     app: FastAPI
     client: httpx.AsyncClient
@@ -133,7 +134,7 @@ class Running:
     engine: FakeEngine
 
     async def embed(self, images: Sequence[bytes]) -> list[Outcome[Embedded]]:
-        """Return the pipeline's outcomes for images that can all be read."""
+        """Return the pipeline's outcomes for images, all of which must be decodable."""
         return await self.service.pipeline.embed(numbered(images))
 
 
@@ -147,7 +148,7 @@ async def running(
     store: VectorStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
-    """Start a service, with the embedded store if none is given. The engine's records exclude the warm-up."""
+    """Start a service, with the embedded store unless a store is given. The engine's records exclude the warm-up."""
 
     async def open_given() -> VectorStore:
         assert store is not None
@@ -165,7 +166,7 @@ async def running(
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Run the event loop until the condition holds."""
+    """Run the event loop until the condition is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
@@ -173,7 +174,9 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 
 def most_s(body: bytes) -> float:
-    """Return the CPU seconds that refusing `body` may take: many times the cost of parsing its JSON now."""
+    """Return the maximum CPU seconds that refusing `body` may take: a multiple of the time that parsing its JSON takes
+    on this machine.
+    """
     started = time.process_time()
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(body)
@@ -182,7 +185,7 @@ def most_s(body: bytes) -> float:
 
 @contextmanager
 def no_file_left_open() -> Iterator[None]:
-    """Fail if the block leaves a file that was garbage-collected without being closed."""
+    """Fail if the `with` block leaves an open file for the garbage collector to close."""
     gc.collect()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)

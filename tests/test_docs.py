@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: reference pages, links, and the tree of the README."""
+"""Checks that the documentation agrees with the code: the reference pages, the links, and the README's file tree."""
 
 import importlib.util
 import re
@@ -24,12 +24,12 @@ def reference() -> ModuleType:
 
 @pytest.mark.parametrize("name", ["settings.md", "metrics.md", "commands.md"])
 def test_reference_pages_are_made_from_the_code(reference: ModuleType, name: str) -> None:
-    """`make docs` writes them anew."""
+    """`make docs` must reproduce the committed reference pages."""
     assert (ROOT / "docs" / name).read_text() == reference.PAGES[name]()
 
 
 def test_reference_pages_are_complete(reference: ModuleType) -> None:
-    """The script itself leaves nothing out: each setting, metric and command is named on its page."""
+    """Each setting, metric and command must be named on its reference page."""
     from cli import app
     from service.settings import Settings
     from service.telemetry import Metrics
@@ -59,7 +59,7 @@ def test_the_readme_lists_the_folders_that_are_there() -> None:
 
 
 def test_files_named_in_the_documentation_exist() -> None:
-    """`service/errors.py` in backticks is a promise; wildcards and what a run writes are none."""
+    """A path in backticks must exist, such as `service/errors.py`. Wildcards and files that a run writes are exempt."""
     folders = "benchmarks|cli|deploy|docs|model|service|tests|training"
     pattern = re.compile(rf"`((?:{folders})/[\w/.-]+\.(?:py|md|toml|yml|yaml|npz|html))`")
     missing = {

@@ -1,4 +1,6 @@
-"""The GPU suite where there is no GPU: checks that hang, crash or cannot run, and the code of one on a CPU."""
+"""Tests of the GPU suite on a host without a GPU: checks that hang, crash or cannot run, and the code of one check on
+the CPU.
+"""
 
 import json
 import sys

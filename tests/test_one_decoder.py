@@ -1,4 +1,4 @@
-"""Training sees the pixels that serving sees, whatever the file stores."""
+"""Checks that training and serving decode the same pixels from every kind of file."""
 
 import io
 

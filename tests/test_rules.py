@@ -1,4 +1,4 @@
-"""Rules of ARCHITECTURE.md that an import linter cannot see."""
+"""Checks the rules of ARCHITECTURE.md that an import linter cannot check."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_only_where_the_rules_allow(packages: list[str], pattern: str, allowed: 
 
 
 def test_nothing_in_the_tree_names_a_machine() -> None:
-    """No absolute paths of somebody's machine in code or documents."""
+    """Code and documents must not contain absolute paths of a particular machine."""
     kinds = {".py", ".md", ".toml", ".yml", ".txt", ""}
     folders = ["service", "model", "training", "benchmarks", "deploy", "docs"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]

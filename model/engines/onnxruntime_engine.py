@@ -169,7 +169,7 @@ class OnnxEngine:
         missing = [name for name in names if name not in self.outputs]
         if missing:
             raise ValueError(f"this graph has no output {missing[0]!r}; its outputs are {', '.join(self.outputs)}")
-        step = self._largest_batch or len(pixels)  # outside its profile TensorRT would rebuild, for minutes
+        step = self._largest_batch or len(pixels)  # TensorRT rebuilds for larger batches: minutes
         parts = [self._session.run(list(names), {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
         outputs = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, outputs, strict=True)}

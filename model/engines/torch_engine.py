@@ -99,7 +99,7 @@ class TorchEngine:
             raise ValueError(f"{torch.cuda.get_device_name()} does not support bf16")
         torch.set_num_threads(threads)
         self._model: Any = _load(weights, config, self.device, half=precision == "bf16")
-        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a stored method would be a cycle
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method would be a reference cycle
         if compiled if compiled is not None else self._on_gpu:
             torch.compiler.assume_constant_result(resize_tensor)  # its body cannot be traced
             self._compiled = torch.compile(self._forward)
@@ -158,7 +158,7 @@ class TorchEngine:
         import torch
 
         kind = "cuda" if self._on_gpu else "cpu"
-        # The first graph would capture a cache of cast weights, and no weights are left to cast.
+        # With a cache, the first graph would capture cast weights. All weights are cast already.
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
     def _forward(self, x: "Tensor") -> "tuple[Tensor, ...]":

@@ -1,4 +1,4 @@
-"""The command line: what it lists, what it refuses, and a checkpoint's way to an artifact."""
+"""Tests of the command line: the commands that it lists, the input that it refuses, and the export of a checkpoint."""
 
 import json
 from pathlib import Path

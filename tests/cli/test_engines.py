@@ -1,4 +1,6 @@
-"""`dinov2 build-engine`: what it hands on, what it prints, what it refuses. The build is tested in tests/model."""
+"""Tests of `dinov2 build-engine`: the options that it passes on, its output, and its errors. tests/model tests the
+build.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,7 @@ def app() -> typer.Typer:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """A host with a GPU where every build passes; what was asked for is listed."""
+    """Replace the build by one that always passes on a host with a GPU, and list its calls."""
     toolchain = fake_toolchain(FakeCuda())
     asked: list[SimpleNamespace] = []
 
@@ -121,7 +123,7 @@ def test_errors_are_told_in_one_line(app: typer.Typer, built: list, tmp_path: Pa
 
 
 def test_a_host_without_tensorrt_or_gpu_says_so(app: typer.Typer, tmp_path: Path) -> None:
-    """Whatever is installed here."""
+    """The test passes whichever libraries this host has."""
     result = runner.invoke(app, ["build-engine", "auto", "--data-dir", str(tmp_path)])
     output = " ".join(result.output.split())
     if result.exit_code == 0:

@@ -1,4 +1,4 @@
-"""The commands on collections: `dinov2 index | search | collections`, on a store that stays between invocations."""
+"""Tests of `dinov2 index`, `search` and `collections`, on a store that keeps its items between invocations."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TAG = f"{'a' * 64}/cls/l2/28x28/fp32"
 
 
 class KeptStore(DictStore):
-    """Outlives `close`, and can do what the embedded store can."""
+    """A store that remains usable after `close`, with the abilities of the embedded store."""
 
     capabilities = frozenset({"snapshots", "stats"})
 
@@ -54,7 +54,7 @@ class KeptStore(DictStore):
 
 
 class Kept:
-    """Collaborators of all invocations of one test."""
+    """The collaborators that all invocations in one test share."""
 
     def __init__(self) -> None:
         self.stores: dict[str, KeptStore] = {}
@@ -123,7 +123,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def torn(photos: Path) -> Path:
-    """Among the images, one that cannot be read."""
+    """Add an unreadable file to the folder of images, and return its path."""
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
     return photos / "torn.jpg"
 
@@ -413,7 +413,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_real_model_and_the_embedded_store(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two invocations on one folder, nothing kept in between."""
+    """The two invocations use the same folder and share no state in memory."""
     from service.search.embedded import open_embedded
 
     opening = ModuleType("service.search.opening")
@@ -460,7 +460,7 @@ def test_vectors_of_embed_know_what_made_them(tmp_path: Path, photos: Path) -> N
 
 
 def documented_commands() -> list[str]:
-    """Commands of docs/indexing.md that need no other machine."""
+    """Return the commands of docs/indexing.md that need no other machine."""
     text = (Path(cli.__file__).parents[1] / "docs" / "indexing.md").read_text()
     blocks = text.split("```sh\n")[1:]
     lines = [line for block in blocks for line in block.partition("```")[0].splitlines()]

@@ -1,4 +1,6 @@
-"""Torch's threads and generator are the same for every fixture and test, in whatever order they run."""
+"""Gives every fixture and test the same number of torch threads and the same generator state, in whatever order they
+run.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Small backbones of every kind with weights far from their initial values, and how their graphs are run."""
+"""Small backbones of every kind with weights far from their initial values, and functions that run their graphs."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Export, the manifest's promises, and what a damaged artifact says."""
+"""Tests of exporting and loading artifacts: files, manifest, and the errors for damaged artifacts."""
 
 import json
 import shutil

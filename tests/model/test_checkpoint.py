@@ -1,4 +1,4 @@
-"""Files of every kind into the same backbone; everything that is wrong with a file is said."""
+"""Tests that checkpoints of every format load into the same backbone, and that every fault of a file is reported."""
 
 import logging
 import pickle
@@ -43,7 +43,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of small models, so that files are kilobytes."""
+    """Register small models under names of their own, so that the test files are only kilobytes."""
     for name, config in TINY.items():
         monkeypatch.setitem(model_config.CONFIGS, name, config)
 
@@ -80,7 +80,9 @@ def as_dump(state: StateDict) -> StateDict:
 
 
 def as_chunked_dump(state: StateDict) -> StateDict:
-    """Two chunks of two blocks; the index counts on: blocks.1.2, blocks.1.3."""
+    """Return the dump's tensors as FSDP names them: two chunks of two blocks. The block index continues in the second
+    chunk: blocks.1.2, blocks.1.3.
+    """
     renamed = {}
     for key, value in state.items():
         if key.startswith("blocks."):
@@ -190,7 +192,7 @@ def test_resize_rule_can_be_overridden(rule: str, tmp_path: Path) -> None:
 
 
 def test_a_dump_brings_its_image_size(tmp_path: Path) -> None:
-    """Dumps of training at 224 have 257 positions where the released weights have 1370."""
+    """A dump of training at 224 pixels has 257 positions. The released weights have 1370."""
     original = random_model("test_plain", img_size=28)
     save_dump(as_dump(original.state_dict()), tmp_path / "dump.pth")
     loaded = load_model("test_plain", weights=tmp_path / "dump.pth")

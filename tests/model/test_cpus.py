@@ -1,4 +1,4 @@
-"""CPU quotas of both cgroup versions, wherever in the hierarchy they are set."""
+"""Tests of CPU quotas in both cgroup versions, set at any level of the hierarchy."""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""decode: every format and mode gives the right pixels, and no bytes at all give anything but our errors."""
+"""Tests of `decode`: every format and mode gives the right pixels, and arbitrary bytes raise only the documented
+errors.
+"""
 
 import contextlib
 import io
@@ -38,7 +40,7 @@ def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def photo(height: int = 24, width: int = 40) -> np.ndarray:
-    """Smooth, without any symmetry, so that a wrong turn or channel order shows: uint8 [H, W, 3]."""
+    """Return a smooth image without symmetry, uint8 [H, W, 3], so that a wrong rotation or channel order is visible."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [40 + 5 * x, 20 + 9 * y, 230 - 2 * x - 4 * y]
     return np.stack(channels, -1).clip(0, 255).astype(np.uint8)
@@ -50,7 +52,7 @@ GREY = RGB.convert("L")
 
 
 def corpus() -> dict[str, bytes]:
-    """Valid images, one per format, mode and compression that we can write: name -> bytes."""
+    """Return valid images by name, one for each format, mode and compression that Pillow can write."""
     rgba = RGB.convert("RGBA")
     rgba.putalpha(GREY)
     grey16 = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
@@ -103,7 +105,9 @@ def test_every_format_and_mode_becomes_rgb(name: str) -> None:
              pytest.param("avif", marks=NEEDS_AVIF)],
 )  # fmt: skip
 def test_colours_survive(name: str) -> None:
-    """Against the pixels that went in: lossy codecs within their noise, and the first frame of animations."""
+    """Decoded pixels must equal the original ones, within the noise of a lossy codec. Animations yield their first
+    frame.
+    """
     error = np.abs(decode(CORPUS[name]).astype(int) - PHOTO)
     exact = name in ("png", "bmp", "webp-lossless", "tiff", "tiff-cmyk", "tiff-pages", "tiff-tiff_lzw")
     assert error.mean() <= (0 if exact else 6), name
@@ -113,7 +117,9 @@ def test_colours_survive(name: str) -> None:
 
 
 def turned(orientation: int) -> np.ndarray:
-    """What EXIF 2.32's table says an upright reader shows for stored PHOTO: row 0 and column 0 are where it says."""
+    """Return PHOTO as an upright reader must show it for an orientation, by the table of EXIF 2.32: it says where the
+    stored row 0 and column 0 belong.
+    """
     return {
         1: PHOTO,
         2: PHOTO[:, ::-1],
@@ -211,7 +217,9 @@ def test_colour_keys_and_palette_transparency_become_white() -> None:
 
 
 def test_adobe_ycck_jpeg_has_the_right_colours() -> None:
-    """Made by hand: Pillow writes CMYK only. YCC of the ink values, then the transform byte says YCCK."""
+    """Pillow can only write CMYK, so the test converts the ink values to YCC and sets the transform byte to YCCK
+    itself.
+    """
     cmy = np.asarray(Image.new("RGB", (16, 16), (200, 60, 30)))  # ink: much cyan
     ycc = np.asarray(Image.fromarray(cmy).convert("YCbCr"))
     ycck = np.dstack([255 - ycc, np.zeros((16, 16), np.uint8)])  # Pillow inverts what it writes; no black ink
@@ -339,7 +347,7 @@ LIMITS = DecodeLimits(max_bytes=100_000, max_pixels=20_000)
 
 
 def decode_or_refuse(data: bytes) -> None:
-    """The invariant: pixels within the limits, or one of our errors."""
+    """Assert that `decode` returns pixels within the limits or raises one of the documented errors."""
     try:
         pixels = decode(data, LIMITS)
     except OURS:
@@ -352,7 +360,7 @@ def decode_or_refuse(data: bytes) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about odd tags
 def test_mutated_files_never_raise_anything_else() -> None:
-    """Flipped, cut, doubled and spliced files from a fixed seed; header bytes are hit most."""
+    """The files are flipped, cut, duplicated and spliced with a fixed seed. Header bytes are changed most often."""
     rng = random.Random(20240611)
     names, stop = list(CORPUS), time.monotonic() + 8
     tried = 0
@@ -418,7 +426,9 @@ def test_errors_are_value_errors_of_one_family() -> None:
 
 
 def tiff(tags: dict[int, int], body: bytes) -> bytes:
-    """A little-endian TIFF with one entry per tag, all LONG; `body` follows, and tags 273 and 324 point to it."""
+    """Return a little-endian TIFF with one LONG entry per tag. `body` follows the entries, and tags 273 and 324 point
+    to it.
+    """
     body_at = 8 + 2 + 12 * len(tags) + 4
     entries = [struct.pack("<HHII", tag, 4, 1, body_at if tag in (273, 324) else tags[tag]) for tag in sorted(tags)]
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + body
@@ -454,7 +464,7 @@ def test_a_16_bit_colour_key_becomes_white() -> None:
 
 
 def with_scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again, until it has `count` scans."""
+    """Return a progressive JPEG with `count` scans, by repeating its last scan."""
     data = encode(GREY, "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * (count - data.count(b"\xff\xda")) + data[-2:]
@@ -495,7 +505,7 @@ def test_segments_of_a_jpeg_pass_at_the_limit() -> None:
 
 
 def test_walking_over_the_largest_jpeg_is_cheap() -> None:
-    """Though each byte of it may begin a marker."""
+    """The check must be cheap even if every byte may begin a marker."""
     start = encode(RGB, "JPEG")[:-2]
     for filling in (b"\xff", b"\xff\0", b"\xff\xd0"):
         started = time.process_time()
@@ -504,7 +514,7 @@ def test_walking_over_the_largest_jpeg_is_cheap() -> None:
 
 
 def test_scans_of_a_jpeg_in_a_tiff_are_bounded() -> None:
-    """By libtiff itself; here it is seen that the one of this Pillow does."""
+    """libtiff enforces this limit. The test checks that the libtiff in this Pillow build does."""
     tags = {256: 40, 257: 24, 258: 8, 259: 7, 262: 1, 273: 0, 277: 1, 278: 24}
     few, many = (tiff({**tags, 279: len(body)}, body) for body in (with_scans(20), with_scans(JPEG_MAX_SCANS + 1)))
     assert decode(few).shape == (24, 40, 3)

@@ -1,4 +1,6 @@
-"""Files are whole or not there, and durable: the flush comes before the rename, and the rename is flushed too."""
+"""Tests that files are written completely or not at all, and durably: a flush precedes the rename, and the folder is
+flushed after it.
+"""
 
 import os
 import subprocess
@@ -14,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what is flushed and renamed, in order."""
+    """Return a list that records the names of flushed and renamed files, in order."""
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -118,7 +120,7 @@ def test_sync_takes_files_and_folders(tmp_path: Path, calls: list[str]) -> None:
 
 
 def test_the_size_at_the_flush_is_the_whole_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less than a buffer: nothing of it may wait in the process when the disk is told to write."""
+    """The content is smaller than a buffer, but none of it may remain in the process when the file is flushed."""
     sizes, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (sizes.append(os.fstat(handle).st_size), fsync(handle)))
     with replacing(tmp_path / "out") as path, path.open("wb") as file:

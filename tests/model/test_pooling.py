@@ -1,4 +1,6 @@
-"""Poolings: which parts they join, how wide the vectors are, and that all callers compute the same."""
+"""Tests of poolings: the parts that they join, the widths of their vectors, and that all callers compute the same
+vectors.
+"""
 
 import numpy as np
 import pytest

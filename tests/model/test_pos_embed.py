@@ -1,4 +1,4 @@
-"""The three resize rules against torch's own interpolation, and the promises of the native grid."""
+"""Compares the three resize rules with torch's own interpolation, and tests the native grid."""
 
 import hashlib
 
@@ -52,7 +52,7 @@ def test_cached_matrices_cannot_be_changed() -> None:
 
 
 def test_the_bits_are_the_same_on_every_processor() -> None:
-    """A graph with these positions is derived byte for byte, so its sha256 in a manifest must hold anywhere."""
+    """The manifest stores the sha256 of a graph that contains these positions, so they must be equal on every host."""
     whole = np.random.default_rng(0).integers(-(2**20), 2**20, (1, 1 + 37 * 37, 8))
     pos_embed = (whole / 2**24).astype(np.float32)
     digests = [

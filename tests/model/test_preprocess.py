@@ -1,4 +1,6 @@
-"""The reference transform: against hand-made values, against Hugging Face's processor, and its refusals."""
+"""Tests of the reference transform: comparisons with hand-computed values and with Hugging Face's processor, and the
+errors.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ SIZES = [(224, 224), (256, 256), (300, 400), (401, 299), (97, 130), (14, 600), (
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth waves with noise: bicubic overshoot and clipping both happen."""
+    """Return smooth waves with noise, so that bicubic overshoot and clipping both occur."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(rng.uniform(0.02, 0.3) * y + rng.uniform(0.02, 0.3) * x + c) for c in range(3)]
@@ -21,7 +23,9 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def slow_reference(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
-    """torchvision's Resize, CenterCrop, ToTensor, Normalize as their documentation reads, one step after another."""
+    """Apply torchvision's Resize, CenterCrop, ToTensor and Normalize one after another, as their documentation defines
+    them.
+    """
     height, width = image.shape[:2]
     if height <= width:
         size = (resize, int(resize * width / height))
@@ -56,7 +60,7 @@ def test_constant_image_by_hand() -> None:
 
 @pytest.mark.parametrize(("width", "left"), [(256, 16), (257, 16), (259, 18), (258, 17)])
 def test_odd_margin_is_rounded_half_to_even(width: int, left: int) -> None:
-    """Margins of 16, 16.5, 17.5 and 17 pixels; the height is 256 already, so nothing is resized."""
+    """The margins are 16, 16.5, 17.5 and 17 pixels. The height is 256 already, so nothing is resized."""
     image = np.zeros((256, width, 3), np.uint8)
     image[:, :, 0] = np.minimum(np.arange(width), 255)
     first = preprocess(image, REFERENCE_224)[0, 0, 0]
@@ -175,7 +179,7 @@ def test_input_is_not_changed_and_may_be_read_only() -> None:
 @pytest.mark.parametrize("spec", [REFERENCE_224, REFERENCE_518, PreprocessSpec(resize=224, crop=None)])
 @pytest.mark.parametrize("size", [(300, 400), (401, 299), (640, 480), (1000, 333)])
 def test_crop_box_says_where_a_pixel_of_the_input_lies(size: tuple[int, int], spec: PreprocessSpec) -> None:
-    """Ramps along x and y: the network's input then holds the coordinates that it was made from."""
+    """The image contains ramps along x and y, so each value of the input is the coordinate that it came from."""
     height, width = size
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     image = np.zeros((height, width, 3), np.uint8)

@@ -1,7 +1,7 @@
-"""Hugging Face's own models on random weights, against our converter, our backbone and the resize rule.
+"""Compares Hugging Face's own models on random weights with our converter, our backbone and the resize rule.
 
-Every parameter is random and LayerScale lies far from one, so a tensor that is dropped, swapped or left at its
-initialisation shows.
+Every parameter is random and LayerScale's gains are far from one, so the comparison fails if a tensor is dropped,
+swapped or left at its initial value.
 """
 
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_masked_patches() -> None:
 
 @torch.inference_mode()
 def test_another_resize_rule_would_show() -> None:
-    """The comparison above can fail: the rules differ by far more than its tolerance."""
+    """The comparison above is able to fail: two rules differ by far more than its tolerance."""
     reference = hugging_face(registers=False, swiglu=False, task=False)
     x = torch.randn(1, 3, 28, 70, generator=torch.Generator().manual_seed(10))
     config = ViTConfig(embed_dim=48, depth=3, num_heads=4, img_size=56, pos_embed_rule="offset")

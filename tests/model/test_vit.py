@@ -1,4 +1,4 @@
-"""The backbone: Meta's outputs on regenerated weights, and its properties on a small random one."""
+"""Tests of the backbone: Meta's outputs on regenerated weights, and properties of a small random model."""
 
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ SMALL = ViTConfig(embed_dim=32, depth=4, num_heads=2, img_size=56, num_register_
 
 
 def oracle_weights(model: DinoVisionTransformer) -> dict[str, torch.Tensor]:
-    """The weights that tests/data/README.md describes: keys in sorted order, each with its own generator."""
+    """Return the weights that tests/data/README.md describes: keys in sorted order, each with its own generator."""
     weights = {}
     for index, (key, tensor) in enumerate(sorted(model.state_dict().items())):
         n = np.random.default_rng([11, index]).standard_normal(tuple(tensor.shape), dtype=np.float32)
@@ -52,7 +52,7 @@ def official() -> tuple[DinoVisionTransformer, dict[str, np.ndarray]]:
 
 
 def compare(entries: dict[str, np.ndarray], group: str, ours: dict[str, torch.Tensor]) -> None:
-    """Every entry of a group, none left out."""
+    """Compare every entry of a group of recorded outputs with ours."""
     expected = {key.partition("/")[2]: value for key, value in entries.items() if key.startswith(f"{group}/")}
     assert expected.keys() == ours.keys()
     for key, value in expected.items():
@@ -95,7 +95,7 @@ def test_no_group_of_the_oracle_is_forgotten() -> None:
 
 @pytest.fixture(scope="module")
 def small() -> DinoVisionTransformer:
-    """Small, with every parameter random: zeros and ones would hide what is not used."""
+    """Return a small model with random values in every parameter. Zeros and ones would hide unused parameters."""
     torch.manual_seed(5)
     model = DinoVisionTransformer(SMALL).eval()
     with torch.no_grad():
@@ -187,7 +187,9 @@ def test_images_of_a_batch_do_not_touch_each_other(small: DinoVisionTransformer,
 
 
 def test_weights_at_the_start() -> None:
-    """As in Meta's code: a truncated normal for linear layers and positions, nearly zero class and register tokens."""
+    """As in Meta's code, linear layers and positions have a truncated normal distribution, and class and register
+    tokens are nearly zero.
+    """
     torch.manual_seed(0)
     config = ViTConfig(embed_dim=96, depth=2, num_heads=2, img_size=140, num_register_tokens=30, layerscale_init=1e-4)
     state = DinoVisionTransformer(config).state_dict()
@@ -245,7 +247,7 @@ def test_impossible_requests_are_refused(small: DinoVisionTransformer, pixels: t
     ("name", "count", "parameters"), [("s", 175, 22.06e6), ("b", 175, 86.58e6), ("l", 343, 304.4e6)]
 )
 def test_published_sizes(name: str, count: int, parameters: float) -> None:
-    """Tensors as in the released files, parameters as the MODEL_CARD's 21, 86 and 300 million."""
+    """The tensors are those of the released files, and the parameter counts are MODEL_CARD's 21, 86 and 300 million."""
     with torch.device("meta"):
         model = DinoVisionTransformer(config_for(f"dinov2_vit{name}14"))
         registers = DinoVisionTransformer(config_for(f"dinov2_vit{name}14_reg"))

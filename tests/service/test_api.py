@@ -1,4 +1,4 @@
-"""The routes over HTTP (without a socket), on the fake engine."""
+"""Tests of the routes over HTTP, without a socket, on the fake engine."""
 
 import asyncio
 import base64

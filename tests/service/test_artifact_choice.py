@@ -1,4 +1,4 @@
-"""Which artifact `--model` means."""
+"""Tests of the artifact that `--model` selects."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from tests.fakes import plain_photo
 
 
 def put(data_dir, *, name="mine", created="2026-01-01T00:00:00+00:00"):
-    """A folder with the bundled artifact's manifest under another name and time."""
+    """Create a folder with the bundled artifact's manifest under another name and time."""
     manifest = read_manifest(bundled_artifact()).model_copy(update={"name": name, "created": created})
     folder = data_dir / "artifacts" / f"{name}-{created[:10]}"
     folder.mkdir(parents=True)

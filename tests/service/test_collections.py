@@ -1,4 +1,4 @@
-"""Collections, aliases, statistics and snapshots over HTTP."""
+"""Tests of collections, aliases, statistics and snapshots over HTTP."""
 
 import asyncio
 from pathlib import Path
@@ -16,7 +16,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class SnapshotDict(DictStore):
-    """With snapshots, each a file that says how many items there were, and statistics."""
+    """A DictStore with statistics and with snapshots. Each snapshot writes a file."""
 
     capabilities = DictStore.capabilities | {"snapshots", "stats"}
 

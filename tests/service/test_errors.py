@@ -1,4 +1,4 @@
-"""Every error of the table, provoked over HTTP; and the table, the page about it and these tests agree."""
+"""Provokes every error of the table over HTTP, and tests that the table, its documentation and these tests agree."""
 
 import asyncio
 import base64
@@ -48,7 +48,7 @@ def provokes(code: str) -> Callable[[Provoke], Provoke]:
 
 @asynccontextmanager
 async def busy(tmp_path: Path, **settings) -> AsyncIterator[Running]:
-    """A service whose engine is in a pass that does not end before the block does."""
+    """Yield a service with an engine in a pass that does not end before the `with` block does."""
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0, **settings) as run:
         engine.gate = threading.Event()

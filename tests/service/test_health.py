@@ -1,4 +1,4 @@
-"""/livez, /readyz: what each condition does to them, and that a dead Redis costs only its hits."""
+"""Tests of /livez and /readyz: the effect of each condition on them, and that a dead Redis only costs cache hits."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""Bodies made to hurt: whatever a client sends costs little, is told in a few words, and damages nothing kept."""
+"""Tests of hostile request bodies: each costs little, gets a short error, and damages no stored data."""
 
 import base64
 import threading

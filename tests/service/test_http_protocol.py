@@ -1,4 +1,4 @@
-"""Limits on heads: size and time, and what they must leave alone."""
+"""Tests of the limits on the size and the time of request heads, and that they do not affect other requests."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ class Quick(BoundedHttpProtocol):
 
 
 async def app(scope, receive, send):
-    """Reads the body; answers with its size, for /slow after longer than a head may take."""
+    """Read the body and answer with its size. For /slow, answer after more time than a request head may take."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -52,7 +52,7 @@ async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.Strea
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
-    """All until the server closes; a reset is a close."""
+    """Return all bytes until the server closes the connection. A reset counts as a close."""
     answer = b""
     try:
         async with asyncio.timeout(5):

@@ -1,4 +1,4 @@
-"""Items over HTTP: how they come in, are read, edited, listed, counted and deleted."""
+"""Tests of items over HTTP: adding, reading, editing, listing, counting and deleting them."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""What may take longer than a request's deadline: taking and restoring a snapshot, and sending an answer."""
+"""Tests of requests that may exceed the deadline: taking and restoring a snapshot, and sending an answer."""
 
 import asyncio
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.fakes import DIMS, photo, running
 
 
 class Slow:
-    """A store whose snapshots take a while."""
+    """A store that needs some time for snapshots."""
 
     def __init__(self, store: Any, seconds: float) -> None:
         self._store, self._seconds = store, seconds

@@ -1,4 +1,4 @@
-"""The border around every request: what it counts and gives back, what it logs, and clients that leave at any time."""
+"""Tests of the middleware: the limits and metrics of requests, the logs, and clients that leave at any time."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ async def chunks(data: bytes) -> AsyncIterator[bytes]:
 
 
 async def exchange(app: Any, body: bytes, leave: asyncio.Event, path: str = EMBED) -> list[dict[str, Any]]:
-    """A request to an ASGI application, from a client that hangs up when `leave` is set; what was sent to it."""
+    """Send a request to an ASGI application, disconnect when `leave` is set, and return the messages that were sent."""
     sent: list[dict[str, Any]] = []
     asked = False
 
@@ -145,7 +145,7 @@ async def test_the_log_has_the_fault_among_several_bad_items(tmp_path, caplog):
 
 
 def watchers() -> list[str]:
-    """Tasks that still wait for a client to leave."""
+    """Return the names of the tasks that still wait for a client to leave."""
     names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
     return [name for name in names if name.endswith("._watch")]
 

@@ -1,4 +1,4 @@
-"""Photos kept under their sha256: in a local folder, in whatever fsspec reaches, and over HTTP."""
+"""Tests of images stored under their sha256: in a local folder, in any fsspec file system, and over HTTP."""
 
 import asyncio
 import base64
@@ -176,7 +176,7 @@ async def test_a_remote_storage_is_not_sent_what_it_has(tmp_path):
 
 
 async def test_few_calls_are_under_way_at_one_time(tmp_path):
-    """Each holds an image in memory."""
+    """Each call holds an image in memory."""
     originals = Originals("memory://few")
     gate, lock, under_way, most = threading.Event(), threading.Lock(), 0, 0
 
@@ -245,7 +245,7 @@ async def test_a_storage_that_raises_anything(tmp_path):
 
 
 async def test_storage_with_folders_of_its_own(tmp_path):
-    """`pipe_file` fails where the folder is missing (sftp, smb, hdfs): it is made then."""
+    """On sftp, smb and hdfs `pipe_file` fails if the folder is missing. The folder must then be created."""
     originals = Originals(f"dir::file://{tmp_path}/kept")  # not recognised as local: the way of a remote one
     assert type(originals._fs).__name__ == "DirFileSystem"
     originals._root = ""

@@ -1,4 +1,6 @@
-"""Outcomes: an item's error stays its own, a fault of ours goes up, `on_error` decides at the end."""
+"""Tests of outcomes: an item's error affects only this item, an internal error is raised, and `on_error` decides at the
+end.
+"""
 
 import pytest
 

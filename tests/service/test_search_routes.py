@@ -1,4 +1,6 @@
-"""Searching over HTTP: every form of query against the plain definition, batches, filters, and bodies made to hurt."""
+"""Tests of searching over HTTP: every form of query compared with the plain definition, batches, filters and hostile
+bodies.
+"""
 
 import asyncio
 import base64
@@ -37,7 +39,7 @@ def text_of(image: bytes) -> str:
 
 
 class CountingStore(DictStore):
-    """Which calls came."""
+    """A store that records its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class CountingStore(DictStore):
 
 
 async def fill(run, store, *, pooling="cls", count=N, name="shop", **spec) -> list[Item]:
-    """A collection of noise images p00, p01, ...; its items as the store has them."""
+    """Create a collection of noise images p00, p01, ..., and return its items as stored."""
     tag = run.service.tag(pooling=pooling)
     dims = DIMS * (2 if pooling == "cls+mean" else 1)
     await store.create(name, CollectionSpec(tag, dims, **spec))
@@ -72,7 +74,7 @@ async def fill(run, store, *, pooling="cls", count=N, name="shop", **spec) -> li
 
 
 def plain(items, vector, k=10, offset=0, exclude=(), where=None, threshold=-2.0) -> list[tuple[str, float]]:
-    """The definition: every item's cosine, sorted."""
+    """Return all items sorted by their cosine, which is the definition of a search."""
     vector = np.asarray(vector, np.float64) / np.linalg.norm(np.asarray(vector, np.float64))
     condition = parse_filter(where) if where else None
     scored = [
@@ -173,7 +175,7 @@ def test_what_is_left_of_vectors_that_cancel_out_is_not_searched_for():
 
 
 def slow_weights(covers, box, grid, steps=40):
-    """By samples: the share of each patch whose points the region covers."""
+    """Return the share of each patch that the region covers, estimated by sampling points."""
     x, y, width, height = box
     weights = np.zeros(grid)
     for row in range(grid[0]):
@@ -336,7 +338,7 @@ async def test_a_part_of_weight_0_counts_nothing(tmp_path):
     ],
 )
 async def test_values_of_another_type_and_parts_that_make_no_sense(tmp_path, body, words):
-    """JSON has types: what is no number there is none. In forms and addresses everything is text."""
+    """JSON has types, so text in JSON is not accepted as a number. In forms and URLs every value is text."""
     store = DictStore()
     form = {} if "queries" in body or "combine" in body else {"id": "p00"}
     async with running(tmp_path, store=store) as run:
@@ -821,7 +823,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 async def test_every_line_of_the_page_runs(tmp_path):
-    """Over a true socket: each answers 200, in the order of the page."""
+    """The requests use a real socket. Each must answer 200, in the order of the page."""
     (tmp_path / "photo.jpg").write_bytes(photo(1, size=(640, 480), kind="JPEG"))
     store = DictStore()
     async with running(tmp_path / "data", store=store) as run:
@@ -853,7 +855,9 @@ def test_the_page_names_every_field():
 
 
 async def test_reranking_finds_photos_whose_source_is_elsewhere(tmp_path):
-    """As `dinov2 index --originals` writes them: the address of the file, and the digest of what is stored."""
+    """`dinov2 index --originals` writes such items: the source is the file's address, and the digest is that of the
+    stored image.
+    """
     async with running(tmp_path) as run:
         assert (await run.client.put("/v1/collections/shop", json={"originals": True})).status_code == 201
         items = [{"id": f"p{i}", "image": text_of(photo(i)), "source": f"file:///{i}.png"} for i in range(3)]

@@ -1,4 +1,4 @@
-"""A really started server on the bundled artifact: OpenAI's client, hostile sockets, SIGTERM."""
+"""Tests of a real server process on the bundled artifact: OpenAI's client, hostile sockets and SIGTERM."""
 
 import base64
 import contextlib
@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 class Server:
-    """`python -m service` as its own process, on a free port, with nothing of this process's settings.
+    """A separate process of `python -m service`, on a free port, without this process's settings.
 
-    `code` is run in its place by tests that replace a part of it.
+    Tests that replace a part of the service pass `code`, which then runs instead.
     """
 
     def __init__(self, data_dir: Path, *, code: str | None = None, **settings: str) -> None:
@@ -57,7 +57,7 @@ class Server:
             self.close()
 
     def close(self) -> None:
-        """Of a process that has ended, what it still might have said."""
+        """Close the output pipe of a process that has ended."""
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -116,7 +116,9 @@ def test_the_line_in_the_greeting_works(server):
 
 
 def talk(port: int, request: bytes) -> bytes:
-    """Send bytes, read until the server closes."""
+    """Send bytes and return the answer: everything until the server closes the connection, or what has arrived with the
+    headers if the server keeps the connection open.
+    """
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(request)
         answer = b""
@@ -221,7 +223,7 @@ HALF_SENT = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png
 
 
 def seconds_to_stop(server, signals):
-    """With a request that never ends in flight."""
+    """Return how long the server takes to stop while a request that never ends is running."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stuck:
         stuck.sendall(HALF_SENT)
         time.sleep(0.3)
@@ -282,7 +284,7 @@ def test_what_is_wrong_is_told_in_a_line_before_it_starts(tmp_path, setting, val
 
 
 def why_not_started(data_dir, **settings):
-    """The one line that a start that fails says."""
+    """Return the one line that a failed start prints."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith("DINOV2_")}
     environment |= {"DINOV2_DATA_DIR": str(data_dir), "DINOV2_PORT": "0"} | settings
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Settings: from the environment only, typos refused, secrets masked."""
+"""Tests of settings: they come from the environment only, typos are refused, and secrets are masked."""
 
 import os
 

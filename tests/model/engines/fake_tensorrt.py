@@ -1,8 +1,9 @@
-"""A recording stand-in for CUDA and TensorRT: memory is the host's, a plan computes by a fixed rule.
+"""Recording fakes of CUDA and TensorRT. Device memory is host memory, and a plan computes features by a fixed rule.
 
-`FakeCuda` has the functions of `cuda.bindings.runtime` that the project calls. It keeps what is allocated, so that a
-test sees what was not given back, and lists every call. Work put on a stream runs at once, or, while the stream is
-captured, when the graph is launched: one that was captured with a wrong address gives wrong features, as on a GPU.
+`FakeCuda` has the functions of `cuda.bindings.runtime` that the project calls. It records all allocations, so that a
+test can detect memory that is not released, and lists every call. Work on a stream runs immediately. If the stream is
+being captured, its work runs when the graph is launched, so a graph that was captured with a wrong address gives wrong
+features, as on a GPU.
 
 `fake_tensorrt(cuda)` has the classes of `tensorrt` that loading and running a plan needs. A plan is JSON (`fake_plan`).
 """
@@ -26,7 +27,9 @@ GPU = Gpu("NVIDIA Fake 4090", (8, 9), "999.10 (CUDA 13.0)")
 
 
 def features_of(pixels: np.ndarray, registers: int = 2, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """What a fake plan computes of [B, 3, SIDE, SIDE]: each output depends on every pixel of its own row only."""
+    """Return the features that a fake plan computes from pixels [B, 3, SIDE, SIDE]. Each output row depends on every
+    pixel of its own image only.
+    """
     flat = pixels.reshape(len(pixels), 3 * SIDE * SIDE)
     tokens = (
         (np.tanh(flat @ _mix(registers)) * scale).reshape(len(pixels), 1 + PATCHES + registers, DIM).astype(np.float32)
@@ -41,8 +44,10 @@ def _mix(registers: int) -> np.ndarray:
 
 
 def fake_plan(*, registers: int = 2, profiles: tuple = ((1, 1), (2, 16), (17, 64)), **changes: Any) -> bytes:
-    """A plan. Changes: `scale` (of its features), `wrong_batches` (where they are noise), `capturable`, `valid`,
-    `fused` (fused kernels that its bytes name), `weights` (anything; a refit changes it)."""
+    """Return a fake plan. The changes may be `scale` (of its features), `wrong_batches` (batch sizes with noise as
+    features), `capturable`, `valid`, `fused` (the number of fused kernels that the plan names) and `weights` (any
+    value; a refit replaces it).
+    """
     fused = changes.pop("fused", 0)
     names = b"\0_gemm_mha_v2" * fused
     return json.dumps({"registers": registers, "profiles": profiles} | changes).encode() + b"\n" + names
@@ -50,7 +55,9 @@ def fake_plan(*, registers: int = 2, profiles: tuple = ((1, 1), (2, 16), (17, 64
 
 @dataclass
 class FakeCuda:
-    """`cuda.bindings.runtime`. `fail` maps a function's name to (how many calls still succeed, the error code)."""
+    """A fake of `cuda.bindings.runtime`. `fail` maps a function's name to (the number of calls that still succeed, the
+    error code).
+    """
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     live: dict[int, ctypes.Array] = field(default_factory=dict)  # memory by address, device and pinned
@@ -179,7 +186,7 @@ class FakeCuda:
 
 
 class FakeContext:
-    """An execution context: computes at enqueue, with the shape and addresses it has then."""
+    """A fake execution context. It computes when the pass is queued, with its current shape and addresses."""
 
     def __init__(self, cuda: FakeCuda, plan: dict[str, Any]) -> None:
         self.cuda, self.plan = cuda, plan
@@ -289,7 +296,7 @@ class FakeEngine:
 
 
 def fake_tensorrt(cuda: FakeCuda, *, rtx: bool = False) -> Any:
-    """The module `tensorrt`, or `tensorrt_rtx`. Its `engines` are those it loaded."""
+    """Return a fake of the module `tensorrt` or `tensorrt_rtx`. Its list `engines` has every engine that it loaded."""
     engines: list[FakeEngine] = []
 
     class ILogger:
@@ -338,7 +345,7 @@ class _Severity:
 
 
 def fake_toolchain(cuda: FakeCuda, *, rtx: bool = False, version: str | None = None, gpu: Gpu = GPU) -> Toolchain:
-    """A host with a GPU."""
+    """Return the toolchain of a host with a GPU."""
     module = fake_tensorrt(cuda, rtx=rtx)
     name = "tensorrt_rtx" if rtx else "tensorrt"
     return Toolchain(Library(name, version or module.__version__, module), Cuda(cuda), gpu)

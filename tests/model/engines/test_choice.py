@@ -1,4 +1,6 @@
-"""Which engine serves, why others do not, and that none serves whose numbers were not compared."""
+"""Tests of the choice of the serving engine: which engine serves, why others do not, and that every engine is compared
+first.
+"""
 
 import logging
 import sys
@@ -28,7 +30,7 @@ PASSED = GateRecord(status="passed", reason="as the test says")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """With an fp16 graph, and an int8 graph whose gate was not measured."""
+    """Return an artifact with an fp16 graph and an int8 graph without a measured gate."""
     folder = tmp_path_factory.mktemp("artifacts")
     graphs = [GraphSpec(size=(70, 70), precision=precision) for precision in ("fp16", "int8")]
     made = export_artifact(backbone(licence="x"), folder, ExportOptions(), graphs)
@@ -36,7 +38,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def with_gate(artifact: Artifact, gate: GateRecord | None) -> Artifact:
-    """The artifact as if its int8 graph had this gate."""
+    """Return the artifact with this gate in the record of its int8 graph."""
     records = [r.model_copy(update={"gate": gate}) if r.precision == "int8" else r for r in artifact.manifest.parity]
     return replace(artifact, manifest=artifact.manifest.model_copy(update={"parity": records}))
 
@@ -47,7 +49,7 @@ def without_graphs(artifact: Artifact) -> Artifact:
 
 
 class Wrong:
-    """An engine whose features have nothing to do with the image."""
+    """An engine with features that do not depend on the image."""
 
     name, precision, device = "wrong", "bf16", "cpu"
 
@@ -133,7 +135,7 @@ def test_an_engine_that_strays_is_passed_over(exported: Artifact, monkeypatch: p
 def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
     exported: Artifact, monkeypatch: pytest.MonkeyPatch, wrong_at: int | None
 ) -> None:
-    """Each batch has kernels of its own, so each could be wrong by itself."""
+    """Each batch size has its own kernels, and any of them may be wrong."""
     right, batches = load_engine(exported, "onnxruntime", threads=1), []
 
     class Gpu:
@@ -311,7 +313,7 @@ def test_one_slow_pass_does_not_decide_the_benchmark() -> None:
 
 
 def test_each_gate_of_an_int8_graph_must_have_passed(exported: Artifact) -> None:
-    """A dynamic graph has a record for each size that it was compared at."""
+    """A graph for any size has one record for each size at which it was compared."""
     passed = with_gate(exported, PASSED).manifest
     failed = [r.model_copy(update={"gate": GateRecord(status="failed", reason="k-NN fell")}) for r in passed.parity]
     failed = [r for r in failed if r.precision == "int8"]
@@ -322,7 +324,7 @@ def test_each_gate_of_an_int8_graph_must_have_passed(exported: Artifact) -> None
 
 
 class Failing:
-    """A runtime whose library raises something unforeseen, in its first pass."""
+    """A runtime that raises an unexpected error in its first pass."""
 
     name, precision, device = "failing", "bf16", "cpu"
 

@@ -1,4 +1,4 @@
-"""The gate's own arithmetic: k-NN beside the definition that training uses, and what int8 may lose."""
+"""Tests of the int8 gate: its k-NN agrees with the definition in training, and it allows only the documented losses."""
 
 from pathlib import Path
 
@@ -41,7 +41,9 @@ def test_no_image_of_a_later_block_is_its_own_neighbour() -> None:
 
 
 def tokens(val_wrong: int, train_wrong: int, *, n_val: int = 240, n_train: int = 1000) -> ClassTokens:
-    """Two classes far apart; so many images of each part lie with the wrong class."""
+    """Return tokens of two classes that are far apart, with the given number of images in each part near the wrong
+    class.
+    """
 
     def of(n: int, wrong: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(n) % 2

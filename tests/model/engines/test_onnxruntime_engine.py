@@ -1,4 +1,6 @@
-"""The ONNX Runtime engine: shapes, the two forms of attention, providers that must not fall back, no reports."""
+"""Tests of the ONNX Runtime engine: shapes, both forms of attention, providers without fallback, and disabled
+telemetry.
+"""
 
 import os
 import subprocess
@@ -38,7 +40,9 @@ def pixels(*shape: int) -> np.ndarray:
 
 
 def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
-    """Its telemetry writes a device id below the home folder as soon as it loads; nothing may be there."""
+    """ONNX Runtime's telemetry writes a device id to the home folder as soon as the module loads. The folder must stay
+    empty.
+    """
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}  # not CI: there it is silent by itself
     subprocess.run(
         [sys.executable, "-c", "from model.engines.onnxruntime_engine import load_runtime; load_runtime()"],

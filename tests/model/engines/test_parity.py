@@ -1,4 +1,4 @@
-"""The comparison's own arithmetic: crops at other sizes, and values that are not finite."""
+"""Tests of the parity check's arithmetic: crops at other sizes, and values that are not finite."""
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def means(pixels: np.ndarray) -> Features:
 
 
 class Recorded:
-    """An engine that remembers how many images came at a time."""
+    """An engine that records the size of each batch."""
 
     name, precision, device = "mean", "fp32", "cpu"
 

@@ -1,6 +1,6 @@
-"""The building process' own steps against a recording stand-in: what the real builder cannot show without a GPU.
+"""Tests of the build process with a recording fake, for what the real builder cannot do without a GPU.
 
-That is refitting, the timing cache, and the full library's ways that differ from TensorRT for RTX.
+These are refitting, the timing cache, and the behaviour in which the full library differs from TensorRT for RTX.
 """
 
 import io
@@ -21,7 +21,7 @@ class Flag(IntEnum):
 
 
 class Recorder:
-    """A module `tensorrt` whose calls are listed. `wrong` names the steps that fail."""
+    """A fake module `tensorrt` that lists all calls. `wrong` names the steps that fail."""
 
     def __init__(self, *wrong: str, typed_flag: bool = True) -> None:
         self.calls: list[tuple[Any, ...]] = []

@@ -1,4 +1,4 @@
-"""The TensorRT engine against a stand-in that computes in ordinary memory: padding, capture, release, errors."""
+"""Tests of the TensorRT engine with a fake that computes in host memory: padding, capture, release and errors."""
 
 import gc
 from pathlib import Path
@@ -220,7 +220,7 @@ def test_no_gpu_is_said() -> None:
 
 
 def test_nvidias_bindings_take_the_arguments_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU each call has to fail for that reason, not for a wrong argument."""
+    """Without a GPU each call must fail because the GPU is missing, not because an argument is wrong."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="NVIDIA's bindings: pip install cuda-bindings")
     if int(runtime.cudaGetDeviceCount()[0]) == 0:
         pytest.skip("there is a GPU: the calls would touch memory that is not theirs")

@@ -1,4 +1,4 @@
-"""From an artifact to a plan that may serve: keys, parity, refit, damage, a build that dies; TensorRT is a stand-in."""
+"""Tests of building plans with a fake TensorRT: keys, parity, refits, damaged files and builds that die."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def make_artifact(folder: Path, value: float, digit: str = "a", config: ViTConfi
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Graphs are a few bytes here, made from the weights and the spec; those asked for are listed."""
+    """Replace graphs by a few bytes made from the weights and the spec, and list the requested ones."""
     asked: list = []
 
     def write(weights, config, spec, path, *, activations=None):
@@ -80,7 +80,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 class Builder:
-    """What runs a job: writes the plan it was made with."""
+    """A replacement for `run_job` that writes the plan it was created with."""
 
     def __init__(self, plan: bytes | None = None) -> None:
         self.plan = fake_plan() if plan is None else plan
@@ -120,7 +120,7 @@ def test_a_plan_that_passes_is_kept_and_served(artifact: Artifact, tmp_path: Pat
 
 
 def test_what_is_there_is_not_built_again(artifact: Artifact, tmp_path: Path) -> None:
-    """So that a container can ask for its plan at every start."""
+    """A container can therefore request its plan at every start."""
     first = build(artifact, tmp_path)
     builder = Builder()
     options = BuildOptions(photos=PHOTOS)
@@ -173,7 +173,7 @@ def test_nan_never_passes(artifact: Artifact, tmp_path: Path) -> None:
 
 
 def test_a_failed_build_takes_an_older_plan_along(artifact: Artifact, tmp_path: Path) -> None:
-    """What strays now must not leave the plan of before under the same key."""
+    """If the new plan fails parity, the older plan under the same key is deleted too."""
     build(artifact, tmp_path)
     with pytest.raises(ParityError):
         build(artifact, tmp_path, fake_plan(wrong_batches=[1]))
@@ -330,7 +330,7 @@ def test_parity_needs_two_photos(artifact: Artifact, tmp_path: Path) -> None:
 
 
 def program(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
-    """Put another program in the builder's place."""
+    """Replace the build program by another program."""
     file = folder / "program.py"
     file.write_text(f"import json, os, signal, sys, time\n{body}\n")
     monkeypatch.setattr(tensorrt_build, "__file__", str(file))
@@ -396,7 +396,7 @@ def test_an_interrupt_takes_the_build_along(tmp_path: Path, monkeypatch: pytest.
 
 
 def modules(monkeypatch: pytest.MonkeyPatch, **found: object) -> None:
-    """What `import` gives for each library: a version, or the reason why not."""
+    """Set what importing each library gives: a module with a version, or the error."""
 
     def load(name: str):
         version = found.get(name, f"No module named {name!r}")
@@ -453,7 +453,7 @@ def test_reasons_in_plain_words(error: str, plain: str) -> None:
 
 
 def test_the_builder_reports_errors_as_its_last_line(tmp_path: Path) -> None:
-    """The real program, asked for a library that does not exist."""
+    """The test runs the real program with the name of a library that does not exist."""
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"library": "trt", "action": "build"}))
     command = [sys.executable, "-P", tensorrt_build.__file__, job]

@@ -1,7 +1,8 @@
-"""The gate: graphs as we write them go through a real TensorRT builder, TensorRT for RTX, which needs no GPU for that.
+"""Builds our graphs with a real builder, that of TensorRT for RTX, which needs no GPU.
 
-Each build is a process of its own. Asserted: they parse, they build strongly typed for several GPUs, the plan has one
-fused attention kernel a block and profile, and what cannot be fused is refused in plain words. Weights are random.
+Each build is a separate process. The tests assert that the graphs can be parsed and built as strongly typed networks
+for several GPUs, that a plan has one fused attention kernel per block and profile, and that a clear error is raised if
+attention cannot be fused. Weights are random.
 """
 
 import dataclasses
@@ -77,7 +78,7 @@ def build(
 def test_one_fused_attention_a_block(
     tmp_path: Path, model: str, precision: str, attention: str, target: str, depth: int
 ) -> None:
-    """Blocks are equal, so one case has the depth of the published models."""
+    """All blocks are alike, so only one case has the depth of the published models."""
     _, plan = build(tmp_path, model, precision, target, depth=depth, attention=attention)
     assert count_fused_attention(plan) == depth
 
@@ -89,7 +90,7 @@ def test_the_profiles_that_serving_uses(tmp_path: Path) -> None:
 
 
 def test_the_largest_models_form_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SwiGLU, and weights in a file beside the graph, as giant has them."""
+    """The giant model has SwiGLU layers and weights in a second file."""
     monkeypatch.setattr("model.onnx_graph.build.EXTERNAL_ABOVE_BYTES", 1000)
     _, plan = build(tmp_path, S_REG, "bf16", "SM89", depth=2, ffn="swiglu")
     assert (tmp_path / "graph.onnx.data").exists()
@@ -122,14 +123,16 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path, precision: str, target:
 
 
 def test_float32_slips_through_at_batch_one_and_is_caught_by_the_count(tmp_path: Path) -> None:
-    """Seen in TensorRT-RTX 1.7.1: with the batch fixed to 1 it decomposes what it may not, and says nothing."""
+    """With a batch fixed to 1, TensorRT-RTX 1.7.1 decomposes attention without an error, although it must not."""
     result, plan = build(tmp_path, S, "fp32", "SM89", depth=2, profiles=PROFILES[:1])
     with pytest.raises(BuildError, match="attention was not fused: the plan has 0 fused attention kernels"):
         check_fusion(result["library"], count_fused_attention(plan), 2)
 
 
 def test_the_bundled_artifact_becomes_a_plan(tmp_path: Path) -> None:
-    """All of `dinov2 build-engine` but the GPU: ONNX Runtime's CPU answers in the plan's place."""
+    """The test runs all of `dinov2 build-engine` without a GPU. ONNX Runtime's CPU engine computes in place of the
+    plan.
+    """
     from model.engines.onnxruntime_engine import OnnxEngine
 
     artifact = load_artifact(bundled_artifact(), derived_dir=tmp_path)

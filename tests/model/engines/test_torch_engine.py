@@ -1,4 +1,4 @@
-"""The torch engine: bf16, torch.compile, and what a GPU's buckets do with batches (a stand-in plays the GPU)."""
+"""Tests of the torch engine: bf16, torch.compile, and the padding of batches on a GPU, with fake CUDA graphs."""
 
 import gc
 import weakref
@@ -58,7 +58,7 @@ def test_bf16_keeps_residual_stream_and_norms_in_fp32(weights: Path) -> None:
 
 
 def test_an_engine_that_is_let_go_is_gone(weights: Path) -> None:
-    """Without waiting for the garbage collector: the export of a large model counts on it."""
+    """Memory must be released without the garbage collector, because the export of a large model depends on it."""
     engine = open_engine(weights)
     engine.run(pixels(1))
     gone = weakref.ref(engine)
@@ -87,7 +87,9 @@ def test_other_precisions_are_refused(weights: Path) -> None:
 
 @pytest.mark.parametrize("side", [70, 42])  # at 42 the positions are resized
 def test_compiled_gives_the_same(weights: Path, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced by torch.compile in one piece; without its code generation, which takes most of a minute here."""
+    """torch.compile traces the pass as one graph. Its code generator is not used, because it would take most of a
+    minute.
+    """
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend="eager", fullgraph=True))
     torch._dynamo.reset()  # it remembers sizes across engines
@@ -104,7 +106,7 @@ def test_no_image_is_an_error(weights: Path) -> None:
 
 
 class StandIn:
-    """A captured graph as the engine sees it: fixed buffers of one batch size, whose rows stay until overwritten."""
+    """A fake captured graph: fixed buffers of one batch size, in which rows remain until they are overwritten."""
 
     def __init__(self, forward, batch: int, shape: tuple[int, ...], device: str) -> None:
         self.pixels, self.forward, self.calls = torch.full((batch, *shape), torch.nan), forward, 0

@@ -1,4 +1,4 @@
-"""Further graphs of an artifact: which ones, what the manifest says of them, and the gate of int8."""
+"""Tests of the graphs in addition to `model.onnx`: their selection, their manifest records, and the int8 gate."""
 
 import json
 from collections.abc import Sequence

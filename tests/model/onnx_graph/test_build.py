@@ -1,4 +1,6 @@
-"""The graph against torch, for every kind of block, with LayerScale far from one so that a lost one shows."""
+"""Compares the graph with torch for every kind of block. LayerScale's gains are far from one, so a lost gain is
+detected.
+"""
 
 import tracemalloc
 from collections import Counter
@@ -108,7 +110,7 @@ def test_large_weights_go_beside_the_graph(tmp_path: Path, monkeypatch: pytest.M
 
 
 class MadeWhenRead(Mapping[str, np.ndarray]):
-    """Weights that exist only while somebody holds them, as those of a safetensors file."""
+    """Weights that are created on access and exist only while they are referenced, like those of a safetensors file."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -149,7 +151,7 @@ def test_size_off_the_patch_grid_is_refused(size: tuple[int, int]) -> None:
 
 
 def test_a_graph_for_any_size_looks_at_whole_patches_only() -> None:
-    """Engines refuse such sizes; the graph itself drops what is beyond the last whole patch."""
+    """The graph ignores pixels beyond the last whole patch. Engines refuse inputs of such sizes."""
     graph, pixels = built(random_model(BASE), GraphSpec(None)), random_pixels(1, (97, 71))
     whole = np.ascontiguousarray(pixels[:, :, :84, :70])
     for ours, cut in zip(run(graph, pixels), run(graph, whole), strict=True):

@@ -1,4 +1,4 @@
-"""The position embedding that the graph computes, against the numpy and torch one."""
+"""Compares the position embedding that the graph computes with those of numpy and torch."""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""Half precision, int8 and fp8: what stays float32, how close each comes, and what the runtimes make of it."""
+"""Tests of half precision, int8 and fp8: which parts stay float32, how accurate each precision is, and how runtimes run
+it.
+"""
 
 import dataclasses
 from collections import Counter
@@ -35,7 +37,7 @@ LINEAR = [f"blocks.{i}.{layer}" for i in range(3) for layer in ("attn.qkv", "att
 
 
 def types_of(graph: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every tensor."""
+    """Return the element type of every tensor of a graph, by name."""
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True).graph
     found = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     return found | {info.name: info.type.tensor_type.elem_type for info in [*inferred.value_info, *inferred.output]}
@@ -85,7 +87,9 @@ def test_what_is_half_and_what_stays_float32(precision: str, attention: str) -> 
 
 
 def test_a_residual_stream_beyond_float16_survives() -> None:
-    """A channel of the stream at 100,000, as no float16 can hold: the norms bring it back into range."""
+    """One channel of the residual stream is 100,000, which float16 cannot represent. The norms scale it back into
+    range.
+    """
     model, pixels = random_model(BASE), random_pixels(1, (98, 98))
     with torch.no_grad():
         model.pos_embed[:, :, 5] = 1e5
@@ -95,7 +99,9 @@ def test_a_residual_stream_beyond_float16_survives() -> None:
 
 
 def test_gains_below_float16_survive() -> None:
-    """LayerScale as initialised, 1e-5: folded into float16 weights most products would be subnormal or zero."""
+    """LayerScale has its initial gain of 1e-5. If it were folded into float16 weights, most products would be subnormal
+    or zero.
+    """
     model, pixels = random_model(BASE), random_pixels(1, (98, 98))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,7 +119,9 @@ def test_gains_below_float16_survive() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_emulation_rounds_like_the_reference_evaluator(precision: str) -> None:
-    """onnx's own evaluator has bfloat16; both stray from float32 by as much, and from each other by no more."""
+    """onnx's own evaluator supports bfloat16. Both results differ from float32 by the same amount, and from each other
+    by no more.
+    """
     from onnx.reference import ReferenceEvaluator
 
     config = dataclasses.replace(BASE, depth=1)
@@ -191,7 +199,7 @@ def test_full_int8_weights_are_fused_and_closer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["s7", "u8"])
 def test_int8_products_never_saturate(form: str) -> None:
-    """All weights and inputs at their largest, where AVX2 would run over 16 bits with eight-bit signed weights."""
+    """All weights and inputs have their largest value. With eight-bit signed weights AVX2 would overflow 16 bits."""
     rng = np.random.default_rng(0)
     weight = np.where(rng.random((32, 64)) < 0.9, 1, -1).astype(np.float32)
     x = np.where(rng.random((1, 5, 64)) < 0.9, 2, 0).astype(np.float32)

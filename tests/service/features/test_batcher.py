@@ -1,4 +1,4 @@
-"""Batching by itself: shapes, bounds, the departed, failures, a worker that dies or hangs."""
+"""Tests of the batcher alone: shapes, limits, clients that leave, failures, and a worker that dies or hangs."""
 
 import asyncio
 import itertools
@@ -35,7 +35,7 @@ async def batching(engine: FakeEngine, *, metrics: Metrics | None = None, **boun
 
 
 async def held(batcher: Batcher, engine: FakeEngine) -> asyncio.Future:
-    """Put the engine into a pass that lasts until its gate opens."""
+    """Start an engine pass that lasts until the engine's gate opens."""
     engine.gate = threading.Event()
     engine.entered.clear()
     first = batcher.submit(image(-1))

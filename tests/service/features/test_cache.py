@@ -1,4 +1,6 @@
-"""Both caches keep their promises; Redis, a true server here, may die, hang, lie or come back and costs only misses."""
+"""Tests of both caches. Redis is a real server here. If it dies, hangs, sends wrong data or recovers, requests only
+miss the cache.
+"""
 
 import asyncio
 import itertools
@@ -74,7 +76,9 @@ async def test_an_entry_may_fill_the_budget_and_a_larger_one_drives_out_nothing(
 
 
 async def test_memory_budget_is_real_memory() -> None:
-    """Ten times more goes in than fits; what Python allocates stays near the budget, from both sides."""
+    """The test adds ten times more data than fits. The memory that Python allocates must be close to the budget,
+    neither above nor far below.
+    """
     budget = 2 * 2**20
     rng = random.Random(1)
     tracemalloc.start()
@@ -100,7 +104,7 @@ async def test_no_budget_keeps_nothing() -> None:
 
 
 class Clock:
-    """In place of the module `time` of the cache."""
+    """A replacement for the module `time` in the cache."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -167,7 +171,7 @@ async def test_calls_that_were_under_way_do_not_lengthen_the_interval(clock: Clo
 
 
 async def test_a_recovery_clears_every_fault(clock: Clock) -> None:
-    """Also those of calls that are not made again."""
+    """It also clears faults of calls that are not repeated."""
     cache = RedisCache("redis://localhost", ttl_s=1, retry_s=0.5, max_retry_s=5)
     for call in ("get", "set"):
         await cache._guarded(call, lambda: fails(OSError("away")))
@@ -191,7 +195,7 @@ async def test_a_recovery_clears_every_fault(clock: Clock) -> None:
     ],
 )
 async def test_which_faults_stop_the_next_call(error: Exception, opens: bool, clock: Clock) -> None:
-    """A server that refuses one command may answer others; one that knows us not answers none."""
+    """A server that refuses one command may accept others. A server that rejects our password refuses all commands."""
     events: list[str] = []
     cache = RedisCache("redis://localhost", ttl_s=1, on_event=events.append)
     await cache._guarded("set", lambda: fails(error))
@@ -201,7 +205,7 @@ async def test_which_faults_stop_the_next_call(error: Exception, opens: bool, cl
 
 
 async def test_a_call_is_tried_once() -> None:
-    """The breaker decides when to try again, not the client."""
+    """The circuit breaker decides when to retry, not the Redis client."""
     tries = 0
 
     async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -232,7 +236,7 @@ async def test_a_closed_cache_leaves_no_connection(redis_server) -> None:
 
 
 class Probe:
-    """A RedisCache with its events, quick to retry."""
+    """A RedisCache that records its events and retries quickly."""
 
     def __init__(self, url: str, **options: float) -> None:
         self.events: list[str] = []
@@ -246,7 +250,7 @@ class Probe:
         await self.cache.close()
 
     async def eventually(self, key: str, value: bytes, within_s: float = 5) -> None:
-        """Uses the cache as the service does until it works again."""
+        """Use the cache as the service does until it works again."""
         deadline = time.monotonic() + within_s
         while await self.cache.get_many([key]) != [value]:
             assert time.monotonic() < deadline, self.events
@@ -383,7 +387,7 @@ async def test_a_recovery_ends_every_fault() -> None:
 
 
 async def test_hung_redis_costs_bounded_time(redis_server) -> None:
-    """SIGSTOP: connections stay open and new ones are accepted by the kernel, but nobody answers."""
+    """After SIGSTOP, connections stay open and the kernel accepts new ones, but the server does not answer."""
     async with Probe(redis_server.url) as probe:
         await probe.cache.set_many({"k": b"v"})
         redis_server.signal(signal.SIGSTOP)
@@ -471,7 +475,7 @@ async def test_full_redis_still_serves_reads(redis_server) -> None:
 async def speaking(
     handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[str]:
-    """The URL of a server that answers so; its connections are closed at the end."""
+    """Yield the URL of a server that passes every connection to `handler`. All connections are closed at the end."""
     tasks = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -500,7 +504,7 @@ async def test_what_speaks_no_redis_is_a_fault_like_any_other() -> None:
 
 @pytest.mark.parametrize("answer", [b"+OK", b":7", b"*0", b"*2\r\n$1\r\na\r\n$1\r\nb", b"*1\r\n:7", b"*1\r\n*1\r\n+b"])
 async def test_an_answer_of_another_kind_is_a_fault(answer: bytes) -> None:
-    """From something that knows PING, but not MGET."""
+    """The server supports PING but not MGET."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while sent := await reader.read(65536):
@@ -520,7 +524,7 @@ async def test_an_answer_of_another_kind_is_a_fault(answer: bytes) -> None:
 
 
 async def test_a_trickling_answer_is_bounded_too() -> None:
-    """Each byte arrives in time for the socket's limit, so only the limit on the whole call ends it."""
+    """Each byte arrives within the socket's time limit, so only the limit on the whole call can end it."""
 
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The decoder's errors become the service's."""
+"""Tests that the decoder's errors are translated to errors of the service."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The straight line: single flight, departures, the deadline, the cache's part, images that fail on their own."""
+"""Tests of the pipeline: single flight, clients that leave, the deadline, the cache, and failures of single images."""
 
 import asyncio
 import base64
@@ -120,7 +120,7 @@ async def test_work_that_nobody_waits_for_is_dropped_and_its_place_given_back(tm
 
 
 async def post_and_leave(app, body: bytes, leave: asyncio.Event) -> list[dict]:
-    """A client that sends a whole request and hangs up when `leave` is set; what the service still sent it."""
+    """Send a whole request, disconnect when `leave` is set, and return what the service sent until then."""
     sent: list[dict] = []
     first = True
 
@@ -249,7 +249,7 @@ async def test_the_times_of_an_image_are_told_by_stage_in_seconds(tmp_path):
 
 
 async def test_height_comes_before_width(tmp_path):
-    """Of the input that the engine is warmed up with, the patch grid, and the image."""
+    """This applies to the input that warms up the engine, to the patch grid and to the image."""
     artifact, engine, shapes = fake_artifact(), FakeEngine(), []
     spec = SPEC.model_copy(update={"resize": 28, "crop": None})
     manifest = artifact.manifest.model_copy(update={"input_size": (28, 56), "preprocess": spec})
@@ -402,7 +402,7 @@ def test_normalised_vectors_have_length_one(pooling):
 
 
 class Blocked:
-    """Stands in for a function: each call waits until the block ends, and then is the function's."""
+    """A wrapper of a function: each call waits until the `with` block ends, and then calls the function."""
 
     def __init__(self, monkeypatch, target: str) -> None:
         self.calls = 0

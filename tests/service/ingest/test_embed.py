@@ -1,4 +1,4 @@
-"""`dinov2 embed`: folders into one .npz with the vectors that the service gives, and what cannot be read listed."""
+"""Tests of `dinov2 embed`: it writes the vectors that the service computes to one .npz, and lists unreadable files."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def engine(artifact: Artifact) -> Engine:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Five images at two depths, a text file, a truncated JPEG and a hidden file."""
+    """Return a folder with five images at two depths, a text file, a truncated JPEG and a hidden file."""
     folder = tmp_path / "photos"
     (folder / "deep" / "er").mkdir(parents=True)
     rng = np.random.default_rng(0)

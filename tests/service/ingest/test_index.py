@@ -1,4 +1,4 @@
-"""Indexing: what lands in the collection, what a second run leaves alone, and that nothing waits that need not."""
+"""Tests of indexing: the stored items, the items that a second run skips, and that its stages run concurrently."""
 
 import asyncio
 import io
@@ -31,7 +31,7 @@ ARTIFACT = fake_artifact()
 
 
 class Recorder(DictStore):
-    """A store that notes how much each write brought, and can be slow or fail."""
+    """A store that records the size of each write. It can be slow or fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def write_photos(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six images at two depths, one with metadata, and three files that are none."""
+    """Return a folder with six images at two depths, one of them with metadata, and three files that are not images."""
     path = write_photos(tmp_path / "photos", ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png", "ü/写.png"])
     (path / "a.json").write_text('{"brand": "Arla", "price": 5}')
     (path / "empty.jpg").write_bytes(b"")
@@ -121,7 +121,7 @@ async def test_a_second_run_reads_and_embeds_nothing(folder: Path, monkeypatch: 
 
 
 async def test_only_the_run_itself_says_what_is_known_of_a_file(tmp_path: Path) -> None:
-    """A Parquet file or an archive may have a field of that name."""
+    """A Parquet file or an archive may have a field of the same name."""
     store = DictStore()
     stamps = [None, {"bytes": 1}]
     found = [

@@ -1,4 +1,6 @@
-"""Sources of `dinov2 index`: every kind gives its images, and what is hostile or broken is listed and stops nothing."""
+"""Tests of the sources of `dinov2 index`: every kind yields its images, and hostile or broken files are listed without
+stopping the run.
+"""
 
 import datetime
 import io
@@ -25,7 +27,7 @@ AN_HOUR_EAST = datetime.datetime(2026, 1, 1, 12, tzinfo=datetime.timezone(dateti
 
 
 def taken(*sources: object, **options: object) -> tuple[dict[str, Content], dict[str, str]]:
-    """id -> content, and source -> reason of what could not be had."""
+    """Return two dictionaries: content by id, and the reason by source for each image that could not be read."""
     contents, problems = {}, {}
     for one in find_photos([str(source) for source in sources], **options):
         if isinstance(one, Problem):
@@ -341,7 +343,7 @@ def test_lists(tmp_path: Path) -> None:
 
 
 class Listed:
-    """A file system that tells what one of an object store tells."""
+    """A file system that reports the same file information as an object store."""
 
     protocol = "s3"
     rows = (

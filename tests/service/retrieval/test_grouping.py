@@ -1,4 +1,4 @@
-"""Groups from as little of a ranking as they need are those of the whole ranking."""
+"""Tests that grouping reads only as much of a ranking as it needs and returns the groups of the whole ranking."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ KEY = ("shelf", "row")
 
 
 def ranking(values) -> list[Hit]:
-    """Hits with falling scores, with these values under `shelf.row` (...: without the key)."""
+    """Return hits with falling scores and these values of `shelf.row`. The value ... means that the key is missing."""
     return [
         Hit(f"p{i:03}", 1 - i / 1000, {} if value is ... else {"shelf": {"row": value}})
         for i, value in enumerate(values)
@@ -22,7 +22,7 @@ def ranking(values) -> list[Hit]:
 
 
 def brute(hits, k, size, offset=0, exclude=(), threshold=-2.0) -> list[tuple[str, list[str]]]:
-    """The definition: go down the whole ranking; a value's first item opens its group."""
+    """Group the whole ranking by definition: the first item with a value opens the group of this value."""
     opened: list[tuple[str, list[str]]] = []
     for hit in hits:
         value = hit.metadata.get("shelf", {}).get("row")
@@ -39,7 +39,7 @@ def brute(hits, k, size, offset=0, exclude=(), threshold=-2.0) -> list[tuple[str
 
 
 class Ranked:
-    """A search over a fixed ranking, that counts how deep it was asked to go."""
+    """A search over a fixed ranking that records how many hits were requested."""
 
     def __init__(self, hits) -> None:
         self.hits = hits

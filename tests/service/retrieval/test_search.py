@@ -1,4 +1,4 @@
-"""The one entry point of retrieval, called without a request of HTTP."""
+"""Tests of the entry point of retrieval, called without HTTP."""
 
 import base64
 import subprocess

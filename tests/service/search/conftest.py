@@ -1,4 +1,4 @@
-"""The stores that the conformance suite runs on: each opened empty for a test, and left empty by it."""
+"""The stores on which the conformance suite runs. Each is empty when a test starts and emptied when it ends."""
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -37,7 +37,7 @@ STORES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[VectorStore]
 
 @pytest.fixture(scope="session")
 def milvus_url() -> Iterator[str]:
-    """One server for all tests: starting it takes seconds."""
+    """Start one server for all tests, because starting it takes seconds."""
     from tests.service.search.milvus_server import milvus_server
 
     with milvus_server() as url:
@@ -52,7 +52,7 @@ def store_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def is_slow(store_name: str) -> bool:
-    """Whether a call takes a tenth of a second and more, so that sizes are to be small."""
+    """Return whether a call to this store takes at least a tenth of a second, so that tests use small sizes."""
     return store_name == "milvus"
 
 

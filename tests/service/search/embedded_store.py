@@ -1,4 +1,4 @@
-"""Helpers of the tests of the embedded store: a store in a folder, items for it, and one step of its maintenance."""
+"""Helpers for tests of the embedded store: a store in a folder, items for it, and one step of maintenance."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def items(count: int, dimension: int = D, seed: int = 0, prefix: str = "i") -> l
 
 
 async def same(store: EmbeddedStore, plain: DictStore, seed: int, k: int = 5, *, exact: bool = True) -> None:
-    """Both give the same answers to a few queries, with filters and without."""
+    """Assert that both stores give the same answers to a few queries, with and without filters."""
     assert await store.count("c") == await plain.count("c")
     queries = np.random.default_rng(seed).normal(size=(3, D))
     for where in (None, parse_filter({"key": "even", "eq": True}), parse_filter({"key": "n", "lt": 4})):
@@ -47,7 +47,7 @@ async def same(store: EmbeddedStore, plain: DictStore, seed: int, k: int = 5, *,
 
 
 def build_one(store: EmbeddedStore, *, seal_rows: int) -> None:
-    """One step of maintenance, in this thread."""
+    """Run one step of maintenance in the calling thread."""
     db = store._connect()
     store._maintenance._seal_rows = seal_rows
     with store._maintenance._working:

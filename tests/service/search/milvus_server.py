@@ -1,4 +1,4 @@
-"""A Milvus Lite server as a process of its own: what the Milvus tests talk to, kill and start again."""
+"""A Milvus Lite server in a separate process, which the Milvus tests use, kill and restart."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class MilvusServer:
-    """Milvus Lite over gRPC on a port of its own, with its data in `folder`."""
+    """Milvus Lite over gRPC on its own port, with its data in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,7 +54,7 @@ class MilvusServer:
         os.waitpid(self.process_id, os.WUNTRACED)
 
     def kill(self) -> None:
-        """At once, as when the machine loses power."""
+        """Kill the process immediately, as in a power cut."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -63,7 +63,7 @@ class MilvusServer:
 
 @contextlib.contextmanager
 def running_server() -> Iterator[MilvusServer]:
-    """A server to kill and start again."""
+    """Yield a server that a test may kill and restart."""
     with tempfile.TemporaryDirectory(prefix="milvus-") as folder:
         server = MilvusServer(Path(folder))
         server.start()
@@ -75,6 +75,6 @@ def running_server() -> Iterator[MilvusServer]:
 
 @contextlib.contextmanager
 def milvus_server() -> Iterator[str]:
-    """The URL of a server that lives as long as the context, as `Settings.vector_store` takes it."""
+    """Yield the URL of a server, as `Settings.vector_store` expects it. The server stops at the end of the block."""
     with running_server() as server:
         yield server.url

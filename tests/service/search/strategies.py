@@ -1,4 +1,4 @@
-"""Filters as a request may send them, for hypothesis."""
+"""hypothesis strategies for filters as a request may send them."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 def filter_bodies(
     keys: st.SearchStrategy[str], scalars: st.SearchStrategy[Any], bounds: st.SearchStrategy[Any]
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Conditions of every kind on these keys, alone and within each other; `bounds` are those of ranges."""
+    """Return a strategy of conditions of every kind on these keys, single and nested. `bounds` are the bounds of
+    ranges.
+    """
     ranges = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), bounds, min_size=1, max_size=3)
     one = st.one_of(
         st.builds(lambda key, value: {"key": key, "eq": value}, keys, scalars),

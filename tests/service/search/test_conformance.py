@@ -1,4 +1,4 @@
-"""What every vector store promises (`service/search/store.py`), tested on each of them alike."""
+"""Tests of the contract of every vector store (`service/search/store.py`), run on each store."""
 
 import asyncio
 import json
@@ -57,12 +57,12 @@ def items(count: int, seed: int = 0, prefix: str = "i") -> list[Item]:
 
 
 def exact(value: Any) -> str:
-    """JSON that tells 1, 1.0 and true apart."""
+    """Return JSON in which 1, 1.0 and true differ."""
     return json.dumps(value, sort_keys=True)
 
 
 async def all_items(store: VectorStore, collection: str = "c", where: Filter | None = None, limit: int = 100) -> Any:
-    """Everything that a scroll gives, in its order."""
+    """Return all items that a scroll yields, in order."""
     found: list[Item] = []
     cursor = None
     while True:
@@ -80,7 +80,7 @@ async def all_ids(store: VectorStore, collection: str = "c", where: Filter | Non
 
 
 def check_hits(hits: Sequence[Hit], reference: Sequence[Hit], k: int) -> None:
-    """Hits are the k best of `reference`, which has all, as far as scores can tell."""
+    """Assert that the hits are the k best items of `reference`, which has all items, up to equal scores."""
     scores = {hit.id: hit for hit in reference}
     assert len(hits) == min(k, len(reference))
     assert len({hit.id for hit in hits}) == len(hits)
@@ -820,14 +820,14 @@ KEYS: Final = ["a", "b", "a.b", "a.b.c", "日本", "with space", "it-s", "$", "i
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """Metadata with this value at a dotted key."""
+    """Return metadata with this value at a dotted key."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
 
 
 def corpus(is_small: bool) -> list[Item]:
-    """Every value under a plain key, some under each other key, and mixtures."""
+    """Return items with every value under a plain key, some values under each other key, and mixtures."""
     rng = np.random.default_rng(3)
     metadata = [{}, *({"a": value, "n": n} for n, value in enumerate(VALUES))]
     metadata += [nested("a.b", value) for value in VALUES[:: 7 if is_small else 2]]
@@ -1178,7 +1178,7 @@ def steps(count: int) -> st.SearchStrategy[list[tuple[Any, ...]]]:
 
 
 async def outcome(call: Any) -> Any:
-    """What a call gives or raises, to compare."""
+    """Return the result of a call, or the error that it raises, for a comparison."""
     try:
         result = await call
     except ServiceError as error:

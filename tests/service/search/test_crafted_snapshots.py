@@ -1,4 +1,4 @@
-"""Snapshots that somebody else has made or changed: everything that a write would refuse is refused by a restore."""
+"""Tests of snapshots that someone else made or changed: a restore refuses everything that a write would refuse."""
 
 import sqlite3
 import zlib

@@ -1,4 +1,4 @@
-"""Duplicates: groups against a walk over all pairs, and the route."""
+"""Tests of duplicates: the groups are compared with a search over all pairs; and the route is tested."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ def digest(text: str) -> str:
 
 
 def brute(items, threshold) -> list[list[str]]:
-    """The definition: walk from each item to all that are near enough, until nothing new is reached."""
+    """Group by definition: from each item, visit all items that are near enough, until no new item is reached."""
     left = sorted(items, key=lambda item: item.id)
     groups = []
     while left:
@@ -45,7 +45,7 @@ async def filled(vectors, **more) -> tuple[DictStore, list[Item]]:
 
 
 def clustered(rng, sizes, spread, dims=6):
-    """Vectors around as many centres, in random order."""
+    """Return vectors around the given number of centres, in random order."""
     rows = [rng.normal(size=dims) + spread * rng.normal(size=(size, dims)) for size in sizes]
     return rng.permutation(np.concatenate(rows)).astype(np.float32)
 
@@ -77,7 +77,7 @@ async def test_equal_vectors_count_at_a_threshold_of_one():
 
 
 async def test_equal_vectors_are_searched_for_once():
-    """A shop's placeholder image may be there ten thousand times."""
+    """A shop's placeholder image may occur ten thousand times."""
     store, items = await filled([*np.ones((300, DIMS)), *np.eye(DIMS)[:2], *(np.eye(DIMS)[:2] + 1e-3)])
     searched = []
     search = store.search

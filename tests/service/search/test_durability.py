@@ -1,5 +1,5 @@
-"""What is acknowledged stays: writes are synced, a file gets its name after its content, what was deleted does not come
-back, and one write that fails takes no other with it.
+"""Tests of durability: writes are synced, a file is named after its content is written, deleted items do not reappear,
+and a failed write affects no other write.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ EVERY = parse_filter({"key": "n", "gte": 0})
 
 @pytest.fixture(autouse=True)
 def quiet(tmp_path: Path) -> Iterator[None]:
-    """Segments are built by the tests only: as if another process had the lock of maintenance."""
+    """Hold the lock of maintenance, so that only the tests build segments."""
     held = lock_file(tmp_path / "maintenance.lock")
     assert held is not None
     with held:
@@ -45,7 +45,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths that are synced and renamed, as it happens; SQLite's own syncs are not seen."""
+    """Return a list that records the synced and renamed paths in order. SQLite's own syncs are not recorded."""
     calls: list[str] = []
     real_sync, real_rename = os.fsync, Path.replace
 
@@ -71,7 +71,7 @@ async def found(store: EmbeddedStore, query: Any, **given: Any) -> list[str]:
 
 
 async def test_a_commit_is_synced_by_sqlite(store: EmbeddedStore) -> None:
-    """`synchronous` is FULL (2): with NORMAL, a power cut takes the last commits of a log in WAL mode."""
+    """`synchronous` must be FULL (2). With NORMAL, a power cut loses the last commits of a log in WAL mode."""
     await store.upsert("c", items(1), tag=TAG)
     assert await store._write(lambda db: db.execute("PRAGMA synchronous").fetchone()) == (2,)
     assert await store._write(lambda db: db.execute("PRAGMA journal_mode").fetchone()) == ("wal",)
@@ -110,7 +110,9 @@ async def test_a_segment_is_synced_before_it_gets_its_name(
 async def test_what_was_deleted_of_an_older_segment_stays_so(
     tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what was changed, while newer segments are made, merged and grown, and the store is opened again."""
+    """Changed items are tested too, while newer segments are built, merged and extended, and after the store is
+    reopened.
+    """
     monkeypatch.setattr(building, "FLAT_BELOW", 100)
     monkeypatch.setattr(maintenance, "MANY", 1)
     store, plain = await opened(tmp_path, interval_s=60.0), DictStore()
@@ -164,8 +166,9 @@ async def test_records_of_the_deleted_go_when_no_segment_needs_them(store: Embed
 async def test_what_changes_while_a_segment_is_built_is_not_lost(
     tmp_path: Path, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Deleted and changed after the items were read: the records of it stay, for the next one that opens the store.
-    How many were deleted or changed before says nothing of the other."""
+    """The items are deleted and changed after the build has read them. The records of these changes must remain for the
+    next process that opens the store. The number of earlier changes must not matter.
+    """
     store, plain = await opened(tmp_path, interval_s=60.0), DictStore()
     for one in (store, plain):
         await one.create("c", CollectionSpec(TAG, D, index=IndexSpec("flat")))
@@ -201,7 +204,9 @@ async def test_what_changes_while_a_segment_is_built_is_not_lost(
 async def test_what_was_deleted_from_the_tail_stays_so_when_what_lies_before_it_is_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written, found, deleted and searched for again while a segment is built: the view knows the item as deleted."""
+    """An item is written, found, deleted and searched for again while a segment is built. The view must know that it is
+    deleted.
+    """
     store, plain = await opened(tmp_path, interval_s=60.0), DictStore()
     for one in (store, plain):
         await one.upsert("c", items(20), tag=TAG)
@@ -228,7 +233,7 @@ async def test_what_was_deleted_from_the_tail_stays_so_when_what_lies_before_it_
 
 
 async def test_another_store_learns_of_changes_to_its_tail_when_they_are_sealed_elsewhere(tmp_path: Path) -> None:
-    """Records of what a segment holds go when it is made; those of items beyond it must stay."""
+    """Building a segment removes the records of its items. Records of later items must remain."""
     one, two = await opened(tmp_path, interval_s=60.0), await opened(tmp_path, interval_s=60.0)
     plain = DictStore()
     for part in range(2):
@@ -261,7 +266,7 @@ async def test_another_store_learns_of_changes_to_its_tail_when_they_are_sealed_
 
 
 def _segment_of(store: EmbeddedStore, db: sqlite3.Connection, last: int) -> database.SegmentRow:
-    """A flat segment of the items up to a number, built but not in use."""
+    """Build a flat segment of the items up to a number, without putting it into use."""
     row = database.find(db, "c")
     built = building.build("flat", row.spec, list(database.read_items(db, row, after=0, to=last)))
     folder = building.new_folder()
@@ -271,7 +276,9 @@ def _segment_of(store: EmbeddedStore, db: sqlite3.Connection, last: int) -> data
 
 
 async def test_a_segment_of_outdated_ones_is_not_taken(store: EmbeddedStore) -> None:
-    """Two processes may build at once where locks do not work: the second finds that the first was faster."""
+    """Where locks do not work, two processes may build at once. The slower one must detect that the other one finished
+    first.
+    """
     await store.upsert("c", items(20), tag=TAG)
     db = store._connect()
     before = database.find(db, "c")
@@ -290,8 +297,9 @@ async def test_a_segment_of_outdated_ones_is_not_taken(store: EmbeddedStore) -> 
 
 
 async def test_a_part_that_is_made_anew_moves_no_other(tmp_path: Path) -> None:
-    """The first of two segments is built again: the second's items do not come back into the tail, and what is in the
-    tail stays there."""
+    """The first of two segments is rebuilt. The second segment's items must not return to the tail, and the items in
+    the tail must remain there.
+    """
     store = await opened(tmp_path, interval_s=60.0)
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("flat")))
     await store.upsert("c", items(100), tag=TAG)
@@ -312,7 +320,7 @@ async def test_a_part_that_is_made_anew_moves_no_other(tmp_path: Path) -> None:
 
 
 async def test_what_is_sealed_unseen_is_in_no_tail(tmp_path: Path) -> None:
-    """Written and sealed by another store since this one looked: it holds those items once."""
+    """Another store wrote and sealed items since this store last looked. This store must hold those items once."""
     one, two = await opened(tmp_path, interval_s=60.0), await opened(tmp_path, interval_s=60.0)
     await one.upsert("c", items(20), tag=TAG)
     assert len(await found(two, np.ones(D))) == 20
@@ -369,7 +377,7 @@ async def test_delete_by_filter_of_a_collection_that_is_dropped_meanwhile(
 
 
 async def held_back(store: EmbeddedStore, writes: Sequence[Any]) -> list[Any]:
-    """The results or errors of writes that wait together, so that they are committed together."""
+    """Hold several writes back so that they are committed together, and return their results or errors."""
     go_on, started = threading.Event(), threading.Event()
     first = asyncio.create_task(store._write(lambda db: (started.set(), go_on.wait(20))))
     await asyncio.to_thread(started.wait, 20)
@@ -398,7 +406,7 @@ async def test_a_write_that_the_disk_refuses_takes_no_other_with_it(store: Embed
 
 
 async def test_a_write_that_is_refused_leaves_nothing_of_itself(store: EmbeddedStore) -> None:
-    """Committed with others, it is undone alone."""
+    """If a write is refused in a common commit, only this write is undone."""
     await store.upsert("c", items(3), tag=TAG)
 
     def refused(db: sqlite3.Connection) -> None:
@@ -442,7 +450,7 @@ async def test_an_idempotency_key_covers_every_part_of_an_item(store: EmbeddedSt
 
 
 async def test_a_page_is_of_one_moment(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An item that is deleted between the reads of its row and of its vector is on the page, whole."""
+    """An item that is deleted between the reads of its row and of its vector is still on the page, complete."""
     await store.upsert("c", items(3), tag=TAG)
     db = store._connect()
 
@@ -457,7 +465,7 @@ async def test_a_page_is_of_one_moment(store: EmbeddedStore, monkeypatch: pytest
 
 
 async def test_a_snapshot_is_of_one_moment(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write while it is taken waits for nothing, and is not in it."""
+    """A write during a snapshot does not wait for it and is not part of it."""
     await store.upsert("c", items(3), tag=TAG)
     make, db = database.make, store._connect()
     db.execute("PRAGMA busy_timeout = 0")
@@ -555,7 +563,9 @@ async def test_a_snapshot_of_more_than_one_page_comes_back(
 async def test_snapshots_that_fail_or_meet_leave_the_others(
     store: EmbeddedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second snapshot at the same moment is refused and the first one's file stays; a failed one leaves no file."""
+    """A second snapshot at the same moment is refused, and the first one's file remains. A failed snapshot leaves no
+    file.
+    """
     await store.upsert("c", items(3), tag=TAG)
     now, write = time.time(), snapshots._write
     refused: list[str] = []

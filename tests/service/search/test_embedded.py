@@ -1,5 +1,5 @@
-"""The embedded store against the plain one: any sequence of writes, searches, merges and reopenings gives the answers
-of a dictionary and a numpy scan; nothing acknowledged is lost to a kill, a full disk or a flipped byte.
+"""Compares the embedded store with dictionaries and a numpy scan after any sequence of writes, searches, merges and
+reopenings. No acknowledged write may be lost to a kill, a full disk or a flipped byte.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes at which a few hundred items go through every stage."""
+    """Set sizes at which a few hundred items pass through every stage."""
     monkeypatch.setattr(building, "FLAT_BELOW", 100)
     monkeypatch.setattr("service.search.view.EXACT_ROWS", 20)
 
@@ -72,7 +72,7 @@ _steps = st.lists(
 async def test_any_sequence_equals_a_dictionary(
     steps: list[tuple[str, Any]], kind: Any, half: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """`other` is a second store on the same folder, as in another process; it follows the first."""
+    """`other` is a second store on the same folder, as in another process. It must see the changes of the first."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "FLAT_BELOW", 16)
@@ -117,7 +117,9 @@ async def test_any_sequence_equals_a_dictionary(
 
 
 async def same_enough(store: EmbeddedStore, plain: DictStore, seed: int, half: bool) -> None:
-    """float16 moves scores, so neighbours may change places: then only what is there is compared."""
+    """Assert that two stores give the same answers. With float16, scores differ slightly and neighbours may swap ranks,
+    so only the set of items and their scores within a tolerance are compared.
+    """
     if not half:
         await same(store, plain, seed)
         return
@@ -162,7 +164,7 @@ async def test_kinds_by_size() -> None:
 
 @pytest.mark.usefixtures("small")
 async def test_a_graph_grows_and_keeps_its_deleted(store: EmbeddedStore) -> None:
-    """What was deleted of a graph stays in it, marked; a fifth deleted, and it is made anew."""
+    """Deleted items stay in a graph, marked as deleted. When a fifth of the items is deleted, the graph is rebuilt."""
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw")))
     await store.upsert("c", items(300), tag=TAG)
     await store.settle("c")
@@ -180,7 +182,7 @@ async def test_a_graph_grows_and_keeps_its_deleted(store: EmbeddedStore) -> None
 
 
 async def test_many_equal_vectors_come_by_id(store: EmbeddedStore) -> None:
-    """Also across segments and tail, and when far more are equal than asked for: pages do not overlap."""
+    """Pages must not overlap, across segments and the tail, and with far more equal vectors than requested hits."""
     plain = DictStore()
     for one in (store, plain):
         await one.create("c", CollectionSpec(TAG, D, index=IndexSpec("flat")))
@@ -256,7 +258,7 @@ async def test_maintenance_works_by_itself_and_clears_up(tmp_path: Path, monkeyp
 
 
 async def test_writers_and_readers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two stores on one folder, segments built meanwhile: every answer names items that are there."""
+    """Two stores use one folder while segments are built. Every answer must contain only existing items."""
     monkeypatch.setattr(building, "FLAT_BELOW", 100)
     stores = [await opened(tmp_path, interval_s=0.01, seal_rows=64) for _ in range(2)]
     await stores[0].upsert("c", items(50, prefix="base"), tag=TAG)
@@ -370,7 +372,9 @@ async def test_a_damaged_snapshot_does_not_hide_the_others(store: EmbeddedStore)
 
 
 async def test_what_a_crash_left_of_snapshots_and_restores_is_removed(store: EmbeddedStore, tmp_path: Path) -> None:
-    """Of processes that died only: one that is at it keeps its files and its collection, whatever the clock says."""
+    """Only files of dead processes are removed. A running process keeps its files and its collection, whatever the
+    clock says.
+    """
     db = store._connect()
     with snapshots.restoring(tmp_path / "snapshots") as living:
         files = {tmp_path / "snapshots" / f".{living}.lock"}
@@ -627,7 +631,9 @@ async def test_equal_vectors_are_all_found(store: EmbeddedStore, kind: Any) -> N
 async def test_more_equal_vectors_than_are_looked_at(
     store: EmbeddedStore, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages do not overlap, the first of them are not read whole, and `exact` knows the smallest ids."""
+    """Pages must not overlap, the first pages must not read all equal vectors, and `exact` must return the smallest
+    ids.
+    """
     await store.create("c", CollectionSpec(TAG, 16, index=IndexSpec(kind)))
     await store.upsert("c", [Item(f"i{n:04d}", np.ones(16)) for n in range(3000)], tag=TAG)
     await store.settle("c")
@@ -652,7 +658,7 @@ async def test_more_equal_vectors_than_are_looked_at(
 async def test_only_a_quick_search_is_answered_in_the_event_loop(
     store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A deep one, or one among equal vectors, is of unknown length."""
+    """The duration of a deep search, or of a search among equal vectors, is not known in advance."""
     monkeypatch.setattr(searcher, "AT_ONCE_S", 0.9)  # on any machine; less than a search is taken to need at first
     await store.upsert("c", items(300), tag=TAG)
     await store.upsert("c", [Item(f"same{n}", np.ones(D) * 10) for n in range(50)], tag=TAG)
@@ -681,7 +687,7 @@ async def test_only_a_quick_search_is_answered_in_the_event_loop(
 
 
 async def test_searches_in_a_row_let_others_run(store: EmbeddedStore) -> None:
-    """Each is answered without waiting for anything, so nothing else would get a turn."""
+    """Each search is answered without waiting, so without a pause no other task would run."""
     await store.upsert("c", items(300), tag=TAG)
     turns = 0
 
@@ -719,7 +725,7 @@ async def test_a_slow_filter_holds_up_no_search_without_one(
 
 
 def test_a_stamp_never_comes_back(tmp_path: Path) -> None:
-    """Also when a process that was stopped in the middle of a bump goes on after others."""
+    """The same holds if a process was stopped while it increased the stamp and continues after other processes."""
     stamps = [Stamp(tmp_path / "stamp") for _ in range(2)]
     seen = [stamps[0].read()]
     for n in range(1000):
@@ -747,7 +753,7 @@ async def test_a_graph_whose_files_are_deleted_under_it_is_made_anew(store: Embe
 
 
 async def test_a_filtered_search_of_a_collection_that_is_just_dropped(store: EmbeddedStore) -> None:
-    """Dropped between the view and the filter's answer, as a writer beside it may do."""
+    """Another writer drops the collection after the search has taken its view and before the filter is evaluated."""
     await store.upsert("c", items(20), tag=TAG)
     await store.search("c", np.ones((1, D)), 5, tag=TAG)
     view = store.views._views[1]
@@ -784,7 +790,7 @@ _SHORT_CODES = "one-bit codes of 32 dimensions tell neighbours in tight, far clu
 )
 @pytest.mark.usefixtures("small")
 async def test_a_filter_that_passes_only_what_is_far(store: EmbeddedStore, kind: Any) -> None:
-    """Nothing near the query passes, and the nearest items that do are still found."""
+    """No item near the query passes the filter. The nearest items that pass must still be found."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(100, 32))
     which = rng.integers(0, 100, 6000)
@@ -846,7 +852,7 @@ async def test_a_filter_where_inverted_lists_are_empty(store: EmbeddedStore, kin
 
 
 async def test_pages_of_near_equal_vectors_do_not_overlap_in_float16(store: EmbeddedStore) -> None:
-    """Rounded to float16 their lengths differ from 1, so cosines would be above it."""
+    """The lengths of vectors that are rounded to float16 differ from 1, so cosines could exceed 1."""
     await store.create("c", CollectionSpec(TAG, 32, "float16"))
     base = np.random.default_rng(0).normal(size=32)
     near = base + 1e-4 * np.random.default_rng(1).normal(size=(40, 32))
@@ -869,7 +875,7 @@ async def test_what_cannot_be_removed_holds_up_nothing(store: EmbeddedStore, tmp
 async def test_a_store_that_another_process_keeps_locked_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that fails is one line of the same words: tests/service/test_server.py."""
+    """tests/service/test_server.py tests that a failed start prints the same words on one line."""
     monkeypatch.setattr(sqlite_file, "_BUSY_MS", 20)
     with closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")

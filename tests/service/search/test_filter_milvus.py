@@ -1,9 +1,10 @@
-"""What is sent to Milvus lets every match through, by what its versions are known to make of JSON.
+"""Tests that the filters sent to Milvus let every match pass, by the rules of the known versions of Milvus.
 
-Milvus Lite is not Milvus: a path that is missing, or of another type than it is compared with, is false to Milvus up to
-2.6.18, and neither true nor false from then on, so that its `not` does not hold either (milvus-io/milvus#50699, #50702,
-#50976). `exists` finds null in 2.4, and later neither null nor what is empty through and through (`isObjectEmpty`). A
-cluster is not part of the tests, so these rules are written down here and expressions are evaluated by them.
+Milvus Lite differs from Milvus. If a path is missing or has another type than the compared value, a comparison is false
+in Milvus up to 2.6.18. From then on it is neither true nor false, so its `not` does not hold either
+(milvus-io/milvus#50699, #50702, #50976). `exists` is true for null in 2.4. In later versions it is false for null and
+for values that contain only empty lists and objects (`isObjectEmpty`). The tests have no Milvus cluster, so this module
+implements these rules and evaluates expressions by them.
 """
 
 import operator
@@ -32,7 +33,7 @@ _MISSING = object()
 
 
 def evaluate(node: Any, row: Any, version: str) -> bool | None:
-    """True, False, or None for neither."""
+    """Return whether an expression is true or false, or None if it is neither."""
     if isinstance(node, ast.And | ast.Or):
         decides = isinstance(node, ast.Or)
         parts = [evaluate(part, row, version) for part in node.operands]
@@ -52,7 +53,7 @@ def evaluate(node: Any, row: Any, version: str) -> bool | None:
 
 
 def _at(node: Any, row: Any) -> Any:
-    """By simdjson's pointer, which enters lists too."""
+    """Return the value at a path as simdjson's JSON pointer finds it. A path can also enter lists."""
     assert isinstance(node, ast.PathAccess)
     for key in node.path:
         if isinstance(row, dict) and key in row:
@@ -65,14 +66,16 @@ def _at(node: Any, row: Any) -> Any:
 
 
 def _is_hollow(value: Any) -> bool:
-    """Null, or nothing but empty lists and objects, however deep."""
+    """Return whether a value is null or contains only empty lists and objects, at any depth."""
     if isinstance(value, dict):
         return all(map(_is_hollow, value.values()))
     return all(map(_is_hollow, value)) if isinstance(value, list) else value is None
 
 
 def _compared(value: Any, op: str, constant: Any) -> bool | None:
-    """None where the types do not allow it; numbers are compared as int64 if both are, else as double."""
+    """Return the result of a comparison, or None if the types do not allow it. Two integers are compared as int64,
+    other numbers as double.
+    """
     if isinstance(constant, bool) or isinstance(value, bool):
         same = isinstance(constant, bool) and isinstance(value, bool)
     else:
@@ -152,7 +155,7 @@ def test_these_match(version: str, body: dict[str, Any], metadata: dict[str, Any
 
 
 def test_what_filters_see_is_no_longer_than_the_metadata() -> None:
-    """Milvus refuses more than 64 KiB of JSON, which the metadata may have."""
+    """Milvus refuses more than 64 KiB of JSON, and metadata may be that long."""
     assert filterable({"a": [], "b": {}, "c": {"d": None}, "e": None, "f": [{}]}) == {"a": 0, "b": 0, "c": 0, "f": 0}
     for metadata in ({f"{n:04}": [] for n in range(6550)}, {f"{n:04}": {"": None} for n in range(3800)}):
         assert len(metadata_text(filterable(metadata))) <= len(metadata_text(metadata)) <= MAX_METADATA_BYTES

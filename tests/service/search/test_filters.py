@@ -1,4 +1,4 @@
-"""Filters: what is read from a request, what is refused and why, what passes; and the same as SQL."""
+"""Tests of filters: parsing a request, the errors, the items that pass, and the same filters as SQL."""
 
 import json
 import sqlite3
@@ -70,7 +70,7 @@ def test_integers_beyond_64_bits_are_read_as_floats() -> None:
 
 
 def deep(levels: int, kind: str = "not") -> Any:
-    """A filter nested so deep."""
+    """Return a filter that is nested to this depth."""
     body: Any = {"key": "a", "eq": 1}
     for _ in range(levels - 1):
         body = {"not": body} if kind == "not" else {kind: [body]}
@@ -146,7 +146,7 @@ for _ in range(100_000):
     ],
 )
 def test_what_is_refused(body: Any, words: list[str]) -> None:
-    """The message names the part at fault, and is short whatever was sent."""
+    """The message names the invalid part and is short, however long the input is."""
     with pytest.raises(InvalidRequest) as caught:
         parse_filter(body)
     message = str(caught.value)
@@ -281,7 +281,9 @@ def test_what_passes(body: dict[str, Any], expected: bool) -> None:
 
 
 def in_sql(db: sqlite3.Connection, where: Filter, metadata: dict[str, Any]) -> bool:
-    """Whether SQLite lets an item with this metadata pass, its text as the embedded store writes it."""
+    """Return whether an item with this metadata passes the filter in SQLite. The embedded store writes the metadata's
+    text in the same way.
+    """
     condition, parameters = to_sql(where)
     text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     query = f"SELECT count(*) FROM (SELECT ? AS metadata) WHERE {condition}"
@@ -334,7 +336,7 @@ def _values_of(body: Any) -> Iterator[Any]:
 @example(body={"key": "a.b", "eq": 1}, metadata={"a.b": 1})
 @example(body={"key": "a.b", "eq": 1}, metadata={"a": {"b": 1}})
 def test_sql_agrees_with_matches(body: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """On what was drawn, and on metadata that holds each of the filter's own values."""
+    """The test uses the drawn metadata, and metadata that holds each of the filter's own values."""
     where = parse_filter(body)
     with sqlite3.connect(":memory:") as db:
         assert in_sql(db, where, metadata) is matches(where, metadata)
@@ -349,7 +351,7 @@ def test_sql_agrees_with_matches(body: dict[str, Any], metadata: dict[str, Any])
 @settings(max_examples=150, deadline=None)
 @given(value=_scalars | st.floats(allow_nan=False, allow_infinity=False, width=64))
 def test_every_scalar_equals_itself_in_sql(value: Any) -> None:
-    """Above all floats: SQLite reads the text that Python wrote, to the last bit."""
+    """Floats matter most: SQLite must read the text that Python wrote without losing a bit."""
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return
     with sqlite3.connect(":memory:") as db:
@@ -390,7 +392,7 @@ def test_values_are_parameters_and_keys_are_quoted() -> None:
 
 
 def test_a_declared_index_answers() -> None:
-    """The expression is word for word that of the index."""
+    """The expression must equal that of the index word for word."""
     with sqlite3.connect(":memory:") as db:
         db.execute("CREATE TABLE items (number INTEGER PRIMARY KEY, metadata TEXT)")
         db.execute(f"CREATE INDEX brand ON items ({extract(parse_path('shelf.brand'))})")

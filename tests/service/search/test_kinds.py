@@ -1,4 +1,4 @@
-"""The table of index kinds: the only list of them, and no name without a row gets anywhere."""
+"""Tests that the table of index kinds is the only list of kinds, and that a name without a row is always refused."""
 
 import dataclasses
 import sqlite3

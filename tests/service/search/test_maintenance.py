@@ -1,4 +1,6 @@
-"""What maintenance decides and when: which segments are made of which, what is removed, retried and measured."""
+"""Tests of the decisions of maintenance: which segments it builds and from which, and what it removes, retries and
+measures.
+"""
 
 import asyncio
 import logging
@@ -25,7 +27,7 @@ from tests.service.search.embedded_store import TAG, D, items, opened
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
-    """Maintained by the tests only: as if another process had the lock."""
+    """Return a store that only the test maintains, as if another process held the lock."""
     held = lock_file(tmp_path / "maintenance.lock")
     assert held is not None
     with held:
@@ -35,7 +37,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 
 
 class Clock:
-    """In place of the module `time`: stands still until it is moved."""
+    """A replacement for the module `time` that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -67,7 +69,7 @@ SEAL = 8
 
 
 class Shape:
-    """A view as far as `plan` looks at it: parts (kind, vectors, deleted, whole) and a tail."""
+    """A view with the attributes that `plan` reads: parts (kind, vectors, deleted, whole) and a tail."""
 
     def __init__(self, folder: Path, kind: str, parts: list[tuple[str, int, int, bool]], tail: int) -> None:
         (folder / "index.faiss").touch()
@@ -89,7 +91,7 @@ def flat(*sizes: int) -> list[tuple[str, int, int, bool]]:
 
 
 def first(kind: str, *sizes: int) -> list[tuple[str, int, int, bool]]:
-    """A large segment with an index, small flat ones beside it."""
+    """Return the parts of a view: a large indexed segment, then small flat segments."""
     return [(kind, sizes[0], 0, True), *flat(*sizes[1:])]
 
 
@@ -204,7 +206,7 @@ async def test_a_closed_store_keeps_nothing_open(tmp_path: Path, monkeypatch: py
 
 
 async def test_one_process_maintains_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another waits for its lock, and takes over when it is gone."""
+    """A second process waits for the lock and takes over when the first one has ended."""
     tries, tidied = 0, list[bool]()
     exclusive, tidy = maintenance.lock_file, maintenance.Maintenance._tidy
 
@@ -336,7 +338,7 @@ async def test_only_a_build_uses_several_threads(tmp_path: Path, fails: bool, mo
 
 
 class Half:
-    """A view whose index finds the places 0 to 4, and whose scan finds 0 to 9."""
+    """A view with an index that finds positions 0 to 4 and a scan that finds positions 0 to 9."""
 
     def __init__(self, *, indexed: bool = True) -> None:
         self.row = SimpleNamespace(key=1, name="c", spec=CollectionSpec(TAG, D))
@@ -351,7 +353,9 @@ FOUND = [[(1.0, place) for place in (0, 1, 2, 3, 4, 15, 16, 17, 18, 19, 5, 6)]]
 
 
 async def test_recall_is_measured_against_the_exact_answer(store: EmbeddedStore, clock: Clock) -> None:
-    """Of the ten nearest, of one query a second, and only of those that leave it to the store how hard to try."""
+    """Recall is that of the ten nearest items. It is measured for one query per second, and only for queries that do
+    not set the search effort.
+    """
     view: Any = Half()
     keeper, told = store._maintenance, list[tuple[str, float]]()
     keeper._on_recall = lambda name, ratio: told.append((name, ratio))
@@ -382,7 +386,7 @@ def test_a_boost_waits_for_what_the_last_one_brought() -> None:
 
 
 def test_recall_counts_the_true_neighbours_that_were_found() -> None:
-    """A missing one is -1: in the truth it is not wanted, in the answer it is not found."""
+    """A missing neighbour is -1: in the exact answer it is not expected, in the measured answer it is not found."""
     truth = np.array([[0, 1, 2, -1], [3, 4, -1, -1]])
     assert building.recall(np.array([[2, 0, 7, -1], [4, 3, 9, 8]]), truth) == 4 / 5
     assert building.recall(np.array([[-1, -1]]), np.array([[-1, -1]])) == 1.0
@@ -394,8 +398,9 @@ def test_recall_counts_the_true_neighbours_that_were_found() -> None:
 def test_tuning_takes_the_least_effort_that_reaches_the_target(
     target: float, lacking: tuple[int, ...], effort: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half way from the target to perfect. With an effort that is lacking, nine of the ten neighbours are found; that a
-    vector finds itself does not count."""
+    """The goal is half way between the target and perfect recall. With too little effort nine of the ten neighbours are
+    found. A vector that finds itself does not count.
+    """
     vectors = np.stack([item.vector for item in items(300)])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = faiss.IndexFlatIP(D)

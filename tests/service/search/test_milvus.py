@@ -1,6 +1,7 @@
-"""What only the Milvus store has: names, quoting, filters the server cannot say, a server that is not there.
+"""Tests of what is particular to the Milvus store: names, quoting, filters that the server cannot express, and a
+missing server.
 
-What every store must do is tested in the conformance suite; here Milvus Lite runs as a process of its own.
+The conformance suite tests what every store must do. Here Milvus Lite runs in a separate process.
 """
 
 import os
@@ -294,7 +295,7 @@ async def test_without_the_extra_the_message_says_what_to_install(monkeypatch):
 
 
 async def test_a_vector_of_another_dimension_in_milvus_is_no_crash(store, client):
-    """A collection with our name and spec that somebody made with other fields."""
+    """Someone else created a collection with our name and spec but other fields."""
     schema = MilvusClient.create_schema(auto_id=False)
     schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=64)
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)
@@ -307,7 +308,7 @@ async def test_a_vector_of_another_dimension_in_milvus_is_no_crash(store, client
 
 
 async def test_a_name_like_ours_with_a_description_of_its_own_is_not_ours():
-    """Milvus keeps descriptions, Milvus Lite does not, so the answers are made up here."""
+    """Milvus stores descriptions, but Milvus Lite does not, so the test replaces the server's answers."""
 
     class Answers:
         async def call(self, method, **_):

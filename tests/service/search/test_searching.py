@@ -1,5 +1,5 @@
-"""How the embedded store searches: with filters and deletions through an index, as hard as it is told, in which thread,
-and never from a state that is outdated or never was.
+"""Tests of how the embedded store searches: through an index with filters and deletions, with a given effort, in the
+right thread, and never from an outdated or inconsistent state.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ KINDS = ["hnsw", "ivf_pq", "rabitq"]
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
-    """Maintained by the tests only: as if another process had the lock."""
+    """Return a store that only the test maintains, as if another process held the lock."""
     held = lock_file(tmp_path / "maintenance.lock")
     assert held is not None
     with held:
@@ -42,13 +42,13 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes at which a few hundred items have an index."""
+    """Set sizes at which a few hundred items have an index."""
     monkeypatch.setattr(building, "FLAT_BELOW", 100)
     monkeypatch.setattr(view, "EXACT_ROWS", 20)
 
 
 async def indexed(store: EmbeddedStore, kind: Any, count: int = 2000, dimension: int = 32, **spec: Any) -> np.ndarray:
-    """A settled collection `c` with an index; queries near its vectors."""
+    """Create a collection `c`, wait until it has one indexed segment, and return queries near its vectors."""
     await store.create("c", CollectionSpec(TAG, dimension, index=IndexSpec(kind, **spec)))
     await store.upsert("c", items(count, dimension), tag=TAG)
     await store.settle("c")
@@ -68,7 +68,7 @@ def share(found: list[list[str]], truth: list[list[str]]) -> float:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, method: str) -> list[tuple[Any, ...]]:
-    """The arguments of every call of a method of segments."""
+    """Record the arguments of every call of a method of segments."""
     calls: list[tuple[Any, ...]] = []
     real = getattr(Segment, method)
 
@@ -81,7 +81,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, method: str) -> list[tuple[Any, ..
 
 
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many inverted lists each search looks at."""
+    """Record how many inverted lists each search reads."""
     looked_at: list[int] = []
     real = indexes.search_lists
 
@@ -101,7 +101,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_a_filter_is_answered_by_the_graph(
     store: EmbeddedStore, percent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is searched deep enough to find k that pass, so that no part is searched exactly."""
+    """The graph is searched deep enough to find k items that pass, so that no part is scanned exactly."""
     queries = await indexed(store, "hnsw")
     where = parse_filter({"key": "n", "lt": 20 * percent})
     truth = await ids(store, queries, 10, where=where, params=SearchParams(exact=True))
@@ -116,7 +116,7 @@ async def test_a_filter_is_answered_by_the_graph(
 async def test_a_filter_has_no_fewer_candidates_in_inverted_lists(
     store: EmbeddedStore, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lists that are searched hold as many allowed items as those of a search without a filter hold items."""
+    """The searched lists must contain as many allowed items as the lists of a search without a filter contain items."""
     queries = await indexed(store, kind)
     [part] = store.views._views[1].parts
     segment, probed = part.segment, probes(monkeypatch)
@@ -136,7 +136,7 @@ async def test_a_filter_has_no_fewer_candidates_in_inverted_lists(
 def test_vectors_on_disk_come_in_the_order_in_which_they_are_asked_for(
     positions: list[int], dtype: str, tmp_path: Path
 ) -> None:
-    """Neighbours are read at once, but only those that follow each other, not all whose ends lie right."""
+    """Consecutive vectors are read at once. A range with the right ends but gaps must not be."""
     matrix = np.arange(6 * D, dtype=dtype).reshape(6, D)
     path = tmp_path / "vectors"
     path.write_bytes(b"head" + matrix.tobytes())
@@ -164,7 +164,7 @@ async def test_how_many_lists_hold_enough(store: EmbeddedStore, kind: Any) -> No
 async def test_a_kept_filter_gives_out_nothing_that_was_deleted(
     store: EmbeddedStore, kind: Any, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its numbers still name what is deleted since: the bitmaps of each part say so."""
+    """The cached numbers still include items that were deleted later. The bitmaps of each part exclude them."""
     monkeypatch.setattr(building, "FLAT_BELOW", 100)
     monkeypatch.setattr(view, "EXACT_ROWS", 20 if size == "index" else 10_000)
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec(kind)))
@@ -196,7 +196,7 @@ async def test_an_exact_search_gives_out_nothing_that_was_deleted(store: Embedde
 
 
 async def test_the_deleted_leave_a_tail_when_they_are_many(store: EmbeddedStore) -> None:
-    """Memory and time of a tail that is written over and over stay near those of what is in it."""
+    """If a tail is rewritten again and again, its memory and time must stay proportional to the items in it."""
     for seed in range(8):
         await store.upsert("c", items(200, seed=seed), tag=TAG)
         await store.search("c", np.ones((1, D)), 5, tag=TAG)
@@ -286,7 +286,7 @@ async def test_an_older_transaction_does_not_take_a_newer_view_away(store: Embed
 async def test_a_write_is_told_after_its_commit_and_before_its_answer(
     store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a search that finds the stamp unchanged has seen every write that was answered."""
+    """A search that finds the stamp unchanged has therefore seen every acknowledged write."""
     await store.upsert("c", items(1), tag=TAG)
     other, seen = store._connect(), list[int]()
     bump = Stamp.bump
@@ -326,7 +326,9 @@ async def test_what_is_written_while_a_view_is_read_is_found_by_the_next_search(
 async def test_an_item_that_is_changed_while_it_is_searched_for_is_not_given_out(
     store: EmbeddedStore, attempts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the filter's answer and the search it stops passing. With one attempt only, the others are given."""
+    """The item stops passing between the filter's evaluation and the search. With only one attempt, the other items are
+    returned.
+    """
     monkeypatch.setattr(searcher, "ATTEMPTS", attempts)
     await store.upsert("c", items(6), tag=TAG)
     db, allowed = store._connect(), Selections.allowed
@@ -370,7 +372,7 @@ async def test_a_write_waits_for_that_of_another_process(store: EmbeddedStore) -
 async def test_delete_by_filter_on_a_declared_key_goes_in_the_order_of_writing(
     store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Page by page by number, although the key's index has another order: none is left out."""
+    """Pages are in the order of item numbers, although the key's index has another order. No item may be left out."""
     monkeypatch.setattr(reading, "_PAGE", 7)
     await store.create("c", CollectionSpec(TAG, D, indexed=("n",)))
     made = items(100)
@@ -398,7 +400,7 @@ async def test_a_declared_key_has_an_index(store: EmbeddedStore) -> None:
 async def test_only_searches_that_want_the_same_share_a_call(
     store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What tells them apart is the collection, k, the tag, the parameters and the dimension."""
+    """Searches share a call only if collection, k, tag, parameters and dimension are equal."""
     await store.upsert("c", items(9), tag=TAG)
     await store.set_alias("d", "c")
     keys: list[Hashable] = []
@@ -433,7 +435,7 @@ async def test_only_searches_that_want_the_same_share_a_call(
 async def test_a_search_that_is_slow_leaves_the_event_loop(
     store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the time that each of its vectors is known to take."""
+    """The measured time per vector decides whether a search is slow."""
     await store.upsert("c", items(300), tag=TAG)
     used: list[str] = []
     hits_of = searcher._hits

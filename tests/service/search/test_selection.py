@@ -1,4 +1,6 @@
-"""Answers of filters that are kept: the numbers are those of the view, whatever was asked before, and few are kept."""
+"""Tests of cached filter results: the item numbers are those of the view, whatever was searched before, and few results
+are cached.
+"""
 
 import sqlite3
 from collections.abc import AsyncIterator
@@ -22,7 +24,7 @@ EVEN = parse_filter({"key": "even", "eq": True})
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
-    """Maintained by the tests only: as if another process had the lock."""
+    """Return a store that only the test maintains, as if another process held the lock."""
     held = lock_file(tmp_path / "maintenance.lock")
     assert held is not None
     with held:
@@ -33,7 +35,7 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
-    """The filters that were asked of the database, and above which number."""
+    """Record each filter that the database evaluates, and the item number above which it searches."""
     calls: list[tuple[Any, int]] = []
     passing = selection.passing
 
@@ -54,7 +56,9 @@ def below(limit: int) -> Filter:
 
 
 async def test_an_older_view_between_two_uses_of_a_newer_one(store: EmbeddedStore) -> None:
-    """As a search does that began before a write and is slow: nothing is counted twice, nothing newer is given out."""
+    """A slow search that began before a write uses the older view. No item may be counted twice, and no newer item
+    returned.
+    """
     db, kept = store._connect(), Selections()
     await store.upsert("c", items(6), tag=TAG)
     older = view_of(store, db)
@@ -130,7 +134,7 @@ async def test_answers_are_kept_within_a_budget_of_bytes(
 
 
 async def test_what_tells_filters_apart(store: EmbeddedStore) -> None:
-    """The collection and every value count, and 1 and true are two values."""
+    """The collection and every value count, and 1 and true are different values."""
     db, kept = store._connect(), Selections()
     values = [1, True, "1", 0, False]
     made = [Item(f"i{n}", np.ones(D), {"n": n, "value": value}) for n, value in enumerate(values)]

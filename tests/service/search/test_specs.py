@@ -1,4 +1,4 @@
-"""What the settings of a collection may be: every limit is allowed, and what lies beyond it is not."""
+"""Tests of the settings of a collection: every limit is allowed, and values beyond it are refused."""
 
 from dataclasses import replace
 from typing import Any

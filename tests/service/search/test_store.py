@@ -1,4 +1,4 @@
-"""The checks that every store shares: what a name, an id, a vector, metadata or a source may be, at each limit."""
+"""Tests of the checks that all stores share, at each limit: names, ids, vectors, metadata and sources."""
 
 from typing import Any
 

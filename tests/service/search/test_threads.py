@@ -1,4 +1,6 @@
-"""The threads of the embedded store: which jobs are done together, and what happens to those that nobody waits for."""
+"""Tests of the threads of the embedded store: which jobs run together, and what happens to jobs that are no longer
+needed.
+"""
 
 import asyncio
 import threading
@@ -12,7 +14,7 @@ from service.search.threads import Workers
 
 
 class Watched:
-    """Workers that record which jobs they do together. The job 'wait' waits for the gate."""
+    """Workers that record which jobs they run together. The job 'wait' waits for the gate."""
 
     def __init__(self, count: int = 1) -> None:
         self.batches: list[list[Any]] = []
@@ -35,7 +37,7 @@ class Watched:
         return work
 
     async def held_back(self, jobs: Sequence[tuple[Any, Any]]) -> list[asyncio.Task[Any]]:
-        """Queues (job, key) while every thread is busy."""
+        """Queue (job, key) pairs while every thread is busy."""
         waiting = [asyncio.create_task(self.workers.do("wait", object())) for _ in range(self.count)]
         for _ in waiting:
             await asyncio.to_thread(self.busy.acquire, timeout=20)

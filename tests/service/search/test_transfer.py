@@ -1,4 +1,6 @@
-"""Collections from store to store and through files: nothing is lost, nothing is mixed, nothing hostile is loaded."""
+"""Tests of copying collections between stores and through files: no item is lost or mixed up, and hostile files are
+refused.
+"""
 
 import json
 import os
@@ -42,7 +44,7 @@ CRAFTED: list[tuple[dict[str, Any], str]] = [
 
 
 class ExactStore(DictStore):
-    """Keeps vectors as they come, so that a round trip is compared to the bit."""
+    """A store that keeps vectors unchanged, so that a round trip can be compared bit by bit."""
 
     async def upsert(self, collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
         info = await super().upsert(collection, items, **options)
@@ -110,7 +112,9 @@ async def test_copy_says_when_the_counts_differ() -> None:
 
 
 async def test_copy_takes_the_photos_that_items_lead_to(tmp_path: Path) -> None:
-    """Those of items that were there too, each once, and before the item is written."""
+    """The copy includes the images of items that existed already. Each image is copied once, before its item is
+    written.
+    """
     here, there = Originals(tmp_path / "here"), Originals(tmp_path / "there")
     digests = [await here.put(f"photo {index}".encode()) for index in range(30)]
     source = ExactStore()
@@ -195,7 +199,7 @@ def test_specs_are_read_as_they_were_written() -> None:
 async def test_a_file_with_settings_that_no_collection_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, spec: dict[str, Any], words: str
 ) -> None:
-    """Refused before anything is made, and the message names the file."""
+    """The file is refused before anything is created, and the message names it."""
     path = tmp_path / f"shop.{suffix}"
     monkeypatch.setattr("service.search.collection_files.asdict", lambda _: spec)
     await export_collection(await filled(3), "shop", path)

@@ -1,4 +1,6 @@
-"""Patch comparison against two loops; re-ranking over HTTP with images that are there, gone and damaged."""
+"""Tests of comparing patches, against two plain loops, and of re-ranking over HTTP with stored, missing and damaged
+images.
+"""
 
 import asyncio
 import base64
@@ -68,7 +70,7 @@ def test_a_photo_matches_itself_wherever_its_patches_are():
 
 
 def test_a_cosine_of_equal_patches_is_at_most_1():
-    """Though float32 gives the product of a row with itself as a little more."""
+    """In float32 the product of a row with itself can be slightly above 1."""
     rows = rows_of(np.random.default_rng(0), 200)
     longest = max(range(200), key=lambda i: float(rows[i] @ rows[i]))
     assert float((rows[longest : longest + 1] @ rows[longest : longest + 1].T)[0, 0]) > 1
@@ -97,7 +99,7 @@ def test_patches_survive_as_bytes():
 
 
 class FakePhotos:
-    """Stored images; what is named in `failing` cannot be read."""
+    """A fake store of images. Images named in `failing` cannot be read."""
 
     def __init__(self) -> None:
         self.photos: dict[str, bytes] = {}
@@ -290,7 +292,9 @@ async def test_collections_without_originals_are_told(tmp_path):
 
 
 async def test_matches_are_boxes_in_both_photos(tmp_path):
-    """The image itself, in another size: each quarter of what the network saw matches the same quarter."""
+    """The second image is the first one in another size, so each quarter of the network's input must match the same
+    quarter.
+    """
     store, photos = DictStore(), FakePhotos()
     image = photo(3, size=(60, 48))
     async with running(tmp_path, store=store) as run:

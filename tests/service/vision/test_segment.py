@@ -1,4 +1,6 @@
-"""Foreground masks from patch features: what stands out is found where it is in the image as sent, or nothing is."""
+"""Tests of foreground masks from patch features: a salient object is found at its place in the image, or the mask is
+empty.
+"""
 
 import io
 
@@ -27,7 +29,9 @@ PROJECT = RNG.normal(size=(3, 32)).astype(np.float32)
 
 
 def features_of(image: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """Stand-in for a network: each patch's mean colour, through the true preprocessing, mixed into 32 dimensions."""
+    """Return each patch's mean colour after the real preprocessing, mixed into 32 dimensions, instead of a network's
+    features.
+    """
     pixels = preprocess(image, spec)
     p = spec.patch_size
     h, w = pixels.shape[1] // p, pixels.shape[2] // p
@@ -36,7 +40,7 @@ def features_of(image: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
 
 
 def picture(height: int, width: int, box: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A red box (top, left, bottom, right) on noisy green, and its true mask."""
+    """Return an image of a red box (top, left, bottom, right) on noisy green, and its true mask."""
     image = np.random.default_rng(1).integers(0, 40, (height, width, 3)).astype(np.uint8)
     image[:, :, 1] += 100
     truth = np.zeros((height, width), bool)
@@ -88,7 +92,7 @@ def test_outside_the_crop_is_background() -> None:
 @pytest.mark.parametrize("size", [(480, 640), (333, 257), (1000, 231), (50, 60)])
 @pytest.mark.parametrize("spec", [REFERENCE_224, NO_CROP])
 def test_crop_box_is_what_preprocess_cuts(size: tuple[int, int], spec: PreprocessSpec) -> None:
-    """An image that stores its own coordinates: the network's input tells where each of its pixels was."""
+    """The image contains its own coordinates, so each pixel of the network's input tells its position in the image."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([x * 255 / (width - 1), y * 255 / (height - 1), 0 * x], -1).round().astype(np.uint8)
@@ -147,13 +151,13 @@ def test_first_component_is_the_eigenvector(shape: tuple[int, int]) -> None:
 
 
 def test_a_few_long_patches_are_not_the_first_component() -> None:
-    """ViTs without registers have some patches of high norm (arXiv 2309.16588); here they lie along a lesser axis."""
+    """ViTs without registers have a few patches of high norm (arXiv 2309.16588). Here these lie along a minor axis."""
     rows = np.array([[1, 0], [-1, 0]] * 50 + [[0, 3], [0, -3]], np.float32)
     np.testing.assert_allclose(np.abs(first_component(rows)), [1, 0], atol=1e-6)
 
 
 def test_otsu_is_the_best_split() -> None:
-    """Against trying every threshold by the definition."""
+    """The result is compared with a search over every threshold by the definition."""
     for seed in range(20):
         values = np.random.default_rng(seed).normal(size=30).round(1)
         got = otsu_threshold(values.astype(np.float32))
