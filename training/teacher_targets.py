@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Targets exp(logits / temp - u - v) that are not stored as an array.
+    """Targets in the form exp(logits / temp - u - v), with one u per row and one v per prototype.
 
-    Sinkhorn-Knopp and centering have this form (`training/losses.py`).
+    Targets of Sinkhorn-Knopp and of centering have this form (`training/losses.py`). The array of targets is computed
+    only when it is needed.
     """
 
     logits: Tensor  # [..., B, K], any float type
