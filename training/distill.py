@@ -157,7 +157,10 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
-    """Return the configuration of the file or folder `path`, or of the published model `path` if neither exists."""
+    """Return the network's configuration for an artifact's folder, a weight file, or the name of a published model.
+
+    `model` is the name of the network, for files that do not name theirs.
+    """
     if path.is_dir():
         return read_manifest(path).config
     if path.suffix == ".safetensors" and path.exists() and is_own_checkpoint(path):

@@ -168,7 +168,7 @@ def gather_rows(world: World, x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(world: World, values: Tensor) -> Tensor:
-    """Return the mean of each figure over all ranks, for the log."""
+    """Return the mean of `values` over all ranks, element by element."""
     if world.size == 1:
         return values
     values = values.clone()
@@ -177,7 +177,7 @@ def mean_over_ranks(world: World, values: Tensor) -> Tensor:
 
 
 def min_over_ranks(world: World, value: Tensor) -> Tensor:
-    """Return the minimum of each figure over all ranks."""
+    """Return the minimum of `value` over all ranks, element by element."""
     if world.size == 1:
         return value
     value = value.clone()
@@ -208,7 +208,7 @@ def shard(
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:
-    """Wrap the network in DDP, which averages its gradients over the ranks; return it unchanged with one rank."""
+    """Wrap a network in DDP, which averages its gradients over the ranks. With one rank, return it unchanged."""
     if world.size == 1:
         return network
     return DistributedDataParallel(

@@ -118,7 +118,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def is_save_due(run: Run) -> bool:
-    """Return whether it is time to save a state, by this rank's clock."""
+    """Return whether the last save was more than `save_seconds` ago, by this rank's clock."""
     return time.monotonic() - run.saved_at > run.every.save_seconds
 
 

@@ -22,7 +22,7 @@ from training.distributed import local
 
 
 class PrototypeLayer(nn.Module):
-    """A linear layer without bias. Its rows have the directions of `weight_v` and the lengths `weight_g`, at first 1."""
+    """Linear layer without bias. Its rows have the directions of `weight_v` and the lengths `weight_g` (1 at first)."""
 
     def __init__(self, in_dim: int, n_prototypes: int) -> None:
         super().__init__()

@@ -190,7 +190,7 @@ def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
 
 
 def announce(run: Run, step: int) -> None:
-    """Write `config.json` and print one line: the images, the steps and the network."""
+    """Write `config.json`, and print one line about the images, the steps and the network."""
     if not run.world.is_main:
         return
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))

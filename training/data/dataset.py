@@ -167,7 +167,9 @@ def decode(data: bytes) -> Pixels:
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """Resize an image [H, W, 3] to a square uint8 [3, side, side], bicubic; return it with its aspect (width / height).
+    """Resize an image [H, W, 3] to a square with bicubic interpolation, without keeping its aspect.
+
+    Return the square, uint8 [3, side, side], and the image's aspect (width / height).
 
     Raises:
         ValueError: one side is more than 100 times the other; evaluation refuses such images too.

@@ -150,7 +150,7 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 
 
 def sample(source: Source, most: int) -> list[Photo]:
-    """Return at most `most` images of a source, evenly spaced."""
+    """Return every k-th image of a source, with the smallest k that gives at most `most` images."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
