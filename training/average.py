@@ -1,9 +1,9 @@
-"""Average several checkpoints into one, and measure whether the average is better than each of them.
+"""Average the weights of several checkpoints, and measure whether the mean is better than each checkpoint.
 
-Checkpoints of one run at different times, or of runs with a long common beginning, are in one valley of the loss, and
-their mean is often better than each (arXiv 1803.05407, arXiv 2203.05482). It is not always better, so every checkpoint
-is evaluated along with the mean, and the table shows which to use. It also shows that averaging runs without a common
-beginning does not work.
+Checkpoints of one run at different times, or of runs with a long common beginning, lie in one valley of the loss, and
+the mean of their weights is often better than each of them (arXiv 1803.05407, arXiv 2203.05482). It is not always
+better, so every checkpoint is evaluated along with the mean. The mean of runs without a common beginning is useless,
+which the evaluation also shows.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ UNLIKE = {"steps", "knn"}  # facts that hold for one checkpoint and not for a me
 
 
 def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each tensor over the state dicts, summed in float64. Only one state is in memory at a time.
+    """Return the mean of each tensor over the state dicts, computed in float64. One state dict is read at a time.
 
     Raises:
         ValueError: `states` is empty.
@@ -50,15 +50,15 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
-    """Write the mean of this project's checkpoints to `out`.
+    """Average the weights of checkpoints of this project, and write the mean to the checkpoint `out`.
 
-    The new checkpoint carries the facts that all checkpoints share, and the preprocessing and name of the first;
-    `average_of` lists the checkpoints.
+    Its metadata has the entries that are equal in all checkpoints, the preprocessing and the name of the first
+    checkpoint, and `average_of`, the list of the checkpoints.
 
     Raises:
-        ValueError: fewer than two checkpoints, networks that differ, whitened weights (each is in its own basis, see
-            training/whiten.py), a file that is not a checkpoint of this project, or an `out` that is one of the
-            checkpoints or has no folder.
+        ValueError: there are fewer than two checkpoints, their networks differ, one is whitened (its weights have a
+            basis of their own, see training/whiten.py), one is not a checkpoint of this project, `out` is one of them,
+            or the folder of `out` does not exist.
         OSError: a file cannot be read or written.
     """
     if len(paths) < 2:
@@ -91,12 +91,12 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
 
 def is_whitened(facts: dict[str, Any]) -> bool:
-    """Return whether a checkpoint is whitened. A run whitens last, so its earlier checkpoints are not."""
+    """Return whether a checkpoint with the metadata `facts` is whitened. Only the last checkpoint of a run can be."""
     return bool(facts.get("whitened"))
 
 
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entries that are equal in all of `facts`; inside dictionaries (`settings`), the equal entries."""
+    """Return the entries that are equal in all of `facts`. Nested dictionaries are reduced to their equal entries."""
     first, *rest = facts
     common: dict[str, Any] = {}
     for key, value in first.items():
@@ -116,14 +116,14 @@ def _sha256(path: Path) -> str:
 
 
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
-    """Return the images that k-NN searches, and test images that none of the checkpoints was trained on.
+    """Return the images among which k-NN searches, and test images on which none of the checkpoints was trained.
 
-    If the data has train and val, they are the split. Otherwise each run held out its own share (`held_out_share` and
-    `seed` of its settings) and trained on what others held out, so only images that every run held out are a fair test
-    of the mean.
+    If the data has a split into train and val, the test images are those of val. Otherwise each run held out its own
+    share (by `held_out_share` and `seed` in the settings of its `facts`), and other runs may have trained on it, so the
+    test images are those that every run held out.
 
     Raises:
-        ValueError: no test images are left, or there are no labels of at least two classes.
+        ValueError: there are no test images, or an image has no label, or there are fewer than two classes.
     """
     default = {name: TrainConfig.model_fields[name].default for name in ("held_out_share", "seed")}
     settings = [f.get("settings", {}) for f in facts]
@@ -143,7 +143,7 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
 
 
 def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS) -> tuple[list[dict[int, float]], int]:
-    """Evaluate k-NN on the class token of each checkpoint and of their mean, each with its own preprocessing.
+    """Compute the k-NN accuracy of each checkpoint and of their mean, by class token, each with its own preprocessing.
 
     Args:
         paths: the checkpoints that were averaged.
@@ -152,10 +152,10 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
         ks: numbers of neighbours.
 
     Returns:
-        accuracy by k, for each of `paths` and then `mean`; and the number of test images.
+        the accuracy by k for each of `paths` and, last, for `mean`; and the number of test images.
 
     Raises:
-        ValueError: a file is not a checkpoint, or no data is left for a fair test (`split_for`).
+        ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).
         OSError: the images cannot be reached.
     """
     with tempfile.TemporaryDirectory() as index:  # for the index of tar shards

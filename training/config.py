@@ -1,8 +1,8 @@
 """All settings of a training run, as one frozen record.
 
-A recipe (`training/recipes/NAME.toml`) sets some of them, and `key=value` pairs on the command line override it.
-Unknown keys and impossible values are errors. Warm-up lengths are shares of the run, so that a shorter run is the same
-run compressed.
+A recipe (`training/recipes/NAME.toml`) sets some of them, and `key=value` pairs on the command line override the
+recipe. Unknown keys and impossible values are errors. Warm-up lengths are shares of the run, so a run with fewer epochs
+has the same schedules, compressed.
 """
 
 import difflib
@@ -26,11 +26,12 @@ Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(
 
 
 class LastPhase(BaseModel):
-    """The end of a run on larger crops. Most steps stay cheap, and the network still learns the sizes it will serve.
+    """Settings of the last part of a run, which uses other crop sizes, usually larger ones.
 
-    DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution") and runs all schedules
-    again. `lr_mult` restarts rate and momentum. Without it the schedules stay near their end values: the student still
-    learns, but little of it reaches the average that is released.
+    Most steps of the run stay cheap, and the network still learns the image sizes that it will serve. DINOv2 ends its
+    runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution") and restarts all schedules. With
+    `lr_mult`, the learning rate and the teacher's momentum restart. Without it they stay near their end values: the
+    student still learns, but little of this reaches the teacher, which is the network that is released.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -47,7 +48,8 @@ class LastPhase(BaseModel):
 class TrainConfig(BaseModel):
     """The settings of one run.
 
-    Defaults are those of DINOv2's short recipe where it has the setting, except for sizes, drop path and centering.
+    The defaults are those of DINOv2's short recipe, except for sizes, drop path, centering and settings that DINOv2
+    does not have.
 
     Raises:
         pydantic.ValidationError (a ValueError): an unknown key, or a value out of range.
@@ -218,12 +220,12 @@ class TrainConfig(BaseModel):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Return the losses' weights (the settings `NAME_weight`) by their names in `training/step.py`."""
+        """Return the weights of the losses (the settings `NAME_weight`) by the names of the losses in `TERMS`."""
         return {name: getattr(self, f"{name}_weight") for name in loss_names()}
 
     @property
     def eval_spec(self) -> PreprocessSpec:
-        """Return how the k-NN evaluation prepares images."""
+        """Return the preprocessing that the run's evaluations use."""
         patch = self.vit_config.patch_size
         return PreprocessSpec(resize=self.eval_resize, crop=self.eval_crop, patch_size=patch)
 
@@ -251,8 +253,8 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
     Raises:
         OSError: the recipe's file cannot be read.
-        ValueError: an unknown recipe (the message lists the names), a file that is not TOML, an override without `=`,
-            an unknown key or a bad value.
+        ValueError: the recipe is unknown (the message lists the names) or not TOML, an override has no `=`, or a key or
+            a value is not allowed.
     """
     path = RECIPES / f"{recipe}.toml"
     if recipe.endswith(".toml"):
@@ -279,7 +281,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
     """Parse settings given as `key=value`. A value that is not TOML is taken as text.
 
     Raises:
-        ValueError: an override without `=`.
+        ValueError: an override has no `=`.
     """
     values: dict[str, object] = {}
     for override in overrides:
@@ -291,7 +293,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 
 
 def _in_words(problem: Any) -> str:
-    """Format one of pydantic's problems as one line, without its types and links."""
+    """Format one of pydantic's errors as one line, without pydantic's type names and links."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return str(message)

@@ -1,12 +1,13 @@
-"""The teacher of a distillation: a larger, frozen network that gives the student targets.
+"""The teacher of a distillation is a larger, frozen network that gives the student its targets.
 
-DINOv2's small models learn from the frozen giant with the recipe's own losses (arXiv 2304.07193, section 5), which
-need the giant's heads. A run of this project has heads, in its states. Released weights have none, since Meta did not
-publish them. For those the prototypes are the teacher's own features: K class tokens of training images (for iBOT: K of
-their patches), centred and of unit length. The teacher's logits are the cosines to them. The student then learns to
-place an image among K others as the teacher does.
+DINOv2's small models learn from the frozen ViT-g with the ordinary losses (arXiv 2304.07193, section 5). These losses
+need the teacher's heads. The states of a run of this project contain its heads, but Meta did not publish the heads of
+its released weights. A teacher without heads uses some of its own features as prototypes: K class tokens of crops of
+training images (for iBOT: K of their patch tokens), centred and scaled to unit length. The teacher's logits are the
+cosines between a token and these prototypes. The student learns to reproduce how similar the teacher finds an image to
+each of K others.
 
-Legend: D width of the teacher, K prototypes, M selected patches, n rows.
+Legend: b images of a micro-batch, D width of the teacher, K prototypes.
 """
 
 import json
@@ -31,7 +32,10 @@ from training.student_teacher import Network, Output
 
 
 class PrototypeTeacher(nn.Module):
-    """A frozen backbone that uses features of its own, picked by `choose`, as prototypes. Callable like `Network`."""
+    """A frozen backbone that uses some of its own features, which `choose` sets, as prototypes.
+
+    It is called with the arguments of `Network` and returns an `Output`.
+    """
 
     def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
         super().__init__()
@@ -55,13 +59,14 @@ class PrototypeTeacher(nn.Module):
 
     @torch.no_grad()
     def choose(self, steps: Iterable[Sequence[Crops]], world: World) -> None:
-        """Take as many prototypes as needed from this rank's micro-batches of some steps; the same on all ranks.
+        """Set the K prototypes to features of the global crops of the first steps. They are the same on all ranks.
 
-        They are numbered by step, view and position in the step's batch, so that the student's heads still fit when
-        the run resumes with other micro-batches or on other ranks.
+        `steps` has this rank's micro-batches of each step; only as many steps as needed are read. Prototypes are
+        numbered by step, view and position in the step's batch. The student's heads therefore still fit them when the
+        run resumes with other micro-batches or another number of ranks.
 
         Raises:
-            ValueError: the steps have too few crops.
+            ValueError: the steps have fewer than K global crops.
         """
         n_wanted = len(self.get_buffer("cls_prototypes"))
         features_of: dict[str, list[Tensor]] = {"cls": [], "patch": []}
@@ -97,10 +102,10 @@ class PrototypeTeacher(nn.Module):
 
 
 def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
-    """Load the teacher named by `config.teacher`: a run's folder (with heads), or a backbone without heads.
+    """Load the teacher that `config.teacher` names: the folder of a run (with heads), or a backbone without heads.
 
     Raises:
-        ValueError: there is no such teacher, its patch size differs from the student's, or its heads have another
+        ValueError: the teacher does not exist, its patch size differs from the student's, or its heads have another
             number of prototypes.
         OSError: a file of it cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
@@ -117,7 +122,7 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
 
 
 def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
-    """Refuse another patch size: iBOT compares patch with patch, so both networks must cut a crop alike."""
+    """Raise ValueError if teacher and student have different patch sizes, because iBOT compares them patch by patch."""
     if vit.patch_size != config.vit_config.patch_size:
         raise ValueError(
             f"teacher={config.teacher} has patches of {vit.patch_size} pixels, the student ({config.model}) of "
@@ -126,9 +131,9 @@ def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Return a digest of the weights, whatever their file.
+    """Return a digest of the teacher's weights, which does not depend on the file they came from.
 
-    Prototypes follow from the weights and the images, so they are left out.
+    Prototypes are left out, because they follow from the weights and the images.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in teacher.state_dict().items():
@@ -139,10 +144,10 @@ def teacher_digest(teacher: nn.Module) -> str:
 
 
 def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None) -> None:
-    """Refuse to resume with another teacher, e.g. one from a run that has trained further since.
+    """Refuse to resume with another teacher, e.g. because the teacher's own run has trained further since.
 
     Raises:
-        ValueError: the run's state was made with another teacher.
+        ValueError: `theirs`, the digest of the saved run's teacher, differs from `mine`, that of this teacher.
     """
     if theirs != mine:
         raise ValueError(
@@ -152,7 +157,10 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
-    """Return the configuration of the file or folder `path`, or of the published model `path` if neither exists."""
+    """Return the network's configuration for an artifact's folder, a weight file, or the name of a published model.
+
+    `model` is the name of the network, for files that do not name theirs.
+    """
     if path.is_dir():
         return read_manifest(path).config
     if path.suffix == ".safetensors" and path.exists() and is_own_checkpoint(path):
@@ -161,7 +169,7 @@ def _config_of(path: Path, model: str) -> ViTConfig:
 
 
 def _of_run(path: Path, config: TrainConfig) -> Network:
-    """Load the average of a finished run, with its heads."""
+    """Load the averaged network (`ema`) of a run with its heads, from the newest state in the run's folder `path`."""
     theirs = TrainConfig.model_validate(json.loads((path / "config.json").read_text()))
     if theirs.n_prototypes != config.n_prototypes:
         raise ValueError(

@@ -1,13 +1,13 @@
-"""Several processes in one run. Only this file knows torch.distributed and torchrun's variables.
+"""Training one run with several processes. Only this file uses torch.distributed and torchrun's environment variables.
 
-`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"), each with its share of every step's images.
-The losses get data of other ranks through the functions here: a log-sum-exp over all ranks (Sinkhorn-Knopp), a sum
-(moving centre, batch normalisation), gathered rows (KoLeo). With one process these return their input, and there is no
-process group.
+`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"). Each processes its share of the images of
+every step. The losses need data from other ranks and get it through functions of this file: a log-sum-exp over all
+ranks (for Sinkhorn-Knopp), a sum (for the moving centre and batch normalisation) and gathered rows (for KoLeo). With a
+single process, these functions return their input, and no process group is created.
 
-Weights are stored in one of two ways. With DDP every rank has a whole copy (S, B and L fit, and it is faster). With
-FSDP2 (`fully_shard`) each rank has a slice of weights, gradients and optimizer state and fetches a block's weights when
-it computes the block.
+Weights are stored in one of two ways. With DDP every rank has a full copy of the network; this is faster, and ViT-S, B
+and L fit. With FSDP2 (`fully_shard`) each rank has a slice of the weights, gradients and optimizer state, and fetches
+the weights of a block when it computes the block.
 """
 
 import os
@@ -43,19 +43,20 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process writes the files and the output."""
+        """Return whether this is the process that writes files and prints (rank 0)."""
         return self.rank == 0
 
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Enter the run that torchrun started, or a run of one process without torchrun.
+    """Join the processes that torchrun started, for the duration of the block. Without torchrun there is one process.
 
     Args:
-        device: `auto` (cuda if there is a GPU, else cpu), `cpu`, `cuda`; with several ranks each gets its own GPU.
+        device: `auto` (cuda if there is a GPU, else cpu), `cpu`, `cuda` or, with one process, `cuda:N`. With several
+            ranks on GPUs, each gets its own GPU.
 
     Raises:
-        ValueError: the machine has no such device.
+        ValueError: the machine does not have this device, or `cuda:N` is given with several ranks.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -90,7 +91,7 @@ def wait_for_all(world: World) -> None:
 
 
 def agree(world: World, value: bool) -> bool:
-    """Return whether `value` is true on any rank; the answer is the same on all ranks."""
+    """Return True on all ranks if `value` is True on any of them, else False on all ranks."""
     if world.size == 1:
         return value
     flag = torch.tensor(int(value))
@@ -99,7 +100,7 @@ def agree(world: World, value: bool) -> bool:
 
 
 def from_main(world: World, value: T) -> T:
-    """Return rank 0's `value` on every rank (pickled, between processes of the run)."""
+    """Return rank 0's `value` on every rank. It is sent as a pickle, only between processes of the run."""
     if world.size == 1:
         return value
     box = [value]
@@ -108,7 +109,7 @@ def from_main(world: World, value: T) -> T:
 
 
 def from_all(world: World, values: Sequence[T]) -> list[T]:
-    """Return the values of all ranks, in rank order, on every rank (pickled, as in `from_main`)."""
+    """Return the values of all ranks, in rank order, on every rank. They are sent as pickles."""
     if world.size == 1:
         return list(values)
     boxes: list[list[T]] = [[] for _ in range(world.size)]
@@ -117,7 +118,7 @@ def from_all(world: World, values: Sequence[T]) -> list[T]:
 
 
 def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """Return a function that adds up a tensor over all ranks, without gradient."""
+    """Return a function that returns the sum of a tensor over all ranks, without gradient."""
 
     def total(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -130,7 +131,7 @@ def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """Return a function that combines log-sum-exps over all ranks (log of the sum of exps), without gradient."""
+    """Return a function that takes each rank's log-sum-exp and returns that of all ranks together, without gradient."""
 
     def combine(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -145,7 +146,7 @@ def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks. In the backward pass each rank gets the sum of all ranks' gradients for its rows."""
+    """Gathers the rows of all ranks. In the backward pass each rank gets its rows' gradients, summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -162,12 +163,12 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(world: World, x: Tensor) -> Tensor:
-    """Gather the rows of all ranks [size * n, D] in rank order; gradients flow back to the rank of each row."""
+    """Return the rows `x` [n, D] of all ranks in rank order, [size * n, D]. Gradients flow back to each row's rank."""
     return x if world.size == 1 else _GatherRows.apply(x)  # type: ignore[no-untyped-call]
 
 
 def mean_over_ranks(world: World, values: Tensor) -> Tensor:
-    """Return the mean of each figure over all ranks, for the log."""
+    """Return the mean of `values` over all ranks, element by element."""
     if world.size == 1:
         return values
     values = values.clone()
@@ -176,7 +177,7 @@ def mean_over_ranks(world: World, values: Tensor) -> Tensor:
 
 
 def min_over_ranks(world: World, value: Tensor) -> Tensor:
-    """Return the minimum of each figure over all ranks."""
+    """Return the minimum of `value` over all ranks, element by element."""
     if world.size == 1:
         return value
     value = value.clone()
@@ -187,10 +188,10 @@ def min_over_ranks(world: World, value: Tensor) -> Tensor:
 def shard(
     network: nn.Module, blocks: Iterable[nn.Module], world: World, compute_dtype: torch.dtype, *, trains: bool
 ) -> None:
-    """Split a network's weights into one slice per rank, in place: first its `blocks`, then the rest.
+    """Shard a network in place with FSDP2, so that each rank has a slice of its weights: first `blocks`, then the rest.
 
-    Gradients are averaged in float32; a block's weights are sent in `compute_dtype`. A network that does not train is
-    split again after its forward pass. One that trains keeps its heads whole for the backward pass, which starts there.
+    Gradients are averaged in float32; the weights of a block are sent between ranks in `compute_dtype`. If `trains`,
+    weights outside the blocks stay gathered after the forward pass, because the backward pass starts with the heads.
     """
     # The outputs are views, and no code writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -207,7 +208,7 @@ def shard(
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:
-    """Wrap the network in DDP, which averages its gradients over the ranks; return it unchanged with one rank."""
+    """Wrap a network in DDP, which averages its gradients over the ranks. With one rank, return it unchanged."""
     if world.size == 1:
         return network
     return DistributedDataParallel(
@@ -217,7 +218,10 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
-    """Accumulate gradients on this rank inside the block, for micro-batches; a later backward pass averages them."""
+    """If `when`, backward passes inside the block only add up gradients on this rank, without averaging over ranks.
+
+    This is for all micro-batches of a step but the last, whose backward pass averages the accumulated gradients.
+    """
     if not when:
         yield
     elif isinstance(network, DistributedDataParallel):
@@ -234,17 +238,17 @@ def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's slice of a sharded tensor, and any other tensor unchanged."""
+    """Return this rank's slice of a sharded tensor. A tensor that is not sharded is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a sharded tensor, on every rank (all must call it), and any other tensor unchanged."""
+    """Return the full tensor of a sharded one, on every rank; all ranks must call it. Others are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def put(target: Tensor, value: Tensor) -> Tensor:
-    """Return the whole tensor `value` sharded and placed like `target` (all ranks must call it)."""
+    """Return `value` on the device of `target`, and sharded in the same way. All ranks must call it."""
     if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value.to(target.device)

@@ -1,19 +1,21 @@
 """The cross-entropy of student logits with soft teacher targets over K prototypes, in little memory.
 
-With K = 65,536 to 262,144 prototypes the computation is limited by memory. A plain expression writes the scaled logits,
-their log-softmax and the products as arrays as large as the logits, and autograd keeps them. Here
+With K = 65,536 to 262,144 prototypes the speed is limited by memory access. A plain expression writes the scaled
+logits, their log-softmax and the products as arrays as large as the logits, and autograd keeps them. With the logits x
+and the targets p of a row, this module uses
 
     loss = -sum_k p log softmax(x / temp) = mass * logsumexp(x / temp) - sum_k p x / temp,   mass = sum_k p
     dloss/dx = (mass * softmax(x / temp) - p) / temp
 
-so two numbers per row are enough for the backward pass, which reads the logits again. On a GPU each pass is one Triton
-kernel (`triton_cross_entropy.py`); elsewhere torch computes it in pieces that fit into the cache
-(benchmarks/cross_entropy.py). `plain_cross_entropy` is the definition that the tests compare both with.
+so the backward pass needs only the logits and two numbers per row. On a GPU, the forward and the backward pass are one
+Triton kernel each (`triton_cross_entropy.py`); on other devices, torch computes them in pieces that fit into the cache
+(benchmarks/cross_entropy.py). The tests compare both with the definition, `plain_cross_entropy`.
 
-Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). Then a GPU writes no target array
-at all.
+Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). On a GPU the array of targets is
+then never written.
 
-Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), R = S * B rows of the student.
+Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), S student views, R = S * B rows of
+the student.
 """
 
 import functools
@@ -41,15 +43,15 @@ def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets,
     """Compute -sum_k p log softmax(student_logits / student_temp) for each row, differentiable in the student's logits.
 
     Args:
-        student_logits: [R, K], any float type; R is a multiple of B, and row r has the targets of row r % B.
-        targets: [B, K], or [T, B, K] to be summed over T; rows need not sum to one. They get no gradient.
+        student_logits: [R, K], any float type. R is a multiple of B, and row r uses row r % B of the targets.
+        targets: [B, K], or [T, B, K], which are summed over T. Rows need not sum to one. Targets get no gradient.
         student_temp: the student's temperature.
 
     Returns:
         float32 [R].
 
     Raises:
-        ValueError: shapes do not fit, or targets require a gradient.
+        ValueError: the shapes do not fit together, or the targets require a gradient.
     """
     _check(student_logits, targets)
     if not len(student_logits):
@@ -69,7 +71,7 @@ def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many numbers to compute at once, to fit a CPU core's cache or to limit a GPU's scratch memory."""
+    """Return how many numbers to compute at a time: as many as fit a CPU core's cache, or a limit for GPU memory."""
     return 1 << 19 if device.type == "cpu" else 1 << 27
 
 
@@ -101,7 +103,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, slice]]:
-    """Yield pieces of the student's rows, each with the rows of its targets."""
+    """Yield slices of the student's rows, each with the slice of the rows of its targets."""
     size = max(1, chunk_elements(student_logits.device) // student_logits.shape[1])
     for view in range(0, len(student_logits), n_targets):
         for start in range(0, n_targets, size):

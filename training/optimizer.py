@@ -1,12 +1,13 @@
-"""Optimizers with DINOv2's parameter groups, clipping per sub-module, and updates that skip non-finite steps.
+"""Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
 
-As in facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate falls by `layer_decay` per block
-towards the input, and the patch embedding learns at a fraction of it. Biases, norms and LayerScale have no weight decay
-(positions, class, mask and register tokens and the prototypes' lengths do). The prototypes are frozen at first. The
-whole backbone can be frozen at first too, which is our addition: fresh heads on a trained backbone first learn alone.
+As in facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate is multiplied by `layer_decay` for each
+block towards the input, and by a further factor for the patch embedding. Biases, norms and LayerScale have no weight
+decay; position embeddings, class, mask and register tokens and the lengths of the prototypes do. The prototypes are
+frozen at the start of a run. Unlike DINOv2, the whole backbone can be frozen at the start too, so that new heads on a
+trained backbone first learn alone.
 
-A group stores its multipliers; `set_schedule` turns the step's values into every group's rates. Nothing here waits for
-a GPU: norms, and whether a step counts, stay tensors.
+Each parameter group stores multipliers, from which `set_schedule` computes its rates for a step. No function here waits
+for a GPU: norms, and whether a step is finite, stay tensors.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,10 @@ OptimizerKind = Literal["adamw", "sgd_normalized"]
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return a parameter's distance from the input, by its name: 0 embeddings, i + 1 block i, depth + 1 the rest."""
+    """Return a parameter's distance from the input, given its name.
+
+    It is 0 for embeddings and tokens, i + 1 for block i, and depth + 1 for the last norm and the heads.
+    """
     parts = name.split(".")
     if parts[0] != "backbone":
         return depth + 1
@@ -42,14 +46,19 @@ def make_optimizer(
     betas: tuple[float, float],
     kind: OptimizerKind = "adamw",
 ) -> torch.optim.Optimizer:
-    """Make an optimizer of all parameters; its groups have `part`, `unit`, `lr_mult` and `wd_mult`.
+    """Make an optimizer for all parameters of a network. Its groups have `part`, `unit`, `lr_mult` and `wd_mult`.
+
+    `unit` is the name of the sub-module (backbone or a head); the multipliers are used by `set_schedule`.
 
     Args:
-        betas: of the running averages of gradients and, for AdamW, of their squares.
+        network: the student.
+        layer_decay: factor on the learning rate per block towards the input.
+        patch_embed_lr_mult: further factor on the learning rate of the patch embedding.
+        betas: momentum of the running averages of gradients and, for AdamW, of their squares.
         kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: `kind` is unknown.
     """
     depth = len(network.backbone.blocks)
     groups: dict[tuple[str, Part, float, float], list[nn.Parameter]] = {}
@@ -72,7 +81,7 @@ def make_optimizer(
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight_decay: float) -> None:
-    """Write one step's values into every group."""
+    """Set the learning rate and the weight decay of every group for one step; `lr` has the rates by part."""
     for group in optimizer.param_groups:
         group["lr"] = lr[group["part"]] * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -80,9 +89,9 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight
 
 @torch.no_grad()
 def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
-    """Clip each sub-module's gradient to `max_norm` on its own; return the norms before clipping, by sub-module name.
+    """Clip the gradient of each sub-module separately to `max_norm`, and return the norms before clipping by its name.
 
-    The norms are scalars on the network's device, over all ranks if gradients are sharded.
+    The norms are scalars on the network's device. If gradients are sharded, a norm covers the slices of all ranks.
     """
     norms = {}
     for name, module in network.named_children():
@@ -95,7 +104,7 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return the L2 norm of the gradients of `parameters` as one vector, the same on every rank; 0 without any."""
+    """Return the L2 norm of all gradients of `parameters` together, the same on every rank; 0 if there are none."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return local(parameters[0]).new_zeros(())
@@ -104,10 +113,10 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Do one update if `finite` is true; otherwise leave weights and optimizer state, with its step count, unchanged.
+    """Do one update if `finite` is True; otherwise leave the weights and the optimizer's state unchanged.
 
-    The host does not wait to learn which. Both kinds of `make_optimizer` read the attribute that torch's gradient
-    scaler sets for optimizers that can skip a step themselves (`torch/optim/adam.py`, `_fused_adam`).
+    The host does not read `finite`, so it does not wait for the device. Both optimizers of `make_optimizer` skip a step
+    if the attribute `found_inf` is 1, which torch's gradient scaler sets too (`torch/optim/adam.py`, `_fused_adam`).
 
     Args:
         finite: bool scalar on the network's device, the same on all ranks: whether loss and gradient norms are finite.
@@ -122,19 +131,21 @@ def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 class NormalizedSGD(torch.optim.Optimizer):
     """SGD with momentum over normalised gradients, for very large batches.
 
-    With g the gradient of a whole unit (backbone or a head: the same units as for clipping) and w a weight of it:
+    A unit is a sub-module whose gradient is clipped on its own: the backbone or a head. With the gradient g of the
+    unit, its weights w and their momentum m:
 
         m = beta * m + (1 - beta) * g / |g|,    w = w - lr * weight_decay * w - lr * m
 
-    A step's length is at most lr whatever the size of the gradient, and neither clipping nor the scale of the loss
-    changes it. m starts at 0 without bias correction: the warm-up of lr covers the first 1 / (1 - beta) steps.
+    Apart from weight decay, the length of an update is at most lr, whatever the size of the gradient, and it depends
+    neither on clipping nor on the scale of the loss. m starts at 0 without bias correction, because the warm-up of lr
+    covers the first 1 / (1 - beta) steps.
     """
 
     def __init__(self, params: list[dict[str, Any]], *, lr: float = 0.0, beta: float = 0.9, weight_decay: float = 0.0):
-        """Create the optimizer. Each group of `params` has a `unit`; gradients are measured together per unit.
+        """Create the optimizer. Each group of `params` must name its `unit`.
 
         Raises:
-            ValueError: beta is outside 0..1.
+            ValueError: beta is less than 0, or 1 or more.
         """
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta} must be at least 0 and less than 1")

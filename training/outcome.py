@@ -1,6 +1,7 @@
-"""The results of a run: the average's backbone, its k-NN accuracy, its checkpoint, and image sheets.
+"""The results of a run: the backbone of the student's moving average (`ema`), its k-NN accuracy, its checkpoint, and
+image sheets.
 
-Only the process that writes files calls these functions, except for `released_backbone`, which all ranks call.
+All ranks call `released_backbone`; only rank 0 calls the other functions.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ GALLERY = 128  # images that are searched for a sheet's neighbours
 
 @dataclass(frozen=True)
 class Release:
-    """How the backbone that a run releases is described and evaluated."""
+    """Settings by which a run evaluates, describes and releases its backbone."""
 
     vit: ViTConfig
     eval_spec: PreprocessSpec
@@ -41,9 +42,9 @@ class Release:
 
 
 def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionTransformer:
-    """Return the average's backbone as a plain network on rank 0's device, whether or not it is sharded.
+    """Return the backbone of the student's moving average as a network that is not sharded, on rank 0's device.
 
-    All ranks must call it; on other ranks the network has no weights.
+    All ranks must call it. On the other ranks, the returned network has no weights.
     """
     with torch.device("meta"):
         backbone = DinoVisionTransformer(vit)
@@ -58,7 +59,7 @@ def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionT
 
 
 def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """Compute k-NN of the backbone on the held-out images; empty if there are none or only one class."""
+    """Return the k-NN accuracy on the held-out images by pooling, then by k. It is empty if k-NN is not possible."""
     return evaluate_knn(backbone, data.train_sample, data.held_out, spec) if data.has_classes else {}
 
 
@@ -77,7 +78,7 @@ def write_sheet(
     step: int,
     total: int,
 ) -> None:
-    """Write an image sheet: a few training images with the crops that `step` would make of them."""
+    """Write an image sheet that shows a few training images, with the crops that they would get in step `step`."""
     stride = max(1, len(data.train_sample) // GALLERY)
     gallery, names, squares = [], [], list[tuple[Any, float]]()
     for photo in data.train_sample[::stride][:GALLERY]:

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: metadata that traces a figure to the run, the images and the code that made it."""
+"""The provenance of a checkpoint: metadata about the run, the images and the code that made it."""
 
 import hashlib
 import subprocess
@@ -12,7 +12,10 @@ from training.config import TrainConfig
 
 
 def code_revision() -> str:
-    """Return the git revision of this code, with `+changes` if the working tree differs; `unknown` without git."""
+    """Return the git revision of this code, or `unknown` if git is missing or this is not a repository.
+
+    `+changes` is appended if tracked files of this package have uncommitted changes.
+    """
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder)]
@@ -26,7 +29,10 @@ def code_revision() -> str:
 
 
 def initial_digest(init: str) -> dict[str, str]:
-    """Return what a run started from: its name and, for a file, the sha256. The folder is left out."""
+    """Return the name of the weights that a run started from and, if they are a file, its sha256.
+
+    The name has no folder, which could be private.
+    """
     path = Path(init)
     if not path.exists():
         return {"name": init}  # published weights
@@ -35,9 +41,10 @@ def initial_digest(init: str) -> dict[str, str]:
 
 
 def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
-    """Return a checkpoint's metadata. `name` and `preprocess` are the defaults for an artifact made from it.
+    """Return the metadata of a run's checkpoints.
 
-    The loop adds `steps` and, at the end, `knn`.
+    An artifact that is exported from a checkpoint gets its `name` and `preprocess` by default. The training loop adds
+    `steps` and, at the end of the run, `knn` and `whitened`.
 
     Args:
         config: the run's settings.

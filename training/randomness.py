@@ -1,13 +1,15 @@
-"""Random numbers that belong to a sample and not to a process.
+"""Random numbers that depend on the sample (one image in one step) and not on the process that draws them.
 
-A generator hands out numbers in turn, so an image's numbers depend on all draws before: on the batch's size, the rank
-and the device. Here a number is a hash of its purpose (seed, step, position in the step's batch, draw). One rank with a
-batch of 2b, two ranks with b, and micro-batches all see the same crops. A resumed run needs no generator state, and a
-draw does not affect any other. Counter-based generators are the known method (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011); the hash is SplitMix64's step and finaliser (Steele et al., OOPSLA 2014).
+With an ordinary generator, the numbers of an image depend on all earlier draws, and so on the batch size, the rank and
+the device. Here a number is a hash of what it is for: (seed, step, position in the step's batch, draw). The crops are
+therefore the same for one rank with a batch of 2b images, for two ranks with b images each, and for micro-batches. A
+resumed run needs no generator state, and no draw affects another. Such generators are known as counter-based (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The hash is the step and the finaliser of SplitMix64
+(Steele et al., OOPSLA 2014).
 
-Only wrapping int64 arithmetic and one exact conversion are used, so the bits are the same on every device. The tensors
-are tiny and stay on the CPU unless the keys are elsewhere: then a batch's choices are known without waiting for a GPU.
+Only wrapping int64 arithmetic and one exact conversion are used, so the bits are the same on every device. Numbers are
+computed on the device of the keys. Training keeps the keys on the CPU, so that random choices are known without waiting
+for a GPU.
 
 Legend: n samples.
 """
@@ -36,17 +38,17 @@ def _shift(words: Tensor, bits: int) -> Tensor:
 
 
 def _mix(words: Tensor) -> Tensor:
-    """Apply SplitMix64's finaliser: every bit of an int64 flips about half of all the others."""
+    """Apply the finaliser of SplitMix64 to int64 words. Changing one bit of a word changes about half of its bits."""
     words = (words ^ _shift(words, 30)) * _signed(0xBF58476D1CE4E5B9)
     words = (words ^ _shift(words, 27)) * _signed(0x94D049BB133111EB)
     return words ^ _shift(words, 31)
 
 
 def sample_keys(seed: int, step: int, positions: Tensor) -> Tensor:
-    """Return keys int64 [n] of the samples at `positions` (int64 [n]) of the step's whole batch, over all ranks.
+    """Return the keys, int64 [n], of the samples at `positions` (int64 [n]) in the step's batch of all ranks.
 
     Raises:
-        ValueError: seed or step is not a signed 64-bit number.
+        ValueError: seed or step does not fit into a signed 64-bit number.
     """
     for name, value in (("seed", seed), ("step", step)):
         if not -(2**63) <= value < 2**63:
@@ -58,9 +60,10 @@ def sample_keys(seed: int, step: int, positions: Tensor) -> Tensor:
 
 
 class SampleRandom:
-    """Random numbers of n samples with the int64 `keys` [n]; a pure function of (key, draw, element).
+    """The random numbers of n samples, given by their keys, int64 [n].
 
-    Draws are named by number and not counted, so that skipping one does not change the others.
+    A number depends only on the key, the draw and the index of the element. The caller numbers the draws, so skipping a
+    draw does not change the others.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -72,16 +75,19 @@ class SampleRandom:
         return len(self.keys)
 
     def fork(self, purpose: int) -> "SampleRandom":
-        """Return the same samples with separate numbers for `purpose`."""
+        """Return a `SampleRandom` of the same samples, whose numbers are independent of all other purposes."""
         return SampleRandom(_mix(self.keys + _signed((purpose + 1) * FORK_STEP)))
 
     def views(self, n_views: int) -> "SampleRandom":
-        """Return `n_views` forks as one, [n_views * n]: all samples' first views, then all second ones, and so on."""
+        """Return a `SampleRandom` with a key per view, [n_views * n].
+
+        The first views of all samples come first, then the second views, and so on.
+        """
         steps = torch.arange(1, n_views + 1, device=self.keys.device) * FORK_STEP
         return SampleRandom(_mix(self.keys + steps[:, None]).flatten())
 
     def uniform(self, draw: int, shape: tuple[int, ...] = ()) -> Tensor:
-        """Return float32 [n, *shape], uniform in [0, 1) in steps of 2^-24."""
+        """Return the numbers of a draw, float32 [n, *shape], uniform in [0, 1) in steps of 2^-24."""
         elements = torch.arange(1, math.prod(shape) + 1, device=self.keys.device)
         states = _mix(self.keys + _signed((draw + 1) * DRAW_STEP))
         words = _mix(states[:, None] + elements * DRAW_STEP)  # [n, elements]

@@ -1,6 +1,6 @@
-"""The state of a training run and its actions: log a line, evaluate, save, roll back, release.
+"""The objects of a training run, and the actions of the loop: log a line, evaluate, save, roll back, release.
 
-Every rank must call each action; rank 0 writes and decides.
+Every rank must call each action. Rank 0 writes files and takes the sentinels' decisions.
 """
 
 import json
@@ -40,12 +40,15 @@ class RunStopped(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM ended the process; its work is saved, and the same command resumes."""
+    """SIGTERM ended the run. Its state is saved, and the same command resumes it."""
 
 
 @dataclass
 class Sigterm:
-    """The SIGTERM handler of a run: it raises at once or, while `deferred`, leaves it to the loop to save and raise."""
+    """The SIGTERM handler of a run. It raises `Interrupted` at once, except while `deferred` is True.
+
+    Then it only sets `came`, and the training loop saves a state and raises.
+    """
 
     came: bool = False
     deferred: bool = False
@@ -58,7 +61,10 @@ class Sigterm:
 
 @contextmanager
 def sigterm_noted() -> Iterator[Sigterm]:
-    """Handle SIGTERM with `Sigterm` inside the block. Only the main thread gets signals; in others nothing changes."""
+    """Handle SIGTERM with a `Sigterm` inside the block.
+
+    Only the main thread can set a signal handler; in other threads the handling of SIGTERM does not change.
+    """
     stop = Sigterm()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -72,7 +78,7 @@ def sigterm_noted() -> Iterator[Sigterm]:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps between log lines, evaluations, sheets and kept checkpoints; 0: never. States are saved by the clock."""
+    """Steps between log lines, evaluations, sheets and kept checkpoints (0: never), and seconds between states."""
 
     log: int
     evaluate: int
@@ -83,7 +89,7 @@ class Intervals:
 
 @dataclass
 class Run:
-    """Everything that the loop needs."""
+    """Everything that the training loop uses."""
 
     out: Path
     settings: dict[str, Any]  # the configuration, as JSON types
@@ -107,19 +113,20 @@ class Run:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether `step` is a multiple of `every`; never for 0."""
+    """Return whether `step` is a multiple of `every`. The answer is always False if `every` is 0."""
     return every > 0 and step % every == 0
 
 
 def is_save_due(run: Run) -> bool:
-    """Return whether it is time to save a state, by this rank's clock."""
+    """Return whether the last save was more than `save_seconds` ago, by this rank's clock."""
     return time.monotonic() - run.saved_at > run.every.save_seconds
 
 
 def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
-    """Return whether there is something to write or decide after this step; the same on all ranks.
+    """Return whether the host has something to write or decide after this step. The answer is the same on all ranks.
 
-    Ranks have their own clocks and signals, so they exchange them here: torchrun gives them 30 seconds to exit.
+    Each rank has its own clock and receives its own signals, so the ranks have to agree. They do so after every step,
+    because torchrun kills them 30 seconds after SIGTERM.
     """
     every = run.every
     if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
@@ -128,15 +135,19 @@ def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
 
 
 def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the figures that must always be finite. With fp16, gradients may overflow while the loss scale adapts."""
+    """Return those of the figures that must be finite: the loss and, except with fp16, the gradient norms.
+
+    With fp16, gradients may overflow while the loss scale adapts.
+    """
     norms = () if "loss_scale" in run.setup.parts.buffers else ("grad_norm",)
     return {name: value for name, value in terms.items() if name == "loss" or name.startswith(norms)}
 
 
 def find_not_finite(run: Run) -> Verdict | None:
-    """Check for figures that were not finite since the last call, and store their batch.
+    """Check whether a figure was not finite in a step since the last call. If so, store the first such step's batch.
 
-    Such a step has not changed the weights (training/step.py).
+    Return the sentinels' verdict, or None if all figures were finite. A step with gradients that are not finite has not
+    changed the student (training/step.py).
     """
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
@@ -156,7 +167,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
-    """Write a line of metrics.jsonl; return the collapse sentinel's verdict."""
+    """Write a line of metrics.jsonl, and return the verdict on collapse, or None."""
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -173,7 +184,10 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 
 
 def evaluate(run: Run, step: int) -> Verdict | None:
-    """Compute k-NN on the held-out images if the run evaluates while training; return the sentinel's verdict."""
+    """Compute k-NN on the held-out images, and return the verdict on it, or None.
+
+    Nothing is computed if the settings have no evaluation during the run.
+    """
     if not run.every.evaluate:
         return None
     with run.monitor.paused():
@@ -189,7 +203,10 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 
 
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
-    """Return the verdict of rank 0's sentinels, and copy their state to the other ranks, which have other figures."""
+    """Return, on all ranks, the verdict that `ask` gives on rank 0, and copy the state of rank 0's sentinels to all.
+
+    Ranks have different figures, so only rank 0 decides.
+    """
     verdict = ask() if run.world.is_main else None
     verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
     run.sentinels.load_state_dict(state)
@@ -197,7 +214,7 @@ def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
 
 
 def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
-    """Report a verdict and stop if it requires that; return the verdict if it requires a rollback.
+    """Report a verdict, and stop the run if it says so. Return the verdict if it requires a rollback, else None.
 
     Raises:
         RunStopped: the verdict ends the run.
@@ -211,7 +228,9 @@ def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
 
 
 def roll_back(run: Run, verdict: Verdict) -> int:
-    """Load the newest state of step `verdict.back_to` or before; return the step to continue after.
+    """Load the newest state of step `verdict.back_to` or before, and return its step.
+
+    Later states are removed, and the checkpoint is replaced by that of the loaded state.
 
     Raises:
         RunStopped: there is no such state.
@@ -234,12 +253,15 @@ def roll_back(run: Run, verdict: Verdict) -> int:
 
 
 def is_best(run: Run, step: int) -> bool:
-    """Return whether `step` has the run's best k-NN: the state for a rollback, or the result of a run that stops."""
+    """Return whether `step` has the run's best k-NN so far and must be saved, because the run may return to it.
+
+    It is False if a fall of k-NN only causes a warning.
+    """
     return run.sentinels.limits.on_knn != "warn" and step == run.sentinels.state.best_knn_step
 
 
 def save(run: Run, step: int) -> Saved | None:
-    """Save state and checkpoint; return None on ranks that do not write."""
+    """Save the state and the checkpoint after `step` steps. Return the state on rank 0, and None on other ranks."""
     skipped = from_all(run.world, run.data.unlisted())  # a resumed run does not try these images again
     if run.world.is_main:
         list_skipped(skipped, run.out, run.monitor.console)
@@ -260,19 +282,19 @@ def save(run: Run, step: int) -> Saved | None:
 
 
 def memory_of(run: Run) -> dict[str, Any]:
-    """Return what a state stores besides tensors, as JSON types."""
+    """Return what a state stores besides tensors: digests of data and teacher, the sentinels' state (JSON types)."""
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
 
 def save_checkpoint(run: Run, path: Path, step: int) -> None:
-    """Save the average's backbone as a checkpoint."""
+    """Save the backbone of the student's moving average as a checkpoint."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_checkpoint(path, backbone, run.release.vit, {**run.release.facts, "steps": step})
 
 
 def draw_sheet(run: Run, step: int) -> None:
-    """Write `sheets/step_N.png`: what the average sees in a few training images."""
+    """Write the image sheet `sheets/step_N.png`, made with the student's moving average."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)
@@ -283,7 +305,10 @@ def sheet_path(run: Run, step: int) -> Path:
 
 
 def release(run: Run) -> Path:
-    """Whiten, run k-NN, write the last checkpoint, a sheet and the report; return the checkpoint's path."""
+    """Finish the run: whiten the backbone if set, compute k-NN, and write the last checkpoint, a sheet and the report.
+
+    Return the path of the checkpoint.
+    """
     path, data, settings = run.out / CHECKPOINT, run.data, run.release
     backbone = released_backbone(settings.vit, run.world, run.setup.parts)
     if run.world.is_main:

@@ -1,7 +1,7 @@
-"""Schedules as arrays: one value per step, computed before the run; the loop only indexes them.
+"""Schedules are arrays with one value per step. They are computed before the run, and the training loop indexes them.
 
-As in facebookresearch/dinov2, `dinov2/utils/utils.py` (CosineScheduler). An array can be printed, plotted and tested,
-and a resumed run reads the same values as an uninterrupted one.
+They follow facebookresearch/dinov2, `dinov2/utils/utils.py` (CosineScheduler). An array can be printed, plotted and
+tested, and a resumed run reads the same values as an uninterrupted run.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ Schedule = npt.NDArray[np.float64]
 
 
 def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedule:
-    """Return a line from 0 to `base` over `warmup` steps, then half a cosine down to `final`.
+    """Return a schedule of `total` steps: a line from 0 to `base` over `warmup` steps, then half a cosine to `final`.
 
     Raises:
         ValueError: the warm-up is longer than the run.
@@ -25,6 +25,9 @@ def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedul
 
 
 def linear_then_constant(start: float, end: float, total: int, warmup: int) -> Schedule:
-    """Return a line from `start` to `end` over `warmup` steps (cut at `total`), then `end`; for teacher temperature."""
+    """Return a schedule of `total` steps: a line from `start` to `end` over `warmup` steps, then `end`.
+
+    The line is cut off if the warm-up is longer than the run. The teacher's temperature uses this schedule.
+    """
     ramp = np.linspace(start, end, warmup)[:total]
     return np.concatenate([ramp, np.full(total - len(ramp), end)])

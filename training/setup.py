@@ -1,7 +1,4 @@
-"""The start of a run: student, teacher and optimizer, and their placement on the ranks.
-
-Legend: D width of the backbone, K prototypes.
-"""
+"""The start of a run: make the student, the teacher and the optimizer, and place them on the ranks."""
 
 import functools
 import tempfile
@@ -27,7 +24,10 @@ LOSS_SCALE = 2.0**16  # of fp16 at the start, as in torch's GradScaler
 
 
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return autocast for matrix products in `precision`; `auto` is bf16 if the device multiplies it natively."""
+    """Return the autocast context for `precision`: fp32, bf16, fp16 or auto.
+
+    `auto` is bf16 if the device multiplies bf16 natively, else fp32.
+    """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -38,15 +38,15 @@ def make_autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def compute_dtype(autocast: torch.autocast) -> torch.dtype:
-    """Return the type that matrix products are computed in."""
+    """Return the type in which matrix products are computed under `autocast`."""
     return autocast.fast_dtype if autocast._enabled else torch.float32
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Choose the attention kernel for training: the fused one, except for bf16 on a CPU.
+    """Return a context that selects the attention kernel for training: the fused one, except for bf16 on a CPU.
 
-    There the fused backward pass takes a quarter of the step at the 10 to 65 tokens of small crops, and plain matrix
-    products take a third of that. In float32 the fused kernel is faster at every size
+    For bf16 on a CPU and small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a
+    step's time; plain matrix products take a third of that. In float32 the fused kernel is faster at every size
     (docs/decisions/0010-training-on-a-cpu.md).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
@@ -62,7 +62,7 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
         config: the run's network.
 
     Raises:
-        ValueError: `init` is none of these, is damaged, or has another shape than `config`.
+        ValueError: `init` is none of these, is damaged, or has a network other than `config`.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
     path = Path(init)
@@ -82,7 +82,7 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
 
 
 def make_network(config: TrainConfig) -> Network:
-    """Make the student at step 0, which depends only on the seed and `config.init`."""
+    """Make the student at step 0. Its weights depend only on the seed, the network's settings and `config.init`."""
     torch.manual_seed(config.seed)
     network = Network(
         config.vit_config,
@@ -99,7 +99,7 @@ def make_network(config: TrainConfig) -> Network:
 
 
 def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | None = None) -> Setup:
-    """Make everything for step 0 from the configuration.
+    """Make the networks, the optimizer and the buffers for step 0 from the configuration.
 
     Args:
         config: the run's settings.
@@ -138,7 +138,7 @@ def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | No
 
 
 def compile_blocks(*networks: nn.Module) -> None:
-    """Compile each block with torch.compile. All blocks share one compiled function per kind of input."""
+    """Compile each block with torch.compile. Blocks share one compiled function for inputs of the same kind."""
     # Kinds: crop sizes x (student, teacher) x (main and last phase). After the default of 8, torch silently stops.
     torch._dynamo.config.recompile_limit = 64
     # This would look for DDP's buckets in a block smaller than one, and fails if a block is larger.
@@ -150,7 +150,10 @@ def compile_blocks(*networks: nn.Module) -> None:
 
 
 def strategy_of(config: TrainConfig) -> str:
-    """Return the strategy: `ddp` is faster with a whole copy per rank; the giant's optimizer state needs `fsdp`."""
+    """Return the strategy for several ranks, `ddp` or `fsdp`.
+
+    `auto` is `ddp`, which is faster, except for networks of at least ViT-g's size, whose optimizer state needs `fsdp`.
+    """
     if config.strategy != "auto":
         return config.strategy
     return "fsdp" if config.vit_config.embed_dim * config.vit_config.depth >= 1536 * 40 else "ddp"

@@ -1,14 +1,16 @@
-"""A run's state on disk: everything needed to resume after a power cut.
+"""States on disk, from which a run resumes after an interruption or rolls back.
 
-The random choices of a step depend only on (seed, step, sample) (`training/randomness.py`), so the networks, the
-optimizer, moving centres, the sentinels' memory and the step number are the whole state.
+A state has the student, its moving average, the optimizer, the moving centres, the sentinels' state and the step
+number. Nothing else is needed, because the random choices of a step depend only on (seed, step, sample)
+(`training/randomness.py`).
 
-`states/` in the run's folder holds the last few. Each is a file of tensors (`000001200.pt`) with a small JSON file that
-is written last and has the tensor file's digest. A state without JSON file, or with another digest, is incomplete, and
-the one before it is used. Tensors are saved whole even if the ranks hold slices, so one rank can resume a run of two.
-States are read with `weights_only`: a state file cannot run code.
+The newest states are kept in the folder `states/` of the run's folder. Each consists of a file of tensors
+(`000001200.pt`) and a small JSON file, which is written last and has the digest of the tensor file. If the JSON file is
+missing or the digest differs, the state is incomplete, and the state before it is used. Tensors are saved whole even if
+each rank has only a slice of them, so a run can resume with another number of ranks. States are loaded with
+`weights_only`, so a state file cannot run code.
 
-Only one process at a time may write there (`alone_in`): two would delete each other's states.
+Only one process at a time may write to a run's folder (`alone_in`), because two would delete each other's states.
 """
 
 import errno
@@ -54,8 +56,9 @@ FREE_SETTINGS = {
 class Parts:
     """The parts of a run that change with each step.
 
-    `teacher` gives the targets. It is `ema` itself or, in distillation, a larger network that never changes and is not
-    part of the state. `buffers` holds the moving centres and fp16's loss scale, if there are any.
+    `ema` is the moving average of the student. `teacher` gives the targets: it is `ema` itself or, in distillation, a
+    frozen network, which is not part of the state. `buffers` has the moving centres and fp16's loss scale, if the run
+    uses them.
     """
 
     student: Network
@@ -66,12 +69,15 @@ class Parts:
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings (JSON types) that a resumed run must share with the saved one."""
+    """Return those of the settings (JSON types) that must be the same when a run is resumed."""
     return {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
 
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU if `keep`, else nothing. All ranks must call it; each has one whole at a time."""
+    """Return full tensors on the CPU if `keep`, else an empty dictionary. All ranks must call it.
+
+    Sharded tensors are gathered one at a time, to save memory.
+    """
     copies = {}
     for name, tensor in tensors.items():
         value = whole(tensor.detach())
@@ -81,7 +87,7 @@ def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Return the optimizer's tensors by `parameter name/key`."""
+    """Return the tensors of the optimizer's state by `NAME/KEY`: the parameter's name and the optimizer's key."""
     state = parts.optimizer.state
     return {
         f"{name}/{key}": value
@@ -110,13 +116,16 @@ def save_state(
 ) -> "Saved | None":
     """Write the state after `step` steps and delete states that are no longer needed.
 
-    Every rank must call it; rank 0 writes the state and returns it.
+    Every rank must call it. Rank 0 writes the state and returns it; the other ranks return None.
 
     Args:
         out: the run's folder.
-        settings: the run's settings; resuming with others is refused.
-        memory: further data to restore (sentinels, data), as JSON types.
+        parts: the networks, the optimizer and the buffers to save.
+        step: the number of steps done.
+        settings: the run's settings; a run with other settings cannot resume from the state.
+        memory: what to store besides tensors (digests of data and teacher, the sentinels' state), as JSON types.
         keep: how many of the newest states to keep.
+        world: this process among the ranks.
         needed: steps that a sentinel may roll back to. For each, the newest state of that step or before is kept too.
 
     Raises:
@@ -149,7 +158,7 @@ def save_state(
 
 
 def _write_tensors(path: Path, state: dict[str, Any]) -> str:
-    """Write the state's file; return its digest."""
+    """Write the tensors of a state to a file, and return the digest of the file."""
     with replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:  # torch.save would write the name of a path into the file
@@ -165,7 +174,7 @@ def _notes(folder: Path) -> list[Path]:
 
 
 def _drop(note: Path) -> None:
-    """Remove a state: first the JSON file, without which the state does not count."""
+    """Remove a state. Its JSON file `note` is removed first, so that no half-removed state is used."""
     note.unlink()
     note.with_suffix(".pt").unlink(missing_ok=True)
 
@@ -184,7 +193,7 @@ def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete state on disk."""
+    """A complete state on disk: its tensor file, its step, and what its JSON file has besides (see `save_state`)."""
 
     path: Path
     step: int
@@ -193,7 +202,10 @@ class Saved:
 
 
 def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, list[str]]:
-    """Return the newest complete state (of step `at_most` or before), and messages about newer damaged ones."""
+    """Return the newest complete state (of step `at_most` or before, if given) and messages about newer damaged states.
+
+    The state is None if none is complete.
+    """
     broken: list[str] = []
     for note in _notes(out / FOLDER):
         path = note.with_suffix(".pt")
@@ -210,12 +222,13 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
 
 
 def start_from(out: Path) -> tuple[Saved | None, list[str]]:
-    """Return the state that a run in `out` resumes from, None for a fresh start, and messages about damaged states.
+    """Return the state from which a run in `out` resumes, and messages about damaged states.
 
-    Only the process that holds the lock may call it, because it removes incomplete files of killed processes.
+    The state is None if the run starts at step 0. Only the process that holds the lock of `out` may call this function,
+    because it removes incomplete files of killed processes.
 
     Raises:
-        ValueError: there are states of a run, but all are damaged; the user has to decide what to do.
+        ValueError: the folder has states, but all are damaged. The user has to restore or remove them.
     """
     folder = out / FOLDER
     for leftover in [*folder.glob("*.part"), *out.glob(".*.part")]:
@@ -238,17 +251,17 @@ def start_from(out: Path) -> tuple[Saved | None, list[str]]:
 
 
 def remember(saved: Saved, memory: dict[str, Any]) -> None:
-    """Replace what a state stores besides the tensors.
+    """Replace what a saved state stores besides tensors (`memory` of `save_state`).
 
     Raises:
-        OSError: it cannot be written; the state is unchanged.
+        OSError: the JSON file cannot be written; the state is unchanged.
     """
     note = saved.path.with_suffix(".json")
     write_text(note, json.dumps({**json.loads(note.read_text()), "memory": memory}))
 
 
 def drop_states(out: Path, after: int) -> None:
-    """Remove the states of steps later than `after`: damaged ones, or those that a rollback discards."""
+    """Remove the states of all steps later than `after`. They are damaged, or a rollback discards them."""
     for note in _notes(out / FOLDER):
         if int(note.stem) > after:
             _drop(note)
@@ -256,7 +269,9 @@ def drop_states(out: Path, after: int) -> None:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Lock the run's folder. Other processes are refused until this one has ended, even if it is killed.
+    """Hold the lock of the run's folder inside the block. The lock is released even if the process is killed.
+
+    If the file system does not support locks, a warning is given instead.
 
     Raises:
         ValueError: another process holds the lock.
@@ -281,10 +296,10 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
-    """Refuse to resume with other settings.
+    """Refuse to resume a run with other settings than it was started with.
 
     Raises:
-        ValueError: the state belongs to a run with other settings; the message names them.
+        ValueError: settings other than `FREE_SETTINGS` differ; the message names them.
     """
     mine, theirs = comparable(settings), comparable(saved.settings)
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
@@ -297,7 +312,7 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_state(saved: Saved, parts: Parts) -> None:
-    """Load a saved state into `parts`. The number of ranks may differ from the one that wrote it."""
+    """Load a saved state into `parts`. The run that wrote it may have had another number of ranks."""
     state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
     for network, name in ((parts.student, "student"), (parts.ema, "ema")):
         targets = network.state_dict()

@@ -215,7 +215,10 @@ ALWAYS_COMPUTED = frozenset({"dino"})  # its value shows a collapse, even with w
 
 
 def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the losses of one micro-batch, and the student's class tokens [b, D] of the first view, detached."""
+    """Run the student on a micro-batch, and return its losses (by name) and its class tokens [b, D] of the first view.
+
+    The class tokens carry no gradient.
+    """
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
     zero = output.cls.new_zeros((), dtype=torch.float32)
@@ -272,7 +275,10 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
 
 
 def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:
-    """Adapt fp16's loss scale as torch does: halve it after a non-finite step, double it after 2,000 finite ones."""
+    """Adapt fp16's loss scale: halve it after a step that is not finite, double it after 2,000 finite steps in a row.
+
+    This is the rule of torch's GradScaler.
+    """
     good = torch.where(finite, buffers["good_steps"] + 1, 0)
     grown = torch.where(good >= SCALE_GROWS_AFTER, 2.0, 1.0)
     buffers["loss_scale"].mul_(torch.where(finite, grown, 0.5))

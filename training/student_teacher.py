@@ -1,11 +1,12 @@
-"""The student, its teacher, and the head that both put on top of the backbone.
+"""The student, its teacher, and the heads of both.
 
-The teacher is an exponential moving average (EMA) of the student: it gives the targets, gets no gradient, and is
-released at the end. The head maps a token to logits over K prototypes (arXiv 2104.14294): three linear layers down to a
-bottleneck, L2 norm, and a last layer with weight normalisation. Its parameter names are those of
-`dinov2/layers/dino_head.py`.
+The teacher is an exponential moving average (EMA) of the student. It gives the targets and gets no gradient, and its
+backbone is released at the end. A head maps a token to logits over K prototypes (arXiv 2104.14294): three linear layers
+down to a bottleneck, L2 normalisation, and a last layer with weight normalisation. The names of its parameters are
+those of `dinov2/layers/dino_head.py`.
 
-Legend: D width of the backbone, K prototypes, n tokens.
+Legend: D width of the backbone, K prototypes, n tokens, b images of a micro-batch, V local crops per image, N patches
+of a global crop, M selected patches, G and L sides of global and local crops.
 """
 
 import copy
@@ -21,7 +22,7 @@ from training.distributed import local
 
 
 class PrototypeLayer(nn.Module):
-    """Linear layer without bias; its rows have direction `weight_v` and length `weight_g` (1 at the start)."""
+    """Linear layer without bias. Its rows have the directions of `weight_v` and the lengths `weight_g` (1 at first)."""
 
     def __init__(self, in_dim: int, n_prototypes: int) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class PrototypeLayer(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Head from tokens [n, D] to prototype logits [n, K], within -1..1 as long as `weight_g` is 1."""
+    """A head that maps tokens [n, D] to logits [n, K]. The logits are cosines as long as `weight_g` is 1."""
 
     def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class DinoHead(nn.Module):
 
 
 class Output(NamedTuple):
-    """A network's output for one micro-batch."""
+    """The output of a student or teacher for one micro-batch."""
 
     cls: Tensor  # [2b, D] class tokens of the global crops, before the head
     global_logits: Tensor  # [2b, K]
@@ -67,7 +68,10 @@ class Output(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone with its two heads; with `shared_head` both losses use one head, as in DINOv2's short recipe."""
+    """A backbone with a head for DINO's loss and one for iBOT's.
+
+    With `shared_head` both losses use the same head, as in DINOv2's short recipe.
+    """
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class Network(nn.Module):
         self.own_ibot_head = None if shared_head else DinoHead(config.embed_dim, n_prototypes, hidden_dim, ibot_dim)
 
     def forward(self, globals_: Tensor, locals_: Tensor | None, hidden: Tensor | None, selected: Tensor) -> Output:
-        """Process one micro-batch.
+        """Compute class tokens and logits of one micro-batch.
 
         Args:
             globals_: [2b, 3, G, G].
@@ -116,9 +120,9 @@ def make_teacher(student: Network) -> Network:
 
 @torch.no_grad()
 def update_teacher(student: Network, teacher: Network, momentum: float) -> None:
-    """Update all parameters at once: teacher = momentum * teacher + (1 - momentum) * student.
+    """Update all parameters of the teacher: teacher = momentum * teacher + (1 - momentum) * student.
 
-    If parameters are sharded, each rank updates its slices.
+    If the networks are sharded, each rank updates its own slices.
     """
     mine = [local(parameter) for parameter in teacher.parameters()]
     torch._foreach_lerp_(mine, [local(parameter) for parameter in student.parameters()], 1 - momentum)

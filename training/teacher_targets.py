@@ -1,4 +1,4 @@
-"""The student's targets in compact form: teacher logits with the two vectors that turn them into targets.
+"""A compact form of the student's targets: the teacher's logits and two vectors that turn them into targets.
 
 Legend: K prototypes, B rows of targets.
 """
@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Targets exp(logits / temp - u - v) that are not stored as an array.
+    """Targets in the form exp(logits / temp - u - v), with one u per row and one v per prototype.
 
-    Sinkhorn-Knopp and centering have this form (`training/losses.py`).
+    Targets of Sinkhorn-Knopp and of centering have this form (`training/losses.py`). The array of targets is computed
+    only when it is needed.
     """
 
     logits: Tensor  # [..., B, K], any float type
@@ -22,7 +23,7 @@ class TeacherTargets:
     temp: float
 
     def __getitem__(self, index: Any) -> "TeacherTargets":
-        """Return the targets of some rows; `index` applies to the leading dimensions."""
+        """Return the targets of some rows. `index` selects from the leading dimensions [..., B]."""
         return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
 
     def probs(self) -> Tensor:

@@ -1,14 +1,16 @@
 """The training loop: from images to a checkpoint.
 
 Each step follows facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`. The teacher sees two large crops of each
-image and gives targets. The student sees the same two with patches masked, and several small ones. Its class tokens
-must agree with the teacher's of the other crops (DINO), its masked patches with what the teacher sees there (iBOT), and
-its embeddings must spread (KoLeo). The teacher then follows the student slowly.
+image and gives targets. The student sees the same two crops with some patches masked, and several small crops. Three
+losses train it: DINO compares the student's class token of each crop with the teacher's class tokens of the other
+crops, iBOT compares the student's masked patches with the teacher's tokens of the same patches, and KoLeo spreads the
+class tokens of a batch. The teacher is then updated as a moving average of the student.
 
-All randomness of a step is drawn from (seed, step, sample): a resumed run continues as if it had not stopped, and two
-ranks see the same crops as one. The host waits for the device only when a line is written.
+All random choices of a step depend only on (seed, step, sample), so a resumed run continues as if it had not stopped,
+and two ranks see the same crops as one. The host waits for the device only when there is something to log, evaluate or
+save.
 
-    out/checkpoint.safetensors   the released average's backbone; `dinov2 export` reads it
+    out/checkpoint.safetensors   the backbone of the student's moving average; `dinov2 export` reads it
     out/states/                  states to resume from; out/lock is locked while a process trains here
     out/metrics.jsonl ...        see training/watch/monitor.py; report.html at the end
     out/skipped.txt              images that could not be read
@@ -66,7 +68,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the checkpoint's path.
 
     Raises:
-        ValueError: there are no usable images, another process trains in `config.out`, or the folder has a run with
+        ValueError: there are no usable images, another process trains in `config.out`, or this folder has a run with
             other settings or images, or only damaged states.
         OSError: the images cannot be reached, or the run's folder cannot be written.
         RunStopped: a sentinel ended the run.
@@ -92,10 +94,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 def training_loop(run: Run, step: int, stop: Sigterm) -> None:
-    """Do all steps after the first `step`.
+    """Do the remaining steps of a run of which `step` steps are done.
 
     Raises:
-        RunStopped, Interrupted: as `train`.
+        RunStopped: a sentinel ended the run.
+        Interrupted: SIGTERM ended the run.
     """
     while step < run.total:
         if run.sentinels.passes_over(step + 1):  # its images caused the last rollback
@@ -145,7 +148,7 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
 
 
 def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
-    """Load the state to resume from, or save the one before the first step; return the number of steps done.
+    """Load the state `saved`, or for a new run save the state of step 0. Return the number of steps done.
 
     A new run is evaluated once before the first step, so that the k-NN sentinel knows the initial accuracy.
     """
@@ -171,7 +174,7 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
 
 
 def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
-    """Choose prototypes from the run's first images: the same ones for all micro-batch sizes and numbers of ranks."""
+    """Choose the teacher's prototypes from the run's first images, independent of micro-batches and number of ranks."""
     batches = ((step, run.data.loader.batch(step)) for step in range(run.total))
     steps = (make_micros(run.crops, run.world, b.pixels, b.aspect, step, run.total) for step, b in batches)
     teacher.choose(steps, run.world)
@@ -187,7 +190,7 @@ def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
 
 
 def announce(run: Run, step: int) -> None:
-    """Write `config.json` and print one line: the images, the steps and the network."""
+    """Write `config.json`, and print one line about the images, the steps and the network."""
     if not run.world.is_main:
         return
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))

@@ -1,15 +1,17 @@
-"""Two Triton kernels for `kernels.soft_cross_entropy`: a forward and a backward pass, each reading the logits once.
+"""Two Triton kernels for `kernels.soft_cross_entropy`: the forward and the backward pass. Each reads the logits once.
 
-This module is imported only when Triton is needed, because only torch's CUDA builds contain it.
+This module is imported only when Triton is needed, because only torch's CUDA builds include Triton.
 
-Forward: one program per row walks over K in blocks. Every lane keeps its own running maximum m and sum s of
-exp(x - m), so that lanes are combined once, at the end. With d = x - m and e = exp(-|d|), one exponential per number is
-enough: if d > 0 the maximum moves and s becomes s * e + 1, else s + e. Backward: one program per row and block.
+In the forward pass, one program per row goes over the K logits in blocks. Each lane keeps the maximum m of the logits x
+that it has read, and the sum s of exp(x - m), so that lanes are combined only once, at the end. One exponential per
+logit is enough: with d = x - m and e = exp(-|d|), if d > 0, x is the new maximum and s becomes s * e + 1; otherwise s
+becomes s + e. In the backward pass, there is one program per row and block.
 
-Programs of all student views of one image run next to each other, so that its targets are read from memory once and
+Programs for all student views of an image run next to each other, so that its targets are read from memory once and
 then from the cache.
 
-Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), R = S * B rows of the student.
+Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), S student views, R = S * B rows of
+the student.
 """
 
 # Triton has no type hints, and its constants are in capitals:
@@ -31,7 +33,7 @@ WARPS = 8
 
 
 def triton_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """Compute `kernels.soft_cross_entropy` for student_logits [R, K] with R > 0; returns float32 [R]."""
+    """Compute `kernels.soft_cross_entropy` for student_logits [R, K] with R > 0, and return float32 [R]."""
     if isinstance(targets, TeacherTargets):
         u, v, temp = targets.u.float().contiguous(), targets.v.float().contiguous(), targets.temp
         return _TritonCrossEntropy.apply(student_logits, targets.logits, u, v, temp, student_temp)
@@ -82,7 +84,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
 @triton.jit
 def _rows(n_targets, n_students):
-    """Return this program's row of the student and of the targets; neighbouring programs share the latter."""
+    """Return the row of the student and the row of the targets for this program. Neighbours share the target row."""
     program = tl.program_id(0).to(tl.int64)  # row * k exceeds 2^31
     target_row = program // n_students
     return program % n_students * n_targets + target_row, target_row
@@ -102,7 +104,7 @@ def _targets(
     N_TEACHERS: tl.constexpr,
     FACTORED: tl.constexpr,
 ):
-    """Load one block of a row's targets, summed over the teacher's views; 0 outside."""
+    """Load one block of a row's targets, summed over the teacher's views. Targets beyond column k are 0."""
     total = tl.zeros_like(columns).to(tl.float32)
     for view in tl.static_range(N_TEACHERS):
         view_row = view * n_targets + row

@@ -1,20 +1,21 @@
-"""Whitening of the class token, folded into the weights: a better cosine after a short training, and still a plain ViT.
+"""Whitening of the class token by changing the network's weights, without an extra layer.
 
-After a short run most of the class token's variance is along a few directions (brightness, colour of the light), and
-they dominate cosine similarity. Whitening corrects this without labels: it centres, then scales every principal
-direction to equal variance (for retrieval: Jégou and Chum, ECCV 2012). As a matrix after the network it would be an
-extra layer that DINOv2 does not have. Two facts avoid that layer:
+After a short run, most of the class token's variance is along a few directions (brightness, colour of the light), and
+these directions dominate cosine similarity. Whitening corrects this without labels: it centres the class tokens, then
+scales all principal directions to equal variance (for retrieval: Jégou and Chum, ECCV 2012). A whitening matrix after
+the network would be an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
 
-- LayerNorm commutes with a rotation Q of its input that keeps the vector of ones: LN(Q x) = Q LN(x). So the whole
-  residual stream can be rotated by multiplying every weight that writes to it or reads from it. Only the basis of the
-  output changes.
-- The last norm has a gain and a bias per coordinate. If Q turns the principal directions to where a diagonal gain
-  scales them as required, the norm does the whitening.
+- Without gain and bias, LayerNorm commutes with each rotation Q that keeps the vector of ones: LN(Q x) = Q LN(x). So
+  the whole residual stream can be rotated by multiplying every weight that writes to it or reads from it. Only the
+  basis of the output changes.
+- The last norm has a gain and a bias per coordinate. Q can be chosen so that these gains scale each principal direction
+  as required; then the last norm does the whitening.
 
-A LayerNorm's output is orthogonal to the vector of ones, so it has D - 1 principal directions for D gains. With squared
-gains g, the effective scaling is P diag(g) P (P projects the ones away). Its eigenvalues lie between neighbouring g
-(Cauchy), so with the required scales as g they are right to within the spacing of g; Q takes the principal directions
-to its eigenvectors exactly.
+The output of a LayerNorm before gain and bias is orthogonal to the vector of ones, so it has D - 1 principal directions
+for D gains. Let g be the squared gains, and P the projection orthogonal to the vector of ones. The squared gains act on
+the output as the matrix P diag(g) P. The required squared scales are used as g. The eigenvalues of the matrix lie
+between neighbouring values of g (Cauchy), so they are right to within the spacing of g. Q rotates the principal
+directions exactly to the eigenvectors of the matrix.
 
 Legend: n images, D width.
 """
@@ -30,13 +31,13 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
     """Change `model` in place so that its class tokens have mean 0 and nearly equal variance in all directions.
 
     Args:
-        model: any backbone; patch and register tokens pass the same last norm and change with the class token.
-        cls: the model's class tokens [n, D] of images like those it will be used on.
-        shrinkage: added to each direction's variance, as a share of the mean variance. With 0.01, directions with less
-            than a hundredth of the mean, which are mostly noise, stay small.
+        model: any backbone. Its patch and register tokens change too, because they pass through the same last norm.
+        cls: the model's class tokens [n, D] of images that are typical of its use.
+        shrinkage: the share of the mean variance that is added to the variance of each direction. With 0.01, directions
+            with less than a hundredth of the mean variance, which are mostly noise, stay small.
 
     Returns:
-        the rotation Q [D, D], float64: the new residual stream is the old one times Q^T.
+        the rotation Q, float64 [D, D]. Rows of the new residual stream are rows of the old one times Q^T.
 
     Raises:
         ValueError: shrinkage is not above 0, there are fewer than two images, or a gain of the last norm is 0.
@@ -68,9 +69,10 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 
 @torch.no_grad()
 def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> None:
-    """Multiply the residual stream by `rotation` [D, D], orthogonal with rows that sum to one, up to the last norm.
+    """Change the weights of `model` so that its residual stream, up to the last norm, is multiplied by `rotation`.
 
-    This moves gain and bias of each block's norms into the layer after it, and LayerScale into the layer before it.
+    `rotation` [D, D] must be orthogonal with rows that sum to one. The gain and bias of each block's norms are moved
+    into the layer after the norm, and LayerScale into the layer before it.
     """
     model.patch_embed.proj.weight.copy_(torch.einsum("ed,dcij->ecij", rotation, model.patch_embed.proj.weight.double()))
     bias = model.patch_embed.proj.bias
@@ -88,7 +90,7 @@ def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> No
 
 
 def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
-    """Move gain and bias of `norm` into the `layer` after it, and rotate the stream back at the layer's input."""
+    """Move the gain and bias of `norm` into the `layer` after it, and undo the rotation at the input of this layer."""
     weight = layer.weight.double()
     layer.bias.copy_(layer.bias.double() + weight @ norm.bias.double())
     layer.weight.copy_((weight * norm.weight.double()) @ rotation.T)
@@ -97,7 +99,7 @@ def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
 
 
 def _write(layer: nn.Linear, scale: nn.Module, rotation: Tensor) -> None:
-    """Move the gain of LayerScale (if any) into the `layer` before it, and rotate the layer's output."""
+    """Move the gain of LayerScale, if there is one, into the `layer` before it, and rotate the output of this layer."""
     gain = layer.bias.new_ones(len(layer.bias), dtype=torch.float64)
     if isinstance(scale, LayerScale):
         gain = scale.gamma.double()

@@ -1,6 +1,7 @@
-"""Build a run from its configuration. Only this file and `setup.py` read settings for the parts of the loop.
+"""Make a run from its configuration.
 
-Every part takes plain values or one small record; the functions here make the records.
+The other modules of the training loop take plain values or small records of settings, and not the configuration. The
+functions here make these records.
 """
 
 import functools
@@ -36,10 +37,13 @@ from training.watch.sinks import make_sinks
 
 
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
-    """Make a run at step 0. `saved` is the state to resume from; settings, images and teacher must be the same.
+    """Make a run at step 0.
+
+    `saved` is the state that the run will resume from, or None. It is not loaded here, but its settings, images and
+    teacher must be the same as those of this run.
 
     Raises:
-        ValueError: they differ, or the teacher or the initial weights do not fit.
+        ValueError: they differ, or the teacher or the initial weights do not fit the configuration.
         OSError: a file of the teacher or of the initial weights cannot be read.
     """
     steps_per_epoch = len(data.loader) // config.batch_size
@@ -79,7 +83,7 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
 
 
 def image_settings(config: TrainConfig) -> ImageSettings:
-    """Return the location of the run's images, and how they are split and read."""
+    """Return the settings for finding, splitting and reading the run's images."""
     micro_batches = {"micro_batch": config.micro_batch}
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
@@ -97,7 +101,7 @@ def image_settings(config: TrainConfig) -> ImageSettings:
 
 
 def crop_settings(config: TrainConfig) -> CropSettings:
-    """Return how crops are made from an image."""
+    """Return the settings for making crops and masks."""
 
     def views(sizes: TrainConfig | LastPhase) -> tuple[tuple[View, int], ...]:
         return (
@@ -133,7 +137,7 @@ def crop_settings(config: TrainConfig) -> CropSettings:
 
 
 def step_settings(config: TrainConfig) -> StepSettings:
-    """Return the settings of a step."""
+    """Return the settings of a training step."""
     return StepSettings(
         seed=config.seed,
         loss_weights=config.loss_weights,
@@ -146,11 +150,11 @@ def step_settings(config: TrainConfig) -> StepSettings:
 
 
 def make_schedules(config: TrainConfig, total: int) -> Schedules:
-    """Make the run's schedules, `total` steps each.
+    """Make the run's schedules, of `total` steps each.
 
-    With a frozen backbone the heads warm up in the first half of the frozen steps, so that they have learned something
-    when the backbone starts; the backbone's own warm-up begins then. A last phase with `lr_mult` has its own rate and
-    momentum.
+    If the backbone is frozen at first, the heads warm up within the first half of the frozen steps, so that they have
+    learned something before the backbone starts to train. The backbone's own warm-up begins when it starts. In a last
+    phase with `lr_mult`, the schedules of learning rate and momentum start again.
     """
     peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
     frozen = int(config.freeze_backbone * total)
@@ -178,7 +182,7 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
 
 
 def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
-    """Return how often the run logs, evaluates, draws and saves."""
+    """Return how often the run logs, evaluates, draws image sheets and saves."""
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch)) if epochs else 0
@@ -193,7 +197,7 @@ def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
 
 
 def limits(config: TrainConfig, total: int) -> Limits:
-    """Return what the sentinels check and how they react."""
+    """Return the thresholds and the actions of the sentinels."""
     return Limits(
         total,
         config.n_prototypes,
@@ -211,7 +215,10 @@ def limits(config: TrainConfig, total: int) -> Limits:
 def make_monitor(
     config: TrainConfig, world: World, data: Data, console: Console, total: int, first_step: int, peak: float | None
 ) -> Monitor:
-    """Make the progress bar, log lines and log files of the run; `peak` is one device's, in operations per second."""
+    """Make the run's monitor (progress bar, log lines and log files).
+
+    `peak` is the peak of one device in operations per second; None: no MFU.
+    """
     settings = config.model_dump(mode="json")
     return Monitor(
         config.out / METRICS,
@@ -228,7 +235,7 @@ def make_monitor(
 
 
 def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
-    """Return how the released backbone is described and evaluated."""
+    """Return the settings for evaluating, describing and releasing the backbone."""
     hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
     return Release(
         vit=config.vit_config,
@@ -241,7 +248,10 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
 
 
 def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
-    """Return the useful work of one step after `share_done` of the run; `teacher`: the one of a distillation."""
+    """Return the useful work of one step in floating-point operations (training/watch/flops.py).
+
+    `share_done` (0 to 1) is the part of the run that is done, and `teacher` the teacher's network in a distillation.
+    """
     (large, _), _, (small, n_local) = crop_settings(config).phase(share_done).views
     n_images, n_patches = 2 * config.batch_size, (large.size // config.vit_config.patch_size) ** 2
     n_masked = float(n_images * n_patches)

@@ -1,1 +1,1 @@
-"""From images to crops: sources, decoding, loading, augmentation and masking."""
+"""The data pipeline of training: sources of images, decoding, loading, augmentation and masking."""

@@ -1,11 +1,11 @@
-"""Random access to large files by any thread: on this machine, over HTTP, or in a file system that fsspec knows.
+"""Random access to large files by any thread: on this machine, over HTTP, or in a file system that fsspec supports.
 
-A tar shard is such a file: its index is made by jumping from header to header, and an image is one range of it. Only
-size, version and range reads are needed. HTTP uses httpx, which is a dependency already, and not fsspec's HTTP file
-system, which needs another package. With httpx a server without range support gets a clear error.
+Tar shards are such files: an image is one range of bytes in a shard. A blob therefore needs only a size, a version and
+a method that reads a range. Files on web servers are read with httpx, which this project needs anyway; fsspec's HTTP
+file system would need another package. A server without range requests is refused with a clear error.
 
-Errors have one of two meanings. ValueError: the file cannot be used, and trying again will not help. OSError: the
-server or disk failed three times, or the file is being changed; its content remains unknown.
+There are two kinds of errors. ValueError means that the file cannot be used, so trying again will not help. OSError
+means that the server or disk failed three times, or that the file was changed; the file itself may be fine.
 """
 
 import os
@@ -29,23 +29,23 @@ VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updat
 
 
 class Blob(Protocol):
-    """A file of `size` bytes. `version` changes with the file ("" if the file system does not report one)."""
+    """A file of `size` bytes. `version` is a text that changes when the file changes ("" if it is not known)."""
 
     url: str
     size: int
     version: str
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes.
+        """Read exactly `length` bytes, starting at byte `offset`.
 
         Raises:
-            Changed: the file has changed since it was opened, or is shorter.
+            Changed: the file has changed since it was opened, or ends too early.
             OSError: the server or disk does not answer.
         """
 
 
 class Changed(OSError):
-    """The file differs from the one that was opened, so a run cannot continue with it."""
+    """The file has changed since it was opened, so a run cannot continue with it."""
 
     def __init__(self, url: str) -> None:
         super().__init__(f"{url} has changed since it was opened; start again with files that do not change")
@@ -58,7 +58,7 @@ def _whole(data: bytes, length: int, url: str) -> bytes:
 
 
 def _repeated(operation: Callable[[], T]) -> T:
-    """Return the operation's result; on OSError try again after 1 and after 2 seconds."""
+    """Run the operation and return its result. After an OSError, try again up to two times, after 1 and 2 seconds."""
     for attempt in range(1, TRIES):
         try:
             return operation()
@@ -70,7 +70,7 @@ def _repeated(operation: Callable[[], T]) -> T:
 
 
 class LocalBlob:
-    """A file on this machine. It is opened for each read (10 us), so thousands of shards need no open files."""
+    """A file on this machine. It is opened for each read (10 us), so thousands of shards do not stay open."""
 
     def __init__(self, path: Path) -> None:
         self.url = str(path)
@@ -90,7 +90,7 @@ class LocalBlob:
 
 
 class MemoryBlob:
-    """Bytes in memory."""
+    """A file whose bytes are in memory."""
 
     def __init__(self, url: str, data: bytes) -> None:
         self.url, self._data, self.size, self.version = url, data, len(data), ""
@@ -100,10 +100,13 @@ class MemoryBlob:
 
 
 class HttpBlob:
-    """A file on a web server that answers range requests. `url` leaves out the secrets of a signed URL.
+    """A file on a web server that answers range requests.
+
+    The attribute `url` has no query and no password, because those of a signed URL are secret.
 
     Raises:
-        ValueError: the server does not support ranges, or refuses the request.
+        ValueError: the server does not support range requests, or refuses the request.
+        FileNotFoundError: the server does not have the file.
         OSError: the server does not answer.
     """
 
@@ -148,9 +151,10 @@ class HttpBlob:
 
 
 class FsspecBlob:
-    """A file behind fsspec (s3, gs, memory, ...); its package, such as s3fs, must be installed.
+    """A file in a file system that fsspec supports (s3, gs, memory, ...). The package for it, such as s3fs, must be
+    installed.
 
-    A change between opening and reading is only noticed if the file becomes shorter.
+    A change of the file after it was opened is noticed only if the file becomes shorter.
     """
 
     def __init__(self, url: str, system: fsspec.AbstractFileSystem, path: str) -> None:
@@ -177,7 +181,7 @@ class FsspecBlob:
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system that a URL names, and the path in it.
+    """Return the file system that a URL names, and the path of the file in this file system.
 
     Raises:
         ValueError: the protocol is unknown, or its package is not installed.
@@ -190,10 +194,10 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def open_blob(url: str, client: httpx.Client) -> Blob:
-    """Open a file by its URL or local path. `client` is for http and https; one client serves all files.
+    """Open a file by its URL or local path. `client` is used for http and https, and can be shared by all files.
 
     Raises:
-        ValueError: no such file, an unknown protocol, or a server without range requests.
+        ValueError: the file does not exist, its protocol is unknown, or its server does not support range requests.
         OSError: the server or disk does not answer.
     """
     try:

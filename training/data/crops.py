@@ -1,7 +1,9 @@
-"""The input of one step: crops and masks of its images, each a function of (seed, step, position in the batch).
+"""The input of one training step: crops and masks of its images.
 
-Legend: B images per step, b of them on this rank and in this micro-batch, V views, N patches of a global crop, M of
-all of them selected, S side of a stored image, G and L sides of global and local crops.
+The crops and masks of an image depend only on (seed, step, position in the step's batch).
+
+Legend: b images of a micro-batch, V local crops per image, N patches of a global crop, M patches of the micro-batch
+that iBOT's loss is computed on, S side of a stored image, G and L sides of global and local crops.
 """
 
 from dataclasses import dataclass
@@ -18,16 +20,16 @@ from training.randomness import SampleRandom, sample_keys
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a run: the views of each image, and the micro-batch for their sizes."""
+    """One part of a run, with its own kinds of crops and its own micro-batch size."""
 
     starts_at: float  # share of the run that is done when the phase begins
-    views: tuple[tuple[View, int], ...]  # first global, second global, local view, with how many of each
+    views: tuple[tuple[View, int], ...]  # (kind of crop, number per image): first global, second global, local
     micro_batch: int | None = None  # images of one forward pass on one rank; None: all of them
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """All settings of how crops and masks are made; `seed` is the root of all randomness."""
+    """The settings by which crops and masks are made. All randomness derives from `seed`."""
 
     seed: int
     batch_size: int  # images of a step, over all ranks and micro-batches
@@ -39,19 +41,19 @@ class CropSettings:
     ibot_on_all_patches: bool = False  # iBOT uses every patch, and no patch is masked
 
     def phase(self, share_done: float) -> Phase:
-        """Return the phase that is active after `share_done` of the run."""
+        """Return the phase that is active when the share `share_done` (0 to 1) of the run is done."""
         return [phase for phase in self.phases if share_done >= phase.starts_at][-1]
 
 
 @dataclass(frozen=True)
 class Crops:
-    """One micro-batch's input. All images' first views come first, then all second ones."""
+    """The input of one micro-batch. In each tensor the first views of all images come first, then the second views."""
 
     globals_: Tensor  # [2b, 3, G, G]
     locals_: Tensor | None  # [V*b, 3, L, L]
     hidden: Tensor  # bool [2b, N]: patches that the student does not see
     masks: Tensor  # bool [2b, N]: patches that iBOT's loss is computed on
-    selected: Tensor  # int64 [M]: their positions in [2b * N]
+    selected: Tensor  # int64 [M]: positions of the True entries of `masks`, flattened to [2b * N]
 
 
 def make_crops(
@@ -63,15 +65,16 @@ def make_crops(
     phase: Phase,
     device: torch.device,
 ) -> Crops:
-    """Make crops and masks of some images of a step. They do not depend on how the batch is split.
+    """Make the crops and masks of some images of a step. The result does not depend on how the batch is split.
 
     Args:
         settings: the run's crop settings.
         images: uint8 [b, 3, S, S].
-        aspect: their width / height before they were squashed, float [b], on the CPU.
-        step: counted from 0.
-        positions: their positions among the `batch_size` images of the step, over all ranks and micro-batches;
-            int64 [b], on the CPU. The first view of image p is image p of the step's masks, the second batch_size + p.
+        aspect: width / height of the images before they were squashed, float [b] on the CPU.
+        step: the step, counted from 0.
+        positions: positions of the images among the `batch_size` images of the step, over all ranks and micro-batches;
+            int64 [b] on the CPU. Masks are numbered over the step: those of the image at position p are p (first view)
+            and batch_size + p (second view).
         phase: the phase of the run that defines the views, from `settings.phase(...)`.
         device: where the crops are made and stay.
     """
@@ -104,7 +107,11 @@ def make_crops(
 def make_micros(
     settings: CropSettings, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
-    """Make crops of this rank's images of a step, split into micro-batches."""
+    """Make the crops of this rank's images of a step, one `Crops` per micro-batch.
+
+    `pixels` [n, 3, S, S] and `aspect` [n] are this rank's images, `step` counts from 0, and `total` is the number of
+    steps of the run.
+    """
     phase = settings.phase(step / total)
     mine = range(world.rank * len(pixels), (world.rank + 1) * len(pixels))
     positions = torch.arange(mine.start, mine.stop)

@@ -1,14 +1,12 @@
-"""Images for training: numbered items with a name, an optional label, and bytes that may be broken.
+"""Images for training. A source is a numbered collection of images, each with a name, an optional label and its bytes.
 
-They come from folders, tar shards or Hugging Face datasets (`training/data/sources.py`). In each case an item is
-encoded bytes. `model/decode.py` decodes them, so training sees the same pixels as serving, and a hostile or damaged
-file is a ValueError with a reason and has no other effect.
+Sources are folders, tar shards or Hugging Face datasets (`training/data/sources.py`). The bytes of an image are those
+of its encoded file, and they may be broken. `model/decode.py` decodes them, so training sees the same pixels as
+serving. A hostile or damaged file only causes a ValueError with the reason.
 
-Decoding a JPEG for each of ten crops per image and epoch would repeat the same work. An image is decoded once per step
-(or once per run if all fit into memory: `training/data/loader.py`) and squashed to a square, so that a batch is one
-tensor; `aspect` stores its shape (see `training/data/augment.py`).
-
-Legend: n images, S side of the squares, b images of a step.
+Each image is decoded once per step, not once per crop, or once per run if all images fit into memory
+(`training/data/loader.py`). It is then squashed to a square, so that a batch is one tensor; its original width / height
+is stored as its `aspect` (see `training/data/augment.py`).
 """
 
 import os
@@ -55,8 +53,9 @@ class Skipped:
 class Source(Protocol):
     """A numbered collection of encoded images. All methods may be called from any thread.
 
-    The order depends only on the data. `parts` has the items' numbers by `train` and `val` if the data has that split,
-    else it is empty. `skipped` lists items found unreadable on opening; they have no number.
+    The order of the images depends only on the data. If the data has a split into `train` and `val`, `parts` has the
+    numbers of the images in each, else it is empty. `skipped` lists the images that were found to be unreadable when
+    the source was opened; they have no number.
     """
 
     @property
@@ -68,7 +67,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Return a printable name, unique in the source and the same on every machine."""
+        """Return the image's printable name, which is unique in the source and the same on every machine."""
 
     def label(self, index: int) -> str | None: ...
 
@@ -76,17 +75,17 @@ class Source(Protocol):
         """Return the image's bytes as stored in its file.
 
         Raises:
-            ValueError: the item is broken for good; the message gives the reason.
-            OSError: the server or disk does not answer; the item may be fine.
+            ValueError: the image is broken; the message gives the reason.
+            OSError: the server or disk does not answer; the image may be fine.
         """
 
     def fingerprint(self, index: int) -> str:
-        """Return what is known of the content without reading it (its size in bytes)."""
+        """Return a text that changes if the image's size in bytes changes. The content is not read."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One item of a source; evaluation takes it like a path."""
+    """One image of a source. Evaluations accept it in the same places as the path of a file."""
 
     source: Source
     index: int
@@ -100,12 +99,17 @@ class Photo:
         return self.source.label(self.index)
 
     def read(self) -> Pixels:
-        """Return RGB uint8 [H, W, 3], upright; errors as `decode` and `Source.encoded`."""
+        """Return the upright image, RGB uint8 [H, W, 3].
+
+        Raises:
+            ValueError: the image is broken; the message gives the reason.
+            OSError: the server or disk does not answer; the image may be fine.
+        """
         return decode(self.source.encoded(self.index))
 
 
 class Subset:
-    """Some items of a source, renumbered; itself a source."""
+    """A source with some of the images of another source, renumbered."""
 
     parts: Mapping[str, Indices]
 
@@ -114,7 +118,7 @@ class Subset:
 
     @property
     def skipped(self) -> Sequence[Skipped]:
-        """Return the skipped items of the whole source."""
+        """Return the skipped images of the other source."""
         return self._source.skipped
 
     def __len__(self) -> int:
@@ -134,15 +138,15 @@ class Subset:
 
 
 def photos_of(source: Source) -> list[Photo]:
-    """Return the items of a source as a list for the evaluation."""
+    """Return the images of a source as a list, for evaluations."""
     return [Photo(source, i) for i in range(len(source))]
 
 
 def label_of(photo: Path | Photo) -> str:
-    """Return an image's class: its label, or for a file the name of its folder.
+    """Return the class of an image: its label or, for the path of a file, the name of the file's folder.
 
     Raises:
-        ValueError: it has no label.
+        ValueError: the image has no label.
     """
     label = photo.parent.name if isinstance(photo, Path) else photo.label
     if label is None:
@@ -154,16 +158,18 @@ def label_of(photo: Path | Photo) -> str:
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode an image as serving does, see `model.decode.decode`.
+    """Decode an image with `model.decode.decode`, which serving uses too, but with the larger `LIMITS`.
 
     Raises:
-        ValueError: not a readable image, or too large; the message gives the reason.
+        ValueError: the bytes are not a readable image, or it is too large; the message gives the reason.
     """
     return decode_image(data, LIMITS)
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """Resize an image [H, W, 3] to a square uint8 [3, side, side], bicubic; return it with its aspect (width / height).
+    """Resize an image [H, W, 3] to a square with bicubic interpolation, without keeping its aspect.
+
+    Return the square, uint8 [3, side, side], and the image's aspect (width / height).
 
     Raises:
         ValueError: one side is more than 100 times the other; evaluation refuses such images too.
@@ -184,11 +190,11 @@ def _channels_first(square: Pixels) -> Pixels:
 def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
     """Compute `squash(decode(data), side)`, but decode a JPEG much larger than the square at a fraction of its size.
 
-    The square then differs a little (`DRAFT_MARGIN`), in the same way on every call. An image with EXIF orientation is
-    turned after squashing, which may round a value to its neighbour.
+    The square of such a JPEG differs slightly from the exact result (see `DRAFT_MARGIN`), but is the same on every
+    call. An image with an EXIF orientation is turned after it is squashed, which may change a value by one.
 
     Raises:
-        ValueError: as `decode` and `squash`.
+        ValueError: the image cannot be decoded, is too large, or has one side more than 100 times the other.
     """
     stored = decode_stored(data, LIMITS, least_side=DRAFT_MARGIN * side)
     # A fraction's sides are rounded up; the box gives where the image ends within the last pixels.
@@ -200,7 +206,7 @@ def read_file(path: Path) -> bytes:
     """Read the content of an image's file.
 
     Raises:
-        ValueError: not a regular file, missing, not readable, or larger than `MAX_BYTES`.
+        ValueError: the file is missing, not a regular file, not readable, or larger than `MAX_BYTES`.
         OSError: the disk or the system failed; the file may be fine.
     """
     try:
@@ -215,10 +221,11 @@ def read_file(path: Path) -> bytes:
 
 
 def read_photo(photo: Path | Photo) -> Pixels:
-    """Return RGB uint8 [H, W, 3] with EXIF orientation applied.
+    """Read an image: RGB uint8 [H, W, 3], with its EXIF orientation applied.
 
     Raises:
-        ValueError: not a readable image; the message gives the reason.
+        ValueError: the image is broken; the message gives the reason.
+        OSError: the server or disk does not answer; the image may be fine.
     """
     return decode(read_file(photo)) if isinstance(photo, Path) else photo.read()
 
@@ -227,9 +234,10 @@ def read_photo(photo: Path | Photo) -> Pixels:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Yield files below a folder, ordered by the parts of their paths.
+    """Yield the files below a folder that have one of `suffixes`, sorted by the parts of their paths.
 
-    `above` has (device, inode) of the folders that lead here; a link to one of them is a loop and is not followed.
+    `above` has (device, inode) of all folders that contain this folder. A link to one of them is a loop and is not
+    followed.
     """
     status = os.stat(folder)
     above |= {(status.st_dev, status.st_ino)}
@@ -251,12 +259,13 @@ def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, .
 
 
 def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Yield files below `folder`, at any depth, by lower-case suffix, sorted by the parts of their paths.
+    """Yield the files below `folder`, at any depth, that have one of `suffixes`, sorted by the parts of their paths.
 
-    Links are followed, except to a folder that contains the link.
+    `suffixes` are in lower case; the case of a file's suffix does not matter. Links are followed, except a link to a
+    folder that contains it.
 
     Raises:
-        ValueError: no such folder, or a part of it cannot be listed.
+        ValueError: the folder does not exist, or a part of it cannot be listed.
     """
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist or is not a folder")
@@ -269,7 +278,7 @@ def find_images(folder: Path) -> list[Path]:
     """Return all image files below `folder`, at any depth, sorted.
 
     Raises:
-        ValueError: no such folder, a part of it cannot be listed, or it has no images.
+        ValueError: the folder does not exist, a part of it cannot be listed, or it has no images.
     """
     images = [Path(path) for path in walk_files(folder, SUFFIXES)]
     if not images:
@@ -281,7 +290,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Return the numbers of the images to train on and of those held out, each ascending."""
+    """Return the numbers of the images to train on, and the numbers of the held-out images, each ascending."""
     order = np.random.default_rng(seed).permutation(n_photos)
     n_held_out = int(n_photos * share)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
@@ -305,12 +314,13 @@ def _epoch_order(n_photos: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]
 
 
 def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Return the images [batch_size] of one step: a fresh permutation per epoch, without its incomplete last batch.
+    """Return the numbers of the images of one step, int64 [batch_size].
 
-    It is a pure function of (seed, step), so a resumed run continues with exactly the images that come next.
+    Each epoch has a new permutation of all images; images that do not fill a last batch are left out. The result
+    depends only on the arguments, so a resumed run continues with exactly the images that come next.
 
     Raises:
-        ValueError: there are fewer images than a batch has.
+        ValueError: `batch_size` is less than 1 or more than the number of images.
     """
     if not 1 <= batch_size <= n_photos:
         raise ValueError(f"batch_size={batch_size} must be 1 to {n_photos}, the number of images")

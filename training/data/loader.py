@@ -1,15 +1,16 @@
-"""The images of each step: from memory if all fit, else decoded in threads ahead of the loop.
+"""Loaders of the images of each training step: from memory if all images fit, else decoded ahead of time in threads.
 
-Both loaders have the same interface: `batch(step)` returns the squares that a `plan` (a pure function of the step)
-names. A resumed run therefore continues with the images that come next, whatever the number and timing of threads.
+A loader decodes each image and resizes it to a square, whatever its aspect. `batch(step)` returns the squares of the
+images that a plan names; a plan is a function of the step. A resumed run therefore continues with the images that come
+next, whatever the number and timing of threads.
 
-An unreadable image never stops a run. In memory it is left out before the first step. In a stream it is replaced by the
-next readable one, which depends only on the data, and it is listed once. A server or disk that does not answer
-(OSError) stops the run: images replaced for that reason would differ from run to run.
+A few unreadable images do not stop a run. `MemoryLoader` leaves them out before the first step. `StreamLoader` replaces
+an unreadable image by the next readable one, so the replacement depends only on the data, and lists the image once. A
+server or disk that does not answer (OSError) stops the run, because replacements would then differ from run to run.
 
 The workers are threads and not processes: Pillow releases the interpreter's lock to decode, and threads share memory.
 
-Legend: n images, b images of this rank's step, S side of the squares.
+Legend: n images, b images of a step on this rank, S side of the squares.
 """
 
 import math
@@ -31,13 +32,13 @@ from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
-"""(number of images, step) -> the numbers [b] of the images that this rank needs."""
+"""A function from the number of images and the step to the numbers [b] of the images that this rank needs."""
 
 MIN_TRIES = 100
-"""Number of images to try before the share of broken ones is meaningful."""
+"""Number of images to try before the share of broken images is checked."""
 
 CHUNK = 32
-"""Images that a thread takes at a time when all are decoded."""
+"""Number of images that a thread of `MemoryLoader` decodes at a time."""
 
 WAIT_WORTH_A_WORD = 0.1
 GOOD, BROKEN = 1, 2
@@ -45,8 +46,11 @@ GOOD, BROKEN = 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: `pixels` uint8 [b, 3, S, S] on the device, `aspect` float [b] (width / height) on the CPU, and
-    `indices` [b], their numbers in the source."""
+    """The images of one step on this rank.
+
+    `pixels` uint8 [b, 3, S, S] is on the device, `aspect` float [b] (width / height before squashing) on the CPU.
+    `indices` [b] are the images' numbers in `source`.
+    """
 
     pixels: Tensor
     aspect: Tensor
@@ -55,7 +59,7 @@ class Batch:
 
     @property
     def names(self) -> list[str]:
-        """Return names [b]. They are made on demand, since only a sentinel needs them."""
+        """Return the names [b] of the images. They are rarely needed, so they are not stored."""
         return [self.source.name(index) for index in self.indices]
 
 
@@ -73,10 +77,11 @@ class Reading:
 
 
 class Loader(AbstractContextManager["Loader"], Protocol):
-    """The loop's view of a loader. Closing it ends its threads.
+    """What the training loop uses of a loader. A loader is a context manager, and leaving it ends its threads.
 
-    The plan's numbers refer to `source`. `skipped` has the images found unreadable so far, `waited_s` the seconds that
-    callers of `batch` waited, and `fetching_share` the share of the threads' time spent getting bytes and not decoding.
+    The numbers in a plan refer to the images of `source`. `skipped` has the images found unreadable so far. `waited_s`
+    is the time in seconds that callers of `batch` have waited. `fetching_share` is the share of the threads' time that
+    was spent getting bytes; the rest was spent decoding.
     """
 
     source: Source
@@ -93,17 +98,17 @@ class Loader(AbstractContextManager["Loader"], Protocol):
 
 
 def shuffled(batch_size: int, seed: int, share: slice = slice(None)) -> Plan:
-    """Return the plan of a run: `batch_indices`, with this rank's positions `share` of each batch."""
+    """Return the plan of a run: shuffled batches (`batch_indices`), of which this rank gets the slice `share`."""
     return lambda n_photos, step: batch_indices(n_photos, batch_size, step, seed)[share]
 
 
 def to_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device. From pinned memory the copy overlaps computation; PyTorch keeps the memory until then."""
+    """Copy pixels to the device. If they are in pinned memory, the host does not wait for the copy."""
     return pixels.to(device, non_blocking=True)
 
 
 class MemoryLoader:
-    """All images of a source as squares in memory: 3 * S^2 bytes each.
+    """A loader that decodes all images when it is created, and keeps them as squares in memory (3 * S^2 bytes each).
 
     Raises:
         ValueError: no image could be read.
@@ -169,7 +174,7 @@ def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
 
 
 def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-    """Move the `good` rows to the front, in place, because a second copy might not fit."""
+    """Move the rows with the numbers `good` to the front, in place, because a second copy might not fit into memory."""
     for to, at in enumerate(good.tolist()):
         if to != at:
             pixels[to], aspect[to] = pixels[at], aspect[at]
@@ -181,7 +186,7 @@ def _empty_batch(n: int, side: int, device: torch.device) -> Tensor:
 
 @dataclass
 class _Step:
-    """A step that is being decoded."""
+    """A step whose images are being decoded."""
 
     pixels: Tensor
     aspect: Tensor
@@ -190,16 +195,17 @@ class _Step:
 
 
 class StreamLoader:
-    """A loader that decodes coming steps in threads, up to `ahead_steps` steps and `ahead_bytes` of squares ahead.
+    """A loader that decodes the images of the next steps in threads while the current step is trained on.
 
     Args:
         source: the images.
-        side: side of the squares.
+        side: side of the squares, pixels.
         plan: names the images of a step.
         workers: number of decoding threads.
-        ahead_steps, ahead_bytes: limits of the read-ahead; at least one step is read.
-        max_broken_share: limit on the broken share of the images tried so far, checked from 100 images on.
-        device: where batches go.
+        ahead_steps, ahead_bytes: how many steps, and how many bytes of squares, are decoded ahead at most.
+        max_broken_share: the run stops if a larger share of the images tried so far is broken. This is checked once 100
+            images have been tried.
+        device: the device of the batches.
     """
 
     in_memory = False
@@ -232,11 +238,13 @@ class StreamLoader:
 
     @property
     def fetching_share(self) -> float:
-        """Return the share of the threads' time spent on getting bytes."""
+        """Return the share of the threads' time that was spent getting bytes; the rest was spent decoding."""
         return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
 
     def batch(self, step: int) -> Batch:
-        """Return the images of a step and start decoding the next steps. Steps out of order restart the read-ahead.
+        """Return the images of a step, and start decoding the next steps.
+
+        Steps are normally requested in order. Decoded steps that are no longer among the next ones are discarded.
 
         Raises:
             ValueError: too many images are broken.
@@ -260,7 +268,7 @@ class StreamLoader:
         return batch
 
     def _begin(self, step: int) -> None:
-        """Submit the images of this step, and of further steps up to the read-ahead's limits, to the threads."""
+        """Submit the images of this step to the threads, and those of the next steps up to the limits."""
         square = 3 * self._side**2
         held = 0
         for number in range(step, step + self._ahead_steps + 1):
@@ -277,7 +285,7 @@ class StreamLoader:
                 held += len(self._steps[number].used) * square
 
     def _fill(self, step: _Step, position: int) -> None:
-        """Decode one image, or the next readable one, into its position in the batch."""
+        """Decode the image at `position` of the batch; if it is broken, decode the next readable image instead."""
         first = step.used[position]
         for offset in range(len(self.source)):
             index = (first + offset) % len(self.source)
@@ -294,7 +302,7 @@ class StreamLoader:
         raise ValueError(_none_readable(len(self.source), self.skipped))
 
     def _tried(self, index: int) -> tuple[Pixels, float] | None:
-        """Return the square of an image; if it is broken, list it and return None."""
+        """Return the square and the aspect of an image. If it is broken, add it to `skipped` and return None."""
         square, reason = None, ""
         start = fetched = time.perf_counter()
         try:
@@ -321,7 +329,7 @@ class StreamLoader:
         return square
 
     def close(self) -> None:
-        """End the threads: images being decoded are finished, and no new ones are started."""
+        """Stop decoding and wait until the threads have ended. Images that are being decoded are finished."""
         self._closed = True
         self._steps.clear()
         self._pool.shutdown(cancel_futures=True)
@@ -342,17 +350,18 @@ def open_loader(
     reading: Reading | None = None,
     device: torch.device | None = None,
 ) -> Loader:
-    """Open the loader for a source: in memory if n * 3 * side^2 is at most `cache_bytes`, else streaming.
+    """Open a loader: `MemoryLoader` if all squares (n * 3 * side^2 bytes) fit into `cache_bytes`, else `StreamLoader`.
 
-    A resumed run must use the same kind: broken images shift the order in memory, but are replaced in a stream.
+    A resumed run must use the same kind of loader, because broken images change the order of images in a
+    `MemoryLoader`, but are replaced in a `StreamLoader`.
 
     Args:
         source: the images.
         side: side of the squares, pixels.
         plan: names the images of a step, such as `shuffled(...)`.
-        cache_bytes: memory limit per process.
-        reading: threads and read-ahead; None: the defaults.
-        device: where batches go; None: the CPU.
+        cache_bytes: limit on the memory for squares, per process.
+        reading: number of threads, and limits on decoding ahead; None: the defaults.
+        device: the device of the batches; None: the CPU.
 
     Raises:
         ValueError: no image could be read, or a setting is out of range.
@@ -383,11 +392,11 @@ def open_loader(
 
 
 def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
-    """Return a sentence of advice about waiting for images, or None below 10 % of the time.
+    """Return advice on how to wait less for images, or None if waiting takes at most 10 % of the time.
 
     Args:
-        share: share of the loop's time spent in `Loader.batch`.
-        loader: the loader.
+        share: share of the time that the training loop waited in `Loader.batch`.
+        loader: the loader of the run.
         side: side of the squares, pixels.
         workers: number of decoding threads.
     """

@@ -1,15 +1,16 @@
-"""iBOT's block masks: which patches the student does not see.
+"""iBOT's block masks define which patches of an image the student does not see.
 
 As in facebookresearch/dinov2 (`dinov2/data/masking.py`, `collate.py`), after BEiT (arXiv 2106.08254): rectangles of
-random area and aspect are put on the grid until the required number of patches is covered. A given share of the images
-is masked, and their ratios are stratified over the range, so that every batch has weak and strong masks.
+random area and aspect are put on the grid of patches until the required number of patches is covered. A given share of
+the images is masked. The masked shares of these images are spread evenly over a range, so that every batch has weak and
+strong masks.
 
-The strata are spread over the whole batch of a step, but each image has its own generator for its mask. Ranks and
-micro-batches therefore build masks only for their own images, and together get the masks of one process with all
-images.
+The number of patches to mask is drawn for the whole batch of a step, but each mask has its own random generator. Ranks
+and micro-batches therefore make only the masks of their own images, and these are the masks that a single process would
+make for the whole batch.
 
-A grid is one Python integer with a bit per patch: adding and counting a block takes a few operations on 256 bits, while
-each operation on a small array costs a microsecond.
+A mask is built as one Python integer with a bit per patch, because operations on such an integer take much less time
+than the microsecond of each operation on a small array.
 
 Legend: h x w patches of one image, B images.
 """
@@ -30,13 +31,16 @@ STREAM = 0x3A5C  # numpy treats the seeds (seed, step) and (seed, step, 0) alike
 
 
 def _uniforms(rng: np.random.Generator) -> Iterator[float]:
-    """Yield numbers in [0, 1) without end; numpy makes many at once for the cost of one."""
+    """Yield random numbers in [0, 1) without end. They are drawn in blocks, since a block costs as much as one."""
     while True:
         yield from rng.random(DRAWN_AT_ONCE).tolist()
 
 
 def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_patches: int) -> int:
-    """Add one more rectangle of 1 to `max_patches` new patches to `mask`; return it unchanged if none was found."""
+    """Return `mask` with one more random rectangle, which adds 1 to `max_patches` patches.
+
+    `mask` has a bit per patch of `grid` (h, w). It is returned unchanged if no rectangle fits in ten attempts.
+    """
     h, w = grid
     smallest, log_aspect = min(MIN_BLOCK_PATCHES, max_patches), math.log(MIN_ASPECT)
     for _ in range(ATTEMPTS_PER_BLOCK):
@@ -54,9 +58,10 @@ def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_
 
 
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], n_masked: int) -> Mask:
-    """Make a mask [h, w] of at most `n_masked` patches, in rectangles of aspect 0.3 to 3.3, each at most half the grid.
+    """Make a mask, bool [h, w], of at most `n_masked` patches for a grid (h, w).
 
-    It has fewer patches if no further block fits in ten attempts, as in the original.
+    The mask consists of rectangles with an aspect of 0.3 to 3.3, each adding at most half of the grid. As in Meta's
+    code, it has fewer than `n_masked` patches if no further rectangle fits in ten attempts.
     """
     h, w = grid
     uniforms = _uniforms(rng)
@@ -73,10 +78,10 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], n_masked: int) -
 def patches_to_mask(
     seed: int, step: int, n_total: int, n_patches: int, ratio: tuple[float, float], probability: float
 ) -> npt.NDArray[np.int64]:
-    """Return how many patches to mask in each of a step's images [n_total].
+    """Return the number of patches to mask in each of the `n_total` images of a step, int64 [n_total].
 
-    `probability` of the images get a mask. In random order, the i-th of these m images gets a ratio from the i-th of m
-    equal parts of `ratio`.
+    The share `probability` of the images, m images, is masked. The range `ratio` of masked shares is divided into m
+    equal parts, and each of these images, in random order, draws its share from one part.
     """
     rng = np.random.default_rng((STREAM, seed, step))
     n_with_mask = int(n_total * probability)
@@ -97,10 +102,10 @@ def batch_masks(
     ratio: tuple[float, float] = (0.1, 0.5),
     probability: float = 0.5,
 ) -> Mask:
-    """Make masks [B, h * w] of the images at `positions` [B] among the `n_total` of a step, over all ranks.
+    """Make the masks, bool [B, h * w], of the images at `positions` [B] among all `n_total` images of a step.
 
-    It is a pure function of (seed, step, position, n_total) and the settings, so it does not depend on how positions
-    are split.
+    A mask depends only on (seed, step, position, n_total) and the settings, and not on the other positions, so it does
+    not matter how ranks and micro-batches split the images.
     """
     assert all(0 <= position < n_total for position in positions), (positions, n_total)
     h, w = grid

@@ -1,4 +1,4 @@
-"""The images of one run: those to train on, those held out for evaluation, and those that could not be read."""
+"""The images of one run: training images, held-out images for evaluation, and a list of the unreadable images."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +15,9 @@ from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
 from training.distributed import World, from_main, wait_for_all
 
-KNN_PHOTOS = 50_000  # limit on training images: enough neighbours, and minutes on a GPU
+KNN_PHOTOS = 50_000  # limit on the training images that k-NN searches; takes minutes on a GPU
 INDEX = "index"  # folder of the tar shards' index, in the run's folder
-ASKED_PHOTOS = 10_000  # limit on held-out images: half a percent of accuracy
+ASKED_PHOTOS = 10_000  # limit on the held-out images that k-NN classifies; accurate to half a percent
 SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 
 
@@ -25,8 +25,8 @@ SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 class ImageSettings:
     """Where a run's images are, how they are split, and how they are read.
 
-    `micro_batches` maps the names of settings to sizes of micro-batches; a rank's share of a batch must be a multiple
-    of each.
+    `micro_batches` has the sizes of micro-batches by the name of their setting (None: the setting is not used). A
+    rank's share of a batch must be a multiple of each size.
     """
 
     data: str
@@ -42,7 +42,11 @@ class ImageSettings:
 
 @dataclass
 class Data:
-    """The data of a run. k-NN searches the training images `train_sample`; `digest` identifies the data."""
+    """The images of a run.
+
+    `loader` has the training images. k-NN searches `train_sample`, a sample of them, and classifies `held_out`.
+    `digest` identifies the training images, and `source` is the path or URL of the data.
+    """
 
     loader: Loader
     train_sample: list[Photo]
@@ -53,14 +57,14 @@ class Data:
 
     @property
     def has_classes(self) -> bool:
-        """Return whether k-NN is possible: there are held-out images, and more than one label."""
+        """Return whether k-NN is possible: there are held-out images, and the sample has at least two labels."""
         return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
 
     def check_same(self, digest: str) -> None:
-        """Refuse to resume with other images, since a resumed run must repeat their order.
+        """Refuse to resume a run with other images, because a resumed run must continue their order.
 
         Raises:
-            ValueError: the run's state was made with other images.
+            ValueError: `digest`, that of the saved run's images, differs from the digest of these images.
         """
         if digest != self.digest:
             raise ValueError(
@@ -69,14 +73,14 @@ class Data:
             )
 
     def unlisted(self) -> Sequence[Skipped]:
-        """Return the unreadable images found since the last call."""
+        """Return the images that were found to be unreadable since the last call."""
         skipped = self.loader.skipped[self._n_listed :]
         self._n_listed += len(skipped)
         return skipped
 
 
 def check_apart(data: str, out: Path) -> None:
-    """Refuse a run's folder among the images: its image sheets would be trained on.
+    """Refuse a run's folder inside the folder of its images, because the run would train on its own image sheets.
 
     Raises:
         ValueError: `out` is the folder of the images, or is inside it.
@@ -88,10 +92,10 @@ def check_apart(data: str, out: Path) -> None:
 
 @contextmanager
 def open_data(settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
-    """Open the data of a run; unreadable images are listed in `skipped.txt` and counted on the screen.
+    """Open the images of a run. Unreadable images are listed in `skipped.txt` and counted on the screen.
 
     Raises:
-        ValueError: there is no data, none is readable, or there are fewer images than a batch has.
+        ValueError: there are no images, none is readable, or there are fewer images than a batch needs.
         OSError: the images cannot be reached.
     """
     out, batch_size = settings.out, settings.batch_size
@@ -130,10 +134,10 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
 
 
 def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, int | None]) -> int:
-    """Return the number of images of a batch on one rank.
+    """Return the number of images that one rank gets of each batch.
 
     Raises:
-        ValueError: the batch cannot be split evenly into ranks, or a rank's share into micro-batches.
+        ValueError: the batch cannot be split evenly over the ranks, or a rank's share evenly into micro-batches.
     """
     per_rank, rest = divmod(batch_size, n_ranks)
     for name, size in micro_batches.items():
@@ -146,12 +150,12 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 
 
 def sample(source: Source, most: int) -> list[Photo]:
-    """Return at most `most` images of a source, evenly spaced."""
+    """Return every k-th image of a source, with the smallest k that gives at most `most` images."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
-    """Write unreadable images to `skipped.txt`, and the first few to the screen."""
+    """Add unreadable images to `skipped.txt` in the folder `out`, and print their number and the first of them."""
     if not skipped:
         return
     listing = out / "skipped.txt"

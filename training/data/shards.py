@@ -1,14 +1,15 @@
-"""Tar shards (WebDataset's format) as numbered images.
+"""Tar shards (WebDataset's format) as a source of numbered images.
 
-A tar has no table of contents, so this module makes one: `tarfile` jumps from header to header (remote shards are read
-in blocks of 4 MiB, skipping blocks without a header), and names, offsets and labels are stored with the run. Then an
-image is one range of one file, and a run can use any order, while a stream of shards only allows shuffle buffers.
+A tar file has no table of contents, so this module makes an index of each shard: `tarfile` jumps from header to header
+(remote shards are read in blocks of 4 MiB, and blocks without a header are skipped), and the names, offsets and labels
+of the images are stored in the run's folder. An image is then one range of bytes in one file, so a run can read images
+in any order. A loader that reads shards from start to end could only shuffle within a buffer.
 
 In WebDataset (https://github.com/webdataset/webdataset), members with the same path up to the first dot of the file
-name form one sample. Here each image of a sample is an item; its label is the content of the sample's `.cls` member, or
-else the name of its folder.
+name form one sample. Here each image of a sample is a separate image of the source. Its label is the content of the
+sample's `.cls` member or, if there is none, the name of its folder.
 
-A truncated shard gives its complete images; the rest is listed as skipped.
+The complete images of a truncated shard are used; the rest of the shard is listed as skipped.
 """
 
 import bz2
@@ -39,10 +40,11 @@ MAX_UNPACKED = 2**30
 """A compressed tar has no random access; up to this many bytes it is unpacked into memory."""
 
 READ_AHEAD_REMOTE, READ_AHEAD_LOCAL = 4 * 2**20, 2**10
-"""Read-ahead for headers, bytes. A remote request takes as long as a few MiB. Locally: a header and a `.cls` member."""
+"""Bytes that are read at once when headers are read. Remotely, a request takes as long as the transfer of a few MiB;
+locally, one read covers a header and a `.cls` member."""
 
 MAX_HEADER = 2**20
-"""Limit on one read by tarfile, which reads a long name of whatever length its header gives."""
+"""Limit on the bytes of one read by tarfile. A damaged header may give any length for a long name."""
 
 MAX_LABEL = 256
 INDEX_VERSION = 1
@@ -50,7 +52,7 @@ BLOCK = 512
 
 
 class _Reader(io.RawIOBase):
-    """A blob as a file object for tarfile, with one block of read-ahead."""
+    """A file object for tarfile that reads a blob in blocks and holds the last block in memory."""
 
     def __init__(self, blob: Blob, ahead: int) -> None:
         self._blob, self._ahead, self._at = blob, ahead, 0
@@ -80,7 +82,7 @@ class _Reader(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Names:
-    """Many strings in one buffer: a list of a million names would take 100 MB."""
+    """A sequence of strings in one buffer. As a list, a million names would take 100 MB."""
 
     text: bytes  # UTF-8, one after the other
     ends: Indices  # [n]
@@ -100,8 +102,8 @@ class Names:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one shard: names, positions of their bytes, the numbers of their labels in `classes` (-1: none),
-    and the skipped members."""
+    """The n images of one shard: names, positions of their bytes, and numbers of their labels in `classes` (-1: no
+    label). `skipped` lists the members that cannot be used."""
 
     names: Names
     offsets: Indices  # [n] bytes from the shard's start
@@ -112,25 +114,28 @@ class ShardIndex:
 
 
 def printable(name: str) -> str:
-    """Return a name with its undecodable bytes escaped, so that it can be logged and stored."""
+    """Return a name in which undecodable bytes are escaped, so that it can be logged and stored."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def common_folder(names: Sequence[str]) -> int:
-    """Return the length of the folder, with its last slash, that all names begin with."""
+    """Return the length of the longest folder, including its last slash, that all names start with."""
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1
 
 
 def _key(name: str) -> str:
-    """Return the path prefix that the members of one WebDataset sample share."""
+    """Return the part of a member's path that all members of its WebDataset sample share."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
 def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfile.TarInfo]:
-    """Yield members up to the first unreadable one; append the reason for an early end of the shard to `problems`."""
+    """Yield the members of a shard of `size` bytes up to the first unreadable one.
+
+    If the shard is damaged or truncated, the reason is appended to `problems`.
+    """
     try:
         with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
@@ -140,7 +145,7 @@ def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfil
     except tarfile.ReadError as error:
         problems.append(f"not a tar, or damaged, or truncated: {error}")
         return
-    # tarfile takes a damaged header for the end, unless it is the first.
+    # tarfile treats a damaged header as the end of the tar, unless it is the first header.
     end = reader.read(BLOCK)
     if len(end) < BLOCK:
         problems.append("ends without the zeros that close a tar: truncated?")
@@ -153,11 +158,11 @@ def _folder_of(name: str) -> str:
 
 
 def index_shard(blob: Blob, shard: str) -> ShardIndex:
-    """Find the images of a shard by its headers.
+    """Make the index of a shard by reading its headers.
 
     Args:
         blob: the shard's bytes.
-        shard: the shard's name, for the list of skipped items.
+        shard: the shard's name, for the list of skipped members.
 
     Raises:
         OSError: the server or disk does not answer.
@@ -210,7 +215,7 @@ def _identity(blob: Blob, shard: str) -> list[object]:
 
 
 def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
-    """Load the index with this identity; return None if there is none or it is damaged, so that it is rebuilt."""
+    """Load a stored index. Return None, so that it is made again, if it is missing, damaged or of another identity."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             facts = json.loads(bytes(file["facts"]))
@@ -239,10 +244,12 @@ def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
 
 
 def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
-    """Load the index from `index_dir`, or make a new one if the shard's size or version differs.
+    """Load the index of a shard from `index_dir`. If it is missing or outdated, make it and store it there.
+
+    An index is outdated if the shard's size or version has changed. The index of a shard in memory is never stored.
 
     Raises:
-        OSError: as `index_shard`.
+        OSError: the server or disk does not answer, or the index cannot be written.
     """
     if isinstance(blob, MemoryBlob):
         return index_shard(blob, shard)
@@ -255,7 +262,7 @@ def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
 
 
 def is_compressed(name: str) -> bool:
-    """Return whether a tar is compressed, judging by its name."""
+    """Return whether the name of a tar ends in a suffix of a compressed file."""
     return os.path.splitext(name)[1].lower() in COMPRESSED
 
 
@@ -267,7 +274,8 @@ def unpacked(blob: Blob) -> MemoryBlob:
     """Unpack a compressed tar into memory.
 
     Raises:
-        ValueError: it is too large, damaged, or Python does not support the compression.
+        ValueError: the file is too large or damaged, or Python does not support its compression.
+        OSError: the server or disk does not answer.
     """
     suffix = os.path.splitext(blob.url)[1].lower()
     advice = f"unpack it ({COMPRESSED[suffix]}): a compressed tar has no random access"
@@ -290,17 +298,21 @@ def unpacked(blob: Blob) -> MemoryBlob:
 
 
 def _word(shard: str) -> str | None:
-    """Return `train` or `val` if a shard's path has it as a folder or as a word of its name."""
+    """Return `train` or `val` if a shard's path has only one of them as a folder or word, else None.
+
+    The word `validation` counts as `val`.
+    """
     words = shard.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-")
     parts = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
     return parts.pop() if len(parts) == 1 else None
 
 
 class TarSource:
-    """The images of tar shards, in the order of the shards and of their members. Names are `shard/member`.
+    """A source with the images of tar shards, in the order of the shards and of their members.
 
-    `parts`: shards with the word `train` or `val` in their names; else members by the first folder in which they
-    differ.
+    The name of an image is `shard/member`. The split `parts` follows the paths of the shards, if some contain the word
+    `train` and others `val`. Otherwise it follows the folders `train` and `val` inside the shards: the first folder
+    after the part of the path that all members share.
     """
 
     def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:
@@ -338,7 +350,12 @@ class TarSource:
         return table.classes[table.labels[i]] if table.labels[i] >= 0 else None
 
     def encoded(self, index: int) -> bytes:
-        """Read the image's bytes; errors as `Source.encoded`."""
+        """Read the bytes of an image.
+
+        Raises:
+            ValueError: the image has more than `MAX_BYTES` bytes.
+            OSError: the server or disk does not answer, or the shard has changed.
+        """
         _, blob, table, i = self._find(index)
         size = int(table.sizes[i])
         if size > MAX_BYTES:

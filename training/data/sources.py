@@ -1,7 +1,7 @@
-"""Sources of images: a folder of images, tar shards (local or behind a URL), a Hugging Face dataset on disk.
+"""Sources of images: a folder of images, tar shards (local or at a URL), or a Hugging Face dataset on disk.
 
-`open_source` detects which one a path or URL is. It returns a `training.data.dataset.Source`: numbered images that any
-thread can read in any order. Exact resuming, and a random order of millions of images, need that.
+`open_source` detects which of them a path or URL names, and returns a `training.data.dataset.Source`: numbered images
+that any thread can read in any order. This makes it possible to shuffle millions of images and to resume a run exactly.
 """
 
 import glob
@@ -22,22 +22,24 @@ from training.data.shards import COMPRESSED, TarSource, common_folder, is_compre
 
 MAX_BRACES = 1_000_000
 INDEXING_THREADS = 8
-"""Number of shards indexed at a time; for remote shards, each thread waits for its server."""
+"""Number of shards that are indexed at a time, each by a thread. The threads mostly wait for servers."""
 
 HF_HELD_OUT = ("validation", "val", "valid", "test")
-"""Names of a dataset's part to evaluate on; the first existing one is used. `test` counts: few datasets have all."""
+"""Names of the part of a dataset that is held out; the first one that the dataset has is used. Some datasets have only
+`test`."""
 
 
 # Folders
 
 
 class FolderSource:
-    """Images below a folder, at any depth, sorted; an image's label is the name of its folder.
+    """A source with the images below a folder, at any depth, sorted. The label of an image is the name of its folder.
 
-    `parts`: the subfolders `train` and `val`, if it has both; other images then belong to neither.
+    If the folder has subfolders `train` and `val`, they are the split `parts`; images outside them belong to neither.
 
     Raises:
-        ValueError: no such folder, a part of it cannot be listed, or there is no image in it or in one of its parts.
+        ValueError: the folder does not exist, a part of it cannot be listed, or there are no images in it or in one of
+            `train` and `val`.
     """
 
     skipped: Sequence[Skipped] = ()
@@ -66,7 +68,7 @@ class FolderSource:
         return printable(path.parent.name)
 
     def encoded(self, index: int) -> bytes:
-        """Read the file's content; errors as `read_file`."""
+        """Read the content of an image's file. Raises the same errors as `read_file`."""
         return read_file(self._folder / self._paths[index])
 
     def fingerprint(self, index: int) -> str:
@@ -91,13 +93,15 @@ def _image_column(features: Mapping[str, Any], path: Path) -> str:
 
 
 class HuggingFaceSource:
-    """A dataset saved with `save_to_disk`: the column of type Image, and the first of type ClassLabel if there is one.
+    """A source with the images of a Hugging Face dataset that was saved with `save_to_disk`.
 
-    The rows stay on disk (memory-mapped Arrow), and this project decodes the images' bytes. Names are `part/number`.
-    `parts` of a DatasetDict: `train`, and as `val` the first existing one of validation, val, valid, test.
+    Images come from the one column of type Image, labels from the first column of type ClassLabel, if there is one. The
+    rows stay on disk (memory-mapped Arrow). The name of an image is `part/number`. For a DatasetDict, the split `parts`
+    has its `train`, and as `val` the first of validation, val, valid and test that it has.
 
     Raises:
-        ValueError: the library is missing, the folder is damaged, or it has not exactly one column of images.
+        ValueError: the library `datasets` is missing, the folder is damaged, or the dataset does not have exactly one
+            column of images.
     """
 
     skipped: Sequence[Skipped] = ()
@@ -150,7 +154,12 @@ class HuggingFaceSource:
         return classes[value] if value is not None and 0 <= value < len(classes) else None
 
     def encoded(self, index: int) -> bytes:
-        """Read the image's bytes, or those of the file that the row names; errors as `Source.encoded`."""
+        """Return the image's bytes from the row, or read them from the file that the row names.
+
+        Raises:
+            ValueError: the row has no image, or the file cannot be used.
+            OSError: the disk does not answer.
+        """
         number, row = self._find(index)
         _, rows, column, _, _ = self._rows[number]
         image = rows[row][column]
@@ -174,7 +183,9 @@ class HuggingFaceSource:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a-{000..002}.tar` to a-000.tar, a-001.tar, a-002.tar; `{x,y}` likewise; several braces left to right.
+    """Expand a pattern to names: `a-{00..02}.tar` to a-00.tar, a-01.tar and a-02.tar, `{x,y}.tar` to x.tar and y.tar.
+
+    With several braces, all combinations are returned, and the last brace varies fastest.
 
     Raises:
         ValueError: a range runs backwards, or there are more than a million names.
@@ -198,7 +209,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _path_of(url: str) -> str:
-    """Return the URL without its query, which may hold a signature."""
+    """Return a URL without its query, which may contain a signature. A local path is returned unchanged."""
     return url.partition("?")[0] if "://" in url else url
 
 
@@ -225,14 +236,14 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
-    """Return the URLs without the folder that all share; logs and digests use these names."""
+    """Return the names of shards for logs and digests: their URLs without the folder that all of them start with."""
     plain = [_path_of(url) for url in urls]
     start = common_folder(plain)
     return [printable(url[start:]) for url in plain]
 
 
 def _remote_shards(url: str) -> list[str]:
-    """Return the tars that a URL names: the URL itself, the matches of a pattern, or those below a folder."""
+    """Return the URLs of the tars that `url` names: `url` itself, the matches of a pattern, or all tars in a folder."""
     if _is_tar(_path_of(url)) and "*" not in url:
         return [url]
     if url.startswith(("http://", "https://")):
@@ -252,16 +263,17 @@ def _local_shards(path: Path) -> list[str]:
 
 
 def open_source(spec: str | Path, index_dir: Path) -> Source:
-    """Open the images that `spec` names.
+    """Open the source of images that `spec` names.
 
     Args:
-        spec: a folder of images; a tar, a folder of tars, a pattern of tars (`name-{000..123}.tar`, `name-*.tar`), each
-            local or as a URL (s3://, gs://, http://, ...); or a folder written by `datasets`' `save_to_disk`. If a
-            folder has both images and tars, the images are used.
-        index_dir: folder for the indices of tars, so that a resumed run does not read all headers again.
+        spec: one of these: a folder of images; a tar, a folder of tars or a pattern of tars (`name-{000..123}.tar`,
+            `name-*.tar`), local or as a URL (s3://, gs://, http://, ...); a folder written by `save_to_disk` of
+            `datasets`. If a folder has both images and tars, the images are used.
+        index_dir: folder in which the indices of tars are stored, so that a resumed run need not read all headers
+            again.
 
     Raises:
-        ValueError: there is nothing usable; the message lists what is supported.
+        ValueError: `spec` names nothing that can be used; the message says what is supported.
         OSError: a server or disk does not answer.
     """
     text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # undo what pathlib does to a URL
@@ -294,11 +306,11 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
 
 
 def source_digest(source: Source, *, contents: bool) -> str:
-    """Compute the sha256 over a source's images, in order, by which a resumed run recognises its images.
+    """Compute a sha256 of a source's images, in order. A resumed run uses it to check that its images are the same.
 
-    With `contents` it covers names and contents, which reads everything. Without, it covers names and sizes in bytes:
-    it detects files that were added, removed, renamed or replaced by ones of another size, but not an edit that keeps
-    the size, nor changed labels. Unreadable files count as empty.
+    With `contents` it covers the names and contents of all images, which are read for it; an unreadable image counts as
+    empty. Otherwise it covers names and sizes in bytes. It then detects files that were added, removed, renamed or
+    replaced by files of another size, but no edit that keeps the size. Labels are never covered.
     """
     digest = hashlib.sha256()
     for index in range(len(source)):

@@ -1,1 +1,1 @@
-"""Evaluations of a checkpoint, each with a named protocol and plain figures."""
+"""Evaluations of a model. Each follows a documented protocol and returns its figures as plain numbers."""

@@ -1,4 +1,4 @@
-"""The model to evaluate: from a checkpoint, an artifact or a published name, with its preprocessing."""
+"""Load the model to evaluate and its preprocessing: a checkpoint, an artifact or a published model."""
 
 import tempfile
 from collections.abc import Mapping

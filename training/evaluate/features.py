@@ -83,7 +83,7 @@ def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None
 
 
 def name_of(photo: Path | Photo) -> str:
-    """Return an image's name for messages; for a file, its path."""
+    """Return the name of an image for messages. The name of a file is its path."""
     return str(photo) if isinstance(photo, Path) else photo.name
 
 

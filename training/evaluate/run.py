@@ -1,4 +1,4 @@
-"""Run one evaluation, from a model and a folder to a report; `dinov2 eval` and `dinov2 compare` call this module."""
+"""Run one evaluation of a model on a data set, and make its report."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -68,7 +68,7 @@ class Context:
 
     @property
     def folder(self) -> Path:
-        """Return the data folder of a task that pairs files by name."""
+        """Return the data of a task as a folder, for tasks that read files by name."""
         return Path(self.data)
 
     @property
@@ -166,7 +166,7 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
-    """Choose C on a share of train, fit all of train, and score val."""
+    """Choose C on a share of train, fit logistic regression to all of train, and score it on val."""
     labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         labelled.train.pooled(settings.pooling).to(device),

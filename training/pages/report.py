@@ -222,7 +222,7 @@ def _events(events: Lines) -> str:
 
 
 def names_of(lines: Lines, start: str) -> list[str]:
-    """Return the names of figures that begin with `start`, in order of appearance."""
+    """Return the names of the figures in `lines` that begin with `start`, in order of appearance."""
     return list(dict.fromkeys(name for line in lines for name in line if name.startswith(start)))
 
 

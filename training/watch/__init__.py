@@ -1,1 +1,1 @@
-"""Logging of a run, and the sentinels that detect when it fails."""
+"""Logging of a training run, and sentinels that detect when the run fails."""

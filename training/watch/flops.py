@@ -1,4 +1,4 @@
-"""The arithmetic of a step, and the share of the machine's peak that a run uses (MFU).
+"""Count the floating-point operations of a training step, and find the device's peak, for MFU.
 
 Model FLOPs utilisation (arXiv 2204.02311, appendix B) is the useful work per second over the device's peak. Useful work
 is what the algorithm needs: the matrix products of the networks, each multiply-add counted as two operations.
@@ -89,7 +89,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of one step, by part. `student` parts count forward and backward pass."""
+    """Floating-point operations of one step, by part. Those of the student include the backward pass."""
 
     student_backbone: float
     student_heads: float

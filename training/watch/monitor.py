@@ -188,7 +188,7 @@ class Monitor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside the block, in which a batch is fetched, as waiting for data."""
+        """Count the time inside the block as waiting for images. The training loop fetches each batch inside it."""
         start = time.perf_counter()
         try:
             yield
@@ -197,7 +197,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside the block from training time: an evaluation, a save or an image sheet."""
+        """Exclude the time inside the block (an evaluation, a save or an image sheet) from the training time."""
         start = time.perf_counter()
         try:
             yield
@@ -231,7 +231,7 @@ class Monitor:
         return line
 
     def evaluated(self, steps_done: int, figures: Mapping[str, Figure]) -> None:
-        """Write a line of `evaluations.jsonl`: measurements on held-out images after `steps_done` steps."""
+        """Write the figures of an evaluation after `steps_done` steps as a line of `evaluations.jsonl`."""
         if self._active:
             self._append(EVALUATIONS, {"step": steps_done, **to_numbers(figures)})
 

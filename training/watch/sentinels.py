@@ -139,7 +139,7 @@ class FirstNotFinite:
         return step, dict(zip(self._names, self._values.tolist(), strict=True))
 
     def clear(self) -> None:
-        """Forget the recorded step, after a rollback."""
+        """Forget the recorded step, so that later steps are checked again."""
         self.step, self._values = torch.full_like(self.step, NEVER), None
 
 
@@ -158,7 +158,7 @@ class Sentinels:
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a saved state when a run is resumed; a rollback uses `forget_after`."""
+        """Replace the sentinels' state by a saved one. A rollback uses `forget_after` instead."""
         self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
