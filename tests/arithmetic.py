@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 THREADS = int(os.environ.get("TEST_TORCH_THREADS", "1"))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+# What `torch.set_num_threads` does: OpenMP and MKL, which would otherwise take fewer where there are fewer cores.
+SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "MKL_DYNAMIC": "FALSE"}
+ENVIRONMENT = os.environ | SETTINGS
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
-from tests.arithmetic import ENVIRONMENT
+from tests.arithmetic import SETTINGS
 from training import compare as module
 from training.compare import DINO, arguments, compare, config_of, judge, photos_to_judge, run_apart, stability, trained
 from training.config import RECIPES
@@ -231,7 +231,8 @@ def test_what_is_no_comparison_is_refused_before_training(place, tmp_path, base,
 
 
 def test_a_run_in_a_process_of_its_own(place, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", ENVIRONMENT["OMP_NUM_THREADS"])
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
     command = arguments("dino", str(place / "photos"), place / "apart", str(place / "tiny.toml"), ["epochs=1"])
     run_apart(command)
     lines = read_lines(place / "apart" / "dino" / "metrics.jsonl")
