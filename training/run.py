@@ -167,7 +167,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
-    """Write a line of metrics.jsonl, and return the verdict on collapse, or None."""
+    """Write a line of metrics.jsonl and check it for collapse. Return the verdict, or None if all is well."""
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -305,7 +305,7 @@ def sheet_path(run: Run, step: int) -> Path:
 
 
 def release(run: Run) -> Path:
-    """Finish the run: whiten the backbone if set, compute k-NN, and write the last checkpoint, a sheet and the report.
+    """Finish the run: whiten the backbone if `settings.whiten` is set, compute k-NN, and write the last checkpoint, a sheet and the report.
 
     Return the path of the checkpoint.
     """

@@ -98,7 +98,7 @@ class OnnxEngine:
         threads: the number of CPU threads per forward pass.
         precision: the precision that the graph was built with.
         provider: the execution provider. "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
-        tiled: whether to use tiled attention; None: only on a CPU, for graphs with many tokens or a free size.
+        tiled: whether to use tiled attention; None: only on a CPU, for graphs with many tokens or a dynamic input size.
         cache_dir: the folder in which TensorRT stores its engines and timings; None: the folder of `path`.
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. Passes are then faster, but a second copy of the

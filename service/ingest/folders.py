@@ -39,7 +39,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class Photo:
-    """One image of a source that has not been read yet. `load` reads it; any thread may call it. If it fails, it raises
+    """A not-yet-read image of a source. `load` reads it; any thread may call it. If it fails, it raises
     a ServiceError, OSError or ValueError with a reason for the user."""
 
     id: str

@@ -138,7 +138,7 @@ async def _ready(
 
     Raises:
         ModelMismatch: all items are images, and the collection contains vectors of another model.
-        QueueFull, ShuttingDown, ModelUnavailable: the network accepts no more images. No image was embedded.
+        QueueFull, ShuttingDown, ModelUnavailable: the pipeline accepts no more images. No image was embedded.
     """
     readable = successes(sent)
     if readable and all(new.image is not None for new in readable):

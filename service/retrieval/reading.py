@@ -123,7 +123,7 @@ class _Reader:
 
 
 def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Make a request from one image. `fields` has the options as texts, from a form or a query string.
+    """Build the SearchRequest for one image. `fields` has the options as strings, from a form or a query string.
 
     Raises:
         InvalidRequest: an option is not allowed.
