@@ -211,7 +211,8 @@ def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
 
 
 class _Part:
-    """A partial download: a file with the bytes received so far, and a file that identifies the server's version of them."""
+    """A partial download: a file with the bytes received so far, and a file that identifies the server's version of
+    them."""
 
     def __init__(self, target: Path, entry: ZooEntry, url: str, bar: Progress, task: TaskID) -> None:
         self.target, self.entry, self.url = target, entry, url

@@ -305,7 +305,8 @@ def sheet_path(run: Run, step: int) -> Path:
 
 
 def release(run: Run) -> Path:
-    """Finish the run: whiten the backbone if `settings.whiten` is set, compute k-NN, and write the last checkpoint, a sheet and the report.
+    """Finish the run: whiten the backbone if `settings.whiten` is set, compute k-NN, and write the last checkpoint, a
+    sheet and the report.
 
     Return the path of the checkpoint.
     """

@@ -178,8 +178,8 @@ def targets_of(toolchain: Toolchain) -> list[str]:
     """Return the compute capabilities for which TensorRT should build, such as ["SM89"].
 
     The list is empty for the full library, which builds for the GPU of this host. It is also empty if TensorRT for RTX
-    has no name for the GPU's capability, as with SM90. According to its documentation a plan without a target runs on compute
-    capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it is loaded.
+    has no name for the GPU's capability, as with SM90. According to its documentation a plan without a target runs on
+    compute capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it is loaded.
     """
     if toolchain.library.name != "tensorrt_rtx":
         return []

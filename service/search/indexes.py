@@ -223,8 +223,8 @@ def structure_of(kind: IndexKind) -> Structure:
 def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
     """Return the k nearest vectors of each query [q, D] in a segment.
 
-    Only vectors whose bit in `alive` is set are returned. With None, any vector may be returned. The search uses the segment's index if
-    there is one and the search need not be exact.
+    Only vectors whose bit in `alive` is set are returned. With None, any vector may be returned. The search uses the
+    segment's index if there is one and the search need not be exact.
     """
     if segment.index is None or effort.params.exact:
         return segment.scan(queries, k, alive)

@@ -121,8 +121,8 @@ def _spans(pixels: int) -> npt.NDArray[np.float64]:
 
 
 def _overlap(spans: npt.NDArray[np.float64], start: float, extent: float, cells: int) -> npt.NDArray[np.float64]:
-    """Return, along one axis, the fraction of each cell that each span covers: [cells, n]. `spans` [n, 2] are start and end
-    positions. The cells divide the range from `start` to `start + extent` evenly."""
+    """Return, along one axis, the fraction of each cell that each span covers: [cells, n]. `spans` [n, 2] are start and
+    end positions. The cells divide the range from `start` to `start + extent` evenly."""
     edges = start + np.arange(cells + 1) * (extent / cells)
     low = np.maximum(edges[:-1, None], spans[:, 0])
     high = np.minimum(edges[1:, None], spans[:, 1])
