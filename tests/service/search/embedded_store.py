@@ -1,10 +1,13 @@
 """Helpers for tests of the embedded store: a store in a folder, items for it, and one step of maintenance."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from model.files import lock_file
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.store import Item, SearchParams
@@ -18,6 +21,17 @@ async def opened(folder: Path, **options: Any) -> EmbeddedStore:
     store = await open_embedded(folder, threads=2, **options)
     assert isinstance(store, EmbeddedStore)
     return store
+
+
+@asynccontextmanager
+async def maintained_by_the_test(folder: Path) -> AsyncIterator[EmbeddedStore]:
+    """Open a store that only the test maintains, as if another process held the lock."""
+    held = lock_file(folder / "maintenance.lock")
+    assert held is not None
+    with held:
+        store = await opened(folder, interval_s=60.0)
+        yield store
+        await store.close()
 
 
 def clustered(count: int, dimension: int = D, seed: int = 0) -> np.ndarray:

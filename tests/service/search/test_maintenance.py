@@ -22,18 +22,13 @@ from service.search.indexes import Effort
 from service.search.kinds import KINDS
 from service.search.maintenance import Plan, plan
 from service.search.store import CollectionSpec, IndexSpec, SearchParams
-from tests.service.search.embedded_store import TAG, D, items, opened
+from tests.service.search.embedded_store import TAG, D, items, maintained_by_the_test, opened
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
-    """Return a store that only the test maintains, as if another process held the lock."""
-    held = lock_file(tmp_path / "maintenance.lock")
-    assert held is not None
-    with held:
-        made = await opened(tmp_path, interval_s=60.0)
+    async with maintained_by_the_test(tmp_path) as made:
         yield made
-        await made.close()
 
 
 class Clock:

@@ -14,7 +14,6 @@ import faiss
 import numpy as np
 import pytest
 
-from model.files import lock_file
 from service.search import building, database, indexes, reading, searcher, sqlite_file, view
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
@@ -23,7 +22,7 @@ from service.search.selection import Selections
 from service.search.stamp import Stamp
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 from service.search.view import Views
-from tests.service.search.embedded_store import TAG, D, clustered, items, opened
+from tests.service.search.embedded_store import TAG, D, clustered, items, maintained_by_the_test
 
 EVEN = parse_filter({"key": "even", "eq": True})
 KINDS = ["hnsw", "ivf_pq", "rabitq"]
@@ -31,13 +30,8 @@ KINDS = ["hnsw", "ivf_pq", "rabitq"]
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
-    """Return a store that only the test maintains, as if another process held the lock."""
-    held = lock_file(tmp_path / "maintenance.lock")
-    assert held is not None
-    with held:
-        made = await opened(tmp_path, interval_s=60.0)
+    async with maintained_by_the_test(tmp_path) as made:
         yield made
-        await made.close()
 
 
 @pytest.fixture

@@ -10,27 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.files import lock_file
 from service.search import selection
 from service.search.embedded import EmbeddedStore
 from service.search.filters import Filter, parse_filter
 from service.search.selection import Selections
 from service.search.store import CollectionSpec, IndexSpec, Item
 from service.search.view import View
-from tests.service.search.embedded_store import TAG, D, build_one, items, opened
+from tests.service.search.embedded_store import TAG, D, build_one, items, maintained_by_the_test
 
 EVEN = parse_filter({"key": "even", "eq": True})
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
-    """Return a store that only the test maintains, as if another process held the lock."""
-    held = lock_file(tmp_path / "maintenance.lock")
-    assert held is not None
-    with held:
-        made = await opened(tmp_path, interval_s=60.0)
+    async with maintained_by_the_test(tmp_path) as made:
         yield made
-        await made.close()
 
 
 @pytest.fixture
