@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 THREADS = int(os.environ.get("TEST_TORCH_THREADS", "1"))
 # What `torch.set_num_threads` does: OpenMP and MKL, which would otherwise take fewer where there are fewer cores.
 SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "MKL_DYNAMIC": "FALSE"}
@@ -32,3 +34,15 @@ def same_arithmetic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_arithmetic_for_the_fixtures_of_a_module():
+    with same_arithmetic():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_arithmetic_for_each_test():
+    with same_arithmetic():
+        yield

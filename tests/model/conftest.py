@@ -1,19 +1,6 @@
-"""Gives every fixture and test the same number of torch threads and the same generator state, in whatever order they
-run.
-"""
+"""Torch's threads and generator are the same for every fixture and test, in whatever order they run."""
 
-import pytest
-
-from tests.arithmetic import same_arithmetic
-
-
-@pytest.fixture(autouse=True, scope="module")
-def same_arithmetic_for_the_fixtures_of_a_module():
-    with same_arithmetic():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def same_arithmetic_for_each_test():
-    with same_arithmetic():
-        yield
+from tests.arithmetic import (  # noqa: F401 - fixtures of every test here
+    same_arithmetic_for_each_test,
+    same_arithmetic_for_the_fixtures_of_a_module,
+)
