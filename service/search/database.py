@@ -44,8 +44,8 @@ CREATE TABLE edited_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER N
 """
 _COLUMNS: Final = "c.id, c.name, c.spec, c.count, c.version, c.edits, c.sealed"
 _FIND: Final = f"""
-SELECT {_COLUMNS} FROM {{0}}.collections c WHERE c.name = ?1
-UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.id = a.collection WHERE a.name = ?1
+SELECT {_COLUMNS} FROM {{0}}.collections c WHERE c.name = :name
+UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.id = a.collection WHERE a.name = :name
 """
 _FIND_HERE: Final = _FIND.format("main")
 HIDDEN: Final = "restoring:"
@@ -118,7 +118,7 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
         CollectionNotFound: no collection or alias has this name.
     """
     query = _FIND_HERE if schema == "main" else _FIND.format(schema)
-    columns = db.execute(query, (name,)).fetchone()
+    columns = db.execute(query, {"name": name}).fetchone()
     if columns is None:
         raise CollectionNotFound(f"there is no collection {name!r}")
     return _row(columns)
