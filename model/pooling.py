@@ -1,17 +1,24 @@
 """Pooling: reduces the tokens of an image to one vector. Only this module defines the poolings.
 
-A pooling joins one or two parts. Each part is one vector [D] per image: the class token, or the mean of the patch
-tokens. If a pooling joins two parts, each is first scaled to length 1, so that neither dominates the cosine. The code
-works on numpy arrays and on tensors; the caller passes the functions that scale and join them.
+A pooling joins one or more parts. Each part is one vector [D] per image: the class token, or a vector computed from the
+patch tokens. If a pooling joins several parts, each is first scaled to length 1, so that none dominates the cosine. The
+code works on numpy arrays and on tensors; the caller passes the functions that scale and join them.
+
+To add a part, add it to `PATCH_PARTS`. To add a pooling, add it to `Pooling` and to its description.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 Array = TypeVar("Array")
 Pooling = Literal["cls", "mean", "cls+mean"]
 POOLINGS: Final[tuple[Pooling, ...]] = get_args(Pooling)
 DEFAULT_POOLING: Final[Pooling] = "cls"
+POOLING_DESCRIPTION: Final = "class token, mean of the patch tokens, or both joined"
+PATCH_PARTS: Final[Mapping[str, Callable[[Any], Any]]] = {"mean": lambda patches: patches.mean(1)}
+"""The parts that are computed from the patch tokens. Each function maps an array or tensor [B, N, D] to [B, D]."""
+PARTS: Final = ("cls", *PATCH_PARTS)
+"""The names of all parts, in the order in which the cache of the service stores them."""
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:
@@ -34,9 +41,9 @@ def pool(
     """Pool the parts of each image to one vector.
 
     Args:
-        parts: the arrays "cls" (class tokens) and "mean" (means of the patch tokens), each [..., D].
+        parts: an array [..., D] for each part that the pooling joins, by its name in `PARTS`.
         pooling: one of `POOLINGS`.
-        unit: a function that scales an array to length 1 along the last axis. It is called if two parts are joined.
+        unit: a function that scales an array to length 1 along the last axis. It is called if several parts are joined.
         join: a function that concatenates arrays along the last axis.
 
     Returns:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from model.pooling import DEFAULT_POOLING, Pooling
+from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
 from service.search.kinds import Kind, kinds_with
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
 from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType
@@ -38,7 +38,7 @@ class EmbeddingOptions(Options):
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
     dimensions: int | None = Field(None, description="only the model's own dimension: vectors are never truncated")
     user: str | None = Field(None, max_length=256, description="accepted for OpenAI clients, ignored")
-    pooling: Pooling = Field(DEFAULT_POOLING, description="class token, mean of the patch tokens, or both joined")
+    pooling: Pooling = Field(DEFAULT_POOLING, description=POOLING_DESCRIPTION)
     normalize: bool = Field(True, description="scale every vector to length 1")
     on_error: Literal["fail", "partial"] = Field("fail", description="partial: answer good items and list bad ones")
 
@@ -153,7 +153,7 @@ class CollectionIn(Options):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    pooling: Pooling = Field(DEFAULT_POOLING, description="class token, mean of the patch tokens, or both joined")
+    pooling: Pooling = Field(DEFAULT_POOLING, description=POOLING_DESCRIPTION)
     dtype: DType = Field("float32", description="data type of stored vectors")
     index: IndexIn = Field(default_factory=lambda: IndexIn.model_validate({}))
     indexed: Annotated[list[str], FailFast()] = Field(

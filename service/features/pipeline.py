@@ -14,8 +14,8 @@ not affect the others. When no request waits any more, it is cancelled. But a th
 Until it ends, its image keeps its place in the queue, so the errors `queue_full` and the answers of /readyz show the
 true load.
 
-Legend: B images in a batch, D width of the model, N patches, R registers, H x W size of the upright image, h x w size
-of the network's input.
+Legend: B images in a batch, P parts (see model/pooling.py), D width of the model, N patches, R registers, H x W size of
+the upright image, h x w size of the network's input.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.decode import DecodeLimits
-from model.engines.protocol import Engine
-from model.pooling import Pooling, pool
+from model.engines.protocol import Engine, Features
+from model.pooling import PARTS, PATCH_PARTS, Pooling, pool
 from model.preprocess import preprocess
 from service.errors import BrokenImage, EngineFailed
 from service.features.batcher import Batcher
@@ -51,22 +51,24 @@ T = TypeVar("T")
 _HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; the 2 * D floats follow
 
 
-class Row(NamedTuple):
-    """The features of one image from a forward pass. `patches` is a view of the array of the whole batch."""
+def compute_parts(features: Features) -> FloatArray:
+    """Compute the parts of a batch's features, [B, P, D] in the order of `PARTS`."""
+    return np.stack([features.cls, *(part(features.patches) for part in PATCH_PARTS.values())], axis=1)
 
-    cls: FloatArray  # [D]
-    mean: FloatArray  # [D]
+
+class Row(NamedTuple):
+    """The features of one image from a forward pass. Only `patches` is a view of the array of the whole batch."""
+
+    parts: FloatArray  # [P, D]
     patches: FloatArray  # [N, D]
     tokens: int  # number of tokens: class, registers, patches
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """The class token and the mean of the patch tokens of one image. The vector of every pooling is computed from
-    them."""
+    """The parts of one image's features, in the order of `PARTS`. The vector of every pooling is computed from them."""
 
-    cls: FloatArray  # [D]
-    mean: FloatArray  # [D]
+    parts: FloatArray  # [P, D]
     tokens: int
     cached: bool = False
     timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
@@ -75,21 +77,22 @@ class Embedded:
         """Return the vector for a pooling, of shape [width(pooling, D)]. If `normalize`, first each of its parts and
         then the vector is scaled to length 1."""
         unit = _unit if normalize else _as_is
-        return unit(pool({"cls": self.cls, "mean": self.mean}, pooling, unit=unit, join=np.concatenate))
+        parts = dict(zip(PARTS, self.parts, strict=True))
+        return unit(pool(parts, pooling, unit=unit, join=np.concatenate))
 
     def to_bytes(self) -> bytes:
-        return _HEAD.pack(self.tokens) + self.cls.astype("<f4").tobytes() + self.mean.astype("<f4").tobytes()
+        return _HEAD.pack(self.tokens) + self.parts.astype("<f4").tobytes()
 
     @staticmethod
     def from_bytes(data: bytes, dims: int) -> "Embedded | None":
         """Parse a cache entry. Return None if it does not have `dims` finite numbers in each part, because a shared
         cache may contain wrong entries."""
-        if len(data) != _HEAD.size + 8 * dims:
+        if len(data) != _HEAD.size + 4 * len(PARTS) * dims:
             return None
-        both = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32)
-        if not np.isfinite(both).all():
+        parts = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32).reshape(len(PARTS), dims)
+        if not np.isfinite(parts).all():
             return None
-        return Embedded(both[:dims], both[dims:], _HEAD.unpack_from(data)[0], cached=True)
+        return Embedded(parts, _HEAD.unpack_from(data)[0], cached=True)
 
 
 @dataclass(frozen=True)
@@ -262,13 +265,11 @@ class Pipeline:
             EngineFailed: a feature is not finite. The batcher then tries the images one by one.
         """
         features = self.engine.run(pixels)  # [B, D], [B, N, D], [B, R, D]
-        means = features.patches.mean(axis=1)  # [B, D]
-        if not (
-            np.isfinite(features.cls).all() and np.isfinite(means).all()
-        ):  # a mean is finite only if all patches are
+        parts = compute_parts(features)
+        if not np.isfinite(parts).all():  # the mean is finite only if all patches are
             raise EngineFailed("the engine's features are not finite")
         tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
-        return [Row(c, m, p, tokens) for c, m, p in zip(features.cls, means, features.patches, strict=True)]
+        return [Row(p.copy(), patches, tokens) for p, patches in zip(parts, features.patches, strict=True)]
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
         """Compute the cache key of each image. More than a few hundred kilobytes are hashed in a thread, because this
@@ -327,9 +328,7 @@ class Pipeline:
     async def _fly(self, key: str, image: bytes) -> Embedded:
         decoded = await self._decode(image, keep_image=False)
         row, timings = await self._infer(decoded)
-        embedded = Embedded(
-            row.cls.copy(), row.mean, row.tokens, timings=timings
-        )  # copy, so that the batch can be freed
+        embedded = Embedded(row.parts, row.tokens, timings=timings)
         await self.cache.set_many(
             {key: embedded.to_bytes()}
         )  # before landing, so a later request finds the entry or the flight
@@ -340,7 +339,7 @@ class Pipeline:
             decoded = await self._decode(image, keep_image=True)
             row, timings = await self._infer(decoded)
             assert decoded.image is not None
-            embedded = Embedded(row.cls.copy(), row.mean, row.tokens, timings=timings)
+            embedded = Embedded(row.parts, row.tokens, timings=timings)
             [key] = await self._keys([Outcome(0, image)])
             await self.cache.set_many({key.result(): embedded.to_bytes()})
             analysed = Analysed(embedded, row.patches, self._grid(decoded.pixels), decoded.image)

@@ -27,7 +27,7 @@ from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
 from service.errors import BrokenImage
 from service.features.images import decode
-from service.features.pipeline import Embedded
+from service.features.pipeline import Embedded, compute_parts
 from service.outcomes import Outcome, failures, indexed, numbered
 
 FloatArray = npt.NDArray[np.float32]
@@ -121,9 +121,7 @@ def embed_files(
 def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
     """Run one forward pass over preprocessed images [3, h, w] of one size and return their vectors [D]."""
     features = engine.run(np.stack(pixels))
-    means = features.patches.mean(axis=1)  # [B, D]
-    rows = zip(features.cls, means, strict=True)
-    return [Embedded(cls, mean, tokens=0).vector(pooling, normalize) for cls, mean in rows]
+    return [Embedded(parts, tokens=0).vector(pooling, normalize) for parts in compute_parts(features)]
 
 
 def vector_dims(artifact: Artifact, pooling: Pooling) -> int:

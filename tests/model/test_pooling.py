@@ -5,7 +5,7 @@ vectors.
 import numpy as np
 import pytest
 
-from model.pooling import DEFAULT_POOLING, POOLINGS, parts_of, pool, width
+from model.pooling import DEFAULT_POOLING, PARTS, PATCH_PARTS, POOLINGS, parts_of, pool, width
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -21,6 +21,12 @@ def test_the_poolings_are_these() -> None:
     assert DEFAULT_POOLING == "cls"
     assert [parts_of(pooling) for pooling in POOLINGS] == [("cls",), ("mean",), ("cls", "mean")]
     assert [width(pooling, 384) for pooling in POOLINGS] == [384, 384, 768]
+
+
+def test_the_parts_are_those_that_the_poolings_join() -> None:
+    assert set(PARTS) == {part for pooling in POOLINGS for part in parts_of(pooling)}
+    patches = np.arange(24.0).reshape(2, 3, 4)
+    np.testing.assert_array_equal(PATCH_PARTS["mean"](patches), [[4, 5, 6, 7], [16, 17, 18, 19]])
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

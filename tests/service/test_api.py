@@ -107,7 +107,7 @@ async def test_dimensions_are_those_of_the_pooling(tmp_path):
 
 
 async def test_times_are_in_milliseconds_and_of_the_slowest_image(tmp_path):
-    items = [Embedded(np.ones(2), np.ones(2), 5, timings={"decode": s, "infer": 0.5}) for s in (0.002, 0.25, 0.001)]
+    items = [Embedded(np.ones((2, 2)), 5, timings={"decode": s, "infer": 0.5}) for s in (0.002, 0.25, 0.001)]
     assert slowest(items) == {"decode": 250.0, "infer": 500.0}
     assert 2000 <= ms_since(time.perf_counter() - 2) < 60_000
     engine = FakeEngine()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 from model.cpus import available_cpus
-from model.pooling import Pooling, pool
+from model.pooling import PATCH_PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, Skipped, read_photo
@@ -43,13 +43,13 @@ class ImageFeatures:
     """Features of the n images that could be read, float32 on the CPU.
 
     `kept` [n] has their positions among the requested images. `cls` [n, L, D] has the class tokens of the last L
-    blocks, the last block last. `mean` [n, D] has the mean patch token of the last block. `skipped` lists the other
-    images.
+    blocks, the last block last. `patch_parts` has the parts computed from the patch tokens of the last block, each
+    [n, D], by their names in `model.pooling.PATCH_PARTS`. `skipped` lists the other images.
     """
 
     kept: Tensor
     cls: Tensor
-    mean: Tensor
+    patch_parts: dict[str, Tensor]
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
@@ -57,12 +57,8 @@ class ImageFeatures:
 
         A pooling that joins class token and mean patch token scales each of them to length 1 first.
         """
-        return pool_tensors(self.cls[:, -1], self.mean, pooling)
-
-
-def pool_tensors(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
-    """Compute one vector per image from its class token [n, D] and mean patch token [n, D]."""
-    return pool({"cls": cls, "mean": mean}, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
+        parts = {"cls": self.cls[:, -1], **self.patch_parts}
+        return pool(parts, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
 
 
 def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
@@ -194,7 +190,7 @@ def compute_features(
     was_training, device = model.training, model.cls_token.device
     model.eval()
     cls = torch.empty(len(paths), n_blocks, model.embed_dim)
-    mean = torch.empty(len(paths), model.embed_dim)
+    patch_parts = {name: torch.empty(len(paths), model.embed_dim) for name in PATCH_PARTS}
     read = torch.zeros(len(paths), dtype=torch.bool)
     skipped: list[Skipped] = []
     workers = forward.workers or default_workers()
@@ -206,7 +202,8 @@ def compute_features(
                     torch.from_numpy(pixels).to(device), n=n_blocks, return_class_token=True
                 )
             cls[positions] = torch.stack([token for _, token in layers], dim=1).float().cpu()
-            mean[positions] = layers[-1][0].float().mean(dim=1).cpu()
+            for name, part in PATCH_PARTS.items():
+                patch_parts[name][positions] = part(layers[-1][0].float()).cpu()
             read[positions] = True
             advance(len(positions))
     finally:
@@ -217,8 +214,9 @@ def compute_features(
             f"none of {len(paths)} images could be read; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     kept = read.nonzero().flatten()
-    whole = len(kept) == len(paths)
-    return ImageFeatures(kept, cls if whole else cls[kept], mean if whole else mean[kept], skipped)
+    if skipped:
+        cls, patch_parts = cls[kept], {name: part[kept] for name, part in patch_parts.items()}
+    return ImageFeatures(kept, cls, patch_parts, skipped)
 
 
 def cache_key(
@@ -245,7 +243,7 @@ def cache_key(
 
 def _save(path: Path, features: ImageFeatures) -> None:
     skipped = json.dumps([[s.name, s.reason] for s in features.skipped])
-    tensors = {"kept": features.kept, "cls": features.cls, "mean": features.mean}
+    tensors = {"kept": features.kept, "cls": features.cls, **features.patch_parts}
     save_safetensors(path, tensors, {"skipped": skipped})
 
 
@@ -256,10 +254,11 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
     try:
         with safe_open(path, framework="pt") as file:
             skipped = [Skipped(p, reason) for p, reason in json.loads(file.metadata()["skipped"])]
-            kept, cls, mean = (file.get_tensor(name) for name in ("kept", "cls", "mean"))
+            kept, cls = file.get_tensor("kept"), file.get_tensor("cls")
+            patch_parts = {name: file.get_tensor(name) for name in PATCH_PARTS}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
-    return ImageFeatures(kept, cls[:, -n_blocks:], mean, skipped) if cls.shape[1] >= n_blocks else None
+    return ImageFeatures(kept, cls[:, -n_blocks:], patch_parts, skipped) if cls.shape[1] >= n_blocks else None
 
 
 @dataclass(frozen=True)

@@ -188,9 +188,9 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
     labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
     report = evaluate_linear(
-        stack_features(labelled.train.cls, labelled.train.mean).to(device),
+        stack_features(labelled.train.cls, labelled.train.patch_parts["mean"]).to(device),
         labelled.train_labels,
-        stack_features(labelled.val.cls, labelled.val.mean).to(device),
+        stack_features(labelled.val.cls, labelled.val.patch_parts["mean"]).to(device),
         labelled.val_labels,
         depth=depth_wanted,
         settings=ProbeSettings(

@@ -32,7 +32,7 @@ async def test_identical_images_in_flight_compute_once(tmp_path):
         text = (await run.client.get("/metrics")).text
     assert engine.images == 1
     assert "dinov2_coalesced_images_total 4.0" in text
-    assert len({result[0].result().cls.tobytes() for result in results}) == 1
+    assert len({result[0].result().parts.tobytes() for result in results}) == 1
 
 
 async def test_a_leader_that_leaves_does_not_fail_the_followers(tmp_path):
@@ -216,8 +216,7 @@ async def test_other_models_and_precisions_share_a_cache_but_no_vector(tmp_path,
 async def test_a_vector_holds_no_batch_in_memory(tmp_path):
     async with running(tmp_path) as run:
         embedded = (await run.embed([photo()]))[0].result()
-    assert embedded.cls.base is None
-    assert embedded.mean.base is None or embedded.mean.base.size <= DIMS
+    assert embedded.parts.base is None
 
 
 async def test_registers_count_as_tokens(tmp_path):
@@ -339,17 +338,16 @@ async def test_a_foreign_cache_entry_is_a_miss(tmp_path):
         result = (await run.embed([photo()]))[0].result()
     assert not result.cached
     stored = Embedded.from_bytes(next(iter(cache.items.values())), DIMS)
-    np.testing.assert_array_equal(stored.cls, result.cls)
-    np.testing.assert_array_equal(stored.mean, result.mean)
+    np.testing.assert_array_equal(stored.parts, result.parts)
     assert stored.tokens == result.tokens
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_cache_entry_that_is_not_finite_is_a_miss(value):
     for place in range(2 * DIMS):
-        both = np.ones(2 * DIMS, np.float32)
-        both[place] = value
-        data = Embedded(both[:DIMS], both[DIMS:], tokens=5).to_bytes()
+        parts = np.ones((2, DIMS), np.float32)
+        parts.flat[place] = value
+        data = Embedded(parts, tokens=5).to_bytes()
         assert Embedded.from_bytes(data, DIMS) is None
 
 
@@ -392,12 +390,12 @@ async def test_closing_fails_what_is_under_way(tmp_path):
 @pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
 def test_normalised_vectors_have_length_one(pooling):
     rng = np.random.default_rng(0)
-    cls, mean = rng.normal(size=(2, DIMS)).astype(np.float32)
-    embedded = Embedded(cls, 100 * mean, tokens=5)
+    parts = rng.normal(size=(2, DIMS)).astype(np.float32)
+    embedded = Embedded(parts * np.float32([[1], [100]]), tokens=5)
     assert np.linalg.norm(embedded.vector(pooling, True)) == pytest.approx(1, abs=1e-6)
     if pooling == "cls+mean":  # neither half drowns the other
         assert np.linalg.norm(embedded.vector(pooling, True)[:DIMS]) == pytest.approx(0.5**0.5, abs=1e-6)
-    zero = Embedded(np.zeros(DIMS, np.float32), np.zeros(DIMS, np.float32), tokens=5)
+    zero = Embedded(np.zeros((2, DIMS), np.float32), tokens=5)
     assert np.isfinite(zero.vector(pooling, True)).all()
 
 

@@ -54,7 +54,7 @@ def test_class_tokens_of_the_last_blocks_in_the_order_of_the_photos(model, photo
         pixels = torch.from_numpy(preprocess(read_photo(path), SPEC))[None]
         layers = model.get_intermediate_layers(pixels, n=2, return_class_token=True)
         torch.testing.assert_close(found.cls[i], torch.stack([cls[0] for _, cls in layers]), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(found.mean[i], layers[-1][0][0].mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.patch_parts["mean"][i], layers[-1][0][0].mean(0), atol=1e-5, rtol=1e-4)
     assert found.cls.requires_grad is False
     assert not found.cls.is_inference()  # probes are trained on it
 
@@ -116,7 +116,7 @@ def test_the_cache_serves_the_same_and_notices_changes(model, photos, tmp_path):
     again, computed = get(n_blocks=2)
     assert not computed
     assert torch.equal(first.cls, again.cls)
-    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(first.patch_parts["mean"], again.patch_parts["mean"])
     assert first.skipped == again.skipped
     fewer, computed = get(n_blocks=1)
     assert not computed
