@@ -77,7 +77,7 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
             raise ValueError(f"{path} has a different network from {paths[0]}: {config}, not {configs[0]}")
         if is_whitened(metadata):
             raise ValueError(
-                f"{path} is whitened: its weights are in a basis of their own; average earlier checkpoints of the run"
+                f"{path} is whitened: its weights are in another basis; average earlier checkpoints of the run"
             )
         configs.append(config)
         facts.append(metadata)
@@ -121,7 +121,7 @@ def _sha256(path: Path) -> str:
 
 
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
-    """Split the images of `source` into images that k-NN searches and test images, for a fair test of checkpoints.
+    """Split the images of `source` into the images that k-NN searches and the test images.
 
     No checkpoint was trained on a test image. If the data has a split into train and val, val has the test images.
     Otherwise each run has held out its own images, and other runs may have trained on them. The test images are then
@@ -168,7 +168,7 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
         ks: numbers of neighbours.
 
     Returns:
-        a list of accuracies by k, one for each of `paths` and the last for `mean`, and the number of test images.
+        a list with the accuracies by k for each of `paths` and then for `mean`, and the number of test images.
 
     Raises:
         ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).

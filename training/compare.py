@@ -77,7 +77,7 @@ KNN_POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
 CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours in the full grid differ by a few images
 ROBUSTNESS_PHOTOS = 2000  # recall@1 falls as the number of images grows, so the number is fixed and reported
 JUMP = 0.05  # as a share of ln K
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"  # as -m
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"
 Runner = Callable[[Sequence[str]], None]
 
 
@@ -159,7 +159,7 @@ def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
         raise ValueError(f"{', '.join(conflicting)}: DINO and DINOv2 differ in this, so it cannot be set for both")
     if config.teacher is not None:
         raise ValueError(
-            f"recipe {config.recipe} has a frozen teacher: DINO and DINOv2 differ in how they teach themselves"
+            f"recipe {config.recipe} has a frozen teacher: in DINO and DINOv2 the teacher is the student's average"
         )
 
 

@@ -26,7 +26,7 @@ Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(
 
 
 class LastPhase(BaseModel):
-    """Settings of the last part of a run, which uses other crop sizes, usually larger ones.
+    """The settings of the last part of a run, which uses other crop sizes, usually larger ones.
 
     With larger crops only at the end, most steps stay cheap, and the network still learns from images of the size at
     which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution")

@@ -5,7 +5,7 @@ need the teacher's heads. The saved states of this project's runs contain heads,
 its released weights. A teacher without heads uses some of its own features as prototypes. For DINO's loss these are K
 class tokens of crops of training images, and for iBOT's loss K patch tokens of these crops, all centred and scaled to
 unit length. The teacher's logits are the cosines between a centred token and these prototypes. The student therefore
-learns how similar an image is, for the teacher, to each of K other images.
+learns the similarities that the teacher computes between an image and K other images.
 
 Legend: b images of a micro-batch, D width of the teacher, K prototypes.
 """
@@ -92,13 +92,13 @@ class PrototypeTeacher(nn.Module):
                 tokens["patch"].append(picked.float().unflatten(0, (2, -1)))
                 tokens["cls"].append(features["x_norm_clstoken"].float().unflatten(0, (2, -1)))
             for kind, parts in tokens.items():
-                mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [b, 2, D]: ranks follow each other
+                mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [b, 2, D], to gather images in rank order
                 features_of[kind].append(gather_rows(world, mine).transpose(0, 1).flatten(0, 1))
             n_cls += len(features_of["cls"][-1])
             if n_cls >= n_wanted:
                 break
         if n_cls < n_wanted:
-            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} crops that the teacher was given")
+            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} global crops of the run")
         for kind, parts in features_of.items():
             rows = torch.cat(parts)[:n_wanted]
             mean = rows.mean(dim=0)
@@ -143,10 +143,10 @@ def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Return a digest of the teacher's weights. The file format that they were loaded from does not affect it.
+    """Return a digest of the teacher's weights. It does not depend on the file from which the weights were loaded.
 
     Prototypes that were chosen from the teacher's features are left out, because the weights and the images determine
-    them.
+    the prototypes.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in teacher.state_dict().items():
@@ -157,7 +157,9 @@ def teacher_digest(teacher: nn.Module) -> str:
 
 
 def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None) -> None:
-    """Check that a run resumes with the same teacher. Its weights may differ because its own run was resumed meanwhile.
+    """Check that a run resumes with the same teacher.
+
+    The teacher's weights may have changed, for example because the run that trains the teacher was resumed.
 
     Args:
         config: the run's settings.

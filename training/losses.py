@@ -134,7 +134,7 @@ def _scale(
 
 
 def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
-    """Split the rows of `x` into chunks that `chunk_elements` allows for rows of `columns` elements.
+    """Split `x` into chunks of rows with at most `chunk_elements` elements, where a row counts as `columns` elements.
 
     If `columns` is 0, the number of columns of `x` is used.
     """
@@ -144,7 +144,7 @@ def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
 def _column_logsumexp(batch: Tensor, temp: float) -> Tensor:
     """Compute the log of the sum of exp(batch / temp) over the rows of `batch` [b, K], and return it as float32 [1, K].
 
-    It is -inf if `batch` has no rows.
+    The result is -inf if `batch` has no rows.
     """
     columns = max(256, chunk_elements(batch.device) // max(1, len(batch)))
     return torch.cat(
@@ -252,7 +252,9 @@ def dino_loss(
     teacher_probs: Tensor | Sequence[Tensor] | TeacherTargets,
     student_temp: float,
 ) -> Tensor:
-    """Compute DINO's loss: the cross-entropy of every student view with every teacher view, averaged over images.
+    """Compute DINO's loss: the cross-entropy of every student view with every teacher view.
+
+    The loss is summed over the pairs of views and averaged over images.
 
     Args:
         student_logits: logits of one view [B, K] (B images, K prototypes), or of S views as [S, B, K] or as a sequence
@@ -283,8 +285,8 @@ def ibot_loss(
     An image without masked patches counts as 0 in the average over images.
 
     Args:
-        student_logits: the student's logits [M, K], one row for each of M masked patches, in the row-major order of
-            `masks`, and K prototypes.
+        student_logits: the student's logits [M, K] over K prototypes, with a row for each of the M masked patches, in
+            the row-major order of `masks`.
         teacher_probs: the targets [M, K] of the same patches.
         masks: bool [B, N] for B images of N patches, with M True entries.
         student_temp: the student's temperature.
@@ -308,7 +310,7 @@ def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor
 
     Args:
         x: embeddings [B, D].
-        pool: the rows [n, D] in which the nearest row is searched. The default is `x`. To search all ranks, pass the
+        pool: the rows [n, D] among which the nearest row is searched. The default is `x`. To search all ranks, pass the
             rows of all ranks, gathered so that gradients flow back to them. If all ranks have equally many rows, the
             mean of the ranks' losses is then the loss of all rows together, and the same holds for the gradients.
         offset: the position of `x` in the pool: row i of `x` is row offset + i of the pool. A row is not its own
@@ -322,7 +324,7 @@ def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor
     """
     pool = x if pool is None else pool
     if not 0 <= offset <= len(pool) - len(x):
-        raise ValueError(f"offset={offset}: the pool has {len(pool)} rows, too few for {len(x)} rows from there on")
+        raise ValueError(f"offset={offset}: the pool has {len(pool)} rows, too few for {len(x)} rows from this offset")
     if len(pool) < 2:
         return x.float().sum() * 0.0
     with torch.autocast(x.device.type, enabled=False):

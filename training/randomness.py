@@ -86,7 +86,7 @@ class SampleRandom:
         return len(self.keys)
 
     def fork(self, purpose: int) -> "SampleRandom":
-        """Return a `SampleRandom` for the same samples. Its numbers are independent of those for other purposes."""
+        """Return a `SampleRandom` for the same samples. Different values of `purpose` give independent numbers."""
         return SampleRandom(_mix(self.keys + _signed((purpose + 1) * FORK_STEP)))
 
     def views(self, n_views: int) -> "SampleRandom":

@@ -131,7 +131,7 @@ def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
     """Return whether the host has to write or decide something after this step. The result is the same on all ranks.
 
     Each rank has its own clock and receives its own signals, so the ranks exchange whether a save is due or SIGTERM
-    came. They do this after every step, because torchrun kills them 30 seconds after SIGTERM.
+    came. They do not wait for the next log line, because torchrun kills them 30 seconds after SIGTERM.
     """
     every = run.every
     if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
@@ -223,7 +223,9 @@ def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
 
 
 def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
-    """Report a verdict of the sentinels. Return the verdict if its action is a rollback, and None otherwise.
+    """Report a verdict of the sentinels to the user, if there is one.
+
+    Return the verdict if its action is a rollback, and None otherwise.
 
     Raises:
         RunStopped: the action of the verdict is `stop`.
@@ -237,9 +239,9 @@ def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
 
 
 def roll_back(run: Run, verdict: Verdict) -> int:
-    """Load the newest saved state that is not later than step `verdict.back_to`, and return the step of this state.
+    """Load the newest complete state that is not later than step `verdict.back_to`, and return the step of this state.
 
-    Later states are removed. The run's checkpoint is overwritten with weights from the loaded state, except at step 0.
+    Later states are removed. If the loaded state is later than step 0, its weights overwrite the run's checkpoint.
 
     Raises:
         RunStopped: no complete state of this step or an earlier step exists.
@@ -252,7 +254,7 @@ def roll_back(run: Run, verdict: Verdict) -> int:
     run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.out, saved.step)
-        remember(saved, memory_of(run))  # store what the sentinels have learned
+        remember(saved, memory_of(run))  # store the present state of the sentinels
     if saved.step:
         save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)

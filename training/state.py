@@ -199,9 +199,9 @@ def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete state on disk: the path of its tensor file, its step, and the arguments that `save_state` stored.
+    """A complete state on disk: the path of its tensor file, its step, and the content of its JSON file.
 
-    `settings` has only the settings that must be the same when a run is resumed.
+    `settings` has only the settings that must be the same when a run is resumed. `memory` is that of `save_state`.
     """
 
     path: Path
@@ -250,12 +250,12 @@ def start_from(out: Path) -> tuple[Saved | None, list[str]]:
         leftover.unlink()
     saved, broken = find_state(out)
     written = {path.stem for path in (*_notes(folder), *folder.glob("*.pt")) if path.stem.isdecimal()}
-    lost = sorted(int(stem) for stem in written if int(stem) > 0)  # a state of step 0 is no loss
+    lost = sorted(int(stem) for stem in written if int(stem) > 0)  # losing the state of step 0 does no harm
     if saved is None and lost:
         reasons = "; ".join(message.partition(":")[0] for message in broken) or "their .json files are missing"
         raise ValueError(
             f"{folder} has states of a run up to step {lost[-1]}, but none is complete: {reasons}. Restore one, or "
-            f"remove {folder} to start again (init={out / 'checkpoint.safetensors'} starts from its backbone)"
+            f"remove {folder} to start again (init={out / 'checkpoint.safetensors'} uses the trained backbone)"
         )
     if saved is not None:
         noted = {note.stem for note in _notes(folder)}

@@ -53,7 +53,7 @@ class StepSettings:
     student_temp: float
     centering: Literal["sinkhorn", "softmax", "batch_norm"]
     center_momentum: float
-    koleo_over_ranks: bool  # True: KoLeo searches neighbours on all ranks; False: among this rank's images
+    koleo_over_ranks: bool  # True: KoLeo searches neighbours on all ranks; False: on this rank only
     clip_grad: float
 
 
@@ -110,7 +110,8 @@ def train_step(
         micros: the crops of this rank's images, in micro-batches of equal size.
         step: the index into the schedules, from 0.
         lr_factor: a factor on all learning rates. A rollback lowers it.
-        measure: whether to compute `teacher_entropy`, the mean entropy of the targets. It needs another pass over them.
+        measure: whether to compute `teacher_entropy`, the mean entropy of the targets of the class tokens. This needs
+            another pass over the targets.
 
     Returns:
         figures by name, and the student's class tokens [B, D] of the first view of each of this rank's B images. The

@@ -89,7 +89,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
 def _rows(n_targets, n_students):
     """Return the row of the student and the row of the targets that this program computes.
 
-    Programs with consecutive numbers have the same row of targets, one for each student view.
+    The programs for all student views of a row of targets have consecutive numbers.
     """
     program = tl.program_id(0).to(tl.int64)  # row * k exceeds 2^31
     target_row = program // n_students

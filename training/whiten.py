@@ -91,7 +91,7 @@ def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> No
 
 
 def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
-    """Move the gain and the bias of `norm` into the next layer, `layer`, and undo the rotation at its input."""
+    """Move the gain and the bias of `norm` into `layer`, which follows it, and undo the rotation of its input."""
     weight = layer.weight.double()
     layer.bias.copy_(layer.bias.double() + weight @ norm.bias.double())
     layer.weight.copy_((weight * norm.weight.double()) @ rotation.T)
