@@ -16,7 +16,9 @@ def main() -> int:
         "--data", required=True, help="folder of images, tar shards (also as a URL) or Hugging Face dataset"
     )
     parser.add_argument("--recipe", default="smoke", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs; resumes its run")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and logs; a run in this folder is resumed"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe")
     arguments = parser.parse_args()
     try:

@@ -5,12 +5,12 @@ start from is evaluated too, as the baseline. All three networks get the same ev
 robustness of the features. For each run, its speed, its memory and the stability of its loss are reported as well.
 
 The stability of the loss has two figures. The first is the standard deviation of the change of the DINO loss from one
-line of metrics.jsonl to the next, over the last half of the lines, as a share of ln K (K prototypes; ln K is the loss
-of a network that has learned nothing). Changes are used because a steady fall shifts their mean but not their
-deviation, and because the losses of the two runs have different levels: their centerings make targets of different
+line of metrics.jsonl to the next, over the last half of the lines. It is a share of ln K for K prototypes, which is the
+loss of a network that has learned nothing. Changes are used because a steady fall shifts their mean but not their
+deviation, and because the losses of the two runs have different levels, as the targets of the two runs differ in
 sharpness. Only the last half is used because every loss falls fast at first. The second figure is the number of jumps:
-lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite. Both runs see the same
-crops at the same steps, so the crops cause the same variation in both.
+lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite. Both runs use the same
+crops at the same steps, so the crops cause the same variation in both runs.
 
 Each run trains in its own process, because peak memory is measured per process and never falls. On Linux a child
 process inherits its parent's peak, so the evaluation starts only after both runs have trained.

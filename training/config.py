@@ -201,7 +201,7 @@ class TrainConfig(BaseModel):
     whiten: float | None = Field(
         None,
         gt=0,
-        description="shrinkage of the whitening of the class token at the end; None: no whitening. Not in DINOv2",
+        description="shrinkage for whitening the class token at the end; None: no whitening; not in DINOv2",
     )
     eval_resize: int = 256
     eval_crop: int = 224
