@@ -1,4 +1,5 @@
-"""DINOv2's self-supervised training: from images to a checkpoint. A training run is a job, not a server.
+"""Train DINOv2 on images without labels, and write a checkpoint.
 
-`training.train.train(config)` runs it; `python -m training` and the `dinov2 train` command call that function.
+`training.train.train(config)` starts a training run. `python -m training` and the `dinov2 train` command call that
+function.
 """

@@ -1,4 +1,4 @@
-"""`python -m training --data FOLDER --recipe NAME --out DIR key=value ...`"""
+"""Train a model from the command line: `python -m training --data FOLDER --recipe NAME --out DIR key=value ...`"""
 
 import argparse
 import sys
@@ -13,11 +13,13 @@ from training.train import INTERRUPTED, train
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train DINOv2 on a folder of images.")
     parser.add_argument(
-        "--data", required=True, help="folder of images, tar shards (also as a URL), Hugging Face dataset"
+        "--data", required=True, help="folder of images, tar shards (also as a URL) or Hugging Face dataset"
     )
     parser.add_argument("--recipe", default="smoke", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs; resumes a run in it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe's")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and logs; a run in this folder is resumed"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe")
     arguments = parser.parse_args()
     try:
         train(load_config(arguments.recipe, arguments.data, arguments.out, arguments.overrides))

@@ -1,9 +1,9 @@
 """Average the weights of several checkpoints, and measure whether the mean is better than each checkpoint.
 
-Checkpoints of one run at different times, or of runs with a long common beginning, lie in one valley of the loss, and
-the mean of their weights is often better than each of them (arXiv 1803.05407, arXiv 2203.05482). It is not always
-better, so every checkpoint is evaluated along with the mean. The mean of runs without a common beginning is useless,
-which the evaluation also shows.
+If checkpoints come from different times of one run, or from runs with a long common beginning, the mean of their
+weights is often better than each checkpoint (arXiv 1803.05407, arXiv 2203.05482). The mean is not always better, so
+every checkpoint is evaluated along with it. The mean of runs without a common beginning is useless, and the evaluation
+shows this too.
 """
 
 import hashlib
@@ -29,7 +29,9 @@ UNLIKE = {"steps", "knn"}  # facts that hold for one checkpoint and not for a me
 
 
 def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each tensor over the state dicts, computed in float64. One state dict is read at a time.
+    """Compute the mean of each tensor over the state dicts in float64, and return the means in the original types.
+
+    One state dict is read at a time.
 
     Raises:
         ValueError: `states` is empty.
@@ -52,13 +54,13 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
     """Average the weights of checkpoints of this project, and write the mean to the checkpoint `out`.
 
-    Its metadata has the entries that are equal in all checkpoints, the preprocessing and the name of the first
-    checkpoint, and `average_of`, the list of the checkpoints.
+    The metadata of `out` has the entries that are equal in all checkpoints, the preprocessing and the name of the first
+    checkpoint, and `average_of`, a list of the checkpoints.
 
     Raises:
-        ValueError: there are fewer than two checkpoints, their networks differ, one is whitened (its weights have a
-            basis of their own, see training/whiten.py), one is not a checkpoint of this project, `out` is one of them,
-            or the folder of `out` does not exist.
+        ValueError: there are fewer than two checkpoints, their networks differ, a file is not a checkpoint of this
+            project, a checkpoint is whitened (its weights are in another basis, see training/whiten.py), `out` is one
+            of the checkpoints, or the folder of `out` does not exist.
         OSError: a file cannot be read or written.
     """
     if len(paths) < 2:
@@ -75,7 +77,7 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
             raise ValueError(f"{path} has a different network from {paths[0]}: {config}, not {configs[0]}")
         if is_whitened(metadata):
             raise ValueError(
-                f"{path} is whitened: its weights are in a basis of their own; average earlier checkpoints of the run"
+                f"{path} is whitened: its weights are in another basis; average earlier checkpoints of the run"
             )
         configs.append(config)
         facts.append(metadata)
@@ -91,12 +93,15 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
 
 def is_whitened(facts: dict[str, Any]) -> bool:
-    """Return whether a checkpoint with the metadata `facts` is whitened. Only the last checkpoint of a run can be."""
+    """Return whether a checkpoint with the metadata `facts` is whitened. A run whitens only its last checkpoint."""
     return bool(facts.get("whitened"))
 
 
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entries that are equal in all of `facts`. Nested dictionaries are reduced to their equal entries."""
+    """Return the entries that are equal in all dictionaries of `facts`, except `steps` and `knn`.
+
+    Nested dictionaries are reduced to their equal entries in the same way.
+    """
     first, *rest = facts
     common: dict[str, Any] = {}
     for key, value in first.items():
@@ -116,14 +121,23 @@ def _sha256(path: Path) -> str:
 
 
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
-    """Return the images among which k-NN searches, and test images on which none of the checkpoints was trained.
+    """Split the images of `source` into the images that k-NN searches and the test images.
 
-    If the data has a split into train and val, the test images are those of val. Otherwise each run held out its own
-    share (by `held_out_share` and `seed` in the settings of its `facts`), and other runs may have trained on it, so the
-    test images are those that every run held out.
+    No checkpoint was trained on a test image. If the data has a split into train and val, val has the test images.
+    Otherwise each run has held out its own images, and other runs may have trained on them. The test images are then
+    the images that every run has held out.
+
+    Args:
+        source: the images.
+        facts: the metadata of each checkpoint. The settings `held_out_share` and `seed` in it determine which images
+            the run has held out.
+
+    Returns:
+        the images that k-NN searches, and the test images.
 
     Raises:
-        ValueError: there are no test images, or an image has no label, or there are fewer than two classes.
+        ValueError: there are no test images, or the images that k-NN searches lack labels or have fewer than two
+            classes.
     """
     default = {name: TrainConfig.model_fields[name].default for name in ("held_out_share", "seed")}
     settings = [f.get("settings", {}) for f in facts]
@@ -143,16 +157,18 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
 
 
 def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS) -> tuple[list[dict[int, float]], int]:
-    """Compute the k-NN accuracy of each checkpoint and of their mean, by class token, each with its own preprocessing.
+    """Compute the k-NN accuracy of the class tokens, for each checkpoint and for their mean.
+
+    Each checkpoint is tested with the preprocessing in its metadata.
 
     Args:
         paths: the checkpoints that were averaged.
-        mean: their mean.
+        mean: the checkpoint with the mean of their weights.
         data: a folder of images, tar shards or a dataset on disk, as for training.
         ks: numbers of neighbours.
 
     Returns:
-        the accuracy by k for each of `paths` and, last, for `mean`; and the number of test images.
+        a list with the accuracies by k for each of `paths` and then for `mean`, and the number of test images.
 
     Raises:
         ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).

@@ -5,12 +5,12 @@ start from is evaluated too, as the baseline. All three networks get the same ev
 robustness of the features. For each run, its speed, its memory and the stability of its loss are reported as well.
 
 The stability of the loss has two figures. The first is the standard deviation of the change of the DINO loss from one
-line of metrics.jsonl to the next, over the last half of the lines, as a share of ln K (K prototypes; ln K is the loss
-of a network that has learned nothing). Changes are used because a steady fall shifts their mean but not their
-deviation, and because the losses of the two runs have different levels: their centerings make targets of different
+line of metrics.jsonl to the next, over the last half of the lines. It is a share of ln K for K prototypes, which is the
+loss of a network that has learned nothing. Changes are used because a steady fall shifts their mean but not their
+deviation, and because the losses of the two runs have different levels, as the targets of the two runs differ in
 sharpness. Only the last half is used because every loss falls fast at first. The second figure is the number of jumps:
-lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite. Both runs see the same
-crops at the same steps, so the crops cause the same variation in both.
+lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite. Both runs use the same
+crops at the same steps, so the crops cause the same variation in both runs.
 
 Each run trains in its own process, because peak memory is measured per process and never falls. On Linux a child
 process inherits its parent's peak, so the evaluation starts only after both runs have trained.
@@ -69,7 +69,7 @@ DINO: dict[str, object] = {
 """The settings in which DINO (arXiv 2104.14294) differs from DINOv2: a moving centre, no iBOT, no KoLeo, no masks."""
 
 WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
-"""Defaults of both runs: frequent log lines, and sentinels that only warn, because a collapse is a result here."""
+"""Defaults of both runs: frequent log lines, and sentinels that only warn, so that a collapse shows in the results."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 KS = (10, 20)
@@ -77,7 +77,7 @@ KNN_POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
 CS = C_GRID[::4]  # 12 values from 1e-6 to 1e5: neighbours in the full grid differ by a few images
 ROBUSTNESS_PHOTOS = 2000  # recall@1 falls as the number of images grows, so the number is fixed and reported
 JUMP = 0.05  # as a share of ln K
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"  # as -m
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from training.__main__ import main; sys.exit(main())"
 Runner = Callable[[Sequence[str]], None]
 
 
@@ -85,25 +85,29 @@ def compare(
     data: str, out: Path, *, base: str = "smoke", overrides: Sequence[str] = (), console: Console | None = None,
     run: Runner | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train both runs, evaluate three networks, write compare.json and compare.html to `out`, and print the table.
+    """Train a network with DINO and one with DINOv2, evaluate both, and print a table.
+
+    The network that both start from is evaluated too. The results are written to `out`, in compare.json and
+    compare.html.
 
     Args:
         data: a folder of images, tar shards or a dataset on disk, as for training.
-        out: folder of the comparison; runs in it are resumed.
+        out: folder of the comparison. Interrupted runs in this folder are resumed.
         base: the recipe of both runs.
         overrides: `key=value` settings for both runs.
-        console: where messages and the table are printed; None: the terminal.
-        run: trains one run, given the arguments of `python -m training`; None: `run_apart`, in another process.
+        console: where messages and the table are printed. The default is the terminal.
+        run: a function that trains one run, given the arguments of `python -m training`. The default is `run_apart`,
+            which trains in another process.
 
     Returns:
         the content of compare.json.
 
     Raises:
-        ValueError: a recipe or setting is unknown, a setting is one in which the two runs must differ, or there are no
-            images to train or test on.
+        ValueError: a recipe or setting is unknown, an override sets a setting in which the two runs must differ, the
+            recipe has a frozen teacher, or there are not enough images.
         OSError: the images or `out` cannot be reached.
-        RunStopped: a training run failed; it has printed the error.
-        Interrupted: SIGTERM arrived during training. The run's state is saved, and the same command resumes it.
+        RunStopped: a training run failed. Its process has printed the error.
+        Interrupted: SIGTERM stopped a training run. The same command resumes the run.
     """
     console, run = console or Console(), run or run_apart
     commands = {name: arguments(name, data, out, base, overrides) for name in RUNS}
@@ -123,9 +127,9 @@ def compare(
 
 
 def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[str]) -> list[str]:
-    """Return the arguments of `python -m training` for the run `name` of `RUNS`.
+    """Return the arguments of `python -m training` for the run `name`, which is `dino` or `dinov2`.
 
-    Later settings override earlier ones, so the settings of `DINO` come last.
+    Later settings override earlier settings, so the settings that make a run DINO come last.
     """
     changes = DINO if name == "dino" else {}
     settings = [f"{key}={json.dumps(value)}" for key, value in WATCHED.items()]
@@ -134,17 +138,18 @@ def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[st
 
 
 def config_of(command: Sequence[str]) -> TrainConfig:
-    """Return the settings of a run, given the arguments that `arguments` returned.
+    """Load the settings of a run from `command`, the arguments that the function `arguments` returned.
 
     Raises:
-        ValueError, OSError: see `load_config`.
+        ValueError: the recipe, a setting or a value is not allowed.
+        OSError: the recipe's file cannot be read.
     """
     _, data, _, base, _, out, *settings = command
     return load_config(base, data, Path(out), settings)
 
 
 def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
-    """Refuse settings with which the two runs could not be compared.
+    """Check that the two runs can be compared with these settings.
 
     Raises:
         ValueError: an override sets one of `DINO`'s settings, or the recipe has a frozen teacher.
@@ -154,12 +159,14 @@ def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
         raise ValueError(f"{', '.join(conflicting)}: DINO and DINOv2 differ in this, so it cannot be set for both")
     if config.teacher is not None:
         raise ValueError(
-            f"recipe {config.recipe} has a frozen teacher: DINO and DINOv2 differ in how they teach themselves"
+            f"recipe {config.recipe} has a frozen teacher: in DINO and DINOv2 the teacher is the student's average"
         )
 
 
 def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list[Photo]]:
-    """Return the training images among which k-NN searches, and the held-out images. Training uses the same split.
+    """Return a sample of the training images, which k-NN searches, and all held-out images.
+
+    The training runs split the images in the same way.
 
     Raises:
         ValueError: there are no images, or fewer than two images are held out.
@@ -172,19 +179,20 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
 
 
 def run_apart(command: Sequence[str]) -> None:
-    """Train in another process with the arguments `command`; it prints to the same terminal.
+    """Run `python -m training` with the arguments `command` in another process, and wait until it ends.
 
-    SIGTERM is forwarded to it, and the process then saves its state and exits.
+    The process prints to the same terminal. If SIGTERM arrives, it is forwarded to the process, which saves its state
+    and exits.
 
     Raises:
-        Interrupted: the process was stopped by SIGTERM.
+        Interrupted: SIGTERM stopped the process.
         RunStopped: the process failed.
     """
     root = str(Path(__file__).parents[1])
     program = [sys.executable, "-c", START, root, *command]
     with subprocess.Popen(program) as process, handed_on(process):  # noqa: S603 - our own code, no shell
         status = process.wait()
-    if status in (INTERRUPTED, -signal.SIGTERM):  # -SIGTERM: before the run had installed its handler
+    if status in (INTERRUPTED, -signal.SIGTERM):  # -SIGTERM: it came before the run had installed its handler
         raise Interrupted("stopped by SIGTERM; run the same command again to resume")
     if status:
         raise RunStopped(f"the training run ended with status {status}; see its output above")
@@ -192,7 +200,7 @@ def run_apart(command: Sequence[str]) -> None:
 
 @contextmanager
 def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Forward SIGTERM to `process` inside the block."""
+    """Forward each SIGTERM that arrives inside the block to `process`."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
         yield
@@ -203,7 +211,10 @@ def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 def measure(
     configs: Mapping[str, TrainConfig], train_images: Sequence[Photo], held_out: Sequence[Photo], console: Console
 ) -> dict[str, Any]:
-    """Evaluate the three networks, read the figures of the two runs, and return the content of compare.json."""
+    """Evaluate the initial network and both trained networks, and return the content of compare.json.
+
+    The content includes the figures from the log files of both runs.
+    """
     config = configs["dinov2"]
     labels = {photo.label for photo in train_images}
     classes = len(labels) if None not in labels else 0
@@ -238,7 +249,7 @@ def measure(
 
 
 def trained(config: TrainConfig) -> DinoVisionTransformer:
-    """Load the backbone from the checkpoint of a finished run."""
+    """Load the backbone from the last checkpoint of a finished run."""
     weights, vit_config, _ = load_checkpoint(config.out / CHECKPOINT)
     backbone = DinoVisionTransformer(vit_config)
     backbone.load_state_dict(weights)
@@ -255,8 +266,9 @@ def judge(
     """Evaluate one network on the held-out images.
 
     Returns:
-        `robustness`; `rankme_share` (the effective rank of the class tokens as a share of its maximum); and, if
-        `has_classes`, `knn` (accuracy by pooling, then by k) and `logistic` (accuracy and C).
+        a dictionary with `robustness` and `rankme_share` (the effective rank of the class tokens, as a share of the
+        largest possible rank). If `has_classes`, it also has `knn` (the accuracy by pooling, then by k) and `logistic`
+        (the accuracy of logistic regression and its parameter C).
     """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
@@ -280,7 +292,7 @@ def judge(
 
 
 def run_figures(config: TrainConfig) -> dict[str, Any]:
-    """Read the loss, speed, memory and events of a run from its log files."""
+    """Read the loss, speed, peak memory and events of a run from its log files, and return them by name."""
     lines = read_lines(config.out / METRICS)
     speeds, memory = values_of(lines, "images_per_s"), values_of(lines, "peak_memory_bytes")
     loss = values_of(lines, "dino_over_ln_k")
@@ -299,11 +311,12 @@ def stability(loss: Sequence[float | None]) -> dict[str, Any]:
     """Measure the stability of a loss, as defined at the top of this file.
 
     Args:
-        loss: the DINO loss of each line of metrics.jsonl as a share of ln K; None if it was not finite.
+        loss: the DINO loss in each line of metrics.jsonl as a share of ln K (K prototypes). A loss that was not finite
+            is None.
 
     Returns:
-        `change_std`, the standard deviation (None if the last half has fewer than three finite values), and `jumps`,
-        the number of jumps.
+        a dictionary with `change_std`, the standard deviation of the changes in the last half (None if it has fewer
+        than three finite values), and `jumps`, the number of jumps.
     """
 
     def changes(values: Sequence[float | None]) -> list[float]:

@@ -1,8 +1,8 @@
-"""All settings of a training run, as one frozen record.
+"""All settings of a training run, in one frozen pydantic model.
 
-A recipe (`training/recipes/NAME.toml`) sets some of them, and `key=value` pairs on the command line override the
-recipe. Unknown keys and impossible values are errors. Warm-up lengths are shares of the run, so a run with fewer epochs
-has the same schedules, compressed.
+A recipe (`training/recipes/NAME.toml`) sets some of the settings, and `key=value` pairs on the command line override
+the recipe. Unknown keys and impossible values are errors. The length of a warm-up is a share of the run, so a run with
+fewer epochs has the same schedules in compressed form.
 """
 
 import difflib
@@ -26,12 +26,13 @@ Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(
 
 
 class LastPhase(BaseModel):
-    """Settings of the last part of a run, which uses other crop sizes, usually larger ones.
+    """The settings of the last part of a run, which uses other crop sizes, usually larger ones.
 
-    Most steps of the run stay cheap, and the network still learns the image sizes that it will serve. DINOv2 ends its
-    runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution") and restarts all schedules. With
-    `lr_mult`, the learning rate and the teacher's momentum restart. Without it they stay near their end values: the
-    student still learns, but little of this reaches the teacher, which is the network that is released.
+    With larger crops only at the end, most steps stay cheap, and the network still learns from images of the size at
+    which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution")
+    and restarts all schedules. Here `lr_mult` restarts the schedules of the learning rate and of the teacher's
+    momentum. If `lr_mult` is None, both stay near their end values. The student then still learns, but little of this
+    reaches its moving average, which is the released network.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,18 +42,18 @@ class LastPhase(BaseModel):
     local_size: int
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
-    lr_mult: float | None = Field(None, gt=0, description="factor on the peak rate; schedules restart")
-    micro_batch: int | None = Field(None, ge=1, description="micro_batch for the larger crops; None: the run's")
+    lr_mult: float | None = Field(None, gt=0, description="factor on the peak learning rate; restarts the schedules")
+    micro_batch: int | None = Field(None, ge=1, description="`micro_batch` for larger crops; None: as in the run")
 
 
 class TrainConfig(BaseModel):
-    """The settings of one run.
+    """The settings of one training run.
 
-    The defaults are those of DINOv2's short recipe, except for sizes, drop path, centering and settings that DINOv2
+    The defaults come from DINOv2's short recipe, except for sizes, drop path, centering and the settings that DINOv2
     does not have.
 
     Raises:
-        pydantic.ValidationError (a ValueError): an unknown key, or a value out of range.
+        pydantic.ValidationError: a key is unknown or a value is out of range. The error is a ValueError.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -76,12 +77,16 @@ class TrainConfig(BaseModel):
     checkpoint_blocks: bool = Field(
         False, description="store only the blocks' inputs for the backward pass: less memory, a third more computing"
     )
-    held_out_share: Share = Field(0.1, ge=0, lt=1, description="held out for k-NN if `data` has no train and val")
-    cache_size: int = Field(160, ge=32, description="side that images are squashed to before they are cropped")
-    cache_bytes: int = Field(4 * 2**30, ge=0, description="images stay in memory if all fit (per rank), else streamed")
+    held_out_share: Share = Field(0.1, ge=0, lt=1, description="share held out for k-NN if `data` has no train and val")
+    cache_size: int = Field(
+        160, ge=32, description="side in pixels of the squares that images are resized to before cropping"
+    )
+    cache_bytes: int = Field(
+        4 * 2**30, ge=0, description="memory of a rank for images; if they do not fit, they are streamed"
+    )
     workers: int | None = Field(None, ge=1, description="threads that decode images; None: one per core")
-    ahead_steps: int = Field(4, ge=1, description="steps decoded ahead when images are streamed")
-    ahead_bytes: int = Field(2**30, ge=1, description="memory limit for the steps decoded ahead")
+    ahead_steps: int = Field(4, ge=1, description="steps to decode in advance when images are streamed")
+    ahead_bytes: int = Field(2**30, ge=1, description="memory limit for the steps that are decoded in advance")
     max_broken_share: float = Field(0.5, ge=0, le=1, description="a larger share of unreadable images stops the run")
 
     # the network
@@ -91,14 +96,16 @@ class TrainConfig(BaseModel):
         None, description="backbone to start from: checkpoint file, artifact folder, or name of published weights"
     )
     teacher: Address | None = Field(
-        None, description="distillation: frozen teacher, given as for `init`; the student's average is released"
+        None, description="frozen teacher for distillation: a run's folder, or a backbone as in `init`"
     )
-    teacher_model: str = Field("dinov2_vitg14", description="the teacher's model name, if its file does not name it")
+    teacher_model: str = Field("dinov2_vitg14", description="name of the teacher's model, if its file does not have it")
     drop_path: float = Field(0.0, ge=0, lt=1)
     n_prototypes: int = Field(65536, ge=2)
     head_hidden_dim: int = Field(2048, ge=1)
     head_bottleneck_dim: int = Field(256, ge=1)
-    ibot_bottleneck_dim: int | None = Field(None, ge=1, description="of a separate iBOT head; None: the same")
+    ibot_bottleneck_dim: int | None = Field(
+        None, ge=1, description="bottleneck of a separate iBOT head; None: as DINO's"
+    )
     shared_head: bool = True
 
     # crops
@@ -108,7 +115,9 @@ class TrainConfig(BaseModel):
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
     last_phase: LastPhase | None = Field(None, description="other crop sizes and scales for the end of the run")
-    white_balance: float = Field(0.0, ge=0, lt=1, description="scale each channel by 1 +- this; not in DINOv2")
+    white_balance: float = Field(
+        0.0, ge=0, lt=1, description="range of a factor on each channel: 1 +- this; not in DINOv2"
+    )
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -116,7 +125,7 @@ class TrainConfig(BaseModel):
     jitter_probability: float = Field(0.8, ge=0, le=1)
     gray: float = Field(0.2, ge=0, le=1)
     blur: tuple[float, float, float] = Field(
-        (0.0, 0.9, 0.5), description="probability for first global, second global and local crops; as DINOv2's code"
+        (0.0, 0.9, 0.5), description="probability for first global, second global and local crops, as in DINOv2's code"
     )
     solarize: float = Field(0.2, ge=0, le=1, description="probability for the second global crop")
 
@@ -129,62 +138,70 @@ class TrainConfig(BaseModel):
     teacher_temp_warmup: Share = 0.3
     centering: Literal["sinkhorn", "softmax", "batch_norm"] = Field(
         "sinkhorn",
-        description="teacher's centering: Sinkhorn-Knopp; a moving centre, then softmax; batch normalisation",
+        description="the teacher's centering: Sinkhorn-Knopp, a moving centre with softmax, or batch normalisation",
     )
     center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the moving centre")
     koleo_over_ranks: bool = Field(
-        True, description="search neighbours on all ranks; false: on each rank alone, as in Meta's code"
+        True, description="true: KoLeo searches neighbours on all ranks; false: on each rank alone, as in Meta's code"
     )
     ibot_patches: Literal["masked", "all"] = Field(
-        "masked", description="all: every patch of both global crops, with no patch masked, as in distillation"
+        "masked", description="all: iBOT uses every patch of both global crops, and no patch is masked, to distil"
     )
     mask_ratio: Range = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
 
     # optimisation
     epochs: float = Field(100, gt=0, le=1e6)
-    batch_size: int = Field(64, ge=2, description="images of one update, over all ranks and micro-batches")
+    batch_size: int = Field(64, ge=2, description="images of one update, on all ranks and in all micro-batches")
     micro_batch: int | None = Field(
-        None, ge=1, description="images of one forward pass on one rank; gradients add up to batch_size; None: no parts"
+        None, ge=1, description="images of one forward pass on one rank; None: all images of the rank"
     )
     optimizer: Literal["adamw", "sgd_normalized"] = Field(
         "adamw", description="sgd_normalized: momentum over unit-norm gradients, for very large batches"
     )
-    lr: float = Field(4e-3, gt=0, description="peak rate at batch 1024; scaled by sqrt(batch / 1024)")
+    lr: float = Field(
+        4e-3, gt=0, description="peak learning rate at batch size 1024; scaled by sqrt(batch_size / 1024)"
+    )
     min_lr: float = 1e-6
     warmup: Share = 0.1
-    weight_decay: Range = Field((0.04, 0.4), description="first and last value, cosine")
+    weight_decay: Range = Field((0.04, 0.4), description="first and last value of a cosine")
     betas: tuple[float, float] = (0.9, 0.999)
-    momentum: Range = Field((0.992, 1.0), description="teacher's EMA, first and last value, cosine")
+    momentum: Range = Field((0.992, 1.0), description="momentum of the teacher's EMA: first and last value of a cosine")
     layer_decay: float = 0.9
     patch_embed_lr_mult: float = 0.2
     freeze_last_layer: Share = 0.01
     freeze_backbone: Share = Field(
-        0.0, description="the heads train alone for this share: with `init`, fresh heads would ruin the backbone"
+        0.0, description="share of the run in which only the heads train; new heads would ruin a backbone from `init`"
     )
     clip_grad: float = 3.0
 
     # logging, saving and sentinels
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl and between clock checks")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     save_every_minutes: float = Field(5, gt=0)
     keep_states: int = Field(2, ge=1, description="number of newest states to keep for resuming")
-    keep_checkpoints_every_epochs: float = Field(0, ge=0, description="keep checkpoints for `dinov2 average`; 0: none")
-    eval_every_epochs: float = Field(0, ge=0, description="k-NN during the run; 0: only at the end")
-    sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: one at the end")
-    measure_peak: bool = Field(False, description="measure a matrix product at the start, for MFU on unknown devices")
-    wandb: str | None = Field(None, description="Weights & Biases project; None: not used")
-    on_collapse: Action = Field("stop", description="stop, rollback (and halve the rates) or warn")
+    keep_checkpoints_every_epochs: float = Field(
+        0, ge=0, description="interval of checkpoints for `dinov2 average`; 0: none"
+    )
+    eval_every_epochs: float = Field(0, ge=0, description="interval of k-NN; 0: only at the end")
+    sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: only at the end")
+    measure_peak: bool = Field(
+        False, description="time a matrix product at the start, to report MFU on unknown devices"
+    )
+    wandb: str | None = Field(None, description="Weights & Biases project; None: no logging there")
+    on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    on_knn: Action = Field("stop", description="k-NN fell by knn_margin: stop, rollback (and halve the rates) or warn")
+    on_knn: Action = Field("stop", description="as `on_collapse`, if k-NN falls by more than `knn_margin`")
     sentinel_lines: int = Field(5, ge=1, description="bad lines of metrics.jsonl in a row that count as a collapse")
-    rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the rates after a rollback")
-    knn_margin: float = Field(5.0, gt=0, description="percentage points below the run's best")
-    min_rankme_share: float = Field(0.05, ge=0, le=1, description="lowest effective rank of class tokens, as a share")
+    rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the learning rates after a rollback")
+    knn_margin: float = Field(5.0, gt=0, description="accepted fall of k-NN below its best, in percentage points")
+    min_rankme_share: float = Field(
+        0.05, ge=0, le=1, description="lowest accepted effective rank of class tokens, a share"
+    )
     max_rollbacks: int = Field(3, ge=0)
     whiten: float | None = Field(
         None,
         gt=0,
-        description="shrinkage of the whitening of the class token at the end; None: no whitening. Not in DINOv2",
+        description="shrinkage for whitening the class token at the end; None: no whitening; not in DINOv2",
     )
     eval_resize: int = 256
     eval_crop: int = 224
@@ -211,7 +228,11 @@ class TrainConfig(BaseModel):
 
     @property
     def vit_config(self) -> ViTConfig:
-        """Return the backbone's configuration: the named model with the fields of `vit` replaced."""
+        """Return the configuration of the model that `model` names, with the fields that `vit` overrides.
+
+        Raises:
+            ValueError: the model is unknown, or `vit` has an unknown field.
+        """
         base = config_for(self.model)
         unknown = set(self.vit) - set(base.__dataclass_fields__)
         if unknown:
@@ -220,18 +241,18 @@ class TrainConfig(BaseModel):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Return the weights of the losses (the settings `NAME_weight`) by the names of the losses in `TERMS`."""
+        """Return the weight of each loss by the loss's name: `dino`, `ibot` and `koleo`."""
         return {name: getattr(self, f"{name}_weight") for name in loss_names()}
 
     @property
     def eval_spec(self) -> PreprocessSpec:
-        """Return the preprocessing that the run's evaluations use."""
+        """Return the preprocessing for the evaluations of the run."""
         patch = self.vit_config.patch_size
         return PreprocessSpec(resize=self.eval_resize, crop=self.eval_crop, patch_size=patch)
 
 
 def loss_names() -> list[str]:
-    """Return the names of the losses that have a weight, in the order of their settings."""
+    """Return the names of the losses that have a setting `NAME_weight`, in the order of these settings."""
     return [name.removesuffix("_weight") for name in TrainConfig.model_fields if name.endswith("_weight")]
 
 
@@ -241,7 +262,7 @@ def recipe_names() -> list[str]:
 
 
 def _parse_value(text: str) -> object:
-    """Parse a TOML value (`0.1`, `true`, `[0.3, 1.0]`, `{depth = 6}`); return anything else as a string."""
+    """Parse `text` as a TOML value, such as `0.1`, `true` or `{depth = 6}`. Return `text` itself if it is not TOML."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -249,12 +270,12 @@ def _parse_value(text: str) -> object:
 
 
 def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Load a recipe, by its name or from a TOML file, and apply `key=value` overrides.
+    """Load a recipe by its name or from a TOML file, apply `key=value` overrides, and return the settings.
 
     Raises:
         OSError: the recipe's file cannot be read.
-        ValueError: the recipe is unknown (the message lists the names) or not TOML, an override has no `=`, or a key or
-            a value is not allowed.
+        ValueError: the recipe is unknown (the message lists the names) or is not TOML, an override has no `=`, or a key
+            or a value is not allowed.
     """
     path = RECIPES / f"{recipe}.toml"
     if recipe.endswith(".toml"):
@@ -278,7 +299,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Parse settings given as `key=value`. A value that is not TOML is taken as text.
+    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is a string.
 
     Raises:
         ValueError: an override has no `=`.
@@ -293,7 +314,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 
 
 def _in_words(problem: Any) -> str:
-    """Format one of pydantic's errors as one line, without pydantic's type names and links."""
+    """Return an error of pydantic as one line, without type names and links."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return str(message)

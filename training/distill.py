@@ -1,11 +1,11 @@
-"""The teacher of a distillation is a larger, frozen network that gives the student its targets.
+"""The teacher of a distillation: a larger, frozen network that gives the student its targets.
 
 DINOv2's small models learn from the frozen ViT-g with the ordinary losses (arXiv 2304.07193, section 5). These losses
-need the teacher's heads. The states of a run of this project contain its heads, but Meta did not publish the heads of
-its released weights. A teacher without heads uses some of its own features as prototypes: K class tokens of crops of
-training images (for iBOT: K of their patch tokens), centred and scaled to unit length. The teacher's logits are the
-cosines between a token and these prototypes. The student learns to reproduce how similar the teacher finds an image to
-each of K others.
+need the teacher's heads. The saved states of this project's runs contain heads, but Meta did not publish the heads of
+its released weights. A teacher without heads uses some of its own features as prototypes. For DINO's loss these are K
+class tokens of crops of training images, and for iBOT's loss K patch tokens of these crops, all centred and scaled to
+unit length. The teacher's logits are the cosines between a centred token and these prototypes. The student therefore
+learns the similarities that the teacher computes between an image and K other images.
 
 Legend: b images of a micro-batch, D width of the teacher, K prototypes.
 """
@@ -32,9 +32,10 @@ from training.student_teacher import Network, Output
 
 
 class PrototypeTeacher(nn.Module):
-    """A frozen backbone that uses some of its own features, which `choose` sets, as prototypes.
+    """A frozen backbone that serves as a teacher without heads. Some of its own features are the prototypes.
 
-    It is called with the arguments of `Network` and returns an `Output`.
+    `choose` must set the prototypes before the first call. The module takes the arguments of `Network` and returns an
+    `Output`.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
@@ -59,14 +60,18 @@ class PrototypeTeacher(nn.Module):
 
     @torch.no_grad()
     def choose(self, steps: Iterable[Sequence[Crops]], world: World) -> None:
-        """Set the K prototypes to features of the global crops of the first steps. They are the same on all ranks.
+        """Set the prototypes to features of the global crops of the first steps, the same prototypes on all ranks.
 
-        `steps` has this rank's micro-batches of each step; only as many steps as needed are read. Prototypes are
-        numbered by step, view and position in the step's batch. The student's heads therefore still fit them when the
-        run resumes with other micro-batches or another number of ranks.
+        The prototypes are in the order of step, view and position in the step's batch. Their order therefore does not
+        change when the run resumes with other micro-batches or another number of ranks, and the student's heads still
+        fit.
+
+        Args:
+            steps: the micro-batches of this rank for each step. Only as many steps are read as the prototypes need.
+            world: this process's rank and the number of ranks.
 
         Raises:
-            ValueError: the steps have fewer than K global crops.
+            ValueError: the steps have fewer global crops than there are prototypes.
         """
         n_wanted = len(self.get_buffer("cls_prototypes"))
         features_of: dict[str, list[Tensor]] = {"cls": [], "patch": []}
@@ -87,13 +92,13 @@ class PrototypeTeacher(nn.Module):
                 tokens["patch"].append(picked.float().unflatten(0, (2, -1)))
                 tokens["cls"].append(features["x_norm_clstoken"].float().unflatten(0, (2, -1)))
             for kind, parts in tokens.items():
-                mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [b, 2, D]: ranks follow each other
+                mine = torch.cat(parts, dim=1).transpose(0, 1).contiguous()  # [b, 2, D], to gather images in rank order
                 features_of[kind].append(gather_rows(world, mine).transpose(0, 1).flatten(0, 1))
             n_cls += len(features_of["cls"][-1])
             if n_cls >= n_wanted:
                 break
         if n_cls < n_wanted:
-            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} crops that the teacher was given")
+            raise ValueError(f"n_prototypes={n_wanted} is more than the {n_cls} global crops of the run")
         for kind, parts in features_of.items():
             rows = torch.cat(parts)[:n_wanted]
             mean = rows.mean(dim=0)
@@ -102,12 +107,15 @@ class PrototypeTeacher(nn.Module):
 
 
 def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
-    """Load the teacher that `config.teacher` names: the folder of a run (with heads), or a backbone without heads.
+    """Load the teacher of a distillation from `config.teacher`, on the CPU.
+
+    The setting names the folder of a run, which has the teacher's heads, or a backbone without heads: an artifact's
+    folder, a weight file or a published model.
 
     Raises:
         ValueError: the teacher does not exist, its patch size differs from the student's, or its heads have another
             number of prototypes.
-        OSError: a file of it cannot be read.
+        OSError: a file of the teacher cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
     assert config.teacher is not None
@@ -122,7 +130,11 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
 
 
 def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
-    """Raise ValueError if teacher and student have different patch sizes, because iBOT compares them patch by patch."""
+    """Check that teacher and student have the same patch size, because iBOT compares them patch by patch.
+
+    Raises:
+        ValueError: the patch sizes differ.
+    """
     if vit.patch_size != config.vit_config.patch_size:
         raise ValueError(
             f"teacher={config.teacher} has patches of {vit.patch_size} pixels, the student ({config.model}) of "
@@ -131,9 +143,10 @@ def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Return a digest of the teacher's weights, which does not depend on the file they came from.
+    """Return a digest of the teacher's weights. It does not depend on the file from which the weights were loaded.
 
-    Prototypes are left out, because they follow from the weights and the images.
+    Prototypes that were chosen from the teacher's features are left out, because the weights and the images determine
+    the prototypes.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in teacher.state_dict().items():
@@ -144,10 +157,17 @@ def teacher_digest(teacher: nn.Module) -> str:
 
 
 def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None) -> None:
-    """Refuse to resume with another teacher, e.g. because the teacher's own run has trained further since.
+    """Check that a run resumes with the same teacher.
+
+    The teacher's weights may have changed, for example because the run that trains the teacher was resumed.
+
+    Args:
+        config: the run's settings.
+        theirs: the digest of the teacher in the saved state, or None if the run had no teacher.
+        mine: the digest of the teacher that was loaded now, or None.
 
     Raises:
-        ValueError: `theirs`, the digest of the saved run's teacher, differs from `mine`, that of this teacher.
+        ValueError: the digests differ.
     """
     if theirs != mine:
         raise ValueError(
@@ -157,9 +177,9 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
-    """Return the network's configuration for an artifact's folder, a weight file, or the name of a published model.
+    """Return the configuration of the network at `path`: an artifact's folder, a weight file or a published model.
 
-    `model` is the name of the network, for files that do not name theirs.
+    `model` is the name of the network for a file that does not contain the configuration.
     """
     if path.is_dir():
         return read_manifest(path).config
@@ -169,7 +189,12 @@ def _config_of(path: Path, model: str) -> ViTConfig:
 
 
 def _of_run(path: Path, config: TrainConfig) -> Network:
-    """Load the averaged network (`ema`) of a run with its heads, from the newest state in the run's folder `path`."""
+    """Load a run's moving average of the student, with heads, from the newest state in the run's folder `path`.
+
+    Raises:
+        ValueError: the folder has no complete state, or the number of prototypes or the patch size differs from
+            `config`.
+    """
     theirs = TrainConfig.model_validate(json.loads((path / "config.json").read_text()))
     if theirs.n_prototypes != config.n_prototypes:
         raise ValueError(

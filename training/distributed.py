@@ -1,13 +1,13 @@
-"""Training one run with several processes. Only this file uses torch.distributed and torchrun's environment variables.
+"""Train one run with several processes. Only this file uses torch.distributed and torchrun's environment variables.
 
-`torchrun --nproc-per-node N -m training ...` starts N processes ("ranks"). Each processes its share of the images of
-every step. The losses need data from other ranks and get it through functions of this file: a log-sum-exp over all
-ranks (for Sinkhorn-Knopp), a sum (for the moving centre and batch normalisation) and gathered rows (for KoLeo). With a
-single process, these functions return their input, and no process group is created.
+`torchrun --nproc-per-node N -m training ...` starts N processes, which are called ranks. In every step each rank
+computes a share of the images. The losses need data from other ranks and get it through functions of this file: a
+log-sum-exp over all ranks (for Sinkhorn-Knopp), a sum (for the moving centre and batch normalisation) and gathered rows
+(for KoLeo). With a single process, these functions return their input, and no process group is created.
 
-Weights are stored in one of two ways. With DDP every rank has a full copy of the network; this is faster, and ViT-S, B
-and L fit. With FSDP2 (`fully_shard`) each rank has a slice of the weights, gradients and optimizer state, and fetches
-the weights of a block when it computes the block.
+Weights are stored in one of two ways. With DDP every rank has a full copy of the network. DDP is faster, and the full
+copies of ViT-S, B and L fit into memory. With FSDP2 (`fully_shard`) each rank has a slice of the weights, gradients and
+optimizer state, and fetches the weights of a block when it computes the block.
 """
 
 import os
@@ -33,7 +33,7 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # one rank evaluates while the others wai
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank among the `size` processes of a run, and its device."""
+    """The rank of this process, the number of processes in the run (`size`), and the device of this process."""
 
     rank: int
     size: int
@@ -43,20 +43,22 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the process that writes files and prints (rank 0)."""
+        """Return whether this process is rank 0, which writes the files and prints."""
         return self.rank == 0
 
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, for the duration of the block. Without torchrun there is one process.
+    """Join the processes that torchrun started, for the duration of the block, and yield this process's `World`.
+
+    A process that torchrun did not start is the only process of its run.
 
     Args:
-        device: `auto` (cuda if there is a GPU, else cpu), `cpu`, `cuda` or, with one process, `cuda:N`. With several
-            ranks on GPUs, each gets its own GPU.
+        device: `auto` (cuda if there is a GPU, otherwise cpu), `cpu`, `cuda` or, with one process, `cuda:N`. If several
+            ranks use GPUs, each rank gets its own GPU.
 
     Raises:
-        ValueError: the machine does not have this device, or `cuda:N` is given with several ranks.
+        ValueError: `device` is unknown, the machine has no GPU for it, or `cuda:N` is used with several ranks.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -85,13 +87,13 @@ def join(device: str) -> Iterator[World]:
 
 
 def wait_for_all(world: World) -> None:
-    """Wait until every rank has made this call."""
+    """Wait until every rank has called this function."""
     if world.size > 1:
         dist.barrier(world.control)
 
 
 def agree(world: World, value: bool) -> bool:
-    """Return True on all ranks if `value` is True on any of them, else False on all ranks."""
+    """Return on all ranks whether `value` is True on at least one rank."""
     if world.size == 1:
         return value
     flag = torch.tensor(int(value))
@@ -100,7 +102,7 @@ def agree(world: World, value: bool) -> bool:
 
 
 def from_main(world: World, value: T) -> T:
-    """Return rank 0's `value` on every rank. It is sent as a pickle, only between processes of the run."""
+    """Return the `value` of rank 0 on every rank. The value is sent as a pickle between the processes of the run."""
     if world.size == 1:
         return value
     box = [value]
@@ -109,7 +111,7 @@ def from_main(world: World, value: T) -> T:
 
 
 def from_all(world: World, values: Sequence[T]) -> list[T]:
-    """Return the values of all ranks, in rank order, on every rank. They are sent as pickles."""
+    """Return the values of all ranks, in rank order, on every rank. The values are sent as pickles."""
     if world.size == 1:
         return list(values)
     boxes: list[list[T]] = [[] for _ in range(world.size)]
@@ -118,7 +120,7 @@ def from_all(world: World, values: Sequence[T]) -> list[T]:
 
 
 def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """Return a function that returns the sum of a tensor over all ranks, without gradient."""
+    """Return a function that computes the sum of a tensor over all ranks, without gradient."""
 
     def total(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -131,7 +133,10 @@ def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """Return a function that takes each rank's log-sum-exp and returns that of all ranks together, without gradient."""
+    """Return a function that combines the log-sum-exp values of the ranks into those over all ranks.
+
+    The function works element by element and has no gradient.
+    """
 
     def combine(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -146,7 +151,10 @@ def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Gathers the rows of all ranks. In the backward pass each rank gets its rows' gradients, summed over ranks."""
+    """An autograd function that gathers the rows of all ranks.
+
+    In the backward pass each rank gets the gradients of its own rows, summed over the ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -163,7 +171,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(world: World, x: Tensor) -> Tensor:
-    """Return the rows `x` [n, D] of all ranks in rank order, [size * n, D]. Gradients flow back to each row's rank."""
+    """Return the rows of `x` [n, D] from all ranks, in rank order, [ranks * n, D].
+
+    In the backward pass, the gradient of a row is sent to the rank that the row came from.
+    """
     return x if world.size == 1 else _GatherRows.apply(x)  # type: ignore[no-untyped-call]
 
 
@@ -188,12 +199,13 @@ def min_over_ranks(world: World, value: Tensor) -> Tensor:
 def shard(
     network: nn.Module, blocks: Iterable[nn.Module], world: World, compute_dtype: torch.dtype, *, trains: bool
 ) -> None:
-    """Shard a network in place with FSDP2, so that each rank has a slice of its weights: first `blocks`, then the rest.
+    """Shard a network in place with FSDP2, so that each rank has a slice of its weights.
 
-    Gradients are averaged in float32; the weights of a block are sent between ranks in `compute_dtype`. If `trains`,
-    weights outside the blocks stay gathered after the forward pass, because the backward pass starts with the heads.
+    Each of `blocks` is sharded separately, and then the rest of the network. Gradients are averaged in float32. The
+    weights of a block are sent between ranks in `compute_dtype`. If `trains` is True, the weights outside the blocks
+    stay gathered after the forward pass, because the backward pass starts with the heads.
     """
-    # The outputs are views, and no code writes into them.
+    # FSDP2 warns that the outputs are views, but no code writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
@@ -218,9 +230,10 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
-    """If `when`, backward passes inside the block only add up gradients on this rank, without averaging over ranks.
+    """Accumulate gradients on this rank inside the block, without averaging them over the ranks, if `when` is True.
 
-    This is for all micro-batches of a step but the last, whose backward pass averages the accumulated gradients.
+    The training loop uses this for all micro-batches of a step except the last. The backward pass of the last
+    micro-batch averages the accumulated gradients. If `when` is False, the block has no effect.
     """
     if not when:
         yield
@@ -243,12 +256,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a sharded one, on every rank; all ranks must call it. Others are returned unchanged."""
+    """Return the full tensor of a sharded tensor on every rank. All ranks must call this function.
+
+    A tensor that is not sharded is returned unchanged.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def put(target: Tensor, value: Tensor) -> Tensor:
-    """Return `value` on the device of `target`, and sharded in the same way. All ranks must call it."""
+    """Return `value` on the device of `target`, sharded in the same way. All ranks must call this function."""
     if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value.to(target.device)

@@ -1,18 +1,19 @@
 """The cross-entropy of student logits with soft teacher targets over K prototypes, in little memory.
 
-With K = 65,536 to 262,144 prototypes the speed is limited by memory access. A plain expression writes the scaled
-logits, their log-softmax and the products as arrays as large as the logits, and autograd keeps them. With the logits x
-and the targets p of a row, this module uses
+With K = 65,536 to 262,144 prototypes, memory access limits the speed. A plain expression writes the scaled logits,
+their log-softmax and the products as arrays of the logits' size, which autograd keeps in memory. This module uses the
+following formulas instead, where x are the logits and p the targets of a row:
 
     loss = -sum_k p log softmax(x / temp) = mass * logsumexp(x / temp) - sum_k p x / temp,   mass = sum_k p
     dloss/dx = (mass * softmax(x / temp) - p) / temp
 
-so the backward pass needs only the logits and two numbers per row. On a GPU, the forward and the backward pass are one
-Triton kernel each (`triton_cross_entropy.py`); on other devices, torch computes them in pieces that fit into the cache
-(benchmarks/cross_entropy.py). The tests compare both with the definition, `plain_cross_entropy`.
+The backward pass therefore needs only the logits, the targets and two numbers per row. On a GPU, the forward and the
+backward pass are one Triton kernel each (`triton_cross_entropy.py`). On other devices, torch computes both in pieces
+that fit into the cache (benchmarks/cross_entropy.py). The tests compare both implementations with the definition,
+`plain_cross_entropy`.
 
 Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). On a GPU the array of targets is
-then never written.
+then never stored.
 
 Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), S student views, R = S * B rows of
 the student.
@@ -32,7 +33,10 @@ from training.teacher_targets import TeacherTargets
 
 
 def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """Compute `soft_cross_entropy` by its definition, in float32, or in float64 for float64 logits."""
+    """Compute the result of `soft_cross_entropy` directly from its definition.
+
+    The computation is in float32, or in float64 if the student's logits are float64.
+    """
     probs = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets).sum(dim=0)  # [B, K]
     student = student_logits.double() if student_logits.dtype == torch.float64 else student_logits.float()
     log_probs = F.log_softmax(student / student_temp, dim=-1).view(-1, *probs.shape)  # [S, B, K]
@@ -40,15 +44,19 @@ def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
 
 
 def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """Compute -sum_k p log softmax(student_logits / student_temp) for each row, differentiable in the student's logits.
+    """Compute the cross-entropy -sum_k p log softmax(student_logits / student_temp) with the targets p, row by row.
+
+    The result is differentiable in the student's logits, and the targets get no gradient.
 
     Args:
-        student_logits: [R, K], any float type. R is a multiple of B, and row r uses row r % B of the targets.
-        targets: [B, K], or [T, B, K], which are summed over T. Rows need not sum to one. Targets get no gradient.
+        student_logits: [R, K] for R rows and K prototypes, of any float type. R is a multiple of B, and row r has the
+            targets in row r % B.
+        targets: [B, K], or [T, B, K] for T views of the teacher, which are summed over the views. A row need not sum to
+            one.
         student_temp: the student's temperature.
 
     Returns:
-        float32 [R].
+        the cross-entropy of each row, float32 [R].
 
     Raises:
         ValueError: the shapes do not fit together, or the targets require a gradient.
@@ -64,14 +72,14 @@ def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets,
 
 
 def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """Compute `soft_cross_entropy` in plain torch, piece by piece."""
+    """Compute the result of `soft_cross_entropy` with torch operations on a few rows at a time."""
     views = _views(targets.probs() if isinstance(targets, TeacherTargets) else targets)
     probs = views[0] if len(views) == 1 else views.sum(dim=0)
     return _TorchCrossEntropy.apply(student_logits, probs, student_temp)  # type: ignore[no-untyped-call]
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many numbers to compute at a time: as many as fit a CPU core's cache, or a limit for GPU memory."""
+    """Return how many array elements to compute at a time, limited by a CPU core's cache or by a GPU's memory."""
     return 1 << 19 if device.type == "cpu" else 1 << 27
 
 
@@ -103,7 +111,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of the student's rows, each with the slice of the rows of its targets."""
+    """Yield pairs of slices: a slice of the student's rows, and the slice of the target rows that belong to them."""
     size = max(1, chunk_elements(student_logits.device) // student_logits.shape[1])
     for view in range(0, len(student_logits), n_targets):
         for start in range(0, n_targets, size):
@@ -112,7 +120,7 @@ def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, sli
 
 
 def _views(targets: Tensor) -> Tensor:
-    """Return the targets as [T, B, K], with T = 1 for targets of one view."""
+    """Return targets [B, K] of one teacher view as [1, B, K]. Targets [T, B, K] of T views are returned unchanged."""
     return targets if targets.dim() == 3 else targets.unsqueeze(0)
 
 

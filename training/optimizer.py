@@ -1,13 +1,13 @@
 """Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
 
-As in facebookresearch/dinov2, `dinov2/utils/param_groups.py`: the learning rate is multiplied by `layer_decay` for each
-block towards the input, and by a further factor for the patch embedding. Biases, norms and LayerScale have no weight
-decay; position embeddings, class, mask and register tokens and the lengths of the prototypes do. The prototypes are
-frozen at the start of a run. Unlike DINOv2, the whole backbone can be frozen at the start too, so that new heads on a
-trained backbone first learn alone.
+The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate is multiplied by
+`layer_decay` for each block towards the input, and by a further factor for the patch embedding. Biases, norms and
+LayerScale have no weight decay. Position embeddings, class, mask and register tokens and the lengths of the prototypes
+have weight decay. The prototypes are frozen at the start of a run. Unlike in DINOv2, the whole backbone can be frozen
+at the start too, so that only the new heads on a trained backbone learn at first.
 
-Each parameter group stores multipliers, from which `set_schedule` computes its rates for a step. No function here waits
-for a GPU: norms, and whether a step is finite, stay tensors.
+Each parameter group stores multipliers, from which `set_schedule` computes the group's rates for a step. No function in
+this file waits for a GPU, because norms and the flag for a finite step stay tensors.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from training.distributed import local, whole
 from training.student_teacher import Network
 
 Part = Literal["backbone", "head", "last_layer"]
-"""Parts of the network with schedules of their own, see `Schedules.lr` in `training/step.py`."""
+"""A part of the network that has its own learning rate schedule, see `Schedules.lr` in `training/step.py`."""
 
 OptimizerKind = Literal["adamw", "sgd_normalized"]
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return a parameter's distance from the input, given its name.
+    """Return the distance from the input, in blocks, of the parameter that is called `name`.
 
-    It is 0 for embeddings and tokens, i + 1 for block i, and depth + 1 for the last norm and the heads.
+    The distance is 0 for embeddings and tokens, i + 1 for block i, and depth + 1 for the last norm and the heads.
     """
     parts = name.split(".")
     if parts[0] != "backbone":
@@ -46,15 +46,17 @@ def make_optimizer(
     betas: tuple[float, float],
     kind: OptimizerKind = "adamw",
 ) -> torch.optim.Optimizer:
-    """Make an optimizer for all parameters of a network. Its groups have `part`, `unit`, `lr_mult` and `wd_mult`.
+    """Make an optimizer for all parameters of a network.
 
-    `unit` is the name of the sub-module (backbone or a head); the multipliers are used by `set_schedule`.
+    Each parameter group has the entries `part`, `unit`, `lr_mult` and `wd_mult`. `unit` is the name of the sub-module
+    (the backbone or a head). `set_schedule` multiplies the learning rate by `lr_mult` and the weight decay by
+    `wd_mult`.
 
     Args:
         network: the student.
-        layer_decay: factor on the learning rate per block towards the input.
-        patch_embed_lr_mult: further factor on the learning rate of the patch embedding.
-        betas: momentum of the running averages of gradients and, for AdamW, of their squares.
+        layer_decay: the factor on the learning rate for each block towards the input.
+        patch_embed_lr_mult: a further factor on the learning rate of the patch embedding.
+        betas: the momentum of the running average of gradients and, for AdamW, of the running average of their squares.
         kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
 
     Raises:
@@ -81,7 +83,10 @@ def make_optimizer(
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight_decay: float) -> None:
-    """Set the learning rate and the weight decay of every group for one step; `lr` has the rates by part."""
+    """Set the learning rate and the weight decay of every parameter group for one step.
+
+    `lr` has the learning rate of each part of the network.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr[group["part"]] * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -89,9 +94,11 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight
 
 @torch.no_grad()
 def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
-    """Clip the gradient of each sub-module separately to `max_norm`, and return the norms before clipping by its name.
+    """Clip the gradient of each sub-module of `network` separately, so that its L2 norm is at most `max_norm`.
 
-    The norms are scalars on the network's device. If gradients are sharded, a norm covers the slices of all ranks.
+    Returns:
+        the norms before clipping, by the names of the sub-modules, as scalars on the network's device. If gradients are
+        sharded, a norm covers the slices of all ranks.
     """
     norms = {}
     for name, module in network.named_children():
@@ -104,7 +111,10 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return the L2 norm of all gradients of `parameters` together, the same on every rank; 0 if there are none."""
+    """Compute the L2 norm of all gradients of `parameters` together, as a scalar. It is 0 if there are no gradients.
+
+    If gradients are sharded, the norm covers the slices of all ranks.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return local(parameters[0]).new_zeros(())
@@ -113,13 +123,16 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Do one update if `finite` is True; otherwise leave the weights and the optimizer's state unchanged.
+    """Update the weights if `finite` is True. Otherwise leave the weights and the optimizer's state unchanged.
 
     The host does not read `finite`, so it does not wait for the device. Both optimizers of `make_optimizer` skip a step
-    if the attribute `found_inf` is 1, which torch's gradient scaler sets too (`torch/optim/adam.py`, `_fused_adam`).
+    if their attribute `found_inf` is 1. torch's gradient scaler sets this attribute too (`torch/optim/adam.py`,
+    `_fused_adam`).
 
     Args:
-        finite: bool scalar on the network's device, the same on all ranks: whether loss and gradient norms are finite.
+        optimizer: an optimizer of `make_optimizer`.
+        finite: a bool scalar on the network's device that is True if all gradients are finite. It must be the same on
+            all ranks.
     """
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     try:
@@ -129,23 +142,23 @@ def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 class NormalizedSGD(torch.optim.Optimizer):
-    """SGD with momentum over normalised gradients, for very large batches.
+    """An SGD optimizer with momentum over normalised gradients, for very large batches.
 
-    A unit is a sub-module whose gradient is clipped on its own: the backbone or a head. With the gradient g of the
-    unit, its weights w and their momentum m:
+    A unit is a sub-module (the backbone or a head) whose gradient is normalised separately. With the gradient g of a
+    unit, its weights w and their momentum m, a step computes
 
         m = beta * m + (1 - beta) * g / |g|,    w = w - lr * weight_decay * w - lr * m
 
-    Apart from weight decay, the length of an update is at most lr, whatever the size of the gradient, and it depends
-    neither on clipping nor on the scale of the loss. m starts at 0 without bias correction, because the warm-up of lr
-    covers the first 1 / (1 - beta) steps.
+    Apart from weight decay, the length of an update is at most lr, whatever the size of the gradient. An update depends
+    neither on clipping nor on the scale of the loss. m starts at 0 without bias correction, because the warm-up of the
+    learning rate covers the first 1 / (1 - beta) steps.
     """
 
     def __init__(self, params: list[dict[str, Any]], *, lr: float = 0.0, beta: float = 0.9, weight_decay: float = 0.0):
-        """Create the optimizer. Each group of `params` must name its `unit`.
+        """Create the optimizer for the parameter groups `params`. Each group must have the entry `unit`.
 
         Raises:
-            ValueError: beta is less than 0, or 1 or more.
+            ValueError: `beta` is less than 0, or is 1 or more.
         """
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta} must be at least 0 and less than 1")
@@ -154,7 +167,7 @@ class NormalizedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Do one update of all weights that have a gradient, or none if the attribute `found_inf` is 1."""
+        """Update all weights that have a gradient. If the attribute `found_inf` is 1, no weight changes."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         units: dict[str, list[nn.Parameter]] = {}
         for group in self.param_groups:
@@ -176,7 +189,7 @@ class NormalizedSGD(torch.optim.Optimizer):
         beta, lr = group["beta"], group["lr"]
         share = (1 - beta) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         shrink = 1 - lr * group["weight_decay"]
-        if broken is not None:  # then m and w become 1 * themselves + 0 * finite numbers
+        if broken is not None:  # a broken step multiplies m and w by 1 and adds 0
             gradients = [gradient.masked_fill(broken, 0) for gradient in gradients]
             share, lr = share.masked_fill(broken, 0), torch.where(broken, 0.0, lr)
             beta, shrink = torch.where(broken, 1.0, beta), torch.where(broken, 1.0, shrink)

@@ -1,7 +1,7 @@
-"""The results of a run: the backbone of the student's moving average (`ema`), its k-NN accuracy, its checkpoint, and
-image sheets.
+"""The results of a run: the backbone of the student's moving average, its k-NN accuracy, its checkpoint and its image
+sheets.
 
-All ranks call `released_backbone`; only rank 0 calls the other functions.
+All ranks call `released_backbone`. Only rank 0 calls the other functions.
 """
 
 from dataclasses import dataclass
@@ -31,20 +31,21 @@ GALLERY = 128  # images that are searched for a sheet's neighbours
 
 @dataclass(frozen=True)
 class Release:
-    """Settings by which a run evaluates, describes and releases its backbone."""
+    """The settings with which a run evaluates, describes and releases its backbone."""
 
     vit: ViTConfig
     eval_spec: PreprocessSpec
     facts: dict[str, Any]  # the checkpoint's metadata
     whiten: float | None  # shrinkage of the class token's whitening at the end; None: no whitening
-    side: int  # side of the squares that the images of a sheet are cropped from, pixels
+    side: int  # side, in pixels, of the squares that a sheet's crops are made from
     title: str  # title of a sheet
 
 
 def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionTransformer:
-    """Return the backbone of the student's moving average as a network that is not sharded, on rank 0's device.
+    """Copy the backbone of the student's moving average to a network that is not sharded, and return it.
 
-    All ranks must call it. On the other ranks, the returned network has no weights.
+    All ranks must call this function. Rank 0 gets the network on its device. On the other ranks, the returned network
+    has no weights.
     """
     with torch.device("meta"):
         backbone = DinoVisionTransformer(vit)
@@ -59,12 +60,15 @@ def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionT
 
 
 def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """Return the k-NN accuracy on the held-out images by pooling, then by k. It is empty if k-NN is not possible."""
+    """Compute the k-NN accuracy on the held-out images, and return it by pooling, then by k.
+
+    The result is empty if there are no held-out images or the training images have fewer than two labels.
+    """
     return evaluate_knn(backbone, data.train_sample, data.held_out, spec) if data.has_classes else {}
 
 
 def write_checkpoint(path: Path, backbone: DinoVisionTransformer, vit: ViTConfig, facts: dict[str, Any]) -> None:
-    """Write a backbone in the format that `dinov2 export` reads."""
+    """Write a backbone and the metadata `facts` to a checkpoint that `dinov2 export` can read."""
     path.parent.mkdir(exist_ok=True)
     save_checkpoint(path, backbone.state_dict(), vit, facts)
 
@@ -78,7 +82,10 @@ def write_sheet(
     step: int,
     total: int,
 ) -> None:
-    """Write an image sheet that shows a few training images, with the crops that they would get in step `step`."""
+    """Write an image sheet that shows a few training images, with the crops that they would get in step `step`.
+
+    No file is written if none of the images can be read.
+    """
     stride = max(1, len(data.train_sample) // GALLERY)
     gallery, names, squares = [], [], list[tuple[Any, float]]()
     for photo in data.train_sample[::stride][:GALLERY]:

@@ -1,4 +1,4 @@
-"""The provenance of a checkpoint: metadata about the run, the images and the code that made it."""
+"""Collect the provenance of a checkpoint: metadata about the run, the images and the code that produced it."""
 
 import hashlib
 import subprocess
@@ -29,9 +29,9 @@ def code_revision() -> str:
 
 
 def initial_digest(init: str) -> dict[str, str]:
-    """Return the name of the weights that a run started from and, if they are a file, its sha256.
+    """Return the name of the weights that a run started from and, if they are on disk, the sha256 of their file.
 
-    The name has no folder, which could be private.
+    The name does not include the folder, because the path may be private.
     """
     path = Path(init)
     if not path.exists():
@@ -43,14 +43,14 @@ def initial_digest(init: str) -> dict[str, str]:
 def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
     """Return the metadata of a run's checkpoints.
 
-    An artifact that is exported from a checkpoint gets its `name` and `preprocess` by default. The training loop adds
-    `steps` and, at the end of the run, `knn` and `whitened`.
+    The entries `name` and `preprocess` are the defaults for an artifact that is exported from a checkpoint. The
+    training loop adds `steps` and, at the end of the run, `knn` and `whitened`.
 
     Args:
         config: the run's settings.
-        data_sha256: `training.data.sources.source_digest` of the images.
-        n_photos: number of training images.
-        hardware: description of the hardware.
+        data_sha256: the digest of the images that `training.data.sources.source_digest` returns.
+        n_photos: the number of training images.
+        hardware: a description of the hardware.
     """
     private = {"data", "out", "init", "teacher", "wandb"}
     return {

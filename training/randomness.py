@@ -1,15 +1,15 @@
 """Random numbers that depend on the sample (one image in one step) and not on the process that draws them.
 
-With an ordinary generator, the numbers of an image depend on all earlier draws, and so on the batch size, the rank and
-the device. Here a number is a hash of what it is for: (seed, step, position in the step's batch, draw). The crops are
+With an ordinary generator, the numbers of an image depend on all earlier draws, and therefore on the batch size, the
+rank and the device. Here a number is a hash of (seed, step, position in the step's batch, draw). The crops are
 therefore the same for one rank with a batch of 2b images, for two ranks with b images each, and for micro-batches. A
-resumed run needs no generator state, and no draw affects another. Such generators are known as counter-based (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The hash is the step and the finaliser of SplitMix64
-(Steele et al., OOPSLA 2014).
+resumed run needs no generator state, and no draw affects another. Such generators are called counter-based (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The hash consists of the step and the finaliser of
+SplitMix64 (Steele et al., OOPSLA 2014).
 
 Only wrapping int64 arithmetic and one exact conversion are used, so the bits are the same on every device. Numbers are
-computed on the device of the keys. Training keeps the keys on the CPU, so that random choices are known without waiting
-for a GPU.
+computed on the device of the keys. Training stores the keys on the CPU, so that random choices are known without
+waiting for a GPU.
 
 Legend: n samples.
 """
@@ -23,7 +23,7 @@ FLOAT_BITS = 24  # a float32 in 0..1 holds this many evenly spaced bits
 
 
 def _signed(word: int) -> int:
-    """Return the 64 bits of `word` as an int64, which torch can hold."""
+    """Return the lowest 64 bits of `word` as a signed integer, which fits into a torch int64."""
     return (word & (2**64 - 1)) - (word >> 63 & 1) * 2**64
 
 
@@ -33,22 +33,33 @@ FORK_STEP = _signed(0xD1342543DE82EF95)
 
 
 def _shift(words: Tensor, bits: int) -> Tensor:
-    """Shift right logically; torch's own shift keeps the sign."""
+    """Shift int64 words right by `bits` (at least 1) and fill with zeros. torch's own shift copies the sign bit."""
     return (words >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _mix(words: Tensor) -> Tensor:
-    """Apply the finaliser of SplitMix64 to int64 words. Changing one bit of a word changes about half of its bits."""
+    """Apply the finaliser of SplitMix64 to int64 words.
+
+    Changing one bit of a word changes about half of the bits of the result.
+    """
     words = (words ^ _shift(words, 30)) * _signed(0xBF58476D1CE4E5B9)
     words = (words ^ _shift(words, 27)) * _signed(0x94D049BB133111EB)
     return words ^ _shift(words, 31)
 
 
 def sample_keys(seed: int, step: int, positions: Tensor) -> Tensor:
-    """Return the keys, int64 [n], of the samples at `positions` (int64 [n]) in the step's batch of all ranks.
+    """Compute the keys of a step's samples, from which `SampleRandom` derives their random numbers.
+
+    Args:
+        seed: the run's seed.
+        step: the number of the step.
+        positions: the positions of n samples in the step's batch of all ranks, int64 [n].
+
+    Returns:
+        one key for each sample, int64 [n].
 
     Raises:
-        ValueError: seed or step does not fit into a signed 64-bit number.
+        ValueError: `seed` or `step` does not fit into a signed 64-bit number.
     """
     for name, value in (("seed", seed), ("step", step)):
         if not -(2**63) <= value < 2**63:
@@ -60,10 +71,10 @@ def sample_keys(seed: int, step: int, positions: Tensor) -> Tensor:
 
 
 class SampleRandom:
-    """The random numbers of n samples, given by their keys, int64 [n].
+    """A source of random numbers for n samples with the given keys, int64 [n] (see `sample_keys`).
 
-    A number depends only on the key, the draw and the index of the element. The caller numbers the draws, so skipping a
-    draw does not change the others.
+    A random number depends only on the key, on the number of the draw and on the index of the element. The caller
+    numbers the draws, so skipping a draw does not change the others.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -75,11 +86,11 @@ class SampleRandom:
         return len(self.keys)
 
     def fork(self, purpose: int) -> "SampleRandom":
-        """Return a `SampleRandom` of the same samples, whose numbers are independent of all other purposes."""
+        """Return a `SampleRandom` for the same samples. Different values of `purpose` give independent numbers."""
         return SampleRandom(_mix(self.keys + _signed((purpose + 1) * FORK_STEP)))
 
     def views(self, n_views: int) -> "SampleRandom":
-        """Return a `SampleRandom` with a key per view, [n_views * n].
+        """Return a `SampleRandom` for `n_views` views of each of the n samples, with n_views * n keys.
 
         The first views of all samples come first, then the second views, and so on.
         """
@@ -87,7 +98,10 @@ class SampleRandom:
         return SampleRandom(_mix(self.keys + steps[:, None]).flatten())
 
     def uniform(self, draw: int, shape: tuple[int, ...] = ()) -> Tensor:
-        """Return the numbers of a draw, float32 [n, *shape], uniform in [0, 1) in steps of 2^-24."""
+        """Return uniform random numbers, float32 [n, *shape]. They are multiples of 2^-24 in the range [0, 1).
+
+        A repeated call with the same number `draw` and the same shape returns the same numbers.
+        """
         elements = torch.arange(1, math.prod(shape) + 1, device=self.keys.device)
         states = _mix(self.keys + _signed((draw + 1) * DRAW_STEP))
         words = _mix(states[:, None] + elements * DRAW_STEP)  # [n, elements]

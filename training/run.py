@@ -1,6 +1,6 @@
-"""The objects of a training run, and the actions of the loop: log a line, evaluate, save, roll back, release.
+"""The objects of a training run, and the actions of the training loop: log a line, evaluate, save, roll back, release.
 
-Every rank must call each action. Rank 0 writes files and takes the sentinels' decisions.
+Every rank must call each action. Only rank 0 writes files and asks the sentinels for decisions.
 """
 
 import json
@@ -31,23 +31,24 @@ from training.watch.monitor import Monitor
 from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
 from training.whiten import whiten
 
-RANKME_ROWS = 1024  # enough for an effective rank, and quick to compute
-WHITENING_PHOTOS = 10_000  # enough for the covariance of the widest model's 1,536 dimensions
+RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank, which is then quick to compute
+WHITENING_PHOTOS = 10_000  # enough images for the covariance of the widest model's 1,536 dimensions
 
 
 class RunStopped(RuntimeError):
-    """A sentinel ended the run; the message gives the reason and what to change."""
+    """An error that ends a training run, usually because a sentinel found a failure. The message gives the reason."""
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM ended the run. Its state is saved, and the same command resumes it."""
+    """An exception that ends the run because of SIGTERM. No work is lost, and the same command resumes the run."""
 
 
 @dataclass
 class Sigterm:
-    """The SIGTERM handler of a run. It raises `Interrupted` at once, except while `deferred` is True.
+    """The SIGTERM handler of a run. It sets `came` to True and raises `Interrupted`.
 
-    Then it only sets `came`, and the training loop saves a state and raises.
+    While `deferred` is True, it does not raise `Interrupted`. The training loop then reads `came`, saves a state and
+    raises `Interrupted`.
     """
 
     came: bool = False
@@ -61,9 +62,9 @@ class Sigterm:
 
 @contextmanager
 def sigterm_noted() -> Iterator[Sigterm]:
-    """Handle SIGTERM with a `Sigterm` inside the block.
+    """Install a `Sigterm` as the SIGTERM handler for the duration of the block, and yield it.
 
-    Only the main thread can set a signal handler; in other threads the handling of SIGTERM does not change.
+    Only the main thread can install a signal handler. In other threads, SIGTERM is handled as before.
     """
     stop = Sigterm()
     if threading.current_thread() is not threading.main_thread():
@@ -78,7 +79,11 @@ def sigterm_noted() -> Iterator[Sigterm]:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps between log lines, evaluations, sheets and kept checkpoints (0: never), and seconds between states."""
+    """The intervals of a run.
+
+    `log`, `evaluate`, `sheet` and `checkpoint` are numbers of steps, and 0 means never. `save_seconds` is the time
+    between saved states.
+    """
 
     log: int
     evaluate: int
@@ -89,7 +94,7 @@ class Intervals:
 
 @dataclass
 class Run:
-    """Everything that the training loop uses."""
+    """The objects and settings that the training loop uses."""
 
     out: Path
     settings: dict[str, Any]  # the configuration, as JSON types
@@ -113,20 +118,20 @@ class Run:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether `step` is a multiple of `every`. The answer is always False if `every` is 0."""
+    """Return whether `step` is a multiple of `every`. If `every` is 0, return False."""
     return every > 0 and step % every == 0
 
 
 def is_save_due(run: Run) -> bool:
-    """Return whether the last save was more than `save_seconds` ago, by this rank's clock."""
+    """Return whether the last save was more than `run.every.save_seconds` ago, by the clock of this rank."""
     return time.monotonic() - run.saved_at > run.every.save_seconds
 
 
 def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
-    """Return whether the host has something to write or decide after this step. The answer is the same on all ranks.
+    """Return whether the host has to write or decide something after this step. The result is the same on all ranks.
 
-    Each rank has its own clock and receives its own signals, so the ranks have to agree. They do so after every step,
-    because torchrun kills them 30 seconds after SIGTERM.
+    Each rank has its own clock and receives its own signals, so the ranks exchange whether a save is due or SIGTERM
+    came. They do not wait for the next log line, because torchrun kills them 30 seconds after SIGTERM.
     """
     every = run.every
     if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
@@ -135,7 +140,7 @@ def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
 
 
 def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of the figures that must be finite: the loss and, except with fp16, the gradient norms.
+    """Return the entries of `terms` that must be finite: the loss and, except with fp16, the gradient norms.
 
     With fp16, gradients may overflow while the loss scale adapts.
     """
@@ -144,16 +149,19 @@ def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_not_finite(run: Run) -> Verdict | None:
-    """Check whether a figure was not finite in a step since the last call. If so, store the first such step's batch.
+    """Check whether all watched figures of the steps since the last call were finite.
 
-    Return the sentinels' verdict, or None if all figures were finite. A step with gradients that are not finite has not
-    changed the student (training/step.py).
+    If a figure was not finite, rank 0 stores its first micro-batch of the first such step for inspection. Gradients
+    that are not finite have not changed the student (training/step.py).
+
+    Returns:
+        the verdict of the sentinels, or None if all figures were finite.
     """
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
         return None
     noted = run.not_finite.read()
-    figures = noted[1] if noted else {}  # empty if it happened on another rank
+    figures = noted[1] if noted else {}  # empty if only another rank has a figure that is not finite
     batch = run.data.loader.batch(first - 1)
     path = None
     if run.world.is_main:
@@ -167,7 +175,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
-    """Write a line of metrics.jsonl and check it for collapse. Return the verdict, or None if all is well."""
+    """Write a line of metrics.jsonl, and return the sentinels' verdict on it, or None if they find no collapse."""
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -184,9 +192,10 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 
 
 def evaluate(run: Run, step: int) -> Verdict | None:
-    """Compute k-NN on the held-out images, and return the verdict on it, or None.
+    """Compute the k-NN accuracy on the held-out images, and return the sentinels' verdict on it.
 
-    Nothing is computed if the settings have no evaluation during the run.
+    Return None if the sentinels have nothing to report, if k-NN is not possible, or if the settings have no evaluation
+    during the run.
     """
     if not run.every.evaluate:
         return None
@@ -203,9 +212,9 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 
 
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
-    """Return, on all ranks, the verdict that `ask` gives on rank 0, and copy the state of rank 0's sentinels to all.
+    """Call `ask` on rank 0, and return its verdict on all ranks. Copy the state of rank 0's sentinels to all ranks.
 
-    Ranks have different figures, so only rank 0 decides.
+    The figures differ between ranks, so only rank 0 decides.
     """
     verdict = ask() if run.world.is_main else None
     verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
@@ -214,10 +223,12 @@ def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
 
 
 def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
-    """Report a verdict, and stop the run if it says so. Return the verdict if it requires a rollback, else None.
+    """Report a verdict of the sentinels to the user, if there is one.
+
+    Return the verdict if its action is a rollback, and None otherwise.
 
     Raises:
-        RunStopped: the verdict ends the run.
+        RunStopped: the action of the verdict is `stop`.
     """
     if verdict is None:
         return None
@@ -228,22 +239,22 @@ def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
 
 
 def roll_back(run: Run, verdict: Verdict) -> int:
-    """Load the newest state of step `verdict.back_to` or before, and return its step.
+    """Load the newest complete state that is not later than step `verdict.back_to`, and return the step of this state.
 
-    Later states are removed, and the checkpoint is replaced by that of the loaded state.
+    Later states are removed. If the loaded state is later than step 0, its weights overwrite the run's checkpoint.
 
     Raises:
-        RunStopped: there is no such state.
+        RunStopped: no complete state of this step or an earlier step exists.
     """
     wait_for_all(run.world)
     saved, _ = from_main(run.world, find_state(run.out, verdict.back_to) if run.world.is_main else (None, []))
     if saved is None:
-        raise RunStopped(f"{verdict.message} No state of step {verdict.back_to} or before is left: the run stops.")
+        raise RunStopped(f"{verdict.message} No saved state of step {verdict.back_to} or before exists: the run stops.")
     load_state(saved, run.setup.parts)
     run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.out, saved.step)
-        remember(saved, memory_of(run))  # store what the sentinels have learned
+        remember(saved, memory_of(run))  # store the present state of the sentinels
     if saved.step:
         save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)
@@ -253,15 +264,19 @@ def roll_back(run: Run, verdict: Verdict) -> int:
 
 
 def is_best(run: Run, step: int) -> bool:
-    """Return whether `step` has the run's best k-NN so far and must be saved, because the run may return to it.
+    """Return whether `step` must be saved because it has the run's best k-NN accuracy so far.
 
-    It is False if a fall of k-NN only causes a warning.
+    The best step is saved so that the run can go back to it if k-NN falls. If a fall only causes a warning (`on_knn` is
+    `warn`), return False.
     """
     return run.sentinels.limits.on_knn != "warn" and step == run.sentinels.state.best_knn_step
 
 
 def save(run: Run, step: int) -> Saved | None:
-    """Save the state and the checkpoint after `step` steps. Return the state on rank 0, and None on other ranks."""
+    """Save the state after `step` steps and, except at step 0, the checkpoint.
+
+    Return the saved state on rank 0, and None on other ranks.
+    """
     skipped = from_all(run.world, run.data.unlisted())  # a resumed run does not try these images again
     if run.world.is_main:
         list_skipped(skipped, run.out, run.monitor.console)
@@ -282,19 +297,22 @@ def save(run: Run, step: int) -> Saved | None:
 
 
 def memory_of(run: Run) -> dict[str, Any]:
-    """Return what a state stores besides tensors: digests of data and teacher, the sentinels' state (JSON types)."""
+    """Return the values that a state stores in addition to tensors, as JSON types.
+
+    They are the digests of the images and of the teacher, and the state of the sentinels.
+    """
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
 
 def save_checkpoint(run: Run, path: Path, step: int) -> None:
-    """Save the backbone of the student's moving average as a checkpoint."""
+    """Save the backbone of the student's moving average to the checkpoint `path`, with `step` in the metadata."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_checkpoint(path, backbone, run.release.vit, {**run.release.facts, "steps": step})
 
 
 def draw_sheet(run: Run, step: int) -> None:
-    """Write the image sheet `sheets/step_N.png`, made with the student's moving average."""
+    """Write the image sheet `sheets/step_N.png` for step N. Its features come from the student's moving average."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)
@@ -305,10 +323,9 @@ def sheet_path(run: Run, step: int) -> Path:
 
 
 def release(run: Run) -> Path:
-    """Finish the run: whiten the backbone if `settings.whiten` is set, compute k-NN, and write the last checkpoint, a
-    sheet and the report.
+    """Finish the run: compute the final k-NN accuracy, and write the last checkpoint, an image sheet and the report.
 
-    Return the path of the checkpoint.
+    If the settings have a value for `whiten`, the backbone is whitened first. Return the path of the checkpoint.
     """
     path, data, settings = run.out / CHECKPOINT, run.data, run.release
     backbone = released_backbone(settings.vit, run.world, run.setup.parts)

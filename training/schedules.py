@@ -1,7 +1,7 @@
-"""Schedules are arrays with one value per step. They are computed before the run, and the training loop indexes them.
+"""Compute schedules: arrays with one value per step. The training loop reads the value of each step from them.
 
-They follow facebookresearch/dinov2, `dinov2/utils/utils.py` (CosineScheduler). An array can be printed, plotted and
-tested, and a resumed run reads the same values as an uninterrupted run.
+The schedules follow facebookresearch/dinov2, `dinov2/utils/utils.py` (CosineScheduler). An array can be printed,
+plotted and tested, and a resumed run reads the same values as an uninterrupted run.
 """
 
 import numpy as np
@@ -11,7 +11,9 @@ Schedule = npt.NDArray[np.float64]
 
 
 def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedule:
-    """Return a schedule of `total` steps: a line from 0 to `base` over `warmup` steps, then half a cosine to `final`.
+    """Return a schedule of `total` steps that rises linearly from 0 to `base` in `warmup` steps.
+
+    After the warm-up the schedule follows half a period of a cosine from `base` to `final`.
 
     Raises:
         ValueError: the warm-up is longer than the run.
@@ -25,9 +27,10 @@ def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedul
 
 
 def linear_then_constant(start: float, end: float, total: int, warmup: int) -> Schedule:
-    """Return a schedule of `total` steps: a line from `start` to `end` over `warmup` steps, then `end`.
+    """Return a schedule of `total` steps that changes linearly from `start` to `end` in `warmup` steps.
 
-    The line is cut off if the warm-up is longer than the run. The teacher's temperature uses this schedule.
+    After the warm-up the value is constant. If the warm-up is longer than the run, `end` is not reached. The teacher's
+    temperature has this schedule.
     """
     ramp = np.linspace(start, end, warmup)[:total]
     return np.concatenate([ramp, np.full(total - len(ramp), end)])

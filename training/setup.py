@@ -1,4 +1,4 @@
-"""The start of a run: make the student, the teacher and the optimizer, and place them on the ranks."""
+"""Set up a run: make the student, the teacher and the optimizer, and distribute them over the ranks."""
 
 import functools
 import tempfile
@@ -20,13 +20,13 @@ from training.state import Parts
 from training.step import Setup
 from training.student_teacher import Network, make_teacher
 
-LOSS_SCALE = 2.0**16  # of fp16 at the start, as in torch's GradScaler
+LOSS_SCALE = 2.0**16  # the initial loss scale for fp16, as in torch's GradScaler
 
 
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the autocast context for `precision`: fp32, bf16, fp16 or auto.
+    """Return the autocast context for a precision: `fp32`, `bf16`, `fp16` or `auto`.
 
-    `auto` is bf16 if the device multiplies bf16 natively, else fp32.
+    `auto` means bf16 if the device multiplies bf16 natively, and fp32 otherwise.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,31 +38,33 @@ def make_autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def compute_dtype(autocast: torch.autocast) -> torch.dtype:
-    """Return the type in which matrix products are computed under `autocast`."""
+    """Return the data type of matrix products inside the context `autocast`."""
     return autocast.fast_dtype if autocast._enabled else torch.float32
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Return a context that selects the attention kernel for training: the fused one, except for bf16 on a CPU.
+    """Return a context that selects the attention kernel for training.
 
-    For bf16 on a CPU and small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a
-    step's time; plain matrix products take a third of that. In float32 the fused kernel is faster at every size
+    It selects plain matrix products for bf16 on a CPU, and leaves the choice to torch otherwise. With bf16 on a CPU and
+    small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a step's time. Plain matrix
+    products need a third of this time. In float32 the fused kernel is faster at every size
     (docs/decisions/0010-training-on-a-cpu.md).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
 
 
 def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tensor]:
-    """Load the backbone weights to start from.
+    """Load the backbone weights that a run starts from, and return them as a state dict.
 
     Args:
         init: an artifact's folder, a checkpoint (of this project, or in a format that `model.checkpoint` reads), or the
             name of published weights, which are downloaded once.
-        model: torch hub's name of the run's network, for files that do not name theirs.
-        config: the run's network.
+        model: torch hub's name of the run's network, for files that do not name their network.
+        config: the configuration of the run's network.
 
     Raises:
-        ValueError: `init` is none of these, is damaged, or has a network other than `config`.
+        ValueError: `init` is not one of these, is damaged, or has a network other than `config`.
+        OSError: a file cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
     path = Path(init)
@@ -82,7 +84,11 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
 
 
 def make_network(config: TrainConfig) -> Network:
-    """Make the student at step 0. Its weights depend only on the seed, the network's settings and `config.init`."""
+    """Make the student with its initial weights, on the CPU.
+
+    The weights depend only on the seed, the network's settings and `config.init`. This function seeds torch's global
+    generator.
+    """
     torch.manual_seed(config.seed)
     network = Network(
         config.vit_config,
@@ -99,12 +105,13 @@ def make_network(config: TrainConfig) -> Network:
 
 
 def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | None = None) -> Setup:
-    """Make the networks, the optimizer and the buffers for step 0 from the configuration.
+    """Make the networks, the optimizer and the buffers of a run in their initial state.
 
     Args:
         config: the run's settings.
-        world: this process among the ranks.
-        frozen_teacher: the teacher of a distillation, callable like `Network`.
+        world: the rank of this process, the number of ranks and the device.
+        frozen_teacher: the teacher of a distillation, which is called with the arguments of `Network`. By default the
+            teacher is the student's moving average.
     """
     autocast = make_autocast(config.precision, world.device)
     student = make_network(config).to(world.device)
@@ -138,21 +145,24 @@ def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | No
 
 
 def compile_blocks(*networks: nn.Module) -> None:
-    """Compile each block with torch.compile. Blocks share one compiled function for inputs of the same kind."""
-    # Kinds: crop sizes x (student, teacher) x (main and last phase). After the default of 8, torch silently stops.
+    """Compile each block of the networks in place with torch.compile."""
+    # There is a version for each crop size, for student and teacher, and for the main and the last phase. By default,
+    # torch silently stops compiling after 8 versions.
     torch._dynamo.config.recompile_limit = 64
-    # This would look for DDP's buckets in a block smaller than one, and fails if a block is larger.
+    # This optimisation splits compiled code at DDP's buckets. It is useless for a block that is
+    # smaller than a bucket, and fails for a larger block.
     torch._dynamo.config.optimize_ddp = False
     for network in networks:
         for block in network.get_submodule("backbone.blocks").children():
-            # There are few sizes, and dynamic sizes fail with drop path, which selects a share of the batch.
+            # There are few input sizes. Dynamic sizes fail with drop path, which selects a share of the batch.
             block.compile(dynamic=False)
 
 
 def strategy_of(config: TrainConfig) -> str:
     """Return the strategy for several ranks, `ddp` or `fsdp`.
 
-    `auto` is `ddp`, which is faster, except for networks of at least ViT-g's size, whose optimizer state needs `fsdp`.
+    The setting `auto` means `ddp`, which is faster. For networks of at least ViT-g's size it means `fsdp`, because of
+    the size of the optimizer's state.
     """
     if config.strategy != "auto":
         return config.strategy

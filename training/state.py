@@ -1,16 +1,16 @@
 """States on disk, from which a run resumes after an interruption or rolls back.
 
-A state has the student, its moving average, the optimizer, the moving centres, the sentinels' state and the step
+A state contains the student, its moving average, the optimizer, the moving centres, the sentinels' state and the step
 number. Nothing else is needed, because the random choices of a step depend only on (seed, step, sample)
 (`training/randomness.py`).
 
-The newest states are kept in the folder `states/` of the run's folder. Each consists of a file of tensors
+The newest states are stored in the folder `states/` of the run's folder. Each state consists of a file of tensors
 (`000001200.pt`) and a small JSON file, which is written last and has the digest of the tensor file. If the JSON file is
-missing or the digest differs, the state is incomplete, and the state before it is used. Tensors are saved whole even if
-each rank has only a slice of them, so a run can resume with another number of ranks. States are loaded with
+missing or the digest differs, the state is incomplete, and the previous state is used. Tensors are saved in full even
+if each rank has only a slice of them, so a run can resume with another number of ranks. States are loaded with
 `weights_only`, so a state file cannot run code.
 
-Only one process at a time may write to a run's folder (`alone_in`), because two would delete each other's states.
+Only one run at a time may write to a run's folder (`alone_in`), because two runs would delete each other's states.
 """
 
 import errno
@@ -35,7 +35,7 @@ from training.student_teacher import Network
 FOLDER = "states"
 LOCK = "lock"
 
-# Settings that may change when a run is resumed: those of the machine and of the output.
+# Settings that may change when a run is resumed: they concern the machine or the output.
 FREE_SETTINGS = {
     *("out", "data", "device", "compile", "strategy", "micro_batch", "checkpoint_blocks"),
     *(
@@ -54,11 +54,11 @@ FREE_SETTINGS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run that change with each step.
+    """The networks, the optimizer and the buffers of a run.
 
-    `ema` is the moving average of the student. `teacher` gives the targets: it is `ema` itself or, in distillation, a
-    frozen network, which is not part of the state. `buffers` has the moving centres and fp16's loss scale, if the run
-    uses them.
+    `ema` is the moving average of the student. `teacher` gives the targets. It is `ema` itself or, in distillation, a
+    frozen network, which is not saved. `buffers` has the moving centres and the loss scale of fp16, if the run uses
+    them.
     """
 
     student: Network
@@ -69,14 +69,14 @@ class Parts:
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the settings (JSON types) that must be the same when a run is resumed."""
+    """Return the entries of `settings` that must be the same when a run is resumed."""
     return {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
 
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Return full tensors on the CPU if `keep`, else an empty dictionary. All ranks must call it.
+    """Return copies of tensors on the CPU by name, or an empty dictionary if `keep` is False.
 
-    Sharded tensors are gathered one at a time, to save memory.
+    Sharded tensors are gathered one at a time to save memory, so all ranks must call this function.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -87,7 +87,7 @@ def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Return the tensors of the optimizer's state by `NAME/KEY`: the parameter's name and the optimizer's key."""
+    """Return the tensors of the optimizer's state by the name `PARAMETER/KEY`, where KEY is the optimizer's own key."""
     state = parts.optimizer.state
     return {
         f"{name}/{key}": value
@@ -114,22 +114,24 @@ def save_state(
     world: World,
     needed: Sequence[int] = (),
 ) -> "Saved | None":
-    """Write the state after `step` steps and delete states that are no longer needed.
+    """Write the state after `step` steps, and delete states that are no longer needed.
 
-    Every rank must call it. Rank 0 writes the state and returns it; the other ranks return None.
+    Every rank must call this function. Rank 0 writes the state and returns it. The other ranks return None.
 
     Args:
         out: the run's folder.
         parts: the networks, the optimizer and the buffers to save.
         step: the number of steps done.
-        settings: the run's settings; a run with other settings cannot resume from the state.
-        memory: what to store besides tensors (digests of data and teacher, the sentinels' state), as JSON types.
-        keep: how many of the newest states to keep.
-        world: this process among the ranks.
-        needed: steps that a sentinel may roll back to. For each, the newest state of that step or before is kept too.
+        settings: the run's settings. A run with other settings cannot resume from the state.
+        memory: values to store in addition to tensors, as JSON types: the digests of the images and of the teacher, and
+            the sentinels' state.
+        keep: the number of newest states to keep.
+        world: the rank of this process and the number of ranks.
+        needed: steps that a sentinel may roll back to. For each of these steps, the newest state that is not later than
+            the step is kept too.
 
     Raises:
-        OSError: the state cannot be written; earlier states are unchanged.
+        OSError: the state cannot be written. Earlier states are unchanged.
     """
     state = {
         "student": _whole(parts.student.state_dict(), world.is_main),
@@ -161,26 +163,30 @@ def _write_tensors(path: Path, state: dict[str, Any]) -> str:
     """Write the tensors of a state to a file, and return the digest of the file."""
     with replacing(path) as temporary:
         try:
-            with temporary.open("wb") as file:  # torch.save would write the name of a path into the file
+            with temporary.open("wb") as file:  # given a path, torch.save would write the path's name into the file
                 torch.save(state, file)
-        except RuntimeError as error:  # torch reports a full disk as one
+        except RuntimeError as error:  # torch raises this for a full disk
             raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
         return _digest(temporary)
 
 
 def _notes(folder: Path) -> list[Path]:
-    """Return the states' JSON files, newest first."""
+    """Return the paths of the JSON files of all states in `folder`, newest state first."""
     return sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), reverse=True)
 
 
 def _drop(note: Path) -> None:
-    """Remove a state. Its JSON file `note` is removed first, so that no half-removed state is used."""
+    """Remove a state from disk. Its JSON file `note` is removed first, so that a half-removed state is never used."""
     note.unlink()
     note.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
-    """Delete states that are neither among the newest `keep` nor needed for a rollback."""
+    """Delete the states that are not among the newest `keep` states and not needed for a rollback.
+
+    For each step in `needed`, the newest state that is not later than the step is kept. `step` is the step of the state
+    that was just written.
+    """
     notes = _notes(folder)
     stay = set(notes[:keep])
     for old in needed:
@@ -193,7 +199,10 @@ def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete state on disk: its tensor file, its step, and what its JSON file has besides (see `save_state`)."""
+    """A complete state on disk: the path of its tensor file, its step, and the content of its JSON file.
+
+    `settings` has only the settings that must be the same when a run is resumed. `memory` is that of `save_state`.
+    """
 
     path: Path
     step: int
@@ -202,9 +211,14 @@ class Saved:
 
 
 def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, list[str]]:
-    """Return the newest complete state (of step `at_most` or before, if given) and messages about newer damaged states.
+    """Find the newest complete state of a run, and list the newer states that are damaged.
 
-    The state is None if none is complete.
+    Args:
+        out: the run's folder.
+        at_most: if it is given, states of later steps are ignored.
+
+    Returns:
+        the state, or None if no state is complete, and a message for each newer damaged state.
     """
     broken: list[str] = []
     for note in _notes(out / FOLDER):
@@ -214,7 +228,7 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
         try:
             record = json.loads(note.read_text())
             if _digest(path) != record["digest"]:
-                raise ValueError("its contents are not what was written")
+                raise ValueError("its digest differs from the digest in the JSON file")
             return Saved(path, record["step"], record["settings"], record["memory"]), broken
         except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but not an object
             broken.append(f"{path.name} is damaged ({error}): using the state before it")
@@ -222,25 +236,26 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
 
 
 def start_from(out: Path) -> tuple[Saved | None, list[str]]:
-    """Return the state from which a run in `out` resumes, and messages about damaged states.
+    """Return the state from which a run in the folder `out` resumes, and messages about damaged states.
 
-    The state is None if the run starts at step 0. Only the process that holds the lock of `out` may call this function,
-    because it removes incomplete files of killed processes.
+    The state is None if the folder has no complete state and the run has to start at step 0. Only the process that
+    holds the lock of `out` may call this function, because the function removes incomplete files of killed processes.
 
     Raises:
-        ValueError: the folder has states, but all are damaged. The user has to restore or remove them.
+        ValueError: the folder has states of steps after step 0, but no state is complete. The user has to restore or
+            remove them.
     """
     folder = out / FOLDER
     for leftover in [*folder.glob("*.part"), *out.glob(".*.part")]:
         leftover.unlink()
     saved, broken = find_state(out)
     written = {path.stem for path in (*_notes(folder), *folder.glob("*.pt")) if path.stem.isdecimal()}
-    lost = sorted(int(stem) for stem in written if int(stem) > 0)  # before the first step there is nothing to lose
+    lost = sorted(int(stem) for stem in written if int(stem) > 0)  # losing the state of step 0 does no harm
     if saved is None and lost:
         reasons = "; ".join(message.partition(":")[0] for message in broken) or "their .json files are missing"
         raise ValueError(
             f"{folder} has states of a run up to step {lost[-1]}, but none is complete: {reasons}. Restore one, or "
-            f"remove {folder} to start again (init={out / 'checkpoint.safetensors'} starts from its backbone)"
+            f"remove {folder} to start again (init={out / 'checkpoint.safetensors'} uses the trained backbone)"
         )
     if saved is not None:
         noted = {note.stem for note in _notes(folder)}
@@ -251,17 +266,17 @@ def start_from(out: Path) -> tuple[Saved | None, list[str]]:
 
 
 def remember(saved: Saved, memory: dict[str, Any]) -> None:
-    """Replace what a saved state stores besides tensors (`memory` of `save_state`).
+    """Replace the `memory` in the JSON file of a saved state (see `save_state`).
 
     Raises:
-        OSError: the JSON file cannot be written; the state is unchanged.
+        OSError: the JSON file cannot be written. The state is unchanged.
     """
     note = saved.path.with_suffix(".json")
     write_text(note, json.dumps({**json.loads(note.read_text()), "memory": memory}))
 
 
 def drop_states(out: Path, after: int) -> None:
-    """Remove the states of all steps later than `after`. They are damaged, or a rollback discards them."""
+    """Remove the states of all steps later than `after` from the run's folder `out`."""
     for note in _notes(out / FOLDER):
         if int(note.stem) > after:
             _drop(note)
@@ -269,9 +284,9 @@ def drop_states(out: Path, after: int) -> None:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Hold the lock of the run's folder inside the block. The lock is released even if the process is killed.
+    """Hold the lock of the run's folder `out` inside the block. The lock is released even if the process is killed.
 
-    If the file system does not support locks, a warning is given instead.
+    If the file system does not support locks, the function warns the user and does not lock the folder.
 
     Raises:
         ValueError: another process holds the lock.
@@ -296,10 +311,10 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
-    """Refuse to resume a run with other settings than it was started with.
+    """Check that a run resumes with the settings of its saved state.
 
     Raises:
-        ValueError: settings other than `FREE_SETTINGS` differ; the message names them.
+        ValueError: a setting that must not change differs. The message names each such setting.
     """
     mine, theirs = comparable(settings), comparable(saved.settings)
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
@@ -312,7 +327,10 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_state(saved: Saved, parts: Parts) -> None:
-    """Load a saved state into `parts`. The run that wrote it may have had another number of ranks."""
+    """Load a saved state into the networks, the optimizer and the buffers of `parts`.
+
+    The number of ranks may differ from the number that saved the state.
+    """
     state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
     for network, name in ((parts.student, "student"), (parts.ema, "ema")):
         targets = network.state_dict()

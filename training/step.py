@@ -1,7 +1,7 @@
-"""One training step: targets from the teacher, losses of the student, and an update of both.
+"""Compute one training step: the teacher's targets, the student's losses, and an update of both networks.
 
-`TERMS` lists the losses. To add one, write its definition in `losses.py`, an entry in `TERMS` and a `NAME_weight` in
-`config.py`.
+`TERMS` lists the losses. To add a loss, write its definition in `losses.py`, an entry in `TERMS` and a setting
+`NAME_weight` in `config.py`.
 
 Legend: B images per step on this rank, b of them in a micro-batch, V local views, N patches of a global crop, K
 prototypes, M masked patches, D width of the student.
@@ -38,25 +38,28 @@ from training.state import Parts
 from training.student_teacher import Output, update_teacher
 from training.teacher_targets import TeacherTargets
 
-SCALE_GROWS_AFTER = 2000
+SCALE_GROWS_AFTER = 2000  # finite steps in a row
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of a step. A loss with weight 0 is skipped and reported as 0, but DINO's is always computed."""
+    """The settings of a training step.
+
+    A loss with weight 0 is not computed, and is reported as 0. DINO's loss is always computed.
+    """
 
     seed: int
     loss_weights: Mapping[str, float]  # by the names of `TERMS`
     student_temp: float
     centering: Literal["sinkhorn", "softmax", "batch_norm"]
     center_momentum: float
-    koleo_over_ranks: bool  # True: KoLeo searches neighbours on all ranks; False: among this rank's images
+    koleo_over_ranks: bool  # True: KoLeo searches neighbours on all ranks; False: on this rank only
     clip_grad: float
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every step uses. `learner` is the module that the training forward pass calls: the student, maybe in DDP."""
+    """The objects that every step uses. `learner` is the student or, with DDP, the wrapper that computes its output."""
 
     parts: Parts
     learner: nn.Module
@@ -66,7 +69,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Schedules:
-    """Arrays with one value per step. The learning rate of a part is 0 while the part is frozen."""
+    """The schedules of a run: arrays with one value per step. A part's learning rate is 0 while the part is frozen."""
 
     lr: dict[Part, Schedule]
     weight_decay: Schedule
@@ -76,7 +79,11 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Targets:
-    """The teacher's targets for one micro-batch: class tokens [2, b, K] and patches [M, K]. Each row sums to one."""
+    """The teacher's targets for one micro-batch of b images and K prototypes. Each row of targets sums to one.
+
+    `cls` [2, b, K] are the targets of the class tokens of both global crops. `patches` [M, K] are the targets of the M
+    patches of iBOT's loss. If this loss has weight 0, `patches` are the teacher's logits, which no loss uses.
+    """
 
     cls: Tensor | TeacherTargets
     patches: Tensor | TeacherTargets
@@ -91,25 +98,29 @@ def train_step(
     lr_factor: float = 1.0,
     measure: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Update the student by one optimizer step, and then its moving average (`ema`).
+    """Update the student by one optimizer step, and then update its moving average.
 
-    If a gradient is not finite, the student and the optimizer stay unchanged. `finite` reports this without making the
-    host wait for the device.
+    If a gradient is not finite, the student and the optimizer stay unchanged. The figure `finite` reports this without
+    making the host wait for the device.
 
     Args:
-        settings, setup, schedules: those of the run.
-        micros: this rank's images, in micro-batches of equal size.
-        step: index into the schedules, from 0.
-        lr_factor: factor on all learning rates, which a rollback lowers.
-        measure: whether to compute `teacher_entropy`, which costs a pass over the targets.
+        settings: the settings of the step.
+        setup: the networks, the optimizer and the buffers, which are changed in place.
+        schedules: the schedules of the run.
+        micros: the crops of this rank's images, in micro-batches of equal size.
+        step: the index into the schedules, from 0.
+        lr_factor: a factor on all learning rates. A rollback lowers it.
+        measure: whether to compute `teacher_entropy`, the mean entropy of the targets of the class tokens. This needs
+            another pass over the targets.
 
     Returns:
-        figures, and the student's class tokens [B, D] of the first view of each image. The figures are scalars on the
-        device: the losses of `TERMS` without weights, their weighted sum `loss`, `teacher_entropy` if `measure` (all
-        means over this rank's images), the gradient norms before clipping, and `finite` (1 or 0).
+        figures by name, and the student's class tokens [B, D] of the first view of each of this rank's B images. The
+        figures are scalars on the device. The losses of `TERMS` without weights, their weighted sum `loss` and
+        `teacher_entropy` are means over this rank's micro-batches. The other figures are the gradient norms before
+        clipping and `finite` (1 or 0).
     """
     parts, world = setup.parts, setup.world
-    # Drop path draws from torch's global generator.
+    # Drop path uses torch's global generator.
     torch.manual_seed((settings.seed * 1_000_003 + step) * world.size + world.rank)
     lr = {part: float(schedule[step]) * lr_factor for part, schedule in schedules.lr.items()}
     set_schedule(parts.optimizer, lr, float(schedules.weight_decay[step]))
@@ -128,7 +139,7 @@ def train_step(
 
 @torch.no_grad()
 def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
-    """Compute the targets of every micro-batch. All micro-batches of all ranks are centred as one batch."""
+    """Compute the teacher's targets for every micro-batch. All micro-batches of all ranks are centred as one batch."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
     cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
     cls = _center(settings, setup, "dino", cls_logits, temp)
@@ -141,7 +152,10 @@ def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops
 def _center(
     settings: StepSettings, setup: Setup, head: str, logits: list[Tensor], temp: float
 ) -> Sequence[Tensor | TeacherTargets]:
-    """Turn the logits [..., K] of each micro-batch into targets. The moving centre, if used, is updated afterwards."""
+    """Turn the teacher's logits [..., K] of each micro-batch into targets over K prototypes.
+
+    `head` is the name of the loss, `dino` or `ibot`. If the run uses a moving centre, the centre is updated afterwards.
+    """
     total = sum_over_ranks(setup.world)
     if settings.centering == "sinkhorn":
         return sinkhorn_targets(logits, temp, combine=logsumexp_over_ranks(setup.world))
@@ -155,7 +169,10 @@ def _center(
 
 
 def entropy(targets: Tensor | TeacherTargets) -> Tensor:
-    """Return the mean entropy of the rows of targets [2, b, K]. One view at a time is computed, to save memory."""
+    """Compute the mean entropy of the rows of targets [2, b, K], where 2 is the number of views.
+
+    The views are computed one at a time to save memory.
+    """
     views = [targets[view] for view in range(2)]
     probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
     return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for p in probs]).mean()
@@ -173,10 +190,10 @@ class MicroBatch:
 
 
 def dino_term(micro: MicroBatch) -> Tensor:
-    """Compute DINO's loss: the mean over all pairs of a student view and a different teacher view.
+    """Compute DINO's loss: the mean cross-entropy over all pairs of a student view and a different teacher view.
 
-    Without local crops, Meta's code divides the sum over the two pairs by 3, because it counts at least one local pair.
-    Here the sum is divided by 2, so that a collapsed network has a loss of ln K.
+    Without local crops there are two pairs. Meta's code divides their sum by 3, because it counts at least one local
+    pair. Here the sum is divided by 2, so that a collapsed network has a loss of ln K for K prototypes.
     """
     output, targets, temp = micro.output, micro.targets.cls, micro.settings.student_temp
     global_logits = output.global_logits.unflatten(0, (2, -1))  # [2, b, K]
@@ -190,13 +207,16 @@ def dino_term(micro: MicroBatch) -> Tensor:
 
 
 def ibot_term(micro: MicroBatch) -> Tensor:
-    """Compute iBOT's loss on the masked patches of both global crops."""
+    """Compute iBOT's loss on the patches of both global crops that `micro.crops.masks` selects."""
     crops, temp = micro.crops, micro.settings.student_temp
     return ibot_loss(micro.output.patch_logits, micro.targets.patches, crops.masks, temp, selected=crops.selected)
 
 
 def koleo_term(micro: MicroBatch) -> Tensor:
-    """Compute the sum of KoLeo over the two global views. `koleo_over_ranks` sets where neighbours are searched."""
+    """Compute KoLeo's loss on the class tokens of each global view, and return the sum over both views.
+
+    The setting `koleo_over_ranks` decides whether neighbours are searched on all ranks or only on this rank.
+    """
     world = micro.world
 
     def of_view(cls: Tensor) -> Tensor:
@@ -209,15 +229,16 @@ def koleo_term(micro: MicroBatch) -> Tensor:
 
 
 TERMS: dict[str, Callable[[MicroBatch], Tensor]] = {"dino": dino_term, "ibot": ibot_term, "koleo": koleo_term}
-"""The losses of a micro-batch by name, unweighted. Each is a column of metrics.jsonl and a curve of the report."""
+"""The functions that compute the losses of a micro-batch without weights, by the names in metrics.jsonl."""
 
-ALWAYS_COMPUTED = frozenset({"dino"})  # its value shows a collapse, even with weight 0
+ALWAYS_COMPUTED = frozenset({"dino"})  # the value shows a collapse, even if the weight is 0
 
 
 def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the student on a micro-batch, and return its losses (by name) and its class tokens [b, D] of the first view.
+    """Run the student on a micro-batch of b images, and compute the losses.
 
-    The class tokens carry no gradient.
+    Returns:
+        the losses by name, and the student's class tokens [b, D] of the first view, without gradient.
     """
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
@@ -232,11 +253,14 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
 def accumulate_gradients(
     settings: StepSettings, setup: Setup, micros: Sequence[Crops], targets: Sequence[Targets], measure: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the forward and backward pass of each micro-batch, and average the gradients over ranks in the last one.
+    """Run the forward and backward pass of each micro-batch, and add up the gradients.
+
+    The backward pass of the last micro-batch averages the gradients over the ranks.
 
     Returns:
-        figures (means over the micro-batches of the losses, of their weighted sum `loss` and, if `measure`, of
-        `teacher_entropy`), and the student's class tokens [B, D] of the first view of each image.
+        figures by name, and the student's class tokens [B, D] of the first view of each of this rank's B images. The
+        figures are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each figure is a
+        mean over the micro-batches.
     """
     weights, scale = settings.loss_weights, setup.parts.buffers.get("loss_scale")
     means: dict[str, Tensor] = {}
@@ -257,10 +281,11 @@ def accumulate_gradients(
 
 
 def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip the gradients and update the student, unless a gradient is not finite.
+    """Clip the gradients, and update the student if all gradients are finite.
 
     Returns:
-        the norms of the gradients before clipping, by sub-module, and a bool scalar, True if all norms are finite.
+        the norms of the gradients before clipping by the names of the sub-modules, and a bool scalar tensor that is
+        True if all norms are finite.
     """
     scale = parts.buffers.get("loss_scale")
     if scale is not None:
@@ -275,9 +300,9 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
 
 
 def adapt_scale(buffers: dict[str, Tensor], finite: Tensor) -> None:
-    """Adapt fp16's loss scale: halve it after a step that is not finite, double it after 2,000 finite steps in a row.
+    """Adapt the loss scale of fp16 in place, by the rule of torch's GradScaler.
 
-    This is the rule of torch's GradScaler.
+    The scale is halved after a step with gradients that are not finite, and doubled after 2,000 finite steps in a row.
     """
     good = torch.where(finite, buffers["good_steps"] + 1, 0)
     grown = torch.where(good >= SCALE_GROWS_AFTER, 2.0, 1.0)

@@ -1,9 +1,9 @@
 """The student, its teacher, and the heads of both.
 
 The teacher is an exponential moving average (EMA) of the student. It gives the targets and gets no gradient, and its
-backbone is released at the end. A head maps a token to logits over K prototypes (arXiv 2104.14294): three linear layers
-down to a bottleneck, L2 normalisation, and a last layer with weight normalisation. The names of its parameters are
-those of `dinov2/layers/dino_head.py`.
+backbone is released at the end. A head maps a token to logits over K prototypes (arXiv 2104.14294). It consists of
+three linear layers that end in a bottleneck, L2 normalisation, and a last layer with weight normalisation. Its
+parameters have the names that they have in `dinov2/layers/dino_head.py`.
 
 Legend: D width of the backbone, K prototypes, n tokens, b images of a micro-batch, V local crops per image, N patches
 of a global crop, M selected patches, G and L sides of global and local crops.
@@ -22,7 +22,10 @@ from training.distributed import local
 
 
 class PrototypeLayer(nn.Module):
-    """Linear layer without bias. Its rows have the directions of `weight_v` and the lengths `weight_g` (1 at first)."""
+    """A linear layer without bias that computes logits over the prototypes.
+
+    Each row of its weight has the direction of a row of `weight_v` and a length from `weight_g`, which is 1 at first.
+    """
 
     def __init__(self, in_dim: int, n_prototypes: int) -> None:
         super().__init__()
@@ -31,12 +34,15 @@ class PrototypeLayer(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's fused kernel for both passes: the K x 256 weights are larger than most steps' logits.
+        # torch's fused kernel saves time, because the K x 256 weights are larger than the logits of most steps.
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DinoHead(nn.Module):
-    """A head that maps tokens [n, D] to logits [n, K]. The logits are cosines as long as `weight_g` is 1."""
+    """A head that maps n tokens [n, D] to logits over K prototypes, [n, K].
+
+    As long as the prototypes have length 1 (`last_layer.weight_g`), the logits are cosines.
+    """
 
     def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
         super().__init__()
@@ -59,18 +65,18 @@ class DinoHead(nn.Module):
 
 
 class Output(NamedTuple):
-    """The output of a student or teacher for one micro-batch."""
+    """The output of a student or a teacher for one micro-batch of b images."""
 
     cls: Tensor  # [2b, D] class tokens of the global crops, before the head
     global_logits: Tensor  # [2b, K]
-    local_logits: Tensor | None  # [V*b, K]
-    patch_logits: Tensor  # [M, K] of the selected patches
+    local_logits: Tensor | None  # [V*b, K]; None if there are no local crops
+    patch_logits: Tensor  # [M, K] for the selected patches
 
 
 class Network(nn.Module):
-    """A backbone with a head for DINO's loss and one for iBOT's.
+    """A backbone with a head for DINO's loss and a head for iBOT's loss.
 
-    With `shared_head` both losses use the same head, as in DINOv2's short recipe.
+    If `shared_head` is True, both losses use the same head, as in DINOv2's short recipe.
     """
 
     def __init__(
@@ -91,13 +97,14 @@ class Network(nn.Module):
         self.own_ibot_head = None if shared_head else DinoHead(config.embed_dim, n_prototypes, hidden_dim, ibot_dim)
 
     def forward(self, globals_: Tensor, locals_: Tensor | None, hidden: Tensor | None, selected: Tensor) -> Output:
-        """Compute class tokens and logits of one micro-batch.
+        """Compute the class tokens and the logits of one micro-batch of b images.
 
         Args:
-            globals_: [2b, 3, G, G].
-            locals_: [V*b, 3, L, L], or None (the teacher gets none).
-            hidden: bool [2b, N], patches replaced by the mask token, or None.
-            selected: int64 [M], the patches to compute logits for, as positions in [2b * N].
+            globals_: two global crops of each image, [2b, 3, G, G].
+            locals_: V local crops of each image, [V*b, 3, L, L], or None. The teacher gets no local crops.
+            hidden: the patches that are replaced by the mask token, bool [2b, N] for N patches per global crop, or
+                None.
+            selected: the positions of the M patches to compute logits for, among all 2b * N patches, int64 [M].
         """
         features = self.backbone.forward_features(globals_, hidden)
         cls = features["x_norm_clstoken"]
@@ -107,20 +114,20 @@ class Network(nn.Module):
         patches = features["x_norm_patchtokens"].flatten(0, 1).index_select(0, selected)
         if self.own_ibot_head is None:
             tokens.append(patches)
-        # One call of the head normalises its last layer's K x 256 weights once and not once per kind of token.
+        # A single call of the head normalises the K x 256 weights of its last layer only once.
         logits = self.dino_head(torch.cat(tokens)).split([len(kind) for kind in tokens])
         patch_logits = logits[-1] if self.own_ibot_head is None else self.own_ibot_head(patches)
         return Output(cls, logits[0], None if locals_ is None else logits[1], patch_logits)
 
 
 def make_teacher(student: Network) -> Network:
-    """Return a frozen copy of the student, without drop path."""
+    """Return a frozen copy of the student in evaluation mode, in which drop path has no effect."""
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_teacher(student: Network, teacher: Network, momentum: float) -> None:
-    """Update all parameters of the teacher: teacher = momentum * teacher + (1 - momentum) * student.
+    """Update all parameters of the teacher in place: teacher = momentum * teacher + (1 - momentum) * student.
 
     If the networks are sharded, each rank updates its own slices.
     """

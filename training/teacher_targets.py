@@ -1,4 +1,4 @@
-"""A compact form of the student's targets: the teacher's logits and two vectors that turn them into targets.
+"""A compact form of the student's targets: the teacher's logits, and two vectors that turn the logits into targets.
 
 Legend: K prototypes, B rows of targets.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Targets in the form exp(logits / temp - u - v), with one u per row and one v per prototype.
+    """Targets in the form exp(logits / temp - u - v), with one number u per row and one number v per prototype.
 
-    Targets of Sinkhorn-Knopp and of centering have this form (`training/losses.py`). The array of targets is computed
-    only when it is needed.
+    Targets of Sinkhorn-Knopp and of the moving centre have this form (`training/losses.py`). `probs` computes the array
+    of targets when it is needed.
     """
 
     logits: Tensor  # [..., B, K], any float type
@@ -23,9 +23,9 @@ class TeacherTargets:
     temp: float
 
     def __getitem__(self, index: Any) -> "TeacherTargets":
-        """Return the targets of some rows. `index` selects from the leading dimensions [..., B]."""
+        """Return the targets of the rows that `index` selects. It indexes all dimensions but the last (prototypes)."""
         return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
 
     def probs(self) -> Tensor:
-        """Compute the targets as an array: float32 [..., B, K]."""
+        """Compute the array of targets, float32, in the shape of `logits`."""
         return (self.logits.float() / self.temp).sub_(self.u.unsqueeze(-1)).sub_(self.v).exp_()

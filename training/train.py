@@ -1,18 +1,18 @@
-"""The training loop: from images to a checkpoint.
+"""Run the training loop, which turns images into a checkpoint.
 
 Each step follows facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`. The teacher sees two large crops of each
 image and gives targets. The student sees the same two crops with some patches masked, and several small crops. Three
-losses train it: DINO compares the student's class token of each crop with the teacher's class tokens of the other
-crops, iBOT compares the student's masked patches with the teacher's tokens of the same patches, and KoLeo spreads the
+losses train the student. DINO compares the student's class token of each crop with the teacher's class tokens of the
+other crops. iBOT compares the student's masked patches with the teacher's tokens of the same patches. KoLeo spreads the
 class tokens of a batch. The teacher is then updated as a moving average of the student.
 
 All random choices of a step depend only on (seed, step, sample), so a resumed run continues as if it had not stopped,
-and two ranks see the same crops as one. The host waits for the device only when there is something to log, evaluate or
-save.
+and two ranks see the same crops as a single rank. The host waits for the device only to log, evaluate or save.
 
     out/checkpoint.safetensors   the backbone of the student's moving average; `dinov2 export` reads it
     out/states/                  states to resume from; out/lock is locked while a process trains here
-    out/metrics.jsonl ...        see training/watch/monitor.py; report.html at the end
+    out/metrics.jsonl            figures of the run; training/watch/monitor.py lists the other log files
+    out/report.html              the report, written at the end
     out/skipped.txt              images that could not be read
 """
 
@@ -65,12 +65,14 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """Start or resume one training run.
 
     Returns:
-        the checkpoint's path.
+        the path of the checkpoint.
 
     Raises:
-        ValueError: there are no usable images, another process trains in `config.out`, or this folder has a run with
-            other settings or images, or only damaged states.
-        OSError: the images cannot be reached, or the run's folder cannot be written.
+        ValueError: there are no usable images, another process trains in `config.out`, this folder has a run with other
+            settings, images or teacher, all states in it are damaged, or a setting does not fit the machine or the
+            files that it names.
+        OSError: the images cannot be reached, a file cannot be read, or the run's folder cannot be written.
+        model.zoo.DownloadError: published weights cannot be downloaded.
         RunStopped: a sentinel ended the run.
         Interrupted: SIGTERM ended the run.
     """
@@ -94,14 +96,14 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 def training_loop(run: Run, step: int, stop: Sigterm) -> None:
-    """Do the remaining steps of a run of which `step` steps are done.
+    """Run the remaining steps of a run that has done `step` steps.
 
     Raises:
         RunStopped: a sentinel ended the run.
         Interrupted: SIGTERM ended the run.
     """
     while step < run.total:
-        if run.sentinels.passes_over(step + 1):  # its images caused the last rollback
+        if run.sentinels.passes_over(step + 1):  # the images of this step caused a rollback
             step += 1
             if step == run.total:
                 save(run, step)
@@ -120,7 +122,7 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
         if not needs_the_host(run, step, stop):
             continue
 
-        # Log and evaluate; the sentinels may give a verdict on each
+        # Log and evaluate. Each action may return a verdict of the sentinels.
         last = step == run.total
         rollback = obey(run, step, find_not_finite(run))
         if rollback is None and (last or is_due(step, run.every.log)):
@@ -148,9 +150,10 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
 
 
 def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
-    """Load the state `saved`, or for a new run save the state of step 0. Return the number of steps done.
+    """Load the state `saved` into the run. If it is None, save the state of the new run at step 0.
 
-    A new run is evaluated once before the first step, so that the k-NN sentinel knows the initial accuracy.
+    If the settings have evaluations, a run is evaluated once before its first step, so that the k-NN sentinel knows the
+    initial accuracy. Return the number of steps done.
     """
     step, parts = saved.step if saved else 0, run.setup.parts
     for message in damaged:
@@ -161,9 +164,9 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
         load_state(saved, parts)
         run.sentinels.load_state_dict(saved.memory["sentinels"])
         if run.world.is_main:
-            drop_states(run.out, step)  # damaged ones, which new ones would collide with
+            drop_states(run.out, step)  # these are damaged, and new states would have the same names
     else:
-        saved = save(run, 0)  # tests early that the folder can hold a state; a rollback may need it
+        saved = save(run, 0)  # this shows early whether the folder can hold a state, and a rollback may need it
     if step == 0 and run.sentinels.state.best_knn is None:
         if run.world.is_main:
             cut_lines(run.out / EVALUATIONS, -1)
@@ -174,7 +177,10 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
 
 
 def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
-    """Choose the teacher's prototypes from the run's first images, independent of micro-batches and number of ranks."""
+    """Choose the teacher's prototypes from features of the run's first images.
+
+    The choice does not depend on the size of micro-batches or the number of ranks.
+    """
     batches = ((step, run.data.loader.batch(step)) for step in range(run.total))
     steps = (make_micros(run.crops, run.world, b.pixels, b.aspect, step, run.total) for step, b in batches)
     teacher.choose(steps, run.world)
@@ -182,7 +188,11 @@ def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
 
 @contextmanager
 def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
-    """Make the run's folder if it does not exist, and lock it for this run."""
+    """Create the run's folder `out` if it does not exist, and hold its lock inside the block.
+
+    Raises:
+        ValueError: `out` is inside the folder of the images, or another process holds the lock.
+    """
     check_apart(data, out)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out) if world.is_main else nullcontext():
@@ -190,7 +200,7 @@ def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
 
 
 def announce(run: Run, step: int) -> None:
-    """Write `config.json`, and print one line about the images, the steps and the network."""
+    """Write the settings to `config.json`, and print one line about the images, the steps and the network."""
     if not run.world.is_main:
         return
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))

@@ -2,13 +2,13 @@
 
 This module is imported only when Triton is needed, because only torch's CUDA builds include Triton.
 
-In the forward pass, one program per row goes over the K logits in blocks. Each lane keeps the maximum m of the logits x
-that it has read, and the sum s of exp(x - m), so that lanes are combined only once, at the end. One exponential per
-logit is enough: with d = x - m and e = exp(-|d|), if d > 0, x is the new maximum and s becomes s * e + 1; otherwise s
+In the forward pass, one program per row reads the K logits in blocks. Each lane stores the maximum m of the logits x
+that it has read, and the sum s of exp(x - m). Lanes are therefore combined only once, at the end. One exponential per
+logit is enough. Let d = x - m and e = exp(-|d|). If d > 0, x is the new maximum, and s becomes s * e + 1. Otherwise s
 becomes s + e. In the backward pass, there is one program per row and block.
 
-Programs for all student views of an image run next to each other, so that its targets are read from memory once and
-then from the cache.
+Programs for all student views of an image have consecutive numbers, so that the targets of the image are read from
+memory once and then from the cache.
 
 Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), S student views, R = S * B rows of
 the student.
@@ -33,7 +33,10 @@ WARPS = 8
 
 
 def triton_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """Compute `kernels.soft_cross_entropy` for student_logits [R, K] with R > 0, and return float32 [R]."""
+    """Compute the result of `kernels.soft_cross_entropy` on a GPU for at least one row.
+
+    `student_logits` is [R, K] for R rows and K prototypes. Return the cross-entropy of each row, float32 [R].
+    """
     if isinstance(targets, TeacherTargets):
         u, v, temp = targets.u.float().contiguous(), targets.v.float().contiguous(), targets.temp
         return _TritonCrossEntropy.apply(student_logits, targets.logits, u, v, temp, student_temp)
@@ -84,7 +87,10 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
 @triton.jit
 def _rows(n_targets, n_students):
-    """Return the row of the student and the row of the targets for this program. Neighbours share the target row."""
+    """Return the row of the student and the row of the targets that this program computes.
+
+    The programs for all student views of a row of targets have consecutive numbers.
+    """
     program = tl.program_id(0).to(tl.int64)  # row * k exceeds 2^31
     target_row = program // n_students
     return program % n_students * n_targets + target_row, target_row
@@ -104,7 +110,10 @@ def _targets(
     N_TEACHERS: tl.constexpr,
     FACTORED: tl.constexpr,
 ):
-    """Load one block of a row's targets, summed over the teacher's views. Targets beyond column k are 0."""
+    """Load a block of the targets of one row, and return the sum over the teacher's views.
+
+    Targets outside the array are 0.
+    """
     total = tl.zeros_like(columns).to(tl.float32)
     for view in tl.static_range(N_TEACHERS):
         view_row = view * n_targets + row

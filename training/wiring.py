@@ -1,7 +1,7 @@
 """Make a run from its configuration.
 
-The other modules of the training loop take plain values or small records of settings, and not the configuration. The
-functions here make these records.
+The other modules of the training loop take plain values or small dataclasses with settings instead of the whole
+configuration. The functions of this file make these dataclasses.
 """
 
 import functools
@@ -39,12 +39,13 @@ from training.watch.sinks import make_sinks
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
     """Make a run at step 0.
 
-    `saved` is the state that the run will resume from, or None. It is not loaded here, but its settings, images and
-    teacher must be the same as those of this run.
+    If `saved` is a state, the run must have the settings, images and teacher of that state, because the caller will
+    load the state later.
 
     Raises:
-        ValueError: they differ, or the teacher or the initial weights do not fit the configuration.
+        ValueError: the run does not fit `saved`, or the teacher or the initial weights do not fit the configuration.
         OSError: a file of the teacher or of the initial weights cannot be read.
+        model.zoo.DownloadError: published weights cannot be downloaded.
     """
     steps_per_epoch = len(data.loader) // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))
@@ -150,11 +151,12 @@ def step_settings(config: TrainConfig) -> StepSettings:
 
 
 def make_schedules(config: TrainConfig, total: int) -> Schedules:
-    """Make the run's schedules, of `total` steps each.
+    """Make the schedules of a run of `total` steps.
 
-    If the backbone is frozen at first, the heads warm up within the first half of the frozen steps, so that they have
-    learned something before the backbone starts to train. The backbone's own warm-up begins when it starts. In a last
-    phase with `lr_mult`, the schedules of learning rate and momentum start again.
+    If the backbone is frozen at first, the warm-up of the heads takes at most half of the frozen steps, so that the
+    heads have learned something before the backbone starts to train. The backbone has its own warm-up, which begins
+    when it starts to train. If the last phase has `lr_mult`, the schedules of the learning rate and of the teacher's
+    momentum start again in this phase.
     """
     peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
     frozen = int(config.freeze_backbone * total)
@@ -182,7 +184,7 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
 
 
 def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
-    """Return how often the run logs, evaluates, draws image sheets and saves."""
+    """Return the intervals at which the run logs, evaluates, draws image sheets and saves."""
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch)) if epochs else 0
@@ -197,7 +199,7 @@ def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
 
 
 def limits(config: TrainConfig, total: int) -> Limits:
-    """Return the thresholds and the actions of the sentinels."""
+    """Return the thresholds and the actions of the sentinels for a run of `total` steps."""
     return Limits(
         total,
         config.n_prototypes,
@@ -215,9 +217,10 @@ def limits(config: TrainConfig, total: int) -> Limits:
 def make_monitor(
     config: TrainConfig, world: World, data: Data, console: Console, total: int, first_step: int, peak: float | None
 ) -> Monitor:
-    """Make the run's monitor (progress bar, log lines and log files).
+    """Make the run's monitor, which shows a progress bar and log lines and writes the log files.
 
-    `peak` is the peak of one device in operations per second; None: no MFU.
+    `peak` is the peak speed of one device in floating-point operations per second. If it is None, the monitor does not
+    report MFU (the share of the peak speed that the run reaches).
     """
     settings = config.model_dump(mode="json")
     return Monitor(
@@ -235,7 +238,7 @@ def make_monitor(
 
 
 def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
-    """Return the settings for evaluating, describing and releasing the backbone."""
+    """Return the settings with which the run evaluates, describes and releases its backbone."""
     hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
     return Release(
         vit=config.vit_config,
@@ -248,9 +251,10 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
 
 
 def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
-    """Return the useful work of one step in floating-point operations (training/watch/flops.py).
+    """Compute the useful work of one step on all ranks, in floating-point operations (training/watch/flops.py).
 
-    `share_done` (0 to 1) is the part of the run that is done, and `teacher` the teacher's network in a distillation.
+    `share_done` (0 to 1) is the share of the run that is done. `teacher` is the configuration of the teacher's network
+    in a distillation, and None otherwise.
     """
     (large, _), _, (small, n_local) = crop_settings(config).phase(share_done).views
     n_images, n_patches = 2 * config.batch_size, (large.size // config.vit_config.patch_size) ** 2

@@ -136,7 +136,7 @@ def test_prototypes_are_the_teachers_features_of_the_first_photos(photos, teache
     logits = found(crops.globals_, None, None, crops.selected)
     assert (logits.global_logits.diagonal() > 0.999).all()  # image p is most like prototype p
     assert logits.patch_logits.shape == (16 * 4, 20)
-    with pytest.raises(ValueError, match="n_prototypes=20 is more than the 16 crops"):
+    with pytest.raises(ValueError, match="n_prototypes=20 is more than the 16 global crops"):
         load_teacher(settings).choose(iter(steps[:1]), ALONE)
 
 

@@ -304,7 +304,7 @@ def test_koleo_loss_over_ranks_is_that_of_all_rows():
 def test_koleo_loss_of_one_row_is_zero_and_of_rows_not_in_the_pool_an_error():
     assert float(koleo_loss(torch.ones(1, 3))) == 0
     assert float(koleo_loss(torch.ones(1, 3), torch.eye(3), 1)) != 0
-    with pytest.raises(ValueError, match="offset=2: the pool has 3 rows, too few for 2 rows from there on"):
+    with pytest.raises(ValueError, match="offset=2: the pool has 3 rows, too few for 2 rows from this offset"):
         koleo_loss(torch.ones(2, 3), torch.ones(3, 3), 2)
 
 
