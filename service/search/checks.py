@@ -56,7 +56,8 @@ def check_k(k: int) -> int:
 
 
 def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
-    """Check that vectors with this tag and dimension fit the collection.
+    """Check that vectors with this tag and dimension fit the collection. The tag identifies the model that made the
+    vectors.
 
     The tag is checked first. If both differ, the vectors come from another model, and the message about the tag
     explains this better.

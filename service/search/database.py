@@ -268,7 +268,7 @@ class Point(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A batch of items in order of number."""
+    """A batch of items, sorted by number."""
 
     numbers: Numbers  # [n]
     vectors: Floats  # [n, D]
@@ -313,7 +313,8 @@ def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numb
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
     """Read the records in the table `edited` with sequence numbers above `seq`. Return the last sequence number (`seq`
-    if there are no records) and a dictionary from the numbers of the edited items to their current payloads."""
+    if there are no records) and a dictionary from the numbers of the edited items to their current payloads (the JSON
+    text [id, metadata, source])."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
     rows = db.execute(query, (seq,)).fetchall()

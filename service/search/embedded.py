@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
-    """Open the store in `data_dir`, or create it. Return the store.
+    """Open the embedded store in the folder `data_dir` and return it. If the folder contains no store, create one.
 
     Args:
         threads: the number of search threads. The default is half the number of CPUs, because each thread needs the
@@ -315,8 +315,8 @@ class EmbeddedStore:
         return (await self.aliases()).get(check_name(collection), collection)
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return figures about a collection for operators: the number of items, the segments, the length of the tail,
-        the measured recall, and the factor on the search effort."""
+        """Return figures about a collection for operators: the number of items, the segments, the number of items that
+        are in no segment yet, the measured recall, and the factor on the search effort."""
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:

@@ -90,9 +90,10 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
     """Return a plan for the most useful change to the segments of a collection, or None if no change is needed. If
     `idle` is true, merges start earlier. If `settle` is true, all items are merged into one segment.
 
-    The first segment is the large one, and its index takes a long time to build. The other segments are small and quick
-    to build, and they have no index. They are merged with each other when there are many of them, and into the large
-    segment when their total size is large enough.
+    The first segment is large, and its index takes a long time to build. The other segments are small and quick to
+    build, and they have no index. They are merged with each other when there are many of them, and into the large
+    segment when their total size is large enough. When at least `seal_rows` items are in no segment, these items become
+    a small segment or are merged into the large segment.
     """
     spec, parts, tail = view.row.spec.index, view.parts, len(view.tail.numbers)
     for part in parts:

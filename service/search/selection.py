@@ -1,9 +1,10 @@
 """Caches the numbers (internal ids) of the items that pass a filter, and keeps the cached results up to date.
 
 The database evaluates a filter by using its indexes on declared keys, or by reading all metadata. Most filters are used
-repeatedly (a shop, a language, "in stock"). If the result of a filter is cached, the database evaluates the filter only
-for items that were added later. These items have higher numbers. A cached result may contain deleted items, which the
-view excludes from searches. When metadata is edited, all cached results of the collection become invalid.
+repeatedly, for example a filter for a shop or a language. If the result of a filter is cached, the database evaluates
+the filter only for items that were added later. These items have higher numbers. A cached result may contain deleted
+items, which the view excludes from searches. When metadata is edited, all cached results of the collection become
+invalid.
 """
 
 import sqlite3

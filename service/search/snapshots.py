@@ -235,8 +235,8 @@ def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list
 def restoring(root: Path) -> Iterator[str]:
     """Create a lock file for a restore, and yield a hidden name for the collection that the restore creates.
 
-    `is_restoring` returns True for this name until the block ends. If the process dies first, `is_restoring` returns
-    True until `tidy` removes the lock file.
+    `is_restoring` returns True for this name until the `with` block ends. If the process dies first, `is_restoring`
+    returns True until `tidy` removes the lock file.
     """
     name = f"{database.HIDDEN}{uuid.uuid4().hex}"
     path = _lock_path(root, name)

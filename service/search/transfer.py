@@ -41,9 +41,9 @@ class Photos:
     """The numbers of images that a copy handled, by outcome."""
 
     copied: int = 0
-    present: int = 0  # already in the target
-    missing: int = 0  # not in the source
-    unreadable: int = 0  # damaged in the source
+    present: int = 0  # images that were already in the target
+    missing: int = 0  # images that are not in the source
+    unreadable: int = 0  # images that are damaged in the source
     reason: str = ""  # why the first unreadable image could not be read
 
 
@@ -179,8 +179,8 @@ async def import_collection(
     same ids are replaced. Return how many items were written, and how many the collection has at the end.
 
     Args:
-        tag: the tag of the vectors. It is needed if the file has no tag. If the file has a tag, both tags must be
-            equal.
+        tag: the tag of the vectors, which identifies the model that made them. It is needed if the file has no tag. If
+            the file has a tag, both tags must be equal.
 
     Raises:
         ValueError: the file has an unknown format or is damaged, or the tag is missing or differs from the tag in the

@@ -79,7 +79,8 @@ class Tail:
 
 
 class LiveTail(NamedTuple):
-    """The rows of the tail that belong to one view, and the positions of the deleted rows."""
+    """The rows of the tail (the items that are in no segment yet) that belong to one view, and the positions of the
+    deleted rows."""
 
     numbers: Numbers
     matrix: Floats
@@ -107,8 +108,8 @@ class LiveTail(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """A collection at one moment. A position in a view is an index into the vectors of all segments, in order, followed
-    by the vectors of the tail."""
+    """A collection at one moment: its segments and its tail (the items that are in no segment yet). A position in a
+    view is an index into the vectors of all segments, in order, followed by the vectors of the tail."""
 
     row: Row
     parts: tuple[LivePart, ...]
@@ -148,7 +149,8 @@ class View:
             yield holder.payloads[row] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
-        """Return figures about each segment, and the number of items in the tail, for operators."""
+        """Return figures for operators: figures about each segment, and the number of items that are in no segment
+        yet."""
         segments = [
             {
                 "kind": part.segment.row.kind,
