@@ -1,8 +1,9 @@
 """Builds segments: chooses the kind, builds the index, tunes the search effort and writes the files.
 
-Small segments are flat: they are quick to build and quick enough to search. When items are added to a large segment, a
-graph is extended, but inverted lists are rebuilt. The files are written to a folder with a temporary name, synced and
-checksummed, and then the folder is renamed. So a crash never leaves an incomplete segment that looks complete.
+Small segments have no index, because they can be searched exactly in a short time. When items are added to a large
+segment, a graph is extended, but inverted lists are rebuilt. The files are written to a folder with a temporary name.
+They are synced and their checksums are computed, and then the folder is renamed. Therefore, a crash never leaves an
+incomplete segment that looks complete.
 """
 
 import shutil
@@ -24,20 +25,20 @@ from service.search.segments import Mapped, Payloads, Positions, Segment, matrix
 from service.search.store import CollectionSpec, IndexSpec, SearchParams
 
 FLAT_BELOW: Final = 20_000
-"""Segments with fewer vectors are searched exactly."""
+"""Segments with fewer vectors than this have no index and are searched exactly."""
 _TUNE_QUERIES: Final = 128
 _TUNE_K: Final = 10
 
 
 class Stopped(Exception):
-    """Raised when the store closes during a build. The unfinished segment is discarded."""
+    """The exception that ends a build when the store closes. The unfinished segment is discarded."""
 
 
 def kind_for(spec: IndexSpec, count: int) -> str:
     """Return the name of the index kind for a segment of `count` vectors.
 
-    The kind of a segment with fewer than `FLAT_BELOW` vectors is `flat`: exact search is quick there, and k-means needs
-    more vectors than cells.
+    The kind of a segment with fewer than `FLAT_BELOW` vectors is `flat`, because an exact search of so few vectors is
+    quick, and k-means needs more vectors than cells.
 
     Raises:
         ValueError: the settings name a kind that this version does not know.
@@ -47,7 +48,7 @@ def kind_for(spec: IndexSpec, count: int) -> str:
 
 
 class Built(NamedTuple):
-    """The contents of a new segment that is not written yet."""
+    """The contents of a new segment that is not written to files yet."""
 
     numbers: Numbers
     flat: Any
@@ -65,12 +66,12 @@ def build(
     grown_from: Segment | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Built:
-    """Build the contents of a segment from items.
+    """Build the contents of a segment from items, and return them.
 
     Args:
-        kind: the name of a kind, as `kind_for` returns it.
+        kind: the name of an index kind, as returned by `kind_for`.
         chunks: the items, in ascending order of their numbers.
-        grown_from: a segment of this kind. If it is given, a copy of its index is extended with the items; otherwise a
+        grown_from: a segment of this kind. If it is given, a copy of its index is extended with the items. Otherwise, a
             new index is built.
         check: a function that is called between steps. It raises `Stopped` to end the build.
     """
@@ -93,11 +94,12 @@ def build(
 
 
 def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: float) -> int:
-    """Return the lowest effort (efSearch or nprobe) at which the index finds the ten nearest vectors with the target
-    recall. Return the highest effort if none reaches the target.
+    """Return the lowest effort (efSearch or nprobe) at which the recall of the ten nearest vectors reaches the target
+    plus a safety margin. Return the highest effort if no effort achieves this.
 
-    The queries are a sample of the stored vectors, and each is excluded from its own answer. Live queries may be
-    harder. `Maintenance` measures their recall and raises the effort if it is too low.
+    The queries are a sample of the stored vectors. Each query's own vector is not counted as one of its neighbours.
+    Live queries may be harder. `Maintenance` measures the recall of live queries and raises the effort if this recall
+    is too low.
     """
     n = len(matrix)
     chosen = np.sort(np.random.default_rng(0).permutation(n)[:_TUNE_QUERIES])
@@ -117,8 +119,8 @@ def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: flo
 
 
 def recall(answers: Positions, truth: Positions) -> float:
-    """Return the share of the true neighbours that were found. `answers` and `truth` are positions [q, k] for q
-    queries; -1 means no neighbour."""
+    """Return the share of the true neighbours that were found. `answers` and `truth` contain positions [q, k] for q
+    queries. The position -1 means that there is no neighbour."""
     wanted = (truth >= 0).sum()
     hit = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(answers, truth, strict=True))
     return float(hit / wanted) if wanted else 1.0
@@ -131,8 +133,8 @@ def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
         A dictionary from the name of each file to its size in bytes and its checksum.
 
     Raises:
-        OSError, RuntimeError: the files cannot be written, for example because the disk is full. Nothing is left
-            behind.
+        OSError, RuntimeError: the files cannot be written, for example because the disk is full. The temporary folder
+            is removed.
     """
     aside = folder.with_name(f".{folder.name}.part")
     aside.mkdir(parents=True)
@@ -160,6 +162,6 @@ def new_folder() -> str:
 
 
 def remove_folders(root: Path, names: Iterable[str]) -> None:
-    """Delete folders that no segment uses any more. Existing memory maps of their files stay valid."""
+    """Delete folders that no segment uses any more. Existing memory maps of the files in these folders stay valid."""
     for name in names:
         shutil.rmtree(root / name, ignore_errors=True)

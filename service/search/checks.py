@@ -1,6 +1,6 @@
-"""Input checks and normalisation, shared by all vector stores.
+"""Input checks and normalisation, which all vector stores share.
 
-The functions raise `InvalidRequest` for a value that is not allowed. The message names the value and what is allowed.
+A check raises `InvalidRequest` if a value is not allowed. The message contains the value and says what is allowed.
 """
 
 import json
@@ -26,20 +26,22 @@ from service.search.store import (
 )
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; excludes a literal backslash followed by "u0000"
+_ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # U+0000 as JSON; not a literal backslash and "u0000"
 
 
 def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"collection name {name[:80]!r} is not allowed: 1 to 64 of a-z, 0-9, _ and -; no _ or - first",
+            f"collection name {name[:80]!r} is not allowed: 1 to 64 characters of a-z, 0-9, _ and -, "
+            "and a letter or digit first",
             param="collection",
         )
     return name
 
 
 def check_id(item_id: str, where: str = "id") -> str:
-    """Return the id if it is allowed. `where` is the name of the request's field, for an error message."""
+    """Return the id of an item if it is allowed, or raise InvalidRequest. `where` is the name of the request field, for
+    the error message."""
     if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not item_id.isprintable():
         raise InvalidRequest(
             f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param=where
@@ -54,9 +56,11 @@ def check_k(k: int) -> int:
 
 
 def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
-    """Check that vectors with this tag and dimension fit the collection.
+    """Check that vectors with this tag and dimension fit the collection. The tag identifies the model that made the
+    vectors.
 
-    The tag is checked first. If both differ, the vectors are of another model, and the tag says so more clearly.
+    The tag is checked first. If both differ, the vectors come from another model, and the message about the tag
+    explains this better.
 
     Raises:
         ModelMismatch: the tags differ.
@@ -64,20 +68,18 @@ def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
     """
     if info.tag != tag:
         raise ModelMismatch(
-            f"collection {info.name!r} holds vectors of {info.tag!r}; this one is of {tag!r}: they cannot be compared"
+            f"collection {info.name!r} holds vectors of {info.tag!r}, which cannot be compared with vectors of {tag!r}"
         )
     if info.dimension != dimension:
-        raise Conflict(
-            f"collection {info.name!r} holds vectors of dimension {info.dimension}; this one has {dimension}"
-        )
+        raise Conflict(f"collection {info.name!r} holds vectors of dimension {info.dimension}, not {dimension}")
 
 
 def normalised(vector: npt.ArrayLike) -> Floats:
     """Return a vector [D] scaled to length 1, as float32.
 
     Raises:
-        InvalidRequest: the vector is not one-dimensional, is empty or not finite, or is all zeros and so has no
-            direction.
+        InvalidRequest: the vector is empty or not one-dimensional, contains a number that is not finite, or contains
+            only zeros.
     """
     values = np.asarray(vector, np.float64)
     if values.ndim != 1 or not values.size:
@@ -92,16 +94,17 @@ def normalised(vector: npt.ArrayLike) -> Floats:
 
 
 def metadata_text(metadata: Metadata) -> str:
-    """Return metadata as the JSON text that is stored.
+    """Return the JSON text in which metadata is stored.
 
     Raises:
-        InvalidRequest: the metadata is not a JSON object, is nested too deeply for a response, is too long, or
-            contains U+0000. SQLite before 3.45 ends a string at that character, so filters would give wrong results.
+        InvalidRequest: the metadata is not a JSON object, is nested too deeply for a response, is too long, or contains
+            the character U+0000. SQLite before version 3.45 ends a string at that character, so filters would give
+            wrong results.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        # Nested as deeply as in a response (results, groups, hits). Metadata that orjson refuses here would make every
-        # search that returns the item fail.
+        # In a response, metadata is nested as deeply as here (results, groups, hits). If orjson refuses it here, it
+        # would also refuse every response with this item.
         orjson.dumps([[[[[[[dict(metadata)]]]]]]])
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
@@ -119,7 +122,7 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
     """Return vectors [n, D] with each row scaled to length 1, as float32.
 
     Raises:
-        InvalidRequest: the array is not two-dimensional, or `normalised` refuses one of its rows.
+        InvalidRequest: the array is empty or not two-dimensional, or `normalised` refuses one of its rows.
     """
     values = np.asarray(vectors, np.float64)
     if values.ndim != 2 or not values.size:
@@ -152,7 +155,8 @@ def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
 
 
 def check_source(item: Item) -> Item:
-    """Return the item. Raises `InvalidRequest` if its source or digest is not allowed."""
+    """Check the source and digest of an item, and return the item. Raises `InvalidRequest` if one of them is not
+    allowed."""
     if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and item.source.isprintable()):
         raise InvalidRequest(
             f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} printable characters",
@@ -168,10 +172,10 @@ def checked_items(items: Sequence[Item]) -> tuple[list[tuple[Item, Floats, str]]
 
     Returns:
         A list with a tuple for each item (the item, its vector scaled to length 1, its metadata as JSON text), and the
-        dimension of the vectors. If several items have the same id, the list has only the last of them.
+        dimension of the vectors. If several items have the same id, the list contains only the last of them.
 
     Raises:
-        InvalidRequest: there are no items, one of them is not allowed, or their dimensions differ.
+        InvalidRequest: there are no items, an item is not allowed, or the vectors have different dimensions.
     """
     if not items:
         raise InvalidRequest("no items to write")

@@ -1,6 +1,7 @@
-"""Readers and writers of the files that `dinov2 collections export` writes and `import` reads.
+"""Readers and writers of the files that `dinov2 collections export` writes and `dinov2 collections import` reads.
 
-Every file contains the tag and the settings (`spec`) of its collection, so that vectors of two models are not mixed:
+Every exported file contains the tag and the settings (`spec`) of its collection, so that vectors of two models are not
+mixed. The formats are:
 
     .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; tag and spec in the schema
     .npz       ids, vectors [n, D], fields (one JSON object per line, UTF-8), tag, spec; the reader also accepts the
@@ -10,8 +11,8 @@ Every file contains the tag and the settings (`spec`) of its collection, so that
 All three formats restore every vector bit for bit. JSON numbers are read as float64, which represents every float32
 exactly. No reader unpickles data.
 
-A reader first yields a `Head` and then lists of items. It raises a ValueError if the file is invalid; the message names
-the line or row.
+A reader first yields a `Head` and then lists of items. It raises a ValueError if the file is invalid. If a line or row
+is invalid, the message contains its number.
 """
 
 import json
@@ -37,7 +38,8 @@ _MAX_LINE_BYTES: Final = 8 * 2**20
 
 @dataclass(frozen=True)
 class Head:
-    """The first value that every reader yields, before the lists of items."""
+    """The tag and the settings of the collection in a file. Every reader yields a `Head` before the lists of items. A
+    field is None if the file does not contain it."""
 
     tag: str | None
     spec: CollectionSpec | None
@@ -51,10 +53,10 @@ def spec_text(spec: CollectionSpec) -> str:
 
 
 def spec_from(text: str) -> CollectionSpec:
-    """Parse the text that `spec_text` writes.
+    """Parse the settings of a collection from the text that `spec_text` returns.
 
     Raises:
-        ValueError: the text is not a spec, or the spec is not allowed for a collection.
+        ValueError: the text cannot be parsed, or a setting is not allowed.
     """
     try:
         settings = json.loads(text)
@@ -164,8 +166,8 @@ def read_parquet(path: Path) -> Read:
 
 
 def _parquet_items(batch: Any, first_row: int) -> list[Item]:
-    """Return the items of a batch. Raises a ValueError if a row is invalid; the message names the row, counted from 0
-    in the file."""
+    """Return the items of a batch of rows. Raises a ValueError if a row is invalid. The message contains the number of
+    the row in the file, counted from 0."""
     n = batch.num_rows
     vectors = batch.column("vector")
     if batch.column("id").null_count or vectors.null_count:
@@ -176,7 +178,9 @@ def _parquet_items(batch: Any, first_row: int) -> list[Item]:
     lengths = vectors.value_lengths().to_numpy(zero_copy_only=False)
     if not (lengths == dimension).all() or not dimension:
         row = int(np.flatnonzero(lengths != dimension)[0]) if dimension else 0
-        raise ValueError(f"row {first_row + row}: its vector has {lengths[row]} numbers; other rows differ")
+        raise ValueError(
+            f"row {first_row + row}: its vector has {lengths[row]} numbers, but other rows have another number"
+        )
     if flat.null_count:
         raise ValueError(f"row {first_row + flat.is_null().index(True).as_py() // dimension}: its vector has a null")
     matrix = _floats(flat.to_numpy(zero_copy_only=False)).reshape(n, dimension)
@@ -196,7 +200,8 @@ def _parquet_items(batch: Any, first_row: int) -> list[Item]:
 
 
 class NpzWriter:
-    """Collects all items in memory and writes them when it is closed, because a numpy archive cannot be extended."""
+    """A writer for .npz files. It collects all items in memory and writes them when it is closed, because a numpy
+    archive cannot be extended."""
 
     def __init__(self, file: BinaryIO, info: CollectionInfo) -> None:
         self._file = file
@@ -325,7 +330,8 @@ def read_jsonl(path: Path) -> Read:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a text with file name and line number, and the JSON object, for each line that is not blank."""
+    """Yield a tuple for each line that is not blank: a text with the file name and line number, and the JSON object in
+    the line."""
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
@@ -373,9 +379,9 @@ def _floats(values: npt.NDArray[Any]) -> Floats:
 
 
 def _item(where: str, item_id: Any, vector: Floats, metadata: Any, source: Any, digest: Any) -> Item:
-    """Build an item. Raises a ValueError if a field has the wrong type; the message begins with `where`.
+    """Build an item. Raises a ValueError if a field has the wrong type. The error message begins with `where`.
 
-    `metadata` is a JSON object, its text, or None.
+    `metadata` is a dictionary, the text of a JSON object, or None.
     """
     if isinstance(metadata, str):
         metadata = _object(metadata, f"{where}: metadata")

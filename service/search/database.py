@@ -2,15 +2,15 @@
 
 The faiss segments in the same data folder can be rebuilt from this database.
 
-An item's `number` identifies one vector permanently: if an item is replaced, its number is deleted and the new item
-gets a higher one. So the vector of a number never changes, and new items are those with numbers above the highest
-number that a process has read. A segment contains the items of a range of numbers. It becomes outdated in only two
-ways: an item is deleted, or the metadata of an item changes. The tables `removed` and `edited` record these changes
-until every segment includes them. A process that keeps items in memory reads the records that are new since its last
-read. The `version` of a collection tells it whether anything is new.
+An item's `number` identifies one vector permanently. If an item is replaced, its number is deleted and the new item
+gets a higher number. Therefore, the vector of a number never changes, and a process finds new items by reading the
+numbers above the highest number that it has read. A segment contains the items of a range of numbers. It becomes
+outdated in only two ways: an item is deleted, or the metadata of an item changes. The tables `removed` and `edited`
+record these changes until every segment includes them. A process that keeps items in memory reads the records that were
+added since its last read. The `version` of a collection shows whether anything has changed.
 
-Each collection has its own tables for items and vectors. So a collection can be dropped quickly, a filter that reads
-all metadata does not read the vectors, and the numbers of a collection have few gaps.
+Each collection has its own tables for items and vectors. This way, a collection can be dropped quickly, a filter that
+reads all metadata does not read the vectors, and the numbers of a collection have few gaps.
 """
 
 import dataclasses
@@ -49,13 +49,13 @@ UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.i
 """
 _FIND_HERE: Final = _FIND.format("main")
 HIDDEN: Final = "restoring:"
-"""The names of collections that are being restored begin with this. Clients cannot use such a name."""
+"""The prefix of the names of collections that are being restored. Clients cannot use names with this prefix."""
 _REQUESTS_KEPT_S: Final = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Row:
-    """The state of a collection in one transaction."""
+    """The state of a collection, as read in one transaction."""
 
     key: int
     name: str
@@ -76,7 +76,8 @@ class Row:
 
 @dataclass(frozen=True)
 class SegmentRow:
-    """A segment in use: the vectors with numbers from `first` to `last`, stored as files in `folder`."""
+    """The database row of a segment. The segment contains the vectors with numbers from `first` to `last`. `files` maps
+    the name of each file in `folder` to its size in bytes and its checksum."""
 
     key: int
     folder: str
@@ -100,7 +101,8 @@ _SPECS: dict[str, CollectionSpec] = {}
 
 
 def _spec(text: str) -> CollectionSpec:
-    """Parse the settings of a collection from JSON text. Results are cached, because every search needs them."""
+    """Parse the settings of a collection from JSON text. Results are cached, because every search needs the
+    settings."""
     spec = _SPECS.get(text)
     if spec is None:
         fields = json.loads(text)
@@ -112,7 +114,7 @@ def _spec(text: str) -> CollectionSpec:
 
 
 def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
-    """Return the collection with this name or alias.
+    """Return the collection with this name or alias. `schema` is the name of the attached database to read.
 
     Raises:
         CollectionNotFound: no collection or alias has this name.
@@ -125,7 +127,7 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
-    """Return the collection with this key. Raises CollectionNotFound if it was dropped."""
+    """Return the collection with this key. Raises CollectionNotFound if the collection no longer exists."""
     columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
     if columns is None:
         raise CollectionNotFound("the collection no longer exists")
@@ -139,20 +141,20 @@ def check_exists(db: sqlite3.Connection, row: Row) -> None:
 
 
 def every(db: sqlite3.Connection) -> list[Row]:
-    """Return all collections in order of name, except those being restored."""
+    """Return all collections, sorted by name. Collections that are being restored are omitted."""
     query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
     return [_row(columns) for columns in db.execute(query)]
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
-    """Return the keys and names of collections whose restore is unfinished: it is still running, or a crash ended
-    it."""
+    """Return the key and name of each collection whose restore has not finished. The restore may be running, or a crash
+    may have ended it."""
     unfinished: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
     return unfinished
 
 
 def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
-    """Create an empty collection. No other collection may have the name."""
+    """Create an empty collection and return its state. The name must not belong to another collection."""
     text = json.dumps(dataclasses.asdict(spec))
     (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
     run_script(db, _TABLES.format(key))
@@ -171,8 +173,8 @@ def drop(db: sqlite3.Connection, key: int) -> None:
 
 
 def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, str]]) -> None:
-    """Write items, replacing those with the same id. Each row has an item, the bytes of its vector and its metadata as
-    JSON text. Each id may occur only once."""
+    """Write items. An item replaces the existing item with the same id. Each row is a tuple of an item, the bytes of
+    its vector, and its metadata as JSON text. Each id may occur only once."""
     fresh = 0
     for item, vector, metadata in rows:
         old = db.execute(f"DELETE FROM items_{key} WHERE id = ? RETURNING number", (item.id,)).fetchone()
@@ -190,7 +192,7 @@ def upsert(db: sqlite3.Connection, key: int, rows: Sequence[tuple[Item, bytes, s
 
 
 def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
-    """Delete the items with these numbers. Return how many of them existed."""
+    """Delete the items with these numbers. Return the number of items that were deleted."""
     gone = 0
     for number in numbers:
         if db.execute(f"DELETE FROM items_{key} WHERE number = ?", (number,)).rowcount:
@@ -203,7 +205,7 @@ def remove(db: sqlite3.Connection, key: int, numbers: Iterable[int]) -> int:
 
 
 def last_number(db: sqlite3.Connection, row: Row) -> int:
-    """Return the highest number of an item, or 0 if there are no items."""
+    """Return the highest item number in a collection, or 0 if the collection is empty."""
     (last,) = db.execute(f"SELECT coalesce(max(number), 0) FROM items_{row.key}").fetchone()
     return int(last)
 
@@ -215,10 +217,11 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
 
 
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
-    """Return True if this request was carried out before, None if its key was used for a request with other items, else
-    False.
+    """Return whether a request was carried out before. The result is True if it was, None if its key was used for a
+    request with other items, and False otherwise. `digest` is the hash of the items, and `now` is the current Unix
+    time.
 
-    In the last case, record the request. Records older than a day are deleted.
+    If the result is False, the request is recorded. Records older than a day are deleted.
     """
     db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
     earlier = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
@@ -229,8 +232,7 @@ def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: byt
 
 
 def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
-    """Return the sha256 of the items of a request. Two requests with the same idempotency key must have the same
-    digest."""
+    """Return the sha256 of the items of a request. Requests with the same idempotency key must have the same digest."""
     digest = hashlib.sha256()
     for item, vector, metadata in rows:
         for part in (item.id, metadata, item.source or "", item.digest or ""):
@@ -258,25 +260,26 @@ def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Number
 
 
 class Point(NamedTuple):
-    """How far a process has read the tables `removed` and `edited`: the last sequence number of each."""
+    """The position up to which a process has read the tables `removed` and `edited`: the last sequence number that was
+    read from each table."""
 
     removed: int = 0
     edited: int = 0
 
 
 class Chunk(NamedTuple):
-    """A batch of items in order of number."""
+    """A batch of items, sorted by number."""
 
     numbers: Numbers  # [n]
     vectors: Floats  # [n, D]
-    payloads: list[bytes]  # what a hit returns for each item: JSON [id, metadata, source]
+    payloads: list[bytes]  # JSON text [id, metadata, source] of each item, for its hit
 
 
 def read_items(
     db: sqlite3.Connection, row: Row, *, after: int, to: int | None = None, chunk: int = 8192
 ) -> Iterator[Chunk]:
-    """Yield the items with numbers above `after` and up to `to`, in ascending order, at most `chunk` items at a
-    time."""
+    """Yield the items with numbers above `after` and up to `to`, in ascending order of number. Each chunk has at most
+    `chunk` items. If `to` is None, the numbers have no upper limit."""
     query = f"""SELECT v.number, vector, crc, id, metadata, source FROM vectors_{row.key} v
                 LEFT JOIN items_{row.key} i ON i.number = v.number
                 WHERE v.number > ? AND v.number <= ? ORDER BY v.number"""
@@ -287,8 +290,11 @@ def read_items(
 
 
 def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
-    """Return the JSON text [id, metadata, source], from which a search makes the hit for an item. `metadata` is JSON
-    text."""
+    """Return the JSON text [id, metadata, source] of an item, from which a search makes a hit. `metadata` is JSON text.
+
+    Raises:
+        StorageFailed: the id is None or the metadata is not text, because the database is damaged.
+    """
     if item_id is None:
         raise StorageFailed("the vector store is damaged: a vector has no item")
     try:
@@ -299,15 +305,16 @@ def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
 
 
 def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numbers]:
-    """Return the last sequence number in the table `removed`, and the numbers of items that were removed after
-    `seq`."""
+    """Read the records in the table `removed` with sequence numbers above `seq`. Return the last sequence number (`seq`
+    if there are no records) and the numbers of the removed items."""
     rows = db.execute(f"SELECT seq, number FROM removed_{row.key} WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
     return (rows[-1][0] if rows else seq), np.fromiter((number for _, number in rows), np.int64, len(rows))
 
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
-    """Return the last sequence number in the table `edited`, and the current payloads, by number, of the items that
-    were edited after `seq`."""
+    """Read the records in the table `edited` with sequence numbers above `seq`. Return the last sequence number (`seq`
+    if there are no records) and a dictionary from the numbers of the edited items to their current payloads (the JSON
+    text [id, metadata, source])."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
     rows = db.execute(query, (seq,)).fetchall()
@@ -319,7 +326,7 @@ def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[
 
 
 def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
-    """Return the segments of a collection, in ascending order of the numbers they contain."""
+    """Return the segments of a collection, sorted by the item numbers that they contain."""
     query = """SELECT id, folder, kind, first, last, count, effort, files FROM segments WHERE collection = ?
                ORDER BY first"""
     return [
@@ -333,12 +340,13 @@ def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
 def swap_segments(
     db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, point: Point
 ) -> bool:
-    """Replace the segments `old`, and the items outside segments with numbers up to `sealed`, by the segment `new`.
+    """Replace the segments `old` by the segment `new`. If `new` is None, only remove the segments `old`.
 
-    The new segment includes all changes up to `point`, so the records of these changes are deleted.
+    The new segment also contains the items that were in no segment and have numbers up to `sealed`. It includes all
+    changes up to `point`. The records of these changes are deleted, except those that other segments still need.
 
     Returns:
-        False, without a change, if the segments have changed since `row` was read.
+        Whether the segments were replaced. If the segments have changed since `row` was read, nothing is replaced.
     """
     state = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
     in_use = {segment.key for segment in segments(db, row.key)}

@@ -1,13 +1,14 @@
 """Finds duplicate and near-duplicate images in a collection.
 
-`by_content` groups items whose images have the same sha256. `by_similarity` connects two items if the cosine of their
-vectors is at least a threshold, and groups items that are connected directly or through others. So if each image of a
-series is similar to the next, the first and the last are in one group although they may differ.
+`by_content` groups items if their images have the same sha256. `by_similarity` connects two items if the cosine of
+their vectors is at least a threshold, and groups items that are connected directly or through others. For example, if
+each image of a series is similar to the next, the first and the last image are in one group although they may differ.
 
-Both methods read the collection page by page. `by_similarity` searches with each vector for more and more neighbours
-until one is below the threshold. Only vectors that are equal bit for bit share a search. This takes long, so the number
-of items is limited, and the request's deadline can end the work between two calls of the store. An approximate index
-may miss a neighbour; with `SearchParams(exact=True)`, none is missed.
+Both functions read the collection page by page. `by_similarity` searches with each vector for more and more neighbours
+until one of them is below the threshold. Only vectors that are equal bit for bit share a search. The searches take a
+long time, so the number of items is limited, and the request's deadline can end the work between two calls of the
+store. An approximate index may miss a neighbour. In the embedded store, a search with `SearchParams(exact=True)` misses
+none.
 """
 
 import asyncio
@@ -24,20 +25,21 @@ from service.search.store import MAX_DEPTH, CollectionInfo, Floats, Item, Search
 
 MAX_ITEMS: Final = 100_000
 ROUNDING: Final = 1e-6
-"""The threshold is lowered by this, because in float32 the cosine of two equal vectors may be 0.9999999."""
+"""The threshold is lowered by this amount, because in float32 the cosine of two equal vectors may be 0.9999999."""
 
 _PAGE: Final = 1000
-_FIRST_K: Final = 4  # most items have no neighbour that near, and hits cost more than the dot products
+_FIRST_K: Final = 4  # small, because most items have no neighbour above the threshold, and hits are costly
 _HITS_PER_CALL: Final = 10_000
 _QUERIES_PER_CALL: Final = 250
-"""The two limits above apply to one call of the store. They bound the size of its result, the time for which joining
-the result blocks the event loop, and the time for which the store works on after the deadline."""
+"""The two limits above apply to one call of the store. They limit the size of its result, the time for which the
+processing of the result blocks the event loop, and the time for which the store continues to work after the
+deadline."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The ids of the items in one group, in the store's order. `digest` is the sha256 of their images if they were
-    grouped by content."""
+    """The ids of the items in one group, in the store's order. If the items were grouped by content, `digest` is the
+    sha256 of their images."""
 
     ids: list[str]
     digest: str | None = None
@@ -45,11 +47,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of at least two items, largest first.
+    """The groups of duplicates that were found, largest first. Each group has at least two items.
 
-    compared: how many items were read.
-    skipped: how many of these have no digest and so could not be grouped by content.
-    truncated: whether an item has more neighbours than one search can return, so that two groups may belong together.
+    compared: the number of items that were read.
+    skipped: the number of items that could not be grouped by content because they have no digest.
+    truncated: whether an item has more neighbours than one search can return. Two groups may then belong together.
     """
 
     groups: list[Group]
@@ -59,10 +61,11 @@ class Duplicates:
 
 
 async def by_content(store: VectorStore, info: CollectionInfo, where: Filter | None = None) -> Duplicates:
-    """Group the items whose images have equal bytes. `where` restricts the items.
+    """Group the items that have images with equal bytes. If the filter `where` is given, only items that pass it are
+    compared.
 
     Raises:
-        InvalidRequest: more than `MAX_ITEMS` pass the filter.
+        InvalidRequest: more than `MAX_ITEMS` items would be compared.
     """
     await _check_count(store, info, where)
     ids: dict[str, list[str]] = {}
@@ -85,10 +88,12 @@ async def by_similarity(
     where: Filter | None = None,
     params: SearchParams | None = None,
 ) -> Duplicates:
-    """Group the items that are connected by cosines of at least `threshold`. `where` restricts the items.
+    """Group items with similar vectors. Two items are connected if the cosine of their vectors is at least `threshold`,
+    and a group contains all items that are connected directly or through others. If the filter `where` is given, only
+    items that pass it are compared.
 
     Raises:
-        InvalidRequest: more than `MAX_ITEMS` pass the filter.
+        InvalidRequest: more than `MAX_ITEMS` items would be compared.
     """
     await _check_count(store, info, where)
     families, order = Families(), list[str]()
@@ -121,11 +126,11 @@ async def _join(
     params: SearchParams | None,
     families: "Families",
 ) -> list[Item]:
-    """Join the family of each item with those of its neighbours: of the k nearest items, those with a cosine of at
-    least `floor`.
+    """Search for the k nearest items of each item, and merge the family of the item with the families of its
+    neighbours. A neighbour is one of the k nearest items with a cosine of at least `floor`.
 
     Returns:
-        The items of which all k nearest are neighbours. They may have more neighbours.
+        The items for which all k nearest items are neighbours. These items may have more neighbours.
     """
     deeper = []
     step = min(_QUERIES_PER_CALL, max(1, _HITS_PER_CALL // k))
@@ -142,7 +147,8 @@ async def _join(
 
 
 async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the ids of the items that still exist, each with the cosine of its vector to the vector of the first."""
+    """Return the (id, score) pairs of the items that still exist, in the order of `ids`. The score is the cosine of the
+    item's vector and the vector of the first item in the result."""
     first: Floats | None = None
     scored = []
     for start in range(0, len(ids), _PAGE):
@@ -154,14 +160,15 @@ async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequenc
 
 
 class Families:
-    """Sets of connected ids (families), as a union-find structure (Tarjan 1975) with union by size and path halving."""
+    """Sets of connected ids (families). They are stored in a union-find structure (Tarjan 1975) with union by size and
+    path halving."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
         self._size: dict[str, int] = {}
 
     def join(self, item_id: str, others: Iterable[str]) -> None:
-        """Merge the families of all these ids into one."""
+        """Merge the families of `item_id` and of all `others` into one family."""
         root = self._root(item_id)
         for other in others:
             other_root = self._root(other)
@@ -172,7 +179,8 @@ class Families:
                 self._size[root] += self._size.pop(other_root)
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
-        """Group the ids by family. Families, and the ids in each, are in the order in which they occur in `ids`."""
+        """Group the ids by family and return the groups. The groups, and the ids in each group, are in the order in
+        which they occur in `ids`."""
         families: dict[str, list[str]] = {}
         for item_id in ids:
             families.setdefault(self._root(item_id), []).append(item_id)
@@ -192,7 +200,7 @@ async def _check_count(store: VectorStore, info: CollectionInfo, where: Filter |
     count = info.count if where is None else await store.count(info.name, where)
     if count > MAX_ITEMS:
         raise InvalidRequest(
-            f"{count:,} items would be compared; one request allows at most {MAX_ITEMS:,}: narrow it with a filter",
+            f"{count:,} items would be compared; one request allows at most {MAX_ITEMS:,}; use a filter",
             param="filter",
         )
 

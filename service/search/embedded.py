@@ -1,13 +1,13 @@
-"""The embedded store: SQLite is the source of truth, and faiss answers searches. Searches do not wait for writes, nor
-writes for searches.
+"""The embedded store: SQLite is the source of truth, and faiss answers searches. Searches and writes do not wait for
+each other.
 
     write       ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
     search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ payloads of the hits
     background  maintenance turns the tail into segments, merges segments and measures recall
 
-`database` has the SQL statements, `view` and `segments` contain the data that is searched, `searcher` runs searches,
-and `maintenance` and `building` work in the background. This module implements the protocol `VectorStore`: it checks
-the arguments of each call and chooses the thread that runs it.
+The module `database` has the SQL statements, `view` and `segments` contain the data that is searched, `searcher` runs
+searches, and `maintenance` and `building` work in the background. This module implements the protocol `VectorStore`. It
+checks the arguments of each call and chooses the thread that runs the call.
 """
 
 import asyncio
@@ -56,15 +56,16 @@ log = logging.getLogger(__name__)
 
 
 async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
-    """Open the store in `data_dir`, or create it.
+    """Open the embedded store in the folder `data_dir` and return it. If the folder contains no store, create one.
 
     Args:
         threads: the number of search threads. The default is half the number of CPUs, because each thread needs the
             Python interpreter for part of its time.
+        maintenance: optional arguments of `Maintenance`.
 
     Raises:
-        StorageFailed: the folder cannot be used, or its database is damaged or not a vector store. The message names
-            it.
+        StorageFailed: the folder cannot be used, or its database is damaged or not a vector store. The message contains
+            the path.
     """
     return await asyncio.to_thread(
         EmbeddedStore, data_dir, threads=threads or max(1, available_cpus() // 2), **maintenance
@@ -72,7 +73,7 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
 
 
 class EmbeddedStore:
-    """A `VectorStore` in a folder. Several processes on one host may open the same folder."""
+    """A `VectorStore` in a folder. Several processes on one host may use the same folder at the same time."""
 
     capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "snapshots", "stats"})
 
@@ -230,8 +231,8 @@ class EmbeddedStore:
         return await self._write(work)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete the matching items page by page, so that other writes need not wait. Items that are written meanwhile
-        are not deleted."""
+        """Delete the items that match a filter, and return their number. The items are deleted page by page, so that
+        other writes need not wait. Items that are written in the meantime are not deleted."""
         check_name(collection)
         row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
@@ -267,11 +268,12 @@ class EmbeddedStore:
     # ---- snapshots
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
-        """Take a snapshot of the collection in its current state."""
+        """Take a snapshot of a collection in its current state, and return the description of the snapshot."""
         return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
-        """Return the snapshots of a collection, oldest first. Snapshots remain after the collection is dropped."""
+        """Return the snapshots of a collection, oldest first. Snapshots are not deleted when their collection is
+        dropped."""
         return await asyncio.to_thread(snapshots.listed, self._snapshots, await self._own_name(collection))
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
@@ -283,11 +285,12 @@ class EmbeddedStore:
             path.unlink()
 
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
-        """Create `collection` from a snapshot of `source`.
+        """Create the collection `collection` from the snapshot `name` of the collection `source`, and return the
+        description of the new collection.
 
         Raises:
-            Conflict: the name is taken.
-            NotFound: there is no such snapshot.
+            Conflict: a collection or alias with the name `collection` already exists.
+            NotFound: the snapshot does not exist.
             StorageFailed: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
@@ -300,19 +303,20 @@ class EmbeddedStore:
                     await self._write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
                 return await self._write(partial(_named, row=row, name=collection))
             except BaseException:
-                with suppress(StorageFailed):  # report the first error; maintenance removes what is left
+                with suppress(StorageFailed):  # raise the first error; maintenance removes the remains
                     await asyncio.shield(self._write(partial(database.drop, key=row.key)))
                 raise
             finally:
                 self._maintenance.wake()
 
     async def _own_name(self, collection: str) -> str:
-        """Return the name of the collection that an alias points to, or the name itself if it is not an alias."""
+        """Return the name of the collection to which an alias points. If `collection` is not an alias, return it
+        unchanged."""
         return (await self.aliases()).get(check_name(collection), collection)
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return figures for operators: the number of items, the segments, the length of the tail and the measured
-        recall."""
+        """Return figures about a collection for operators: the number of items, the segments, the number of items that
+        are in no segment yet, the measured recall, and the factor on the search effort."""
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
@@ -343,7 +347,7 @@ class EmbeddedStore:
         return db
 
     def _load(self) -> None:
-        """Open all segments at startup, so that the first search does not wait and damage is found early."""
+        """Open all segments at startup, so that the first search does not wait and damaged files are found early."""
         db = self._connect()
         with translated(f"vector store {self.path}"), snapshot(db):
             rows = database.every(db)
@@ -359,7 +363,7 @@ class EmbeddedStore:
             except StorageFailed:
                 if len(writes) == 1:
                     raise
-                return [_alone(db, write) for write in writes]  # perhaps only one is too large for the disk
+                return [_alone(db, write) for write in writes]  # perhaps only one write is too large for the disk
             finally:
                 self.stamp.bump()
 
@@ -370,8 +374,8 @@ class EmbeddedStore:
         return done
 
     async def _read(self, work: Callable[[sqlite3.Connection], T], *, as_one: bool = True) -> T:
-        """Run `work` in a reader thread, with a connection of that thread. If `as_one`, all its queries are in one
-        transaction."""
+        """Run the function `work` in a reader thread, with the database connection of that thread. Return its result.
+        If `as_one` is true, all queries of `work` run in one transaction."""
         if not self._is_open:
             raise StorageFailed("the vector store is closed")
 
@@ -385,11 +389,11 @@ class EmbeddedStore:
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     async def settle(self, collection: str) -> None:
-        """Merge all items of a collection into one segment with its index, and return when that is done."""
+        """Merge all items of a collection into one segment, and return when this is done."""
         await asyncio.to_thread(self._maintenance.settle, check_name(collection))
 
     async def close(self) -> None:
-        """Wait for running calls and close the store. A second call does nothing."""
+        """Wait for running calls and close the store. A second call has no effect."""
         if not self._is_open:
             return
         self._is_open = False
@@ -416,11 +420,12 @@ def _check_free(db: sqlite3.Connection, name: str) -> None:
         row = database.find(db, name)
     except CollectionNotFound:
         return
-    raise Conflict(f"{name!r} is {'a collection' if row.name == name else 'an alias'} already: restore to another name")
+    raise Conflict(f"{name!r} is {'a collection' if row.name == name else 'an alias'} already; restore to another name")
 
 
 def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
-    """Rename a restored collection from its hidden name to `name`. Raises Conflict if the name is taken."""
+    """Rename a restored collection from its hidden name to `name`, and return its description. Raises Conflict if a
+    collection or alias has this name."""
     _check_free(db, name)
     db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
     return database.find(db, name).info

@@ -1,15 +1,14 @@
-"""Translates filters to the expression language of Milvus. What Milvus cannot express exactly is left to
-`filters.matches`.
+"""Translates filters to the expression language of Milvus.
 
 Milvus and Milvus Lite treat JSON differently. Lite treats true as 1, evaluates a comparison of text with a number as
-unknown, and does not support `in` on a JSON path; Milvus compares large integers as floats. So an expression is either
-exact on both, or it passes more items than the filter does. In the second case, the store checks the results with
-`filters.matches`.
+unknown, and does not support `in` on a JSON path. Milvus compares large integers as floats. Therefore, an expression is
+either exact on both servers, or it passes more items than the filter. In the second case, the store checks the results
+with `filters.matches`.
 
-Of the negated conditions, only `exists` is sent to the server. If a key has a value of another type, a comparison is
-false in Milvus up to 2.6.18 and unknown in later versions (milvus-io/milvus#50699, #50702). The negation of such a
-comparison is then unknown too, so items would be missed. So other negated conditions, and conditions on keys with
-unusual characters, are translated to an expression that passes every item.
+The only negated condition that is sent to the server is a negated `exists`. If a key has a value of another type, a
+comparison is false in Milvus up to 2.6.18 and unknown in later versions (milvus-io/milvus#50699, #50702). The negation
+of such a comparison is then unknown too, so the search would miss items. Therefore, other negated conditions, and
+conditions on keys with unusual characters, are translated to an expression that passes every item.
 
 A list of values becomes a balanced tree of `==` comparisons, because servers limit how deeply expressions are nested.
 """
@@ -24,14 +23,15 @@ from service.search.filters import And, Between, Exists, Filter, Not, Or, Scalar
 FIELD: Final = "metadata"
 _EXACT_INTEGERS: Final = 2**53
 _PLAIN_KEY: Final = re.compile(r"(?![0-9]+$)[^\[\]\"'\\/~\x00-\x1f]+")
-"""Matches a key that Milvus reads as a plain key, not as an array index or as part of a JSON pointer."""
+"""A pattern that matches the keys that Milvus reads as plain keys, not as array indices or as parts of a JSON
+pointer."""
 _SIGNS: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 class Expression(NamedTuple):
-    """A filter expression of Milvus. `text` is True if the expression passes all items and False if it passes none.
+    """A filter expression of Milvus. `text` is True if the expression passes all items, and False if it passes none.
 
-    If `is_exact` is false, the expression may pass items that the filter does not pass.
+    If `is_exact` is true, the expression passes exactly the items that pass the filter from which it was translated.
     """
 
     text: str | bool
@@ -39,25 +39,26 @@ class Expression(NamedTuple):
 
 
 def translate(where: Filter) -> Expression:
-    """Return an expression that passes every item that `where` passes, and perhaps others."""
+    """Translate a filter to a Milvus expression. The expression passes every item that passes the filter, and it may
+    pass others."""
     return _translate(where, wide=True)
 
 
 def quoted(text: str) -> str:
-    """Return `text` as a string literal of Milvus' expression language. Characters that would end the literal are
-    escaped."""
+    """Return `text` as a string literal of Milvus' expression language. Backslashes, double quotes, line breaks and
+    tabs are escaped."""
     for char, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(char, escape)
     return f'"{text}"'
 
 
 def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata as it is stored in the JSON field, which only filters use.
+    """Return metadata in the form that is stored in the JSON field of Milvus. Only filters use this field.
 
     The result must not be longer than the metadata, because the metadata may already be as long as the field allows.
-    Versions of Milvus differ on whether `exists` matches null and empty objects. So null is omitted and an empty object
-    becomes 0; an expression that passes 0 is never treated as exact. A list also becomes 0, because no filter looks
-    inside lists.
+    Versions of Milvus disagree on whether `exists` matches null and empty objects. Therefore, null is omitted and an
+    empty object becomes 0. A comparison that passes 0 is never treated as exact. A list also becomes 0, because no
+    filter looks inside lists.
     """
     filled: dict[str, Any] = {}
     for key, value in metadata.items():
@@ -69,8 +70,8 @@ def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translate(where: Filter, *, wide: bool) -> Expression:
-    """Translate a filter. If `wide`, the expression passes every item that the filter passes, and perhaps others.
-    Otherwise it passes only items that the filter passes, and perhaps not all of them."""
+    """Translate a filter to a Milvus expression. If `wide` is true, the expression passes every item that passes the
+    filter, and it may pass others. Otherwise, it passes only items that pass the filter, and it may miss some."""
     if isinstance(where, Not):
         inside = _translate(where.part, wide=not wide)
         text = not inside.text if isinstance(inside.text, bool) else f"not ({inside.text})"
@@ -97,9 +98,9 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
 
 
 def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
-    """Join the parts with the operator `word`, "and" or "or", as a balanced tree. Return a bool if the parts that are
-    bools decide the result."""
-    decides = word == "or"  # True decides an or, False an and
+    """Join expressions with the operator `word` ("and" or "or"), as a balanced tree. Return a bool if the expressions
+    that are bools determine the result."""
+    decides = word == "or"  # True decides the result of "or", False that of "and"
     if any(text is decides for text in texts):
         return decides
     level = [text for text in texts if isinstance(text, str)]
@@ -131,8 +132,8 @@ def _between(path: str, where: Between) -> Expression:
 
 
 def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
-    """Return an expression for numbers within the bounds. Bounds beyond 2**53 are moved outwards slightly, because
-    Milvus compares such integers as floats."""
+    """Return an expression that passes the numbers within the bounds. Bounds beyond 2**53 are moved outwards slightly,
+    because Milvus compares such integers as floats."""
     parts: list[str | bool] = []
     for op, bound in bounds:
         if abs(bound) < _EXACT_INTEGERS:

@@ -1,10 +1,11 @@
 """Translates a filter to an SQL condition on the column `metadata`, which contains JSON text.
 
-The value of a key is the expression `json_extract(metadata, '$."key"')`. The index on a declared key has exactly the
-same expression, so that SQLite uses it. `json_extract` returns numbers and strings as different types, which are never
-equal. But it returns true and false as 1 and 0, and objects and lists as text. Only where a value could be confused in
-this way is a check of `json_type` added, because no index supports this check. For a missing key `json_extract` returns
-NULL, which is neither true nor false. So a negated expression is first coalesced to 0.
+The value of a key is read with the expression `json_extract(metadata, '$."key"')`. The index on a declared key has
+exactly the same expression, so SQLite can use the index. `json_extract` returns numbers and strings as different types,
+which are never equal. However, it returns true and false as 1 and 0, and objects and lists as text. If a value could be
+confused in this way, the condition also checks `json_type`. All other conditions omit this check, because no index
+supports it. For a missing key, `json_extract` returns NULL, which is neither true nor false. Therefore, `coalesce`
+converts NULL to 0 before an expression is negated.
 """
 
 from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar, holds
@@ -13,13 +14,14 @@ _SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 def extract(path: tuple[str, ...]) -> str:
-    """Return the SQL expression for the value at `path`. The path needs no escaping, because `parse_path` refuses keys
-    with quotes or backslashes."""
+    """Return the SQL expression for the metadata value at `path`. The path needs no escaping, because `parse_path`
+    refuses keys with quotes or backslashes."""
     return f"json_extract(metadata, {_json_path(path)})"
 
 
 def to_sql(condition: Filter) -> tuple[str, list[Scalar]]:
-    """Return an SQL condition for a WHERE clause, with `?` for each value, and the list of values."""
+    """Translate a filter to an SQL condition for a WHERE clause. Return the condition, which has a `?` for each value,
+    and the list of the values."""
     parameters: list[Scalar] = []
     return _sql(condition, parameters), parameters
 
@@ -67,8 +69,8 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
 
 
 def _kinds(wanted: Scalar) -> str:
-    """Return the JSON types that a value equal to `wanted` may have, as a list in SQL. Return an empty text if no check
-    is needed, because `json_extract` cannot confuse `wanted` with a value of another type."""
+    """Return the JSON types that a value equal to `wanted` may have, as a list in SQL. Return an empty string if
+    `json_extract` cannot confuse `wanted` with a value of another type, so that no type check is needed."""
     if isinstance(wanted, bool):
         return "'true'" if wanted else "'false'"
     if isinstance(wanted, str):

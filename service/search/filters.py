@@ -1,16 +1,17 @@
-"""Filters on metadata: what they mean, and how they are parsed from a request.
+"""Defines filters on metadata and parses them from requests.
 
 A filter is a tree. Each leaf is a condition on one key:
 
-    {"key": "brand", "eq": "Arla"}                     equal (number, string or boolean; 1 and true differ)
-    {"key": "brand", "in": ["Arla", "Oatly"]}          equal to one of them
-    {"key": "price", "gte": 5, "lt": 10}               a number in a range; strings (ISO dates) compare by code points
-    {"key": "shelf.row", "exists": true}               present and not null; a dot enters an object
+    {"key": "brand", "eq": "Arla"}                     equal to a number, string or boolean; 1 and true differ
+    {"key": "brand", "in": ["Arla", "Oatly"]}          equal to one of the values
+    {"key": "price", "gte": 5, "lt": 10}               within a range; strings are compared by code points
+    {"key": "shelf.row", "exists": true}               present and not null; dots separate nested keys
     {"and": [...]}, {"or": [...]}, {"not": {...}}
 
-A condition is true or false, never unknown. For an item without the key, `exists: false` is true and every other
-condition on the key is false; so the `not` of such a condition is true. `matches` defines the meaning of a filter.
-Stores translate the tree into their own query language, and tests compare them with `matches`.
+A condition is true or false, never unknown. If an item does not have the key, `exists: false` is true, and every
+other condition on the key is false. The negation (`not`) of a false condition is true. The function `matches` defines
+the meaning of a filter. Stores translate the tree into their own query language, and tests compare the results of the
+stores with the results of `matches`.
 """
 
 import math
@@ -34,7 +35,8 @@ _OPERATORS: Final = ("eq", "in", "exists", *_RANGES)
 
 @dataclass(frozen=True)
 class In:
-    """The value at `path` equals one of `values`. The operator `eq` becomes an `In` with one value."""
+    """A condition that is true if the metadata value at `path` equals one of `values`. The operator `eq` becomes an
+    `In` with one value."""
 
     path: tuple[str, ...]
     values: tuple[Scalar, ...]
@@ -42,7 +44,8 @@ class In:
 
 @dataclass(frozen=True)
 class Between:
-    """The value at `path` has the same type as the bounds and is within all of them."""
+    """A condition that is true if the metadata value at `path` has the same type as the bounds and satisfies all
+    bounds."""
 
     path: tuple[str, ...]
     bounds: tuple[tuple[Range, str | int | float], ...]
@@ -50,7 +53,7 @@ class Between:
 
 @dataclass(frozen=True)
 class Exists:
-    """The item has a value at `path`, and the value is not null."""
+    """A condition that is true if the metadata has a value at `path` and the value is not null."""
 
     path: tuple[str, ...]
 
@@ -74,7 +77,7 @@ Filter = In | Between | Exists | And | Or | Not
 
 
 def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
-    """Return whether an item with this metadata passes the filter."""
+    """Return whether an item with this metadata passes the filter `condition`."""
     if isinstance(condition, And):
         return all(matches(part, metadata) for part in condition.parts)
     if isinstance(condition, Or):
@@ -100,7 +103,8 @@ def _value_at(metadata: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """Return the JSON type of a value. Values of different types are never equal; all numbers have the same type."""
+    """Return the JSON type of a value: "boolean", "number", "string" or "other". Integers and floats are both
+    numbers."""
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int | float):
@@ -109,13 +113,12 @@ def _kind(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value. An integer beyond signed 64 bits becomes a float, because stores keep such integers as
-    floats."""
+    """Return the value as stores represent it: an integer that does not fit in signed 64 bits becomes a float."""
     return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def holds(value: Any, op: Range, bound: Any) -> bool:
-    """Return whether the comparison `op` of `value` with `bound` is true; "gt" means `value > bound`."""
+    """Return whether `value` satisfies the comparison `op` with `bound`. For example, "gt" means `value > bound`."""
     if op == "gt":
         return bool(value > bound)
     if op == "gte":
@@ -124,7 +127,7 @@ def holds(value: Any, op: Range, bound: Any) -> bool:
 
 
 def parse_filter(body: Any) -> Filter:
-    """Parse a filter from the JSON value that a request has.
+    """Parse a filter from the JSON value in a request.
 
     Raises:
         InvalidRequest: the value is not a filter. The message quotes the invalid part and says what is allowed.
@@ -133,11 +136,12 @@ def parse_filter(body: Any) -> Filter:
 
 
 def parse_path(key: Any, where: str = "filter") -> tuple[str, ...]:
-    """Split a key such as `shelf.row` at its dots and return the parts. `where` is the name of the request's field, for
-    an error message.
+    """Split a key such as `shelf.row` at its dots and return the parts. `where` is the name of the request field, for
+    the error message.
 
     Raises:
-        InvalidRequest: the key is not allowed, for example because it has control characters, quotes or backslashes.
+        InvalidRequest: the key is not allowed, for example because it contains control characters, quotes or
+            backslashes.
     """
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_CHARACTERS:
         raise _wrong(f"a key must be a string of 1 to {MAX_KEY_CHARACTERS} characters, not {_quoted(key)}", where)
@@ -152,7 +156,7 @@ def parse_path(key: Any, where: str = "filter") -> tuple[str, ...]:
 
 
 class _Parser:
-    """Parses one filter. Counts its conditions and values to enforce the limits."""
+    """A parser for one filter. It counts the conditions and values of the filter to enforce the limits."""
 
     def __init__(self) -> None:
         self._conditions = 0
@@ -160,7 +164,7 @@ class _Parser:
 
     def parse(self, body: Any, depth: int) -> Filter:
         if depth > MAX_DEPTH:
-            raise _wrong(f"nested more than {MAX_DEPTH} deep")
+            raise _wrong(f"nested more than {MAX_DEPTH} levels deep")
         self._conditions += 1
         if self._conditions > MAX_CONDITIONS:
             raise _wrong(f"more than {MAX_CONDITIONS} conditions")
@@ -187,7 +191,7 @@ class _Parser:
         unknown = [name for name in operators if name not in _OPERATORS]
         if unknown or not operators:
             raise _wrong(
-                f"{_quoted(unknown[0] if unknown else body)} is not an operator: known are {', '.join(_OPERATORS)}"
+                f"{_quoted(unknown[0] if unknown else body)} is not an operator; operators are {', '.join(_OPERATORS)}"
             )
         if len(operators) > 1 and not set(operators) <= set(_RANGES):
             raise _wrong(f"{' and '.join(operators)} in one condition: only gt, gte, lt and lte can be combined")

@@ -1,6 +1,6 @@
 """faiss indexes over the vectors of a segment. There is one class for each structure in `service/search/kinds.py`.
 
-A class contains everything that differs between the structures: how an index is built, written, opened, and searched
+Each class contains everything that is specific to its structure: how an index is built, written, opened, and searched
 with and without a filter.
 
 Legend: n vectors in the segment, D dimension, q queries, k neighbours requested. A position is the row of a vector in
@@ -34,56 +34,60 @@ HNSW_M: Final = 32
 HNSW_EF_CONSTRUCTION: Final = 100
 OVERSAMPLE: Final = 3
 MAX_OVERSAMPLED: Final = 4096
-"""A filtered search of a graph fetches more vectors than k and drops those that do not pass. It fetches OVERSAMPLE
-times the number that contains k passing vectors on average. If that is more than MAX_OVERSAMPLED, the graph is not
-used."""
+"""A filtered search of a graph fetches more than k vectors and drops those that do not pass the filter. It fetches
+OVERSAMPLE times as many vectors as are needed on average to find k that pass. If this number is more than
+MAX_OVERSAMPLED, the graph is not used."""
 DENSER: Final = 1.5
-"""A filtered search of inverted lists compares this many times as many vectors as a search without a filter."""
+"""The number of vectors that a filtered search of inverted lists compares, divided by the number that a search without
+a filter compares."""
 FAR: Final = 2
-"""If a filtered search needs this many times more lists than it would for evenly spread items, the items that pass are
-far from the query. The nearest of them may then be in any list, so all lists are searched."""
+"""If a filtered search needs more than this many times as many lists as it would need for evenly spread items, the
+items that pass the filter are far from the query. The nearest of these items may then be in any list, so all lists are
+searched."""
 ADD: Final = 4096
-"""The number of vectors that are added to an index between two checks whether the store is closing."""
+"""The number of vectors that are added to an index in one step. Before each step, the build checks whether the store is
+closing."""
 INDEX_FILE: Final = "index.faiss"
 
 Check = Callable[[], None]
 
 
 class Effort(NamedTuple):
-    """How thoroughly a search uses an index. `params` may set efSearch or nprobe; None means the value that tuning
-    chose."""
+    """The effort that a search spends on an index. `params` may set efSearch (for graphs) or nprobe (for inverted
+    lists). If a parameter is None, the search uses the value that tuning chose."""
 
     params: SearchParams
     widen: float = 1.0  # multiplies efSearch and nprobe
 
 
 class Structure(Protocol):
-    """One way to index the vectors of a segment."""
+    """A way to index the vectors of a segment."""
 
     can_grow: bool
-    """Whether vectors can be added to an existing index. If not, the index is rebuilt."""
+    """Whether vectors can be added to an existing index. If this is false, the index must be rebuilt to add vectors."""
     write_flags: int
     """The flags with which `faiss.write_index` writes the index."""
 
     def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
-        """Return an index to which the vectors are added, and the flat index that stores the vectors.
+        """Return an index to which the caller adds the vectors, and the flat index that stores the vectors.
 
-        The first is None if vectors are added to the flat index only. `base` is a segment whose index is extended. It
-        may be given only if `can_grow` is true.
+        The first index is None if the caller must add the vectors to the flat index instead. If the segment `base` is
+        given, the first index is a copy of its index, to which further vectors can be added. `base` may be given only
+        if `can_grow` is true.
         """
 
     def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
-        """Return the finished index, or None if the structure has no index. All vectors have been added to the index or
-        flat index that `begin` returned; `matrix` [n, D] has all of them."""
+        """Return the finished index, or None if the structure has no index. The caller has added all vectors to the
+        index or flat index that `begin` returned. `matrix` [n, D] contains all of these vectors."""
 
     def open(self, folder: Path, flat: Any) -> Any:
-        """Return the index stored in a segment's folder, memory-mapped, or None if the structure has no index. `flat`
-        is the segment's open flat index; a graph takes its vectors from it."""
+        """Open the index in a segment's folder, memory-mapped. Return the index, or None if the structure has no index.
+        `flat` is the segment's open flat index, from which a graph takes its vectors."""
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         """Return the k nearest vectors of each query [q, D], using the index.
 
-        Only vectors whose bit in `alive` is set are returned. With None, any vector may be returned.
+        If `alive` is given, only vectors that have their bit set in this bitmap are returned.
         """
 
     def search_allowed(
@@ -91,8 +95,8 @@ class Structure(Protocol):
     ) -> Neighbours | None:
         """Return the k nearest vectors of each query [q, D] among those that are in `allowed` and not deleted.
 
-        If the index does not find k such vectors, the result is None or has missing entries. `rarity` is the number of
-        items in the segment divided by the number of allowed items.
+        If the index does not find k such vectors, the result is None or has entries with position -1. `rarity` is the
+        number of items in the segment divided by the number of allowed items.
         """
 
 
@@ -122,8 +126,8 @@ class Scan:
 
 
 class Graph:
-    """An HNSW graph (Malkov and Yashunin 2016). Its file does not contain the vectors. Items can be added to the
-    graph."""
+    """An HNSW graph (Malkov and Yashunin 2016). The file of the graph does not contain the vectors. Items can be added
+    to an existing graph."""
 
     can_grow = True
     write_flags = int(faiss.IO_FLAG_SKIP_STORAGE)
@@ -146,9 +150,10 @@ class Graph:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Search for more than k vectors without the filter, then drop those that do not pass.
+        """Search for more than k vectors without the filter, and return the k nearest vectors that pass it. Return None
+        if too many vectors would have to be fetched.
 
-        With a filter, faiss would traverse the whole graph if the allowed items are far from the query.
+        If faiss applied the filter, it would traverse the whole graph when the allowed items are far from the query.
         """
         depth = int(OVERSAMPLE * rarity * effort.widen * k)
         if depth > MAX_OVERSAMPLED:
@@ -161,8 +166,8 @@ class Graph:
 
 
 class InvertedLists:
-    """Inverted lists: the cells of k-means, with a code for each vector. Cells and codes are trained on the vectors, so
-    the index cannot grow."""
+    """An index of inverted lists. k-means divides the vectors into cells. Each cell has a list with a code for each of
+    its vectors. Cells and codes are trained on the vectors, so vectors cannot be added to an existing index."""
 
     can_grow = False
     write_flags = 0
@@ -175,7 +180,7 @@ class InvertedLists:
         assert kind.codes is not None
         n, dimension = matrix.shape
         lists = spec.index.n_lists or int(np.clip(2 ** round(np.log2(4 * np.sqrt(n))), 16, 65_536))
-        lists = min(lists, max(1, n // 39))  # k-means warns if a list has fewer points
+        lists = min(lists, max(1, n // 39))  # k-means warns if a list has fewer than 39 points
         code = kind.codes.factory.format(subvectors=dimension // 2 if dimension % 2 == 0 else dimension)
         index = faiss.index_factory(dimension, f"IVF{lists},{code}", faiss.METRIC_INNER_PRODUCT)
         sample = np.sort(np.random.default_rng(0).permutation(n)[: max(64 * lists, 65_536)])
@@ -193,11 +198,12 @@ class InvertedLists:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Search more lists than a search without a filter does, because the nearest allowed items are spread more
-        widely.
+        """Return the k nearest allowed vectors of each query [q, D]. More lists are searched than without a filter,
+        because the nearest allowed items are spread over more lists.
 
-        So many lists are searched that they contain `DENSER` times as many allowed items as the lists of an unfiltered
-        search contain items. An exact search compares all allowed items.
+        Enough lists are searched to compare `DENSER` times as many items as a search without a filter compares. If the
+        allowed items are far from the query, all lists are searched. If `effort` requests an exact search, all allowed
+        items are compared.
         """
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
         if effort.params.exact:
@@ -223,8 +229,8 @@ def structure_of(kind: IndexKind) -> Structure:
 def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
     """Return the k nearest vectors of each query [q, D] in a segment.
 
-    Only vectors whose bit in `alive` is set are returned. With None, any vector may be returned. The search uses the
-    segment's index if there is one and the search need not be exact.
+    If `alive` is given, only vectors that have their bit set in this bitmap are returned. The segment's index is used,
+    unless the segment has no index or `effort` requests an exact search.
     """
     if segment.index is None or effort.params.exact:
         return segment.scan(queries, k, alive)
@@ -232,7 +238,7 @@ def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort
 
 
 def add_in_steps(index: Any, vectors: npt.NDArray[Any], check: Check) -> None:
-    """Add vectors [n, D] to an index in steps of `ADD`. Call `check` before each step."""
+    """Add vectors [n, D] to an index in steps of `ADD` vectors. Call `check` before each step."""
     for begin in range(0, len(vectors), ADD):
         check()
         index.add(np.ascontiguousarray(vectors[begin : begin + ADD], np.float32))
@@ -262,7 +268,8 @@ def _new_graph(spec: CollectionSpec) -> Any:
 
 
 def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
-    """Return a copy of the graph of `base` with its vectors in memory, so that items can be added."""
+    """Return a copy of the graph of the segment `base`. The copy and its vectors are in memory, so items can be
+    added."""
     graph = faiss.read_index(str(base.folder / INDEX_FILE))
     storage = new_flat(spec.dimension, spec.dtype)
     for begin in range(0, len(base.numbers), ADD):
@@ -286,8 +293,8 @@ def _all_alive(ef_search: int) -> Any:
 
 
 def _hnsw_params(ef_search: int, selector: Any) -> Any:
-    """Return faiss's search parameters. Parameters without a selector are cached, because creating them takes time in
-    each search."""
+    """Return faiss's parameters for a search of a graph. Parameters without a selector are cached, because creating
+    them would slow down each search."""
     if selector is None:
         return _all_alive(ef_search)
     return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
@@ -297,8 +304,8 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
 
 
 def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
-    """Return the k nearest vectors of each query [q, D], from `nprobe` lists. Candidates are found by their codes and
-    then scored by their vectors, so every score is the exact cosine."""
+    """Return the k nearest vectors of each query [q, D], from the `nprobe` nearest inverted lists. Candidates are found
+    by their codes and then scored by their vectors, so every score is the exact cosine."""
     codes = segment.kind.codes
     assert codes is not None
     selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
@@ -313,10 +320,10 @@ def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, 
 
 
 def lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
-    """Return how many lists must be searched so that, for every query, its nearest lists together contain `wanted`
-    vectors.
+    """Return the number of inverted lists that must be searched so that, for every query [q, D], the nearest lists
+    together contain at least `wanted` vectors.
 
-    counts[i] is the number of vectors in list i.
+    `counts[i]` is the number of vectors to count in list i.
     """
     quantizer = faiss.extract_index_ivf(segment.index).quantizer
     if_even = int(wanted / max(1, counts.sum()) * len(counts))

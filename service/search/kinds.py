@@ -1,9 +1,9 @@
-"""A table of the index kinds that a collection may have. A row has all properties in which a kind differs from the
-others.
+"""A table of the index kinds that a collection may have. Each row contains the properties in which a kind differs from
+the others.
 
-This module contains only data, so the command line and the schemas can use it without loading faiss.
-`service/search/indexes.py` implements the three structures. `kind_named` raises `ValueError` for an unknown name, so an
-unknown kind is never treated as another one.
+This module contains only data, so the command line and the request schemas can use it without loading faiss.
+`service/search/indexes.py` implements the three index structures. `kind_named` raises `ValueError` for an unknown name,
+so an unknown kind is never mistaken for a known one.
 """
 
 import math
@@ -11,32 +11,33 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal["auto", "flat", "hnsw", "ivf_pq", "rabitq"]
-"""The kinds that a collection's settings may name. With `auto`, the number of vectors determines the kind."""
+"""The index kinds that can be set for a collection. If the kind is `auto`, the number of vectors determines the kind
+that is built."""
 StructureName = Literal["scan", "graph", "lists"]
 
 
 @dataclass(frozen=True)
 class Codes:
-    """How inverted lists encode vectors. Scores computed from codes are approximate, so they are only used to find
-    candidates. The candidates are then scored by their vectors."""
+    """The encoding of the vectors in inverted lists. Scores computed from codes are approximate, so codes are used only
+    to find candidates. The final scores of the candidates are computed from their vectors."""
 
-    factory: str  # a string for faiss's index_factory; {subvectors} is half the dimension if that is even
-    candidates: int  # candidates found by code and then scored by vector, per neighbour requested
+    factory: str  # argument of faiss's index_factory; {subvectors} is half the dimension if the dimension is even
+    candidates: int  # number of candidates for each requested neighbour
     min_candidates: int = 0
-    refine_factor: int | None = None  # faiss picks the candidates from this many times as many, by a finer code
+    refine_factor: int | None = None  # faiss selects the candidates from this many times as many, by finer code
 
 
 @dataclass(frozen=True)
 class IndexKind:
-    """The properties of one index kind."""
+    """The properties of an index kind."""
 
     name: str
     structure: StructureName
-    settings: tuple[str, ...] = ()  # fields of IndexSpec and SearchParams that apply to it
+    settings: tuple[str, ...] = ()  # fields of IndexSpec and SearchParams that apply to this kind
     efforts: tuple[int, ...] = (1,)  # efSearch or nprobe, ascending; tuning chooses one
     auto_below: float = 0  # `auto` chooses the first row with a limit above the number of vectors
-    codes: Codes | None = None  # structure `lists` only
-    on_disk: bool = False  # vectors and payloads are read on demand instead of mapped: saves memory
+    codes: Codes | None = None  # only for the structure `lists`
+    on_disk: bool = False  # to save memory, vectors and payloads are read on demand instead of mapped
 
 
 _GRAPH_SETTINGS: Final = ("m", "ef_construction", "ef_search")
@@ -47,7 +48,7 @@ _IVF_PQ: Final = Codes("PQ{subvectors}x4fs", candidates=8, min_candidates=64)
 _RABITQ: Final = Codes("RaBitQfs,Refine(SQ6)", candidates=2, refine_factor=8)
 
 EXACT: Final = IndexKind("flat", "scan")
-"""The kind without an index: a search compares the query with every vector. Small segments always have this kind."""
+"""The kind without an index. A search compares the query with every vector. Small segments always have this kind."""
 KINDS: Final[dict[str, IndexKind]] = {
     kind.name: kind
     for kind in (
@@ -73,10 +74,10 @@ def kind_named(name: str) -> IndexKind:
 
 
 def auto_kind(count: int) -> IndexKind:
-    """Return the kind that `auto` chooses for this number of vectors."""
+    """Return the index kind that `auto` chooses for a collection with `count` vectors."""
     return next(kind for kind in KINDS.values() if count < kind.auto_below)
 
 
 def kinds_with(setting: str) -> str:
-    """Return the names of the kinds to which a setting applies, separated by commas, for help texts."""
+    """Return the names of the index kinds to which a setting applies, separated by commas. Help texts use this list."""
     return ", ".join(kind.name for kind in KINDS.values() if setting in kind.settings)

@@ -1,13 +1,14 @@
 """Background work of the embedded store: builds segments from the tail (items that are in no segment yet), merges
 segments, and measures recall.
 
-If several processes use a data folder, only the one that holds the lock on `maintenance.lock` builds and merges
-segments. The others see the result in the database. The files of a new segment are written and synced first. Then one
-transaction adds the segment to the database and removes the segments that it replaces. So a crash at any moment leaves
-the old or the new state. It may leave an unused folder, which is deleted later.
+If several processes use a data folder, only the process that holds the lock on `maintenance.lock` builds and merges
+segments. The other processes see the result in the database. The files of a new segment are written and synced first.
+Then one transaction adds the segment to the database and removes the segments that it replaces. Therefore, a crash at
+any moment leaves either the old or the new state. A crash may also leave an unused folder, which is deleted later.
 
-The thread runs at low priority, so it mostly uses CPU time that the service does not need. If the disk is full or
-another error occurs, the error is logged and the work is retried later. Searches continue with the existing segments.
+The maintenance thread runs at low priority, so it mostly uses CPU time that the service does not need. If an error
+occurs, for example because the disk is full, the error is logged and the work is retried later. Searches continue with
+the existing segments.
 """
 
 import contextlib
@@ -50,20 +51,22 @@ from service.search.view import View, Views
 log = logging.getLogger(__name__)
 
 SEAL_ROWS: Final = 8192
-"""When the tail has this many items, they become a segment. Searching a tail of this length takes about a
+"""The number of items in the tail at which these items become a segment. Searching a tail of this length takes about a
 millisecond."""
 MERGE_SHARE: Final = 0.1
-"""The small segments are merged into the large one when together they have this share of its vectors. So each vector is
-copied only a few times."""
+"""The small segments are merged into the large segment when their total size exceeds this share of its size. This way,
+each vector is copied only a few times."""
 REBUILD_SHARE: Final = 0.25
-"""The share that replaces MERGE_SHARE if the index of the large segment cannot grow, so that a merge rebuilds it."""
+"""The share that is used instead of MERGE_SHARE if vectors cannot be added to the index of the large segment. A merge
+then rebuilds the index."""
 DEAD_SHARE: Final = 0.2
 """A segment is rebuilt if more than this share of its vectors is deleted."""
 MANY: Final = 4
 IDLE_S: Final = 3.0
 RETRY_S: Final = 60.0
 ORPHAN_S: Final = 120.0
-"""How long a folder is kept after its segment was replaced, because a reader may still be opening it."""
+"""The time in seconds for which an unused folder is kept after its segment was replaced. A reader may still be opening
+the segment."""
 NICE: Final = 10
 RECALL_EVERY_S: Final = 1.0
 RECALL_WINDOW: Final = 128
@@ -76,7 +79,7 @@ def _alive(part: LivePart) -> int:
 
 
 class Plan(NamedTuple):
-    """What the next new segment is built from."""
+    """A plan for building the next new segment."""
 
     parts: tuple[LivePart, ...]  # adjacent segments
     with_tail: bool = False
@@ -84,12 +87,13 @@ class Plan(NamedTuple):
 
 
 def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False) -> Plan | None:
-    """Return the most useful change to the segments of a collection, or None if there is nothing to do. If `idle`,
-    merges start earlier. If `settle`, all items are merged into one segment.
+    """Return a plan for the most useful change to the segments of a collection, or None if no change is needed. If
+    `idle` is true, merges start earlier. If `settle` is true, all items are merged into one segment.
 
-    The first segment is the large one. Its index takes long to build. The other segments are small, have no index and
-    are quick to build. They are merged with each other when there are many, and into the large segment only when
-    together they reach a certain share of it.
+    The first segment is large, and its index takes a long time to build. The other segments are small and quick to
+    build, and they have no index. They are merged with each other when there are many of them, and into the large
+    segment when their total size is large enough. When at least `seal_rows` items are in no segment, these items become
+    a small segment or are merged into the large segment.
     """
     spec, parts, tail = view.row.spec.index, view.parts, len(view.tail.numbers)
     for part in parts:
@@ -102,7 +106,7 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
         if settle:
             settled = len(parts) == 1 and not tail and parts[0].segment.row.kind == kind
             return None if settled or not (parts or tail) else Plan(parts, tail > 0, grow)
-        # A tail with a large share of all items, as after a bulk upload, goes into the large segment at once.
+        # After a bulk upload, the tail has a large share of all items and is merged into the large segment at once.
         return Plan(parts, True, grow) if tail >= (MERGE_SHARE if grow else 1) * sum(sizes) else Plan((), True)
     if not parts:
         return None
@@ -115,8 +119,8 @@ def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False
 
 
 def _can_grow(parts: Sequence[LivePart], kind: str) -> bool:
-    """Return whether the index of the first part can be extended. Its file is needed for this, and another process may
-    have deleted it."""
+    """Return whether vectors can be added to the index of the first segment in `parts`. This requires the index file,
+    which another process may have deleted."""
     if not parts or parts[0].segment.row.kind != kind or not structure_of(kind_named(kind)).can_grow:
         return False
     return (parts[0].segment.folder / INDEX_FILE).exists()
@@ -137,12 +141,14 @@ class Maintenance:
         build_threads: int | None = None,
         on_recall: Callable[[str, float], None] = lambda collection, ratio: None,
     ) -> None:
-        """
+        """Prepare the thread without starting it.
+
         Args:
             build_threads: the number of threads that build a segment. The default is half the number of CPUs. OpenMP
                 threads spin while they wait for each other, so with one thread on every CPU, a build takes longer while
                 the service is busy.
-            on_recall: called after each measurement, with the name of the collection and its mean recall.
+            on_recall: a function that is called after each measurement, with the name of the collection and its mean
+                recall.
         """
         self._root = data_dir / "segments"
         self._snapshots = data_dir / "snapshots"
@@ -168,11 +174,12 @@ class Maintenance:
         self._thread.start()
 
     def wake(self) -> None:
-        """Tell the thread that something was written."""
+        """Wake the maintenance thread after a write."""
         self._wake.set()
 
     def close(self) -> None:
-        """Stop the thread and wait up to 30 seconds for it. A running build ends at its next step and is discarded."""
+        """Stop the thread and wait up to 30 seconds for it to end. A running build ends at its next step and is
+        discarded."""
         self._stop.set()
         self._wake.set()
         self._thread.join(30)
@@ -180,22 +187,23 @@ class Maintenance:
     # ---- recall
 
     def boost(self, row: Row) -> float:
-        """Return the factor by which searches multiply the tuned effort. It rises above 1 if the measured recall is
-        below the target."""
+        """Return the factor by which searches multiply the tuned search effort. The factor rises above 1 if the
+        measured recall is below the target."""
         recalled = self._recalls.get(row.key)
         return 1.0 if recalled is None else recalled.boost
 
     def stats(self, row: Row) -> dict[str, Any]:
-        """Return the mean recall of recent live queries, or None if it was not measured yet, and the factor on the
-        search effort (`boost`)."""
+        """Return a dictionary with two figures. `recall` is the mean recall of recent live queries, or None if it has
+        not been measured yet. `boost` is the factor by which searches multiply the search effort."""
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
     def observe(
         self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
     ) -> None:
-        """Keep a sample of the live queries, at most one per RECALL_EVERY_S. The thread later compares its answer with
-        the exact answer. `vectors` is [q, D], and `answers` has (score, position) pairs for each of the q queries."""
+        """Choose one of the live queries `vectors` [q, D] at random and store it with its answer, at most once per
+        RECALL_EVERY_S seconds. The maintenance thread later compares the answer with the exact answer. `answers`
+        contains the (score, position) pairs for each query."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
@@ -244,7 +252,7 @@ class Maintenance:
             lock.close()
 
     def settle(self, collection: str) -> None:
-        """Merge all items of a collection into one segment with its index. This runs in the calling thread."""
+        """Merge all items of a collection into one segment. This work is done in the calling thread."""
         db = self._connect()
         with self._working:
             while self._step(db, collection, settle=True):
@@ -290,7 +298,7 @@ class Maintenance:
         return self._views.newest(db, row)
 
     def _step(self, db: sqlite3.Connection, collection: str | int, *, idle: bool = False, settle: bool = False) -> bool:
-        """Carry out the most useful change to the segments of a collection. Return whether there was one."""
+        """Carry out the most useful change to the segments of a collection. Return whether a change was needed."""
         view = self._current(db, collection)
         wanted = plan(view, seal_rows=self._seal_rows, idle=idle, settle=settle)
         if wanted is not None:
@@ -298,9 +306,9 @@ class Maintenance:
         return wanted is not None
 
     def _replace(self, db: sqlite3.Connection, view: View, wanted: Plan) -> None:
-        """Build one segment according to the plan and put it in the place of the segments that it replaces.
+        """Build a segment according to a plan, and replace the old segments in the plan by the new segment.
 
-        If a graph is extended, its deleted vectors remain in it and stay marked as deleted.
+        If a graph is extended, its deleted vectors remain in the graph and stay marked as deleted.
         """
         started = time.perf_counter()
         row, parts, tail = view.row, wanted.parts, view.tail
@@ -324,7 +332,7 @@ class Maintenance:
         with transaction(db):
             point = Point() if base else view.point
             if not database.swap_segments(db, row, old, new, sealed=sealed, point=point):
-                return  # another process was faster; the folder written here is now an orphan
+                return  # another process was faster; the new folder is unused and is deleted later
         self._stamp.bump()
         self._current(db, row.key)  # open it now, so that no search waits for its checksums
         seconds = round(time.perf_counter() - started, 3)
@@ -332,10 +340,10 @@ class Maintenance:
         log.info("segment built", extra={"fields": {**fields, "seconds": seconds}})
 
     def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[Chunk]:
-        """Yield the items with numbers above `after` and up to `to`. Each chunk is read in a transaction of its own.
+        """Yield the items with numbers above `after` and up to `to`. Each chunk is read in its own transaction.
 
-        The table `removed` records items that are deleted between two chunks. One long transaction would keep SQLite
-        from truncating its write-ahead log.
+        Items that are deleted between two chunks are recorded in the table `removed`. One long transaction would
+        prevent SQLite from truncating its write-ahead log.
         """
         while True:
             with snapshot(db):
@@ -352,8 +360,8 @@ class Maintenance:
 
 
 class Recall:
-    """The recall of recent live queries of a collection, and the factor on the search effort that follows from it
-    (`boost`)."""
+    """The recall of recent live queries of a collection, and `boost`, the factor by which searches multiply the search
+    effort."""
 
     def __init__(self, target: float) -> None:
         self._target = target
@@ -362,7 +370,8 @@ class Recall:
         self.boost = 1.0
 
     def add(self, ratio: float) -> float:
-        """Add the recall of one query and return the new mean. Raise the boost if the mean is below the target."""
+        """Add the recall of one query and return the new mean. If enough queries were measured and the mean is below
+        the target, raise the boost."""
         self._ratios.append(ratio)
         self.mean = sum(self._ratios) / len(self._ratios)
         if len(self._ratios) >= RECALL_ENOUGH and self.mean < self._target and self.boost < MAX_BOOST:

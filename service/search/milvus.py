@@ -1,13 +1,13 @@
-"""The vector store that keeps its collections in a Milvus server. It is for more vectors than one machine can keep, or
-for several machines that run the service.
+"""The vector store that keeps its collections in a Milvus server. Use it if the vectors do not fit on one machine, or
+if several machines run the service.
 
-Each collection is one collection of Milvus. Metadata is stored twice: as text, so that exactly what was written is
-returned, and as JSON, for filters. Milvus cannot evaluate every filter as `filters.matches` defines it (see
-`service/search/filter_milvus.py`). In this case, items are fetched and filtered by this module, which is slower.
+Each collection of the service is one collection in Milvus. Metadata is stored twice: as text, which is returned exactly
+as it was written, and as JSON, which filters use. Milvus cannot evaluate some filters as `filters.matches` defines them
+(see `service/search/filter_milvus.py`). For these filters, this module fetches items and filters them, which is slower.
 
-Operations that check and then write (patch, delete, create, aliases) run one after another within this process; if two
-processes write the same item or name, the last write wins. A call with many items makes several writes. Other clients
-may see some of these writes before the others, and after a failure only some may have been made.
+Operations that check and then write (patch, delete, create, aliases) run one after another within this process. If two
+processes write the same item or name, the last write takes effect. A call with many items makes several writes. Other
+clients may see some of these writes before the others. After a failure, only some of the writes may have been made.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ from service.search.store import (
 )
 
 TIMEOUT_S: Final = 15.0
-"""Time limit for one call to the server, including the client's retries."""
+"""The time limit in seconds for one call to the server, including the client's retries."""
 _SPEC: Final = "dinov2.spec"
 _SPEC_STARTS: Final = '{"tag":'
 _MAX_LIMIT: Final = 16_384
@@ -84,9 +84,9 @@ _ITEM: Final = ["id", "vector", "text", "source", "digest"]
 
 
 async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
-    """Connect to the server at `url`, which has the form of the setting `vector_store`.
+    """Connect to the Milvus server at `url` and return the store. `url` has the form of the setting `vector_store`.
 
-    The messages of these errors do not contain the password.
+    The error messages do not contain the password.
 
     Raises:
         Unavailable: the server cannot be reached.
@@ -100,7 +100,7 @@ async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
 
 
 class MilvusStore:
-    """A `VectorStore` in a Milvus server."""
+    """A `VectorStore` that stores its collections in a Milvus server."""
 
     capabilities: frozenset[str] = frozenset()
 
@@ -130,7 +130,7 @@ class MilvusStore:
         for name in await self._own_names():
             try:
                 infos.append(await self.info(name))
-            except CollectionNotFound:  # dropped meanwhile, or not ours despite its name
+            except CollectionNotFound:  # just dropped, or created by another application
                 continue
         return infos
 
@@ -225,8 +225,8 @@ class MilvusStore:
             return await self._delete(name, [row["id"] for row in await self._by_id(name, wanted, ["id"])])
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete the matching items page by page. Items that another process writes meanwhile may or may not be
-        deleted."""
+        """Delete the items that match a filter, page by page, and return their number. Items that another process
+        writes at the same time may or may not be deleted."""
         name, _ = await self._resolve(collection)
         async with self._writes[name]:
             gone = 0
@@ -235,10 +235,10 @@ class MilvusStore:
             return gone
 
     async def count(self, collection: str, where: Filter | None = None) -> int:
-        """Count the items that match a filter, or all items.
+        """Count the items that match a filter, or all items if `where` is None.
 
-        If no Milvus expression is exactly equal to the filter, the ids and metadata of items are fetched and counted
-        here.
+        If the filter has no exact translation to a Milvus expression, ids and metadata are fetched and the matching
+        items are counted here.
         """
         name, spec = await self._resolve(collection)
         if where is None:
@@ -273,8 +273,8 @@ class MilvusStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """Search with Milvus' HNSW index. Milvus has no exact search, so with `exact` the highest possible `ef` is
-        used."""
+        """Return the k nearest items for each query vector, using Milvus' HNSW index. The index cannot be searched
+        exactly. If `params.exact` is true, the search uses a high value of the index parameter `ef` instead."""
         check_k(k)
         queries = normalised_rows(vectors)
         name, spec = await self._resolve(collection)
@@ -317,7 +317,8 @@ class MilvusStore:
         return [[row_of_hit(hit) for hit in answer] for answer in answers]
 
     async def _scan(self, name: str, queries: Floats, k: int, where: Filter) -> list[list[Hit]]:
-        """Return the k best hits of each query [q, D], by comparing it with every item that passes the filter."""
+        """Return the k best hits for each query [q, D], by comparing the query with every item that passes the
+        filter."""
         best: list[list[Hit]] = [[] for _ in queries]
         async for rows in self._pages(name, where, fields=["id", "vector", "text", "source"]):
             if rows:
@@ -328,7 +329,7 @@ class MilvusStore:
         return best
 
     async def close(self) -> None:
-        """Wait for running calls and close the connection. A second call does nothing."""
+        """Wait for running calls and close the connection. A second call has no effect."""
         if self._is_open:
             self._is_open = False
             await self._server.close()
@@ -336,8 +337,8 @@ class MilvusStore:
     # ---- helpers
 
     async def _resolve(self, collection: str) -> tuple[str, CollectionSpec]:
-        """Return the name and settings of the collection that has this name or alias. Raises CollectionNotFound if
-        there is none."""
+        """Return the name and settings of the collection with this name or alias. Raises CollectionNotFound if there is
+        no such collection."""
         missing = CollectionNotFound(f"there is no collection {check_name(collection)!r}")
         try:
             described = await self._server.call("describe_collection", collection_name=encoded(collection))
@@ -345,13 +346,13 @@ class MilvusStore:
             raise missing from None
         name = decoded(described["collection_name"])
         text = described.get("properties", {}).get(_SPEC) or described.get("description", "")
-        if name is None or not text.startswith(_SPEC_STARTS):  # another application's collection with a name like ours
+        if name is None or not text.startswith(_SPEC_STARTS):  # another application has a collection with such a name
             raise missing
         return name, spec_of(name, text)
 
     async def _create(self, name: str, spec: CollectionSpec) -> tuple[str, CollectionSpec]:
-        """Create a collection and return its name and settings. If another process created one with this name
-        meanwhile, return the name and settings of that collection."""
+        """Create a collection and return its name and settings. If another process created a collection with this name
+        at the same time, return the name and settings of that collection."""
         try:
             await self._make(name, spec)
         except StorageFailed as error:
@@ -411,15 +412,16 @@ class MilvusStore:
     async def _pages(
         self, name: str, where: Filter | None, *, fields: list[str], after: str = "", size: int = _PAGE
     ) -> AsyncIterator[list[Row]]:
-        """Yield pages of the rows that pass the filter, in order of id.
+        """Yield pages of the rows that pass a filter, in order of id. If `where` is None, all rows are included.
 
-        `fields` must include id and text. The first page begins after the id `after`. A page may be empty although more
-        pages follow.
+        `fields` must include "id" and "text". The first page begins after the id `after`. A page may be empty even if
+        more pages follow.
         """
         expression = True if where is None else translate(where).text
         while expression is not False:
             condition = f"id > {quoted(after)}" + (f" and ({expression})" if isinstance(expression, str) else "")
-            # With these two flags a limited answer contains the first rows by id. The client's iterator sets them too.
+            # With these two flags, a limited answer contains the rows with the lowest ids. The client's iterator also
+            # sets them.
             rows = await self._server.call(
                 "query",
                 collection_name=encoded(name),

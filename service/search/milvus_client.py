@@ -1,5 +1,5 @@
-"""The connection to a Milvus server. Runs pymilvus' client in threads, and translates its errors and the names of
-collections."""
+"""The connection to a Milvus server. This module runs pymilvus' client in threads, and translates its errors and the
+names of collections."""
 
 import asyncio
 import re
@@ -16,15 +16,14 @@ from service.addresses import bracketed_host, milvus_parts
 from service.errors import CollectionNotFound, ServiceError, StorageFailed, Unavailable
 
 PREFIX: Final = "dinov2_"
-"""The names of the service's collections and aliases in Milvus begin with this. All other names in the database are
-ignored."""
+"""The prefix of the names of the service's collections and aliases in Milvus. Names without this prefix are ignored."""
 _CHANNEL: Final = {
     "grpc.use_local_subchannel_pool": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
-"""Options of the gRPC channel. With them, the client reconnects within a second after the server returns. By default,
-gRPC waits up to two minutes, and a new channel to the same server shares this wait."""
+"""Options of the gRPC channel. With them, the client reconnects within a second after the server is available again.
+Without them, gRPC would wait up to two minutes, and a new channel to the same server would share this wait."""
 _NOT_FOUND: Final = 100
 _NOT_LOADED: Final = 101
 _RATE_LIMIT: Final = 8
@@ -32,7 +31,8 @@ _NO_INDEX: Final = 700
 
 
 class Server:
-    """Calls pymilvus' client in threads of its own and translates the client's errors to `ServiceError`."""
+    """A connection to a Milvus server. It calls pymilvus' client in its own threads and translates the client's errors
+    to `ServiceError`."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         parts = milvus_parts(url)
@@ -59,8 +59,8 @@ class Server:
             raise
 
     async def call(self, method: str, **arguments: Any) -> Any:
-        """Call one method of the client and return its result. If the server has not loaded the collection, load it and
-        call the method again."""
+        """Call a method of the client and return its result. If the server has not loaded the collection, load the
+        collection and call the method again."""
 
         def work() -> Any:
             do = partial(getattr(self._client, method), timeout=self._timeout_s, **arguments)
@@ -75,7 +75,8 @@ class Server:
         return await self._run(work)
 
     def _load(self, name: str) -> None:
-        """Load a collection. If an interrupted creation left it without an index, create the index first."""
+        """Load a collection in the server. If the collection has no index, because its creation was interrupted, create
+        the index first."""
         try:
             self._client.load_collection(name, timeout=self._timeout_s)
         except MilvusException as error:
@@ -93,7 +94,8 @@ class Server:
             raise self._translated(error) from error
 
     def _translated(self, error: Exception) -> ServiceError:
-        """Return the `ServiceError` for an error of the client. Its message does not contain the password."""
+        """Translate an error of the client to a `ServiceError` and return it. The message does not contain the
+        password."""
         code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
         message = str(getattr(error, "message", None) or getattr(error, "details", lambda: error)())
         if self._options["password"]:
@@ -112,21 +114,21 @@ class Server:
 
 
 def encoded(name: str) -> str:
-    """Return the Milvus name of a collection or alias. Milvus allows no hyphens, so `-` becomes `_2d` and `_` becomes
-    `__`."""
+    """Return the name that a collection or alias has in Milvus. Milvus does not allow hyphens, so `-` becomes `_2d` and
+    `_` becomes `__`."""
     return PREFIX + name.replace("_", "__").replace("-", "_2d")
 
 
 def decoded(name: str) -> str | None:
-    """Return the name of a collection or alias from its Milvus name, or None if `encoded` did not make the Milvus
-    name."""
+    """Convert a name in Milvus back to the name of a collection or alias. Return None if `encoded` cannot have made the
+    name in Milvus."""
     if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
         return None
     return re.sub("_(_|2d)", lambda escape: "_" if escape[1] == "_" else "-", name.removeprefix(PREFIX))
 
 
 def index() -> Any:
-    """Return the parameters of the vector index. They are the same for every collection."""
+    """Return the parameters of the vector index. All collections have the same parameters."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
     return parameters

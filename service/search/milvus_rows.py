@@ -1,4 +1,5 @@
-"""Converts items to rows of Milvus, and rows back to items and hits. Also parses stored settings and makes cursors."""
+"""Converts items to rows of Milvus, and rows to items and hits. The module also parses stored settings, and makes and
+reads cursors."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ Row = Mapping[str, Any]
 DIGITS: Final = 6
 """Scores are rounded to this many decimal places, as in the embedded store."""
 _WRITE_BYTES: Final = 16 * 2**20
-"""The size limit for one message to the server."""
+"""The highest size in bytes of one message to the server."""
 
 
 def spec_of(name: str, text: str) -> CollectionSpec:
@@ -34,10 +35,10 @@ def id_in(ids: Sequence[str]) -> str:
 
 
 def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
-    """Return an item as a Milvus row.
+    """Return an item as a row of Milvus.
 
-    The metadata text is stored without the outer braces of the JSON object, because with them, 64 KiB of metadata
-    exceed Milvus' limit by one byte.
+    The metadata text is stored without the outer braces of the JSON object. With the braces, metadata of 64 KiB would
+    be one byte longer than Milvus allows.
     """
     return {
         "id": item.id,
@@ -50,7 +51,7 @@ def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
 
 
 def batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    """Yield the rows in batches, each of which fits in one message."""
+    """Yield the rows in batches. Each batch fits in one message to the server."""
     batch: list[dict[str, Any]] = []
     size = 0
     for row in rows:
@@ -77,7 +78,7 @@ def item_of(row: Row) -> Item:
 
 
 def row_of_hit(hit: Mapping[str, Any]) -> Row:
-    """Convert a Milvus hit to a row with a score."""
+    """Convert a hit of Milvus to a row that has a score."""
     entity = hit["entity"]
     score = rounded(hit["distance"])
     return {"id": hit["id"], "score": score, "text": entity["text"], "source": entity["source"]}
@@ -92,10 +93,10 @@ def rounded(score: float) -> float:
 
 
 def best_hits(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is_last: bool) -> list[Hit] | None:
-    """Return the k best hits that pass the filter, from the rows nearest to a query. Hits with equal scores are in
-    order of id. Return None if more rows are needed to determine the k best.
+    """Return the k best hits that pass a filter, from the rows nearest to a query. Hits with equal scores are sorted by
+    id. Return None if more rows are needed to determine the k best hits.
 
-    If `is_all`, no more rows exist. If `is_last`, no more rows can be fetched.
+    `is_all` is true if no other rows exist. `is_last` is true if no more rows can be fetched.
     """
     hits = sorted((hit_of(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
     hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]
@@ -110,8 +111,8 @@ def cursor_at(item_id: str) -> str:
 
 
 def id_after(cursor: str | None) -> str:
-    """Return the id after which the page of a cursor begins. Raises InvalidRequest if this store did not make the
-    cursor."""
+    """Return the id after which the page of a cursor begins. Return an empty string if the cursor is None. Raises
+    InvalidRequest if the cursor is not from this store."""
     if cursor is None:
         return ""
     text = cursor.removeprefix("i")

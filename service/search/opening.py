@@ -1,6 +1,7 @@
-"""Opens the vector store that the settings name. Only this module chooses between the implementations.
+"""Opens the vector store that the settings name. Only this module chooses between the kinds of vector store.
 
-The packages of a store are imported only if the settings name it, because pymilvus is an optional dependency.
+The packages that a store needs are imported only if the settings name this store, because pymilvus is an optional
+dependency.
 """
 
 from typing import Any
@@ -10,11 +11,11 @@ from service.settings import Settings
 
 
 async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore:
-    """Open the store that `settings.vector_store` names. If it is the embedded store, `embedded_options` are passed to
-    `open_embedded`.
+    """Open the store that `settings.vector_store` names, and return it. If it is the embedded store, `embedded_options`
+    are passed to `open_embedded`.
 
     Raises:
-        ModuleNotFoundError: pymilvus is needed and not installed. The message says how to install it.
+        ModuleNotFoundError: pymilvus is needed but not installed. The message says how to install it.
         StorageFailed: the data folder cannot be used, or Milvus refuses the connection.
         Unavailable: Milvus cannot be reached.
     """

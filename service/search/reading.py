@@ -1,5 +1,4 @@
-"""Functions that read items from the embedded store's database, and delete the items that pass a filter page by
-page."""
+"""Reads items from the embedded store's database, and deletes the items that pass a filter, page by page."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -15,15 +14,15 @@ from service.search.filters import Filter
 from service.search.store import Item
 
 _PAGE: Final = 1000
-"""The highest number of items that `delete_some` deletes in one transaction. Other writes may run between two
+"""The highest number of items that `delete_some` deletes in one transaction. Other writes can run between two
 transactions."""
 ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 """The columns that `items_of` expects."""
 
 
 def number_after(cursor: str | None) -> int:
-    """Return the item number after which the page of a cursor begins. Raises InvalidRequest if this store did not make
-    the cursor."""
+    """Return the item number after which the page of a cursor begins. Return 0 if the cursor is None. Raises
+    InvalidRequest if the cursor is not from this store."""
     if cursor is None:
         return 0
     digits = cursor.removeprefix("n")
@@ -33,7 +32,7 @@ def number_after(cursor: str | None) -> int:
 
 
 def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) -> list[Item]:
-    """Convert rows (number, id, metadata, source, digest) to items. Reads their vectors from the database."""
+    """Convert rows (number, id, metadata, source, digest) to items. The vectors are read from the database."""
     query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number = ?"
     vectors = [db.execute(query, (columns[0],)).fetchone() for columns in rows]
     if None in vectors:
@@ -61,10 +60,10 @@ def condition_of(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:
-    """Delete the first page of items that pass a filter, among those with numbers above `after` and up to `to`.
+    """Delete the first page of items that pass a filter and have numbers above `after` and up to `to`.
 
     Returns:
-        How many items were deleted, and the last number that was checked.
+        The number of items that were deleted, and the last item number that was checked.
     """
     database.check_exists(db, row)
     condition, parameters = to_sql(where)

@@ -1,12 +1,12 @@
-"""Searches the embedded store: chooses the view and the thread of a search, and turns positions into hits.
+"""Searches the embedded store: chooses the view and the thread for a search, and turns positions into hits.
 
 Every commit changes the stamp (`service/search/stamp.py`). A search reads the stamp and updates its view of the
-collection if the stamp has changed. So the search sees every acknowledged write of any process with the same data
-folder, and no partial write. Searches that wait in the queue and have the same parameters share one call of faiss. A
-quick search is answered in the caller's thread if no other search is running.
+collection if the stamp has changed. Therefore, the search sees every acknowledged write of any process with the same
+data folder, and never a partial write. Searches that wait in the queue and have the same parameters share one call of
+faiss. A quick search is answered in the caller's thread if no other search is running.
 
-Hits with equal scores are in order of id. Scores are rounded to six decimal places, because the seventh depends on the
-order of summation.
+Hits with equal scores are sorted by id. Scores are rounded to six decimal places, because the seventh decimal place
+depends on the order of summation.
 """
 
 import asyncio
@@ -37,20 +37,20 @@ from service.search.threads import Workers
 from service.search.view import View, Views
 
 AT_ONCE_S: Final = 0.001
-"""A search that usually takes at most this long may block the event loop."""
+"""The duration in seconds up to which a search may block the event loop."""
 DIGITS: Final = 6
 """Scores are rounded to this many decimal places."""
 AT_ONCE_K: Final = 100
 """A search with a larger k does not run in the caller's thread, because its duration is not known."""
 TIED: Final = 1024
-"""If more than k items may have the k-th score, an approximate search fetches up to this many items to find those with
-the smallest ids. The number is the same for every smaller k, so that pages of a result do not overlap."""
+"""The highest number of items that an approximate search fetches if more than k items may have the k-th score. Among
+the items with this score, the items with the smallest ids are chosen. The limit is the same for every smaller k, so
+that pages of a result do not overlap."""
 IN_TURN: Final = 4
-"""How many consecutive searches of one task are answered before it yields to other tasks."""
+"""The number of consecutive searches of one task that are answered before the task yields to other tasks."""
 ATTEMPTS: Final = 100
-"""How often a filtered search is attempted if items change while it runs. The limit ensures that a thread never loops
-forever.
-"""
+"""The highest number of attempts for a filtered search. The search is repeated if items change while it runs. The limit
+ensures that a thread never loops forever."""
 
 
 _USUAL: Final = SearchParams()
@@ -68,7 +68,7 @@ class _Query(NamedTuple):
 
 
 class Searcher:
-    """Answers searches with the latest view of each collection."""
+    """The part of the embedded store that answers searches, with the latest view of each collection."""
 
     def __init__(
         self,
@@ -118,7 +118,8 @@ class Searcher:
             self._searching -= 1
 
     async def _is_alone(self) -> bool:
-        """Return whether no other task is searching, in a thread or in this turn of the event loop."""
+        """Return whether no other task is searching, in a search thread or in this turn of the event loop. If this task
+        has already made many searches in this turn, let other tasks run first."""
         task = asyncio.current_task()
         if self._first is None:
             self._first, self._in_turn = task, 0
@@ -134,10 +135,11 @@ class Searcher:
         self._first = None
 
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
-        """Answer a quick search in the caller's thread, because waking another thread takes as long as the search does.
+        """Answer a quick search in the caller's thread, because waking another thread takes as long as the search.
+        Return a list of hits for each query vector.
 
-        Return None if the search may be slow: if the collection was not searched recently or has changed, k is large,
-        the parameters are not the default, or scores are tied.
+        Return None if the search may be slow. This is the case if the collection was not searched recently or has
+        changed, k is large, the parameters are not the default, or scores are tied.
         """
         stamp, views = self._at_stamp
         view = views.get(query.collection)
@@ -154,7 +156,7 @@ class Searcher:
         return None
 
     def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
-        faiss.omp_set_num_threads(1)  # applies to this thread; queries run in parallel, and the engine uses the cores
+        faiss.omp_set_num_threads(1)  # for this thread only; queries run in parallel, and the engine uses the cores
         db = self._connect()
 
         def work(together: Sequence[_Query]) -> Sequence[Any]:
@@ -168,7 +170,7 @@ class Searcher:
         return work
 
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
-        """Return the hits for each of the vectors [q, D]. `query` has all other arguments of the search."""
+        """Return a list of hits for each of the vectors [q, D]. `query` contains all other arguments of the search."""
         attempts = 0
         while True:
             attempts += 1
@@ -181,7 +183,7 @@ class Searcher:
                 self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
             elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
                 if attempts < ATTEMPTS:
-                    continue  # an item changed between the filter's answer and this one
+                    continue  # an item changed after the filter was evaluated
                 answers = [[hit for hit in hits if matches(query.where, hit.metadata)] for hits in answers]
             return answers
 
@@ -201,8 +203,8 @@ class Searcher:
         return [_hits(view, best, query.k) for best in candidates]
 
     def view(self, db: sqlite3.Connection, name: str) -> View:
-        """Return a view of the collection with this name or alias. It includes every write that has been
-        acknowledged."""
+        """Return a view of the collection with this name or alias. The view includes every write that was acknowledged
+        before the call."""
         stamp = self._stamp.read()
         if self._at_stamp[0] != stamp:
             self._at_stamp = (stamp, {})  # also releases dropped collections
@@ -210,7 +212,7 @@ class Searcher:
         view = views.get(name) if views_at == stamp else None
         if view is None:
             view = self._views.newest(db, database.find(db, name))
-            if views_at == stamp:  # the stamp was read before the view, so the view misses no write before the stamp
+            if views_at == stamp:  # the stamp was read first, so the view includes every write up to this stamp
                 views[name] = view
         return view
 
@@ -221,17 +223,17 @@ class Searcher:
 
 
 class _Tied(Exception):
-    """Raised when scores are tied, so that more items must be fetched to choose the k nearest."""
+    """The exception for tied scores. It means that more items must be fetched to choose the k nearest."""
 
 
 def _nearest(find: Callable[..., Neighbours], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
-    """Return the (score, position) pairs of the k nearest items of each vector, best first, and of further items with
-    the same score as the last.
+    """Return, for each of the vectors [q, D], the (score, position) pairs of its k nearest items, best first. The list
+    also contains further items with the same score as the k-th item.
 
-    Up to `deepest` items are fetched to find items with equal scores. `find(vectors, k=...)` runs the search.
+    At most `deepest` items are fetched to find items with equal scores. `find(vectors, k=...)` runs the search.
 
     Raises:
-        _Tied: `deepest` is 0, and more items may have the same score as the last.
+        _Tied: `deepest` is 0, and further items may have the same score as the k-th item.
     """
     answers = _candidates(find, vectors, k + 1)
     depth, tied = k + 1, [which for which, best in enumerate(answers) if _is_tied(best, k, k + 1)]
@@ -262,7 +264,7 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
 
 
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
-    """Return hits for the k best of the pairs (score, position). Hits with equal scores are in order of id."""
+    """Return hits for the k best (score, position) pairs of `best`. Hits with equal scores are sorted by id."""
     hits = []
     try:
         for (score, _), payload in zip(best, view.payloads([position for _, position in best]), strict=True):

@@ -1,7 +1,7 @@
 """Opens segments: verifies the checksum of every file and maps the files into memory.
 
-Because the files are memory-mapped (`IO_FLAG_MMAP_IFC`), opening takes only as long as the checksums, and all processes
-of a host share one copy in memory.
+Because the files are memory-mapped (`IO_FLAG_MMAP_IFC`), opening a segment takes little longer than computing the
+checksums, and all processes of a host share one copy in memory.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ _CHUNK: Final = 2**20
 
 
 def checksum(path: Path) -> str:
-    """Return the xxh3 checksum of a file, in hex. It is fast enough to check every byte each time a segment is
-    opened."""
+    """Return the xxh3 checksum of a file, in hex. It can be computed quickly enough to check every byte each time a
+    segment is opened."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(_CHUNK)
@@ -34,7 +34,7 @@ def checksum(path: Path) -> str:
 
 
 def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
-    """Verify the files of a segment, map them and return the segment.
+    """Verify the files of a segment, map them into memory, and return the open segment.
 
     Raises:
         StorageFailed: a file is missing or damaged.
@@ -59,8 +59,8 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
 
 
 def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
-    """Return a replacement for a damaged segment. It has the same vectors, which `chunks` reads from the database, but
-    it is in memory and is searched exactly."""
+    """Return a replacement for a damaged segment. The replacement contains the items in `chunks`, which were read from
+    the database. It is in memory and has no index, so it is searched exactly."""
     flat = new_flat(dimension, dtype)
     for chunk in chunks:
         flat.add(chunk.vectors)

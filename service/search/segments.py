@@ -1,11 +1,11 @@
-"""Immutable files of vectors with a faiss index over them, mapped into memory.
+"""Segments: immutable files of vectors with a faiss index, mapped into memory.
 
-A segment is a folder with these files: `numbers.npy` has the number of each item in the database. `payloads.bin` has
-the JSON text [id, metadata, source] of each item, from which a search makes its hit, and `payloads.npy` has the
-offsets. `vectors.faiss` is a flat index in float32 or float16. `index.faiss` is an HNSW graph without its vectors, or
-inverted lists of codes; a segment of the kind `flat` does not have it. Segments never change, because faiss aborts or
-gives wrong answers if an index changes during a search (faiss#1504). The positions of deleted items are kept outside
-the segment. A search gets a bitmap of the other positions.
+A segment is a folder with these files: `numbers.npy` has the database number of each item. `payloads.bin` has
+the JSON text [id, metadata, source] of each item, from which a search makes a hit, and `payloads.npy` has the offsets
+of these texts. `vectors.faiss` is a flat index in float32 or float16. `index.faiss` is an HNSW graph without its
+vectors, or inverted lists of codes. A segment of the kind `flat` has no `index.faiss`. Segments never change,
+because faiss aborts or gives wrong answers if an index changes during a search (faiss#1504). The positions of deleted
+items are stored outside the segment. A search receives a bitmap of the other positions.
 
 This module reads the vectors and searches exactly. `service/search/indexes.py` searches with an index, and
 `service/search/segment_files.py` opens the files.
@@ -39,8 +39,8 @@ _GATHER: Final = 2048  # rows at a time; 3 MB of float32 at 384 dimensions fit i
 
 
 class Neighbours(NamedTuple):
-    """The nearest vectors of each query, best first. If fewer than k were found, the rest has position -1 and score
-    -inf."""
+    """The nearest vectors of each query, best first. If fewer than k vectors were found, the remaining entries have
+    position -1 and score -inf."""
 
     scores: Floats  # [q, k]
     positions: Positions  # [q, k], within the part that was searched, or over all parts of a view
@@ -51,7 +51,7 @@ class Mapped:
 
     def __init__(self, matrix: npt.NDArray[Any]) -> None:
         self._type = matrix.dtype
-        # Stored as bytes: mapped floats may be unaligned, and numpy would copy all of them to take a few.
+        # View the rows as bytes. Mapped floats may be unaligned, and numpy would copy all of them to take a few.
         self._rows = matrix.view(np.uint8).reshape(len(matrix), matrix.shape[1] * matrix.itemsize)
 
     def take(self, positions: Positions) -> Floats:
@@ -117,20 +117,20 @@ class Payloads(Sequence[bytes]):
 
 @dataclass(frozen=True)
 class Segment:
-    """An open segment. It is safe to search from several threads."""
+    """An open segment. Several threads may search it at the same time."""
 
     row: SegmentRow
     folder: Path
     numbers: Numbers  # [n], ascending
     flat: Any  # faiss.IndexFlatIP or IndexScalarQuantizer (float16)
     matrix: Mapped | OnDisk  # [n, D], the vectors of the flat index
-    index: Any  # over the same positions; None for the kind flat
+    index: Any  # faiss index with the same positions; None for the kind flat
     payloads: Payloads
-    whole: bool = True  # False: the files are damaged, and this segment was built from database rows
+    whole: bool = True  # false if the files are damaged and this segment was built from the database
 
     @cached_property
     def kind(self) -> IndexKind:
-        """The index kind. Raises ValueError if this version does not know it."""
+        """The index kind of this segment. Raises ValueError if this version does not know the kind."""
         return kind_named(self.row.kind)
 
     @property
@@ -140,7 +140,7 @@ class Segment:
 
     @cached_property
     def lists(self) -> npt.NDArray[np.int32]:
-        """The number of the inverted list that contains each vector, [n]."""
+        """An array [n] that contains, for each vector, the number of the inverted list that stores the vector."""
         inverted, lists = faiss.extract_index_ivf(self.index).invlists, np.empty(len(self.numbers), np.int32)
         for number in range(inverted.nlist):
             if size := inverted.list_size(number):  # faiss returns an array of floats for an empty list
@@ -148,8 +148,8 @@ class Segment:
         return lists
 
     def exact(self, queries: Floats, k: int, positions: Positions) -> Neighbours:
-        """Return the k nearest of each query [q, D] among the vectors at `positions`. All of these vectors are
-        compared."""
+        """Return the k nearest vectors of each query [q, D] among the vectors at `positions`. Each query is compared
+        with all of these vectors."""
         nearest = []
         for begin in range(0, len(positions), _GATHER):
             gathered = positions[begin : begin + _GATHER]
@@ -158,12 +158,12 @@ class Segment:
         return merged(nearest or [nothing(len(queries))], k)
 
     def rows(self, positions: Positions) -> Floats:
-        """Return the vectors at these positions, [len(positions), D] float32."""
+        """Return the vectors at these positions, as a float32 array [len(positions), D]."""
         return self.matrix.take(positions)
 
     def positions_of(self, numbers: Numbers) -> Positions:
-        """Return the positions of the items with these numbers. `numbers` must be ascending; numbers that are not in
-        this segment are ignored."""
+        """Return the positions of the items with these numbers. `numbers` must be in ascending order. Numbers that are
+        not in this segment are ignored."""
         if not len(self.numbers):
             return np.empty(0, np.int64)
         inside = numbers[np.searchsorted(numbers, self.row.first) : np.searchsorted(numbers, self.row.last, "right")]
@@ -172,10 +172,10 @@ class Segment:
         return held
 
     def scan(self, queries: Floats, k: int, alive: Bits | None) -> Neighbours:
-        """Return the k nearest of each query [q, D] by comparing all vectors whose bit in `alive` is set, or all if it
-        is None.
+        """Return the k nearest vectors of each query [q, D] by comparing the query with all vectors. If `alive` is
+        given, only vectors that have their bit set in this bitmap are compared.
 
-        If the vectors are read on demand, they are read in batches.
+        If the vectors are stored on disk and not mapped, they are read in batches.
         """
         if isinstance(self.matrix, Mapped):
             selector = None if alive is None else faiss.IDSelectorBitmap(alive)
@@ -189,12 +189,12 @@ class LivePart(NamedTuple):
 
     segment: Segment
     dead: Positions
-    alive: Bits | None  # the vectors that are not deleted; None: all
+    alive: Bits | None  # bitmap of the vectors that are not deleted; None if no vector is deleted
 
 
 class Allowed:
-    """The items that pass a filter: their numbers, ascending. Their positions in a segment are computed when they are
-    first needed, and then kept."""
+    """The items that pass a filter, as item numbers in ascending order. The positions of the items in a segment are
+    computed when they are first needed, and then cached."""
 
     def __init__(self, numbers: Numbers) -> None:
         self.numbers = numbers
@@ -215,7 +215,7 @@ class Allowed:
         return bits
 
     def in_lists(self, segment: Segment) -> Numbers:
-        """Return how many of the allowed items each inverted list of the segment contains, [number of lists]."""
+        """Return the number of allowed items in each inverted list of a segment, as an array [number of lists]."""
         counts = self._in_lists.get(segment.row.folder)
         if counts is None:
             counts = np.bincount(segment.lists[self.positions(segment)], minlength=segment.n_lists)
@@ -231,23 +231,23 @@ class Allowed:
 
 
 def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positions]:
-    """Return the k nearest of the rows [m, D] for each query [q, D], as scores and row numbers [q, min(k, m)].
+    """Return the k nearest of the rows [m, D] for each query [q, D], as scores and row numbers, both [q, min(k, m)].
 
-    faiss runs in the calling thread. numpy's matrix product would start a thread on every CPU, and wait for threads on
-    busy CPUs.
+    The search uses faiss, which runs in the calling thread. numpy's matrix product would start a thread on every CPU,
+    and would wait for the threads on busy CPUs.
     """
     scores, row_numbers = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
     return scores, row_numbers
 
 
 def nothing(queries: int) -> Neighbours:
-    """Return the neighbours of `queries` queries in an empty segment: arrays of shape [queries, 0]."""
+    """Return an empty result for a number of queries: scores and positions, both of shape [queries, 0]."""
     return Neighbours(np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64))
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
     """Return the k highest scores [q, k] of each row of `scores` [q, m], best first, and their labels [q, k]. If m < k,
-    the rest has score -inf and label -1."""
+    the remaining entries have score -inf and label -1."""
     if scores.shape[1] > k:
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         scores, labels = np.take_along_axis(scores, best, 1), np.take_along_axis(labels, best, 1)
@@ -261,8 +261,8 @@ def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
 
 
 def bits_without(count: int, dead: Positions) -> Bits | None:
-    """Return a bitmap of `count` positions in which all bits except those at the positions `dead` are set, or None if
-    `dead` is empty."""
+    """Return a bitmap for `count` positions in which all bits are set except those at the positions `dead`. Return None
+    if `dead` is empty."""
     if not len(dead):
         return None
     flags = np.ones(count, bool)
@@ -271,14 +271,15 @@ def bits_without(count: int, dead: Positions) -> Bits | None:
 
 
 def bits_of(count: int, positions: Positions) -> Bits:
-    """Return a bitmap of `count` positions in which only the bits at `positions` are set."""
+    """Return a bitmap for `count` positions in which only the bits at `positions` are set."""
     flags = np.zeros(count, bool)
     flags[positions] = True
     return np.packbits(flags, bitorder="little")
 
 
 def are_set(bits: Bits | None, positions: Positions) -> npt.NDArray[np.bool_]:
-    """Return for each position whether its bit is set. If `bits` is None, all bits count as set."""
+    """Return an array of bools that shows for each position whether its bit is set. If `bits` is None, all bits count
+    as set."""
     if bits is None:
         return np.ones(len(positions), bool)
     flags: npt.NDArray[np.bool_] = (bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 1
@@ -301,7 +302,8 @@ def matrix_of(flat: Any, dtype: str) -> npt.NDArray[Any]:
 
 
 def merged(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """Merge the neighbours that were found in several parts of a collection, and return the k best of each query."""
+    """Merge the neighbours that were found in several parts of a collection. Return the k best neighbours of each
+    query."""
     if len(parts) == 1 and parts[0].scores.shape[1] == k:
         return parts[0]
     scores = np.concatenate([part.scores for part in parts], axis=1)

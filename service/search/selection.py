@@ -1,9 +1,10 @@
-"""Caches the numbers of the items that pass a filter, and keeps them up to date.
+"""Caches the numbers (internal ids) of the items that pass a filter, and keeps the cached results up to date.
 
-The database evaluates a filter with its indexes on declared keys, or by reading all metadata. Most filters are used
-repeatedly (a shop, a language, "in stock"). If the result of a filter is cached, only items that were added later are
-read, which have higher numbers. A cached result may contain deleted items; the view excludes them from searches. An
-edit of metadata invalidates all cached results of the collection.
+The database evaluates a filter by using its indexes on declared keys, or by reading all metadata. Most filters are used
+repeatedly, for example a filter for a shop or a language. If the result of a filter is cached, the database evaluates
+the filter only for items that were added later. These items have higher numbers. A cached result may contain deleted
+items, which the view excludes from searches. When metadata is edited, all cached results of the collection become
+invalid.
 """
 
 import sqlite3
@@ -29,12 +30,12 @@ MAX_KEPT: Final = 256
 class _Kept:
     allowed: Allowed
     edits: int
-    through: int  # the last number that was checked
+    through: int  # the highest item number that was checked
     segments: frozenset[str]  # folders of the segments that `allowed` may have positions for
 
 
 class Selections:
-    """A cache of the most recently used filters and the items that pass them. It is safe to use from several
+    """A cache of the most recently used filters and of the items that pass each filter. It is safe to use from several
     threads."""
 
     def __init__(self) -> None:
@@ -42,16 +43,16 @@ class Selections:
         self._kept: OrderedDict[tuple[int, str, tuple[Scalar, ...]], _Kept] = OrderedDict()
 
     def allowed(self, db: sqlite3.Connection, view: View, where: Filter) -> Allowed:
-        """Return the items of the view that pass the filter in their current state. The result may also contain deleted
-        items.
+        """Return the items of a view that pass the filter `where`. The result may contain deleted items, and the filter
+        may see metadata that is newer than the view.
 
-        Call it outside a transaction.
+        Call this method outside a transaction.
 
         Raises:
             CollectionNotFound: the collection was dropped after the view was made.
         """
         row = view.row
-        condition, parameters = to_sql(where)  # also the cache key, because 1 and True are equal in Python
+        condition, parameters = to_sql(where)  # also the cache key: filters with 1 and True are equal in Python
         key = (row.key, condition, tuple(parameters))
         with self._lock:
             kept = self._kept.get(key)
@@ -77,8 +78,8 @@ class Selections:
 
 
 def passing(db: sqlite3.Connection, row: Row, where: Filter, *, after: int = 0, to: int = 2**62) -> Numbers:
-    """Return the numbers of the items that pass a filter, ascending. Only numbers above `after` and up to `to` are
-    returned."""
+    """Return the numbers (internal ids) of the items that pass a filter, in ascending order. Only numbers above `after`
+    and up to `to` are returned."""
     condition, parameters = to_sql(where)
     query = f"SELECT number FROM items_{row.key} WHERE {condition}"
     if after or to != 2**62:

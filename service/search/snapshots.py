@@ -1,9 +1,10 @@
-"""Takes, lists, reads and restores snapshots. A snapshot is an SQLite file with one collection as it was at one moment.
+"""Takes, lists, reads and restores snapshots. A snapshot is an SQLite file that contains one collection as it was at
+one moment.
 
-A snapshot is taken within one read transaction, so it is consistent even if items are written meanwhile. It is written
-to a temporary file, which is synced and renamed. It contains the database rows of the collection; segments are rebuilt
-after a restore. A restore writes the items to a hidden collection, page by page, so that other writes can run in
-between. At the end the collection gets its name.
+A snapshot is taken within one read transaction, so it is consistent even if items are written at the same time. It is
+written to a temporary file, which is then synced and renamed. The file contains the database rows of the collection,
+and segments are rebuilt after a restore. A restore writes the items to a hidden collection, page by page, so that other
+writes can run between two pages. At the end, the hidden collection is renamed to the requested name.
 """
 
 import json
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
 _CHUNK: Final = 2000
 _YOUNG_S: Final = 60.0
-"""`tidy` leaves files alone that are younger than this, because the process that created such a file may not have
-locked it yet."""
+"""`tidy` does not remove files that are younger than this number of seconds, because the process that created such a
+file may not have locked it yet."""
 _LENGTH_ERROR: Final = 0.01  # many times the rounding error of float16 vectors with thousands of numbers
 _NO_VECTOR: Final = np.zeros(0, np.float32)
 
@@ -44,11 +45,11 @@ VectorRow = tuple[int, bytes, int]
 
 
 def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
-    """Write a snapshot of a collection in the database `source` to a new file below `root`. Return its description.
-    `collection` is a name or an alias.
+    """Write a snapshot of a collection in the database `source` to a new file below `root`. Return the description of
+    the snapshot. `collection` is the name of the collection or an alias.
 
     Raises:
-        CollectionNotFound: there is no such collection.
+        CollectionNotFound: the collection does not exist.
         StorageFailed: the snapshot cannot be written, for example because the disk is full.
     """
     now = time.time()
@@ -61,7 +62,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
         aside = folder / f".{name}.{os.getpid()}.part"
         lock = lock_file(aside)  # shows `tidy` that the file is being written
         if lock is None:
-            raise StorageFailed("the snapshot: another one of this collection is being taken now; try again")
+            raise StorageFailed("the snapshot: another snapshot of this collection is being taken; try again later")
         try:
             _write(source, collection, aside)
             publish(aside, folder / f"{name}.sqlite3")
@@ -74,7 +75,8 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
 def _write(source: Path, collection: str, target: Path) -> None:
     sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # a single file without a write-ahead log
     with closing(sqlite3.connect(target, isolation_level=None, uri=True)) as db:
-        db.execute("ATTACH ? AS source", (_read_only(source),))  # otherwise BEGIN IMMEDIATE blocks the source's writers
+        # The source is attached read-only. Otherwise, BEGIN IMMEDIATE would block its writers.
+        db.execute("ATTACH ? AS source", (_read_only(source),))
         with transaction(db):
             copied = database.find(db, collection, schema="source")
             made = database.make(db, collection, copied.spec)
@@ -84,9 +86,9 @@ def _write(source: Path, collection: str, target: Path) -> None:
 
 
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
-    """Return the snapshots of a collection, oldest first. The collection may have been dropped.
+    """Return the snapshots of a collection, oldest first. The collection need not exist any more.
 
-    The `count` of a damaged snapshot is None.
+    If a snapshot is damaged, its `count` is None.
     """
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
@@ -99,7 +101,7 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
                 log.error("%s", error)
                 infos.append(_info(root, collection, name, None))
             except NotFound:
-                continue  # deleted meanwhile
+                continue  # the snapshot was just deleted
     return infos
 
 
@@ -107,7 +109,7 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
     """Return the description of a snapshot.
 
     Raises:
-        NotFound: there is no such snapshot.
+        NotFound: the snapshot does not exist.
         StorageFailed: the snapshot is damaged.
     """
     path = path_of(root, collection, name)
@@ -125,8 +127,8 @@ def path_of(root: Path, collection: str, name: str) -> Path:
     """Return the path of a snapshot's file.
 
     Raises:
-        InvalidRequest: `name` is not a snapshot name.
-        NotFound: there is no such snapshot.
+        InvalidRequest: `name` is not a valid snapshot name.
+        NotFound: the snapshot does not exist.
     """
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
@@ -139,14 +141,14 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """Return the collection in a snapshot, and an iterator over pages of its rows: (rows of `items`, rows of
-    `vectors`).
+    """Open the snapshot at `path`. Return the state of its collection, and an iterator over pages of rows. Each page is
+    a pair of lists: rows of the table `items`, and rows of the table `vectors`.
 
-    The file may come from anywhere, so its contents are checked as strictly as items of a request.
+    The file may come from anywhere, so its contents are checked as strictly as the items in a request.
 
     Raises:
-        StorageFailed: the file is damaged, is not a snapshot, or contains values that are not allowed. The iterator
-            raises it too.
+        StorageFailed: the file is damaged, is not a snapshot, or contains values that are not allowed. The iterator may
+            also raise this error.
     """
     what = f"snapshot {path.stem}"
     with translated(what):
@@ -194,14 +196,14 @@ def _only_collection(db: sqlite3.Connection, what: str) -> Row:
 
 
 def _is_number(number: object) -> bool:
-    """Return whether `number` is allowed as the number of an item. SQLite numbers new items from the largest number on,
-    so a number near SQLite's limit is not allowed."""
+    """Return whether `number` may be the number of an item. SQLite gives each new item a number above the largest
+    number, so numbers near SQLite's limit are not allowed."""
     return isinstance(number, int) and 0 < number < 2**53
 
 
 def _checked(row: ItemRow, what: str) -> ItemRow:
-    """Check the row of an item, and return it in the form in which a write would store it. Raises StorageFailed if it
-    is not allowed."""
+    """Check the row of an item, and return the row in the form in which a write would store it. Raises StorageFailed if
+    a value in the row is not allowed."""
     number, item_id, metadata, source, digest = row
     try:
         if not (isinstance(item_id, str) and isinstance(metadata, str)) or not (
@@ -218,7 +220,8 @@ def _checked(row: ItemRow, what: str) -> ItemRow:
 
 
 def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list[VectorRow]) -> None:
-    """Insert a page of rows from a snapshot into the collection `row`, which is being restored."""
+    """Insert a page of rows from a snapshot into a collection that is being restored. `row` is the state of this
+    collection."""
     database.check_exists(db, row)
     db.executemany(f"INSERT INTO items_{row.key} (number, id, metadata, source, digest) VALUES (?, ?, ?, ?, ?)", items)
     db.executemany(f"INSERT INTO vectors_{row.key} VALUES (?, ?, ?)", vectors)
@@ -230,9 +233,10 @@ def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list
 
 @contextmanager
 def restoring(root: Path) -> Iterator[str]:
-    """Yield a hidden name for the collection that a restore creates.
+    """Create a lock file for a restore, and yield a hidden name for the collection that the restore creates.
 
-    `is_restoring` returns true for the name until the block ends or the process dies.
+    `is_restoring` returns True for this name until the `with` block ends. If the process dies first, `is_restoring`
+    returns True until `tidy` removes the lock file.
     """
     name = f"{database.HIDDEN}{uuid.uuid4().hex}"
     path = _lock_path(root, name)
@@ -252,9 +256,9 @@ def is_restoring(root: Path, name: str) -> bool:
 
 
 def tidy(root: Path) -> None:
-    """Remove the temporary files of snapshots and restores whose process has died."""
+    """Remove the temporary files of snapshots and restores if their process has died."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
-        with suppress(OSError):  # finished meanwhile, or not deletable; neither must block the other files
+        with suppress(OSError):  # a file that cannot be deleted must not block the others
             if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := lock_file(path)) is not None:
                 with lock:
                     path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's journal of a snapshot

@@ -1,8 +1,8 @@
-"""The check of a collection's settings, used wherever a collection is created.
+"""Checks the settings of a new collection.
 
-Collections are created by REST requests, the command line, imports, copies and restores. With one check, none of these
-can create a collection that another would refuse or for which no index can be built. Stores run the check when they
-create a collection. Code that reads settings from a file also runs it, because a file may contain anything.
+Collections are created by REST requests, the command line, imports, copies and restores. All of them use this check, so
+all of them accept the same settings, and an index can be built for every collection. Stores run the check when they
+create a collection. Code that reads settings from a file also runs the check, because a file may contain any values.
 """
 
 import reprlib
@@ -23,11 +23,11 @@ TARGET_RECALL: Final = (0.5, 1.0)
 
 
 def check_spec(spec: CollectionSpec) -> CollectionSpec:
-    """Return the settings if they are allowed. Types are checked too, because settings from a JSON file may have any
-    type.
+    """Return the settings `spec` if they are allowed. The types of the values are checked too, because settings from a
+    JSON file may have any type.
 
     Raises:
-        InvalidRequest: a setting is not allowed. The message has its name, its value and what is allowed.
+        InvalidRequest: a setting is not allowed. The message contains its name, its value and the allowed values.
     """
     if not isinstance(spec.tag, str) or not 1 <= len(spec.tag) <= MAX_TAG_CHARACTERS or not spec.tag.isprintable():
         raise _refused("tag", spec.tag, f"1 to {MAX_TAG_CHARACTERS} printable characters")

@@ -1,7 +1,7 @@
 """The embedded store's SQLite file: creation, connections, checks and transactions.
 
-Writes are committed in WAL mode with `synchronous=FULL`, so a committed write has been synced to disk.
-`service/search/database.py` has the statements that read and write collections.
+Writes are committed in WAL mode with `synchronous=FULL`, so every committed write is synced to disk. The statements
+that read and write collections are in `service/search/database.py`.
 """
 
 import sqlite3
@@ -41,8 +41,8 @@ CREATE TABLE requests (
 
 @contextmanager
 def translated(what: str = "the vector store") -> Iterator[None]:
-    """Translate errors of SQLite and the file system to StorageFailed. The messages have no paths, because clients see
-    them."""
+    """Translate errors of SQLite and the file system to StorageFailed. The message begins with `what`. It omits the
+    paths in the original errors, because clients see the message."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -57,7 +57,8 @@ def translated(what: str = "the vector store") -> Iterator[None]:
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """Return a connection for one thread. `prepare` must have created or checked the file."""
+    """Open a connection to the database at `path`, for use in one thread. Call `prepare` first, which creates or checks
+    the file."""
     db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
@@ -69,11 +70,11 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 
 def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | None = None) -> None:
-    """Create the file, or check that it is a vector store.
+    """Create the database file, or check that the existing file is a vector store.
 
     Raises:
-        StorageFailed: the file cannot be used, is damaged or is not a vector store. The message begins with `what`, by
-            default with the path.
+        StorageFailed: the file cannot be used, is damaged or is not a vector store. The message begins with `what`. If
+            `what` is None, the message begins with "vector store" and the path.
     """
     what = what or f"vector store {path}"
     with translated(what):
@@ -90,7 +91,7 @@ def prepare(path: Path, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | N
 
 
 def check_ours(db: sqlite3.Connection, what: str) -> None:
-    """Raise StorageFailed if the file is not a vector store of this version."""
+    """Raise StorageFailed if the database is not a vector store of this version. The message begins with `what`."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
@@ -101,16 +102,16 @@ def check_ours(db: sqlite3.Connection, what: str) -> None:
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Run the statements of a script within the open transaction. `executescript` would commit the transaction
-    first."""
+    """Run the statements of an SQL script within the open transaction. The method `executescript` of SQLite's
+    connection would commit the transaction first."""
     for statement in script.split(";\n"):
         db.execute(statement)
 
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Run a block in one write transaction. When the block ends, its changes are on disk. If it raises, nothing is
-    changed."""
+    """Run the block of a `with` statement in one write transaction. When the block ends, its changes are on disk. If
+    the block raises an error, the database is not changed."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -123,7 +124,8 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Run a block of reads in one transaction. All of them see the database as it is at the first read."""
+    """Run the block of a `with` statement in one read transaction. All reads see the database as it was at the first
+    read."""
     db.execute("BEGIN")
     try:
         yield

@@ -1,10 +1,11 @@
-"""A number that all processes with the same data folder share. It changes with every commit.
+"""The stamp: a number that all processes with the same data folder share, and that changes with every commit.
 
-From the number, called the stamp, a search learns whether anything was written since its last read. A query to SQLite
-would take longer than all other Python code of a search. A writer changes the stamp before it acknowledges the write,
-so a reader that finds the stamp unchanged has seen every acknowledged write. Each new value is random. With a counter,
-two processes that increment it at once could set it back to a value that a reader has seen. If a process dies between
-the commit and the change of the stamp, it has not acknowledged the write; readers see the write after the next change.
+A search compares the stamp with the value that an earlier search read. If the values differ, something was written. A
+query to SQLite would take longer than all other Python code of a search. A writer changes the stamp before it
+acknowledges the write, so a reader that finds the stamp unchanged has seen every acknowledged write. Each new value is
+random. If the stamp were a counter, two processes that increment it at the same time could set it back to a value that
+a reader has already seen. If a process dies after the commit but before it changes the stamp, it has not acknowledged
+the write. Readers see this write after the next change of the stamp.
 """
 
 import mmap

@@ -1,8 +1,9 @@
-"""The interface `VectorStore` and the types of its arguments and results. All vector stores implement it.
+"""The interface `VectorStore`, which all vector stores implement, and the types of its arguments and results.
 
-Vectors can be compared only if the same model made them in the same way. So every collection has a `tag` (the model's
-fingerprint with pooling, normalisation, input size and precision) and a dimension, both set by its first write. A write
-or search with another tag raises ModelMismatch (status 409); the message names both tags.
+Vectors can be compared only if the same model made them in the same way. Therefore, every collection has a `tag` (the
+model's fingerprint with pooling, normalisation, input size and precision) and a dimension. The first write to a
+collection sets both. A write or search with another tag raises ModelMismatch (status 409). The error message names both
+tags.
 
 Scores are cosine similarities from -1 to 1, because stored vectors and queries are scaled to length 1.
 """
@@ -23,8 +24,8 @@ Metadata = Mapping[str, Any]
 DType = Literal["float32", "float16"]
 
 MAX_DEPTH: Final = 10_000
-"""The highest k of one search of a store. It bounds the sum of k and offset of a request, and the number of hits that
-grouping reads."""
+"""The highest number of hits (k) that one search of a store may request. It also limits the sum of k and offset in a
+request, and the number of hits that are read for grouping."""
 MAX_ID_CHARACTERS: Final = 256
 MAX_METADATA_BYTES: Final = 64 * 2**10
 MAX_SOURCE_CHARACTERS: Final = 2048
@@ -32,7 +33,8 @@ MAX_SOURCE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True)
 class Item:
-    """One vector of a collection, with its id and metadata. `vector` is [D]; a store returns it scaled to length 1."""
+    """One vector of a collection, with its id and metadata. `vector` has the shape [D], where D is the dimension of the
+    collection. Stores return vectors scaled to length 1."""
 
     id: str
     vector: Floats
@@ -52,29 +54,29 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """Index settings of a collection. A store ignores settings that it does not support.
+    """The index settings of a collection. A store ignores settings that it does not support.
 
-    With the kind `auto`, the number of vectors determines the kind. A setting that is None gets a suitable default.
+    If the kind is `auto`, the number of vectors determines the kind. A setting that is None gets a default value.
     `service/search/kinds.py` defines which settings apply to which kind.
     """
 
     kind: Kind = "auto"
-    m: int | None = None  # neighbours of a node in a graph
+    m: int | None = None  # number of neighbours of each node in a graph
     ef_construction: int | None = None  # how carefully a graph is built
-    n_lists: int | None = None  # inverted lists
-    target_recall: float = 0.98  # of the ten nearest; search parameters are tuned for it
+    n_lists: int | None = None  # number of inverted lists
+    target_recall: float = 0.98  # share of the ten nearest vectors that a search should find
 
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """Settings of a collection. They are fixed when it is created. `service/search/specs.py` defines what is
-    allowed."""
+    """The settings of a collection. They cannot be changed after the collection is created. `service/search/specs.py`
+    defines the allowed values."""
 
     tag: str  # identifies what made the vectors; only vectors with equal tags can be compared
     dimension: int
-    dtype: DType = "float32"  # as stored
+    dtype: DType = "float32"  # of the stored vectors
     index: IndexSpec = field(default_factory=IndexSpec)
-    indexed: tuple[str, ...] = ()  # metadata keys with an index, so filters on them need not read every item
+    indexed: tuple[str, ...] = ()  # metadata keys with a database index, so that filters on these keys are fast
     originals: bool = False  # whether images are stored with their vectors
 
 
@@ -95,18 +97,18 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class SearchParams:
-    """How thoroughly one search uses the index. None means the value that tuning chose. Settings that do not apply to
-    the index kind are ignored."""
+    """The parameters that determine how thoroughly a search uses the index. If a parameter is None, the search uses the
+    value that tuning chose. Parameters that do not apply to the kind of index are ignored."""
 
     exact: bool = False
-    ef_search: int | None = None  # graphs
-    nprobe: int | None = None  # inverted lists
+    ef_search: int | None = None  # for graphs
+    nprobe: int | None = None  # for inverted lists
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of items in the store's order. `cursor` is the argument with which `scroll` returns the next page, or None
-    on the last page."""
+    """A page of items in the store's order. To get the next page, pass `cursor` to `scroll`. On the last page, `cursor`
+    is None."""
 
     items: list[Item]
     cursor: str | None
@@ -114,8 +116,8 @@ class Page:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """The description of a snapshot. `created` is ISO 8601 in UTC. `count` is the number of items, or None if the
-    snapshot is damaged."""
+    """The description of a snapshot. `created` is the time in ISO 8601 format, in UTC, and `bytes` is the size of the
+    file. `count` is the number of items, or None if the snapshot is damaged."""
 
     name: str
     collection: str
@@ -125,81 +127,85 @@ class SnapshotInfo:
 
 
 class VectorStore(Protocol):
-    """Collections of items with string ids, and aliases of collections.
+    """A store of named collections. A collection contains items with string ids, and it may have aliases.
 
-    Several calls may run at the same time. When a write has returned, it is durable and every later call sees it.
-    Wherever a method takes the name of a collection, an alias may be given instead.
+    Several calls may run at the same time. When a write returns, it is durable and visible to every later call. Methods
+    also accept an alias as the name of a collection, except `create`, `drop` and `restore`.
 
-    Every method may raise CollectionNotFound, StorageFailed if the storage fails, and InvalidRequest for a name,
-    setting, id, vector, metadata or number that is not allowed. Methods that take vectors raise ModelMismatch if the
-    tag, or Conflict if the dimension, differs from the collection's.
+    Every method may raise CollectionNotFound if the collection does not exist, StorageFailed if the storage fails,
+    Unavailable if the store's server cannot be reached, and InvalidRequest if a name, setting, id, vector, metadata or
+    number is not allowed. A method that takes vectors raises ModelMismatch if their tag differs from the collection's
+    tag, and Conflict if their dimension differs from the collection's dimension.
     """
 
     capabilities: frozenset[str]
-    """Optional features of this store: `atomic_upsert` (a call writes all items or none), `idempotency`, `snapshots`,
-    `index_kinds` (follows `IndexSpec`), `stats`."""
+    """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
+    (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect) and
+    `stats` (see `StatsStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
-        """Create a collection. If it exists with the same spec, do nothing. Return its description.
+        """Create a collection and return its description. If the collection already exists with the same settings,
+        change nothing.
 
         Raises:
-            Conflict: an alias, or a collection with another spec, has this name.
+            Conflict: an alias, or a collection with other settings, has this name.
         """
 
     async def collections(self) -> list[CollectionInfo]:
-        """Return all collections in order of name."""
+        """Return the descriptions of all collections, sorted by name."""
 
     async def info(self, collection: str) -> CollectionInfo: ...
 
     async def drop(self, collection: str) -> None:
-        """Drop a collection with all its items.
+        """Delete a collection and all its items.
 
         Raises:
             Conflict: the collection has an alias, or the name is an alias.
         """
 
     async def aliases(self) -> dict[str, str]:
-        """Return a mapping from aliases to collections."""
+        """Return a dictionary from aliases to the names of their collections."""
 
     async def set_alias(self, alias: str, collection: str) -> str | None:
-        """Point the alias to the collection, in one atomic step. Return the collection that it pointed to before, or
-        None if the alias is new.
+        """Point an alias to a collection in one atomic step. Return the name of the collection that the alias pointed
+        to before, or None if the alias is new.
 
         Raises:
-            Conflict: a collection has this name.
+            Conflict: a collection has the name `alias`.
         """
 
     async def drop_alias(self, alias: str) -> None:
-        """Remove an alias. Raises CollectionNotFound if it does not exist."""
+        """Remove an alias. Raises CollectionNotFound if the alias does not exist."""
 
     async def upsert(
         self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
     ) -> CollectionInfo:
-        """Write items. An item replaces the existing item with the same id. If several of the items have the same id,
-        only the last of them is written.
+        """Write items and return the description of the collection. An item replaces the existing item with the same
+        id. If several of the items have the same id, only the last of them is written.
 
         The first write to a name creates the collection with default settings. If the store has the capability
         `idempotency`, a second call with the same `request_key` and items within a day changes nothing.
 
         Raises:
-            Conflict: the key was used with other items.
+            Conflict: the `request_key` was used with other items within the last day.
         """
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
         """Return the items in the order of the ids, with None for an id that does not exist."""
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
-        """Apply a JSON merge patch (RFC 7396) to the metadata of an item: None removes a key. Return the updated item.
+        """Apply a JSON merge patch (RFC 7396) to the metadata of an item, and return the updated item. A key that is
+        None in the patch is removed from the metadata.
 
         Raises:
-            ItemNotFound: there is no such item.
+            ItemNotFound: no item has this id.
         """
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
-        """Delete the items with these ids. Return how many of them existed."""
+        """Delete the items with these ids. Return the number of items that were deleted."""
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete the items that match a filter. Return how many were deleted."""
+        """Delete the items that match a filter. Return the number of items that were deleted."""
 
     async def count(self, collection: str, where: Filter | None = None) -> int: ...
 
@@ -208,8 +214,8 @@ class VectorStore(Protocol):
     ) -> Page:
         """Return one page of items.
 
-        An item that exists while all pages are read is on exactly one of them. An item that is written or deleted
-        meanwhile may be missing.
+        An item that does not change while all pages are read is on exactly one page. An item that is written or deleted
+        in the meantime may be on no page or on two pages.
 
         Raises:
             InvalidRequest: the cursor is not from this store.
@@ -225,10 +231,10 @@ class VectorStore(Protocol):
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """Return the k nearest items of each of the vectors [n, D], best first. Items with equal scores are in order of
-        id. k is at most MAX_DEPTH.
+        """Return the k nearest items for each of the query vectors [n, D], best first. The result has one list of hits
+        for each vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
 
-        The vectors may have any length except 0. If fewer than k items match, fewer hits are returned.
+        The query vectors may have any length except 0. If fewer than k items match the filter, fewer hits are returned.
         """
 
     async def close(self) -> None: ...
@@ -237,26 +243,29 @@ class VectorStore(Protocol):
 class SnapshotStore(VectorStore, Protocol):
     """A store that can take and restore snapshots of a collection (capability `snapshots`).
 
-    Methods that take a snapshot's name raise InvalidRequest if it is not a snapshot name, NotFound if there is no such
-    snapshot, and StorageFailed if it is damaged.
+    Methods that take the name of a snapshot raise InvalidRequest if the name is not a valid snapshot name, and NotFound
+    if the snapshot does not exist. `restore` raises StorageFailed if the snapshot is damaged.
     """
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
-        """Take a snapshot of the collection as it is at one moment. Writes may continue meanwhile."""
+        """Take a snapshot of a collection and return its description. The snapshot contains the collection as it was at
+        one moment. Writes may continue while the snapshot is taken."""
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
-        """Return the snapshots of a collection, oldest first. Snapshots remain after the collection is dropped."""
+        """Return the snapshots of a collection, oldest first. Snapshots are not deleted when their collection is
+        dropped."""
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
-        """Return the path of the snapshot's file."""
+        """Return the path of a snapshot's file."""
 
     async def drop_snapshot(self, collection: str, name: str) -> None: ...
 
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
-        """Create `collection` from the snapshot `name` of the collection `source`.
+        """Create the collection `collection` from the snapshot `name` of the collection `source`, and return the
+        description of the new collection.
 
         Raises:
-            Conflict: a collection or alias has the name `collection`.
+            Conflict: a collection or alias with the name `collection` already exists.
         """
 
 
@@ -264,4 +273,4 @@ class StatsStore(VectorStore, Protocol):
     """A store that reports how a collection is indexed (capability `stats`)."""
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return figures about the index of a collection, for operators. They can be serialised as JSON."""
+        """Return figures about the index of a collection, for operators. The dictionary can be serialised as JSON."""

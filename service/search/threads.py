@@ -1,9 +1,9 @@
 """The embedded store's threads: one for writes and several for searches. The event loop only passes jobs to them and
 receives the results.
 
-Writes that wait in the queue are committed together, with one sync of the disk. A savepoint keeps each write atomic.
-Searches that wait in the queue and have the same parameters share one call of faiss. A search takes a fraction of a
-millisecond, so passing a job to a thread must be quick.
+Writes that wait in the queue are committed together, with one sync of the disk. Each write runs within a savepoint and
+remains atomic. Searches that wait in the queue and have the same parameters share one call of faiss. A search takes a
+fraction of a millisecond, so passing a job to a thread must be quick.
 """
 
 import asyncio
@@ -36,11 +36,11 @@ class _Job(Generic[Q]):
 
 
 class Workers(Generic[Q]):
-    """Threads that take jobs from one queue. A thread takes several jobs at once if they have the same key."""
+    """Threads that take jobs from one queue. A thread takes several jobs at once if the jobs have the same key."""
 
     def __init__(self, name: str, count: int, make: Callable[[], Callable[[Sequence[Q]], Sequence[Any]]]) -> None:
-        """Start `count` threads. Each thread calls `make` once. `make` returns the function that the thread calls with
-        the jobs it takes; this function returns the result or the error of each job."""
+        """Start `count` threads. Each thread calls `make` once, which returns the function that runs jobs. The thread
+        passes the jobs that it takes to this function. The function returns a result or an error for each job."""
         self._waiting: deque[_Job[Q]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -51,8 +51,8 @@ class Workers(Generic[Q]):
             thread.start()
 
     async def do(self, what: Q, key: Hashable = None) -> Any:
-        """Run the job `what` in a thread and return its result, or raise its error. If the caller is cancelled, a job
-        that has started still completes."""
+        """Run the job `what` in a thread and return its result, or raise its error. Jobs with the same `key` may run
+        together. If the caller is cancelled, a job that has started is still completed."""
         loop = asyncio.get_running_loop()
         job = _Job(what, key, loop, loop.create_future())
         with self._changed:
@@ -63,7 +63,8 @@ class Workers(Generic[Q]):
         return await job.future
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Finish the queued jobs, then end the threads."""
+        """Finish the queued jobs and end the threads. Wait up to `timeout_s` seconds for each thread. If `timeout_s` is
+        None, wait without a limit."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
@@ -71,8 +72,8 @@ class Workers(Generic[Q]):
             thread.join(timeout_s)
 
     def _take(self) -> list[_Job[Q]]:
-        """Wait for a job and take it. Also take the jobs right behind it with the same key, up to this thread's share
-        of the queue.
+        """Wait for a job, then remove it from the queue. Also remove the jobs directly behind it that have the same
+        key, up to this thread's share of the queue. Return these jobs.
 
         Return an empty list if the workers are closed and the queue is empty.
         """
@@ -121,10 +122,10 @@ Write = Callable[[sqlite3.Connection], Any]
 
 
 def commit_together(db: sqlite3.Connection, writes: Sequence[Write]) -> list[Any]:
-    """Run several writes in one transaction. Return the result of each write, or its own error.
+    """Run several writes in one transaction. Return a list with the result or the error of each write.
 
     Raises:
-        StorageFailed: the whole transaction failed and nothing is written.
+        StorageFailed: the whole transaction failed, and nothing was written.
     """
     with translated(), transaction(db):
         return [_carry_out(db, write) for write in writes]

@@ -1,9 +1,9 @@
-"""Copies collections between stores, writes them to files and reads them from files: the commands `dinov2 collections
-copy`, `export` and `import`.
+"""Copies collections between stores, exports them to files and imports them from files. The commands `dinov2
+collections copy`, `export` and `import` use this module.
 
-Items are read and written page by page through the protocol `VectorStore`, so a million vectors need no more memory
-than a thousand. Only an .npz file is read or written as a whole. An interrupted copy or import can be run again: a copy
-skips items that exist, and an import writes all items again.
+Items are read and written page by page through the protocol `VectorStore`, so the memory needed does not grow with the
+size of the collection. Only .npz files are read and written as a whole. An interrupted copy or import can be run again:
+a copy skips items that exist, and an import writes all items again.
 
 The images of a collection may be stored too (`service/originals.py`). If the target has another image store, a copy
 includes the images. Each image is copied before the items that refer to it.
@@ -38,23 +38,24 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Photos:
-    """How many images a copy had to copy, and what happened to them."""
+    """The numbers of images that a copy handled, by outcome."""
 
     copied: int = 0
-    present: int = 0  # already in the target
-    missing: int = 0  # not in the source
-    unreadable: int = 0  # damaged in the source
+    present: int = 0  # images that were already in the target
+    missing: int = 0  # images that are not in the source
+    unreadable: int = 0  # images that are damaged in the source
     reason: str = ""  # why the first unreadable image could not be read
 
 
 @dataclass(frozen=True)
 class Copied:
-    """The result of a copy or import: how many items were written, and how many there are."""
+    """The result of a copy or import: the numbers of items that were written, that were already in the target, and that
+    are in the collection at the end."""
 
     written: int
-    present: int  # already in the target, and left unchanged
-    count: int  # items in the collection now
-    photos: Photos | None = None  # None: there were no images to copy
+    present: int  # items that were already in the target and left unchanged
+    count: int  # items in the collection at the end
+    photos: Photos | None = None  # None if images were not copied
 
 
 async def copy_collection(
@@ -66,11 +67,12 @@ async def copy_collection(
     originals: tuple[Originals, Originals] | None = None,
     advance: Progress = lambda _: None,
 ) -> Copied:
-    """Copy a collection to another store or to another name. Items whose ids exist in the target are skipped.
+    """Copy a collection to another store, or to another name. Items with ids that exist in the target are skipped.
+    Return the numbers of items and images.
 
     Args:
         originals: the image stores of source and target. Images are copied if the collection stores images and the two
-            image stores differ. The images of items that are skipped are copied too.
+            image stores differ. The images of skipped items are copied too.
 
     Raises:
         Conflict: the target has a collection of this name with other settings, or the two collections have different
@@ -96,15 +98,15 @@ async def copy_collection(
     wanted, count = await source.count(name), await target.count(new_name)
     if wanted != count:
         raise Conflict(
-            f"{name!r} holds {wanted} items and {new_name!r} now {count}: one of them was written to meanwhile, or "
-            f"{new_name!r} had other items before; run the copy again, or copy to a new name"
+            f"{name!r} holds {wanted} items and {new_name!r} now {count}: one of the collections was written to "
+            f"during the copy, or {new_name!r} had other items before; run the copy again, or copy to a new name"
         )
     return Copied(written, present, count, photos if originals is not None else None)
 
 
 async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
-    """Copy the images that the items refer to, at most `THREADS` at a time. Count them in `photos`."""
-    gate = asyncio.Semaphore(THREADS)  # each image being copied is in memory
+    """Copy the images to which the items refer, at most `THREADS` images at a time. Count the outcomes in `photos`."""
+    gate = asyncio.Semaphore(THREADS)  # limits the memory, because each image is in memory while it is copied
 
     async def copy(digest: str) -> None:
         async with gate:
@@ -141,11 +143,11 @@ async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]
 
 
 async def export_collection(store: VectorStore, name: str, out: Path, *, advance: Progress = lambda _: None) -> int:
-    """Write a collection to a file. The suffix of the file's name determines the format. Return the number of items.
+    """Write a collection to a file and return the number of items. The suffix of the file name determines the format.
 
     Raises:
         ValueError: the suffix is not a known format.
-        ModuleNotFoundError: pyarrow is missing.
+        ModuleNotFoundError: pyarrow is needed but not installed.
         OSError: the file cannot be written.
     """
     suffix = check_format(out)
@@ -173,16 +175,18 @@ async def export_collection(store: VectorStore, name: str, out: Path, *, advance
 async def import_collection(
     store: VectorStore, name: str, path: Path, *, tag: str | None = None, advance: Progress = lambda _: None
 ) -> Copied:
-    """Add the items of a file to a collection. The collection is created if it does not exist. Existing items with the
-    same ids are replaced.
+    """Add the items of a file to a collection. If the collection does not exist, it is created. Existing items with the
+    same ids are replaced. Return how many items were written, and how many the collection has at the end.
 
     Args:
-        tag: the tag of the vectors. It is needed if the file has no tag. If the file has one, both must be equal.
+        tag: the tag of the vectors, which identifies the model that made them. It is needed if the file has no tag. If
+            the file has a tag, both tags must be equal.
 
     Raises:
-        ValueError: the file has an unknown format, no tag is known, or the file is damaged. The message names the line
-            or row. The items before that point have been written.
-        InvalidRequest: an item or a setting is not allowed. The message names the file and the item, counted from 1.
+        ValueError: the file has an unknown format or is damaged, or the tag is missing or differs from the tag in the
+            file. If a line or row is damaged, the message contains its number. Items before it may have been written.
+        InvalidRequest: an item or a setting is not allowed. For an item, the message contains the file and the number
+            of the item, counted from 1.
         ModelMismatch, Conflict: the collection has vectors of another model or dimension.
     """
     suffix = check_format(path)
@@ -191,9 +195,11 @@ async def import_collection(
     assert isinstance(head, Head)
     made_by = head.tag or tag
     if made_by is None:
-        raise ValueError(f"{path}: has no tag that identifies the model of its vectors; give --tag or --fingerprint")
+        raise ValueError(
+            f"{path}: the file has no tag that identifies the model of its vectors; give --tag or --fingerprint"
+        )
     if tag is not None and tag != made_by:
-        raise ValueError(f"{path}: its vectors are of {made_by!r}, not of {tag!r}")
+        raise ValueError(f"{path}: the vectors in the file are of {made_by!r}, not of {tag!r}")
     written, made = 0, head.spec is None
     for items in opened:
         assert isinstance(items, list)
@@ -208,13 +214,13 @@ async def import_collection(
             raise InvalidRequest(f"{path}: {named}{error.detail}", param=error.param) from error
         written += len(items)
         advance(len(items))
-    if not made and head.spec is not None:  # an empty collection is one too
+    if not made and head.spec is not None:  # the file has settings but no items
         await _make(store, name, head.spec)
     return Copied(written, 0, await store.count(name) if written or head.spec else 0)
 
 
 def _first_refused(items: Sequence[Item]) -> int | None:
-    """Return the position of the first item that is not allowed, or None."""
+    """Return the position of the first item that is not allowed, or None if all items are allowed."""
     for position, item in enumerate(items):
         try:
             checked_items([item])
@@ -224,15 +230,15 @@ def _first_refused(items: Sequence[Item]) -> int | None:
 
 
 def check_format(path: Path) -> str:
-    """Return the suffix of the file's name, in lower case. Raises ValueError if it is not one of FORMATS."""
+    """Return the suffix of the file name, in lower case. Raises ValueError if the suffix is not one of FORMATS."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
     return path.suffix.lower()
 
 
 async def _make(store: VectorStore, name: str, spec: CollectionSpec) -> None:
-    """Create a collection if it does not exist. An existing collection keeps its settings. Later writes check its tag
-    and dimension."""
+    """Create a collection if it does not exist. The settings of an existing collection are not changed. Later writes
+    check its tag and dimension."""
     try:
         await store.info(name)
     except CollectionNotFound:

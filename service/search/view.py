@@ -1,10 +1,10 @@
-"""The vectors of a collection at one moment: its segments, its tail (the items that are in no segment yet), and the
-positions of deleted vectors.
+"""Views of a collection. A view contains the state of the collection at one moment: its segments, its tail (the items
+that are in no segment yet), and the positions of deleted vectors.
 
-A `View` never changes, so a search needs no lock and does not wait for writes. `Views` keeps the latest view of each
-collection. It makes the next view from the latest one and the changes in the database since then, by this process or
-another. Views share the arrays of the tail: new rows are appended after those that older views use, and existing rows
-never change.
+A `View` never changes, so a search needs no lock and does not wait for writes. `Views` stores the latest view of each
+collection. It makes the next view from the latest view and from the changes in the database since then, which may come
+from this process or from another. Views share the arrays of the tail. New rows are appended after the rows that older
+views use, and existing rows never change.
 
 Legend: q queries, D dimension, k neighbours requested.
 """
@@ -45,13 +45,13 @@ log = logging.getLogger(__name__)
 
 EXACT_ROWS: Final = 4_000
 EXACT_SHARE: Final = 0.02
-"""If a filter passes at most EXACT_ROWS items of a segment, or at most the share EXACT_SHARE of it, these items are
-searched exactly. A search by index would miss most of them."""
+"""If a filter passes at most EXACT_ROWS items of a segment, or at most the share EXACT_SHARE of its items, these items
+are searched exactly. A search with the index would miss most of them."""
 _FIRST_CAPACITY: Final = 256
 
 
 class Tail:
-    """The items that are in no segment yet. A caller of `append` must have the lock of `Views`. Reading needs no
+    """The items that are in no segment yet. A caller of `append` must hold the lock of `Views`. Reading needs no
     lock."""
 
     def __init__(self, dimension: int) -> None:
@@ -61,7 +61,7 @@ class Tail:
 
     def append(self, chunk: Chunk) -> None:
         length, needed = len(self.payloads), len(self.payloads) + len(chunk.numbers)
-        if needed > len(self.numbers):  # older views keep their arrays
+        if needed > len(self.numbers):  # new arrays; older views still use the old ones
             room = max(needed, 2 * len(self.numbers)) - length
             self.numbers = np.concatenate([self.numbers[:length], np.empty(room, np.int64)])
             empty = np.empty((room, self.matrix.shape[1]), np.float32)
@@ -79,7 +79,8 @@ class Tail:
 
 
 class LiveTail(NamedTuple):
-    """The rows of the tail that belong to one view, and the positions of those that are deleted."""
+    """The rows of the tail (the items that are in no segment yet) that belong to one view, and the positions of the
+    deleted rows."""
 
     numbers: Numbers
     matrix: Floats
@@ -95,7 +96,7 @@ class LiveTail(NamedTuple):
         return Neighbours(*top_of(scores, positions, k))
 
     def among(self, queries: Floats, k: int, allowed: Numbers) -> Neighbours:
-        """Return the k nearest rows of each query [q, D], among the rows whose item numbers are in `allowed`."""
+        """Return the k nearest rows of each query [q, D] among the rows that have an item number in `allowed`."""
         inside = np.isin(self.numbers, allowed, assume_unique=True)
         inside[self.dead] = False
         rows = np.flatnonzero(inside)
@@ -107,23 +108,23 @@ class LiveTail(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """A collection at one moment. A position in a view counts the vectors of all segments in order, and then those of
-    the tail."""
+    """A collection at one moment: its segments and its tail (the items that are in no segment yet). A position in a
+    view is an index into the vectors of all segments, in order, followed by the vectors of the tail."""
 
     row: Row
     parts: tuple[LivePart, ...]
-    starts: tuple[int, ...]  # the first position of each part and, last, of the tail
+    starts: tuple[int, ...]  # the first position of each part, and finally of the tail
     tail: LiveTail
     edited: dict[int, bytes]  # payloads that changed after their segment was built; shared with later views
-    last: int  # the highest number read
+    last: int  # the highest item number that was read
     point: Point
 
     def search(
         self, queries: Floats, k: int, params: SearchParams, allowed: Allowed | None = None, widen: float = 1.0
     ) -> Neighbours:
-        """Return the k nearest items of each query, best first. `queries` is [q, D], and scores and positions of the
-        result are [q, k]. If `allowed` is given, only its items are returned. `widen` multiplies efSearch and
-        nprobe."""
+        """Return the k nearest items of each query, best first. `queries` has the shape [q, D], and the scores and
+        positions in the result have the shape [q, k]. If `allowed` is given, only items in `allowed` are returned. The
+        search parameters efSearch and nprobe are multiplied by `widen`."""
         if allowed is not None:
             return self._search_allowed(queries, k, allowed, Effort(params, widen))
         effort = Effort(params, widen)
@@ -138,8 +139,8 @@ class View:
         return merged(answers or [nothing(len(queries))], k)
 
     def payloads(self, positions: Sequence[int]) -> Iterator[bytes]:
-        """Yield for each position the JSON text [id, metadata, source] of its item, from which a search makes the
-        hit."""
+        """Yield, for each position, the JSON text [id, metadata, source] of its item. A search makes a hit from this
+        text."""
         for position in positions:
             part = bisect.bisect_right(self.starts, position) - 1
             row = position - self.starts[part]
@@ -148,7 +149,8 @@ class View:
             yield holder.payloads[row] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
-        """Return figures about each segment and the length of the tail, for operators."""
+        """Return figures for operators: figures about each segment, and the number of items that are in no segment
+        yet."""
         segments = [
             {
                 "kind": part.segment.row.kind,
@@ -175,10 +177,10 @@ class View:
 
 
 def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Neighbours:
-    """Return the k nearest vectors of each query [q, D] in a segment. The segment's index is used.
+    """Return the k nearest vectors of each query [q, D] in a segment, using the segment's index.
 
-    If the index returns fewer than k although there are more, all vectors are compared. This happens for instance if
-    many vectors are equal: a graph may not lead to all of them.
+    If the index returns fewer than k vectors although the segment has more, all vectors are compared. This happens, for
+    example, if many vectors are equal, because a graph may not lead to all of them.
     """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
@@ -193,8 +195,8 @@ def _search_allowed(
     """Return the k nearest vectors of each query [q, D] among the allowed items of a segment. `positions` are the
     positions of these items.
 
-    The segment's index is used. If few items are allowed, or the index does not find k of them, all allowed items are
-    compared.
+    The search uses the segment's index. If few items are allowed, or if the index does not find k of them, the query is
+    compared with all allowed items instead.
     """
     segment, total = part.segment, len(part.segment.numbers)
     if len(positions) <= max(EXACT_ROWS, EXACT_SHARE * total):
@@ -207,16 +209,16 @@ def _search_allowed(
 
 
 def _moved(nearest: Neighbours, start: int) -> Neighbours:
-    """Convert positions in a part to positions in the view. `start` is the view's position of the part's first
-    vector."""
+    """Convert positions in one segment or in the tail to positions in the view, and return the converted neighbours.
+    `start` is the position in the view at which the segment or tail begins."""
     if not start:
         return nearest
     return Neighbours(nearest.scores, np.where(nearest.positions < 0, -1, nearest.positions + start))
 
 
 class Views:
-    """Keeps the latest view of each collection. It is safe to use from several threads, each with its own
-    connection."""
+    """A cache that contains the latest view of each collection. Several threads may use it at the same time, each with
+    its own database connection."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -224,10 +226,10 @@ class Views:
         self._views: dict[int, View] = {}
 
     def at(self, db: sqlite3.Connection, row: Row) -> View | None:
-        """Return the view of a collection in the state that the current transaction of `db` sees. `row` was read in
-        this transaction.
+        """Return the view of a collection in the state that the current transaction of `db` sees. `row` must have been
+        read in this transaction.
 
-        Return None if a newer view exists. The caller must then begin a new transaction.
+        Return None if a newer view exists. In this case, the caller must begin a new transaction.
         """
         view = self._views.get(row.key)
         if view is None or view.row.version != row.version:
@@ -239,8 +241,8 @@ class Views:
         return view if view.row.version == row.version else None
 
     def newest(self, db: sqlite3.Connection, row: Row) -> View:
-        """Return a view of the collection in the state in which `row` was read, or in a later state. Call this outside
-        a transaction.
+        """Return a view of the collection in the state in which `row` was read, or in a later state. Call this method
+        outside a transaction.
 
         Raises:
             CollectionNotFound: the collection was dropped after `row` was read.
@@ -255,7 +257,7 @@ class Views:
                 return view
 
     def forget(self, keys: set[int]) -> None:
-        """Discard the views of dropped collections."""
+        """Discard the views of the collections with these keys."""
         with self._lock:
             for key in keys:
                 self._views.pop(key, None)
@@ -318,8 +320,8 @@ class Views:
         return last, LiveTail(tail.numbers[:length], tail.matrix[:length], tail.payloads, dead, tail)
 
     def _open(self, db: sqlite3.Connection, row: Row, wanted: SegmentRow) -> Segment:
-        """Open a segment. If its files are damaged, log the error and make a replacement in memory from the
-        database."""
+        """Open a segment and return it. If its files are damaged, log the error and return a replacement that is built
+        in memory from the database."""
         try:
             return open_segment(self._root, wanted, row.spec.dtype)
         except (StorageFailed, RuntimeError, ValueError, OSError) as error:

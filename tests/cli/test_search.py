@@ -456,7 +456,7 @@ def test_vectors_of_embed_know_what_made_them(tmp_path: Path, photos: Path) -> N
         cli.app, ["collections", "import", str(out), "-c", "x", "--tag", "another/cls/l2/1x1/fp32", *data]
     )
     assert result.exit_code == 2
-    assert "its vectors are of" in result.output
+    assert "the vectors in the file are of" in result.output
 
 
 def documented_commands() -> list[str]:

@@ -105,7 +105,7 @@ BAD_ITEMS: list[tuple[Any, int, str, str]] = [
     ({"id": "x", "vector": [axis(0)]}, 422, "invalid_request", "vector.0"),
     ({"id": "x", "vector": [1.0] * 8193}, 422, "invalid_request", "vector"),
     ({"id": "x", "vector": {"0": 1.0}}, 422, "invalid_request", "vector"),
-    ({"id": "x", "vector": [1.0] * (DIMS + 1)}, 409, "conflict", "dimension 8; this one has 9"),
+    ({"id": "x", "vector": [1.0] * (DIMS + 1)}, 409, "conflict", "dimension 8, not 9"),
     ({"id": "x", "vector": axis(0), "fingerprint": "b" * 64}, 409, "model_mismatch", "b" * 64),
     ({"id": "x", "vector": axis(0), "fingerprint": ""}, 422, "invalid_request", "fingerprint"),
     ({"id": "x", "image": text(photo()), "fingerprint": "a" * 64}, 422, "invalid_request", "requires a vector"),

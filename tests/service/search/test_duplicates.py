@@ -126,7 +126,7 @@ async def test_too_many_items_are_refused_before_any_work(monkeypatch):
     store, _ = await filled(np.eye(10))
     info = await store.info("shop")
     for work in (by_content(store, info), by_similarity(store, info, 0.9)):
-        words = "10 items would be compared; one request allows at most 9: narrow it with a filter"
+        words = "10 items would be compared; one request allows at most 9; use a filter"
         with pytest.raises(InvalidRequest, match=words):
             await work
     assert (await by_content(store, info, parse_filter({"key": "i", "lt": 9}))).compared == 9

@@ -571,7 +571,7 @@ async def test_snapshots_that_fail_or_meet_leave_the_others(
     refused: list[str] = []
 
     def meets(source: Path, collection: str, target: Path) -> None:
-        with pytest.raises(StorageFailed, match="another one of this collection is being taken now") as caught:
+        with pytest.raises(StorageFailed, match="another snapshot of this collection is being taken") as caught:
             snapshots.take(source, collection, tmp_path / "snapshots")
         refused.append(caught.value.detail)
         write(source, collection, target)
