@@ -1,1 +1,2 @@
-"""Index images from folders, archives and lists into a collection, or embed them into a file of vectors."""
+"""Index images from folders, archives and lists in a collection, or embed image files and write the vectors to a
+file."""
