@@ -17,8 +17,8 @@ from service.search.filters import Scalar
 from service.search.store import MAX_DEPTH, Hit
 
 Search = Callable[[int], Awaitable[Sequence[Hit]]]
-"""A function that returns the best hits of a query, best first. Its argument is the number of hits. It returns fewer hits
-if the collection has fewer items."""
+"""A function that returns the best hits of a query, best first. Its argument is the number of hits. It returns fewer
+hits if the collection has fewer items."""
 
 
 @dataclass
