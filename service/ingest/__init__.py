@@ -1,2 +1,1 @@
-"""Index images from folders, archives and lists in a collection, or embed image files and write the vectors to a
-file."""
+"""Add images from folders, archives and lists to a collection, or embed image files and write the vectors to a file."""

@@ -91,8 +91,8 @@ class _Group:
 
 
 def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
-    """Yield the images of a tar. The id of an image is `prefix` followed by the member's name. A `Problem` is yielded
-    for each member that cannot be used, and at the end if the tar is damaged."""
+    """Yield the images of a tar, and a `Problem` for each rejected member and for damage to the tar. The id of an image
+    is `prefix` followed by the member's name."""
     by_position = file.place.is_local and suffix_of(file.name) == ".tar"
     try:
         with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
@@ -242,9 +242,9 @@ def parquet_photos(
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:
     """Return the name of the column that contains the images or their addresses.
 
-    If `wanted` is not None, that column is used. Otherwise it is the only column of bytes, or the column `image` if
-    several columns contain bytes. If no column contains bytes, it is a text column with a usual name such as `path` or
-    `url`.
+    The result is `wanted`, if it is not None. Otherwise the result is the only column of bytes, or the column `image`
+    if several columns contain bytes. If no column contains bytes, the result is a text column with a usual name such as
+    `path` or `url`.
 
     Raises:
         ValueError: the column `wanted` does not exist or has an unsuitable type, or no column could be detected.
@@ -333,10 +333,10 @@ class _Images:
         self._kept: deque[tuple[int, int, Any]] = deque(maxlen=_BATCHES_KEPT)  # group, first row, batch
 
     def get(self, group: int, row: int) -> Any:
-        """Return the value of the image column at a row of a row group, or None if the value is null.
+        """Return the value of the image column at row `row` of row group `group`, or None if the value is null.
 
         Raises:
-            OSError: the row group ends before this row.
+            OSError: the row group has no such row.
         """
         with self._lock:
             while True:

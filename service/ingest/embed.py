@@ -1,9 +1,8 @@
 """Embed many image files and write the vectors to one .npz file, without a server: the command `dinov2 embed`.
 
 Several threads decode images in advance, so the engine waits only if decoding is slower than the network. At most two
-batches of decoded images wait for the engine, so memory does not grow with the number of images. The vectors equal
-those that the service returns for the same files. `dinov2 index` (`service/ingest/index.py`) also uses `load_ahead` and
-`vectors_of`.
+batches of decoded images wait for the engine, so memory does not grow with the number of images. The service returns
+equal vectors for the same files. `dinov2 index` (`service/ingest/index.py`) also uses `load_ahead` and `vectors_of`.
 """
 
 import threading

@@ -5,7 +5,7 @@ because fsspec's local file system does not follow links to files, and it silent
 listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a broken link and for a file
 that vanishes.
 
-The libraries raise exceptions of many types. `translated` converts all of them to OSError.
+The file systems of fsspec raise exceptions of many types. `translated` converts all of them to OSError.
 """
 
 import datetime
@@ -73,7 +73,7 @@ class Place(Protocol):
     is_local: bool
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
-        """Yield the entries of a folder, sorted by name, without the hidden ones. Yield a `Problem` for an entry that
+        """Yield the entries of a folder, sorted by name, except hidden entries. Yield a `Problem` for an entry that
         cannot be read, or for the folder if it cannot be listed."""
 
     def entry(self, path: str) -> Entry:
@@ -211,7 +211,7 @@ class Web:
 
         Raises:
             OSError: the request failed, or the response has an error status.
-            ImageTooLarge: the body has more than `max_bytes` bytes. The rest of it is not read.
+            ImageTooLarge: the body has more than `max_bytes` bytes. The rest of the body is not read.
         """
         client = self._client = self._client or httpx.Client(follow_redirects=True, timeout=_WEB_TIMEOUT_S)
         parts, size = [], 0
@@ -247,8 +247,8 @@ def find_place(source: str) -> tuple[Place, str]:
 
 @contextmanager
 def translated(path: str) -> Iterator[None]:
-    """Convert every exception that the block raises to OSError, except an exception that is an OSError already. The
-    message of a converted exception begins with `path`, and so does that of a FileNotFoundError."""
+    """Convert every exception that the `with` block raises to OSError, except an exception that is an OSError already.
+    The message of a converted exception or of a FileNotFoundError begins with `path`."""
     try:
         yield
     except FileNotFoundError as error:

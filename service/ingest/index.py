@@ -1,4 +1,4 @@
-"""Index images from any source in a collection, without a server: the command `dinov2 index`.
+"""Embed images from any source and add them to a collection, without a server: the command `dinov2 index`.
 
     source ─▶ feed thread: is it indexed already? ─▶ decode threads, two batches ahead ─▶ engine thread
            ─▶ event loop: writes in groups, one at a time, while the next batches are embedded
@@ -10,7 +10,7 @@ wait to be written, so memory does not grow with the number of images.
 If an image's id is in the collection, the image is skipped and its file is not read, unless the file has changed. To
 detect changes, the size, time and etag of the file are stored in the item's metadata under `_file`. A run that was
 interrupted can therefore be repeated without embedding the same images again. If the id belongs to an item of another
-file, that item is not replaced, and a problem is reported.
+file, the item is not replaced, and a problem is reported.
 """
 
 import asyncio
@@ -84,7 +84,7 @@ class IndexHooks:
     """The stop event and the callbacks of a run.
 
     stop: an event that ends the run early. The run finishes the batch that is being embedded, writes it and ends.
-    keep: a function that stores the bytes of an image. It is called before the image's item is written.
+    keep: an async function that stores the bytes of an image. It is called before the image's item is written.
     on_problem: a function that is called with each problem, from any thread of the run.
     on_progress: a function that is called with the report after each change, from any thread of the run.
     """
@@ -96,16 +96,16 @@ class IndexHooks:
 
 
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
-    """Return the tag of the vectors that this model makes with this engine and pooling. Only vectors with the same tag
-    can be compared."""
+    """Return the tag of the vectors that this model makes with this engine and pooling. A tag is a text, and only
+    vectors with the same tag can be compared."""
     return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
 
 
 def pooling_of(info: CollectionInfo) -> Pooling:
-    """Return the pooling with which a collection's vectors were made. It is part of the collection's tag.
+    """Return the pooling with which a collection's vectors were made. The collection's tag contains the pooling.
 
     Raises:
-        Conflict: the tag has another form, so the pooling is unknown.
+        Conflict: the tag was not made by this service, so the pooling is unknown.
     """
     pooling = tag_parts(info.tag).pooling
     if pooling is None:

@@ -5,8 +5,8 @@ order of their best items. The number of items to read is not known in advance, 
 belong to one product. The search is therefore repeated, each time for twice as many items, until enough groups are
 full, no items are left, or `MAX_DEPTH` items are read. In the last case, `Groups.truncated` is true.
 
-The result is defined as `split` of the whole ranking. `grouped` gives the same result but reads only the first part of
-the ranking.
+`split` is the definition of the result: it groups a whole ranking. `grouped` gives the same groups but reads only the
+first part of the ranking.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

@@ -1,9 +1,9 @@
 """Compute the origin of each query, which is a vector that can be compared with the vectors of the collection.
 
 The pipeline embeds all images of a request together, and one call of the store reads all items that the request names
-by id. The vectors are made with the pooling in the collection's tag. A query with an image is rejected if the tag of
-the served model differs from the collection's tag. A query by the id of an item works with any served model, because it
-uses the stored vector.
+by id. A collection has a tag, which names the model and the pooling of its vectors. Images are embedded with this
+pooling, and a query with an image is rejected if the tag of the served model is another one. A query by the id of an
+item works with any served model, because it uses the stored vector.
 
 A query by region needs the patch tokens of its image. A query by image also needs them if its results are re-ranked by
 patches. The cache stores only the class token and the mean of the patch tokens, so such an image always takes a forward
@@ -68,7 +68,8 @@ class Origin:
 
 
 async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
-    """Return the origin of each query, which contains its vector, or the error of the query, in order.
+    """Return the origin of each query, or its error, in the order of the queries. The origin contains the vector of the
+    query.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full.
@@ -160,7 +161,7 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
 
 
 def _vector(target: Target, with_features: _Part) -> Floats:
-    """Return the vector of a part, [D], of length 1.
+    """Return the vector of a part of a query, float32 [D] of length 1.
 
     Raises:
         ItemNotFound: the part names an item that does not exist.

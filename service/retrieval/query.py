@@ -1,4 +1,4 @@
-"""Define the types of a search request that is parsed and checked.
+"""Define the types of a parsed and checked search request.
 
 A query has one of five forms (`FORMS`) and one or more parts. A part is an image, a vector or the id of an item, with a
 weight. Only a query of the form `combine` has several parts.

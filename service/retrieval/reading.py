@@ -3,7 +3,7 @@
 A request contains one query, a list of queries, or an image with options. `read_vector` parses a vector separately from
 the schema of the request, because this is faster and most requests consist mainly of a vector.
 
-If a query in a list is invalid, the other queries are still answered.
+An invalid query in a list does not prevent the other queries from being parsed.
 """
 
 import reprlib
@@ -135,7 +135,7 @@ def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: S
 
 
 async def read_search(fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Parse the JSON object of a search request. It contains either one query or the list `queries`.
+    """Parse the JSON object of a search request. The object contains either one query or the list `queries`.
 
     Raises:
         ServiceError: the whole request, or its only query, is invalid.

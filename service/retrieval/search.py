@@ -4,8 +4,8 @@ page.
 The most common request is a single vector and skips the first step. The collection's tag does not have to be read
 first, because the store compares the tags. Queries of a batch that have the same options share one call of the store.
 
-An item that a query names by id is left out of the answer, because it would always be the best hit. To make up for it,
-the store returns one more hit for each such item.
+An item that a query names by id is left out of the answer, because it would always be the best hit. One extra hit
+is therefore read for each such item.
 """
 
 import time
@@ -102,7 +102,7 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
 async def _find(
     service: Service, target: Target, request: SearchRequest, origins: Sequence[Outcome[Origin]]
 ) -> list[Outcome[QueryResults]]:
-    """Search for each query and return its results or its error, in order."""
+    """Run the search for each query, and return the results or the error of each query, in order."""
     results: dict[int, QueryResults] = {}
     batches: dict[bytes, dict[int, tuple[Query, Origin]]] = {}
     for number, origin in indexed(origins):
@@ -117,7 +117,8 @@ async def _find(
 
 
 async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
-    """Answer queries that have the same options but different vectors, with a single call of the store."""
+    """Answer queries that have the same options but different vectors, with a single call of the store. Return the
+    results in order."""
     first = batch[0][0]
     depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))

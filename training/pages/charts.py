@@ -1,4 +1,4 @@
-"""Draw line charts as SVG, for the report of a run and for the comparison of runs. No library is needed.
+"""Draw line charts as SVG, for the report of a run and for the comparison of runs. No plotting library is needed.
 
 Colours and fonts come from a style sheet (`CSS`) with a light and a dark scheme, so a chart follows the reader's colour
 scheme. Points have a `<title>`, which browsers show when the pointer is over the point.

@@ -72,7 +72,7 @@ def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
 def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
     """Return a crop, uint8 [S, S, 3], with its masked patches darkened and in grey.
 
-    `mask` is bool [h * w] and True for masked patches. `grid` is (h, w), the number of patches per side.
+    `mask` is bool [h * w] and True for masked patches. `grid` is (h, w), the number of rows and columns of patches.
     """
     h, w = grid
     per_pixel = np.kron(mask.reshape(h, w), np.ones((photo.shape[0] // h, photo.shape[1] // w), bool))
@@ -81,8 +81,10 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
-    """Map an array of values from 0 to 1 to the colours of `HEAT`, uint8 [..., 3]. NaN, which a diverged network
-    computes, counts as 0."""
+    """Map an array of values from 0 to 1 to colours from dark violet to pale yellow, uint8 [..., 3].
+
+    NaN, which a diverged network computes, counts as 0.
+    """
     position = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
     below = np.minimum(position.astype(int), len(HEAT) - 2)
     share = (position - below)[..., None]

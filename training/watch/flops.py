@@ -91,7 +91,8 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """The floating-point operations of one training step, by part. Those of the student include the backward pass."""
+    """The floating-point operations of one training step, by part. The figures of the student include the backward
+    pass."""
 
     student_backbone: float
     student_heads: float

@@ -102,7 +102,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 @dataclass(frozen=True)
 class RunSize:
     """The size of a run: the number of steps, the number of steps that were done before it started or resumed, and the
-    number of images per step on all ranks."""
+    number of images per step over all processes."""
 
     total_steps: int
     first_step: int

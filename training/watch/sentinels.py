@@ -90,12 +90,12 @@ class State:
 
 
 def rankme(features: Tensor) -> float:
-    """Compute the effective rank of features [n, D], which is exp(H) for the entropy H of the singular values, scaled
-    to a sum of one.
+    """Compute the effective rank of features [n, D]. It is exp(H), where H is the entropy of the singular values after
+    they are scaled to a sum of one.
 
-    It is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal (RankMe, arXiv
-    2210.02885, equation 2, with its epsilon of 1e-7). As in the paper, features are not centred. The result is NaN if a
-    feature is not finite.
+    The effective rank is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal
+    (RankMe, arXiv 2210.02885, equation 2, with its epsilon of 1e-7). As in the paper, features are not centred. The
+    result is NaN if a feature is not finite.
     """
     if not bool(torch.isfinite(features).all()):
         return math.nan
@@ -110,10 +110,11 @@ def rankme_share(features: Tensor) -> float:
 
 
 class FirstNotFinite:
-    """A record of the first step with a figure that is not finite. It is stored on the device, so that the CPU does not
-    wait.
+    """A record of the first step with a figure that is not finite. The record is stored on the device, so that the CPU
+    does not wait for the device.
 
-    `step` is an int64 scalar, and `NEVER` while all figures are finite. Processes can reduce it with MIN before `read`.
+    `step` is an int64 scalar, and `NEVER` while all figures are finite. Processes can reduce `step` to its minimum
+    before `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -199,10 +200,10 @@ class Sentinels:
         return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
 
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
-        """Check the figures of one log line for signs of collapse, and return a verdict, or None if there is nothing to
+        """Check the figures of one log line for signs of collapse. Return a verdict, or None if there is nothing to
         report.
 
-        The signs are in `dino_over_ln_k`, `teacher_entropy` and, if it was measured, `rankme_share`.
+        The figures are `dino_over_ln_k`, `teacher_entropy` and, if it was measured, `rankme_share`.
         """
         signs = self._signs(figures)
         state, limits = self.state, self.limits
@@ -329,7 +330,7 @@ def save_replay(
     """Store a batch so that it can be inspected and repeated, and return the path of the file.
 
     The file `step_NNNNNNNN.safetensors` contains the crops and, in its metadata, the other data of the batch. A JSON
-    file with the same name contains a readable copy of these data.
+    file with the same name contains a readable copy of the other data.
 
     Args:
         folder: the folder of the file. It is created if it is missing. Only the batches of the `keep` latest steps
