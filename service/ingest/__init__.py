@@ -1,1 +1,1 @@
-"""Index images from folders, archives and lists into a collection, or embed them into a file of vectors."""
+"""Add images from folders, archives and lists to a collection, or embed image files and write the vectors to a file."""

@@ -1,12 +1,12 @@
-"""Images in tar and Parquet files, for `dinov2 index`. Nothing is unpacked to disk.
+"""Read the images in tar and Parquet files for `dinov2 index`. Nothing is unpacked to disk.
 
-Tar, in webdataset style: the member `x.json` next to `x.jpg` contains the metadata of that image. From an uncompressed
-tar on this machine, each image is read by its position in the file: skipped members are never read, and several
-decoding threads can read at once. A compressed or remote tar is read once, from start to end.
+Tar files follow the webdataset convention: the member `x.json` contains the metadata of the image `x.jpg`. An
+uncompressed tar on the local disk is read by position: the content of skipped members is never read, and several
+threads can read images at once. A compressed or remote tar is read once, from start to end.
 
-Parquet: one column contains the images (bytes, or {bytes, path} as Hugging Face writes them) or their addresses. The
-other columns become metadata. The image column is read in batches of a few rows, and only from row groups of which an
-image is requested.
+In a Parquet file, one column contains the images (as bytes, or as {bytes, path} in files from Hugging Face) or their
+addresses. The other columns become metadata. The image column is read a few rows at a time, and only in row groups that
+have an image to index.
 """
 
 import base64
@@ -38,8 +38,8 @@ IMAGE_SUFFIXES: Final = frozenset(
 )
 MAX_SIDECAR_BYTES: Final = 2**20
 _ROWS: Final = 16
-"""The number of rows in one batch that is read from a Parquet file's image column. Up to `_BATCHES_KEPT` batches are in
-memory."""
+"""The number of rows of a Parquet file's image column that are read in one batch. A reader has up to `_BATCHES_KEPT`
+batches in memory."""
 _BATCHES_KEPT: Final = 4
 _URI_COLUMNS: Final = (
     "image",
@@ -63,7 +63,11 @@ def suffix_of(name: str) -> str:
 
 
 def json_object(data: bytes | str, what: str) -> dict[str, Any]:
-    """Parse a JSON object. Raises a ValueError if the data is something else; the message begins with `what`."""
+    """Parse JSON and return the object that it contains.
+
+    Raises:
+        ValueError: the data is not JSON, or not a JSON object. The message begins with `what`.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -78,16 +82,17 @@ def json_object(data: bytes | str, what: str) -> dict[str, Any]:
 
 @dataclass
 class _Group:
-    """Adjacent members of a tar whose names differ only in the suffix: images and the JSON file with their metadata."""
+    """Adjacent members of a tar with the same name apart from the suffix: images, and the JSON file with their
+    metadata."""
 
     stem: str = ""
-    photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # name, reader, bytes held
+    photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # (member, name, reader, bytes)
     sidecar: tuple[str, Read] | None = None
 
 
 def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
-    """Yield the images of a tar. The id of an image is `prefix` followed by the member's name. If the tar is damaged,
-    the last value is a `Problem`."""
+    """Yield the images of a tar, and a `Problem` for each rejected member and for damage to the tar. The id of an image
+    is `prefix` followed by the member's name."""
     by_position = file.place.is_local and suffix_of(file.name) == ".tar"
     try:
         with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
@@ -99,15 +104,15 @@ def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Prob
 
 
 def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
-    """Return whether the tar has an end mark, a block of zeros, at `offset`. This check is needed because tarfile stops
-    without an error at a damaged or missing header."""
+    """Return whether the block at `offset` consists of zeros, which mark the end of a tar. This check is needed because
+    tarfile reports no error when a header is damaged or missing."""
     raw.seek(offset)
     block = raw.read(tarfile.BLOCKSIZE)
     return len(block) == tarfile.BLOCKSIZE and not any(block)
 
 
 class _TarReader:
-    """Reads the members of a tar in one pass and groups them into images with metadata."""
+    """A reader that goes through the members of a tar once and groups them into images with metadata."""
 
     def __init__(self, file: File, prefix: str, max_bytes: int, tar: tarfile.TarFile, by_position: bool) -> None:
         self._file = file
@@ -120,7 +125,7 @@ class _TarReader:
         group = _Group()
         try:
             while (member := self._tar.next()) is not None:
-                self._tar.members.clear()  # type: ignore[attr-defined]  # drop tarfile's record of every member
+                self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile's list would grow with every member
                 name = posixpath.normpath(member.name)
                 if member.isdir() or any(part[:1] == "." and part != ".." for part in name.split("/")):
                     continue
@@ -150,7 +155,8 @@ class _TarReader:
         return f"has {member.size} bytes; the limit is {limit}" if member.size > limit else None
 
     def _reader(self, member: tarfile.TarInfo) -> tuple[Read, int]:
-        """Return a function that reads the member's bytes, and the number of bytes already in memory."""
+        """Return a function that reads the member's bytes. Also return the number of bytes that this function keeps in
+        memory, which is 0 if it reads them from the file."""
         if self._by_position:
             return partial(_read_at, self._file, member.offset_data, member.size), 0
         stream = self._tar.extractfile(member)
@@ -159,7 +165,7 @@ class _TarReader:
 
     def _of(self, group: _Group) -> Iterator[Photo | Problem]:
         if group.sidecar is not None and not group.photos:
-            reason = "metadata without an image next to it: x.jpg and x.json must be adjacent (tar --sort=name)"
+            reason = "metadata without an image: x.jpg and x.json must be adjacent in the tar (tar --sort=name)"
             yield Problem(self._address(group.sidecar[0]), reason)
         for member, name, read, held in group.photos:
             yield Photo(
@@ -185,7 +191,7 @@ def _read_at(file: File, offset: int, size: int) -> bytes:
         raw.seek(offset)
         data = raw.read(size)
     if len(data) < size:
-        raise OSError(f"the tar is truncated: it has {len(data)} of {size} bytes")
+        raise OSError(f"the tar is truncated: it contains only {len(data)} of the member's {size} bytes")
     return data
 
 
@@ -195,9 +201,14 @@ def _read_at(file: File, offset: int, size: int) -> bytes:
 def parquet_photos(
     file: File, wanted: str | None, max_bytes: int, at_uri: Callable[[str, dict[str, Any]], Photo | Problem]
 ) -> Iterator[Photo | Problem]:
-    """Yield the images of a Parquet file. The id of an image is `NAME#ROW`. If the image column contains addresses,
-    call `at_uri` with each address and the metadata of its row, and yield the result. `wanted` is the name of the image
-    column; None means to detect it.
+    """Yield the images of a Parquet file. If the file cannot be read, yield a `Problem`.
+
+    If the image column contains bytes, the id of an image is `NAME#ROW`, with the name of the file and the number of
+    the row, counted from 0. If the column contains addresses, call `at_uri` with each address and the metadata of its
+    row, and yield the result. A row without an address gives a `Problem`.
+
+    Args:
+        wanted: the name of the image column. If it is None, the column is detected.
 
     Raises:
         ModuleNotFoundError: pyarrow is not installed.
@@ -229,18 +240,21 @@ def parquet_photos(
 
 
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:
-    """Return the name of the column that contains the images or their addresses: `wanted` if it is given, else the only
-    suitable one.
+    """Return the name of the column that contains the images or their addresses.
+
+    The result is `wanted`, if it is not None. Otherwise the result is the only column of bytes, or the column `image`
+    if several columns contain bytes. If no column contains bytes, the result is a text column with a usual name such as
+    `path` or `url`.
 
     Raises:
-        ValueError: no column is suitable, or several are; the message names the columns.
+        ValueError: the column `wanted` does not exist or has an unsuitable type, or no column could be detected.
     """
     listed = ", ".join(schema.names)
     if wanted is not None:
         if wanted not in schema.names:
             raise ValueError(f"no column {wanted!r}; the columns are {listed}")
         if not _holds_bytes(schema.field(wanted).type) and not _is_text(schema.field(wanted).type):
-            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, neither images nor addresses")
+            raise ValueError(f"column {wanted!r} is {schema.field(wanted).type}, which is neither images nor addresses")
         return wanted
     candidates = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
     if len(candidates) > 1 and "image" in candidates:
@@ -284,8 +298,11 @@ def _rows(table: Any, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value of a table to one that JSON allows. Dates and times become ISO 8601 texts, bytes become base64
-    texts, decimals become floats, and numbers that are not finite become None. Values of other types become texts."""
+    """Convert a value from a table to one that JSON can represent, including the values in lists and dicts.
+
+    Dates and times become ISO 8601 strings, bytes become base64 strings, and decimals become floats. A float or decimal
+    that is not finite becomes None. A value of any other type that JSON lacks becomes the string `str(value)`.
+    """
     if isinstance(value, dict):
         return {str(key): plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
@@ -302,8 +319,8 @@ def plain(value: Any) -> Any:
 
 
 class _Images:
-    """Reads the images of a Parquet file. Several threads request images, in roughly ascending order, so only the last
-    few batches of rows are kept."""
+    """A reader of the image column of a Parquet file. Several threads request images in roughly ascending order, so the
+    reader caches only the last few batches of rows."""
 
     def __init__(self, file: File, column: str) -> None:
         self._file = file
@@ -311,18 +328,22 @@ class _Images:
         self._lock = threading.Lock()
         self._table: Any = None
         self._group = -1
-        self._next = 0  # next row of the group
+        self._next = 0  # first row of the next batch
         self._batches: Iterator[Any] = iter(())
         self._kept: deque[tuple[int, int, Any]] = deque(maxlen=_BATCHES_KEPT)  # group, first row, batch
 
     def get(self, group: int, row: int) -> Any:
-        """Return the value of the image column in a row of a row group. A null gives None."""
+        """Return the value of the image column at row `row` of row group `group`, or None if the value is null.
+
+        Raises:
+            OSError: the row group has no such row.
+        """
         with self._lock:
             while True:
                 for kept_group, first, batch in self._kept:
                     if kept_group == group and first <= row < first + batch.num_rows:
                         return batch.column(0)[row - first].as_py()
-                if group != self._group or row < self._next:  # another row group, or a row that was dropped
+                if group != self._group or row < self._next:  # another row group, or a row that is no longer cached
                     self._start(group)
                 batch = next(self._batches, None)
                 if batch is None:
@@ -334,7 +355,7 @@ class _Images:
     def _start(self, group: int) -> None:
         if self._table is None:
             raw = self._file.open()
-            weakref.finalize(self, raw.close)  # closes after the last image is read
+            weakref.finalize(self, raw.close)  # closes the file once no image needs this object
             self._table = need_parquet().ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         self._batches = self._table.iter_batches(_ROWS, row_groups=[group], columns=[self._column], use_threads=False)
         self._group, self._next = group, 0

@@ -1,8 +1,8 @@
-"""Embed many image files into one .npz file, without a server: the command `dinov2 embed`.
+"""Embed many image files and write the vectors to one .npz file, without a server: the command `dinov2 embed`.
 
-Threads decode images before the engine needs them, so the engine waits only if decoding is slower than the network. At
-most two batches of decoded images wait, so memory does not grow with the number of files. The vectors equal those that
-the service returns for the same bytes. `dinov2 index` (`service/ingest/index.py`) shares `load_ahead` and `vectors_of`.
+Several threads decode images in advance, so the engine waits only if decoding is slower than the network. At most two
+batches of decoded images wait for the engine, so memory does not grow with the number of images. The service returns
+equal vectors for the same files. `dinov2 index` (`service/ingest/index.py`) also uses `load_ahead` and `vectors_of`.
 """
 
 import threading
@@ -37,8 +37,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """The result of a run: how many files were embedded, which files were skipped and why, and how long the run
-    took."""
+    """The result of a run: the number of embedded files, the skipped files with the reasons, and the duration of the
+    run."""
 
     embedded: int
     skipped: list[tuple[Path, str]]
@@ -50,8 +50,8 @@ class EmbedReport:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return all files in `paths`. For a folder, these are all files below it, sorted by path, except hidden files and
-    files in hidden folders.
+    """Return the files that the paths name. For a folder, these are all files at any depth, sorted by path, except
+    hidden files and files in hidden folders.
 
     Raises:
         ValueError: a path does not exist, or no file was found.
@@ -81,14 +81,14 @@ def embed_files(
     limits: DecodeLimits | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Path], FloatArray, EmbedReport]:
-    """Embed all readable files.
+    """Embed image files. A file that cannot be decoded is skipped and listed in the report.
 
     Args:
         files: image files, in any format that the service can decode.
-        advance: called with the number of files just processed.
+        advance: called after each batch with the number of files in the batch.
 
     Returns:
-        The files that were embedded, their vectors as float32 [n, D], and the report. `model.pooling.width` defines D.
+        The n files that were embedded, their vectors as float32 [n, D], and the report. `vector_dims` returns D.
     """
     started = time.perf_counter()
     limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess
@@ -119,13 +119,14 @@ def embed_files(
 
 
 def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
-    """Run one forward pass over preprocessed images [3, h, w] of one size and return their vectors [D]."""
+    """Run one forward pass over preprocessed images, each [3, h, w] and all of one size. Return one vector [D] per
+    image."""
     features = engine.run(np.stack(pixels))
     return [Embedded(parts, tokens=0).vector(pooling, normalize) for parts in compute_parts(features)]
 
 
 def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
-    """Return the dimension of the vectors that the model makes with this pooling."""
+    """Return the number of dimensions of the vectors that the model makes with this pooling."""
     return width(pooling, artifact.manifest.config.embed_dim)
 
 
@@ -135,9 +136,10 @@ def load_ahead(
     """Yield each task with the result of `load(task)`, in order. At any time, at most `ahead` tasks have been started
     and not yet yielded.
 
-    `load` runs in `workers` threads (None: one per CPU). A separate thread iterates over `tasks`, so `tasks` may wait
-    for a disk or a network without delaying the consumer. An exception that `load` or `tasks` raises is raised to the
-    consumer. When the consumer closes this generator, the threads end after the calls of `load` that have begun.
+    `load` runs in `workers` threads, by default one per CPU. A separate thread iterates over `tasks`, so `tasks` may
+    wait for a disk or a network without delaying the consumer. If `load` or `tasks` raises an exception, the generator
+    raises it too. When the generator is closed, no more tasks are started, and the threads end once the running calls
+    of `load` return.
     """
     begun: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
     room, closed = threading.Semaphore(ahead), threading.Event()
@@ -171,8 +173,8 @@ def load_ahead(
 def save_vectors(
     out: Path, files: Sequence[Path], vectors: FloatArray, artifact: Artifact, tag: dict[str, object]
 ) -> None:
-    """Write an .npz file with the arrays `paths` [n], `vectors` [n, D], `fingerprint` and one for each entry of `tag`.
-    The file is first written under a temporary name and then renamed.
+    """Write an .npz file with the arrays `paths` [n], `vectors` [n, D] and `fingerprint`, and an array for each entry
+    of `tag`. The file is first written under a temporary name and then renamed.
 
     Raises:
         OSError: the file cannot be written. An existing file at `out` stays unchanged.

@@ -1,11 +1,11 @@
-"""File systems for `dinov2 index`: this machine, any file system that fsspec supports, and the web.
+"""Read files for `dinov2 index` from the local disk, from any file system that fsspec supports, and from the web.
 
-`Disk` and `Remote` have one interface, `Place`; `Web` can only read one URL at a time. `Disk` does not use fsspec,
+`Disk` and `Remote` implement the interface `Place`. `Web` only reads one URL at a time. `Disk` does not use fsspec,
 because fsspec's local file system does not follow links to files, and it silently omits a file that vanishes during a
 listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a broken link and for a file
 that vanishes.
 
-Each file system raises the errors of its own library. `translated` turns all of them into OSError.
+The file systems of fsspec raise exceptions of many types. `translated` converts all of them to OSError.
 """
 
 import datetime
@@ -22,11 +22,11 @@ import httpx
 from service.errors import ImageTooLarge
 
 Stamp = Mapping[str, int | str]
-"""Values that change when a file changes: `bytes`, `modified` (ISO 8601, UTC) and `etag`. A file system may lack some
-of them."""
+"""Properties of a file by which a change is detected: its size (`bytes`), the time of its last change (`modified`) and
+its `etag`. Some file systems do not provide all three."""
 
 _MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
-"""The names that different file systems of fsspec use for the time of the last change."""
+"""The keys under which the file systems of fsspec give the time of a file's last change."""
 _WEB_TIMEOUT_S: Final = 30.0
 
 
@@ -39,14 +39,14 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class Photo:
-    """A not-yet-read image of a source. `load` reads it; any thread may call it. If it fails, it raises
-    a ServiceError, OSError or ValueError with a reason for the user."""
+    """An image of a source, before it is read. Any thread may call `load` to read the image. If the image cannot be
+    read, `load` raises a ServiceError, an OSError or a ValueError, with a message for the user."""
 
     id: str
     source: str
     load: Callable[[], Content] = field(repr=False)
     stamp: Stamp | None = None  # None: changes cannot be detected
-    held_bytes: int = 0  # bytes in memory, for sources that must be read in order
+    held_bytes: int = 0  # number of bytes in memory; not 0 if the image had to be read in advance
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Problem:
 
 
 class Entry(NamedTuple):
-    """One row of a folder's listing."""
+    """A file or folder in the listing of its parent folder."""
 
     path: str
     name: str
@@ -67,16 +67,17 @@ class Entry(NamedTuple):
 
 
 class Place(Protocol):
-    """A file system. Every method that reads raises OSError if it fails, except `listing`, which yields a `Problem`."""
+    """A file system. A method that cannot read a file or folder raises OSError. Only `listing` yields a `Problem`
+    instead."""
 
     is_local: bool
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
-        """Yield the entries of a folder, sorted by name, except hidden ones. Yield a `Problem` for each entry, or the
-        folder itself, that cannot be read."""
+        """Yield the entries of a folder, sorted by name, except hidden entries. Yield a `Problem` for an entry that
+        cannot be read, or for the folder if it cannot be listed."""
 
     def entry(self, path: str) -> Entry:
-        """Describe one file or folder."""
+        """Return the entry of the file or folder at `path`."""
 
     def open(self, path: str) -> BinaryIO: ...
 
@@ -85,12 +86,13 @@ class Place(Protocol):
     def join(self, folder: str, name: str) -> str: ...
 
     def address(self, path: str) -> str:
-        """Return the path as search results show it. The text is printable and identifies the file."""
+        """Return the address of a file, which search results show as its source."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file in a file system. `name` is its path relative to the SOURCE argument of the command, with slashes."""
+    """A file in a file system. `path` locates the file. `name` identifies the file within its source, for instance
+    `shelf/a.jpg`."""
 
     place: Place
     path: str
@@ -108,7 +110,7 @@ class File:
         """Return the file's bytes.
 
         Raises:
-            ImageTooLarge: the file has more than `max_bytes`. At most one byte more than that is read.
+            ImageTooLarge: the file has more than `max_bytes` bytes.
         """
         size = (self.stamp or {}).get("bytes")
         if size is None:
@@ -122,7 +124,7 @@ class File:
 
 
 class Disk:
-    """The file system of this machine. In a listing, links to files are followed and links to folders are left out."""
+    """The file system of this machine. A listing includes links to files and leaves out links to folders."""
 
     is_local = True
 
@@ -160,7 +162,7 @@ class Disk:
 
 
 class Remote:
-    """A file system that fsspec accesses."""
+    """A file system that is accessed through fsspec."""
 
     is_local = False
 
@@ -199,17 +201,17 @@ class Remote:
 
 
 class Web:
-    """Reads files from http and https addresses with httpx. All threads share one connection pool."""
+    """A reader of files at http and https addresses. All threads share one connection pool."""
 
     def __init__(self) -> None:
         self._client: httpx.Client | None = None
 
     def read(self, url: str, max_bytes: int) -> bytes:
-        """Return the body of the response to a GET request.
+        """Send a GET request and return the body of the response.
 
         Raises:
-            OSError: the request failed.
-            ImageTooLarge: the body has more than `max_bytes`. Reading stops at the limit.
+            OSError: the request failed, or the response has an error status.
+            ImageTooLarge: the body has more than `max_bytes` bytes. The rest of the body is not read.
         """
         client = self._client = self._client or httpx.Client(follow_redirects=True, timeout=_WEB_TIMEOUT_S)
         parts, size = [], 0
@@ -229,10 +231,10 @@ class Web:
 
 
 def find_place(source: str) -> tuple[Place, str]:
-    """Return the file system that a path or URI belongs to, and the path within it.
+    """Return the file system that a path or URI belongs to, and the path within this file system.
 
     Raises:
-        ValueError: the protocol is unknown, or its package is not installed.
+        ValueError: the protocol is unknown, or the package for it is not installed.
     """
     if "://" not in source:
         return Disk(), os.path.abspath(source)
@@ -245,15 +247,15 @@ def find_place(source: str) -> tuple[Place, str]:
 
 @contextmanager
 def translated(path: str) -> Iterator[None]:
-    """Turn any other exception of the block into an OSError. The message of a FileNotFoundError, or of an error that
-    was not an OSError, names the path."""
+    """Convert every exception that the `with` block raises to OSError, except an exception that is an OSError already.
+    The message of a converted exception or of a FileNotFoundError begins with `path`."""
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file or folder") from error
     except OSError:
         raise
-    except Exception as error:  # errors of botocore, aiohttp, gcsfs, ..., unknown here
+    except Exception as error:  # errors of libraries such as botocore and aiohttp
         raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
@@ -283,8 +285,8 @@ def _remote_entry(row: Mapping[str, Any]) -> Entry:
 
 
 def iso_time(seconds: float) -> str:
-    """Format seconds since 1970 as ISO 8601 in UTC. A value outside the range of the calendar, as from a damaged
-    header, is returned as the text of the number."""
+    """Format a time, given in seconds since 1970, as ISO 8601 in UTC. If the time is outside the range of `datetime`,
+    return the number as a string. Damaged files can contain such times."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
     except (OverflowError, ValueError, OSError):

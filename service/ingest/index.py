@@ -1,15 +1,16 @@
-"""Index the images of any source into a collection, without a server: the command `dinov2 index`.
+"""Embed images from any source and add them to a collection, without a server: the command `dinov2 index`.
 
     source ─▶ feed thread: is it indexed already? ─▶ decode threads, two batches ahead ─▶ engine thread
            ─▶ event loop: writes in groups, one at a time, while the next batches are embedded
 
 The engine waits only for decoded images: the feed thread lists the sources and queries the store, and items are written
 while the next batches are embedded. At most two batches of decoded images wait for the engine and two groups of items
-wait to be written, so memory does not grow with the source.
+wait to be written, so memory does not grow with the number of images.
 
-An image whose id is in the collection is skipped without reading its file, unless the file has changed. To detect
-changes, the file's size, time and etag are stored in the item's metadata under `_file`. So a second run resumes where
-the first ended. If the id belongs to an item of another file, that item is not replaced and a problem is reported.
+If an image's id is in the collection, the image is skipped and its file is not read, unless the file has changed. To
+detect changes, the size, time and etag of the file are stored in the item's metadata under `_file`. A run that was
+interrupted can therefore be repeated without embedding the same images again. If the id belongs to an item of another
+file, the item is not replaced, and a problem is reported.
 """
 
 import asyncio
@@ -38,9 +39,9 @@ from service.search.store import CollectionInfo, CollectionSpec, Item, VectorSto
 from service.tags import make_tag, tag_parts
 
 STAMP_KEY: Final = "_file"
-"""Metadata key of the file's size, time and etag."""
+"""The metadata key under which the size, time and etag of an item's file are stored."""
 MAX_LISTED: Final = 1000
-"""The highest number of problems that a report contains. `on_problem` is called for every problem."""
+"""The maximum number of problems in a report. `on_problem` is called for every problem, even beyond this number."""
 _WRITE_ITEMS: Final = 256
 _WRITE_S: Final = 1.0
 _CHECK_ITEMS: Final = 256
@@ -49,27 +50,27 @@ _CHECK_BYTES: Final = 64 * 2**20
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The options of one run of `index_photos`."""
+    """The options of one call of `index_photos`."""
 
     pooling: Pooling = DEFAULT_POOLING
     batch_size: int = 16
-    workers: int | None = None  # decode threads; None: one per CPU
+    workers: int | None = None  # number of decode threads; None means one per CPU
     id_by: Literal["path", "sha256"] = "path"
-    force: bool = False  # index unchanged images again
+    force: bool = False  # whether to index images that are already in the collection
     originals: bool = False  # whether a new collection stores images
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # for every item; overrides the source's metadata
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of every item; overrides the metadata of the source
     limits: DecodeLimits = DEFAULT_LIMITS
 
 
 @dataclass
 class IndexReport:
-    """The progress or result of a run. Each image is counted once: as indexed if it was written, as present if it was
-    skipped because the collection has it, or as failed."""
+    """The progress or the result of a run. Each image is counted once: as `indexed` if it was written, as `present` if
+    it was skipped because it is in the collection already, or as `failed`."""
 
     indexed: int = 0
     present: int = 0
     failed: int = 0
-    problems: list[Problem] = field(default_factory=list)  # the first MAX_LISTED
+    problems: list[Problem] = field(default_factory=list)  # only the first MAX_LISTED problems
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -80,12 +81,12 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexHooks:
-    """Callbacks of a run.
+    """The stop event and the callbacks of a run.
 
-    stop: an event. Once it is set, the run finishes its current batch, writes it and ends.
-    keep: stores the bytes of an image. It is called before the image's item is written.
-    on_problem: called with each problem, from any thread of the run.
-    on_progress: called with the report whenever it has changed, from any thread of the run.
+    stop: an event that ends the run early. The run finishes the batch that is being embedded, writes it and ends.
+    keep: an async function that stores the bytes of an image. It is called before the image's item is written.
+    on_problem: a function that is called with each problem, from any thread of the run.
+    on_progress: a function that is called with the report after each change, from any thread of the run.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
@@ -95,15 +96,16 @@ class IndexHooks:
 
 
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
-    """Return the tag of the vectors that this model makes with this engine and pooling."""
+    """Return the tag of the vectors that this model makes with this engine and pooling. A tag is a text, and only
+    vectors with the same tag can be compared."""
     return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
 
 
 def pooling_of(info: CollectionInfo) -> Pooling:
-    """Return the pooling of a collection's vectors, from its tag.
+    """Return the pooling with which a collection's vectors were made. The collection's tag contains the pooling.
 
     Raises:
-        Conflict: the tag is not one that this service makes.
+        Conflict: the tag was not made by this service, so the pooling is unknown.
     """
     pooling = tag_parts(info.tag).pooling
     if pooling is None:
@@ -120,7 +122,8 @@ async def index_photos(
     options: IndexOptions,
     hooks: IndexHooks | None = None,
 ) -> IndexReport:
-    """Embed images and write them to a collection. If the collection does not exist, the first write creates it.
+    """Embed images, write them to a collection and return a report. If the collection does not exist, the first write
+    creates it.
 
     Args:
         images: the images and problems that `service.ingest.sources.find_photos` yields. A thread of the run iterates
@@ -128,8 +131,8 @@ async def index_photos(
 
     Raises:
         ModelMismatch: the collection contains vectors of another model.
-        StorageFailed: the store fails. Errors of the store, the engine and `images` end the run; items that were
-            written before remain.
+        StorageFailed: the store failed. This error ends the run, and so does any error of the engine or of `images`.
+            Items that are already written remain in the collection.
     """
     run = _Run(store, collection, artifact, engine, options, hooks or IndexHooks())
     await run.check()
@@ -159,7 +162,7 @@ class _Run:
     hooks: IndexHooks
     report: IndexReport = field(default_factory=IndexReport)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    under_way: dict[str, Photo] = field(default_factory=dict)  # images between check and write, by item id
+    under_way: dict[str, Photo] = field(default_factory=dict)  # images that are being indexed, by item id
     exists: bool = True  # whether the collection exists
     started: float = field(default_factory=time.perf_counter)
 
@@ -180,8 +183,8 @@ class _Run:
             )
 
     async def go(self, images: Iterable[Photo | Problem]) -> IndexReport:
-        """Take embedded batches from the engine thread and write them in groups, until all images are done. This
-        coroutine runs on the event loop."""
+        """Index the images and return the report. One thread embeds the images in batches. This coroutine runs on the
+        event loop and writes the embedded items in groups."""
         batches = self._embedded(images)
         thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         upcoming = self.loop.run_in_executor(thread, next, batches, None)
@@ -198,7 +201,7 @@ class _Run:
                     writing = asyncio.create_task(self._write(pending))
                     pending, last_write = [], time.perf_counter()
         finally:
-            self.hooks.stop.set()  # if cancelled or failed, the threads finish their current work
+            self.hooks.stop.set()  # after an error or a cancellation, the threads finish their current work and end
             await asyncio.gather(*filter(None, [writing]), upcoming, return_exceptions=True)
             await self.loop.run_in_executor(thread, batches.close)
             thread.shutdown()
@@ -212,7 +215,7 @@ class _Run:
 
     def _wanted(self, images: Iterable[Photo | Problem]) -> Iterator[Photo]:
         """Yield the images that must be read. The store is queried for a group of images at a time. The first groups
-        are small, so that decoding starts soon."""
+        are small, so that the first images are decoded soon."""
         unchecked: list[Photo] = []
         size = self.options.batch_size
         for image in images:
@@ -222,7 +225,7 @@ class _Run:
             if isinstance(image, Problem):
                 self._fail(image)
                 continue
-            if self.options.id_by == "sha256":  # the id is known after reading
+            if self.options.id_by == "sha256":  # the id is not known until the image is read
                 yield image
                 continue
             try:
@@ -237,9 +240,9 @@ class _Run:
         yield from self._not_present(unchecked)
 
     def _not_present(self, unchecked: Sequence[Photo]) -> Iterator[Photo]:
-        """Yield the images of a group that are new or have changed. Count the unchanged images, and report a problem
-        for an image whose id belongs to another file."""
-        with self.lock:  # before querying the store, so a write in between is not missed
+        """Yield the images of a group that are new or have changed. Count the unchanged images. Report a problem for
+        each image that has the id of another file."""
+        with self.lock:  # read before the store is queried, so that no write in between is missed
             before = {photo.id: self.under_way[photo.id] for photo in unchecked if photo.id in self.under_way}
         held = self._held([photo.id for photo in unchecked])
         for photo in unchecked:
@@ -261,8 +264,9 @@ class _Run:
                 self._fail(Problem(photo.source, f"its id {photo.id!r} belongs to {verdict}; --force replaces it"))
 
     def _compare(self, photo: Photo, stamp: Any, source: str | None) -> str:
-        """Compare an image with the item or image that has its id. Return "same" if the file is unchanged, "new" if it
-        must be indexed again, or the source of the other file if the id belongs to one."""
+        """Compare an image with the item or image that has the same id, which `stamp` and `source` describe. Return
+        "same" if the file is unchanged and "new" if the image must be indexed. If the id belongs to another file,
+        return the source of that file."""
         if self.options.force:
             return "new"
         if photo.stamp is None or not isinstance(stamp, Mapping):
@@ -272,8 +276,8 @@ class _Run:
         return "new" if source in (None, photo.source) else source
 
     def _held(self, ids: Sequence[str]) -> dict[str, Item]:
-        """Return the items of the collection that have these ids, by id. Call this from a thread, not from the event
-        loop."""
+        """Return the items of the collection that have these ids, as a dict by id. This method blocks, so it must not
+        be called on the event loop."""
         if not ids or not self.exists:
             return {}
         items = asyncio.run_coroutine_threadsafe(self.store.get(self.collection, list(ids)), self.loop).result()
@@ -282,10 +286,11 @@ class _Run:
     # ---- decode threads
 
     def _load(self, photo: Photo) -> Outcome[_Ready | None]:
-        """Read and decode an image. The outcome is the image, ready to be embedded, or None if an item with the same
-        content exists, or the error."""
+        """Read and decode an image. The outcome contains the decoded image, or the error if the image cannot be read.
+        It contains None if images are identified by their content and this content is in the collection already or is
+        being indexed."""
         loaded = attempt(0, self._read, photo)
-        if isinstance(loaded.error, StorageFailed):  # not the image's fault: the next one would fail too
+        if isinstance(loaded.error, StorageFailed):  # a failure of the store affects every image
             raise loaded.error
         return loaded
 
@@ -370,7 +375,7 @@ class _Run:
             self.exists = True
         try:
             await self.store.upsert(self.collection, items, tag=self.tag)
-        except InvalidRequest as error:  # the store has stricter limits: find the item that exceeds them
+        except InvalidRequest as error:  # an item exceeds a limit of the store: find it by writing one at a time
             if len(items) == 1:
                 self._fail(Problem(items[0].source or items[0].id, error.detail), items[0].id)
                 return

@@ -1,8 +1,8 @@
 """Add the images and vectors of one request to a collection.
 
-First each item is checked as far as is possible without running the neural network. Then the network embeds all images
-together. If the collection stores images, they are stored. Finally all good items are written in one call. With
-`on_error=partial`, an item that fails does not affect the others.
+First, each item is checked without the neural network, as far as possible. Then the network embeds all images together.
+If the collection stores images, the images are stored. Finally, all items without an error are written in one call. If
+`on_error` is "partial", an item with an error does not affect the others.
 """
 
 import asyncio
@@ -32,22 +32,22 @@ _NO_VECTOR: Final = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class NewItem:
-    """An item of a request. The vector of an item with an image is empty until the network has embedded the image."""
+    """An item that a request adds. If it has an image, its vector is empty until the network has embedded the image."""
 
     item: Item
     image: bytes | None = None
-    fingerprint: str | None = None  # model of the vector, according to the client
+    fingerprint: str | None = None  # of the model that made the vector, if the client sent it
     embedded: Embedded | None = None
 
 
 @dataclass(frozen=True)
 class Added:
-    """The result of a request.
+    """The result of adding the items of a request.
 
     collection: the collection after the write.
     ids: the ids of the written items, by their index in the request.
     errors: the errors of the items that were not written.
-    timings: the milliseconds of each stage.
+    timings: the duration of each stage in milliseconds.
     """
 
     collection: CollectionInfo
@@ -59,8 +59,8 @@ class Added:
 async def add_items(
     service: Service, name: str, items: Sequence[Outcome[NewItem]], on_error: OnError, request_key: str | None = None
 ) -> Added:
-    """Write items to a collection. If it does not exist, it is created. A second call with the same `request_key` and
-    the same items within a day changes nothing.
+    """Write items to a collection and return the result. If the collection does not exist, it is created. If a call
+    with the same `request_key` and the same items is repeated within a day, the second call changes nothing.
 
     Raises:
         InvalidItems: an item cannot be written and `on_error` is "fail", or no item can be written. Nothing was
@@ -77,8 +77,8 @@ async def add_items(
 
 
 def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
-    """Parse the item at `index` of a body's list `items`. Check it as far as is possible without the store and the
-    network.
+    """Parse the item at `index` of the list `items` in a request body. The item is checked as far as possible without
+    the store and the network.
 
     Raises:
         ServiceError: the item is invalid.
@@ -100,7 +100,8 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
 
 
 def item_from_file(image: bytes, filename: str) -> NewItem:
-    """Make an item from an uploaded image file. The id of the item is the sha256 of the file, in hex.
+    """Make an item from the bytes and the name of an uploaded image file. The item's id is the sha256 of the bytes, in
+    hex.
 
     Raises:
         InvalidRequest: the file name cannot be stored.
@@ -114,16 +115,19 @@ def _image_item(image: bytes, item_id: str | None, metadata: dict[str, Any], sou
 
 
 def _checked(item: Item) -> Item:
-    """Return the item. Raises InvalidRequest if the store would refuse its id, metadata or source. This check runs
-    before any expensive work."""
+    """Check the id, metadata and source of an item and return the item. This check runs before any expensive work.
+
+    Raises:
+        InvalidRequest: the store would not accept the item.
+    """
     check_id(item.id)
     metadata_text(item.metadata)
     return check_source(item)
 
 
 async def _target(service: Service, name: str) -> CollectionInfo:
-    """Return a description of the collection to write to. If the collection does not exist, describe the one that the
-    first write will create."""
+    """Return a description of the collection to write to. If the collection does not exist, return a description of the
+    collection that the first write will create."""
     try:
         return await service.store.info(name)
     except CollectionNotFound:
@@ -133,11 +137,11 @@ async def _target(service: Service, name: str) -> CollectionInfo:
 async def _ready(
     service: Service, collection: CollectionInfo, sent: Sequence[Outcome[NewItem]]
 ) -> list[Outcome[NewItem]]:
-    """Return the items, or their errors, ready to be written: embed the images, and store them if the collection stores
-    images.
+    """Prepare the items for writing and return them, or their errors, in order. The images are embedded, and they are
+    stored if the collection stores images.
 
     Raises:
-        ModelMismatch: all items are images, and the collection contains vectors of another model.
+        ModelMismatch: all valid items have images, and the collection contains vectors of another model.
         QueueFull, ShuttingDown, ModelUnavailable: the pipeline accepts no more images. No image was embedded.
     """
     readable = successes(sent)
@@ -153,28 +157,34 @@ async def _ready(
 
 
 def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
-    """Raise an error if vectors of the served model do not fit into this collection.
+    """Check that vectors of the served model can be added to this collection.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model or of an unknown tag.
+        ModelMismatch: the collection contains vectors of another model.
+        Conflict: the vectors of the collection have another dimension.
     """
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
         raise ModelMismatch(
-            f"collection {collection.name!r} contains vectors of {collection.tag!r}, which images do not give here"
+            f"collection {collection.name!r} contains vectors of {collection.tag!r}, which this service cannot make"
         )
     dimension = width(pooling, service.pipeline.dims)
     check_match(collection, tag=service.tag(pooling=pooling), dimension=dimension)
 
 
 def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewItem:
-    """Return the item. Raises ModelMismatch or Conflict if its vector does not fit into the collection."""
+    """Check that the item's vector can be added to the collection, and return the item.
+
+    Raises:
+        ModelMismatch: the collection contains vectors of another model.
+        Conflict: the vectors of the collection have another dimension.
+    """
     if new.image is not None:
         _check_images_fit(service, collection)
         return new
     if new.fingerprint not in (None, tag_parts(collection.tag).fingerprint):
         raise ModelMismatch(
-            f"collection {collection.name!r} contains vectors of {collection.tag!r}; this one is of "
+            f"collection {collection.name!r} contains vectors of {collection.tag!r}; this vector is of "
             f"{new.fingerprint!r}: they cannot be compared (PUT creates a collection for vectors of another model)"
         )
     check_match(collection, tag=collection.tag, dimension=len(new.item.vector))
@@ -182,8 +192,8 @@ def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewI
 
 
 def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embedded] | None) -> NewItem:
-    """Return the item with the vector of its image, which `outcome` has. If `outcome` is None, the item came with a
-    vector and is returned unchanged. Raises the error of `outcome`, if it has one."""
+    """Return the item with the vector of its image, which `outcome` contains. If `outcome` is None, the item already
+    has a vector and is returned unchanged. If `outcome` has an error, raise this error."""
     if outcome is None:
         return new
     pooling = tag_parts(collection.tag).pooling
@@ -194,8 +204,8 @@ def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embe
 
 
 async def _stored(new: NewItem, service: Service) -> NewItem:
-    """Store the image of the item and return the item. This runs before the item is written, so that no item points to
-    a missing image."""
+    """Store the image of the item, if it has one, and return the item. This runs before the item is written, so that no
+    item refers to a missing image."""
     if new.image is None:
         return new
     digest = await service.originals.put(new.image)

@@ -1,18 +1,19 @@
-"""The sources of `dinov2 index SOURCE...`: folders, archives, lists and addresses as one stream of images.
+"""Find the images in the sources of `dinov2 index SOURCE...`: folders, archives, lists and addresses.
 
-    folder             all images at any depth, with `x.json` next to `x.jpg` as metadata, and the archives below it
+    folder             all images at any depth, with `x.json` next to `x.jpg` as metadata, and all archives
     image              one file
     .tar .tar.gz       `service/ingest/archives.py`
     .parquet           `service/ingest/archives.py`
     .txt               one path or address per line
     .jsonl             {"image": "...", "id": "...", ...} per line; other keys are metadata
 
-A source may be on this machine or anywhere that fsspec supports (s3://, gs://, memory://, file://). Images are yielded
-one by one and read only when `load` is called, so a million images take no more memory than ten.
+A source may be on this machine or on any file system that fsspec supports (s3://, gs://, memory://, file://). Images
+are yielded one by one. An image is read when `load` is called, except that the images of a compressed or remote tar are
+read before they are yielded.
 
 The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`,
-`train.parquet#12`. For an image of a list, the id is the path or address as the list has it, unless the line gives an
-`id`. For something that cannot be read, a `Problem` is yielded and the next images follow.
+`train.parquet#12`. The id of an image from a list is the `id` on its line, or else the path or address on the line. If
+an image or file cannot be read, a `Problem` is yielded and the search continues with the next one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,16 +40,17 @@ _MAX_LINE_BYTES: Final = 2**20
 def find_photos(
     sources: Sequence[str], *, max_bytes: int = 20 * 2**20, image_column: str | None = None
 ) -> Iterator[Photo | Problem]:
-    """Yield the images of all sources, in order.
+    """Return an iterator over the images of all sources, in order. It yields a `Problem` for anything that cannot be
+    read.
 
     Args:
         sources: paths or addresses.
         max_bytes: size limit of one image. Larger images are not read.
-        image_column: name of the image column of Parquet files. None means to detect it.
+        image_column: name of the image column of Parquet files. If it is None, the column is detected.
 
     Raises:
-        ValueError: there is no source, or a source does not exist or cannot be reached. This is raised by the call
-            itself, before the first image.
+        ValueError: `sources` is empty, or a source does not exist or cannot be reached. The error is raised before the
+            iterator is returned.
     """
     if not sources:
         raise ValueError("no source was given")
@@ -68,10 +70,10 @@ def find_photos(
 
 
 def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
-    """Return the bytes of one image at a path or address.
+    """Return the bytes of the image at a path or address.
 
     Raises:
-        ImageTooLarge, OSError, ValueError: the image cannot be read; the message has the reason.
+        ImageTooLarge, OSError, ValueError: the image cannot be read. The message gives the reason.
     """
     if source.startswith(_WEB):
         return Web().read(source, max_bytes)
@@ -80,7 +82,7 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 
 
 class _Finder:
-    """Finds the images of all sources, with the same options for each."""
+    """A search for images in all sources, with the same options for each."""
 
     def __init__(self, max_bytes: int, image_column: str | None) -> None:
         self._max_bytes = max_bytes
@@ -103,8 +105,8 @@ class _Finder:
                 yield from self._archived(file, "") or [self._plain(file, None)]
 
     def _below(self, place: Place, folder: str, prefix: str) -> Iterator[Photo | Problem]:
-        """Yield the images below a folder, depth first, sorted by name, including those in archives. Other files are
-        ignored. `prefix` is the folder's path relative to the source."""
+        """Yield the images in a folder and its subfolders, depth first and sorted by name, including the images in
+        archives. Other files are ignored. `prefix` is the folder's path relative to the source."""
         rows = list(place.listing(folder))
         sidecars = {row.name: row for row in rows if isinstance(row, Entry) and suffix_of(row.name) == ".json"}
         for row in rows:
@@ -181,8 +183,8 @@ class _Finder:
     def _at(
         self, listed_in: File, address: str, metadata: dict[str, Any], item_id: str | None = None
     ) -> Photo | Problem:
-        """Return the image at an address that `listed_in`, a list or Parquet file, contains. A relative path is
-        relative to the folder of that file."""
+        """Return the image at an address. `listed_in` is the list or Parquet file that contains the address, and a
+        relative path is relative to its folder. If the address cannot be used, return a `Problem`."""
         item_id = address if item_id is None else item_id
         if address.startswith(_WEB):
             return self._on_web(address, metadata, item_id)
@@ -192,7 +194,7 @@ class _Finder:
             else:
                 place = listed_in.place
                 path = place.join(listed_in.path.rpartition("/")[0], address)
-            stamp = place.entry(path).stamp if place.is_local else None  # a remote place would need a request for each
+            stamp = place.entry(path).stamp if place.is_local else None  # remotely, each stamp would need a request
         except (OSError, ValueError) as error:
             return Problem(address, getattr(error, "strerror", None) or str(error))
         file = File(place, path, address, stamp)

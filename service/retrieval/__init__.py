@@ -1,1 +1,1 @@
-"""Search: parse requests, determine the vector of each query, query the store, and order the results."""
+"""Parse search requests, compute the vector of each query, query the store, and order the results."""

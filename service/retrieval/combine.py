@@ -1,7 +1,7 @@
 """Combine several examples into one query: "like these images, and not like that one".
 
 Each example is a vector. It is scaled to length 1, so that its magnitude does not matter, and multiplied by its weight.
-The query is the direction of the sum.
+The vector of the query is the sum of these vectors, scaled to length 1.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from service.search.checks import normalised_rows
 from service.search.store import Floats
 
 NOTHING_LEFT: Final = 1e-5
-"""If the length of the sum divided by the sum of the absolute weights is at most this, the direction of the sum is
-mostly rounding error of float32."""
+"""The weighted vectors cancel out if the length of their sum is at most this share of the sum of the absolute weights.
+The direction of such a short sum is mostly float32 rounding error."""
 
 
 def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
-    """Scale vectors to length 1 and return the direction of their weighted sum.
+    """Scale vectors to length 1, compute their weighted sum, and return it scaled to length 1.
 
     Args:
-        vectors: [n, D], of any scale.
+        vectors: [n, D]. The length of a vector has no effect.
         weights: n finite numbers. A negative weight moves the query away from its vector.
 
     Returns:

@@ -1,12 +1,12 @@
 """Group the results of a search by a metadata key, for instance to find the best products, each with its best images.
 
-A store ranks items. Groups are formed from this ranking: they are in the order of their best items, and each has its
-best `size` items. It is unknown beforehand how many ranks are needed, because one product may fill the first thousand.
-So the search is repeated, each time for twice as many items, until enough groups are full, no items are left, or
-`MAX_DEPTH` items are read. In the last case `Groups.truncated` is true.
+A search returns a ranking of items, best first. Each group contains its best `size` items, and the groups are in the
+order of their best items. The number of items to read is not known in advance, because the best thousand items may all
+belong to one product. The search is therefore repeated, each time for twice as many items, until enough groups are
+full, no items are left, or `MAX_DEPTH` items are read. In the last case, `Groups.truncated` is true.
 
-`split` on the whole ranking is the definition. `grouped` gives the same result but reads only the first part of the
-ranking.
+`split` is the definition of the result: it groups a whole ranking. `grouped` gives the same groups but reads only the
+first part of the ranking.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ from service.search.filters import Scalar
 from service.search.store import MAX_DEPTH, Hit
 
 Search = Callable[[int], Awaitable[Sequence[Hit]]]
-"""A function that takes a number of hits and returns the best ones, best first. It returns fewer if the store has
-fewer."""
+"""A function that returns the best hits of a query, best first. Its argument is the number of hits. It returns fewer
+hits if the collection has fewer items."""
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of an answer, best first. If `truncated`, the ranking continues after `MAX_DEPTH` items, and the rest
-    may contain more groups or more items of these groups."""
+    """The groups of an answer, best first. If `truncated` is true, the search ended after `MAX_DEPTH` items, and later
+    items may belong to these groups or to other groups."""
 
     groups: list[Group]
     truncated: bool
@@ -48,14 +48,14 @@ async def grouped(
     keep: Callable[[Hit], bool] = lambda hit: True,
     threshold: float | None = None,
 ) -> Groups:
-    """Return the best `k` groups after the first `offset`, with up to `size` items each.
+    """Return the best `k` groups after the first `offset` groups, with up to `size` items each.
 
     Args:
-        search: returns the best hits of a store for the query, as many as its argument says.
-        path: path of the metadata key. Items without it, or with a value that is not a string, number or boolean,
+        search: a function that returns the best hits of the query. Its argument is the number of hits.
+        path: path of the metadata key. Items without this key, or with a value that is not a string, number or boolean,
             belong to no group.
-        keep: returns whether a hit is used. Other hits are left out.
-        threshold: the lowest score of a hit that is used. None means no limit.
+        keep: a function that returns whether a hit may be in the result.
+        threshold: the lowest score of a hit in the result. If it is None, there is no such limit.
     """
     wanted = offset + k
     depth = min(MAX_DEPTH, 2 * wanted * size)
@@ -72,13 +72,14 @@ async def grouped(
 
 def split(hits: Iterable[Hit], path: tuple[str, ...], size: int) -> list[Group]:
     """Group ranked hits by their value at `path` in the metadata. The groups are in the order in which their values
-    first occur, and each has its first `size` hits. Hits without such a value are left out."""
+    first occur, and each group has its first `size` hits. Hits without a string, number or boolean at `path` are left
+    out."""
     groups: dict[tuple[bool, Scalar], Group] = {}
     for hit in hits:
         value = _value(hit.metadata, path)
         if value is None:
             continue
-        group = groups.setdefault((isinstance(value, bool), value), Group(value, []))  # 1 == True, but not here
+        group = groups.setdefault((isinstance(value, bool), value), Group(value, []))  # 1 == True, but not as groups
         if len(group.hits) < size:
             group.hits.append(hit)
     return list(groups.values())

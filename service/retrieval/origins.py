@@ -1,11 +1,12 @@
-"""Determine what the search for each query starts from: one vector that can be compared with those of the collection.
+"""Compute the origin of each query, which is a vector that can be compared with the vectors of the collection.
 
 The pipeline embeds all images of a request together, and one call of the store reads all items that the request names
-by id. The collection's tag determines the pooling. Images are refused if the served model's tag differs from the
-collection's. The vector of a stored item can always be used, whichever model is served.
+by id. A collection has a tag, which names the model and the pooling of its vectors. Images are embedded with this
+pooling, and a query with an image is rejected if the tag of the served model is another one. A query by the id of an
+item works with any served model, because it uses the stored vector.
 
-A query by region needs the patch tokens of its image, and so does a query by image whose results are re-ranked by
-patches. The cache stores only the class token and the mean of the patch tokens, so each such image takes a forward
+A query by region needs the patch tokens of its image. A query by image also needs them if its results are re-ranked by
+patches. The cache stores only the class token and the mean of the patch tokens, so such an image always takes a forward
 pass.
 """
 
@@ -49,13 +50,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a search starts from.
+    """The origin of a search: the vector of the query, and data that later steps of the search need.
 
     vector: the vector of the query, [D], of length 1.
-    exclude: the ids that are left out of the answer.
-    patches: the N patches of the query image. They are only set if the query asks for re-ranking.
+    exclude: the ids of the items that are left out of the answer.
+    patches: the N patches of the query's image. This is None unless the query has an image and requests re-ranking.
     weights: the weight of each patch, [N]. None means that all weights are equal.
-    timings: the milliseconds of each stage.
+    timings: the duration of each stage in milliseconds.
     """
 
     vector: Floats
@@ -67,8 +68,8 @@ class Origin:
 
 
 async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
-    """Return for each query what its search starts from (its vector, its patches for re-ranking, and the ids to
-    exclude), or its error.
+    """Return the origin of each query, or its error, in the order of the queries. The origin contains the vector of the
+    query.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full.
@@ -102,16 +103,22 @@ async def find_origins(service: Service, target: Target, queries: Sequence[Outco
 
 
 class _Part(NamedTuple):
-    """A part of a query, together with the embedded image or the stored item that it names."""
+    """A part of a query, together with its embedded image or its stored item."""
 
     part: Part
-    embedded: Outcome[Embedded] | None  # if the part is an image
-    item: Item | None  # if the part is an id
+    embedded: Outcome[Embedded] | None  # None unless the part is an image
+    item: Item | None  # None unless the part is the id of an existing item
 
 
 def _checked(query: Query, service: Service, target: Target) -> Query:
-    """Return the query. Raises ModelMismatch, Conflict or InvalidRequest if it cannot be compared with the collection's
-    vectors. This check runs before any image is decoded."""
+    """Check that the query can be compared with the collection's vectors, and return the query. This check runs before
+    any image is decoded.
+
+    Raises:
+        ModelMismatch: the query and the collection have vectors of different models.
+        Conflict: the query and the collection have vectors of different dimensions.
+        InvalidRequest: the query is by region, and the pooling of the collection is not "mean".
+    """
     info = target.info
     if query.needs_model:
         check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
@@ -131,8 +138,12 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
 
 
 def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
-    """Return what the search for a query starts from, computed from the vectors of its parts. Raises InvalidItems if an
-    image could not be embedded."""
+    """Compute the origin of a query from the vectors of its parts.
+
+    Raises:
+        InvalidItems: an image could not be embedded.
+        ItemNotFound: an item that the query names does not exist.
+    """
     embedded = [part.embedded for part in parts if part.embedded is not None]
     if bad := failures(embedded):
         raise InvalidItems(bad, total=len(parts), param=query.form)
@@ -150,7 +161,11 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
 
 
 def _vector(target: Target, with_features: _Part) -> Floats:
-    """Return the vector of a part, [D], of length 1. Raises ItemNotFound if its item does not exist."""
+    """Return the vector of a part of a query, float32 [D] of length 1.
+
+    Raises:
+        ItemNotFound: the part names an item that does not exist.
+    """
     part, embedded, item = with_features
     if part.id is not None:
         if item is None:
@@ -163,11 +178,11 @@ def _vector(target: Target, with_features: _Part) -> Floats:
 
 
 async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Query]) -> dict[int, Outcome[Origin]]:
-    """Compute the origins of queries that need patches, by number. The images are analysed concurrently, so that those
-    which are decoded at the same time share a forward pass."""
+    """Compute the origins of the queries that need patch tokens, and return them, or their errors, by the number of the
+    query. The images are analysed concurrently, so that several images can share a forward pass."""
     analyses = (attempt_await(number, _analysed(service, target, query)) for number, query in queries.items())
     origins: dict[int, Outcome[Origin]] = {}
-    for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # none keeps running
+    for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # waits for every analysis
         if isinstance(outcome, BaseException):
             raise outcome
         origins[outcome.index] = outcome
@@ -175,20 +190,25 @@ async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Q
 
 
 async def _analysed(service: Service, target: Target, query: Query) -> Origin:
-    """Return what the search for a query starts from, if the query needs the patches of its image."""
+    """Compute the origin of a query that needs the patch tokens of its image.
+
+    Raises:
+        InvalidItems: the image cannot be used.
+        ServiceError: the region cannot be used, or the service failed.
+    """
     image = query.parts[0].image
     assert image is not None
     try:
         return await service.pipeline.analyse(image.result(), partial(_of_patches, service, target, query))
     except ServiceError as error:
-        if error.status >= 500 or error.param == "region":  # the image is good, but the region is not
+        if error.status >= 500 or error.param == "region":  # not an error of the image
             raise
         raise InvalidItems([ItemError(0, error)], total=1, param=query.form) from error
 
 
 def _of_patches(service: Service, target: Target, query: Query, analysed: Analysed) -> Origin:
-    """Compute what the search for a query starts from, using all features of its image. This runs in a worker
-    thread."""
+    """Compute the origin of a query from the features of its image, including the patch tokens. This function runs in a
+    worker thread."""
     weights = None
     vector = analysed.embedded.vector(target.pooling, True)
     height, width = analysed.image.shape[:2]

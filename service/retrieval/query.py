@@ -1,4 +1,4 @@
-"""A search request, parsed and checked.
+"""Define the types of a parsed and checked search request.
 
 A query has one of five forms (`FORMS`) and one or more parts. A part is an image, a vector or the id of an item, with a
 weight. Only a query of the form `combine` has several parts.
@@ -21,52 +21,52 @@ DEFAULT_RERANK_DEPTH: Final = 20
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a query: an image, a vector or an id."""
+    """One part of a query: an image, a vector or the id of an item."""
 
-    image: Outcome[bytes] | None = None  # its index is the part's
-    vector: npt.NDArray[np.float64] | None = None  # [D], of any scale
+    image: Outcome[bytes] | None = None  # its index is the position of the part in the query
+    vector: npt.NDArray[np.float64] | None = None  # [D], of any length except 0
     id: str | None = None
-    fingerprint: str | None = None  # model that made the vector, if the client named it
+    fingerprint: str | None = None  # of the model that made the vector, if the client sent it
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Query:
-    """One checked query. `form` is one of `FORMS`. `ranking` has the options for its results."""
+    """A query that is parsed and checked. `form` is one of `FORMS`. `ranking` contains the options for the results."""
 
     form: str
-    parts: tuple[Part, ...]  # for a region: its image
+    parts: tuple[Part, ...]  # for the form `region`, the image is the only part
     ranking: Ranking
     region: dict[str, Any] | None = None  # {"box": (x, y, w, h)} or {"mask": {"size": ..., "counts": ...}}
     where: Filter | None = None
     path: tuple[str, ...] | None = None  # path of the grouping key
     params: SearchParams | None = None
-    batch_key: bytes = b""  # queries with the same key can share one store call
+    batch_key: bytes = b""  # queries with the same key can share one call of the store
 
     @property
     def needs_model(self) -> bool:
-        """Whether the query has an image, so that the served model must compute features."""
+        """Return whether the query has an image, which the served model must embed."""
         return any(part.image is not None for part in self.parts)
 
     @property
     def needs_patches(self) -> bool:
-        """Whether the query needs the patch tokens of its image as well as the vector."""
+        """Return whether the query needs the patch tokens of its image and not only its vector."""
         return self.form == "region" or (self.form == "image" and self.ranking.rerank is not None)
 
     @property
     def depth(self) -> int:
-        """How many of the store's best hits the answer needs: `k` plus `offset`."""
+        """Return how many of the best hits the answer needs, which is `k` plus `offset`."""
         return self.ranking.k + self.ranking.offset
 
     @property
     def rerank_depth(self) -> int:
-        """How many of the best hits are compared patch by patch."""
+        """Return how many of the best hits are compared with the query patch by patch."""
         return self.ranking.rerank_depth or DEFAULT_RERANK_DEPTH
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A parsed request. In a batch, the outcome of an invalid query is its error."""
+    """A search request that is parsed. In a batch, the outcome of an invalid query contains the error of that query."""
 
     queries: list[Outcome[Query]]
     model: str = "auto"

@@ -1,9 +1,9 @@
-"""Parse and check the queries of a request before anything is computed.
+"""Parse and check the queries of a search request before anything is computed.
 
-A request is one query, a list of queries, or an image with options. `read_vector` parses vectors without the schema,
-because a vector is most of the body of the commonest request, and pydantic would take longer.
+A request contains one query, a list of queries, or an image with options. `read_vector` parses a vector separately from
+the schema of the request, because this is faster and most requests consist mainly of a vector.
 
-In a list of queries, the error of an invalid query does not affect the others.
+An invalid query in a list does not prevent the other queries from being parsed.
 """
 
 import reprlib
@@ -34,14 +34,15 @@ _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]
 
 @dataclass
 class _Reader:
-    """Parses the queries of one request. A filter that several queries share is parsed only once."""
+    """A parser for the queries of one request. A filter that several queries share is parsed only once."""
 
     settings: Settings
-    filters: dict[int, Filter] = field(default_factory=dict)  # by the object's identity; the object outlives the reader
-    values: int = 0  # values in all filters
+    filters: dict[int, Filter] = field(default_factory=dict)  # by `id()` of the JSON object, which outlives the reader
+    values: int = 0  # number of values in all filters
 
     async def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
-        """Parse and check one query. `body` is the parsed form of `fields`, if the caller has it."""
+        """Parse and check one query, and return it. `body` is the parsed form of `fields`, if the caller has already
+        parsed them."""
         body = body or _parsed(QueryIn, fields)
         forms = [form for form in FORMS if getattr(body, form) is not None]
         if len(forms) != 1:
@@ -73,7 +74,7 @@ class _Reader:
     def ranked(
         self, form: str, parts: tuple[Part, ...], ranking: Ranking, region: dict[str, Any] | None = None
     ) -> Query:
-        """Build a query from its parts and the fields that all forms share."""
+        """Check the options that all forms of queries share, and build a query from them and its parts."""
         if ranking.k + ranking.offset > MAX_DEPTH:
             raise InvalidRequest(
                 f"k + offset is {ranking.k + ranking.offset}; at most {MAX_DEPTH:,} is allowed", param="offset"
@@ -114,7 +115,7 @@ class _Reader:
 
     def _filter(self, body: Any) -> Filter:
         if id(body) not in self.filters:
-            if self.values <= MAX_VALUES:  # else the limit is exceeded already
+            if self.values <= MAX_VALUES:  # no filter is parsed after the limit is exceeded
                 self.filters[id(body)] = parse_filter(body)
                 self.values += _count_values(self.filters[id(body)])
             if self.values > MAX_VALUES:
@@ -123,7 +124,7 @@ class _Reader:
 
 
 def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Build the SearchRequest for one image. `fields` has the options as strings, from a form or a query string.
+    """Build the search request for one image. `fields` contains the options as strings, from a form or a query string.
 
     Raises:
         InvalidRequest: an option is not allowed.
@@ -134,7 +135,7 @@ def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: S
 
 
 async def read_search(fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Parse a JSON object with either one query or the list `queries`.
+    """Parse the JSON object of a search request. The object contains either one query or the list `queries`.
 
     Raises:
         ServiceError: the whole request, or its only query, is invalid.
@@ -159,7 +160,7 @@ async def read_search(fields: dict[str, Any], settings: Settings) -> SearchReque
 
 
 def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
-    """Call `parse_options`, after checking that no nested object has too many fields."""
+    """Parse `fields` into an instance of `model`, after checking that no nested object has too many fields."""
     combine, region, params = fields.get("combine"), fields.get("region"), fields.get("params")
     parts = combine[: MAX_PARTS + 1] if isinstance(combine, list) else []
     mask = region.get("mask") if isinstance(region, dict) else None
@@ -185,7 +186,11 @@ async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> 
 
 
 def _check_batch(queries: list[Query], settings: Settings) -> None:
-    """Raise InvalidRequest if all queries of a request together have too many images or request too many results."""
+    """Check the number of images and the number of results that all queries of a request have together.
+
+    Raises:
+        InvalidRequest: one of these numbers exceeds its limit.
+    """
     _check_images(queries, settings)
     results = sum(query.ranking.k * (query.ranking.group_size or 1) + query.ranking.offset for query in queries)
     if results > MAX_RESULTS_OF_BATCH:
@@ -203,7 +208,8 @@ def _check_images(queries: list[Query], settings: Settings) -> None:
 
 
 def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
-    """Parse a JSON value as a vector, float64 [D]. `where` is the field name that an error message gives.
+    """Parse a JSON value as a vector and return it as float64 [D]. `where` is the name of the field, for an error
+    message.
 
     Raises:
         InvalidRequest: the value is not a list of 1 to `MAX_DIMENSION` numbers, or all numbers are 0. The message names
@@ -237,7 +243,7 @@ def _count_values(condition: Filter) -> int:
 
 
 def search_params(params: ParamsIn | None) -> SearchParams | None:
-    """Convert the search parameters of a request to the type that stores use. None stays None."""
+    """Convert the search parameters of a request to the type that the stores use. If `params` is None, return None."""
     return None if params is None else SearchParams(params.exact, params.ef_search, params.nprobe)
 
 
@@ -257,8 +263,8 @@ def _check_grouping_and_rerank(form: str, ranking: Ranking) -> None:
 
 
 def _from_text(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return options from a form or query string in the types of a JSON body. `filter` and `params` are parsed as JSON,
-    and a single `include` becomes a list."""
+    """Convert options from a form or query string to the types that they have in a JSON body. `filter` and `params` are
+    parsed as JSON, and a single `include` becomes a list."""
     read = dict(fields)
     for name in ("filter", "params"):
         if isinstance(read.get(name), str):

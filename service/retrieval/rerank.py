@@ -1,10 +1,10 @@
-"""Re-order the best hits of a search by comparing them with the query patch by patch (`vision/maxsim`).
+"""Re-order the best hits of a search by comparing them with the query patch by patch (`service/vision/maxsim.py`).
 
 The patches of a hit are computed from its image, which the collection must store. At most `AT_A_TIME` images are
 processed at once, to limit memory. The pipeline caches recently computed patches.
 
-A hit whose image is missing, damaged or unreadable gets no `rerank_score` and comes after the hits that have one. The
-request fails only if no hit could be compared because of a fault of the service.
+A hit gets no `rerank_score` if its image is missing, damaged or unreadable. Such hits come after the hits that have a
+score. If no hit could be compared and the service is at fault, the request fails.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ from service.vision.region import patch_box
 log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
-"""The number of images that are read and embedded at once, which are two full forward passes at 224 pixels. Each image
-has at most 20 MiB by default."""
+"""The maximum number of images that are read and embedded at once. They fill two forward passes at 224 pixels. By
+default, an image has at most 20 MiB."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of a hit with the query by patches: the score and, if requested, the boxes where the two images
-    match."""
+    """The result of comparing a hit with the query by patches: the score and, if requested, the boxes where the two
+    images match."""
 
     score: float
     matches: list[dict[str, Any]] | None = None
@@ -51,13 +51,13 @@ class Reranked:
 
 
 async def reranked(service: Service, target: Target, query: Query, origin: Origin, hits: Sequence[Hit]) -> Reranked:
-    """Compare the best hits with the query by patches and re-order the hits. The hits that could be compared come
-    first, best first, and the others follow in their previous order.
+    """Compare the best hits with the query by patches, and return all hits in their new order. The hits that could be
+    compared come first, best first, and the others follow in their previous order.
 
     Raises:
-        InvalidRequest: the collection stores no images, or not the image of the item that the query names.
-        ServiceError: no hit could be compared because of a fault of the service, or the queue has no room for the
-            images.
+        InvalidRequest: the collection stores no images, or the query names an item and the image of that item is not
+            stored or cannot be read.
+        ServiceError: no hit could be compared and the service is at fault, or the queue has no room for the images.
     """
     if not target.info.spec.originals:
         raise InvalidRequest(
@@ -89,8 +89,8 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
 
 
 async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """Return the digest of each hit's stored image, in order, or None. The digest is the one that the hit's source
-    names, else the digest of the item."""
+    """Return the digest (sha256) of each hit's image, in order, or None where it is unknown. The digest is part of the
+    hit's source, or otherwise of the item."""
     named = [digest_of(hit.source) for hit in hits]
     unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
     items = iter(await service.store.get(name, unnamed) if unnamed else [])
@@ -102,7 +102,11 @@ def _of_item(item: Item | None) -> str | None:
 
 
 async def _query_patches(service: Service, origin: Origin) -> Patches:
-    """Return the patches of the query's image, or of the stored image of the item that the query names."""
+    """Return the patches of the query's image, or of the stored image of the item that the query names.
+
+    Raises:
+        InvalidRequest: the image of the item is not stored or cannot be read.
+    """
     if origin.patches is not None:
         return origin.patches
     assert origin.source is not None
@@ -122,7 +126,8 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
 
 
 async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
-    """Return the patches of the stored images with these digests, or their errors, in order."""
+    """Return the patches of the stored images with these digests, in order. The outcome of an image that is missing or
+    cannot be read contains the error."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
     kept = await service.pipeline.kept_patches(wanted)
     missing = [digest for digest in wanted if digest not in kept]
@@ -144,8 +149,8 @@ async def _read(service: Service, digest: str) -> tuple[str, bytes]:
 def _compare(
     rows: Floats, query: Patches, weights: Floats | None, spec: PreprocessSpec, matches: bool, patches: Patches
 ) -> Comparison:
-    """Compare the query's patches with those of one hit. `rows` are the query's patches as float32 unit vectors [N,
-    D]."""
+    """Compare the query's patches with the patches of one hit. `rows` contains the query's patches as unit vectors,
+    float32 [N, D]."""
     candidate = unit_rows(patches.rows)
     if not matches:
         return Comparison(maxsim(rows, candidate, weights))

@@ -1,11 +1,11 @@
-"""Run a search: determine the vector of each query (`origins`), query the store, and cut each result to the requested
+"""Run a search: compute the vector of each query (`origins.py`), query the store, and cut each result to the requested
 page.
 
-The commonest request, a single vector, skips the first step. The collection's tag need not be read beforehand, because
-the store compares the tags. Queries of a batch that have the same options share one call of the store.
+The most common request is a single vector and skips the first step. The collection's tag does not have to be read
+first, because the store compares the tags. Queries of a batch that have the same options share one call of the store.
 
-An item that a query names by id is left out of the answer, because it would always be its own best hit. The store is
-asked for as many more hits as there are such items.
+An item that a query names by id is left out of the answer, because it would always be the best hit. One extra hit
+is therefore read for each such item.
 """
 
 import time
@@ -27,10 +27,10 @@ from service.timings import ms_since
 
 @dataclass
 class QueryResults:
-    """The results of one query: hits, best first, or groups of hits.
+    """The results of one query: either hits, best first, or groups of hits.
 
-    comparisons: the comparisons by patches, by item id. Empty unless the query asks for re-ranking.
-    vectors: the vectors, by item id. Empty unless the query requests them.
+    comparisons: the comparisons by patches, by item id. They are empty unless the query requests re-ranking.
+    vectors: the vectors of the items, by item id. They are empty unless the query requests them.
     """
 
     hits: Sequence[Hit] = ()
@@ -45,8 +45,8 @@ class QueryResults:
 
 @dataclass(frozen=True)
 class SearchResults:
-    """The results of a request: the results or the error of each query, in order, the collection's tag, and the
-    milliseconds of each stage."""
+    """The results of a search request: the results or the error of each query, in order, the collection's tag, and the
+    duration of each stage in milliseconds."""
 
     queries: list[Outcome[QueryResults]]
     tag: str
@@ -54,8 +54,8 @@ class SearchResults:
 
 
 async def search(service: Service, name: str, request: SearchRequest) -> SearchResults:
-    """Return for each query the items of the collection that are nearest to it. `name` is the collection's name or an
-    alias.
+    """Find the items of a collection that are nearest to each query, and return the results. `name` is the collection's
+    name or an alias.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full or the collection does not exist.
@@ -78,9 +78,9 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
 
 
 async def _by_one_vector(service: Service, name: str, request: SearchRequest) -> SearchResults | None:
-    """Answer a request that is one vector without grouping or `include`, assuming that the collection has the default
-    pooling. Return None if the request is of another kind or the collection has another tag; `search` then looks up the
-    collection."""
+    """Answer a request that consists of one vector, without grouping and without `include`. This assumes that the
+    collection has the default pooling. Return None if the request is of another kind or the collection has another tag.
+    `search` then looks up the collection."""
     if request.batch:
         return None
     query = request.queries[0].result()
@@ -102,7 +102,7 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
 async def _find(
     service: Service, target: Target, request: SearchRequest, origins: Sequence[Outcome[Origin]]
 ) -> list[Outcome[QueryResults]]:
-    """Return each query's results or error, in order."""
+    """Run the search for each query, and return the results or the error of each query, in order."""
     results: dict[int, QueryResults] = {}
     batches: dict[bytes, dict[int, tuple[Query, Origin]]] = {}
     for number, origin in indexed(origins):
@@ -117,7 +117,8 @@ async def _find(
 
 
 async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
-    """Answer queries that have the same options but different vectors, with one call of the store."""
+    """Answer queries that have the same options but different vectors, with a single call of the store. Return the
+    results in order."""
     first = batch[0][0]
     depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
@@ -139,7 +140,7 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
 async def _groups(
     service: Service, target: Target, query: Query, path: tuple[str, ...], origin: Origin
 ) -> QueryResults:
-    """Return the results of a query that asks for groups."""
+    """Return the results of a query that requests groups."""
 
     async def best(depth: int) -> list[Hit]:
         info, vectors = target.info, origin.vector[None]
@@ -161,7 +162,7 @@ async def _groups(
 
 
 def _above(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
-    """Return the hits that reach the score threshold, best first."""
+    """Return the hits that reach the query's score threshold, in the same order."""
     least = query.ranking.score_threshold
     return hits if least is None else [hit for hit in hits if hit.score >= least]
 
@@ -177,7 +178,7 @@ def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
 async def _add_vectors(
     service: Service, target: Target, request: SearchRequest, outcomes: Sequence[Outcome[QueryResults]]
 ) -> None:
-    """Add the vectors to the results of the queries that request them."""
+    """Add the vectors of the items to the results of the queries that request them."""
     asking = [results for number, results in indexed(outcomes) if request.queries[number].result().ranking.include]
     ids = list(dict.fromkeys(item_id for results in asking for item_id in results.ids()))
     items = await service.store.get(target.info.name, ids) if ids else []

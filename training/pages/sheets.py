@@ -1,11 +1,12 @@
-"""An image sheet shows, for a few images, the network's inputs and what the network computes from them.
+"""Draw an image sheet. For a few images, a sheet shows the inputs of the network and what the network computes from
+them.
 
 Each image has one row, with these columns:
 
     image          the image after the preprocessing of the evaluation
     global 1, 2    the two large crops of a training step; masked patches, which the student must predict, are darkened
     locals         up to nine of the small crops
-    attention      the attention of the class token to each patch in the last block, mean over the heads
+    attention      the attention of the class token to each patch in the last block, averaged over the heads
     parts (PCA)    the first three principal components of the patch tokens as red, green and blue, computed for all
                    images of the sheet together, so that a colour has the same meaning in each row
     nearest        the images of the gallery with the most similar class tokens, and their cosine similarity
@@ -14,8 +15,8 @@ The gallery is a sample of the training images. Progress is visible on a sheet e
 attention moves from the corners to the objects, each part of an object gets its own colour, and the nearest images show
 the same kind of object. If a sheet still looks like noise late in a run, stop the run. Drawing needs only Pillow.
 
-Legend: n images of the sheet, V local crops, G and L sides of global and local crops, S side of the evaluation's crop,
-N = h * w patches, D width, g images of the gallery, k nearest images.
+Legend: n images of the sheet, V local crops per image, sides G of global and L of local crops, side S of the
+evaluation's crop, N = h * w patches, width D, g images of the gallery, k nearest images.
 """
 
 from collections.abc import Sequence
@@ -40,18 +41,18 @@ HEADER = 26  # height of a line of headings, pixels
 CAPTION = 18
 BACKGROUND, INK, FAINT = (22, 24, 28), (235, 237, 240), (150, 156, 166)
 BATCH = 64
-EVEN_IS_DARK = 4  # evenly spread attention gets a quarter of the brightest colour, and not all of it
-PCA_DEVIATIONS = 5  # the range of a colour, in standard deviations: a narrower one is garish, a wider one grey
-# Dark violet to pale yellow with rising lightness: readable as low to high, also for the colour-blind and in print.
+EVEN_IS_DARK = 4  # evenly spread attention is drawn at a quarter of the brightest colour
+PCA_DEVIATIONS = 5  # range of a colour in standard deviations; a narrower range looks garish, a wider one grey
+# Colours from dark violet to pale yellow. Lightness rises with the value, so colour-blind readers see it too.
 HEAT = np.array(
     [(10, 8, 30), (75, 16, 110), (160, 40, 110), (225, 85, 60), (250, 165, 40), (252, 250, 190)], np.float64
 )
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """Resize an image to the size that `preprocess` uses before it crops, so that a gallery fits into memory.
+    """Resize an image to the size that `preprocess` uses before it crops, so that a gallery needs less memory.
 
-    `preprocess` returns the same pixels for the resized image as for the full-size one.
+    `preprocess` returns the same pixels for the resized image as for the full-size image.
     """
     assert spec.resize is not None
     height, width = photo.shape[:2]
@@ -61,16 +62,17 @@ def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
 
 
 def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
-    """Turn crops [n, 3, S, S], normalised as `spec` says, into n images RGB uint8 [S, S, 3]."""
+    """Convert normalised crops [n, 3, S, S] to n RGB images, uint8 [S, S, 3]. `spec` contains the mean and the standard
+    deviation of the normalisation."""
     mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in (spec.mean, spec.std))
     scaled = ((crops.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
-    """Return a crop [S, S, 3] with its masked patches grey and dark.
+    """Return a crop, uint8 [S, S, 3], with its masked patches darkened and in grey.
 
-    `mask` is bool [h * w], True for masked patches; `grid` is (h, w).
+    `mask` is bool [h * w] and True for masked patches. `grid` is (h, w), the number of rows and columns of patches.
     """
     h, w = grid
     per_pixel = np.kron(mask.reshape(h, w), np.ones((photo.shape[0] // h, photo.shape[1] // w), bool))
@@ -79,7 +81,10 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 
 
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
-    """Map values [...] from 0 to 1 to colours uint8 [..., 3] of `HEAT`. NaN, from a diverged network, counts as 0."""
+    """Map an array of values from 0 to 1 to colours from dark violet to pale yellow, uint8 [..., 3].
+
+    NaN, which a diverged network computes, counts as 0.
+    """
     position = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
     below = np.minimum(position.astype(int), len(HEAT) - 2)
     share = (position - below)[..., None]
@@ -87,9 +92,9 @@ def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
 
 
 def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
-    """Return the attention [n, N] of the class token to each patch in the last block, averaged over heads.
+    """Return the attention [n, N] of the class token to each patch in the last block, averaged over the heads.
 
-    Each row is scaled to sum to one.
+    Each row is scaled to a sum of one.
     """
     patches = slice(1 + backbone.num_register_tokens, None)
     weights = backbone.get_attention(pixels)[:, :, 0, patches].float().mean(dim=1)
@@ -97,14 +102,15 @@ def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
 
 
 def pca_colours(patches: Tensor) -> Tensor:
-    """Map patch tokens [n, N, D] to colours [n, N, 3] in 0..1 by their first three principal components.
+    """Map patch tokens [n, N, D] to colours [n, N, 3] from 0 to 1 by their first three principal components.
 
-    The components are those of the patches of all images together, and each is scaled to the range of its colour. The
-    sign of a component is arbitrary; here its largest entry is positive, so that a network always gives the same sheet.
+    The components are computed from the patches of all images together, and each is scaled to the range of its colour.
+    The sign of a component is arbitrary. It is chosen so that the component's entry with the largest magnitude is
+    positive. A network therefore always gives the same sheet.
     """
-    flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network's are not finite
+    flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network gives NaN
     flat = flat - flat.mean(dim=0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)  # [.., D] each
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)  # one direction [D] per row
     directions = directions[:3]
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     scores = flat @ (directions * largest.sign()).T  # [n * N, 3]
@@ -113,10 +119,11 @@ def pca_colours(patches: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, gallery: Tensor, own: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """Return the gallery indices and cosines [n, k] of the most similar gallery images of each query.
+    """Find the most similar gallery images of each query. Return their gallery indices [n, k] and cosine similarities
+    [n, k].
 
-    `queries` [n, D] and `gallery` [g, D] are features. `own` has each query's own index in the gallery, which is left
-    out of its result.
+    `queries` [n, D] and `gallery` [g, D] are features. `own` contains the gallery index of each query, and an image is
+    left out of its own result.
     """
     similarity = F.normalize(queries.float(), dim=1) @ F.normalize(gallery.float(), dim=1).T  # [n, g]
     similarity[torch.arange(len(own)), torch.tensor(own)] = -torch.inf
@@ -130,13 +137,14 @@ def _cell(photo: Photo, side: int = CELL, *, smooth: bool = True) -> Image.Image
 
 
 def _map_cell(values: Photo, photo: Photo, opacity: float) -> Image.Image:
-    """Enlarge the colours of patches [h, w, 3] to a cell and blend them with the image in grey."""
+    """Enlarge the colours of the patches [h, w, 3] to the size of a cell and blend them with a grey version of the
+    image."""
     colours = Image.fromarray(values).resize((CELL, CELL), Image.Resampling.BICUBIC)
     return Image.blend(_cell(photo).convert("L").convert("RGB"), colours, opacity)
 
 
 def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
-    """Put up to nine crops into one cell, in rows of two or three."""
+    """Arrange up to nine crops in one cell, in rows of two or three."""
     cell = Image.new("RGB", (CELL, CELL), BACKGROUND)
     per_row = 2 if len(crops) <= 4 else 3
     side = (CELL - 3 * (per_row - 1)) // per_row
@@ -148,9 +156,9 @@ def _grid_cell(crops: Sequence[Photo]) -> Image.Image:
 
 @torch.inference_mode()
 def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: PreprocessSpec) -> Tensor:
-    """Return the class tokens [g, D] of images, on the CPU.
+    """Return the class tokens [g, D] of images, as a tensor on the CPU.
 
-    Without a crop in `spec` the images have different sizes, so each batch is one image.
+    If `spec` has no crop, the images have different sizes, so each batch contains only one image.
     """
     device, step = backbone.cls_token.device, BATCH if spec.crop is not None else 1
     features = []
@@ -162,8 +170,7 @@ def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: Pr
 
 @dataclass(frozen=True)
 class SheetCrops:
-    """The crops of n images in the order of `training.data.crops.Crops`: the first views of all images, then the second
-    views, and so on."""
+    """The crops of n images. Each tensor contains the first views of all images, then the second views, and so on."""
 
     globals_: Tensor  # [2n, 3, G, G], normalised
     masks: Tensor  # bool [2n, N]
@@ -172,7 +179,7 @@ class SheetCrops:
 
 @dataclass(frozen=True)
 class _Look:
-    """What a sheet shows besides the crops: the network's inputs, and its results for them."""
+    """The content of a sheet apart from the crops: the network's inputs and what the network computes from them."""
 
     inputs: Tensor  # [n, 3, S, S]
     attention: Tensor  # [n, N]
@@ -189,9 +196,9 @@ def _look(
     spec: PreprocessSpec,
     n_neighbours: int,
 ) -> _Look:
-    """Run the network on the images of the sheet (`shown`, indices of the gallery) and on the gallery.
+    """Run the network on the gallery and on the images of the sheet, and return the results.
 
-    The mode of `backbone` (train or eval) is restored.
+    `shown` contains the gallery indices of the sheet's images. The mode of `backbone` (train or eval) is restored.
     """
     was_training = backbone.training
     backbone.eval()
@@ -219,20 +226,22 @@ def picture_sheet(
     title: str = "",
     n_neighbours: int = 4,
 ) -> Image.Image:
-    """Draw one sheet. The top of this file describes its columns.
+    """Draw one sheet and return it. The top of this file describes its columns.
 
     Args:
-        backbone: a network that is not sharded; its mode (train or eval) is restored.
-        gallery: a sample of the training images, RGB uint8 [H, W, 3] of any size; use `shrunk` to save memory.
+        backbone: a network that is not sharded. Its mode (train or eval) is restored.
+        gallery: a sample of the training images, RGB uint8 [H, W, 3] of any size. Use `shrunk` to save memory.
         shown: the n images of the sheet, as indices of `gallery`.
         spec: the evaluation's preprocessing, which must have a crop.
         crops: crops of the n images.
-        names: captions of the gallery's images, e.g. the names of their folders; None: no names.
-        title: heading of the sheet, e.g. the run and the step.
+        names: names of the gallery's images for the captions, such as the names of their folders. If it is None, the
+            captions contain no names.
+        title: heading of the sheet, such as the run and the step.
         n_neighbours: number of nearest images in a row.
 
     Raises:
-        ValueError: `spec` has no crop, or `crops` does not have two global crops and masks for each of the n images.
+        ValueError: `spec` has no crop, or `crops` does not have two global crops and two masks for each of the n
+            images.
     """
     n, globals_, masks, locals_ = len(shown), crops.globals_, crops.masks, crops.locals_
     if spec.crop is None:
@@ -263,7 +272,8 @@ def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
 
 
 def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> list[Image.Image]:
-    """Return the cells with the crops of the image in `row`: two for global crops, one for all local crops."""
+    """Return the cells with the crops of the image in `row`: one cell for each global crop, and one cell for all local
+    crops."""
     side = crops.globals_.shape[-1] // spec.patch_size
     cells = []
     for view in range(2):
@@ -274,7 +284,7 @@ def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> li
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten a text so that it fits the width of a cell."""
+    """Shorten a text, if necessary, so that it fits into the width of a cell."""
     if draw.textlength(text, font=font) <= CELL:
         return text
     while text and draw.textlength(text + "...", font=font) > CELL:
@@ -283,7 +293,8 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
 
 
 def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Sequence[str], title: str) -> Image.Image:
-    """Put rows of cells and their captions (by column) on one page, below the title and the headings of the columns."""
+    """Arrange rows of cells on one page, below the title and the column headings, and return the page. Each row has its
+    cells and their captions, a dict by column."""
     columns = max(len(cells) for cells, _ in rows)
     top = MARGIN + (HEADER + 6 if title else 0) + HEADER
     width = 2 * MARGIN + columns * (CELL + GAP) - GAP
@@ -306,7 +317,7 @@ def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Se
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet to a PNG file in one atomic step, so that a reader never sees an incomplete file."""
+    """Write a sheet to a PNG file in one atomic step, so that no reader sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         sheet.save(temporary, "PNG")

@@ -1,1 +1,1 @@
-"""Logging of a training run, and sentinels that detect when the run fails."""
+"""Log the figures of a training run, and detect when the run fails."""

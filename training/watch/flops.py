@@ -1,11 +1,13 @@
-"""Count the floating-point operations of a training step, and find the device's peak, for MFU.
+"""Count the floating-point operations of a training step, and find the peak speed of the device. MFU is computed from
+both.
 
-Model FLOPs utilisation (arXiv 2204.02311, appendix B) is the useful work per second over the device's peak. Useful work
-is what the algorithm needs: the matrix products of the networks, each multiply-add counted as two operations.
-Recomputation to save memory, losses, optimizer, augmentation and elementwise operations are not counted, so doing more
-work cannot raise MFU.
+MFU, model FLOPs utilisation (arXiv 2204.02311, appendix B), is the useful work per second divided by the device's peak.
+The useful work is the work that the algorithm needs: the matrix products of the networks, where each multiply-add
+counts as two operations. Recomputation to save memory, losses, optimizer, augmentation and elementwise operations are
+not counted, so additional work of these kinds cannot raise MFU.
 
-Per image of N patches, T = 1 + R + N tokens, width D, feed-forward width F, patch p, and per layer:
+For each image of N patches, with T = 1 + R + N tokens, width D, feed-forward width F and patch side p, and for each
+layer:
 
     patch embedding   2 * N * 3 p^2 * D
     attention         2 * T * D * 3D  +  2 * T * D * D  (qkv, projection)  +  4 * T^2 * D  (scores, weighted sum)
@@ -17,12 +19,12 @@ Per image of N patches, T = 1 + R + N tokens, width D, feed-forward width F, pat
     forward of its teacher      = 2B global crops, the heads on 2B class tokens and M masked patches
     a step                      = 3 * student + 1 * teacher
 
-The factor 3: the backward pass has two products for each product of the forward pass, for the gradients of input and
-weight. The patch embedding needs no gradient of its input, but that half per mille is counted, as is customary. Drop
-path computes only the kept share of samples in each branch. The position embedding is resized once per batch, which is
-not counted.
+The student counts 3 times because the backward pass has two products for each product of the forward pass: one for the
+gradient of the input and one for the gradient of the weight. The patch embedding needs no gradient of its input. This
+product, half a per mille of the work, is counted anyway, as is customary. Drop path computes each branch only for the
+share of samples that it keeps. The position embedding is resized once per batch, which is not counted.
 
-Legend: B images per step, V local views, M masked patches of the batch.
+Legend: R register tokens, B images per step, V local views, M masked patches of the batch.
 """
 
 import re
@@ -33,12 +35,12 @@ import torch
 
 from model.config import ViTConfig
 
-# Dense peak in 10^12 operations per second with bf16 inputs and fp32 accumulation, or fp16 if the card has no bf16
-# (V100, T4). Figures are from the makers' data sheets; figures "with sparsity" are halved. The first pattern that
-# matches the name is used. Sources: NVIDIA data sheets of each product (A100 312; H100 SXM 989, PCIe 756, NVL 835;
-# H200 989, NVL 835; B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125; T4 65; V100 SXM 125, PCIe 112),
-# NVIDIA's architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090 165, 4080 97.5, RTX 6000 Ada
-# 364) and Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
+# Peaks of dense products in 10^12 operations per second, with bf16 inputs and fp32 accumulation, or with fp16 inputs if
+# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The figures are from the data sheets
+# of the manufacturers, and figures "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
+# H100 SXM 989, PCIe 756, NVL 835; H200 989, NVL 835; B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125;
+# T4 65; V100 SXM 125, PCIe 112), NVIDIA's architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090
+# 165, 4080 97.5, RTX 6000 Ada 364) and Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"\bG?B200\b", 2250),
     (r"\bH200 NVL\b", 835),
@@ -69,7 +71,7 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The sizes of a projection head: K prototypes, hidden width H, bottleneck width Z."""
+    """The sizes of a projection head: the number of prototypes, the hidden width and the bottleneck width."""
 
     n_prototypes: int
     hidden_dim: int = 2048
@@ -78,10 +80,10 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The input of a step: the number of images over all processes, and the crops of each image."""
+    """The input of a training step: the number of images over all processes, and the crops of each image."""
 
     batch_size: int
-    global_size: int  # sides of the crops, pixels
+    global_size: int  # sides of the crops in pixels
     local_size: int
     n_local: int  # local crops per image
     n_masked: float  # masked patches of the batch (`expected_masked`); 0 without iBOT
@@ -89,7 +91,8 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of one step, by part. Those of the student include the backward pass."""
+    """The floating-point operations of one training step, by part. The figures of the student include the backward
+    pass."""
 
     student_backbone: float
     student_heads: float
@@ -102,12 +105,12 @@ class StepFlops:
 
 
 def patch_embed_flops(config: ViTConfig, size: int) -> int:
-    """Count the operations of the patch embedding for one square image of `size` pixels."""
+    """Count the floating-point operations of the patch embedding for one image of `size` x `size` pixels."""
     return 2 * (size // config.patch_size) ** 2 * 3 * config.patch_size**2 * config.embed_dim
 
 
 def block_flops(config: ViTConfig, size: int) -> int:
-    """Count the operations of one block's forward pass for one square image of `size` pixels."""
+    """Count the floating-point operations of one block's forward pass for one image of `size` x `size` pixels."""
     tokens = 1 + config.num_register_tokens + (size // config.patch_size) ** 2
     width, products = config.embed_dim, 3 if config.ffn == "swiglu" else 2
     attention = 2 * tokens * 4 * width * width + 4 * tokens * tokens * width
@@ -115,24 +118,24 @@ def block_flops(config: ViTConfig, size: int) -> int:
 
 
 def backbone_flops(config: ViTConfig, size: int, *, kept: float = 1.0) -> float:
-    """Count the operations of the whole backbone's forward pass for one square image of `size` pixels.
+    """Count the floating-point operations of the backbone's forward pass for one image of `size` x `size` pixels.
 
-    `kept` is the share of samples that each branch computes under drop path.
+    `kept` is the share of samples for which each branch is computed under drop path.
     """
     return patch_embed_flops(config, size) + config.depth * block_flops(config, size) * kept
 
 
 def head_flops(width: int, head: HeadShape) -> int:
-    """Count the operations of a head's forward pass for one token of a backbone of `width`."""
+    """Count the floating-point operations of a projection head's forward pass for one token with `width` features."""
     hidden, bottleneck = head.hidden_dim, head.bottleneck_dim
     return 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * head.n_prototypes)
 
 
 def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], probability: float) -> float:
-    """Return the average number of masked patches of a batch.
+    """Return the expected number of masked patches in a batch.
 
-    The share `probability` of the images is masked, on average at the middle of the range `ratio`. The result is
-    slightly too high, because `training/data/masking.py` rounds down.
+    The share `probability` of the images is masked. The share of masked patches in these images is, on average, the
+    middle of the range `ratio`. The result is slightly too high, because `training/data/masking.py` rounds down.
     """
     return int(n_images * probability) * n_patches * (ratio[0] + ratio[1]) / 2
 
@@ -146,13 +149,13 @@ def step_flops(
     drop_path: float = 0.0,
     teacher: ViTConfig | None = None,
 ) -> StepFlops:
-    """Compute the useful work of one training step by the formula at the top of the file.
+    """Count the floating-point operations of one training step by the formula at the top of the file.
 
     Args:
         config: the student's backbone.
         shape: the input of the step.
         dino_head: the head for class tokens.
-        ibot_head: the head for patches; None: the same as `dino_head`.
+        ibot_head: the head for patches. If it is None, it has the sizes of `dino_head`.
         drop_path: share of samples that skip a branch of the student.
         teacher: the teacher's backbone, if it differs from the student's (distillation).
     """
@@ -177,10 +180,11 @@ def step_flops(
 
 
 def known_peak_flops(name: str) -> float | None:
-    """Return a GPU's dense bf16 (or fp16) peak in operations per second, or None if it is unknown.
+    """Return the peak speed of a GPU in floating-point operations per second, or None if it is unknown.
 
-    `name` is that of `torch.cuda.get_device_name`. Parts of a GPU (MIG) and laptop chips have the full chip's name but
-    not its peak, so they count as unknown.
+    The peak is that of dense matrix products in bf16, or in fp16 if the GPU has no bf16. `name` is the name that
+    `torch.cuda.get_device_name` returns. Parts of a GPU (MIG) and laptop GPUs have the name of the full GPU but not its
+    peak, so their peak is unknown.
     """
     if "MIG" in name or "Laptop" in name:
         return None
@@ -188,15 +192,15 @@ def known_peak_flops(name: str) -> float | None:
 
 
 def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 5) -> float:
-    """Measure the speed of a float32 product of two matrices of `side` x `side`, in operations per second.
+    """Multiply two float32 matrices of `side` x `side` and return the speed in floating-point operations per second.
 
-    It is used for devices that `PEAK_TFLOPS` does not list, mainly CPUs. Other load lowers the figure, so the best of
-    several attempts is returned.
+    This measurement is used for devices that `PEAK_TFLOPS` does not list, mainly CPUs. Other load on the device lowers
+    the speed, so the best of several attempts is returned.
     """
     a = torch.ones(side, side, device=device)
     b = torch.ones(side, side, device=device)
     best = float("inf")
-    for _ in range(attempts + 1):  # the first one warms up
+    for _ in range(attempts + 1):  # the first attempt warms up the device
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
@@ -204,13 +208,17 @@ def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 
 
 
 def device_peak_flops(device: torch.device, *, measure: bool = False) -> float | None:
-    """Return the peak for MFU, operations per second: listed for a known GPU, else measured if `measure`, else None."""
+    """Return the peak speed of a device in floating-point operations per second.
+
+    The peak of a known GPU is listed. The speed of any other device is measured if `measure` is true. Otherwise the
+    result is None.
+    """
     listed = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return measured_peak_flops(device) if listed is None and measure else listed
 
 
 def describe_device(device: torch.device) -> str:
-    """Describe the hardware for the report: the GPU's name, or the processor's name and the number of threads."""
+    """Return a description of the hardware: the GPU's name, or the processor's name and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = "CPU"

@@ -1,16 +1,16 @@
-"""A run's output: a progress bar in a terminal, plain lines elsewhere, and log files.
+"""Show the progress of a run and write its log files. The progress is a bar in a terminal, and plain lines elsewhere.
 
     metrics.jsonl      one JSON line every `log_every` steps: losses, schedules, speed, waiting, memory, gradients
     evaluations.jsonl  one JSON line per evaluation during the run: k-NN and other measurements
     events.jsonl       warnings, rollbacks and other messages; no line is ever removed
 
-A resumed run first removes, from metrics.jsonl and evaluations.jsonl, the lines of the steps that it repeats.
+A resumed run repeats some steps. The lines of these steps are first removed from metrics.jsonl and evaluations.jsonl.
 TensorBoard and Weights & Biases get the same figures (`training/watch/sinks.py`). A write error is reported once and
 never stops the run.
 
-On a GPU the host runs ahead of the device. Reading a tensor's value makes the host wait, so figures arrive as tensors,
-and only `write` reads them, in one transfer. The clock stops during evaluations and saves (`paused`), so that images/s
-is the speed of training.
+With a GPU, the CPU runs ahead of it, and reading the value of a tensor makes the CPU wait. The figures are therefore
+passed as tensors. Only `write` and `evaluated` read their values, in one transfer. The clock stops during evaluations
+and saves (`paused`), so that `images_per_s` is the speed of training.
 """
 
 import json
@@ -41,7 +41,7 @@ Figure = Tensor | float | str | None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, one per line. Incomplete lines of a killed process are skipped.
+    """Return the JSON objects of a file, one per line. Incomplete lines, which a killed process may leave, are skipped.
 
     The list is empty if the file does not exist.
     """
@@ -59,7 +59,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Remove the lines of steps after `last_step`, which a resumed run writes again, and incomplete lines.
+    """Remove the lines of steps after `last_step`, because a resumed run writes them again. Also remove incomplete
+    lines.
 
     The new file is written under another name and then renamed, so that a complete file exists at any time.
     """
@@ -73,8 +74,8 @@ def cut_lines(path: Path, last_step: int) -> None:
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
     """Return the figures as plain values, in the same order.
 
-    Tensors must be scalars on one device and are copied in one transfer. A value that is not finite becomes None, since
-    JSON cannot express it; the sentinels report it in a message.
+    Tensors must be scalars on one device. They are copied from the device in one transfer. A value that is not finite
+    becomes None, because JSON cannot represent it.
     """
     tensors = {name: value.detach() for name, value in figures.items() if isinstance(value, Tensor)}
     numbers: dict[str, float | str | None] = {n: v for n, v in figures.items() if not isinstance(v, Tensor)}
@@ -86,7 +87,8 @@ def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the process's peak memory in bytes: that of tensors for a GPU, else main memory (None on Windows)."""
+    """Return the peak memory of the process in bytes. For a GPU, only tensors on the GPU count. For a CPU, the result
+    is the main memory of the process, or None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -99,7 +101,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class RunSize:
-    """The size of a run: its steps, the steps done when it starts or resumes, and the images per step on all ranks."""
+    """The size of a run: the number of steps, the number of steps that were done before it started or resumed, and the
+    number of images per step over all processes."""
 
     total_steps: int
     first_step: int
@@ -110,14 +113,16 @@ class Monitor:
     """A context manager for the progress bar, log lines and log files of one run.
 
     Args:
-        path: `metrics.jsonl` in the run's folder; the other files are in the same folder.
+        path: `metrics.jsonl` in the run's folder. The other files are in the same folder.
         size: the size of the run. Lines of steps after `size.first_step` are removed from the files.
         console: where messages are printed.
-        active: True in one process. A monitor that is not active prints, writes and transfers nothing.
+        active: True in one process of the run and False in the others. A monitor that is not active prints, writes and
+            transfers nothing.
         device: the device whose memory is reported.
-        sinks: further receivers of the figures.
-        peak_flops: peak operations per second of all devices together (`training/watch/flops.py`); None: no MFU.
-        advise: takes the share of time spent waiting for images and returns the warning about it.
+        sinks: further receivers of the figures, such as TensorBoard.
+        peak_flops: peak operations per second of all devices together (`training/watch/flops.py`). If it is None, MFU
+            is not computed.
+        advise: a function that takes the share of time spent waiting for images and returns the text of a warning.
     """
 
     def __init__(
@@ -168,7 +173,8 @@ class Monitor:
             self._guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
-        """Prepare to continue after `step`, at the start or after a rollback: remove the lines of later steps."""
+        """Remove the lines of steps after `step`, and show that `step` steps are done. Call this at the start of a run
+        and after a rollback."""
         self._start_line()
         if not self._active:
             return
@@ -179,7 +185,7 @@ class Monitor:
     def advance(self, steps_done: int, flops: float = 0.0) -> None:
         """Count a finished step and show that `steps_done` steps are done.
 
-        `flops` is the step's useful work (`training/watch/flops.py`) over all processes.
+        `flops` is the number of floating-point operations of the step over all processes (`training/watch/flops.py`).
         """
         self._steps += 1
         self._flops += flops
@@ -188,7 +194,8 @@ class Monitor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside the block as waiting for images. The training loop fetches each batch inside it."""
+        """Count the time inside the `with` block as waiting for images. The training loop fetches each batch in such a
+        block."""
         start = time.perf_counter()
         try:
             yield
@@ -197,7 +204,8 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside the block (an evaluation, a save or an image sheet) from the training time."""
+        """Exclude the time inside the `with` block from the training time. The block contains an evaluation, a save or
+        an image sheet."""
         start = time.perf_counter()
         try:
             yield
@@ -205,14 +213,15 @@ class Monitor:
             self._since += time.perf_counter() - start
 
     def write(self, steps_done: int, figures: Mapping[str, Figure]) -> dict[str, Any]:
-        """Write one line with the given figures and the monitor's own (speed, waiting, memory, MFU), and return it.
+        """Write one line of `metrics.jsonl` and return it. The line contains `figures` and the figures that the monitor
+        measures: speed, waiting, memory and MFU.
 
-        A monitor that is not active writes nothing and returns an empty line.
+        A monitor that is not active writes nothing and returns an empty dict.
         """
         if not self._active:
             self._start_line()
             return {}
-        numbers = to_numbers(figures)  # waits for the device, so that the clock is read after its work
+        numbers = to_numbers(figures)  # waits for the device, so that its work is included in `seconds`
         seconds = max(time.perf_counter() - self._since, 1e-9)
         wait = self._waited / seconds
         line: dict[str, Any] = {"step": steps_done, **numbers}
@@ -236,7 +245,7 @@ class Monitor:
             self._append(EVALUATIONS, {"step": steps_done, **to_numbers(figures)})
 
     def say(self, steps_done: int, kind: str, message: str) -> None:
-        """Print a message and store it in `events.jsonl`; `kind` is a word such as warning, rollback or stop."""
+        """Print a message and store it in `events.jsonl`. `kind` is a word such as warning, rollback or stop."""
         if self._active:
             self.console.print(f"{kind}: {message}", markup=False)
             self._append(EVENTS, {"step": steps_done, "kind": kind, "message": message, "time": round(time.time(), 1)})
@@ -246,7 +255,7 @@ class Monitor:
         self._since = time.perf_counter()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Append a line to the file `name`, and send its numbers to the sinks unless it is an event."""
+        """Append a line to the file `name`. Send the numbers of the line to the sinks, unless the line is an event."""
 
         def write_file() -> None:
             # A failed write may leave an incomplete line: start a new one. Readers skip empty and incomplete lines.
@@ -263,18 +272,17 @@ class Monitor:
                 self._sinks.remove(sink)
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
-        """Run an action that may fail (disk, network), and return whether it succeeded.
+        """Run an action that may fail because of the disk or the network, and return whether it succeeded.
 
-        A failure is reported once until the action succeeds again.
+        The first failure is reported. Further failures are not reported until the action has succeeded again.
         """
         try:
             action()
         except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run continues
             if name not in self._failed:
-                fate = "each line is tried again" if name.endswith(".jsonl") else "this run no longer uses it"
+                fate = " and tries to write the next lines" if name.endswith(".jsonl") else " without it"
                 self.console.print(
-                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run continues, and "
-                    + fate,
+                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run continues" + fate,
                     markup=False,
                 )
             self._failed.add(name)

@@ -1,26 +1,25 @@
-"""Sentinels detect a failing run, report it, and decide whether the run continues, rolls back or stops.
+"""Detect a failing run, report the failure, and decide whether the run continues, rolls back or stops.
 
-Self-supervised training fails in three ways, each with its signs and its configured action:
+Self-supervised training fails in three ways. Each kind of failure has its own signs and its own configured action:
 
 - collapse: the network no longer tells images apart. After the first third of the run, one of these signs is present in
   several consecutive lines of metrics.jsonl: the DINO loss is at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy
   is at ln K (its targets carry no information) or at 0 (each image is assigned to a single prototype); RankMe, the
-  effective rank of a batch of class tokens (arXiv 2210.02885), is below a set share of its maximum. (A random network
-  reaches about 0.1 of the maximum, a trained network 0.5 or more.)
+  effective rank of a batch of class tokens (arXiv 2210.02885), is below a configured share of its maximum. (A random
+  network reaches about 0.1 of the maximum, and a trained network 0.5 or more.)
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
-- k-NN: the accuracy on held-out images has fallen below the best figure of the run by more than a margin. Continued
+- k-NN: the accuracy on held-out images has fallen below the best accuracy of the run by more than a margin. Continued
   training of released weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
 
 The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
-checkpoint of step `Verdict.back_to` or before and deletes later checkpoints. The sentinels keep their state, except for
-what they recorded after that step (`forget_after`). A repeat of the same steps would fail again, so a rollback also
-changes the run. After "not finite" the run skips the failing step (`passes_over`): its images are not trained on in
-this epoch. After "collapse" and "k-NN" all later learning rates are multiplied by `lr_factor`. The run stops after
+checkpoint that is not later than step `Verdict.back_to`, and deletes later checkpoints. The sentinels keep their state,
+except for their records of later steps (`forget_after`). A repeat of the same steps would fail again, so a rollback
+also changes the run. After "not finite" the run skips the failing step (`passes_over`): its images are not trained on
+in this epoch. After "collapse" and "k-NN" all later learning rates are multiplied by `lr_factor`. The run stops after
 `max_rollbacks` rollbacks, or if no checkpoint is old enough.
 
 Decisions depend only on the figures of metrics.jsonl and evaluations.jsonl and on a state of plain JSON types, so a
-resumed run makes the same decisions. Steps are counted as in metrics.jsonl: the first is 1. K is the number of
-prototypes.
+resumed run makes the same decisions. Steps are counted from 1, as in metrics.jsonl. K is the number of prototypes.
 """
 
 import json
@@ -39,9 +38,9 @@ from model.files import write_text
 
 Action = Literal["stop", "rollback", "warn"]
 Kind = Literal["collapse", "not_finite", "knn"]
-AT_LN_K = 0.99  # share of ln K: the DINO loss, or the teacher's entropy
-AT_ZERO = 0.01  # share of ln K: the teacher's entropy
-GRACE = 1 / 3  # share of the run: a healthy run may begin at ln K
+AT_LN_K = 0.99  # threshold for the DINO loss and the teacher's entropy, as a share of ln K
+AT_ZERO = 0.01  # threshold for the teacher's entropy, as a share of ln K
+GRACE = 1 / 3  # share of the run without verdicts of collapse, because a healthy run may begin at ln K
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -63,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A failure found at `step` and the action to take. `message` describes both for the user.
+    """A failure that was found at step `step`, and the action to take. `message` describes both for the user.
 
     `back_to` is the last step without a sign of this failure.
     """
@@ -77,7 +76,7 @@ class Verdict:
 
 @dataclass
 class State:
-    """What the sentinels have recorded so far, as JSON types."""
+    """The records of the sentinels, in JSON types."""
 
     bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
     good_step: int = 0  # step of the last log line without any sign of collapse
@@ -91,11 +90,12 @@ class State:
 
 
 def rankme(features: Tensor) -> float:
-    """Compute the effective rank of features [n, D]: exp of the entropy of the singular values, scaled to sum to one.
+    """Compute the effective rank of features [n, D]. It is exp(H), where H is the entropy of the singular values after
+    they are scaled to a sum of one.
 
-    It is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal (RankMe, arXiv
-    2210.02885, equation 2, with its epsilon of 1e-7). As in the paper, features are not centred. The result is NaN if a
-    feature is not finite.
+    The effective rank is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal
+    (RankMe, arXiv 2210.02885, equation 2, with its epsilon of 1e-7). As in the paper, features are not centred. The
+    result is NaN if a feature is not finite.
     """
     if not bool(torch.isfinite(features).all()):
         return math.nan
@@ -105,14 +105,16 @@ def rankme(features: Tensor) -> float:
 
 
 def rankme_share(features: Tensor) -> float:
-    """Return `rankme` as a share of its maximum, min(n, D)."""
+    """Return the effective rank (`rankme`) of features [n, D] as a share of its maximum, min(n, D)."""
     return rankme(features) / min(features.shape)
 
 
 class FirstNotFinite:
-    """Records, on the device, the first step with a figure that is not finite, so that the host need not wait for it.
+    """A record of the first step with a figure that is not finite. The record is stored on the device, so that the CPU
+    does not wait for the device.
 
-    `step` is an int64 scalar, `NEVER` while all figures are finite. Processes can reduce it with MIN before `read`.
+    `step` is an int64 scalar, and `NEVER` while all figures are finite. Processes can reduce `step` to its minimum
+    before `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -121,7 +123,8 @@ class FirstNotFinite:
         self._values: Tensor | None = None
 
     def note(self, step: int, figures: Mapping[str, Tensor]) -> None:
-        """Check the scalars of one step (losses, gradient norms). Every call must pass the same names."""
+        """Check the figures of one step, which are scalars such as losses and gradient norms. Every call must pass the
+        same names."""
         values = torch.stack([value.detach().reshape(()).float() for value in figures.values()])
         first = ~values.isfinite().all() & (self.step == NEVER)
         self.step = torch.where(first, step, self.step)
@@ -131,7 +134,7 @@ class FirstNotFinite:
     def read(self) -> tuple[int, dict[str, float]] | None:
         """Return the recorded step and its figures, or None if all figures were finite.
 
-        This waits for the device, so call it only when a log line is written.
+        This method waits for the device, so call it only when a log line is written.
         """
         step = int(self.step)
         if step == NEVER or self._values is None:
@@ -139,35 +142,36 @@ class FirstNotFinite:
         return step, dict(zip(self._names, self._values.tolist(), strict=True))
 
     def clear(self) -> None:
-        """Forget the recorded step, so that later steps are checked again."""
+        """Delete the record, so that later steps are checked again."""
         self.step, self._values = torch.full_like(self.step, NEVER), None
 
 
 class Sentinels:
-    """Decides whether the run continues, warns, rolls back or stops.
+    """The sentinels of a run, which decide whether the run continues, warns, rolls back or stops.
 
-    The training loop calls it after each log line, each evaluation and each step that is not finite. All processes of a
-    run must act on the same verdict.
+    The training loop calls them after each log line, each evaluation and each step that is not finite. All processes of
+    a run must act on the same verdict.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.state = limits, State()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sentinels' state for the checkpoint, as JSON types."""
+        """Return the state of the sentinels in JSON types, to be stored in a checkpoint."""
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the sentinels' state by a saved one. A rollback uses `forget_after` instead."""
+        """Replace the state of the sentinels by a stored state. A rollback uses `forget_after` instead."""
         self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
-        """Reset, at a rollback, what was recorded after the restored checkpoint, so that it can be recorded again.
+        """Reset the records of the steps after a restored checkpoint. A rollback calls this, because the run repeats
+        these steps.
 
         Args:
             then: the `state_dict` in the restored checkpoint.
-            kind: the kind of failure that caused the rollback. After "knn" the best accuracy so far is kept as the
-                reference.
+            kind: the kind of failure that caused the rollback. After "knn", the best accuracy so far is not reset,
+                because later accuracies are compared with it.
         """
         old = State(**json.loads(json.dumps(then)))
         self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
@@ -182,22 +186,24 @@ class Sentinels:
         return self.state.lr_factor
 
     def passes_over(self, step: int) -> bool:
-        """Return whether this step (counted from 1) is skipped: it updates nothing, and its images are not used."""
+        """Return whether the run skips this step, counted from 1. A skipped step updates nothing, and its images are
+        not used."""
         return step in self.state.passed_over
 
     def may_go_back_to(self) -> list[int]:
-        """Return the steps that a rollback may return to. Their checkpoints must be kept, however old they are.
+        """Return the steps to which a rollback may return. Their checkpoints must not be deleted, however old they are.
 
-        A rollback after a figure that is not finite uses the newest checkpoint, which is always kept.
+        A rollback after a figure that is not finite uses the newest checkpoint, which is never deleted.
         """
         limits, state = self.limits, self.state
         steps = [state.good_step] if limits.on_collapse == "rollback" else []
         return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
 
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
-        """Check one log line for collapse, by `dino_over_ln_k`, `teacher_entropy` and, if measured, `rankme_share`.
+        """Check the figures of one log line for signs of collapse. Return a verdict, or None if there is nothing to
+        report.
 
-        Return a verdict, or None if there is nothing to report.
+        The figures are `dino_over_ln_k`, `teacher_entropy` and, if it was measured, `rankme_share`.
         """
         signs = self._signs(figures)
         state, limits = self.state, self.limits
@@ -220,7 +226,8 @@ class Sentinels:
         return self._decide("collapse", limits.on_collapse, step, state.good_step, begin, advice)
 
     def _signs(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Return the signs of collapse in one log line, as a description by name. A missing figure is not a sign."""
+        """Return the signs of collapse in one log line as a dict of descriptions by the name of the sign. A missing
+        figure is not a sign."""
         ln_k = math.log(self.limits.n_prototypes)
         dino, entropy, share = (figures.get(name) for name in ("dino_over_ln_k", "teacher_entropy", "rankme_share"))
         signs = {}
@@ -228,24 +235,24 @@ class Sentinels:
             signs["loss"] = f"the DINO loss stays at {dino:.3f} of ln K"
         if entropy is not None and entropy >= AT_LN_K * ln_k:
             signs["flat"] = (
-                f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets have no information"
+                f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets carry no information"
             )
         if entropy is not None and entropy <= AT_ZERO * ln_k:
             signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: each image is assigned to a single prototype"
         if share is not None and share < self.limits.min_rankme_share:
             signs["rank"] = (
-                f"the class tokens span {share:.3f} of the dimensions they could (RankMe; the limit is "
+                f"the class tokens use a share of {share:.3f} of the possible dimensions (RankMe; the limit is "
                 f"{self.limits.min_rankme_share:g})"
             )
         return signs
 
     def check_finite(self, step: int, figures: Mapping[str, float], replay: Path | None) -> Verdict:
-        """Return the verdict on figures that are not finite.
+        """Return the verdict on a step with figures that are not finite.
 
         Args:
             step: the step of the figures, counted from 1.
-            figures: those of `FirstNotFinite.read`.
-            replay: the file in which the batch is stored; None: it is not stored.
+            figures: the figures that `FirstNotFinite.read` returned.
+            replay: the file in which the batch is stored. It is None if the batch is not stored.
         """
         wrong = ", ".join(f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value))
         begin = f"step {step}: {wrong or 'a weight is not finite'}."
@@ -255,9 +262,10 @@ class Sentinels:
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """Check the k-NN `accuracy` (0 to 1) after `step` steps; the first call comes before training, with step 0.
+        """Check the k-NN accuracy, from 0 to 1, after `step` steps. Return a verdict, or None if there is nothing to
+        report.
 
-        Return a verdict, or None if there is nothing to report.
+        The first call is made before training, with step 0.
         """
         state, limits = self.state, self.limits
         if state.best_knn is None or accuracy >= state.best_knn:
@@ -274,7 +282,8 @@ class Sentinels:
         return self._decide("knn", limits.on_knn, step, state.best_knn_step, begin, advice)
 
     def _decide(self, kind: Kind, action: Action, step: int, back_to: int, begin: str, advice: str) -> Verdict:
-        """Return the verdict. For a rollback, count it, and record the step to skip or the lower learning rate."""
+        """Return the verdict on a failure. If it is a rollback, count it, and record the step to skip or the lower
+        learning rate."""
         state, limits = self.state, self.limits
         verdict = Verdict(kind, action, step, back_to, begin + advice)
         if action == "warn":
@@ -299,7 +308,8 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A stored batch: its step, its images' names, its crops by name, and the step's figures (`terms`)."""
+    """A batch that was stored because of a failure: its step, the names of its images, its crops by name, and the
+    figures of the step (`terms`)."""
 
     step: int
     names: list[str]
@@ -317,18 +327,20 @@ def save_replay(
     facts: Mapping[str, Any] | None = None,
     keep: int = 3,
 ) -> Path:
-    """Store a batch so that it can be inspected and repeated.
+    """Store a batch so that it can be inspected and repeated, and return the path of the file.
 
-    The file `step_NNNNNNNN.safetensors` has the crops and the record; a JSON file next to it repeats the record.
+    The file `step_NNNNNNNN.safetensors` contains the crops and, in its metadata, the other data of the batch. A JSON
+    file with the same name contains a readable copy of the other data.
 
     Args:
-        folder: created if missing. Only the batches of the `keep` latest steps are kept in it.
+        folder: the folder of the file. It is created if it is missing. Only the batches of the `keep` latest steps
+            remain in it.
         step: the step of the batch, counted from 1.
         names: file names (or keys) of the images, in the batch's order.
-        crops: tensors by name, e.g. those of `training.data.crops.Crops`.
-        terms: the step's figures, which may be NaN.
-        facts: further values of JSON types: indices, seed, rates.
-        keep: number of stored batches to keep.
+        crops: tensors by name, such as those of `training.data.crops.Crops`.
+        terms: the figures of the step, which may be NaN.
+        facts: further values of JSON types, such as indices, seed and rates.
+        keep: number of stored batches that are not deleted.
 
     Raises:
         OSError: a file cannot be written.
@@ -354,8 +366,8 @@ def load_replay(path: Path) -> Replay:
     """Load a batch that `save_replay` stored, with tensors on the CPU.
 
     Raises:
-        ValueError: the file is not one that `save_replay` wrote.
-        FileNotFoundError: there is no such file.
+        ValueError: the file was not written by `save_replay`.
+        FileNotFoundError: the file does not exist.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -363,6 +375,6 @@ def load_replay(path: Path) -> Replay:
             crops = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors' own errors, missing entries, bad JSON
+    except Exception as error:  # errors of safetensors, missing entries or invalid JSON
         raise ValueError(f"{path} is not a batch stored by a training run: {error}") from error
     return Replay(record["step"], record["names"], crops, {k: float(v) for k, v in record["terms"].items()})

@@ -1,8 +1,9 @@
-"""Sinks are further receivers of a run's figures: TensorBoard and Weights & Biases, if they are installed.
+"""Send the figures of a run to TensorBoard and Weights & Biases, if they are installed.
 
-A sink gets a step and named numbers. If it fails, `training/watch/monitor.py` reports that once and continues without
-it. TensorBoard is used whenever it is installed, since it only writes into the run's folder. Weights & Biases sends
-figures to another machine, so it is used only if a project is named.
+A sink is a receiver of figures. For each log line it gets the step and the figures by name. If a sink fails,
+`training/watch/monitor.py` reports the failure once and continues without the sink. TensorBoard is used whenever it is
+installed, because it only writes into the run's folder. Weights & Biases sends figures to another machine, so it is
+used only if a project is named.
 """
 
 import importlib
@@ -18,7 +19,8 @@ WANDB_ID = "wandb_id.txt"
 
 @dataclass(frozen=True)
 class Sink:
-    """A receiver of figures: `write(step, numbers)` takes the figures of one log line, `close()` ends the sink."""
+    """A receiver of figures. `write(step, numbers)` takes the figures of one log line, and `close()` closes the
+    receiver."""
 
     name: str
     write: Callable[[int, Mapping[str, float]], None]
@@ -28,15 +30,16 @@ class Sink:
 def make_sinks(
     out: Path, first_step: int, wandb: str | None, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Sink]:
-    """Make the sinks of a run: TensorBoard if it is installed, and Weights & Biases if a project is named.
+    """Return the receivers of a run's figures: TensorBoard if it is installed, and Weights & Biases if a project is
+    named.
 
     Args:
         out: the run's folder.
-        first_step: steps done before this start; TensorBoard hides later steps of an earlier attempt.
-        wandb: name of the Weights & Biases project; None: Weights & Biases is not used.
+        first_step: number of steps done before this start. TensorBoard hides later steps that an earlier attempt wrote.
+        wandb: name of the Weights & Biases project. If it is None, Weights & Biases is not used.
         settings: the run's configuration, which Weights & Biases shows.
-        say: called with the reason if an installed sink cannot be used (no network, a broken installation). The run
-            continues without that sink.
+        say: a function that is called with a warning if TensorBoard or Weights & Biases cannot be used, for instance
+            without a network. The run continues without it.
 
     Raises:
         ValueError: a project is named, but wandb is not installed.
@@ -58,7 +61,7 @@ def make_sinks(
 
 
 def tensorboard_sink(folder: Path, first_step: int) -> Sink:
-    """Make a sink that writes scalars to `folder`; `tensorboard --logdir` shows it.
+    """Make a sink that writes figures into `folder`. The command `tensorboard --logdir` shows them.
 
     TensorBoard hides steps after `first_step` that an earlier attempt wrote.
     """

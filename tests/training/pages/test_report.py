@@ -92,7 +92,13 @@ def test_the_page_says_what_was_run_and_what_came_out(whole_run):
             "images/s",
         ),
         *("41.0%", "2.0%", "3.00 GiB", "k = 20", "25.0%", "abc123", "NVIDIA H100", "0.0123", "0.004"),
-        *("12 files could not be read", "event 24", "5 earlier ones", "dinov2 export", "checkpoint.safetensors --out"),
+        *(
+            "12 files could not be read",
+            "event 24",
+            "5 earlier events",
+            "dinov2 export",
+            "checkpoint.safetensors --out",
+        ),
     ):
         assert words in checked.text, words
     assert "event 4 " not in checked.text

@@ -50,7 +50,7 @@ def test_rankme_on_known_matrices():
     ("changes", "words"),
     [
         ({"dino_over_ln_k": 0.995}, "DINO loss stays at 0.995 of ln K"),
-        ({"teacher_entropy": 0.999 * LN_K}, "targets have no information"),
+        ({"teacher_entropy": 0.999 * LN_K}, "targets carry no information"),
         ({"teacher_entropy": 0.001}, "a single prototype"),
         ({"rankme_share": 0.01}, "RankMe"),
     ],
