@@ -85,8 +85,8 @@ def index(
         typer.Option(help="File that lists the images that could not be indexed, as one JSON object per line."),
     ] = None,
 ) -> None:
-    """Embed images and add them to a collection. To resume an interrupted run, run the command again. Images that
-    cannot be read are skipped and reported, and the exit status is then 1."""
+    """Embed images and add them to a collection. To resume an interrupted run, run the command again. If some
+    images cannot be read, they are skipped and reported, and the exit status is 1."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of

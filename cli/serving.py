@@ -37,8 +37,8 @@ def serve(
         int | None, typer.Option(help="Number of CPU threads per forward pass. [DINOV2_THREADS]")
     ] = None,
 ) -> None:
-    """Start the REST service. It reads its settings from DINOV2_* environment variables. A command-line option
-    overrides the variable."""
+    """Start the REST service. It reads its settings from DINOV2_* environment variables. Command-line options
+    override these variables."""
     from service.__main__ import main as run_service
 
     options = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}

@@ -22,10 +22,10 @@ OverridesArgument = Annotated[
 
 @contextmanager
 def _early_end_handled() -> Iterator[None]:
-    """Handle the exceptions by which a training run ends early: print the message and exit.
+    """Catch the exceptions that end a training run early, print the message, and exit.
 
     Raises:
-        typer.Exit: with `INTERRUPTED` as the status after SIGTERM, and with status 2 after an error or `RunStopped`.
+        typer.Exit: with the status `INTERRUPTED` after SIGTERM, or with status 2 after an error, such as `RunStopped`.
     """
     from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped

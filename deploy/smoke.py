@@ -95,7 +95,7 @@ def embed(photo: bytes) -> Any:
 
 
 def computed(answer: Any) -> bool:
-    """Return whether the engine computed the vector of a response, so that it did not come from the cache."""
+    """Return true if the engine computed the vector of a response, or false if the vector came from the cache."""
     return "infer" in answer["timings"]
 
 
@@ -122,7 +122,7 @@ def steady_requests(photo: bytes) -> Iterator[list[tuple[float, str]]]:
     """Send about five requests per second in the background until the context ends.
 
     Yields:
-        A list that grows with each request: its duration in seconds, and the error message or "".
+        A list that gets an entry for each request: the duration in seconds, and an error message or "".
     """
     seen: list[tuple[float, str]] = []
     stop = threading.Event()

@@ -24,7 +24,7 @@ NOTE = "<!-- Made by docs/reference.py: change the code and run `make docs`. -->
 
 
 def cell(text: str) -> str:
-    """Return the text on one line and escaped, so that it can be put into a cell of a Markdown table."""
+    """Return the text on one line and with escaped pipe characters, for a cell of a Markdown table."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
