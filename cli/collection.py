@@ -222,7 +222,7 @@ def copy(
     to_originals: Annotated[
         str | None,
         typer.Option(
-            help="Folder or s3://... address where the target service stores images. Default: as set locally."
+            help="Folder or s3://... address where the target service stores images. Default: as in the local settings."
         ),
     ] = None,
     data_dir: DataDirOption = DATA,
@@ -255,7 +255,7 @@ def copy(
     typer.echo(f"images: {images.copied} copied, {images.present} already there{missing}")
     if images.unreadable:
         many = "1 image was" if images.unreadable == 1 else f"{images.unreadable} images were"
-        typer.echo(f"{many} left out because the source cannot read them: {images.reason}", err=True)
+        typer.echo(f"{many} left out because of a read error at the source: {images.reason}", err=True)
         raise typer.Exit(code=1)
 
 

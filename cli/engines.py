@@ -55,8 +55,8 @@ def build_engine(
     refit_from: Annotated[
         Path | None,
         typer.Option(
-            help="Plan that was built with --refit for a model of the same shape. Its weights are replaced, without a "
-            "build."
+            help="Plan that was built with --refit for a model of the same shape. Its weights are replaced by the "
+            "artifact's, without a build."
         ),
     ] = None,
     rebuild: Annotated[

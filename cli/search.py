@@ -126,8 +126,8 @@ def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
         f"({report.images_per_s:.1f} images/s){'; interrupted: run again to resume' if report.interrupted else ''}"
     )
     if report.failed:
-        above = "all are listed above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
-        where = f"all are listed in {errors}" if errors is not None else f"{above}; --errors FILE saves the whole list"
+        above = "see the list above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
+        where = f"see the list in {errors}" if errors is not None else f"{above}; --errors FILE saves the whole list"
         many = "1 image was" if report.failed == 1 else f"{report.failed} images were"
         typer.echo(f"{many} left out: {where}", err=True)
     if report.interrupted:
@@ -301,7 +301,7 @@ def _until_interrupted() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
         os.write(
             2, b"\nstopping after the current batch; press Ctrl+C again to stop at once\n"
-        )  # print is not reentrant
+        )  # print is not safe in a signal handler
 
     if before is not signal.SIG_IGN:  # do not handle a signal that was ignored, for instance under nohup
         signal.signal(signal.SIGINT, interrupt)
