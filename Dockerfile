@@ -1,9 +1,10 @@
-# The service in a container: slim Python, a virtual environment made in a build stage, no root, nothing written outside
-# /data and /tmp, so that the root file system can be read-only. Any builder since Docker 20.10 takes it.
+# The service in a container. A build stage creates the virtual environment on the slim Python image. The service does
+# not run as root and writes only to /data and /tmp, so the root file system can be read-only. The build needs Docker
+# 20.10 or newer.
 #
 #   docker build -t dinov2-service .                               CPU
-#   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .   CUDA comes with pip's wheels
-#   docker build -t dinov2-service:train --build-arg VARIANT=train .   torch, for deploy/training/
+#   docker build -t dinov2-service:gpu --build-arg VARIANT=gpu .   with CUDA, from pip's wheels
+#   docker build -t dinov2-service:train --build-arg VARIANT=train .   with torch, for deploy/training/
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
@@ -11,11 +12,11 @@ ARG VARIANT=cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/venv
 WORKDIR /src
-# Dependencies first, with empty packages in the project's place: they change less often than the code, and this layer
-# is kept.
+# Install the dependencies first, with empty packages instead of the project's. They change less often than the code, so
+# Docker can reuse this layer.
 COPY pyproject.toml constraints.txt LICENSE ./
 RUN mkdir cli model service training && touch README.md && /opt/venv/bin/pip install -c constraints.txt .
-# Both builds of ONNX Runtime are one Python module, so the GPU one is installed after both are gone.
+# Both builds of ONNX Runtime provide the same Python module, so remove both and then install the GPU build.
 RUN if [ "$VARIANT" = gpu ]; then \
       /opt/venv/bin/pip install -c constraints.txt ".[gpu]" \
       && /opt/venv/bin/pip uninstall -y onnxruntime onnxruntime-gpu \
@@ -27,8 +28,8 @@ COPY cli cli
 COPY model model
 COPY service service
 COPY training training
-# The empty packages' build folder goes first: its files are newer than the code and would be taken for current.
-# What installs is not needed by what runs.
+# Remove the build folder of the empty packages first. Its files are newer than the code, so they would be installed
+# instead of the code. The running service needs neither pip nor setuptools.
 RUN rm -rf build && /opt/venv/bin/pip install --no-deps --force-reinstall . \
     && /opt/venv/bin/pip uninstall -y setuptools pip
 
@@ -45,7 +46,7 @@ USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
-# Ready, not merely alive: `docker compose up --wait` returns when an image can be embedded.
+# Check /readyz, so that `docker compose up --wait` returns only when the service can embed images.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['DINOV2_PORT'] + '/readyz', timeout=4)"]
 STOPSIGNAL SIGTERM

@@ -1,4 +1,4 @@
-"""The features of every pooling for a set of images, for benchmarks and tests. All images must be readable."""
+"""Compute the features of every pooling for a set of images, for benchmarks and tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,10 @@ from training.evaluate.features import ForwardSettings, compute_features
 def extract_features(
     model: DinoVisionTransformer, paths: Sequence[Path | Photo], spec: PreprocessSpec, batch_size: int = 64
 ) -> dict[Pooling, Tensor]:
-    """Return features [n, D] (cls+mean: [n, 2D]) of images, float32 on the CPU. Each half of cls+mean has unit length.
+    """Return the features of n images for each pooling, in float32 on the CPU.
+
+    The shape is [n, D], where D is the width of the model, or [n, 2D] for the pooling cls+mean. Each half of a cls+mean
+    vector has length 1.
 
     Raises:
         ValueError: an image cannot be read.

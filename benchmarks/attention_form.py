@@ -1,12 +1,12 @@
-"""Time and memory of the attention operators in a whole backbone, to choose the one for ONNX graphs.
+"""Measure the time and memory of attention operators in a whole backbone, to choose the operator for ONNX graphs.
 
     python benchmarks/attention_form.py [--model dinov2_vits14] [--sizes 224 518 1022] [--rounds 9]
 
-Forms: ONNX's standard `Attention` (opset 23) and ONNX Runtime's `MultiHeadAttention` (tiled on a CPU), both on ONNX
-Runtime, and torch's `scaled_dot_product_attention`. Each runs in a separate process with the same number of threads.
-They take turns within each round, and the starting form rotates. `MB` is the peak increase of resident memory over that
-of the loaded engine, from the first forward pass on (Linux: the peak is reset after loading). Batch 8 is skipped above
-`--largest-batched` pixels.
+The operators are ONNX's standard `Attention` (opset 23), ONNX Runtime's `MultiHeadAttention`, which works in tiles on a
+CPU, and torch's `scaled_dot_product_attention`. The first two run in ONNX Runtime. Each operator runs in a separate
+process with the same number of threads. They take turns within each round, and each round starts with another operator.
+The column `MB` is the increase of resident memory from the loaded engine to the peak of the forward passes. The peak is
+reset after loading, which only Linux supports. Batches above 1 are skipped at sizes above `--largest-batched` pixels.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def start(model: RandomModel, name: str, form: str, size: int, threads: int) -> 
 
 
 def measure(model: RandomModel, name: str, size: int, batch: int, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Return a table row for each form."""
+    """Measure all operators at one image size and batch size. Return one table row for each operator."""
     workers = {form: start(model, name, form, size, threads) for form in FORMS}
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     loaded, peak = {}, {}
@@ -73,13 +73,13 @@ def measure(model: RandomModel, name: str, size: int, batch: int, threads: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dinov2_vits14")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--depth", type=int, help="number of blocks; fewer blocks make a trial run faster")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 518, 1022])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--largest-batched", type=int, default=518, help="no batches above 1 at larger sizes")
+    parser.add_argument("--largest-batched", type=int, default=518, help="largest size in pixels with batches above 1")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
+    parser.add_argument("--out", type=Path, help="file for the result; default: a dated file in benchmarks/results")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

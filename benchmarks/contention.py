@@ -1,12 +1,13 @@
-"""Two engines in two processes on the same CPUs, compared with one alone: total images/s and latency per request.
+"""Measure the images/s and latency of two engine processes that share the CPUs, compared with one process alone.
 
     python benchmarks/contention.py [--model dinov2_vits14] [--seconds 10] [--rounds 3] [--engines onnxruntime torch]
 
-Each process runs one request (one image) after the other. Cases: one process and two, each with one thread and with one
-thread per CPU, with and without spinning (ONNX Runtime's option; for torch libgomp's default or
-OMP_WAIT_POLICY=passive). All cases take turns in each round. `of alone` is the median of the rounds' ratios to the
-service's own setting: the first engine, one process, one thread per CPU, no spinning. Two engines that share well keep
-it at 1; the latency then doubles, because each has half the machine.
+Each process computes one image after another. The cases are one or two processes, one thread or one thread per CPU, and
+threads that wait with or without spinning. Spinning is an option of ONNX Runtime. For torch, it is the default of
+libgomp, and OMP_WAIT_POLICY=passive turns it off. All cases take turns in each round. The column `of alone` compares
+the images/s of a case with the setting of the service, which is one process of the first engine with one thread per CPU
+and no spinning. The value is the median of the ratios of all rounds. If two processes share the CPUs well, it is 1 and
+the latency doubles, because each process has half of the machine.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Case(NamedTuple):
 
 
 def run_case(workers: list[Worker], seconds: float) -> tuple[float, list[float]]:
-    """Return the total images/s and the latency of every request in seconds."""
+    """Run one case. Return the total images/s and the latency of every request in seconds."""
     at = time.monotonic() + 0.2
     for worker in workers:
         worker.send(do="load", at=at, seconds=seconds, batch=1)
@@ -50,7 +51,7 @@ def run_case(workers: list[Worker], seconds: float) -> tuple[float, list[float]]
 def measure(
     model: RandomModel, name: str, size: int, cases: list[Case], seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return a table row for each case."""
+    """Run all cases in turns, and return one table row for each case."""
     workers: dict[Case, list[Worker]] = {}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
     latencies: dict[Case, list[float]] = {case: [] for case in cases}
@@ -87,12 +88,12 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dinov2_vits14")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--depth", type=int, help="number of blocks; fewer blocks make a trial run faster")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=["onnxruntime", "torch"], default=["onnxruntime", "torch"])
-    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
+    parser.add_argument("--out", type=Path, help="file for the result; default: a dated file in benchmarks/results")
     arguments = parser.parse_args()
     cpus = available_cpus()
     cases = [

@@ -1,14 +1,18 @@
-"""Kill the embedded store at random moments and check the data that remains.
+"""Kill the embedded vector store at random moments and check that no data is lost.
 
-A child process writes (upserts, replacements, deletes, changes of metadata) while segments are built and merged and
-snapshots are taken as fast as possible. It reports each acknowledged write. The parent kills it with SIGKILL, opens the
-store and checks that every acknowledged write is present, that nothing else is (except the write in progress,
-completely or not at all), that searches with and without a filter match a numpy scan, and that every snapshot is
-complete. The next child then continues in the same folder.
+A child process inserts, replaces and deletes items and changes their metadata. At the same time, the store
+builds and merges segments, and the child takes snapshots as fast as possible. The child prints a line for each
+acknowledged write. The parent process kills the child with SIGKILL, opens the store and checks these conditions:
+
+- The store has every acknowledged write and nothing else. The write in progress is either complete or absent.
+- The hits of a search have the correct scores, and an exact search finds the nearest items, with and without a filter.
+- Every snapshot is complete.
+
+Then the next child continues in the same folder.
 
     python benchmarks/crash.py [--kills 200] [--seed 0] [--folder DIR]
 
-Prints a table and, as the last line, one JSON line; the exit status is 1 if data was lost.
+The script prints a table and, as the last line, the result as JSON. The exit status is 1 if a check failed.
 """
 
 import argparse
@@ -37,7 +41,10 @@ State = dict[str, tuple[np.ndarray, dict[str, int]]]
 
 
 def operation(seed: int, n: int) -> tuple[str, list[int], np.ndarray]:
-    """Return the n-th write: its kind, the affected items, and their vectors."""
+    """Return the kind of the n-th write, the numbers of its items, and one vector [D] for each item.
+
+    The write is random, but always the same for one seed.
+    """
     rng = np.random.default_rng((seed, n))
     kind = str(rng.choice(["upsert", "upsert", "upsert", "delete", "patch"]))
     which = rng.choice(IDS, size=int(rng.integers(1, 40)), replace=False).tolist()
@@ -46,7 +53,7 @@ def operation(seed: int, n: int) -> tuple[str, list[int], np.ndarray]:
 
 
 def apply(state: State, seed: int, n: int) -> None:
-    """Apply the n-th write to a dictionary."""
+    """Apply the n-th write to `state`, which has the expected vector and metadata of each item."""
     kind, which, vectors = operation(seed, n)
     if kind == "upsert":
         for item, vector in zip(which, vectors, strict=True):
@@ -60,7 +67,7 @@ def apply(state: State, seed: int, n: int) -> None:
 
 
 async def opened(folder: Path) -> EmbeddedStore:
-    """Open the store with small sizes, so that a few hundred items go through every stage."""
+    """Open the store with small size limits, so that a few hundred items pass through every stage of maintenance."""
     building.FLAT_BELOW, maintenance.MANY, maintenance.ORPHAN_S = 100, 2, 0.05
     store = await open_embedded(folder, threads=1, interval_s=0.005, seal_rows=48)
     assert isinstance(store, EmbeddedStore)
@@ -68,7 +75,7 @@ async def opened(folder: Path) -> EmbeddedStore:
 
 
 async def child(folder: Path, seed: int, start: int) -> None:
-    """Write forever; print `n` when the n-th write has been acknowledged."""
+    """Write items and take snapshots until the process is killed. Print `n` when the n-th write is acknowledged."""
     store = await opened(folder)
     await store.create("c", CollectionSpec(TAG, D, index=IndexSpec("hnsw"), indexed=("group",)))
 
@@ -96,7 +103,7 @@ async def child(folder: Path, seed: int, start: int) -> None:
 
 
 async def differences(store: EmbeddedStore, state: State, rng: np.random.Generator) -> str:
-    """Return the differences between the store and `state`; empty if there are none."""
+    """Compare the store with `state`. Return a description of the first difference, or "" if they are equal."""
     found: State = {}
     cursor = None
     while True:
@@ -118,17 +125,18 @@ async def differences(store: EmbeddedStore, state: State, rng: np.random.Generat
             scores = {name: float(state[name][0] @ query / np.linalg.norm(query)) for name in passing}
             best = sorted(scores.values(), reverse=True)[:10]
             if any(abs(hit.score - scores.get(hit.id, 9)) > 1e-5 for hit in hits) or len(hits) != len(best):
-                return f"a search names what is not there, or too little (exact={exact}, filter={where is not None})"
+                return f"a search returns wrong or too few items (exact={exact}, filter={where is not None})"
             if exact and not np.allclose([hit.score for hit in hits], best, atol=2e-6):
                 return "an exact search misses a neighbour"
     return ""
 
 
 async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, float]:
-    """Return which of the possible states the store is in, and how many seconds opening it took.
+    """Compare the store with the possible states. Return the index of the state that it matches, and the seconds that
+    opening the store took.
 
     Raises:
-        AssertionError: the store is in none of them, or a snapshot is broken.
+        AssertionError: the store matches no state, or a snapshot is incomplete.
     """
     started = time.perf_counter()
     store = await opened(folder)
@@ -140,7 +148,7 @@ async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, floa
         assert "" in wrong, "; ".join(wrong)
         for taken in await store.snapshots("c"):
             await store.restore("again", "c", taken.name)
-            assert await store.count("again") == taken.count, f"snapshot {taken.name} is not whole"
+            assert await store.count("again") == taken.count, f"snapshot {taken.name} is incomplete"
             await store.drop("again")
         return wrong.index(""), seconds
     finally:
@@ -148,7 +156,7 @@ async def check(folder: Path, seed: int, states: list[State]) -> tuple[int, floa
 
 
 def run(folder: Path, kills: int, seed: int) -> dict[str, float | int]:
-    """Kill a child, check the store and continue, repeatedly."""
+    """Start and kill a child process `kills` times, and check the store each time. Return the figures of the run."""
     moments = random.Random(seed)
     state: State = {}
     n, opening, under_way = 0, [], 0
@@ -156,7 +164,7 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, float | int]:
         command = [sys.executable, __file__, "--child", "--folder", str(folder), "--seed", str(seed), "--start", str(n)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            for _ in range(moments.randint(0, 40)):  # then a moment that has nothing to do with an acknowledgement
+            for _ in range(moments.randint(0, 40)):  # the kill then follows at a random time
                 if not process.stdout.readline():
                     break
                 apply(state, seed, n)

@@ -1,12 +1,13 @@
-"""Time and memory of the teacher-student cross-entropy, forward and backward, and of Sinkhorn-Knopp.
+"""Measure the time and memory of two operations of training: the cross-entropy of teacher and student, and
+Sinkhorn-Knopp.
 
     python benchmarks/cross_entropy.py [--prototypes 65536 1024] [--rows 256] [--rounds 9] [--dtype float32]
 
-All candidates take turns within each round, so that other load affects them equally; ratios are medians of per-round
-ratios to the plain expression. The minimum memory traffic is the logits and targets in the forward pass, and both again
-plus the gradient in the backward pass. GB/s is that traffic over the best time, printed next to the rate of a plain
-copy in the same run (reads plus writes). On a GPU, Triton's kernels are included, and each candidate's peak additional
-memory is measured.
+All implementations take turns within each round, so that other load affects them equally. The column `x plain` is the
+speed relative to the plain expression, as the median over the rounds. GB/s is the minimum memory traffic divided by the
+best time. The minimum traffic of the cross-entropy is the logits and targets in the forward pass, and both again plus
+the gradient in the backward pass. For comparison, the rate of a plain copy is measured in the same run. On a GPU, the
+Triton kernels are included, and the peak memory that each implementation adds is measured.
 """
 
 import argparse
@@ -33,21 +34,21 @@ Run = Callable[[], object]
 
 
 def torch_expression(student: Tensor, targets: Tensor, temp: float) -> Tensor:
-    """Return F.cross_entropy with probabilities as targets."""
+    """Return the cross-entropy of each row, computed by F.cross_entropy with probabilities as targets."""
     return F.cross_entropy(student.float() / temp, targets, reduction="none")
 
 
 def both_passes(
     loss: Callable[..., Tensor], student: Tensor, targets: Tensor | TeacherTargets, grad: Tensor
 ) -> Tensor | None:
-    """Run forward and backward."""
+    """Run the forward and backward passes of a loss, and return the gradient of `student`."""
     student.grad = None
     torch.autograd.backward(loss(student, targets, STUDENT_TEMP), grad)
     return student.grad
 
 
 def plain_sinkhorn(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor:
-    """Run Sinkhorn-Knopp in the log domain, each half round over the whole array."""
+    """Compute Sinkhorn-Knopp targets [rows, K] in the log domain. Each half of an iteration uses the whole array."""
     scores = logits.float() / temp
     u = scores.new_zeros(scores.shape[0], 1)
     for _ in range(n_iterations):
@@ -57,7 +58,9 @@ def plain_sinkhorn(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
 
 
 def candidates(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, tuple[Run, int]]]:
-    """Return the candidates of each operation, the plain one first, and its minimum memory traffic in bytes."""
+    """Return the implementations of each operation, each with its minimum memory traffic in bytes. The implementation
+    that the others are compared with is the first.
+    """
     generator = torch.Generator().manual_seed(0)
     student = (torch.randn(rows, k, generator=generator) * 0.3).to(device, dtype).requires_grad_()
     teacher = (torch.randn(rows, k, generator=generator) * 0.3).to(device, dtype)
@@ -89,7 +92,7 @@ def candidates(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> d
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """Return the wall-clock time of one call, including its queued GPU work."""
+    """Return the wall-clock time of one call in seconds, including the GPU work that the call queues."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -98,10 +101,10 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def peak_mb(run: Run, device: torch.device) -> float | None:
-    """Return the peak memory that one call adds; None where it cannot be measured."""
+    """Return the peak GPU memory in MB that one call adds, or None without a GPU."""
     if device.type != "cuda":
         return None
-    run()  # what stays, such as the gradient's array, is there already
+    run()  # allocates the arrays that remain after a call, such as the gradient
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
@@ -109,7 +112,7 @@ def peak_mb(run: Run, device: torch.device) -> float | None:
 
 
 def measure(rows: int, k: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[dict[str, object]]:
-    """Return one table row per candidate."""
+    """Measure every implementation, and return one table row for each."""
     operations = candidates(rows, k, dtype, device)
     times: dict[tuple[str, str], list[float]] = {(op, name): [] for op, runs in operations.items() for name in runs}
     for _ in range(rounds + 1):

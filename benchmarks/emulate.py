@@ -1,32 +1,32 @@
-"""Emulation of half-precision graphs for runtimes without such arithmetic: float32, rounded after every operator.
+"""Emulate half-precision graphs on a machine without a GPU: compute in float32 and round the result of every operator.
 
-ONNX Runtime has no bfloat16 matrix product on a CPU, and it computes float16 in float32 without rounding in between,
-which improves the result and hides overflow. OpenVINO does the same. To allow a comparison with torch on a machine
-without a GPU, every operator here takes float32 and its result is rounded to the half type's grid. This equals a GPU
-that accumulates in float32. Nothing is rounded inside the attention operator.
+On a CPU, ONNX Runtime has no bfloat16 matrix product, and it computes float16 in float32 without rounding between the
+operators. This improves the result and hides overflow. OpenVINO does the same. In an emulated graph, every operator
+computes in float32 and its result is rounded to float16 or bfloat16. The results equal those of a GPU that accumulates
+in float32. Nothing is rounded inside the attention operator.
 
-The emulated graph is slow and larger than the original; use it for checks only.
+An emulated graph is slower and larger than the original. Use it only for checks.
 """
 
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 HALF_TYPES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-MOVES = ("Split", "Slice", "Reshape", "Transpose")  # rounded inputs, so rounded outputs
+MOVES = ("Split", "Slice", "Reshape", "Transpose")  # their outputs are rounded, because their inputs are
 
 
 def emulate_half(model: ModelProto) -> ModelProto:
-    """Return `model` (with its weights inside) with every float16 or bfloat16 tensor stored in float32, rounded.
+    """Return a copy of `model` that stores every float16 or bfloat16 tensor as rounded float32 values.
 
     Raises:
-        ValueError: its weights are in an external file.
+        ValueError: the weights are in an external file.
     """
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise ValueError("a graph with weights in an external file cannot be emulated: build it in memory")
     emulated = ModelProto()
     emulated.CopyFrom(model)
     graph = emulated.graph
-    half: dict[str, int] = {}  # tensors of the original that are halves
+    half: dict[str, int] = {}  # name and type of each half-precision tensor of the original
     for tensor in graph.initializer:
         if tensor.data_type in HALF_TYPES:
             half[tensor.name] = tensor.data_type
@@ -41,12 +41,12 @@ def emulate_half(model: ModelProto) -> ModelProto:
 
 
 def _emulated(node: NodeProto, half: dict[str, int]) -> list[NodeProto]:
-    """Return the nodes that replace `node`; add to `half` those of its outputs that were half precision."""
+    """Return the nodes that replace `node`, and add to `half` the outputs of `node` that have half precision."""
     kinds = [half[name] for name in node.input if name in half]
     if node.op_type == "Cast":
         target = next(attribute.i for attribute in node.attribute if attribute.name == "to")
         if target not in HALF_TYPES:
-            return [node]  # from float32 to float32, where it led out of a half
+            return [node]  # this cast from half precision is now one from float32 to float32
         half[node.output[0]] = target
         return _rounded(node.input[0], node.output[0], target)
     if not kinds or node.op_type == "QuantizeLinear":

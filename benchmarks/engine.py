@@ -1,26 +1,26 @@
-"""Images/s of the engines on this machine's CPU, compared with other implementations and the machine's limit.
+"""Measure the images/s of the engines on this machine's CPU, compared with other implementations and the CPU's limit.
 
     python benchmarks/engine.py [--model dinov2_vits14] [--sizes 224 518] [--batches 1 8] [--rounds 12]
 
-Rows: our backbone in torch, eager and compiled; our ONNX graph on ONNX Runtime in fp32 and int8, and on OpenVINO;
-transformers' Dinov2Model, eager and compiled; and a plain `torch.onnx.export` of it (opset 18) on ONNX Runtime. All use
-the weights of one random network, because speed does not depend on them. `cosine` is the lowest cosine of a class token
-with torch eager's; for int8 it is valid for these random weights only (the export's gate uses images). Packages that
-are not installed are listed.
+The table has these rows: our backbone in torch, eager and compiled; our ONNX graph in ONNX Runtime in fp32 and int8,
+and in OpenVINO; the Dinov2Model of transformers, eager and compiled; and a plain `torch.onnx.export` of this model
+(opset 18) in ONNX Runtime. All rows use the weights of one random network, because the speed does not depend on the
+weights. The column `cosine` is the lowest cosine between the class tokens of the row and of torch eager. For int8, it
+is valid only for these random weights. Missing packages are listed below the table.
 
-What makes the comparison fair:
+These rules make the comparison fair:
 
-- All engines run in one process and take turns within each round; the starting engine rotates. Other load, a hot cache
-  or a throttled clock therefore affects all equally. Ratios are medians of the rounds' ratios to torch eager, and
-  ratios of the best times.
-- All use the same number of threads. A pause before each turn lets the previous engine's threads go to sleep.
-- Waiting threads either sleep at once in all runtimes (`--waiting passive`, the default and the service's setting:
-  OMP_WAIT_POLICY=passive and KMP_BLOCKTIME=0 for torch, spinning off for ONNX Runtime) or follow each runtime's default
-  (`--waiting default`). A spinning pool gains a little alone and takes cores from other programs
-  (benchmarks/contention.py). Each setting favours different runtimes, so run both.
+- All engines run in one process and take turns within each round, and each round starts with another engine. Other
+  load, a hot cache or a throttled clock therefore affects all engines equally. `vs torch` is the speed relative to
+  torch eager as the median over the rounds, and the column after it compares the best times.
+- All engines use the same number of threads. A pause before each turn lets the threads of the previous engine sleep.
+- With `--waiting passive`, which is the default and the setting of the service, waiting threads sleep at once in all
+  runtimes. With `--waiting default`, they follow the default of each runtime. Threads that spin while they wait are a
+  little faster if nothing else runs, but take cores from other programs (benchmarks/contention.py). Each setting
+  favours different runtimes, so run both.
 - Compilation, graph optimisation and `--warmup` rounds precede the measurement.
-- GFLOP/s count the network's operations (training/watch/flops.py), so int8's figures refer to the float32 work. The
-  limit is the faster of two float32 matrix products, torch's and ONNX Runtime's, which take turns in the same rounds.
+- GFLOP/s count the operations of the float32 network (training/watch/flops.py), also for int8. The limit is the faster
+  one of two float32 matrix products, in torch and in ONNX Runtime, which take turns in the same rounds.
 """
 
 import argparse
@@ -44,7 +44,10 @@ PAUSE_S = 0.02
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, np.ndarray]:
-    """Return the seconds of each function in each round. The starting function rotates."""
+    """Call the functions in turns, and return the seconds of each function in each round, as arrays [rounds].
+
+    Each round starts with another function.
+    """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
@@ -59,14 +62,16 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warmup: int)
 
 
 def lowest_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the lowest cosine between corresponding rows [B, D]."""
+    """Return the lowest cosine between corresponding rows of two arrays [B, D]."""
     return float(np.min(np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))))
 
 
 def measure(
     case: Any, batches: list[int], engines: list[str], rounds: int, warmup: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the rows of one input size, and the engines that cannot run here with the reason."""
+    """Measure the engines at one input size. Return one table row per batch size and engine, and a dictionary with
+    the reason for each engine that cannot run.
+    """
     from engine_peers import BUILDERS, MissingError, products
 
     from training.watch.flops import backbone_flops
@@ -78,7 +83,7 @@ def measure(
             built[name] = BUILDERS[name](case)
         except MissingError as error:
             missing[name] = str(error)
-        except Exception as error:  # noqa: BLE001  a peer that breaks costs its row, not the run
+        except Exception as error:  # noqa: BLE001  one failing engine must not end the run
             missing[name] = f"fails: {type(error).__name__}: {str(error)[:300]}"
     work, limits = products(case.threads, spinning=case.spinning)
     rows = []
@@ -87,7 +92,7 @@ def measure(
         reference, runs, cosines = built[engines[0]](pixels), {}, {}
         for name, run in list(built.items()):
             try:
-                cosines[name] = lowest_cosine(reference, run(pixels))  # compiles where something is to be compiled
+                cosines[name] = lowest_cosine(reference, run(pixels))  # the first call may compile
             except Exception as error:  # noqa: BLE001
                 missing[name] = f"fails at batch {batch}: {type(error).__name__}: {str(error)[:300]}"
                 del built[name]
@@ -149,12 +154,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="rounds before the measurement")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--waiting", choices=["passive", "default"], default="passive")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
-    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
-    parser.add_argument("--skip", nargs="+", default=[], help="engines to leave out, by the table's names")
+    parser.add_argument("--depth", type=int, help="number of blocks; fewer blocks make a trial run faster")
+    parser.add_argument("--out", type=Path, help="file for the result; default: a dated file in benchmarks/results")
+    parser.add_argument("--skip", nargs="+", default=[], help="names of engines to leave out, as in the table")
     arguments = parser.parse_args()
     if "torch" in sys.modules:
-        raise RuntimeError("torch was imported before OpenMP's variables were set")
+        raise RuntimeError("torch was imported before the environment variables of OpenMP were set")
     variables = PASSIVE if arguments.waiting == "passive" else {}
     os.environ.update(variables | {"OMP_NUM_THREADS": str(arguments.threads)})
     import torch
@@ -164,7 +169,7 @@ def main() -> None:
 
     unknown = set(arguments.skip) - set(BUILDERS)
     if unknown:
-        parser.error(f"--skip: no engine {sorted(unknown)}: {', '.join(BUILDERS)}")
+        parser.error(f"--skip: unknown engines {sorted(unknown)}; the engines are {', '.join(BUILDERS)}")
     engines = [name for name in BUILDERS if name not in arguments.skip]
     config = config_for(arguments.model)
     if arguments.depth:

@@ -1,7 +1,8 @@
-"""The engines that benchmarks/engine.py compares: ours and others', all with the weights of one random network.
+"""The engines that benchmarks/engine.py compares. All have the weights of one random network.
 
-transformers' model is initialised first and ours are converted from it, so every row computes the same function and the
-outputs can be compared. Import this module after setting the variables that OpenMP reads at load.
+The model of transformers is initialised first, and its weights are converted for our engines. All engines therefore
+compute the same function, and their outputs can be compared. Import this module after setting the environment variables
+of OpenMP, which reads them when it is loaded.
 """
 
 import importlib
@@ -27,16 +28,16 @@ from model.vit import DinoVisionTransformer
 
 FloatArray = npt.NDArray[np.float32]
 Run = Callable[[FloatArray], FloatArray]
-"""Pixels [B, 3, H, W] to class tokens [B, D]; everything else of the forward pass is computed too."""
+"""A function from pixels [B, 3, H, W] to class tokens [B, D]. It computes the whole forward pass."""
 
 
 class MissingError(Exception):
-    """A peer that cannot run here; the message says why."""
+    """An error that says why an engine cannot run on this machine."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The parameters that every engine is built for."""
+    """The network and the settings that every engine is built with."""
 
     config: ViTConfig
     theirs: Any  # transformers' model
@@ -48,7 +49,9 @@ class Case:
 
 
 def make_case(config: ViTConfig, size: int, threads: int, *, spinning: bool, folder: Path) -> Case:
-    """Return one random network as transformers' model and as ours. LayerScale is near one, so every block counts."""
+    """Return a case with one random network, as a model of transformers and as our model. LayerScale is 0.5, so that
+    every block affects the output.
+    """
     transformers = require("transformers")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -74,7 +77,11 @@ def make_case(config: ViTConfig, size: int, threads: int, *, spinning: bool, fol
 
 
 def require(package: str) -> Any:
-    """Import a module, or raise `MissingError` with its name."""
+    """Import a module and return it.
+
+    Raises:
+        MissingError: the module is not installed.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -100,8 +107,13 @@ def _torch_run(model: Callable[[torch.Tensor], Any], output: str, *, compiled: b
 
 
 def write_graph(case: Case, precision: Precision = "fp32", weights: Int8Weights = "s7", floats: str = "") -> Path:
-    """Write our graph for this size and any batch; `weights` and `floats` (comma-separated) apply to int8: see
-    `GraphSpec`.
+    """Write our ONNX graph for the input size of the case and any batch size, and return its path.
+
+    Args:
+        case: the network and its settings.
+        precision: precision of the graph.
+        weights: weight format of an int8 graph; see `int8_weights` of `GraphSpec`.
+        floats: layers that stay in float in an int8 graph, separated by commas; see `float_layers` of `GraphSpec`.
     """
     path = case.folder / f"ours-{case.size}-{precision}-{weights}-{floats}.onnx"
     if not path.exists():
@@ -113,14 +125,18 @@ def write_graph(case: Case, precision: Precision = "fp32", weights: Int8Weights 
 
 
 def our_onnx(case: Case, precision: Precision = "fp32", weights: Int8Weights = "s7", floats: str = "") -> Run:
-    """Return our graph's engine with the service's settings."""
+    """Return a function that runs our graph in the ONNX Runtime engine of the service."""
     path = write_graph(case, precision, weights, floats)
     engine = OnnxEngine(path, threads=case.threads, spinning=case.spinning)
     return lambda pixels: engine.run(pixels).cls
 
 
 def openvino(case: Case) -> Run:
-    """Return OpenVINO on our float32 graph, restricted to float32."""
+    """Return a function that runs our float32 graph in OpenVINO with float32 arithmetic.
+
+    Raises:
+        MissingError: OpenVINO is not installed or does not accept the number of threads.
+    """
     ov = require("openvino")
     settings = {
         "INFERENCE_NUM_THREADS": case.threads,
@@ -141,10 +157,12 @@ def openvino(case: Case) -> Run:
 
 
 def plain_export(case: Case, *, opset: int = 18) -> Run:
-    """Return a plain `torch.onnx.export` of transformers' model for any batch, the usual way, on ONNX Runtime."""
+    """Return a function that runs the model of transformers in ONNX Runtime. The graph is exported by a
+    plain `torch.onnx.export` and accepts any batch size.
+    """
     require("onnxscript")
     path = case.folder / f"plain-{case.size}.onnx"
-    example = torch.zeros(2, 3, case.size, case.size)  # with batch 1 the exporter would take it as fixed
+    example = torch.zeros(2, 3, case.size, case.size)  # with batch 1, the exporter would fix the batch size
     torch.onnx.export(
         _LastHidden(case.theirs).eval(),
         (example,),
@@ -183,14 +201,14 @@ BUILDERS: dict[str, Callable[[Case], Run]] = {
     "OpenVINO fp32": openvino,
     "plain export, opset 18": plain_export,
 }
-"""Every row by its name; the first one is what the others are compared with."""
+"""The function that builds each engine, by the name of its table row. The others are compared with the first."""
 
 
 def products(threads: int, *, spinning: bool, n: int = 2048) -> tuple[float, dict[str, Callable[[], object]]]:
-    """Return a float32 matrix product of n x n in torch and in ONNX Runtime. The machine's limit is the faster one.
+    """Prepare a float32 matrix product of n x n in torch and in ONNX Runtime. The faster one is the limit of the CPU.
 
     Returns:
-        The number of floating-point operations, and the two functions.
+        The number of floating-point operations of the product, and the two functions by name.
     """
     helper = require("onnx.helper")
     a, b = torch.randn(2, n, n)
@@ -205,7 +223,7 @@ def products(threads: int, *, spinning: bool, n: int = 2048) -> tuple[float, dic
 
 
 def versions() -> dict[str, str]:
-    """Return the version of every installed runtime."""
+    """Return the version of each runtime by package name, or "not installed" for a missing package."""
     found = {}
     for package in ("torch", "onnxruntime", "transformers", "openvino", "onnxscript"):
         try:

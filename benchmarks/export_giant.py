@@ -1,13 +1,13 @@
-"""Peak memory of exporting the largest backbone (ViT-g/14, SwiGLU, 1.1 billion parameters) with random weights.
+"""Measure the peak memory of exporting the largest backbone (ViT-g/14, 1.1 billion parameters) with random weights.
 
     python benchmarks/export_giant.py [--depth 40] [--stored float16] [--precision fp32,fp16] [--crop 224]
 
-A separate process writes a checkpoint. The export then runs as from the command line (load, write, hash, compare with
-torch, verify), and its peak resident memory is read. The peak includes pages of mapped files (weights, external data)
-that the system can reclaim: a machine with less memory is slower, but does not run out of it.
+A separate process writes a checkpoint. Another process exports it as `dinov2 export` does, and its peak resident memory
+is measured. The peak includes pages of mapped files (weights, external data) that the system can reclaim. A machine
+with less memory is therefore slower, but does not run out of memory.
 
-Prints a table and, as the last line, one JSON line, which is also written to benchmarks/results/. At full size it
-temporarily needs about 20 GB of disk.
+The script prints a table and, as the last line, the result as JSON, which is also written to benchmarks/results/. At
+full size it temporarily needs about 20 GB of disk.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LIMIT_GIB = 16.0
 
 
 def write_checkpoint(path: Path, config: ViTConfig) -> None:
-    """Write our own checkpoint with initial weights. LayerScale is 0.5, so that every block counts."""
+    """Write a checkpoint with random weights. LayerScale is 0.5, so that every block affects the output."""
     import torch
 
     from model.checkpoint import save_checkpoint
@@ -41,7 +41,10 @@ def write_checkpoint(path: Path, config: ViTConfig) -> None:
 
 
 def export(path: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """Run `dinov2 export` on four generated images."""
+    """Export a checkpoint as `dinov2 export` does, and write the peak memory and the parity to result.json.
+
+    The exported graphs are compared with torch on four generated images.
+    """
     from model.engines import parity
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
@@ -59,7 +62,11 @@ def export(path: Path, out: Path, arguments: argparse.Namespace) -> None:
 
 
 def in_process(target: object, *arguments: object) -> None:
-    """Run a function in a separate process, to measure its own memory peak."""
+    """Run a function in a separate process, so that its peak memory can be measured.
+
+    Raises:
+        SystemExit: the process failed.
+    """
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)  # type: ignore[arg-type]
     process.start()
     process.join()
@@ -70,11 +77,11 @@ def in_process(target: object, *arguments: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dinov2_vitg14_reg")
-    parser.add_argument("--depth", type=int, help="blocks; default: the model's")
+    parser.add_argument("--depth", type=int, help="number of blocks; default: as in the model")
     parser.add_argument("--stored", choices=["float32", "float16"], default="float32", help="type of the weights file")
-    parser.add_argument("--precision", default="fp32", help="further graphs, e.g. fp32,fp16")
-    parser.add_argument("--crop", type=int, default=224, help="side of the input, pixels")
-    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--precision", default="fp32", help="precisions of additional graphs, e.g. fp32,fp16")
+    parser.add_argument("--crop", type=int, default=224, help="side of the input in pixels")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary files")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     config = config_for(arguments.model)

@@ -1,14 +1,13 @@
-"""The checks of benchmarks/gpu_suite.py, one per process: `python benchmarks/gpu_checks.py KIND ARGUMENTS` (JSON).
+"""Run one check of benchmarks/gpu_suite.py: `python benchmarks/gpu_checks.py KIND ARGUMENTS`, where ARGUMENTS is JSON.
 
-Each check prints a line {"row": {...}} per result as it becomes available, or {"skipped": "why"}, and nothing else on
-standard output. Networks have random weights with LayerScale at 0.5, so that every block counts in the parity with
-torch in float32 (TF32 off). Images and trained weights are left to `dinov2 export` and `build-engine`, which gate the
-served models.
+A check prints a line {"row": {...}} for each result as soon as it is available, or {"skipped": "reason"}. It prints
+nothing else on standard output. The networks have random weights, and LayerScale is 0.5, so that every block affects
+the comparison with torch in float32 (without TF32). Only the check `served` uses trained weights.
 
-Images/s are measured on a batch in GPU memory, by the wall clock, synchronised at both ends: best and median of five
-windows. MFU is the network's operations (training/watch/flops.py) over the vendor's dense bf16 peak. Latency is the
-time of one image from host memory to its class token in host memory. A TensorRT row measures the engine's own CUDA
-graph, which includes copies of pixels and all features; the others copy only the class token.
+Images/s are measured with a batch in GPU memory, as the best and the median of five time windows. MFU is the number of
+operations per second (training/watch/flops.py) divided by the peak that the vendor states for dense bf16. Latency is
+the time in which one image in host memory becomes a class token in host memory. A TensorRT row measures the CUDA graph
+of the engine, which also copies the pixels and all features. The other rows copy only the class token.
 """
 
 import importlib.metadata
@@ -45,7 +44,7 @@ PACKAGES = ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "tensor
 
 
 def device(setting: Setting, emit: Emit) -> None:
-    """Report the GPU, the installed packages, and the machine's limits: a bf16 matrix product and a copy."""
+    """Report the GPU, the installed packages, and the speed of a bf16 matrix product and of a copy."""
     import torch
 
     from training.watch.flops import describe_device, device_peak_flops
@@ -73,7 +72,9 @@ def device(setting: Setting, emit: Emit) -> None:
 
 
 def cross_entropy(setting: Setting, emit: Emit) -> None:
-    """Compare the kernel's value and gradient with the definition in float64, then run benchmarks/cross_entropy.py."""
+    """Compare `soft_cross_entropy` and its gradient with the plain expression in float64. Then run the measurement of
+    benchmarks/cross_entropy.py.
+    """
     import torch
     from cross_entropy import measure
 
@@ -103,7 +104,7 @@ TINY_STEP = TINY | {"model": "dinov2_vitt14", "batch_size": 4, "compile": False}
 
 
 def training_step(setting: Setting, emit: Emit) -> None:
-    """Run benchmarks/training_step.py, with the official code if a checkout is given."""
+    """Run benchmarks/training_step.py. If a checkout of the official code is given, compare with it."""
     from training_step import COMMON, PRESETS, measure
 
     from training.config import TrainConfig
@@ -122,11 +123,11 @@ def training_step(setting: Setting, emit: Emit) -> None:
 
 
 def torch_bf16(setting: Setting, emit: Emit) -> None:
-    """Measure torch in bf16: eager, then with compiled blocks and the whole pass replayed as a CUDA graph."""
+    """Measure torch in bf16: first eager, and then with compiled blocks in a CUDA graph of the whole forward pass."""
     import torch
 
     network, pixels, reference = network_of(setting)
-    for module in network.modules():  # as TorchEngine: what autocast would cast in each pass is cast once
+    for module in network.modules():  # as in TorchEngine: cast once what autocast would cast in each pass
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.to(torch.bfloat16)
 
@@ -139,8 +140,10 @@ def torch_bf16(setting: Setting, emit: Emit) -> None:
         for name in ("torch eager bf16", "torch compiled bf16, CUDA graph"):
             start = time.perf_counter()
             if name.startswith("torch compiled"):
-                torch._dynamo.config.recompile_limit = 64  # a batch each; 8 by default, then it gives up silently
-                for block in network.blocks:  # all blocks are one piece of code, so one compilation for each batch
+                torch._dynamo.config.recompile_limit = (
+                    64  # one per batch size; after the default of 8, torch silently stops compiling
+                )
+                for block in network.blocks:  # the blocks share their code, so each batch size is compiled once
                     block.compile(dynamic=False, backend="eager" if setting.tiny else "inductor")
             runs = {}
             for batch in sorted({1, len(pixels), COMPARED}):
@@ -163,7 +166,10 @@ def torch_bf16(setting: Setting, emit: Emit) -> None:
 
 
 def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
-    """Measure our graph on the CUDA provider (tiny: the CPU's), with inputs and outputs bound to GPU memory."""
+    """Measure our ONNX graph in ONNX Runtime, with inputs and outputs bound to GPU memory.
+
+    Without a GPU, the CPU provider is used.
+    """
     if not package_there("onnx"):
         raise SkipError("onnx is not installed")
     try:
@@ -173,9 +179,9 @@ def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
         raise SkipError(f"onnxruntime is not installed ({error})") from error
     provider = "CUDAExecutionProvider" if setting.cuda else "CPUExecutionProvider"
     if setting.cuda:
-        ort.preload_dlls()  # before the question: where the provider is a plugin, it registers when CUDA loads
+        ort.preload_dlls()  # before the test below, because a provider in a plugin registers when CUDA loads
     if provider not in ort.get_available_providers():
-        raise SkipError(f"onnxruntime {ort.__version__} has no {provider}: onnxruntime-gpu has")
+        raise SkipError(f"onnxruntime {ort.__version__} has no {provider}, which onnxruntime-gpu has")
     network, pixels, reference = network_of(setting)
     weights = {key: tensor.cpu().numpy() for key, tensor in network.state_dict().items()}
     config = network.config
@@ -187,10 +193,10 @@ def onnxruntime_cuda(setting: Setting, emit: Emit) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 path = graph_file(Path(folder), weights, config, setting, precision, attention)
                 emit(_session_row(name, path, provider, setting, pixels, reference))
-        except Exception as error:  # noqa: BLE001  another number format or form may do
+        except Exception as error:  # noqa: BLE001  another number format or attention form may work
             emit({"engine": name, "failed": f"{type(error).__name__}: {str(error)[:500]}"})
         else:
-            if config.embed_dim >= 1024:  # one is enough where a graph takes long to write and load
+            if config.embed_dim >= 1024:  # one is enough for a large graph, which takes long to write and load
                 break
 
 
@@ -236,7 +242,7 @@ def _session_row(name: str, path: Path, provider: str, setting: Setting, pixels:
 
 
 def tensorrt(setting: Setting, emit: Emit) -> None:
-    """Measure a plan of our bf16 graph, built as by `dinov2 build-engine`, in the serving engine."""
+    """Build a TensorRT plan from our bf16 graph as `dinov2 build-engine` does, and measure it in the serving engine."""
     if not setting.cuda:
         raise SkipError("TensorRT runs on a GPU only")
     if not package_there("onnx"):
@@ -267,10 +273,10 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     started = time.perf_counter() - start
     host = pixels.cpu().numpy()
     found = engine.run(host[:COMPARED])
-    engine.run(host)  # fills its buffers
+    engine.run(host)  # fills the buffers of the engine
 
     def replay() -> None:
-        engine._graphs[len(host)]()  # the pass alone, without the copies between pinned and ordinary memory
+        engine._graphs[len(host)]()  # the CUDA graph alone, without the copies between pinned and ordinary memory
         engine._cuda.wait(engine._stream)
 
     row = row_of(name, setting, replay, lambda: engine.run(host[:1]), compare(reference, found[:2]), started)
@@ -278,7 +284,7 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
 
 
 def served(setting: Setting, emit: Emit) -> None:
-    """Run the demo artifact in each of the service's GPU engines, loaded and called as in the service."""
+    """Measure the bundled artifact in each GPU engine of the service. The engines are loaded as in the service."""
     import numpy as np
 
     from model.artifact import load_artifact
@@ -309,7 +315,7 @@ def served(setting: Setting, emit: Emit) -> None:
                 engine = load_engine(artifact, name)
                 engine.run(batch)
                 started, found = time.perf_counter() - start, engine.run(photos)
-            except Exception as error:  # noqa: BLE001  the reason is the result
+            except Exception as error:  # noqa: BLE001  the error is the result
                 emit({"engine": name, "failed": f"{type(error).__name__}: {str(error)[:500]}"})
                 continue
             row = {"engine": name, "answers": f"{engine.name}:{engine.precision}", "start_s": round(started, 1)}
@@ -321,7 +327,7 @@ def served(setting: Setting, emit: Emit) -> None:
 
 @contextmanager
 def own_output() -> Iterator[Emit]:
-    """Return a writer of JSON lines. Other output of libraries goes to standard error."""
+    """Yield a function that prints a value as a line of JSON. Other output of this process goes to standard error."""
     with os.fdopen(os.dup(1), "w") as lines:
         os.dup2(2, 1)
 
@@ -353,7 +359,7 @@ def main() -> int:
             emit({"skipped": str(error)})
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] in OUR_PACKAGES or error.name == "training_step":
-                raise  # ours: a fault, not a lack
+                raise  # a module of this project is missing, which is a fault
             emit({"skipped": f"{error.name} is not installed"})
     return 0
 

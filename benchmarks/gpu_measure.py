@@ -1,4 +1,4 @@
-"""Measuring tools of benchmarks/gpu_checks.py: networks, rates, latencies, parity with float32.
+"""Tools of benchmarks/gpu_checks.py: random networks, rates, latencies, and comparisons with float32.
 
 Legend: B batch, N patches, D width.
 """
@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 BATCH = {224: 64, 518: 16}
-"""Images of a throughput row: about as many tokens at both sizes, and no more than TensorRT's largest profile."""
+"""The batch size for each input side in pixels. Both batches have about the same number of tokens, and TensorRT's
+largest profile allows them.
+"""
 WINDOWS = 5
 LATENCY_CALLS = 200
-COMPARED = 4  # images
-MIN_COSINE = (0.999, 0.998)  # of class tokens and patches, as model/engines/tensorrt_export.py asks of a plan
+COMPARED = 4  # number of images that are compared with the reference
+MIN_COSINE = (0.999, 0.998)  # for class tokens and patches; the limits of half precision in model/engines/parity.py
 
 
 class SkipError(Exception):
-    """A requirement of this kind of check that the machine does not meet."""
+    """An error that says which requirement of a check the machine does not meet."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The parent's settings for a check."""
+    """The settings of a check, which benchmarks/gpu_suite.py passes to it."""
 
     device: Any  # torch.device
     tiny: bool
@@ -45,14 +47,18 @@ def setting_of(arguments: dict[str, Any]) -> Setting:
     import torch
 
     if arguments["device"] == "cuda" and not torch.cuda.is_available():
-        raise SkipError(f"no GPU: torch {torch.__version__} sees none")
+        raise SkipError(f"no GPU: torch {torch.__version__} finds none")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return Setting(torch.device(arguments["device"]), arguments["tiny"], arguments)
 
 
 def network_of(setting: Setting) -> tuple[Any, Any, Any]:
-    """Return a random float32 network on the device, pixels [B, 3, H, W] there, and its (class tokens, patches)."""
+    """Return a random float32 network, random pixels [B, 3, H, W], and the reference features.
+
+    The network and the pixels are on the device. The features are the class tokens and patch tokens of the first
+    `COMPARED` images, as NumPy arrays.
+    """
     import torch
 
     from model.config import config_for
@@ -66,7 +72,7 @@ def network_of(setting: Setting) -> tuple[Any, Any, Any]:
     with setting.device:
         network = DinoVisionTransformer(replace(config, layerscale_init=0.5)).eval().requires_grad_(False)
         pixels = torch.randn(batch, 3, side // 14, side // 14)
-    # Patches differ from each other and each is smooth, as in images; noise alone would average out.
+    # As in an image, each patch is smooth and the patches differ. Plain noise would average out.
     pixels = torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear")
     with torch.inference_mode():
         features = network.forward_features(pixels[:COMPARED])
@@ -84,7 +90,10 @@ def graph_file(folder: Path, weights: Any, config: Any, setting: Setting, precis
 
 
 def replayed(forward: Callable[[Any], Any], x: Any, setting: Setting) -> Any:
-    """Return the pass over `x` as a CUDA graph, with `x` as its attribute `pixels`; without a GPU, the plain pass."""
+    """Return a function that computes `forward(x)` by replaying a CUDA graph, or directly if there is no GPU.
+
+    The attribute `pixels` of the function is `x`, so that a caller can change the input.
+    """
     import torch
 
     if not setting.cuda:
@@ -96,7 +105,7 @@ def replayed(forward: Callable[[Any], Any], x: Any, setting: Setting) -> Any:
         return run
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compilation, and what libraries do at first
+    with torch.cuda.stream(side):  # compiles the network and initialises libraries
         for _ in range(3):
             forward(x)
     torch.cuda.current_stream().wait_stream(side)
@@ -117,7 +126,10 @@ def pinned(x: Any, setting: Setting) -> Any:
 
 
 def rates(run: Callable[[], object], setting: Setting, amount: float) -> tuple[float, float]:
-    """Return `amount` per second of a call: best and median of some windows of at least a fifth of a second."""
+    """Call `run` in several time windows, and return the best and the median rate per second.
+
+    Each call counts as `amount`, for instance the number of images in a batch.
+    """
     window_s = 0.01 if setting.tiny else 0.2
     for _ in range(3):
         run()
@@ -126,7 +138,7 @@ def rates(run: Callable[[], object], setting: Setting, amount: float) -> tuple[f
     for _ in range(WINDOWS):
         calls, start = 0, time.perf_counter()
         while time.perf_counter() - start < window_s:
-            for _ in range(4):  # enough on the queue to hide the wait
+            for _ in range(4):  # enough queued work to hide the time of waiting
                 run()
             setting.wait()
             calls += 4
@@ -135,7 +147,7 @@ def rates(run: Callable[[], object], setting: Setting, amount: float) -> tuple[f
 
 
 def latency(request: Callable[[], object], setting: Setting) -> dict[str, float]:
-    """Return the milliseconds per image, one image after the other."""
+    """Call `request` repeatedly, and return the median and the 99th percentile of its time in milliseconds."""
     calls, times = 5 if setting.tiny else LATENCY_CALLS, []
     for number in range(-3, calls):
         start = time.perf_counter()
@@ -148,7 +160,11 @@ def latency(request: Callable[[], object], setting: Setting) -> dict[str, float]
 
 
 def compare(reference: Any, found: Any) -> tuple[float, float, float]:
-    """Return the lowest cosine of a class token and of a patch, and the largest absolute difference. NaN stays NaN."""
+    """Compare the class tokens and patch tokens of `found` with `reference`.
+
+    Return the lowest cosine of a class token, the lowest cosine of a patch token, and the largest absolute difference.
+    NaN in the features leads to NaN in the results.
+    """
     import numpy as np
 
     cosines, errors = [], []
@@ -173,7 +189,7 @@ def row_of(
     parity: tuple[float, float, float],
     started: float,
 ) -> dict[str, Any]:
-    """Return all figures of one engine and one network."""
+    """Measure one engine with one network, and return the table row with all figures."""
     from model.config import config_for
     from training.watch.flops import backbone_flops, device_peak_flops
 

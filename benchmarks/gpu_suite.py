@@ -1,15 +1,16 @@
-"""All checks of this project that need a GPU, in one command of under ten minutes, with one JSON result.
+"""Run all checks of this project that need a GPU in less than ten minutes, and write one JSON file with the results.
 
     python benchmarks/gpu_suite.py [--out FILE] [--budget-s 540] [--official CHECKOUT] [--only PREFIX ...]
     python benchmarks/gpu_suite.py --device cpu --tiny      the same code with tiny models, without a GPU
 
-Checks (in benchmarks/gpu_checks.py): the device; the Triton cross-entropy against its definition and the memory
-bandwidth; training steps; images/s, MFU, batch-1 latency and parity of torch compiled in bf16 with CUDA graphs, of ONNX
-Runtime's CUDA provider and of TensorRT, for the published sizes at 224 and 518 pixels.
+The checks are defined in benchmarks/gpu_checks.py. They report the device, compare the Triton cross-entropy with its
+definition, and measure training steps. They also measure the speed, latency and accuracy of torch in bf16, of ONNX
+Runtime with CUDA and of TensorRT, for all published model sizes at 224 and 518 pixels.
 
-Each check is a separate process with a time limit. A crash or a hang costs only that check, which keeps its rows so
-far. The most informative checks come first. The result is written after every check, so an interrupted run keeps its
-results. Nothing is installed; missing packages are reported once and their checks skipped. This file needs only Python.
+Each check runs in a separate process with a time limit. If a check crashes or hangs, its results so far are kept and
+the next check runs. The most informative checks come first. The result file is written after every check, so an
+interrupted run also has results. The suite installs nothing. Checks that need a missing package are skipped. This file
+needs only Python.
 """
 
 import argparse
@@ -29,13 +30,17 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-LEAST_S = 15.0  # too little for any check
+LEAST_S = 15.0  # with less time left, no check is started
 MESSAGE_CHARACTERS = 1500
 
 
 @dataclass(frozen=True)
 class Check:
-    """A process to start. If one check of a `kind` is impossible (a missing package), all of that kind are."""
+    """A check that runs in a separate process.
+
+    If one check of a `kind` is skipped, for instance because a package is missing, all later checks of this kind are
+    skipped too.
+    """
 
     name: str
     kind: str
@@ -44,14 +49,14 @@ class Check:
     command: Sequence[str] = ()
 
     def line(self) -> list[str]:
-        """Return the command line. By default the kind is the name of a function in benchmarks/gpu_checks.py."""
+        """Return the command line of the process, which is `command` or else a call of benchmarks/gpu_checks.py."""
         if self.command:
             return list(self.command)
         return [sys.executable, str(HERE / "gpu_checks.py"), self.kind, json.dumps(self.arguments)]
 
 
 def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
-    """Return every check, the most informative first."""
+    """Return all checks in the order in which they run. The most informative checks are first."""
     common: dict[str, Any] = {"device": device, "tiny": tiny}
     found = [
         Check("device", "device", 60, common),
@@ -60,7 +65,7 @@ def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
     ]
 
     def engine(kind: str, size: str, pixels: int) -> Check:
-        # The giant's graph is 4 GB to write and to read.
+        # Writing and reading the graph of the giant model takes long, because it has 4 GB.
         limit_s = 60 if kind == "torch" else 90 if size != "g" else 150
         arguments = common | {"model": f"dinov2_vit{size}14", "pixels": pixels}
         return Check(f"{kind} {size} {pixels}", kind, limit_s, arguments)
@@ -76,16 +81,17 @@ def all_checks(device: str, *, tiny: bool, official: str | None) -> list[Check]:
 
 
 def run_check(check: Check, limit_s: float) -> dict[str, Any]:
-    """Start a check, wait for it and return its outcome.
+    """Run a check and return its outcome.
 
     Returns:
-        `status`: "ok", "skipped", "failed" (also if a row's numbers differ too much) or "timed out"; `seconds`; `rows`
-            (for any outcome); and a `reason` unless the status is "ok".
+        A dictionary with the `status`, which is "ok", "skipped", "failed" or "timed out", the `seconds`, and the `rows`
+        that the check printed. Unless the status is "ok", it also has the `reason`. A check also fails if the numbers
+        in a row differ too much from the reference.
     """
     start = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as messages:
-        # A session of its own: what it started ends with it.
+        # In a separate session, so that the processes that the check starts can be ended with it.
         process = subprocess.Popen(
             check.line(), stdout=out, stderr=messages, env=environment, cwd=HERE.parent, start_new_session=True
         )
@@ -101,7 +107,7 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
     found: dict[str, Any] = {"status": "ok", "rows": [line["row"] for line in lines if "row" in line]}
     skipped = next((line["skipped"] for line in lines if "skipped" in line), None)
     if code is None:
-        found |= {"status": "timed out", "reason": f"not done after {limit_s:.0f} s", "messages": said}
+        found |= {"status": "timed out", "reason": f"not finished after {limit_s:.0f} s", "messages": said}
     elif code != 0:
         by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         found |= {
@@ -113,21 +119,21 @@ def run_check(check: Check, limit_s: float) -> dict[str, Any]:
         found |= {"status": "skipped", "reason": skipped}
     elif strays := [row for row in found["rows"] if row.get("passed") is False]:
         named = ", ".join(str(row.get("engine") or row.get("dtype")) for row in strays)
-        found |= {"status": "failed", "reason": f"further from its reference than is allowed: {named}"}
+        found |= {"status": "failed", "reason": f"these rows differ too much from the reference: {named}"}
     elif found["rows"] and all("failed" in row for row in found["rows"]):
         found |= {"status": "failed", "reason": f"no engine ran: {found['rows'][0]['failed']}"}
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a check's whole session, even if the check itself has exited."""
-    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+    """Kill all processes in the session of a check, even if the check itself has exited."""
+    with contextlib.suppress(ProcessLookupError):  # no process of the session is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:
-    """Return the lines that are JSON objects. A killed process may leave half a line."""
+    """Return the lines of `text` that are JSON objects. Skip other lines, such as the last line of a killed process."""
     found = []
     for line in text.splitlines():
         try:
@@ -140,7 +146,7 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
 
 
 def run_all(checks: Sequence[Check], budget_s: float, out: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """Run the checks in order within the budget. `out` is written after each."""
+    """Run the checks in order within the time budget, and return all results. Write them to `out` after each check."""
     start = time.monotonic()
     result: dict[str, Any] = head | {"budget_s": budget_s, "checks": {}}
     impossible: dict[str, str] = {}
@@ -148,7 +154,7 @@ def run_all(checks: Sequence[Check], budget_s: float, out: Path, head: dict[str,
         left = budget_s - (time.monotonic() - start)
         reason = impossible.get("device") or impossible.get(check.kind)
         if reason is None and left < LEAST_S:
-            reason = f"{max(0.0, left):.0f} s of the budget are left"
+            reason = f"only {max(0.0, left):.0f} s of the budget are left"
         if reason is not None:
             found: dict[str, Any] = {"status": "skipped", "reason": reason, "rows": [], "seconds": 0.0}
         else:
@@ -163,7 +169,7 @@ def run_all(checks: Sequence[Check], budget_s: float, out: Path, head: dict[str,
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the result completely or not at all."""
+    """Write the result to `path` atomically, so that the file is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -171,7 +177,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def say(name: str, found: dict[str, Any]) -> None:
-    """Print a check's line and its rows."""
+    """Print the outcome of a check and its rows."""
     print(f"{name:<24}{found['status']:<11}{found['seconds']:>6} s  {found.get('reason', '')}", flush=True)
     for row in found["rows"]:
         print("    " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)
@@ -179,13 +185,18 @@ def say(name: str, found: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the result's file; default: dated, in benchmarks/results")
-    parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--out", type=Path, help="file for the result; default: a dated file in benchmarks/results")
+    parser.add_argument("--budget-s", type=float, default=540, help="time limit of the whole run in seconds")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: does the code run, not how fast is it")
-    parser.add_argument("--official", help="a checkout of facebookresearch/dinov2, for the training step beside it")
-    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="checks whose name begins so (and device)")
-    parser.add_argument("--list", action="store_true", help="the checks' names, and nothing else")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, to test that the code runs")
+    parser.add_argument("--official", help="checkout of facebookresearch/dinov2, to compare the training step with")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PREFIX",
+        help="run only checks with a name that begins with a PREFIX, and the check device",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the checks and exit")
     arguments = parser.parse_args()
     official = str(Path(arguments.official).resolve()) if arguments.official else None
     checks = all_checks(arguments.device, tiny=arguments.tiny, official=official)

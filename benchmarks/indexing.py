@@ -1,16 +1,15 @@
-"""End-to-end indexing of a folder, compared with the bare engine on the same images, decoded in advance, in the same
-run.
+"""Measure the speed of indexing a folder of images, compared with the engine alone on the same images.
 
     python benchmarks/indexing.py dinov2_vits14|ARTIFACT PHOTOS [--photos 160] [--rounds 4]
 
-Phases take turns (bare engine, `index_photos`, bare engine, ...) in one process with one engine, so that other load
-affects both. Under other load, however, indexing has more threads to claim cores with than the bare engine, so check
-`load_average` and the CPU times too. Each indexing phase lists, reads, decodes, embeds and writes the images into a new
-collection of the embedded store, on disk.
+The engine alone and indexing take turns in one process, so that other load affects both. The engine alone gets images
+that were decoded in advance. Indexing has more threads, so other load on the machine slows indexing down less.
+Therefore check `load_average` and the CPU times too. Indexing lists, reads, decodes and embeds the images and writes
+the vectors into a new collection of the embedded store on disk.
 
-`decode_ms` is the time that a decode thread spends on one image. On a machine without a GPU it uses the same cores as
-the engine, so there is an upper bound, `bound`, for any pipeline: 1 / (1 + decode time / engine time), both in CPU
-seconds.
+`decode_ms` is the CPU time of decoding and preprocessing one image. Without a GPU, decoding uses the same cores as the
+engine. The ratio of indexing to the engine alone then cannot exceed `bound`, which is 1 / (1 + decode time / engine
+time), with both times in CPU seconds.
 """
 
 import argparse
@@ -43,7 +42,7 @@ Batches = list[np.ndarray]
 
 
 def link_photos(photos: Path, folder: Path, count: int) -> int:
-    """Create links to some of the images, so that every phase has the same set."""
+    """Create links in `folder` to the first `count` images, and return the number of links."""
     found = sorted(photos.rglob("*.jpg"))[:count]
     if not found:
         raise SystemExit(f"{photos}: contains no .jpg")
@@ -53,7 +52,7 @@ def link_photos(photos: Path, folder: Path, count: int) -> int:
 
 
 def decoded(folder: Path, artifact: Artifact, batch: int) -> tuple[Batches, float]:
-    """Return the images as batches [B, 3, h, w], and the CPU seconds of decoding."""
+    """Decode and preprocess all images of a folder. Return batches [B, 3, h, w] and the CPU seconds that this took."""
     started = time.process_time()
     spec = artifact.manifest.preprocess
     pixels = [preprocess(decode(path.read_bytes()), spec) for path in sorted(folder.iterdir())]
@@ -62,7 +61,7 @@ def decoded(folder: Path, artifact: Artifact, batch: int) -> tuple[Batches, floa
 
 
 def run_bare(engine: Engine, batches: Batches) -> tuple[float, float]:
-    """Return wall and CPU seconds."""
+    """Run the engine on all batches. Return the wall-clock seconds and the CPU seconds."""
     started, spent = time.perf_counter(), time.process_time()
     for batch in batches:
         engine.run(batch)
@@ -117,7 +116,7 @@ async def measure(artifact: Artifact, engine: Engine, folder: Path, arguments: a
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", help="an artifact's folder, or a size (dinov2_vits14): random weights")
+    parser.add_argument("artifact", help="artifact folder, or a model such as dinov2_vits14 with random weights")
     parser.add_argument("folder", type=Path, help="folder with .jpg files")
     parser.add_argument("--photos", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=4)

@@ -1,11 +1,12 @@
-"""Load on the service over loopback, compared with the bare engine on the same machine in the same run.
+"""Measure the service under load over loopback, compared with the engine alone in the same run.
 
     python benchmarks/load.py dinov2_vits14|ARTIFACT PHOTOS [--clients 64] [--seconds 60]
 
-Phases take turns (bare engine, HTTP, bare engine, HTTP, ...), so that other load affects both. The service runs in a
-separate process with the cache off; each client keeps one connection and sends one JPEG per request as a raw body. The
-engine's phase runs the same artifact on prepared pixels. A flood follows, with more clients than the queue holds: every
-response must be 200, or 503 with Retry-After. Memory is the service's resident set.
+The engine alone and the service take turns, so that other load affects both. The service runs in a separate process
+without a cache. Each client has one keep-alive connection and sends one JPEG per request as a raw body. The engine
+alone runs the same artifact on decoded images. At the end, more clients than the queue can hold send requests. The
+result counts their responses by status, and the responses with status 503 that have Retry-After. The memory is the
+resident memory of the service.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Tally:
 
 
 async def client(port: int, photos: list[bytes], offset: int, until: float, tally: Tally) -> None:
-    """Send one image after another over one keep-alive connection until the time is over."""
+    """Send one image after another over one keep-alive connection until the time `until`. Record the responses."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     index = offset
     while time.monotonic() < until:
@@ -82,7 +83,7 @@ async def run_clients(port: int, photos: list[bytes], clients: int, seconds: flo
 
 
 def run_engine(engine: Engine, pixels: np.ndarray, seconds: float) -> float:
-    """Return images/s of the bare engine."""
+    """Run the engine alone for some seconds, and return the images/s."""
     start, images = time.monotonic(), 0
     while time.monotonic() - start < seconds:
         engine.run(pixels)
@@ -96,7 +97,7 @@ def resident_mib(pid: int) -> float:
 
 
 def read_photos(folder: Path, count: int) -> list[bytes]:
-    """Return the JPEG bytes as stored on disk."""
+    """Return the bytes of up to `count` JPEG files below a folder."""
     photos = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[:count]]
     if not photos:
         raise SystemExit(f"{folder}: contains no .jpg")
@@ -118,7 +119,7 @@ def measure(artifact: Artifact, photos: list[bytes], arguments: argparse.Namespa
         tempfile.TemporaryDirectory() as data_dir,
         service_process(artifact.path, Path(data_dir), port, **settings) as process,
     ):
-        asyncio.run(run_clients(port, photos, arguments.clients, 5))  # warm
+        asyncio.run(run_clients(port, photos, arguments.clients, 5))  # warms up
         slice_s = arguments.seconds / arguments.rounds
         for _ in range(arguments.rounds):
             bare.append(run_engine(engine, pixels, slice_s / 2))
@@ -156,7 +157,7 @@ def measure(artifact: Artifact, photos: list[bytes], arguments: argparse.Namespa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", help="an artifact's folder, or a size (dinov2_vits14): random weights")
+    parser.add_argument("artifact", help="artifact folder, or a model such as dinov2_vits14 with random weights")
     parser.add_argument("photos", type=Path, help="folder with .jpg files")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)

@@ -1,15 +1,15 @@
-"""Parity of every written graph with torch float32: models x sizes x batches x precisions.
+"""Compare every kind of ONNX graph with torch in float32, for several models, sizes, batch sizes and precisions.
 
     python benchmarks/parity_table.py [--models dinov2_vits14 ...] [--sizes 224x224 ...] [--batches 1 3]
 
-Random weights are scaled so that activations stay near one in every layer, biases and registers are away from zero, and
-LayerScale is 0.5: a layer that is dropped or scaled wrongly is visible, unlike with the initial 1e-5. The effect of
-trained weights on eight bits is measured elsewhere (docs/decisions); this table compares arithmetic.
+The weights are random. They are scaled so that activations stay near one in every layer, and biases and registers are
+not near zero. LayerScale is 0.5 instead of the initial 1e-5, so that a missing or wrongly scaled layer changes the
+output. The table compares only the arithmetic. For int8 graphs with trained weights, see docs/decisions/0018-int8.md.
 
-The column `where`: "ORT" is ONNX Runtime's CPU. It has no bfloat16, and computes float16 in float32 without rounding
-between operators. "ORT, rounded" is the same graph in float32 with every half-precision result rounded
-(`benchmarks/emulate.py`), as on a GPU with float32 accumulators. `dynamic` is the float32 graph for any size, which
-computes the position embedding itself.
+In the column `where`, "ORT" means ONNX Runtime on a CPU. It has no bfloat16, and it computes float16 in float32 without
+rounding between operators. "ORT, rounded" means the same graph in float32 with every result rounded to half precision
+(`benchmarks/emulate.py`), which equals a GPU that accumulates in float32. The graph `dynamic` is a float32 graph for
+any input size, which computes the position embedding at run time.
 """
 
 import argparse
@@ -44,7 +44,7 @@ MODELS = {
     "giant, 2 blocks": dataclasses.replace(config_for("dinov2_vitg14"), depth=2),
     "tiny": ViTConfig(embed_dim=64, depth=2, num_heads=4, img_size=98, num_register_tokens=2),
 }
-ROWS = {  # name: what is written (with size None taken for any size), whether halves are rounded after each operator
+ROWS = {  # name: the graph (size None means any size), and whether the results of its operators are rounded
     "fp32": (GraphSpec((0, 0)), False),
     "dynamic": (GraphSpec(None), False),
     "fp16": (GraphSpec((0, 0), "fp16"), False),
@@ -56,8 +56,8 @@ ROWS = {  # name: what is written (with size None taken for any size), whether h
 
 
 def random_backbone(config: ViTConfig) -> DinoVisionTransformer:
-    """Return a backbone with matrices of standard deviation 1/sqrt(inputs); all other weights differ clearly from their
-    initial values.
+    """Return a backbone with random weights. The standard deviation of a matrix is 1/sqrt(inputs). All other weights
+    differ clearly from their initial values.
     """
     torch.manual_seed(0)
     model = DinoVisionTransformer(dataclasses.replace(config, layerscale_init=LAYERSCALE)).eval()
@@ -73,7 +73,7 @@ def random_backbone(config: ViTConfig) -> DinoVisionTransformer:
 
 
 def photos(batch: int, size: tuple[int, int]) -> np.ndarray:
-    """Return normalised pixels [B, 3, H, W] of coloured waves."""
+    """Return a batch of generated images with coloured waves, as normalised pixels [B, 3, H, W]."""
     spec, height, width = PreprocessSpec(), *size
     resized = [np.asarray(Image.fromarray(photo).resize((width, height))) for photo in sample_photos(batch)]
     scaled = np.stack(resized).astype(np.float32) / 255
@@ -99,7 +99,7 @@ def session(graph: onnx.ModelProto, threads: int) -> ort.InferenceSession:
 def rows_of(
     name: str, config: ViTConfig, sizes: list[tuple[int, int]], batches: list[int], threads: int
 ) -> Iterator[dict[str, str | int | float]]:
-    """Return one row per size, batch and graph. The graph for any size uses one session for all sizes."""
+    """Yield one table row for each input size, batch size and graph. A graph for any size is loaded only once."""
     model = random_backbone(config)
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     inputs = {(size, batch): photos(batch, size) for size in sizes for batch in batches}
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=size_of, default=[(224, 224), (518, 518), (98, 98), (224, 336)])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the dated result")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the dated result file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     columns = {"model": 19, "size": 9, "batch": 6, "graph": 9, "where": 13, "max_abs_error": 14}

@@ -1,4 +1,4 @@
-"""The files of one random network, shared by benchmarks with several processes."""
+"""Store a random network in files, so that several processes of a benchmark can load it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from model.vit import DinoVisionTransformer
 
 
 class RandomModel:
-    """A network with random weights, stored in `folder` as weights and as graphs. LayerScale is 0.5."""
+    """A network with random weights, stored in `folder` as a weights file and as ONNX graphs. LayerScale is 0.5."""
 
     def __init__(self, name: str, depth: int | None, folder: Path) -> None:
         torch.manual_seed(0)
@@ -25,7 +25,7 @@ class RandomModel:
         save_file(state, self.weights_file)
 
     def graph(self, size: int, *, precision: Precision = "fp32", attention: AttentionForm = "standard") -> Path:
-        """Return the graph's path, writing it once per input side in pixels, precision and form of attention."""
+        """Return the path of an ONNX graph, which is written on the first call. `size` is the input side in pixels."""
         path = self._folder / f"{size}-{precision}-{attention}.onnx"
         if not path.exists():
             spec = GraphSpec(size=(size, size), precision=precision, attention=attention)

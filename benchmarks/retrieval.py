@@ -1,10 +1,12 @@
-"""Precision@1 of product search through the REST service, compared with random weights and colour histograms.
+"""Measure the precision@1 of product search through the REST service, compared with random weights and colour
+histograms.
 
     python benchmarks/retrieval.py PHOTOS [--model ARTIFACT] [--indexed 1000] [--queries 100] [--seed 0]
 
-PHOTOS contains `train/` and `val/` with one folder per class. Images of `train` are added to a collection over HTTP and
-images of `val` are searched; a search is correct if the best hit has the query's class. The same is done with an
-artifact of random weights (same architecture and preprocessing) and with the colour histograms of `knn_grocery.py`.
+PHOTOS contains `train/` and `val/` with one folder per class. Images of `train` are added to a collection over HTTP,
+and images of `val` are the queries. A search is correct if the best hit has the class of the query. The same is
+measured with an artifact of random weights (same architecture and preprocessing) and with the histograms of
+`knn_grocery.py`.
 """
 
 import argparse
@@ -28,7 +30,7 @@ BATCH = 32
 
 
 def photos_of(folder: Path, count: int, seed: int) -> list[Path]:
-    """Return `count` images drawn at random, or all."""
+    """Return the paths of `count` random images below a folder, or of all images if there are fewer."""
     files = sorted(path for path in folder.rglob("*.jpg"))
     if not files:
         raise SystemExit(f"{folder}: contains no .jpg")
@@ -36,7 +38,7 @@ def photos_of(folder: Path, count: int, seed: int) -> list[Path]:
 
 
 def precision_at_1(artifact: Path, indexed: list[Path], queries: list[Path]) -> dict[str, float]:
-    """Index and search over HTTP; return the share of correct first hits, and the rates."""
+    """Index and search images over HTTP. Return the share of correct best hits, the images/s and the searches/s."""
     with tempfile.TemporaryDirectory() as data_dir, running_service(artifact, Path(data_dir)) as url:
         client = httpx.Client(base_url=url, timeout=120)
         start = time.perf_counter()
@@ -74,7 +76,7 @@ def histogram_precision(indexed: list[Path], queries: list[Path]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
-    parser.add_argument("--model", type=Path, help="artifact folder; default: the bundled one")
+    parser.add_argument("--model", type=Path, help="artifact folder; default: the bundled artifact")
     parser.add_argument("--indexed", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,28 +1,29 @@
-"""Vector search on this machine: our embedded store, bare faiss, hnswlib, usearch, Qdrant Edge, and the service over
-HTTP.
+"""Measure vector search on this machine with our embedded store, faiss, hnswlib, usearch, Qdrant Edge, and the service.
 
     python benchmarks/search.py --vectors 100000 --http [--folder DIR] [--only latency qps ...]
     python benchmarks/search.py --vectors 1000000 --http --folder DIR
 
-The vectors are unit vectors from a mixture (N/100 centres, at least 100; variance falls off as 1/rank, as in image
-features, so they are not uniform). Queries are new samples from it, and the truth is an exact search. Parts:
+The N vectors are random unit vectors in clusters around N/100 centres (at least 100). The variance of their principal
+components falls off as 1/rank, as in image features. The queries are new vectors from the same distribution, and an
+exact search gives the true neighbours. The benchmark has these parts:
 
-    build    upsert in batches of 2,000, then `settle`; bare indexes; Qdrant Edge with its optimiser
-    latency  one query at a time, in one run: engines take turns in a random order for each turn, each with its own
-             order of queries, so that none warms another's cache; ours through its async API under uvloop
-    qps      1 and 16 clients (tasks for ours, threads for the others), in phases that take turns
-    filters  that 0.001 %, 0.1 %, 10 % and 50 % of the items match, and one that only items far from the query match
-    memory   of a fresh process that opens one engine and answers 1,000 queries
-    open     in a fresh process, files in the page cache
-    http     (with --http) the service in a separate process, and as two processes on the same folder with half of the
-             clients each; compared with empty servers that read the same body; a lean client
+    build    write the vectors in batches of 2,000 and build the indexes
+    latency  send one query at a time; the engines take turns in random order, and each engine has its own order of
+             queries, so that no engine warms the cache for another
+    qps      measure queries per second with 1 and 16 clients; the engines take turns
+    filters  search with filters that 0.001 %, 0.1 %, 10 % and 50 % of the items match, and with one filter that only
+             items far from the query match
+    memory   measure the memory of a new process that opens one engine and answers 1,000 queries
+    open     measure the time of opening a store in a new process, with the files in the page cache
+    http     (with --http) measure the service as one process, as two processes on the same folder, and in comparison
+             with empty servers that only read the request
 
-Every part runs in separate processes. Above 100,000 vectors the peers and our kind `flat` are skipped unless named, and
-bare faiss's HNSW is our own segment's graph and vectors, opened by faiss. A slow engine gets fewer turns. With --folder
-the built data is kept, so parts can be run one after the other; the result file keeps that day's parts that are not run
-again. Needs the `bench` extra.
+Each part runs in a separate process. A slow engine gets fewer turns. With more than 100,000 vectors, the other engines
+and our index kind `flat` are skipped unless they are named, and faiss opens the HNSW graph of our own store. With
+--folder, the built data is kept, so that the parts can run one after another. The result file keeps the parts of the
+same day that are not run again. The benchmark needs the extra `bench`.
 
-Prints tables and, as the last line, one JSON line, which is also written to benchmarks/results/.
+The script prints tables and, as the last line, the result as JSON, which is also written to benchmarks/results/.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def say(text: str) -> None:
 
 
 def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of a function run in a new process, whose memory is freed afterwards."""
+    """Call a function in a new process, which then exits and frees its memory. Return the result of the function."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -80,15 +81,18 @@ def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def make_data(folder: Path, n: int, queries: int) -> None:
-    """Write vectors.npy [n, D], queries.npy, keys.npz (`rank`: a permutation, `region`: of the centre), truth.npy [q,
-    K].
+    """Write random data to files in `folder`.
+
+    vectors.npy has the vectors [n, D], queries.npy the queries [q, D], and truth.npy the numbers [q, K] of the nearest
+    vectors of each query. keys.npz has the filter keys of each vector: `rank`, a random permutation, and `region`, from
+    0 to 9 by the position of its centre. It also has the region of each query.
     """
     rng = np.random.default_rng(0)
     scale = 1 / np.sqrt(1 + np.arange(D))
     scale /= np.linalg.norm(scale)
     rotation = np.linalg.qr(rng.normal(size=(D, D)))[0].astype(np.float32)
     centres = (rng.normal(size=(max(100, n // 100), D)) * scale).astype(np.float32)
-    regions = np.argsort(np.argsort(centres[:, 0])) * 10 // len(centres)  # tenths along the longest axis
+    regions = np.argsort(np.argsort(centres[:, 0])) * 10 // len(centres)  # 0 to 9 along the axis of greatest variance
 
     def sample(count: int) -> tuple[np.ndarray, np.ndarray]:
         which = rng.integers(len(centres), size=count)
@@ -109,7 +113,10 @@ def make_data(folder: Path, n: int, queries: int) -> None:
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    """Return the K nearest [q, K] of each query, among all or some positions; -1 where there are fewer."""
+    """Return the numbers [q, K] of the K nearest vectors of each query, or -1 if there are fewer than K.
+
+    If `among` is not None, only the vectors with these numbers are compared.
+    """
     faiss.omp_set_num_threads(available_cpus())
     count = len(vectors) if among is None else len(among)
     scores, places = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
@@ -125,7 +132,7 @@ def exact(vectors: np.ndarray, queries: np.ndarray, among: np.ndarray | None) ->
 
 
 class Data:
-    """The data of a folder, with mapped vectors."""
+    """The vectors, queries, true neighbours and filter keys in a folder. The vectors are memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))  # a memmap is slow to index
@@ -135,7 +142,7 @@ class Data:
 
 
 def recall(found: dict[int, list[int]], truth: np.ndarray) -> float:
-    """Return the share of the true neighbours that were found. Queries are given by number."""
+    """Return the share of the true neighbours that were found. `found` has the result of each query by its number."""
     hits = sum(len(set(places) & set(truth[query].tolist()) - {-1}) for query, places in found.items())
     return round(hits / sum(int((truth[query] >= 0).sum()) for query in found), 4)
 
@@ -144,7 +151,7 @@ def recall(found: dict[int, list[int]], truth: np.ndarray) -> float:
 
 
 def build_part(folder: Path, given: argparse.Namespace) -> Rows:
-    """Build what is missing; return the figures of all builds, as measured when they were built."""
+    """Build the engines that are not built yet. Return one row per engine with the figures of its build."""
     known = folder / "build.json"
     figures: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     for name in [*given.kinds, *given.peers]:
@@ -168,7 +175,7 @@ def build_one(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def running(folder: Path, given: argparse.Namespace) -> Iterator[tuple[asyncio.Runner, Data, list[Engine]]]:
-    """Open all engines under the service's event loop."""
+    """Open all engines, and yield an event-loop runner, the data and the engines. Close the engines at the end."""
     data = Data(folder)
     built = json.loads((folder / "build.json").read_text())
     ef = max(64, built.get("hnsw", {}).get("effort", 64))
@@ -183,7 +190,7 @@ def running(folder: Path, given: argparse.Namespace) -> Iterator[tuple[asyncio.R
 
 
 async def timed(engine: Engine, query: np.ndarray, where: Any = None) -> tuple[float, list[int]]:
-    """Return the milliseconds of one search, and its result."""
+    """Search once. Return the time in milliseconds and the numbers of the items that were found."""
     started = time.perf_counter()
     answer = engine.search(query, where)
     if engine.waits:
@@ -195,7 +202,10 @@ async def timed(engine: Engine, query: np.ndarray, where: Any = None) -> tuple[f
 async def take_turns(
     engines: list[Engine], queries: np.ndarray, truth: np.ndarray, limit_s: float, wheres: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return p50, p99 and recall of each engine by name. An engine that would exceed the limit gets fewer turns."""
+    """Search with all engines in turns, and return the p50, p99 and recall of each engine by name.
+
+    An engine that would need more than `limit_s` seconds gets fewer turns.
+    """
     rng = np.random.default_rng(1)
     wheres = wheres or {}
     orders = {engine.name: rng.permutation(len(queries)) for engine in engines}
@@ -255,7 +265,7 @@ def threads_rate(engine: Engine, queries: np.ndarray, clients: int, seconds: flo
     together = threading.Barrier(clients)
 
     def client(at: int) -> int:
-        faiss.omp_set_num_threads(1)  # of this thread
+        faiss.omp_set_num_threads(1)  # applies to this thread only
         together.wait()
         until, done = time.perf_counter() + seconds, 0
         while time.perf_counter() < until:
@@ -306,7 +316,10 @@ def filters_part(folder: Path, given: argparse.Namespace) -> Rows:
 async def filter_rows(
     engines: list[Engine], data: Data, title: str, condition: tuple[str, int, int], chosen: np.ndarray
 ) -> Rows:
-    """Measure one filter: its first use, timed with unseen filters of the same selectivity, and its next use."""
+    """Measure searches with one filter, and return one row per engine.
+
+    The first use of a filter is measured with other filters of the same selectivity that were not used before.
+    """
     key, low, high = condition
     flags = (data.keys[key] >= low) & (data.keys[key] < high)
     where = Where(key, low, high, np.packbits(flags, bitorder="little"))
@@ -316,7 +329,7 @@ async def filter_rows(
     for engine in [engine for engine in engines if engine.waits]:
         took: list[float] = []
         while len(took) < 11 and (len(took) < 3 or sum(took) < 5000):
-            by = len(took) + 1  # regions end at 9, so a longer span of them passes the same
+            by = len(took) + 1  # no region is above 9, so a longer range passes the same items
             span = (low, high + by) if key == "region" else (by % (n - high + 1), by % (n - high + 1) + high)
             native = engine.native(Where(key, *span, where.bits))
             took.append((await timed(engine, queries[by : by + 1], native))[0])
@@ -334,7 +347,10 @@ async def filter_rows(
 
 
 def memory() -> dict[str, float]:
-    """Return the MiB of this process: private pages and file pages, counted in full (Rss) and proportionally (Pss)."""
+    """Return the resident memory of this process in MiB, in total and separately for anonymous and file pages.
+
+    Rss counts shared pages in full, and Pss divides them by the number of processes that share them.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {
@@ -348,7 +364,7 @@ def memory() -> dict[str, float]:
 
 
 def mapped(folder: Path) -> dict[str, float]:
-    """Return the resident MiB of each file of the folder, by name."""
+    """Return the resident memory in MiB of each file of `folder` that this process has mapped, by file name."""
     sizes: dict[str, float] = {}
     name = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -364,7 +380,7 @@ def memory_of(folder: Path, kind: str, bare: bool) -> dict[str, Any]:
     queries = np.load(folder / "queries.npy")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
-        ctypes.CDLL(None).malloc_trim(0)  # or what is free already would be filled first, and not seen
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise new data could reuse freed memory and not be counted
         before = memory()
         engine = peers.open_faiss_flat(folder, kind) if bare else runner.run(peers.open_ours(folder, kind))
         faiss.omp_set_num_threads(1)
@@ -401,7 +417,9 @@ def opening_of(folder: Path, kind: str) -> float:
 def open_part(folder: Path, given: argparse.Namespace) -> Rows:
     rows: Rows = []
     for kind in given.kinds:
-        times = [fresh(opening_of, folder, kind) for _ in range(4)][1:]  # the first brings files into the cache
+        times = [fresh(opening_of, folder, kind) for _ in range(4)][
+            1:
+        ]  # the first run reads the files into the page cache
         files = sum(path.stat().st_size for path in (folder / kind).rglob("*") if path.is_file())
         rows.append({"engine": f"ours {kind}", "open_s": round(statistics.median(times), 3), "disk_mib": files >> 20})
     return rows
@@ -411,7 +429,7 @@ def open_part(folder: Path, given: argparse.Namespace) -> Rows:
 
 
 def http_part(folder: Path, given: argparse.Namespace) -> Rows:
-    from serving import free_port, service_process  # it imports torch
+    from serving import free_port, service_process  # imported late, because this imports torch
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     kind = "hnsw" if "hnsw" in given.kinds else given.kinds[0]
@@ -452,7 +470,7 @@ def http_rows(
     for name, port in ports.items():
         answer = orjson.loads(send(port, requests, 4, 1)[2].split(b"\r\n\r\n", 1)[1])  # also warms up
         if name.startswith("ours") and len(answer["data"]) != K:
-            raise SystemExit(f"{name} has answered with {len(answer['data'])} hits")
+            raise SystemExit(f"{name} returned {len(answer['data'])} hits instead of {K}")
     for clients in CLIENTS:
         rates: dict[str, list[float]] = {name: [] for name in ports}
         times: dict[str, list[np.ndarray]] = {name: [] for name in ports}
@@ -486,14 +504,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS))
     parser.add_argument("--peers", nargs="*", choices=("faiss", "hnswlib", "usearch", "qdrant"))
-    parser.add_argument("--only", nargs="+", choices=("build", *PARTS), help="parts to run; the build is always there")
+    parser.add_argument("--only", nargs="+", choices=("build", *PARTS), help="parts to run; build always runs")
     parser.add_argument("--http", action="store_true")
+    parser.add_argument("--seconds", type=float, default=5, help="duration of one measurement of an engine in seconds")
+    parser.add_argument("--folder", type=Path, help="folder that keeps data and indexes; by default they are deleted")
     parser.add_argument(
-        "--seconds", type=float, default=5, help="for one engine of qps in all, and half as long as one of http"
-    )
-    parser.add_argument("--folder", type=Path, help="keeps data and indexes; by default they are deleted")
-    parser.add_argument(
-        "--result", type=Path, help="file of the result instead of benchmarks/results/DATE-search-N.json"
+        "--result", type=Path, help="file for the result; default: benchmarks/results/DATE-search-N.json"
     )
     given = parser.parse_args()
     small = given.vectors <= SMALL
@@ -514,7 +530,7 @@ def run(folder: Path, given: argparse.Namespace) -> None:
     names = {"faiss": "faiss-cpu", "qdrant": "qdrant-edge-py"}
     result["faiss_hnsw"] = "built by faiss" if "faiss" in given.peers else "our segment's graph and vectors"
     result["versions"] = {name: version(names.get(name, name)) for name in dict.fromkeys(["faiss", *given.peers])}
-    if not (folder / "keys.npz").exists():  # the last file of the data
+    if not (folder / "keys.npz").exists():  # make_data writes this file last
         say("data and truth")
         shutil.rmtree(folder)
         folder.mkdir()

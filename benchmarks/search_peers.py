@@ -1,9 +1,9 @@
-"""The engines that `benchmarks/search.py` compares, plus a lean client and empty servers for HTTP.
+"""The engines that `benchmarks/search.py` compares, and a fast HTTP client and empty servers.
 
-The engines are our store, and faiss, hnswlib, usearch and Qdrant Edge, each called as directly as possible. Each is
-built once into a folder and opened from there; item n of the data has the id n everywhere. All graphs have M = 32 and
-efConstruction = 100 and are searched with the efSearch that our segment was tuned to. Qdrant Edge responds with
-payloads, as our store always does; the others return only numbers.
+The engines are our store, faiss, hnswlib, usearch and Qdrant Edge. Each is called as directly as possible. Each is
+built once into a folder and opened from there. Item n of the data has the id n in every engine. All graphs have M = 32
+and efConstruction = 100, and they are searched with the efSearch that our store has chosen. Our store and Qdrant Edge
+return the metadata of the hits. The others return only ids.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ BUNDLED = next((Path(__file__).parents[1] / "model" / "bundled").iterdir())
 FINGERPRINT = "benchmark"
 HEIGHT, WIDTH = read_manifest(BUNDLED).input_size
 TAG = f"{FINGERPRINT}/cls/l2/{HEIGHT}x{WIDTH}/fp32"
-"""What the service with the bundled model asks for when a search names the fingerprint: `Service.tag`."""
+"""The vector tag of the collection, which a search with `FINGERPRINT` requires in a service with the bundled model."""
 NAME, K, BATCH = "photos", 10, 2000
 M, EF_CONSTRUCTION = 32, 100
 KEYS = ("rank", "region")
@@ -45,7 +45,7 @@ KEYS = ("rank", "region")
 
 @dataclass(frozen=True)
 class Where:
-    """The items with a key in [low, high), as a range and as a bitmap over all items."""
+    """A filter for the items with a metadata value in [low, high). `bits` is the bitmap of these items."""
 
     key: str
     low: int
@@ -54,26 +54,32 @@ class Where:
 
 
 class Engine:
-    """An opened engine. If `waits`, `search` returns a coroutine; `filters` tells whether it supports filters."""
+    """An opened search engine.
+
+    Attributes:
+        name: name of the engine in the tables.
+        waits: whether `search` returns a coroutine.
+        filters: whether the engine supports filters.
+    """
 
     name: str
     waits = False
     filters = True
 
     def native(self, where: Where) -> Any:
-        """Return a filter in this engine's form, created before timing starts."""
+        """Return a filter in the form of this engine. It is created before the time is measured."""
         raise NotImplementedError
 
     def search(self, query: np.ndarray, where: Any = None) -> Any:
-        """Return the K nearest of one query [1, D]."""
+        """Search for the K nearest items of one query [1, D], and return the result in the form of this engine."""
         raise NotImplementedError
 
     def places(self, answer: Any) -> list[int]:
-        """Return the numbers of the items that were found."""
+        """Return the numbers of the items in a result of `search`."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Close files."""
+        """Close the files of the engine."""
 
 
 # ---- ours
@@ -157,13 +163,16 @@ class Faiss(Engine):
 
 
 def open_faiss_flat(folder: Path, kind: str) -> Faiss:
-    """Load our segment's vectors into memory; the file is faiss's own format."""
+    """Open the vectors of our store as a flat faiss index in memory. The file of our store has the format of faiss."""
     path = folder / kind / "segments" / segment_row(folder, kind).folder / "vectors.faiss"
     return Faiss("faiss flat", faiss.read_index(str(path)), None)
 
 
 def open_faiss_hnsw(folder: Path, ef: int) -> Faiss | None:
-    """Open the index built here or, if none was built, our segment's own mapped graph. None if that is too small."""
+    """Return a faiss HNSW index, which is the one that `build_faiss` wrote or else the graph of our store.
+
+    Return None if neither exists.
+    """
     path = folder / "faiss.index"
     if path.exists():
         return Faiss("faiss hnsw", faiss.read_index(str(path)), ef)
@@ -228,7 +237,7 @@ class Usearch(Engine):
     def __init__(self, folder: Path, dimension: int, ef: int) -> None:
         self._index = _usearch(dimension, ef)
         self._index.load(str(folder / "usearch.index"))
-        self._index.expansion_search = ef  # loading brings the one that was saved
+        self._index.expansion_search = ef  # loading replaces this value with the saved one
 
     def search(self, query: np.ndarray, where: Any = None) -> Any:
         return self._index.search(query[0], K, threads=1)
@@ -297,7 +306,7 @@ def build_qdrant(folder: Path, vectors: np.ndarray, keys: dict[str, np.ndarray])
     (folder / "qdrant").mkdir()
     config = edge.EdgeConfig(
         vectors=edge.EdgeVectorParams(vectors.shape[1], edge.Distance.Dot),
-        hnsw_config=edge.HnswIndexConfig(M, EF_CONSTRUCTION, 10_000, available_cpus()),  # 10,000 KB: its default
+        hnsw_config=edge.HnswIndexConfig(M, EF_CONSTRUCTION, 10_000, available_cpus()),  # 10,000 KB is the default
         optimizers=edge.EdgeOptimizersConfig(default_segment_number=1),
     )
     shard = edge.EdgeShard.create(str(folder / "qdrant"), config)
@@ -326,8 +335,8 @@ def build_qdrant(folder: Path, vectors: np.ndarray, keys: dict[str, np.ndarray])
 
 
 def build(folder: Path, name: str, vectors: np.ndarray, keys: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Build an engine from scratch; return the seconds of writing, and of the remaining work until its index is
-    complete.
+    """Build an engine from scratch. Return the seconds of writing the vectors, the seconds of completing the index, and
+    other figures.
     """
     for left in (folder / name, folder / f"{name}.index"):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -362,7 +371,7 @@ async def open_all(folder: Path, kinds: list[str], peers: list[str], dimension: 
 
 
 class Client(asyncio.Protocol):
-    """A keep-alive connection that sends the next request as soon as it has the complete response to the last."""
+    """A keep-alive connection that sends the next request as soon as the previous response is complete."""
 
     def __init__(self, requests: list[bytes], at: int, until: float) -> None:
         self._requests, self._at, self._until = requests, at, until
@@ -389,7 +398,9 @@ class Client(asyncio.Protocol):
             head = bytes(self._buffer[:end]).lower()
             length = re.search(rb"\r\ncontent-length: (\d+)\r\n", head)
             if not head.startswith(b"http/1.1 200 ") or length is None:
-                self.done.set_exception(RuntimeError(f"not a 200 with a length: {bytes(self._buffer[:500])!r}"))
+                self.done.set_exception(
+                    RuntimeError(f"not a response with status 200 and Content-Length: {bytes(self._buffer[:500])!r}")
+                )
                 self._transport.close()
                 return
             self._needed = end + int(length[1])
@@ -408,11 +419,14 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.done.done():
-            self.done.set_exception(error or ConnectionResetError("the server has closed the connection"))
+            self.done.set_exception(error or ConnectionResetError("the server closed the connection"))
 
 
 def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) -> tuple[float, np.ndarray, bytes]:
-    """Return responses/s, the seconds of each, and one response. Clients are distributed over the ports."""
+    """Send requests for some seconds from several clients, which are distributed over the ports.
+
+    Return the responses per second, the seconds of each request, and one response.
+    """
 
     async def run() -> tuple[float, np.ndarray, bytes]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
@@ -430,7 +444,10 @@ def load(ports: list[int], requests: list[bytes], clients: int, seconds: float) 
 
 
 def serve_nothing(name: str, port: int) -> None:
-    """Run a server that reads a request's JSON and returns an empty response, with FastAPI or without a framework."""
+    """Run a server that parses the JSON of a request and returns an empty object.
+
+    It uses FastAPI if `name` is "empty fastapi", and otherwise no framework.
+    """
     import uvicorn
     from fastapi import FastAPI, Request, Response
 

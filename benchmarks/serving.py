@@ -1,4 +1,4 @@
-"""Shared by benchmarks of the service: the service in a separate process on a free port, and random models."""
+"""Start the service in a separate process and write artifacts with random weights, for several benchmarks."""
 
 import os
 import signal
@@ -23,7 +23,10 @@ from model.vit import DinoVisionTransformer
 
 @contextmanager
 def service_process(artifact: Path, data_dir: Path, port: int, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield the process once it is ready; end it with SIGTERM. `settings` are DINOV2_* variables without the prefix."""
+    """Start the service, yield its process when it is ready, and end it with SIGTERM.
+
+    `settings` are DINOV2_* variables without the prefix, in lower case.
+    """
     environment = os.environ | {
         "DINOV2_MODEL": str(artifact),
         "DINOV2_PORT": str(port),
@@ -42,7 +45,7 @@ def service_process(artifact: Path, data_dir: Path, port: int, **settings: str) 
 
 @contextmanager
 def running_service(artifact: Path, data_dir: Path, **settings: str) -> Iterator[str]:
-    """Yield the base URL of a service with `artifact`."""
+    """Start a service with `artifact` on a free port, and yield its base URL."""
     port = free_port()
     with service_process(artifact, data_dir, port, **settings):
         yield f"http://127.0.0.1:{port}"
@@ -63,11 +66,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, limit_s: floa
         except httpx.HTTPError:
             time.sleep(0.2)
     process.kill()
-    raise SystemExit("the service did not become ready; its log is above")
+    raise SystemExit("the service did not become ready; see its log above")
 
 
 def random_artifact(config: ViTConfig, preprocess: PreprocessSpec, out: Path, *, name: str, seed: int = 0) -> Artifact:
-    """Write an artifact with random weights. It is as fast as a trained one and serves as its baseline."""
+    """Write an artifact with random weights and return it. It is as fast as an artifact with trained weights."""
     torch.manual_seed(seed)
     weights = {key: value.numpy() for key, value in DinoVisionTransformer(config).state_dict().items()}
     backbone = Backbone(name, weights, config, preprocess, {"seed": seed}, "Apache-2.0")

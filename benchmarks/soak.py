@@ -1,13 +1,16 @@
-"""Eight writers and eight readers on one folder, in two processes with one store each, while segments come and go.
+"""Read and write one store with two processes at the same time, and check every search result.
 
-Every hit must have been written. It must not be an item whose deletion or replacement was acknowledged, to either
-process, before the search began. Its score must be the cosine to 1e-5. An exact search for an item that existed the
-whole time must find it. Sizes are small, so that all stages of maintenance run continually.
+Each of the two processes opens the store in the same folder and runs four writers and four readers. The size limits are
+small, so that all stages of maintenance run again and again. The checks are:
+
+- Every hit was written. Neither its deletion nor its replacement was acknowledged before the search began.
+- The score of a hit equals the cosine within 1e-5.
+- An exact search finds an item that existed the whole time.
 
     python benchmarks/soak.py [--seconds 60] [--folder DIR]
 
-Prints operations/s and, as the last line, one JSON line; the exit status is 1 if a response was wrong or a process
-died.
+The script prints operations/s and, as the last line, the result as JSON. The exit status is 1 if a result was wrong or
+a process failed.
 """
 
 import argparse
@@ -31,9 +34,11 @@ from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 
 TAG, D, K = "soak", 32, 10
 PROCESSES, EACH, SLOTS = 2, 4, 250
-"""Writers and readers in a process; items that each writer has to itself."""
+"""The number of processes, of writers and of readers in each process, and of items that belong to each writer."""
 BEGUN, DONE, LEAVING, GONE = range(4)
-"""For each item the last version that: began to be written, was acknowledged, began to go, was gone for certain."""
+"""Rows of the shared state. For each item, they have the last version that a writer began to write, has written, began
+to remove, and has removed.
+"""
 
 
 def vector_of(slot: int, version: int) -> np.ndarray:
@@ -42,7 +47,7 @@ def vector_of(slot: int, version: int) -> np.ndarray:
 
 
 async def write(store: EmbeddedStore, state: np.ndarray, writer: int, until: float, counts: Counter[str]) -> None:
-    """Insert, replace and delete some of this writer's items."""
+    """Insert, replace and delete random items of this writer until the time `until`. Record each version in `state`."""
     rng = np.random.default_rng(writer)
     while time.time() < until:
         slots = writer * SLOTS + rng.choice(SLOTS, size=int(rng.integers(1, 20)), replace=False)
@@ -69,7 +74,7 @@ async def read(store: EmbeddedStore, state: np.ndarray, reader: int, until: floa
     while time.time() < until:
         slot = int(rng.integers(state.shape[1]))
         version = int(state[DONE, slot])
-        there = state[LEAVING, slot] < version  # and is, if that still holds afterwards
+        there = state[LEAVING, slot] < version  # checked again after the search
         exact, where = bool(rng.random() < 0.3), WHERE if rng.random() < 0.3 else None
         gone = state[GONE].copy()
         query = vector_of(slot, version)
@@ -78,14 +83,16 @@ async def read(store: EmbeddedStore, state: np.ndarray, reader: int, until: floa
         for hit in hits:
             which, seen = int(hit.id), hit.metadata["version"]
             assert seen <= begun[which], f"item {which}: version {seen} was never written"
-            assert seen > gone[which], f"item {which}: version {seen} is found, {gone[which]} was gone before"
+            assert seen > gone[which], (
+                f"item {which}: version {seen} was found, but version {gone[which]} was already removed"
+            )
             assert abs(hit.score - vector_of(which, seen) @ query) < 1e-5, f"item {which}: score {hit.score} is wrong"
             assert where is None or which % 5 in (1, 2), f"item {which} does not pass the filter"
         scores = [hit.score for hit in hits]
-        assert scores == sorted(scores, reverse=True), f"not in order: {scores}"
+        assert scores == sorted(scores, reverse=True), f"the hits are not in order: {scores}"
         if exact and where is None and there and state[LEAVING, slot] < version:
-            assert [hit.id for hit in hits[:1]] == [str(slot)], f"item {slot} is there and was not found"
-            counts["searches for what is there"] += 1
+            assert [hit.id for hit in hits[:1]] == [str(slot)], f"item {slot} exists and was not found"
+            counts["searches for an existing item"] += 1
         counts["searches"] += 1
         counts["hits"] += len(hits)
 
@@ -110,10 +117,10 @@ def process(folder: Path, name: str, number: int, until: float, results: Any) ->
 
 
 def soak(folder: Path, seconds: float) -> dict[str, float] | None:
-    """Return operations/s, or None if a process has failed; it has printed the reason."""
+    """Run all processes. Return the operations/s by name, or None if a process failed, which has printed the reason."""
     spawn = multiprocessing.get_context("spawn")
-    memory = SharedMemory(create=True, size=4 * PROCESSES * EACH * SLOTS * 8)  # zeros: no version of anything
-    results, until = spawn.Queue(), time.time() + seconds + 3  # to start
+    memory = SharedMemory(create=True, size=4 * PROCESSES * EACH * SLOTS * 8)  # zeros: no item has a version yet
+    results, until = spawn.Queue(), time.time() + seconds + 3  # time for the processes to start
     started = [
         spawn.Process(target=process, args=(folder, memory.name, number, until, results)) for number in range(PROCESSES)
     ]
@@ -140,7 +147,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         rates = soak(given.folder or Path(temporary), given.seconds)
     if rates is None:
-        print("FAILED: the traceback is above")
+        print("FAILED: see the traceback above")
         return 1
     for name, rate in rates.items():
         print(f"{name + '/s':>30}  {rate:>10}")

@@ -1,12 +1,12 @@
-"""Builds of our graphs with TensorRT for RTX, without a GPU: seconds, plan bytes, fused attention kernels.
+"""Build our graphs with TensorRT for RTX, which needs no GPU, and measure the time and the result.
 
     python benchmarks/tensorrt_build.py [--models dinov2_vits14 dinov2_vits14_reg] [--precisions bf16 fp16 fp8]
                                         [--targets SM80 SM89 SM120] [--sizes 224] [--one-profile]
 
-Weights are random, because a build does not depend on them. The builds run one after the other, each in a separate
-process, with the three profiles of serving (batches 1, 2-16, 17-64), or only 2-16 with --one-profile. `rest_s` is the
-time of the process outside parsing and building: starting, importing the library, writing the plan. A refusal is also a
-row.
+The weights are random, because a build does not depend on them. The builds run one after another, each in a separate
+process. They have the three profiles of the service (batch sizes 1, 2-16 and 17-64), or only 2-16 with --one-profile.
+The table has the seconds, the size of the plan, and the number of fused attention kernels. `rest_s` is the time of
+the process outside parsing and building, for instance for importing the library. A failed build is also a row.
 """
 
 import argparse
@@ -30,7 +30,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def random_weights(config: ViTConfig) -> dict[str, np.ndarray]:
-    """Return weights with Meta's names and shapes. Activations stay small in every number format."""
+    """Return random weights with the names and shapes of Meta's checkpoints. The weights are small, so that activations
+    fit every number format.
+    """
     rng, d, hidden = np.random.default_rng(0), config.embed_dim, config.hidden_dim
     first, second = ("mlp.fc1", "mlp.fc2") if config.ffn == "mlp" else ("mlp.w12", "mlp.w3")
     shapes: dict[str, tuple[int, ...]] = {
@@ -54,7 +56,7 @@ def random_weights(config: ViTConfig) -> dict[str, np.ndarray]:
 
 
 def build(model: str, precision: str, target: str, size: int, profiles: tuple, folder: Path) -> dict:
-    """Return one table row."""
+    """Build one plan, and return the table row with its figures or with the reason for the failure."""
     config = config_for(model)
     registers = ("registers",) if config.num_register_tokens else ()
     attention = "upcast" if precision == "fp16" else "standard"
@@ -105,7 +107,7 @@ def main() -> None:
                     rows.append(row)
                     start = f"{model:<20}{size:>5}{'':>2}{precision:<8}{target:<8}"
                     if "refused" in row:
-                        print(f"{start}refused: {row['refused'][:70]}", flush=True)
+                        print(f"{start}failed: {row['refused'][:70]}", flush=True)
                         continue
                     wanted = row["blocks"] * row["profiles"]
                     print(
@@ -117,7 +119,7 @@ def main() -> None:
         "benchmark": "tensorrt-build",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "library": f"{library.name} {library.version}",
-        "gpu": None,  # TensorRT for RTX builds for a named target without one
+        "gpu": None,  # TensorRT for RTX builds for a target architecture without a GPU
         "machine": platform.processor() or platform.machine(),
         "cpus": available_cpus(),
         "rows": rows,

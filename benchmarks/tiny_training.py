@@ -1,4 +1,4 @@
-"""Settings of a training run of a few seconds, for crash checks, GPU checks and tests (tests/training/tiny.py)."""
+"""Settings of a training run that takes a few seconds, for crash checks, GPU checks and tests."""
 
 from typing import Any
 
@@ -18,5 +18,5 @@ TINY: dict[str, Any] = {
     "eval_resize": 28,
     "eval_crop": 28,
     "precision": "fp32",
-    "on_collapse": "warn",  # so small a network hardly learns
+    "on_collapse": "warn",  # such a small network hardly learns
 }

@@ -1,17 +1,17 @@
 """Kill training runs at random moments and check that they resume with identical results.
 
-Each case is a small run with other settings (centring of targets, streamed images, micro-batches, a last phase, a
-distillation, non-finite steps, a k-NN guard that rolls the run back). It is run once without interruption. Then the
-same run is started, killed with SIGKILL at a random moment and restarted, until it finishes. Half of the starts save
-after every step to a slow disk, so that many kills interrupt the writing of a state. The lines of metrics.jsonl (except
-times and memory), the evaluations, the released checkpoint and the last state's tensors must be bit-identical to the
-uninterrupted run's, and no partial files may remain.
+Each case is a small run with different settings, for instance with streamed images, a distillation, or a k-NN guard
+that rolls the run back. The case first runs once without interruption. Then the same run is started, killed with
+SIGKILL at a random moment and restarted, until it finishes. In half of the starts, the run saves its state after every
+step and the disk is slow, so that many kills interrupt the writing of a state. The results must be bit-identical to the
+results of the uninterrupted run: the lines of metrics.jsonl (except times and memory), the evaluations, the checkpoint,
+and the tensors of the last state. No partial files may remain.
 
     python benchmarks/training_crash.py [--kills 100] [--seed 0] [--case NAME]... [--folder DIR]
 
-`--kills` is per case. Prints a table and, as the last line, one JSON line; the exit status is 1 if a run differs.
-Children are forked from a process that has imported torch, which saves seconds per start; tests/training/test_safety.py
-also kills `python -m training` itself.
+The script prints a table and, as the last line, the result as JSON. The exit status is 1 if a run differs. The runs are
+forked from a process that has imported torch, which saves seconds per start. tests/training/test_safety.py also kills
+`python -m training`.
 """
 
 import argparse
@@ -65,11 +65,11 @@ CASES: dict[str, dict[str, Any]] = {
     "k-NN guard": {"on_knn": "rollback", "eval_every_epochs": 0.4, "knn_margin": 20, "keep_states": 1},
 }
 MEASURED = {"time", "seconds", "images_per_s", "data_wait_share", "peak_memory_bytes", "mfu"}
-BAD_STEP = 7  # of "not finite", counted from 0
+BAD_STEP = 7  # the step of the case "not finite" with a non-finite loss, counted from 0
 
 
 def make_photos(folder: Path) -> None:
-    """Write 27 images of three classes, and three files that are not images."""
+    """Write 27 images of three classes to `folder`, and three files that are not images."""
     rng = np.random.default_rng(0)
     for label in ("apples", "pears", "plums"):
         (folder / label).mkdir(parents=True)
@@ -80,7 +80,7 @@ def make_photos(folder: Path) -> None:
 
 
 def spoiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Give one step a non-finite loss, each time it runs."""
+    """Return a replacement for a training-step function that makes the loss of the step `BAD_STEP` non-finite."""
 
     def run(*arguments: Any) -> Any:
         terms, seen = step(*arguments)
@@ -90,7 +90,7 @@ def spoiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def slow(sync: Callable[[int], None]) -> Callable[[int], None]:
-    """Slow down the disk, so that kills hit half-written files."""
+    """Return a slower replacement for `os.fsync`, so that more kills interrupt the writing of a file."""
 
     def run(descriptor: int) -> None:
         time.sleep(0.004)
@@ -100,13 +100,13 @@ def slow(sync: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def changeable_knn(spec: Any, data: Any, backbone: torch.nn.Module) -> dict[str, dict[int, float]]:
-    """Return a number that depends only on the weights, because accuracy hardly changes in so small a run."""
+    """Return a fake k-NN accuracy that depends only on the weights. The real one hardly changes in such a small run."""
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in backbone.state_dict().values())).digest()
     return {"cls": {10: digest[0] / 255}}
 
 
 def child(config: TrainConfig, case: str) -> int:
-    """Run to the end, or until a sentinel stops the run: that outcome must be the same too."""
+    """Run the training and return the exit status. If a check stops the run, write its message to stopped.txt."""
     if config.save_every_minutes < 1:
         setattr(os, "fsync", slow(os.fsync))  # noqa: B010 - its type is wider
     if case == "not finite":
@@ -121,13 +121,13 @@ def child(config: TrainConfig, case: str) -> int:
 
 
 def start(config: TrainConfig, case: str) -> int:
-    """Fork a child and return its process id."""
+    """Fork a child process that runs the training, and return its process id."""
     number = os.fork()
     if number == 0:
         status = 70
         try:
             status = child(config, case)
-        except BaseException as error:  # noqa: BLE001 - nothing may reach the parent's stack
+        except BaseException as error:  # noqa: BLE001 - no exception may reach the code of the parent
             print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
@@ -135,7 +135,13 @@ def start(config: TrainConfig, case: str) -> int:
 
 
 def ended_before(number: int, moment: Callable[[], bool]) -> bool:
-    """Return whether the child ended before the moment; otherwise it is killed then."""
+    """Wait until the child process ends or `moment` returns true. If `moment` returns true first, kill the process.
+
+    Return true if the process ended, or false if it was killed.
+
+    Raises:
+        AssertionError: the process ended with an exit status other than 0.
+    """
     while not moment():
         found, status = os.waitpid(number, os.WNOHANG)
         if found:
@@ -148,12 +154,16 @@ def ended_before(number: int, moment: Callable[[], bool]) -> bool:
 
 
 def never() -> bool:
-    """Return False: the moment never comes."""
+    """Return False, so that a child process is never killed."""
     return False
 
 
 def moment_in(out: Path, seconds: float, moments: random.Random) -> Callable[[], bool]:
-    """Choose when to kill: in a quarter of the cases anywhere in `seconds`, else shortly after a coming step."""
+    """Choose a random moment for a kill, and return a function that is true from that moment.
+
+    In a quarter of the calls, the moment is at any time within `seconds`. Otherwise it is shortly after one of the next
+    steps that the run in `out` writes to metrics.jsonl.
+    """
     if moments.random() < 0.25:
         until = time.monotonic() + moments.random() * seconds
         return lambda: time.monotonic() > until
@@ -171,7 +181,7 @@ def moment_in(out: Path, seconds: float, moments: random.Random) -> Callable[[],
 
 
 def tensors_digest(value: Any) -> str:
-    """Return a digest of all tensors of a state, in the order of their names."""
+    """Return a SHA-256 digest of all tensors in a nested dictionary, in the order of their names."""
     digest = hashlib.sha256()
     for kind in sorted(value):
         for name in sorted(value[kind]):
@@ -180,17 +190,19 @@ def tensors_digest(value: Any) -> str:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Return the results of a run, without the parts that may differ."""
+    """Return the results of the run in `out`, without times and other values that may differ between runs."""
     saved, broken = find_state(out)
     assert saved is not None
     assert not broken, broken
     half = [path.name for path in out.rglob("*.part")]
-    assert not half, f"left half written: {half}"
+    assert not half, f"incomplete files: {half}"
     names = [path.stem for path in (out / "states").iterdir()]
-    assert all(names.count(name) == 2 for name in names), f"half a state is left: {sorted(names)}"
+    assert all(names.count(name) == 2 for name in names), f"incomplete states: {sorted(names)}"
     weights, vit, facts = load_checkpoint(out / "checkpoint.safetensors")
     facts["settings"].pop("save_every_minutes")
-    skipped = sorted((out / "skipped.txt").read_text().splitlines())  # of a stream, in the order of its threads
+    skipped = sorted(
+        (out / "skipped.txt").read_text().splitlines()
+    )  # sorted, because the order of a stream depends on its threads
     files = {name: out / name for name in ("knn.json", "stopped.txt")}
     return {
         "lines": [{k: v for k, v in line.items() if k not in MEASURED} for line in read_lines(out / "metrics.jsonl")],
@@ -203,7 +215,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Return the names of the results that differ."""
+    """Compare the results of two runs, and return the names of the results that differ."""
     wrong = [name for name in expected if name != "lines" and found.get(name) != expected[name]]
     steps = [b["step"] for a, b in zip(found["lines"], expected["lines"], strict=False) if a != b]
     if found["lines"] != expected["lines"]:
@@ -214,7 +226,13 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def run_case(
     case: str, folder: Path, photos: Path, teacher: Path, kills: int, moments: random.Random
 ) -> dict[str, Any]:
-    """Kill a case's run the given number of times, starting new runs when one finishes."""
+    """Kill the run of a case `kills` times, and compare each finished run with the uninterrupted one.
+
+    When a run finishes, a new run is started. Return the figures of the case.
+
+    Raises:
+        AssertionError: the results of a run differ.
+    """
 
     def config(out: Path, every_step: bool) -> TrainConfig:
         given = {**SETTINGS, **CASES[case], "data": photos, "out": out}
@@ -244,12 +262,14 @@ def run_case(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="per case")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills per case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
-    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
+    parser.add_argument(
+        "--case", action="append", choices=list(CASES), help="case to run; repeatable; default: all cases"
+    )
+    parser.add_argument("--folder", type=Path, help="folder for the runs, which is kept; default: a temporary folder")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # forked children may not use the parent's team of threads
+    torch.set_num_threads(1)  # forked processes must not use the threads of the parent
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

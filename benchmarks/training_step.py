@@ -1,14 +1,14 @@
-"""Images/s of our training step, compared with one made of the official code's modules, on the same crops.
+"""Measure the images/s of our training step, compared with a step built from the modules of the official code.
 
     python benchmarks/training_step.py [--official CHECKOUT] [--preset small|vits14|...] [--rounds 6]
 
-CHECKOUT is a checkout of facebookresearch/dinov2; without it only our step runs.
+CHECKOUT is a checkout of facebookresearch/dinov2. Without it, only our step runs.
 
-The official step needs xFormers, which needs a GPU. This benchmark runs its blocks, heads, losses, parameter groups and
-average, called once per crop size (its own fallback on `scaled_dot_product_attention`), in the order of
-`dinov2/train/ssl_meta_arch.py`. Both steps take turns in one process on one batch of crops, so that other load affects
-both; the ratio is the median of the rounds' ratios. The limit is the best matrix product of the same run. Both start
-from the same weights, and the losses of the first step must agree.
+The official step needs xFormers, which needs a GPU. This benchmark therefore calls the official blocks, heads, losses
+and parameter groups in the order of `dinov2/train/ssl_meta_arch.py`. It calls the blocks once per crop size, with their
+own fallback to `scaled_dot_product_attention`. Both steps take turns in one process with the same batch of crops, so
+that other load affects both. The ratio is the median of the ratios of all rounds. The limit is the fastest matrix
+product of the same run. Both steps start from the same weights, and the losses of the first step must agree.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from training.wiring import crop_settings, make_schedules, step_settings, work_o
 RESULTS = Path(__file__).parent / "results"
 COMMON = {"data": "-", "out": "-", "epochs": 1, "drop_path": 0.0, "freeze_last_layer": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
-    # the crops and widths of the recipes for CPUs
+    # the crop sizes and widths of the recipes for CPUs
     "small": {
         "model": "dinov2_vitt14",
         "vit": {"depth": 4, "img_size": 84, "layerscale_init": 1.0},
@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Official:
-    """The official modules, assembled to one step."""
+    """A training step that is built from the modules of the official code."""
 
     def __init__(self, checkout: Path, config: TrainConfig, ours: Setup) -> None:
         os.environ["XFORMERS_DISABLED"] = "1"
@@ -117,7 +117,7 @@ class Official:
         self.student, self.teacher = network(config.drop_path), network(0.0)
         own = ours.parts.student.state_dict()
         for key, value in self.student.state_dict().items():
-            # torch's weight_norm keeps direction and length under other names
+            # torch's weight_norm has other names for the direction and the length
             name = key.replace("parametrizations.weight.original0", "weight_g")
             name = name.replace("parametrizations.weight.original1", "weight_v").replace("ibot_head", "own_ibot_head")
             value.copy_(own[name])
@@ -153,7 +153,7 @@ class Official:
         patches = torch.index_select(found["x_norm_patchtokens"].flatten(0, 1), 0, crops.selected)
         cls, patches = self.head(self.teacher, torch.cat((b, a)), patches)
         cls = self.dino.sinkhorn_knopp_teacher(cls, temp).view(2, -1, cls.shape[-1])
-        # its own sinkhorn_knopp_teacher of patches wants a process group; the class tokens' is the same procedure
+        # the method for patches needs a process group; the method for class tokens does the same computation
         return cls, self.dino.sinkhorn_knopp_teacher(patches, temp)
 
     def step(self, crops: Crops, lr: float, weight_decay: float, momentum: float, temp: float) -> float:
@@ -161,7 +161,7 @@ class Official:
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["lr_multiplier"], weight_decay * group["wd_multiplier"]
         self.optimizer.zero_grad(set_to_none=True)
-        # its data loader makes these, not the step
+        # in the official code, the data loader computes these
         weights = (1 / crops.masks.sum(-1).clamp(min=1))[crops.selected // crops.masks.shape[1]]
         with self.autocast:
             cls_targets, patch_targets = self.targets(crops, temp)
@@ -192,7 +192,7 @@ class Official:
 
 
 def limit(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
-    """Return the best GFLOP/s of an n x n matrix product."""
+    """Return the best GFLOP/s of an n x n matrix product. On a GPU, n is multiplied by 4."""
     if device.type == "cuda":
         n *= 4
     a, best = torch.randn(n, n, device=device, dtype=dtype), float("inf")
@@ -212,13 +212,14 @@ def wait(device: torch.device) -> None:
 def measure(
     config: TrainConfig, device: torch.device, rounds: int, official: Path | None = None, side: int = 2048
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Return the images/s of each step in each round, "ours" first, and the report's description of the measurement.
+    """Measure the steps in turns. Return the images/s of each step in each round, and a report for the result file.
 
     Args:
-        config: the run's settings.
+        config: settings of the training run.
+        device: device to train on.
         rounds: number of rounds after the warm-up round.
-        official: a checkout to compare with.
-        side: side of the matrix product that sets the limit; four times as large on a GPU.
+        official: checkout of the official code to compare with, or None to measure only our step.
+        side: number of rows of the matrices whose product sets the limit. On a GPU, it is multiplied by 4.
     """
     batch = config.batch_size
     ours = make_setup(config, World(0, 1, device))
@@ -229,7 +230,7 @@ def measure(
     settings = crop_settings(config)
     crops = make_crops(settings, images, torch.ones(batch), 0, torch.arange(batch), settings.phase(0.0), device)
     step, rates = 500, {name: [] for name in ("ours", "official") if name == "ours" or theirs}
-    # in the middle of the schedules
+    # a step in the middle of the schedules
     values = (schedules.lr["head"][step], schedules.weight_decay[step], schedules.momentum[step])
     temp, first = schedules.teacher_temp[step], {}
     for number in range(rounds + 1):
@@ -243,7 +244,7 @@ def measure(
                     loss = train_step(step_settings(config), ours, schedules, [crops], step)[0]["loss"].item()
             wait(device)
             first.setdefault(name, loss)
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 rates[name].append(batch / (time.perf_counter() - start))
     report = {
         "machine": describe_device(device),
@@ -264,13 +265,13 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/dinov2")
+    parser.add_argument("--official", type=Path, help="checkout of facebookresearch/dinov2")
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile per block")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of our step with torch.compile")
     arguments = parser.parse_args()
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device

@@ -1,14 +1,17 @@
-"""Engines in separate processes, for benchmarks that measure memory or contention between processes.
+"""Run engines in separate processes, for benchmarks that measure memory or contention between processes.
 
-A worker loads one engine, then answers each JSON line with a JSON line:
+A worker process loads one engine. Then it reads commands as lines of JSON and answers each with a line of JSON:
 
-    {"do": "run", "batch": 1}                             {"s": 0.08}: one forward pass
-    {"do": "load", "at": 12.5, "seconds": 10, "batch": 1} {"done": 117.4, "latencies": [...]}: one request after the
-                                                          other from the time `at` on; the last counts partially
-    {"do": "memory", "batch": 1}                          {"rss_mb": 210.3, "peak_mb": 250.1 or null}: now, with the
-                                                          batch's pixels, and the peak since the last such line
+    {"do": "run", "batch": 1}
+        Run one forward pass. The answer {"s": 0.08} has the seconds.
+    {"do": "load", "at": 12.5, "seconds": 10, "batch": 1}
+        From the time `at`, run one forward pass after another for `seconds`. The answer {"done": 117.4, "latencies":
+        [...]} has the number of passes and the seconds of each pass. The last pass counts partially.
+    {"do": "memory", "batch": 1}
+        The answer {"rss_mb": 210.3, "peak_mb": 250.1} has the resident memory, which includes the pixels of the batch,
+        and the peak since the last such command. The peak is null if it cannot be reset.
 
-Times are those of `time.monotonic`, which all processes of a machine share.
+The times are those of `time.monotonic`, which is the same for all processes of a machine.
 """
 
 import json
@@ -25,14 +28,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Worker:
-    """The parent's end of a worker process.
+    """A worker process, which the parent process starts and sends commands to.
 
     Args:
-        engine: "onnxruntime": the service's engine with the `path` of a graph; "graph": the unchanged graph in a plain
-            session; "torch": with the `path` of weights, `model` and `depth`.
+        engine: "onnxruntime" for the engine of the service, "graph" for a plain session of ONNX Runtime, or "torch".
+        path: path of the ONNX graph, or of the weights for "torch".
         size: side of the input in pixels.
-        threads: threads per forward pass.
-        spinning: whether threads spin while they wait: ONNX Runtime's option; for torch, libgomp's default.
+        threads: number of threads per forward pass.
+        spinning: whether threads spin while they wait. For torch, true means the default of libgomp.
+        model: name (`model`) and number of blocks (`depth`) of the model. Only "torch" needs them.
     """
 
     def __init__(self, engine: str, path: Path, *, size: int, threads: int, spinning: bool, **model: Any) -> None:
@@ -43,7 +47,7 @@ class Worker:
         command = [sys.executable, __file__, json.dumps(spec)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
-        self.receive()  # it has loaded
+        self.receive()  # the first answer says that the engine is loaded
 
     def send(self, **command: Any) -> None:
         assert self._process.stdin is not None
@@ -54,7 +58,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker died with status {self._process.wait()}; its message is above")
+            raise RuntimeError(f"a worker exited with status {self._process.wait()}; see its message above")
         return dict(json.loads(line))
 
     def ask(self, **command: Any) -> dict[str, Any]:
@@ -63,12 +67,12 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # ends its loop
+        self._process.stdin.close()  # ends the loop of the worker
         self._process.wait(30)
 
 
 def onnx_session(path: Path | bytes, threads: int, *, spinning: bool) -> Any:
-    """Return a session of the unchanged graph on ONNX Runtime's CPU provider."""
+    """Return a session of ONNX Runtime that runs a graph on the CPU. `path` may also be the bytes of the graph."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
 
@@ -81,18 +85,24 @@ def onnx_session(path: Path | bytes, threads: int, *, spinning: bool) -> Any:
 
 
 def memory() -> dict[str, float | None]:
-    """Return this process's resident memory and its peak since the last call, in MB; None if it cannot be reset."""
+    """Return the resident memory of this process and its peak since the last call, in MB. Then reset the peak.
+
+    The peak is None if the system does not allow a reset.
+    """
     text = Path("/proc/self/status").read_text()
     found = {key: int(value) / 1024 for key, value in re.findall(r"(VmHWM|VmRSS):\s+(\d+)", text)}
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         return {"rss_mb": found["VmRSS"], "peak_mb": None}
     return {"rss_mb": found["VmRSS"], "peak_mb": found["VmHWM"]}
 
 
 def load(run: Any, at: float, seconds: float) -> dict[str, Any]:
-    """Run one request after the other from `at` to `at + seconds`. The last one counts partially."""
+    """Call `run` repeatedly from the time `at` to `at + seconds`.
+
+    Return the number of calls (`done`) and the seconds of each call (`latencies`). The last call counts partially.
+    """
     time.sleep(max(0.0, at - time.monotonic()))
     end, done, latencies = at + seconds, 0.0, []
     while (start := time.monotonic()) < end:
@@ -104,7 +114,7 @@ def load(run: Any, at: float, seconds: float) -> dict[str, Any]:
 
 
 def engine_of(spec: dict[str, Any]) -> Any:
-    """Return the engine as a function of pixels."""
+    """Load the engine that `spec` describes, and return it as a function of pixels [B, 3, H, W]."""
     if spec["engine"] == "graph":
         session = onnx_session(Path(spec["path"]), spec["threads"], spinning=spec["spinning"])
         return lambda pixels: session.run(None, {"pixels": pixels})
@@ -126,7 +136,7 @@ def engine_of(spec: dict[str, Any]) -> Any:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a runtime prints goes to the messages
+    os.dup2(2, 1)  # other output of this process goes to standard error
     spec = json.loads(sys.argv[1])
     run = engine_of(spec)
     import numpy as np

@@ -1,7 +1,7 @@
-"""The command line `dinov2`. Each module has one group of commands.
+"""The command line `dinov2`. Each module of this package defines a group of commands.
 
-A command imports the packages that it needs when it runs. So `dinov2 serve` works without torch, and `dinov2 --help` is
-fast.
+A command imports the packages that it needs only when it runs. Therefore `dinov2 serve` works without torch, and
+`dinov2 --help` is fast.
 """
 
 import typer
@@ -13,7 +13,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would read [train] as markup
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="DINOv2 image features: train a checkpoint, export it, serve it, embed folders with it, search.",
+    help="DINOv2 image features: train, export and serve models, embed images, and search for similar images.",
 )
 for command in (
     serving.serve,
@@ -34,5 +34,5 @@ app.command("build-engine")(engines.build_engine)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line. The console script `dinov2` calls this function."""
     app()

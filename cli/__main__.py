@@ -1,4 +1,4 @@
-"""`python -m cli`: the command `dinov2`."""
+"""Run the command line `dinov2` as `python -m cli`."""
 
 from cli import main
 

@@ -1,5 +1,4 @@
-"""The commands `dinov2 collections ...`: list and create collections, set aliases, take snapshots, and copy
-collections."""
+"""The commands `dinov2 collections ...`, which list, create, copy, export and otherwise manage collections."""
 
 import json
 import sys
@@ -28,7 +27,7 @@ from cli.shared import (
     settings_for,
 )
 from model.pooling import DEFAULT_POOLING
-from service.search.kinds import Kind, kinds_with  # only a table, so cheap to import
+from service.search.kinds import Kind, kinds_with  # this module has only a table, so its import is cheap
 
 if TYPE_CHECKING:
     from service.search.store import CollectionInfo, SnapshotInfo, SnapshotStore, StatsStore, VectorStore
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, create, copy, export and manage collections.")
 
-NameArgument = Annotated[str, typer.Argument(help="Name of the collection, or an alias.")]
+NameArgument = Annotated[str, typer.Argument(help="Name or alias of the collection.")]
 TagOption = Annotated[str | None, typer.Option(help="Tag of the vectors, as `dinov2 collections show` prints it.")]
 
 
@@ -67,7 +66,7 @@ def list_(data_dir: DataDirOption = DATA, store: StoreOption = None, as_json: Js
 
 @app.command()
 def show(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
-    """Show a collection's size, model and index as JSON."""
+    """Print the name, the number of items and the settings of a collection as JSON."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
         return described(await vectors.info(name))
@@ -77,19 +76,22 @@ def show(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption 
 
 @app.command()
 def create(
-    name: NameArgument,
+    name: Annotated[str, typer.Argument(help="Name of the new collection.")],
     pooling: PoolingOption = None,
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How vectors are stored.")] = "float32",
-    kind: Annotated[Kind, typer.Option(help="Index kind; auto chooses by size.")] = "auto",
-    m: Annotated[int | None, typer.Option(help=f"{kinds_with('m')}: neighbours of a node.")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Number format in which the vectors are stored.")
+    ] = "float32",
+    kind: Annotated[Kind, typer.Option(help="Kind of the index. auto chooses it by the number of items.")] = "auto",
+    m: Annotated[int | None, typer.Option(help=f"Only {kinds_with('m')}: number of neighbours of a node.")] = None,
     ef_construction: Annotated[
-        int | None, typer.Option(help=f"{kinds_with('ef_construction')}: effort of the build.")
+        int | None,
+        typer.Option(help=f"Only {kinds_with('ef_construction')}: number of candidates per node in the build."),
     ] = None,
-    n_lists: Annotated[int | None, typer.Option(help=f"{kinds_with('n_lists')}: number of cells.")] = None,
-    target_recall: Annotated[float, typer.Option(help="Share of the ten nearest that a search should find.")] = 0.98,
-    indexed: Annotated[
-        list[str] | None, typer.Option(help="Metadata key that is indexed for filters. Repeatable.")
-    ] = None,
+    n_lists: Annotated[int | None, typer.Option(help=f"Only {kinds_with('n_lists')}: number of cells.")] = None,
+    target_recall: Annotated[
+        float, typer.Option(help="Share of the ten nearest items that a search should find.")
+    ] = 0.98,
+    indexed: Annotated[list[str] | None, typer.Option(help="Metadata key to index for filters. Repeatable.")] = None,
     originals: Annotated[bool, typer.Option(help="Store the images as well as their vectors.")] = False,
     tag: TagOption = None,
     dimension: Annotated[int | None, typer.Option(help="Dimension of the vectors; requires --tag.")] = None,
@@ -98,8 +100,7 @@ def create(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create an empty collection for vectors of a local model, or for other vectors with the given --tag and
-    --dimension."""
+    """Create an empty collection for the vectors of a local model. For other vectors, give --tag and --dimension."""
     if (tag is None) != (dimension is None):
         raise fail("--tag and --dimension must be given together")
 
@@ -146,14 +147,14 @@ def drop(
 @app.command()
 def alias(
     name: Annotated[str, typer.Argument(help="The alias.")],
-    collection: Annotated[str | None, typer.Argument(help="Collection that the alias shall point to.")] = None,
+    collection: Annotated[str | None, typer.Argument(help="Collection that the alias should point to.")] = None,
     remove: Annotated[bool, typer.Option("--drop", help="Remove the alias.")] = False,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Point an alias to a collection, in one atomic step, or remove the alias."""
+    """Point an alias to a collection in one atomic step, or remove the alias."""
     if remove == (collection is not None):
-        raise fail("give either the collection that the alias shall point to, or --drop")
+        raise fail("give either the collection that the alias should point to, or --drop")
 
     async def work(vectors: "VectorStore", _: "Settings") -> str:
         if collection is None:
@@ -168,7 +169,9 @@ def alias(
 @app.command()
 def snapshot(
     name: NameArgument,
-    only_list: Annotated[bool, typer.Option("--list", help="List the snapshots and take none.")] = False,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="List the existing snapshots instead of taking a snapshot.")
+    ] = False,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
@@ -184,14 +187,14 @@ def snapshot(
 
 @app.command()
 def restore(
-    name: Annotated[str, typer.Argument(help="Collection of which the snapshot was taken.")],
+    name: Annotated[str, typer.Argument(help="Name of the collection in the snapshot.")],
     kept: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Name of the snapshot; `snapshot --list` shows it.")],
     new: Annotated[str | None, typer.Option("--as", help="Name of the restored collection. Default: NAME.")] = None,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create a collection from a snapshot. No collection may have the name yet, so restore to a new name and then move
-    an alias to it."""
+    """Create a collection from a snapshot. The name of the collection must be unused. To replace a collection, restore
+    under a new name and then move an alias to the new collection."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         return await cast("SnapshotStore", able(vectors, "snapshots")).restore(new or name, name, kept)
@@ -202,7 +205,7 @@ def restore(
 
 @app.command()
 def stats(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
-    """Show index statistics of a collection as JSON."""
+    """Print statistics of the index of a collection as JSON."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
         return await cast("StatsStore", able(vectors, "stats")).stats(name)
@@ -213,16 +216,19 @@ def stats(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption
 @app.command()
 def copy(
     name: NameArgument,
-    from_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
-    to_store: Annotated[str | None, typer.Option(help="As --store of the other commands.")] = None,
+    from_store: Annotated[str | None, typer.Option(help="Store to copy from, in the form of --store.")] = None,
+    to_store: Annotated[str | None, typer.Option(help="Store to copy to, in the form of --store.")] = None,
     new: Annotated[str | None, typer.Option("--as", help="Name of the copy. Default: NAME.")] = None,
     to_originals: Annotated[
         str | None,
-        typer.Option(help="Where the target service stores images: a folder or s3://... Default: as here."),
+        typer.Option(
+            help="Folder or s3://... address where the target service stores images. Default: as in the local settings."
+        ),
     ] = None,
     data_dir: DataDirOption = DATA,
 ) -> None:
-    """Copy a collection, with its stored images, to another store or name. A second run resumes an interrupted copy."""
+    """Copy a collection and its stored images to another store or name. To resume an interrupted copy, run the command
+    again."""
     if from_store == to_store and new is None:
         raise fail("a copy within one store needs another name: give --as")
 
@@ -249,7 +255,7 @@ def copy(
     typer.echo(f"images: {images.copied} copied, {images.present} already there{missing}")
     if images.unreadable:
         many = "1 image was" if images.unreadable == 1 else f"{images.unreadable} images were"
-        typer.echo(f"{many} left out because the source cannot read them: {images.reason}", err=True)
+        typer.echo(f"{many} left out because of a read error at the source: {images.reason}", err=True)
         raise typer.Exit(code=1)
 
 
@@ -260,7 +266,7 @@ def export(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Write a collection to a file: vectors, metadata and the tag of the vectors."""
+    """Write the vectors of a collection, their tag and the metadata to a file."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> int:
         from service.search.transfer import check_format, export_collection
@@ -276,13 +282,15 @@ def export(
 
 @app.command("import")
 def import_(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help=".parquet, .npz or .jsonl, as `export` writes them.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help=".parquet, .npz or .jsonl file in the form that `export` writes.")
+    ],
     collection: Annotated[
         str, typer.Option("--collection", "-c", help="Name of the collection; created if it does not exist.")
     ],
     tag: TagOption = None,
     fingerprint: Annotated[
-        str | None, typer.Option(help="Fingerprint of the local model that made the vectors; replaces --tag.")
+        str | None, typer.Option(help="Fingerprint of the local model that made the vectors, instead of --tag.")
     ] = None,
     pooling: PoolingOption = None,
     data_dir: DataDirOption = DATA,
@@ -305,7 +313,7 @@ def import_(
     typer.echo(f"{done.written} imported -> {collection}, {done.count} items")
 
 
-# ---- helpers of several commands
+# ---- helpers
 
 
 def described(info: "CollectionInfo") -> dict[str, Any]:
@@ -314,7 +322,8 @@ def described(info: "CollectionInfo") -> dict[str, Any]:
 
 
 def able(store: "VectorStore", capability: str) -> object:
-    """Return the store if it has this capability. The caller casts the result to the protocol of the capability.
+    """Return the store if it has a capability, such as "snapshots". The caller casts the store to the protocol that has
+    the methods of this capability.
 
     Raises:
         ValueError: the store does not have the capability.
@@ -327,7 +336,11 @@ def able(store: "VectorStore", capability: str) -> object:
 
 
 def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
-    """Return the tag of vectors of length 1 that a local model computes in float32."""
+    """Return the tag of the vectors that a local model computes in float32.
+
+    Raises:
+        ValueError: no local model has the fingerprint.
+    """
     from model.artifact import read_manifest
     from service.tags import make_tag
 
@@ -340,7 +353,7 @@ def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
 
 @contextmanager
 def shown(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar if standard error is a terminal, and yield the function that advances it."""
+    """Yield a function that advances a progress bar. The bar is shown only if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,7 +1,7 @@
-"""`dinov2 build-engine`: build the TensorRT plan of an artifact for the GPU of this host, and compare its features with
-the reference.
+"""The command `dinov2 build-engine`, which builds a TensorRT engine for the GPU of this machine and compares its
+features with the features of a reference engine.
 
-All heavy imports happen when the command runs.
+Heavy packages are imported only when the command runs.
 """
 
 import sys
@@ -18,45 +18,54 @@ if TYPE_CHECKING:
     from model.engines.protocol import Engine
 
 PHOTOS = 32
-"""The number of images that are read from a folder to check parity and to measure activation ranges for fp8."""
+"""The maximum number of images that are read from a folder to check parity and to measure activation ranges for fp8."""
 
 
 def build_engine(
     artifact: Annotated[
         str,
-        typer.Argument(help="An artifact folder, a published name, or auto (newest in the data folder, else bundled)."),
+        typer.Argument(
+            help="An artifact folder, a model's name, or auto (the newest artifact in the data folder, else the "
+            "bundled one)."
+        ),
     ],
     precision: Annotated[
         Literal["bf16", "fp16", "fp8"],
         typer.Option(
-            help="Number format of the plan. fp8 needs a GPU of compute capability 8.9 and measures its ranges "
-            "on --images."
+            help="Number format of the plan. fp8 needs a GPU of compute capability 8.9 or higher, and its value ranges "
+            "are measured on --images."
         ),
     ] = "bf16",
     data_dir: Annotated[Path, typer.Option(help="Folder of artifacts and plans.", envvar="DINOV2_DATA_DIR")] = Path(
         "data"
     ),
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images for the parity check. Default: generated images.")
+        Path | None,
+        typer.Option(help="Folder of images for the comparison with the reference. Default: generated images."),
     ] = None,
     library: Annotated[
         Literal["tensorrt", "tensorrt_rtx"] | None,
-        typer.Option(help="Library that builds the plan. Default: the installed one, tensorrt first."),
+        typer.Option(help="Library that builds the plan. Default: tensorrt if it is installed, else tensorrt_rtx."),
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(help="File for tensorrt's kernel timings, which make later builds faster."),
+        typer.Option(help="File in which TensorRT stores kernel timings, which make later builds faster."),
     ] = None,
     refit: Annotated[bool, typer.Option(help="Build a plan that accepts new weights later.")] = False,
     refit_from: Annotated[
         Path | None,
-        typer.Option(help="A refittable .plan of a model of the same shape: it gets the new weights, without a build."),
+        typer.Option(
+            help="Plan that was built with --refit for a model of the same shape. Its weights are replaced by the "
+            "artifact's, without a build."
+        ),
     ] = None,
-    rebuild: Annotated[bool, typer.Option(help="Build even if a plan that passed exists.")] = False,
-    time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a build is stopped.")] = 3600,
+    rebuild: Annotated[
+        bool, typer.Option(help="Build the plan even if one that passed the comparison exists.")
+    ] = False,
+    time_limit: Annotated[float, typer.Option(min=1, help="Time limit of the build in seconds.")] = 3600,
 ) -> None:
-    """Build the TensorRT plan of an artifact for the GPU of this host. The plan is kept only if its features match the
-    reference (docs/tensorrt.md)."""
+    """Build a TensorRT plan, which is an engine compiled for the GPU of this machine. The plan is used only if its
+    features match those of a reference engine (docs/tensorrt.md)."""
     from model.artifact import load_artifact
     from model.engines.tensorrt_export import BuildOptions, build_plan
     from model.engines.tensorrt_plans import figures, find_toolchain, plans_folder
@@ -92,8 +101,8 @@ def build_engine(
 
 
 def _reference(artifact: "Artifact") -> "Engine":
-    """Return a float32 engine on the CPU. It uses torch if that is installed, else ONNX Runtime with the artifact's
-    graph."""
+    """Return a float32 engine for the artifact on the CPU. The engine uses torch if torch is installed, else ONNX
+    Runtime."""
     from importlib.util import find_spec
 
     from model.artifact import ONNX, WEIGHTS
@@ -109,8 +118,8 @@ def _reference(artifact: "Artifact") -> "Engine":
 
 
 def _with_activations(options: Any, artifact: "Artifact") -> Any:
-    """Measure the activation ranges that fp8 needs on the images of the parity check, and return the options with
-    them."""
+    """Return a copy of the options with the activation ranges that fp8 needs. The ranges are measured on the images in
+    the options."""
     from dataclasses import replace
 
     from model.engines.activations import measure_activations
@@ -122,7 +131,7 @@ def _with_activations(options: Any, artifact: "Artifact") -> Any:
 
 
 class _Shown:
-    """Shows the phases of a build: as a progress bar on a terminal, else as one line for each phase."""
+    """A display of the progress of a build: progress bars on a terminal, otherwise one line for each main phase."""
 
     def __init__(self) -> None:
         from rich.console import Console

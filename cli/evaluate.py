@@ -1,8 +1,8 @@
-"""`dinov2 eval`: evaluate a checkpoint or an artifact on one task.
+"""The command `dinov2 eval`, which evaluates a checkpoint or an artifact on one task.
 
 The settings of a task are KEY=VALUE arguments, as for `dinov2 train`. Each task has its own settings and defaults
-(`training/evaluate/settings.py`). A setting of another task is an error. All heavy imports happen when the command
-runs.
+(`training/evaluate/settings.py`). A setting of another task is an error. Heavy packages are imported only when the
+command runs.
 """
 
 import sys
@@ -18,23 +18,28 @@ TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrie
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint file, an artifact folder, auto, or a published model's name.")
+        str, typer.Argument(help="A checkpoint file, an artifact folder, a published model's name, or auto.")
     ],
-    task: Annotated[TaskName, typer.Option(help="The evaluation.")],
-    data: Annotated[str, typer.Option(help="Folder, or other data that `dinov2 train` takes; see docs/evaluation.md.")],
+    task: Annotated[TaskName, typer.Option(help="Task to evaluate the model on.")],
+    data: Annotated[
+        str, typer.Option(help="Data folder, or other data that `dinov2 train` accepts; see docs/evaluation.md.")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(help="Settings of the task, e.g. k=20 resize=256 'blocks=[1, 4]'.", metavar="KEY=VALUE"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for protocol, figures and skipped files.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the protocol, the results and the skipped files.")
+    ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps features for the next call (not segmentation, depth).")
+        Path | None,
+        typer.Option(help="Folder that stores features for later runs; not used by segmentation and depth."),
     ] = None,
     arch: Annotated[
-        str | None, typer.Option(help="Architecture of a checkpoint from elsewhere, e.g. dinov2_vits14.")
+        str | None, typer.Option(help="Architecture of a checkpoint from another project, e.g. dinov2_vits14.")
     ] = None,
     data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on.")] = "auto",
 ) -> None:
     """Evaluate a model on one task: k-NN, logistic regression, a linear probe, linear segmentation, linear depth or
     retrieval."""
@@ -71,7 +76,7 @@ def evaluate(
 
 
 def _device(name: str) -> str:
-    """Return the name of the device. `auto` becomes CUDA if torch finds a CUDA device, else the CPU.
+    """Return the name of the device, "cuda" or "cpu". "auto" means CUDA if torch finds a CUDA device, else the CPU.
 
     Raises:
         ValueError: CUDA was requested and torch finds no CUDA device.
@@ -81,5 +86,5 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here")
+        raise ValueError("--device cuda: torch finds no CUDA device")
     return name

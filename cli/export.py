@@ -1,4 +1,4 @@
-"""`dinov2 export`: turn a checkpoint into an artifact."""
+"""The command `dinov2 export`, which converts a checkpoint to an artifact."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,54 +15,65 @@ if TYPE_CHECKING:
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint file, or a published model's name (see `dinov2 models`).")
+        str, typer.Argument(help="A checkpoint file, or the name of a published model (see `dinov2 models`).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of artifacts; the artifact becomes a subfolder.")],
+    out: Annotated[Path, typer.Option(help="Folder in which the folder of the artifact is created.")],
     arch: Annotated[
-        str | None, typer.Option(help="Architecture of a foreign checkpoint, e.g. dinov2_vits14_reg.")
+        str | None, typer.Option(help="Architecture of a checkpoint from another project, e.g. dinov2_vits14_reg.")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the artifact. Default: the architecture or the recipe.")
     ] = None,
     resize: Annotated[
-        int | None, typer.Option(help="Short side before the crop, pixels. Default: the checkpoint's, else 256.")
+        int | None,
+        typer.Option(
+            help="Short side of the image before the crop, in pixels. Default: as in the checkpoint, else 256."
+        ),
     ] = None,
     crop: Annotated[
-        int | None, typer.Option(help="Side of the input, pixels. Default: the checkpoint's, else 224.")
+        int | None, typer.Option(help="Side of the square crop, in pixels. Default: as in the checkpoint, else 224.")
     ] = None,
-    weights_dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How weights are stored.")] = "float32",
+    weights_dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Number format in which the weights are stored.")
+    ] = "float32",
     sizes: Annotated[
-        str, typer.Option(help="Input sizes of further graphs, e.g. 224,518,224x336,dynamic. Default: the crop.")
+        str, typer.Option(help="Input sizes of additional graphs, e.g. 224,518,224x336,dynamic. Default: the crop.")
     ] = "",
-    precision: Annotated[str, typer.Option(help="Precisions of further graphs: fp32,fp16,bf16,int8.")] = "",
+    precision: Annotated[
+        str, typer.Option(help="Precisions of additional graphs, e.g. fp16,int8. Allowed: fp32, fp16, bf16, int8.")
+    ] = "",
     outputs: Annotated[
-        str, typer.Option(help="Outputs of further graphs: cls,patches,registers and any of attention,layer.N.")
+        str,
+        typer.Option(help="Outputs of additional graphs: cls,patches,registers, and optionally attention and layer.N."),
     ] = "",
     int8_weights: Annotated[
-        Literal["s7", "u8"], typer.Option(help="Weights of int8: s7 is the fastest on AVX2; u8 has half the error.")
+        Literal["s7", "u8"],
+        typer.Option(help="Weight format of int8 graphs. s7 is the fastest on AVX2; u8 has half the error."),
     ] = "s7",
     float_layers: Annotated[
         str | None,
         typer.Option(
-            help="Linear layers that int8 keeps in float, by prefix or suffix of the name (mlp.fc2,blocks.0), or none. "
-            "Default: attn.proj, mlp.fc2 (or mlp.w3) and the last block."
+            help="Linear layers that stay in float in int8 graphs, named by prefix or suffix (e.g. mlp.fc2,blocks.0), "
+            "or none. Default: attn.proj, mlp.fc2 (or mlp.w3) and the last block."
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images for the parity check. For int8 it contains train/ and val/, each with one folder "
-            "per class. Default: generated images."
+            help="Folder of images for the comparison with the reference. For int8, it has the subfolders train/ and "
+            "val/, each with one folder per class. Default: generated images."
         ),
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Model card (Markdown) to include in the artifact.")] = None,
     licence: Annotated[
-        str, typer.Option(help="SPDX identifier of your weights. Published weights have their own.")
+        str, typer.Option(help="SPDX identifier of the licence of the weights. Ignored for published models.")
     ] = "unknown",
-    keep_onnx: Annotated[bool, typer.Option(help="Store the ONNX graph, which loading can also derive.")] = True,
+    keep_onnx: Annotated[
+        bool, typer.Option(help="Store the ONNX graph. Without it, loading derives the graph.")
+    ] = True,
 ) -> None:
-    """Turn a checkpoint into an artifact, a folder that the service can load. It has the weights, ONNX graphs, parity
-    figures and a fingerprint."""
+    """Convert a checkpoint to an artifact, which is a folder that the service can load. The artifact has the weights,
+    ONNX graphs, a fingerprint, and figures that compare the graphs with a reference."""
     need_torch("export")
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
@@ -97,12 +108,12 @@ def export(
 
 
 def _items(text: str) -> list[str]:
-    """Split a comma-separated list. Empty parts are left out."""
+    """Split a comma-separated text and return the parts that are not empty."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _parity_lines(manifest: "Manifest") -> Iterator[str]:
-    """Yield one line for each graph and size with the parity that the export measured."""
+    """Yield lines of text that say how closely each exported graph matches the reference."""
     for record in manifest.parity:
         size = "x".join(map(str, record.size or manifest.input_size))
         yield (

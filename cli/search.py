@@ -1,4 +1,4 @@
-"""`dinov2 index` and `dinov2 search`: index images into a collection and find the items most similar to an image."""
+"""The commands `dinov2 index`, which adds images to a collection, and `dinov2 search`, which finds similar images."""
 
 import json
 import os
@@ -37,13 +37,16 @@ if TYPE_CHECKING:
     from service.search.store import VectorStore
     from service.settings import Settings
 
-_LISTED = 20
+_LISTED = 20  # the maximum number of failed images that are printed
 
 
 def index(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Folders, images, .tar, .parquet, lists (.txt, .jsonl): paths or s3://..., memory://..."),
+        typer.Argument(
+            help="Paths or addresses (s3://..., memory://...) of folders, images, .tar and .parquet files, or lists of "
+            "images (.txt, .jsonl)."
+        ),
     ],
     collection: CollectionOption,
     model: ModelOption = "auto",
@@ -52,30 +55,38 @@ def index(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads that read and decode. Default: one per CPU.")
+        int | None,
+        typer.Option(min=1, max=256, help="Number of threads that read and decode images. Default: one per CPU."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Number of images per forward pass.")] = 16,
     pooling: PoolingOption = None,
     metadata: Annotated[
-        list[str] | None, typer.Option(help="key=value for every item; the value is JSON or else a string. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Metadata of every item as key=value. A value that is not JSON becomes a string. Repeatable."
+        ),
     ] = None,
     originals: Annotated[
-        bool | None, typer.Option(help="Store the images too. Default: the collection's setting; off for a new one.")
+        bool | None,
+        typer.Option(help="Store the images as well. Default: the collection's setting, or off for a new collection."),
     ] = None,
     id_by: Annotated[
         Literal["path", "sha256"],
-        typer.Option("--id", help="Use the path within SOURCE or the content's sha256 as id."),
+        typer.Option("--id", help="Id of an image: its path within SOURCE, or the SHA-256 hash of its content."),
     ] = "path",
-    image_column: Annotated[str | None, typer.Option(help="Image column of Parquet files. Default: detected.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of Parquet files that has the images. Default: detected automatically.")
+    ] = None,
     force: Annotated[
-        bool, typer.Option(help="Index unchanged images again and replace ids that belong to other files.")
+        bool, typer.Option(help="Index unchanged images again, and replace items of other files with the same id.")
     ] = False,
     errors: Annotated[
-        Path | None, typer.Option(help="File for the images that could not be indexed, one JSON object per line.")
+        Path | None,
+        typer.Option(help="File that lists the images that could not be indexed, as one JSON object per line."),
     ] = None,
 ) -> None:
-    """Embed images and add them to a collection. To resume an interrupted run, run the command again. If images cannot
-    be read, they are listed and the exit status is 1."""
+    """Embed images and add them to a collection. To resume an interrupted run, run the command again. If some
+    images cannot be read, they are skipped and reported, and the exit status is 1."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of
@@ -103,7 +114,11 @@ def index(
 
 
 def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
-    """Print the result of the run and set the exit status, so that a script notices images that were left out."""
+    """Print the result of an indexing run.
+
+    Raises:
+        typer.Exit: the run was interrupted (status 130), or some images failed or no image was found (status 1).
+    """
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
     typer.echo(
@@ -111,8 +126,8 @@ def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
         f"({report.images_per_s:.1f} images/s){'; interrupted: run again to resume' if report.interrupted else ''}"
     )
     if report.failed:
-        above = "all are listed above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
-        where = f"all are listed in {errors}" if errors is not None else f"{above}; --errors FILE saves the whole list"
+        above = "see the list above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
+        where = f"see the list in {errors}" if errors is not None else f"{above}; --errors FILE saves the whole list"
         many = "1 image was" if report.failed == 1 else f"{report.failed} images were"
         typer.echo(f"{many} left out: {where}", err=True)
     if report.interrupted:
@@ -131,7 +146,8 @@ async def _index(
     settings: "Settings",
     errors: Path | None,
 ) -> "IndexReport":
-    """Index the images. Show the progress, write problems to the error file, and end gently on Ctrl+C."""
+    """Index the images and return a report. Show the progress, write problems to the error file, and on Ctrl+C stop
+    after the current batch."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -162,11 +178,11 @@ async def _index(
 
 
 def search(
-    photo: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or address of an image.")],
+    photo: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or address of the image to search with.")],
     collection: CollectionOption,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
     where: Annotated[
-        str | None, typer.Option("--filter", help='Metadata condition, e.g. {"key": "brand", "eq": "x"}')
+        str | None, typer.Option("--filter", help='Condition on the metadata as JSON, e.g. {"key": "brand", "eq": "x"}')
     ] = None,
     as_json: JsonOption = False,
     model: ModelOption = "auto",
@@ -175,7 +191,7 @@ def search(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Find the images of a collection that are most similar to an image."""
+    """Search a collection for the images that are most similar to a given image."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> list[dict[str, Any]]:
         from model.preprocess import preprocess
@@ -209,15 +225,18 @@ def search(
 
 
 def _find_images(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":
-    """Return an iterator over the images of all sources."""
+    """Return an iterator over the images of all sources. It yields a `Problem` for an image that cannot be read."""
     from service.ingest.sources import find_photos
 
     return find_photos(sources, max_bytes=settings.max_image_bytes, image_column=image_column)
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:
-    """Parse texts of the form key=value to metadata. A value that is valid JSON is parsed. Any other value is a
-    string."""
+    """Parse texts of the form key=value and return a dictionary. A value that is not JSON is kept as a string.
+
+    Raises:
+        ValueError: a text has no `=` or no key.
+    """
     pairs: dict[str, Any] = {}
     for pair in texts:
         key, separator, value = pair.partition("=")
@@ -231,8 +250,11 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
 
 
 def _json_value(text: str, option: str) -> Any:
-    """Parse the JSON text of a command-line option. Raises a ValueError with the name of the option if it is not
-    JSON."""
+    """Parse the JSON text of a command-line option and return its value.
+
+    Raises:
+        ValueError: the text is not JSON. The message names the option.
+    """
     try:
         return json.loads(text)
     except ValueError as error:
@@ -243,7 +265,7 @@ def _json_value(text: str, option: str) -> Any:
 def _photos_kept(
     settings: "Settings", wanted: bool
 ) -> "Iterator[Callable[[bytes], Coroutine[Any, Any, object]] | None]":
-    """Yield a function that stores an image, or None if `wanted` is false."""
+    """Yield an async function that stores the bytes of an image, or None if `wanted` is false."""
     if not wanted:
         yield None
         return
@@ -254,7 +276,7 @@ def _photos_kept(
 
 @contextmanager
 def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
-    """Yield a function that writes a problem to the error file as one line of JSON. If `path` is None, the function
+    """Yield a function that writes a problem to the file `path` as one line of JSON. If `path` is None, the function
     does nothing."""
     if path is None:
         yield lambda _: None
@@ -270,7 +292,7 @@ def _errors_file(path: Path | None) -> "Iterator[Callable[[Problem], None]]":
 
 @contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """Yield an event that is set by the first Ctrl+C. A second Ctrl+C ends the program as usual."""
+    """Yield an event that the first Ctrl+C sets. A second Ctrl+C has its usual effect."""
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
 
@@ -279,9 +301,9 @@ def _until_interrupted() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
         os.write(
             2, b"\nstopping after the current batch; press Ctrl+C again to stop at once\n"
-        )  # print is not reentrant
+        )  # print is not safe in a signal handler
 
-    if before is not signal.SIG_IGN:  # ignored, for instance under nohup
+    if before is not signal.SIG_IGN:  # do not handle a signal that was ignored, for instance under nohup
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield stop

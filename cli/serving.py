@@ -1,4 +1,4 @@
-"""`dinov2 serve`, `embed` and `models`: the commands that use an artifact."""
+"""The commands `dinov2 serve`, `dinov2 embed` and `dinov2 models`, which serve, apply and list models."""
 
 import json
 import sys
@@ -13,17 +13,19 @@ from model.pooling import DEFAULT_POOLING, Pooling
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="auto (newest artifact in the data folder, else the bundled one), an artifact folder, or a name."
+        help="An artifact folder, a model's name, or auto (the newest in the data folder, else the bundled one)."
     ),
 ]
 
 
-ENGINE_HELP = "auto, fastest (on this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
+ENGINE_HELP = (
+    "Engine: auto, fastest (on this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
+)
 
 
 def serve(
     model: Annotated[
-        str | None, typer.Option(help="auto, an artifact folder or a published name. [DINOV2_MODEL]")
+        str | None, typer.Option(help="An artifact folder, a model's name, or auto. [DINOV2_MODEL]")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [DINOV2_HOST]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [DINOV2_PORT]")] = None,
@@ -31,10 +33,12 @@ def serve(
         Path | None, typer.Option(help="Folder of collections, artifacts and downloads. [DINOV2_DATA_DIR]")
     ] = None,
     engine: Annotated[str | None, typer.Option(help=f"{ENGINE_HELP} [DINOV2_ENGINE]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass. [DINOV2_THREADS]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Number of CPU threads per forward pass. [DINOV2_THREADS]")
+    ] = None,
 ) -> None:
-    """Start the REST service. The settings are read from DINOV2_* environment variables. An option overrides its
-    variable."""
+    """Start the REST service. It reads its settings from DINOV2_* environment variables. Command-line options
+    override these variables."""
     from service.__main__ import main as run_service
 
     options = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
@@ -43,16 +47,18 @@ def serve(
 
 def embed(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images at any depth.")],
-    out: Annotated[Path, typer.Option(help="File (.npz) to write paths, vectors and fingerprint to.")],
+    out: Annotated[
+        Path, typer.Option(help="The .npz file for the paths, the vectors and the fingerprint of the model.")
+    ],
     model: ModelOption = "auto",
     data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
     engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")
+        int | None, typer.Option(min=1, help="Number of CPU threads per forward pass. Default: all CPUs.")
     ] = None,
     pooling: Annotated[Pooling, typer.Option(help="Features that form the vector.")] = DEFAULT_POOLING,
     normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Number of images per forward pass.")] = 16,
 ) -> None:
     """Embed images and write the vectors to one .npz file. Files that cannot be read are skipped and listed."""
     from rich.progress import Progress

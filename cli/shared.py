@@ -1,8 +1,7 @@
-"""Options and functions that several commands use: open the store, load a model, and report errors.
+"""Options and functions that several commands use, for instance to open the vector store and to load a model.
 
 The commands open the vector store themselves, so they need no running server. A running server may use the same
-embedded store at the same time. All heavy imports happen when a command runs, so `dinov2 --help` is fast and `dinov2
-serve` works without torch.
+embedded store at the same time. Heavy packages are imported only when a command runs, so `dinov2 --help` is fast.
 """
 
 import asyncio
@@ -24,19 +23,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection, or an alias.")]
+CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name or alias of the collection.")]
 DataDirOption = Annotated[
-    Path, typer.Option(help="Folder of collections and artifacts, the same as the server's.", envvar="DINOV2_DATA_DIR")
+    Path,
+    typer.Option(help="Folder of the collections and artifacts; the server's data folder.", envvar="DINOV2_DATA_DIR"),
 ]
 StoreOption = Annotated[
     str | None,
-    typer.Option(help="embedded, embedded:FOLDER (another data folder) or milvus://... [DINOV2_VECTOR_STORE]"),
+    typer.Option(
+        help="Vector store: embedded, embedded:FOLDER (in another data folder) or milvus://... [DINOV2_VECTOR_STORE]"
+    ),
 ]
 ModelOption = Annotated[
-    str, typer.Option(help="auto (the collection's model, else as `dinov2 serve`), an artifact folder, or a name.")
+    str,
+    typer.Option(
+        help="An artifact folder, a model's name, or auto (the collection's model if it is available locally, else the "
+        "default of `dinov2 serve`)."
+    ),
 ]
-EngineOption = Annotated[str, typer.Option(help="auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of a forward pass. Default: all CPUs.")]
+EngineOption = Annotated[
+    str, typer.Option(help="Engine: auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of CPU threads per forward pass. Default: all CPUs.")
+]
 PoolingOption = Annotated[
     Pooling | None,
     typer.Option(help="Features that form the vector, for a new collection. Default: cls."),
@@ -46,13 +56,17 @@ DATA = Path("data")
 
 
 def fail(message: object) -> typer.Exit:
-    """Print an error in one line. Return an exception that ends the command with status 2; the caller raises it."""
+    """Print an error message and return the exception that ends the command with status 2. The caller raises it."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
 
 
 def need_torch(command: str) -> None:
-    """If torch is not installed, print how to install it and exit with status 2."""
+    """Check that torch is installed.
+
+    Raises:
+        typer.Exit: torch is not installed. A message says how to install it, and the status is 2.
+    """
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
@@ -68,12 +82,15 @@ def run_with(
     *,
     makes: bool = False,
 ) -> T:
-    """Open the store, call `work` with the store and the settings, and return its result. An error that the user can
-    fix is printed in one line, and the exit status is then 2.
+    """Open the vector store, call `work` with the store and the settings, and return the result of `work`.
 
     Args:
-        makes: whether to create the store if it does not exist. If false, a missing store is an error, so that a
+        store, data_dir: the vector store and its folder; see `settings_for`.
+        makes: if true, the store is created if it does not exist. If false, a missing store is an error, so that a
             mistyped folder does not become an empty store.
+
+    Raises:
+        typer.Exit: an expected error, such as a missing collection, has been printed. The status is 2.
     """
     from service.errors import CollectionNotFound
 
@@ -92,8 +109,11 @@ def run_with(
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine and return its result. An error that the user can fix is printed in one line, and the exit status
-    is then 2."""
+    """Run a coroutine and return its result.
+
+    Raises:
+        typer.Exit: an expected error, such as a missing collection, has been printed. The status is 2.
+    """
     from service.errors import ServiceError
 
     try:
@@ -103,7 +123,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def settings_for(store: str | None, data_dir: Path) -> "Settings":
-    """Return the settings of the service. `store`, if given, replaces the vector store that the environment names.
+    """Return the settings of the service, which are read from environment variables and then changed by the arguments.
+
+    Args:
+        store: the vector store, or None for the one in the environment. `embedded:FOLDER` also replaces `data_dir`.
+        data_dir: the data folder.
 
     Raises:
         ValueError: a setting in the environment is unknown or not allowed.
@@ -120,7 +144,7 @@ def settings_for(store: str | None, data_dir: Path) -> "Settings":
 
 @asynccontextmanager
 async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
-    """Open the vector store that the settings name, yield it, and close it at the end."""
+    """Open the vector store that is configured in the settings, yield the store, and close it at the end."""
     from service.search.opening import open_store
 
     vectors: VectorStore = await open_store(settings)
@@ -131,7 +155,7 @@ async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
 
 
 async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo | None":
-    """Return the collection's description, or None if it does not exist."""
+    """Return the description of a collection, or None if no collection has this name or alias."""
     from service.errors import CollectionNotFound
 
     try:
@@ -143,8 +167,11 @@ async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo 
 def load_model(
     model: str, engine: str, threads: int | None, data_dir: Path, info: "CollectionInfo | None"
 ) -> "tuple[Artifact, Engine]":
-    """Load the requested model and its engine. `auto` means the model that made the vectors of the collection, if it is
-    available locally."""
+    """Load a model and return its artifact and its engine.
+
+    If `model` is "auto", choose the model that computed the vectors of the collection `info`. If this model is not
+    available locally or `info` is None, choose the default model of `dinov2 serve`.
+    """
     from model.artifact import load_artifact
     from model.engines.choice import load_engine
     from service.artifact_choice import choose_artifact
@@ -155,8 +182,8 @@ def load_model(
 
 
 def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
-    """Return the path of a local or bundled artifact whose fingerprint begins with `fingerprint`, or None if there is
-    none."""
+    """Return the path of a local or bundled artifact with a fingerprint that begins with `fingerprint`, or None if no
+    artifact matches."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
 
     for path in find_artifacts(data_dir):
@@ -169,7 +196,7 @@ def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":
-    """Return the limits for decoding images that the settings define."""
+    """Return the size limits for decoding images, which are part of the settings."""
     from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)

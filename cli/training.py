@@ -1,6 +1,6 @@
-"""The commands `dinov2 train`, `compare`, `average` and `report`.
+"""The commands `dinov2 train`, `dinov2 compare`, `dinov2 average` and `dinov2 report`.
 
-All heavy imports happen when a command runs.
+Heavy packages are imported only when a command runs.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,20 @@ import typer
 from cli.shared import fail, need_torch
 
 DataOption = Annotated[
-    str, typer.Option(help="Folder of images, tar shards (also as a URL), or a Hugging Face dataset on disk.")
+    str, typer.Option(help="Folder of images, path or URL of tar shards, or folder of a Hugging Face dataset.")
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings as key=value; they override the recipe.", metavar="KEY=VALUE")
+    list[str] | None, typer.Argument(help="Settings that override those of the recipe.", metavar="KEY=VALUE")
 ]
 
 
 @contextmanager
-def run_ends_told() -> Iterator[None]:
-    """If a training run ends early, print a message and exit with a status that tells why."""
+def _early_end_handled() -> Iterator[None]:
+    """Catch the exceptions that end a training run early, print the message, and exit.
+
+    Raises:
+        typer.Exit: with the status `INTERRUPTED` after SIGTERM, or with status 2 after an error, such as `RunStopped`.
+    """
     from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped
     from training.train import INTERRUPTED
@@ -38,7 +42,7 @@ def run_ends_told() -> Iterator[None]:
 
 def train(
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics. A run in it is resumed.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics. A run in this folder is resumed.")],
     recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
     overrides: OverridesArgument = None,
 ) -> None:
@@ -47,7 +51,7 @@ def train(
     from training.config import load_config
     from training.train import train as run_training
 
-    with run_ends_told():
+    with _early_end_handled():
         checkpoint = run_training(load_config(recipe, data, out, overrides or []))
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
 
@@ -55,7 +59,7 @@ def train(
 def compare(
     data: DataOption,
     out: Annotated[
-        Path, typer.Option(help="Folder of both runs, compare.json and compare.html. Runs in it are resumed.")
+        Path, typer.Option(help="Folder for both runs, compare.json and compare.html. Runs in this folder are resumed.")
     ],
     base: Annotated[str, typer.Option(help="Recipe of both runs: a name or a TOML file.")] = "smoke",
     overrides: OverridesArgument = None,
@@ -64,22 +68,23 @@ def compare(
     need_torch("compare")
     from training.compare import compare as run_comparison
 
-    with run_ends_told():
+    with _early_end_handled():
         run_comparison(data, out, base=base, overrides=overrides or [])
 
 
 def average(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more checkpoints of one network.")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more checkpoints of the same network.")],
     out: Annotated[Path, typer.Option(help="File to write the averaged checkpoint to.")],
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data, as for train: evaluate each checkpoint and the mean by k-NN on images that all held out."
+            help="Data, as for `dinov2 train`, on which to evaluate each checkpoint and the mean by k-NN. Only images "
+            "that no checkpoint was trained on are classified."
         ),
     ] = None,
 ) -> None:
-    """Average the weights of several checkpoints, for instance of those that a run with keep_checkpoints_every_epochs
-    saved."""
+    """Average the weights of several checkpoints of one network, for instance the checkpoints that a run saves with the
+    setting keep_checkpoints_every_epochs."""
     need_torch("average")
     from rich.console import Console
     from rich.table import Table
@@ -102,9 +107,9 @@ def average(
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder of a finished or unfinished run.")],
+    out: Annotated[Path, typer.Argument(help="Folder of a training run, which may be unfinished.")],
 ) -> None:
-    """Write report.html for a training run, from the files in the folder of the run."""
+    """Write report.html for a training run into the folder of the run."""
     need_torch("report")
     from training.pages.report import write_report
 

@@ -1,10 +1,11 @@
-"""Does the deployment keep its promises? Builds the image, starts docker-compose.yml, and tries them on the real thing.
+"""Build the image, start docker-compose.yml, and check that the deployment works as documented.
 
     python3 deploy/smoke.py [--no-build] [--build-option=--network=host] [--keep]
 
-Needs Docker with Compose and nothing else (standard library only). It is a Compose project of its own on port 18000,
-so a deployment on the same machine is not touched; its volumes are removed at the end. COMPOSE_FILE adds override
-files, as Compose reads it. Prints each step with the seconds since the start; exits 1 at the first broken promise.
+The script needs only Docker with Compose and Python's standard library. It runs a separate Compose project on port
+18000, so it does not affect other deployments on the same machine, and it removes the volumes of this project at the
+end. To add override files, set the environment variable COMPOSE_FILE, which Compose reads. The script prints each step
+with the seconds since the start. The exit status is 1 if a check fails.
 """
 
 import argparse
@@ -28,7 +29,7 @@ URL = f"http://127.0.0.1:{PORT}"
 REQUEST_LIMIT_S = 10.0
 STARTED = time.monotonic()
 
-# A photo that no run has sent before: noise, as JPEG.
+# Prints a JPEG image of random noise, which cannot be in the cache yet.
 MAKE_PHOTO = """
 import os, sys
 from PIL import Image
@@ -37,18 +38,27 @@ Image.frombytes("RGB", (40, 30), os.urandom(3600)).resize((640, 480)).save(sys.s
 
 
 def say(text: str) -> None:
+    """Print a line with the seconds since the start."""
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
 def expect(promise: str, holds: bool, seen: object = "") -> None:
-    """Print the promise as kept, or end the run."""
+    """Print whether a check has passed.
+
+    Raises:
+        SystemExit: the check has failed.
+    """
     say(f"{'ok  ' if holds else 'FAIL'} {promise}{f': {seen}' if seen != '' else ''}")
     if not holds:
         raise SystemExit(1)
 
 
 def run(*command: str) -> bytes:
-    """Output of a command that must succeed; what it says on stderr is shown when it does not."""
+    """Run a command and return its output.
+
+    Raises:
+        SystemExit: the command failed. Its output has been printed.
+    """
     result = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, env=environment())
     if result.returncode:
         sys.stderr.buffer.write(result.stdout + result.stderr)
@@ -57,47 +67,63 @@ def run(*command: str) -> bytes:
 
 
 def environment() -> dict[str, str]:
+    """Return the environment variables for Docker."""
     return {**os.environ, "DINOV2_PUBLISH": f"127.0.0.1:{PORT}", "REDIS_PASSWORD": "smoke-test-password"}
 
 
 def compose(*arguments: str) -> bytes:
+    """Run a command of Docker Compose in the project of this script and return its output."""
     return run("docker", "compose", "-p", "dinov2-smoke", *arguments)
 
 
 def inside(service: str, *command: str) -> str:
+    """Run a command in the container of a Compose service and return its output."""
     return compose("exec", "-T", service, *command).decode().strip()
 
 
 def get(path: str) -> Any:
+    """Return the JSON response to a GET request."""
     with urllib.request.urlopen(URL + path, timeout=REQUEST_LIMIT_S) as answer:
         return json.load(answer)
 
 
 def embed(photo: bytes) -> Any:
-    """What `curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg'` gets from /v1/embeddings."""
+    """Send the bytes of a JPEG image to /v1/embeddings and return the JSON response."""
     request = urllib.request.Request(f"{URL}/v1/embeddings", photo, {"Content-Type": "image/jpeg"})
     with urllib.request.urlopen(request, timeout=REQUEST_LIMIT_S) as answer:
         return json.load(answer)
 
 
 def computed(answer: Any) -> bool:
-    """Whether the vector came from the engine and not from the cache."""
+    """Return true if the engine computed the vector of a response, or false if the vector came from the cache."""
     return "infer" in answer["timings"]
 
 
 def wait_for(cache: str, limit_s: float = 60) -> float:
-    """Seconds until /readyz calls the cache `cache` ("ok" or "degraded")."""
+    """Wait until /readyz reports the cache status `cache`, and return the seconds that this took.
+
+    Args:
+        cache: "ok" or "degraded".
+        limit_s: time limit in seconds.
+
+    Raises:
+        SystemExit: the time limit is exceeded.
+    """
     started = time.monotonic()
     while not get("/readyz")["cache"]["status"].startswith(cache):
         if time.monotonic() - started > limit_s:
-            raise SystemExit(f"after {limit_s:.0f} s /readyz says {get('/readyz')}, not cache {cache}")
+            raise SystemExit(f"after {limit_s:.0f} s, the cache is not {cache}: /readyz responds {get('/readyz')}")
         time.sleep(0.2)
     return time.monotonic() - started
 
 
 @contextmanager
 def steady_requests(photo: bytes) -> Iterator[list[tuple[float, str]]]:
-    """Five requests a second in the background; yields the list of (seconds, what went wrong or "")."""
+    """Send about five requests per second in the background until the context ends.
+
+    Yields:
+        A list that gets an entry for each request: the duration in seconds, and an error message or "".
+    """
     seen: list[tuple[float, str]] = []
     stop = threading.Event()
 
@@ -120,79 +146,93 @@ def steady_requests(photo: bytes) -> Iterator[list[tuple[float, str]]]:
 
 
 def check_container() -> None:
+    """Check that the container of the service is restricted as docker-compose.yml says."""
     status = inside("service", "python", "-c", "print(open('/proc/self/status').read())")
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    expect("the service is not root", fields["Uid"].split()[0] == "10001", f"uid {fields['Uid'].split()[0]}")
-    expect("it has no capabilities", int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0)
-    expect("it can gain none", fields["NoNewPrivs"] == "1")
+    expect("the service does not run as root", fields["Uid"].split()[0] == "10001", f"uid {fields['Uid'].split()[0]}")
+    expect("the service has no capabilities", int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0)
+    expect("the service cannot gain privileges", fields["NoNewPrivs"] == "1")
     probe = "import sys\ntry: open('/opt/venv/x', 'w')\nexcept OSError as e: sys.exit(print(e.strerror))"
-    expect("its root file system is read-only", "Read-only" in inside("service", "python", "-c", probe))
+    expect("the root file system of the service is read-only", "Read-only" in inside("service", "python", "-c", probe))
     sizes = run("docker", "image", "inspect", "-f", "{{.Size}}", IMAGE)
-    say(f"     image of {int(sizes) / 1e6:.0f} MB")
+    say(f"     the image has {int(sizes) / 1e6:.0f} MB")
 
 
 def check_redis_outage(photo: bytes) -> None:
-    """Redis dies hard, stays away, comes back; requests go on."""
+    """Kill Redis, start it again after five seconds, and check that requests succeed the whole time."""
     with steady_requests(photo) as seen:
         compose("kill", "-s", "KILL", "redis")
-        expect("a killed Redis is degraded, not unready", True, f"noticed after {wait_for('degraded'):.1f} s")
+        expect(
+            "without Redis, the cache is degraded and the service stays ready",
+            True,
+            f"reported after {wait_for('degraded'):.1f} s",
+        )
         time.sleep(5)
         during = len(seen)
         compose("start", "redis")
-        expect("it is used again by itself", True, f"{wait_for('ok'):.1f} s after its start")
+        expect("the service uses Redis again", True, f"{wait_for('ok'):.1f} s after the start of Redis")
         time.sleep(2)
     failures = [fault for _, fault in seen if fault]
     slowest = max(seconds for seconds, _ in seen)
-    expect("no request failed meanwhile", not failures, f"{len(seen)} sent, {during} of them before it was back")
-    expect("none took long", slowest < 3, f"slowest {slowest * 1e3:.0f} ms")
+    expect("no request failed during the outage", not failures, f"{len(seen)} sent, {during} while Redis was down")
+    expect("every request took less than 3 s", slowest < 3, f"the slowest took {slowest * 1e3:.0f} ms")
     expect("the service was not restarted", restarts("service") == 0)
 
 
 def restarts(service: str) -> int:
+    """Return how often Docker has restarted the container of a Compose service."""
     container = compose("ps", "-q", service).decode().strip()
     return int(run("docker", "inspect", "-f", "{{.RestartCount}}", container))
 
 
 def check(build: bool, build_options: list[str]) -> None:
+    """Build the image if `build` is true, start the deployment, and run all checks."""
     if build:
         run("docker", "build", "-q", "-t", IMAGE, *build_options, ".")
-        say("image built")
+        say("the image is built")
     compose("up", "-d", "--no-build", "--wait")
     ready = get("/readyz")
-    expect("up and ready", ready["status"] == "ready", f"model {ready['model']}, cache {ready['cache']}")
+    expect("the service is ready", ready["status"] == "ready", f"model {ready['model']}, cache {ready['cache']}")
     check_container()
 
     photos = [run("docker", "run", "--rm", "--network=none", IMAGE, "python", "-c", MAKE_PHOTO) for _ in range(2)]
     first = embed(photos[0])
     vector = first["data"][0]["embedding"]
-    expect("a photo is embedded through the published port", computed(first), f"{len(vector)} numbers")
-    expect("the second time from Redis", not computed(embed(photos[0])))
-    expect("Redis wants its password", "NOAUTH" in inside("redis", "env", "-u", "REDISCLI_AUTH", "redis-cli", "ping"))
+    expect("the service embeds an image on the published port", computed(first), f"{len(vector)} numbers")
+    expect("the second response for the same image comes from the cache", not computed(embed(photos[0])))
+    expect("Redis requires a password", "NOAUTH" in inside("redis", "env", "-u", "REDISCLI_AUTH", "redis-cli", "ping"))
 
     check_redis_outage(photos[1])
-    expect("what it held outlived the kill", not computed(embed(photos[0])))
+    expect("the cached vector is available after Redis was killed", not computed(embed(photos[0])))
 
     compose("restart", "redis", "service")
     compose("up", "-d", "--no-build", "--wait")
     again = embed(photos[0])
-    expect("the cache outlives a restart of both", not computed(again) and again["data"][0]["embedding"] == vector)
+    expect(
+        "the cached vector is available after a restart of Redis and the service",
+        not computed(again) and again["data"][0]["embedding"] == vector,
+    )
 
     started = time.monotonic()
     container = compose("ps", "-q", "service").decode().strip()
     compose("stop", "service")
     status = run("docker", "inspect", "-f", "{{.State.ExitCode}}", container).decode().strip()
-    expect("SIGTERM ends it cleanly", status == "0", f"{time.monotonic() - started:.1f} s, exit status {status}")
+    expect(
+        "the service exits cleanly after SIGTERM",
+        status == "0",
+        f"{time.monotonic() - started:.1f} s, exit status {status}",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-build", action="store_true", help=f"use the image {IMAGE} that is there")
-    parser.add_argument("--build-option", action="append", default=[], help="passed to docker build")
-    parser.add_argument("--keep", action="store_true", help="leave the containers and volumes")
+    parser.add_argument("--no-build", action="store_true", help=f"use the existing image {IMAGE}")
+    parser.add_argument("--build-option", action="append", default=[], help="option for docker build; repeatable")
+    parser.add_argument("--keep", action="store_true", help="do not remove the containers and volumes at the end")
     options = parser.parse_args()
     try:
         check(not options.no_build, options.build_option)
-        say("all promises kept")
+        say("all checks passed")
     finally:
         if not options.keep:
             compose("down", "-v", "--timeout", "10")

@@ -1,7 +1,7 @@
-"""Write the reference pages from the code: `python docs/reference.py` (or `make docs`).
+"""Generate the reference pages from the code: `python docs/reference.py` (or `make docs`).
 
-settings.md, metrics.md and commands.md are made from the settings, the metrics and the command line, so they cannot
-disagree with the code. A test compares the pages with what this script makes.
+The pages are settings.md, metrics.md and commands.md. They describe the settings and metrics of the service and the
+command line. A test compares the stored pages with the output of this script, so that the pages match the code.
 """
 
 import inspect
@@ -24,12 +24,12 @@ NOTE = "<!-- Made by docs/reference.py: change the code and run `make docs`. -->
 
 
 def cell(text: str) -> str:
-    """Text that is safe in a cell of a table, on one line."""
+    """Return the text on one line and with escaped pipe characters, for a cell of a Markdown table."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
 def settings_page() -> str:
-    """All settings of the service: name, default, allowed values, meaning."""
+    """Return the Markdown page with the default, allowed values and meaning of every setting of the service."""
     rows = [
         f"| `{PREFIX}{name.upper()}` | {_default(field)} | {_allowed(field)} | {cell(field.description or '')} |"
         for name, field in Settings.model_fields.items()
@@ -39,12 +39,13 @@ def settings_page() -> str:
         "The service reads its settings from the environment. An empty value means the default. If a `DINOV2_*` name\n"
         "is not listed here, the service does not start and suggests the nearest name. Options of `dinov2 serve`\n"
         "override the environment.\n\n"
-        "Sizes are in bytes or pixels and times in seconds, as the names say.\n\n"
+        "Sizes are in bytes or pixels and times in seconds; the names contain the unit.\n\n"
         "| setting | default | allowed | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 
 def _default(field: Any) -> str:
+    """Return the text that describes the default value of a setting."""
     if field.default_factory is not None:
         return "the number of CPUs"
     value = field.default
@@ -54,6 +55,7 @@ def _default(field: Any) -> str:
 
 
 def _allowed(field: Any) -> str:
+    """Return the text that describes the allowed values of a setting."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
     bounds = []
@@ -65,13 +67,14 @@ def _allowed(field: Any) -> str:
 
 
 def _kind(annotation: Any) -> str:
+    """Return the words for a type, for instance "a number" for `float` or `float | None`."""
     if get_origin(annotation) in (Union, UnionType):
         [annotation] = [part for part in get_args(annotation) if part is not type(None)]
     return {str: "text", int: "an integer", float: "a number", Path: "a path"}[annotation]
 
 
 def metrics_page() -> str:
-    """All metrics of /metrics: name, type, labels, meaning."""
+    """Return the Markdown page with the name, type, labels and meaning of every metric of the service."""
     metrics = Metrics()
     rows = []
     for collector in vars(metrics).values():
@@ -82,14 +85,14 @@ def metrics_page() -> str:
         rows.append(f"| `{name}` | {collector._type} | {labels} | {cell(collector._documentation)} |")
     return (
         f"{NOTE}# Metrics\n\n"
-        "`GET /metrics` answers in Prometheus' text format. Times are in seconds. The answer also has the metrics of\n"
+        "`GET /metrics` responds in Prometheus' text format. Times are in seconds. The response also has metrics of\n"
         "the process and of the Python runtime (`process_...`, `python_info`).\n\n"
         "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "\n".join(sorted(rows)) + "\n"
     )
 
 
 def commands_page() -> str:
-    """All commands of `dinov2` with their arguments and options."""
+    """Return the Markdown page with all commands of `dinov2`, their arguments and their options."""
     parts = [
         f"{NOTE}# Commands\n\n"
         "`make run` installs the command `dinov2` into `.venv-run`. `dinov2 COMMAND --help` shows the same texts,\n"
@@ -100,6 +103,7 @@ def commands_page() -> str:
 
 
 def _group(group: Any, path: str) -> list[str]:
+    """Return the Markdown sections of all commands of a group and of its subgroups."""
     parts = []
     for name, command in sorted(group.commands.items()):
         if command.hidden:
@@ -112,7 +116,7 @@ def _group(group: Any, path: str) -> list[str]:
 
 
 def _command(command: Any, path: str) -> str:
-    """One command; typer's objects are those of click, whichever of the two defines them."""
+    """Return the Markdown section of one command, which is a command object of click."""
     arguments = [param for param in command.params if param.param_type_name == "argument"]
     options = [param for param in command.params if param.param_type_name == "option" and not param.hidden]
     usage = " ".join([path, *map(_metavar, arguments), *(["[OPTIONS]"] if options else [])])
@@ -127,12 +131,14 @@ def _command(command: Any, path: str) -> str:
 
 
 def _metavar(argument: Any) -> str:
+    """Return the name of an argument in capitals, with brackets if the argument is optional."""
     name = argument.metavar or argument.name.upper()
     dots = "..." if argument.nargs != 1 else ""
     return f"{name}{dots}" if argument.required else f"[{name}{dots}]"
 
 
 def _option(option: Any) -> str:
+    """Return the table row of an option: its names, default and meaning."""
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
     default = option.default
     if option.required:

@@ -45,7 +45,7 @@ def test_a_check_that_hangs_costs_its_time_and_keeps_its_rows(suite) -> None:
     )
     found = suite.run_check(python(suite, code), limit_s=2.0)
     assert found["status"] == "timed out"
-    assert found["reason"] == "not done after 2 s"
+    assert found["reason"] == "not finished after 2 s"
     assert "still here" in found["messages"]
     (row,) = found["rows"]
     deadline = time.monotonic() + 10
@@ -72,7 +72,7 @@ def test_numbers_that_stray_fail_their_check(suite) -> None:
     code = "import json; print(json.dumps({'row': {'engine': 'torch', 'passed': False}}))"
     found = suite.run_check(python(suite, code), limit_s=30.0)
     assert found["status"] == "failed"
-    assert "further from its reference than is allowed: torch" in found["reason"]
+    assert "these rows differ too much from the reference: torch" in found["reason"]
 
 
 def test_a_check_of_which_nothing_ran_failed(suite) -> None:

@@ -1,10 +1,11 @@
 #!/bin/bash
-# Training on SLURM: one torchrun per machine.
+# Training on SLURM with one torchrun per machine.
 #
 #   DATA=/photos OUT=/runs/vitl14 sbatch deploy/training/slurm.sh [key=value ...]
 #
-# Change: nodes, GPUs, time. Five minutes before the time is up this script gets SIGTERM and passes it on; the run saves
-# and leaves, and the job queues itself again. An error ends the job.
+# Adapt the number of nodes and GPUs and the time limit. Five minutes before the time limit, SLURM sends SIGTERM to this
+# script, which passes it on. The run then saves its state and exits, and the script requeues the job. An error ends the
+# job.
 #SBATCH --job-name=dinov2-train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,8 +16,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
-DATA=${DATA:?the folder of images, tar shards or data set to train on}
-OUT=${OUT:?the folder of the run, on a file system that all machines see}
+DATA=${DATA:?set DATA to the images, tar shards or data set to train on}
+OUT=${OUT:?set OUT to the folder of the run, on a file system that all machines share}
 RECIPE=${RECIPE:-vitl14}
 
 run= stopped=
@@ -30,7 +31,7 @@ run=$!
 status=0
 wait "$run" || status=$?
 if [ "$stopped" ]; then
-  wait "$run" || true  # the first wait ended with the signal
+  wait "$run" || true  # the signal ended the first wait
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

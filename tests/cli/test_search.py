@@ -167,7 +167,7 @@ def test_photos_left_out_are_listed_counted_and_exit_status_1(
     assert "3 indexed, 0 already there, 1 failed -> shop" in result.stdout
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"failed {torn}: the JPEG is damaged")
-    assert lines[-1] == "1 image was left out: all are listed above; --errors FILE saves the whole list"
+    assert lines[-1] == "1 image was left out: see the list above; --errors FILE saves the whole list"
     assert kept.store()._collections["shop"].items.keys() == {"a.png", "b.png", "deep/c.png"}
     for index in range(25):
         (photos / f"{index}.jpg").write_bytes(b"")
@@ -179,7 +179,7 @@ def test_photos_left_out_are_listed_counted_and_exit_status_1(
     errors = tmp_path / "errors.jsonl"
     result = kept.invoke("index", photos, "-c", "shop", "--errors", errors)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"26 images were left out: all are listed in {errors}"
+    assert result.stderr.splitlines()[-1] == f"26 images were left out: see the list in {errors}"
     rows = [json.loads(line) for line in errors.read_text().splitlines()]
     assert len(rows) == 26
     assert rows[0].keys() == {"source", "reason"}
@@ -347,7 +347,7 @@ def test_a_copy_takes_the_stored_photos_along(kept: Kept, photos: Path, tmp_path
     assert result.exit_code == 1
     assert "images: 1 copied, 0 already there, 1 not stored at the source\n" in result.stdout
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("1 image was left out because the source cannot read them: the stored image ")
+    assert last.startswith("1 image was left out because of a read error at the source: the stored image ")
     assert files(tmp_path / "third") == [stored[2].name]
     assert "images: 0 copied, 1 already there, 1 not" in kept.invoke(*other).stdout
 

@@ -38,8 +38,8 @@ def test_help_is_the_default_and_lists_every_target_that_documents_name() -> Non
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ("no-such-python", "no Python runs as 'no-such-python'"),
-        ("./old-python", "is Python 3.8.18, 3.11 or newer is needed"),
+        ("no-such-python", "'no-such-python' does not run: install python3"),
+        ("./old-python", "is Python 3.8.18, but 3.11 or newer is needed"),
         ("./bare-python", "apt install python3-venv"),
     ],
 )
