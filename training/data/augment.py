@@ -57,7 +57,7 @@ class View:
     """A kind of crop.
 
     `size` is the side of the crop in pixels. `scale` is the range of the crop's area, as a share of the image's area.
-    `blur` and `solarize` are the probabilities of these two changes.
+    `blur` and `solarize` are the probabilities that a crop is blurred or solarised.
     """
 
     size: int
@@ -92,11 +92,12 @@ class Draws:
     - `boxes` [n, 4]: top, left, height and width of each crop, as fractions of the image's sides.
     - `flips` bool [n]: True for crops that are mirrored.
     - `gains` [n, 3]: the white balance factor of each channel, or None if the white balance is not changed.
-    - `blends` int [n, 3] and `factors` [n, 3]: kind and strength of each round of blending; factor 1 changes nothing.
+    - `blends` int [n, 3]: the order of the blends that change brightness, contrast and saturation, in three rounds.
+    - `factors` [n, 3]: the strength of the blend in each round. A factor of 1 changes nothing.
     - `hue` [n]: the hue shift as a fraction of a full circle.
-    - `hue_round` [n]: the round of blending before which the hue is shifted; 3: after the last round; -1: no shift.
+    - `hue_round` [n]: the round before which the hue is shifted. 3 means after the last round, and -1 means no shift.
     - `gray` and `solarize` bool [n]: True for crops that are turned gray or solarised.
-    - `sigma` [n]: the standard deviation of the blur in pixels; 0: no blur.
+    - `sigma` [n]: the standard deviation of the blur in pixels. 0 means no blur.
     """
 
     boxes: Tensor
@@ -117,7 +118,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     Args:
         aspect: width / height of each crop's image, [n].
         scale: range of a box's area, as a share of the image's area. The area is uniform in this range.
-        random: the keys of the n crops.
+        random: the random numbers of the n crops.
 
     Returns:
         [n, 4]: top, left, height and width of each box, as fractions of the image's sides. The log of a box's aspect is
@@ -145,7 +146,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
 def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
     """Draw the random choices for n crops of the kind `view`.
 
-    `aspect` [n] is the width / height of each crop's image, and `random` has one key per crop.
+    `aspect` [n] is the width / height of each crop's image, and `random` gives the random numbers of each crop.
     """
     flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
     strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
@@ -195,8 +196,9 @@ def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tens
     """Return n matrices [n, out, source] that resample a part of an axis of `source` pixels to `out` pixels.
 
     Each part goes from `start` [n] to `start + length`, in pixels. A negative `length` [n] mirrors it. As in Pillow's
-    `resize(..., BILINEAR, box=...)`, each row is a triangle around the centre of an output pixel. The half width of the
-    triangle is max(1, |length| / out). The triangle is cut off at the edge of the image and scaled to sum to one.
+    `resize(..., BILINEAR, box=...)`, each row has triangular weights around the centre of an output pixel. The half
+    width of the triangle is max(1, |length| / out). The weights end at the edge of the image, and they are scaled to
+    sum to one.
     """
     step = length / out  # source pixels per output pixel, [n]
     centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
@@ -228,7 +230,7 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
         out: side of the resized crops, pixels.
         flips: True for crops that are mirrored, bool [n] on the CPU.
         window: side of the window that is cut out of the image before it is resized. It is either S (the whole image)
-            or at least the `window_sides` of every box.
+            or at least the largest side that `window_sides` returns for the boxes.
     """
     side = images.shape[-1]
     start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
@@ -359,7 +361,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Invert the values above one half in images with values in 0..1, and return the result.
+    """Replace each value x above one half by 1 - x, and return the result. `images` have values in 0..1.
 
     For values that are whole bytes divided by 255, this equals Pillow's `ImageOps.solarize` at 128. The function is
     continuous, so a small rounding difference in the input stays small.

@@ -81,7 +81,7 @@ def _repeated(operation: Callable[[], T]) -> T:
 class LocalBlob:
     """A file on this machine.
 
-    The file is opened for each read, which takes 10 us, so that thousands of shards do not stay open.
+    The file is opened for each read, which takes 10 us, so that thousands of files do not stay open.
     """
 
     def __init__(self, path: Path) -> None:

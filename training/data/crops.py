@@ -78,8 +78,8 @@ def make_crops(
         aspect: width / height of each image before it was squashed to a square, float [b] on the CPU.
         step: the step, counted from 0.
         positions: positions of the images among the `batch_size` images of the step, over all ranks and micro-batches;
-            int64 [b] on the CPU. Of the masks of the step, the image at position p gets number p for its first view and
-            number batch_size + p for its second view.
+            int64 [b] on the CPU. The image at position p gets the masks with the numbers p (for its first view) and
+            batch_size + p (for its second view) of the step.
         phase: the phase of the run that defines the views, from `settings.phase(...)`.
         device: the device on which the crops are made and returned.
     """

@@ -109,7 +109,7 @@ class Photo:
 
 
 class Subset:
-    """A source that consists of selected images of another source. Their numbers start at 0 again."""
+    """A source that consists of selected images of another source. The selected images are numbered from 0."""
 
     parts: Mapping[str, Indices]
 
@@ -138,7 +138,7 @@ class Subset:
 
 
 def photos_of(source: Source) -> list[Photo]:
-    """Return all images of a source as a list, which evaluations need."""
+    """Return all images of a source as a list of `Photo` objects."""
     return [Photo(source, i) for i in range(len(source))]
 
 
@@ -169,7 +169,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """Resize an image [height, width, 3] to a square with bicubic interpolation, which changes its proportions.
+    """Resize an image [height, width, 3] to a square, whatever its proportions, with bicubic interpolation.
 
     Return the square, uint8 [3, side, side], and the image's original width / height.
 
@@ -192,10 +192,10 @@ def _channels_first(square: Pixels) -> Pixels:
 def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
     """Decode an image, and squash it to a square.
 
-    Return the square, uint8 [3, side, side], and the image's original width / height. The result is that of
-    `squash(decode(data), side)`, with two small differences. A JPEG that is much larger than the square is decoded at a
-    fraction of its size, which changes the pixels slightly (see `DRAFT_MARGIN`) but always in the same way. An image
-    with an EXIF orientation is turned after it is squashed, which may change a value by one.
+    Return the square, uint8 [3, side, side], and the image's original width / height. The result differs from that of
+    `squash(decode(data), side)` in two small ways. A JPEG that is much larger than the square is decoded at a fraction
+    of its size, which changes the pixels slightly (see `DRAFT_MARGIN`) but always in the same way. An image with an
+    EXIF orientation is turned after it is squashed, which may change a value by one.
 
     Raises:
         ValueError: the image cannot be decoded, is too large, or has one side more than 100 times the other.
@@ -238,7 +238,7 @@ def read_photo(photo: Path | Photo) -> Pixels:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of the files below a folder that have one of `suffixes`, sorted by the parts of the paths.
+    """Yield the paths of the files with one of `suffixes` below a folder, sorted by the parts of the paths.
 
     `above` has the device and inode numbers of all folders that contain this folder. A link to one of them would be a
     loop, so it is not followed.
@@ -263,7 +263,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, .
 
 
 def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Yield the paths of the files below `folder`, at any depth, that have one of `suffixes`.
+    """Yield the paths of the files with one of `suffixes` below `folder`, at any depth.
 
     The paths are sorted by their parts. `suffixes` are in lower case and also match suffixes in upper case. Links are
     followed, except a link to a folder that contains the link.

@@ -85,9 +85,9 @@ def patches_to_mask(
 ) -> npt.NDArray[np.int64]:
     """Return the number of patches to mask in each of the `n_total` images of a step, int64 [n_total].
 
-    The share `probability` of the images, chosen at random, is masked. The range `ratio` of masked shares is divided
-    into as many equal parts as there are masked images, and each masked image draws its share from one of these parts.
-    Every image has `n_patches` patches.
+    The share `probability` of the images, chosen at random, is masked. `ratio` is the range of the share of patches to
+    mask in an image. It is divided into as many equal parts as there are masked images, and each masked image draws its
+    share from one of these parts. Every image has `n_patches` patches.
     """
     rng = np.random.default_rng((STREAM, seed, step))
     n_with_mask = int(n_total * probability)

@@ -53,7 +53,10 @@ BLOCK = 512
 
 
 class _Reader(io.RawIOBase):
-    """A file object through which tarfile reads a shard. It reads in blocks and holds the last block in memory."""
+    """A file object through which Python's `tarfile` reads a shard.
+
+    It reads the shard in blocks and holds the last block in memory.
+    """
 
     def __init__(self, blob: Blob, ahead: int) -> None:
         self._blob, self._ahead, self._at = blob, ahead, 0
@@ -123,7 +126,7 @@ def printable(name: str) -> str:
 
 
 def common_folder(names: Sequence[str]) -> int:
-    """Return the length in characters of the longest folder, including its last slash, with which all names start."""
+    """Return the length in characters of the longest folder path with which all names start, including its last slash."""
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1
@@ -223,7 +226,7 @@ def _identity(blob: Blob, shard: str) -> list[object]:
 def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
     """Load the index that is stored at `path`.
 
-    Return None if the file is missing or damaged, or if the index was made for a shard with another identity.
+    Return None if the file is missing or damaged, or if its index was stored with another `identity`.
     """
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -280,7 +283,7 @@ def _opener(suffix: str) -> Callable[[IO[bytes]], IO[bytes]]:
 
 
 def unpacked(blob: Blob) -> MemoryBlob:
-    """Unpack a compressed tar into memory, and return the result.
+    """Unpack a compressed tar, and return it as a file in memory.
 
     Raises:
         ValueError: the file is too large or damaged, or Python does not support its compression.
@@ -320,8 +323,8 @@ class TarSource:
     """A source of the images in tar shards, in the order of the shards and of their members.
 
     The name of an image is `shard/member`. If the paths of some shards contain the word `train` and those of others the
-    word `val`, these words define the split `parts`. Otherwise the folders `train` and `val` inside the shards define
-    it. They must be the first folders after the part of the path that all members share.
+    word `val`, these words define the split `parts`. Otherwise the split is defined by the folders `train` and `val`
+    inside the shards. They must be the first folders after the part of the path that all members share.
     """
 
     def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:

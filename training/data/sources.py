@@ -189,7 +189,7 @@ class HuggingFaceSource:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand the braces in a pattern, and return all names that it stands for.
+    """Expand the braces in a pattern, and return all resulting names.
 
     For example, `a-{00..02}.tar` gives a-00.tar, a-01.tar and a-02.tar, and `{x,y}.tar` gives x.tar and y.tar. If the
     pattern has several pairs of braces, the result has all combinations, and the last pair varies fastest.
@@ -243,7 +243,7 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
-    """Return short names of shards for logs and digests: their URLs without the folder in which all of them are."""
+    """Return short names of shards for logs and digests: their URLs without the leading folder that all of them share."""
     plain = [_path_of(url) for url in urls]
     start = common_folder(plain)
     return [printable(url[start:]) for url in plain]
@@ -320,10 +320,9 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
 def source_digest(source: Source, *, contents: bool) -> str:
     """Compute a sha256 of a source's images, in order. A resumed run uses it to check that its images are the same.
 
-    If `contents` is true, the digest covers the names and contents of all images, so it reads all of them; an
-    unreadable image counts as empty. Otherwise it covers the names and the sizes in bytes. It then changes if an image
-    is added, removed, renamed or replaced by one of another size, but not if an edit keeps the size. Labels are never
-    covered.
+    If `contents` is true, all images are read, and the digest covers their names and contents; an unreadable image
+    counts as empty. Otherwise the digest covers the names and the sizes in bytes. It then changes if an image is added,
+    removed, renamed or replaced by one of another size, but not if an edit keeps the size. Labels are never covered.
     """
     digest = hashlib.sha256()
     for index in range(len(source)):

@@ -20,7 +20,7 @@ from training.evaluate.settings import DenseSettings, TaskSettings
 class Backbone:
     """A model to evaluate, in eval mode, with its name, its preprocessing (`spec`) and its fingerprint.
 
-    The fingerprint equals that of an artifact of the same model.
+    An artifact of the same model has the same fingerprint.
     """
 
     name: str

@@ -29,7 +29,7 @@ WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and the file of its map."""
+    """An image file and the file of its map, which is a mask of classes or a depth map."""
 
     image: Path
     target: Path
@@ -50,9 +50,9 @@ class HeadTraining:
 
 
 def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Pair]:
-    """Return the images below `folder/images/split`, sorted, each with the map of the same name.
+    """Return the images below `folder/images/split`, sorted, each with its map (a mask or a depth map).
 
-    The maps are below `folder/kind/split`, and their suffix is one of `suffixes`.
+    The map of an image has the same name and is below `folder/kind/split`. Its suffix is one of `suffixes`.
 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.
@@ -79,7 +79,7 @@ class TokenSettings:
     """The settings for making the input of a head from a model's tokens.
 
     The patch tokens of the last `n_blocks` blocks are concatenated. If `with_cls` is true, each block's class token is
-    also appended to each of its patch tokens. With precision "bf16", the forward pass runs in autocast.
+    also appended to each of its patch tokens. If `precision` is "bf16", the forward pass runs in bfloat16 autocast.
     """
 
     n_blocks: int
@@ -194,7 +194,7 @@ class DenseData:
 
 
 def learning_rates(training: HeadTraining) -> list[float]:
-    """Return the learning rate of each iteration of a training."""
+    """Return the learning rate of each iteration of a head's training."""
     warmup = round(WARMUP_SHARE * training.iterations)
     rise = (np.arange(warmup) + 1) / max(1, warmup)
     fall = 1 - np.arange(training.iterations - warmup) / max(1, training.iterations - warmup)

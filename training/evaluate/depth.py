@@ -109,7 +109,7 @@ class LinearDepth(nn.Module):
 
 
 def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
-    """Compute the square root of variance + 0.15 * mean^2 of the log error of a depth prediction.
+    """Compute the scale-invariant loss of a depth prediction, sqrt(variance + 0.15 * mean^2) of the log error.
 
     `predicted` and `depth` have the known pixels, [n] in metres. The log error of a pixel is log predicted - log depth.
     """
@@ -121,9 +121,9 @@ def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
 def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
     """Compute how much the log error of a depth prediction differs between neighbouring pixels, over four strides.
 
-    The log error of a pixel is log predicted - log depth. At each stride, the absolute differences between vertical and
-    horizontal neighbours that are both known are added up and divided by the number of known pixels. The result is the
-    sum over the strides.
+    The log error of a pixel is log predicted - log depth. At each stride, the absolute differences of all pairs of
+    known pixels that are vertical or horizontal neighbours are added up and divided by the number of known pixels. The
+    result is the sum over the strides.
 
     Args:
         predicted: predicted depths in metres, [H, W].

@@ -53,15 +53,19 @@ class ImageFeatures:
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
-        """Return one vector per image, [n, width(pooling, D)].
+        """Return one vector per image as the n rows of a tensor.
 
-        If the pooling joins the class token and the mean patch token, both are scaled to length 1 first.
+        `pooling` selects the class token, the mean patch token or both. If both are joined, each is first scaled to
+        length 1.
         """
         return pool_tensors(self.cls[:, -1], self.mean, pooling)
 
 
 def pool_tensors(cls: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
-    """Compute one vector per image from its class token, `cls` [n, D], and its mean patch token, `mean` [n, D]."""
+    """Compute one vector per image from its class token, `cls` [n, D], and its mean patch token, `mean` [n, D].
+
+    `pooling` selects one of the two tokens or joins both.
+    """
     return pool({"cls": cls, "mean": mean}, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
 
 
@@ -92,8 +96,8 @@ def name_of(photo: Path | Photo) -> str:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield the result of `work(item)` for each of `items`, in order.
 
-    Threads compute up to 4 results per thread ahead. Pillow releases the interpreter's lock while it decodes and
-    resizes, so reading images overlaps with the forward pass.
+    The results are computed ahead by `workers` threads, up to 4 results per thread. Pillow releases the interpreter's
+    lock while it decodes and resizes, so reading images overlaps with the forward pass.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool_of_threads:
@@ -156,8 +160,8 @@ def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -
 class ForwardSettings:
     """The settings of a forward pass over images. Batch size and number of threads do not affect the result.
 
-    `workers` is the number of threads that read images; None means one per CPU, at most 8. With precision "bf16", the
-    forward pass runs in autocast.
+    `workers` is the number of threads that read images; None means one per CPU, at most 8. If `precision` is "bf16",
+    the forward pass runs in bfloat16 autocast.
     """
 
     batch_size: int = 64
@@ -233,8 +237,8 @@ def cache_key(
 ) -> str:
     """Compute a sha256 (64 hex digits) of everything that determines the features.
 
-    It covers the model, the preprocessing, the precision, the boxes, and the names or paths and the sizes in bytes of
-    the images. The contents of the images are not read, so replacing an image by one of exactly the same size goes
+    The hash covers the model, the preprocessing, the precision, the boxes, and each image's name or path and size in
+    bytes. The contents of the images are not read, so replacing an image by one of exactly the same size goes
     unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
@@ -271,7 +275,7 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder where features are cached, and the digest of the model that they belong to."""
+    """A folder where the features of one model are cached, and the digest of this model."""
 
     folder: Path
     model_digest: str

@@ -36,7 +36,7 @@ class Head:
     """One linear head.
 
     Its input has the class tokens of the last `blocks` blocks and, if `avgpool` is true, the mean patch token. `lr` is
-    its learning rate before it is multiplied by batch / 256.
+    its learning rate before it is multiplied by batch size / 256.
     """
 
     blocks: int
@@ -127,7 +127,7 @@ def _make_group(
 
 
 def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
-    """Do one SGD step, in place, of all heads with the same input.
+    """Update all heads with the same input by one step of SGD, in place.
 
     `x` [b, F] has the input features of b images, `labels` [b] their class numbers, and `lrs` [H] the learning rate of
     each head.

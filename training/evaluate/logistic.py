@@ -111,9 +111,10 @@ def fit_logistic(
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
-    """Return the share of images that the model classifies correctly, by the largest logit.
+    """Return the share of images that the model classifies correctly.
 
-    `features` are [n, D] and `labels` class numbers [n]. The logits of `rows` images are computed at a time.
+    The predicted class of an image is the one with the largest logit. `features` are [n, D] and `labels` class numbers
+    [n]. The logits of `rows` images are computed at a time.
     """
     right = 0
     for top in range(0, len(labels), rows):
@@ -138,7 +139,7 @@ class LogisticReport:
     """The result of a logistic regression.
 
     `accuracy` is the accuracy on val with the chosen inverse penalty strength `c`. `sweep` maps each tried value of C
-    to the accuracy on the training images that were set aside to choose it.
+    to the accuracy on the training images that were set aside to choose C.
     """
 
     accuracy: float

@@ -68,7 +68,7 @@ class Context:
 
     @property
     def folder(self) -> Path:
-        """Return the data of a task as a folder, for tasks that read files by name."""
+        """Return the path of the task's data as a folder, for tasks that read files by name."""
         return Path(self.data)
 
     @property

@@ -49,7 +49,7 @@ class MilvusServer:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop the process with SIGSTOP, and wait until all its threads have stopped, so that it answers nothing more."""
+        """Stop the process with SIGSTOP, and wait until all its threads have stopped. It then answers nothing more."""
         os.kill(self.process_id, signal.SIGSTOP)
         os.waitpid(self.process_id, os.WUNTRACED)
 
