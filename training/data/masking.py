@@ -27,7 +27,7 @@ MIN_BLOCK_PATCHES = 4
 MIN_ASPECT = 0.3
 ATTEMPTS_PER_BLOCK = 10
 DRAWN_AT_ONCE = 64
-STREAM = 0x3A5C  # numpy treats the seeds (seed, step) and (seed, step, 0) alike, so this word makes ours differ
+STREAM = 0x3A5C  # makes these seeds differ from (seed, step) and (seed, step, 0), which numpy treats alike
 
 
 def _uniforms(rng: np.random.Generator) -> Iterator[float]:

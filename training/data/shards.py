@@ -126,7 +126,7 @@ def printable(name: str) -> str:
 
 
 def common_folder(names: Sequence[str]) -> int:
-    """Return the length in characters of the longest folder path with which all names start, including its last slash."""
+    """Return the length in characters of the longest folder path, including its last slash, that starts all names."""
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1

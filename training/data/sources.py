@@ -243,7 +243,7 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
-    """Return short names of shards for logs and digests: their URLs without the leading folder that all of them share."""
+    """Return short names of shards for logs and digests: their URLs without the leading folder that all share."""
     plain = [_path_of(url) for url in urls]
     start = common_folder(plain)
     return [printable(url[start:]) for url in plain]

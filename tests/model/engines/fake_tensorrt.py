@@ -53,7 +53,8 @@ def fake_plan(*, registers: int = 2, profiles: tuple = ((1, 1), (2, 16), (17, 64
 
     - `scale`: a factor on the features.
     - `fails` and `wrong_batches`: sizes of batches that fail, or that get wrong features.
-    - `capturable` and `valid`: what the fake answers to these questions about the plan.
+    - `capturable`: whether its work can be captured in a CUDA graph.
+    - `valid`: whether TensorRT for RTX accepts it.
     - `input`: the name of the input.
     - `fused`: the number of fused kernels that the plan names.
     """
@@ -309,7 +310,9 @@ class FakeEngine:
 
 
 def fake_tensorrt(cuda: FakeCuda, *, rtx: bool = False) -> Any:
-    """Return a fake of the module `tensorrt` or `tensorrt_rtx`. Its list `engines` has every engine that it loaded."""
+    """Return a fake of the module `tensorrt` or `tensorrt_rtx`. Its attribute `engines` lists every engine that was
+    loaded.
+    """
     engines: list[FakeEngine] = []
 
     class ILogger:
