@@ -18,7 +18,7 @@ small part of its image.
 
 One difference from DINOv2 is deliberate. Its `GaussianBlur(p)` blurs with probability 1 - p, so the released weights
 were trained with blur on 0, 90 and 50 % of the first global, second global and local crops. Here `blur` is the
-probability that a crop is blurred, and the recipes have these effective values.
+probability that a crop is blurred, and these effective values are the defaults of the run's settings.
 
 Legend: V views per image, B images, n crops, S side of a stored image, W side of the window cut out of it, o side of a
 crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's sides.

@@ -169,9 +169,9 @@ def sample(source: Source, most: int) -> list[Photo]:
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
-    """Add unreadable images to the list `skipped.txt` in the folder `out`.
+    """Add unreadable images to the list `skipped.txt` in the folder `out`, and print how many there are.
 
-    Also print their number and the first few of them on the console.
+    The first few images are also printed, each with the reason.
     """
     if not skipped:
         return

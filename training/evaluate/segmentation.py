@@ -85,7 +85,7 @@ def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> in
 
 
 class LinearSegmenter(nn.Module):
-    """Batch normalisation and a 1x1 convolution on patch tokens.
+    """A segmentation head: batch normalisation and a 1x1 convolution on patch tokens.
 
     The convolution is computed as a linear layer, so that images of different sizes can be in one batch.
     """
