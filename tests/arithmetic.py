@@ -1,8 +1,8 @@
-"""How torch computes in the tests: its number of threads and the state of its random generator.
+"""Fixtures for reproducible torch results in the tests: the number of threads and the state of the random generator.
 
-The networks in the tests are tiny, so several threads would only wait for each other, most of all on busy cores.
-`TEST_TORCH_THREADS` sets another number of threads; sums are then rounded differently. Tests start other processes with
-`ENVIRONMENT`, so that these compute exactly as the test itself.
+The networks in the tests are tiny, so several threads would only wait for each other, most of all on busy cores. The
+environment variable `TEST_TORCH_THREADS` sets another number of threads; sums are then rounded differently. Tests start
+other processes with `ENVIRONMENT`, so that these processes compute exactly as the tests do.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 THREADS = int(os.environ.get("TEST_TORCH_THREADS", "1"))
-# What `torch.set_num_threads` does: OpenMP and MKL, which would otherwise take fewer where there are fewer cores.
+# Like `torch.set_num_threads`, this fixes the threads of OpenMP and MKL, which use fewer on machines with few cores.
 SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "MKL_DYNAMIC": "FALSE"}
 ENVIRONMENT = os.environ | SETTINGS
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -21,8 +21,9 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 @contextmanager
 def same_arithmetic() -> Iterator[None]:
-    """Run the `with` block with `THREADS` torch threads and a freshly seeded generator. Restore the number of threads
-    afterwards.
+    """Run the `with` block with `THREADS` torch threads and a freshly seeded random generator.
+
+    The previous number of threads is restored afterwards.
     """
     if not HAS_TORCH:
         yield

@@ -21,14 +21,14 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported modules from garbage collection. Scanning all of them takes half a second each time."""
+    """Exclude all imported modules from garbage collection, because scanning them takes half a second each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def peak_memory_bytes() -> Callable[[str], int]:
-    """Run a Python script in a separate process and return its peak resident memory in bytes."""
+    """Return a function that runs a Python script in a separate process and returns its peak memory in bytes."""
 
     def measure(script: str) -> int:
         report = "\nimport resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -1,6 +1,6 @@
-"""A plain, slow vector store: dictionaries and a numpy scan.
+"""A simple, slow vector store that uses dictionaries and scans all vectors with numpy.
 
-Tests compare the real stores with it, and tests of the routes run on it.
+Tests compare the real stores with it, and tests of the HTTP routes use it as their store.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from service.search.store import CollectionInfo, CollectionSpec, Hit, Item, Meta
 class _Collection:
     spec: CollectionSpec
     items: dict[str, Item] = field(default_factory=dict)
-    requests: dict[str, str] = field(default_factory=dict)  # key -> the items, as text
+    requests: dict[str, str] = field(default_factory=dict)  # items as text, by idempotency key
 
 
 class DictStore:

@@ -1,7 +1,7 @@
-"""The test doubles: an engine that computes features from pixels by a fixed rule, and an artifact for it.
+"""Test doubles: an engine that computes features from pixels by a fixed rule, and an artifact for it.
 
-A test can slow the engine down, block it at an event, make it fail on chosen images, or kill its worker. The engine
-records its inputs.
+A test can slow the engine down, block it with an event, make it fail on chosen images, or end its worker thread. The
+engine records the shapes of its inputs.
 """
 
 import asyncio
@@ -41,19 +41,22 @@ _WEIGHTS = np.random.default_rng(0).normal(size=(3 * 14 * 14, DIMS)).astype(np.f
 
 
 class WorkerKilled(BaseException):
-    """Raised to end a worker thread. It is not an Exception, so no code can handle it as a failed forward pass."""
+    """The error that ends a worker thread. It is not an `Exception`, so no code handles it as a failed forward pass."""
 
 
 @dataclass
 class FakeEngine:
-    """An engine that multiplies each patch's pixels by a fixed matrix. The class token is the mean patch token."""
+    """An engine that multiplies the pixels of each patch by a fixed matrix.
+
+    The class token is computed from the mean of the patch tokens.
+    """
 
     name: str = "fake"
     precision: str = "fp32"
     device: str = "cpu"
     delay_s: float = 0.0
     gate: threading.Event | None = None  # each pass waits until the event is set
-    fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # takes a batch [B, 3, h, w]
+    fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # gets a batch, [B, 3, h, w]
     killed: bool = False
     batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes of the inputs
     entered: threading.Event = field(default_factory=threading.Event)
@@ -83,7 +86,7 @@ class FakeEngine:
 
 
 def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
-    """Return an artifact without files. Its fingerprint consists of the repeated `digit`."""
+    """Return an artifact without files. Its fingerprint is `digit`, repeated 64 times."""
     manifest = Manifest(
         name=name,
         fingerprint=digit * 64,
@@ -110,7 +113,7 @@ def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
 
 
 def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:
-    """Return an encoded image of noise with `size` (width, height). Each seed gives a different image."""
+    """Return an encoded image of random noise with `size` (width, height) pixels. Each seed gives a different image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
@@ -118,7 +121,7 @@ def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG")
 
 
 def plain_photo(value: int) -> bytes:
-    """Return an encoded image of one uniform grey value. A test can make the engine fail on this value."""
+    """Return an encoded image that has one uniform grey value. A test can make the engine fail on this value."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (value, value, value)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -126,7 +129,7 @@ def plain_photo(value: int) -> bytes:
 
 @dataclass
 class Running:
-    """A service that was started without a server. Requests go directly to the application."""
+    """A running service without a web server. Requests go directly to the application."""
 
     app: FastAPI
     client: httpx.AsyncClient
@@ -134,7 +137,7 @@ class Running:
     engine: FakeEngine
 
     async def embed(self, images: Sequence[bytes]) -> list[Outcome[Embedded]]:
-        """Return the pipeline's outcomes for images, all of which must be decodable."""
+        """Return the pipeline's result for each image. All images must be decodable."""
         return await self.service.pipeline.embed(numbered(images))
 
 
@@ -148,7 +151,10 @@ async def running(
     store: VectorStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
-    """Start a service, with the embedded store unless a store is given. The engine's records exclude the warm-up."""
+    """Start a service for the duration of a `with` block.
+
+    The service uses the embedded vector store unless `store` is given. The engine's records do not include the warm-up.
+    """
 
     async def open_given() -> VectorStore:
         assert store is not None
@@ -166,7 +172,7 @@ async def running(
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Run the event loop until the condition is true."""
+    """Run other tasks of the event loop until the condition is true. Fail if this takes more than `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
@@ -174,8 +180,9 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 
 def most_s(body: bytes) -> float:
-    """Return the maximum CPU seconds that refusing `body` may take: a multiple of the time that parsing its JSON takes
-    on this machine.
+    """Return the maximum CPU time in seconds that refusing `body` may take.
+
+    It is one second plus 20 times the time that parsing the JSON takes on this machine.
     """
     started = time.process_time()
     with contextlib.suppress(ValueError, RecursionError):

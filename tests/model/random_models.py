@@ -1,4 +1,7 @@
-"""Small backbones of every kind with weights far from their initial values, and functions that run their graphs."""
+"""Small backbones of every kind with random weights, and functions that run them as ONNX graphs.
+
+The weights are far from their initial values, so that every part affects the output.
+"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,7 @@
-"""A small backbone in which every part affects the output: large LayerScale gains, registers, no weight near zero."""
+"""A small backbone in which every part affects the output.
+
+It has large LayerScale gains and register tokens, and its weights are not near zero.
+"""
 
 import numpy as np
 
@@ -24,6 +27,6 @@ def random_weights(seed: int = 0, config: ViTConfig = CONFIG) -> dict[str, np.nd
 
 
 def backbone(**changes: object) -> Backbone:
-    """Return the tiny backbone as `export_artifact` takes it."""
+    """Return the tiny backbone as an argument for `export_artifact`. `changes` replace some of its fields."""
     fields = {"preprocess": SPEC, "provenance": {}, "licence": "Apache-2.0"} | changes
     return Backbone(name="tiny", weights=random_weights(), config=CONFIG, **fields)

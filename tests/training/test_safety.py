@@ -470,7 +470,7 @@ def test_what_cannot_be_is_refused_in_words(photos, tmp_path, changes, message):
 
 @pytest.mark.parametrize("place", [".", "runs/mine", "apples"])
 def test_a_run_among_its_own_photos_is_refused(photos, place):
-    with pytest.raises(ValueError, match=r"is inside data=.*its image sheets would be trained on"):
+    with pytest.raises(ValueError, match=r"is inside data=.*the run would train on its own image sheets"):
         loop.train(config(photos, photos / place), QUIET)
     assert not (photos / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""A run that takes seconds: what the tests of the loop train."""
+"""The settings of a training run that takes seconds, for tests of the training loop."""
 
 import torch
 from rich.console import Console

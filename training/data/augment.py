@@ -1,28 +1,30 @@
 """Random crops and colour changes for whole batches, in plain tensor code that runs on the network's device.
 
-DINOv2 augments one crop at a time with Pillow and torchvision (`dinov2/data/augmentations.py`); this module augments
+DINOv2 augments one crop at a time with Pillow and torchvision (`dinov2/data/augmentations.py`). This module augments
 many crops at once. Cropping, resizing and flipping are linear along each axis, so a crop is the result of two small
-matrix products, rows @ image @ columns^T. They give the values of Pillow's `resize` with a box and the bilinear filter.
-`tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
+matrix products, rows @ image @ columns^T. The products give the same values as Pillow's `resize` with a box and the
+bilinear filter. `tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
 
-The random numbers of a crop (`draw_views`) are made on the CPU and keyed by sample (`training/randomness.py`), so the
-crops of an image do not depend on the batch it is in. The host also knows, without waiting for a GPU, which crops to
-blur, shift in hue or solarise, and each operation is computed only for these crops. As in torchvision, each crop has
-its own order of colour operations. Brightness, contrast and saturation are all a blend with another image, so three
-rounds of blending cover all their orders; the hue shift comes before, between or after the rounds.
+The random numbers of a crop (`draw_views`) are drawn on the CPU from a key of its image (`training/randomness.py`), so
+the crops of an image do not depend on the batch that contains it. The CPU also knows, without waiting for a GPU, which
+crops to blur, shift in hue or solarise, and each operation is computed only for these crops. As in torchvision, each
+crop has its own order of colour operations. Changes of brightness, contrast and saturation are all blends with another
+image, so all their orders are computed by three rounds of blending. The hue shift comes before, between or after the
+rounds.
 
-Crops go through all operations in chunks: on a CPU as many crops as fit into its cache, on a GPU as many as a memory
-limit allows. On a CPU the window around each crop is cut out before the products, since a local crop needs only a small
-part of its image.
+Crops pass through all operations in chunks. A chunk has as many crops as fit into the cache of a CPU, or into a memory
+limit on a GPU. On a CPU, a window around each crop is cut out before the products, since a local crop needs only a
+small part of its image.
 
-One difference from DINOv2 is deliberate: its `GaussianBlur(p)` blurs with probability 1 - p, so the released weights
-were trained with blur on 0, 90 and 50 % of first global, second global and local crops. Here a probability is the
-probability of blur, and the recipes have these effective values.
+One difference from DINOv2 is deliberate. Its `GaussianBlur(p)` blurs with probability 1 - p, so the released weights
+were trained with blur on 0, 90 and 50 % of the first global, second global and local crops. Here `blur` is the
+probability that a crop is blurred, and these effective values are the defaults of the run's settings.
 
 Legend: V views per image, B images, n crops, S side of a stored image, W side of the window cut out of it, o side of a
 crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's sides.
-Images are uint8 [B, 3, S, S], squashed to squares; `aspect` is their width / height before that, so that the aspect of
-a crop is right in the pixels of the original image. Functions with a trailing underscore work in place.
+Images are uint8 [B, 3, S, S], squashed to squares. `aspect` is their width / height before they were squashed; it is
+needed to give a crop the right aspect in the pixels of the original image. Functions with a trailing underscore work in
+place.
 """
 
 import functools
@@ -40,20 +42,23 @@ from training.randomness import SampleRandom
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_TAPS = 9
 BLUR_SIGMA = (0.1, 2.0)
-TAPS_FROM_SIDE = 64  # on a CPU, larger crops are blurred tap by tap, smaller ones by matrices
+TAPS_FROM_SIDE = 64  # on a CPU, crops of at least this side are blurred tap by tap, and smaller crops by matrices
 CROP_ATTEMPTS = 10
 CROP_ASPECT = (3 / 4, 4 / 3)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # kinds of blend
 BLEND_ORDERS = tuple(itertools.permutations(range(3)))
-DRAW_BOX, DRAW_LOOK = range(2)  # numbers of a sample's draws
+DRAW_BOX, DRAW_LOOK = range(2)  # the draws of a crop, by number
 WINDOW_STEP = 32  # pixels
-CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # maximum elements of the crops (or of their windows, if larger) in a chunk
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # maximum elements of a chunk's crops (or of their windows, if larger)
 
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: `size` is its side in pixels, `scale` the range of its share of the image's area, `blur` and
-    `solarize` are probabilities."""
+    """A kind of crop.
+
+    `size` is the side of the crop in pixels. `scale` is the range of the crop's area, as a share of the image's area.
+    `blur` and `solarize` are the probabilities that a crop is blurred or solarised.
+    """
 
     size: int
     scale: tuple[float, float]
@@ -63,11 +68,12 @@ class View:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Strengths of colour changes, and their probabilities.
+    """The strengths of the random colour changes, and their probabilities.
 
-    `brightness`, `contrast`, `saturation` and `hue` are those of torchvision's ColorJitter. `white_balance`, which
-    DINOv2 does not have, scales each channel and so imitates another colour of light. All five are applied together
-    with `probability`. `gray` is the probability that a crop is turned gray.
+    `brightness`, `contrast`, `saturation` and `hue` mean the same as in torchvision's ColorJitter. `white_balance`,
+    which DINOv2 does not have, is the strength of a random factor on each channel, which imitates light of another
+    colour. These five changes are applied together, with probability `probability`. `gray` is the probability that a
+    crop is turned gray.
     """
 
     white_balance: float = 0.0
@@ -83,10 +89,15 @@ class Jitter:
 class Draws:
     """The random choices for n crops, as tensors on the CPU.
 
-    `boxes` [n, 4] and `flips` bool [n] are the geometry; `gains` [n, 3] the white balance of each channel, or None;
-    `blends` int [n, 3] and `factors` [n, 3] the kind and strength of each round of blending (factor 1 changes nothing);
-    `hue` [n] the hue shift in turns, applied before round `hue_round` [n] (3: after the last round; -1: not applied);
-    `gray` and `solarize` bool [n]; `sigma` [n] the blur in pixels (0: no blur).
+    - `boxes` [n, 4]: top, left, height and width of each crop, as fractions of the image's sides.
+    - `flips` bool [n]: True for crops that are mirrored.
+    - `gains` [n, 3]: the white balance factor of each channel, or None if the white balance is not changed.
+    - `blends` int [n, 3]: the order of the blends that change brightness, contrast and saturation, in three rounds.
+    - `factors` [n, 3]: the strength of the blend in each round. A factor of 1 changes nothing.
+    - `hue` [n]: the hue shift as a fraction of a full circle.
+    - `hue_round` [n]: the round before which the hue is shifted. 3 means after the last round, and -1 means no shift.
+    - `gray` and `solarize` bool [n]: True for crops that are turned gray or solarised.
+    - `sigma` [n]: the standard deviation of the blur in pixels. 0 means no blur.
     """
 
     boxes: Tensor
@@ -102,13 +113,19 @@ class Draws:
 
 
 def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
-    """Draw the boxes [n, 4] of random resized crops, for images of width / height `aspect` [n].
+    """Draw the boxes of n random crops as in torchvision's RandomResizedCrop.
 
-    As in torchvision's RandomResizedCrop, the area of a box is uniform in `scale`, and the log of its aspect is uniform
-    between log 3/4 and log 4/3. If none of ten attempts fits into the image, the result is the largest centred box with
-    an aspect in this range.
+    Args:
+        aspect: width / height of each crop's image, [n].
+        scale: range of a box's area, as a share of the image's area. The area is uniform in this range.
+        random: the random numbers of the n crops.
+
+    Returns:
+        [n, 4]: top, left, height and width of each box, as fractions of the image's sides. The log of a box's aspect is
+        uniform between log 3/4 and log 4/3. If none of ten attempts fits into the image, the box is the largest centred
+        one with an aspect in this range.
     """
-    # Doubles: whether an attempt fits, and the rounded box, must not depend on how exp is vectorised.
+    # In float64, the way in which exp is vectorised changes neither the choice of the attempt nor the rounded box.
     drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
     area, ratio, shift = drawn[:, :CROP_ATTEMPTS], drawn[:, CROP_ATTEMPTS:-2], drawn[:, -2:]
     aspect = aspect.double()
@@ -127,7 +144,10 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
 
 
 def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
-    """Draw the random choices for n crops, from images of width / height `aspect` [n] and the n keys of `random`."""
+    """Draw the random choices for n crops of the kind `view`.
+
+    `aspect` [n] is the width / height of each crop's image, and `random` gives the random numbers of each crop.
+    """
     flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
     strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
     chosen = jittered < jitter.probability
@@ -138,7 +158,7 @@ def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom)
 
     each = torch.tensor((jitter.brightness, jitter.contrast, jitter.saturation))
     factors = around(1.0, each, strengths).clamp(min=0)
-    sequence = (order * (4 * len(BLEND_ORDERS))).long()  # all 24 orders of three blends and the hue
+    sequence = (order * (4 * len(BLEND_ORDERS))).long()  # one of the 24 orders of three blends and the hue
     blends = torch.tensor(BLEND_ORDERS)[sequence % len(BLEND_ORDERS)]
     turned = chosen & (jitter.hue > 0)
     return Draws(
@@ -156,7 +176,11 @@ def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom)
 
 
 def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """Apply `change(crops, *parameters)` only to those of `crops` [n, ...] where `chosen` (bool [n], CPU) is True."""
+    """Apply `change` to the selected crops only, and return all crops.
+
+    `crops` [n, ...] may be changed in place. `chosen`, bool [n] on the CPU, is True for the crops to change. `change`
+    gets these crops and their entries in each of `parameters` [n, ...].
+    """
     n_chosen = int(chosen.sum())
     if n_chosen == 0:
         return crops
@@ -169,11 +193,12 @@ def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *param
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
-    """Return matrices [n, out, source] that resample part of an axis of `source` pixels to `out` pixels.
+    """Return n matrices [n, out, source] that resample a part of an axis of `source` pixels to `out` pixels.
 
-    The part is from `start` to `start + length`, in pixels, [n] each; a negative length mirrors it. As in Pillow's
-    `resize(..., BILINEAR, box=...)`, each row is a triangle around the centre of the output pixel, of half width
-    max(1, |length| / out), cut off at the edge of the image and scaled to sum to one.
+    Each part goes from `start` [n] to `start + length`, in pixels. A negative `length` [n] mirrors it. As in Pillow's
+    `resize(..., BILINEAR, box=...)`, each row has triangular weights around the centre of an output pixel. The half
+    width of the triangle is max(1, |length| / out). The weights end at the edge of the image, and they are scaled to
+    sum to one.
     """
     step = length / out  # source pixels per output pixel, [n]
     centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
@@ -184,9 +209,11 @@ def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tens
 
 
 def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
-    """Return, for each box [n, 4], the side of a square window that contains all pixels its crop needs, int [n].
+    """Return, for each crop, the side in pixels of a square window that contains all pixels the crop needs, int [n].
 
-    Sides are rounded up to multiples of `WINDOW_STEP`, so that few sizes occur.
+    `boxes` [n, 4] are the crops (top, left, height, width) as fractions of the image's sides. `side` is the side of the
+    images and `out` the side of the resized crops, both in pixels. The result is rounded up to a multiple of
+    `WINDOW_STEP`, so that only a few sizes occur, but is never more than `side`.
     """
     length = boxes[:, 2:] * side
     seen = (length + 2 * (length / out).clamp(min=1)).amax(dim=1) + 2
@@ -194,15 +221,16 @@ def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
 
 
 def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: Tensor, window: int) -> Tensor:
-    """Cut crops out of images and resize them; return float [n, 3, o, o] in 0..1.
+    """Cut crops out of images, resize them, and return them as float [n, 3, out, out] in 0..1.
 
     Args:
-        images: uint8 [B, 3, S, S].
+        images: squares of side S, uint8 [B, 3, S, S].
         photo: the index of the image that each crop is cut from, int [n] on the CPU.
-        boxes, flips: the box of each crop [n, 4], and whether it is mirrored, bool [n]; both on the CPU.
-        out: side o of the crops.
-        window: side of the window that is cut out of the image before the products: S (no window), or at least the
-            `window_sides` of every box.
+        boxes: top, left, height and width of each crop, as fractions of the image's sides, [n, 4] on the CPU.
+        out: side of the resized crops, pixels.
+        flips: True for crops that are mirrored, bool [n] on the CPU.
+        window: side of the window that is cut out of the image before it is resized. It is either S (the whole image)
+            or at least the largest side that `window_sides` returns for the boxes.
     """
     side = images.shape[-1]
     start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
@@ -217,28 +245,32 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
     start, length = start + length * (sign < 0), length * sign
     spans = torch.stack((start, length)).flatten(1).to(images.device, non_blocking=True)  # [2, n*2]
     rows, columns = resize_weights(spans[0], spans[1], window, out).view(-1, 2, out, window).unbind(1)
-    # Channels are between the axes, so that each product handles all three at once.
+    # The channels are between height and width, so that each product handles all three channels at once.
     wide = pixels.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2)  # [n, W, 3*W]
     narrow = ((rows / 255) @ wide).view(-1, out * 3, window) @ columns.transpose(1, 2)  # [n, o*3, o]
     return narrow.view(-1, out, 3, out).transpose(1, 2).contiguous()
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Compute the luma [n, 1, H, W] of `images` [n, 3, H, W]."""
+    """Compute the luma, [n, 1, H, W], of RGB images [n, 3, H, W]."""
     r, g, b = images.chunk(3, dim=1)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def adjust_white_balance_(images: Tensor, gains: Tensor) -> Tensor:
-    """Multiply each channel of `images` [n, 3, H, W] by its gain [n, 3], and clip to 0..1."""
+    """Multiply each channel of `images` [n, 3, H, W] by its gain in `gains` [n, 3], and clip the result to 0..1.
+
+    The images are changed in place and returned.
+    """
     return images.mul_(gains[:, :, None, None]).clamp_(0, 1)
 
 
 def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
-    """Blend each of `images` [n, 3, H, W] with another image and clip to 0..1; factor 1 changes nothing.
+    """Blend each of `images` [n, 3, H, W] with another image, and clip the result to 0..1.
 
-    The result is factor * image + (1 - factor) * other. The other image is black for brightness, the mean luma of the
-    image for contrast, and its luma for saturation. `kind` and `factor` [n] are on the CPU.
+    The result is factor * image + (1 - factor) * other image, so a factor of 1 changes nothing. `kind` selects the
+    other image: black for BRIGHTNESS, the mean luma of the image for CONTRAST, and the luma of each pixel for
+    SATURATION. `kind` and `factor` [n] are on the CPU. The images are changed in place and returned.
     """
     if bool((factor == 1).all()):
         return images
@@ -253,20 +285,24 @@ def blend_(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
-    """Shift the hue of `images` [n, 3, H, W] by `turn` [n] of a full circle, in HSV."""
+    """Shift the hue of each of `images` [n, 3, H, W] in the HSV colour space.
+
+    `turn` [n] is the shift as a fraction of a full circle. The images are changed in place and returned.
+    """
     r, g, b = images.chunk(3, dim=1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    # The hue in turns: the middle of the strongest channel's sector plus the difference of the two weaker channels.
-    # Sums with 0 and 1 for false and true: `torch.where` is several times slower on a CPU.
+    # The hue in turns is the middle of the strongest channel's sector plus a share of the weaker channels' difference.
+    # The cases are added with factors 0 and 1, because `torch.where` is several times slower on a CPU.
     red = (r >= value).to(images.dtype)
     green = (g >= value).to(images.dtype).mul_(1 - red)
     blue = (1 - red).sub_(green)
     difference = (g - b).mul_(red).addcmul_(b - r, green).addcmul_(r - g, blue)
     hue = difference.div_(chroma.clamp(min=1e-12).mul_(6)).add_(green, alpha=1 / 3).add_(blue, alpha=2 / 3)
     hue.add_(turn.view(-1, 1, 1, 1))
-    # A channel keeps the value up to a sixth of a turn from its own hue and loses the chroma by two sixths. Own hues
-    # are 0, 1/3, 2/3; with 1/2 and a whole turn added (the fraction of negatives is negative) distance is from 1/2.
+    # A channel equals the value if the hue is within a sixth of a turn of the channel's own hue (0, 1/3 or 2/3). From
+    # there to two sixths it falls by the chroma. The constants are 1/2 minus the own hue, so that the distance is from
+    # 1/2, plus a whole turn, because `frac` of a negative number is negative.
     own = _per_channel((1.5, 7 / 6, 5 / 6), hue.device, hue.dtype)
     distance = (hue + own).frac_().sub_(0.5).abs_()  # [n, 3, H, W]
     lost = distance.mul_(6).sub_(1).clamp_(0, 1)
@@ -274,14 +310,20 @@ def adjust_hue_(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def _gaussian_taps(sigma: Tensor) -> Tensor:
-    """Return Gaussian kernels [n, 9] of standard deviation `sigma` [n] in pixels; sigma 0 gives the identity."""
+    """Return Gaussian kernels [n, 9] with the standard deviations `sigma` [n] in pixels.
+
+    A sigma of 0 gives a kernel that changes nothing.
+    """
     offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
     taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
     return taps / taps.sum(dim=1, keepdim=True)
 
 
 def blur_weights(sigma: Tensor, side: int) -> Tensor:
-    """Return matrices [n, side, side] that blur an axis by a 9-tap Gaussian of `sigma` [n] pixels, edges reflected."""
+    """Return matrices [n, side, side] that blur an axis of `side` pixels with a Gaussian kernel of 9 taps.
+
+    `sigma` [n] is the standard deviation in pixels. Pixels beyond an edge are reflected.
+    """
     offsets = torch.arange(BLUR_TAPS, device=sigma.device) - BLUR_TAPS // 2
     source = (torch.arange(side, device=sigma.device)[:, None] + offsets).abs()  # [side, taps]
     source = torch.where(source >= side, 2 * (side - 1) - source, source)
@@ -308,19 +350,21 @@ def _blur_by_taps(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each of `images` [n, 3, o, o] with a 9-tap Gaussian of its `sigma` [n] in pixels, with reflected edges.
+    """Blur each of `images` [n, 3, o, o] with a Gaussian kernel of 9 taps, and return the result.
 
-    On a GPU, and for small crops, the blur is two matrix products. For large crops on a CPU it is computed tap by tap,
-    which is less work.
+    `sigma` [n] is the standard deviation in pixels. Pixels beyond an edge are reflected. On a GPU, and for small
+    images, the blur is computed as two matrix products. For large images on a CPU it is computed tap by tap, which is
+    less work.
     """
     by_taps = images.device.type == "cpu" and images.shape[-1] >= TAPS_FROM_SIDE
     return _blur_by_taps(images, sigma) if by_taps else _blur_by_matrices(images, sigma)
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Invert the values above one half. For whole bytes this equals Pillow's `ImageOps.solarize` at 128.
+    """Replace each value x above one half by 1 - x, and return the result. `images` have values in 0..1.
 
-    The function is continuous, so a small rounding difference in the input stays small.
+    For values that are whole bytes divided by 255, this equals Pillow's `ImageOps.solarize` at 128. The function is
+    continuous, so a small rounding difference in the input stays small.
     """
     return torch.minimum(images, 1 - images)
 
@@ -330,7 +374,11 @@ def _to_gray_(images: Tensor) -> Tensor:
 
 
 def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
-    """Apply white balance, jitter and gray to `crops` [n, 3, o, o], with the choices at `index` [n] of `draws`."""
+    """Apply white balance, colour jitter and gray to `crops` [n, 3, o, o], and return the result.
+
+    `index` [n] has the positions of these crops in `draws`, which has the random choices. `crops` may be changed in
+    place.
+    """
     if draws.gains is not None:
         crops = adjust_white_balance_(crops, draws.gains[index].to(crops.device, non_blocking=True))
     hue, hue_round = draws.hue[index], draws.hue_round[index]
@@ -344,7 +392,10 @@ def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return constants [3, 1, 1] on a device. They are cached, since each copy to a GPU would make the host wait."""
+    """Return one constant per channel, [3, 1, 1], on a device.
+
+    The tensor is cached, because each copy to a GPU would make the host wait.
+    """
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
@@ -356,7 +407,10 @@ def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """Subtract ImageNet's mean and divide by its standard deviation, the normalisation of `model.preprocess`."""
+    """Subtract ImageNet's mean from images [n, 3, H, W] in 0..1, and divide by ImageNet's standard deviation.
+
+    This is the normalisation of `model.preprocess`. The result is written to `out` if it is given, and returned.
+    """
     mean, std = _mean_and_std(images)
     return torch.addcmul(-mean / std, images, 1 / std, out=out)
 
@@ -367,13 +421,15 @@ def augmented_views(
     """Make `n_views` random crops of each image, normalised for the network.
 
     Args:
-        images: uint8 [B, 3, S, S].
+        images: B squares of side S, uint8 [B, 3, S, S].
         aspect: width / height of the images before they were squashed, [B] on the CPU.
-        view, n_views, jitter: the kind of crop, the number of crops of each image, and the strengths of colour changes.
-        random: B keys on the CPU. The crops of an image depend only on its key.
+        view: the kind of crop.
+        n_views: number of crops of each image.
+        jitter: the strengths and probabilities of the colour changes.
+        random: one key per image, on the CPU. The crops of an image depend only on its key.
 
     Returns:
-        float [V * B, 3, o, o] with V = n_views: the first views of all images, then the second views, and so on.
+        float [n_views * B, 3, view.size, view.size]: the first crops of all images, then the second crops, and so on.
     """
     n_photos, side, out = len(images), images.shape[-1], view.size
     draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))

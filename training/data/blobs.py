@@ -1,11 +1,12 @@
-"""Random access to large files by any thread: on this machine, over HTTP, or in a file system that fsspec supports.
+"""Access to large files from any thread, by ranges of bytes.
 
-Tar shards are such files: an image is one range of bytes in a shard. A blob therefore needs only a size, a version and
-a method that reads a range. Files on web servers are read with httpx, which this project needs anyway; fsspec's HTTP
-file system would need another package. A server without range requests is refused with a clear error.
+The files are on this machine, on a web server or in a file system that fsspec supports. Tar shards are such files: an
+image is one range of bytes in a shard. This module calls such a file a blob. A blob needs only a size, a version and a
+method that reads a range. Files on web servers are read with httpx, which this project needs anyway; fsspec's HTTP file
+system would need another package. Opening a file raises a ValueError if its server does not support range requests.
 
-There are two kinds of errors. ValueError means that the file cannot be used, so trying again will not help. OSError
-means that the server or disk failed three times, or that the file was changed; the file itself may be fine.
+There are two kinds of errors. A ValueError means that the file cannot be used, so another attempt would not help. An
+OSError means that the disk failed, that a server failed three times, or that the file was changed.
 """
 
 import os
@@ -22,30 +23,34 @@ T = TypeVar("T")
 TRIES = 3
 HTTP_TIMEOUT_S = 30.0
 REPEATABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP status codes of errors that may be temporary."""
+"""HTTP status codes of errors that may be temporary. Requests are repeated after them."""
 
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "created")
-"""Names that fsspec's file systems use for a value that changes with the file."""
+"""The names that fsspec's file systems use for a value that changes when the file changes."""
 
 
 class Blob(Protocol):
-    """A file of `size` bytes. `version` is a text that changes when the file changes ("" if it is not known)."""
+    """A file that can be read by ranges of bytes.
+
+    `size` is its length in bytes. `version` is a text that changes when the file changes, or "" if no such text is
+    known.
+    """
 
     url: str
     size: int
     version: str
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes, starting at byte `offset`.
+        """Read exactly `length` bytes, starting at byte `offset`, and return them.
 
         Raises:
-            Changed: the file has changed since it was opened, or ends too early.
-            OSError: the server or disk does not answer.
+            Changed: the file has changed since it was opened, or it ends too early.
+            OSError: the server or the disk failed.
         """
 
 
 class Changed(OSError):
-    """The file has changed since it was opened, so a run cannot continue with it."""
+    """The error for a file that has changed since it was opened. A run cannot continue with such a file."""
 
     def __init__(self, url: str) -> None:
         super().__init__(f"{url} has changed since it was opened; start again with files that do not change")
@@ -58,7 +63,11 @@ def _whole(data: bytes, length: int, url: str) -> bytes:
 
 
 def _repeated(operation: Callable[[], T]) -> T:
-    """Run the operation and return its result. After an OSError, try again up to two times, after 1 and 2 seconds."""
+    """Call `operation` and return its result.
+
+    After an OSError, the call is repeated up to two times, after 1 and 2 seconds. The errors for a missing or a changed
+    file are not repeated but raised immediately.
+    """
     for attempt in range(1, TRIES):
         try:
             return operation()
@@ -70,7 +79,10 @@ def _repeated(operation: Callable[[], T]) -> T:
 
 
 class LocalBlob:
-    """A file on this machine. It is opened for each read (10 us), so thousands of shards do not stay open."""
+    """A file on this machine.
+
+    The file is opened for each read, which takes 10 us, so that thousands of files do not stay open.
+    """
 
     def __init__(self, path: Path) -> None:
         self.url = str(path)
@@ -100,12 +112,12 @@ class MemoryBlob:
 
 
 class HttpBlob:
-    """A file on a web server that answers range requests.
+    """A file on a web server that supports range requests.
 
-    The attribute `url` has no query and no password, because those of a signed URL are secret.
+    The attribute `url` contains no query, user name or password, because they may be secret.
 
     Raises:
-        ValueError: the server does not support range requests, or refuses the request.
+        ValueError: the server does not support range requests, or it refuses the request.
         FileNotFoundError: the server does not have the file.
         OSError: the server does not answer.
     """
@@ -141,7 +153,7 @@ class HttpBlob:
                     raise FileNotFoundError(f"{self.url}: HTTP 404, no such file")
                 if status not in (200, 206):
                     raise ValueError(f"{self.url}: HTTP {status}" + (", the file is empty" if status == 416 else ""))
-                # A server without range support sends the whole file, of any size: do not read it.
+                # A server without range support sends the whole file, which may be very large, so it is not read.
                 return response, response.read() if status == 206 else b""
         except httpx.HTTPError as error:
             raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
@@ -151,10 +163,10 @@ class HttpBlob:
 
 
 class FsspecBlob:
-    """A file in a file system that fsspec supports (s3, gs, memory, ...). The package for it, such as s3fs, must be
-    installed.
+    """A file in a file system that fsspec supports, such as s3, gs or memory.
 
-    A change of the file after it was opened is noticed only if the file becomes shorter.
+    The package for the file system, such as s3fs, must be installed. If the file changes after it was opened, the
+    change is noticed only if the file becomes shorter.
     """
 
     def __init__(self, url: str, system: fsspec.AbstractFileSystem, path: str) -> None:
@@ -170,7 +182,7 @@ class FsspecBlob:
             raise FileNotFoundError(f"{self.url}: no such file") from error
         except OSError:
             raise
-        except Exception as error:  # errors of botocore, gcsfs and others, which have no common class
+        except Exception as error:  # botocore, gcsfs and others have no common class of errors
             raise OSError(f"{self.url}: {str(error) or type(error).__name__}") from error
 
     def read(self, offset: int, length: int) -> bytes:
@@ -181,10 +193,10 @@ class FsspecBlob:
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system that a URL names, and the path of the file in this file system.
+    """Return the fsspec file system for a URL, and the path of the file in this file system.
 
     Raises:
-        ValueError: the protocol is unknown, or its package is not installed.
+        ValueError: the protocol of the URL is unknown, or the package for it is not installed.
     """
     try:
         system, path = fsspec.url_to_fs(url)
@@ -194,11 +206,14 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def open_blob(url: str, client: httpx.Client) -> Blob:
-    """Open a file by its URL or local path. `client` is used for http and https, and can be shared by all files.
+    """Open a file by its URL or local path, and return it.
+
+    `client` sends the requests for http and https URLs. All files can share one client.
 
     Raises:
-        ValueError: the file does not exist, its protocol is unknown, or its server does not support range requests.
-        OSError: the server or disk does not answer.
+        ValueError: the file does not exist, the protocol of its URL is unknown, or its server does not support range
+            requests.
+        OSError: the server or the disk failed.
     """
     try:
         if "://" not in url:

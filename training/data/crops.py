@@ -1,6 +1,6 @@
-"""The input of one training step: crops and masks of its images.
+"""The input of one training step: the crops of its images and their masks.
 
-The crops and masks of an image depend only on (seed, step, position in the step's batch).
+The crops and masks of an image depend only on the seed, the step and the image's position in the batch of the step.
 
 Legend: b images of a micro-batch, V local crops per image, N patches of a global crop, M patches of the micro-batch
 that iBOT's loss is computed on, S side of a stored image, G and L sides of global and local crops.
@@ -20,16 +20,16 @@ from training.randomness import SampleRandom, sample_keys
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a run, with its own kinds of crops and its own micro-batch size."""
+    """A part of a training run, with its own kinds of crops and its own micro-batch size."""
 
     starts_at: float  # share of the run that is done when the phase begins
     views: tuple[tuple[View, int], ...]  # (kind of crop, number per image): first global, second global, local
-    micro_batch: int | None = None  # images of one forward pass on one rank; None: all of them
+    micro_batch: int | None = None  # images of one forward pass on one rank; None: all images of the rank
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """The settings by which crops and masks are made. All randomness derives from `seed`."""
+    """The settings of crops and masks. All random choices are derived from `seed`."""
 
     seed: int
     batch_size: int  # images of a step, over all ranks and micro-batches
@@ -41,13 +41,16 @@ class CropSettings:
     ibot_on_all_patches: bool = False  # iBOT uses every patch, and no patch is masked
 
     def phase(self, share_done: float) -> Phase:
-        """Return the phase that is active when the share `share_done` (0 to 1) of the run is done."""
+        """Return the phase that is active when the share `share_done` (0 to 1) of the run's steps is done."""
         return [phase for phase in self.phases if share_done >= phase.starts_at][-1]
 
 
 @dataclass(frozen=True)
 class Crops:
-    """The input of one micro-batch. In each tensor the first views of all images come first, then the second views."""
+    """The crops and masks of one micro-batch of b images.
+
+    In each tensor, the first views of all images come first, then the second views, and so on.
+    """
 
     globals_: Tensor  # [2b, 3, G, G]
     locals_: Tensor | None  # [V*b, 3, L, L]
@@ -65,18 +68,20 @@ def make_crops(
     phase: Phase,
     device: torch.device,
 ) -> Crops:
-    """Make the crops and masks of some images of a step. The result does not depend on how the batch is split.
+    """Make the crops and masks of some images of a step.
+
+    The result for an image does not depend on how the batch is split over ranks and micro-batches.
 
     Args:
-        settings: the run's crop settings.
-        images: uint8 [b, 3, S, S].
-        aspect: width / height of the images before they were squashed, float [b] on the CPU.
+        settings: the crop settings of the run.
+        images: the b images as squares of side S, uint8 [b, 3, S, S].
+        aspect: width / height of each image before it was squashed to a square, float [b] on the CPU.
         step: the step, counted from 0.
         positions: positions of the images among the `batch_size` images of the step, over all ranks and micro-batches;
-            int64 [b] on the CPU. Masks are numbered over the step: those of the image at position p are p (first view)
-            and batch_size + p (second view).
+            int64 [b] on the CPU. The image at position p gets the masks with the numbers p (for its first view) and
+            batch_size + p (for its second view) of the step.
         phase: the phase of the run that defines the views, from `settings.phase(...)`.
-        device: where the crops are made and stay.
+        device: the device on which the crops are made and returned.
     """
     assert len(images) == len(aspect) == len(positions), (len(images), len(aspect), len(positions))
     moved = images.to(device, non_blocking=True)
@@ -97,9 +102,9 @@ def make_crops(
         probability=0.0 if settings.ibot_on_all_patches else settings.mask_probability,
     )
     masks = np.ones_like(hidden) if settings.ibot_on_all_patches else hidden
-    # Positions are computed here on the CPU with the masks: on a GPU the host would have to wait for them.
+    # The positions are computed on the CPU, because the host would have to wait for a GPU to compute them.
     tensors = [torch.from_numpy(x) for x in (hidden, masks, np.flatnonzero(masks))]
-    if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+    if device.type == "cuda":  # the host does not wait for a copy from pinned memory
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
     return Crops(torch.cat((first, second)), local[0] if local else None, *tensors)
 
@@ -107,10 +112,15 @@ def make_crops(
 def make_micros(
     settings: CropSettings, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
-    """Make the crops of this rank's images of a step, one `Crops` per micro-batch.
+    """Make the crops of this rank's images in one step, and return one `Crops` object per micro-batch.
 
-    `pixels` [n, 3, S, S] and `aspect` [n] are this rank's images, `step` counts from 0, and `total` is the number of
-    steps of the run.
+    Args:
+        settings: the crop settings of the run.
+        world: this process's rank and device.
+        pixels: the n images of this rank as squares of side S, uint8 [n, 3, S, S].
+        aspect: width / height of each image before it was squashed to a square, float [n] on the CPU.
+        step: the step, counted from 0.
+        total: number of steps of the run.
     """
     phase = settings.phase(step / total)
     mine = range(world.rank * len(pixels), (world.rank + 1) * len(pixels))

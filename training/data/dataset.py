@@ -2,11 +2,11 @@
 
 Sources are folders, tar shards or Hugging Face datasets (`training/data/sources.py`). The bytes of an image are those
 of its encoded file, and they may be broken. `model/decode.py` decodes them, so training sees the same pixels as
-serving. A hostile or damaged file only causes a ValueError with the reason.
+serving. A hostile or damaged file only causes a ValueError that gives the reason.
 
-Each image is decoded once per step, not once per crop, or once per run if all images fit into memory
-(`training/data/loader.py`). It is then squashed to a square, so that a batch is one tensor; its original width / height
-is stored as its `aspect` (see `training/data/augment.py`).
+If all images fit into memory, each image is decoded once per run. Otherwise it is decoded once for each step that uses
+it, and all its crops are made from the result (`training/data/loader.py`). A decoded image is squashed to a square, so
+that a batch is one tensor. Its original width / height is stored as its `aspect` (see `training/data/augment.py`).
 """
 
 import os
@@ -30,14 +30,14 @@ from model.preprocess import PreprocessSpec, output_size
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
 MAX_BYTES = 256 * 2**20
-"""Maximum bytes of one encoded image. A larger file is not read into memory."""
+"""The maximum size of one encoded image in bytes. A larger file is not read into memory."""
 
 LIMITS = DecodeLimits(max_bytes=MAX_BYTES, max_pixels=PILLOW_MAX_PIXELS)
-"""Decoding limits. They are higher than in serving, since the owner of a run chose the images."""
+"""The limits for decoding. They are higher than those of serving, because the owner of a run chose the images."""
 
 DRAFT_MARGIN = 2
-"""libjpeg may decode at 1/2, 1/4 or 1/8 of a side, as long as this many times the square's side remain. The bicubic
-resize then still averages over pixels, and the squares differ by about one of 255 levels."""
+"""libjpeg may decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as each side keeps at least this many times the
+square's side. The bicubic resize then still averages over pixels, and the squares change by about one of 255 levels."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -53,9 +53,9 @@ class Skipped:
 class Source(Protocol):
     """A numbered collection of encoded images. All methods may be called from any thread.
 
-    The order of the images depends only on the data. If the data has a split into `train` and `val`, `parts` has the
-    numbers of the images in each, else it is empty. `skipped` lists the images that were found to be unreadable when
-    the source was opened; they have no number.
+    The order of the images depends only on the data. If the data has a split into `train` and `val`, `parts` maps these
+    two names to the numbers of their images. Otherwise `parts` is empty. `skipped` lists the images that were already
+    found unreadable when the source was opened; they have no number.
     """
 
     @property
@@ -67,25 +67,25 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Return the image's printable name, which is unique in the source and the same on every machine."""
+        """Return the printable name of an image. It is unique in the source and the same on every machine."""
 
     def label(self, index: int) -> str | None: ...
 
     def encoded(self, index: int) -> bytes:
-        """Return the image's bytes as stored in its file.
+        """Return the bytes of an image's encoded file.
 
         Raises:
             ValueError: the image is broken; the message gives the reason.
-            OSError: the server or disk does not answer; the image may be fine.
+            OSError: the server or the disk failed; the image may be fine.
         """
 
     def fingerprint(self, index: int) -> str:
-        """Return a text that changes if the image's size in bytes changes. The content is not read."""
+        """Return a text that changes if the image's size in bytes changes. The content of the image is not read."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One image of a source. Evaluations accept it in the same places as the path of a file."""
+    """One image of a source. Evaluations accept a `Photo` wherever they accept the path of an image file."""
 
     source: Source
     index: int
@@ -99,17 +99,17 @@ class Photo:
         return self.source.label(self.index)
 
     def read(self) -> Pixels:
-        """Return the upright image, RGB uint8 [H, W, 3].
+        """Return the decoded image, turned upright: RGB uint8 [height, width, 3].
 
         Raises:
             ValueError: the image is broken; the message gives the reason.
-            OSError: the server or disk does not answer; the image may be fine.
+            OSError: the server or the disk failed; the image may be fine.
         """
         return decode(self.source.encoded(self.index))
 
 
 class Subset:
-    """A source with some of the images of another source, renumbered."""
+    """A source that consists of selected images of another source. The selected images are numbered from 0."""
 
     parts: Mapping[str, Indices]
 
@@ -118,7 +118,7 @@ class Subset:
 
     @property
     def skipped(self) -> Sequence[Skipped]:
-        """Return the skipped images of the other source."""
+        """Return the skipped images of the source from which the images were selected."""
         return self._source.skipped
 
     def __len__(self) -> int:
@@ -138,12 +138,12 @@ class Subset:
 
 
 def photos_of(source: Source) -> list[Photo]:
-    """Return the images of a source as a list, for evaluations."""
+    """Return all images of a source as a list of `Photo` objects."""
     return [Photo(source, i) for i in range(len(source))]
 
 
 def label_of(photo: Path | Photo) -> str:
-    """Return the class of an image: its label or, for the path of a file, the name of the file's folder.
+    """Return the label of an image. The label of a file is the name of the folder that contains it.
 
     Raises:
         ValueError: the image has no label.
@@ -158,21 +158,23 @@ def label_of(photo: Path | Photo) -> str:
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode an image with `model.decode.decode`, which serving uses too, but with the larger `LIMITS`.
+    """Decode an image, and return it upright: RGB uint8 [height, width, 3].
+
+    Serving decodes with the same function, `model.decode.decode`, but with lower limits than `LIMITS`.
 
     Raises:
-        ValueError: the bytes are not a readable image, or it is too large; the message gives the reason.
+        ValueError: the bytes are not a readable image, or the image is too large; the message gives the reason.
     """
     return decode_image(data, LIMITS)
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """Resize an image [H, W, 3] to a square with bicubic interpolation, without keeping its aspect.
+    """Resize an image [height, width, 3] to a square, whatever its proportions, with bicubic interpolation.
 
-    Return the square, uint8 [3, side, side], and the image's aspect (width / height).
+    Return the square, uint8 [3, side, side], and the image's original width / height.
 
     Raises:
-        ValueError: one side is more than 100 times the other; evaluation refuses such images too.
+        ValueError: one side is more than 100 times the other. Evaluation refuses such images too.
     """
     height, width = photo.shape[:2]
     output_size(height, width, PreprocessSpec())
@@ -188,30 +190,32 @@ def _channels_first(square: Pixels) -> Pixels:
 
 
 def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
-    """Compute `squash(decode(data), side)`, but decode a JPEG much larger than the square at a fraction of its size.
+    """Decode an image, and squash it to a square.
 
-    The square of such a JPEG differs slightly from the exact result (see `DRAFT_MARGIN`), but is the same on every
-    call. An image with an EXIF orientation is turned after it is squashed, which may change a value by one.
+    Return the square, uint8 [3, side, side], and the image's original width / height. The result differs from that of
+    `squash(decode(data), side)` in two small ways. A JPEG that is much larger than the square is decoded at a fraction
+    of its size, which changes the pixels slightly (see `DRAFT_MARGIN`) but always in the same way. An image with an
+    EXIF orientation is turned after it is squashed, which may change a value by one.
 
     Raises:
         ValueError: the image cannot be decoded, is too large, or has one side more than 100 times the other.
     """
     stored = decode_stored(data, LIMITS, least_side=DRAFT_MARGIN * side)
-    # A fraction's sides are rounded up; the box gives where the image ends within the last pixels.
+    # libjpeg rounds up the sides of a reduced image, so the image may end within the last pixels. The box is its end.
     square = upright(_square(stored.rgb, side, stored.box), stored.orientation)
     return _channels_first(np.asarray(square)), stored.aspect
 
 
 def read_file(path: Path) -> bytes:
-    """Read the content of an image's file.
+    """Return the bytes of an image's file.
 
     Raises:
-        ValueError: the file is missing, not a regular file, not readable, or larger than `MAX_BYTES`.
+        ValueError: the file is missing, is not a regular file, is not readable, or is larger than `MAX_BYTES`.
         OSError: the disk or the system failed; the file may be fine.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait forever
             raise ValueError("not a regular file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size} bytes: more than the limit of {MAX_BYTES} for an image")
@@ -221,11 +225,11 @@ def read_file(path: Path) -> bytes:
 
 
 def read_photo(photo: Path | Photo) -> Pixels:
-    """Read an image: RGB uint8 [H, W, 3], with its EXIF orientation applied.
+    """Read and decode an image, and return it upright: RGB uint8 [height, width, 3].
 
     Raises:
         ValueError: the image is broken; the message gives the reason.
-        OSError: the server or disk does not answer; the image may be fine.
+        OSError: the server or the disk failed; the image may be fine.
     """
     return decode(read_file(photo)) if isinstance(photo, Path) else photo.read()
 
@@ -234,10 +238,10 @@ def read_photo(photo: Path | Photo) -> Pixels:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Yield the files below a folder that have one of `suffixes`, sorted by the parts of their paths.
+    """Yield the paths of the files with one of `suffixes` below a folder, sorted by the parts of the paths.
 
-    `above` has (device, inode) of all folders that contain this folder. A link to one of them is a loop and is not
-    followed.
+    `above` has the device and inode numbers of all folders that contain this folder. A link to one of them would be a
+    loop, so it is not followed.
     """
     status = os.stat(folder)
     above |= {(status.st_dev, status.st_ino)}
@@ -254,18 +258,19 @@ def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, .
         except PermissionError as error:
             raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
         except OSError as error:
-            if not entry.is_symlink():  # skip a link that leads nowhere or to itself
+            if not entry.is_symlink():  # skip a link to a missing file or to itself
                 raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
 
 
 def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Yield the files below `folder`, at any depth, that have one of `suffixes`, sorted by the parts of their paths.
+    """Yield the paths of the files with one of `suffixes` below `folder`, at any depth.
 
-    `suffixes` are in lower case; the case of a file's suffix does not matter. Links are followed, except a link to a
-    folder that contains it.
+    The paths are sorted by their parts. `suffixes` are in lower case and also match suffixes in upper case. Links are
+    followed, except a link to a folder that contains the link.
 
     Raises:
-        ValueError: the folder does not exist, or a part of it cannot be listed.
+        ValueError: the folder does not exist, or a folder in it cannot be listed.
+        OSError: the folder itself cannot be listed.
     """
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist or is not a folder")
@@ -275,10 +280,11 @@ def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return all image files below `folder`, at any depth, sorted.
+    """Return the paths of all image files below `folder`, at any depth, sorted.
 
     Raises:
-        ValueError: the folder does not exist, a part of it cannot be listed, or it has no images.
+        ValueError: the folder does not exist, a folder in it cannot be listed, or there are no images.
+        OSError: the folder itself cannot be listed.
     """
     images = [Path(path) for path in walk_files(folder, SUFFIXES)]
     if not images:
@@ -290,17 +296,21 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Return the numbers of the images to train on, and the numbers of the held-out images, each ascending."""
+    """Choose the images to hold out, at random, and return two ascending arrays of image numbers.
+
+    The first array has the images to train on. The second has the share `share` of the `n_photos` images, which is held
+    out.
+    """
     order = np.random.default_rng(seed).permutation(n_photos)
     n_held_out = int(n_photos * share)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
 
 def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
-    """Return the images to train on and the images held out for evaluation.
+    """Return two sources: the images to train on, and the images to hold out for evaluation.
 
-    If the data has the parts `train` and `val`, they are used. Otherwise a share of all images, drawn with `seed`, is
-    held out and never trained on.
+    If the data has the parts `train` and `val`, the two sources are these parts. Otherwise the share `held_out_share`
+    of all images, drawn with `seed`, is held out.
     """
     if {"train", "val"} <= set(source.parts):
         return Subset(source, source.parts["train"]), Subset(source, source.parts["val"])
@@ -308,15 +318,15 @@ def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subs
     return Subset(source, train), Subset(source, held_out)
 
 
-@lru_cache(maxsize=2)  # the current epoch, and the next one while images are read ahead
+@lru_cache(maxsize=2)  # the current epoch, and the next one when images are decoded ahead
 def _epoch_order(n_photos: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
     return np.random.default_rng((seed, epoch)).permutation(n_photos).astype(np.uint32)
 
 
 def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Return the numbers of the images of one step, int64 [batch_size].
+    """Return the numbers of the images of one training step, int64 [batch_size].
 
-    Each epoch has a new permutation of all images; images that do not fill a last batch are left out. The result
+    Each epoch uses all images in a new random order, except the last few images if they do not fill a batch. The result
     depends only on the arguments, so a resumed run continues with exactly the images that come next.
 
     Raises:

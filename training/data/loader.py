@@ -1,14 +1,18 @@
-"""Loaders of the images of each training step: from memory if all images fit, else decoded ahead of time in threads.
+"""Loaders of the images of each training step.
 
-A loader decodes each image and resizes it to a square, whatever its aspect. `batch(step)` returns the squares of the
-images that a plan names; a plan is a function of the step. A resumed run therefore continues with the images that come
-next, whatever the number and timing of threads.
+If all images fit into memory, they are decoded once before the first step. Otherwise threads decode the images of the
+next steps during training.
+
+A loader decodes each image and resizes it to a square, whatever its aspect. A plan, which is a function of the step,
+selects the images of a step, and `batch(step)` returns their squares. A resumed run therefore continues with the images
+that come next, whatever the number and timing of threads.
 
 A few unreadable images do not stop a run. `MemoryLoader` leaves them out before the first step. `StreamLoader` replaces
-an unreadable image by the next readable one, so the replacement depends only on the data, and lists the image once. A
-server or disk that does not answer (OSError) stops the run, because replacements would then differ from run to run.
+an unreadable image by the next readable one, so the replacement depends only on the data. It lists each unreadable
+image once. A server or disk that fails (OSError) stops the run, because replacements would then differ from run to run.
 
-The workers are threads and not processes: Pillow releases the interpreter's lock to decode, and threads share memory.
+The workers are threads and not processes, because Pillow releases the interpreter's lock while it decodes, and threads
+share memory.
 
 Legend: n images, b images of a step on this rank, S side of the squares.
 """
@@ -32,13 +36,13 @@ from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
-"""A function from the number of images and the step to the numbers [b] of the images that this rank needs."""
+"""A function from the number of images and the step to the numbers of the images that this rank needs, int64 [b]."""
 
 MIN_TRIES = 100
-"""Number of images to try before the share of broken images is checked."""
+"""The number of images that are tried before the share of broken images is checked."""
 
 CHUNK = 32
-"""Number of images that a thread of `MemoryLoader` decodes at a time."""
+"""The number of images that a thread of `MemoryLoader` gets at a time."""
 
 WAIT_WORTH_A_WORD = 0.1
 GOOD, BROKEN = 1, 2
@@ -46,10 +50,10 @@ GOOD, BROKEN = 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one step on this rank.
+    """The images of one step on this rank: b squares of side S.
 
-    `pixels` uint8 [b, 3, S, S] is on the device, `aspect` float [b] (width / height before squashing) on the CPU.
-    `indices` [b] are the images' numbers in `source`.
+    `pixels`, uint8 [b, 3, S, S], is on the device. `aspect`, float [b] on the CPU, is each image's width / height
+    before it was squashed. `indices` [b] are the numbers of the images in `source`.
     """
 
     pixels: Tensor
@@ -59,15 +63,16 @@ class Batch:
 
     @property
     def names(self) -> list[str]:
-        """Return the names [b] of the images. They are rarely needed, so they are not stored."""
+        """Return the names of the images. They are rarely needed, so they are not stored."""
         return [self.source.name(index) for index in self.indices]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read. `workers` is the number of decoding threads; None: one per core available to this process.
+    """The settings for reading images.
 
-    `ahead_steps`, `ahead_bytes` and `max_broken_share`: see `StreamLoader`.
+    `workers` is the number of decoding threads; None means one per core that this process may use. `StreamLoader`
+    documents `ahead_steps`, `ahead_bytes` and `max_broken_share`.
     """
 
     workers: int | None = None
@@ -77,11 +82,12 @@ class Reading:
 
 
 class Loader(AbstractContextManager["Loader"], Protocol):
-    """What the training loop uses of a loader. A loader is a context manager, and leaving it ends its threads.
+    """The part of a loader that the training loop uses. A loader is a context manager, and leaving it ends its threads.
 
-    The numbers in a plan refer to the images of `source`. `skipped` has the images found unreadable so far. `waited_s`
-    is the time in seconds that callers of `batch` have waited. `fetching_share` is the share of the threads' time that
-    was spent getting bytes; the rest was spent decoding.
+    The numbers in a plan refer to the images of `source`. `skipped` lists the images that were found unreadable so far.
+    `waited_s` is the total time in seconds for which callers of `batch` have waited. `in_memory` is True if all images
+    are in memory. `fetching_share` is the share of the threads' time that was spent getting bytes; the rest was spent
+    decoding.
     """
 
     source: Source
@@ -98,17 +104,25 @@ class Loader(AbstractContextManager["Loader"], Protocol):
 
 
 def shuffled(batch_size: int, seed: int, share: slice = slice(None)) -> Plan:
-    """Return the plan of a run: shuffled batches (`batch_indices`), of which this rank gets the slice `share`."""
+    """Return the plan of a run: a function from the number of images and the step to the images that this rank loads.
+
+    The batches are shuffled (`batch_indices`), and `share` is the slice of each batch that this rank gets.
+    """
     return lambda n_photos, step: batch_indices(n_photos, batch_size, step, seed)[share]
 
 
 def to_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """Copy pixels to the device. If they are in pinned memory, the host does not wait for the copy."""
+    """Copy pixels to the device, and return the copy.
+
+    If the pixels are in pinned memory, the host does not wait for the copy.
+    """
     return pixels.to(device, non_blocking=True)
 
 
 class MemoryLoader:
-    """A loader that decodes all images when it is created, and keeps them as squares in memory (3 * S^2 bytes each).
+    """A loader that decodes all images when it is created.
+
+    The images are stored in memory as squares, which take 3 * side^2 bytes each.
 
     Raises:
         ValueError: no image could be read.
@@ -152,7 +166,7 @@ class MemoryLoader:
         return len(self.pixels)
 
     def batch(self, step: int) -> Batch:
-        """Return the images of a step."""
+        """Return the images of a training step that this rank needs."""
         start = time.perf_counter()
         indices = self._plan(len(self), step)
         pixels = _empty_batch(len(indices), self.pixels.shape[-1], self._device)
@@ -174,7 +188,10 @@ def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
 
 
 def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-    """Move the rows with the numbers `good` to the front, in place, because a second copy might not fit into memory."""
+    """Move the rows with the numbers `good` to the front of `pixels` and `aspect`.
+
+    The rows are moved in place, because a second copy might not fit into memory.
+    """
     for to, at in enumerate(good.tolist()):
         if to != at:
             pixels[to], aspect[to] = pixels[at], aspect[at]
@@ -186,11 +203,11 @@ def _empty_batch(n: int, side: int, device: torch.device) -> Tensor:
 
 @dataclass
 class _Step:
-    """A step whose images are being decoded."""
+    """A training step with images that are being decoded."""
 
     pixels: Tensor
     aspect: Tensor
-    used: list[int]  # numbers of its images, after replacements
+    used: list[int]  # numbers of the images, after broken ones are replaced
     decoded: list[Future[None]] = field(default_factory=list)
 
 
@@ -200,11 +217,12 @@ class StreamLoader:
     Args:
         source: the images.
         side: side of the squares, pixels.
-        plan: names the images of a step.
+        plan: function that selects the images of a step.
         workers: number of decoding threads.
-        ahead_steps, ahead_bytes: how many steps, and how many bytes of squares, are decoded ahead at most.
-        max_broken_share: the run stops if a larger share of the images tried so far is broken. This is checked once 100
-            images have been tried.
+        ahead_steps: maximum number of steps that are decoded ahead.
+        ahead_bytes: maximum number of bytes of the squares that are decoded ahead.
+        max_broken_share: the run stops if more than this share of the images tried so far is broken. The share is
+            checked once 100 images have been tried.
         device: the device of the batches.
     """
 
@@ -227,7 +245,7 @@ class StreamLoader:
         self._ahead_steps, self._ahead_bytes, self._max_broken_share = ahead_steps, ahead_bytes, max_broken_share
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="photos")
         self._steps: dict[int, _Step] = {}
-        self._lock = threading.Lock()  # protects the four below
+        self._lock = threading.Lock()  # for changes of `skipped`, `_seconds`, `_found` and `_n_tried`
         self._seconds = {"fetching": 0.0, "decoding": 0.0}
         self._found = bytearray(len(source))  # per image: 0 (not tried yet), GOOD or BROKEN
         self._n_tried = 0
@@ -238,13 +256,14 @@ class StreamLoader:
 
     @property
     def fetching_share(self) -> float:
-        """Return the share of the threads' time that was spent getting bytes; the rest was spent decoding."""
+        """Return the share of the threads' time that was spent getting bytes. The rest was spent decoding."""
         return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
 
     def batch(self, step: int) -> Batch:
-        """Return the images of a step, and start decoding the next steps.
+        """Return the images of a training step that this rank needs, and start decoding those of the next steps.
 
-        Steps are normally requested in order. Decoded steps that are no longer among the next ones are discarded.
+        Steps are normally requested in order. Decoded images are discarded if their step is no longer one of the next
+        steps.
 
         Raises:
             ValueError: too many images are broken.
@@ -268,7 +287,7 @@ class StreamLoader:
         return batch
 
     def _begin(self, step: int) -> None:
-        """Submit the images of this step to the threads, and those of the next steps up to the limits."""
+        """Submit the images of this step to the threads, and also those of the next steps up to the limits."""
         square = 3 * self._side**2
         held = 0
         for number in range(step, step + self._ahead_steps + 1):
@@ -285,7 +304,7 @@ class StreamLoader:
                 held += len(self._steps[number].used) * square
 
     def _fill(self, step: _Step, position: int) -> None:
-        """Decode the image at `position` of the batch; if it is broken, decode the next readable image instead."""
+        """Decode the image at `position` of a step's batch. If it is broken, decode the next readable image instead."""
         first = step.used[position]
         for offset in range(len(self.source)):
             index = (first + offset) % len(self.source)
@@ -295,14 +314,21 @@ class StreamLoader:
                 continue
             square = self._tried(index)
             if square is not None:
-                # Copy with numpy: torch would start a thread pool for each of these threads.
+                # The copy uses numpy, because torch would start a thread pool for each of these threads.
                 step.pixels.numpy()[position], step.aspect.numpy()[position] = square
                 step.used[position] = index
                 return
         raise ValueError(_none_readable(len(self.source), self.skipped))
 
     def _tried(self, index: int) -> tuple[Pixels, float] | None:
-        """Return the square and the aspect of an image. If it is broken, add it to `skipped` and return None."""
+        """Decode an image, and return its square and its original width / height.
+
+        If the image is broken, add it to `skipped` and return None.
+
+        Raises:
+            ValueError: too many images are broken.
+            OSError: the image cannot be reached.
+        """
         square, reason = None, ""
         start = fetched = time.perf_counter()
         try:
@@ -316,7 +342,7 @@ class StreamLoader:
             self._seconds["fetching"] += fetched - start
             self._seconds["decoding"] += end - fetched
             self._n_tried += not self._found[index]
-            if square is None and self._found[index] != BROKEN:  # two threads may try one image at once
+            if square is None and self._found[index] != BROKEN:  # two threads may try the same image at the same time
                 self.skipped.append(Skipped(self.source.name(index), reason))
             self._found[index] = BROKEN if square is None else GOOD
             n_broken, n_tried = len(self.skipped), self._n_tried
@@ -329,7 +355,10 @@ class StreamLoader:
         return square
 
     def close(self) -> None:
-        """Stop decoding and wait until the threads have ended. Images that are being decoded are finished."""
+        """Stop decoding, and wait until the threads have ended.
+
+        Each thread first finishes the image that it is decoding.
+        """
         self._closed = True
         self._steps.clear()
         self._pool.shutdown(cancel_futures=True)
@@ -350,21 +379,22 @@ def open_loader(
     reading: Reading | None = None,
     device: torch.device | None = None,
 ) -> Loader:
-    """Open a loader: `MemoryLoader` if all squares (n * 3 * side^2 bytes) fit into `cache_bytes`, else `StreamLoader`.
+    """Open a loader, and return it.
 
-    A resumed run must use the same kind of loader, because broken images change the order of images in a
-    `MemoryLoader`, but are replaced in a `StreamLoader`.
+    It is a `MemoryLoader` if all squares (n * 3 * side^2 bytes for n images) fit into `cache_bytes`, otherwise a
+    `StreamLoader`. A resumed run must use the same kind of loader: a `MemoryLoader` leaves broken images out, which
+    changes the order of the other images, but a `StreamLoader` replaces them.
 
     Args:
         source: the images.
         side: side of the squares, pixels.
-        plan: names the images of a step, such as `shuffled(...)`.
+        plan: function that selects the images of a step, such as `shuffled(...)`.
         cache_bytes: limit on the memory for squares, per process.
         reading: number of threads, and limits on decoding ahead; None: the defaults.
         device: the device of the batches; None: the CPU.
 
     Raises:
-        ValueError: no image could be read, or a setting is out of range.
+        ValueError: there are no images, no image could be read, or a setting is out of range.
         OSError: the images cannot be reached.
     """
     if not len(source):
@@ -392,10 +422,10 @@ def open_loader(
 
 
 def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
-    """Return advice on how to wait less for images, or None if waiting takes at most 10 % of the time.
+    """Return advice on how to wait less for images, or None if at most 10 % of the time is spent waiting.
 
     Args:
-        share: share of the time that the training loop waited in `Loader.batch`.
+        share: share of the time for which the training loop waited in `Loader.batch`.
         loader: the loader of the run.
         side: side of the squares, pixels.
         workers: number of decoding threads.
@@ -404,13 +434,13 @@ def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> 
         return None
     waited = f"{share:.0%} of the time was spent waiting for images"
     if loader.in_memory:
-        return f"{waited}, although they are in memory: lower cache_size (now {side}), or stop other processes here"
+        return f"{waited}, although they are in memory: lower cache_size (now {side}), or stop other local processes"
     if loader.fetching_share > 0.5:
-        more = f"raise workers (now {workers}; {loader.fetching_share:.0%} of their time is fetching), "
+        more = f"raise workers (now {workers}; {loader.fetching_share:.0%} of their time is spent getting bytes), "
     elif workers < available_cpus():
         more = f"raise workers (now {workers}), "
     else:
-        more = f"all {available_cpus()} cores decode; "
+        more = f"all {available_cpus()} cores are decoding; "
     needed = math.ceil(len(loader) * 3 * side**2 / 2**30)
     return (
         f"{waited}: {more}shrink the images beforehand (short side near {2 * side}), or make them fit into memory "

@@ -1,16 +1,16 @@
-"""iBOT's block masks define which patches of an image the student does not see.
+"""Random masks for iBOT: each mask selects the patches of an image that the student does not see.
 
-As in facebookresearch/dinov2 (`dinov2/data/masking.py`, `collate.py`), after BEiT (arXiv 2106.08254): rectangles of
-random area and aspect are put on the grid of patches until the required number of patches is covered. A given share of
-the images is masked. The masked shares of these images are spread evenly over a range, so that every batch has weak and
-strong masks.
+The method is that of facebookresearch/dinov2 (`dinov2/data/masking.py`, `collate.py`), after BEiT (arXiv 2106.08254):
+random rectangles are added to a mask until it covers the required number of patches. Only a given share of the images
+is masked. The masked shares of these images are spread evenly over a range, so that every batch has lightly and heavily
+masked images.
 
-The number of patches to mask is drawn for the whole batch of a step, but each mask has its own random generator. Ranks
-and micro-batches therefore make only the masks of their own images, and these are the masks that a single process would
-make for the whole batch.
+The numbers of patches to mask are drawn together for all images of a step, but each mask has its own random generator.
+Each rank and each micro-batch can therefore make only the masks of its own images, and these masks equal those that a
+single process would make for the whole batch.
 
-A mask is built as one Python integer with a bit per patch, because operations on such an integer take much less time
-than the microsecond of each operation on a small array.
+While a mask is built, it is one Python integer with one bit per patch. An operation on a small array takes about a
+microsecond, and an operation on such an integer much less.
 
 Legend: h x w patches of one image, B images.
 """
@@ -27,19 +27,23 @@ MIN_BLOCK_PATCHES = 4
 MIN_ASPECT = 0.3
 ATTEMPTS_PER_BLOCK = 10
 DRAWN_AT_ONCE = 64
-STREAM = 0x3A5C  # numpy treats the seeds (seed, step) and (seed, step, 0) alike: this word keeps our streams apart
+STREAM = 0x3A5C  # makes these seeds differ from (seed, step) and (seed, step, 0), which numpy treats alike
 
 
 def _uniforms(rng: np.random.Generator) -> Iterator[float]:
-    """Yield random numbers in [0, 1) without end. They are drawn in blocks, since a block costs as much as one."""
+    """Yield random numbers in [0, 1) without end.
+
+    The numbers are drawn in blocks of 64, because drawing a block takes about as long as drawing one number.
+    """
     while True:
         yield from rng.random(DRAWN_AT_ONCE).tolist()
 
 
 def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_patches: int) -> int:
-    """Return `mask` with one more random rectangle, which adds 1 to `max_patches` patches.
+    """Add one random rectangle to a mask, and return the new mask.
 
-    `mask` has a bit per patch of `grid` (h, w). It is returned unchanged if no rectangle fits in ten attempts.
+    A mask is an integer with one bit per patch of `grid` (height and width in patches). The rectangle adds between 1
+    and `max_patches` patches. If no rectangle fits in ten attempts, the mask is returned unchanged.
     """
     h, w = grid
     smallest, log_aspect = min(MIN_BLOCK_PATCHES, max_patches), math.log(MIN_ASPECT)
@@ -58,10 +62,11 @@ def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_
 
 
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], n_masked: int) -> Mask:
-    """Make a mask, bool [h, w], of at most `n_masked` patches for a grid (h, w).
+    """Make a random mask of at most `n_masked` patches for a grid of h x w patches, and return it as bool [h, w].
 
-    The mask consists of rectangles with an aspect of 0.3 to 3.3, each adding at most half of the grid. As in Meta's
-    code, it has fewer than `n_masked` patches if no further rectangle fits in ten attempts.
+    The mask consists of rectangles with an aspect ratio of about 0.3 to 3.3. Each rectangle adds at most half of the
+    patches of the grid. As in Meta's code, the mask has fewer than `n_masked` patches if no further rectangle fits in
+    ten attempts.
     """
     h, w = grid
     uniforms = _uniforms(rng)
@@ -80,8 +85,9 @@ def patches_to_mask(
 ) -> npt.NDArray[np.int64]:
     """Return the number of patches to mask in each of the `n_total` images of a step, int64 [n_total].
 
-    The share `probability` of the images, m images, is masked. The range `ratio` of masked shares is divided into m
-    equal parts, and each of these images, in random order, draws its share from one part.
+    The share `probability` of the images, chosen at random, is masked. `ratio` is the range of the share of patches to
+    mask in an image. It is divided into as many equal parts as there are masked images, and each masked image draws its
+    share from one of these parts. Every image has `n_patches` patches.
     """
     rng = np.random.default_rng((STREAM, seed, step))
     n_with_mask = int(n_total * probability)
@@ -102,10 +108,22 @@ def batch_masks(
     ratio: tuple[float, float] = (0.1, 0.5),
     probability: float = 0.5,
 ) -> Mask:
-    """Make the masks, bool [B, h * w], of the images at `positions` [B] among all `n_total` images of a step.
+    """Make the masks of the images at `positions` [B] among all `n_total` images of a step.
 
-    A mask depends only on (seed, step, position, n_total) and the settings, and not on the other positions, so it does
-    not matter how ranks and micro-batches split the images.
+    A mask depends only on the seed, the step, the image's position, `n_total` and the settings, and not on the other
+    positions. The split of the images over ranks and micro-batches therefore does not change the masks.
+
+    Args:
+        seed: seed of the run.
+        step: number of the step.
+        positions: positions of the images, from 0 to `n_total` - 1.
+        n_total: number of images in the step, over all ranks and micro-batches.
+        grid: height h and width w of an image in patches.
+        ratio: smallest and largest share of patches that are masked in a masked image.
+        probability: share of the images that are masked.
+
+    Returns:
+        bool [B, h * w], True for masked patches.
     """
     assert all(0 <= position < n_total for position in positions), (positions, n_total)
     h, w = grid

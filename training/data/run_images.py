@@ -15,18 +15,18 @@ from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
 from training.distributed import World, from_main, wait_for_all
 
-KNN_PHOTOS = 50_000  # limit on the training images that k-NN searches; takes minutes on a GPU
-INDEX = "index"  # folder of the tar shards' index, in the run's folder
-ASKED_PHOTOS = 10_000  # limit on the held-out images that k-NN classifies; accurate to half a percent
+KNN_PHOTOS = 50_000  # maximum number of training images that k-NN searches; it takes minutes on a GPU
+INDEX = "index"  # folder in the run's folder, with the indices of tar shards
+ASKED_PHOTOS = 10_000  # maximum number of images that k-NN classifies; its accuracy is then known to half a percent
 SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Where a run's images are, how they are split, and how they are read.
+    """The settings of a run's images: where they are stored, how they are split, and how they are read.
 
-    `micro_batches` has the sizes of micro-batches by the name of their setting (None: the setting is not used). A
-    rank's share of a batch must be a multiple of each size.
+    `micro_batches` maps the name of each micro-batch setting to its size, or to None if the setting is not used. The
+    number of images that a rank gets of each batch must be a multiple of each size.
     """
 
     data: str
@@ -44,8 +44,9 @@ class ImageSettings:
 class Data:
     """The images of a run.
 
-    `loader` has the training images. k-NN searches `train_sample`, a sample of them, and classifies `held_out`.
-    `digest` identifies the training images, and `source` is the path or URL of the data.
+    `loader` loads the training images. k-NN classifies the images in `held_out` by their neighbours in `train_sample`,
+    a sample of the training images. `digest` is a sha256 that identifies the training images, and `source` is the path
+    or URL of the data.
     """
 
     loader: Loader
@@ -53,49 +54,59 @@ class Data:
     held_out: list[Photo]
     digest: str
     source: str
-    _n_listed: int = 0  # how many of the loader's unreadable images are listed already
+    _n_listed: int = 0  # number of the loader's unreadable images that `unlisted` has already returned
 
     @property
     def has_classes(self) -> bool:
-        """Return whether k-NN is possible: there are held-out images, and the sample has at least two labels."""
+        """Return whether k-NN is possible.
+
+        It needs held-out images and at least two different labels in `train_sample`.
+        """
         return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
 
     def check_same(self, digest: str) -> None:
-        """Refuse to resume a run with other images, because a resumed run must continue their order.
+        """Check that a saved run used the same images, because a resumed run must continue their order.
 
         Raises:
-            ValueError: `digest`, that of the saved run's images, differs from the digest of these images.
+            ValueError: `digest`, which the run saved, differs from the digest of these images.
         """
         if digest != self.digest:
             raise ValueError(
-                f"the images in {self.source} are not those of the run so far: files were added, removed or changed; "
-                "choose another out folder, or remove this one to start again"
+                f"the images in {self.source} differ from those that this run started with: files were added, removed "
+                "or changed; choose another out folder, or remove this one to start again"
             )
 
     def unlisted(self) -> Sequence[Skipped]:
-        """Return the images that were found to be unreadable since the last call."""
+        """Return the unreadable images that were found since the last call."""
         skipped = self.loader.skipped[self._n_listed :]
         self._n_listed += len(skipped)
         return skipped
 
 
 def check_apart(data: str, out: Path) -> None:
-    """Refuse a run's folder inside the folder of its images, because the run would train on its own image sheets.
+    """Check that a run's folder is not inside the folder of its images.
+
+    Otherwise the run would train on its own image sheets.
 
     Raises:
         ValueError: `out` is the folder of the images, or is inside it.
     """
     folder = Path(data.removeprefix("file://"))
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"out={out} is inside data={data}: its image sheets would be trained on; choose another out")
+        raise ValueError(
+            f"out={out} is inside data={data}: the run would train on its own image sheets; choose another out"
+        )
 
 
 @contextmanager
 def open_data(settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
-    """Open the images of a run. Unreadable images are listed in `skipped.txt` and counted on the screen.
+    """Open the images of a run for the duration of a `with` block.
+
+    Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console.
 
     Raises:
-        ValueError: there are no images, none is readable, or there are fewer images than a batch needs.
+        ValueError: there are no images, no image is readable, there are fewer images than a batch needs, or a batch
+            cannot be split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
     out, batch_size = settings.out, settings.batch_size
@@ -128,7 +139,7 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
             list_skipped([*source.skipped, *data.unlisted()], out, console)
         try:
             yield data
-        finally:  # too many broken images may have ended the run
+        finally:  # also if too many broken images have ended the run
             if world.is_main:
                 list_skipped(data.unlisted(), out, console)
 
@@ -136,8 +147,11 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
 def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, int | None]) -> int:
     """Return the number of images that one rank gets of each batch.
 
+    `micro_batches` maps the name of each micro-batch setting to its size, or to None if the setting is not used.
+
     Raises:
-        ValueError: the batch cannot be split evenly over the ranks, or a rank's share evenly into micro-batches.
+        ValueError: the batch cannot be split evenly over the ranks, or the images of a rank cannot be split evenly into
+            micro-batches.
     """
     per_rank, rest = divmod(batch_size, n_ranks)
     for name, size in micro_batches.items():
@@ -150,18 +164,23 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 
 
 def sample(source: Source, most: int) -> list[Photo]:
-    """Return every k-th image of a source, with the smallest k that gives at most `most` images."""
+    """Return at most `most` images of a source, at equal distances: every k-th image, with the smallest possible k."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
-    """Add unreadable images to `skipped.txt` in the folder `out`, and print their number and the first of them."""
+    """Add unreadable images to the list `skipped.txt` in the folder `out`, and print how many there are.
+
+    The first few images are also printed, each with the reason.
+    """
     if not skipped:
         return
     listing = out / "skipped.txt"
     listed = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
     write_text(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
-    console.print(f"{len(skipped)} images could not be read and are skipped, listed in {listing}; the first:")
+    console.print(
+        f"{len(skipped)} images could not be read and are skipped. They are listed in {listing}. The first ones:"
+    )
     for line in lines[:SHOWN]:
         console.print(f"  {line}", markup=False)

@@ -1,15 +1,16 @@
 """Tar shards (WebDataset's format) as a source of numbered images.
 
-A tar file has no table of contents, so this module makes an index of each shard: `tarfile` jumps from header to header
-(remote shards are read in blocks of 4 MiB, and blocks without a header are skipped), and the names, offsets and labels
-of the images are stored in the run's folder. An image is then one range of bytes in one file, so a run can read images
-in any order. A loader that reads shards from start to end could only shuffle within a buffer.
+A tar file has no table of contents, so this module makes an index of each shard: the names, offsets and labels of its
+images. To find them, `tarfile` jumps from header to header. A remote shard is read in blocks of 4 MiB, and blocks
+without a header are skipped. The index is stored in the run's folder. With it, an image is one range of bytes in one
+file, so a run can read images in any order. A loader that reads shards from start to end could only shuffle within a
+buffer.
 
 In WebDataset (https://github.com/webdataset/webdataset), members with the same path up to the first dot of the file
 name form one sample. Here each image of a sample is a separate image of the source. Its label is the content of the
-sample's `.cls` member or, if there is none, the name of its folder.
+sample's `.cls` member. If the sample has no such member, the label is the name of the folder that contains the image.
 
-The complete images of a truncated shard are used; the rest of the shard is listed as skipped.
+If a shard is truncated, its complete images are used, and the rest is listed as skipped.
 """
 
 import bz2
@@ -34,17 +35,17 @@ from training.data.blobs import Blob, LocalBlob, MemoryBlob
 from training.data.dataset import MAX_BYTES, SUFFIXES, Indices, Skipped
 
 COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
-"""Suffixes of compressed tars, and the commands that unpack them."""
+"""The suffixes of compressed tars, and the commands that unpack them."""
 
 MAX_UNPACKED = 2**30
-"""A compressed tar has no random access; up to this many bytes it is unpacked into memory."""
+"""The maximum size in bytes, packed and unpacked, of a compressed tar. It is unpacked into memory for random access."""
 
 READ_AHEAD_REMOTE, READ_AHEAD_LOCAL = 4 * 2**20, 2**10
-"""Bytes that are read at once when headers are read. Remotely, a request takes as long as the transfer of a few MiB;
-locally, one read covers a header and a `.cls` member."""
+"""The number of bytes that are read at once when headers are read. For a remote shard, a request takes as long as the
+transfer of a few MiB. For a local shard, one read covers a header and a `.cls` member."""
 
 MAX_HEADER = 2**20
-"""Limit on the bytes of one read by tarfile. A damaged header may give any length for a long name."""
+"""The maximum number of bytes of one read by tarfile. A damaged header may give any length for a long name."""
 
 MAX_LABEL = 256
 INDEX_VERSION = 1
@@ -52,7 +53,10 @@ BLOCK = 512
 
 
 class _Reader(io.RawIOBase):
-    """A file object for tarfile that reads a blob in blocks and holds the last block in memory."""
+    """A file object through which Python's `tarfile` reads a shard.
+
+    It reads the shard in blocks and holds the last block in memory.
+    """
 
     def __init__(self, blob: Blob, ahead: int) -> None:
         self._blob, self._ahead, self._at = blob, ahead, 0
@@ -82,10 +86,10 @@ class _Reader(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Names:
-    """A sequence of strings in one buffer. As a list, a million names would take 100 MB."""
+    """A sequence of strings, stored in one buffer. As a list, a million names would take 100 MB."""
 
-    text: bytes  # UTF-8, one after the other
-    ends: Indices  # [n]
+    text: bytes  # the strings in UTF-8, one after the other
+    ends: Indices  # [n] the position in `text` where each string ends
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "Names":
@@ -102,13 +106,16 @@ class Names:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The n images of one shard: names, positions of their bytes, and numbers of their labels in `classes` (-1: no
-    label). `skipped` lists the members that cannot be used."""
+    """The index of the n images of one shard: their names, the positions of their bytes, and their labels.
+
+    A label is a number in `classes`, or -1 for an image without a label. `skipped` lists the members that cannot be
+    used.
+    """
 
     names: Names
     offsets: Indices  # [n] bytes from the shard's start
     sizes: Indices  # [n] bytes
-    labels: Indices  # [n]
+    labels: Indices  # [n] numbers in `classes`, or -1
     classes: list[str]
     skipped: list[Skipped]
 
@@ -119,27 +126,27 @@ def printable(name: str) -> str:
 
 
 def common_folder(names: Sequence[str]) -> int:
-    """Return the length of the longest folder, including its last slash, that all names start with."""
+    """Return the length in characters of the longest folder path, including its last slash, that starts all names."""
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1
 
 
 def _key(name: str) -> str:
-    """Return the part of a member's path that all members of its WebDataset sample share."""
+    """Return the path of a member up to the first dot in its file name. This part identifies its WebDataset sample."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
 def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a shard of `size` bytes up to the first unreadable one.
+    """Yield the members of a shard of `size` bytes, up to the first unreadable one.
 
     If the shard is damaged or truncated, the reason is appended to `problems`.
     """
     try:
         with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them: 1 kB each
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would store all members, 1 kB each
                 yield member
             reader.seek(tar.offset)
     except tarfile.ReadError as error:
@@ -148,9 +155,9 @@ def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfil
     # tarfile treats a damaged header as the end of the tar, unless it is the first header.
     end = reader.read(BLOCK)
     if len(end) < BLOCK:
-        problems.append("ends without the zeros that close a tar: truncated?")
+        problems.append("the zeros at the end of the tar are missing, so it may be truncated")
     elif any(end):
-        problems.append(f"damaged at byte {reader.tell() - BLOCK} of {size}: what follows is lost")
+        problems.append(f"damaged at byte {reader.tell() - BLOCK} of {size}; the rest cannot be read")
 
 
 def _folder_of(name: str) -> str:
@@ -158,14 +165,14 @@ def _folder_of(name: str) -> str:
 
 
 def index_shard(blob: Blob, shard: str) -> ShardIndex:
-    """Make the index of a shard by reading its headers.
+    """Make the index of a shard by reading its headers, and return it.
 
     Args:
-        blob: the shard's bytes.
-        shard: the shard's name, for the list of skipped members.
+        blob: the shard's file.
+        shard: the shard's name, which is used in the list of skipped members.
 
     Raises:
-        OSError: the server or disk does not answer.
+        OSError: the server or the disk failed.
     """
     reader = _Reader(blob, READ_AHEAD_LOCAL if isinstance(blob, LocalBlob | MemoryBlob) else READ_AHEAD_REMOTE)
     images: list[tuple[str, int, int]] = []
@@ -179,7 +186,9 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
         if member.isdir() or not (is_image or name.endswith(".cls")):
             continue
         if not member.isreg() or member.issparse():
-            skipped.append(Skipped(f"{shard}/{name}", "a link or a sparse file: its bytes are not one range here"))
+            skipped.append(
+                Skipped(f"{shard}/{name}", "a link or a sparse file: its bytes are not one range of the shard")
+            )
         elif cut:
             skipped.append(Skipped(f"{shard}/{name}", f"truncated: the shard ends inside it, at byte {blob.size}"))
         elif is_image:
@@ -215,7 +224,10 @@ def _identity(blob: Blob, shard: str) -> list[object]:
 
 
 def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
-    """Load a stored index. Return None, so that it is made again, if it is missing, damaged or of another identity."""
+    """Load the index that is stored at `path`.
+
+    Return None if the file is missing or damaged, or if its index was stored with another `identity`.
+    """
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             facts = json.loads(bytes(file["facts"]))
@@ -239,17 +251,17 @@ def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
         "sizes": index.sizes,
         "labels": index.labels,
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:  # ranks may write it twice, with equal content
+    with replacing(path) as temporary, temporary.open("wb") as file:  # two ranks may both write it, with equal content
         np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
-    """Load the index of a shard from `index_dir`. If it is missing or outdated, make it and store it there.
+    """Return the index of a shard. Make it and store it in `index_dir` if it is missing there or outdated.
 
     An index is outdated if the shard's size or version has changed. The index of a shard in memory is never stored.
 
     Raises:
-        OSError: the server or disk does not answer, or the index cannot be written.
+        OSError: the server or the disk failed, or the index cannot be written.
     """
     if isinstance(blob, MemoryBlob):
         return index_shard(blob, shard)
@@ -262,7 +274,7 @@ def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
 
 
 def is_compressed(name: str) -> bool:
-    """Return whether the name of a tar ends in a suffix of a compressed file."""
+    """Return whether a file name ends in a suffix of a compressed tar, such as `.gz`."""
     return os.path.splitext(name)[1].lower() in COMPRESSED
 
 
@@ -271,11 +283,11 @@ def _opener(suffix: str) -> Callable[[IO[bytes]], IO[bytes]]:
 
 
 def unpacked(blob: Blob) -> MemoryBlob:
-    """Unpack a compressed tar into memory.
+    """Unpack a compressed tar, and return it as a file in memory.
 
     Raises:
         ValueError: the file is too large or damaged, or Python does not support its compression.
-        OSError: the server or disk does not answer.
+        OSError: the server or the disk failed.
     """
     suffix = os.path.splitext(blob.url)[1].lower()
     advice = f"unpack it ({COMPRESSED[suffix]}): a compressed tar has no random access"
@@ -298,9 +310,9 @@ def unpacked(blob: Blob) -> MemoryBlob:
 
 
 def _word(shard: str) -> str | None:
-    """Return `train` or `val` if a shard's path has only one of them as a folder or word, else None.
+    """Return `train` or `val` if exactly one of them is a word in a shard's path. Otherwise return None.
 
-    The word `validation` counts as `val`.
+    Words are separated by slashes, dashes, underscores and dots. The word `validation` counts as `val`.
     """
     words = shard.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-")
     parts = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
@@ -308,11 +320,11 @@ def _word(shard: str) -> str | None:
 
 
 class TarSource:
-    """A source with the images of tar shards, in the order of the shards and of their members.
+    """A source of the images in tar shards, in the order of the shards and of their members.
 
-    The name of an image is `shard/member`. The split `parts` follows the paths of the shards, if some contain the word
-    `train` and others `val`. Otherwise it follows the folders `train` and `val` inside the shards: the first folder
-    after the part of the path that all members share.
+    The name of an image is `shard/member`. If the paths of some shards contain the word `train` and those of others the
+    word `val`, these words define the split `parts`. Otherwise the split is defined by the folders `train` and `val`
+    inside the shards. They must be the first folders after the part of the path that all members share.
     """
 
     def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:
@@ -350,11 +362,11 @@ class TarSource:
         return table.classes[table.labels[i]] if table.labels[i] >= 0 else None
 
     def encoded(self, index: int) -> bytes:
-        """Read the bytes of an image.
+        """Return the bytes of an image's encoded file.
 
         Raises:
             ValueError: the image has more than `MAX_BYTES` bytes.
-            OSError: the server or disk does not answer, or the shard has changed.
+            OSError: the server or the disk failed, or the shard has changed.
         """
         _, blob, table, i = self._find(index)
         size = int(table.sizes[i])

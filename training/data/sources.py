@@ -1,7 +1,8 @@
 """Sources of images: a folder of images, tar shards (local or at a URL), or a Hugging Face dataset on disk.
 
-`open_source` detects which of them a path or URL names, and returns a `training.data.dataset.Source`: numbered images
-that any thread can read in any order. This makes it possible to shuffle millions of images and to resume a run exactly.
+`open_source` detects the kind of source from a path or URL, and returns a `training.data.dataset.Source`: numbered
+images that any thread can read in any order. A run can therefore shuffle millions of images, and it can be resumed
+exactly.
 """
 
 import glob
@@ -22,24 +23,25 @@ from training.data.shards import COMPRESSED, TarSource, common_folder, is_compre
 
 MAX_BRACES = 1_000_000
 INDEXING_THREADS = 8
-"""Number of shards that are indexed at a time, each by a thread. The threads mostly wait for servers."""
+"""The number of shards that are indexed at the same time, each by a thread. The threads mostly wait for servers."""
 
 HF_HELD_OUT = ("validation", "val", "valid", "test")
-"""Names of the part of a dataset that is held out; the first one that the dataset has is used. Some datasets have only
-`test`."""
+"""The possible names of the held-out part of a Hugging Face dataset. The first name that the dataset has is used. Some
+datasets have only `test`."""
 
 
 # Folders
 
 
 class FolderSource:
-    """A source with the images below a folder, at any depth, sorted. The label of an image is the name of its folder.
+    """A source of the images in a folder and its subfolders at any depth, sorted by path.
 
-    If the folder has subfolders `train` and `val`, they are the split `parts`; images outside them belong to neither.
+    The label of an image is the name of the folder that directly contains it. If the folder has the subfolders `train`
+    and `val`, `parts` has the numbers of the images in each of them, and images outside both are in neither part.
 
     Raises:
-        ValueError: the folder does not exist, a part of it cannot be listed, or there are no images in it or in one of
-            `train` and `val`.
+        ValueError: the folder does not exist, a subfolder cannot be listed, or there are no images in the folder or in
+            one of `train` and `val`.
     """
 
     skipped: Sequence[Skipped] = ()
@@ -68,7 +70,7 @@ class FolderSource:
         return printable(path.parent.name)
 
     def encoded(self, index: int) -> bytes:
-        """Read the content of an image's file. Raises the same errors as `read_file`."""
+        """Return the bytes of an image's file. The errors are those of `training.data.dataset.read_file`."""
         return read_file(self._folder / self._paths[index])
 
     def fingerprint(self, index: int) -> str:
@@ -82,22 +84,26 @@ class FolderSource:
 
 
 def _image_column(features: Mapping[str, Any], path: Path) -> str:
-    from datasets import Image  # the caller has imported it before
+    from datasets import Image  # the caller has already imported it
 
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         raise ValueError(
-            f"{path} has {len(columns)} columns of type Image ({columns}); it needs exactly one, of {[*features]}"
+            f"{path} has {len(columns)} columns of type Image ({columns}), but needs exactly one; "
+            f"its columns are {[*features]}"
         )
     return columns[0]
 
 
 class HuggingFaceSource:
-    """A source with the images of a Hugging Face dataset that was saved with `save_to_disk`.
+    """A source of the images in a Hugging Face dataset that was saved with `save_to_disk`.
 
-    Images come from the one column of type Image, labels from the first column of type ClassLabel, if there is one. The
-    rows stay on disk (memory-mapped Arrow). The name of an image is `part/number`. For a DatasetDict, the split `parts`
-    has its `train`, and as `val` the first of validation, val, valid and test that it has.
+    The images come from the only column of type Image. The labels come from the first column of type ClassLabel, if the
+    dataset has one. The rows stay on disk (memory-mapped Arrow). The name of an image is `part/number`, such as
+    `train/12`.
+
+    For a DatasetDict, the part `train` of the split is the dataset's `train`, and the part `val` is the first of
+    validation, val, valid and test that the dataset has. If one of the two is missing, there is no split.
 
     Raises:
         ValueError: the library `datasets` is missing, the folder is damaged, or the dataset does not have exactly one
@@ -154,11 +160,11 @@ class HuggingFaceSource:
         return classes[value] if value is not None and 0 <= value < len(classes) else None
 
     def encoded(self, index: int) -> bytes:
-        """Return the image's bytes from the row, or read them from the file that the row names.
+        """Return an image's bytes, which are in its row or in a file that the row names.
 
         Raises:
             ValueError: the row has no image, or the file cannot be used.
-            OSError: the disk does not answer.
+            OSError: the disk failed.
         """
         number, row = self._find(index)
         _, rows, column, _, _ = self._rows[number]
@@ -173,7 +179,7 @@ class HuggingFaceSource:
             import pyarrow.compute as pc
 
             _, rows, column, _, _ = self._rows[number]
-            # This reads only the offsets of Arrow's table.
+            # Only the offsets in Arrow's table are read, not the bytes of the images.
             stored = rows.flatten_indices() if rows._indices is not None else rows
             self._sizes[number] = pc.binary_length(pc.struct_field(stored.data.column(column), "bytes")).to_numpy()
         return str(self._sizes[number][row])
@@ -183,12 +189,13 @@ class HuggingFaceSource:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand a pattern to names: `a-{00..02}.tar` to a-00.tar, a-01.tar and a-02.tar, `{x,y}.tar` to x.tar and y.tar.
+    """Expand the braces in a pattern, and return all resulting names.
 
-    With several braces, all combinations are returned, and the last brace varies fastest.
+    For example, `a-{00..02}.tar` gives a-00.tar, a-01.tar and a-02.tar, and `{x,y}.tar` gives x.tar and y.tar. If the
+    pattern has several pairs of braces, the result has all combinations, and the last pair varies fastest.
 
     Raises:
-        ValueError: a range runs backwards, or there are more than a million names.
+        ValueError: a range counts down, or there are more than a million names.
     """
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
@@ -197,7 +204,7 @@ def expand_braces(pattern: str) -> list[str]:
     if span:
         first, last = int(span[1]), int(span[2])
         if not first <= last < first + MAX_BRACES:
-            raise ValueError(f"{pattern}: {{{match[1]}}} must run upwards, over at most {MAX_BRACES} numbers")
+            raise ValueError(f"{pattern}: {{{match[1]}}} must count up, over at most {MAX_BRACES} numbers")
         width = len(span[1]) if span[1].startswith("0") else 0
         choices = [str(number).zfill(width) for number in range(first, last + 1)]
     else:
@@ -236,14 +243,17 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
-    """Return the names of shards for logs and digests: their URLs without the folder that all of them start with."""
+    """Return short names of shards for logs and digests: their URLs without the leading folder that all share."""
     plain = [_path_of(url) for url in urls]
     start = common_folder(plain)
     return [printable(url[start:]) for url in plain]
 
 
 def _remote_shards(url: str) -> list[str]:
-    """Return the URLs of the tars that `url` names: `url` itself, the matches of a pattern, or all tars in a folder."""
+    """Return the URLs of the tar files that `url` names.
+
+    They are `url` itself, the files that match it if it is a pattern, or all tar files in it if it is a folder.
+    """
     if _is_tar(_path_of(url)) and "*" not in url:
         return [url]
     if url.startswith(("http://", "https://")):
@@ -251,7 +261,7 @@ def _remote_shards(url: str) -> list[str]:
     system, path = file_system(url)
     try:
         matches = system.glob(path) if "*" in path else system.find(path)
-    except Exception as error:  # errors of botocore, gcsfs and others, which have no common class
+    except Exception as error:  # botocore, gcsfs and others have no common class of errors
         raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
     return [str(system.unstrip_protocol(name)) for name in sorted(matches) if _is_tar(name)]
 
@@ -263,20 +273,20 @@ def _local_shards(path: Path) -> list[str]:
 
 
 def open_source(spec: str | Path, index_dir: Path) -> Source:
-    """Open the source of images that `spec` names.
+    """Open the source of images at a path or URL, and return it.
 
     Args:
-        spec: one of these: a folder of images; a tar, a folder of tars or a pattern of tars (`name-{000..123}.tar`,
-            `name-*.tar`), local or as a URL (s3://, gs://, http://, ...); a folder written by `save_to_disk` of
-            `datasets`. If a folder has both images and tars, the images are used.
-        index_dir: folder in which the indices of tars are stored, so that a resumed run need not read all headers
-            again.
+        spec: a folder of images; a tar, a folder of tars or a pattern of tars (`name-{000..123}.tar`, `name-*.tar`),
+            local or as a URL (s3://, gs://, http://, ...); or a folder written by `save_to_disk` of the library
+            `datasets`. If a folder has both images and tars, only the images are used.
+        index_dir: folder in which the indices of tars are stored, so that a resumed run does not have to read all tar
+            headers again.
 
     Raises:
-        ValueError: `spec` names nothing that can be used; the message says what is supported.
-        OSError: a server or disk does not answer.
+        ValueError: `spec` does not name anything that can be used; the message gives the reason.
+        OSError: a server or a disk failed.
     """
-    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # undo what pathlib does to a URL
+    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # pathlib removes one of the two slashes of a URL
     text = re.sub(r"^file://", "", text)
     if "://" in text:
         urls = [url for part in expand_braces(text) for url in _remote_shards(part)]
@@ -294,23 +304,25 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     if path.is_dir() and not shards:
         raise ValueError(
             f"nothing to train on in {path}: it has no images ({', '.join(sorted(SUFFIXES))}) at any depth, no tar "
-            "shards (.tar), and no Hugging Face dataset (dataset_info.json or dataset_dict.json, by save_to_disk)"
+            "shards (.tar), and no Hugging Face dataset of save_to_disk (dataset_info.json or dataset_dict.json)"
         )
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
-        raise ValueError(f"{missing[0] if missing else text} does not exist: a folder, a .tar or a URL is needed")
+        raise ValueError(f"{missing[0] if missing else text} does not exist; data must be a folder, a .tar or a URL")
     wrong = [shard for shard in shards if not _is_tar(shard)]
     if wrong:
-        raise ValueError(f"{wrong[0]} is not a tar: data is a folder of images, .tar shards, or a Hugging Face dataset")
+        raise ValueError(
+            f"{wrong[0]} is not a tar; data must be a folder of images, .tar shards, or a Hugging Face dataset"
+        )
     return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text)
 
 
 def source_digest(source: Source, *, contents: bool) -> str:
     """Compute a sha256 of a source's images, in order. A resumed run uses it to check that its images are the same.
 
-    With `contents` it covers the names and contents of all images, which are read for it; an unreadable image counts as
-    empty. Otherwise it covers names and sizes in bytes. It then detects files that were added, removed, renamed or
-    replaced by files of another size, but no edit that keeps the size. Labels are never covered.
+    If `contents` is true, all images are read, and the digest covers their names and contents; an unreadable image
+    counts as empty. Otherwise the digest covers the names and the sizes in bytes. It then changes if an image is added,
+    removed, renamed or replaced by one of another size, but not if an edit keeps the size. Labels are never covered.
     """
     digest = hashlib.sha256()
     for index in range(len(source)):

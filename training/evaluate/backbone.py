@@ -1,4 +1,4 @@
-"""Load the model to evaluate and its preprocessing: a checkpoint, an artifact or a published model."""
+"""Load a model to evaluate, with its preprocessing, from a checkpoint, an artifact or the published models."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from training.evaluate.settings import DenseSettings, TaskSettings
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model to evaluate, in eval mode, with its own preprocessing and fingerprint.
+    """A model to evaluate, in eval mode, with its name, its preprocessing (`spec`) and its fingerprint.
 
-    The fingerprint is the one that an artifact of the same model has.
+    An artifact of the same model has the same fingerprint.
     """
 
     name: str
@@ -44,21 +44,21 @@ def load_backbone(
 
     Args:
         source: a checkpoint file, an artifact's folder, the name of an artifact in `data_dir`, the name of a published
-            model (which is downloaded), or "auto" for the newest artifact in `data_dir` (if it has none, the bundled
-            artifact).
+            model (which is downloaded), or "auto". The value "auto" selects the newest artifact in `data_dir` or, if it
+            has none, the bundled artifact.
         arch: torch hub's name of the architecture, for files that do not name it.
         data_dir: folder that is searched for artifacts.
         device: device of the model.
 
     Raises:
-        ValueError: no model has that name, the file is damaged, or it needs `arch`.
+        ValueError: no model has the name `source`, the file is damaged, or the file needs `arch`.
         zoo.DownloadError: a published model cannot be downloaded.
     """
     path, name = Path(source), source
     artifact = _artifact_of(source, data_dir)
     spec: PreprocessSpec | None = None
     if artifact is not None:
-        with tempfile.TemporaryDirectory() as derived:  # loading writes derived files, which are not kept
+        with tempfile.TemporaryDirectory() as derived:  # loading writes derived files, which are deleted
             loaded = load_artifact(artifact, derived_dir=Path(derived))
         config, spec, name = loaded.manifest.config, loaded.manifest.preprocess, loaded.name
         state = load_state_dict_file(artifact / WEIGHTS)
@@ -82,7 +82,9 @@ def load_backbone(
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
-    """Return the model's own preprocessing, with the resize and crop of the settings where they are set.
+    """Return the preprocessing of a task: the model's own, changed by the task's `resize` and `crop` if they are set.
+
+    The whole image is used, without a crop, if `crop` is 0 or the task is segmentation or depth.
 
     Raises:
         ValueError: the crop does not fit the resized image or the patch size.

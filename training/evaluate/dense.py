@@ -1,10 +1,9 @@
 """Common parts of segmentation and depth: pairs of an image and its map, patch tokens in memory, and a small head.
 
 The data is a folder `images/{train,val}/...` and next to it a folder of maps with the same names (`masks/` of classes,
-`depth/` of distances). Each image is used whole, without windows, crops or flips, resized to multiples of the patch
-size at its own aspect. Its tokens therefore never change and are computed once. An image's tokens take at least as much
-memory as its pixels, so tokens are stored up to a memory limit. The tokens of the other images are computed again each
-time, with the same result.
+`depth/` of distances). Each image is used whole, without windows, crops or flips. It is resized to multiples of the
+patch size at about its own aspect, so its tokens never change. Tokens are stored in memory up to a limit. The tokens of
+images beyond the limit are computed again each time, with the same result.
 
 Legend: h, w patches of an image, H, W pixels of a map, F features of a patch, L blocks, D width.
 """
@@ -30,7 +29,7 @@ WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and the file of its map."""
+    """An image file and the file of its map, which is a mask of classes or a depth map."""
 
     image: Path
     target: Path
@@ -38,7 +37,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How a head is trained: AdamW with a linear warm-up over 3.75 % of the iterations, then linear decay to zero."""
+    """The settings for training a head with AdamW.
+
+    The learning rate rises linearly to `lr` over the first 3.75 % of the iterations and then falls linearly to zero.
+    """
 
     iterations: int
     batch_size: int
@@ -48,9 +50,9 @@ class HeadTraining:
 
 
 def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Pair]:
-    """Return the images below `folder/images/split`, sorted, each with the map of the same name.
+    """Return the images below `folder/images/split`, sorted, each with its map (a mask or a depth map).
 
-    The map is below `folder/kind/split` and has one of `suffixes`.
+    The map of an image has the same name and is below `folder/kind/split`. Its suffix is one of `suffixes`.
 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.
@@ -74,11 +76,10 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How the input of a head is made: F features per patch.
+    """The settings for making the input of a head from a model's tokens.
 
-    The patch tokens of the last `n_blocks` (L) blocks are concatenated: F = L * D. With `with_cls`, each block's class
-    token is appended to each of its patch tokens: F = 2 * L * D. With precision "bf16", the forward pass runs in
-    autocast.
+    The patch tokens of the last `n_blocks` blocks are concatenated. If `with_cls` is true, each block's class token is
+    also appended to each of its patch tokens. If `precision` is "bf16", the forward pass runs in bfloat16 autocast.
     """
 
     n_blocks: int
@@ -87,18 +88,20 @@ class TokenSettings:
 
 
 class DenseData:
-    """A sequence with the tokens [h, w, F] and the map of each readable pair.
+    """A sequence of two tensors per readable pair: the tokens of the image, and its map.
 
-    `pairs` are the readable pairs, `skipped` the files that could not be read. `memory_left` is the unused part of
-    `memory_bytes`.
+    The tokens are [h, w, F] for h x w patches with F features. The map has the height and width of the network's input.
+    `pairs` lists the readable pairs, and `skipped` lists the files that could not be read. `memory_left` is the unused
+    part of `memory_bytes`.
 
     Args:
-        model: a model in eval mode; tokens are computed and stored on its device.
+        model: a model in eval mode. Tokens are computed and stored on its device.
         pairs: images and maps.
         spec: preprocessing without a crop.
-        read_target: reads a map [H, W] from a file; it must raise ValueError if the file cannot be read.
+        read_target: function that reads a map [H, W] from a file. It must raise ValueError if the file cannot be read.
         tokens: how tokens are made.
-        memory_bytes: memory limit for stored tokens and maps; the other pairs are read and computed again each time.
+        memory_bytes: memory limit for stored tokens and maps. Pairs beyond the limit are read and computed again each
+            time.
         advance: called with 1 after each pair.
 
     Raises:
@@ -144,7 +147,13 @@ class DenseData:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens float32 [h, w, F] of a pair, and its map resized to the network's input (nearest pixel)."""
+        """Return the tokens of a pair, float32 [h, w, F], and its map.
+
+        The map is resized to the size of the network's input (nearest pixel).
+
+        Raises:
+            ValueError: the pair is not in memory and can no longer be read.
+        """
         if index in self._kept:
             tokens, target = self._kept[index]
         else:
@@ -185,7 +194,7 @@ class DenseData:
 
 
 def learning_rates(training: HeadTraining) -> list[float]:
-    """Return the learning rate of each iteration."""
+    """Return the learning rate of each iteration of a head's training."""
     warmup = round(WARMUP_SHARE * training.iterations)
     rise = (np.arange(warmup) + 1) / max(1, warmup)
     fall = 1 - np.arange(training.iterations - warmup) / max(1, training.iterations - warmup)
@@ -211,8 +220,8 @@ def train_head(
     Args:
         head: the module to train.
         data: tokens and maps to train on.
-        loss_of: computes the loss of a batch from the list of its tokens [h, w, F] and the list of its maps, which have
-            the size of the network's input.
+        loss_of: function that computes the loss of a batch from the list of its tokens [h, w, F] and the list of its
+            maps, which have the size of the network's input.
         training: iterations, batch size, learning rate, weight decay and seed.
         advance: called with 1 after each iteration.
 

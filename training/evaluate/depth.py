@@ -1,16 +1,16 @@
 """Linear depth: predict the distance of each pixel in metres from frozen tokens.
 
-Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`): each patch token is
-concatenated with the class token, of the last block ("lin. 1") or of each of the last four ("lin. 4"). One linear layer
-maps this vector to logits of 256 bins, which are evenly spaced depths from `min_depth` to `max_depth`. The logits are
-enlarged 4 times, bilinearly. The weight of a bin is relu(logit) + 0.1, divided by the sum over bins; the predicted
-depth is the weighted mean of the bins, enlarged to the size of the map. The loss is the scale-invariant loss of log
-depth (the root of the variance plus 0.15 times the squared mean of the log error), plus 0.5 times MegaDepth's gradient
-loss at four scales. Unlike the paper, this module uses the whole image, without augmentation, without a flipped second
-view, and without cropping the map's border.
+The protocol follows the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`). Each patch token is
+concatenated with the class token, for the last block ("lin. 1") or for each of the last four blocks ("lin. 4"). One
+linear layer maps this vector to logits of 256 bins, which are evenly spaced depths from `min_depth` to `max_depth`. The
+logits are enlarged 4 times, bilinearly. The weight of a bin is relu(logit) + 0.1, divided by the sum over bins. The
+predicted depth is the weighted mean of the bins, enlarged to the size of the map. The loss is the scale-invariant loss
+of log depth (the root of the variance plus 0.15 times the squared mean of the log error), plus 0.5 times MegaDepth's
+gradient loss at four scales. Unlike the paper, this module uses the whole image, without augmentation, without a
+flipped second view, and without cropping the map's border.
 
 RMSE, AbsRel and delta1 (the share of pixels predicted within a factor of 1.25) are computed for each image and averaged
-over images. Only pixels with a depth above `min_depth` and up to `max_depth` count; predictions are clamped to that
+over images. Only pixels with a depth above `min_depth` and up to `max_depth` count. Predictions are clamped to the same
 range.
 
 Legend: K bins, h x w patches, H x W pixels of the map, F features of a patch, n known pixels.
@@ -39,7 +39,10 @@ STRIDES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Metrics averaged over val images, the number of these images (`photos`), and the last training loss."""
+    """The scores of a depth prediction, averaged over the val images, and the last training loss.
+
+    `rmse` is in metres, and `photos` is the number of images in the averages.
+    """
 
     rmse: float
     abs_rel: float
@@ -49,13 +52,14 @@ class DepthReport:
 
 
 def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
-    """Read a depth map in metres, float32 [H, W], from a 16-bit gray PNG (millimetres by default) or a .npy (metres).
+    """Read a depth map in metres, float32 [H, W], from a 16-bit gray PNG or a .npy file.
 
-    Zero, negative and non-finite values mean "unknown" and become zero.
+    A PNG is in millimetres by default, and a .npy file is in metres. Zero, negative and non-finite values mean
+    "unknown" and become zero.
 
     Args:
         path: the file.
-        units_per_metre: units of a PNG per metre; 256 for KITTI.
+        units_per_metre: number of units of a PNG per metre; 256 for KITTI.
 
     Raises:
         ValueError: the file cannot be read, or is neither a 16-bit gray PNG nor an array [H, W].
@@ -76,7 +80,11 @@ def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
 
 
 class LinearDepth(nn.Module):
-    """A linear layer to K evenly spaced depths; its logits become weights by relu(logit) + 0.1 over their sum."""
+    """A head that predicts depths as weighted means of K evenly spaced depths, which are called bins.
+
+    A linear layer computes a logit for each bin. The weight of a bin is relu(logit) + 0.1, divided by the sum over all
+    bins.
+    """
 
     bins: Tensor
 
@@ -92,7 +100,7 @@ class LinearDepth(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Predict depths in metres, [H, W] with (H, W) = `size`, from tokens [h, w, F]."""
+        """Predict depths in metres, [H, W] with (H, W) = `size`, from the tokens [h, w, F] of h x w patches."""
         logits = self.linear(tokens).permute(2, 0, 1)[None]  # [1, K, h, w]
         logits = F.interpolate(logits, scale_factor=UPSAMPLE, mode="bilinear", align_corners=False)
         weights = logits.relu() + BIN_FLOOR
@@ -101,9 +109,9 @@ class LinearDepth(nn.Module):
 
 
 def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
-    """Compute the square root of variance + 0.15 * mean^2 of the log error over known pixels.
+    """Compute the scale-invariant loss of a depth prediction, sqrt(variance + 0.15 * mean^2) of the log error.
 
-    `predicted` and `depth` are [n], in metres; the log error is log predicted - log depth.
+    `predicted` and `depth` have the known pixels, [n] in metres. The log error of a pixel is log predicted - log depth.
     """
     difference = (predicted + LOG_EPS).log() - (depth + LOG_EPS).log()
     spread = difference.var(correction=0) + MEAN_WEIGHT * difference.mean().square()
@@ -111,17 +119,19 @@ def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
 
 
 def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
-    """Compute how much the log error differs between neighbouring pixels, summed over four strides.
+    """Compute how much the log error of a depth prediction differs between neighbouring pixels, over four strides.
 
-    At each stride, the absolute differences between vertical and horizontal neighbours that are both known are added up
-    and divided by the number of known pixels. The log error is log predicted - log depth.
+    The log error of a pixel is log predicted - log depth. At each stride, the absolute differences of all pairs of
+    known pixels that are vertical or horizontal neighbours are added up and divided by the number of known pixels. The
+    result is the sum over the strides.
 
     Args:
-        predicted, depth: [H, W], in metres.
+        predicted: predicted depths in metres, [H, W].
+        depth: true depths in metres, [H, W].
         known: bool [H, W], True for pixels that count.
 
     Returns:
-        a scalar.
+        a scalar tensor.
     """
     total = predicted.new_zeros(())
     for stride in STRIDES:
@@ -134,7 +144,11 @@ def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
 
 
 def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float]:
-    """Compute RMSE, AbsRel and delta1 of one image. `predicted` and `depth` are [n], in metres, of known pixels."""
+    """Compute the RMSE in metres, the AbsRel and the delta1 of one image.
+
+    AbsRel is the mean relative error, and delta1 is the share of pixels predicted within a factor of 1.25. `predicted`
+    and `depth` have the known pixels, [n] in metres.
+    """
     p, d = predicted.double(), depth.double()
     ratio = torch.maximum(p / d, d / p)
     return (
@@ -158,15 +172,18 @@ def evaluate_depth(
     """Train a linear depth head on the tokens of `train`, and score it on `val` at the maps' own size.
 
     Args:
-        train, val: data with maps from `read_depth` and with class tokens (`with_cls`).
+        train: training data, with maps from `read_depth` and with class tokens (`with_cls`).
+        val: data to score on, with the same kind of maps and tokens.
         training: iterations, batch size, learning rate, weight decay and seed.
-        min_depth, max_depth: range of the bins and of the pixels that count, in metres.
-        n_bins: number of bins K.
+        min_depth: the first bin in metres. Only pixels above this depth count.
+        max_depth: the last bin in metres. Only pixels up to this depth count.
+        n_bins: number of bins.
         gradient_weight: weight of the gradient loss.
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: `min_depth` is not below `max_depth`, or no map of `train` or of `val` has a pixel in the range.
+        ValueError: `min_depth` is not above 0 or not below `max_depth`, or no map of `train` or of `val` has a pixel in
+            this range.
         FloatingPointError: the head's loss is not finite.
     """
     first = train[0][0]

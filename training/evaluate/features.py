@@ -40,11 +40,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of the n images that could be read, float32 on the CPU.
+    """The features of the n images that could be read, float32 on the CPU.
 
-    `kept` [n] has their positions among the requested images. `cls` [n, L, D] has the class tokens of the last L
-    blocks, the last block last. `patch_parts` has the parts computed from the patch tokens of the last block, each
-    [n, D], by their names in `model.pooling.PATCH_PARTS`. `skipped` lists the other images.
+    `kept` [n] has the positions of these images among the requested images. `cls` [n, L, D] has the class tokens of the
+    last L blocks, with the last block last. `patch_parts` has the vectors [n, D] that are computed from the patch
+    tokens of the last block, by their names in `model.pooling.PATCH_PARTS`. `skipped` lists the images that could not
+    be read.
     """
 
     kept: Tensor
@@ -53,19 +54,20 @@ class ImageFeatures:
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
-        """Return one vector per image, [n, width(pooling, D)].
+        """Return one vector per image as the n rows of a tensor.
 
-        A pooling that joins class token and mean patch token scales each of them to length 1 first.
+        `pooling` selects the class token, the mean patch token or both. If both are joined, each is first scaled to
+        length 1.
         """
         parts = {"cls": self.cls[:, -1], **self.patch_parts}
         return pool(parts, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
 
 
 def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None) -> npt.NDArray[np.float32]:
-    """Return the network's input [3, h, w] for an image, or for the part of it inside `box`.
+    """Return the network's input, [3, h, w], for an image or for the part of it inside `box`.
 
     Raises:
-        ValueError: the image cannot be read, or the box does not contain a pixel of it.
+        ValueError: the image cannot be read, or the box contains no pixel of the image.
     """
     photo = read_photo(path)
     if box is not None:
@@ -73,7 +75,9 @@ def read_pixels(path: Path | Photo, spec: PreprocessSpec, box: Box | None = None
         left, top = max(0, round(box[0])), max(0, round(box[1]))
         right, bottom = min(width, round(box[0] + box[2])), min(height, round(box[1] + box[3]))
         if left >= right or top >= bottom:
-            raise ValueError(f"box {box} (x, y, width, height) has no pixel of {path}, {height}x{width} pixels")
+            raise ValueError(
+                f"box {box} (x, y, width, height) contains no pixel of {path}, which has {height}x{width} pixels"
+            )
         photo = photo[top:bottom, left:right]
     return preprocess(photo, spec)
 
@@ -84,9 +88,10 @@ def name_of(photo: Path | Photo) -> str:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield `work(item)` in the order of `items`. Threads compute ahead, up to 4 items per thread.
+    """Yield the result of `work(item)` for each of `items`, in order.
 
-    Pillow releases the interpreter's lock to decode and resize, so reading images overlaps with the forward pass.
+    The results are computed ahead by `workers` threads, up to 4 results per thread. Pillow releases the interpreter's
+    lock while it decodes and resizes, so reading images overlaps with the forward pass.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool_of_threads:
@@ -147,10 +152,10 @@ def _photos(paths: Sequence[Path | Photo], boxes: Sequence[Box | None] | None) -
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """How images pass through a network. Batch size and threads do not affect the result.
+    """The settings of a forward pass over images. Batch size and number of threads do not affect the result.
 
-    `workers` is the number of threads that read images; None: one per CPU, at most 8. With precision "bf16", the
-    forward pass runs in autocast.
+    `workers` is the number of threads that read images; None means one per CPU, at most 8. If `precision` is "bf16",
+    the forward pass runs in bfloat16 autocast.
     """
 
     batch_size: int = 64
@@ -161,7 +166,7 @@ class ForwardSettings:
 FORWARD = ForwardSettings()
 
 
-@torch.no_grad()  # and not inference_mode: probes are trained on the result
+@torch.no_grad()  # not inference_mode, because probes are trained on the result
 def compute_features(
     model: DinoVisionTransformer,
     paths: Sequence[Path | Photo],
@@ -175,13 +180,13 @@ def compute_features(
     """Compute features of images, in order, on the model's device.
 
     Args:
-        model: its mode (train or eval) is restored.
-        paths: n images.
+        model: the network; its mode (train or eval) is restored afterwards.
+        paths: the images.
         spec: preprocessing.
-        n_blocks: L, the number of last blocks whose class tokens are returned (each after the network's last norm, as
-            in Meta's probes).
+        n_blocks: number of last blocks whose class tokens are returned. Each token passes through the network's last
+            norm, as in Meta's probes.
         boxes: the part of each image to use; None: the whole image.
-        forward: batch size, threads, precision.
+        forward: batch size, threads and precision.
         advance: called with the number of images of each batch.
 
     Raises:
@@ -226,10 +231,11 @@ def cache_key(
     boxes: Sequence[Box | None] | None,
     precision: str,
 ) -> str:
-    """Compute a sha256 (64 hex digits) of what determines the features.
+    """Compute a sha256 (64 hex digits) of everything that determines the features.
 
-    It covers the model, the preprocessing, the precision, the images' paths and sizes in bytes, and the boxes. Contents
-    are not read, so replacing an image by one of exactly the same size goes unnoticed.
+    The hash covers the model, the preprocessing, the precision, the boxes, and each image's name or path and size in
+    bytes. The contents of the images are not read, so replacing an image by one of exactly the same size goes
+    unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
     for path, box in zip(paths, boxes or [None] * len(paths), strict=True):
@@ -248,7 +254,10 @@ def _save(path: Path, features: ImageFeatures) -> None:
 
 
 def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
-    """Load features from a cache file. Return None if it is missing or damaged, or has fewer than `n_blocks` blocks."""
+    """Load features from a cache file.
+
+    Return None if the file is missing or damaged, or if it has the class tokens of fewer than `n_blocks` blocks.
+    """
     if not path.is_file():
         return None
     try:
@@ -263,7 +272,7 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder for the features of one model, identified by `model_digest`."""
+    """A folder where the features of one model are cached, and the digest of this model."""
 
     folder: Path
     model_digest: str
@@ -282,7 +291,8 @@ def cached_features(
 ) -> ImageFeatures:
     """Load features from the cache, or compute them with `compute_features` and store them in the cache.
 
-    Without a cache (None) they are always computed. The other arguments are those of `compute_features`.
+    If `cache` is None, features are always computed and never stored. The other arguments are those of
+    `compute_features`.
 
     Raises:
         ValueError: the model has too few blocks, or no image could be read.

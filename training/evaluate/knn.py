@@ -1,12 +1,13 @@
 """k-NN classification on frozen features, the evaluation of DINO and DINOv2 that trains nothing.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/knn.py`): features are L2-normalised; the k most similar training images
-vote for their class with weight exp(cosine / 0.07); the class with the largest sum wins. (Meta's code also divides the
-weights by their sum over the 200 nearest images, which changes no result.) Meta's preprocessing is short side 256, crop
-224; here it is the model's own, which is reported with every figure.
+The protocol is that of facebookresearch/dinov2 (`dinov2/eval/knn.py`). Features are L2-normalised. The k most similar
+training images of a test image vote for their class with weight exp(cosine / 0.07), and the class with the largest sum
+wins. Meta's code also divides the weights by their sum over the 200 nearest images, which changes no result. Meta's
+code resizes the short side to 256 and crops 224. This module uses the model's own preprocessing, which is reported with
+every figure.
 
-Similarities are computed in blocks, and only the k nearest images of each test image are stored, so the matrix of all
-n * m similarities is never in memory.
+Similarities are computed in blocks, and only the k nearest images of each test image are stored. The whole matrix of
+similarities is therefore never in memory.
 
 Legend: n training images, m test images, D features, C classes.
 """
@@ -31,16 +32,18 @@ KS = (10, 20, 100, 200)  # as in the paper's tables; 20 is usually the best
 def nearest(
     train: Tensor, test: Tensor, k: int, *, leave_one_out: bool = False, rows: int = 1024, columns: int = 65_536
 ) -> tuple[Tensor, Tensor]:
-    """Find the k most similar training images of each test image.
+    """Find the k most similar training images of each test image, by cosine similarity.
 
     Args:
-        train, test: features [n, D] and [m, D]; they need not be normalised.
+        train: features of the n training images, [n, D]; they need not be normalised.
+        test: features of the m test images, [m, D]; they need not be normalised.
         k: number of neighbours, at most n, or n - 1 with `leave_one_out`.
-        leave_one_out: True if `test` is `train`, so that no image is its own neighbour.
-        rows, columns: numbers of test and training images in one block; a block takes 4 * rows * columns bytes.
+        leave_one_out: True if the test images are the training images. No image is then its own neighbour.
+        rows: number of test images in one block of similarities; a block takes 4 * rows * columns bytes.
+        columns: number of training images in one block.
 
     Returns:
-        cosines [m, k] in descending order, and the neighbours' positions in `train` [m, k].
+        the cosine similarities, [m, k] in descending order, and the neighbours' positions in `train`, [m, k].
     """
     n, m = len(train), len(test)
     assert k <= n - int(leave_one_out)
@@ -54,7 +57,7 @@ def nearest(
             similarity = queries @ F.normalize(train[left : left + columns].float(), dim=1).T  # [rows, columns]
             if leave_one_out:
                 first, last = max(top, left), min(top + len(queries), left + similarity.shape[1])
-                same = torch.arange(first, max(first, last))  # images that are in both
+                same = torch.arange(first, max(first, last))  # images that are in both the rows and the columns
                 similarity[same - top, same - left] = -torch.inf
             block = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best, where = torch.cat((best, block.values), dim=1), torch.cat((where, block.indices + left), dim=1)
@@ -75,14 +78,17 @@ def knn_accuracy(
     rows: int = 1024,
     columns: int = 65_536,
 ) -> dict[int, float]:
-    """Compute the share of test images classified correctly, for each k.
+    """Compute the share of test images that k-NN classifies correctly, for each k.
 
     Args:
-        train, test: features [n, D] and [m, D]; they need not be normalised.
-        train_labels, test_labels: class numbers [n] and [m].
-        ks: numbers of neighbours. If k is larger than the number of training images, all of them vote.
-        leave_one_out: True if `test` is `train`, so that no image is its own neighbour.
-        rows, columns: block size, see `nearest`.
+        train: features of the n training images, [n, D]; they need not be normalised.
+        train_labels: class numbers of the training images, [n].
+        test: features of the m test images, [m, D]; they need not be normalised.
+        test_labels: class numbers of the test images, [m].
+        ks: numbers of neighbours. If a number is larger than the number of training images, all of them vote.
+        leave_one_out: True if the test images are the training images. No image is then its own neighbour.
+        rows: number of test images in one block, see `nearest`.
+        columns: number of training images in one block, see `nearest`.
     """
     most = len(train) - int(leave_one_out)
     values, indices = nearest(
@@ -103,9 +109,10 @@ def knn_accuracy(
 
 
 def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
-    """Return the class number of each image, and the class numbers by label.
+    """Return the class number of each image, and a dictionary of the class numbers by label.
 
-    The label of a path is the name of its folder. Labels that `classes` does not have get the next numbers.
+    The label of a path is the name of the folder that contains the file. `classes` has the numbers of known labels, and
+    new labels get the next numbers.
     """
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
@@ -119,7 +126,7 @@ def evaluate_knn(
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """Compute the k-NN accuracy on `test` images with neighbours from `train` images, by pooling and then by k.
+    """Classify `test` images by their neighbours among `train` images, and return the accuracy by pooling and k.
 
     Unreadable images are left out.
 

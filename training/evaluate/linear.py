@@ -1,17 +1,17 @@
 """The linear probe: heads for every learning rate and every choice of input, trained together on cached features.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/linear.py`): a linear layer on the concatenated class tokens of the last
-1 or 4 blocks, with or without the mean patch token of the last block; SGD with momentum 0.9, no weight decay, cosine
-decay to zero, batch 1,024, 12,500 iterations, learning rate times batch / 256. The reported figure is the val accuracy
-of the best head, which is slightly optimistic if val is small; the accuracy of every head is reported too. Meta's code
-makes a new random crop and flip of each image in each iteration; here the features of one centre crop are computed
-once.
+The protocol is that of facebookresearch/dinov2 (`dinov2/eval/linear.py`). A head is a linear layer on the concatenated
+class tokens of the last 1 or 4 blocks, with or without the mean patch token of the last block. It is trained with SGD
+with momentum 0.9, no weight decay and cosine decay to zero, for 12,500 iterations with batches of 1,024. The learning
+rate is multiplied by batch / 256. The reported figure is the val accuracy of the best head, which is slightly
+optimistic if val is small. The accuracy of every head is reported too. Meta's code makes a new random crop and flip of
+each image in each iteration. Here the features of one centre crop are computed once.
 
 Each image has one row, [class token of block -4 | -3 | -2 | -1 | mean patch token]. The input of a head is a range of
-adjacent columns of it, and the weights of all heads with the same input form one matrix. The losses of these heads are
-summed, and no two heads share a weight, so each head gets the same gradient as if it were trained alone. This gradient
-has a closed form, so each step needs only two matrix products per input, without autograd and without a loop over
-heads.
+adjacent columns of this row, and the weights of all heads with the same input form one matrix. The losses of these
+heads are summed, and no two heads share a weight, so each head gets the same gradient as if it were trained alone. This
+gradient has a closed form, so each step needs only two matrix products per input, without autograd and without a loop
+over heads.
 
 Legend: n images, b images of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
 """
@@ -33,8 +33,11 @@ PAPER_LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3
 
 @dataclass(frozen=True, order=True)
 class Head:
-    """One linear head: the number of last blocks in its input, whether the mean patch token is in it (`avgpool`), and
-    the learning rate before scaling by batch / 256."""
+    """One linear head.
+
+    Its input has the class tokens of the last `blocks` blocks and, if `avgpool` is true, the mean patch token. `lr` is
+    its learning rate before it is multiplied by batch size / 256.
+    """
 
     blocks: int
     avgpool: bool
@@ -43,10 +46,11 @@ class Head:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The heads and their training.
+    """The settings of the linear probe: which heads are trained, and how.
 
-    There is one head for each combination of learning rate (before scaling by batch_size / 256), number of blocks, and
-    use of the mean patch token. If there are fewer images than `batch_size`, a batch repeats some of them.
+    There is one head for each combination of a learning rate in `lrs`, a number of blocks in `blocks`, and use of the
+    mean patch token in `avgpools`. The learning rates are multiplied by batch_size / 256. If there are fewer images
+    than `batch_size`, a batch repeats some of them.
     """
 
     lrs: Sequence[float] = CODE_LRS
@@ -59,7 +63,10 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class LinearReport:
-    """Val accuracy of every head, and the best head. If several are equally good, the first in the grid is the best."""
+    """The result of the linear probe: the val accuracy of every head, and the best head.
+
+    If several heads are equally good, `best` is the first of them.
+    """
 
     accuracy: dict[Head, float]
     best: Head
@@ -67,7 +74,11 @@ class LinearReport:
 
 @dataclass
 class _Group:
-    """All heads with the same input: `weight` [F, H, C] and `bias` [H, C], their momentum, and the input's columns."""
+    """All heads with the same input, one for each of H learning rates.
+
+    An input has F features, which are the columns `columns` of the stacked features. `weight` is [F, H, C] and `bias`
+    [H, C] for C classes.
+    """
 
     columns: slice
     weight: Tensor
@@ -77,14 +88,17 @@ class _Group:
 
 
 def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
-    """Concatenate class tokens [n, L, D] (last block last) and mean patch tokens [n, D] to [n, (L + 1) D]."""
+    """Concatenate the class tokens and the mean patch token of each image, and return them as [n, (L + 1) D].
+
+    `cls` [n, L, D] has the class tokens of L blocks, with the last block last. `mean` [n, D] has the mean patch tokens.
+    """
     return torch.cat((cls.flatten(1), mean), dim=1)
 
 
 def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of positions [batch_size] without end, from one permutation of n after another.
+    """Yield batches of image positions, int64 [batch_size], without end.
 
-    A batch may span two permutations.
+    The positions come from one random permutation of the n images after another. A batch may span two permutations.
     """
     rest, epoch = np.empty(0, np.int64), 0
     while True:
@@ -98,7 +112,11 @@ def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 def _make_group(
     blocks: int, avgpool: bool, n_lrs: int, n_classes: int, depth: int, features: Tensor, seed: int
 ) -> _Group:
-    """Make the heads of one input. All of them start with the same weights, so that learning rates can be compared."""
+    """Make the heads of one input, one for each learning rate.
+
+    All of them start with the same weights, so that learning rates can be compared. The input is the class tokens of
+    the last `blocks` of `depth` blocks and, if `avgpool` is true, the mean patch token.
+    """
     dim = features.shape[1] // (depth + 1)
     columns = slice((depth - blocks) * dim, (depth + int(avgpool)) * dim)
     draw = torch.Generator().manual_seed(seed * 1000 + blocks * 2 + int(avgpool))
@@ -109,12 +127,16 @@ def _make_group(
 
 
 def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
-    """Do one SGD step of all heads of one input, in place, with inputs `x` [b, F], `labels` [b] and rates `lrs` [H]."""
+    """Update all heads with the same input by one step of SGD, in place.
+
+    `x` [b, F] has the input features of b images, `labels` [b] their class numbers, and `lrs` [H] the learning rate of
+    each head.
+    """
     f, h, c = group.weight.shape
     logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias
     gradient = logits.softmax(dim=2)
     gradient[torch.arange(len(x), device=x.device), :, labels] -= 1
-    gradient /= len(x)  # gradient of the mean cross-entropy by the logits [b, H, C]
+    gradient /= len(x)  # gradient of the mean cross-entropy with respect to the logits, [b, H, C]
     group.weight_momentum.view(f, h * c).mul_(MOMENTUM).addmm_(x.T, gradient.view(len(x), h * c))
     group.bias_momentum.mul_(MOMENTUM).add_(gradient.sum(dim=0))
     group.weight.sub_(group.weight_momentum * lrs[:, None])
@@ -122,7 +144,10 @@ def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
 
 
 def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096) -> list[float]:
-    """Return the share of images that each of the H heads classifies correctly."""
+    """Return, for each head of the group, the share of images that it classifies correctly.
+
+    `features` are the stacked features of all inputs. The logits of `rows` images are computed at a time.
+    """
     f, h, c = group.weight.shape
     right = torch.zeros(h, dtype=torch.long, device=features.device)
     for top in range(0, len(features), rows):
@@ -144,8 +169,7 @@ def train_heads(
 ) -> dict[tuple[int, bool], _Group]:
     """Train all heads, and return them by number of blocks and use of the mean patch token.
 
-    `depth` is L, the number of blocks in `features` [n, (L + 1) D]. The other arguments are those of
-    `evaluate_linear`.
+    `depth` is the number of blocks with class tokens in `features`. The other arguments are those of `evaluate_linear`.
     """
     lrs, seed = settings.lrs, settings.seed
     groups = {
@@ -179,9 +203,11 @@ def evaluate_linear(
     """Train a head per learning rate and number of blocks, with and without the mean patch token, and score all on val.
 
     Args:
-        train, val: float32 features [n, (L + 1) D] and [m, (L + 1) D] from `stack_features`, on one device.
-        train_labels, val_labels: class numbers [n] and [m]; a class that only val has is never predicted.
-        depth: L, the number of class tokens in the features.
+        train: features of the n training images from `stack_features`, float32 [n, (depth + 1) D].
+        train_labels: class numbers of the training images, [n].
+        val: features of the m val images, float32 [m, (depth + 1) D], on the same device.
+        val_labels: class numbers of the val images, [m]. A class that only val has is never predicted.
+        depth: number of blocks with class tokens in the features.
         settings: the heads and their training; None: the published protocol.
         advance: called with 1 after each iteration.
 
@@ -191,11 +217,11 @@ def evaluate_linear(
     settings = settings or ProbeSettings()
     lrs, blocks, iterations, batch_size = settings.lrs, settings.blocks, settings.iterations, settings.batch_size
     if not lrs or not blocks or not settings.avgpools:
-        raise ValueError("a linear probe needs at least one learning rate, number of blocks and choice of avgpool")
+        raise ValueError("a linear probe needs at least one value each for lrs, blocks and avgpools")
     if min(lrs) <= 0 or iterations < 1 or batch_size < 1:
         raise ValueError(f"lrs={list(lrs)}, iterations={iterations}, batch_size={batch_size} must be above 0")
     if min(blocks) < 1 or max(blocks) > depth:
-        raise ValueError(f"blocks={list(blocks)}: each must be from 1 to {depth}, the blocks in the features")
+        raise ValueError(f"blocks={list(blocks)}: each must be from 1 to {depth}, the number of blocks in the features")
     if not len(train) or not len(val):
         raise ValueError(f"a linear probe needs images of both splits, found {len(train)} and {len(val)}")
     n_classes = int(train_labels.max()) + 1

@@ -1,17 +1,17 @@
 """Logistic regression on frozen features, an evaluation without a learning rate to choose.
 
-Protocol (facebookresearch/dinov2, `dinov2/eval/log_regression.py`): multinomial, L2 penalty, float64. C is the inverse
-strength of the penalty, as in scikit-learn: the fit minimises C * sum of the log losses + 0.5 * sum of the squared
-weights, and the bias has no penalty. The best of 45 values of C between 1e-6 and 1e5 is chosen on a tenth of the
-training images, drawn with a fixed seed; then a model with this C is fitted to all training images. Features are not
-normalised. Meta's code uses cuML's solver with tolerance 1e-12 and 1,000 iterations, so for a large C it stops at the
-iteration limit. Here L-BFGS runs until the largest entry of the gradient is below `tolerance`, and the fit for each C
-starts from the solution for the next smaller C.
+The protocol is that of facebookresearch/dinov2 (`dinov2/eval/log_regression.py`): multinomial regression in float64
+with an L2 penalty. C is the inverse strength of the penalty, as in scikit-learn: the fit minimises C * sum of the log
+losses + 0.5 * sum of the squared weights, and the bias has no penalty. The best of 45 values of C between 1e-6 and 1e5
+is chosen on a tenth of the training images, drawn with a fixed seed. Then a model with this C is fitted to all training
+images. Features are not normalised. Meta's code uses cuML's solver with tolerance 1e-12 and 1,000 iterations, so for a
+large C it stops at the iteration limit. Here L-BFGS runs until the largest entry of the gradient is below `tolerance`,
+and the fit for each C starts from the solution for the next smaller C.
 
 L-BFGS converges fast only if all unknowns have similar curvature, but at C = 1e-6 the penalty makes the curvature of
-the weights a million times that of the biases. So the fit uses rescaled unknowns: features are centred, which only
-shifts the bias, and each weight is scaled so that its curvature at the start equals that of a bias. The solution is the
-same, and it takes tens of steps instead of hundreds.
+the weights a million times that of the biases. The fit therefore uses rescaled unknowns. Features are centred, which
+only shifts the bias, and each weight is scaled so that its curvature at the start equals that of a bias. The solution
+is the same, and it takes tens of steps instead of hundreds.
 
 Legend: n images, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
 """
@@ -29,20 +29,21 @@ C_GRID: tuple[float, ...] = tuple(10.0**power for power in np.linspace(-6, 5, 45
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted model: `weight` [C, D] and `bias` [C], float64."""
+    """A fitted logistic regression with D features and C classes: `weight` [C, D] and `bias` [C], float64."""
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """Compute logits [n, C] of features [n, D]."""
+        """Compute the logits, [n, C], of n images with the features `features` [n, D]."""
         return features.to(self.weight) @ self.weight.T + self.bias
 
 
 def logistic_loss(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, c: float) -> Tensor:
-    """Compute the objective divided by c * n: mean log loss + |weight|^2 / (2 c n).
+    """Compute the objective of logistic regression divided by c * n: mean log loss + |weight|^2 / (2 c n).
 
-    The division makes the size of the loss independent of c and n.
+    n is the number of images, and c is the inverse strength of the penalty. The division makes the size of the loss
+    independent of both.
     """
     loss = F.cross_entropy(features @ weight.T + bias, labels)
     return loss + weight.square().sum() / (2 * c * len(labels))
@@ -58,14 +59,16 @@ def fit_logistic(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
 ) -> Logistic:
-    """Fit multinomial logistic regression with an L2 penalty, by L-BFGS in float64 on the features' device.
+    """Fit multinomial logistic regression with an L2 penalty, and return the fitted model.
+
+    The fit runs L-BFGS in float64 on the device of the features.
 
     Args:
-        features: [n, D].
+        features: features of the n images, [n, D].
         labels: class numbers [n], below `n_classes`.
         c: inverse strength of the penalty, scikit-learn's C.
         n_classes: number of classes of the result.
-        start: model to start from; None: zeros.
+        start: model to start from; None: a model of zeros.
         tolerance: the fit ends when no entry of the gradient of `logistic_loss`, with respect to the rescaled unknowns,
             is larger than this.
         max_iterations: maximum number of iterations.
@@ -80,7 +83,7 @@ def fit_logistic(
     features = features.double()
     n, mean = len(labels), features.mean(dim=0)
     centred = features - mean
-    curvature = max(1 / n_classes * (1 - 1 / n_classes), 1e-3)  # of the log loss by a logit, all classes equally likely
+    curvature = max(1 / n_classes * (1 - 1 / n_classes), 1e-3)  # of the log loss, if classes are equally likely
     penalty = 1 / (c * n)
     scale = (curvature / (curvature * centred.square().mean(dim=0) + penalty)).sqrt()  # [D]
     weight = features.new_zeros(n_classes, features.shape[1]) if start is None else start.weight / scale
@@ -108,7 +111,11 @@ def fit_logistic(
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
-    """Return the share of images whose largest logit is that of their class."""
+    """Return the share of images that the model classifies correctly.
+
+    The predicted class of an image is the one with the largest logit. `features` are [n, D] and `labels` class numbers
+    [n]. The logits of `rows` images are computed at a time.
+    """
     right = 0
     for top in range(0, len(labels), rows):
         part = slice(top, top + rows)
@@ -117,9 +124,10 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n images at random, and return the positions of the images kept and of those set aside, each ascending.
+    """Split n images at random, and return the positions of those that remain and of those that are set aside.
 
-    The images set aside are `share` of all, but at least one. The split depends only on the arguments.
+    Both are in ascending order. The share `share` of the images is set aside, but at least one image. The split depends
+    only on the arguments.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     aside = max(1, int(n * share))
@@ -128,7 +136,11 @@ def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LogisticReport:
-    """`accuracy` on val with the chosen `c`; `sweep` has the accuracy on the images set aside, by C."""
+    """The result of a logistic regression.
+
+    `accuracy` is the accuracy on val with the chosen inverse penalty strength `c`. `sweep` maps each tried value of C
+    to the accuracy on the training images that were set aside to choose C.
+    """
 
     accuracy: float
     c: float
@@ -137,7 +149,11 @@ class LogisticReport:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The share of training images on which C is chosen, the seed that draws them, and the limits that end a fit."""
+    """The settings of a logistic regression.
+
+    `held_out_share` is the share of the training images on which C is chosen, and `seed` draws these images.
+    `tolerance` and `max_iterations` end a fit (see `fit_logistic`).
+    """
 
     held_out_share: float = 0.1
     seed: int = 0
@@ -157,20 +173,24 @@ def evaluate_logistic(
 ) -> LogisticReport:
     """Choose C on a share of the training images, fit a model to all training images, and score it on val.
 
+    C is the inverse strength of the penalty.
+
     Args:
-        train, val: features [n, D] and [m, D].
-        train_labels, val_labels: class numbers [n] and [m]; classes that only val has are never predicted.
-        c_grid: values of C; if several are equally good, the smallest is chosen.
+        train: features of the n training images, [n, D].
+        train_labels: class numbers of the training images, [n].
+        val: features of the m val images, [m, D].
+        val_labels: class numbers of the val images, [m]. A class that only val has is never predicted.
+        c_grid: values of C to try. If several are equally good, the smallest is chosen.
         fit: settings of the fit; None: the defaults.
         advance: called with 1 after each C.
 
     Raises:
-        ValueError: fewer than two training images, or an empty or unusable `c_grid`.
+        ValueError: there are fewer than two training images, `c_grid` is empty, or a value in it is not above 0.
     """
     if len(train) < 2:
         raise ValueError(f"logistic regression needs at least 2 training images, found {len(train)}")
     if not c_grid:
-        raise ValueError("c_grid is empty: give at least one C")
+        raise ValueError("c_grid is empty; it needs at least one value of C")
     fit = fit or FitSettings()
     tolerance, max_iterations = fit.tolerance, fit.max_iterations
     n_classes = int(train_labels.max()) + 1

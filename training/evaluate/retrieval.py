@@ -1,8 +1,8 @@
 """Retrieval: rank a database for each query by cosine similarity, and score the rankings.
 
-The data sets Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label some database images for
-each query as easy, hard or junk (the query image itself, or an image that shows too little of the object). A setup
-defines which labels count as relevant; images with the other labels are removed from the ranking before it is scored:
+The data sets Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label some database images of each
+query as easy, hard or junk. A junk image is the query image itself, or shows too little of the object. A setup defines
+which labels count as relevant. Images with the other labels are removed from the ranking before it is scored:
 
     setup    relevant       removed
     easy     easy           hard, junk
@@ -10,10 +10,11 @@ defines which labels count as relevant; images with the other labels are removed
     hard     hard           easy, junk
 
 For these data sets, average precision is the area under the curve of precision over recall by the trapezoid rule, as in
-the program published with Oxford Buildings: for each relevant image, the precision just before it and the precision at
-it are averaged, and the mean is taken over all relevant images. Queries without a relevant image do not count.
+the program published with Oxford Buildings. For each relevant image, the precision just before it and the precision at
+it are averaged. The mean of these values over all relevant images is the average precision. Queries without a relevant
+image do not count.
 
-If the images are in class folders, every image is a query, the other images of its folder are relevant, and the query
+If the images are in class folders, every image is a query. The other images of its folder are relevant, and the query
 image is removed from the ranking. Average precision is then the mean of the precision at each relevant image, as usual
 in metric learning.
 
@@ -24,7 +25,7 @@ The ground truth is a JSON file, with paths relative to the images' folder:
     {"database": ["a.jpg", ...],
      "queries": [{"image": "q.jpg", "box": [x, y, width, height], "easy": [...], "hard": [...], "junk": [...]}, ...]}
 
-`box` is optional. Oxford's queries have one, and only the part of the query image inside it is searched with.
+`box` is optional. If a query has one, as Oxford's queries do, only the part of the query image inside the box is used.
 
 Legend: q queries, n database images, D features.
 """
@@ -49,11 +50,15 @@ SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("easy", "junk")),
 }
-"""The labels that are relevant and those that are removed, by setup."""
+"""The labels of the relevant images and the labels of the removed images, by setup."""
 
 
 class Query(BaseModel):
-    """One query: its image, the part of the image to search with, and the names of database images with each label."""
+    """One query of a ground truth file.
+
+    `image` is the query image. If `box` (x, y, width, height) is given, only this part of the image is used. `easy`,
+    `hard` and `junk` name the database images with these labels.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,7 +70,7 @@ class Query(BaseModel):
 
 
 class GroundTruth(BaseModel):
-    """The queries, and the names of the database images that they search."""
+    """The queries of a retrieval task, and the names of the database images that are ranked for each query."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,7 +80,10 @@ class GroundTruth(BaseModel):
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean average precision and recall@k (by k) over the queries that have a relevant image, and their number."""
+    """The mean average precision and the recall@k (by k) of a retrieval, and the number of queries.
+
+    Only queries with a relevant image count.
+    """
 
     mean_ap: float
     recall: dict[int, float]
@@ -83,11 +91,11 @@ class Scores:
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """Read and validate a ground truth file.
+    """Read and validate a ground truth file for retrieval.
 
     Raises:
-        ValueError: the file cannot be read, has another format, names an image twice, or labels an image that is not
-            in the database.
+        ValueError: the file cannot be read, has another format, names an image twice, or labels an image that is not in
+            the database.
     """
     try:
         truth = GroundTruth.model_validate_json(path.read_bytes())
@@ -115,7 +123,8 @@ def positions_without(relevant: Tensor, ignored: Tensor) -> Tensor:
     """Return the positions (from 0) of the relevant images in a ranking from which the ignored images are removed.
 
     Args:
-        relevant, ignored: bool [n] in the order of the ranking, best first. No image is both.
+        relevant: bool [n] in the order of the ranking, best first. True for relevant images.
+        ignored: bool [n] in the same order. True for ignored images, none of which is relevant.
     """
     places = torch.cumsum(~ignored, dim=0) - 1
     return places[relevant]
@@ -126,8 +135,8 @@ def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoi
 
     Args:
         positions: positions (from 0) of the relevant images in the ranking, ascending.
-        n_relevant: number of relevant images; any without a position add 0 to the mean.
-        rule: "trapezoid" uses the mean of the precision just before and at each relevant image, "mean" uses the
+        n_relevant: number of relevant images. Relevant images that have no position add 0 to the mean.
+        rule: "trapezoid" uses the mean of the precision just before and at each relevant image. "mean" uses the
             precision at each relevant image.
     """
     assert n_relevant > 0
@@ -150,21 +159,23 @@ def score(
     rule: Rule = "trapezoid",
     block_bytes: int = 2**28,
 ) -> Scores:
-    """Rank the database for each query by cosine, and score the rankings.
+    """Rank the database for each query by cosine similarity, and score the rankings.
 
     Args:
-        queries, database: features [q, D] and [n, D]; they need not be normalised.
-        relevant, ignored: for each query, positions in the database. Ignored images are removed from its ranking.
+        queries: features of the q queries, [q, D]; they need not be normalised.
+        database: features of the n database images, [n, D]; they need not be normalised.
+        relevant: for each query, the positions of its relevant images in the database.
+        ignored: for each query, the positions of the images that are removed from its ranking.
         ks: values of k for recall@k.
         rule: see `average_precision`.
-        block_bytes: memory for similarities; queries are ranked in blocks of this size.
+        block_bytes: memory for similarities. Queries are ranked in blocks of this size.
 
     Raises:
         ValueError: no query has a relevant image.
     """
     n = len(database)
     database = F.normalize(database.float(), dim=1)
-    rows = max(1, block_bytes // (12 * n))  # a float32 and an int64 each
+    rows = max(1, block_bytes // (12 * n))  # a float32 and an int64 for each database image
     aps: list[float] = []
     hits = dict.fromkeys(ks, 0)
     for top in range(0, len(queries), rows):
@@ -192,9 +203,10 @@ def score_setup(
     *,
     ks: Sequence[int] = KS,
 ) -> Scores | None:
-    """Score one setup, or return None if no query has a relevant image in it.
+    """Score one setup, or return None if no query has a relevant image in this setup.
 
-    `queries` [q, D] and `database` [n, D] are features in the order of `truth`.
+    A setup defines which labels are relevant: easy, medium (easy and hard) or hard. `queries` [q, D] and `database`
+    [n, D] are features in the order of `truth`.
     """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
@@ -209,9 +221,10 @@ def score_setup(
 
 
 def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
-    """Search for every image among all others, and score the rankings; the images of its class are relevant.
+    """Search for every image among all others, and score the rankings. The images of its class are relevant.
 
-    `features` are [n, D] and `labels` class numbers [n]. Average precision follows the rule "mean".
+    `features` are [n, D] and `labels` class numbers [n]. Average precision follows the rule "mean" (see
+    `average_precision`).
 
     Raises:
         ValueError: no class has two images.

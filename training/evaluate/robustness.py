@@ -1,16 +1,15 @@
 """Robustness: how much the class token of an image changes when the image is cropped, blurred, relit or compressed.
 
-Augmentations in training are random; here each image gets the same eight changes, so all networks get the same test.
+Augmentations in training are random. Here each image gets the same eight changes, so all networks get the same test.
 The changes apply to the network's input (the preprocessed image as uint8 pixels), not to the original image. A blur of
-2 pixels is therefore equally strong for large and small originals. The strength of each change is at or beyond the
-limit of the augmentations in training.
+2 pixels is therefore equally strong for large and small originals.
 
 Two figures are computed for each change, from class tokens:
 
 - cosine: the mean cosine similarity between an image and its changed version. A collapsed network, which gives all
   images the same features, has cosine 1, so the mean cosine between different images is reported as well.
-- recall@1: the share of changed images whose nearest unchanged image is the one they were made from. It can be compared
-  between networks. It falls as the number of images grows, so this number is reported too.
+- recall@1: the share of changed images whose nearest unchanged image is the one they were made from. Unlike the cosine,
+  it can be compared between networks. It falls as the number of images grows, so this number is reported too.
 
 Legend: n images, b images of a batch, D width, s side of the network's input.
 """
@@ -51,9 +50,10 @@ JPEG_QUALITY = 20
 
 
 def centre_crop(pixels: Tensor) -> Tensor:
-    """Cut out the middle, `CROP_SIDE` of each side (half the area), and enlarge it to the full size.
+    """Cut out the centre of each image, and enlarge it to the full size.
 
-    Takes uint8 [b, 3, s, s] and returns float [b, 3, s, s] in 0..1.
+    The centre has the share `CROP_SIDE` of each side, and so about half of the area. `pixels` are uint8 [b, 3, s, s].
+    The result is float [b, 3, s, s] in 0..1.
     """
     box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
     still = torch.zeros(len(pixels), dtype=torch.bool)
@@ -61,9 +61,10 @@ def centre_crop(pixels: Tensor) -> Tensor:
 
 
 def jpeg(pixels: Tensor) -> Tensor:
-    """Compress and decompress with Pillow's JPEG at `JPEG_QUALITY`, which stores colour at half the resolution.
+    """Compress each image as a JPEG of quality `JPEG_QUALITY`, and decompress it.
 
-    Takes uint8 [b, 3, s, s] and returns float [b, 3, s, s] in 0..1.
+    Pillow's JPEG stores colour at half the resolution. `pixels` are uint8 [b, 3, s, s]. The result is float
+    [b, 3, s, s] in 0..1.
     """
     decoded = []
     for photo in pixels.permute(0, 2, 3, 1).numpy():
@@ -90,13 +91,16 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "grey": lambda x: grayscale(x / 255).expand(-1, 3, -1, -1),
     f"JPEG quality {JPEG_QUALITY}": jpeg,
 }
-"""The changes by the names in tables, each from uint8 [b, 3, s, s] on the CPU to float [b, 3, s, s] in 0..1."""
+"""The changes by name. Each takes uint8 [b, 3, s, s] on the CPU and returns float [b, 3, s, s] in 0..1."""
 
 
 def _squares(
     photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
 ) -> Iterator[Tensor]:
-    """Yield the network's input for each image, uint8 [3, s, s]; add unreadable images to `skipped`."""
+    """Yield the network's input for each image, before normalisation: uint8 [3, s, s] with the side s.
+
+    Unreadable images are added to `skipped`.
+    """
     plain = spec.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})  # 0..1, not normalised
 
     def read(photo: Path | Photo) -> Tensor | Skipped:
@@ -122,31 +126,34 @@ def robustness(
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Compute cosine and recall@1 between images and their changed versions, for every change.
+    """Measure how much the class token of an image changes when the image is changed, for each change in `CHANGES`.
+
+    There are two figures for each change. `cosine` is the mean cosine similarity between an image and its changed
+    version. `recall@1` is the share of changed images whose nearest unchanged image is the one they were made from.
 
     Args:
-        model: its mode (train or eval) is restored.
+        model: the network; its mode (train or eval) is restored afterwards.
         photos: images, at least two of them readable; labels are not needed.
         spec: preprocessing with a crop, because all inputs must be squares of one size.
-        batch_size: images of a batch.
-        workers: threads that read images; None: one per CPU, at most 8.
+        batch_size: number of images in a batch.
+        workers: number of threads that read images; None: one per CPU, at most 8.
         advance: called with the number of images of each batch.
 
     Returns:
-        JSON types: `photos` (n), `skipped` (number of unreadable images), `other_photos_cosine` (mean cosine over pairs
-        of different unchanged images), `changes` (`cosine` and `recall@1` by the change's name in `CHANGES`), and
-        `mean` (the means of `cosine` and `recall@1` over the changes).
+        JSON types: `photos` (number of images used), `skipped` (number of unreadable images), `other_photos_cosine`
+        (mean cosine over pairs of different unchanged images), `changes` (`cosine` and `recall@1` by the change's
+        name), and `mean` (the means of `cosine` and `recall@1` over the changes).
 
     Raises:
         ValueError: `spec` has no crop, or fewer than two images are readable.
     """
     if spec.crop is None:
-        raise ValueError("robustness needs a preprocessing with a crop, so that images are square and of one size")
+        raise ValueError("robustness needs preprocessing with a crop, so that all images are squares of one size")
     was_training, device = model.training, model.cls_token.device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
 
     def features(pixels: Tensor) -> Tensor:
-        """Compute class tokens [b, D] from pixels, float [b, 3, s, s] in 0..1."""
+        """Compute the class tokens, [b, D], of `pixels`, float [b, 3, s, s] in 0..1."""
         [(_, cls)] = model.get_intermediate_layers((pixels.to(device) - mean) / std, n=1, return_class_token=True)
         return cls.float().cpu()
 
@@ -171,10 +178,14 @@ def robustness(
 
 
 def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[str, Any]:
-    """Compute the result of `robustness` from class tokens [n, D]: `clean` of the images, `changed` of each change."""
+    """Compute the result of `robustness` from class tokens.
+
+    `clean` [n, D] has the tokens of the unchanged images. `changed` has the tokens [n, D] of the changed images, by the
+    name of the change.
+    """
     n, rows = len(clean), F.normalize(clean, dim=1)
     figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
-    # The sum over all pairs, including each image with itself, is the squared length of the sum.
+    # The sum of the cosines of all pairs, including each image with itself, is the squared length of the sum of rows.
     others = (rows.double().sum(dim=0).square().sum() - n) / (n * (n - 1))
     return {
         "photos": n,
@@ -186,7 +197,10 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 
 
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
-    """Compute cosine and recall@1 from class tokens [n, D] of unit length of unchanged and of changed images."""
+    """Compute `cosine` and `recall@1` of one change from class tokens that have length 1.
+
+    `clean` [n, D] has the tokens of the unchanged images, and `changed` [n, D] those of the changed images.
+    """
     _, neighbours = nearest(clean, changed, 1)  # [n, 1]
     return {
         "cosine": float((clean * changed).sum(dim=1).mean()),

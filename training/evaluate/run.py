@@ -28,7 +28,11 @@ from training.evaluate.tasks import Track
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one evaluation. `rows` is a table as text; `figures` has its numbers and more. Shares are 0..1."""
+    """The result of one evaluation.
+
+    `columns` and `rows` are a table of the most important results, as text. `figures` has all results as data; a share
+    is a number from 0 to 1.
+    """
 
     task: Task
     model: str
@@ -40,7 +44,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
+        """Return the report as a dictionary that JSON can represent. The table is left out."""
         return {
             "task": self.task,
             "model": self.model,
@@ -52,7 +56,7 @@ class Report:
 
 
 def no_progress(what: str, total: int) -> Callable[[int], object]:
-    """Return a function that ignores progress. This is the `Track` that shows no progress bars."""
+    """Return a function that ignores progress, so that no progress bar is shown."""
     return lambda count: None
 
 
@@ -65,19 +69,19 @@ def evaluate(
     cache: Path | None = None,
     track: Track = no_progress,
 ) -> Report:
-    """Run one evaluation.
+    """Run one evaluation, and return its report.
 
     Args:
-        task: the name of the evaluation.
+        task: the name of the evaluation task.
         backbone: the model.
-        data: a folder or, for a task with classes, any data that training accepts; docs/evaluation.md lists what each
+        data: a folder or, for a task with classes, any data that training accepts. docs/evaluation.md lists what each
             task needs.
         given: settings of the task that differ from its defaults.
-        cache: folder where features are cached between calls; segmentation and depth do not use it.
-        track: starts progress bars.
+        cache: folder where features are cached between calls. Segmentation and depth do not use it.
+        track: function that starts a progress bar.
 
     Raises:
-        ValueError: a setting or the data cannot be used; the message names it.
+        ValueError: a setting or the data cannot be used; the message gives the reason.
         FloatingPointError: the loss of a head is not finite.
         OSError: the cache cannot be written.
     """
@@ -109,7 +113,7 @@ def evaluate(
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the protocol, the table and the first skipped files of a report."""
+    """Print the protocol, the table and the first 20 skipped files of a report."""
     spec = report.protocol["preprocess"]
     size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole image")
     rest = ", ".join(f"{key} {_short(value)}" for key, value in report.protocol.items() if key != "preprocess")
@@ -124,7 +128,7 @@ def print_report(report: Report, console: Console) -> None:
     for item in report.skipped[:20]:
         console.print(f"skipped {item.name}: {item.reason}", markup=False, highlight=False)
     if len(report.skipped) > 20:
-        console.print(f"... and {len(report.skipped) - 20} more; --out lists them all")
+        console.print(f"... and {len(report.skipped) - 20} more; the file of --out lists all of them")
 
 
 def _short(value: Any) -> str:
@@ -132,7 +136,7 @@ def _short(value: Any) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write the report as a JSON file.
+    """Write a report to a JSON file.
 
     Raises:
         OSError: the file cannot be written.

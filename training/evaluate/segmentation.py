@@ -1,14 +1,14 @@
-"""Linear segmentation: how well a linear layer on patch tokens predicts the class of each pixel.
+"""Linear segmentation: a linear layer on patch tokens predicts the class of each pixel.
 
-Protocol, after the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`): batch normalisation
-and a 1x1 convolution on the patch tokens of the last block (the paper's "linear") or of the last four blocks (the
-paper's "+ms", but without its larger images and test-time views); cross-entropy; AdamW with learning rate 1e-3 and
-weight decay 1e-3. Logits are enlarged bilinearly to the size of the mask. Masks are scored at their own size; shrinking
-them, as some other programs do, would change the figures. Unlike the paper, which trains on random crops of 512 pixels
-and tests with a sliding window, this module uses each image whole and unaugmented.
+The protocol follows the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`). The head is
+batch normalisation and a 1x1 convolution. Its input is the patch tokens of the last block (the paper's "linear") or of
+the last four blocks (the paper's "+ms", but without its larger images and test-time views). It is trained with
+cross-entropy and AdamW, with learning rate 1e-3 and weight decay 1e-3. Logits are enlarged bilinearly to the size of
+the mask. Masks are scored at their own size, because shrinking them would change the figures. The paper trains on
+random crops of 512 pixels and tests with a sliding window. This module uses each image whole and unaugmented.
 
-mIoU is computed from one confusion matrix of the whole val set: the mean over the classes that occur in the masks or
-are predicted.
+mIoU is computed from one confusion matrix of the whole val set. It is the mean over the classes that occur in the masks
+or are predicted.
 
 Legend: C classes, h x w patches, H x W pixels of a mask, F features of a patch.
 """
@@ -31,9 +31,10 @@ SUFFIXES = (".png",)
 
 @dataclass(frozen=True)
 class SegmentationReport:
-    """The scores on val, and the last training loss. `iou` has a value per class [C].
+    """The scores of a segmentation on val, and the last training loss.
 
-    The value is nan for a class that neither occurs in the masks nor is predicted.
+    `iou` has the intersection over union of each class. It is nan for a class that neither occurs in the masks nor is
+    predicted.
     """
 
     mean_iou: float
@@ -44,15 +45,15 @@ class SegmentationReport:
 
 
 def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
-    """Read class numbers, uint8 [H, W], from an indexed or gray PNG; 255 marks pixels that do not count.
+    """Read class numbers, uint8 [H, W], from an indexed or gray PNG. The number 255 marks pixels that do not count.
 
     Args:
         path: the file.
-        zero_is_ignored: True if 0 marks such pixels too (ADE20k's masks); then class 1 becomes 0, class 2 becomes 1,
-            and so on.
+        zero_is_ignored: True if 0 marks such pixels too, as in ADE20k's masks. Class 1 then becomes 0, class 2 becomes
+            1, and so on.
 
     Raises:
-        ValueError: the file cannot be read, or its pixels are colours.
+        ValueError: the file cannot be read, or it is not an indexed or 8-bit gray image.
     """
     try:
         with Image.open(path) as image:
@@ -84,7 +85,10 @@ def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> in
 
 
 class LinearSegmenter(nn.Module):
-    """Batch normalisation and a 1x1 convolution, applied as a linear layer so that a batch can mix image sizes."""
+    """A segmentation head: batch normalisation and a 1x1 convolution on patch tokens.
+
+    The convolution is computed as a linear layer, so that images of different sizes can be in one batch.
+    """
 
     def __init__(self, dim: int, n_classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class LinearSegmenter(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Compute the logits [C, h, w] of each image from its tokens [h, w, F].
+        """Compute the logits, [C, h, w] for C classes, of each image from its tokens [h, w, F].
 
         Batch normalisation is over the patches of all images.
         """
@@ -108,7 +112,7 @@ class LinearSegmenter(nn.Module):
 def segmentation_loss(logits: list[Tensor], masks: list[Tensor]) -> Tensor:
     """Compute the mean cross-entropy over the labelled pixels of a batch.
 
-    The logits [C, h, w] of each image are first enlarged to the size of its mask [H, W].
+    The logits of each image, [C, h, w] for C classes, are first enlarged to the size of its mask [H, W].
     """
     total = logits[0].new_zeros(())
     count = 0
@@ -125,7 +129,7 @@ def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) ->
     Masks may be large, so only `classes_at_once` classes are enlarged at a time.
 
     Args:
-        logits: [C, h, w].
+        logits: logits of C classes, [C, h, w].
         size: height and width (H, W) of the result.
         classes_at_once: number of classes to enlarge at a time.
     """
@@ -140,14 +144,17 @@ def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) ->
 
 
 def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
-    """Count the pixels that are not ignored, by class in the mask (row) and predicted class (column): int64 [C, C]."""
+    """Count the pixels of each pair of true class (row) and predicted class (column), int64 [n_classes, n_classes].
+
+    Pixels that the mask marks as ignored do not count.
+    """
     labelled = mask != IGNORE
     pairs = mask[labelled].long() * n_classes + predicted[labelled]
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def iou_of(confusion: Tensor) -> Tensor:
-    """Compute the intersection over union of each class, float64 [C], from a confusion matrix [C, C].
+    """Compute the intersection over union of each of C classes, float64 [C], from a confusion matrix [C, C].
 
     The value is nan for a class that neither occurs nor is predicted.
     """
@@ -167,9 +174,10 @@ def evaluate_segmentation(
     """Train a linear head on the tokens of `train`, and score it on `val` at the masks' own size.
 
     Args:
-        train, val: data with masks from `read_mask`.
+        train: training data, with masks from `read_mask`.
+        val: data to score on, with masks from `read_mask`.
         training: iterations, batch size, learning rate, weight decay and seed.
-        n_classes: number of classes C; None: one more than the largest class in the masks.
+        n_classes: number of classes; None: one more than the largest class in the masks.
         advance: called with 1 after each iteration.
 
     Raises:

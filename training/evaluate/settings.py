@@ -1,6 +1,7 @@
-"""The settings of each evaluation: every choice that affects a figure. The report of an evaluation prints all of them.
+"""The settings of each evaluation task.
 
-A setting that the task does not have is an error.
+Every choice that affects a figure is a setting, and the report of an evaluation prints all of them. A setting that the
+task does not have is an error.
 """
 
 from collections.abc import Mapping
@@ -17,23 +18,23 @@ Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"
 
 
 class TaskSettings(BaseModel):
-    """Settings that every task has.
+    """The settings that every task has.
 
-    If `resize` or `crop` is None, the model's own value is used. With `crop` 0 the whole image is used at its aspect.
+    If `resize` or `crop` is None, the model's own value is used. If `crop` is 0, the whole image is used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    resize: int | None = Field(default=None, ge=1, le=4096, description="short side, pixels")
-    crop: int | None = Field(default=None, ge=0, le=4096, description="centre crop, pixels; 0: none")
+    resize: int | None = Field(default=None, ge=1, le=4096, description="short side after resizing, pixels")
+    crop: int | None = Field(default=None, ge=0, le=4096, description="side of the centre crop, pixels; 0: no crop")
     precision: Precision = Field(default="fp32", description="precision of the backbone's forward pass")
-    seed: int = Field(default=0, ge=0, description="seed of splits, batches and heads")
+    seed: int = Field(default=0, ge=0, description="seed of random splits, batches and heads")
 
 
 class KnnSettings(TaskSettings):
-    """Settings of k-NN."""
+    """The settings of k-NN."""
 
-    k: OneOrMore = Field(default=(10, 20, 100, 200), min_length=1, description="neighbours that vote")
+    k: OneOrMore = Field(default=(10, 20, 100, 200), min_length=1, description="number of neighbours that vote")
     pooling: Pooling = "cls"
 
     @model_validator(mode="after")
@@ -44,32 +45,36 @@ class KnnSettings(TaskSettings):
 
 
 class LogisticSettings(TaskSettings):
-    """Settings of logistic regression."""
+    """The settings of logistic regression."""
 
     pooling: Pooling = "cls"
-    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of train that C is chosen on")
-    tolerance: float = Field(default=1e-6, gt=0, description="a fit ends below this gradient")
-    iterations: int = Field(default=1000, ge=1, description="limit per fit")
+    held_out: float = Field(
+        default=0.1, gt=0, lt=1, description="share of train to choose C; without a split also of val"
+    )
+    tolerance: float = Field(default=1e-6, gt=0, description="a fit ends when the gradient is below this")
+    iterations: int = Field(default=1000, ge=1, description="maximum number of iterations of a fit")
 
 
 class LinearSettings(TaskSettings):
-    """Settings of the linear probe."""
+    """The settings of the linear probe."""
 
-    grid: Literal["code", "paper"] = Field(default="code", description="learning rates: 1e-5..0.1 or 1e-4..0.5")
-    blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="how many last blocks give their class token")
-    iterations: int = Field(default=12_500, ge=1, description="training iterations")
-    batch_size: int = Field(default=1024, ge=1, description="images")
-    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of images to score, without a val folder")
+    grid: Literal["code", "paper"] = Field(
+        default="code", description="learning rates: up to 0.1 (code) or 0.5 (paper)"
+    )
+    blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="numbers of last blocks in the input of a head")
+    iterations: int = Field(default=12_500, ge=1, description="number of training iterations")
+    batch_size: int = Field(default=1024, ge=1, description="number of images in a batch")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of images in val if data has no split")
 
 
 class DenseSettings(TaskSettings):
-    """Common settings of segmentation and depth, which have no crop."""
+    """The settings that segmentation and depth have in common. Both tasks use the whole image."""
 
     blocks: int = Field(default=1, ge=1, description="number of last blocks to concatenate: 1 or 4 in the paper")
-    iterations: int = Field(default=4000, ge=1, description="training iterations")
-    batch_size: int = Field(default=16, ge=1, description="images; fewer if there are not as many")
+    iterations: int = Field(default=4000, ge=1, description="number of training iterations")
+    batch_size: int = Field(default=16, ge=1, description="number of images in a batch, at most all")
     weight_decay: float = Field(default=1e-3, ge=0)
-    memory_gb: float = Field(default=8.0, ge=0, description="tokens beyond this are computed again each time")
+    memory_gb: float = Field(default=8.0, ge=0, description="limit on stored tokens; others are computed again")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -79,30 +84,30 @@ class DenseSettings(TaskSettings):
 
 
 class SegmentationSettings(DenseSettings):
-    """Settings of linear segmentation."""
+    """The settings of linear segmentation."""
 
     lr: float = Field(default=1e-3, gt=0)
-    classes: int | None = Field(default=None, ge=1, le=255, description="null: one more than the largest in the masks")
-    zero_is_ignored: bool = Field(default=False, description="masks are 1..C with 0 for no class (ADE20k)")
+    classes: int | None = Field(default=None, ge=1, le=255, description="null: the largest class in the masks plus one")
+    zero_is_ignored: bool = Field(default=False, description="classes in masks start at 1; 0: no class (ADE20k)")
 
 
 class DepthSettings(DenseSettings):
-    """Settings of linear depth."""
+    """The settings of linear depth."""
 
     lr: float = Field(default=3e-4, gt=0)
-    min_depth: float = Field(default=1e-3, gt=0, description="metres")
-    max_depth: float = Field(default=10.0, gt=0, description="metres; KITTI 80")
-    units_per_metre: float = Field(default=1000.0, gt=0, description="units of a 16-bit PNG; KITTI 256")
+    min_depth: float = Field(default=1e-3, gt=0, description="the smallest depth, metres")
+    max_depth: float = Field(default=10.0, gt=0, description="the largest depth, metres; KITTI: 80")
+    units_per_metre: float = Field(default=1000.0, gt=0, description="units of a 16-bit PNG; KITTI: 256")
     bins: int = Field(default=256, ge=2)
     gradient_weight: float = Field(default=0.5, ge=0)
 
 
 class RetrievalSettings(TaskSettings):
-    """Settings of retrieval."""
+    """The settings of retrieval."""
 
     k: OneOrMore = Field(default=(1, 5, 10), min_length=1, description="values of k in recall@k")
     pooling: Pooling = "cls"
-    ground_truth: Path | None = Field(default=None, description="JSON; null: class folders")
+    ground_truth: Path | None = Field(default=None, description="JSON file; null: class folders are used")
 
 
 SETTINGS: Mapping[Task, type[TaskSettings]] = {
@@ -119,8 +124,8 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
     """Return the settings of a task: its defaults, overridden by `given`.
 
     Raises:
-        ValueError: the task is unknown, it does not have one of the settings, or a value is not allowed; the message
-            names the fault.
+        ValueError: the task is unknown, it does not have one of the given settings, or a value is not allowed. The
+            message names the setting.
     """
     if task not in SETTINGS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(SETTINGS)}")

@@ -32,12 +32,12 @@ from training.evaluate.settings import (
 )
 
 Track = Callable[[str, int], Callable[[int], object]]
-"""Starts a progress bar (title, total) and returns the function that advances it."""
+"""A function that starts a progress bar with a title and a total, and returns the function that advances the bar."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Common inputs of the tasks: the model, the data, the preprocessing, the feature cache and progress."""
+    """The inputs that all tasks have: the model, the data, the preprocessing, the feature cache and progress bars."""
 
     backbone: Backbone
     data: str | Path
@@ -62,13 +62,13 @@ class Context:
 
     @property
     def source(self) -> Source:
-        """Open the data of a task with classes, in any form that training accepts."""
-        with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which then stays in memory
+        """Open the data of a task with classes, in any form that training accepts, and return the source of images."""
+        with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which is also in memory
             return open_source(self.data, Path(index))
 
     @property
     def folder(self) -> Path:
-        """Return the data of a task as a folder, for tasks that read files by name."""
+        """Return the path of the task's data as a folder, for tasks that read files by name."""
         return Path(self.data)
 
     @property
@@ -78,7 +78,7 @@ class Context:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """A task's table, its figures as data, and the parts of the protocol that are not settings."""
+    """A task's results as a table and as data (`figures`), and the parts of its protocol that are not settings."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -88,7 +88,7 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features and class numbers of train and val. The classes of train have the lowest numbers."""
+    """The features and class numbers of train and val. The classes of train have the lowest numbers."""
 
     train: ImageFeatures
     train_labels: Tensor
@@ -120,9 +120,9 @@ def _check_classes(classes: dict[str, int], where: str | Path) -> None:
 
 
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
-    """Compute features and labels of train and val.
+    """Compute the features and class numbers of the train and val images.
 
-    If the source has no such split, the share `held_out`, drawn with `seed`, is val.
+    If the source has no split into train and val, the share `held_out` of the images, drawn with `seed`, is val.
     """
     train_images, val_images = (photos_of(part) for part in split_source(source, held_out, seed))
     if not val_images:
@@ -144,7 +144,7 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """Classify val images by their neighbours in train or, without a split, every image by all others."""
+    """Classify each val image by its neighbours in train. Without a split, classify every image by all other images."""
     device = context.device
     source = context.source
     if source.parts:
@@ -166,7 +166,9 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
-    """Choose C on a share of train, fit logistic regression to all of train, and score it on val."""
+    """Choose the strength of the penalty on a share of train, fit logistic regression to all of train, and score it on
+    val.
+    """
     labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         labelled.train.pooled(settings.pooling).to(device),
@@ -183,7 +185,10 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 
 
 def run_linear(context: Context, settings: LinearSettings) -> Result:
-    """Train all heads. The table has the best learning rate for each input; the figures have every head."""
+    """Train all heads of the linear probe, and score them on val.
+
+    The table has the best learning rate for each input, and the figures have every head.
+    """
     depth_wanted = max(settings.blocks)
     labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
@@ -257,7 +262,7 @@ DENSE_PROTOCOL = {
 
 
 def run_segmentation(context: Context, settings: SegmentationSettings) -> Result:
-    """Train batch normalisation and a 1x1 convolution, and compute mIoU at the masks' own size."""
+    """Train batch normalisation and a 1x1 convolution on patch tokens, and compute mIoU at the masks' own size."""
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(context, settings, "masks", segmentation.SUFFIXES, read)
     report = segmentation.evaluate_segmentation(
@@ -331,7 +336,11 @@ def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> Tas
 
 
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
-    """Score the setups easy, medium and hard of a ground truth file or, without one, class folders (leave-one-out)."""
+    """Rank images by similarity, and score the rankings.
+
+    With a ground truth file, the setups easy, medium and hard are scored. Without one, every image in class folders is
+    a query, and the other images are the database.
+    """
     device = context.device
     if settings.ground_truth is None:
         source = context.source
@@ -349,7 +358,7 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
         boxes=[query.box for query in truth.queries],
     )
     skipped = queries.skipped + database.skipped
-    if skipped:  # without them the set would be another one, easier or harder
+    if skipped:  # without these images the data set would be easier or harder
         raise ValueError(f"{len(skipped)} images of the ground truth cannot be read, e.g. {skipped[0].name}")
     database_vectors, query_vectors = (f.pooled(settings.pooling).to(device) for f in (database, queries))
     by_setup = {setup: score_setup(truth, setup, query_vectors, database_vectors, ks=settings.k) for setup in SETUPS}

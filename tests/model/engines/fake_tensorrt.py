@@ -1,11 +1,12 @@
-"""Recording fakes of CUDA and TensorRT. Device memory is host memory, and a plan computes features by a fixed rule.
+"""Fakes of CUDA and TensorRT that record calls. Device memory is host memory, and a plan uses a fixed rule.
 
-`FakeCuda` has the functions of `cuda.bindings.runtime` that the project calls. It records all allocations, so that a
-test can detect memory that is not released, and lists every call. Work on a stream runs immediately. If the stream is
-being captured, its work runs when the graph is launched, so a graph that was captured with a wrong address gives wrong
+`FakeCuda` has the functions of `cuda.bindings.runtime` that the project calls. It lists every call and all allocated
+memory, so that a test can detect memory that is not released. Work on a stream runs immediately. If the stream is being
+captured, its work runs when the graph is launched. A graph that was captured with a wrong address therefore gives wrong
 features, as on a GPU.
 
-`fake_tensorrt(cuda)` has the classes of `tensorrt` that loading and running a plan needs. A plan is JSON (`fake_plan`).
+`fake_tensorrt(cuda)` has the classes of `tensorrt` that the project needs to load and run a plan. A plan is JSON (see
+`fake_plan`).
 """
 
 import ctypes
@@ -27,8 +28,9 @@ GPU = Gpu("NVIDIA Fake 4090", (8, 9), "999.10 (CUDA 13.0)")
 
 
 def features_of(pixels: np.ndarray, registers: int = 2, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Return the features that a fake plan computes from pixels [B, 3, SIDE, SIDE]. Each output row depends on every
-    pixel of its own image only.
+    """Return the features that a fake plan computes from pixels [B, 3, SIDE, SIDE], by name.
+
+    The features of an image depend on every pixel of this image, and on no other image.
     """
     flat = pixels.reshape(len(pixels), 3 * SIDE * SIDE)
     tokens = (
@@ -44,9 +46,17 @@ def _mix(registers: int) -> np.ndarray:
 
 
 def fake_plan(*, registers: int = 2, profiles: tuple = ((1, 1), (2, 16), (17, 64)), **changes: Any) -> bytes:
-    """Return a fake plan. The changes may be `scale` (of its features), `wrong_batches` (batch sizes with noise as
-    features), `capturable`, `valid`, `fused` (the number of fused kernels that the plan names) and `weights` (any
-    value; a refit replaces it).
+    """Return a fake plan as bytes.
+
+    `registers` is the number of register tokens, and `profiles` has the smallest and largest batch of each profile.
+    `changes` may set these entries of the plan:
+
+    - `scale`: a factor on the features.
+    - `fails` and `wrong_batches`: sizes of batches that fail, or that get wrong features.
+    - `capturable`: whether its work can be captured in a CUDA graph.
+    - `valid`: whether TensorRT for RTX accepts it.
+    - `input`: the name of the input.
+    - `fused`: the number of fused kernels that the plan names.
     """
     fused = changes.pop("fused", 0)
     names = b"\0_gemm_mha_v2" * fused
@@ -55,14 +65,15 @@ def fake_plan(*, registers: int = 2, profiles: tuple = ((1, 1), (2, 16), (17, 64
 
 @dataclass
 class FakeCuda:
-    """A fake of `cuda.bindings.runtime`. `fail` maps a function's name to (the number of calls that still succeed, the
-    error code).
+    """A fake of `cuda.bindings.runtime`.
+
+    `fail` maps the name of a function to the number of its calls that still succeed, and the error code of later calls.
     """
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
-    live: dict[int, ctypes.Array] = field(default_factory=dict)  # memory by address, device and pinned
+    live: dict[int, ctypes.Array] = field(default_factory=dict)  # device memory and pinned memory, by address
     fail: dict[str, tuple[int, int]] = field(default_factory=dict)
-    open: set[tuple[str, int]] = field(default_factory=set)  # streams and graphs
+    open: set[tuple[str, int]] = field(default_factory=set)  # streams and graphs that are not destroyed yet
     captured: list[Callable[[], None]] | None = None
     graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     devices: int = 1
@@ -118,13 +129,13 @@ class FakeCuda:
         return (self._code("cudaStreamDestroy", stream),)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        assert self.captured is None, "waiting for a stream while it is captured is an error of CUDA's"
+        assert self.captured is None, "CUDA does not allow waiting for a stream that is being captured"
         return (self._code("cudaStreamSynchronize", stream),)
 
     def _allocated(self, name: str, size: int) -> tuple[int, int]:
         if code := self._code(name, size):
             return code, 0
-        memory = ctypes.create_string_buffer(b"\xff" * size, size)  # NaN, where nobody writes
+        memory = ctypes.create_string_buffer(b"\xff" * size, size)  # memory that is never written holds NaN
         address = ctypes.addressof(memory)
         self.live[address] = memory
         return 0, address
@@ -186,7 +197,10 @@ class FakeCuda:
 
 
 class FakeContext:
-    """A fake execution context. It computes when the pass is queued, with its current shape and addresses."""
+    """A fake execution context.
+
+    It uses the shape and the addresses that are set when a pass is queued.
+    """
 
     def __init__(self, cuda: FakeCuda, plan: dict[str, Any]) -> None:
         self.cuda, self.plan = cuda, plan
@@ -213,7 +227,7 @@ class FakeContext:
         return bool(self.plan.get("capturable", True))
 
     def execute_async_v3(self, stream: int) -> bool:
-        batch, addresses = self.batch, dict(self.addresses)  # a graph keeps those of its capture
+        batch, addresses = self.batch, dict(self.addresses)  # a graph uses the values of its capture
         self.cuda.calls.append(("execute", batch, self.profile))
         if batch in self.plan.get("fails", []) or self.memory not in self.cuda.live:
             return False
@@ -296,7 +310,9 @@ class FakeEngine:
 
 
 def fake_tensorrt(cuda: FakeCuda, *, rtx: bool = False) -> Any:
-    """Return a fake of the module `tensorrt` or `tensorrt_rtx`. Its list `engines` has every engine that it loaded."""
+    """Return a fake of the module `tensorrt` or `tensorrt_rtx`. Its attribute `engines` lists every engine that was
+    loaded.
+    """
     engines: list[FakeEngine] = []
 
     class ILogger:
@@ -345,7 +361,7 @@ class _Severity:
 
 
 def fake_toolchain(cuda: FakeCuda, *, rtx: bool = False, version: str | None = None, gpu: Gpu = GPU) -> Toolchain:
-    """Return the toolchain of a host with a GPU."""
+    """Return the fake toolchain of a host with a GPU: TensorRT, CUDA and the GPU's description."""
     module = fake_tensorrt(cuda, rtx=rtx)
     name = "tensorrt_rtx" if rtx else "tensorrt"
     return Toolchain(Library(name, version or module.__version__, module), Cuda(cuda), gpu)

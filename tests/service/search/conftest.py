@@ -1,4 +1,7 @@
-"""The stores on which the conformance suite runs. Each is empty when a test starts and emptied when it ends."""
+"""Fixtures for the vector stores on which the conformance tests run.
+
+A store is empty when a test starts, and it is emptied when the test ends.
+"""
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -23,7 +26,7 @@ async def _open_embedded(request: pytest.FixtureRequest) -> VectorStore:
 
 
 async def _open_milvus(request: pytest.FixtureRequest) -> VectorStore:
-    from service.search.milvus import open_milvus  # an extra, which other tests here do without
+    from service.search.milvus import open_milvus  # needs an extra that the tests of other stores do not need
 
     return await open_milvus(request.getfixturevalue("milvus_url"))
 
@@ -37,7 +40,7 @@ STORES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[VectorStore]
 
 @pytest.fixture(scope="session")
 def milvus_url() -> Iterator[str]:
-    """Start one server for all tests, because starting it takes seconds."""
+    """Start one server for all tests, because starting it takes seconds, and return its URL."""
     from tests.service.search.milvus_server import milvus_server
 
     with milvus_server() as url:
@@ -52,7 +55,7 @@ def store_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def is_slow(store_name: str) -> bool:
-    """Return whether a call to this store takes at least a tenth of a second, so that tests use small sizes."""
+    """Return whether a call to this store takes at least a tenth of a second. Tests then use smaller sizes."""
     return store_name == "milvus"
 
 
@@ -61,7 +64,7 @@ async def store(store_name: str, request: pytest.FixtureRequest) -> AsyncIterato
     made = await STORES[store_name](request)
     try:
         yield made
-        with contextlib.suppress(StorageFailed):  # the test has closed it
+        with contextlib.suppress(StorageFailed):  # raised if the test has closed the store
             for alias in await made.aliases():
                 await made.drop_alias(alias)
             for info in await made.collections():

@@ -25,7 +25,10 @@ async def opened(folder: Path, **options: Any) -> EmbeddedStore:
 
 @asynccontextmanager
 async def maintained_by_the_test(folder: Path) -> AsyncIterator[EmbeddedStore]:
-    """Open a store that only the test maintains, as if another process held the lock."""
+    """Open a store that only the test maintains.
+
+    The test holds the maintenance lock, so the store behaves as if another process did the maintenance.
+    """
     held = lock_file(folder / "maintenance.lock")
     assert held is not None
     with held:
@@ -48,7 +51,7 @@ def items(count: int, dimension: int = D, seed: int = 0, prefix: str = "i") -> l
 
 
 async def same(store: EmbeddedStore, plain: DictStore, seed: int, k: int = 5, *, exact: bool = True) -> None:
-    """Assert that both stores give the same answers to a few queries, with and without filters."""
+    """Assert that both stores return the same results for a few queries, with and without filters."""
     assert await store.count("c") == await plain.count("c")
     queries = np.random.default_rng(seed).normal(size=(3, D))
     for where in (None, parse_filter({"key": "even", "eq": True}), parse_filter({"key": "n", "lt": 4})):
@@ -61,7 +64,7 @@ async def same(store: EmbeddedStore, plain: DictStore, seed: int, k: int = 5, *,
 
 
 def build_one(store: EmbeddedStore, *, seal_rows: int) -> None:
-    """Run one step of maintenance in the calling thread."""
+    """Run one step of maintenance of the collection "c" in the calling thread."""
     db = store._connect()
     store._maintenance._seal_rows = seal_rows
     with store._maintenance._working:

@@ -1,4 +1,4 @@
-"""A Milvus Lite server in a separate process, which the Milvus tests use, kill and restart."""
+"""A Milvus Lite server in a separate process. The tests of the Milvus store use it, kill it and restart it."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class MilvusServer:
-    """Milvus Lite over gRPC on its own port, with its data in `folder`."""
+    """A Milvus Lite server that listens for gRPC on its own port. Its data is in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -49,12 +49,12 @@ class MilvusServer:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """SIGSTOP; returns when every thread has stopped, so that nothing is answered any more."""
+        """Stop the process with SIGSTOP, and wait until all its threads have stopped. It then answers nothing more."""
         os.kill(self.process_id, signal.SIGSTOP)
         os.waitpid(self.process_id, os.WUNTRACED)
 
     def kill(self) -> None:
-        """Kill the process immediately, as in a power cut."""
+        """Kill the process immediately, as a power cut would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -63,7 +63,7 @@ class MilvusServer:
 
 @contextlib.contextmanager
 def running_server() -> Iterator[MilvusServer]:
-    """Yield a server that a test may kill and restart."""
+    """Start a server that a test may kill and restart, for the duration of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="milvus-") as folder:
         server = MilvusServer(Path(folder))
         server.start()
@@ -75,6 +75,6 @@ def running_server() -> Iterator[MilvusServer]:
 
 @contextlib.contextmanager
 def milvus_server() -> Iterator[str]:
-    """Yield the URL of a server, as `Settings.vector_store` expects it. The server stops at the end of the block."""
+    """Start a server for the duration of a `with` block, and yield its URL in the format of `Settings.vector_store`."""
     with running_server() as server:
         yield server.url

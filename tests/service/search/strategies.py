@@ -1,4 +1,4 @@
-"""hypothesis strategies for filters as a request may send them."""
+"""Hypothesis strategies for filters as a request may send them."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 def filter_bodies(
     keys: st.SearchStrategy[str], scalars: st.SearchStrategy[Any], bounds: st.SearchStrategy[Any]
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy of conditions of every kind on these keys, single and nested. `bounds` are the bounds of
-    ranges.
+    """Return a strategy for filters with conditions of every kind, single and nested.
+
+    `keys` are the metadata keys, `scalars` the values they are compared with, and `bounds` the limits of ranges.
     """
     ranges = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), bounds, min_size=1, max_size=3)
     one = st.one_of(

@@ -301,7 +301,7 @@ def test_advice_says_what_to_change(monkeypatch):
             "12% of the time was spent waiting for images: raise workers (now 2), shrink the images"
         )
         assert "cache_bytes, 1 GiB" in advice
-        assert "all 8 cores decode" in waiting_advice(0.5, loader, side=160, workers=8)
+        assert "all 8 cores are decoding" in waiting_advice(0.5, loader, side=160, workers=8)
     with streaming(Fake(10)) as slow:
         assert slow.fetching_share == 0
         slow.batch(0)

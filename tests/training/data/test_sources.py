@@ -130,14 +130,14 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
     ("spec", "words"),
     [
         ("empty", "nothing to train on in .*empty: it has no images .*jpg.* tar shards .* Hugging Face"),
-        ("missing", "missing does not exist: a folder, a .tar or a URL is needed"),
+        ("missing", "missing does not exist; data must be a folder, a .tar or a URL"),
         ("a-{0..2}.tar", r"a-1\.tar does not exist"),
         ("none-*.tar", r"none-\*\.tar does not exist"),
-        ("notes.txt", r"notes\.txt is not a tar: data is a folder of images"),
+        ("notes.txt", r"notes\.txt is not a tar; data must be a folder of images"),
         ("text.tar", r"no images in .*; text\.tar: not a tar, or damaged, or truncated"),
         ("zero.tar", r"no images in .*; zero\.tar: not a tar, or damaged, or truncated: empty file"),
         ("noimages.tar", r"no images in .*noimages\.tar: members must end in one of \.avif"),
-        ("a-{3..1}.tar", r"\{3\.\.1\} must run upwards"),
+        ("a-{3..1}.tar", r"\{3\.\.1\} must count up"),
         ("bogus://x/y.tar", "bogus"),
         ("http://[::/a.tar", "Invalid"),
         ("http://127.0.0.1:1/folder/", r"over HTTP, name the shards: \.\.\./name\.tar or \.\.\./name-\{000\.\.123\}"),
@@ -280,8 +280,8 @@ def test_a_shard_cut_between_members_and_one_damaged_inside_are_told(tmp_path, i
     (tmp_path / "hurt.tar").write_bytes(data)
     cut, hurt = open_source(tmp_path / "cut.tar", index_dir), open_source(tmp_path / "hurt.tar", index_dir)
     assert values(cut) == values(hurt) == [0, 1, 2]
-    assert [s.reason for s in cut.skipped] == ["ends without the zeros that close a tar: truncated?"]
-    assert [s.reason for s in hurt.skipped] == [f"damaged at byte {third} of {len(data)}: what follows is lost"]
+    assert [s.reason for s in cut.skipped] == ["the zeros at the end of the tar are missing, so it may be truncated"]
+    assert [s.reason for s in hurt.skipped] == [f"damaged at byte {third} of {len(data)}; the rest cannot be read"]
 
 
 def test_a_header_that_claims_a_giant_name_is_not_read(tmp_path, index_dir):
@@ -547,7 +547,9 @@ def test_rows_without_images_or_labels(hugging_face, index_dir):
 
 
 def test_a_dataset_without_images_and_a_damaged_one_are_refused(hugging_face, index_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"has 0 columns of type Image .* it needs exactly one, of \['id', 'kind'\]"):
+    with pytest.raises(
+        ValueError, match=r"0 columns of type Image .* needs exactly one; its columns are \['id', 'kind'\]"
+    ):
         open_source(hugging_face / "noimage", index_dir)
     (tmp_path / "dataset_dict.json").write_text("{}{")
     with pytest.raises(ValueError, match="cannot be opened"):

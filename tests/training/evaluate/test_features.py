@@ -97,7 +97,7 @@ def test_box_is_the_part_of_the_photo(photos):
     whole = read_photo(photos[1])
     np.testing.assert_array_equal(read_pixels(photos[1], SPEC, (5, 10, 20, 15)), preprocess(whole[10:25, 5:25], SPEC))
     np.testing.assert_array_equal(read_pixels(photos[1], SPEC, (-5, -5, 99, 99)), preprocess(whole, SPEC))
-    with pytest.raises(ValueError, match="has no pixel"):
+    with pytest.raises(ValueError, match="contains no pixel"):
         read_pixels(photos[1], SPEC, (100, 0, 10, 10))
 
 
