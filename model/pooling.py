@@ -1,8 +1,8 @@
-"""Pooling: reduces the tokens of an image to one vector. Only this module defines the poolings.
+"""Reduces the tokens of an image to one vector. Only this module defines how.
 
-A pooling joins one or two parts. Each part is one vector [D] per image: the class token, or the mean of the patch
-tokens. If a pooling joins two parts, each is first scaled to length 1, so that neither dominates the cosine. The code
-works on numpy arrays and on tensors; the caller passes the functions that scale and join them.
+A pooling has one or two parts. Each part is one vector [D] per image: the class token, or the mean of the patch tokens.
+If a pooling has two parts, both are first scaled to length 1, so that neither dominates the cosine, and then joined.
+The code works on numpy arrays and on tensors, because the caller passes the functions that scale and join them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ DEFAULT_POOLING: Final[Pooling] = "cls"
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:
-    """Return the names of the parts that a pooling joins, for example ("cls", "mean")."""
+    """Return the names of the parts of a pooling, for example ("cls", "mean")."""
     return tuple(pooling.split("+"))
 
 
@@ -31,16 +31,17 @@ def pool(
     unit: Callable[[Array], Array],
     join: Callable[[Sequence[Array]], Array],
 ) -> Array:
-    """Pool the parts of each image to one vector.
+    """Combine the parts of each image into one vector.
 
     Args:
         parts: the arrays "cls" (class tokens) and "mean" (means of the patch tokens), each [..., D].
         pooling: one of `POOLINGS`.
-        unit: a function that scales an array to length 1 along the last axis. It is called if two parts are joined.
+        unit: a function that scales an array to length 1 along the last axis. It is called only if the pooling has two
+            parts.
         join: a function that concatenates arrays along the last axis.
 
     Returns:
-        The vectors [..., width(pooling, D)]. A single part is returned unchanged.
+        The vectors [..., width(pooling, D)]. The part of a pooling with one part is returned unchanged.
     """
     names = parts_of(pooling)
     return parts[names[0]] if len(names) == 1 else join([unit(parts[name]) for name in names])
