@@ -272,7 +272,7 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
     Args:
         path: the artifact's folder.
         derived_dir: the parent of the folder in which missing graphs are stored. That folder has the same name as the
-            artifact's folder. If `derived_dir` is None, they are stored in the artifact's folder.
+            artifact's folder. If `derived_dir` is None, missing graphs are stored in the artifact's folder.
 
     Raises:
         ArtifactError: the manifest or a file is missing, changed or unreadable, or a missing graph cannot be written.

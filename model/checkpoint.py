@@ -238,8 +238,8 @@ def load_model(
 
     Args:
         name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
-        weights: the weights file. If None, the published weights of this name are used, and
-            downloaded if `cache_dir` lacks them.
+        weights: the weights file. If None, the published weights of this name are used, and downloaded if `cache_dir`
+            does not contain them.
         pos_embed_rule: the rule to use instead of the file's. For instance, "offset" gives torch hub's features from a
             Hugging Face file. If None, the file's rule is used.
         cache_dir: the folder for downloads. If None, `zoo.DEFAULT_CACHE_DIR` is used.

@@ -10,7 +10,7 @@ Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/t
 (`models/vision_transformer.py`, the function that converts DINOv2).
 
 The features depend on the rule by which `pos_embed` is resized (see `model/pos_embed.py`), but a file does not record
-this rule. Each `Dialect` therefore has the rule of its publisher's code.
+this rule. Each `Dialect` therefore contains the rule of its publisher's code.
 """
 
 import re
@@ -204,7 +204,7 @@ class KeyReport:
         """Raise an error if the report is not empty.
 
         Raises:
-            CheckpointError: the report has at least one tensor. The message lists up to `MAX_LISTED` names of each
+            CheckpointError: the report contains at least one tensor. The message lists up to `MAX_LISTED` names of each
                 kind.
         """
         kinds = {"missing": self.missing, "extra": self.extra, "misshapen": self.misshapen}
@@ -243,8 +243,8 @@ def convert(
         dialect: the format of the file. If None, the format is detected.
 
     Raises:
-        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. One message reports all
-            these tensors, with up to `MAX_LISTED` names of each kind.
+        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
+            `MAX_LISTED` names of each kind.
     """
     dialect = detect(tensors) if dialect is None else dialect
     plain, dropped = _plain_names(tensors, dialect)

@@ -7,7 +7,7 @@ of three errors:
 
     TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
     Unsupported  an unknown format or pixel type
-    Broken       a known format, but damaged or truncated
+    Broken       damaged or truncated data in a known format
 
 How pixels are interpreted:
 - Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composited on white.
@@ -153,9 +153,8 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
     Args:
         data: the encoded image.
         limits: the limits on its size and shape.
-        least_side: the minimum length in pixels of each side of a reduced JPEG. With this minimum, a JPEG may be
-            decoded at 1/2, 1/4 or 1/8 of its size, which is faster. If None, it is decoded at full size. Other formats
-            are always decoded at full size.
+        least_side: the minimum side in pixels of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, which is
+            faster. If None, JPEGs are decoded at full size. Other formats are always decoded at full size.
 
     Raises:
         TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
@@ -275,7 +274,7 @@ def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> N
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode that the supported formats produce to mode RGB.
+    """Convert an image to mode RGB and return it. It may have any mode that the supported formats produce.
 
     Raises:
         Unsupported: the pixels are 32-bit or signed integers, floats or CIELAB.

@@ -1,4 +1,4 @@
-"""Reduces the tokens of an image to one vector. Only this module defines how.
+"""Pools the tokens of an image to one vector.
 
 A pooling has one or two parts. Each part is one vector [D] per image: the class token, or the mean of the patch tokens.
 If a pooling has two parts, both are first scaled to length 1, so that neither dominates the cosine, and then joined.
@@ -34,7 +34,8 @@ def pool(
     """Combine the parts of each image into one vector.
 
     Args:
-        parts: the arrays "cls" (class tokens) and "mean" (means of the patch tokens), each [..., D].
+        parts: the arrays "cls" (class tokens) and "mean" (means of the patch tokens), each [..., D] for a model of
+            width D.
         pooling: one of `POOLINGS`.
         unit: a function that scales an array to length 1 along the last axis. It is called only if the pooling has two
             parts.

@@ -6,8 +6,8 @@ to n patches by different rules:
 
 - `offset`: by the factor (n + 0.1) / M, without antialiasing. Meta's models without registers use this rule. The 0.1
   was introduced as a guard against rounding, but it shifts every sampling point, so the features depend on it.
-- `antialias`: by the factor n / M, with a wider kernel when shrinking. Every model with registers uses this rule, and
-  so do all of timm's models.
+- `antialias`: by the factor n / M, with a wider kernel when the grid shrinks. Every model with registers uses this
+  rule, and so do all of timm's models.
 - `size`: by the factor n / M, without antialiasing. Hugging Face's models without registers use this rule.
 
 At every size except the native one, the rules give different features, so the rule is part of a model's fingerprint.

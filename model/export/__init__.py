@@ -1,6 +1,6 @@
 """Export of a checkpoint to an artifact.
 
-options      the option records of an export
+options      the options of an export
 checkpoint   `export_checkpoint`: exports a checkpoint file or a published model
 graphs       selects the additional graphs from the command-line options
 artifact     `export_artifact`: writes weights, graphs and manifest, and publishes them in one rename

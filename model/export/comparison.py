@@ -131,7 +131,7 @@ class Comparison:
 
 
 def _reason(error: ValueError) -> str:
-    """Return the message of the ONNX Runtime error behind `error` on one line, cut after 300 characters.
+    """Return the message of the error that caused `error` on one line, cut after 300 characters.
 
     Unlike the message of `error` itself, it does not contain the path of the temporary folder.
     """

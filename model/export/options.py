@@ -23,7 +23,7 @@ class Backbone:
     Attributes:
         name: the artifact's name.
         weights: the state dict as arrays, under Meta's names.
-        config: the shape, with the position-embedding rule that the weights were trained with.
+        config: the shape of the backbone, including the rule for resizing its position embedding.
         preprocess: the transform that serving applies. Its crop is the input size of `model.onnx`.
         provenance: the origin of the weights. It is stored as JSON.
         licence: the SPDX identifier of the weights' licence.
@@ -59,7 +59,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """The options for graphs in addition to `model.onnx`. One graph is exported for every size in every precision.
+    """The options for the graphs that are exported in addition to `model.onnx`, one for every size in every precision.
 
     Attributes:
         sizes: any of "224" (square), "224x336" (H x W) and "dynamic" (any size). If empty, the size of `model.onnx` is
@@ -86,10 +86,10 @@ class CheckpointOptions:
     Attributes:
         arch: the torch hub name of the architecture. It is required unless the file is one of this project's
             checkpoints.
-        name: the artifact's name. If None, it is the name in the provenance of the checkpoint, else `arch`, else the
-            file's stem.
-        resize, crop: values that replace these fields of the preprocessing. If None, the field has the value with which
-            the checkpoint was evaluated, or else 256 and 224.
+        name: the artifact's name. If None, it is the first of these that exists: the name in the checkpoint's
+            provenance, the name of the architecture, and the file's name without its ending.
+        resize, crop: new values for these fields of the preprocessing. If None, a field has the value with which the
+            checkpoint was evaluated. If that value is unknown, `resize` is 256 and `crop` is 224.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
         graphs: the graphs to export in addition to `model.onnx`.
     """

@@ -52,7 +52,7 @@ class GraphSpec:
 
     `attention` selects the operator. "standard" is ONNX's `Attention` (opset 23). "tiled" is ONNX Runtime's
     `MultiHeadAttention`, which on a CPU needs memory linear in the number of tokens. "upcast" is `Attention` with
-    queries, keys and values cast to float32. It equals "standard" if they are float32 already.
+    queries, keys and values cast to float32. If these are float32 already, "upcast" equals "standard".
 
     `int8_weights` is the form of int8 weights (see `model/onnx_graph/quantize.py`). `float_layers` names linear layers
     that int8 and fp8 do not quantize. Each entry is a full name ("blocks.3.mlp.fc2"), an ending ("mlp.fc2", in all
@@ -87,7 +87,8 @@ def build_onnx(
         config: the model's shape.
         spec: the options of the graph.
         activations: the largest absolute input of each linear layer, from
-            `model.engines.activations.measure_activations`. fp8 requires it, and other precisions ignore it.
+            `model.engines.activations.measure_activations`. fp8 requires these values, and other precisions ignore
+            them.
 
     Raises:
         ValueError: a side is not a multiple of the patch size, the model has no such output or layer, or fp8 lacks the
@@ -130,7 +131,7 @@ def write_onnx(
 
 
 def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]) -> None:
-    """Raise the ValueError of `build_onnx` if the graph cannot be built."""
+    """Raise a ValueError if the graph cannot be built (see `build_onnx`)."""
     p = config.patch_size
     if spec.size is not None and (any(side % p for side in spec.size) or min(spec.size) < p):
         height, width = spec.size
@@ -211,10 +212,10 @@ def _int64(graph: GraphBuilder, name: str, *values: int) -> str:
 
 
 def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec) -> None:
-    """Split the normed tokens `x` [B, T, D] into the outputs `cls`, `registers` and `patches`.
+    """Split the normed tokens `x` [B, T, D] into the class token, the registers and the patches of each image.
 
-    `Gather` is not used, because ONNX Runtime 1.32 returns a wrong class token if the graph also has a `Split` of the
-    same tensor.
+    The results are the outputs `cls`, `registers` and `patches`. `Gather` is not used, because ONNX Runtime 1.32
+    returns a wrong class token if the graph also has a `Split` of the same tensor.
     """
     registers = config.num_register_tokens
     if spec.size is not None:
@@ -237,8 +238,8 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
 def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
     """Add the nodes that convert pixels to tokens [B, 1 + R + N, D], and return the name of the tokens.
 
-    The class token and the N patches get positions, but the R registers do not. These nodes are float32 in every
-    precision, because they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
+    The class token and the N patches of each of B images get positions, but the R registers do not. These nodes are
+    float32 in every precision, because they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
     """
     kernel = graph.constant("patch_embed.proj.weight", graph.weight("patch_embed.proj.weight"))
     bias = graph.constant("patch_embed.proj.bias", graph.weight("patch_embed.proj.bias"))
@@ -301,7 +302,7 @@ def _block(graph: GraphBuilder, linear: Linear, x: str, index: int, config: ViTC
 
 
 def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, spec: GraphSpec) -> str:
-    """Add the attention operator and return the name of its output [B, T, D].
+    """Add the attention operator, and return the name of its output [B, T, D] for B images of T tokens with width D.
 
     `parts` are the names of queries, keys and values, each [B, T, D].
     """
@@ -316,9 +317,10 @@ def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, s
 
 
 def _class_attention(graph: GraphBuilder, q: str, k: str, config: ViTConfig) -> None:
-    """Add the output `attention` [B, A, T]: the class token's softmax weights in each of A heads.
+    """Add the output `attention` [B, A, T], which contains the class token's softmax weights in each of the A heads.
 
-    They are computed from the queries `q` and the keys `k`, each [B, T, D].
+    The weights are computed from the queries `q` and the keys `k`, each [B, T, D] for B images of T tokens with width
+    D.
     """
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     key = "attention"

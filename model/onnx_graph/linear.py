@@ -68,7 +68,7 @@ def is_named(layer: str, name: str) -> bool:
 class Linear:
     """A writer of linear layers, x @ W^T + b, in one precision.
 
-    `GraphSpec` describes the precision, the int8 weights and the float layers, and `build_onnx` the activations.
+    `GraphSpec` describes the precision, the int8 weights and the float layers. `build_onnx` describes the activations.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Linear:
         """Add the linear layer `key` and return the name of its result [B, T, out], for B images of T tokens.
 
         LayerScale's `gain` [out] is folded into the weights if it is not None. The input `x` and the result have the
-        precision's half-precision type, or float32 if the precision has none.
+        half-precision type of the precision, or float32 if the precision has no such type.
         """
         graph = self._graph
         weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]

@@ -10,12 +10,12 @@ computes numerator and denominator exactly in float32 and rounds once:
 
 - offset: |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1));
 - size: |M (2i+1) - n (2j+1)| / (2 n);
-- antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when shrinking. Each row is then divided
-  by its sum.
+- antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when the grid shrinks. Each row is then
+  divided by its sum.
 
 The two rules without antialiasing repeat the border. Their grid of positions is therefore padded on every side by two
-cells, the reach of the kernel. At the native grid (n = M), the rules `size` and `antialias` yield the identity.
-For `offset`, the graph selects the identity explicitly if both axes are native.
+cells, the reach of the kernel. At the native grid (n = M), the rules `size` and `antialias` yield the identity. For
+`offset`, the graph selects the identity explicitly if both axes are native.
 """
 
 import numpy as np
