@@ -181,7 +181,7 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
     def __init__(self, path: Path) -> None:
         try:
             self._file = safe_open(path, framework="numpy")
-        except Exception as error:  # safetensors raises its own unrelated class, and OSError
+        except Exception as error:  # safetensors raises its own exception class, or OSError
             raise ArtifactError(f"{path}: cannot be read as safetensors: {error}") from error
         self._keys: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
 
@@ -336,7 +336,7 @@ def _verify(path: Path, record: FileRecord) -> None:
         raise ArtifactError(f"{path}: {error.strerror}") from error
     if (found.bytes, found.sha256) != (record.bytes, record.sha256):
         raise ArtifactError(
-            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, but the manifest says {record.bytes} bytes "
+            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, but the manifest has {record.bytes} bytes "
             f"and {record.sha256}: the file was changed or truncated"
         )
 
@@ -371,7 +371,7 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
             names = write_onnx(weights, config, spec, Path(temporary) / target.name)
-            for written in reversed(names):  # the graph file last: once it exists, so do the other files
+            for written in reversed(names):  # the graph file last, so that the other files exist once it exists
                 publish(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

@@ -72,7 +72,7 @@ _HUGGING_FACE_KEYS = {
     "blocks.#.ls2.gamma": ("encoder.layer.#.layer_scale2.lambda1",),
     "norm": ("layernorm",),
 }
-# The names in `model.state_dict()` since transformers 5. The files that it writes still use the names above.
+# The names in `model.state_dict()` since transformers 5. Files that transformers 5 writes still use the names above.
 _HUGGING_FACE_MEMORY_KEYS = _HUGGING_FACE_KEYS | {
     "blocks.#.attn.qkv": tuple(f"encoder.layer.#.attention.{part}_proj" for part in "qkv"),
     "blocks.#.attn.proj": ("encoder.layer.#.attention.o_proj",),

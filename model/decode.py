@@ -109,7 +109,7 @@ class DecodeLimits:
         if self.max_bytes < 1:
             raise ValueError(f"max_bytes is {self.max_bytes}; it must be at least 1")
         if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
-            raise ValueError(f"max_pixels is {self.max_pixels}; allowed is 1 to {PILLOW_MAX_PIXELS}")
+            raise ValueError(f"max_pixels is {self.max_pixels}; it must be from 1 to {PILLOW_MAX_PIXELS}")
         if not self.max_aspect_ratio >= 1:
             raise ValueError(f"max_aspect_ratio is {self.max_aspect_ratio}; it must be at least 1")
 
@@ -173,7 +173,7 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
         size = image.size
         drawn = None if least_side is None else image.draft(None, (least_side, least_side))
         image.load()
-        _check_header(image, limits)  # a frame may be larger than the header said
+        _check_header(image, limits)  # a frame may be larger than the header states
         return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
 
 
@@ -307,7 +307,7 @@ def _gray16_to_gray8(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # the key has 16 bits, the pixels 8
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # the key has 16 bits, but the pixels have 8
     if image.mode == "La":
         image = image.convert("LA")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")

@@ -89,7 +89,7 @@ def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, i
     """Return the (height, width) of an image of this size after it is resized and before it is cropped."""
     short = min(height, width)
     target = short if spec.resize is None else spec.resize
-    if spec.crop is not None:  # torchvision's Resize: the long side is truncated
+    if spec.crop is not None:  # as in torchvision's Resize, the long side is rounded down
         return (target, int(target * width / height)) if height <= width else (int(target * height / width), target)
     p = spec.patch_size
 
@@ -143,7 +143,7 @@ def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
     """
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     table = (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
-    table.setflags(write=False)  # cached and shared
+    table.setflags(write=False)  # the table is cached and shared
     return table
 
 

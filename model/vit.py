@@ -83,7 +83,7 @@ class Attention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights [B, A, T, T] after the softmax, for B images, A heads and T tokens.
 
-        They are only for inspection, because their memory is quadratic in T.
+        The weights are for inspection only, because their memory is quadratic in T.
         """
         q, k, _ = self._split(x)
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
@@ -158,7 +158,8 @@ class Block(nn.Module):
         """Choose the random samples for which a residual branch is computed.
 
         Returns:
-            The indices of these samples, and the factor for the branch that keeps its expected value unchanged.
+            The indices of these samples, and the factor by which the branch is multiplied so that its expected value is
+                unchanged.
         """
         batch = x.shape[0]
         n_kept = max(1, round(batch * (1 - self.drop_path_rate)))
@@ -242,8 +243,8 @@ class DinoVisionTransformer(nn.Module):
             masks: [B, N] bool for N patches, True where the mask token replaces a patch. If None, no patch is replaced.
 
         Returns:
-            The tokens [B, T, D]: the class token, the registers and the patches. Positions are added to all but the
-                registers.
+            The T tokens of each image [B, T, D], with width D: the class token, the registers and the patches.
+                Positions are added to all but the registers.
 
         Raises:
             ValueError: H or W is not a multiple of the patch size.
@@ -261,7 +262,7 @@ class DinoVisionTransformer(nn.Module):
         return x
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> FeatureDict:
-        """Compute all features of a batch of B images.
+        """Compute all features of a batch of B images with a model of width D.
 
         Args:
             x: normalised pixels [B, 3, H, W]. H and W are multiples of the patch size.
@@ -298,9 +299,10 @@ class DinoVisionTransformer(nn.Module):
         """Return the patch tokens [B, N, D] after each of the chosen blocks, in the order of the blocks.
 
         Args:
-            x: normalised pixels [B, 3, H, W] of B images with N patches each.
+            x: normalised pixels [B, 3, H, W] of B images with N patches each, for a model of width D.
             n: the number of last blocks to choose, or the indices of the chosen blocks.
-            reshape: whether to return the patch tokens as [B, D, h, w] instead of [B, N, D].
+            reshape: whether to return the patch tokens as [B, D, h, w] for a grid of h x w patches, instead of [B, N,
+                D].
             return_class_token: whether to return a pair (patch tokens, class token [B, D]) for each block.
             norm: whether to apply the last norm to the tokens of every block.
 

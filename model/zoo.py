@@ -123,7 +123,7 @@ def resolve(name: str) -> ZooEntry:
     near = difflib.get_close_matches(name.lower(), _BY_ANY_NAME, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}: {hint}known are {', '.join(ENTRIES)}, and their timm and Hugging Face names"
+        f"unknown model {name!r}: {hint}the known names are {', '.join(ENTRIES)}, and their timm and Hugging Face names"
     )
 
 
@@ -343,4 +343,4 @@ class _Part:
 
 
 class _TryAgainError(DownloadError):
-    """The error of one failed attempt that may succeed if it is repeated."""
+    """The error of a failed attempt that is worth repeating."""

@@ -22,7 +22,7 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
     Args:
         weights: the arrays by Meta's parameter names.
         config: the model's shape.
-        pixels: normalised images [B, 3, H, W], similar to those that will be served.
+        pixels: normalised images [B, 3, H, W], similar to the images that will be served.
         batch: the number of images per forward pass.
 
     Raises:

@@ -6,9 +6,9 @@ the reference is ONNX Runtime's CPU engine in float32, for which the manifest re
 another engine is loaded, it runs the same few images as the reference, and it is discarded if its results differ too
 much. All attempts are logged in order, with the reason, and reported at /v1/models.
 
-`auto` never selects int8. A vector's tag includes the precision, and a service must not write different vectors because
-it runs on another host. bf16, which `auto` prefers on a GPU, is also a separate precision, so a collection that was
-filled on a GPU must be searched on a GPU.
+`auto` never selects int8. A vector's tag includes the precision, and a service must not write different vectors only
+because it runs on another host. bf16, which `auto` prefers on a GPU, is also a separate precision, so a collection that
+was filled on a GPU must be searched on a GPU.
 """
 
 import ctypes
@@ -67,7 +67,7 @@ A CPU engine runs them in batches of 4 and 1, and a GPU engine in every batch si
 
 
 class NotHere(ValueError):
-    """The error raised when an engine cannot serve on this host or from this artifact. The message is one line."""
+    """The error raised when an engine cannot serve on this host or from this artifact. The message gives the reason."""
 
 
 def choose_engine(
@@ -131,7 +131,7 @@ def _requested(host: "_Host", candidate: Candidate) -> Choice:
         engine = host.load(candidate)
     except NotHere as error:
         raise NotHere(f"engine {candidate.name}: {error}") from error
-    except RuntimeError as error:  # mostly CUDA's; the command line reports a ValueError on one line
+    except RuntimeError as error:  # mostly from CUDA; the command line reports a ValueError on one line
         raise ValueError(f"engine {candidate.name}: {_line(error)}") from error
     return Choice(engine, (Tried(candidate.name, "serves", "requested"),))
 
@@ -141,13 +141,13 @@ def _first(host: "_Host", candidates: Sequence[Candidate]) -> Choice:
     for candidate in candidates:
         try:
             engine = host.load(candidate)
-        except Exception as error:  # GPU libraries raise anything; the next candidate may work
+        except Exception as error:  # GPU libraries raise almost anything; the next candidate may work
             if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
                 log.warning("engine %s failed unexpectedly", candidate.name, exc_info=True)
             tried.append(Tried(candidate.name, "passed over", _line(error)))
         else:
             return Choice(engine, (*tried, Tried(candidate.name, "serves", "first that can serve")))
-        gc.collect()  # a rejected engine may hold memory, including the GPU's, in cycles
+        gc.collect()  # reference cycles may keep the memory of a rejected engine, including the GPU's
     raise ValueError(f"no engine can serve {host.artifact.name}: {'; '.join(f'{t.engine}: {t.reason}' for t in tried)}")
 
 

@@ -146,7 +146,7 @@ def describe_gpu(cuda: Cuda, device: int = 0, *, driver_file: Path = DRIVER_FILE
     try:
         count = cuda.call("cudaGetDeviceCount")
         if device >= count:
-            raise ValueError(f"no GPU {device}: CUDA sees {count}")
+            raise ValueError(f"no GPU {device}: CUDA finds {count}")
         properties = cuda.call("cudaGetDeviceProperties", device)
         version = cuda.call("cudaDriverGetVersion")
     except CudaError as error:

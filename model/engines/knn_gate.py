@@ -23,7 +23,7 @@ KNN_K: Final = 20  # usually the best of 10, 20, 100 and 200
 KNN_TEMPERATURE: Final = 0.07
 MAX_VAL_LOSS: Final = 2  # maximum net loss of correctly classified images of val
 MAX_TRAIN_LOSS: Final = 0.005  # maximum net loss as a share of train, leave-one-out
-MIN_VAL: Final = 200  # images; with fewer, a loss of two images means nothing
+MIN_VAL: Final = 200  # images; with fewer, a loss of two images is not meaningful
 MIN_TRAIN: Final = 500
 
 
@@ -67,7 +67,7 @@ def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> Labelle
 
 
 def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
-    """Compute the class tokens of all labelled images with an engine.
+    """Return the class tokens that an engine computes for all labelled images, and their class numbers.
 
     Images are read one at a time. They are preprocessed for the input size `size` (H, W) in pixels, with the transform
     `spec` scaled to this size.
@@ -117,7 +117,7 @@ def knn_right(
     """Return the number of class tokens in `test` [m, D] that k-NN in `train` [n, D] classifies correctly.
 
     The k nearest images vote for their class with weight exp(cosine / KNN_TEMPERATURE). If `train` has fewer than k
-    images, all of them vote. With `leave_one_out`, `test` must be `train`, and no image votes for itself.
+    images, all of them vote. If `leave_one_out` is True, `test` must be `train`, and no image votes for itself.
     """
     k = min(k, len(train) - leave_one_out)
     unit_train, right = unit_length(train), 0
@@ -135,7 +135,7 @@ def knn_right(
 
 
 def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
-    """Compare k-NN with the int8 class tokens `candidate` and the float32 class tokens `reference`.
+    """Compare the k-NN accuracy of the int8 class tokens `candidate` with that of the float32 class tokens `reference`.
 
     If there are too few images, the status of the result is "failed" or "not measured", never "passed".
     """

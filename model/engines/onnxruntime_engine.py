@@ -79,7 +79,7 @@ def open(request: OpenRequest) -> "OnnxEngine":
     If the artifact lacks the graph, the graph is built from the weights first.
     """
     provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
-    need_provider(provider)  # raises before a graph is derived
+    need_provider(provider)  # raises an error before a graph is built
     path = graph_file(request.artifact, request.precision, any_size=provider == "cpu")
     if provider == "tensorrt":
         cache.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class OnnxEngine:
         ort = load_runtime()
         try:
             model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf's own unrelated class, or OSError
+        except Exception as error:  # protobuf raises its own exception class, or OSError
             raise ValueError(f"{path}: not an ONNX graph: {error}") from error
         self._largest_batch = LARGEST_BATCH if provider == "tensorrt" else None
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
@@ -151,7 +151,7 @@ class OnnxEngine:
                 provider_options=settings,
                 enable_fallback=0,  # otherwise a GPU error would move all later passes to the CPU
             )
-        except Exception as error:  # ONNX Runtime raises its own unrelated classes
+        except Exception as error:  # ONNX Runtime raises its own exception classes
             raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         started = self._session.get_providers()
         if _PROVIDERS[provider] not in started:
@@ -213,7 +213,7 @@ def need_provider(provider: Provider) -> None:
     ort = load_runtime()
     if provider != "cpu":
         # preload_dlls() loads the CUDA libraries of pip's wheels. The GPU build itself searches only the system's
-        # folders. A CUDA provider that is a plugin is registered by this call, so get_available_providers() follows it.
+        # folders. The call also registers a CUDA provider that is a plugin, so it precedes get_available_providers().
         with redirect_stdout(sys.stderr):  # the call prints the libraries that it does not find
             ort.preload_dlls()
     if _PROVIDERS[provider] not in ort.get_available_providers():

@@ -1,8 +1,8 @@
 """The parity check: compares an engine's features with those of a float32 reference before the engine may serve.
 
 The check computes four figures: the largest absolute difference of any output, the lowest cosine of a class token, the
-lowest cosine of a patch token, and the share of images that keep the same nearest other image by class token. A user of
-the search would notice a change in the last figure.
+lowest cosine of a patch token, and the share of images for which both engines find the same nearest other image by
+class token. Users of the search would notice a low value of the last figure.
 
 Graphs of other sizes are compared on the same images with a resized crop. Two copies of a large model do not fit into
 memory. The reference features are therefore plain arrays, so that the reference engine can be released before the next
@@ -74,9 +74,9 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 
     Returns:
         The largest absolute difference, the lowest cosine of a class token, the lowest cosine of a patch token, and the
-            share of images with the same nearest other image.
+            share of images for which both engines find the same nearest other image.
     """
-    # numpy's maximum propagates NaN. Python's may not.
+    # np.max propagates NaN. Python's max may not.
     error = float(
         np.max([np.abs(ours - theirs).max(initial=0.0) for ours, theirs in zip(candidate, reference, strict=True)])
     )

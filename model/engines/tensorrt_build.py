@@ -10,7 +10,8 @@ Two libraries provide this API: `tensorrt` (10.14 or newer, the first version wi
 
 Attention must become one fused kernel per block. By default TensorRT does not decompose the operator, so a build
 without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 operator when the batch was fixed to
-1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` also counts the fused kernels.
+1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` can count the fused kernels as a
+second check.
 """
 
 import importlib
@@ -33,7 +34,7 @@ _STEP_INTERVAL_S = 0.2
 
 @dataclass(frozen=True)
 class Library:
-    """The installed TensorRT library."""
+    """An installed TensorRT library."""
 
     name: str  # one of LIBRARIES
     version: str
@@ -100,7 +101,7 @@ def plain_reason(errors: list[str]) -> str:
 
 @dataclass
 class _Events:
-    """A writer of progress events to `out`, one JSON object per line."""
+    """A writer of progress events. It writes each event to `out` as one line of JSON."""
 
     out: TextIO
     last_step: float = 0.0
@@ -116,7 +117,7 @@ class _Events:
 
 
 def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
-    """Return a TensorRT logger that calls `on_message(severity, message)` for every message that is not verbose."""
+    """Return a TensorRT logger that calls `on_message(severity, message)` for all messages except verbose ones."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """The TensorRT engine: runs a plan on one NVIDIA GPU, without torch.
 
-Each batch is padded to the next of the sizes 1, 2, 4, ..., 64. Each size has a CUDA graph that copies the pixels in,
-runs the plan and copies the features out with one launch. The graphs are captured when the engine loads, after one pass
-in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts share
-the weights and one block of memory for activations, because a single stream runs them one after the other.
+Each batch is padded to the next of the sizes 1, 2, 4, ..., 64. Each size has a CUDA graph. One launch of the graph
+copies the pixels in, runs the plan and copies the features out. The graphs are captured when the engine loads, after
+one pass in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts
+share the weights and one block of memory for activations, because a single stream runs them one after the other.
 
 `model/engines/tensorrt_export.py` builds the plans and stores only those that pass the parity check. `open` accepts no
 other plans. A refitted plan is loaded as a new engine, so its graphs are captured again.
@@ -169,7 +169,7 @@ class TensorRTEngine:
     def _forget(self) -> None:
         """Release the library's objects: first the contexts, then the engine, then the runtime."""
         self._contexts: dict[int, Any] = {}
-        self._jit: Any = None  # in the bindings this object holds the engine, and thus the weights
+        self._jit: Any = None  # in the bindings, this object keeps the engine and its weights alive
         self._engine = None
         self._runtime = None
 

@@ -157,7 +157,7 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
     if not record.passed:
         limits = parity.LIMITS[precision]
         raise parity.ParityError(
-            f"the {precision} plan differs too much from {record.reference} and was dropped: {said}; "
+            f"the {precision} plan differs too much from {record.reference} and was not stored: {said}; "
             f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are required. "
             f"The figures are in {path.with_suffix('.json')}"
         )
@@ -209,7 +209,8 @@ def make_job(
 ) -> dict[str, Any]:
     """Return the job that `model/engines/tensorrt_build.py` runs, as a dictionary that can be stored as JSON.
 
-    `onnx` is the path of the graph, `plan` the path of the plan to write, and `size` the input size (H, W) in pixels.
+    `onnx` is the path of the graph, `plan` is the path of the plan to write, and `size` is the input size (H, W) in
+    pixels.
     """
     job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
     if options.refit_from is not None:
@@ -266,7 +267,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
         raise BuildError(f"the build took longer than {time_limit_s:g} s and was stopped. {_tail(log)}")
     if code < 0:
         raise BuildError(
-            f"the build was ended by {_signal_name(-code)}: TensorRT crashed on this graph, or memory ran out. "
+            f"the build was killed by {_signal_name(-code)}: TensorRT crashed on this graph, or memory ran out. "
             f"{_tail(log)}"
         )
     if "error" in last:

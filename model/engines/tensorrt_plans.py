@@ -78,9 +78,9 @@ def plans_folder(derived_dir: Path) -> Path:
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
     """Return the spec of the graph from which an artifact's plan is built.
 
-    In fp16, attention would compute its softmax in fp16. The graph therefore casts queries, keys and values to float32
+    An fp16 graph would compute the softmax of attention in fp16. It therefore casts queries, keys and values to float32
     if the library can fuse attention with these casts. TensorRT for RTX can do so, and according to its release notes
-    the full library can since version 11.3. In bf16, no casts are needed, because the softmax is computed in float32.
+    the full library can since version 11.3. A bf16 graph needs no casts, because its softmax is computed in float32.
     The graph of a model without registers has no output `registers`, because it would be empty.
     """
     major, minor = (int(part) for part in library.version.split(".")[:2])
@@ -140,7 +140,7 @@ class PlanRecord(BaseModel):
     sha256: str
     bytes: int
     passed: bool
-    parity: list[ParityRecord]  # one per batch bucket, in order
+    parity: list[ParityRecord]  # one per batch size in BUCKETS, in order
     reference: str  # the engine that the plan was compared with
     fused_attention: int
     build: dict[str, Any]  # seconds per step, and the library, as the build reported them

@@ -97,7 +97,7 @@ class TorchEngine:
             raise ValueError(f"{torch.cuda.get_device_name()} does not support bf16")
         torch.set_num_threads(threads)
         self._model: Any = _load(weights, config, self.device, half=precision == "bf16")
-        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method would be a reference cycle
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # `_forward` would be a reference cycle
         if compiled if compiled is not None else self._on_gpu:
             torch.compiler.assume_constant_result(resize_tensor)  # its body cannot be traced
             self._compiled = torch.compile(self._forward)
@@ -188,10 +188,10 @@ class TorchEngine:
         try:
             for batch in BUCKETS:
                 self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
-        except Exception as error:  # the compiler raises anything: no C compiler, no triton, bugs
+        except Exception as error:  # the compiler raises almost anything: no C compiler, no triton, bugs
             if self._compiled is None:
                 raise
-            log.warning("torch.compile failed, running without it: %s", _first_line(error))
+            log.warning("torch.compile failed, so the engine runs without it: %s", _first_line(error))
             self._compiled = None
             self._graphs = {b: _Replayed(self._forward, b, shape, self.device) for b in BUCKETS}
 
@@ -232,7 +232,7 @@ class _Replayed:
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
-    """Load the model in float32. If `half` is True, the linear layers and the patch embedding are in bf16."""
+    """Load and return the model in float32. If `half` is True, the linear layers and the patch embedding are in bf16."""
     import torch
     from safetensors.torch import load_file
     from torch import nn

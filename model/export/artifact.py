@@ -94,7 +94,7 @@ def export_artifact(
             files=_describe(folder, onnx_files, specs),
         )
         write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
-        load_artifact(folder)  # checks every hash and the fingerprint, as at serving
+        load_artifact(folder)  # checks every hash and the fingerprint, as a server does
         if not options.keep_onnx:
             for file in onnx_files:
                 (folder / file).unlink()

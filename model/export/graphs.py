@@ -51,7 +51,7 @@ def _outputs(config: ViTConfig, asked: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"output {output!r} is given twice")
     missing = [name for name in Features._fields if name not in chosen]
     if missing:
-        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be included, because serving reads it")
+        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be included for serving")
     return chosen
 
 

@@ -36,8 +36,8 @@ from model.pos_embed import resize_pos_embed
 OPSET = 23
 IR_VERSION = 11
 NORM_EPS = 1e-6
-EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
-END = np.iinfo(np.int64).max  # as the end of a Slice: up to the last element
+EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message is limited to 2 GiB
+END = np.iinfo(np.int64).max  # the end of a Slice that includes the last element
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 AttentionForm = Literal["standard", "tiled", "upcast"]

@@ -54,7 +54,7 @@ class GraphBuilder:
     def _written(self, name: str, value: npt.NDArray[np.generic], data: BinaryIO) -> onnx.TensorProto:
         data.write(b"\0" * (-data.tell() % EXTERNAL_ALIGNMENT))
         offset = data.tell()
-        data.write(value.view(np.uint8).data)  # as bytes: numpy exports no buffer of bfloat16
+        data.write(value.view(np.uint8).data)  # as bytes, because numpy exports no buffer of bfloat16
         tensor = TensorProto(name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, entry in (("location", self._location), ("offset", str(offset)), ("length", str(value.nbytes))):

@@ -57,7 +57,7 @@ def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, nam
     """
     side, rule, key = config.grid, config.pos_embed_rule, f"pos_embed.{name}"
     border = 0 if rule == "antialias" else REACH
-    tenths = (10, 1) if rule == "offset" else (1, 0)  # both scaled by 10, which makes 0.1 an integer
+    tenths = (10, 1) if rule == "offset" else (1, 0)  # offset: n + 0.1 and M, times 10, are integers
 
     def number(label: str, value: float) -> str:
         return graph.constant(f"pos_embed.{label}", np.array(value, np.float32))
