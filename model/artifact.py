@@ -156,10 +156,10 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder for the graphs and the engine plans that this host builds from the artifact. It may not exist yet.
+        """The folder for the graphs and the engine plans that this host builds from the artifact.
 
-        The folder's name contains the fingerprint, because an artifact's folder can be renamed or replaced by another
-        model.
+        The folder may not exist yet. Its name contains the fingerprint, because an artifact's folder can be renamed or
+        replaced by another model.
         """
         return (self.derived_dir or self.path.parent) / self.name
 

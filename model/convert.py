@@ -1,9 +1,9 @@
 """Converts published DINOv2 weights to Meta's tensor names, which this project uses.
 
-Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps our tensors to the
-tensors of the file from which they are made. `convert` iterates over the tensors that the model needs, and reports
-every missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the tables also list
-the tensors that are dropped (the heads of training dumps and of classifiers).
+Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each of our tensors
+to the tensors of the file that form it. `convert` iterates over the tensors that the model needs, and reports every
+missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the tables also list the
+tensors that are dropped (the heads of training dumps and of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
 (`models/dinov2/convert_dinov2_to_hf.py` and the in-memory names of its version 5), timm
@@ -155,7 +155,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
-    """Return the names of the tensors in the file from which our tensor `key` is made."""
+    """Return the names of the file's tensors that form our tensor `key`."""
     number = re.match(r"blocks\.(\d+)\.", key)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
     module, _, leaf = generic.rpartition(".")

@@ -1,11 +1,11 @@
 """Converts images to the network's input. Evaluation, export and the service share this preprocessing.
 
-DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) uses torchvision: resize the short
-side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean and divide by its
-standard deviation. Features depend on each of these steps, so this module reproduces them pixel by pixel. It uses
-neither torch nor torchvision, because the service does not load them. `tests/model/test_preprocess.py` compares the
-result with that of Hugging Face's processor, which differs in one detail: it rounds a crop margin with half a pixel
-down, whereas torchvision and this module round it to an even number.
+DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) uses torchvision. It resizes the
+short side to 256 pixels (bicubic, with Pillow), crops the central 224 x 224 pixels, scales to [0, 1], subtracts
+ImageNet's mean and divides by its standard deviation. Features depend on each of these steps, so this module reproduces
+them pixel by pixel. It uses neither torch nor torchvision, because the service does not load them.
+`tests/model/test_preprocess.py` compares the result with that of Hugging Face's processor, which differs in one detail:
+it rounds a crop margin with half a pixel down, whereas torchvision and this module round it to an even number.
 
 Two measures make `preprocess` fast. The crop precedes the conversion to float, and the conversion is a table lookup: a
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own

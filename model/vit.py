@@ -2,8 +2,8 @@
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
 (`dinov2/models/vision_transformer.py`), so released weights load with `strict=True`, and code written for torch hub's
-models keeps working. The differences are internal: attention always uses `scaled_dot_product_attention`; drop path
-computes a branch only for the samples that do not skip it; the position embedding is resized by matrix products
+models keeps working. The differences are internal. Attention always uses `scaled_dot_product_attention`. Drop path
+computes a branch only for the samples that do not skip it. The position embedding is resized by matrix products
 (`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D

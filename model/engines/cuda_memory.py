@@ -54,7 +54,7 @@ class Cuda:
         self.runtime = runtime
 
     def call(self, name: str, *arguments: Any, request: str = "") -> Any:
-        """Call a function of the runtime and return its result, or a tuple if it has several results.
+        """Call a function of the CUDA runtime and return its result, or a tuple if it has several results.
 
         Args:
             name: the function's name, such as "cudaMalloc".

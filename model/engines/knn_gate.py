@@ -43,7 +43,7 @@ class LabelledImages:
 class ClassTokens:
     """The class tokens [n, D] and the class numbers [n] of the readable images in `train/` and in `val/`.
 
-    n is the number of images in each folder, and D is the width of the model.
+    n is the number of these images in the folder, and D is the width of the model.
     """
 
     train: FloatArray

@@ -4,12 +4,13 @@ By default, ONNX Runtime's threads spin while they wait, which takes cores away 
 engine turns spinning off (figures: docs/decisions/0002-engine-threads.md).
 
 On a CPU, the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention`
-computes the matrix in tiles. With many tokens it is faster and needs a fraction of the memory; with few tokens it is
+computes the matrix in tiles. With many tokens it is faster and needs a fraction of the memory. With few tokens it is
 slightly slower (docs/decisions/0017-attention-form.md). At load, the engine therefore replaces the attention nodes of
 graphs with many tokens, in memory. External weights stay in their file.
 
 If a requested provider cannot run a graph, the engine raises an error. ONNX Runtime itself would continue on the CPU
-and only log the fact. The GPU providers have never run in this project. docs/engines.md lists what has been run.
+and only log the fact. The GPU providers have never run in this project. docs/engines.md lists the engines that have
+been run.
 
 ONNX Runtime's released builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is

@@ -75,7 +75,7 @@ class EngineFile(Protocol):
     def fault(self, request: OpenRequest) -> str | None:
         """Return the reason why an engine cannot serve this artifact on this host, or None if no reason is known.
 
-        The reason has one line. The call loads neither the runtime nor the model. The caller checks that the host has a
+        The reason is one line. The call loads neither the runtime nor the model. The caller checks that the host has a
         GPU.
         """
         ...

@@ -9,7 +9,7 @@ share the weights and one block of memory for activations, because a single stre
 other plans. A refitted plan is loaded as a new engine, so its graphs are captured again.
 
 Status: this module follows the documented API of both libraries and is tested with a recording fake
-(`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists what has run on a GPU.
+(`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists the parts that have run on a GPU.
 
 Legend: B batch, H x W pixels, N patches, R registers, D width.
 """

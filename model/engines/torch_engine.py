@@ -11,7 +11,7 @@ In bf16, the engine uses torch's autocast, but casts the weights of linear layer
 advance instead of in each pass. The results equal autocast's. The residual stream, LayerNorm and the positions stay
 float32, because a bf16 residual would lose a digit within a few blocks. TF32 is off, so fp32 computes in full float32.
 
-The GPU parts have never run in this project. docs/engines.md lists what has been run.
+The GPU parts have never run in this project. docs/engines.md lists the engines that have been run.
 
 Legend: B batch, D width, T tokens, A heads.
 """
@@ -232,7 +232,10 @@ class _Replayed:
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
-    """Load and return the model in float32. If `half` is True, the linear layers and the patch embedding are in bf16."""
+    """Load and return the model in float32.
+
+    If `half` is True, the linear layers and the patch embedding are in bf16.
+    """
     import torch
     from safetensors.torch import load_file
     from torch import nn

@@ -8,8 +8,8 @@ A matrix resizes an axis from M stored positions to n patches. Its element (i, j
 the distance between output cell i and input cell j. For each rule the distance is a quotient of integers, so the graph
 computes numerator and denominator exactly in float32 and rounds once:
 
-- offset: |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1));
-- size: |M (2i+1) - n (2j+1)| / (2 n);
+- offset: |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1))
+- size: |M (2i+1) - n (2j+1)| / (2 n)
 - antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when the grid shrinks. Each row is then
   divided by its sum.
 
@@ -27,9 +27,9 @@ REACH = 2  # cells on either side of a sampling point that the cubic kernel cove
 
 
 def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: str) -> str:
-    """Add nodes that compute the positions [1, h*w, D] of `patch_map` [B, D, h, w], and return their output's name.
+    """Add nodes that compute the position embedding [1, h*w, D] for `patch_map` [B, D, h, w], and return its name.
 
-    The positions equal those of `resize_pos_embed`, but the class token's position is left out.
+    The embedding equals the result of `resize_pos_embed` without the class token's position.
     """
     side, dim = config.grid, config.embed_dim
     cells = graph.weight("pos_embed")[0, 1:].reshape(side, side, dim)
