@@ -1,7 +1,7 @@
-"""The network and its export to an artifact.
+"""The DINOv2 network, its export to an artifact, and the engines that run an artifact.
 
-`from model import load_model` gives the backbone. The import is lazy, because `load_model` needs torch and serving does
-not.
+`from model import load_model` imports the function that loads a backbone. The function is imported only when it is
+accessed, because it needs torch, and a server may run without torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,15 +1,16 @@
-"""The artifact directory: the only hand-over from training to serving.
+"""Artifacts: the folders through which training passes a model to serving.
 
     <name>-<first 8 digits of the fingerprint>/
-      manifest.json         shape, preprocessing, parity, provenance, licence, and the sha256 of every file
+      manifest.json         model shape, preprocessing, parity, provenance, licence, sha256 of every file
       weights.safetensors   the backbone under Meta's parameter names
-      model.onnx            the graph for serving (optional: it can be derived from the weights, byte for byte)
-      model-<size>-<precision>.onnx   additional graphs, each with a record in the manifest (also optional)
-      README.md             the model card, if any
+      model.onnx            the graph for serving (optional, because it can be rebuilt from the weights)
+      model-<size>-<precision>.onnx   more graphs, each with a record in the manifest (optional)
+      README.md             the model card (optional)
 
-The fingerprint is a sha256 over weights, architecture (with the position-embedding rule) and preprocessing: everything
-that decides which vector an image gets. Vectors are tagged with it, so vectors of two models are never mixed. Loading
-checks every file against the manifest and refuses a file that differs.
+The fingerprint is a sha256 over the weights, the architecture (including the position-embedding rule) and the
+preprocessing. Together these determine the vector of an image. The tag of a stored vector contains the fingerprint, so
+vectors of two models are never mixed. `load_artifact` checks every file against the manifest and raises an error if a
+file differs.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ Weights = Mapping[str, npt.NDArray[np.floating]]
 
 
 class ArtifactError(ValueError):
-    """Raised for an artifact that cannot be read or trusted. The message names the file and the reason."""
+    """The error raised when an artifact cannot be read or trusted. The message names the file and the reason."""
 
 
 class _Record(BaseModel):
@@ -50,7 +51,10 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """The size and hash of one file. A derived file may be absent; it is then rebuilt and must match."""
+    """The size and the hash of one file of an artifact.
+
+    If `derived` is True and the file is missing, it is rebuilt from the weights and must match this record.
+    """
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
@@ -58,21 +62,22 @@ class FileRecord(_Record):
 
 
 class GateRecord(_Record):
-    """The result of the k-NN gate for an int8 graph: its k-NN accuracy compared with that of float32. See
-    `model/engines/knn_gate.py`.
+    """The result of the k-NN gate for one int8 graph.
+
+    The gate compares the k-NN accuracy of the int8 graph with that of float32 (see `model/engines/knn_gate.py`).
     """
 
     status: Literal["passed", "failed", "not measured"]
-    reason: str  # one line: why the graph may not serve, or the accuracies if it passed
+    reason: str  # one line: the reason why the graph may not serve, or the accuracies
     k: int | None = None  # number of voting neighbours
     val_photos: int | None = None
-    val_right: tuple[int, int] | None = None  # correctly classified images of val: float32, int8
+    val_right: tuple[int, int] | None = None  # correctly classified images of val: (float32, int8)
     train_photos: int | None = None
     train_right: tuple[int, int] | None = None  # correctly classified images of train, leave-one-out
 
 
 class ParityRecord(_Record):
-    """How close one runtime comes to torch float32 on the same pixels (see `model/engines/parity.py`)."""
+    """The differences between one engine and a float32 reference on the same pixels (see `model/engines/parity.py`)."""
 
     engine: str
     precision: str
@@ -82,38 +87,38 @@ class ParityRecord(_Record):
     min_cosine_patches: float
     neighbour_agreement: float
     file: str = "model.onnx"  # the compared graph
-    size: tuple[int, int] | None = None  # (H, W) pixels of the comparison; None: the artifact's input size
+    size: tuple[int, int] | None = None  # input (H, W) in pixels; None means the artifact's input size
     batch: int | None = None  # images in one forward pass
     gate: GateRecord | None = None  # int8 graphs only
 
 
 class GraphRecord(_Record):
-    """A graph of the artifact other than `model.onnx`, with its build options."""
+    """The record of a graph other than `model.onnx`, with the options that it was built with."""
 
     file: str = Field(pattern=r"^model-[a-z0-9]+-[a-z0-9]+\.onnx$")
-    size: tuple[int, int] | None  # (H, W) input pixels; None: any multiples of the patch size
+    size: tuple[int, int] | None  # input (H, W) in pixels; None means any multiples of the patch size
     precision: Precision
     outputs: tuple[str, ...]
     attention: AttentionForm
     int8_weights: Int8Weights = "s7"
     float_layers: tuple[str, ...] = ()  # layers that int8 does not quantize
-    not_compared: str | None = None  # why the graph has no parity record; its engine must then pass parity at load
+    not_compared: str | None = None  # the reason for a missing parity record
 
     @property
     def spec(self) -> GraphSpec:
-        """The `GraphSpec` that `model/onnx_graph/build.py` builds this graph from."""
+        """The options from which `model/onnx_graph/build.py` builds this graph."""
         return GraphSpec(**{name: getattr(self, name) for name in GraphSpec.__dataclass_fields__})
 
 
 class Manifest(_Record):
-    """The content of `manifest.json`."""
+    """The content of an artifact's `manifest.json`."""
 
     format_version: Literal[1] = FORMAT_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     config: ViTConfig
     preprocess: PreprocessSpec
-    input_size: tuple[int, int]  # (H, W) input pixels of model.onnx
+    input_size: tuple[int, int]  # input (H, W) of model.onnx in pixels
     parity: list[ParityRecord]
     graphs: list[GraphRecord] = Field(default_factory=list)  # in addition to model.onnx
     provenance: dict[str, Any]
@@ -129,7 +134,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     locations: Mapping[str, Path]
-    derived_dir: Path | None = None  # the parent folder of `derived`; None: the parent of `path`
+    derived_dir: Path | None = None  # the parent folder of `derived`; None means the parent of `path`
 
     @property
     def name(self) -> str:
@@ -143,7 +148,7 @@ class Artifact:
         """Return the verified path of a file that the manifest lists.
 
         Raises:
-            ArtifactError: the artifact has no such file.
+            ArtifactError: the artifact has no file of this name.
         """
         if name not in self.locations:
             raise ArtifactError(f"{self.path}: has no {name}; its files are {', '.join(sorted(self.locations))}")
@@ -151,22 +156,23 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder for files that a host derives from this artifact: graphs and engine plans. It may not exist.
+        """The folder for the graphs and the engine plans that this host builds from the artifact.
 
-        The fingerprint is part of its name, because an artifact's folder can be renamed or replaced by another model.
+        The folder may not exist yet. Its name contains the fingerprint, because an artifact's folder can be renamed or
+        replaced by another model.
         """
         return (self.derived_dir or self.path.parent) / self.name
 
     @property
     def weights(self) -> Weights:
-        """The tensors of `weights.safetensors`, by name. Each tensor is read on access."""
+        """The tensors of `weights.safetensors` by name. Each tensor is read from the file when it is accessed."""
         return StoredWeights(self.file(WEIGHTS))
 
 
 class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
-    """A `weights.safetensors` file as a mapping that reads one tensor at a time.
+    """A `weights.safetensors` file as a mapping from name to array that reads one tensor at a time.
 
-    Reading all tensors in turn needs memory for only one of them.
+    Code that uses one tensor after another therefore needs memory for only one of them.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -175,7 +181,7 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
     def __init__(self, path: Path) -> None:
         try:
             self._file = safe_open(path, framework="numpy")
-        except Exception as error:  # safetensors raises its own unrelated class, and OSError
+        except Exception as error:  # safetensors raises its own exception class, or OSError
             raise ArtifactError(f"{path}: cannot be read as safetensors: {error}") from error
         self._keys: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
 
@@ -193,16 +199,20 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 
 
 def graph_name(size: tuple[int, int] | None, precision: str) -> str:
-    """Return the file name of a graph other than `model.onnx`. `size` is (H, W) in pixels, or None if it is free.
+    """Return the file name of a graph other than `model.onnx`.
 
-    Examples: `model-224-int8.onnx`, `model-224x336-fp32.onnx`, `model-dynamic-fp32.onnx`.
+    `size` is the input size (H, W) in pixels, or None for a graph that accepts any size. Examples of names are
+    `model-224-int8.onnx`, `model-224x336-fp32.onnx` and `model-dynamic-fp32.onnx`.
     """
     shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
     return f"model-{shown}-{precision}.onnx"
 
 
 def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec) -> str:
-    """Return the sha256 (64 hex digits) of weights, configuration and preprocessing, which determine every vector."""
+    """Return the sha256 (64 hex digits) of the weights, the configuration and the preprocessing.
+
+    Together these determine every vector that the model computes.
+    """
     digest = hashlib.sha256()
     for key in sorted(weights):
         array = np.ascontiguousarray(weights[key])
@@ -214,10 +224,10 @@ def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec)
 
 
 def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
-    """Return the (H, W) in pixels of every input that the transform `preprocess` produces.
+    """Return the (H, W) in pixels of the network input, which is the same for every image.
 
     Raises:
-        ValueError: the transform does not crop, so the size differs from image to image.
+        ValueError: the transform `preprocess` does not crop, so the size differs from image to image.
     """
     if preprocess.crop is None:
         raise ValueError("crop=None keeps each image's own size, but an exported graph takes one size: set a crop")
@@ -225,17 +235,21 @@ def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
 
 
 def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
-    """Return the manifest's record of the file at `path`: its sha256, its size, and whether it is derivable."""
+    """Return a manifest record of the file at `path`, with its sha256 and its size in bytes.
+
+    `derived` is copied into the record. It marks a file that can be rebuilt from the weights.
+    """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(sha256=digest, bytes=path.stat().st_size, derived=derived)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse the `manifest.json` of an artifact folder, without checking the content of the listed files.
+    """Parse and return the `manifest.json` of the artifact folder `path`. The listed files are not checked.
 
     Raises:
-        ArtifactError: the manifest is missing, has another format, or lists a file outside the folder.
+        ArtifactError: the manifest is missing, has another format, lists a file outside the folder, or describes a
+            graph that it does not list.
     """
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -253,15 +267,16 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
-    """Open an artifact and check every file.
+    """Check every file of an artifact and return the artifact. Missing graphs are built from the weights.
 
     Args:
         path: the artifact's folder.
-        derived_dir: graphs that the folder lacks are derived into a folder of the same name in `derived_dir`; None:
-            into the artifact's folder.
+        derived_dir: the parent of the folder in which missing graphs are stored. That folder has the same name as the
+            artifact's folder. If `derived_dir` is None, missing graphs are stored in the artifact's folder.
 
     Raises:
-        ArtifactError: a file is missing, changed or unreadable; the message names the file and the reason.
+        ArtifactError: the manifest or a file is missing, changed or unreadable, or a missing graph cannot be written.
+            The message names the file and the reason.
     """
     manifest = read_manifest(path)
     locations = {}
@@ -295,7 +310,7 @@ def bundled_artifact() -> Path:
 
 
 def find_artifacts(data_dir: Path) -> list[Path]:
-    """Return all artifact folders: those in `<data_dir>/artifacts`, newest first, then the bundled one."""
+    """Return the artifact folders in `<data_dir>/artifacts`, newest first, followed by the bundled artifact."""
     local = [path.parent for path in (data_dir / "artifacts").glob(f"*/{MANIFEST}") if path.parent.name[0] != "."]
     return [
         *sorted(local, key=_created, reverse=True),
@@ -304,7 +319,10 @@ def find_artifacts(data_dir: Path) -> list[Path]:
 
 
 def _created(path: Path) -> tuple[str, str]:
-    """Return the sort key of an artifact: its creation time. An artifact with an unreadable manifest sorts last."""
+    """Return the creation time and the folder name of an artifact, as a sort key.
+
+    The time is empty if the manifest is unreadable.
+    """
     try:
         return read_manifest(path).created, path.name
     except ArtifactError:
@@ -318,13 +336,19 @@ def _verify(path: Path, record: FileRecord) -> None:
         raise ArtifactError(f"{path}: {error.strerror}") from error
     if (found.bytes, found.sha256) != (record.bytes, record.sha256):
         raise ArtifactError(
-            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, but the manifest says {record.bytes} bytes "
+            f"{path}: has {found.bytes} bytes and sha256 {found.sha256}, but the manifest has {record.bytes} bytes "
             f"and {record.sha256}: the file was changed or truncated"
         )
 
 
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
-    """Return the path of the derived file `name`, building it from the weights if needed. The caller verifies it."""
+    """Return the path of the derived file `name` in `directory`.
+
+    The file is built from the weights unless a file with the right hash exists. The caller verifies it.
+
+    Raises:
+        ArtifactError: `name` is not a graph, the weights do not match the manifest, or the file cannot be written.
+    """
     specs = {ONNX: GraphSpec(size=manifest.input_size)} | {graph.file: graph.spec for graph in manifest.graphs}
     if name not in specs:
         raise ArtifactError(f"{path / name}: missing, and only graphs can be rebuilt")
@@ -337,7 +361,7 @@ def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path
 
 
 def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: Path) -> None:
-    """Build a graph from the weights and write it to `target`, completely or not at all.
+    """Build a graph from the weights and write it to the file `target`, completely or not at all.
 
     Raises:
         ArtifactError: the folder of `target` cannot be written.
@@ -347,7 +371,7 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".deriving-") as temporary:
             names = write_onnx(weights, config, spec, Path(temporary) / target.name)
-            for written in reversed(names):  # the graph file last: once it exists, so do the other files
+            for written in reversed(names):  # the graph file last, so that the other files exist once it exists
                 publish(Path(temporary) / written, directory / written)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror}") from error

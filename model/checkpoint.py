@@ -1,12 +1,13 @@
-"""Weights on disk: reads the formats of four publishers and our own format, and writes our own.
+"""Reads and writes weights files.
 
-A weights file is untrusted input, so only tensors are read from it. safetensors can hold nothing else; PyTorch files go
-through `torch.load(weights_only=True)`, which refuses a pickle that would run code. Loading is strict: every missing,
-extra or misshapen key is an error that names the key, because a half-loaded backbone would still produce vectors, and
-they would be wrong. `model/convert.py` holds the tables of names and the check.
+Meta's, timm's and Hugging Face's formats can be read, and this project's own format can be read and written. A weights
+file is untrusted input, so only tensors are read from it. A safetensors file cannot contain code. PyTorch files are
+loaded with `torch.load(weights_only=True)`, which refuses a pickle that would run code. Loading is strict: a missing,
+extra or misshapen tensor raises an error that names the tensor, because a partly loaded backbone would still produce
+vectors, but wrong ones. `model/convert.py` contains the tables of names and this check.
 
-Our own checkpoints are safetensors files with Meta's tensor names and three metadata entries: `format`, `config` (the
-ViTConfig) and `provenance`, the last two as JSON. Each file is written under a temporary name, flushed to the disk and
+This project's checkpoints are safetensors files with Meta's tensor names and three metadata entries: `format`, `config`
+(a `ViTConfig` as JSON) and `provenance` (JSON). A checkpoint is written under a temporary name, flushed to the disk and
 renamed, so a crash leaves either the old file or the new one.
 """
 
@@ -32,11 +33,11 @@ from model.vit import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 FORMAT = "dinov2-service"
-"""The value of the metadata entry `format` that marks our own checkpoints."""
+"""The value of the metadata entry `format` that marks this project's checkpoints."""
 
 
 def _on_meta(config: ViTConfig) -> DinoVisionTransformer:
-    """Return a model that has tensor names and shapes but no memory for its weights."""
+    """Return a model on torch's meta device, where tensors have names and shapes but no data."""
     with torch.device("meta"):
         return DinoVisionTransformer(config)
 
@@ -46,13 +47,16 @@ def _expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return whether a file starts like a safetensors file: eight bytes with the header's length, then JSON."""
+    """Return whether a file starts like a safetensors file, with an eight-byte length and then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message. The rest of torch's messages advises disabling the protection."""
+    """Return the first line of an error's message, cut after 200 characters.
+
+    The later lines of torch's messages advise disabling `weights_only`.
+    """
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -61,8 +65,8 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused: it holds something other than tensors, or is not a weights file. A pickle can run any "
-            f"code, so only tensors are unpickled ({_first_line(error)})"
+            f"{path}: not loaded, because it contains something other than tensors or is not a weights file. A pickle "
+            f"can run any code, so only tensors are unpickled ({_first_line(error)})"
         ) from error
     except Exception as error:  # torch raises many kinds of exceptions on damaged files
         raise CheckpointError(f"{path}: damaged or not a PyTorch file: {_first_line(error)}") from error
@@ -75,12 +79,13 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or PyTorch file by the file's own names, on the CPU.
+    """Read a safetensors or PyTorch file and return its tensors on the CPU, by the names in the file.
 
-    For a training dump of Meta, return the tensors under its key `teacher`.
+    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned.
 
     Raises:
-        CheckpointError (a ValueError): the file is damaged, holds no weights, or is a pickle of more than tensors.
+        CheckpointError (a ValueError): the file is damaged, contains no weights, or is a pickle with objects other than
+            tensors.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -95,10 +100,10 @@ def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
 
 
 def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a file, completely or not at all.
+    """Write tensors and metadata to a safetensors file, completely or not at all.
 
     Raises:
-        OSError: the file cannot be written; `path` is then unchanged.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,13 +119,13 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
 def save_checkpoint(
     path: Path | str, state_dict: Mapping[str, Tensor], config: ViTConfig, provenance: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint in our own format.
+    """Write a checkpoint in this project's format.
 
     Args:
         path: the file, by convention `*.safetensors`.
         state_dict: the backbone's tensors under Meta's names, as returned by `DinoVisionTransformer.state_dict()`.
         config: the backbone's shape.
-        provenance: the origin of the weights, as JSON: recipe, data, revision, scores.
+        provenance: the origin of the weights, such as recipe, data, revision and scores. It is stored as JSON.
 
     Raises:
         CheckpointError: `state_dict` does not match a model of this shape.
@@ -132,7 +137,13 @@ def save_checkpoint(
 
 
 def _own_metadata(path: Path) -> tuple[ViTConfig, dict[str, Any]] | None:
-    """Return the configuration and provenance of one of our own checkpoints, or None for any other file."""
+    """Return the configuration and the provenance of a checkpoint in this project's format.
+
+    If the file has another format, return None.
+
+    Raises:
+        CheckpointError: the file is a damaged safetensors file, or its metadata is invalid.
+    """
     if not _is_safetensors(path):
         return None
     try:
@@ -153,19 +164,22 @@ def _own_metadata(path: Path) -> tuple[ViTConfig, dict[str, Any]] | None:
 
 
 def is_own_checkpoint(path: Path | str) -> bool:
-    """Return whether a file's metadata marks it as one of our own checkpoints.
+    """Return whether a file is a checkpoint in this project's format, according to its metadata.
 
     Raises:
-        CheckpointError: the file is marked as ours, but its metadata cannot be read.
+        CheckpointError: the file is a damaged safetensors file, or its metadata is invalid.
     """
     return _own_metadata(Path(path)) is not None
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dict[str, Any]]:
-    """Return the tensors (float32, under Meta's names), configuration and provenance of one of our own checkpoints.
+    """Read a checkpoint in this project's format.
+
+    Returns:
+        The float32 tensors under Meta's names, the configuration, and the provenance.
 
     Raises:
-        CheckpointError: the file is damaged, is not one of our own, or its tensors do not match its configuration.
+        CheckpointError: the file is damaged, has another format, or its tensors do not match its configuration.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -194,7 +208,10 @@ def _converted(
 
 
 def _check_same_shape(path: Path, name: str, named: ViTConfig, own: ViTConfig) -> None:
-    """Raise a CheckpointError if the architectures of `named` and `own` differ. Other fields may differ."""
+    """Raise a CheckpointError if the configurations `named` and `own` differ in architecture.
+
+    The fields `img_size`, `pos_embed_rule` and `layerscale_init` may differ.
+    """
     wanted, found = asdict(named), asdict(own)
     fixed = set(wanted) - {"img_size", "pos_embed_rule", "layerscale_init"}
     different = [f"{key} {found[key]} instead of {wanted[key]}" for key in sorted(fixed) if wanted[key] != found[key]]
@@ -209,24 +226,28 @@ def load_model(
     pos_embed_rule: PosEmbedRule | None = None,
     cache_dir: Path | str | None = None,
 ) -> DinoVisionTransformer:
-    """Load a backbone with its weights, in eval mode, float32, on the CPU.
+    """Load a backbone with its weights and return it on the CPU, in float32 and eval mode.
 
-    The file may be Meta's (hub or training dump), timm's, Hugging Face's or one of our own checkpoints. Its format is
-    detected. The model's `config.pos_embed_rule` is the rule of the library that wrote the file, so the features equal
-    that library's at every input size. Meta's rule depends on the model's name; Hugging Face uses "size", or
-    "antialias" with registers; timm uses "antialias"; our own checkpoints record their rule.
+    The weights file may have Meta's format (from torch hub or a training dump), timm's, Hugging Face's or this
+    project's. The format is detected.
+
+    The model's `config.pos_embed_rule` is the rule by which the file's publisher resizes position embeddings, so the
+    features equal the publisher's at every input size. Meta's rule depends on the model's name. Hugging Face's rule is
+    "antialias" for models with registers and "size" for others. timm's rule is "antialias". This project's checkpoints
+    contain their rule.
 
     Args:
         name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
-        weights: the file; None: download the published weights of that name once.
-        pos_embed_rule: replaces the file's rule. For instance, "offset" gives torch hub's features from a file of
-            Hugging Face.
-        cache_dir: where downloads are stored; None: `zoo.DEFAULT_CACHE_DIR`.
+        weights: the weights file. If None, the published weights of this name are used, and downloaded if `cache_dir`
+            does not contain them.
+        pos_embed_rule: the rule to use instead of the file's. For instance, "offset" gives torch hub's features from a
+            Hugging Face file. If None, the file's rule is used.
+        cache_dir: the folder for downloads. If None, `zoo.DEFAULT_CACHE_DIR` is used.
 
     Raises:
-        ValueError: the name or the rule is unknown.
-        CheckpointError (a ValueError): the file does not hold these weights; missing, extra and misshapen keys are
-            listed.
+        ValueError: the name or the rule is unknown, or no weights are published under this name and `weights` is None.
+        CheckpointError (a ValueError): the file does not contain the weights of this model. The message lists the
+            missing, extra and misshapen keys.
         zoo.DownloadError: the published weights cannot be downloaded.
         OSError: the file cannot be read.
     """

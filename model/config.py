@@ -1,15 +1,15 @@
-"""The shape of a DINOv2 backbone: one frozen record and the table of the published sizes.
+"""The shape of a DINOv2 backbone as a frozen record, and the table of the published sizes.
 
-The sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, but with 12 blocks for ViT-B, as released) and
-from "Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small size and has
-no published weights. The service imports this module, so it does not import torch.
+The sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, but with 12 blocks for ViT-B, as released) and from
+"Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small size and has no
+published weights. This module does not import torch, so that the service can use it without torch.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 PosEmbedRule = Literal["offset", "antialias", "size"]
-"""How `pos_embed` is resized to another grid; `model/pos_embed.py` explains the three rules."""
+"""The rule by which `pos_embed` is resized to another grid of patches. `model/pos_embed.py` explains all three."""
 
 FeedForward = Literal["mlp", "swiglu"]
 
@@ -18,11 +18,12 @@ FeedForward = Literal["mlp", "swiglu"]
 class ViTConfig:
     """The shape of one backbone.
 
-    `img_size` is the side in pixels of the square input that `pos_embed` was trained for, so `pos_embed` holds
-    `(img_size // patch_size) ** 2` patch positions. If `layerscale_init` is None, the blocks have no LayerScale.
+    `img_size` is the side in pixels of the square input that the position embedding `pos_embed` was trained for, so
+    `pos_embed` has `(img_size // patch_size) ** 2` patch positions. If `layerscale_init` is None, the blocks have no
+    LayerScale.
 
     Raises:
-        ValueError: a field is out of range; the message names the field, its value and the allowed values.
+        ValueError: a field is out of range. The message names the field, its value and the allowed values.
     """
 
     embed_dim: int
@@ -55,12 +56,15 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """The number of patches along one side of the square that `pos_embed` was trained for."""
+        """The number of patches along one side of the square input that `pos_embed` was trained for."""
         return self.img_size // self.patch_size
 
     @property
     def hidden_dim(self) -> int:
-        """The width of the feed-forward layer. For SwiGLU it is 2/3 of the MLP's, rounded up to a multiple of 8."""
+        """The width of the feed-forward layer.
+
+        With SwiGLU, it is 2/3 of the width of an MLP, rounded up to a multiple of 8.
+        """
         hidden = int(self.embed_dim * self.mlp_ratio)
         return hidden if self.ffn == "mlp" else (int(hidden * 2 / 3) + 7) // 8 * 8
 
@@ -76,11 +80,11 @@ _SIZES = {
 CONFIGS: dict[str, ViTConfig] = _SIZES | {
     f"{name}_reg": replace(config, num_register_tokens=4, pos_embed_rule="antialias") for name, config in _SIZES.items()
 }
-"""Configurations by torch hub's names. As released, the `_reg` models have four registers and the antialiased rule."""
+"""The configurations by torch hub name. The `_reg` models have four registers and the rule "antialias", as released."""
 
 
 def config_for(name: str) -> ViTConfig:
-    """Return the configuration of the model with this torch hub name.
+    """Return the configuration of the model with the torch hub name `name`.
 
     Raises:
         ValueError: the name is unknown. The message lists the known names.

@@ -1,16 +1,16 @@
-"""Tables of other publishers' tensor names, and one strict function that reads their files.
+"""Converts published DINOv2 weights to Meta's tensor names, which this project uses.
 
-Four publishers store DINOv2's backbone. We use Meta's names; a table maps each of our tensors to the tensors of the
-file that form it. The reader iterates over the tensors that the model needs, so every missing, extra or misshapen
-tensor is reported in the file's own names. Nothing is skipped silently: the tables also list the tensors that are
-dropped (heads of training dumps and of classifiers).
+Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each of our tensors
+to the tensors of the file that form it. `convert` iterates over the tensors that the model needs, and reports every
+missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the tables also list the
+tensors that are dropped (the heads of training dumps and of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
 (`models/dinov2/convert_dinov2_to_hf.py` and the in-memory names of its version 5), timm
 (`models/vision_transformer.py`, the function that converts DINOv2).
 
-A file does not record how `pos_embed` is resized (see `model/pos_embed.py`), but each publisher's code uses one rule,
-and features depend on it. Each dialect therefore names the rule of its own library.
+The features depend on the rule by which `pos_embed` is resized (see `model/pos_embed.py`), but a file does not record
+this rule. Each `Dialect` therefore contains the rule of its publisher's code.
 """
 
 import re
@@ -23,20 +23,24 @@ from torch import Tensor
 from model.config import PosEmbedRule, ViTConfig
 
 MAX_LISTED = 10
-"""The maximum number of keys that an error message lists per kind of problem. A wrong file can have hundreds."""
+"""The maximum number of keys that an error message lists for each kind of problem.
+
+A wrong file can have hundreds of wrong keys.
+"""
 
 
 class CheckpointError(ValueError):
-    """Raised for a weights file that cannot be used. The message names the file, the keys and what was expected."""
+    """The error raised when a weights file cannot be used. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A publisher's file format: how it names and stores a backbone's tensors.
+    """A publisher's file format, with the names under which it stores a backbone's tensors.
 
-    `keys` maps our name of a tensor or module to the file's names, with `#` for the block number. If the file has
-    several names, its tensors are concatenated in that order into one of ours. A tensor that `keys` does not list has
-    the same name in the file. `describes` returns whether a file with these tensor names has this format.
+    `keys` maps our name of a tensor or module to one or more names in the file, where `#` is the block number. If there
+    are several names, the file's tensors are concatenated in this order into one tensor. A tensor that `keys` does not
+    list has the same name in the file. `describes` takes the tensor names of a file and returns whether the file has
+    this format.
     """
 
     name: str
@@ -44,8 +48,8 @@ class Dialect:
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ()  # removed from the names of the backbone's tensors
     dropped: tuple[str, ...] = ()  # name prefixes of tensors that are not part of a backbone
-    absent: tuple[str, ...] = ()  # tensors that the format does not store: set to zeros
-    class_position_in_cls_token: bool = False  # pos_embed has no row for the class token; it was added to cls_token
+    absent: tuple[str, ...] = ()  # tensors that the format does not store; they are set to zeros
+    class_position_in_cls_token: bool = False  # pos_embed lacks the class token's row, which was added to cls_token
     any_img_size: bool = False  # pos_embed may have another grid than the configuration's
     pos_embed_rule: Callable[[ViTConfig], PosEmbedRule] = lambda config: config.pos_embed_rule
 
@@ -68,7 +72,7 @@ _HUGGING_FACE_KEYS = {
     "blocks.#.ls2.gamma": ("encoder.layer.#.layer_scale2.lambda1",),
     "norm": ("layernorm",),
 }
-# The names in `model.state_dict()` since transformers 5. The files that it writes still use the names above.
+# The names in `model.state_dict()` since transformers 5. Files that transformers 5 writes still use the names above.
 _HUGGING_FACE_MEMORY_KEYS = _HUGGING_FACE_KEYS | {
     "blocks.#.attn.qkv": tuple(f"encoder.layer.#.attention.{part}_proj" for part in "qkv"),
     "blocks.#.attn.proj": ("encoder.layer.#.attention.o_proj",),
@@ -132,10 +136,10 @@ DIALECTS = (META_DUMP, HUGGING_FACE_MEMORY, HUGGING_FACE, TIMM_REGISTERS, TIMM, 
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """Return the dialect of a file with these tensor names.
+    """Return the dialect of a file with the tensor names `keys`.
 
     Raises:
-        CheckpointError: no dialect matches. The message lists the dialects and some of the names.
+        CheckpointError: no dialect matches. The message lists the dialects and some of the file's names.
     """
     names_in_file = set(keys)
     for dialect in DIALECTS:
@@ -165,9 +169,13 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Return a dictionary of the file's name by plain name for the backbone's tensors, and the list of dropped names.
+    """Return a dictionary from plain name to file name for the backbone's tensors, and the list of dropped names.
 
-    A plain name is the file's name without the dialect's prefix and without FSDP's chunk number.
+    A plain name is the file's name without the dialect's prefix and without the chunk number that FSDP training
+    inserts.
+
+    Raises:
+        CheckpointError: two tensors have the same plain name.
     """
     plain: dict[str, str] = {}
     dropped: list[str] = []
@@ -186,17 +194,18 @@ def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str],
 
 @dataclass
 class KeyReport:
-    """All differences between a file's tensors and those of a model, under the file's names."""
+    """The missing, extra and misshapen tensors of a file, under the file's names."""
 
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
 
     def raise_if_any(self, dialect: Dialect) -> None:
-        """Raise an error if there is any difference.
+        """Raise an error if the report is not empty.
 
         Raises:
-            CheckpointError: the report is not empty. The message lists up to `MAX_LISTED` keys of each kind.
+            CheckpointError: the report contains at least one tensor. The message lists up to `MAX_LISTED` names of each
+                kind.
         """
         kinds = {"missing": self.missing, "extra": self.extra, "misshapen": self.misshapen}
         found = [f"{kind} keys: {_listed(keys)}" for kind, keys in kinds.items() if keys]
@@ -206,7 +215,11 @@ class KeyReport:
 
 @dataclass(frozen=True)
 class Converted:
-    """A backbone's tensors under our names in float32, with its configuration, dialect and dropped names."""
+    """The result of `convert`.
+
+    It contains the backbone's float32 tensors under our names, the configuration, the file's dialect, and the names of
+    the dropped tensors.
+    """
 
     state_dict: dict[str, Tensor]
     config: ViTConfig
@@ -220,17 +233,18 @@ def convert(
     expected: Callable[[ViTConfig], Mapping[str, torch.Size]],
     dialect: Dialect | None = None,
 ) -> Converted:
-    """Convert the tensors of a file to a backbone's state dict.
+    """Convert the tensors of a file to the state dict of a backbone.
 
     Args:
-        tensors: the file's tensors.
-        config: the shape of the model that the tensors should fit. The returned configuration has the dialect's
-            `pos_embed_rule` and, for training dumps, the image size of the dump's `pos_embed`.
-        expected: a function that returns the names and shapes of the tensors of a model with a configuration.
-        dialect: how the file names its tensors; None: detect it.
+        tensors: the file's tensors by name.
+        config: the expected shape of the model. The returned configuration has the dialect's `pos_embed_rule` and, for
+            training dumps, the image size of the dump's `pos_embed`.
+        expected: a function that takes a configuration and returns the names and shapes of that model's tensors.
+        dialect: the format of the file. If None, the format is detected.
 
     Raises:
-        CheckpointError: keys are missing, extra or misshapen. One message lists all of them.
+        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
+            `MAX_LISTED` names of each kind.
     """
     dialect = detect(tensors) if dialect is None else dialect
     plain, dropped = _plain_names(tensors, dialect)

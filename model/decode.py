@@ -1,23 +1,23 @@
-"""Decodes untrusted bytes to RGB pixels, for serving, indexing, training and evaluation alike.
+"""Decodes untrusted bytes to RGB pixels for serving, indexing, training and evaluation.
 
 The steps are: byte limit -> format from the first bytes (allow-list) -> JPEG scan count -> header -> pixel and shape
 limits -> pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed until the limits have been checked. Pillow
-reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each into one of three
-errors:
+reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each exception into one
+of three errors:
 
     TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
-    Unsupported  an unknown format, or a pixel type without a defined black and white
-    Broken       a known format, but damaged or truncated
+    Unsupported  an unknown format or pixel type
+    Broken       damaged or truncated data in a known format
 
 How pixels are interpreted:
 - Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composited on white.
-- 16 and 12 bits per channel are reduced to 8 by keeping the high byte, as Pillow does for 16-bit colour. (Pillow's
-  conversion of 16-bit grey clips instead: every value above 255 would become white.)
-- Float and 32-bit integer TIFFs are refused: they define no white, and a guess would be silently wrong.
+- Channels of 16 and 12 bits are reduced to their high 8 bits, as Pillow does for 16-bit colour. (Pillow's conversion of
+  16-bit grey clips instead, so that every value above 255 would become white.)
+- Float and 32-bit integer TIFFs raise Unsupported, because they define no white, and nobody would notice a wrong guess.
 - ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) use the stored pixels, and
   features must match theirs. CMYK is converted without a profile for the same reason.
-- Animations and multi-page files yield their first frame.
-- The orientation in EXIF (or XMP) is applied in every container. Unreadable EXIF is ignored, because the pixels are
+- Only the first frame of an animation or a multi-page file is decoded.
+- The orientation in EXIF (or XMP) is applied in every format. Unreadable EXIF is ignored, because the pixels are
   intact.
 """
 
@@ -36,7 +36,7 @@ Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
 
 
 class DecodeError(ValueError):
-    """Raised for an image that cannot be decoded. The message gives the reason and, if one applies, the limit."""
+    """The error raised when an image cannot be decoded. The message gives the reason and any exceeded limit."""
 
 
 class TooLarge(DecodeError): ...
@@ -77,12 +77,14 @@ TIFF_WHITE_IS_ZERO = 0
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own limit (twice its MAX_IMAGE_PIXELS); it refuses larger images
 
 JPEG_MAX_SCANS = 100
-"""Each scan covers the whole image, and a scan of a hundred bytes may take as long as one of a megabyte. Progressive
-encoders write about 10. For TIFF, libtiff enforces the same limit.
+"""The maximum number of scans in a JPEG. Progressive encoders write about 10 scans.
+
+Each scan covers the whole image, so a scan of a hundred bytes may take as long to decode as a scan of a megabyte.
+libtiff enforces the same limit for JPEG data in TIFF files.
 """
 
 JPEG_MAX_SEGMENTS = 2000
-"""The maximum number of segments of a JPEG. 20 MB of metadata in segments of full size are about 300 segments."""
+"""The maximum number of segments in a JPEG. 20 MB of metadata fill about 300 segments of the largest possible size."""
 
 # Matches any marker except a stuffed zero, padding, a restart and TEM.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
@@ -91,9 +93,12 @@ _SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Limits on an image, all checked before any pixel is decompressed.
+    """The limits on the size and shape of an image. They are checked before any pixel is decompressed.
 
-    A decoded image takes 3 to 4 bytes per pixel, and briefly twice that.
+    A decoded image takes 3 to 4 bytes of memory per pixel, and briefly twice as much.
+
+    Raises:
+        ValueError: a limit is out of range.
     """
 
     max_bytes: int = 20 * 2**20
@@ -104,7 +109,7 @@ class DecodeLimits:
         if self.max_bytes < 1:
             raise ValueError(f"max_bytes is {self.max_bytes}; it must be at least 1")
         if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
-            raise ValueError(f"max_pixels is {self.max_pixels}; allowed is 1 to {PILLOW_MAX_PIXELS}")
+            raise ValueError(f"max_pixels is {self.max_pixels}; it must be from 1 to {PILLOW_MAX_PIXELS}")
         if not self.max_aspect_ratio >= 1:
             raise ValueError(f"max_aspect_ratio is {self.max_aspect_ratio}; it must be at least 1")
 
@@ -122,13 +127,15 @@ class Stored(NamedTuple):
 
     @property
     def aspect(self) -> float:
-        """Width / height of the upright image."""
+        """The width of the upright image divided by its height."""
         width, height = self.size
         return height / width if self.orientation in (5, 6, 7, 8) else width / height
 
 
 def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
-    """Decode an image to uint8 [H, W, 3] RGB, contiguous and upright. The array may be read-only.
+    """Decode an image to RGB and return its pixels as a uint8 array [H, W, 3], contiguous and upright.
+
+    The array may be read-only.
 
     Raises:
         TooLarge: the image exceeds one of `limits`, or a JPEG has too many scans or segments.
@@ -141,16 +148,16 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
 
 
 def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_side: int | None = None) -> Stored:
-    """Decode an image without turning it upright.
+    """Decode an image to RGB and return it without turning it upright.
 
     Args:
         data: the encoded image.
-        limits: the limits on its size.
-        least_side: if set, libjpeg may decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as each side has at
-            least this many pixels. Other formats are decoded at full size.
+        limits: the limits on its size and shape.
+        least_side: the minimum side in pixels of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, which is
+            faster. If None, JPEGs are decoded at full size. Other formats are always decoded at full size.
 
     Raises:
-        TooLarge, Unsupported, Broken: see `decode`.
+        TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
     """
     if not data:
         raise Broken("the image is empty (0 bytes)")
@@ -166,12 +173,16 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
         size = image.size
         drawn = None if least_side is None else image.draft(None, (least_side, least_side))
         image.load()
-        _check_header(image, limits)  # a frame may be larger than the header said
+        _check_header(image, limits)  # a frame may be larger than the header states
         return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
 
 
 def sniff(data: bytes) -> str | None:
-    """Return the format of an image, such as "JPEG", by its first bytes, or None if it is unknown."""
+    """Detect the format of an image from its first bytes.
+
+    Returns:
+        The name of the format, such as "JPEG", or None if it is unknown.
+    """
     for name, signatures in SIGNATURES.items():
         if any(data.startswith(magic, offset) for offset, magic in signatures):
             return name
@@ -191,7 +202,10 @@ def _why_unsupported(data: bytes, name: str | None) -> str:
 
 @contextmanager
 def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
-    """Convert every exception that Pillow raises in the `with` block to a subclass of DecodeError."""
+    """Convert every exception that Pillow raises in the `with` block to a subclass of DecodeError.
+
+    `name` and `limits` are used in the error messages.
+    """
     try:
         yield
     except DecodeError:
@@ -207,17 +221,23 @@ def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return Pillow's message on one line, shortened, never empty."""
+    """Return the message of an error on one line, cut after 200 characters.
+
+    If the message is empty, return the name of the error's class.
+    """
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
 
 
 def _check_scans(data: bytes) -> None:
-    """Refuse a JPEG with too many scans or segments. Damaged data is left to the decoder.
+    """Raise an error if a JPEG has too many scans or segments. The decoder reports damaged data later.
 
     The function reads one marker after another, as libjpeg does. It skips each segment by its length, because a
     thumbnail in EXIF has scans of its own, and skips the data of a scan up to the next marker. It ignores data after
-    the end of the image, where phones append a second image or a video.
+    the end of the image, where some phones append a second image or a video.
+
+    Raises:
+        TooLarge: there are more than `JPEG_MAX_SCANS` scans or `JPEG_MAX_SEGMENTS` segments.
     """
     position, scans, segments = 2, 0, 0
     while (marker := _JPEG_MARKER.search(data, position)) and marker[1] not in (_SOI, _EOI):
@@ -254,7 +274,11 @@ def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> N
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode that the supported formats produce to mode RGB."""
+    """Convert an image to mode RGB and return it. It may have any mode that the supported formats produce.
+
+    Raises:
+        Unsupported: the pixels are 32-bit or signed integers, floats or CIELAB.
+    """
     if image.mode.startswith("I;16"):
         image = _gray16_to_gray8(image)
     if image.mode in ("I", "F"):
@@ -283,7 +307,7 @@ def _gray16_to_gray8(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # the key has 16 bits, the pixels 8
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # the key has 16 bits, but the pixels have 8
     if image.mode == "La":
         image = image.convert("LA")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -304,6 +328,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Apply an EXIF orientation (1 to 8) to an image. Any other value leaves it unchanged."""
+    """Return an image turned upright according to its EXIF orientation (1 to 8).
+
+    For any other orientation, the image is returned unchanged.
+    """
     method = ORIENTATIONS.get(orientation)
     return image if method is None else image.transpose(method)

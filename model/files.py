@@ -2,8 +2,8 @@
 
 The project uses this module for files that it writes and later reads. Content is written to a temporary file in the
 target's folder and flushed to the disk. Then a rename gives the file its final name, and the folder is flushed too.
-After a crash or a power cut the target is either the old version or the new one, never a mixture. A killed process
-leaves temporary files named `.<name>.<...>.part`.
+After a crash or a power cut, the target is either the old version or the new one, never a mixture. A killed process can
+leave temporary files named `.<name>.<...>.part`.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
+    """Flush the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,10 +25,12 @@ def sync(path: Path) -> None:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Flush a finished file or folder of files to the disk and rename it to `target`. A file replaces an existing one.
+    """Flush a finished file or folder of files to the disk and rename it to `target`.
+
+    An existing file at `target` is replaced.
 
     Raises:
-        OSError: a disk operation failed; `target` is unchanged.
+        OSError: a disk operation failed. The old `target` is unchanged unless the rename had already succeeded.
     """
     if finished.is_dir():
         for path in sorted(finished.iterdir()):
@@ -40,12 +42,12 @@ def publish(finished: Path, target: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file next to `target`.
+    """Yield the path of a temporary file in the folder of `target`, for the `with` block to write.
 
-    If the `with` block succeeds, the file is renamed to `target`. If it raises, the file is removed.
+    If the block succeeds, the file is renamed to `target`. If the block raises an exception, the file is removed.
 
     Raises:
-        OSError: a disk operation failed; `target` is unchanged.
+        OSError: a disk operation failed. The old `target` is unchanged unless the rename had already succeeded.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
@@ -56,13 +58,21 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-    """Write `content` to `target` atomically. Raises the same errors as `replacing`."""
+    """Write `content` to the file `target` atomically.
+
+    Raises:
+        OSError: see `replacing`.
+    """
     with replacing(target) as path:
         path.write_bytes(content)
 
 
 def write_text(target: Path, content: str) -> None:
-    """Write `content` to `target` atomically, as UTF-8. Raises the same errors as `replacing`."""
+    """Write `content` to the file `target` atomically, as UTF-8.
+
+    Raises:
+        OSError: see `replacing`.
+    """
     write_bytes(target, content.encode())
 
 
@@ -74,10 +84,10 @@ def lock_file(path: Path, *, wait: bool = False) -> BinaryIO | None:
 
     Args:
         path: the file.
-        wait: if another process holds the lock, wait for it instead of returning None.
+        wait: whether to wait if another process holds the lock, instead of returning None.
 
     Returns:
-        The open file (positioned at its end), or None if another process holds the lock.
+        The open file (positioned at its end), or None if another process holds the lock and `wait` is False.
 
     Raises:
         OSError: the file cannot be opened, or its file system does not support locks.

@@ -1,4 +1,4 @@
-"""Pooling: reduces the tokens of an image to one vector. Only this module defines the poolings.
+"""Pools the tokens of an image to one vector.
 
 A pooling joins one or more parts. Each part is one vector [D] per image: the class token, or a vector computed from the
 patch tokens. If a pooling joins several parts, each is first scaled to length 1, so that none dominates the cosine. The
@@ -22,7 +22,7 @@ PARTS: Final = ("cls", *PATCH_PARTS)
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:
-    """Return the names of the parts that a pooling joins, for example ("cls", "mean")."""
+    """Return the names of the parts of a pooling, for example ("cls", "mean")."""
     return tuple(pooling.split("+"))
 
 
@@ -38,16 +38,17 @@ def pool(
     unit: Callable[[Array], Array],
     join: Callable[[Sequence[Array]], Array],
 ) -> Array:
-    """Pool the parts of each image to one vector.
+    """Combine the parts of each image into one vector.
 
     Args:
-        parts: an array [..., D] for each part that the pooling joins, by its name in `PARTS`.
+        parts: the arrays [..., D] of the parts for a model of width D, by their names in `PARTS`.
         pooling: one of `POOLINGS`.
-        unit: a function that scales an array to length 1 along the last axis. It is called if several parts are joined.
+        unit: a function that scales an array to length 1 along the last axis. It is called only if the pooling has
+            several parts.
         join: a function that concatenates arrays along the last axis.
 
     Returns:
-        The vectors [..., width(pooling, D)]. A single part is returned unchanged.
+        The vectors [..., width(pooling, D)]. The part of a pooling with one part is returned unchanged.
     """
     names = parts_of(pooling)
     return parts[names[0]] if len(names) == 1 else join([unit(parts[name]) for name in names])

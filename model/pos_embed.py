@@ -1,16 +1,16 @@
 """Resizes position embeddings to another grid of patches, by one of three rules.
 
 A backbone stores positions for one square grid of M x M patches (37 x 37 for the released weights, trained at 518
-pixels). For any other grid the positions are resized bicubically. The published implementations resize an axis from M
+pixels). For any other grid, the positions are resized bicubically. The published implementations resize an axis from M
 to n patches by different rules:
 
 - `offset`: by the factor (n + 0.1) / M, without antialiasing. Meta's models without registers use this rule. The 0.1
   was introduced as a guard against rounding, but it shifts every sampling point, so the features depend on it.
-- `antialias`: by the factor n / M, with a wider kernel when shrinking. Every model with registers uses this rule, and
-  so do all of timm's models.
+- `antialias`: by the factor n / M, with a wider kernel when the grid shrinks. Every model with registers uses this
+  rule, and so do all of timm's models.
 - `size`: by the factor n / M, without antialiasing. Hugging Face's models without registers use this rule.
 
-At every size but the native one the rules give different features, so the rule is part of a model's fingerprint.
+At every size except the native one, the rules give different features, so the rule is part of a model's fingerprint.
 
 Bicubic resizing is linear and separable, so a rule is applied as two small matrices, one for the rows Wh and one for
 the columns Ww: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
@@ -39,7 +39,7 @@ def _cubic(distance: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float6
 def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
     """Return the matrix [n_out, n_in] that samples an axis of n_in cells at n_out points, `step` cells apart.
 
-    Sampling is bicubic (a = -0.75). Cells beyond the border repeat the border.
+    The kernel is cubic with parameter a = -0.75. Cells beyond the border have the value of the border cell.
     """
     matrix = np.zeros((n_out, n_in))
     source = (np.arange(n_out) + 0.5) * step - 0.5
@@ -51,10 +51,10 @@ def _sampled(n_in: int, n_out: int, step: float) -> npt.NDArray[np.float64]:
 
 
 def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
-    """Return the matrix [n_out, n_in] that resizes an axis from n_in to n_out cells.
+    """Return the matrix [n_out, n_in] that resizes an axis from n_in to n_out cells with antialiasing.
 
-    Sampling is bicubic (a = -0.5) and antialiased. When shrinking, the kernel is stretched by n_in / n_out. Each row is
-    normalised to sum to one.
+    The kernel is cubic with parameter a = -0.5. If n_out is less than n_in, the kernel is stretched by n_in / n_out.
+    Each row is normalised to sum to one.
     """
     step = n_in / n_out
     stretch = max(step, 1.0)
@@ -66,7 +66,10 @@ def _antialiased(n_in: int, n_out: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=256)
 def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
-    """Return the matrix [n_out, n_in] that resizes one axis of the grid by `rule`. It is cached and read-only."""
+    """Return the matrix [n_out, n_in] that resizes one axis of a patch grid from n_in to n_out patches by `rule`.
+
+    The matrix is cached and read-only.
+    """
     if rule == "offset":
         matrix = _sampled(n_in, n_out, step=n_in / (n_out + 0.1))
     elif rule == "size":
@@ -82,7 +85,7 @@ def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
     """Return the product of `matrix` [n, M] and `x` [M, ...], with the same bits on every processor.
 
     Each term is added in float64, and the sum is rounded to float32, as in a fused multiply-add. BLAS is not used,
-    because its results differ between processors, and graphs that contain the positions must not.
+    because its results differ between processors, but graphs that contain the positions must be identical everywhere.
     """
     total = np.zeros((len(matrix), *x.shape[1:]), np.float32)
     for column, row in zip(matrix.T.astype(np.float64), x.astype(np.float64), strict=True):
@@ -91,9 +94,10 @@ def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
 
 
 def resize_pos_embed(pos_embed: FloatArray, grid: tuple[int, int], rule: PosEmbedRule) -> FloatArray:
-    """Return `pos_embed` [1, 1 + M*M, D] resized by `rule` to [1, 1 + h*w, D], for a grid of (h, w) patches.
+    """Return a position embedding resized to a grid of (h, w) patches by `rule`.
 
-    The class token's position comes first and is not resized. For the native grid (M, M), `pos_embed` is returned
+    `pos_embed` is [1, 1 + M*M, D] for a grid of M x M patches and a model of width D, and the result is [1, 1 + h*w,
+    D]. The class token's position comes first and is not resized. If `grid` is (M, M), `pos_embed` is returned
     unchanged.
     """
     side = round((pos_embed.shape[1] - 1) ** 0.5)

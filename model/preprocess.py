@@ -1,13 +1,13 @@
-"""Image to network input: the one preprocessing that evaluation, export and the service share.
+"""Converts images to the network's input. Evaluation, export and the service share this preprocessing.
 
-DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) uses torchvision: resize the short
-side to 256, bicubic, with Pillow; crop the centre 224; scale to [0, 1]; subtract ImageNet's mean and divide by its
-standard deviation. Features depend on each step, so this module reproduces each step pixel by pixel, without torch or
-torchvision, which the service does not load. `tests/model/test_preprocess.py` compares with Hugging Face's processor,
-which follows the same definition except that it floors an odd crop margin; torchvision and this module round half to
-even.
+DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.py`) uses torchvision. It resizes the
+short side to 256 pixels (bicubic, with Pillow), crops the central 224 x 224 pixels, scales to [0, 1], subtracts
+ImageNet's mean and divides by its standard deviation. Features depend on each of these steps, so this module reproduces
+them pixel by pixel. It uses neither torch nor torchvision, because the service does not load them.
+`tests/model/test_preprocess.py` compares the result with that of Hugging Face's processor, which differs in one detail:
+it rounds a crop margin with half a pixel down, whereas torchvision and this module round it to an even number.
 
-Two things make `preprocess` fast. The crop precedes the conversion to float, and the conversion is a table lookup: a
+Two measures make `preprocess` fast. The crop precedes the conversion to float, and the conversion is a table lookup: a
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
 shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
@@ -24,27 +24,32 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_ASPECT_RATIO = 100.0
-"""Long side over short side. Beyond this ratio the resized image wastes memory and shows nothing."""
+"""The maximum ratio of an image's long side to its short side.
+
+Beyond this ratio, the resized image would waste memory and show nothing.
+"""
 
 Triple = tuple[float, float, float]
 
 
 class PreprocessSpec(BaseModel):
-    """How an image becomes the network's input. The spec is part of an artifact's fingerprint.
+    """The settings of the transform from an image to the network's input. They are part of an artifact's fingerprint.
 
-    If `crop` is set, the short side is resized to `resize`, and the centre square of `crop` pixels is cut out. If
-    `crop` is None, the whole image is resized at its aspect ratio: the short side to about `resize` pixels (None: its
-    own length), and both sides to the nearest multiple of `patch_size`, at least one patch.
+    If `crop` is set, the short side is resized to `resize` pixels, and the centre square with sides of `crop` pixels is
+    cut out. If `crop` is None, the whole image is resized, and its aspect ratio is kept as far as possible: the short
+    side becomes about `resize` pixels long, or keeps its length if `resize` is None, and both sides are rounded to the
+    nearest multiple of `patch_size`, at least one patch.
 
     Raises:
-        pydantic.ValidationError (a ValueError): a field is unknown, or two values contradict each other.
+        pydantic.ValidationError (a ValueError): a field is unknown, a value is out of range, or two values contradict
+            each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    resize: int | None = Field(default=256, ge=1, le=4096, description="short side after resizing, pixels")
-    crop: int | None = Field(default=224, ge=1, le=4096, description="side of the centre crop, pixels; null: no crop")
-    patch_size: int = Field(default=14, ge=1, le=256, description="side of a patch, pixels")
+    resize: int | None = Field(default=256, ge=1, le=4096, description="short side after resizing, in pixels")
+    crop: int | None = Field(default=224, ge=1, le=4096, description="side of the centre crop in pixels, or null")
+    patch_size: int = Field(default=14, ge=1, le=256, description="side of a patch in pixels")
     interpolation: Literal["bicubic"] = "bicubic"
     mean: Triple = (0.485, 0.456, 0.406)
     std: Triple = (0.229, 0.224, 0.225)
@@ -64,10 +69,10 @@ class PreprocessSpec(BaseModel):
 
 
 REFERENCE_224 = PreprocessSpec()
-"""The reference evaluation transform."""
+"""DINOv2's evaluation transform, which produces inputs of 224 x 224 pixels."""
 
 REFERENCE_518 = PreprocessSpec(resize=518, crop=518)
-"""The same transform at the resolution of the released weights, as in timm's configurations."""
+"""The transform for inputs of 518 x 518 pixels, the resolution of the released weights, as in timm's configurations."""
 
 
 def _check_size(height: int, width: int) -> None:
@@ -81,10 +86,10 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """Return the (height, width) that an image of this size is resized to, before any crop."""
+    """Return the (height, width) of an image of this size after it is resized and before it is cropped."""
     short = min(height, width)
     target = short if spec.resize is None else spec.resize
-    if spec.crop is not None:  # torchvision's Resize: the long side is truncated
+    if spec.crop is not None:  # as in torchvision's Resize, the long side is rounded down
         return (target, int(target * width / height)) if height <= width else (int(target * height / width), target)
     p = spec.patch_size
 
@@ -95,7 +100,7 @@ def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, i
 
 
 def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """Return the (h, w) of the `preprocess` output for an image of this size, without computing it.
+    """Return the (height, width) in pixels of the input that `preprocess` makes from an image of this size.
 
     Raises:
         ValueError: a side is below 1, or the aspect ratio is above `MAX_ASPECT_RATIO`.
@@ -105,14 +110,16 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
 
 
 def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, float, float, float]:
-    """Return the part of an image of this size that the network sees: (x, y, width, height), in the image's own pixels.
+    """Return the part of an image of this size that the network sees, as (x, y, width, height) in the image's pixels.
 
-    The four numbers may be fractional, because the crop is taken after the resize and mapped back. With (h, w) =
-    `output_size(...)`, the centre of pixel (X, Y) of the network's input is at the point (x + (X + 0.5) * width / w,
-    y + (Y + 0.5) * height / h) of the image.
+    The four numbers may be fractions, because the image is resized before it is cropped, and the crop is mapped back to
+    the original size. The centre of pixel (X, Y) of the network's input is this point of the image, where (h, w) is the
+    result of `output_size`:
+
+        (x + (X + 0.5) * width / w, y + (Y + 0.5) * height / h)
 
     Raises:
-        ValueError: `output_size` refuses this size.
+        ValueError: a side is below 1, or the aspect ratio is above `MAX_ASPECT_RATIO`.
     """
     out_h, out_w = output_size(height, width, spec)
     new_h, new_w = _resized_size(height, width, spec)
@@ -121,31 +128,40 @@ def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, floa
 
 
 def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
-    """Return the (top, left) corner of the centre crop. Halves round to even, as in torchvision's CenterCrop."""
-    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # without a crop both are 0
+    """Return the (top, left) corner of the centre crop of out_h x out_w pixels in an image of new_h x new_w pixels.
+
+    Halves are rounded to even, as in torchvision's CenterCrop.
+    """
+    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # without a crop, both are 0
 
 
 @lru_cache(maxsize=16)
 def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
-    """Return the normalised value of every byte in every channel, [3, 256], in torchvision's float32 arithmetic."""
+    """Return a table [3, 256] of the normalised value of each byte in each channel.
+
+    The values are computed in the same float32 arithmetic as in torchvision.
+    """
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     table = (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
-    table.setflags(write=False)  # cached and shared
+    table.setflags(write=False)  # the table is cached and shared
     return table
 
 
 def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
-    """Convert one image to the network's input. Images smaller than the target are enlarged, as in the reference.
+    """Convert one image to the network's input.
+
+    An image that is smaller than the target is enlarged, as in DINOv2's evaluation transform.
 
     Args:
         image: RGB [H, W, 3] uint8, already upright.
-        spec: the transform.
+        spec: the settings of the transform.
 
     Returns:
-        float32 [3, h, w], contiguous, with (h, w) = `output_size(H, W, spec)`.
+        A contiguous float32 array [3, h, w], where (h, w) is `output_size(H, W, spec)`.
 
     Raises:
-        ValueError: `image` has another shape or type, or `output_size` refuses its size.
+        ValueError: `image` has another shape or type, a side is below 1, or the aspect ratio is above
+            `MAX_ASPECT_RATIO`.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 of shape [H, W, 3], not {image.dtype} of shape {list(image.shape)}")

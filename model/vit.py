@@ -1,10 +1,10 @@
 """DINOv2's vision transformer in one file.
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
-(`dinov2/models/vision_transformer.py`), so released weights load strictly and code written for torch hub's models keeps
-working. The differences are internal: attention always uses `scaled_dot_product_attention`; drop path computes only
-the samples that are kept; the position embedding is resized by matrix products (`model/pos_embed.py`), which are
-differentiable and can be exported to any runtime.
+(`dinov2/models/vision_transformer.py`), so released weights load with `strict=True`, and code written for torch hub's
+models keeps working. The differences are internal. Attention always uses `scaled_dot_product_attention`. Drop path
+computes a branch only for the samples that do not skip it. The position embedding is resized by matrix products
+(`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -25,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class FeatureDict(TypedDict):
-    """The result of `forward_features`, under Meta's names."""
+    """The tensors that `forward_features` returns, under Meta's names."""
 
     x_norm_clstoken: Tensor
     x_norm_regtokens: Tensor
@@ -36,16 +36,19 @@ class FeatureDict(TypedDict):
 
 @functools.lru_cache(maxsize=64)
 def _resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
-    """Return `resize_matrix` as a cached tensor on a device. A copy in every forward pass would block the host."""
+    """Return the matrix that resizes an axis from `side` to `n` patches, as a cached tensor [n, side] on `device`.
+
+    Without the cache, each forward pass would copy the matrix to the device and block the host.
+    """
     with torch.inference_mode(False):
         return torch.tensor(resize_matrix(side, n, rule), device=device)
 
 
 def resize_tensor(side: int, n: int, rule: PosEmbedRule, device: torch.device) -> Tensor:
-    """Return `resize_matrix(side, n, rule)` [n, side] as a cached tensor on a device.
+    """Return the matrix that resizes an axis from `side` to `n` patches, as a cached tensor [n, side] on `device`.
 
-    Code that compiles a whole pass marks this function as constant, because torch's compiler ignores `lru_cache` and
-    cannot trace the numpy code that fills the cache.
+    Code that compiles a whole forward pass must mark this function as constant, because torch's compiler ignores
+    `lru_cache` and cannot trace the numpy code that fills the cache.
     """
     return _resize_tensor(side, n, rule, device)
 
@@ -78,7 +81,10 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))  # [B, A, T, D/A] -> [B, T, D]
 
     def weights(self, x: Tensor) -> Tensor:
-        """Return the softmax weights [B, A, T, T], for inspection only: their memory is quadratic in T."""
+        """Return the attention weights [B, A, T, T] after the softmax, for B images, A heads and T tokens.
+
+        The weights are for inspection only, because their memory is quadratic in T.
+        """
         q, k, _ = self._split(x)
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
@@ -107,7 +113,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel on a residual branch (arXiv 2103.17239)."""
+    """A layer that multiplies each channel of a residual branch by a learned gain (arXiv 2103.17239)."""
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
@@ -119,7 +125,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+    """A pre-norm transformer block, which computes x + ls1(attn(norm1(x))) and then x + ls2(mlp(norm2(x)))."""
 
     def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
         super().__init__()
@@ -149,10 +155,11 @@ class Block(nn.Module):
         return x + self._mlp_branch(x)
 
     def _kept_samples(self, x: Tensor) -> tuple[Tensor, float]:
-        """Choose random samples for which a residual branch is computed.
+        """Choose the random samples for which a residual branch is computed.
 
         Returns:
-            The indices of these samples, and the gain that keeps the expected value of the branch unchanged.
+            The indices of these samples, and the factor by which the branch is multiplied so that its expected value is
+                unchanged.
         """
         batch = x.shape[0]
         n_kept = max(1, round(batch * (1 - self.drop_path_rate)))
@@ -163,11 +170,11 @@ class DinoVisionTransformer(nn.Module):
     """The DINOv2 backbone.
 
     Args:
-        config: the shape.
+        config: the shape of the backbone.
         drop_path_rate: the share of samples that skip a residual branch in training. It is the same in every block.
 
     Raises:
-        ValueError: `drop_path_rate` is below 0, or 1 or more.
+        ValueError: `drop_path_rate` is not in [0, 1).
     """
 
     def __init__(self, config: ViTConfig, *, drop_path_rate: float = 0.0) -> None:
@@ -193,8 +200,9 @@ class DinoVisionTransformer(nn.Module):
     def init_weights(self) -> None:
         """Initialise the weights as DINOv2 does.
 
-        Linear weights and positions get a truncated normal distribution (std 0.02), class and register tokens a normal
-        distribution (std 1e-6), and biases zero.
+        The weights of linear layers and the positions are drawn from a truncated normal distribution (std 0.02), and
+        the class and register tokens from a normal distribution (std 1e-6). The biases of linear layers are set to
+        zero.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -206,7 +214,10 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
-        """Return the positions [1, 1 + h*w, D] for a grid of (h, w) patches, resized by the model's rule if needed."""
+        """Return the position embedding [1, 1 + h*w, D] for a grid of (h, w) patches and a model of width D.
+
+        If the grid is not the native one, the positions are resized by the model's rule.
+        """
         side = self.config.grid
         if (h, w) == (side, side):
             return self.pos_embed
@@ -225,9 +236,18 @@ class DinoVisionTransformer(nn.Module):
         return height // p, width // p
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Convert pixels [B, 3, H, W] to tokens [B, T, D], with positions and registers.
+        """Convert pixels to the tokens that enter the first block.
 
-        Where `masks` ([B, N], bool) is True, the mask token replaces the patch.
+        Args:
+            x: normalised pixels [B, 3, H, W].
+            masks: [B, N] bool for N patches, True where the mask token replaces a patch. If None, no patch is replaced.
+
+        Returns:
+            The T tokens of each image [B, T, D], with width D: the class token, the registers and the patches.
+                Positions are added to all but the registers.
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch size.
         """
         h, w = self._grid_of(x)
         # The residual stream keeps the weights' precision; under autocast the convolution returns half precision.
@@ -236,21 +256,25 @@ class DinoVisionTransformer(nn.Module):
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
         x = x + self._pos_embed_for(h, w).to(x.dtype)
-        if self.register_tokens is not None:  # after the positions, because registers have none
+        if self.register_tokens is not None:  # added after the positions, because registers have no position
             registers = self.register_tokens.expand(x.shape[0], -1, -1).to(x.dtype)
             x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
         return x
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> FeatureDict:
-        """Compute all features of a batch.
+        """Compute all features of a batch of B images with a model of width D.
 
         Args:
             x: normalised pixels [B, 3, H, W]. H and W are multiples of the patch size.
-            masks: [B, N] bool, True where the mask token replaces a patch.
+            masks: [B, N] bool for N patches, True where the mask token replaces a patch. If None, no patch is replaced.
 
         Returns:
-            `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D] and `x_norm_patchtokens` [B, N, D] after the last
-                norm; `x_prenorm` [B, T, D], all tokens before the last norm; and `masks` unchanged.
+            A dictionary with the class tokens `x_norm_clstoken` [B, D], the R registers `x_norm_regtokens` [B, R, D]
+                and the patch tokens `x_norm_patchtokens` [B, N, D] after the last norm, all T tokens `x_prenorm` [B, T,
+                D] before the last norm, and `masks` unchanged.
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch size.
         """
         x = self.prepare_tokens_with_masks(x, masks)
         for block in self.blocks:
@@ -272,17 +296,18 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Return the patch tokens [B, N, D] after chosen blocks, in the order of the blocks.
+        """Return the patch tokens [B, N, D] after each of the chosen blocks, in the order of the blocks.
 
         Args:
-            x: normalised pixels [B, 3, H, W].
-            n: how many blocks to choose, counted from the last one, or the indices of the chosen blocks.
-            reshape: return patch tokens as [B, D, h, w] instead of [B, N, D].
-            return_class_token: return a pair (patch tokens, class token [B, D]) for each block.
-            norm: apply the last norm to the tokens of every block.
+            x: normalised pixels [B, 3, H, W] of B images with N patches each, for a model of width D.
+            n: the number of last blocks to choose, or the indices of the chosen blocks.
+            reshape: whether to return the patch tokens as [B, D, h, w] for a grid of h x w patches, instead of [B, N,
+                D].
+            return_class_token: whether to return a pair (patch tokens, class token [B, D]) for each block.
+            norm: whether to apply the last norm to the tokens of every block.
 
         Raises:
-            ValueError: the model has no such block.
+            ValueError: the model has no such block, or H or W is not a multiple of the patch size.
         """
         depth = len(self.blocks)
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
@@ -303,12 +328,13 @@ class DinoVisionTransformer(nn.Module):
         return tuple(patches)
 
     def get_attention(self, x: Tensor, block: int = -1) -> Tensor:
-        """Compute the attention weights [B, A, T, T] of one block, in a separate, slower pass.
+        """Compute the attention weights [B, A, T, T] of one block for B images, A heads and T tokens.
 
-        Each row holds the weights of one query over all tokens and sums to one.
+        They are computed in a separate, slower pass. Each row has the weights of one query over all tokens and sums to
+        one. A negative number `block` counts from the last block.
 
         Raises:
-            ValueError: the model has no such block.
+            ValueError: the model has no block with this number.
         """
         depth = len(self.blocks)
         if not -depth <= block < depth:
@@ -321,5 +347,5 @@ class DinoVisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(tokens))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the class token after the last norm [B, D]: the image's embedding."""
+        """Return the embedding of each of the B images, which is the class token after the last norm, as [B, D]."""
         return self.forward_features(x)["x_norm_clstoken"]

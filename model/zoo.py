@@ -4,10 +4,10 @@ Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.
 publishes no checksums. A hash is listed here only if it was computed from the real file. timm's and Hugging Face's
 names refer to the same weights and are accepted as aliases, but the downloaded file is always Meta's.
 
-An interrupted download resumes by HTTP Range. If the server's file has changed, If-Range restarts the download. The
-size and the hash of a file are checked before it gets its final name. A lock ensures that two processes download the
-same file only once. During a download the cache folder contains `<file>.part` and `<file>.part.validator`. An empty
-`<file>.lock` remains there.
+An interrupted download is resumed with an HTTP range request. If the server's file has changed, the download starts
+again. The size and the hash of a file are checked before it gets its final name. A lock ensures that two processes
+download the same file only once. During a download, the cache folder contains `<file>.part` and
+`<file>.part.validator`. An empty file `<file>.lock` remains afterwards.
 
 This module does not import torch.
 """
@@ -42,16 +42,19 @@ logger = logging.getLogger(__name__)
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dinov2-service" / "weights"
 MAX_ATTEMPTS = 4
-"""The maximum number of consecutive attempts that receive no data. Attempts that receive data are not limited."""
+"""The number of failed attempts in a row after which a download stops.
+
+If an attempt receives data before it fails, the count starts again with this attempt.
+"""
 
 
 class DownloadError(RuntimeError):
-    """Raised if weights cannot be downloaded. The message gives the reason and explains the manual download."""
+    """The error raised when weights cannot be downloaded. The message gives the reason and says what to do."""
 
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One published backbone. `size_bytes` and `sha256` are None if they have not been measured."""
+    """The entry of one published backbone. `size_bytes` and `sha256` are None if they have not been measured."""
 
     name: str  # torch hub's name
     timm_name: str
@@ -71,7 +74,10 @@ class ZooEntry:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """The other names of these weights: the file's stem, and timm's and Hugging Face's names in several forms."""
+        """The other names of these weights.
+
+        They are the file name without `_pretrain.pth`, and several forms of timm's and Hugging Face's names.
+        """
         stem = self.filename.removesuffix("_pretrain.pth")
         timm, hugging_face = self.timm_name.removesuffix(".lvd142m"), self.hf_name.removeprefix("facebook/")
         names = (stem, self.timm_name, f"timm/{self.timm_name}", timm, self.hf_name, hugging_face)
@@ -100,7 +106,7 @@ def _entry(letter: str, size: str, registers: bool) -> ZooEntry:
 ENTRIES: dict[str, ZooEntry] = {
     entry.name: entry for registers in (False, True) for entry in (_entry(*size, registers) for size in _SIZES)
 }
-"""The eight released backbones by their torch hub names."""
+"""The entries of the eight released backbones by torch hub name."""
 
 _BY_ANY_NAME = {name: entry for entry in ENTRIES.values() for name in (entry.name, *entry.aliases)}
 
@@ -109,7 +115,7 @@ def resolve(name: str) -> ZooEntry:
     """Return the entry of a published backbone by its name in torch hub, timm or Hugging Face. Case does not matter.
 
     Raises:
-        ValueError: the name is unknown. The message suggests similar names and lists the known ones.
+        ValueError: the name is unknown. The message suggests similar names and lists the torch hub names.
     """
     entry = _BY_ANY_NAME.get(name.strip().lower())
     if entry is not None:
@@ -117,7 +123,7 @@ def resolve(name: str) -> ZooEntry:
     near = difflib.get_close_matches(name.lower(), _BY_ANY_NAME, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}: {hint}known are {', '.join(ENTRIES)}, and their timm and Hugging Face names"
+        f"unknown model {name!r}: {hint}the known names are {', '.join(ENTRIES)}, and their timm and Hugging Face names"
     )
 
 
@@ -130,13 +136,13 @@ def download(
     retry_wait_s: float = 0.5,
     timeout_s: float = 30.0,
 ) -> Path:
-    """Return the path of an entry's weights file, downloading it if needed.
+    """Download the weights file of a published backbone unless it is in the cache, and return its path.
 
     Args:
-        entry: from `resolve`.
+        entry: the backbone's entry, as returned by `resolve`.
         cache_dir: the folder that stores the file. It is created if missing.
-        base_url: the address of a mirror with the same paths as `BASE_URL`; None: `BASE_URL`.
-        progress: show a progress bar on stderr if it is a terminal.
+        base_url: the address of a mirror with the same paths as `BASE_URL`. If None, `BASE_URL` is used.
+        progress: whether to show a progress bar on stderr if stderr is a terminal.
         retry_wait_s: the wait before the first retry in seconds. It doubles with each further attempt without data.
         timeout_s: the time limit in seconds for connecting and for each read.
 
@@ -144,8 +150,8 @@ def download(
         The path of the file. If the entry has a size and a hash, the file matches them.
 
     Raises:
-        DownloadError: the network failed, the server refused, the bytes are wrong or the disk is full. The message
-            explains the manual download.
+        DownloadError: the network failed, the server returned an error, the file has the wrong size or hash, or the
+            disk is full. The message says what to do.
         OSError: the folder cannot be created or written.
     """
     cache_dir = Path(cache_dir)
@@ -188,7 +194,7 @@ def _bar(progress: bool) -> Progress:
 
 @contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock of one download, waiting for another process if needed."""
+    """Hold the lock of one download. If another process holds the lock, wait for it."""
     file = lock_file(path)
     if file is None:
         logger.info("%s: waiting for another process to download it", name)
@@ -211,8 +217,10 @@ def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
 
 
 class _Part:
-    """A partial download: a file with the bytes received so far, and a file that identifies the server's version of
-    them."""
+    """A partial download.
+
+    It consists of a file with the bytes received so far, and a file that identifies the version of the server's file.
+    """
 
     def __init__(self, target: Path, entry: ZooEntry, url: str, bar: Progress, task: TaskID) -> None:
         self.target, self.entry, self.url = target, entry, url
@@ -228,7 +236,11 @@ class _Part:
         self.validator.unlink(missing_ok=True)
 
     def fetch(self, retry_wait_s: float, timeout_s: float) -> None:
-        """Download the file with retries, check it, and rename it to its final name."""
+        """Download the file with retries, check it, and rename it to its final name.
+
+        Raises:
+            DownloadError, httpx.HTTPError: the download failed.
+        """
         resumed = self._size() > 0
         fruitless = 0
         with httpx.Client(follow_redirects=True, timeout=timeout_s) as client:
@@ -257,8 +269,8 @@ class _Part:
     def _attempt(self, client: httpx.Client) -> None:
         """Send one request and write the response to the partial file.
 
-        The response is appended if the server confirms that its file has not changed. Otherwise it replaces the bytes
-        so far.
+        If the server confirms that its file has not changed, the response is appended. Otherwise the response replaces
+        the bytes received before.
         """
         headers = {"Accept-Encoding": "identity"}
         have = self._size()
@@ -313,9 +325,10 @@ class _Part:
             raise _TryAgainError(f"{self._size()} of {total} bytes arrived")
 
     def _remember_version(self, response: httpx.Response) -> None:
-        """Store a validator of the server's version: a strong ETag or the date of the last change.
+        """Store the response's strong ETag or Last-Modified date, which identifies the version of the server's file.
 
-        If the server sends neither, an interrupted download restarts, because parts of two versions must not be joined.
+        If the response has neither, an interrupted download starts again, because parts of two versions must not be
+        joined.
         """
         etag = response.headers.get("ETag", "")
         validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
@@ -330,4 +343,4 @@ class _Part:
 
 
 class _TryAgainError(DownloadError):
-    """A failure of one attempt. A retry may succeed."""
+    """The error of a failed attempt that is worth repeating."""

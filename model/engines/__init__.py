@@ -1,5 +1,6 @@
-"""The engines that run an artifact, all behind the protocol in `protocol.py`.
+"""The engines that run an artifact. All implement the protocol `Engine` in `protocol.py`.
 
-Each runtime has one file `*_engine.py` and one row in `runtimes.py`. `choice.py` selects the engine that serves an
-artifact on this host. `parity.py` and `knn_gate.py` check an engine's features before it may serve.
+Each runtime has a row in `runtimes.py` and an implementation in a file `*_engine.py`. `choice.py` selects the engine
+that serves an artifact on this host. `parity.py` and `knn_gate.py` check an engine's features before the engine may
+serve.
 """

@@ -1,4 +1,4 @@
-"""Measures the largest input of each linear layer on given images. fp8 plans need these values."""
+"""Measures the largest input of each linear layer on given images. Building an fp8 plan requires these values."""
 
 import tempfile
 from pathlib import Path
@@ -15,14 +15,14 @@ from model.onnx_graph.nodes import FloatArray, Weights
 
 
 def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray, *, batch: int = 4) -> dict[str, float]:
-    """Return the largest absolute input of every linear layer, by layer name.
+    """Run a model on images, and return the largest absolute input of every linear layer, by layer name.
 
     The model runs in float32 on ONNX Runtime's CPU provider.
 
     Args:
         weights: the arrays by Meta's parameter names.
         config: the model's shape.
-        pixels: normalised images [B, 3, H, W], similar to those that will be served.
+        pixels: normalised images [B, 3, H, W], similar to the images that will be served.
         batch: the number of images per forward pass.
 
     Raises:
@@ -51,7 +51,10 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
 
 
 def _add_largest(model: onnx.ModelProto) -> list[str]:
-    """Add an output `<layer>.largest` for every linear layer, and return the names of the layers."""
+    """Add an output `<layer>.largest` to the graph for every linear layer, and return the names of the layers.
+
+    The output is the largest absolute value of the layer's input.
+    """
     graph, layers = model.graph, []
     stored = {tensor.name for tensor in graph.initializer}
     for node in list(graph.node):

@@ -1,13 +1,14 @@
-"""Chooses the serving engine: the requested one, the first in a fixed order that passes, or the fastest on this CPU.
+"""Chooses the engine that serves an artifact on this host.
 
-No engine serves before its results have been compared with a reference. On a serving host the reference is ONNX
-Runtime's CPU engine in float32; the manifest records its parity with torch. When another engine is loaded, it runs the
-same few images as the reference, and it is discarded if its results differ too much. All attempts are logged in order,
-with the reason, and stored for /v1/models.
+Depending on the request, this is the requested engine, the first engine of a fixed list that passes the parity check,
+or the fastest on this CPU. No engine serves before its results have been compared with a reference. On a serving host,
+the reference is ONNX Runtime's CPU engine in float32, for which the manifest records the parity with torch. When
+another engine is loaded, it runs the same few images as the reference, and it is discarded if its results differ too
+much. All attempts are logged in order, with the reason, and reported at /v1/models.
 
-`auto` never selects int8. A vector's tag includes the precision, and a service must not write different vectors because
-it runs on another host. A GPU's bf16 is also a separate precision, so a collection that was filled on a GPU must be
-searched on a GPU.
+`auto` never selects int8. A vector's tag includes the precision, and a service must not write different vectors only
+because it runs on another host. bf16, which `auto` prefers on a GPU, is also a separate precision, so a collection that
+was filled on a GPU must be searched on a GPU.
 """
 
 import ctypes
@@ -32,7 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
-    """An engine that may be chosen. `device` applies to torch only; None means a GPU if the host has one."""
+    """An engine that may be chosen.
+
+    Only torch uses `device`. If `device` is None, torch uses a GPU when the host has one.
+    """
 
     runtime: str
     precision: str
@@ -56,13 +60,14 @@ INT8_MARGIN: Final = 1.1
 """The speed-up over float32 that an int8 engine must exceed to be chosen by `fastest`."""
 
 PHOTOS_AT_LOAD: Final = 5
-"""The number of generated images in the comparison at load. A CPU runs them in batches of 4 and 1, a GPU in every
-batch size of `BUCKETS`.
+"""The number of generated images with which an engine is compared when it is loaded.
+
+A CPU engine runs them in batches of 4 and 1, and a GPU engine in every batch size of `BUCKETS`.
 """
 
 
 class NotHere(ValueError):
-    """Raised if an engine cannot serve on this host or from this artifact. The message is the reason, on one line."""
+    """The error raised when an engine cannot serve on this host or from this artifact. The message gives the reason."""
 
 
 def choose_engine(
@@ -72,18 +77,22 @@ def choose_engine(
     threads: int | None = None,
     photos: Sequence[npt.NDArray[np.uint8]] | None = None,
 ) -> Choice:
-    """Load the engine that serves `artifact` on this host, and return it with the list of all attempts.
+    """Choose and load the engine that serves `artifact` on this host.
 
     Args:
         artifact: the verified artifact.
         name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`), `auto` or `fastest`. `auto` selects the
             first engine of `AUTO` that is available and passes the comparison. `fastest` selects the winner of a
             two-second benchmark of the CPU engines that pass.
-        threads: the number of CPU threads per forward pass; None: all CPUs that this process may use.
-        photos: the images for the comparison at load, uint8 [H, W, 3], at least two; None: generated images.
+        threads: the number of CPU threads per forward pass. If None, the engine uses all CPUs that this process may
+            use.
+        photos: at least two images for the comparison at load, uint8 [H, W, 3]. If None, images are generated.
+
+    Returns:
+        The engine, and all engines that were tried.
 
     Raises:
-        ValueError: the engine name is unknown, `threads` is below 1, or no engine can serve. The message has the
+        ValueError: the engine name is unknown, `threads` is below 1, or no engine can serve. The message gives the
             reasons.
         ModuleNotFoundError: the requested runtime is not installed.
     """
@@ -110,7 +119,10 @@ def load_engine(
     threads: int | None = None,
     photos: Sequence[npt.NDArray[np.uint8]] | None = None,
 ) -> Engine:
-    """Return the engine that `choose_engine` selects. The arguments and the errors are the same."""
+    """Return the engine that `choose_engine` selects.
+
+    The arguments and the errors are the same as those of `choose_engine`.
+    """
     return choose_engine(artifact, name, threads=threads, photos=photos).engine
 
 
@@ -119,7 +131,7 @@ def _requested(host: "_Host", candidate: Candidate) -> Choice:
         engine = host.load(candidate)
     except NotHere as error:
         raise NotHere(f"engine {candidate.name}: {error}") from error
-    except RuntimeError as error:  # mostly CUDA's; the command line reports a ValueError on one line
+    except RuntimeError as error:  # mostly from CUDA; the command line reports a ValueError on one line
         raise ValueError(f"engine {candidate.name}: {_line(error)}") from error
     return Choice(engine, (Tried(candidate.name, "serves", "requested"),))
 
@@ -129,13 +141,13 @@ def _first(host: "_Host", candidates: Sequence[Candidate]) -> Choice:
     for candidate in candidates:
         try:
             engine = host.load(candidate)
-        except Exception as error:  # GPU libraries raise anything; the next candidate may work
+        except Exception as error:  # GPU libraries raise almost anything; the next candidate may work
             if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
                 log.warning("engine %s failed unexpectedly", candidate.name, exc_info=True)
             tried.append(Tried(candidate.name, "passed over", _line(error)))
         else:
             return Choice(engine, (*tried, Tried(candidate.name, "serves", "first that can serve")))
-        gc.collect()  # a rejected engine may hold memory, including the GPU's, in cycles
+        gc.collect()  # reference cycles may keep the memory of a rejected engine, including the GPU's
     raise ValueError(f"no engine can serve {host.artifact.name}: {'; '.join(f'{t.engine}: {t.reason}' for t in tried)}")
 
 
@@ -169,9 +181,13 @@ def images_per_s(
     seconds: float = BENCHMARK_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Return the median speed of each engine on the batch `pixels`, in images per second.
+    """Measure the speed of each engine on the batch `pixels` [B, 3, H, W].
 
-    After one warm-up pass each, the engines take turns until `seconds` have passed. Each runs at least once more.
+    Each engine first runs once to warm up. The engines then take turns until `seconds` have passed, and each runs at
+    least once more.
+
+    Returns:
+        The median speed of each engine, in images per second.
     """
     start = clock()
     for engine in engines:
@@ -186,17 +202,20 @@ def images_per_s(
 
 
 class _Host:
-    """The artifact, threads and images that loading an engine needs, and the reference's features, computed once."""
+    """The artifact, the threads and the images with which engines are loaded and compared.
+
+    The features of the reference engine are computed once.
+    """
 
     def __init__(self, artifact: Artifact, threads: int, photos: Sequence[npt.NDArray[np.uint8]] | None = None) -> None:
         self.artifact, self.threads = artifact, threads
         self._photos = photos
 
     def load(self, candidate: Candidate) -> Engine:
-        """Load an engine, compare it with the reference unless it is the reference itself, and return it.
+        """Load an engine, compare it with the reference engine, and return it. The reference itself is not compared.
 
         Raises:
-            ValueError, OSError, RuntimeError: the engine cannot serve. The message says why.
+            ValueError, OSError, RuntimeError: the engine cannot serve. The message gives the reason.
             ModuleNotFoundError: the engine's runtime is not installed.
         """
         if (fault := self._fault(candidate)) is not None:
@@ -213,13 +232,13 @@ class _Host:
         return engine
 
     def _fault(self, candidate: Candidate) -> str | None:
-        """Return why the engine cannot serve, or None if no reason is known before the engine is loaded."""
+        """Return the reason why an engine cannot serve, or None if no reason is known before the engine is loaded."""
         runtime = RUNTIMES[candidate.runtime]
         fault = no_gpu() if runtime.needs_gpu or candidate.device == "cuda" else None
         return fault or runtime.file.fault(self._request(candidate))
 
     def _open(self, candidate: Candidate, *, few_passes: bool = False) -> Engine:
-        """Load an engine without comparing it with the reference."""
+        """Load and return an engine without comparing it with the reference engine."""
         return RUNTIMES[candidate.runtime].file.open(self._request(candidate, few_passes=few_passes))
 
     def _request(self, candidate: Candidate, *, few_passes: bool = False) -> OpenRequest:
@@ -229,7 +248,7 @@ class _Host:
 
     @property
     def _recorded(self) -> Candidate:
-        """The reference engine: ONNX Runtime on the CPU, or torch if the artifact has no graph."""
+        """The reference engine: ONNX Runtime on the CPU in float32, or torch if the artifact has no graph."""
         has_graph = ONNX in self.artifact.locations
         return Candidate("onnxruntime", "fp32") if has_graph else Candidate("torch", "fp32", "cpu")
 
@@ -245,9 +264,9 @@ class _Host:
 
 
 def no_gpu() -> str | None:
-    """Return why this host has no usable NVIDIA GPU, or None if it has one.
+    """Return the reason why this host has no usable NVIDIA GPU, or None if it has one.
 
-    The function asks the driver. torch is not used, because loading it takes seconds and hundreds of megabytes.
+    The function asks the driver. It does not use torch, because loading torch takes seconds and hundreds of megabytes.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -261,6 +280,9 @@ def no_gpu() -> str | None:
 
 
 def _line(error: Exception) -> str:
-    """Return the message of an error on one line of at most about 300 characters. Some messages have many lines."""
+    """Return the message of an error on one line, cut after 300 characters.
+
+    If the message is empty, return the name of the error's class.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

@@ -4,7 +4,7 @@
 bindings' runtime module, so the tests can pass a fake that records the calls and computes in ordinary memory.
 
 Pinned (page-locked) host memory lets the GPU copy data while the CPU continues. A CUDA graph is a recorded sequence of
-copies and kernels with fixed addresses, which one call launches.
+copies and kernels with fixed addresses, which a single call launches.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 class CudaError(RuntimeError):
-    """Raised if a CUDA call fails. The message names the call and includes CUDA's own error text."""
+    """The error raised when a CUDA call fails. The message names the call and includes CUDA's own error text."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Cuda:
         self.runtime = runtime
 
     def call(self, name: str, *arguments: Any, request: str = "") -> Any:
-        """Call a function of the runtime and return its result, or a tuple if it has several results.
+        """Call a function of the CUDA runtime and return its result, or a tuple if it has several results.
 
         Args:
             name: the function's name, such as "cudaMalloc".
             arguments: the function's arguments.
-            request: what the call requests, for the error message.
+            request: a description of the request for the error message, such as "device 0".
 
         Raises:
             CudaError: the function returned an error code.
@@ -72,7 +72,7 @@ class Cuda:
         return results[0] if len(results) == 1 else tuple(results)
 
     def use(self, device: int) -> None:
-        """Make `device` the target of this thread's calls."""
+        """Make `device` the GPU that later calls of this thread use."""
         self.call("cudaSetDevice", device, request=f"device {device}")
 
     def stream(self) -> int:
@@ -84,7 +84,7 @@ class Cuda:
         return int(self.call("cudaMalloc", size, request=f"{size / 2**20:.0f} MiB on the GPU"))
 
     def pinned(self, shape: tuple[int, ...]) -> FloatArray:
-        """Allocate a zeroed float32 array in page-locked host memory. Release it with `free_pinned`."""
+        """Allocate and return a zeroed float32 array in page-locked host memory. `free_pinned` releases it."""
         size = max(4, int(np.prod(shape)) * 4)
         address = int(self.call("cudaHostAlloc", size, 0, request=f"{size / 2**20:.0f} MiB of pinned host memory"))
         ctypes.memset(address, 0, size)
@@ -93,7 +93,7 @@ class Cuda:
         return array
 
     def free_pinned(self, array: FloatArray) -> None:
-        """Release page-locked memory. `array` must not be used afterwards."""
+        """Release an array that `pinned` returned. The array must not be used afterwards."""
         self.call("cudaFreeHost", array.ctypes.data)
 
     def to_device(self, target: int, source: FloatArray, stream: int) -> None:
@@ -107,7 +107,7 @@ class Cuda:
         self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
     def wait(self, stream: int) -> None:
-        """Wait until everything queued on `stream` is done. Kernel errors are raised here."""
+        """Wait until all work queued on `stream` is done. If a kernel failed, this call raises the error."""
         self.call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, queue: Callable[[], None]) -> Any:
@@ -133,7 +133,7 @@ class Cuda:
             self.call("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: int) -> None:
-        """Queue a graph that `capture` returned on `stream`."""
+        """Queue the CUDA graph `graph`, which `capture` returned, on `stream`."""
         self.call("cudaGraphLaunch", graph, stream)
 
 
@@ -146,7 +146,7 @@ def describe_gpu(cuda: Cuda, device: int = 0, *, driver_file: Path = DRIVER_FILE
     try:
         count = cuda.call("cudaGetDeviceCount")
         if device >= count:
-            raise ValueError(f"no GPU {device}: CUDA sees {count}")
+            raise ValueError(f"no GPU {device}: CUDA finds {count}")
         properties = cuda.call("cudaGetDeviceProperties", device)
         version = cuda.call("cudaDriverGetVersion")
     except CudaError as error:

@@ -1,8 +1,9 @@
-"""The gate for int8 graphs: their k-NN classification must be about as accurate as that of float32.
+"""The k-NN gate: checks that k-NN is about as accurate with an int8 graph as with float32.
 
 An int8 graph must pass this gate in addition to the parity check, because cosines say little about which image is
 nearest. Labelled images are classified by their neighbours, once with the int8 graph's class tokens and once with those
-of float32. `training/evaluate/knn.py` uses the same protocol. `model` must not import it, so a test compares the two.
+of float32. `training/evaluate/knn.py` uses the same protocol. `model` must not import that file, so a test compares the
+two implementations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +23,16 @@ KNN_K: Final = 20  # usually the best of 10, 20, 100 and 200
 KNN_TEMPERATURE: Final = 0.07
 MAX_VAL_LOSS: Final = 2  # maximum net loss of correctly classified images of val
 MAX_TRAIN_LOSS: Final = 0.005  # maximum net loss as a share of train, leave-one-out
-MIN_VAL: Final = 200  # images; with fewer, a loss of two images means nothing
+MIN_VAL: Final = 200  # images; with fewer, a loss of two images is not meaningful
 MIN_TRAIN: Final = 500
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The files of `train/` and `val/`, each with its class. `read` returns a file's pixels, or None for non-images."""
+    """The files of the folders `train/` and `val/`, each with the name of its class.
+
+    The function `read` returns the pixels of a file, or None if the file is not an image.
+    """
 
     train: Sequence[tuple[Path, str]]
     val: Sequence[tuple[Path, str]]
@@ -37,7 +41,10 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class ClassTokens:
-    """The class tokens [n, D] and the class numbers [n] of the n readable images of `train/` and of `val/`."""
+    """The class tokens [n, D] and the class numbers [n] of the readable images in `train/` and in `val/`.
+
+    n is the number of these images in the folder, and D is the width of the model.
+    """
 
     train: FloatArray
     train_labels: npt.NDArray[np.intp]
@@ -46,9 +53,9 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """Return the labelled images of `folder`, which contains `train/` and `val/`, each with one folder per class.
+    """Return the labelled images of `folder`, or None if `train/` or `val/` has no files.
 
-    If `train/` or `val/` has no files, return None.
+    `folder` contains `train/` and `val/`, and each of these contains one folder per class.
     """
 
     def files_of(part: str) -> list[tuple[Path, str]]:
@@ -60,9 +67,10 @@ def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> Labelle
 
 
 def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
-    """Return the class tokens of all labelled images, preprocessed by `spec` to the input size `size` (H, W).
+    """Return the class tokens that an engine computes for all labelled images, and their class numbers.
 
-    Images are read one at a time.
+    Images are read one at a time. They are preprocessed for the input size `size` (H, W) in pixels, with the transform
+    `spec` scaled to this size.
 
     Raises:
         ValueError: no file of `train/` or of `val/` can be read as an image.
@@ -106,10 +114,10 @@ def knn_right(
     *,
     leave_one_out: bool = False,
 ) -> int:
-    """Return how many class tokens of `test` [m, D] are classified correctly by k-NN in `train` [n, D].
+    """Return the number of class tokens in `test` [m, D] that k-NN in `train` [n, D] classifies correctly.
 
     The k nearest images vote for their class with weight exp(cosine / KNN_TEMPERATURE). If `train` has fewer than k
-    images, all of them vote. With `leave_one_out`, `test` must be `train`, and no image votes for itself.
+    images, all of them vote. If `leave_one_out` is True, `test` must be `train`, and no image votes for itself.
     """
     k = min(k, len(train) - leave_one_out)
     unit_train, right = unit_length(train), 0
@@ -127,9 +135,9 @@ def knn_right(
 
 
 def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
-    """Compare k-NN with the class tokens of `candidate` (int8) and of `reference` (float32), and return the verdict.
+    """Compare the k-NN accuracy of the int8 class tokens `candidate` with that of the float32 class tokens `reference`.
 
-    If the sets are too small, the verdict is "failed" or "not measured", never "passed".
+    If there are too few images, the status of the result is "failed" or "not measured", never "passed".
     """
     val, train = [], []
     for tokens in (reference, candidate):
@@ -159,5 +167,5 @@ def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:
 
 NO_LABELS: Final = GateRecord(
     status="not measured",
-    reason="the export had no labelled images: --images FOLDER with train/ and val/, a folder per class in each",
+    reason="the export had no labelled images: add --images FOLDER with train/ and val/, one folder per class in each",
 )

@@ -1,15 +1,16 @@
 """The ONNX Runtime engine: the default on a CPU, and on NVIDIA GPUs through its CUDA and TensorRT providers.
 
-By default ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch. This engine
-turns spinning off (figures: docs/decisions/0002-engine-threads.md).
+By default, ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch. This
+engine turns spinning off (figures: docs/decisions/0002-engine-threads.md).
 
-On a CPU the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention`
-computes the matrix in tiles. With many tokens it is faster and needs a fraction of the memory; with few tokens it is
+On a CPU, the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention`
+computes the matrix in tiles. With many tokens it is faster and needs a fraction of the memory. With few tokens it is
 slightly slower (docs/decisions/0017-attention-form.md). At load, the engine therefore replaces the attention nodes of
 graphs with many tokens, in memory. External weights stay in their file.
 
 If a requested provider cannot run a graph, the engine raises an error. ONNX Runtime itself would continue on the CPU
-and only log the fact. The GPU providers have never run in this project; docs/engines.md lists the engines that have.
+and only log the fact. The GPU providers have never run in this project. docs/engines.md lists the engines that have
+been run.
 
 ONNX Runtime's released builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is
@@ -53,7 +54,7 @@ _STATUS = {"failed": "failed", "not measured": "was not measured"}
 
 
 def load_runtime() -> Any:
-    """Import and return the module `onnxruntime`, with its telemetry disabled."""
+    """Import the module `onnxruntime` with its telemetry disabled, and return the module."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -61,7 +62,7 @@ def load_runtime() -> Any:
 
 
 def fault(request: OpenRequest) -> str | None:
-    """Return why the engine cannot serve, or None; see `model.engines.protocol.EngineFile`.
+    """Return the reason why the engine cannot serve, or None (see `model.engines.protocol.EngineFile`).
 
     int8 needs an int8 graph that passed its gate. float32 on a CPU needs `model.onnx`.
     """
@@ -74,9 +75,12 @@ def fault(request: OpenRequest) -> str | None:
 
 
 def open(request: OpenRequest) -> "OnnxEngine":
-    """Open the engine; see `model.engines.protocol.EngineFile`. If the artifact lacks the graph, derive it first."""
+    """Open and return the engine, as in `model.engines.protocol.EngineFile.open`.
+
+    If the artifact lacks the graph, the graph is built from the weights first.
+    """
     provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
-    need_provider(provider)  # raises before a graph is derived
+    need_provider(provider)  # raises an error before a graph is built
     path = graph_file(request.artifact, request.precision, any_size=provider == "cpu")
     if provider == "tensorrt":
         cache.mkdir(parents=True, exist_ok=True)
@@ -91,15 +95,16 @@ def open(request: OpenRequest) -> "OnnxEngine":
 
 
 class OnnxEngine:
-    """An engine that runs one graph in ONNX Runtime; see `model.engines.protocol.Engine`.
+    """An engine that runs one graph in ONNX Runtime. It implements `model.engines.protocol.Engine`.
 
     Args:
         path: the graph's file. External data must be in the same folder.
         threads: the number of CPU threads per forward pass.
         precision: the precision that the graph was built with.
         provider: the execution provider. "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
-        tiled: whether to use tiled attention; None: only on a CPU, for graphs with many tokens or a dynamic input size.
-        cache_dir: the folder in which TensorRT stores its engines and timings; None: the folder of `path`.
+        tiled: whether to use tiled attention. If None, it is used only on a CPU, for graphs with many tokens or a
+            dynamic input size.
+        cache_dir: the folder in which TensorRT stores its engines and timings. If None, the folder of `path` is used.
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. Passes are then faster, but a second copy of the
             weights stays in memory.
@@ -125,7 +130,7 @@ class OnnxEngine:
         ort = load_runtime()
         try:
             model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf's own unrelated class, or OSError
+        except Exception as error:  # protobuf raises its own exception class, or OSError
             raise ValueError(f"{path}: not an ONNX graph: {error}") from error
         self._largest_batch = LARGEST_BATCH if provider == "tensorrt" else None
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
@@ -145,9 +150,9 @@ class OnnxEngine:
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
                 provider_options=settings,
-                enable_fallback=0,  # else a GPU error would move this and all later passes to the CPU
+                enable_fallback=0,  # otherwise a GPU error would move all later passes to the CPU
             )
-        except Exception as error:  # ONNX Runtime raises its own unrelated classes
+        except Exception as error:  # ONNX Runtime raises its own exception classes
             raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         started = self._session.get_providers()
         if _PROVIDERS[provider] not in started:
@@ -156,11 +161,15 @@ class OnnxEngine:
             _check_assignment(self._session, provider)
 
     def run(self, pixels: FloatArray) -> Features:
-        """Compute all features; see `model.engines.protocol.Engine`."""
+        """Compute the features of a batch of normalised pixels [B, 3, H, W].
+
+        Raises:
+            ValueError: the graph does not accept the shape, or lacks an output of `Features`.
+        """
         return Features(**self.run_outputs(pixels, Features._fields))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Return the outputs `names` of a batch of normalised pixels [B, 3, H, W], as float32 arrays by name.
+        """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32 arrays, by name.
 
         Raises:
             ValueError: the graph does not accept the shape, or has no output of this name.
@@ -169,13 +178,13 @@ class OnnxEngine:
         missing = [name for name in names if name not in self.outputs]
         if missing:
             raise ValueError(f"this graph has no output {missing[0]!r}; its outputs are {', '.join(self.outputs)}")
-        step = self._largest_batch or len(pixels)  # TensorRT rebuilds for larger batches: minutes
+        step = self._largest_batch or len(pixels)  # a larger batch would make TensorRT rebuild, which takes minutes
         parts = [self._session.run(list(names), {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
         outputs = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, outputs, strict=True)}
 
     def close(self) -> None:
-        """Release the session; see `model.engines.protocol.Engine`."""
+        """Release the session. The engine cannot run afterwards."""
         self._session = None
 
     def _tokens(self) -> int:
@@ -197,7 +206,7 @@ class OnnxEngine:
 
 
 def need_provider(provider: Provider) -> None:
-    """Check that the installed ONNX Runtime was built with a provider.
+    """Check that the installed ONNX Runtime has a provider.
 
     Raises:
         ModuleNotFoundError: ONNX Runtime was built without the provider.
@@ -205,7 +214,7 @@ def need_provider(provider: Provider) -> None:
     ort = load_runtime()
     if provider != "cpu":
         # preload_dlls() loads the CUDA libraries of pip's wheels. The GPU build itself searches only the system's
-        # folders. A CUDA provider that is a plugin is registered by this call, so get_available_providers() follows it.
+        # folders. The call also registers a CUDA provider that is a plugin, so it precedes get_available_providers().
         with redirect_stdout(sys.stderr):  # the call prints the libraries that it does not find
             ort.preload_dlls()
     if _PROVIDERS[provider] not in ort.get_available_providers():
@@ -215,7 +224,7 @@ def need_provider(provider: Provider) -> None:
 
 
 def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
-    """Return the record of the artifact's graph of this precision, or None if it has no suitable one.
+    """Return the record of the artifact's graph of this precision, or None if no graph is suitable.
 
     A graph of the artifact's input size is preferred to a graph for any size. Graphs of other sizes are not suitable.
     """
@@ -225,7 +234,9 @@ def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
 
 
 def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> Path:
-    """Return the path of the artifact's graph of this precision. If it has none, derive and store the graph.
+    """Return the path of the artifact's graph of this precision.
+
+    If the artifact has no such graph, the graph is built from the weights and stored.
 
     Args:
         artifact: the verified artifact.
@@ -233,7 +244,7 @@ def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> 
         any_size: whether a graph for any size may be returned. TensorRT needs a fixed size.
 
     Raises:
-        ArtifactError: the derived graph cannot be written.
+        ArtifactError: the new graph cannot be written.
     """
     if precision == "fp32" and ONNX in artifact.locations:
         return artifact.file(ONNX)
@@ -257,7 +268,7 @@ def _derived_precision(precision: str) -> Literal["fp32", "fp16", "bf16"]:
 def _int8_fault(artifact: Artifact) -> str | None:
     graph = graph_of(artifact, "int8")
     if graph is None:
-        return "the artifact has no int8 graph of its input size: dinov2 export --precision fp32,int8"
+        return "the artifact has no int8 graph of its input size: `dinov2 export --precision fp32,int8` writes one"
     gates = [record.gate for record in artifact.manifest.parity if record.file == graph.file and record.gate]
     if not gates:
         return f"{graph.file} has no gate in the manifest"
@@ -266,7 +277,7 @@ def _int8_fault(artifact: Artifact) -> str | None:
 
 
 def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Path) -> Any:
-    """Fill in and return `options`, the options of an ONNX Runtime session."""
+    """Set the options of an ONNX Runtime session in `options`, and return `options`."""
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -282,7 +293,9 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
 
 
 def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_dir: Path) -> dict[str, str]:
-    """Return the options of a provider, by name. TensorRT's engines are cached, because a build takes minutes.
+    """Return the options of a provider, by name.
+
+    TensorRT's engines are cached in `cache_dir`, because a build takes minutes.
 
     Raises:
         ValueError: TensorRT is requested for a graph without a fixed size.
@@ -339,7 +352,7 @@ def _check_assignment(session: Any, provider: Provider) -> None:
     """Check that the provider runs all expensive operators itself.
 
     Raises:
-        ValueError: the provider leaves some of them to the CPU. The message names these operators.
+        ValueError: some of these operators would run on the CPU. The message names them.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24: rely on the provider's start
         return

@@ -1,12 +1,12 @@
 """The parity check: compares an engine's features with those of a float32 reference before the engine may serve.
 
 The check computes four figures: the largest absolute difference of any output, the lowest cosine of a class token, the
-lowest cosine of a patch token, and the share of images that keep the same nearest other image by class token. A user of
-the search would notice a change in the last figure.
+lowest cosine of a patch token, and the share of images for which both engines find the same nearest other image by
+class token. Users of the search would notice a low value of the last figure.
 
-Graphs of other sizes are compared on the same images with a resized crop. Reference features are plain arrays, so the
-engine that computed them can be released before the next engine is loaded, because two copies of a large model do not
-fit into memory.
+Graphs of other sizes are compared on the same images with a resized crop. Two copies of a large model do not fit into
+memory. The reference features are therefore plain arrays, so that the reference engine can be released before the next
+engine is loaded.
 
 An int8 graph must also pass the gate in `knn_gate.py`.
 """
@@ -47,12 +47,13 @@ LIMITS = {
 
 
 class ParityError(ValueError):
-    """Raised if an engine's results differ too much from the reference. The message has every figure and its limit."""
+    """The error raised when an engine's results differ too much from the reference. The message gives the figures."""
 
 
 def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
-    """Generate `count` images (uint8 [H, W, 3]) of coloured waves with noise, of different sizes. Equal seeds give
-    equal images.
+    """Generate `count` images (uint8 [H, W, 3]) of coloured waves with noise, in different sizes.
+
+    The images are the same in every call with the same `seed`.
     """
     rng = np.random.default_rng(seed)
     images = []
@@ -69,13 +70,13 @@ def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
 
 
 def compare(reference: Features, candidate: Features) -> tuple[float, float, float, float]:
-    """Compare the features of the same images from two engines.
+    """Compare the features that two engines computed from the same images.
 
     Returns:
         The largest absolute difference, the lowest cosine of a class token, the lowest cosine of a patch token, and the
-            share of images with the same nearest other image.
+            share of images for which both engines find the same nearest other image.
     """
-    # numpy's maximum propagates NaN, Python's may not.
+    # np.max propagates NaN. Python's max may not.
     error = float(
         np.max([np.abs(ours - theirs).max(initial=0.0) for ours, theirs in zip(candidate, reference, strict=True)])
     )
@@ -91,8 +92,8 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
     """Preprocess images for a graph of input size `size` (H, W), and return the pixels [B, 3, H, W].
 
-    The transform is `spec` with `resize` and `crop` scaled to the longer side of `size`. If `size` is not square, it is
-    cut from the centre of the square crop.
+    The transform is `spec` with its `resize` and `crop` scaled so that the crop is a square with the longer side of
+    `size`. If `size` is not square, the centre of this square is cut out.
     """
     assert spec.crop is not None  # an artifact's preprocessing always crops
     assert spec.resize is not None
@@ -104,7 +105,7 @@ def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, in
 
 
 def features(engine: Engine, pixels: FloatArray, batch: int = BATCH) -> Features:
-    """Run `engine` on `pixels` [B, 3, H, W] in batches and return the features of all images.
+    """Run `engine` on `pixels` [B, 3, H, W] in batches of `batch` images, and return the features of all images.
 
     The default batch is small, so that the parity check of a large model fits into memory.
     """
@@ -125,14 +126,14 @@ def measure(
     """Run `candidate` on `pixels` [B, 3, H, W], at least two images, and compare its features with `reference`.
 
     If `batch` is larger than the number of images, images are repeated to fill one batch. `file`, `size` and `gate` are
-    only stored in the returned record.
+    only copied into the returned record.
     """
     n = len(pixels)
     assert n > 1, "nearest neighbours need two images"
     rows = np.arange(max(n, batch)) % n
     outputs = features(candidate, pixels[rows], batch)
     error, cls, patches, _ = compare(Features(*(part[rows] for part in reference)), outputs)
-    # Without duplicates, because the nearest image of a duplicate would be its copy.
+    # Repeated images are left out here, because the nearest image of each would be its copy.
     agreement = compare(reference, Features(*(part[:n] for part in outputs)))[3]
     return ParityRecord(
         engine=candidate.name,
@@ -152,7 +153,11 @@ def measure(
 def with_extras(
     record: ParityRecord, reference: dict[str, FloatArray], candidate: dict[str, FloatArray]
 ) -> ParityRecord:
-    """Return `record`, with its error and its patch cosine extended to further outputs of the two engines, by name."""
+    """Return a copy of `record` that also covers further outputs of the two engines.
+
+    `reference` and `candidate` contain these outputs by name. The copy has the largest absolute difference and the
+    lowest patch cosine of all these outputs and of `record`.
+    """
     errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
     cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
     return record.model_copy(
@@ -164,7 +169,10 @@ def with_extras(
 
 
 def check(record: ParityRecord, reference: str = "torch float32") -> None:
-    """Check a record against the limits of its precision. A NaN fails. The int8 gate is not checked.
+    """Check the figures of a record against the limits of its precision.
+
+    A figure that is NaN is outside its limit. The int8 gate is not checked. `reference` is the name of the reference
+    engine in the message.
 
     Raises:
         ParityError: a figure is outside its limit, so the engine must not serve.
@@ -192,7 +200,7 @@ def _min_cosine(a: FloatArray, b: FloatArray) -> float:
 
 
 def unit_length(vectors: FloatArray) -> FloatArray:
-    """Scale each row of [n, D] to length 1. A zero row stays zero."""
+    """Return `vectors` [n, D] with each row scaled to length 1. A row of zeros is unchanged."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
 
 

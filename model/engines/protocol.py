@@ -1,9 +1,9 @@
-"""The protocol of engines, which serving calls, and the types that describe how an engine was chosen.
+"""The protocol that every engine implements, and the types that describe how an engine was opened and chosen.
 
-An engine computes all features of a batch of normalised pixels in one forward pass. Only one thread calls it at a time.
-Each runtime has a file `*_engine.py` in this folder with the functions `fault` and `open` (see `EngineFile`), and a row
-in `runtimes.py`. These files import their runtime only when they open an engine, so a server that does not use torch
-never imports it.
+An engine computes all features of a batch of normalised pixels in one forward pass. Only one thread calls an engine at
+a time. Each runtime is implemented in a file `*_engine.py` in this folder with the functions `fault` and `open` (see
+`EngineFile`), and has a row in `runtimes.py`. These files import their runtime only when they open an engine, so a
+server that does not use torch never imports torch.
 
 Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
 """
@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Features(NamedTuple):
-    """The float32 tokens of one forward pass, after the last LayerNorm."""
+    """The tokens of a batch of images after the last LayerNorm, as float32 arrays."""
 
     cls: FloatArray  # [B, D]
     patches: FloatArray  # [B, N, D]
@@ -30,8 +30,8 @@ class Features(NamedTuple):
 class Engine(Protocol):
     """A model that is loaded in a runtime.
 
-    `name` identifies the runtime and `precision` the number format. `device` is "cpu" or "cuda". On a GPU, an engine
-    pads every batch to one of the sizes in `BUCKETS`.
+    `name` identifies the runtime and `precision` the number format. `device` is "cpu" or "cuda". An engine that uses
+    CUDA graphs pads a batch to one of the sizes in `BUCKETS`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Compute the features of a batch of normalised pixels [B, 3, H, W].
 
         Raises:
-            ValueError: the engine was not built for this shape.
+            ValueError: the engine does not accept this shape.
         """
         ...
 
@@ -55,9 +55,10 @@ class Engine(Protocol):
 class OpenRequest:
     """The parameters for opening an engine.
 
-    `runtime` and `precision` are a name and a precision from `runtimes.RUNTIMES`. `threads` is the number of CPU
-    threads per forward pass. `device` applies to runtimes that support both devices; None means a GPU if the host has
-    one. If `few_passes` is True, the engine should use less memory and may be slower.
+    `runtime` is a name in `runtimes.RUNTIMES`, and `precision` is one of its precisions. `threads` is the number of CPU
+    threads per forward pass. `device` applies only to runtimes that support both devices. If `device` is None, these
+    runtimes use a GPU when the host has one. If `few_passes` is True, the engine should use less memory and may be
+    slower.
     """
 
     artifact: Artifact
@@ -69,12 +70,13 @@ class OpenRequest:
 
 
 class EngineFile(Protocol):
-    """The functions that each runtime's file `*_engine.py` provides."""
+    """The functions that a file `*_engine.py` provides for its runtimes."""
 
     def fault(self, request: OpenRequest) -> str | None:
-        """Return why the engine cannot serve from this artifact or on this host, or None if no reason is known.
+        """Return the reason why an engine cannot serve this artifact on this host, or None if no reason is known.
 
-        The reason has one line. The call loads neither the runtime nor the model. The caller checks for a GPU.
+        The reason is one line. The call loads neither the runtime nor the model. The caller checks that the host has a
+        GPU.
         """
         ...
 
@@ -82,7 +84,7 @@ class EngineFile(Protocol):
         """Import the runtime, load the model, and return the engine.
 
         Raises:
-            ValueError, OSError, RuntimeError: the engine cannot serve. The message says why.
+            ValueError, OSError, RuntimeError: the engine cannot serve. The message gives the reason.
             ModuleNotFoundError: the runtime is not installed.
         """
         ...
@@ -98,18 +100,19 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The serving engine, and all engines that were tried, in order."""
+    """The engine that serves, and all engines that were tried, in order."""
 
     engine: Engine
     tried: tuple[Tried, ...]
 
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
-"""The batch sizes for which a GPU engine has a CUDA graph. Other batches are padded to the next size, and batches above
-64 are split.
+"""The batch sizes for which an engine captures CUDA graphs.
+
+Such an engine pads other batches to the next size, and splits batches above 64 images.
 """
 
 
 def bucket_of(batch: int) -> int:
-    """Return the smallest size in `BUCKETS` that is at least `batch` (1 to 64)."""
+    """Return the smallest size in `BUCKETS` that is at least `batch`, which must be from 1 to 64."""
     return next(bucket for bucket in BUCKETS if bucket >= batch)

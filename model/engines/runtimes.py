@@ -1,4 +1,4 @@
-"""The table of runtimes, with the precisions of each, whether it needs a GPU, and the file that opens its engines.
+"""The table of runtimes, with each runtime's precisions, the file that opens its engines, and whether it needs a GPU.
 
 To add a runtime, add a file `*_engine.py` to this folder and a row to this table.
 """
@@ -31,9 +31,10 @@ RUNTIMES: Final = {runtime.name: runtime for runtime in _ROWS}
 
 
 def parse_engine(name: str) -> tuple[str, str]:
-    """Split the engine name `runtime[:precision]` into (runtime, precision).
+    """Split an engine name of the form `runtime[:precision]` into (runtime, precision).
 
-    Without a precision, the runtime's default is returned. For `auto` and `fastest` the precision is "".
+    If the name has no precision, the runtime's default precision is returned. The names `auto` and `fastest` have the
+    precision "".
 
     Raises:
         ValueError: the runtime is unknown, or it does not support the precision.

@@ -6,11 +6,12 @@ nothing from the project. The program writes one JSON object per line to standar
 result. Everything that the libraries print goes to standard error.
 
 Two libraries provide this API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
-`tensorrt_rtx` (TensorRT for RTX, whose wheels install from PyPI and which can build for a given target without a GPU).
+`tensorrt_rtx` (TensorRT for RTX; its wheels install from PyPI, and it can build for a given target without a GPU).
 
 Attention must become one fused kernel per block. By default TensorRT does not decompose the operator, so a build
 without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 operator when the batch was fixed to
-1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` also counts the fused kernels.
+1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` can count the fused kernels as a
+second check.
 """
 
 import importlib
@@ -33,7 +34,7 @@ _STEP_INTERVAL_S = 0.2
 
 @dataclass(frozen=True)
 class Library:
-    """The installed TensorRT library."""
+    """An installed TensorRT library."""
 
     name: str  # one of LIBRARIES
     version: str
@@ -41,11 +42,13 @@ class Library:
 
 
 def find_library(name: str | None = None) -> Library:
-    """Return the library called `name`, or without a name the full TensorRT if installed, else TensorRT for RTX.
+    """Import an installed TensorRT library and return it.
+
+    If `name` is None, `tensorrt` is returned if it is installed and new enough, otherwise `tensorrt_rtx`.
 
     Raises:
-        ModuleNotFoundError: no library can be imported. The message has the reasons and explains the installation.
-        ValueError: `name` is unknown, or `tensorrt` is older than 10.14.
+        ModuleNotFoundError: no library can be imported. The message gives the reasons and explains the installation.
+        ValueError: `name` is unknown, or `name` is "tensorrt" and the installed version is older than 10.14.
     """
     if name is not None and name not in LIBRARIES:
         raise ValueError(f"unknown library {name!r}: one of {', '.join(LIBRARIES)}")
@@ -76,7 +79,7 @@ def count_fused_attention(plan: bytes) -> int:
 
 
 class BuildError(ValueError):
-    """Raised if a build or refit fails. The message explains the reason and quotes TensorRT's own message."""
+    """The error raised when a build or refit fails. The message explains the reason and quotes TensorRT."""
 
 
 def plain_reason(errors: list[str]) -> str:
@@ -98,7 +101,7 @@ def plain_reason(errors: list[str]) -> str:
 
 @dataclass
 class _Events:
-    """A writer of progress events to `out`, one JSON object per line."""
+    """A writer of progress events. It writes each event to `out` as one line of JSON."""
 
     out: TextIO
     last_step: float = 0.0
@@ -114,7 +117,7 @@ class _Events:
 
 
 def make_logger(trt: Any, on_message: Callable[[str, str], None]) -> Any:
-    """Return a TensorRT logger that calls `on_message(severity, message)` for all but verbose messages."""
+    """Return a TensorRT logger that calls `on_message(severity, message)` for all messages except verbose ones."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -157,10 +160,10 @@ def _monitor(trt: Any, events: _Events) -> Any:
 
 
 def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Parse the graph `job["onnx"]`, build it, and write the plan to `job["plan"]`.
+    """Parse the graph file `job["onnx"]`, build a plan, and write it to the file `job["plan"]`.
 
     Returns:
-        The profiles of the plan, and the seconds for parsing and building.
+        A dictionary with the profiles of the plan, and the durations of parsing and building in seconds.
 
     Raises:
         BuildError: TensorRT cannot parse or build the graph.
@@ -196,7 +199,10 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
     """Return the builder's configuration, the profiles stored in it, and the progress monitor.
 
-    The caller must keep the monitor alive until the build ends.
+    The monitor is None if this TensorRT has none. The caller must keep the monitor alive until the build ends.
+
+    Raises:
+        BuildError: TensorRT refuses a profile or cannot build for a target.
     """
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps layer names for inspecting a plan
@@ -221,7 +227,7 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
     if cache := job.get("timing_cache"):
         stored = Path(cache).read_bytes() if Path(cache).exists() else b""
         timings = config.create_timing_cache(stored)
-        if timings is None or not config.set_timing_cache(timings, False):  # the cache is of another GPU or version
+        if timings is None or not config.set_timing_cache(timings, False):  # the cache is for another GPU or version
             config.set_timing_cache(config.create_timing_cache(b""), False)
     monitor = None
     if hasattr(trt, "IProgressMonitor"):
@@ -231,10 +237,12 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Put the weights of the graph `job["onnx"]` into the plan `job["from"]`, and write the result to `job["plan"]`.
+    """Replace the weights of the plan file `job["from"]` with those of the graph file `job["onnx"]`.
+
+    The new plan is written to the file `job["plan"]`.
 
     Returns:
-        The seconds that the refit took.
+        A dictionary with the duration of the refit in seconds.
 
     Raises:
         BuildError: the plan cannot be loaded, was built without the refit flag, or was built from another graph.
@@ -266,9 +274,9 @@ def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 
 
 def main(job_file: str) -> int:
-    """Run the job in `job_file` and return the exit status: 0, or 1 if it fails.
+    """Run the job in the JSON file `job_file`, and return the exit status: 0 after success, 1 after a failure.
 
-    The last line of output is {"result": ...} or {"error": ...}.
+    The last line of output is a JSON object with the key "result" or "error".
     """
     events = _Events(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # the libraries also print to standard output

@@ -1,15 +1,15 @@
 """The TensorRT engine: runs a plan on one NVIDIA GPU, without torch.
 
-Each batch is padded to the next of the sizes 1, 2, 4, ..., 64. Each size has a CUDA graph that copies the pixels in,
-runs the plan and copies the features out with one launch. The graphs are captured when the engine loads, after one pass
-in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts share
-the weights and one block of memory for activations, because a single stream runs them one after the other.
+Each batch is padded to the next of the sizes 1, 2, 4, ..., 64. Each size has a CUDA graph. One launch of the graph
+copies the pixels in, runs the plan and copies the features out. The graphs are captured when the engine loads, after
+one pass in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts
+share the weights and one block of memory for activations, because a single stream runs them one after the other.
 
-`model/engines/tensorrt_export.py` builds the plans and keeps only those that passed parity; `open` accepts no others. A
-refitted plan is loaded as a new engine, so its graphs are captured again.
+`model/engines/tensorrt_export.py` builds the plans and stores only those that pass the parity check. `open` accepts no
+other plans. A refitted plan is loaded as a new engine, so its graphs are captured again.
 
 Status: this module follows the documented API of both libraries and is tested with a recording fake
-(`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists what has run on a GPU.
+(`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists the parts that have run on a GPU.
 
 Legend: B batch, H x W pixels, N patches, R registers, D width.
 """
@@ -43,18 +43,18 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 
 def fault(request: OpenRequest) -> None:
-    """Return None, because a plan can only be looked for once the libraries are loaded; see
-    `model.engines.protocol.EngineFile`.
+    """Return None, because no reason against the engine is known before the libraries are loaded.
+
+    `open` loads the libraries and looks for a plan.
     """
 
 
 def open(request: OpenRequest) -> "TensorRTEngine":
-    """Open the engine with the plan that `dinov2 build-engine` built on this host; see
-    `model.engines.protocol.EngineFile`.
+    """Open and return the engine with the plan that `dinov2 build-engine` built on this host.
 
     Raises:
         ModuleNotFoundError: TensorRT or the CUDA bindings are not installed.
-        ValueError: the host has no GPU or no plan that may serve, or the GPU refuses the plan. The message says why.
+        ValueError: the host has no GPU or no suitable plan, or the plan cannot be loaded. The message gives the reason.
     """
     precision = request.precision
     if precision not in PRECISIONS:
@@ -69,15 +69,16 @@ def open(request: OpenRequest) -> "TensorRTEngine":
 
 
 class TensorRTEngine:
-    """An engine that runs one TensorRT plan; see `model.engines.protocol.Engine`.
+    """An engine that runs one TensorRT plan. It implements `model.engines.protocol.Engine`.
 
-    Only one thread may call it at a time, though not always the same thread.
+    Only one thread may call the engine at a time, but it need not always be the same thread.
 
     Args:
         plan: the plan's bytes.
         toolchain: the library, CUDA and the GPU.
         precision: the precision of the graph that the plan was built from.
-        jit_cache: the file that caches the kernels that TensorRT for RTX compiles on this GPU; None: no cache.
+        jit_cache: the file that caches the kernels that TensorRT for RTX compiles on this GPU. If None, they are not
+            cached.
 
     Raises:
         ValueError: TensorRT refuses the plan, or the plan is not one of this project's.
@@ -105,7 +106,7 @@ class TensorRTEngine:
             self._resources = stack.pop_all()
 
     def run(self, pixels: FloatArray) -> Features:
-        """Compute all features; see `model.engines.protocol.Engine`. A batch above 64 images is split.
+        """Compute the features of a batch of normalised pixels [B, 3, H, W]. A batch above 64 images is split.
 
         Raises:
             ValueError: the plan was not built for this shape.
@@ -133,7 +134,7 @@ class TensorRTEngine:
         self._resources.close()
 
     def __del__(self) -> None:
-        """Release the GPU's memory, so that a rejected engine does not keep it."""
+        """Release the GPU's memory, so that an engine that is no longer used does not occupy it."""
         with suppress(Exception):  # CUDA may be gone at process exit, or loading may have failed
             self.close()
 
@@ -168,7 +169,7 @@ class TensorRTEngine:
     def _forget(self) -> None:
         """Release the library's objects: first the contexts, then the engine, then the runtime."""
         self._contexts: dict[int, Any] = {}
-        self._jit: Any = None  # in the bindings this object holds the engine, and thus the weights
+        self._jit: Any = None  # in the bindings, this object keeps the engine and its weights alive
         self._engine = None
         self._runtime = None
 
@@ -214,7 +215,10 @@ class TensorRTEngine:
             self._contexts[bucket] = context
 
     def _runtime_settings(self, jit_cache: Path | None) -> Any:
-        """Return the settings for new contexts. They use memory that we allocate and, on RTX, the cached kernels."""
+        """Return the settings for new execution contexts.
+
+        The contexts use memory that this engine allocates. With TensorRT for RTX, they also use the cached kernels.
+        """
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.name != "tensorrt_rtx":
@@ -245,7 +249,10 @@ class TensorRTEngine:
         stack.callback(self._graphs.clear)
 
     def _captured(self, bucket: int, stack: ExitStack) -> Callable[[], None]:
-        """Return a function that runs a batch of `bucket` images as a CUDA graph, or else as separate calls."""
+        """Return a function that runs a batch of `bucket` images.
+
+        The function launches a CUDA graph, or makes separate calls if the batch cannot be captured as a graph.
+        """
 
         def queue() -> None:
             self._queue(bucket)
@@ -263,7 +270,7 @@ class TensorRTEngine:
         return lambda: self._cuda.launch(graph, self._stream)
 
     def _queue(self, bucket: int) -> None:
-        """Queue one pass of `bucket` images: copy the pixels in, run the plan, copy the features out."""
+        """Queue one pass of `bucket` images, which copies the pixels in, runs the plan, and copies the features out."""
         self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
         if not self._contexts[bucket].execute_async_v3(self._stream):
             raise CudaError(f"{self.name} failed at batch {bucket}: {self._last_errors()}")
@@ -281,14 +288,14 @@ class TensorRTEngine:
 
 
 def choose_profile(ranges: list[tuple[int, int]], batch: int) -> int:
-    """Return the index of the narrowest range that includes `batch`.
+    """Return the index of the narrowest range of batch sizes that includes `batch`.
 
     Args:
         ranges: the (lowest, highest) batch size of each of the plan's profiles.
         batch: the batch size.
 
     Raises:
-        ValueError: no range includes `batch`, so another version of this project built the plan.
+        ValueError: no range includes `batch`, which means that another version of this project built the plan.
     """
     fitting = [(high - low, index) for index, (low, high) in enumerate(ranges) if low <= batch <= high]
     if not fitting:

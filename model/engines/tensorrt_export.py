@@ -1,9 +1,9 @@
 """Builds a TensorRT plan from an artifact on the host that will run the plan, and stores it if it passes parity.
 
 The graph is derived from the artifact's weights in the plan's precision, because TensorRT takes all number formats from
-the graph. The plan is built in a separate process (`model/engines/tensorrt_build.py`), loaded as in serving, and
-compared with a reference engine on images at every serving batch size, because each profile has its own kernels. If the
-plan differs too much, it is deleted, and only its figures are stored (see `model/engines/tensorrt_plans.py`).
+the graph. The plan is built in a separate process (`model/engines/tensorrt_build.py`), loaded in the same way as for
+serving, and compared with a reference engine on images at every serving batch size, because each profile has its own
+kernels. If the plan differs too much, only its figures are stored (see `model/engines/tensorrt_plans.py`).
 
 A refit puts the weights of a retrained model into a plan that was built with `refit=True`. A refit is faster than a
 build. The refitted plan is checked in the same way and stored under its own key.
@@ -62,13 +62,13 @@ LOG_TAIL_LINES = 12
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a plan is built.
+    """The options for building a plan.
 
-    `refit` makes the plan's weights replaceable. `refit_from` is the path of such a plan: its weights are then replaced
-    instead of building a plan. `timing_cache` is the file in which the full library stores its kernel measurements.
-    `photos` are the images for the parity check, uint8 [H, W, 3]. `activations` are the largest absolute inputs of each
-    linear layer, which fp8 requires. The build is stopped after `time_limit_s`. `rebuild` builds a plan even if one
-    with the same key exists.
+    If `refit` is True, the plan's weights can be replaced later. `refit_from` is the path of such a plan. If
+    `refit_from` is set, the weights of that plan are replaced, and no plan is built. `timing_cache` is the file in
+    which the full library stores its kernel measurements. `photos` are the images for the parity check, uint8 [H, W,
+    3]. `activations` contains the largest absolute input of each linear layer, which fp8 requires. The build is stopped
+    after `time_limit_s` seconds. If `rebuild` is True, a plan is built even if a plan with the same key exists.
     """
 
     precision: PlanPrecision = "bf16"
@@ -103,18 +103,18 @@ def build_plan(
         toolchain: the library, CUDA and the GPU of this host.
         reference: an engine that runs the artifact in float32 on the CPU.
         folder: the folder of plans. It is created if missing.
-        options: how the plan is built.
+        options: the options for building the plan.
         progress: a function that is called with each event of the build.
-        run: the function that runs the job; None: `run_job`.
-        make_engine: the function that loads the plan; None: load it in `TensorRTEngine`.
+        run: the function that runs the job. If None, `run_job` is used.
+        make_engine: the function that loads the plan into an engine. If None, the plan is loaded into a
+            `TensorRTEngine`.
 
     Returns:
         The path of the plan and its record. An existing plan is reused unless `options.rebuild` is True.
 
     Raises:
-        BuildError (a ValueError): TensorRT cannot build or refit the plan. The message has the reason.
-        ParityError (a ValueError): the plan's results differ too much from the reference. The plan was deleted, and its
-            figures are stored.
+        BuildError (a ValueError): TensorRT cannot build or refit the plan. The message gives the reason.
+        ParityError (a ValueError): the plan's results differ too much from the reference. Only the figures are stored.
         OSError: the folder cannot be written.
     """
     run, make_engine = run or run_job, make_engine or _load
@@ -157,7 +157,7 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
     if not record.passed:
         limits = parity.LIMITS[precision]
         raise parity.ParityError(
-            f"the {precision} plan differs too much from {record.reference} and was dropped: {said}; "
+            f"the {precision} plan differs too much from {record.reference} and was not stored: {said}; "
             f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are required. "
             f"The figures are in {path.with_suffix('.json')}"
         )
@@ -165,7 +165,7 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
 
 
 def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
-    """Return the path and the record of the stored plan of this key, or None if no such plan may serve."""
+    """Return the path and the record of the stored plan with this key, or None if no such plan may serve."""
     try:
         record = read_plan(folder, key)[1]
     except PlanMissing as missing:
@@ -177,9 +177,10 @@ def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
 def targets_of(toolchain: Toolchain) -> list[str]:
     """Return the compute capabilities for which TensorRT should build, such as ["SM89"].
 
-    The list is empty for the full library, which builds for the GPU of this host. It is also empty if TensorRT for RTX
-    has no name for the GPU's capability, as with SM90. According to its documentation a plan without a target runs on
-    compute capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it is loaded.
+    The list is empty for the full library, which builds for the GPU of this host. The list is also empty if TensorRT
+    for RTX has no name for the GPU's capability, for example SM90. According to its documentation, a plan without a
+    target runs on compute capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it loads the
+    plan.
     """
     if toolchain.library.name != "tensorrt_rtx":
         return []
@@ -206,9 +207,10 @@ def make_job(
     *,
     targets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the job for the build process, as a JSON object. `model/engines/tensorrt_build.py` reads it.
+    """Return the job that `model/engines/tensorrt_build.py` runs, as a dictionary that can be stored as JSON.
 
-    `onnx` is the path of the graph, `plan` the path of the plan to write, and `size` the input size (H, W) in pixels.
+    `onnx` is the path of the graph, `plan` is the path of the plan to write, and `size` is the input size (H, W) in
+    pixels.
     """
     job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
     if options.refit_from is not None:
@@ -227,7 +229,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
 
     Args:
         job: the job that `make_job` returned.
-        folder: the folder in which the job's file and its log are written.
+        folder: the folder in which the job and its log are written.
         time_limit_s: the time in seconds after which the process is killed.
         progress: a function that is called with each event.
 
@@ -265,7 +267,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
         raise BuildError(f"the build took longer than {time_limit_s:g} s and was stopped. {_tail(log)}")
     if code < 0:
         raise BuildError(
-            f"the build was ended by {_signal_name(-code)}: TensorRT crashed on this graph, or memory ran out. "
+            f"the build was killed by {_signal_name(-code)}: TensorRT crashed on this graph, or memory ran out. "
             f"{_tail(log)}"
         )
     if "error" in last:

@@ -1,8 +1,8 @@
-"""Stores TensorRT plans on disk, each under a key of everything that it depends on.
+"""Stores TensorRT plans on disk, each under its own key.
 
 A plan is machine code for one GPU, built by one version of the library from one graph. Its key is a sha256 over GPU,
-driver, library, graph and options. After a change of any of these no stored plan matches, so a plan that would be slow,
-refused or wrong is never loaded.
+driver, library, graph and options. If one of these changes, the key changes too, so a plan that would be slow, refused
+or wrong is never loaded.
 
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
@@ -11,7 +11,7 @@ refused or wrong is never loaded.
       <graph>.graph.json    the sha256 of the ONNX graph for an artifact, size and precision, so that a server
                             can compute the plan's key without writing the graph again
 
-If `passed` is false in a record, it stores the figures of a plan that failed parity and was deleted.
+A record in which `passed` is false has the figures of a plan that failed parity and was not stored.
 """
 
 import hashlib
@@ -34,7 +34,10 @@ PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
 
 
 class Profile(NamedTuple):
-    """The lowest and highest batch size that one set of kernels supports, and the size that it is tuned for."""
+    """A range of batch sizes, from `low` to `high`, that one set of kernels supports.
+
+    The kernels are tuned for batch size `best`.
+    """
 
     low: int
     best: int
@@ -47,7 +50,7 @@ PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(17, 32, 64))
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The library, CUDA and GPU that build and run plans on this host."""
+    """The TensorRT library, the CUDA bindings and the GPU that build and run plans on this host."""
 
     library: Library
     cuda: Cuda
@@ -55,11 +58,13 @@ class Toolchain:
 
 
 def find_toolchain(library: str | None = None) -> Toolchain:
-    """Return TensorRT, CUDA and the GPU of this host. `find_library` selects the TensorRT library.
+    """Find TensorRT, the CUDA bindings and the GPU of this host.
+
+    `library` is the name of the TensorRT library. If None, `find_library` selects the library.
 
     Raises:
         ModuleNotFoundError: TensorRT or the CUDA bindings are not installed. The message says how to install them.
-        ValueError: CUDA can use no GPU, or the library is too old.
+        ValueError: CUDA can use no GPU, or the library is unknown or too old.
     """
     tensorrt, cuda = find_library(library), Cuda(load_runtime())
     return Toolchain(tensorrt, cuda, describe_gpu(cuda))
@@ -73,10 +78,10 @@ def plans_folder(derived_dir: Path) -> Path:
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
     """Return the spec of the graph from which an artifact's plan is built.
 
-    With bf16, attention computes its softmax in float32. With fp16, it computes the softmax in fp16 unless queries,
-    keys and values are cast to float32. TensorRT for RTX can fuse attention with these casts, and the full library can
-    since 11.3 according to its release notes, so the graph has the casts for these libraries. The graph of a model
-    without registers has no output `registers`, which would be empty.
+    An fp16 graph would compute the softmax of attention in fp16. It therefore casts queries, keys and values to float32
+    if the library can fuse attention with these casts. TensorRT for RTX can do so, and according to its release notes
+    the full library can since version 11.3. A bf16 graph needs no casts, because its softmax is computed in float32.
+    The graph of a model without registers has no output `registers`, because it would be empty.
     """
     major, minor = (int(part) for part in library.version.split(".")[:2])
     casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
@@ -90,18 +95,21 @@ def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -
 
 
 def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
-    """Return 32 hex digits that identify a graph: a hash of the weights, the spec and the code that writes graphs."""
+    """Return 32 hex digits that identify the graph that `spec` describes.
+
+    They are a hash of the artifact's fingerprint, the spec, and the code that writes graphs.
+    """
     package = Path(__file__).parents[1]
     writer = file_digest(sorted([*(package / "onnx_graph").glob("*.py"), package / "pos_embed.py"]))
     return hashlib.sha256(f"{artifact.fingerprint} {spec} {writer}".encode()).hexdigest()[:32]
 
 
 class PlanMissing(ValueError):
-    """Raised if no plan may serve. The message gives the reason."""
+    """The error raised when no stored plan may serve. The message gives the reason."""
 
 
 class PlanKey(BaseModel):
-    """Everything that a plan depends on."""
+    """The key of a plan, which contains everything that the plan depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -132,15 +140,18 @@ class PlanRecord(BaseModel):
     sha256: str
     bytes: int
     passed: bool
-    parity: list[ParityRecord]  # one per batch bucket, in order
+    parity: list[ParityRecord]  # one per batch size in BUCKETS, in order
     reference: str  # the engine that the plan was compared with
     fused_attention: int
-    build: dict[str, Any]  # seconds per step, library; as reported by the build
+    build: dict[str, Any]  # seconds per step, and the library, as the build reported them
     created: str  # ISO 8601, UTC
 
 
 def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *, refit: bool) -> PlanKey:
-    """Return the key of a plan that `toolchain` builds from the graph with this sha256."""
+    """Return the key of a plan that `toolchain` builds from the graph with the hash `onnx_sha256`.
+
+    `refit` is True if the plan's weights can be replaced.
+    """
     return PlanKey(
         onnx_sha256=onnx_sha256,
         precision=precision,
@@ -154,17 +165,19 @@ def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *
 
 
 def plan_path(folder: Path, key: PlanKey) -> Path:
-    """Return the path at which `folder` stores the plan of `key`. The file need not exist."""
+    """Return the path of the plan with this key in `folder`. The file may not exist."""
     return folder / f"{key.digest}.plan"
 
 
 def find_plan(
     artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
 ) -> tuple[bytes, PlanRecord]:
-    """Return the plan that may serve `artifact` on this host, and its record. The plan may be refittable.
+    """Return the plan that may serve `artifact` on this host, as bytes, and its record.
+
+    A plan with fixed weights is preferred to a plan with replaceable weights.
 
     Raises:
-        PlanMissing: no plan may serve. The message has the reason.
+        PlanMissing: no plan may serve. The message gives the reason.
     """
     identity = graph_identity(artifact, graph_spec(artifact, precision, toolchain.library))
     onnx_sha256 = recall_graph(folder, identity)
@@ -179,7 +192,7 @@ def find_plan(
 
 
 def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
-    """Return the plan of `key` and its record, after checking the plan against the record.
+    """Return the plan with this key, as bytes, and its record. The plan is checked against the record.
 
     Raises:
         PlanMissing: the plan is missing, is damaged, or failed parity.
@@ -209,9 +222,9 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
 
 
 def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
-    """Store a plan and its record, and return the plan's path. If `plan` is None, store only the record.
+    """Store a plan and its record, and return the plan's path. If `plan` is None, only the record is stored.
 
-    The plan is written before the record, so that a record of a passed plan never exists without the plan.
+    The plan is written before the record, so that the record of a plan that passed never exists without the plan.
 
     Raises:
         OSError: the folder cannot be written.
@@ -229,13 +242,13 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
 
 
 def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
-    """Store the sha256 of the graph that `graph_identity` identifies by `identity`."""
+    """Store the sha256 of a graph under `identity`, which `graph_identity` returned for the graph."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}))
 
 
 def recall_graph(folder: Path, identity: str) -> str:
-    """Return the sha256 that `remember_graph` stored for `identity`.
+    """Return the sha256 that `remember_graph` stored under `identity`.
 
     Raises:
         PlanMissing: no plan was built for this graph on this host.
@@ -248,7 +261,7 @@ def recall_graph(folder: Path, identity: str) -> str:
 
 
 def figures(parity: Sequence[ParityRecord]) -> str:
-    """Return the worst parity figures over all batch sizes as text."""
+    """Return the worst parity figures over all batch sizes as text for a message."""
     return (
         f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
         f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "
@@ -257,7 +270,7 @@ def figures(parity: Sequence[ParityRecord]) -> str:
 
 
 def file_digest(paths: Sequence[Path]) -> str:
-    """Return the sha256 of the concatenated content of several files."""
+    """Return the sha256 (64 hex digits) of the concatenated content of several files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

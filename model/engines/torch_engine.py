@@ -1,17 +1,17 @@
 """The torch engine: the reference for every exported graph. It can also serve an artifact without a graph.
 
-On a CPU the model runs eagerly, because compilation gains little there and needs a C++ compiler
-(docs/decisions/0002-engine-threads.md). On a GPU the model is compiled with a dynamic batch size. Each batch of the
+On a CPU, the model runs eagerly, because compilation gains little there and needs a C++ compiler
+(docs/decisions/0002-engine-threads.md). On a GPU, the model is compiled with a dynamic batch size. Each batch of the
 usual image size is padded to the next size in `BUCKETS`. The kernel launches of each size are captured once as a CUDA
 graph and then replayed, because at small batches the launches limit the speed. This module captures the graphs itself:
 graphs of torch.compile's mode "reduce-overhead" are tied to the thread that captured them, but one thread loads an
 engine and another runs it.
 
-bf16 is torch's autocast, with the weights of linear layers and the patch embedding cast in advance instead of in each
-pass. The results equal autocast's: residual stream, LayerNorm and positions stay float32, because a bf16 residual would
-lose a digit within a few blocks. TF32 is off, so fp32 computes in full float32.
+In bf16, the engine uses torch's autocast, but casts the weights of linear layers and of the patch embedding once in
+advance instead of in each pass. The results equal autocast's. The residual stream, LayerNorm and the positions stay
+float32, because a bf16 residual would lose a digit within a few blocks. TF32 is off, so fp32 computes in full float32.
 
-The GPU parts have never run in this project; docs/engines.md lists the engines that have.
+The GPU parts have never run in this project. docs/engines.md lists the engines that have been run.
 
 Legend: B batch, D width, T tokens, A heads.
 """
@@ -37,13 +37,11 @@ log = logging.getLogger(__name__)
 
 
 def fault(request: OpenRequest) -> None:
-    """Return None, because every artifact has weights; see `model.engines.protocol.EngineFile`. The caller checks for a
-    GPU.
-    """
+    """Return None, because torch can run every artifact. The caller checks that the host has a GPU."""
 
 
 def open(request: OpenRequest) -> "TorchEngine":
-    """Open the engine; see `model.engines.protocol.EngineFile`."""
+    """Open and return the engine, as in `model.engines.protocol.EngineFile.open`."""
     artifact = request.artifact
     return TorchEngine(
         artifact.file(WEIGHTS),
@@ -56,19 +54,19 @@ def open(request: OpenRequest) -> "TorchEngine":
 
 
 class TorchEngine:
-    """An engine that runs a `weights.safetensors` in torch; see `model.engines.protocol.Engine`.
+    """An engine that runs the weights of an artifact in torch. It implements `model.engines.protocol.Engine`.
 
     Args:
-        weights: the file. The tensors may have any float type.
+        weights: the path of `weights.safetensors`. The tensors may have any float type.
         config: the model's shape.
         threads: the number of CPU threads per forward pass.
-        device: the torch device; None: "cuda" if available, else "cpu".
+        device: the torch device. If None, "cuda" is used if it is available, otherwise "cpu".
         precision: "fp32" or "bf16".
-        compiled: whether to use torch.compile; None: only on a GPU.
-        input_size: the (H, W) in pixels for which CUDA graphs are captured on a GPU; None: no graphs.
+        compiled: whether to use torch.compile. If None, it is used only on a GPU.
+        input_size: the (H, W) in pixels for which CUDA graphs are captured on a GPU. If None, no graphs are captured.
 
     Raises:
-        ValueError: the precision is neither of the two, the GPU does not support it, or torch finds no GPU.
+        ValueError: the precision has another value, the GPU does not support it, or torch finds no GPU.
     """
 
     name = "torch"
@@ -99,7 +97,7 @@ class TorchEngine:
             raise ValueError(f"{torch.cuda.get_device_name()} does not support bf16")
         torch.set_num_threads(threads)
         self._model: Any = _load(weights, config, self.device, half=precision == "bf16")
-        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # a method would be a reference cycle
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # `_forward` would be a reference cycle
         if compiled if compiled is not None else self._on_gpu:
             torch.compiler.assume_constant_result(resize_tensor)  # its body cannot be traced
             self._compiled = torch.compile(self._forward)
@@ -109,17 +107,22 @@ class TorchEngine:
             self._capture(self._input_shape)
 
     def run(self, pixels: FloatArray) -> Features:
-        """Compute all features; see `model.engines.protocol.Engine`."""
+        """Compute the features of a batch of normalised pixels [B, 3, H, W].
+
+        Raises:
+            ValueError: the batch is empty, or H or W is not a multiple of the patch size.
+        """
         if not len(pixels):
             raise ValueError(f"pixels of shape {pixels.shape}: at least one image is needed")
         parts = [self._run_part(pixels[i : i + BUCKETS[-1]]) for i in range(0, len(pixels), BUCKETS[-1])]
         return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Return the outputs `names` of a batch of normalised pixels [B, 3, H, W], as float32 arrays by name.
+        """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32 arrays, by name.
 
-        The names are those of exported graphs: the fields of `Features`, `attention` [B, A, T], and `layer.<i>` [B, T,
-        D]. `attention` and each layer take a separate, slower pass.
+        The names are those of the outputs of exported graphs: the fields of `Features`, `attention` [B, A, T], and
+        `layer.<i>` [B, T, D], for A heads, T tokens and width D. `attention` and each layer take a separate, slower
+        pass.
 
         Raises:
             ValueError: the model has no output of this name.
@@ -139,12 +142,12 @@ class TorchEngine:
         return {name: results[name] for name in names}
 
     def close(self) -> None:
-        """Release the model; see `model.engines.protocol.Engine`."""
+        """Release the model. The engine cannot run afterwards."""
         self._graphs.clear()
         self._compiled = self._model = None
 
     def _layer(self, x: "Tensor", index: int) -> "Tensor":
-        """Return all tokens [B, T, D] after block `index`, with the model's last norm applied."""
+        """Return all T tokens [B, T, D] after block number `index`, with the model's last norm applied."""
         depth = len(self._model.blocks)
         if not 0 <= index < depth:
             raise ValueError(f"layer.{index}: the model has {depth} blocks, 0 to {depth - 1}")
@@ -158,7 +161,7 @@ class TorchEngine:
         import torch
 
         kind = "cuda" if self._on_gpu else "cpu"
-        # With a cache, the first graph would capture cast weights. All weights are cast already.
+        # With a cache, the first graph would capture cast weights. All weights are already cast.
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
     def _forward(self, x: "Tensor") -> "tuple[Tensor, ...]":
@@ -178,20 +181,26 @@ class TorchEngine:
             return Features(*(output[: len(pixels)].cpu().numpy() for output in outputs))
 
     def _capture(self, shape: tuple[int, ...]) -> None:
-        """Capture one CUDA graph per batch size in `BUCKETS`. If compilation fails, capture the eager pass."""
+        """Capture one CUDA graph per batch size in `BUCKETS`.
+
+        If compilation fails, the graphs of the eager forward pass are captured.
+        """
         try:
             for batch in BUCKETS:
                 self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
-        except Exception as error:  # the compiler raises anything: no C compiler, no triton, bugs
+        except Exception as error:  # the compiler raises almost anything: no C compiler, no triton, bugs
             if self._compiled is None:
                 raise
-            log.warning("torch.compile failed, running without it: %s", _first_line(error))
+            log.warning("torch.compile failed, so the engine runs without it: %s", _first_line(error))
             self._compiled = None
             self._graphs = {b: _Replayed(self._forward, b, shape, self.device) for b in BUCKETS}
 
 
 class _Replayed:
-    """A forward pass of one batch size, captured as a CUDA graph with fixed buffers. One launch runs all kernels."""
+    """A forward pass of one batch size that is captured as a CUDA graph with fixed buffers.
+
+    One launch runs all kernels of the pass.
+    """
 
     def __init__(
         self, forward: "Callable[[Tensor], tuple[Tensor, ...]]", batch: int, shape: tuple[int, ...], device: str
@@ -213,14 +222,20 @@ class _Replayed:
                 self._outputs = forward(self._pixels)
 
     def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":
-        """Run the pass and return its outputs. Rows beyond those of `pixels` are results for older images."""
+        """Copy `pixels` into the input buffer, run the pass, and return its outputs.
+
+        Output rows beyond the number of images in `pixels` belong to older images.
+        """
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()
         return self._outputs
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
-    """Load the model in float32. With `half`, the weights of linear layers and the patch embedding become bf16."""
+    """Load and return the model in float32.
+
+    If `half` is True, the linear layers and the patch embedding are in bf16.
+    """
     import torch
     from safetensors.torch import load_file
     from torch import nn

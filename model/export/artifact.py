@@ -3,9 +3,9 @@
 The export is atomic. All files are written into a temporary folder next to the target. After the parity check, one
 rename gives the folder its final name, so a failed or killed export leaves no folder that looks like an artifact.
 
-Weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` holds one engine at a time. An
-export therefore keeps at most two copies of the weights in memory: the caller's and one engine's. See
-benchmarks/export_giant.py.
+Weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` loads one engine at a time. An
+export therefore needs memory for at most two copies of the weights: the caller's and one engine's.
+benchmarks/export_giant.py measures this memory.
 """
 
 import datetime
@@ -54,13 +54,14 @@ def export_artifact(
     Args:
         backbone: the model.
         out_dir: the folder of artifacts. It is created if missing.
-        options: how the artifact is written and compared.
+        options: the options for writing and comparing the artifact.
         graphs: the graphs to write in addition to `model.onnx`. Each is compared with torch at its own size, and a
-            graph for any size at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets no parity record.
+            graph for any size is compared at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets no
+            parity record.
 
     Raises:
-        ParityError: a graph's results in ONNX Runtime differ too much from torch's. An int8 graph does not raise: it
-            is kept with a failed gate.
+        ParityError: a graph's results in ONNX Runtime differ too much from torch's. An int8 graph raises no such error.
+            It is stored with a failed gate instead.
         ValueError: a size does not fit the model, or `keep_onnx` is False and a graph is too large to be derived.
         OSError: the folder cannot be written.
     """
@@ -93,7 +94,7 @@ def export_artifact(
             files=_describe(folder, onnx_files, specs),
         )
         write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
-        load_artifact(folder)  # checks every hash and the fingerprint, as at serving
+        load_artifact(folder)  # checks every hash and the fingerprint, as a server does
         if not options.keep_onnx:
             for file in onnx_files:
                 (folder / file).unlink()
@@ -102,7 +103,7 @@ def export_artifact(
 
 
 def _write_weights(backbone: Backbone, temporary: Path, dtype: WeightsDtype) -> tuple[Path, str]:
-    """Write the weights into a new artifact folder in `temporary`, and return the folder and the fingerprint."""
+    """Write the weights into a new artifact folder in `temporary`, and return that folder and the fingerprint."""
     stored = {key: np.ascontiguousarray(array.astype(dtype, copy=False)) for key, array in backbone.weights.items()}
     digest = fingerprint(stored, backbone.config, backbone.preprocess)
     folder = temporary / f"{backbone.name}-{digest[:8]}"
@@ -115,7 +116,11 @@ def _write_weights(backbone: Backbone, temporary: Path, dtype: WeightsDtype) -> 
 
 
 def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpec], *, keep_onnx: bool) -> list[str]:
-    """Write every graph from the stored weights, and return the names of all written files."""
+    """Write every graph from the stored weights, and return the names of all written files.
+
+    Raises:
+        ValueError: `keep_onnx` is False, and a graph is too large to be derived.
+    """
     files: list[str] = []
     for file, spec in specs.items():
         log.info("writing %s", file)
@@ -129,7 +134,7 @@ def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpe
 
 
 def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, GraphSpec]) -> dict[str, FileRecord]:
-    """Return the manifest's record of every file in `folder`, by file name."""
+    """Return the manifest's records of all files in `folder`, by file name."""
     files = {WEIGHTS: describe_file(folder / WEIGHTS)}
     files |= {file: describe_file(folder / file, derived=file in specs) for file in onnx_files}
     if (folder / MODEL_CARD).exists():
@@ -138,11 +143,11 @@ def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, Graph
 
 
 def _publish(folder: Path, out_dir: Path) -> Path:
-    """Move the finished folder into `out_dir`, replacing a folder of the same name. Return its new path."""
+    """Move the finished folder into `out_dir` and return its new path. A folder of the same name is replaced."""
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors makes its file owner-only, but a container's user must read it
     target = out_dir / folder.name
-    if target.exists():  # the same fingerprint: replace it, because its manifest may be old or damaged
+    if target.exists():  # replaced in spite of the same fingerprint, because its manifest may be old or damaged
         os.rename(target, folder.parent / "replaced")
     publish(folder, target)
     return target

@@ -1,4 +1,4 @@
-"""Export a checkpoint file of any known format, or a published model by name, to an artifact."""
+"""Exports a checkpoint file of any known format, or a published model, to an artifact."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from model.preprocess import PreprocessSpec
 
 
 def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, options: ExportOptions) -> Artifact:
-    """Export a checkpoint file of any format that `load_model` reads, or a published model by name.
+    """Export a checkpoint file of any format that `load_model` reads, or a published model, to an artifact.
 
     Args:
-        source: the path of a checkpoint, or the name of a published model (see `model/zoo.py`), which is downloaded.
+        source: the path of a checkpoint, or the name of a published model (see `model/zoo.py`). A published model is
+            downloaded.
         out_dir: the folder of artifacts. It is created if missing.
-        asked: how the checkpoint is read, and which graphs are added.
-        options: how the artifact is written and compared.
+        asked: the options for reading the checkpoint, and the graphs to add.
+        options: the options for writing and comparing the artifact.
 
     Raises:
         ValueError: `source` is neither a checkpoint nor a published name, `asked.arch` is missing, or a graph option is
@@ -33,7 +34,7 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
 
 
 def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
-    """Read the model from a checkpoint file, or download a published model by name.
+    """Return the model from the checkpoint file `source`, or download and return the published model of this name.
 
     Raises:
         ValueError, zoo.DownloadError: see `export_checkpoint`.
@@ -44,7 +45,7 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
         state, config, provenance = load_checkpoint(path)
     elif path.is_file():
         if arch is None:
-            raise ValueError(f"{source} does not say its architecture: add --arch, e.g. --arch dinov2_vits14")
+            raise ValueError(f"{source} does not record its architecture: add --arch, e.g. --arch dinov2_vits14")
         model = load_model(arch, weights=path)
         state, config, provenance = model.state_dict(), model.config, {"file": path.name}
     elif path.is_dir():

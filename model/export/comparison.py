@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Reference:
-    """The results of torch float32 at one size: outputs for the parity images, class tokens of the labelled images."""
+    """The results of torch float32 at one input size.
+
+    They are the outputs for the parity images and, for int8 graphs, the class tokens of the labelled images.
+    """
 
     pixels: FloatArray  # [B, 3, H, W]
     features: Features
@@ -47,14 +50,14 @@ class Comparison:
     images: Sequence[Image]
     labelled: LabelledImages | None
     records: list[ParityRecord] = field(default_factory=list)
-    not_compared: dict[str, str] = field(default_factory=dict)  # file -> reason
+    not_compared: dict[str, str] = field(default_factory=dict)  # by file name: the reason
 
     def run(self, specs: Mapping[str, GraphSpec]) -> None:
-        """Compare the graphs of `specs` (file name -> spec), and fill `records` and `not_compared`.
+        """Compare the graphs of `specs`, a dictionary by file name, and fill `records` and `not_compared`.
 
         Raises:
             ParityError: a graph's results differ too much from torch's.
-            ValueError: ONNX Runtime cannot load a graph that its CPU provider should run.
+            ValueError: ONNX Runtime cannot load a graph other than a bf16 graph.
         """
         sizes = {file: self._sizes(spec) for file, spec in specs.items()}
         references = self._references(specs, sizes)
@@ -111,7 +114,10 @@ class Comparison:
     def _gate(
         self, record: ParityRecord, engine: OnnxEngine, size: tuple[int, int], reference: ClassTokens | None
     ) -> GateRecord:
-        """Return the gate of an int8 graph. It passes if k-NN and the cosines of the parity record pass."""
+        """Return the gate record of an int8 graph.
+
+        The gate passes only if the k-NN accuracy and the cosines of the parity record `record` are within their limits.
+        """
         gate = NO_LABELS
         if self.labelled is not None:
             assert reference is not None
@@ -125,5 +131,8 @@ class Comparison:
 
 
 def _reason(error: ValueError) -> str:
-    """Return the message of the runtime's own error on one line. It does not contain the temporary folder's path."""
+    """Return the message of the error that caused `error` on one line, cut after 300 characters.
+
+    Unlike the message of `error` itself, it does not contain the path of the temporary folder.
+    """
     return " ".join(str(error.__cause__ or error).split())[:300]

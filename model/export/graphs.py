@@ -13,11 +13,11 @@ PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf1
 
 
 def wanted_graphs(config: ViTConfig, size: tuple[int, int], asked: GraphOptions) -> list[GraphSpec]:
-    """Return the specs of the graphs that the options select, except that of `model.onnx` itself.
+    """Return the specs of the graphs that the options select. The spec of `model.onnx` itself is left out.
 
     Args:
         config: the model's shape.
-        size: the (H, W) input pixels of `model.onnx`.
+        size: the input (H, W) of `model.onnx` in pixels.
         asked: the options.
 
     Raises:
@@ -51,13 +51,15 @@ def _outputs(config: ViTConfig, asked: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"output {output!r} is given twice")
     missing = [name for name in Features._fields if name not in chosen]
     if missing:
-        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be included, because serving reads it")
+        raise ValueError(f"outputs {','.join(chosen)}: {', '.join(missing)} must be included for serving")
     return chosen
 
 
 def sensitive_layers(config: ViTConfig) -> tuple[str, ...]:
-    """Return the linear layers that int8 should not quantize: the last one of each residual branch, and the whole last
-    block. Their errors affect the features most directly.
+    """Return the names of the linear layers that int8 does not quantize by default.
+
+    They select the last layer of each residual branch, and all layers of the last block. Quantization errors in these
+    layers affect the features most directly.
     """
     return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3", f"blocks.{config.depth - 1}"
 

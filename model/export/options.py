@@ -1,4 +1,4 @@
-"""The options of an export: which model is exported, how it is written, and how a checkpoint is read."""
+"""The options of an export, which define the model, how it is read from a checkpoint, and how it is written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class Backbone:
     Attributes:
         name: the artifact's name.
         weights: the state dict as arrays, under Meta's names.
-        config: the shape, with the position-embedding rule that the weights were trained with.
+        config: the shape of the backbone, including the rule for resizing its position embedding.
         preprocess: the transform that serving applies. Its crop is the input size of `model.onnx`.
-        provenance: the origin of the weights, as JSON.
+        provenance: the origin of the weights. It is stored as JSON.
         licence: the SPDX identifier of the weights' licence.
     """
 
@@ -39,14 +39,15 @@ class Backbone:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an artifact is written and compared.
+    """The options for writing and comparing an artifact.
 
     Attributes:
         weights_dtype: the type in which the weights are stored. The parity reference is torch with the stored weights.
-        images: images for the parity check, uint8 [H, W, 3]; None: generated images.
-        labelled: images for the k-NN gate of int8 graphs; None: no int8 graph may serve.
-        model_card: the Markdown text of the artifact's README.md; None: no README.md.
-        keep_onnx: if False, the artifact has no graphs, and `load_artifact` derives them again, byte for byte.
+        images: the images for the parity check, uint8 [H, W, 3]. If None, images are generated.
+        labelled: the images for the k-NN gate of int8 graphs. If None, no int8 graph may serve.
+        model_card: the Markdown text of the artifact's README.md. If None, no README.md is written.
+        keep_onnx: whether the artifact contains its graphs. If False, `load_artifact` derives the same graphs from the
+            weights, byte for byte.
     """
 
     weights_dtype: WeightsDtype = "float32"
@@ -58,16 +59,17 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """The graphs to export in addition to `model.onnx`: one for every size in every precision.
+    """The options for the graphs that are exported in addition to `model.onnx`, one for every size in every precision.
 
     Attributes:
-        sizes: any of "224" (square), "224x336" (H x W) and "dynamic" (any size); empty: the size of `model.onnx`.
-        precisions: any of `model.export.graphs.PRECISIONS`; empty: fp32.
-        outputs: the outputs of each graph: cls, patches and registers, which serving needs, and optionally attention
-            and layer.N; empty: cls, patches and registers.
-        int8_weights: the form of the weights of int8 graphs; see `GraphSpec`.
-        float_layers: the layers that int8 does not quantize; see `GraphSpec`. None: `sensitive_layers`, because a
-            trained model with these layers in int8 failed the gate (docs/decisions/0018-int8.md).
+        sizes: any of "224" (square), "224x336" (H x W) and "dynamic" (any size). If empty, the size of `model.onnx` is
+            used.
+        precisions: any of `model.export.graphs.PRECISIONS`. If empty, fp32 is used.
+        outputs: the outputs of each graph. They must include cls, patches and registers, which serving needs, and can
+            also include attention and layer.N. If empty, the outputs are cls, patches and registers.
+        int8_weights: the form of the weights of int8 graphs (see `GraphSpec`).
+        float_layers: the layers that int8 does not quantize (see `GraphSpec`). If None, `sensitive_layers` are used,
+            because a trained model with these layers in int8 failed the gate (docs/decisions/0018-int8.md).
     """
 
     sizes: Sequence[str] = ()
@@ -79,13 +81,15 @@ class GraphOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """How a checkpoint is read.
+    """The options for reading a checkpoint, and the graphs to export.
 
     Attributes:
-        arch: the torch hub name of the architecture. It is required unless the file is one of our own checkpoints.
-        name: the artifact's name; None: the name in our own checkpoint's provenance, else `arch`, else the file's stem.
-        resize, crop: replace these fields of the preprocessing; None: the values that the checkpoint was evaluated
-            with, else 256 and 224.
+        arch: the torch hub name of the architecture. It is required unless the file is one of this project's
+            checkpoints.
+        name: the artifact's name. If None, it is the first of these that exists: the name in the checkpoint's
+            provenance, the name of the architecture, and the file's name without its ending.
+        resize, crop: new values for these fields of the preprocessing. If None, a field has the value with which the
+            checkpoint was evaluated. If that value is unknown, `resize` is 256 and `crop` is 224.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
         graphs: the graphs to export in addition to `model.onnx`.
     """

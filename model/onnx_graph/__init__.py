@@ -1,6 +1,6 @@
 """Writes ONNX graphs from weights, with numpy only.
 
-build      `GraphSpec`, `write_onnx`: writes the graph of a backbone
+build      writes the graph of a backbone (`GraphSpec`, `write_onnx`)
 nodes      adds nodes, constants and weights to a graph
 positions  computes the position embedding in a graph that accepts any size
 linear     adds linear layers in each precision

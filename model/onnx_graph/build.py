@@ -36,8 +36,8 @@ from model.pos_embed import resize_pos_embed
 OPSET = 23
 IR_VERSION = 11
 NORM_EPS = 1e-6
-EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
-END = np.iinfo(np.int64).max  # as the end of a Slice: up to the last element
+EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message is limited to 2 GiB
+END = np.iinfo(np.int64).max  # the end of a Slice that includes the last element
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 AttentionForm = Literal["standard", "tiled", "upcast"]
@@ -47,14 +47,14 @@ AttentionForm = Literal["standard", "tiled", "upcast"]
 class GraphSpec:
     """The options of a backbone's graph.
 
-    `size` is the fixed input size (H, W) in pixels. If it is None, the graph accepts any multiples of the patch size.
-    `model/onnx_graph/linear.py` describes each `precision`.
+    `size` is the fixed input size (H, W) in pixels. If `size` is None, the graph accepts any multiples of the patch
+    size. `model/onnx_graph/linear.py` describes each `precision`.
 
     `attention` selects the operator. "standard" is ONNX's `Attention` (opset 23). "tiled" is ONNX Runtime's
-    `MultiHeadAttention`, which needs memory linear in the number of tokens on a CPU. "upcast" is `Attention` with
-    queries, keys and values cast to float32; it equals "standard" if they are float32 already.
+    `MultiHeadAttention`, which on a CPU needs memory linear in the number of tokens. "upcast" is `Attention` with
+    queries, keys and values cast to float32. If these are float32 already, "upcast" equals "standard".
 
-    `int8_weights` is the form of int8 weights; see `model/onnx_graph/quantize.py`. `float_layers` names linear layers
+    `int8_weights` is the form of int8 weights (see `model/onnx_graph/quantize.py`). `float_layers` names linear layers
     that int8 and fp8 do not quantize. Each entry is a full name ("blocks.3.mlp.fc2"), an ending ("mlp.fc2", in all
     blocks) or a beginning ("blocks.3").
 
@@ -80,14 +80,15 @@ class GraphSpec:
 def build_onnx(
     weights: Weights, config: ViTConfig, spec: GraphSpec, *, activations: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """Return a backbone's graph, in memory. A graph above 2 GiB (a giant model) needs `write_onnx`.
+    """Build a backbone's graph in memory and return it. A graph above 2 GiB (a giant model) needs `write_onnx`.
 
     Args:
         weights: the arrays by Meta's parameter names, of any float type.
         config: the model's shape.
         spec: the options of the graph.
         activations: the largest absolute input of each linear layer, from
-            `model.engines.activations.measure_activations`. fp8 requires it; other precisions ignore it.
+            `model.engines.activations.measure_activations`. fp8 requires these values, and other precisions ignore
+            them.
 
     Raises:
         ValueError: a side is not a multiple of the patch size, the model has no such output or layer, or fp8 lacks the
@@ -105,11 +106,11 @@ def write_onnx(
     *,
     activations: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Write the graph to `path` and return the names of the written files. See `build_onnx` for the arguments.
+    """Write a backbone's graph to `path` and return the names of the written files.
 
-    The weights of a large graph are written to a second file, `<path>.data`. They are read, converted and written one
-    at a time, so `weights` may be a mapping that reads from a file. A killed call can leave half a file, so callers
-    write into a temporary folder.
+    The arguments are the same as those of `build_onnx`. The weights of a large graph are written to a second file,
+    `<path>.data`. Weights are read, converted and written one at a time, so `weights` may be a mapping that reads from
+    a file. A killed call can leave an incomplete file, so callers write into a temporary folder.
 
     Raises:
         ValueError: see `build_onnx`.
@@ -130,7 +131,7 @@ def write_onnx(
 
 
 def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float]) -> None:
-    """Raise the errors of `build_onnx` before anything is written."""
+    """Raise a ValueError if the graph cannot be built (see `build_onnx`)."""
     p = config.patch_size
     if spec.size is not None and (any(side % p for side in spec.size) or min(spec.size) < p):
         height, width = spec.size
@@ -211,17 +212,17 @@ def _int64(graph: GraphBuilder, name: str, *values: int) -> str:
 
 
 def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec) -> None:
-    """Split the normed tokens `x` [B, T, D] into the outputs `cls`, `registers` and `patches`.
+    """Split the normed tokens `x` [B, T, D] into the class token, the registers and the patches of each image.
 
-    `Gather` is not used: if a graph also has a `Split` of the same tensor, ONNX Runtime 1.32 returns a wrong class
-    token.
+    The results are the outputs `cls`, `registers` and `patches`. `Gather` is not used, because ONNX Runtime 1.32
+    returns a wrong class token if the graph also has a `Split` of the same tensor.
     """
     registers = config.num_register_tokens
     if spec.size is not None:
         patches = spec.size[0] // config.patch_size * (spec.size[1] // config.patch_size)
         parts = {"cls_token_out": 1, "registers": registers, "patches": patches}
         if not registers and "registers" not in spec.outputs:
-            del parts["registers"]  # TensorRT has no use for an empty tensor
+            del parts["registers"]  # an empty output is useless in TensorRT
         graph.several("Split", [x, _int64(graph, "token_split", *parts.values())], list(parts), "split", axis=1)
     else:  # TensorRT's Split does not accept computed sizes
         axis = _int64(graph, "token_axis", 1)
@@ -235,9 +236,10 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
 
 
 def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
-    """Add the nodes that convert pixels to tokens [B, 1 + R + N, D]. All tokens but the registers get positions.
+    """Add the nodes that convert pixels to tokens [B, 1 + R + N, D], and return the name of the tokens.
 
-    These nodes are float32 in every precision: they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
+    The class token and the N patches of each of B images get positions, but the R registers do not. These nodes are
+    float32 in every precision, because they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
     """
     kernel = graph.constant("patch_embed.proj.weight", graph.weight("patch_embed.proj.weight"))
     bias = graph.constant("patch_embed.proj.bias", graph.weight("patch_embed.proj.bias"))
@@ -266,7 +268,10 @@ def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
 
 
 def _block(graph: GraphBuilder, linear: Linear, x: str, index: int, config: ViTConfig, spec: GraphSpec) -> str:
-    """Add a block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))). The sums are float32 in every precision."""
+    """Add a transformer block and return the name of its result.
+
+    The block computes x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))). The sums are float32 in every precision.
+    """
     key = f"blocks.{index}"
     gains: list[FloatArray | None] = [None, None]
     if config.layerscale_init is not None:
@@ -297,7 +302,10 @@ def _block(graph: GraphBuilder, linear: Linear, x: str, index: int, config: ViTC
 
 
 def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, spec: GraphSpec) -> str:
-    """Add the attention operator and return its output [B, T, D]. `parts` are queries, keys, values, each [B, T, D]."""
+    """Add the attention operator, and return the name of its output [B, T, D] for B images of T tokens with width D.
+
+    `parts` are the names of queries, keys and values, each [B, T, D].
+    """
     if spec.attention == "tiled":
         return graph.node("MultiHeadAttention", parts, output, domain="com.microsoft", num_heads=heads)
     half = HALVES.get(spec.precision)
@@ -309,7 +317,11 @@ def _attention(graph: GraphBuilder, parts: list[str], output: str, heads: int, s
 
 
 def _class_attention(graph: GraphBuilder, q: str, k: str, config: ViTConfig) -> None:
-    """Add the output `attention` [B, A, T]: the class token's softmax weights, from `q` and `k` [B, T, D]."""
+    """Add the output `attention` [B, A, T], which contains the class token's softmax weights in each of the A heads.
+
+    The weights are computed from the queries `q` and the keys `k`, each [B, T, D] for B images of T tokens with width
+    D.
+    """
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     key = "attention"
     axis = _int64(graph, "token_axis", 1)

@@ -2,15 +2,15 @@
 
 - fp32: a layer is a MatMul and an Add. LayerScale's gain is folded into weight and bias.
 - fp16, bf16: linear layers, attention and the feed-forward activation run in half precision. Three parts stay in
-  float32: LayerNormalization (its sums), the residual stream (every block adds to it, and trained ViTs have a few
-  channels in the thousands, where bfloat16 has steps of 8 and float16 nears its maximum of 65504), and LayerScale
+  float32: LayerNormalization (because of its sums), the residual stream (every block adds to it, and trained ViTs have
+  a few channels in the thousands, where bfloat16 has steps of 8 and float16 nears its maximum of 65504), and LayerScale
   (gains start at 1e-5 and would underflow in float16 weights).
 - int8: each linear layer quantizes its input by the range of its values at run time and multiplies integers. Weights
   have one scale per output channel (`model/onnx_graph/quantize.py`), with LayerScale's gain folded in. ONNX Runtime
   fuses the five operators into one. Everything else is float32.
 - fp8: for TensorRT only. Inputs and weights of linear layers are rounded to E4M3. Everything else is as in bf16.
 
-The layers in `float_layers` are not quantized: with int8 they are float32, with fp8 bfloat16.
+The layers in `float_layers` are not quantized: with int8 they are float32, and with fp8 they are bfloat16.
 """
 
 from collections.abc import Mapping
@@ -40,25 +40,36 @@ HALVES = {
 
 
 def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Add a cast of the float32 tensor `x` to the half type of `precision`. Without such a type, return `x` itself."""
+    """Add a node that casts the float32 tensor `x` to the half-precision type of `precision`, and return its output.
+
+    If `precision` has no such type, return `x`.
+    """
     half = HALVES.get(precision)
     return x if half is None else graph.node("Cast", [x], f"{x}.half", to=half.onnx)
 
 
 def widen(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Add a cast of `x` from the half type of `precision` to float32. Without such a type, return `x` itself."""
+    """Add a node that casts `x` from the half-precision type of `precision` to float32, and return its output.
+
+    If `precision` has no such type, return `x`.
+    """
     return x if precision not in HALVES else graph.node("Cast", [x], f"{x}.float", to=TensorProto.FLOAT)
 
 
 def is_named(layer: str, name: str) -> bool:
-    """Return whether `name` selects `layer` (blocks.3.mlp.fc2): as a full name, an ending (mlp.fc2) or a beginning
-    (blocks.3).
+    """Return whether `name` selects the linear layer `layer`.
+
+    The layer "blocks.3.mlp.fc2", for example, is selected by its full name, by an ending such as "mlp.fc2", and by a
+    beginning such as "blocks.3".
     """
     return f".{layer}".endswith(f".{name}") or f"{layer}.".startswith(f"{name}.")
 
 
 class Linear:
-    """A writer of linear layers x @ W^T + b in one precision; see `GraphSpec` for the arguments."""
+    """A writer of linear layers, x @ W^T + b, in one precision.
+
+    `GraphSpec` describes the precision, the int8 weights and the float layers. `build_onnx` describes the activations.
+    """
 
     def __init__(
         self,
@@ -73,10 +84,10 @@ class Linear:
         self._half = HALVES.get(precision)
 
     def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
-        """Add the linear layer `key` and return the name of its result [B, T, out].
+        """Add the linear layer `key` and return the name of its result [B, T, out], for B images of T tokens.
 
-        LayerScale's `gain` [out] is folded in. The input `x` and the result have the precision's half type, or float32
-        if the precision has none.
+        LayerScale's `gain` [out] is folded into the weights if it is not None. The input `x` and the result have the
+        half-precision type of the precision, or float32 if the precision has no such type.
         """
         graph = self._graph
         weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]
@@ -92,7 +103,10 @@ class Linear:
         return graph.node("Add", [product, self._stored(f"{key}.bias", bias)], f"{key}.out")
 
     def branch_end(self, x: str, key: str, gain: FloatArray | None, scale_key: str) -> str:
-        """Add the linear layer `key` that ends a residual branch, then LayerScale's `gain`. The result is float32."""
+        """Add the linear layer `key` that ends a residual branch, and LayerScale's `gain` if it is not None.
+
+        Return the name of the result, which is float32.
+        """
         if self._half is None:
             return self(x, key, gain)
         out = widen(self._graph, self(x, key), self._precision)

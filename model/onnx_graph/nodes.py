@@ -26,7 +26,7 @@ class GraphBuilder:
 
     Args:
         weights: the arrays by Meta's parameter names, of any float type.
-        data: an open file for initializers of at least 1 KiB; None: all initializers stay in the graph.
+        data: an open file for initializers of at least 1 KiB. If None, all initializers stay in the graph.
         location: the data file's name as recorded in the graph.
     """
 
@@ -40,7 +40,7 @@ class GraphBuilder:
         return self._weights[key].astype(np.float32, copy=False)
 
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
-        """Add an initializer and return its name. If the name exists already, nothing is added."""
+        """Add an initializer and return its name. If an initializer of this name exists already, nothing is added."""
         if name in self._names:
             return name
         self._names.add(name)
@@ -54,7 +54,7 @@ class GraphBuilder:
     def _written(self, name: str, value: npt.NDArray[np.generic], data: BinaryIO) -> onnx.TensorProto:
         data.write(b"\0" * (-data.tell() % EXTERNAL_ALIGNMENT))
         offset = data.tell()
-        data.write(value.view(np.uint8).data)  # as bytes: numpy exports no buffer of bfloat16
+        data.write(value.view(np.uint8).data)  # as bytes, because numpy exports no buffer of bfloat16
         tensor = TensorProto(name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, entry in (("location", self._location), ("offset", str(offset)), ("length", str(value.nbytes))):
@@ -62,7 +62,7 @@ class GraphBuilder:
         return tensor
 
     def node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Attribute) -> str:
-        """Add a node with one output, name the node after the output, and return the name."""
+        """Add a node with one output and return the output's name, which is also the node's name."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain or None, **attributes))
         return output
 

@@ -8,14 +8,14 @@ A matrix resizes an axis from M stored positions to n patches. Its element (i, j
 the distance between output cell i and input cell j. For each rule the distance is a quotient of integers, so the graph
 computes numerator and denominator exactly in float32 and rounds once:
 
-- offset: |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1));
-- size: |M (2i+1) - n (2j+1)| / (2 n);
-- antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when shrinking. Each row is then divided
-  by its sum.
+- offset: |10 M (2i+1) - (10 n + 1)(2j+1)| / (2 (10 n + 1))
+- size: |M (2i+1) - n (2j+1)| / (2 n)
+- antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when the grid shrinks. Each row is then
+  divided by its sum.
 
 The two rules without antialiasing repeat the border. Their grid of positions is therefore padded on every side by two
-cells, the reach of the kernel. At the native grid (n = M) the rules `size` and `antialias` yield the identity. For
-`offset` the graph selects the identity explicitly if both axes are native.
+cells, the reach of the kernel. At the native grid (n = M), the rules `size` and `antialias` yield the identity. For
+`offset`, the graph selects the identity explicitly if both axes are native.
 """
 
 import numpy as np
@@ -27,9 +27,9 @@ REACH = 2  # cells on either side of a sampling point that the cubic kernel cove
 
 
 def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: str) -> str:
-    """Add nodes that compute the positions [1, h*w, D] of `patch_map` [B, D, h, w], and return their name.
+    """Add nodes that compute the position embedding [1, h*w, D] for `patch_map` [B, D, h, w], and return its name.
 
-    The positions equal those of `resize_pos_embed` without the class token's.
+    The embedding equals the result of `resize_pos_embed` without the class token's position.
     """
     side, dim = config.grid, config.embed_dim
     cells = graph.weight("pos_embed")[0, 1:].reshape(side, side, dim)
@@ -51,13 +51,13 @@ def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: st
 
 
 def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, name: str) -> str:
-    """Add nodes that compute the resize matrix of one axis of `patch_map`, and return its name.
+    """Add nodes that compute the resize matrix of one axis of `patch_map`, and return the name of the matrix.
 
-    Its shape is [n, M], or [n, M + 4] with a border. n is the size of the axis.
+    The shape of the matrix is [n, M] for n patches along the axis and M stored positions, or [n, M + 4] with a border.
     """
     side, rule, key = config.grid, config.pos_embed_rule, f"pos_embed.{name}"
     border = 0 if rule == "antialias" else REACH
-    tenths = (10, 1) if rule == "offset" else (1, 0)  # both scaled by 10, which makes 0.1 an integer
+    tenths = (10, 1) if rule == "offset" else (1, 0)  # offset: n + 0.1 and M, times 10, are integers
 
     def number(label: str, value: float) -> str:
         return graph.constant(f"pos_embed.{label}", np.array(value, np.float32))
@@ -102,7 +102,7 @@ def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, nam
 
 
 def _cubic(graph: GraphBuilder, distance: str, key: str, a: float) -> str:
-    """Add nodes that evaluate Keys' cubic kernel with parameter `a` at each distance d, and return their name.
+    """Add nodes that evaluate Keys' cubic kernel with parameter `a` at each distance d, and return their output's name.
 
     The form avoids cancellation: (d - 1) * ((a + 2) d^2 - d - 1) for d up to 1, (d - 1) * a (d - 2)^2 for d up to 2,
     and zero beyond.

@@ -2,9 +2,9 @@
 
 int8 weights are symmetric, with one scale per output channel, in one of two forms:
 
-- "s7": int8 values from -64 to 64. AVX2's u8 x s8 product adds two neighbours in 16 bits and saturates; 2 * 255 * 64
-  still fits. This form is the fastest on AVX2. The tests compare its values with those of
-  `onnxruntime.quantization.quantize_dynamic(per_channel=True, reduce_range=True)`, which are equal.
+- "s7": int8 values from -64 to 64. AVX2's u8 x s8 product adds two neighbours in 16 bits and saturates, but 2 * 255 *
+  64 still fits. This form is the fastest on AVX2. Its values equal those of
+  `onnxruntime.quantization.quantize_dynamic(per_channel=True, reduce_range=True)`, as a test checks.
 - "u8": uint8 values from 1 to 255 with zero point 128. ONNX Runtime multiplies u8 x u8 without saturation. The weight
   error is half that of "s7", but the product is slower on CPUs without VNNI.
 
@@ -22,14 +22,14 @@ from model.onnx_graph.nodes import FloatArray
 
 Int8Weights = Literal["s7", "u8"]
 _INT8: dict[str, tuple[int, npt.DTypeLike, int]] = {"s7": (64, np.int8, 0), "u8": (127, np.uint8, 128)}
-"""For each form: the largest distance from the zero point, the type, and the zero point."""
+"""The largest distance from the zero point, the type, and the zero point of each form."""
 FP8_LARGEST = 448.0
 
 
 def int8_per_channel(
     weight: FloatArray, form: Int8Weights
 ) -> tuple[npt.NDArray[np.integer], FloatArray, npt.NDArray[np.integer]]:
-    """Quantize `weight` [out, in], so that weight ~ (integer - zero point) * scale.
+    """Quantize `weight` [out, in] so that (integer - zero point) * scale approximates `weight`.
 
     Returns:
         The integers [out, in], the float32 scales [out] and the zero points [out].
@@ -41,7 +41,7 @@ def int8_per_channel(
 
 
 def fp8_per_channel(weight: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
-    """Quantize `weight` [out, in], so that weight ~ value * scale.
+    """Quantize `weight` [out, in] so that value * scale approximates `weight`.
 
     Returns:
         The float8 E4M3 values [out, in] and the float32 scales [out]. The scales are rounded to bfloat16, because the
@@ -52,6 +52,9 @@ def fp8_per_channel(weight: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
 
 
 def _scale(weight: FloatArray, largest: float) -> FloatArray:
-    """Return the scale of each row, so that its largest value becomes `largest`. The scale of a row of zeros is 1."""
+    """Return the scale of each row of `weight`.
+
+    A row divided by its scale has the largest absolute value `largest`. The scale of a row of zeros is 1.
+    """
     scale = (np.abs(weight).max(axis=1).astype(np.float64) / largest).astype(np.float32)
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)

@@ -111,12 +111,12 @@ def test_fp8_gets_its_ranges_from_the_photos(
 
 def test_errors_are_told_in_one_line(app: typer.Typer, built: list, tmp_path: Path, monkeypatch) -> None:
     def fail(*arguments, **named):
-        raise ParityError("the bf16 plan strays from torch fp32 and was dropped: class cosine 0.9")
+        raise ParityError("the bf16 plan differs too much from torch fp32 and was not stored: class cosine 0.9")
 
     monkeypatch.setattr("model.engines.tensorrt_export.build_plan", fail)
     result = runner.invoke(app, ["build-engine", "auto", "--data-dir", str(tmp_path)])
     assert result.exit_code == 2
-    assert "was dropped: class cosine 0.9" in result.output
+    assert "was not stored: class cosine 0.9" in result.output
     missing = runner.invoke(app, ["build-engine", str(tmp_path / "none"), "--data-dir", str(tmp_path)])
     assert missing.exit_code == 2
     assert "none" in missing.output

@@ -62,7 +62,7 @@ def test_unknown_names_get_near_matches_and_the_list() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'dinov2_vits16': did you mean dinov2_vits14") as caught:
         resolve("dinov2_vits16")
     assert all(name in str(caught.value) for name in ENTRIES)
-    with pytest.raises(ValueError, match="unknown model 'resnet50': known are"):
+    with pytest.raises(ValueError, match="unknown model 'resnet50': the known names are"):
         resolve("resnet50")
 
 

@@ -215,7 +215,7 @@ def test_the_gpu_is_described(tmp_path: Path) -> None:
 def test_no_gpu_is_said() -> None:
     with pytest.raises(ValueError, match=r"no GPU that CUDA can use: .*driver version is insufficient"):
         describe_gpu(Cuda(FakeCuda(fail={"cudaGetDeviceCount": (0, 35)})))
-    with pytest.raises(ValueError, match="no GPU 0: CUDA sees 0"):
+    with pytest.raises(ValueError, match="no GPU 0: CUDA finds 0"):
         describe_gpu(Cuda(FakeCuda(devices=0)))
 
 

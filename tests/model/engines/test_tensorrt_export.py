@@ -153,7 +153,7 @@ def test_loading_finds_library_gpu_and_plan(artifact: Artifact, tmp_path: Path, 
 @pytest.mark.parametrize("batch", BUCKETS)
 def test_a_plan_that_strays_at_one_batch_is_dropped(artifact: Artifact, tmp_path: Path, batch: int) -> None:
     toolchain = fake_toolchain(FakeCuda())
-    message = r"differs too much from torch fp32 and was dropped: class cosine .*at least 0\.999"
+    message = r"differs too much from torch fp32 and was not stored: class cosine .*at least 0\.999"
     with pytest.raises(ParityError, match=message):
         build(artifact, tmp_path, fake_plan(wrong_batches=[batch]), toolchain)
     assert not list(tmp_path.glob("*.plan"))
@@ -358,9 +358,9 @@ def test_events_and_result_come_through(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (
             "print('node 7 is odd', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
-            r"ended by SIGSEGV: TensorRT crashed on this graph, or memory ran out\. Its log ends: node 7 is odd",
+            r"killed by SIGSEGV: TensorRT crashed on this graph, or memory ran out\. Its log ends: node 7 is odd",
         ),
-        ("os.kill(os.getpid(), signal.SIGKILL)", r"ended by SIGKILL.*Its log is empty"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"killed by SIGKILL.*Its log is empty"),
         ("print(json.dumps({'error': 'no kernel'})); sys.exit(1)", "^no kernel$"),
         ("print('lost', file=sys.stderr); sys.exit(3)", "ended with status 3 and no result. Its log ends: lost"),
         ("pass", "ended with status 0 and no result"),

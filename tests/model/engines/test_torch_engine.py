@@ -142,7 +142,7 @@ def test_what_cannot_be_compiled_is_captured_eagerly(
     engine._compiled = no_compiler
     monkeypatch.setattr(StandIn, "__init__", _calls_forward(StandIn.__init__))
     engine._capture((3, 70, 70))
-    assert "torch.compile failed, running without it: Failed to find C compiler" in caplog.text
+    assert "torch.compile failed, so the engine runs without it: Failed to find C compiler" in caplog.text
     assert "advice" not in caplog.text
     assert engine._compiled is None
 
