@@ -135,7 +135,7 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn server with a graceful shutdown. After a signal, it refuses new requests, finishes the running
     requests, and then stops listening.
 
-    The server itself starts and closes the application. So an error that occurs at startup is raised by `run`.
+    The server itself starts and closes the application. So `run` raises an error that occurs at startup.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class DrainingServer(uvicorn.Server):
             where = f"{self.config.host}:{self.config.port}"
             raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
         gc.collect()
-        gc.freeze()  # the garbage collector would scan the objects made at startup again and delay requests
+        gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
         print(self._greet(self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:

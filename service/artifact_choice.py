@@ -93,8 +93,8 @@ def _name(path: Path) -> str | None:
 
 
 def _export(name: str, data_dir: Path) -> Path:
-    """Export a published model and return its artifact folder. The command `dinov2 export` runs in a separate process,
-    because it needs torch. It also downloads the weights."""
+    """Export a published model and return its artifact folder. The export runs in a separate process (`dinov2 export`),
+    because it needs torch. This process also downloads the weights."""
     if find_spec("torch") is None:
         raise ValueError(
             f"{name} must be exported once, which requires torch: pip install 'dinov2-service[train]', or export it on "
@@ -105,7 +105,7 @@ def _export(name: str, data_dir: Path) -> Path:
     log.info("exporting %s into %s", name, target)
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)  # noqa: S603  resolve() knows the name
     if done.returncode:
-        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); see its message above")
+        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); see the error message above")
     exported = [path for path in find_artifacts(data_dir) if _name(path) == name]
     if not exported:
         raise ValueError(f"the export of {name} wrote no artifact to {target}")

@@ -18,7 +18,7 @@ _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """A protocol that closes a connection if the head of a request (the request line and the headers) is larger than
-    `MAX_HEAD_BYTES` or is not complete after `header_timeout_s`.
+    `MAX_HEAD_BYTES` or is not complete after `header_timeout_s` seconds.
 
     The size is checked after each read from the socket, so a head that arrives in one read may be larger. An idle
     keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's deadline.

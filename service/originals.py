@@ -11,7 +11,7 @@ replaces the partial file, because its size differs.
 
 This module never deletes an image, because several items may share one image, even in different collections.
 
-The errors of the storage packages are translated to `StorageFailed`. Its message contains no paths or addresses.
+The errors of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
 
 import asyncio
@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 
 def source_of(digest: str) -> str:
-    """Return the `source` of an item whose image is stored under `digest`: "original:" followed by the digest."""
+    """Return the text "original:" followed by the digest. An item with this text as its `source` refers to the stored
+    image."""
     return SCHEME + digest
 
 

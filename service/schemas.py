@@ -250,7 +250,7 @@ class PartIn(Body):
 
 def _run_lengths(counts: Any) -> Any:
     """Return `counts` if it is a text or a list of at most MAX_RUNS elements, and raise PydanticCustomError otherwise.
-    The type is not a union, because pydantic would then report an error for each alternative."""
+    The schema does not use a union type, because pydantic would report an error for each alternative."""
     if not isinstance(counts, str | list) or len(counts) > MAX_RUNS:
         raise PydanticCustomError(
             "run_lengths", f"must be a COCO run-length string or a list of integers, at most {MAX_RUNS:,} long"
@@ -259,8 +259,8 @@ def _run_lengths(counts: Any) -> Any:
 
 
 class MaskIn(Body):
-    """A mask as COCO run lengths. They are either a compressed string, as `/v1/segment` and pycocotools return it, or a
-    list of numbers."""
+    """A mask as COCO run lengths. They are either a compressed string, which `/v1/segment` and pycocotools can make, or
+    a list of numbers."""
 
     size: Annotated[list[Run], FailFast()] = Field(
         min_length=2, max_length=2, description="height and width of the upright image"
@@ -339,7 +339,7 @@ class QueryIn(Ranking):
 
 class SearchIn(QueryIn):
     """The body of `POST /v1/collections/{name}/search`. It is a single query, or it has a list of queries in the field
-    `queries`. The fields next to `queries` are defaults for each query in the list."""
+    `queries`. In the second case, the fields of a single query are defaults for each query in the list."""
 
     model: str = Field(
         "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"

@@ -231,7 +231,7 @@ class RedisCache:
         self._faults[call] = f"{type(error).__name__}: {words}"
         refused = isinstance(error, ResponseError) and not isinstance(error, AuthenticationError | AuthorizationError)
         if refused and not str(error).startswith(("NOAUTH", "WRONGPASS")):
-            self._breaker.abandon()  # Redis answers (e.g. out of memory for writes): reads may continue
+            self._breaker.abandon()  # Redis works but refused this call, for instance a write when it is out of memory
         else:
             self._breaker.fail()
 
@@ -297,7 +297,7 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
             f"the Redis URL (scheme {scheme!r}) is not valid: the form is redis://[:password@]host:port/db; "
             "percent-encode special characters of the password"
         ) from None
-    return Redis.from_pool(pool)  # closed with the client
+    return Redis.from_pool(pool)  # the client closes the pool
 
 
 def frame(value: bytes) -> bytes:

@@ -76,7 +76,7 @@ class Embedded:
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
         """Return the vector for this pooling, float32 [width(pooling, D)]. If `normalize` is true, the vector is scaled
-        to length 1. If it consists of two parts, each part is scaled to length 1 before."""
+        to length 1. If it consists of two parts, each part is first scaled to length 1."""
         unit = _unit if normalize else _as_is
         return unit(pool({"cls": self.cls, "mean": self.mean}, pooling, unit=unit, join=np.concatenate))
 
@@ -213,7 +213,8 @@ class Pipeline:
         same time than there are decoding threads. Other images wait before they are decoded.
 
         Raises:
-            ServiceError: the image cannot be decoded, the queue or the engine fails, or `answer` raises this error.
+            ServiceError: the image cannot be decoded, the queue is full, the engine failed, or `answer` raised this
+                error.
         """
         self.batcher.reserve(1)
         task = asyncio.create_task(self._analyse(image, answer))
@@ -314,7 +315,7 @@ class Pipeline:
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
             task = asyncio.create_task(self._fly(key, wanted[key]))
-            task.add_done_callback(partial(self._landed, key))  # also when it is cancelled before its first step
+            task.add_done_callback(partial(self._landed, key))  # also if the task is cancelled before its first step
             self._flights[key] = _Flight(task)
         flights = {key: self._flights[key] for key in wanted}
         for flight in flights.values():

@@ -29,7 +29,7 @@ async def list_aliases(request: Request) -> Response:
 
 @router.put("/{alias}", summary="Create or move an alias", openapi_extra=json_body(AliasIn))
 async def put_alias(request: Request, alias: str) -> Response:
-    """Create an alias of a collection, or move an existing alias to this collection in one atomic step. In the answer,
+    """Create an alias for a collection, or move an existing alias to this collection in one atomic step. In the answer,
     `before` is the collection that the alias pointed to before. If the alias is new, `before` is null and the status is
     201."""
     service = service_of(request)

@@ -66,7 +66,7 @@ async def read_upload(request: Request, settings: Settings, *, key: str) -> Uplo
         return upload
     if kind.startswith("image/") or kind == "application/octet-stream":
         return Upload(numbered([await request.body()]), query_fields(request))
-    raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send {_FORMS}")
+    raise UnsupportedMediaType(f"content type {kind!r} is not accepted: send {_FORMS}")
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -79,7 +79,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     """
     kind = media_type(request)
     if kind != "application/json":
-        raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send application/json")
+        raise UnsupportedMediaType(f"content type {kind!r} is not accepted: send application/json")
     return await json_of(request)
 
 

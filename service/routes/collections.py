@@ -127,8 +127,8 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> Respons
 @router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
 async def restore_snapshot(request: Request, name: str) -> Response:
     """Create a collection from a snapshot. The new collection gets the name in the path. The field `from` is the name
-    of the collection that the snapshot was taken of. By default, this is also the name in the path. The status is 409
-    if a collection or alias already has the name in the path."""
+    of the collection that the snapshot was taken of. By default, `from` is the name in the path. The status is 409 if a
+    collection or alias already has the name in the path."""
     service = service_of(request)
     store = _snapshots(service, name)
     body = parse_options(RestoreIn, await read_json(request))

@@ -1,5 +1,5 @@
-"""Find items of a collection with identical or nearly identical images: `/v1/collections/{name}/duplicates`. This does
-not require the model."""
+"""Find items of a collection with identical or nearly identical images: `/v1/collections/{name}/duplicates`. The model
+is not needed for this search."""
 
 import time
 from typing import Any

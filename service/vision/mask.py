@@ -3,9 +3,9 @@
 COCO's run-length encoding (cocoapi, `common/maskApi.c`) is a list of the lengths of runs of equal pixels, in
 column-major order. The first run is background. Its length is 0 if the mask begins with foreground. In the compressed
 string, each run from the fourth on is replaced by its difference to the run two before it. Each number is divided into
-groups of 5 bits, lowest first. The character of a group is "0" plus the value of the group. Bit 5 is added if more
-groups of the number follow. Bit 4 of the last group is the sign. The string is equal to that of pycocotools. This code
-processes all runs at once with numpy.
+groups of 5 bits, lowest first. A group is written as one character. The code of this character is 48 plus the group,
+plus 32 if more groups of the number follow. The highest bit of the last group is the sign of the number. The string is
+equal to that of pycocotools. This code processes all runs at once with numpy.
 """
 
 import io
@@ -51,7 +51,7 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
     pixels = height * width
     wrong = runs[(runs < 0) | (runs > pixels)]  # check each run before the sum, which may wrap around
     if len(wrong):
-        raise ValueError(f"a run length is {wrong[0]}: 0 to {pixels} ({height} x {width} pixels) is allowed")
+        raise ValueError(f"a run length is {wrong[0]}, but must be from 0 to {pixels} ({height} x {width} pixels)")
     if min(height, width) < 0 or runs.sum() != pixels:
         raise ValueError(f"the run lengths sum to {runs.sum()}, not to {pixels} ({height} x {width} pixels)")
     values = np.arange(len(runs)) % 2 == 1

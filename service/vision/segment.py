@@ -1,9 +1,9 @@
 """Separate foreground from background without labels, from the patch features of one forward pass.
 
-DINOv2's patch features of an image vary most along the direction that separates the object from its background. The
-DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to this first principal component. The code centres
-the patches [N, D], projects them onto the component, chooses the sign that makes the foreground positive, and applies
-Otsu's threshold.
+DINOv2's patch features of an image vary most along the direction that separates the object from its background. This
+direction is their first principal component. The DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to
+this component. The code centres the patches [N, D], projects them onto the component, chooses the sign that makes the
+foreground positive, and applies Otsu's threshold.
 
 - The sign of a principal component is arbitrary. `orient` chooses the sign based on the positions of the patches.
   docs/decisions/0003-foreground-sign.md compares this rule with others.

@@ -262,7 +262,10 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
         ({"mask": {"size": [10**9, 10**9], "counts": "0"}}, "image has [32, 40]"),
         ({"mask": {"size": [32, 40], "counts": [1280]}}, "region.mask is empty: it must have at least one pixel"),
         ({"mask": {"size": [32, 40], "counts": [0, 10]}}, "region.mask.counts: the run lengths sum to 10, not to 1280"),
-        ({"mask": {"size": [32, 40], "counts": [0, -1, 1281]}}, "region.mask.counts: a run length is -1: 0 to 1280"),
+        (
+            {"mask": {"size": [32, 40], "counts": [0, -1, 1281]}},
+            "region.mask.counts: a run length is -1, but must be from 0 to 1280",
+        ),
         (
             {"mask": {"size": [32, 40], "counts": [2**60] * 16 + [1280]}},
             f"is {2**60}: 0 to 1280",
