@@ -268,7 +268,7 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
         ),
         (
             {"mask": {"size": [32, 40], "counts": [2**60] * 16 + [1280]}},
-            f"is {2**60}: 0 to 1280",
+            f"is {2**60}, but must be from 0 to 1280",
         ),  # the sum wraps around
         ({"mask": {"size": [32, 40], "counts": [2**64 - 1]}}, "region.mask"),
         ({"mask": {"size": [32, 40], "counts": [1, 1.5, "x"]}}, "or a list of integers; 1.5 is not an integer"),
