@@ -14,7 +14,7 @@ Array = TypeVar("Array")
 Pooling = Literal["cls", "mean", "cls+mean"]
 POOLINGS: Final[tuple[Pooling, ...]] = get_args(Pooling)
 DEFAULT_POOLING: Final[Pooling] = "cls"
-POOLING_DESCRIPTION: Final = "class token, mean of the patch tokens, or both joined"
+POOLING_DESCRIPTION: Final = "class token, mean of the patch tokens, or both concatenated"
 PATCH_PARTS: Final[Mapping[str, Callable[[Any], Any]]] = {"mean": lambda patches: patches.mean(1)}
 """The parts that are computed from the patch tokens. Each function maps an array or tensor [B, N, D] to [B, D]."""
 PARTS: Final = ("cls", *PATCH_PARTS)

@@ -1,1 +1,1 @@
-"""The REST service over an exported artifact. It loads without torch."""
+"""A REST service that serves an exported model. It can be imported without torch."""

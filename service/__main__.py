@@ -1,11 +1,13 @@
-"""`python -m service`, also called by `dinov2 serve`: load the model, then serve until SIGTERM.
+"""Start the service: load the model, then answer requests until SIGTERM. Both `python -m service` and `dinov2 serve`
+run this module.
 
-Settings, model and stored data are checked before the port is opened. If the service cannot start, for instance because
-the port is in use, the error is printed in one line and the exit status is 2.
+The settings, the model and the stored data are checked before the port is opened. If the service cannot start, for
+instance because the port is in use, the error is printed in one line and the exit status is 2.
 
-On SIGTERM, the service shuts down. It refuses new requests with status 503, and /readyz fails. It keeps listening until
-the running requests are answered, but at most for `shutdown_grace_s`, and then closes. A second signal ends it at once.
-The process does not join its threads at the end, because a thread that hangs in a decoder would block the exit forever.
+On SIGTERM, the service shuts down. It answers new requests to /v1/ with status 503, and /readyz fails. The service
+stops listening when the running requests are answered, or after `shutdown_grace_s` seconds. A second signal ends the
+process at once. The process does not wait for its threads when it exits, because a thread that hangs in a decoder would
+block the exit forever.
 """
 
 import asyncio
@@ -43,14 +45,15 @@ log = logging.getLogger("service")
 
 START_FAILED: Final = 2
 CLOSE_LIMIT_S: Final = 10.0
-"""The time limit for closing cache and store after the grace period. Compose kills the container 15 s after the grace
-period."""
+"""The time limit in seconds for closing the cache and the vector store after the grace period. With the default
+settings, Docker Compose kills the container 15 s after the grace period."""
 
 
 def main(overrides: Mapping[str, Any] | None = None) -> int:
-    """Run the service and end the process with its exit status. Only the entry points call this function.
+    """Run the service until it stops, then end the process. Only the entry points call this function. `overrides` has
+    settings from the command line.
 
-    It returns only if the service did not start; the result is then the exit status.
+    The function returns only if the service cannot start. It then returns the exit status 2.
     """
     status = serve(overrides)
     if status == START_FAILED:
@@ -63,7 +66,8 @@ def main(overrides: Mapping[str, Any] | None = None) -> int:
 
 
 def serve(overrides: Mapping[str, Any] | None = None) -> int:
-    """Serve until a signal and return the exit status. `overrides` are settings from the command line."""
+    """Run the service until it receives a signal, and return the exit status. `overrides` has settings from the command
+    line, which take precedence over the environment. If the service cannot start, print the error and return 2."""
     try:
         settings = load_settings(overrides)
         configure_logging(settings.log_level)
@@ -77,16 +81,16 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """Return the message of an error as one line, cut after 600 characters."""
+    """Return the message of an error as one line, truncated after 600 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:600]}..."
 
 
 def make_server(settings: Settings) -> "DrainingServer":
-    """Load the model and build the server.
+    """Load the model, and return a server that answers requests with it.
 
     Raises:
-        ValueError, OSError: the model cannot be found, verified or loaded. The message has the file and the reason.
+        ValueError, OSError: the model cannot be found, verified or loaded. The message names the file and the reason.
         ModuleNotFoundError: the requested runtime is not installed.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -121,17 +125,17 @@ def make_server(settings: Settings) -> "DrainingServer":
 
 
 class _Unjoined(ThreadPoolExecutor):
-    """The event loop's thread pool. Shutting it down does not wait for its threads."""
+    """A thread pool for the event loop. Its `shutdown` does not wait for running threads."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=cancel_futures)
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that shuts down gently: after a signal it refuses new requests, finishes the running ones, and
-    only then stops listening.
+    """A uvicorn server with a graceful shutdown. After a signal, it refuses new requests, finishes the running
+    requests, and then stops listening.
 
-    The server starts and closes the application itself, so that `run` raises an error that occurs at startup.
+    The server itself starts and closes the application. So `run` raises an error that occurs at startup.
     """
 
     def __init__(
@@ -152,38 +156,39 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        """Start the application, then listen.
+        """Start the application, open the port, and print the startup message.
 
         Raises:
-            ServiceError, ValueError, OSError: the service cannot start.
+            ServiceError, ValueError, OSError: the application cannot start, or the port cannot be opened.
         """
         asyncio.get_running_loop().set_default_executor(_Unjoined(thread_name_prefix="io"))
         await self._running.enter_async_context(self._lifespan)
         try:
             await super().startup(sockets)
-        except SystemExit as stop:  # uvicorn cannot listen; only the context has the cause
+        except SystemExit as stop:  # uvicorn cannot listen; the cause is in the context
             await self._close()
             where = f"{self.config.host}:{self.config.port}"
             raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
         gc.collect()
-        gc.freeze()  # objects made at startup live on; scanning them again would delay requests
+        gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
         print(self._greet(self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Stop listening, end the requests that are still running, and close the application."""
+        """Stop listening, cancel the requests that are still running, and close the application. After a second signal,
+        the application is not closed."""
         await super().shutdown(sockets)
         if not self.force_exit:
             await self._close()
 
     async def _close(self) -> None:
-        """Close the application and wait up to CLOSE_LIMIT_S. If this fails or hangs, no data is lost, because every
-        write is on disk before it is answered."""
+        """Close the application. Log an error if closing fails or takes longer than CLOSE_LIMIT_S. Even then no data is
+        lost, because every write reaches the disk before its request is answered."""
         closing = asyncio.create_task(self._running.aclose())
         await asyncio.wait([closing], timeout=CLOSE_LIMIT_S)
         if not closing.done():
-            log.error("closing took longer than %g s", CLOSE_LIMIT_S)
+            log.error("closing the application took longer than %g s", CLOSE_LIMIT_S)
         elif error := closing.exception():
-            log.error("closing failed", exc_info=error)
+            log.error("closing the application failed", exc_info=error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain_until is not None:
@@ -205,7 +210,8 @@ class DrainingServer(uvicorn.Server):
 
 
 def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
-    """Return the startup message: the address, the model, and a command that works as printed."""
+    """Return the startup message with the address, the model, and two example commands. The second command works
+    without an image file."""
     png = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).save(png, "PNG")
     example = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")

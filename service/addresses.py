@@ -1,7 +1,8 @@
-"""Redis and Milvus addresses: parse, check, and print them without passwords.
+"""Parse and check the addresses of Redis and Milvus servers, and remove the passwords for the log.
 
-If a password has an unencoded `/`, `?` or `#`, the rest of the password becomes another part of the URL. So every part
-is checked, and no message quotes a part. The messages of urllib quote parts, so they are not shown.
+If a password contains an unencoded `/`, `?` or `#`, the characters after it are parsed as another part of the URL. So
+every part is checked, and error messages contain no part of the URL except the scheme. The messages of urllib are not
+shown, because they contain such parts.
 """
 
 import re
@@ -19,15 +20,15 @@ _MILVUS_FORM: Final = (
 
 
 def redis_parts(url: str) -> SplitResult:
-    """Split a Redis URL and check each part.
+    """Split a Redis URL into its parts, check each part, and return the parts.
 
     Raises:
-        ValueError: `url` is not a valid Redis URL. The message shows at most its scheme.
+        ValueError: `url` is not a valid Redis URL. The message contains at most the scheme of `url`.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("redis", "rediss", "unix"):
-        shown = f"{scheme}://" if separator else "a value without ://"
-        raise ValueError(f"must start with redis://, rediss:// or unix://, not with {shown}")
+        shown = f"not with {scheme}://" if separator else "but contains no ://"
+        raise ValueError(f"must start with redis://, rediss:// or unix://, {shown}")
     parts = _split(url, _REDIS_FORM)
     if scheme != "unix" and not parts.hostname:
         raise ValueError(_REDIS_FORM.format("the host is missing"))
@@ -39,15 +40,16 @@ def redis_parts(url: str) -> SplitResult:
 
 
 def milvus_parts(url: str) -> SplitResult:
-    """Split a Milvus address and check each part.
+    """Split a Milvus address into its parts, check each part, and return the parts.
 
     Raises:
-        ValueError: `url` is not a valid Milvus address. The message shows at most its scheme.
+        ValueError: `url` is not a valid Milvus address. The message contains at most the scheme of `url`.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("milvus", "milvus+tls"):
-        shown = f"{scheme}://" if separator and re.fullmatch("[a-z0-9+]{1,16}", scheme) else "a value without a scheme"
-        raise ValueError(f"must be embedded, or start with milvus:// or milvus+tls://, not with {shown}")
+        is_shown = separator and re.fullmatch("[a-z0-9+]{1,16}", scheme)
+        shown = f"not with {scheme}://" if is_shown else "but has no valid scheme"
+        raise ValueError(f"must be embedded, or start with milvus:// or milvus+tls://, {shown}")
     parts = _split(url, _MILVUS_FORM)
     if not parts.hostname or not re.fullmatch(r"[A-Za-z0-9._:-]+", parts.hostname):
         raise ValueError(_MILVUS_FORM.format("the host is missing or invalid"))
@@ -59,26 +61,26 @@ def milvus_parts(url: str) -> SplitResult:
 
 
 def masked_url(url: str) -> str:
-    """Return a Redis URL for the log, with scheme, host, port and database but without user and password.
+    """Return a Redis URL without user name and password, so that it can be logged.
 
     Raises:
-        ValueError: `url` is not a valid Redis URL. The message shows at most its scheme.
+        ValueError: `url` is not a valid Redis URL. The message contains at most the scheme of `url`.
     """
     parts = redis_parts(url)
     return f"unix://{parts.path}" if parts.scheme == "unix" else _masked(parts)
 
 
 def masked_milvus_url(url: str) -> str:
-    """Return a Milvus address for the log, with scheme, host, port and database but without user and password.
+    """Return a Milvus address without user name and password, so that it can be logged.
 
     Raises:
-        ValueError: `url` is not a valid Milvus address. The message shows at most its scheme.
+        ValueError: `url` is not a valid Milvus address. The message contains at most the scheme of `url`.
     """
     return _masked(milvus_parts(url))
 
 
 def bracketed_host(parts: SplitResult) -> str:
-    """Return the host, in brackets if it is an IPv6 address."""
+    """Return the host name of a URL. An IPv6 address is put in square brackets."""
     return f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
 
 

@@ -1,9 +1,10 @@
-"""Build the application from the settings, the artifact and the engine.
+"""Build the application from the settings, the artifact (an exported model) and the engine. A request passes through
+these layers:
 
     Border (id, limits, deadline, errors, metrics)  ->  FastAPI  ->  routes  ->  Pipeline, VectorStore
 
-Engine, cache and store can be passed in, so a test can pass fakes. Pipeline, cache and store need the event loop. So
-they are made when the application starts, and closed in reverse order when it stops.
+The engine, the cache and the store can be passed in, so that tests can use fakes. The pipeline, the cache and the store
+need the event loop. So they are created when the application starts, and closed in reverse order when it stops.
 """
 
 import logging
@@ -58,14 +59,14 @@ def create_app(
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
 ) -> FastAPI:
-    """Build the application.
+    """Build and return the application.
 
     Args:
         settings: the operator's settings.
         artifact, engine: the verified model and the runtime that has loaded it.
-        tried: the engines that were tried at startup, which /v1/models shows.
-        cache: the cache of vectors. None means the cache that the settings name.
-        open_store: a function that opens the vector store. None means the store that the settings name.
+        tried: the engines that were tried at startup. /v1/models lists them.
+        cache: the cache of vectors. None means that the settings determine the cache.
+        open_store: a function that opens the vector store. None means that the settings determine the store.
     """
     start = _Start(settings, artifact, engine, tried, cache, open_store)
 
@@ -87,16 +88,16 @@ def create_app(
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health)
-    # Before the framework's own routes, and without the extra wrapping that `include_router` adds.
+    # Put the routes before the framework's own, without the wrappers that `include_router` would add.
     app.router.routes[:0] = [route for resource in resources for route in resource.router.routes]
     app.add_exception_handler(HTTPException, _framework_error)
     return app
 
 
 class _App(FastAPI):
-    """FastAPI with `Border` around its router instead of FastAPI's own middleware. Each of FastAPI's layers adds
-    measurable latency to a search, and none is needed: `Border` handles errors, and no route has dependencies that need
-    an exit stack."""
+    """A FastAPI application with `Border` (service/middleware.py) around its router instead of FastAPI's own
+    middleware. Each layer of FastAPI's middleware adds measurable latency to a search. None of the layers is needed,
+    because `Border` handles errors and no route has dependencies that need an exit stack."""
 
     def build_middleware_stack(self) -> ASGIApp:
         border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))
@@ -105,7 +106,7 @@ class _App(FastAPI):
 
 @dataclass(frozen=True)
 class _Start:
-    """The parts of a service that need no event loop."""
+    """The parts of a service that can be created without an event loop."""
 
     settings: Settings
     artifact: Artifact
@@ -117,8 +118,8 @@ class _Start:
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
-        """Make the parts that need the event loop, warm up the engine, and return the service. `stack` gets a callback
-        that closes each part."""
+        """Create the parts that need the event loop, warm up the engine, and return the service. For each part, a
+        callback that closes it is pushed onto `stack`."""
         store = await self._store()
         stack.push_async_callback(store.close)
         originals = Originals(self.settings.originals_place)
@@ -164,8 +165,8 @@ class _Start:
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
-    """Answer an error that FastAPI or Starlette raised, such as an unknown route, in the format of the service's
-    errors."""
+    """Return the answer to an error that FastAPI or Starlette raised, for instance because a route is unknown. The
+    answer has the same format as the answers to the service's own errors."""
     translated = _translated(request, error)
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(
@@ -176,10 +177,12 @@ async def _framework_error(request: Request, error: Exception) -> Response:
 def _translated(request: Request, error: Exception) -> ServiceError:
     assert isinstance(error, HTTPException)
     if error.status_code == NotFound("").status:
-        return NotFound(f"no route {request.url.path[:200]!r}: /docs lists them")
+        return NotFound(f"there is no route {request.url.path[:200]!r}: see /docs for all routes")
     if error.status_code == MethodNotAllowed("").status:
         allowed = (error.headers or {}).get("Allow", "")
-        return MethodNotAllowed(f"{request.method} is not allowed here: {allowed}", headers=error.headers)
+        return MethodNotAllowed(
+            f"{request.method} is not allowed here; allowed methods: {allowed}", headers=error.headers
+        )
     return BadRequest(str(error.detail)) if error.status_code < 500 else ServiceError("an internal error")
 
 

@@ -1,5 +1,5 @@
-"""Choose the artifact to serve: the newest in the data folder, the bundled one, a given folder, or a published
-model."""
+"""Find the artifact to serve. An artifact is a folder with an exported model. This module also reads the images on
+which engines are checked."""
 
 import logging
 import subprocess
@@ -19,22 +19,24 @@ log = logging.getLogger(__name__)
 
 
 def choose_artifact(model: str, data_dir: Path) -> Path:
-    """Return the artifact folder that `model` names. If it is a published model without a local artifact, download and
-    export the model first.
+    """Return the artifact folder that `model` names. If `model` is a published model without a local artifact, the
+    model is downloaded and exported first.
 
     Args:
-        model: "auto" (the newest artifact in the data folder, else the bundled one), an artifact folder, the name of an
-            artifact in the data folder, or a published model's name.
-        data_dir: its subfolder `artifacts` contains the artifacts.
+        model: "auto" (the newest artifact in the data folder, or the bundled one if there is none), an artifact folder,
+            the name of an artifact in the data folder, or the name of a published model.
+        data_dir: the data folder. Its subfolder `artifacts` contains the artifacts.
 
     Raises:
-        ValueError: nothing has this name, or the model must be exported first and this fails, for instance because
-            torch is not installed.
+        ValueError: there is no such artifact or model, or the model cannot be exported, for instance because torch is
+            not installed.
     """
     local = find_artifacts(data_dir)
     if model == "auto":
         if not local:
-            raise ArtifactError(f"no artifact in {data_dir / 'artifacts'} and none bundled: name a folder or a model")
+            raise ArtifactError(
+                f"no artifact in {data_dir / 'artifacts'} and none is bundled: name a folder or a published model"
+            )
         return local[0]
     folder = Path(model)
     if (folder / MANIFEST).is_file():
@@ -43,7 +45,7 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
         if model in (path.name, _name(path)):
             return path
     if folder.exists() or "/" in model.removeprefix("facebook/"):
-        raise ArtifactError(f"{model}: not an artifact folder: it contains no {MANIFEST}")
+        raise ArtifactError(f"{model} is not an artifact folder: it contains no {MANIFEST}")
     name = resolve(model).name
     for path in local:
         if _name(path) == name:
@@ -52,8 +54,8 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
-    """Return the pixels [H, W, 3] of an image file. If the file is not an image, call `tell` with a message and return
-    None."""
+    """Read an image file and return its pixels, uint8 [H, W, 3]. If the file cannot be decoded, call `tell` with a
+    message and return None."""
     try:
         return decode(path.read_bytes())
     except DecodeError as error:
@@ -62,11 +64,12 @@ def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.N
 
 
 def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
-    """Return the pixels [H, W, 3] of up to `limit` images below a folder. They are spread evenly over the sorted paths,
-    so that folders of different classes are all covered.
+    """Return the pixels, uint8 [H, W, 3], of up to `limit` images in a folder and its subfolders. The images are spread
+    over the sorted list of files, so that they come from several subfolders. For each file that cannot be decoded,
+    `tell` is called with a message, and another file is used.
 
     Raises:
-        ValueError: fewer than two images can be read.
+        ValueError: fewer than two images can be decoded.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     images: list[npt.NDArray[np.uint8]] = []
@@ -90,8 +93,8 @@ def _name(path: Path) -> str | None:
 
 
 def _export(name: str, data_dir: Path) -> Path:
-    """Download and export a published model, and return its artifact folder. `dinov2 export` does this in a separate
-    process, because it needs torch."""
+    """Export a published model and return its artifact folder. The export runs in a separate process (`dinov2 export`),
+    because it needs torch. This process also downloads the weights."""
     if find_spec("torch") is None:
         raise ValueError(
             f"{name} must be exported once, which requires torch: pip install 'dinov2-service[train]', or export it on "
@@ -102,7 +105,7 @@ def _export(name: str, data_dir: Path) -> Path:
     log.info("exporting %s into %s", name, target)
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)  # noqa: S603  resolve() knows the name
     if done.returncode:
-        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); see its message above")
+        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); see the error message above")
     exported = [path for path in find_artifacts(data_dir) if _name(path) == name]
     if not exported:
         raise ValueError(f"the export of {name} wrote no artifact to {target}")

@@ -1,7 +1,7 @@
-"""Decode images that are sent in JSON, as data URLs or plain base64.
+"""Decode images that are sent in JSON as data URLs or as plain base64.
 
-A text that is not base64, or is a link, is an error of its item and not of the request, so `on_error=partial` applies
-to it.
+If one of the texts is a link or is not base64, only its item gets an error, so that the other items can be answered
+with `on_error=partial`.
 """
 
 import binascii
@@ -17,7 +17,7 @@ _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGN
 
 
 async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
-    """Decode data URLs or base64 texts. Return for each text, in order, its bytes or its error."""
+    """Decode data URLs or base64 texts. Return the bytes or the error of each text, in order."""
 
     def work() -> list[Outcome[bytes]]:
         return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
@@ -26,8 +26,8 @@ async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[byt
 
 
 def image_from_text(text: Any, max_bytes: int) -> bytes:
-    """Decode one data URL or plain base64 text to bytes. Line breaks, the URL-safe characters `-` and `_`, and missing
-    padding are accepted.
+    """Decode one data URL or plain base64 text and return the bytes. Line breaks, the URL-safe characters `-` and `_`,
+    and missing padding are accepted.
 
     Raises:
         InvalidRequest: `text` is not a string, is a link, or is a data URL without base64.
@@ -60,7 +60,8 @@ def image_from_text(text: Any, max_bytes: int) -> bytes:
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:
-    """Raise InvalidRequest if a request has no image, or more images than allowed."""
+    """Raise InvalidRequest if `count`, the number of images in a request, is 0 or above the limit in `settings`. The
+    error names the field `param`."""
     limit = settings.items_per_request
     if not 1 <= count <= limit:
         raise InvalidRequest(f"{count} images in {param}: a request can have 1 to {limit}", param=param)

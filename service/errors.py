@@ -1,4 +1,4 @@
-"""All errors that a client can see, with their HTTP status and code.
+"""All errors of the service, with their HTTP status and code.
 
     ServiceError                        500 internal_error
     ├── BadRequest                      400 bad_request
@@ -16,7 +16,7 @@
     │   └── UnsupportedImage            415 unsupported_image
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
-    │   └── InvalidItems                422 invalid_items (or the code that all items share)
+    │   └── InvalidItems                422 invalid_items (or the status and code of an item)
     ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
     ├── StorageFailed                   500 storage_failed
@@ -27,9 +27,10 @@
     └── DeadlineExceeded                504 deadline_exceeded
 
 The code that detects a fault raises one of these classes. `ERRORS` maps each class to its status, code and title.
-`service/middleware.py` turns the exception into a body: RFC 9457 `application/problem+json`, or on `/v1/embeddings`
-OpenAI's `{"error": {...}}`, so that OpenAI clients can parse it. This module uses no web framework, because code that
-is independent of the web framework raises these classes too.
+`service/middleware.py` turns the exception into an answer. Its body has the format of RFC 9457
+(`application/problem+json`). On `/v1/embeddings` the body has OpenAI's format, so that OpenAI clients can parse it.
+This module does not import the web framework, because these errors are also raised by code that is independent of the
+framework.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple
 
 
 class ErrorKind(NamedTuple):
-    """The status, code and title of an error class."""
+    """The HTTP status, the code and the title of an error class."""
 
     status: int
     code: str
@@ -48,8 +49,8 @@ class ErrorKind(NamedTuple):
 class ServiceError(Exception):
     """An error with an HTTP status and body.
 
-    `detail` is a message for the user that has the wrong value and says what is allowed. `param` is the name of the
-    wrong field in the request, if there is one. `extra` has further members of the body, and `headers` has further
+    `detail` is the message for the user. It names the wrong value and what is allowed. `param` is the name of the wrong
+    field in the request, if there is one. `extra` has additional members of the body, and `headers` has additional
     headers of the response.
     """
 
@@ -127,7 +128,7 @@ class BrokenImage(InvalidRequest): ...
 
 @dataclass(frozen=True)
 class ItemError:
-    """The error of one item of a request. `index` counts from 0 in the order sent."""
+    """The error of one item of a request. `index` is the position of the item in the request, from 0."""
 
     index: int
     error: ServiceError
@@ -137,18 +138,18 @@ class ItemError:
 
 
 class InvalidItems(InvalidRequest):
-    """Raised if items of a request cannot be used. The body lists each of them with its error.
+    """The error of a request that has items that cannot be used. The body lists each of these items with its error.
 
-    If all items have errors of the same kind, status and code are those of this kind. Otherwise, if an item has an
-    error of the server (5xx), status and code are those of the error with the highest status. If there is none, they
-    are 422 and invalid_items.
+    If all these items have errors of the same kind, the request has the status and code of this kind. Otherwise, if any
+    of the errors is a server error (5xx), the request has the status and code of the error with the highest status. In
+    all other cases, the status is 422 and the code is invalid_items.
     """
 
     def __init__(self, items: list[ItemError], *, total: int, param: str = "input") -> None:
         assert items
         super().__init__(invalid_items_detail(items, total), param=param, extra={"errors": [i.body() for i in items]})
         self.items = items
-        for item in items:  # an item's Retry-After applies to the request
+        for item in items:  # the Retry-After of an item applies to the request
             self.headers.update(item.error.headers)
 
     @property
@@ -171,8 +172,8 @@ class InvalidItems(InvalidRequest):
 
 
 def invalid_items_detail(items: list[ItemError], total: int) -> str:
-    """Return one line that has the index and the reason of every item that failed: "2 of 5 items cannot be used: [1]
-    ...; [4] ..."."""
+    """Return a one-line message with the index and the reason of every item that failed, for example "1 of 5 items
+    cannot be used: [4] not base64"."""
     reasons = "; ".join(f"[{item.index}] {item.error.detail}" for item in items)
     return f"{len(items)} of {total} items cannot be used: {reasons}"
 
@@ -187,8 +188,8 @@ class StorageFailed(ServiceError): ...
 
 
 class Unavailable(ServiceError):
-    """The service cannot answer now. `retry_after_s` is the number of seconds after which the client should try
-    again."""
+    """An error that means that the service cannot answer at the moment. The client should try again after
+    `retry_after_s` seconds."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(detail, headers={} if retry_after_s is None else {"Retry-After": str(max(1, retry_after_s))})
@@ -237,8 +238,8 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
 
 
 def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:
-    """Return the RFC 9457 body: type, title, status, detail and instance, with code, param and request_id as
-    extensions."""
+    """Return the body of an error in the format of RFC 9457. In addition to the members that this format defines, the
+    body has `code`, `request_id`, `param` if a field of the request is wrong, and the members in `error.extra`."""
     body: dict[str, Any] = {
         "type": f"urn:dinov2:error:{error.code}",
         "title": error.title,
@@ -254,8 +255,8 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return an error body in OpenAI's format. `type` is invalid_request_error for a status below 500, else
-    server_error."""
+    """Return the body of an error in OpenAI's format. Its `type` is invalid_request_error if the status is below 500,
+    and server_error otherwise."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

@@ -1,9 +1,10 @@
-"""uvicorn's HTTP protocol with limits on the size and the time of a request's head (request line and headers).
+"""An HTTP protocol for uvicorn that limits the size of a request's head (the request line and the headers) and the time
+to receive the head.
 
 uvicorn parses requests with httptools, which does not limit the size of a head and joins its pieces in quadratic time.
 A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open
-forever. uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So this class counts the
-bytes that are not part of a body, and limits the time for each head.
+forever. uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the class in this
+module counts the bytes that are not part of a body, and limits the time for each head.
 """
 
 from asyncio import TimerHandle, Transport
@@ -16,20 +17,20 @@ _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """A protocol that closes a connection whose head is larger than `MAX_HEAD_BYTES` or incomplete after
-    `header_timeout_s`.
+    """A protocol that closes a connection if the head of a request (the request line and the headers) is larger than
+    `MAX_HEAD_BYTES` or is not complete after `header_timeout_s` seconds.
 
-    The size is checked after each read from the socket, so a head that arrives in one read may be larger. uvicorn's own
-    timeout covers an idle keep-alive connection, and the request's deadline covers a body.
+    The size is checked after each read from the socket, so a head that arrives in one read may be larger. An idle
+    keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's deadline.
     """
 
     header_timeout_s: float
-    """The time limit for a head. A subclass sets it, because uvicorn creates the instances without further
-    arguments."""
+    """The time limit for a head, in seconds. Subclasses must set this attribute, because uvicorn passes no additional
+    arguments to the constructor."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pending_bytes = 0  # bytes since the last complete head, body piece or message, with trailers
+        self._pending_bytes = 0  # bytes since the last complete head, body piece or message; includes trailers
         self._in_head = True
         self._head_timer: TimerHandle | None = None
 
@@ -47,7 +48,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or not self._pending_bytes:
             return
         if self._pending_bytes > MAX_HEAD_BYTES:
-            if self.cycle is None or self.cycle.response_complete:  # else it would land inside another answer
+            if self.cycle is None or self.cycle.response_complete:  # never write into another answer
                 self.transport.write(_TOO_LARGE)
             self.transport.close()
         elif self._in_head and self._head_timer is None:

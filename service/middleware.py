@@ -1,14 +1,17 @@
-"""The middleware around every request: request id, limits, deadline, disconnects, errors, metrics and log line.
+"""The middleware around every request. It handles request ids, size limits, deadlines, disconnects, errors, metrics and
+the access log.
 
-`Border` does all of this. Whatever happens inside, every request gets exactly one answer with a request id, is counted
-once in the metrics, and is logged in one line. `Border` is a plain ASGI application, because Starlette's
-BaseHTTPMiddleware copies streams and hides disconnects.
+The class `Border` is this middleware. `Border` answers every request exactly once, unless the client has disconnected.
+Every answer has a request id. Every request is counted once in the metrics and logged in one line. `Border` is a plain
+ASGI application, because Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
 
-- The bytes of the body are counted while they arrive, whatever Content-Length says. Reading stops at the limit.
-- If the answer takes longer than `_WATCH_AFTER_S` after the body is complete, a task waits until the client
-  disconnects and then cancels the request. The cancellation reaches the pipeline, which drops waiting images.
-- A `ServiceError` becomes an answer. Any other exception becomes a 500 that reveals only the request id. Faults of the
-  service (500) are logged with traceback and causes.
+- The bytes of the body are counted as they arrive, because Content-Length may be missing or wrong. Reading stops at the
+  limit.
+- If a request is not answered within `_WATCH_AFTER_S` seconds after its body is complete, a task starts that waits
+  until the client disconnects. The task then cancels the request, and the pipeline drops the waiting images of the
+  request.
+- A `ServiceError` becomes an answer with the status of the error. Any other exception becomes an answer with status 500
+  that reveals only the request id. Errors with status 500 are logged with their traceback.
 """
 
 import asyncio
@@ -47,14 +50,15 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPENAI_PATHS = frozenset({"/v1/embeddings"})
 _PROCESS = uuid.uuid4().hex[:20]
 _numbers = itertools.count(1)  # cheaper than a random id, which costs a system call
-_NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown: counted, but too frequent for a traceback each
-_WATCH_AFTER_S = 0.02  # starting and cancelling a task for every request costs more than a search
+_NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too frequent to log a traceback for each
+_WATCH_AFTER_S = 0.02  # seconds; starting and cancelling a task for every request costs more than a search
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
 
 
 class Border:
-    """The ASGI middleware described at the top of this module."""
+    """The ASGI middleware around the application. It handles request ids, size limits, deadlines, disconnects, errors,
+    metrics and the access log."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> None:
         self.app = app
@@ -70,7 +74,7 @@ class Border:
 
 
 class _Exchange:
-    """Handles one request and its answer."""
+    """One request and its answer."""
 
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
@@ -111,7 +115,7 @@ class _Exchange:
 
                 async def send(message: Message) -> None:
                     if message["type"] == "http.response.start" and not deadline.expired():
-                        deadline.reschedule(None)  # the deadline covers the work; sending a file may take longer
+                        deadline.reschedule(None)  # sending the answer has no deadline, because a file may be large
                     await self._send_tagged(message)
 
                 await self._app(self._scope, self._receive_limited, send)
@@ -132,11 +136,11 @@ class _Exchange:
             assert task is not None
             task.uncancel()
             self._status = ClientGone("the client disconnected").status
-        except Exception:  # noqa: BLE001  no other exception may reach the client
+        except Exception:  # noqa: BLE001  no exception may reach uvicorn
             await self._unhandled()
 
     async def _unhandled(self) -> None:
-        if self._gone.is_set():  # the client disconnected while it was sending
+        if self._gone.is_set():  # the client disconnected while it was sending the body
             self._status = ClientGone("the client disconnected").status
             return
         log.exception("unhandled", extra=self._log_fields)
@@ -146,10 +150,10 @@ class _Exchange:
     def _log_fields(self) -> dict[str, Any]:
         return {"fields": {"request_id": self.request_id}}
 
-    # Towards the app
+    # From the client to the application
 
     def _check_length(self) -> None:
-        """Raise PayloadTooLarge if the request's Content-Length exceeds the limit, before the body is read."""
+        """Raise PayloadTooLarge if the request's Content-Length exceeds the limit. The body has not been read yet."""
         for name, value in self._scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
                 raise self._too_large()
@@ -188,15 +192,15 @@ class _Exchange:
         self._watcher = asyncio.create_task(self._watch(task))
 
     async def _watch(self, task: "asyncio.Task[None] | None") -> None:
-        """Wait until the client disconnects. If the answer has not begun by then, cancel `task`, which handles the
-        request."""
+        """Wait until the client disconnects. Then cancel `task`, which handles the request, unless the answer has
+        already begun."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone.set()
         if not self._status and task is not None:
             task.cancel()
 
-    # Towards the client
+    # From the application to the client
 
     async def _send_tagged(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -206,14 +210,14 @@ class _Exchange:
         await self._send(message)
 
     async def _send_error(self, error: ServiceError) -> None:
-        if self._gone.is_set() or self._status:  # no client is left, or an answer has begun
+        if self._gone.is_set() or self._status:  # the client has disconnected, or an answer has begun
             self._status = self._status or 499
             return
         content_type, body = error_body(error, self._scope["path"], self.request_id)
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
-            headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]  # unread body
+            headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]  # body not read
         await self._send_tagged({"type": "http.response.start", "status": error.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -229,24 +233,24 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 def _origin(error: ServiceError) -> ServiceError:
-    """Return the error whose traceback is logged. For `InvalidItems`, this is the first item's error with a status of
-    500 or above, else the first error."""
+    """Return the error to log with its traceback. For `InvalidItems`, this is the first item error with status 500 or
+    above, or the first item error if there is none."""
     if isinstance(error, InvalidItems):
         return max((item.error for item in error.items), key=lambda item: item.status >= 500)
     return error
 
 
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
-    """Return the content type and the body of an error. The format is OpenAI's for a path in OPENAI_PATHS, else RFC
-    9457."""
+    """Return the content type and the body of the answer to an error. If `path` is in OPENAI_PATHS, the body has
+    OpenAI's format. Otherwise it has the format of RFC 9457."""
     if path in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))
     return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
 
 
 def _json(body: dict[str, Any]) -> bytes:
-    """Serialise a body to JSON. If a client's text contains half a surrogate pair, orjson refuses it, and the json
-    module escapes it."""
+    """Serialise a body to JSON and return the bytes. A client may have sent text with a lone surrogate. orjson raises
+    TypeError for such text, but the json module can serialise it."""
     try:
         return orjson.dumps(body)
     except TypeError:
@@ -254,7 +258,8 @@ def _json(body: dict[str, Any]) -> bytes:
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """Return the client's X-Request-ID if it has up to 128 plain characters (`_SANE_ID`), else a new id."""
+    """Return the client's X-Request-ID if it has 1 to 128 of the characters that `_SANE_ID` allows. Otherwise return a
+    new id."""
     for name, value in headers:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return value.decode("ascii")

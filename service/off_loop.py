@@ -1,4 +1,4 @@
-"""Run work in a thread if it would delay other requests on the event loop."""
+"""Run long work in a thread, so that it does not delay other requests on the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 BIG_BODY: Final = 2**18
-"""Parsing a body of this many bytes or more (JSON or base64) noticeably delays the event loop."""
+"""Parsing a body (JSON or base64) of at least this many bytes noticeably delays the event loop."""
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Run `work` and return its result. It processes `size` bytes; if these are at least BIG_BODY, it runs in a
-    thread."""
+    """Call `work`, which processes `size` bytes, and return its result. If `size` is at least BIG_BODY, `work` runs in
+    a thread."""
     return work() if size < BIG_BODY else await asyncio.to_thread(work)

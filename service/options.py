@@ -1,4 +1,4 @@
-"""Check the fields of a request against a schema of `service/schemas.py`, and report all wrong fields."""
+"""Check the fields of a request against a schema of `service/schemas.py`, and report the wrong fields."""
 
 import reprlib
 from typing import Any, Final, TypeVar
@@ -12,17 +12,17 @@ from service.errors import InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_FIELDS: Final = 32
-"""The highest number of fields in an object that is checked against a schema. Without a limit, a client could make
-pydantic create an error object for each of millions of unknown fields."""
+"""The highest number of fields in an object that is checked against a schema. Without a limit, a client could send
+millions of unknown fields, and pydantic would create an error object for each of them."""
 MAX_PROBLEMS: Final = 10
 
 
 def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
-    """Check the fields of a request against a schema and return the parsed object.
+    """Check the fields of a request against the schema `model`, and return the parsed object.
 
     Raises:
-        InvalidRequest: a field is missing, unknown or wrong. The message has each such field, the problem and what is
-            allowed.
+        InvalidRequest: there are too many fields, or a field is missing, unknown or wrong. The message describes the
+            first MAX_PROBLEMS problems and what is allowed.
     """
     check_fields(fields, "the request")
     try:
@@ -37,14 +37,14 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
-    """Raise InvalidRequest if an object has more than MAX_FIELDS fields. `where` is the name of the object in the
-    message."""
+    """Raise InvalidRequest if an object has more than MAX_FIELDS fields. The message calls the object `where`."""
     if len(fields) > MAX_FIELDS:
         raise InvalidRequest(f"{where} has {len(fields):,} fields; at most {MAX_FIELDS} are accepted")
 
 
 def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
-    """Return a text that describes one of pydantic's errors: the field, what is allowed, and the given value."""
+    """Return a text that describes one of pydantic's errors. The text has the name of the field, the problem, and the
+    wrong value if the problem is about a value."""
     where = ".".join(str(part)[:80] for part in problem["loc"]) or "body"
     if problem["type"] == "extra_forbidden":
         allowed = f"; known fields are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
@@ -54,11 +54,12 @@ def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
         text = "Input should be an object"  # pydantic's message names an internal class
     elif problem["type"].startswith(("int_", "float_")) and len(problem["loc"]) == 1:
         text = text.partition(", ")[0] + _limits(model.model_fields[str(problem["loc"][0])])
-    complete = problem["type"] in ("missing", "too_long", "too_short")  # pydantic's message has the count
+    complete = problem["type"] in ("missing", "too_long", "too_short")  # the value would add nothing to these messages
     return f"{where}: {text}" + ("" if complete else f", not {reprlib.repr(problem['input'])}")
 
 
 def _limits(field: FieldInfo) -> str:
-    """Return a text with the range that a field of numbers accepts, or an empty text if there is no range."""
+    """Return the range that a numeric field accepts, as text such as " from 1 to 1000". Return an empty text if the
+    field does not have both limits."""
     low, high = ([getattr(bound, name) for bound in field.metadata if hasattr(bound, name)] for name in ("ge", "le"))
     return f" from {low[0]} to {high[0]}" if low and high else ""

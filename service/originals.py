@@ -1,15 +1,17 @@
-"""Stores original images under their sha256, so that identical images are stored once.
+"""Store original images under their sha256, so that identical images are stored only once.
 
-The storage is a local folder or any file system that fsspec supports (for instance `s3://bucket/prefix` with s3fs). The
-image with digest `abcd...` is stored at `ab/cd/abcd...`, so a folder has few entries even with millions of images. In a
-local folder, an image is written to a temporary file, which is synced and renamed. So an image exists completely or not
-at all. Object stores guarantee the same. On other file systems, an interrupted write may leave a partial file. A read
-never returns a partial file, because it checks the sha256. The next write of the same image replaces the file, because
-the sizes differ.
+The storage is a local folder, or any file system that fsspec supports, for instance `s3://bucket/prefix` with the
+package s3fs. The files are in two levels of subfolders, which are named after the first characters of the sha256. So
+each folder has few entries even with millions of images.
 
-Nothing is deleted here, because several items, even of different collections, may share an image.
+In a local folder, an image is written to a temporary file, which is synced to the disk and then renamed. So a stored
+image is always complete. Object stores give the same guarantee. On other file systems, an interrupted write may leave a
+partial file. Reading a partial file raises an error, because its sha256 differs. The next write of the same image
+replaces the partial file, because its size differs.
 
-Each storage package raises errors of its own. They are translated to `StorageFailed`, without paths and addresses.
+This module never deletes an image, because several items may share one image, even in different collections.
+
+The errors of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
 
 import asyncio
@@ -29,26 +31,27 @@ from model.files import sync, write_bytes
 from service.errors import NotFound, ServiceError, StorageFailed
 
 THREADS: Final = 4
-"""The number of threads that call the storage, and so of concurrent calls. It is small because each call has an image
-in memory."""
+"""The number of threads, and so the highest number of concurrent calls to the storage. It is small because each call
+has an image in memory."""
 SCHEME: Final = "original:"
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 T = TypeVar("T")
 
 
 def source_of(digest: str) -> str:
-    """Return the source text that points to a stored image."""
+    """Return the text "original:" followed by the digest. An item with this text as its `source` refers to the stored
+    image."""
     return SCHEME + digest
 
 
 def digest_of(source: str | None) -> str | None:
-    """Return the digest in a source that `source_of` made, or None for any other source."""
+    """Return the digest in a source that `source_of` returned. Return None for any other source."""
     digest = (source or "").removeprefix(SCHEME)
     return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
 
 
 class HasPhoto(Protocol):
-    """The fields of an item or hit that identify its image."""
+    """An item or a search result, with the two fields that identify its image."""
 
     @property
     def source(self) -> str | None: ...
@@ -58,17 +61,18 @@ class HasPhoto(Protocol):
 
 
 def photo_digest(item: HasPhoto) -> str | None:
-    """Return the digest of an item's image: the digest in its source if there is one, else the item's `digest`. The
-    image itself is stored only if the collection stores images."""
+    """Return the sha256 of an item's image in hex. It is taken from the item's source if the source contains a digest,
+    and otherwise from the item's `digest`, which may be None. The image itself is stored only if the collection stores
+    images."""
     return digest_of(item.source) or item.digest
 
 
 class Originals:
     """A store of original images. Several calls may run at the same time, and several processes may use the same
-    storage.
+    storage. `place` is a local folder (a Path) or the URL of the storage (a str).
 
     Raises:
-        ValueError: the address is invalid or its package is not installed. The constructor raises this.
+        ValueError: the URL is invalid, or the package that it requires is not installed.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -84,7 +88,7 @@ class Originals:
         return await self._call(self._put, data)
 
     async def get(self, digest: str) -> bytes:
-        """Return the image with this sha256.
+        """Return the bytes of the image with this sha256.
 
         Raises:
             NotFound: the image is not stored.
@@ -93,8 +97,8 @@ class Originals:
         return await self._call(self._get, digest)
 
     async def size(self, digest: str) -> int | None:
-        """Return how many bytes are stored for the image with this sha256, or None if nothing is stored. The file may
-        be partial.
+        """Return the size in bytes of the file of the image with this sha256, or None if there is no such file. The
+        file may be partial.
 
         Raises:
             StorageFailed: the storage cannot report the size.
@@ -102,8 +106,8 @@ class Originals:
         return await self._call(self._size_of, digest)
 
     def is_same_place(self, other: "Originals") -> bool:
-        """Return whether both objects use the same storage. The result may be false although it is the same, if the
-        address is written in another way."""
+        """Return True if both objects use the same storage. The result may be False if the same storage has two
+        different URLs."""
         return bool(self._fs == other._fs) and self._real_root() == other._real_root()
 
     def _real_root(self) -> str:
@@ -129,7 +133,7 @@ class Originals:
     def _pipe(self, path: str, data: bytes) -> None:
         try:
             self._fs.pipe_file(path, data)
-        except FileNotFoundError:  # storage with real folders; creating them first could create a mistyped bucket
+        except FileNotFoundError:  # the storage needs folders; creating them first could create a mistyped bucket
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(path, data)
 
@@ -145,11 +149,11 @@ class Originals:
         return data
 
     def _size_of(self, digest: str) -> int | None:
-        with _translated("found"):
+        with _translated("looked up"):
             return self._size(self._path(digest))
 
     def _size(self, path: str) -> int | None:
-        """Return the size in bytes, or None if nothing is stored."""
+        """Return the size of a file in bytes, or None if there is no such file."""
         try:
             size = self._fs.info(path)["size"]
         except FileNotFoundError:
@@ -162,8 +166,8 @@ class Originals:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """Open the file system of a URL. Return it with the path in it. Error messages quote only the scheme, because a URL
-    may contain a secret."""
+    """Open the file system of a URL. Return the file system and the path in it. Error messages contain only the scheme
+    of the URL, because the rest may contain a secret."""
     scheme = url.partition("://")[0] if "://" in url else "a path"
     try:
         fs, root = url_to_fs(url)
@@ -175,9 +179,9 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 def _put_local(path: Path, data: bytes | None) -> None:
-    """Write an image to a temporary file, sync it and rename it to `path`. If `data` is None, the file already exists.
-    In both cases the folders are synced, because a stored image must survive a power cut and the earlier writer may not
-    have synced them."""
+    """Store an image at `path` so that it survives a power failure: write it to a temporary file, sync the file and
+    rename it. If `data` is None, the image is already stored. The folders are synced in either case, because the
+    process that wrote the image may not have synced them yet."""
     root = path.parent.parent.parent
     root_is_new = not root.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,8 +195,9 @@ def _put_local(path: Path, data: bytes | None) -> None:
 
 @contextmanager
 def _translated(done: str) -> Iterator[None]:
-    """Translate errors of the storage to `StorageFailed`. The message has only the operating system's text for the
-    error; the log has the cause."""
+    """Translate the errors of the storage to `StorageFailed`. The message is "the image cannot be", followed by `done`
+    (for example "stored") and the operating system's text for the error or the class of the error. The original error
+    is the cause of the `StorageFailed`."""
     try:
         yield
     except ServiceError:

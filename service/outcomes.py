@@ -1,8 +1,9 @@
-"""The outcome of each item of a request: a value or the item's own error.
+"""The outcome of each item of a request: a value, or the error of this item.
 
-A function for one item returns a value or raises an error. `attempt` and `Outcome.then` call it and make an outcome, so
-the error of one item does not affect the others. At the end, `split_items` applies the request's `on_error`. Only a
-`ServiceError` becomes the error of an item. Any other exception is a bug and is not caught.
+A function for one item returns a value or raises an error. `attempt` and `Outcome.then` call such a function and return
+an outcome, so that the error of one item does not affect the others. At the end, `split_items` separates values and
+errors, as the request's `on_error` specifies. Only a `ServiceError` becomes the error of an item. Any other exception
+is a bug and is not caught.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -19,11 +20,11 @@ OnError = Literal["fail", "partial"]
 
 @dataclass(slots=True)
 class Outcome(Generic[T]):
-    """The value or the error of one item. `index` is the item's position in the request, from 0. If `error` is set,
-    `value` has no meaning.
+    """The value or the error of one item. `index` is the position of the item in the request, from 0. If `error` is not
+    None, `value` has no meaning.
 
-    Do not change an outcome. The class is not frozen, because each request makes several outcomes, and it takes twice
-    as long to create an object of a frozen dataclass.
+    Do not modify an outcome. The class is not frozen, because each request creates several outcomes, and creating an
+    object of a frozen dataclass takes twice as long.
     """
 
     index: int
@@ -31,17 +32,18 @@ class Outcome(Generic[T]):
     error: ServiceError | None = None
 
     def result(self) -> T:
-        """Return the value.
+        """Return the value of the item.
 
         Raises:
-            ServiceError: the item's error, if it has one.
+            ServiceError: the error of the item, if it has one.
         """
         if self.error is not None:
             raise self.error
         return cast("T", self.value)
 
     def then(self, work: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> "Outcome[R]":
-        """Call `work` with the value and return the outcome. If this outcome is an error, return the same error."""
+        """Call `work` with the value and the other arguments, and return the outcome of the call. If this outcome has
+        an error, `work` is not called, and the result has the same error."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return attempt(self.index, work, cast("T", self.value), *args, **kwargs)
@@ -49,15 +51,15 @@ class Outcome(Generic[T]):
     async def then_await(
         self, work: Callable[Concatenate[T, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
     ) -> "Outcome[R]":
-        """Call and await `work` with the value and return the outcome. If this outcome is an error, return the same
-        error."""
+        """Call `work` with the value and the other arguments, await it, and return the outcome. If this outcome has an
+        error, `work` is not called, and the result has the same error."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return await attempt_await(self.index, work(cast("T", self.value), *args, **kwargs))
 
 
 def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
-    """Call `work` and return its value, or the ServiceError that it raises, as an outcome."""
+    """Call `work`. Return an outcome with its result, or with the ServiceError that it raises."""
     try:
         return Outcome(index, work(*args, **kwargs))
     except ServiceError as error:
@@ -65,7 +67,7 @@ def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:
-    """Await `work` and return its value, or the ServiceError that it raises, as an outcome."""
+    """Await `work`. Return an outcome with its result, or with the ServiceError that it raises."""
     try:
         return Outcome(index, await work)
     except ServiceError as error:
@@ -73,7 +75,7 @@ async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:
 
 
 def numbered(values: Iterable[T]) -> list[Outcome[T]]:
-    """Return an outcome for each value. Its index is the position of the value."""
+    """Return one outcome for each value. The index of an outcome is the position of its value."""
     return [Outcome(index, value) for index, value in enumerate(values)]
 
 
@@ -95,10 +97,10 @@ def failures(outcomes: Iterable[Outcome[T]]) -> list[ItemError]:
 def split_items(
     outcomes: Sequence[Outcome[T]], on_error: OnError, param: str
 ) -> tuple[list[tuple[int, T]], list[ItemError]]:
-    """Return the (index, value) pairs of the outcomes without an error, and the errors of the others.
+    """Return the (index, value) pairs of the outcomes without an error, and the errors of the other outcomes.
 
     Raises:
-        InvalidItems: there is an error and `on_error` is "fail", or every outcome is an error.
+        InvalidItems: an outcome has an error and `on_error` is "fail", or all outcomes have errors.
     """
     good, bad = indexed(outcomes), failures(outcomes)
     if bad and (on_error == "fail" or not good):

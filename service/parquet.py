@@ -1,13 +1,13 @@
-"""Import pyarrow, only when a Parquet file is read or written."""
+"""Import pyarrow only when a Parquet file is read or written."""
 
 from typing import Any
 
 
 def need_parquet() -> Any:
-    """Import and return the module pyarrow.parquet.
+    """Import the module pyarrow.parquet and return it.
 
     Raises:
-        ModuleNotFoundError: pyarrow is not installed. The message says how to install it.
+        ModuleNotFoundError: pyarrow is not installed. The message explains how to install it.
     """
     try:
         import pyarrow.parquet

@@ -1,5 +1,5 @@
-"""Schemas of requests. Answers have no schemas: routes serialise them directly, because making a pydantic object with
-thousands of floats takes longer than a forward pass of a small model."""
+"""The schemas of requests. Answers have no schemas, because creating a pydantic object with thousands of floats takes
+longer than a forward pass of a small model. Routes serialise answers directly."""
 
 from typing import Annotated, Any, Literal
 
@@ -24,60 +24,78 @@ Where = Annotated[dict[str, Any], Field(description="condition on the metadata")
 
 
 class Options(BaseModel):
-    """Fields that every request with images may have. An unknown field is an error, so that a typo is not silently
-    ignored."""
+    """The field `model`, which several kinds of requests have. An unknown field is an error, so that a typo is not
+    silently ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field("auto", max_length=256, description="empty or auto: the served model; else one of its names")
+    model: str = Field(
+        "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
+    )
 
 
 class EmbeddingOptions(Options):
-    """Options of an embedding request: JSON fields, form fields or query parameters, depending on the kind of body."""
+    """The options of an embedding request. They are JSON fields, form fields or query parameters, depending on the kind
+    of body."""
 
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
-    dimensions: int | None = Field(None, description="only the model's own dimension: vectors are never truncated")
-    user: str | None = Field(None, max_length=256, description="accepted for OpenAI clients, ignored")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="list of numbers, or base64 text of little-endian float32"
+    )
+    dimensions: int | None = Field(
+        None, description="must be the dimension of the model, because vectors are never truncated"
+    )
+    user: str | None = Field(None, max_length=256, description="ignored; OpenAI clients may send it")
     pooling: Pooling = Field(DEFAULT_POOLING, description=POOLING_DESCRIPTION)
     normalize: bool = Field(True, description="scale every vector to length 1")
-    on_error: Literal["fail", "partial"] = Field("fail", description="partial: answer good items and list bad ones")
+    on_error: Literal["fail", "partial"] = Field(
+        "fail", description="partial: answer the valid images and list the errors of the others"
+    )
 
 
 class SegmentOptions(Options):
-    """Options of `/v1/segment`."""
+    """The options of a request to `/v1/segment`."""
 
     format: Literal["png", "rle", "overlay"] = Field(
-        "png", description="mask, COCO RLE in JSON, or mask drawn over the image"
+        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with the foreground tinted as PNG"
     )
     include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
-        default_factory=list, max_length=1, description="from the same forward pass; the answer is JSON"
+        default_factory=list,
+        max_length=1,
+        description="embedding: return the embedding, too; the answer is then always JSON",
     )
     pooling: Pooling = Field(DEFAULT_POOLING, description="pooling of the embedding")
     normalize: bool = Field(True, description="scale the embedding to length 1")
 
 
 class Body(BaseModel):
-    """A request body that is always JSON. Its values must have the right JSON type: the string "1" is not accepted as a
-    number, nor "yes" as a boolean."""
+    """The base class of request bodies that are always JSON. A value must have the right JSON type. For instance, the
+    string "1" is not accepted as a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ItemIn(Body):
-    """One item to add to a collection. It has an image or a vector."""
+    """One item to add to a collection. It has either an image or a vector."""
 
-    id: ItemId | None = Field(None, description="your id; default: the sha256 of the image's bytes")
-    image: str | None = Field(None, description="data URL or base64; either this or `vector`")
-    vector: Vector = Field(None, description="vector computed elsewhere; any length except zero")
-    fingerprint: Fingerprint | None = Field(None, description="fingerprint of the model that made `vector`; checked")
-    source: str | None = Field(
-        None, max_length=MAX_SOURCE_CHARACTERS, description="where the image is; stored unchanged"
+    id: ItemId | None = Field(
+        None, description="id of the item; default: the sha256 of the image's bytes; required with a vector"
     )
-    metadata: dict[str, Any] = Field(default_factory=dict, description="returned by searches")
+    image: str | None = Field(None, description="image as a data URL or base64; required if there is no vector")
+    vector: Vector = Field(None, description="vector that was computed elsewhere; the service scales it to length 1")
+    fingerprint: Fingerprint | None = Field(
+        None, description="fingerprint of the model that made `vector`; must be that of the collection"
+    )
+    source: str | None = Field(
+        None,
+        max_length=MAX_SOURCE_CHARACTERS,
+        description="path or URL of the image, or any other text; stored unchanged",
+    )
+    metadata: dict[str, Any] = Field(default_factory=dict, description="JSON object that searches return and filter by")
 
 
 class ItemsIn(Options):
-    """Body of `POST /v1/collections/{name}/items`. Each item is checked when it is read."""
+    """The body of `POST /v1/collections/{name}/items`. This schema does not check the items, because each item can have
+    an error of its own."""
 
     items: Annotated[
         list[Any], WithJsonSchema({"type": "array", "minItems": 1, "items": ItemIn.model_json_schema()})
@@ -86,13 +104,14 @@ class ItemsIn(Options):
 
 
 class UploadOptions(Options):
-    """Form fields of a file upload to a collection."""
+    """The options of an upload of image files to a collection. They are form fields, or query parameters if the body is
+    an image."""
 
     on_error: Literal["fail", "partial"] = "fail"
 
 
 class ItemQuery(BaseModel):
-    """Query parameters of `GET /v1/collections/{name}/items/{id}`."""
+    """The query parameters of `GET /v1/collections/{name}/items/{id}`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -101,55 +120,60 @@ class ItemQuery(BaseModel):
 
 
 class PatchIn(Body):
-    """Body of `PATCH /v1/collections/{name}/items/{id}`."""
+    """The body of `PATCH /v1/collections/{name}/items/{id}`."""
 
-    metadata: dict[str, Any] = Field(description="merged into the item's metadata (RFC 7396): null removes a key")
+    metadata: dict[str, Any] = Field(description="JSON merge patch (RFC 7396) of the metadata: null removes a key")
 
 
 class ScrollIn(Body):
-    """Body of `POST /v1/collections/{name}/items/scroll`."""
+    """The body of `POST /v1/collections/{name}/items/scroll`."""
 
     filter: Where | None = None
-    cursor: str | None = Field(None, max_length=2048, description="cursor of the previous page")
+    cursor: str | None = Field(
+        None, max_length=2048, description="cursor from the answer with the previous page; unset: first page"
+    )
     limit: int = Field(100, ge=1, le=1000)
     include: Include = Field(default_factory=list)
     encoding_format: Encoding = "float"
 
 
 class CountIn(Body):
-    """Body of `POST /v1/collections/{name}/items/count`."""
+    """The body of `POST /v1/collections/{name}/items/count`."""
 
     filter: Where | None = None
 
 
 class DeleteIn(Body):
-    """Body of `POST /v1/collections/{name}/items/delete`. It has either `ids` or `filter`."""
+    """The body of `POST /v1/collections/{name}/items/delete`. It has either `ids` or `filter`."""
 
     ids: Annotated[list[ItemId] | None, FailFast()] = Field(None, min_length=1, max_length=10_000)
     filter: Where | None = None
 
 
 class IndexIn(Body):
-    """Index settings of a collection. Settings that do not apply to the chosen kind are ignored."""
+    """The index settings of a collection. Settings that do not apply to the chosen kind of index are ignored."""
 
-    kind: Kind = Field("auto", description="auto: by size")
-    m: int | None = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: neighbours of a node")
+    kind: Kind = Field("auto", description="kind of index; auto: chosen by the number of items")
+    m: int | None = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: number of neighbours of a node")
     ef_construction: int | None = Field(
         None,
         ge=EF_CONSTRUCTION[0],
         le=EF_CONSTRUCTION[1],
-        description=f"{kinds_with('ef_construction')}: effort of the build",
+        description=f"{kinds_with('ef_construction')}: number of candidates for the neighbours of a node",
     )
     n_lists: int | None = Field(
-        None, ge=N_LISTS[0], le=N_LISTS[1], description=f"{kinds_with('n_lists')}: number of cells"
+        None, ge=N_LISTS[0], le=N_LISTS[1], description=f"{kinds_with('n_lists')}: number of inverted lists"
     )
     target_recall: float = Field(
-        0.98, ge=TARGET_RECALL[0], le=TARGET_RECALL[1], description="share of the ten nearest that a search should find"
+        0.98,
+        ge=TARGET_RECALL[0],
+        le=TARGET_RECALL[1],
+        description="share of the ten nearest items that searches should find",
     )
 
 
 class CollectionIn(Options):
-    """Body of `PUT /v1/collections/{name}`."""
+    """The body of `PUT /v1/collections/{name}`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -157,31 +181,38 @@ class CollectionIn(Options):
     dtype: DType = Field("float32", description="data type of stored vectors")
     index: IndexIn = Field(default_factory=lambda: IndexIn.model_validate({}))
     indexed: Annotated[list[str], FailFast()] = Field(
-        default_factory=list, max_length=MAX_INDEXED, description="metadata keys that are indexed for filters"
+        default_factory=list,
+        max_length=MAX_INDEXED,
+        description="metadata keys with an index, which makes filters faster",
     )
-    originals: bool = Field(False, description="store the original images")
+    originals: bool = Field(False, description="whether to store the original images")
     fingerprint: Fingerprint | None = Field(
-        None, description="fingerprint of another model; the collection then accepts only vectors"
+        None, description="fingerprint of another model than the served one; the collection then accepts no images"
     )
-    dimension: int | None = Field(None, ge=1, le=MAX_DIMENSION, description="dimension of that model's vectors")
+    dimension: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_DIMENSION,
+        description="dimension of the vectors; required with the fingerprint of another model",
+    )
 
 
 class AliasIn(Body):
-    """Body of `PUT /v1/aliases/{alias}`."""
+    """The body of `PUT /v1/aliases/{alias}`."""
 
-    collection: str = Field(description="collection that the alias shall point to")
+    collection: str = Field(description="collection that the alias will point to")
 
 
 class SnapshotIn(Body):
-    """Body of `POST /v1/collections/{name}/snapshots`. It has no fields."""
+    """The body of `POST /v1/collections/{name}/snapshots`. It has no fields."""
 
 
 class RestoreIn(Body):
-    """Body of `POST /v1/collections/{name}/restore`."""
+    """The body of `POST /v1/collections/{name}/restore`."""
 
     snapshot: str = Field(max_length=128)
     source: str | None = Field(
-        None, alias="from", description="collection of the snapshot; default: the name in the path"
+        None, alias="from", description="collection that the snapshot was taken of; default: the name in the path"
     )
 
 
@@ -193,8 +224,8 @@ MAX_RUNS = 1_000_000
 QueryVector = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION})
 ]
-"""A vector in a search. pydantic does not check it, because it would first make a list of floats. `read_vector` checks
-it."""
+"""A vector in a search request. `read_vector` checks it. pydantic does not, because pydantic would first create a list
+of floats."""
 ModelPrint = Annotated[str, Field(max_length=64)]
 Side = Annotated[float, Field(allow_inf_nan=False)]
 Run = Annotated[int, Field(ge=0, le=2**31)]
@@ -202,18 +233,24 @@ Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
 class PartIn(Body):
-    """One part of `combine`. It has exactly one of image, vector and id."""
+    """One part of a combined query. It has exactly one of `image`, `vector` and `id`."""
 
-    image: str | None = Field(None, description="data URL or base64")
+    image: str | None = Field(None, description="image as a data URL or base64")
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(None, description="id of an item of the collection")
-    weight: float = Field(1.0, ge=-1000, le=1000, allow_inf_nan=False, description="negative: unlike this")
+    weight: float = Field(
+        1.0,
+        ge=-1000,
+        le=1000,
+        allow_inf_nan=False,
+        description="weight of this part; negative: find items that differ from it",
+    )
 
 
 def _run_lengths(counts: Any) -> Any:
-    """Return run lengths if their type and length are allowed. The schema is not a union, because pydantic would then
-    report an error for each alternative."""
+    """Return `counts` if it is a text or a list of at most MAX_RUNS elements, and raise PydanticCustomError otherwise.
+    The schema does not use a union type, because pydantic would report an error for each alternative."""
     if not isinstance(counts, str | list) or len(counts) > MAX_RUNS:
         raise PydanticCustomError(
             "run_lengths", f"must be a COCO run-length string or a list of integers, at most {MAX_RUNS:,} long"
@@ -222,7 +259,8 @@ def _run_lengths(counts: Any) -> Any:
 
 
 class MaskIn(Body):
-    """A mask as COCO run lengths. They are compressed, as `/v1/segment` and pycocotools write them, or uncompressed."""
+    """A mask as COCO run lengths. They are either a compressed string, which `/v1/segment` and pycocotools can make, or
+    a list of numbers."""
 
     size: Annotated[list[Run], FailFast()] = Field(
         min_length=2, max_length=2, description="height and width of the upright image"
@@ -242,9 +280,9 @@ class MaskIn(Body):
 
 
 class RegionIn(Body):
-    """A region of an image. It has exactly one of box and mask."""
+    """A region of an image. It has either `box` or `mask`."""
 
-    image: str = Field(description="data URL or base64")
+    image: str = Field(description="image as a data URL or base64")
     box: Annotated[list[Side] | None, FailFast()] = Field(
         None, min_length=4, max_length=4, description="[x, y, width, height] in pixels of the upright image"
     )
@@ -252,80 +290,92 @@ class RegionIn(Body):
 
 
 class ParamsIn(Body):
-    """How thoroughly a search uses the index. Parameters that do not apply to the collection's index kind are
-    ignored."""
+    """The parameters that determine how thoroughly a search uses the index. Parameters that do not apply to the index
+    kind of the collection are ignored."""
 
     exact: bool = False
-    ef_search: int | None = Field(None, ge=1, le=10_000, description=kinds_with("ef_search"))
-    nprobe: int | None = Field(None, ge=1, le=65_536, description=kinds_with("nprobe"))
+    ef_search: int | None = Field(
+        None, ge=1, le=10_000, description=f"{kinds_with('ef_search')}: number of candidates to examine"
+    )
+    nprobe: int | None = Field(
+        None, ge=1, le=65_536, description=f"{kinds_with('nprobe')}: number of inverted lists to search"
+    )
 
 
 class Ranking(BaseModel):
-    """Options for the results of a search, the same for every form of query."""
+    """The options for the results of a search. They are the same for all kinds of queries."""
 
     model_config = ConfigDict(extra="forbid")
 
     k: int = Field(10, ge=1, le=1000, description="number of results; with group_by, number of groups")
     offset: int = Field(0, ge=0, le=10_000, description="number of best results to skip; k + offset is at most 10,000")
     filter: Any = Field(None, description="condition on the metadata")
-    score_threshold: Score | None = Field(None, description="lowest cosine")
-    group_by: str | None = Field(None, min_length=1, max_length=256, description="metadata key")
-    group_size: int | None = Field(None, ge=1, le=100, description="items in each group; default: 1")
+    score_threshold: Score | None = Field(None, description="lowest score (cosine similarity) of a result")
+    group_by: str | None = Field(None, min_length=1, max_length=256, description="metadata key to group results by")
+    group_size: int | None = Field(None, ge=1, le=100, description="highest number of items in a group; default: 1")
     params: ParamsIn | None = None
-    rerank: Literal["patches"] | None = Field(None, description="re-order by patch features")
+    rerank: Literal["patches"] | None = Field(None, description="patches: re-order the best results by patch features")
     rerank_depth: int | None = Field(
         None, ge=1, le=100, description="number of results that are re-ordered; default: 20"
     )
-    matches: bool = Field(False, description="with rerank: return where the images match")
+    matches: bool = Field(False, description="return matching parts of the images; requires rerank")
     include: Annotated[list[Literal["vector"]], FailFast()] = Field(default_factory=list, max_length=1)
 
 
 class QueryIn(Ranking):
-    """One query. It has exactly one of image, vector, id, combine and region."""
+    """One query. It has exactly one of `image`, `vector`, `id`, `combine` and `region`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    image: str | None = Field(None, description="data URL or base64")
+    image: str | None = Field(None, description="image as a data URL or base64")
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
-    id: ItemId | None = Field(None, description="id of an item of the collection, which is left out of the answer")
+    id: ItemId | None = Field(
+        None, description="id of an item of the collection; the answer does not contain this item"
+    )
     combine: list[PartIn] | None = Field(None, min_length=1, max_length=MAX_PARTS)
     region: RegionIn | None = None
 
 
 class SearchIn(QueryIn):
-    """Body of `POST /v1/collections/{name}/search`. It is one query, or it has the list `queries`. Other fields next to
-    `queries` are defaults for each query in the list."""
+    """The body of `POST /v1/collections/{name}/search`. It is a single query, or it has a list of queries in the field
+    `queries`. In the second case, the fields of a single query are defaults for each query in the list."""
 
-    model: str = Field("auto", max_length=256, description="empty or auto: the served model; else one of its names")
+    model: str = Field(
+        "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
+    )
     queries: Annotated[
         list[Any] | None, WithJsonSchema({"type": "array", "items": {"type": "object"}, "maxItems": 64})
-    ] = Field(None, min_length=1, max_length=64, description="several queries")
-    on_error: Literal["fail", "partial"] = Field("fail", description="partial: answer good queries and list bad ones")
+    ] = Field(None, min_length=1, max_length=64, description="list of queries")
+    on_error: Literal["fail", "partial"] = Field(
+        "fail", description="partial: answer the valid queries and list the errors of the others"
+    )
 
 
 class SearchOptions(Ranking):
-    """Options of a search by an image file, as query parameters or form fields. `filter` and `params` are JSON
-    texts."""
+    """The options of a search with an image file. They are form fields or query parameters. `filter` and `params` are
+    JSON texts."""
 
     model: str = Field("auto", max_length=256)
 
 
 class DuplicatesIn(Options):
-    """Body of `POST /v1/collections/{name}/duplicates`."""
+    """The body of `POST /v1/collections/{name}/duplicates`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    by: Literal["content", "similarity"] = Field("content", description="equal bytes or similar vectors")
-    threshold: float | None = Field(None, ge=0.5, le=1, allow_inf_nan=False, description="lowest cosine; default: 0.95")
+    by: Literal["content", "similarity"] = Field("content", description="compare the bytes of images, or their vectors")
+    threshold: float | None = Field(
+        None, ge=0.5, le=1, allow_inf_nan=False, description="lowest cosine similarity of duplicates; default: 0.95"
+    )
     filter: Any = Field(None, description="condition on the metadata")
     params: ParamsIn | None = None
-    limit: int = Field(100, ge=1, le=1000, description="limit of groups in the answer, largest first")
+    limit: int = Field(100, ge=1, le=1000, description="highest number of groups in the answer; the largest come first")
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of a body, to be put into the OpenAPI document. References are replaced by what they refer
-    to, because their targets are not part of that document."""
+    """Return the JSON schema of a request body for the OpenAPI document. References to other schemas are replaced by
+    these schemas, because the document does not contain the targets of the references."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -345,5 +395,5 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the OpenAPI fields of a route whose request body is JSON with this schema."""
+    """Return the OpenAPI fields of a route that has a JSON request body with this schema."""
     return {"requestBody": {"content": {"application/json": {"schema": json_schema(model)}}}}

@@ -1,8 +1,8 @@
 """All settings of the service. Only this module reads the environment.
 
-The setting `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`. An unknown `DINOV2_*` name is an error, so that a
-mistyped name is not silently ignored. The message suggests the nearest setting. An empty value means the default,
-because Compose passes an unset variable as an empty one.
+Each setting has a variable in the environment. For instance, `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`.
+An unknown `DINOV2_*` name is an error, so that a mistyped name is not silently ignored. The error message suggests the
+nearest name. An empty value means the default, because Docker Compose passes an unset variable as an empty one.
 """
 
 import difflib
@@ -21,12 +21,12 @@ from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
-"""Names that docker-compose.yml reads on the host. They are no settings, but an .env file may pass them to the
-service."""
+"""Variables that docker-compose.yml reads on the host. They are not settings of the service, but an .env file may pass
+them to it."""
 
 
 class Settings(BaseSettings):
-    """The operator's settings. Sizes are in bytes or pixels and times in seconds, as the names say."""
+    """The operator's settings. The names indicate the units: sizes are in bytes or pixels, and times in seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True
@@ -34,61 +34,86 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
-    data_dir: Path = Field(Path("data"), description="folder of collections, artifacts and derived files")
-    model: str = Field("auto", description="auto, an artifact folder, or a published model's name")
-    engine: str = Field("auto", description="auto, fastest, or runtime[:precision]; see docs/engines.md")
-    engine_photos: Path | None = Field(
-        None, description="folder of images on which an engine is checked before it serves; unset: generated images"
+    data_dir: Path = Field(Path("data"), description="folder for collections, artifacts and derived files")
+    model: str = Field("auto", description="model to serve: auto, an artifact folder, or the name of a published model")
+    engine: str = Field(
+        "auto", description="engine that runs the model: auto, fastest, or runtime[:precision]; see docs/engines.md"
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; unset: all CPUs")
+    engine_photos: Path | None = Field(
+        None, description="folder of images to check an engine with at startup; unset: generated images"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="number of CPU threads for a forward pass; unset: as many as CPUs"
+    )
 
-    redis_url: str | None = Field(None, description="redis://[:password@]host:port/db; unset: in-process cache")
-    cache_bytes: int = Field(256 * 2**20, ge=0, description="budget of the in-process cache; 0: no cache at all")
-    patch_cache_bytes: int = Field(64 * 2**20, ge=0, description="budget of the patch features in memory; 0: none")
-    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="how long Redis keeps a vector")
+    redis_url: str | None = Field(
+        None, description="Redis server for the cache: redis://[:password@]host:port/db; unset: cache in the process"
+    )
+    cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="memory limit of the cache in the process; 0: no cache, not even in Redis"
+    )
+    patch_cache_bytes: int = Field(
+        64 * 2**20, ge=0, description="memory limit of the cache of patch features; 0: no such cache"
+    )
+    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="time until Redis deletes a cached vector")
 
     vector_store: str = Field(
-        "embedded", description="embedded: in data_dir; or milvus://[user:password@]host[:port][/database]"
+        "embedded",
+        description="where vectors are stored: embedded (in data_dir), or milvus://[user:password@]host[:port][/database]",
     )
-    originals_url: str | None = Field(None, description="where original images are stored; unset: in data_dir")
+    originals_url: str | None = Field(None, description="URL where original images are stored; unset: in data_dir")
 
-    max_image_bytes: int = Field(20 * 2**20, ge=1, description="limit for one image as sent")
+    max_image_bytes: int = Field(20 * 2**20, ge=1, description="size limit of one image, as it is sent")
     max_image_pixels: int = Field(
         64_000_000,
         ge=1,
         le=178_956_970,
-        description="limit for width x height of one image, checked before decoding",
+        description="limit of width x height of one image, checked before decoding",
     )
-    max_batch_items: int = Field(64, ge=1, le=2048, description="limit of images in one request")
-    max_body_bytes: int = Field(64 * 2**20, ge=1, description="limit for one request body")
-    max_buffered_bytes: int = Field(2**30, ge=1, description="limit for all request bodies in memory together")
+    max_batch_items: int = Field(64, ge=1, le=2048, description="highest number of images in one request")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="size limit of one request body")
+    max_buffered_bytes: int = Field(2**30, ge=1, description="size limit of all request bodies in memory together")
 
-    queue_max_images: int = Field(256, ge=1, description="limit of images accepted and not yet answered; above it 503")
-    queue_max_patches: int = Field(262_144, ge=1, description="limit of patches waiting for the engine; above it 503")
+    queue_max_images: int = Field(
+        256,
+        ge=1,
+        description="highest number of images that are accepted and not yet answered; further requests get 503",
+    )
+    queue_max_patches: int = Field(
+        262_144, ge=1, description="highest number of patches that wait for the engine; further requests get 503"
+    )
     batch_max_patches: int = Field(
-        2048, ge=1, description="limit of patches in one forward pass (256 per image of 224 x 224)"
+        2048, ge=1, description="highest number of patches in one forward pass; an image of 224 x 224 has 256"
     )
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="number of decoding threads")
 
     header_timeout_s: float = Field(
-        20.0, gt=0, allow_inf_nan=False, description="a connection whose headers take longer is closed"
+        20.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time limit for the headers of a request, after which the connection is closed",
     )
     request_deadline_s: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="a request that takes longer gets 504"
+        60.0, gt=0, allow_inf_nan=False, description="time limit of a request, after which the answer is 504"
     )
     shutdown_grace_s: float = Field(
-        25.0, ge=0, allow_inf_nan=False, description="time for requests in flight to finish after SIGTERM"
+        25.0, ge=0, allow_inf_nan=False, description="time limit for running requests to finish after SIGTERM"
     )
     hang_timeout_s: float = Field(
-        120.0, gt=0, allow_inf_nan=False, description="a forward pass that takes longer makes /livez fail"
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time limit of a forward pass, after which /livez fails",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level to log")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest level of messages that are logged"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the values without empty ones, so that an empty value means the default. Otherwise the service would
-        listen on every interface if the host is empty, and an empty data folder would be the current folder."""
+        """Remove the empty values and return the others, so that an empty value means the default. Otherwise an empty
+        host would mean all network interfaces, and an empty data folder would mean the current folder."""
         return {name: value for name, value in values.items() if value != ""}
 
     @field_validator("engine")
@@ -115,26 +140,26 @@ class Settings(BaseSettings):
     def _sizes_fit(self) -> Self:
         if self.max_image_bytes > self.max_body_bytes:
             raise ValueError(
-                f"max_image_bytes={self.max_image_bytes} does not fit into max_body_bytes={self.max_body_bytes}"
+                f"max_image_bytes={self.max_image_bytes} must not exceed max_body_bytes={self.max_body_bytes}"
             )
         if self.max_body_bytes > self.max_buffered_bytes:
             raise ValueError(
-                f"max_body_bytes={self.max_body_bytes} does not fit into max_buffered_bytes={self.max_buffered_bytes}"
+                f"max_body_bytes={self.max_body_bytes} must not exceed max_buffered_bytes={self.max_buffered_bytes}"
             )
         return self
 
     @property
     def items_per_request(self) -> int:
-        """The highest number of images in one request: `max_batch_items`, but not more than the queue can have."""
+        """The highest number of images in one request: the lower of `max_batch_items` and `queue_max_images`."""
         return min(self.max_batch_items, self.queue_max_images)
 
     @property
     def originals_place(self) -> str | Path:
-        """The folder or URL where the images of collections with `originals` are stored."""
+        """The folder (a Path) or URL (a str) where original images are stored."""
         return self.originals_url or self.data_dir / "originals"
 
     def shown(self) -> dict[str, Any]:
-        """Return the settings for the log, without secrets."""
+        """Return the settings as a dictionary for the log, without secrets."""
         values = self.model_dump(mode="json")
         masked = masked_url(self.redis_url) if self.redis_url else None
         originals = self.originals_url and re.sub(r"://.*", "://...", self.originals_url, flags=re.DOTALL)
@@ -143,7 +168,8 @@ class Settings(BaseSettings):
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Load the settings from the environment. `overrides`, the options of the command line, take precedence.
+    """Load the settings from the environment and return them. `overrides` has options of the command line, which take
+    precedence.
 
     Raises:
         ValueError: a `DINOV2_*` name is unknown, or a value is not allowed.

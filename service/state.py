@@ -1,6 +1,7 @@
-"""The objects that routes use, in one record. The application makes it at startup: `request.app.state.service`.
+"""The objects that the routes use (`Service`) and the state of the process (`Lifecycle`).
 
-`Lifecycle` has the state that is needed before the record exists and during shutdown.
+The application creates the `Service` at startup and stores it in `app.state.service`. The `Lifecycle` is separate,
+because it is also needed before the `Service` exists and during shutdown.
 """
 
 from dataclasses import dataclass
@@ -21,18 +22,18 @@ from service.telemetry import Metrics
 
 @dataclass
 class Lifecycle:
-    """The state of the process between start and end. `Border` counts requests and bytes in it. The shutdown and
-    /readyz read it."""
+    """The state of the process from its start to its end. `Border` (service/middleware.py) counts the running requests
+    and the bytes of their bodies in it. The shutdown code and /readyz read these values."""
 
     warm: bool = False
-    draining: bool = False  # shutting down: running requests may finish, new ones are refused
+    draining: bool = False  # shutting down: running requests may finish, new requests get status 503
     in_flight: int = 0
     buffered_bytes: int = 0
 
 
 @dataclass
 class Service:
-    """The objects that one running service consists of."""
+    """The objects that make up a running service."""
 
     settings: Settings
     artifact: Artifact
@@ -45,36 +46,37 @@ class Service:
     pipeline: Pipeline
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
-        """Return the tag of vectors with this pooling, of the served model or of the model with `fingerprint`. Only
-        vectors with equal tags can be compared."""
+        """Return the tag of vectors with this pooling. Only vectors with equal tags can be compared. `fingerprint`
+        identifies the model that made the vectors. None means the served model."""
         size = self.artifact.manifest.input_size
         return make_tag(fingerprint or self.artifact.fingerprint, pooling, size, self.engine.precision)
 
     @property
     def model_names(self) -> list[str]:
-        """The names of the served model that the `model` field of a request accepts, besides "" and "auto"."""
+        """The names of the served model that are accepted in the `model` field of a request, in addition to "" and
+        "auto"."""
         manifest = self.artifact.manifest
         names = [self.artifact.name, manifest.name, manifest.fingerprint]
         entry = ENTRIES.get(manifest.name)
         return names + list(entry.aliases if entry else ())
 
     def check_model(self, name: str) -> None:
-        """Check the field `model` of a request. It may be empty, "auto" or a name of the served model.
+        """Check the field `model` of a request. It must be empty, "auto" or a name of the served model.
 
         Raises:
             ModelNotFound: the served model does not have this name.
         """
         if name and name != "auto" and name not in self.model_names:
             raise ModelNotFound(
-                f"model {name!r} is not served here; this service serves {self.artifact.name} (also: auto, "
+                f"model {name!r} is not served here; this service serves {self.artifact.name} (other names: auto, "
                 f"{', '.join(self.model_names[1:])})",
                 param="model",
             )
 
     def identity(self, tag: str | None = None) -> dict[str, Any]:
-        """Return the fields `model` and `fingerprint` of an answer. They are those of the served model, or if `tag` is
-        given, of the model that made the collection's vectors. `model` is None if that is not the served model, because
-        then only its fingerprint is known."""
+        """Return the fields `model` and `fingerprint` of an answer. Without `tag`, they describe the served model. With
+        the tag of a collection, they describe the model that made the vectors of the collection. If this is another
+        model, `model` is None, because only its fingerprint is known."""
         fingerprint = self.artifact.fingerprint if tag is None else tag_parts(tag).fingerprint
         name = self.artifact.name if fingerprint == self.artifact.fingerprint else None
         return {"model": name, "fingerprint": fingerprint}

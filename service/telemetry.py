@@ -1,9 +1,9 @@
 """The metrics of the service, and the format of its log.
 
-Names follow Prometheus' conventions: a prefix, base units, `_total` on counters. Each `Metrics` has its own registry,
-so two services in one process (in tests) do not share counters. Each label has a limited number of values. The label
-`route` is the template of the route and not the path of the request, because clients could send any number of different
-paths.
+The names of metrics follow the conventions of Prometheus: a prefix, base units, and `_total` at the end of the names of
+counters. Each `Metrics` has its own registry, so two services in one process (in tests) do not share counters. Each
+label has a limited number of values. The label `route` is the template of the route and not the path of the request,
+because clients could send any number of different paths.
 """
 
 import json
@@ -40,41 +40,52 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"dinov2_{name}", text, labels, buckets=buckets, registry=self.registry)
 
-        self.requests = counter("requests_total", "Requests answered.", "method", "route", "status")
-        self.request_seconds = histogram("request_duration_seconds", "Time until the answer.", SECONDS, "route")
-        self.requests_in_flight = gauge("requests_in_flight", "Requests being answered.")
+        self.requests = counter("requests_total", "Requests that were answered.", "method", "route", "status")
+        self.request_seconds = histogram(
+            "request_duration_seconds", "Time from a request to the end of its answer.", SECONDS, "route"
+        )
+        self.requests_in_flight = gauge("requests_in_flight", "Requests that are being answered.")
         self.stage_seconds = histogram(
             "stage_duration_seconds", "Time that one image spends in one stage.", SECONDS, "stage"
         )
         self.batch_images = histogram("batch_images", "Images in one forward pass.", BATCH)
-        self.queue_images = gauge("queue_images", "Images accepted and not yet answered.")
-        self.queue_patches = gauge("queue_patches", "Patches waiting for the engine.")
+        self.queue_images = gauge("queue_images", "Images that are accepted and not yet answered.")
+        self.queue_patches = gauge("queue_patches", "Patches that wait for the engine.")
         self.images = counter("images_total", "Images that the engine processed.")
         self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
-        self.cache_hits = counter("cache_hits_total", "Vectors found in the cache.")
-        self.cache_misses = counter("cache_misses_total", "Vectors not in the cache.")
+        self.cache_hits = counter("cache_hits_total", "Vectors that were found in the cache.")
+        self.cache_misses = counter("cache_misses_total", "Vectors that were not found in the cache.")
         self.cache_events = counter(
-            "cache_events_total", "Cache errors and recoveries; a failed call counts as a miss.", "event"
+            "cache_events_total",
+            "Events of the cache in Redis: failed calls, skipped calls, invalid values and recoveries.",
+            "event",
         )
         self.coalesced = counter(
-            "coalesced_images_total", "Images that shared the computation of an identical image in flight."
+            "coalesced_images_total", "Images that shared the running computation of an identical image."
         )
         self.index_recall = gauge(
-            "index_recall_ratio", "Share of the true ten nearest that sampled live searches found.", "collection"
+            "index_recall_ratio", "Share of the true ten nearest items that sampled live searches found.", "collection"
         )
-        self.model_info = gauge("model_info", "The model in use.", "name", "fingerprint", "engine", "precision")
+        self.model_info = gauge(
+            "model_info",
+            "The served model and its engine; the value is always 1.",
+            "name",
+            "fingerprint",
+            "engine",
+            "precision",
+        )
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 
     def render(self) -> bytes:
-        """Return the text that Prometheus scrapes."""
+        """Return the metrics in the text format of Prometheus, as bytes."""
         return generate_latest(self.registry)
 
 
 class JsonLines(logging.Formatter):
-    """Formats a log record as one line of JSON with time, level, logger, message, and the fields in `extra={"fields":
-    {...}}`."""
+    """A log formatter that writes each record as one line of JSON. The line has the time, level, logger and message of
+    the record, and the entries of the record's attribute `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -90,7 +101,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Send all log records to standard error as JSON lines."""
+    """Write all log records of at least this level to standard error, as lines of JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
@@ -101,7 +112,7 @@ def configure_logging(level: str) -> None:
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
-    """Log a request in one line. The line contains nothing of the body or the query string."""
+    """Log a request that was answered, in one line. The line contains no part of the body or the query string."""
     if not access_log.isEnabledFor(logging.INFO):
         return
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}

@@ -1,4 +1,4 @@
-"""Compute the durations of a request's stages in milliseconds, which answers contain."""
+"""Compute the durations that answers report, in milliseconds."""
 
 import time
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ def ms_since(started: float) -> float:
 
 
 def slowest(images: Iterable[Embedded]) -> dict[str, float]:
-    """Return for each stage the milliseconds of the image that took longest in it."""
+    """Return the longest time that any of the images spent in each stage, in milliseconds by name of the stage."""
     stages: dict[str, float] = {}
     for image in images:
         for stage, seconds in image.timings.items():

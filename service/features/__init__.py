@@ -1,2 +1,2 @@
-"""Compute the features of images, with one decode and one forward pass for each image: the pipeline, the batcher and
-the cache."""
+"""Compute the features of images, with one decode and one forward pass for each image. The modules contain the
+pipeline, the batcher and the caches."""

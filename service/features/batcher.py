@@ -1,20 +1,20 @@
 """A bounded queue of images that wait for the engine. Images of different requests share forward passes.
 
-One worker thread owns the engine. Whenever it is free, it takes the waiting images, oldest first, as one batch. It
-never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive during a
-pass and form the next batch. All images of a batch have the shape of the oldest waiting image, and together they have
-at most `batch_max_patches` patches. This bounds the memory of a pass.
+One worker thread owns the engine. Whenever this thread is free, it takes the waiting images, oldest first, as one
+batch. It never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive
+during a pass and form the next batch. All images of a batch have the shape of the oldest waiting image. To limit the
+memory of a pass, a batch of several images has at most `batch_max_patches` patches.
 
-Two limits bound the queue. `reserve` limits the number of images that are accepted and not yet answered; it is called
+The queue has two limits. `reserve` limits the number of images that are accepted and not yet answered. It is called
 before an image is decoded. `submit` limits the number of patches that wait. Both methods raise `QueueFull`, with a
-Retry-After that is computed from the measured throughput.
+Retry-After time that is computed from the measured throughput.
 
 If a client disconnects, its waiting images are dropped when the next batch is formed. If the engine fails on a batch,
-its images are tried one by one, so an image that the engine cannot process does not affect the others. If the worker
-thread dies or hangs, `health` reports it and `/livez` fails.
+the images of this batch are tried one by one, so an image that the engine cannot process does not affect the others. If
+the worker thread dies or hangs, `health` reports the fault and `/livez` fails.
 
-The methods in the section "The worker thread" run in that thread. All others are called on the thread of the event
-loop.
+The methods in the section "The worker thread" run in that thread. All other methods are called on the thread of the
+event loop.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ MAX_RETRY_AFTER_S = 60
 
 @dataclass(frozen=True)
 class Done(Generic[Row]):
-    """The result of one image. `queue_s` is the time that the image waited, and `infer_s` the time of its forward pass
-    with pooling, in seconds."""
+    """The result of one image: its features (`row`), the time that it waited in the queue (`queue_s`), and the time of
+    its forward pass with pooling (`infer_s`). Both times are in seconds."""
 
     row: Row
     queue_s: float
@@ -52,7 +52,7 @@ class Done(Generic[Row]):
 
 @dataclass(eq=False)
 class Job(Generic[Row]):
-    """One waiting image. `pixels` is [3, h, w]."""
+    """One image in the queue. `pixels` is float32 [3, h, w], and `patches` is the number of its patches."""
 
     pixels: FloatArray
     patches: int
@@ -64,11 +64,11 @@ Outcome = tuple[Job[Row], Done[Row] | Exception]
 
 
 class Batcher(Generic[Row]):
-    """The queue and its worker thread, as described at the top of this module.
+    """A bounded queue of images, and the worker thread that passes them to the engine in batches.
 
     Args:
-        run: runs a forward pass with pooling. It takes pixels [B, 3, h, w] and returns B rows. Only the worker thread
-            calls it.
+        run: a function that runs a forward pass with pooling. It takes pixels [B, 3, h, w] and returns B rows. Only the
+            worker thread calls it.
         patch_size: the side of a patch in pixels. It is used to count patches.
     """
 
@@ -115,11 +115,12 @@ class Batcher(Generic[Row]):
 
     @property
     def full(self) -> bool:
-        """Whether one more image would be refused."""
+        """True if the queue has reached one of its two limits, so that it accepts no more images."""
         return self._reserved >= self._queue_max_images or self._queued_patches >= self._queue_max_patches
 
     def health(self) -> str | None:
-        """Return None if the worker is healthy, else a description of the fault."""
+        """Return None if the worker thread is healthy or the batcher is closing. Otherwise return a description of the
+        fault."""
         if self._closing:
             return None
         if self._dead:
@@ -130,8 +131,8 @@ class Batcher(Generic[Row]):
         return None
 
     def reserve(self, images: int) -> None:
-        """Reserve places for `images` more images, or raise and reserve none. The caller must give back every place
-        with `release`.
+        """Reserve places in the queue for `images` more images. If there are not enough places, none is reserved. The
+        caller must give back every place with `release`.
 
         Raises:
             QueueFull: there are not enough free places at the moment.
@@ -144,18 +145,19 @@ class Batcher(Generic[Row]):
         self._metrics.queue_images.set(self._reserved)
 
     def release(self, images: int) -> None:
-        """Give back `images` places that `reserve` reserved."""
+        """Give back `images` places that were reserved with `reserve`."""
         self._reserved -= images
         assert self._reserved >= 0
         self._metrics.queue_images.set(self._reserved)
 
     def submit(self, pixels: FloatArray) -> "asyncio.Future[Done[Row]]":
-        """Put one image [3, h, w] into the queue and return a future of its result. If the future is cancelled before
-        the engine has the image, the image is dropped.
+        """Put one image, float32 [3, h, w], into the queue and return a future of its result. If the future is
+        cancelled before the engine takes the image, the image is dropped.
 
         Raises:
-            QueueFull: too many patches wait. ShuttingDown, ModelUnavailable: images are no longer accepted.
-            EngineFailed: the forward pass failed. The future raises this, not the call.
+            QueueFull: too many patches are waiting.
+            ShuttingDown, ModelUnavailable: images are no longer accepted.
+            EngineFailed: the forward pass failed. Only the future raises this error.
         """
         patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
         with self._wake:
@@ -170,7 +172,8 @@ class Batcher(Generic[Row]):
         return job.future
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Stop the worker after its current pass. Images that still wait fail with `ShuttingDown`."""
+        """Stop the worker thread after its current forward pass, and wait at most `timeout_s` seconds for it. Images
+        that still wait in the queue fail with `ShuttingDown`."""
         with self._wake:
             self._closing = True
             waiting = list(self._queue)
@@ -182,8 +185,8 @@ class Batcher(Generic[Row]):
         self._thread.join(timeout_s)
 
     def retry_after_s(self) -> int:
-        """Estimate from the measured throughput how many seconds the accepted images will take. The result is from 1 to
-        60."""
+        """Estimate how many seconds the engine needs for the accepted images, based on the measured throughput. Return
+        a number from 1 to 60."""
         if not self._images_per_s:
             return 1
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._reserved / self._images_per_s)))
@@ -218,7 +221,7 @@ class Batcher(Generic[Row]):
                 self._deliver([(job, EngineFailed("the engine's worker thread has died")) for job in lost])
 
     def _next_batch(self) -> list[Job[Row]]:
-        """Wait for images and take the next batch. Return an empty batch if the batcher is being closed."""
+        """Wait for images, and return the next batch. The batch is empty if the batcher is closing."""
         with self._wake:
             while True:
                 self._taken = self._take()
@@ -227,10 +230,10 @@ class Batcher(Generic[Row]):
                 self._wake.wait()
 
     def _take(self) -> list[Job[Row]]:
-        """Take the oldest waiting image and the following images that fit into the same batch. Drop images whose
-        futures are cancelled."""
+        """Remove the oldest waiting image and the images that fit into the same batch from the queue, and return them.
+        Images with a cancelled future are dropped."""
         batch: list[Job[Row]] = []
-        passed: list[Job[Row]] = []  # images of another shape; they keep their order in the queue
+        passed: list[Job[Row]] = []  # images of another shape; they return to the front of the queue
         patches = 0
         while self._queue:
             job = self._queue[0]
@@ -252,8 +255,8 @@ class Batcher(Generic[Row]):
         return batch
 
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
-        """Run a forward pass over the batch and return the result or the error of each image. If the pass fails, run
-        each image alone."""
+        """Run a forward pass over the batch, and return the result or the error of each image. If the pass fails, run a
+        separate pass for each image."""
         started = time.perf_counter()
         try:
             rows = self._run(np.stack([job.pixels for job in batch]))
@@ -275,7 +278,7 @@ class Batcher(Generic[Row]):
         return [(job, Done(row, started - job.queued_at, seconds)) for job, row in zip(batch, rows, strict=True)]
 
     def _deliver(self, outcomes: list[Outcome[Row]]) -> None:
-        """Pass the results to the event loop, which is woken once for the whole batch."""
+        """Pass the outcomes of a batch to the event loop in a single call, so that the loop wakes up only once."""
         try:
             self._loop.call_soon_threadsafe(_set_results, outcomes)
         except RuntimeError:  # the loop is closed: the service has stopped and no client waits
@@ -283,9 +286,9 @@ class Batcher(Generic[Row]):
 
 
 def _set_results(outcomes: list[Outcome[Row]]) -> None:
-    """Set the results or errors of the futures. This runs on the event loop."""
+    """Set the result or the error of the future of each image. This function runs on the event loop."""
     for job, outcome in outcomes:
-        if job.future.done():  # cancelled while the engine had it
+        if job.future.done():  # cancelled while the engine processed the image
             continue
         if isinstance(outcome, Exception):
             job.future.set_exception(outcome)

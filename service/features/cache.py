@@ -1,14 +1,14 @@
-"""Caches of computed vectors: in this process, or in a Redis that all replicas share.
+"""Caches of computed vectors: in this process, or in a Redis server that all replicas share.
 
-A key (`cache_key`) is computed from the image's bytes, the model's fingerprint and the options. So an entry never
-becomes outdated, and a cache can have entries of several models. The memory cache evicts the least recently used
+A key (`cache_key`) is computed from the bytes of the image, the fingerprint of the model and the options. So an entry
+never becomes outdated, and a cache can have entries of several models. The memory cache evicts the least recently used
 entries. Redis removes an entry when its time to live (TTL) ends.
 
-A cache may lose entries, but it must never fail a request. `RedisCache` turns every fault into misses. Each call has a
-hard time limit, and after a fault a circuit breaker makes the following calls skip Redis without waiting. While the
-breaker is open, a single call may try Redis again from time to time, at growing intervals. When such a call succeeds,
-the breaker closes and Redis is used again. A value is stored with its length and checksum, so a truncated, damaged or
-foreign value is also a miss.
+A cache may lose entries, but it must never fail a request. `RedisCache` treats every fault as a cache miss. Each call
+has a time limit. After a fault, a circuit breaker opens, and the following calls skip Redis without waiting. While the
+breaker is open, single calls try Redis again at growing intervals. When such a call succeeds, the breaker closes and
+Redis is used again. A value is stored with its length and checksum, so a truncated or damaged value is also a cache
+miss.
 """
 
 import asyncio
@@ -27,23 +27,23 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, InvalidResponse, RedisError, ResponseError
 
 CacheEvent = Literal["error", "skipped", "corrupt", "recovered"]
-"""error: a call failed. skipped: a call was not made because the breaker was open. corrupt: a value was invalid.
-recovered: the breaker closed."""
+"""An event of a cache: a call failed ("error"), a call was not made because the circuit breaker was open ("skipped"), a
+stored value was invalid ("corrupt"), or the circuit breaker closed ("recovered")."""
 
 OnEvent = Callable[[CacheEvent], None]
 T = TypeVar("T")
 
 ENTRY_OVERHEAD_BYTES: Final = 330
-"""The memory that an entry of `MemoryCache` uses in addition to the characters of its key and the bytes of its value.
-It was measured with tracemalloc; a test repeats the measurement."""
+"""The memory in bytes that an entry of `MemoryCache` uses in addition to its key and its value. It was measured with
+tracemalloc. A test repeats the measurement."""
 
-_FORMAT: Final = "v1"  # part of every Redis key, so another value format never reads these values
+_FORMAT: Final = "v1"  # part of every Redis key, so that each format of values has its own keys
 _HEADER: Final = struct.Struct("<4sII")  # magic, length of the value, its CRC-32
 _MAGIC: Final = b"dv2\x01"
 
 
 class Cache(Protocol):
-    """The cache that the pipeline needs. No method raises if the cache is down or full."""
+    """The interface of a cache. No method raises an error if the cache is down or full."""
 
     name: str
 
@@ -51,7 +51,7 @@ class Cache(Protocol):
         """Return the values in the order of the keys, with None for a key that is not in the cache."""
 
     async def set_many(self, items: dict[str, bytes]) -> None:
-        """Store the values by key. Values that cannot be stored are left out."""
+        """Store each value under its key. Values that cannot be stored are left out."""
 
     async def status(self) -> str:
         """Return "ok", or "degraded: " followed by the reason."""
@@ -60,9 +60,9 @@ class Cache(Protocol):
 
 
 def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | int | float | bool | None]) -> str:
-    """Return the key of a cached result. It depends on the sha256 of the image in hex, the model's fingerprint, and
+    """Return the cache key of a result. It depends on the sha256 of the image in hex, the fingerprint of the model, and
     `options`, which must have every option that changes the result. The order of the options does not matter. The key
-    begins with the first 8 characters of the fingerprint, for people who inspect Redis."""
+    begins with the first 8 characters of the fingerprint, which helps people who inspect Redis."""
     text = json.dumps([image_sha256, fingerprint, dict(options)], sort_keys=True, separators=(",", ":"))
     return f"{fingerprint[:8]}:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -70,16 +70,17 @@ def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | i
 def make_cache(
     redis_url: str | None, *, max_bytes: int, ttl_s: int, on_event: OnEvent = lambda event: None
 ) -> "MemoryCache | RedisCache":
-    """Make a cache in Redis if there is a URL, else in the memory of this process. With `max_bytes` 0, the memory cache
-    stores nothing."""
+    """Return a cache in Redis if `redis_url` is not None, and a cache in the memory of this process otherwise. If
+    `max_bytes` is 0, the cache in memory stores nothing."""
     return MemoryCache(max_bytes) if redis_url is None else RedisCache(redis_url, ttl_s=ttl_s, on_event=on_event)
 
 
 class MemoryCache:
     """A cache in the memory of this process that evicts the least recently used entries. `max_bytes` limits its memory,
-    including the overhead of entries. It belongs to one event loop. No method awaits anything, so each call is atomic.
+    including the overhead of entries. The cache belongs to one event loop. Its methods await nothing, so each call is
+    atomic.
 
-    A value that alone exceeds `max_bytes` is not stored, and no entry is evicted for it.
+    A value that alone exceeds `max_bytes` is not stored, and no other entry is evicted for it.
     """
 
     name = "memory"
@@ -132,16 +133,15 @@ class RedisCache:
     """A cache in Redis, shared by all replicas that use the same URL and prefix.
 
     Args:
-        url: an address that begins with redis://, rediss:// or unix://, with the password if there is one. No message
-            or log shows it.
-        ttl_s: the time in seconds for which Redis keeps a value.
-        on_event: a function that is called with each event, to count it.
+        url: an address that begins with redis://, rediss:// or unix://. It includes the password if there is one.
+        ttl_s: the time in seconds for which Redis stores a value.
+        on_event: a function that is called with each event, for example to count it.
         timeout_s: the time limit of one call in seconds, including the time to connect.
-        retry_s, max_retry_s: the first and the longest interval between attempts while Redis is down, in seconds. The
+        retry_s, max_retry_s: the first and the longest interval in seconds between attempts while Redis is down. The
             interval doubles after each failure.
 
     Raises:
-        ValueError: the URL or a number is invalid. The message does not show the password.
+        ValueError: the URL or `ttl_s` is invalid. The message does not show the password.
     """
 
     name = "redis"
@@ -163,7 +163,7 @@ class RedisCache:
         self._prefix = f"{prefix}:{_FORMAT}:"
         self._ttl_s, self._timeout_s, self._on_event = ttl_s, timeout_s, on_event
         self._breaker = _Breaker(retry_s, max_retry_s)
-        self._faults: dict[str, str] = {}  # call -> why it failed last
+        self._faults: dict[str, str] = {}  # call -> reason of its last failure
         self._redis = _client(url, timeout_s, max_connections)
 
     async def get_many(self, keys: list[str]) -> list[bytes | None]:
@@ -177,9 +177,9 @@ class RedisCache:
             await self._guarded("set", lambda: self._set(items))
 
     async def status(self) -> str:
-        """Read a value from Redis and return the status. Because of this query, a service without traffic also notices
-        when Redis fails or recovers. The query is not a PING, because a Redis that answers PING may still refuse
-        reads."""
+        """Read a value from Redis and return the status: "ok", or "degraded: " followed by the reasons. Because of this
+        read, a service without traffic also notices that Redis has failed or recovered. A PING is not enough, because a
+        Redis server that answers PING may still refuse reads."""
         await self.get_many(["status"])
         if not self._faults:
             return "ok"
@@ -205,18 +205,18 @@ class RedisCache:
         return True
 
     async def _guarded(self, call: str, action: Callable[[], Awaitable[T]]) -> T | None:
-        """Run `action` within the time limit and return its result. If it fails or the breaker is open, report an event
-        and return None."""
+        """Run `action` within the time limit and return its result. If the action fails or the circuit breaker is open,
+        report an event and return None."""
         if not self._breaker.try_enter():
             self._on_event("skipped")
             return None
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await action()
-        except (RedisError, OSError, TimeoutError, ValueError) as error:  # ValueError: the server does not speak Redis
+        except (RedisError, OSError, TimeoutError, ValueError) as error:  # ValueError: this is no Redis server
             self._failed(call, error)
             return None
-        except BaseException:  # the caller was cancelled, not Redis' fault; end a probe
+        except BaseException:  # the caller was cancelled, which is no fault of Redis
             self._breaker.abandon()
             raise
         if self._breaker.succeed():
@@ -231,7 +231,7 @@ class RedisCache:
         self._faults[call] = f"{type(error).__name__}: {words}"
         refused = isinstance(error, ResponseError) and not isinstance(error, AuthenticationError | AuthorizationError)
         if refused and not str(error).startswith(("NOAUTH", "WRONGPASS")):
-            self._breaker.abandon()  # Redis answers (e.g. out of memory for writes): reads may continue
+            self._breaker.abandon()  # Redis works but refused this call, for instance a write when it is out of memory
         else:
             self._breaker.fail()
 
@@ -245,8 +245,8 @@ class RedisCache:
 
 
 class _Breaker:
-    """A circuit breaker. While it is closed, every call may be made. While it is open, one call may be made after each
-    interval, to probe whether Redis works again."""
+    """A circuit breaker for calls to Redis. While it is closed, every call may be made. While it is open, one call may
+    be made after each interval, to find out whether Redis works again."""
 
     def __init__(self, first_s: float, longest_s: float) -> None:
         self._first_s, self._longest_s = first_s, longest_s
@@ -263,13 +263,13 @@ class _Breaker:
         return True
 
     def succeed(self) -> bool:
-        """Close the breaker. Return whether it was open."""
+        """Close the breaker. Return True if it was open."""
         was_open = bool(self._interval_s)
         self._interval_s, self._probing = 0.0, False
         return was_open
 
     def fail(self) -> None:
-        if self._probing or not self._interval_s:  # calls that started before it opened do not lengthen it
+        if self._probing or not self._interval_s:  # calls that began before the breaker opened do not count
             self._interval_s = min(self._longest_s, max(self._first_s, 2 * self._interval_s))
             self._next_probe = time.monotonic() + self._interval_s
         self._probing = False
@@ -279,8 +279,8 @@ class _Breaker:
 
 
 def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
-    """Make a Redis client with a connection pool. It does not retry failed calls, because the breaker determines when
-    Redis is tried again."""
+    """Return a Redis client with a connection pool. The client does not retry failed calls, because the circuit breaker
+    determines when Redis is tried again."""
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -297,16 +297,18 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
             f"the Redis URL (scheme {scheme!r}) is not valid: the form is redis://[:password@]host:port/db; "
             "percent-encode special characters of the password"
         ) from None
-    return Redis.from_pool(pool)  # closed with the client
+    return Redis.from_pool(pool)  # the client closes the pool
 
 
 def frame(value: bytes) -> bytes:
-    """Return a value with a header in front of it: a magic number, the value's length and its CRC-32."""
+    """Return `value` with a header in front of it. The header has a magic number, and the length and CRC-32 of the
+    value."""
     return _HEADER.pack(_MAGIC, len(value), zlib.crc32(value)) + value
 
 
 def unframe(framed: bytes) -> bytes | None:
-    """Return the value in the bytes that `frame` made, or None if `frame` did not make them."""
+    """Return the value in bytes that were made with `frame`. Return None if the header is invalid or does not match the
+    value."""
     if len(framed) < _HEADER.size:
         return None
     magic, length, checksum = _HEADER.unpack_from(framed)

@@ -1,4 +1,4 @@
-"""Decode images, and translate the errors of `model.decode` to the errors that clients see."""
+"""Decode images, and translate the errors of `model.decode` to errors of the service."""
 
 from model.decode import DEFAULT_LIMITS, Broken, DecodeError, DecodeLimits, Pixels, TooLarge, Unsupported
 from model.decode import decode as decode_image
@@ -12,7 +12,7 @@ _ERRORS: dict[type[DecodeError], type[ServiceError]] = {
 
 
 def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
-    """Decode an image with `model.decode.decode` and return its pixels [H, W, 3].
+    """Decode an image with `model.decode.decode` and return its pixels, uint8 [H, W, 3].
 
     Raises:
         ImageTooLarge, UnsupportedImage, BrokenImage: the image is too large, has an unsupported format, or is damaged.

@@ -1,8 +1,9 @@
-"""The patch features of an image, as they are cached to compare images: float16 vectors of length 1.
+"""The patch features of an image in the form in which they are cached: float16 vectors of length 1. Searches compare
+images with them.
 
-The vectors have length 1, so the dot product of two is their cosine. In float16, each component has a relative error of
-up to 1 in 2000, which changes a cosine by about 1e-5. The size of the image and of the patch grid are stored with the
-vectors, because they are needed to convert a patch to a box in pixels of the image.
+Because the vectors have length 1, the dot product of two vectors is their cosine similarity. In float16, each component
+has a relative error of up to 1 in 2000, which changes a cosine by about 1e-5. The size of the image and the size of the
+patch grid are stored with the vectors, because both are needed to convert a patch to a box in pixels of the image.
 
 Legend: N patches, D features; H, W size of the upright image in pixels; h, w size of the patch grid; N = h * w. Patches
 are in row-major order.
@@ -22,8 +23,8 @@ _HEAD: Final = struct.Struct("<4I")  # H, W, h, w; the N * D numbers follow
 
 @dataclass(frozen=True)
 class Patches:
-    """The patch features of one image. `rows` is float16 [N, D]. Each row has length 1, except that a zero feature
-    stays zero."""
+    """The patch features of one image. `rows` is float16 [N, D], with one row for each of the N patches. Each row is
+    scaled to length 1. A zero row stays zero."""
 
     rows: npt.NDArray[np.float16]
     grid: tuple[int, int]  # h, w
@@ -31,7 +32,8 @@ class Patches:
 
     @staticmethod
     def of(tokens: Floats, grid: tuple[int, int], size: tuple[int, int]) -> "Patches":
-        """Scale the network's patch tokens [N, D] to length 1 and return them as `Patches`."""
+        """Return the patch tokens [N, D] of an image as `Patches`, with each row scaled to length 1. `grid` is the size
+        of the patch grid, and `size` is the size of the image in pixels, both (height, width)."""
         assert len(tokens) == grid[0] * grid[1], (tokens.shape, grid)
         return Patches(unit_rows(tokens).astype(np.float16), grid, size)
 
@@ -46,7 +48,7 @@ class Patches:
 
 
 def unit_rows(rows: npt.NDArray[np.floating]) -> Floats:
-    """Return rows [N, D] as float32, each scaled to length 1. A zero row stays zero."""
+    """Return the rows [N, D] as float32, each scaled to length 1. A zero row stays zero."""
     values = rows.astype(np.float32)
     lengths = np.linalg.norm(values, axis=1, keepdims=True)  # [N, 1]
     return np.asarray(values / np.where(lengths > 0, lengths, 1), np.float32)

@@ -1,18 +1,20 @@
-"""The path of one image: bytes -> cache? -> decode -> preprocess -> batcher -> engine -> pool -> cache.
+"""Compute the features of images: look them up in the cache, decode, preprocess, wait for a batch, run the engine,
+pool, and store the result in the cache.
 
-An image is decoded and preprocessed in a thread before it is put into a batch. So a damaged image is only an error of
-its own item and never reaches the engine. If the queue has no room for all images of a request, none is decoded.
+An image is decoded and preprocessed in a thread before it is put into a batch. So a damaged image only causes an error
+of its own item and never reaches the engine. If the queue has no room for all images of a request, none of them is
+decoded.
 
 The cache does not store final vectors but their parts: the class token and the mean of the patch tokens, float32,
 before normalisation. `pooling` and `normalize` are applied when an entry is used, so one entry serves every combination
 of them. The key contains the sha256 of the bytes as sent, the model's fingerprint (weights, architecture,
 preprocessing, and so the input size) and the precision.
 
-If several requests need the same image at the same time, it is computed once. The computation (a flight) is a task of
-its own, and all these requests await it. It continues as long as one request waits, so a client that disconnects does
-not affect the others. When no request waits any more, it is cancelled. But a thread that is decoding cannot be stopped.
-Until it ends, its image keeps its place in the queue, so the errors `queue_full` and the answers of /readyz show the
-true load.
+If several requests need the same image at the same time, it is computed once. This computation is called a flight. It
+is a separate task, which all these requests await. The flight continues as long as at least one request waits for it,
+so a client that disconnects does not affect the others. When no request waits any more, the flight is cancelled.
+However, a thread that is decoding cannot be stopped. The image occupies a place in the queue until this thread ends. So
+`queue_full` errors and /readyz show the true load.
 
 Legend: B images in a batch, P parts (see model/pooling.py), D width of the model, N patches, R registers, H x W size of
 the upright image, h x w size of the network's input.
@@ -48,16 +50,17 @@ from service.telemetry import Metrics
 FloatArray = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-_HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; the 2 * D floats follow
+_HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; P * D floats follow
 
 
 def compute_parts(features: Features) -> FloatArray:
-    """Compute the parts of a batch's features, [B, P, D] in the order of `PARTS`."""
+    """Compute the parts of the features of a batch, in the order of `PARTS`, and return them as [B, P, D]."""
     return np.stack([features.cls, *(part(features.patches) for part in PATCH_PARTS.values())], axis=1)
 
 
 class Row(NamedTuple):
-    """The features of one image from a forward pass. Only `patches` is a view of the array of the whole batch."""
+    """The features of one image from a forward pass. `patches` is a view of an array with the patches of the whole
+    batch."""
 
     parts: FloatArray  # [P, D]
     patches: FloatArray  # [N, D]
@@ -66,7 +69,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """The parts of one image's features, in the order of `PARTS`. The vector of every pooling is computed from them."""
+    """The parts of the features of one image, in the order of `PARTS`. The vectors for all kinds of pooling are computed
+    from them."""
 
     parts: FloatArray  # [P, D]
     tokens: int
@@ -74,8 +78,8 @@ class Embedded:
     timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
-        """Return the vector for a pooling, of shape [width(pooling, D)]. If `normalize`, first each of its parts and
-        then the vector is scaled to length 1."""
+        """Return the vector for this pooling, float32 [width(pooling, D)]. If `normalize` is true, the vector is scaled
+        to length 1. If it consists of two parts, each part is first scaled to length 1."""
         unit = _unit if normalize else _as_is
         parts = dict(zip(PARTS, self.parts, strict=True))
         return unit(pool(parts, pooling, unit=unit, join=np.concatenate))
@@ -85,8 +89,8 @@ class Embedded:
 
     @staticmethod
     def from_bytes(data: bytes, dims: int) -> "Embedded | None":
-        """Parse a cache entry. Return None if it does not have `dims` finite numbers in each part, because a shared
-        cache may contain wrong entries."""
+        """Parse a cache entry and return it. Return None if the entry does not consist of all parts with `dims` finite
+        numbers each. A cache that several services share may contain such entries."""
         if len(data) != _HEAD.size + 4 * len(PARTS) * dims:
             return None
         parts = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32).reshape(len(PARTS), dims)
@@ -97,7 +101,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Analysed:
-    """All features of one image and its pixels, from one decode and one forward pass."""
+    """One decoded image, and all features that a single forward pass has computed from it."""
 
     embedded: Embedded
     patches: FloatArray  # [N, D]
@@ -115,7 +119,7 @@ class _Decoded(NamedTuple):
 
 @dataclass
 class _Flight:
-    """The computation of one image, which several requests may await."""
+    """The running computation of one image, and the number of requests that await it."""
 
     task: "asyncio.Task[Embedded]"
     waiters: int = 0
@@ -123,7 +127,7 @@ class _Flight:
 
 @dataclass(frozen=True)
 class PipelineLimits:
-    """The limits of a pipeline. The settings of the same names explain them."""
+    """The limits of a pipeline. `Settings` describes them."""
 
     decode: DecodeLimits
     decode_workers: int
@@ -147,7 +151,7 @@ class PipelineLimits:
 
 
 class Pipeline:
-    """Computes the features of images, as described at the top of this module. It must be made and closed on the event
+    """A pipeline that computes the features of images and caches them. It must be created and closed on the event
     loop."""
 
     def __init__(
@@ -187,12 +191,13 @@ class Pipeline:
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
-        """Embed the images of one request. Return for each image, in order, its features or its error.
+        """Compute the features of the images of one request, or take them from the cache. Return for each image, in
+        order, its features or its error.
 
-        An image that already has an error keeps it. Each outcome has the index of its image.
+        An image that already has an error keeps this error. Each outcome has the index of its image.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: the whole request is refused. No image was decoded.
+            QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
         """
         keys = await self._keys(images)
         by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
@@ -205,14 +210,15 @@ class Pipeline:
         return [key.then(embedded) for key in keys]
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
-        """Compute all features of one image, call `answer` with them in a thread, and return the result of `answer`.
-        Class token and mean are also cached.
+        """Compute all features of one image, call `answer` with the image and its features in a thread, and return the
+        result of `answer`. The class token and the mean of the patch tokens are also cached.
 
-        The decoded image stays in memory until `answer` returns. To limit memory, at most as many images are analysed
-        at once as there are decoding threads. Other images wait undecoded.
+        The decoded image stays in memory until `answer` returns. To limit memory, no more images are analysed at the
+        same time than there are decoding threads. Other images wait before they are decoded.
 
         Raises:
-            ServiceError: the image cannot be used or is refused, or `answer` raised the error.
+            ServiceError: the image cannot be decoded, the queue is full, the engine failed, or `answer` raised this
+                error.
         """
         self.batcher.reserve(1)
         task = asyncio.create_task(self._analyse(image, answer))
@@ -223,17 +229,18 @@ class Pipeline:
             task.cancel()  # the caller was cancelled; no effect on a finished task
 
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
-        """Return those patches that are cached, by digest. A digest is the sha256 of an image's bytes."""
+        """Return the cached patches of images, by digest. A digest is the sha256 of an image's bytes in hex. The result
+        has no entry for an image without cached patches."""
         keys = {digest: self._patches_key(digest) for digest in digests}
         kept = await self._patch_cache.get_many(list(keys.values()))
         return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
 
     async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
-        """Compute and cache the patches of images. Each image is given as (sha256 of its bytes, bytes). Return for each
-        image, in order, its patches or its error. An image that already has an error keeps it.
+        """Compute and cache the patches of images. Each image is a pair: the sha256 of its bytes, and the bytes. Return
+        for each image, in order, its patches or its error. An image that already has an error keeps this error.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: all images are refused. None was decoded.
+            QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
         """
         self.batcher.reserve(sum(image.error is None for image in images))
         outcomes = [image.then(self._start_patches) for image in images]
@@ -247,19 +254,19 @@ class Pipeline:
                 task.cancel()  # the caller was cancelled
 
     async def warm_up(self) -> None:
-        """Run one forward pass, so that the first request need not wait until the runtime is initialised."""
+        """Run one forward pass on zeros, so that the first request does not wait for the runtime to initialise."""
         height, width = self.artifact.manifest.input_size
         await self.batcher.submit(np.zeros((3, height, width), np.float32))
 
     async def close(self) -> None:
-        """Stop the pipeline. Images that still wait fail with `ShuttingDown`."""
+        """Stop the pipeline. Images that still wait in the queue fail with `ShuttingDown`."""
         self.batcher.close()
         for threads in (self._decoders, self._answerers, self._hasher):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _forward(self, pixels: FloatArray) -> list[Row]:
-        """Run one forward pass over pixels [B, 3, h, w] and return the features of each image. The batcher's worker
-        thread calls this.
+        """Run one forward pass over pixels [B, 3, h, w] and return the features of each image. The worker thread of the
+        batcher calls this method.
 
         Raises:
             EngineFailed: a feature is not finite. The batcher then tries the images one by one.
@@ -272,8 +279,8 @@ class Pipeline:
         return [Row(p.copy(), patches, tokens) for p, patches in zip(parts, features.patches, strict=True)]
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
-        """Compute the cache key of each image. More than a few hundred kilobytes are hashed in a thread, because this
-        would delay the event loop."""
+        """Return the cache key or the error of each image, in order. If the images have more than 256 KiB in total,
+        they are hashed in a thread, because hashing would delay the event loop."""
 
         def keys() -> list[Outcome[str]]:
             return [image.then(self._key) for image in images]
@@ -301,15 +308,16 @@ class Pipeline:
         return cached
 
     async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
-        """Compute the images, by key. If an image is already being computed, wait for that computation instead of
-        starting another. Return the finished tasks when all computations have ended."""
+        """Compute the features of images and return the finished task of each image. `wanted` and the result are
+        dictionaries with cache keys. If an image is already being computed, wait for that computation instead of
+        starting another."""
         new = [key for key in wanted if key not in self._flights]
         if new:
             self.batcher.reserve(len(new))  # all images of this request, or none
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
             task = asyncio.create_task(self._fly(key, wanted[key]))
-            task.add_done_callback(partial(self._landed, key))  # also when it is cancelled before its first step
+            task.add_done_callback(partial(self._landed, key))  # also if the task is cancelled before its first step
             self._flights[key] = _Flight(task)
         flights = {key: self._flights[key] for key in wanted}
         for flight in flights.values():
@@ -331,7 +339,7 @@ class Pipeline:
         embedded = Embedded(row.parts, row.tokens, timings=timings)
         await self.cache.set_many(
             {key: embedded.to_bytes()}
-        )  # before landing, so a later request finds the entry or the flight
+        )  # before the flight ends, so that a later request finds the entry or the flight
         return embedded
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
@@ -369,10 +377,11 @@ class Pipeline:
         """Release the place in the queue that was reserved for a finished task."""
         self.batcher.release(1)
         if not task.cancelled():
-            task.exception()  # mark it as retrieved; waiting requests have it already
+            task.exception()  # otherwise asyncio would log it, although the waiting requests get it
 
     def _forget(self, key: str, task: "asyncio.Task[Embedded]") -> None:
-        """Remove the computation `task` of an image, unless a newer one has replaced it."""
+        """Remove `task`, the computation of an image, from the running computations, unless a newer task for the same
+        image has replaced it."""
         if key in self._flights and self._flights[key].task is task:
             del self._flights[key]
 
@@ -393,8 +402,8 @@ class Pipeline:
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,
-        `work` does not run. If it is cancelled later, wait until `work` ends, so that nothing is released that the
-        thread still uses."""
+        `work` does not run. If the caller is cancelled later, wait until `work` ends, so that no resource is released
+        that the thread still uses."""
         running = threads.submit(work)
         try:
             return await asyncio.wrap_future(running)
@@ -417,7 +426,7 @@ class Pipeline:
 
 
 def _result(task: "asyncio.Task[T]") -> T:
-    """Return a finished task's result, or raise its exception."""
+    """Return the result of a finished task, or raise its exception."""
     return task.result()
 
 
@@ -426,6 +435,6 @@ def _as_is(vector: FloatArray) -> FloatArray:
 
 
 def _unit(vector: FloatArray) -> FloatArray:
-    """Scale a vector to length 1. A zero vector stays zero."""
+    """Return a vector scaled to length 1. A zero vector is returned unchanged."""
     norm = np.linalg.norm(vector)
     return vector if norm == 0 else (vector / norm).astype(np.float32)

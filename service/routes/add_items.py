@@ -1,4 +1,4 @@
-"""`POST /v1/collections/{name}/items`: add images and vectors."""
+"""Add images and vectors to a collection: `POST /v1/collections/{name}/items`."""
 
 import re
 import time
@@ -25,8 +25,8 @@ from service.timings import ms_since
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 MAX_VECTORS: Final = 1000
-"""The highest number of items with vectors in one request. For items with images, the length of the queue sets the
-limit."""
+"""The highest number of items with vectors in one request. The number of items with images is limited by the settings
+`max_batch_items` and `queue_max_images`."""
 KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -49,11 +49,11 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
     },
 )
 async def add_items(request: Request, name: str) -> Response:
-    """Add images or vectors to a collection. An item replaces an existing item with the same id. The first write to a
-    name creates the collection. A JSON body has the list `items`; each item has an image or a vector, and may have an
-    id, a source and metadata. A form has image files: the id of each item is the sha256 of the file, and the file name
+    """Add images or vectors to a collection. An item replaces an existing item with the same id. If the collection does
+    not exist, it is created. A JSON body has the list `items`. Each item has an image or a vector, and may have an id,
+    a source and metadata. A form has image files. The id of each item is then the sha256 of the file, and the file name
     is stored in the metadata as `filename`. If two requests within a day have the same `Idempotency-Key` header and the
-    same items, the second one changes nothing."""
+    same items, the second request changes nothing."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -74,7 +74,7 @@ async def add_items(request: Request, name: str) -> Response:
 
 
 def _request_key(request: Request, service: Service) -> str | None:
-    """Return the value of the header `Idempotency-Key`, or None if the request does not have it.
+    """Return the value of the header `Idempotency-Key`, or None if the request has no such header.
 
     Raises:
         InvalidRequest: the key is empty, too long or not printable ASCII, or the store does not support such keys.
@@ -90,8 +90,8 @@ def _request_key(request: Request, service: Service) -> str | None:
 
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewItem]], ItemsIn | UploadOptions]:
-    """Return the items of the request in order, each parsed item or its error, and the request's options. Each item is
-    checked as far as is possible without the store and the neural network."""
+    """Parse a request. Return the outcome of each item in order, which is the parsed item or its error, and the
+    request's options. Items are only checked as far as is possible without the store and the neural network."""
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         _check_counts(body.items, settings)

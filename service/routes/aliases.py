@@ -1,7 +1,9 @@
-"""`/v1/aliases`: names that point to collections. An alias can be used wherever a collection is named.
+"""Manage aliases, which are names that point to collections: `/v1/aliases`. Searches and writes accept an alias instead
+of the name of a collection.
 
-To change the model without a gap, fill a new collection next to the old one and then move the alias. A request that
-arrives during the move uses either the old or the new collection, never parts of both.
+To change the model without interrupting searches, fill a new collection, and then move the alias from the old
+collection to the new one. A request that arrives during the move uses either the old or the new collection, never parts
+of both.
 """
 
 from fastapi import APIRouter, Request, Response
@@ -27,8 +29,9 @@ async def list_aliases(request: Request) -> Response:
 
 @router.put("/{alias}", summary="Create or move an alias", openapi_extra=json_body(AliasIn))
 async def put_alias(request: Request, alias: str) -> Response:
-    """Create an alias of a collection, or move an existing alias to it in one atomic step. The answer's `before` is the
-    collection that the alias pointed to. If the alias is new, `before` is null and the status is 201."""
+    """Create an alias for a collection, or move an existing alias to this collection in one atomic step. In the answer,
+    `before` is the collection that the alias pointed to before. If the alias is new, `before` is null and the status is
+    201."""
     service = service_of(request)
     check_name(alias)
     body = parse_options(AliasIn, await read_json(request))
@@ -40,7 +43,7 @@ async def put_alias(request: Request, alias: str) -> Response:
 
 @router.delete("/{alias}", summary="Delete an alias")
 async def delete_alias(request: Request, alias: str) -> Response:
-    """Delete the alias. The collection that it points to remains."""
+    """Delete an alias. The collection that the alias points to is not deleted."""
     service = service_of(request)
     await service.store.drop_alias(check_name(alias))
     return json_response({"alias": alias, "deleted": True, **service.identity()})

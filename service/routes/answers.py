@@ -1,4 +1,4 @@
-"""Functions that several routes use to build answers: encode vectors, make the timing header, and serialise JSON."""
+"""Functions that build answers: they encode vectors, make the Server-Timing header, and serialise JSON."""
 
 import base64
 from typing import Any, Literal
@@ -10,19 +10,20 @@ from fastapi import Response
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:
-    """Prepare a vector [D] for JSON: as an array of numbers, or as the base64 text of its little-endian float32
-    bytes."""
+    """Return a vector [D] in a form that can be serialised to JSON: an array of numbers, or the base64 text of its
+    little-endian float32 bytes."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
     return np.ascontiguousarray(vector)
 
 
 def server_timing(timings: dict[str, float]) -> dict[str, str]:
-    """Return the Server-Timing header for timings in milliseconds. Browsers and load testers display this header."""
+    """Return the Server-Timing header, which browsers and tools for load tests can display. `timings` has the
+    milliseconds of each stage."""
     return {"Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.items())}
 
 
 def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a JSON response. numpy arrays are serialised directly."""
+    """Serialise `body` to JSON and return a response with it. The body may contain numpy arrays."""
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status_code=status, headers=headers, media_type="application/json")

@@ -1,7 +1,7 @@
 """Read request bodies: a JSON object, a form with files, or an image as the raw body.
 
-`service/middleware.py` limits the size while the body arrives. The files of a form stay in memory: in a container the
-root file system is read-only, and a client's image should not be written to disk.
+`service/middleware.py` limits the size of a body while it arrives. The files of a form are never written to disk,
+because the root file system of the container is read-only and the images of clients should not be on the disk.
 """
 
 from collections.abc import AsyncGenerator
@@ -24,14 +24,14 @@ MAX_FORM_FIELDS: Final = 32
 MAX_FIELD_BYTES: Final = 64 * 1024
 MAX_JSON_VALUES: Final = 1_000_000
 """The highest number of JSON values in one body. Each value becomes a Python object of at least 60 bytes. Without a
-limit, a body of mostly commas would take more than 20 times its size in memory."""
+limit, a body that consists mostly of commas would take more than 20 times its size in memory."""
 _FORM_CHARSETS: Final = frozenset({"utf-8", "utf8", "us-ascii", "iso-8859-1", "latin-1"})
 _FORMS: Final = "application/json, multipart/form-data, or the image itself as image/*"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A parsed request body: its images in order, the other fields, and the file names of a form."""
+    """A parsed request body: its images in order, its other fields, and the file names if it is a form."""
 
     images: list[Outcome[bytes]]
     fields: dict[str, Any]
@@ -39,13 +39,14 @@ class Upload:
 
 
 def media_type(request: Request) -> str:
-    """Return the Content-Type without parameters, in lower case, or an empty text if there is none."""
+    """Return the Content-Type of a request in lower case and without parameters. Return an empty text if the request
+    has no Content-Type."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_upload(request: Request, settings: Settings, *, key: str) -> Upload:
-    """Read a body with images. `key` is the name of the JSON field that has the images, as one string or a list of
-    strings.
+    """Read a request body with images and return its parts. In a JSON body, the field `key` has the images, as one
+    string or a list of strings.
 
     Raises:
         BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is invalid.
@@ -65,11 +66,11 @@ async def read_upload(request: Request, settings: Settings, *, key: str) -> Uplo
         return upload
     if kind.startswith("image/") or kind == "application/octet-stream":
         return Upload(numbered([await request.body()]), query_fields(request))
-    raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send {_FORMS}")
+    raise UnsupportedMediaType(f"content type {kind!r} is not accepted: send {_FORMS}")
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body.
+    """Parse the body of a request and return its JSON object.
 
     Raises:
         UnsupportedMediaType: the content type is not application/json.
@@ -78,12 +79,17 @@ async def read_json(request: Request) -> dict[str, Any]:
     """
     kind = media_type(request)
     if kind != "application/json":
-        raise UnsupportedMediaType(f"content type {kind or 'missing'!r}: send application/json")
+        raise UnsupportedMediaType(f"content type {kind!r} is not accepted: send application/json")
     return await json_of(request)
 
 
 async def json_of(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body, whatever its content type is."""
+    """Parse the body of a request and return its JSON object. The content type is not checked.
+
+    Raises:
+        BadRequest: the body is not JSON.
+        InvalidRequest: the JSON is not an object, or it has too many values.
+    """
     body = await request.body()
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
         raise InvalidRequest(f"the body has more than {MAX_JSON_VALUES:,} JSON values")
@@ -97,19 +103,19 @@ async def json_of(request: Request) -> dict[str, Any]:
 
 
 async def read_optional_json(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body, or an empty one if there is no body."""
+    """Parse the body of a request and return its JSON object. Return an empty dictionary if the request has no body."""
     return await read_json(request) if await request.body() else {}
 
 
 def query_fields(request: Request) -> dict[str, Any]:
-    """Return the query parameters as a dictionary. A repeated parameter gets the list of its values."""
+    """Return the query parameters as a dictionary. The value of a repeated parameter is the list of its values."""
     return _grouped(request.query_params.multi_items())
 
 
 class _MemoryParser(MultiPartParser):
-    """Starlette's parser with two differences. It never writes a file to disk; the limit on the body bounds the memory.
-    It also records in `ended` whether the form is complete, because Starlette would silently drop an incomplete last
-    part."""
+    """A form parser that differs from Starlette's in two ways. It never writes a file to disk. The size limit for the
+    body also limits the memory for its files. The parser records in `ended` whether the form is complete, because
+    Starlette's parser silently drops an incomplete last part."""
 
     spool_max_size = 2**62
     ended = False
@@ -120,7 +126,7 @@ class _MemoryParser(MultiPartParser):
 
 
 async def _read_form(request: Request, settings: Settings) -> Upload:
-    """Read a form with image files and text fields."""
+    """Read a form with image files and text fields, and return its parts."""
     charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
     if (
         charset.lower() not in _FORM_CHARSETS
@@ -154,14 +160,14 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
                 files.append(await value.read())
                 names.append(value.filename or "")
             else:
-                raise InvalidRequest(f"form file {name!r}: name the field file or files", param=name[:64])
+                raise InvalidRequest(f"form field {name!r} has a file: name the field file or files", param=name[:64])
     finally:
         await form.close()
     return Upload(numbered(files), _grouped(texts), names)
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Turn (name, value) pairs into a dictionary. A repeated name gets the list of its values."""
+    """Return (name, value) pairs as a dictionary. The value of a repeated name is the list of its values."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

@@ -1,9 +1,9 @@
-"""`/v1/collections`: create, describe and delete collections, and manage snapshots. The modules `items`, `add_items`
-and `search` have the routes for the items of a collection.
+"""Create, describe and delete collections, and manage their snapshots: `/v1/collections`. The modules `items`,
+`add_items`, `search` and `duplicates` have the routes for the items of a collection.
 
 A collection stores the tag of its vectors: fingerprint, pooling, normalisation, input size and precision. If the
-service is then started with another model, old and new vectors cannot be compared. So a write or search that needs the
-new model fails with status 409, and the message names both tags.
+service is later started with another model, the vectors of the two models cannot be compared. So a write or a search
+that needs the new model fails with status 409, and the message names both tags.
 """
 
 from dataclasses import asdict
@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 
 @router.get("", summary="List collections")
 async def list_collections(request: Request) -> Response:
-    """List all collections, each with its settings, its number of items and its aliases."""
+    """List all collections, each with its settings, the number of its items, and its aliases."""
     service = service_of(request)
     collections, aliases = await service.store.collections(), await service.store.aliases()
     data = [_described(info, aliases) for info in collections]
@@ -63,7 +63,7 @@ async def put_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}", summary="Describe a collection")
 async def get_collection(request: Request, name: str) -> Response:
-    """Return the settings of the collection, its number of items, and the aliases that point to it."""
+    """Return the settings of a collection, the number of its items, and the aliases that point to it."""
     service = service_of(request)
     info = await service.store.info(check_name(name))
     return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
@@ -71,8 +71,8 @@ async def get_collection(request: Request, name: str) -> Response:
 
 @router.delete("/{name}", summary="Delete a collection")
 async def delete_collection(request: Request, name: str) -> Response:
-    """Delete the collection with all its items. Its snapshots and stored images remain. The status is 409 if an alias
-    points to the collection."""
+    """Delete a collection with all its items. Its snapshots and stored images are not deleted. The status is 409 if an
+    alias points to the collection."""
     service = service_of(request)
     await service.store.drop(check_name(name))
     return json_response({"name": name, "deleted": True, **service.identity()})
@@ -80,8 +80,8 @@ async def delete_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}/stats", summary="Get index statistics")
 async def get_stats(request: Request, name: str) -> Response:
-    """Return statistics of the collection's index. The vector store determines which figures there are. The status is
-    422 if the store has no statistics."""
+    """Return statistics of the index of a collection. The vector store determines which statistics it provides. The
+    status is 422 if it provides none."""
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
@@ -91,8 +91,8 @@ async def get_stats(request: Request, name: str) -> Response:
 
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
 async def take_snapshot(request: Request, name: str) -> Response:
-    """Save the current state of the collection in a snapshot, which is one file on the server. The snapshot remains if
-    the collection is deleted. The status is 422 if the vector store does not support snapshots."""
+    """Save the current state of a collection in a snapshot, which is one file on the server. The snapshot is not
+    deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots."""
     service = service_of(request)
     store = _snapshots(service, name)
     parse_options(SnapshotIn, await read_optional_json(request))
@@ -103,7 +103,7 @@ async def take_snapshot(request: Request, name: str) -> Response:
 
 @router.get("/{name}/snapshots", summary="List snapshots")
 async def list_snapshots(request: Request, name: str) -> Response:
-    """List the snapshots of the collection, oldest first. They are listed even after the collection is deleted."""
+    """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
     return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
@@ -111,14 +111,14 @@ async def list_snapshots(request: Request, name: str) -> Response:
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
-    """Download the file of the snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
+    """Download the file of a snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
 async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
-    """Delete the file of the snapshot. The collection itself remains."""
+    """Delete a snapshot of a collection. The collection itself is not deleted."""
     service = service_of(request)
     await _snapshots(service, name).drop_snapshot(name, snapshot)
     return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
@@ -126,8 +126,9 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> Respons
 
 @router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
 async def restore_snapshot(request: Request, name: str) -> Response:
-    """Create the collection in the path from a snapshot. The snapshot is one of the collection `from`, by default of
-    the name in the path. The status is 409 if a collection or alias already has the name in the path."""
+    """Create a collection from a snapshot. The new collection gets the name in the path. The field `from` is the name
+    of the collection that the snapshot was taken of. By default, `from` is the name in the path. The status is 409 if a
+    collection or alias already has the name in the path."""
     service = service_of(request)
     store = _snapshots(service, name)
     body = parse_options(RestoreIn, await read_json(request))
@@ -138,11 +139,11 @@ async def restore_snapshot(request: Request, name: str) -> Response:
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
-    """Return the specification of the collection that the request describes.
+    """Return the specification of the collection that a request describes.
 
     Raises:
-        InvalidRequest: a setting is not allowed, the dimension differs from the served model's, or `fingerprint` names
-            another model and `dimension` is missing.
+        InvalidRequest: a setting is not allowed, the dimension differs from that of the served model, or `fingerprint`
+            is that of another model and `dimension` is missing.
     """
     dimension = width(body.pooling, service.pipeline.dims)
     if body.fingerprint not in (None, service.artifact.fingerprint):
@@ -192,7 +193,7 @@ def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
 
 
 def _differences(there: CollectionSpec, wanted: CollectionSpec) -> str:
-    """Return a text that lists each setting in which the two specifications differ, with both values."""
+    """Return a text that lists the settings in which two specifications differ, each with both values."""
     old, new = (_settings(spec) for spec in (there, wanted))
     names = [name for name in old if old[name] != new[name]]
     return "; ".join(f"{name} {_shown(old[name])}, not {_shown(new[name])}" for name in names)

@@ -1,8 +1,8 @@
-"""Routes that pass the request and the path parameters directly to their function.
+"""Routes that pass the request and the path parameters directly to their functions.
 
-On every call, FastAPI's own routes resolve dependencies, open exit stacks and validate arguments. This takes longer
-than a search. A route function of this service parses the request itself. `DirectRoute` is still a FastAPI route, so
-the OpenAPI document lists it. `service/app.py` turns the errors that a route raises into answers.
+FastAPI's own routes resolve dependencies, open exit stacks and validate arguments on every call. This work takes longer
+than a search. The route functions of this service parse the request themselves. `DirectRoute` is still a FastAPI route,
+so the OpenAPI document lists it. `service/middleware.py` turns the errors that a route function raises into answers.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from service.state import Service
 
 
 def service_of(request: Request) -> Service:
-    """Return the service that answers this request."""
+    """Return the `Service` object of the application that received the request."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
 class DirectRoute(APIRoute):
-    """A route that calls `async def endpoint(request, **path_parameters) -> Response`."""
+    """A route that awaits `endpoint(request, **path_parameters)` and sends the response that the endpoint returns."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
         super().__init__(path, endpoint, **options)

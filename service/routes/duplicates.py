@@ -1,5 +1,5 @@
-"""`/v1/collections/{name}/duplicates`: find items whose images are identical or nearly identical. The model is not
-used."""
+"""Find items of a collection with identical or nearly identical images: `/v1/collections/{name}/duplicates`. The model
+is not needed for this search."""
 
 import time
 from typing import Any
@@ -28,10 +28,10 @@ _BODY = {"application/json": {"schema": json_schema(DuplicatesIn)}}
 
 @router.post("/{name}/duplicates", summary="Find duplicates", openapi_extra={"requestBody": {"content": _BODY}})
 async def duplicates(request: Request, name: str) -> Response:
-    """Find groups of duplicates in a collection, largest group first. With `by=content`, a group has items whose images
-    have equal bytes. With `by=similarity`, a group has items that are connected by cosines of at least `threshold`. The
-    score of an item is the cosine of its vector to that of the first item in its group. An answer with `truncated:
-    true` may be incomplete."""
+    """Find groups of duplicates in a collection, largest group first. With `by=content`, the images of a group have
+    equal bytes. With `by=similarity`, a group consists of items that are connected by pairs with a cosine similarity of
+    at least `threshold`. The score of an item is its cosine similarity to the first item in the group. If `truncated`
+    is true, the answer may be incomplete."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: embed images, in OpenAI's format."""
+"""Embed images, in the format of OpenAI: `POST /v1/embeddings`."""
 
 import time
 from typing import Any
@@ -35,9 +35,9 @@ _BODIES = {
 
 @router.post("/v1/embeddings", summary="Embed images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def create_embeddings(request: Request) -> Response:
-    """Return the embedding of one or more images, in the order sent. Send JSON with data URLs or base64 texts in
-    `input`, a form with files, or one image as the raw body. With `on_error=partial`, images that cannot be read are
-    listed in `errors`, and the others are embedded."""
+    """Return the embeddings of one or more images, in the order in which the images were sent. Send JSON with data URLs
+    or base64 texts in `input`, a form with files, or one image as the raw body. With `on_error=partial`, images that
+    cannot be read are listed in `errors`, and the others are embedded."""
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="input")
     options = parse_options(EmbeddingOptions, upload.fields)

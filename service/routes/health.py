@@ -1,10 +1,10 @@
-"""Liveness, readiness and metrics: /livez, /readyz and /metrics. They need no model, cache or key.
+"""Report liveness, readiness and metrics: /livez, /readyz and /metrics.
 
-`/livez` answers whether a restart would help. It fails if the worker thread that runs the network has died or hangs.
-`/readyz` answers whether a request would be served now: the service is warmed up, not shutting down, and the queue has
-room. If Redis is down, requests are still answered but nothing is cached. So /readyz answers 200 with the status
-`degraded`. Anyone may call these routes, so the answer names only the kind of fault. The log has the full reason with
-the address of Redis.
+`/livez` fails if the worker thread that runs the network has died or hangs, so that the service must be restarted.
+`/readyz` fails if a request would not be served now: the service is not warmed up or is shutting down, the worker
+thread has failed, or the queue is full. If Redis fails, requests are still answered but nothing is cached. So /readyz
+then answers 200 with the status `degraded`. Anyone may call these routes, so the answers name only the kind of fault.
+The log has the full error, which may include the address of Redis.
 """
 
 import logging
@@ -22,16 +22,17 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 
 @router.get("/livez", summary="Check liveness")
 async def livez(request: Request) -> JSONResponse:
-    """Return 200 if the process is healthy. Return 503 with the reason if the thread that runs the network has died or
-    hangs, so the process should be restarted."""
+    """Return 200 if the process is healthy. Return 503 with the reason if the process should be restarted, because the
+    thread that runs the network has died or hangs."""
     fault = service_of(request).pipeline.batcher.health()
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
 
 
 @router.get("/readyz", summary="Check readiness")
 async def readyz(request: Request) -> JSONResponse:
-    """Return 200 if a request would be served now, else 503 with the reasons. The status is `ready`, `degraded` or
-    `unready`. `degraded` is a 200 and means that the cache is down, so requests are served but may be slower."""
+    """Return 200 if a request would be served now, and 503 with the reasons otherwise. The field `status` is `ready`,
+    `degraded` or `unready`. `degraded` comes with 200 and means that the cache has failed, so requests are served but
+    may take longer."""
     service = service_of(request)
     batcher = service.pipeline.batcher
     checks = {
@@ -62,14 +63,15 @@ async def metrics(request: Request) -> Response:
 
 
 def _log_change(state: Any, status: str) -> None:
-    """Log the status of the cache only if it differs from the last one that was logged."""
+    """Log the status of the cache if it differs from the status that was logged last."""
     if status != state.cache_status:
         state.cache_status = status
         log.log(logging.INFO if status == "ok" else logging.WARNING, "cache: %s", status)
 
 
 def _kind_of_fault(status: str) -> str:
-    """Return `degraded` with the names of the exceptions that occur in `status`, but without addresses and messages."""
+    """Return the word `degraded`, followed by the names of the exceptions in `status`. Leave out addresses and
+    messages."""
     kinds = sorted(set(re.findall(r"(?<=: )[A-Za-z]+Error(?=:)", status)))
     return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 

@@ -1,8 +1,8 @@
-"""`/v1/collections/{name}/items`: read, edit, list, count and delete items. The module `add_items` has the route that
+"""Read, edit, list, count and delete items: `/v1/collections/{name}/items`. The module `add_items` has the route that
 adds items.
 
-An id may contain slashes, so it is the rest of the path: `items/a/b` is the item `a/b`. Only if an id ends in `/image`
-must its slashes be sent as `%2F`, because `items/a/image` is the image of item `a`.
+An id may contain slashes, so the id is the rest of the path: `items/a/b` is the item `a/b`. But `items/a/image` is the
+image of item `a`. If an id ends in `/image`, its last slash must be sent as `%2F`.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 
 @router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
 async def get_image(request: Request, name: str, item_id: str) -> Response:
-    """Return the image of an item, byte for byte as it was sent. The collection must have been created with `originals:
+    """Return the image of an item, exactly as it was sent. The collection must have been created with `originals:
     true`. The status is 404 if the item does not exist or its image is not stored."""
     if not request.scope.get("raw_path", b"/image").endswith(
         b"/image"
@@ -51,8 +51,8 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
 
 @router.get("/{name}/items/{item_id:path}", summary="Get an item")
 async def get_item(request: Request, name: str, item_id: str) -> Response:
-    """Return the metadata, source and digest of an item. `include=vector` adds its vector, which is scaled to length
-    1."""
+    """Return the metadata, source and digest of an item. With `include=vector`, also return its vector, which is scaled
+    to length 1."""
     service = service_of(request)
     fields = query_fields(request)
     if isinstance(fields.get("include"), str):
@@ -68,19 +68,18 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
 @router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata", openapi_extra=json_body(PatchIn))
 async def patch_item(request: Request, name: str, item_id: str) -> Response:
     """Apply a JSON merge patch (RFC 7396) to the metadata of an item. In the patch, null removes a key, an object is
-    merged into the existing object, and any other value replaces the existing value. The answer has the updated
-    item."""
+    merged into the existing object, and any other value replaces the existing value. Return the updated item."""
     service = service_of(request)
     check_name(name), check_id(item_id)
     metadata = parse_options(PatchIn, await read_json(request)).metadata
-    metadata_text(metadata)  # refuse metadata that is nested too deeply to merge
+    metadata_text(metadata)  # raises an error if the metadata is nested too deeply
     item = await service.store.patch(name, item_id, metadata)
     return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
 
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
-    """Delete an item. Its stored image remains. The status is 404 if the item does not exist."""
+    """Delete an item. Its stored image is not deleted. The status is 404 if the item does not exist."""
     service = service_of(request)
     if not await service.store.delete(check_name(name), [check_id(item_id)]):
         raise _no_item(name, item_id)
@@ -90,7 +89,7 @@ async def delete_item(request: Request, name: str, item_id: str) -> Response:
 @router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
 async def delete_items(request: Request, name: str) -> Response:
     """Delete the items with the given `ids`, or all items that match the given `filter`, and return how many were
-    deleted. An empty filter is refused, so that no one empties a collection by accident.
+    deleted. The status is 422 if the filter is empty, so that no one empties a collection by accident.
 
     The method is POST, because some proxies and clients drop the body of a DELETE request.
     """
@@ -108,8 +107,8 @@ async def delete_items(request: Request, name: str) -> Response:
 
 @router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
 async def scroll_items(request: Request, name: str) -> Response:
-    """Return one page of items, in the order that the store defines. To get the next page, send the answer's `cursor`;
-    it is null on the last page. With a `filter`, only the matching items are returned."""
+    """Return one page of items, in an order that the vector store defines. With a `filter`, return only the matching
+    items. To get the next page, send the `cursor` of the answer. On the last page, `cursor` is null."""
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
@@ -133,7 +132,7 @@ async def scroll_items(request: Request, name: str) -> Response:
 
 @router.post("/{name}/items/count", summary="Count items", openapi_extra=json_body(CountIn))
 async def count_items(request: Request, name: str) -> Response:
-    """Return the number of items that match the `filter`, or of all items if there is none."""
+    """Return the number of items that match the `filter`, or the number of all items if there is no filter."""
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
@@ -141,7 +140,8 @@ async def count_items(request: Request, name: str) -> Response:
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
-    """Return the parsed JSON body, and its parsed `filter` or None."""
+    """Parse the JSON body of a request. Return the body and its parsed `filter`, which is None if the body has no
+    filter."""
     body = parse_options(model, await read_json(request))
     where = body.filter
     if where is None:
@@ -151,7 +151,7 @@ async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter
 
 
 async def _item(service: Service, name: str, item_id: str) -> Item:
-    """Return an item of a collection. Raises ItemNotFound if it does not exist."""
+    """Return an item of a collection, or raise ItemNotFound if the item does not exist."""
     item = (await service.store.get(name, [check_id(item_id)]))[0]
     if item is None:
         raise _no_item(name, item_id)
@@ -168,6 +168,6 @@ def _head(name: str, tag: str) -> dict[str, Any]:
 
 
 def _shown(item: Item, include: list[Any], encoding: Encoding) -> dict[str, Any]:
-    """Return the fields of an item in an answer."""
+    """Return an item as a dictionary for an answer. The vector is only part of it if `include` contains "vector"."""
     body = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
     return body | ({"vector": encode_vector(item.vector, encoding)} if "vector" in include else {})

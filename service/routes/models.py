@@ -1,4 +1,4 @@
-"""`GET /v1/models`: describe the served model and how its engine was checked."""
+"""Describe the served model and how its engine was checked: `GET /v1/models`."""
 
 import re
 from typing import Any
@@ -14,22 +14,23 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 @router.get("/v1/models", summary="List models")
 async def list_models(request: Request) -> Response:
-    """Return a list with one entry, the served model, in OpenAI's format."""
+    """Return a list with one entry, which describes the served model, in OpenAI's format."""
     return json_response({"object": "list", "data": [describe(service_of(request))]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
 async def get_model(request: Request, name: str) -> Response:
-    """Return the description of the served model. The path may have any of its names. The status is 404 for any other
-    name."""
+    """Return the description of the served model. The path may contain any of the model's names. The status is 404 for
+    any other name."""
     service = service_of(request)
     service.check_model(name)
     return json_response(describe(service))
 
 
 def describe(service: Service) -> dict[str, Any]:
-    """Return the model's fingerprint, preprocessing, engine and precision, which determine its vectors. Also return the
-    figures of the comparison with the reference (`parity`) and the origin of the weights (`provenance`)."""
+    """Return the description of the served model for an answer. It contains the fingerprint, preprocessing, engine and
+    precision, which determine the vectors. It also contains the figures of the comparison with the reference (`parity`)
+    and the origin of the weights (`provenance`)."""
     manifest = service.artifact.manifest
     return {
         "id": service.artifact.name,
@@ -52,11 +53,12 @@ def describe(service: Service) -> dict[str, Any]:
 
 
 _FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"]+/)+")
-"""Matches the folders of an absolute path, but not the path of a URL."""
+"""A pattern that matches the folders of an absolute path, but not the path of a URL."""
 
 
 def _without_folders(text: str, service: Service) -> str:
-    """Return `text` with folders removed from the file names in it. Only the log shows paths of the host."""
+    """Remove the folders from all absolute paths in `text` and return it. Clients must not see paths of the host, but
+    the log shows them."""
     for folder in (service.artifact.path, service.artifact.derived, service.settings.data_dir.absolute()):
         if folder.is_absolute():
             text = text.replace(f"{folder}/", "/")  # the path may contain spaces

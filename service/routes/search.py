@@ -1,4 +1,4 @@
-"""`/v1/collections/{name}/search`: find similar images. Scores are cosine similarities."""
+"""Find similar images: `/v1/collections/{name}/search`. Scores are cosine similarities."""
 
 import time
 from collections.abc import Sequence
@@ -38,9 +38,9 @@ _BODIES = {
 
 @router.post("/{name}/search", summary="Find similar images", openapi_extra={"requestBody": {"content": _BODIES}})
 async def search(request: Request, name: str) -> Response:
-    """Find the items that are most similar to an image, a region of an image, a vector, an item of the collection, or a
-    combination of these, best first. Send one query, or up to 64 queries in `queries`. Scores are cosine similarities
-    from -1 to 1."""
+    """Find the items that are most similar to a query, best first. A query is an image, a region of an image, a vector,
+    an item of the collection, or a combination of images, vectors and items. Send one query, or up to 64 queries in
+    `queries`. Scores are cosine similarities from -1 to 1."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -53,8 +53,8 @@ async def search(request: Request, name: str) -> Response:
 
 
 async def _read(request: Request, settings: Settings) -> SearchRequest:
-    """Parse a search. The body is JSON with one query or with `queries`, a form with one image file, or one image as
-    the raw body."""
+    """Parse a search request. The body is JSON with one query or a list of queries, a form with one image file, or one
+    image as the raw body."""
     if media_type(request) == "application/json":
         return await read_search(await json_of(request), settings)
     upload = await read_upload(request, settings, key="image")
@@ -71,9 +71,8 @@ def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
 
 
 def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
-    """Replace an `InvalidItems` that holds exactly one error by that error. In a batch, `errors` has one entry for each
-    failed query, with the index of the query. Without the replacement, its detail would be "1 of 1 items cannot be
-    used: [0] ...", with a second index that means nothing to the client."""
+    """Return the outcome of one query of a batch. An `InvalidItems` with exactly one error is replaced by this error.
+    Otherwise the answer would contain a second index, which is always 0 and has no meaning for the client."""
     if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
         return replace(outcome, error=outcome.error.items[0].error)
     return outcome

@@ -1,5 +1,5 @@
-"""`POST /v1/segment`: separate the foreground of an image from its background. Mask and embedding come from one decode
-and one forward pass."""
+"""Separate the foreground of an image from its background: `POST /v1/segment`. The mask and the embedding come from one
+decode and one forward pass."""
 
 import base64
 import time
@@ -25,7 +25,8 @@ router = APIRouter(tags=["segment"], route_class=DirectRoute)
 
 
 class _Answer(NamedTuple):
-    """What the answer needs. The decoded image and the mask are not kept, so that their memory can be freed."""
+    """The data for the answer to a request. The decoded image and the mask are not included, so that their memory can
+    be freed."""
 
     content: bytes | dict[str, Any]
     contrast: float
@@ -56,7 +57,7 @@ async def segment(request: Request) -> Response:
     """Separate the foreground of one image from its background. Send the image in the JSON field `image`, as a file in
     a form, or as the raw body. `format=png` returns the mask as a PNG, `format=overlay` returns the image as a PNG with
     the foreground tinted, and `format=rle` returns JSON with the mask as COCO run lengths. With `include=embedding`,
-    the answer is JSON in every format: it also has the embedding of the image, and a PNG is a base64 string."""
+    the answer is always JSON. It then also has the embedding of the image, and a PNG is a base64 string."""
     started = time.perf_counter()
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="image")
@@ -85,20 +86,25 @@ async def segment(request: Request) -> Response:
 
 
 def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _Answer:
-    """Compute the mask and encode it in the requested format. This runs in a worker thread."""
+    """Compute the mask of an image and return the data for the answer, with the mask in the requested format. This
+    function runs in a worker thread.
+
+    Raises:
+        EngineFailed: the features are not finite or do not fill the patch grid.
+    """
     started = time.perf_counter()
     height, width = analysed.image.shape[:2]
     try:
         foreground = segment_foreground(analysed.patches, height, width, service.artifact.manifest.preprocess)
-    except ValueError as error:  # not finite or not the grid: the engine's fault, not the image's
+    except ValueError as error:  # the features are wrong: a fault of the engine, not of the image
         raise EngineFailed(f"the engine's features cannot be used: {error}") from error
     content = _content(analysed, foreground.mask, options)
     return _Answer(content, foreground.contrast, foreground.crop_box, analysed.embedded, ms_since(started))
 
 
 def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
-    """Encode the mask: as a JSON object, or as PNG bytes. If `options.include` is not empty, a PNG becomes a base64
-    string in a JSON object."""
+    """Encode the mask in the requested format. Return PNG bytes or, for run lengths, a JSON object. If
+    `options.include` is not empty, return a JSON object in all cases, with a PNG as a base64 string."""
     if options.format == "rle":
         return {"segmentation": coco_rle_encode(mask)}
     png = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)
@@ -106,6 +112,7 @@ def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes |
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields. If `include` is a single string, as in a form or query string, it becomes a list."""
+    """Return the fields of a request. A single string in `include`, as in a form or query string, is replaced by a
+    list."""
     include = fields.get("include")
     return {**fields, "include": [include]} if isinstance(include, str) else fields

@@ -1,2 +1,2 @@
-"""Computations on features that the network has already computed: foreground masks, regions of images, and comparisons
-of patches."""
+"""Compute foreground masks, the weights of image regions, and comparisons of patches from features that the network has
+already computed."""

@@ -1,10 +1,11 @@
-"""Encode masks as COCO's compressed run lengths, as PNG, and as an overlay over the image; decode run lengths.
+"""Encode masks as COCO's compressed run lengths, as PNG images, or as an overlay over the image. Decode run lengths.
 
-COCO's RLE (cocoapi, `common/maskApi.c`) has run lengths over the mask in column-major order, starting with background
-(a first run of 0 if the mask starts with foreground). In the compressed string, each run from the fourth on is replaced
-by its difference to the run two before it. Each number is divided into groups of 5 bits, lowest first. A group becomes
-a character from "0" on. Bit 5 of a character is set if more groups of the number follow, and bit 4 of the last group is
-the sign. The text is equal to that of pycocotools. This code processes all runs at once with numpy.
+COCO's run-length encoding (cocoapi, `common/maskApi.c`) is a list of the lengths of runs of equal pixels, in
+column-major order. The first run is background. Its length is 0 if the mask begins with foreground. In the compressed
+string, each run from the fourth on is replaced by its difference to the run two before it. Each number is divided into
+groups of 5 bits, lowest first. A group is written as one character. The code of this character is 48 plus the group,
+plus 32 if more groups of the number follow. The highest bit of the last group is the sign of the number. The string is
+equal to that of pycocotools. This code processes all runs at once with numpy.
 """
 
 import io
@@ -23,8 +24,8 @@ _TINT: Final = (255, 64, 32)
 
 
 def coco_rle_encode(mask: Mask) -> dict[str, Any]:
-    """Encode a mask [H, W] as `{"size": [H, W], "counts": str}`. `pycocotools.mask.encode` returns the same, but with
-    `counts` as bytes."""
+    """Encode a mask [H, W] and return `{"size": [H, W], "counts": str}`. `pycocotools.mask.encode` returns the same,
+    but with `counts` as bytes."""
     flat = np.ravel(mask, order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     edges = np.concatenate([[0], changes, [flat.size]])
@@ -35,8 +36,8 @@ def coco_rle_encode(mask: Mask) -> dict[str, Any]:
 
 
 def coco_rle_decode(rle: dict[str, Any]) -> Mask:
-    """Decode run lengths to a mask [H, W]. `counts` is a string as `coco_rle_encode` returns it, the same as bytes, or
-    a list of uncompressed run lengths.
+    """Decode run lengths in COCO's format, `{"size": [H, W], "counts": ...}`, and return the mask, bool [H, W].
+    `counts` is a compressed string (str or bytes) or a list of uncompressed run lengths.
 
     Raises:
         ValueError: the run lengths are invalid, or their sum is not H * W.
@@ -50,7 +51,7 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
     pixels = height * width
     wrong = runs[(runs < 0) | (runs > pixels)]  # check each run before the sum, which may wrap around
     if len(wrong):
-        raise ValueError(f"a run length is {wrong[0]}: 0 to {pixels} ({height} x {width} pixels) is allowed")
+        raise ValueError(f"a run length is {wrong[0]}, but must be from 0 to {pixels} ({height} x {width} pixels)")
     if min(height, width) < 0 or runs.sum() != pixels:
         raise ValueError(f"the run lengths sum to {runs.sum()}, not to {pixels} ({height} x {width} pixels)")
     values = np.arange(len(runs)) % 2 == 1
@@ -58,7 +59,7 @@ def coco_rle_decode(rle: dict[str, Any]) -> Mask:
 
 
 def _pack(counts: npt.NDArray[np.int64]) -> str:
-    """Compress run lengths to a string in COCO's format."""
+    """Compress run lengths and return the string in COCO's format."""
     values = counts.astype(np.int64)
     values[3:] -= counts[1:-2]
     groups = np.arange(_MAX_GROUPS)
@@ -71,7 +72,11 @@ def _pack(counts: npt.NDArray[np.int64]) -> str:
 
 
 def _unpack(text: bytes) -> npt.NDArray[np.int64]:
-    """Parse a compressed string in COCO's format to run lengths."""
+    """Decompress a string in COCO's format and return its run lengths.
+
+    Raises:
+        ValueError: `text` is not in this format, or a run length has more than 60 bits.
+    """
     chars = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if not len(chars):
         return np.zeros(0, np.int64)
@@ -98,13 +103,13 @@ def png_mask(mask: Mask) -> bytes:
 
 
 def overlay_png(image: Pixels, mask: Mask) -> bytes:
-    """Encode the image [H, W, 3] as PNG, with the foreground tinted and the background dimmed.
+    """Encode an image [H, W, 3] as a PNG, with the foreground of the mask [H, W] tinted and the background dimmed.
 
     Raises:
-        ValueError: image and mask differ in size.
+        ValueError: the image and the mask differ in size.
     """
     if image.shape[:2] != mask.shape:
-        raise ValueError(f"image of {list(image.shape[:2])} and mask of {list(mask.shape)} must have the same size")
+        raise ValueError(f"the image {list(image.shape[:2])} and the mask {list(mask.shape)} must have the same size")
     levels = np.arange(256)
     dimmed = (levels * _DIM).astype(np.uint8)
     out = np.empty_like(image)

@@ -1,9 +1,9 @@
 """Measure how well the parts of one image are found in another image, at any position.
 
 One vector describes an image as a whole. Two images of the same logo in different scenes may differ as a whole although
-some parts are equal. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) compares a query image
-with a candidate, an image that a search has found. For every patch of the query it finds the highest cosine to a patch
-of the candidate. The score is the mean of these cosines:
+some of their parts are equal. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) compares the
+patches of a query image with those of a candidate, which is an image that a search has found. For every patch of the
+query, MaxSim finds the highest cosine to a patch of the candidate. The score is the mean of these cosines:
 
     score = mean over i of  max over j of  cos(query[i], candidate[j])
 
@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Match(NamedTuple):
-    """Two matching patches: the index of the patch in the query, the index of the patch in the candidate, and their
+    """Two matching patches: the index of one patch in the query, the index of the other in the candidate, and their
     cosine."""
 
     query: int
@@ -34,16 +34,17 @@ class Match(NamedTuple):
 
 
 def maxsim(query: Floats, candidate: Floats, weights: Floats | None = None) -> float:
-    """Return the MaxSim score of `query` [Q, D] and `candidate` [N, D], from -1 to 1. `weights` [Q] are the weights of
-    the query's patches in the mean; None means equal weights."""
+    """Return the MaxSim score of `query` [Q, D] and `candidate` [N, D], from -1 to 1. The score is the mean, over the
+    patches of the query, of the highest cosine to a patch of the candidate. `weights` [Q] are the weights of the
+    patches in this mean. None means equal weights."""
     return _mean_best(query @ candidate.T, weights)
 
 
 def maxsim_matches(
     query: Floats, candidate: Floats, weights: Floats | None = None, limit: int = 10
 ) -> tuple[float, list[Match]]:
-    """Return the MaxSim score and up to `limit` matches, best first. Patches of the query with weight 0 have no
-    match."""
+    """Return the MaxSim score (see `maxsim`) and up to `limit` pairs of matching patches, best first. Patches of the
+    query with weight 0 do not match."""
     cosines = query @ candidate.T  # [Q, N]
     best = cosines.argmax(axis=1)  # [Q], the first if several are equal
     mutual = cosines.argmax(axis=0)[best] == np.arange(len(query))

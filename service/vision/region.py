@@ -3,8 +3,7 @@
 The network sees a crop of the image, divided into a grid of patches. A region is a box or a mask in pixels of the
 image. The weight of a patch is the fraction of it that the region covers, from 0 to 1. So a region smaller than a patch
 still has features, and its edges need not align with the grid. The vector of a region is the weighted mean of the patch
-tokens. It can be compared with vectors of `pooling=mean` and with no others, because those are means of patch tokens
-too.
+tokens. Such a vector can only be compared with vectors of `pooling=mean`, because these are also means of patch tokens.
 
 Legend: H, W size of the upright image; h, w size of the patch grid; N = h * w; D features. Boxes are (x, y, width,
 height) in pixels; pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1). `crop_box` is the part of the image that
@@ -28,10 +27,11 @@ _PIXELS_PER_BLOCK: Final = 2**22
 
 
 def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """Return the fraction of each patch that the box covers, as float32 [h, w] from 0 to 1.
+    """Return the fraction of each patch that the box covers, float32 [h, w] from 0 to 1. `crop_box` is the part of the
+    image that the network sees, and `grid` is its size in patches, (h, w).
 
     Raises:
-        InvalidRequest: the box has no area or is outside the crop. The message has the box.
+        InvalidRequest: the box has no area or is outside the crop box.
     """
     x, y, width, height = box
     if not all(map(math.isfinite, box)) or min(width, height) <= 0:
@@ -45,15 +45,17 @@ def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
 
 
 def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """Return the fraction of each patch that the mask covers, as float32 [h, w] from 0 to 1.
+    """Return the fraction of each patch that the mask covers, float32 [h, w] from 0 to 1.
 
     Args:
-        rle: COCO run lengths, `{"size": [H, W], "counts": ...}`.
-        size: H, W of the image.
+        rle: the mask as COCO run lengths, `{"size": [H, W], "counts": ...}`.
+        size: the size of the image in pixels, (H, W).
+        crop_box: the part of the image that the network sees.
+        grid: the size of the crop box in patches, (h, w).
 
     Raises:
-        InvalidRequest: the run lengths are invalid, or the mask is empty, is outside the crop, or has another size than
-            the image. The size is checked before the mask is decoded.
+        InvalidRequest: the run lengths are invalid, or the mask is empty, is outside the crop box, or has another size
+            than the image. The size is checked before the mask is decoded.
     """
     if list(rle["size"]) != list(size):
         raise InvalidRequest(
@@ -63,7 +65,7 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
     if isinstance(rle["counts"], list) and not {int}.issuperset(map(type, rle["counts"])):
         wrong = next(run for run in rle["counts"] if type(run) is not int)
         raise InvalidRequest(
-            f"region.mask.counts must be a string or a list of integers, and {reprlib.repr(wrong)} is neither",
+            f"region.mask.counts must be a string or a list of integers; {reprlib.repr(wrong)} is not an integer",
             param="region",
         )
     try:
@@ -76,13 +78,15 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
 
 
 def region_mean(tokens: Floats, weights: Floats) -> Floats:
-    """Return the mean of patch tokens [N, D] with weights [h, w], as float32 [D]."""
+    """Return the weighted mean of patch tokens [N, D], float32 [D]. `weights` [h, w] has one weight for each of the N =
+    h * w patches."""
     by = weights.ravel().astype(np.float64)
     return np.asarray(by @ tokens / by.sum(), np.float32)
 
 
 def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
-    """Return the box of the patch with row-major `index`: [x, y, width, height] in pixels of the upright image."""
+    """Return the box of a patch, [x, y, width, height] in pixels of the upright image. `index` is the position of the
+    patch in row-major order."""
     x, y, width, height = crop_box
     row, column = divmod(index, grid[1])
     w, h = width / grid[1], height / grid[0]
@@ -90,8 +94,8 @@ def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
 
 
 def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
-    """Return the weights as float32. Raises InvalidRequest if all are 0, because then the region is outside the crop;
-    `what` names the region in the message."""
+    """Return the weights as float32, or raise InvalidRequest if all of them are 0. In this case, the region is outside
+    the crop box. The message calls the region `what`."""
     if weights.max() <= 0:
         raise InvalidRequest(
             f"{what} is outside the part of the image that the network sees, the crop box "
@@ -102,8 +106,8 @@ def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
 
 
 def _covered(mask: Mask, crop_box: Box, grid: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """Return the fraction of each patch that the mask [H, W] covers, [h, w]. The mask is processed in blocks of rows,
-    because all its pixels as floats could take too much memory."""
+    """Return the fraction of each patch that the mask [H, W] covers, float64 [h, w]. The mask is processed in blocks of
+    rows, because an array with all its pixels as floats could be too large."""
     height, width = mask.shape
     columns = _overlap(_spans(width), crop_box[0], crop_box[2], grid[1]).astype(np.float32)  # [w, W]
     rows = _overlap(_spans(height), crop_box[1], crop_box[3], grid[0]).astype(np.float32)  # [h, H]
@@ -121,8 +125,8 @@ def _spans(pixels: int) -> npt.NDArray[np.float64]:
 
 
 def _overlap(spans: npt.NDArray[np.float64], start: float, extent: float, cells: int) -> npt.NDArray[np.float64]:
-    """Return, along one axis, the fraction of each cell that each span covers: [cells, n]. `spans` [n, 2] are start and
-    end positions. The cells divide the range from `start` to `start + extent` evenly."""
+    """Return the fraction of each cell that each span covers along one axis, [cells, n]. `spans` [n, 2] has the start
+    and the end of each span. The cells divide the range from `start` to `start + extent` evenly."""
     edges = start + np.arange(cells + 1) * (extent / cells)
     low = np.maximum(edges[:-1, None], spans[:, 0])
     high = np.minimum(edges[1:, None], spans[:, 1])

@@ -1,15 +1,17 @@
 """Separate foreground from background without labels, from the patch features of one forward pass.
 
-DINOv2's patch features of an image vary most along the direction that separates the object from its background. The
-paper thresholds this component too (arXiv 2304.07193, figure 1). So the code centres the patches [N, D], projects them
-onto their first principal component, determines which sign is the foreground, and applies Otsu's threshold.
+DINOv2's patch features of an image vary most along the direction that separates the object from its background. This
+direction is their first principal component. The DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to
+this component. The code centres the patches [N, D], projects them onto the component, chooses the sign that makes the
+foreground positive, and applies Otsu's threshold.
 
-- The sign of a principal component is arbitrary. `orient` chooses it from the positions of the patches.
+- The sign of a principal component is arbitrary. `orient` chooses the sign based on the positions of the patches.
   docs/decisions/0003-foreground-sign.md compares this rule with others.
-- Otsu's threshold is exact: it tries all N - 1 splits of the sorted projection and uses no histogram.
+- The computation of Otsu's threshold is exact: it tries all N - 1 splits of the sorted projection and uses no
+  histogram.
 - The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling the mask would give
   jagged outlines.
-- The network sees a crop of the image. Outside the crop the mask is background; `crop_box` is the crop's position.
+- The network sees a crop of the image. Pixels outside the crop are background. `crop_box` is the position of the crop.
 
 Legend: H, W size of the upright image; h, w size of the patch grid; N = h * w patches in row-major order; D features.
 """
@@ -27,21 +29,22 @@ Mask = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]
 
 MIN_SPREAD: Final = 1e-6
-"""If the variance of the patches divided by their mean square is at most this, all patches count as equal. Rounding
-errors of float32 give about 1e-13."""
+"""If the variance of the patches divided by their mean square is at most this value, all patches count as equal.
+Rounding errors of float32 alone give values of about 1e-13."""
 
 _ROWS_PER_BLOCK: Final = 256
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """The result of `segment_foreground`.
+    """The foreground of one image, as `segment_foreground` returns it.
 
-    mask: bool [H, W], True on the foreground, in the pixels of the image as sent; False outside `crop_box`.
+    mask: bool [H, W], True for each foreground pixel of the upright image. Pixels outside `crop_box` are False.
     patch_mask: bool [h, w], True for each patch with a score above 0.
-    scores: float32 [h, w], the projection minus the threshold: above 0 is foreground. All 0 if there is no foreground.
-    contrast: cosine distance between the mean foreground and the mean background patch, 0 (no foreground) to 2.
-    crop_box: (x, y, width, height) in pixels of the image as sent: the part that the network sees.
+    scores: float32 [h, w]. A score above 0 means foreground. All scores are 0 if there is no foreground.
+    contrast: the cosine distance, from 0 to 2, between the means of the foreground patches and of the background
+        patches. It is 0 if there is no foreground.
+    crop_box: the part of the image that the network sees, (x, y, width, height) in pixels of the upright image.
     """
 
     mask: Mask
@@ -52,12 +55,12 @@ class Foreground:
 
 
 def segment_foreground(patches: Floats, height: int, width: int, spec: PreprocessSpec) -> Foreground:
-    """Return the foreground mask of one image.
+    """Separate the foreground of one image from its background, and return the mask and the scores of the patches.
 
     Args:
         patches: [N, D] patch features, row-major over the grid that `spec` gives for this image.
-        height, width: size of the image as sent, after its EXIF rotation.
-        spec: the preprocessing of the features.
+        height, width: the size of the upright image in pixels.
+        spec: the preprocessing of the image.
 
     Raises:
         ValueError: N does not match an image of this size under `spec`, or a feature is not finite.
@@ -77,9 +80,9 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
 
 
 def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
-    """Project the patches onto the direction of their largest variance, subtract Otsu's threshold, and return the
-    result as float32 [h, w]. Values above 0 are foreground. If all patches are equal, all values are 0 and there is no
-    foreground.
+    """Return a score for each patch, float32 [h, w]. Patches with a score above 0 are foreground. The score is the
+    projection of the patch onto the direction of the largest variance, minus Otsu's threshold. If all patches are
+    equal, all scores are 0 and there is no foreground.
 
     Raises:
         ValueError: the patches do not fill the grid or are not finite.
@@ -97,11 +100,12 @@ def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
 
 
 def first_component(centred: Floats) -> Floats:
-    """Return the direction in which centred rows [N, D] have the largest variance, as a unit vector [D]. Its sign is
-    arbitrary.
+    """Return the direction of the largest variance of the rows [N, D], which must have mean 0. The direction is a unit
+    vector [D] with an arbitrary sign.
 
-    It is computed from an eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power iteration would
-    be quicker for large matrices, but it would return its start vector if that happened to be another eigenvector.
+    The vector is computed from an eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power
+    iteration would be faster for large matrices, but it returns a wrong vector if its start vector happens to be
+    another eigenvector.
     """
     rows = centred.astype(np.float64)
     if len(rows) >= rows.shape[1]:
@@ -114,9 +118,9 @@ def first_component(centred: Floats) -> Floats:
 def orient(projection: Floats) -> Floats:
     """Return the projection [h, w] with the sign that makes the foreground positive.
 
-    The background usually touches the frame of the image, so the sign is chosen with which the border patches have a
-    lower mean than the inner patches. If the means are equal or there are no inner patches, the smaller of the two
-    classes becomes the foreground.
+    The background usually touches the border of the image. So with the chosen sign, the mean of the border patches is
+    lower than the mean of the inner patches. If the means are equal or there are no inner patches, the smaller of the
+    two classes is made positive. In this case, Otsu's threshold defines the classes.
     """
     h, w = projection.shape
     if h > 2 and w > 2:
@@ -130,8 +134,9 @@ def orient(projection: Floats) -> Floats:
 
 
 def otsu_threshold(values: Floats) -> float:
-    """Return the threshold that divides the values into two classes with the least variance within the classes (Otsu
-    1979). It is in the middle between the two values next to it.
+    """Return the threshold that divides the values into the two classes with the least variance within the classes
+    (Otsu 1979). The threshold is the midpoint between the highest value of the lower class and the lowest value of the
+    upper class.
 
     If all values are equal, return this value, so that no value is above the threshold.
     """
@@ -149,8 +154,8 @@ def otsu_threshold(values: Floats) -> float:
 
 
 def _contrast(patches: Floats, inside: Mask) -> float:
-    """Return the cosine distance between the mean of the patches inside the mask and the mean of the others. Return 0
-    if all patches are on one side."""
+    """Return the cosine distance between the mean of the patches inside the mask and the mean of the other patches.
+    Return 0 if all patches are inside or all are outside."""
     if inside.all() or not inside.any():
         return 0.0
     front, back = patches[inside].mean(axis=0, dtype=np.float64), patches[~inside].mean(axis=0, dtype=np.float64)
@@ -159,11 +164,12 @@ def _contrast(patches: Floats, inside: Mask) -> float:
 
 
 def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
-    """Upsample scores [h, w], which cover `box` (x, y, width, height) of an image, to a mask [H, W] of the image.
+    """Upsample scores [h, w], which cover `box` (x, y, width, height) of an image, and return a mask [H, W] of the
+    image.
 
-    The scores are interpolated bilinearly between patch centres; beyond the outermost centres they are constant. A
-    pixel is True if its score is above 0. Pixels with their centre outside the box are False. The image is processed in
-    blocks of rows, because all its pixels as floats could take too much memory.
+    The scores are interpolated bilinearly between the centres of the patches. They are constant beyond the outermost
+    centres. A pixel is True if its score is above 0. Pixels with their centre outside the box are False. The image is
+    processed in blocks of rows, because an array with all its pixels as floats could be too large.
     """
     x, y, box_width, box_height = box
     rows, row_weights = _bilinear(height, y, box_height, scores.shape[0])
@@ -177,9 +183,9 @@ def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
 
 
 def _bilinear(size: int, start: float, extent: float, cells: int) -> tuple[slice, Floats]:
-    """Return the weights for linear interpolation along one axis of an image with `size` pixels. `cells` cells divide
-    the range from `start` to `start + extent` evenly. The first result is the slice of the pixels with their centre in
-    this range. The second is the weight of each cell in each of these pixels, [pixels, cells]."""
+    """Return weights for linear interpolation along one axis of an image with `size` pixels. The range from `start` to
+    `start + extent` is evenly divided into cells. The first result is the slice of the pixels with their centre in this
+    range. The second result, [pixels, cells], has the weight of each cell for each of these pixels."""
     centres = np.arange(size) + 0.5
     inside = np.flatnonzero((centres >= start) & (centres < start + extent))
     at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(

@@ -262,14 +262,17 @@ async def test_a_region_is_the_mean_of_its_patches(tmp_path):
         ({"mask": {"size": [10**9, 10**9], "counts": "0"}}, "image has [32, 40]"),
         ({"mask": {"size": [32, 40], "counts": [1280]}}, "region.mask is empty: it must have at least one pixel"),
         ({"mask": {"size": [32, 40], "counts": [0, 10]}}, "region.mask.counts: the run lengths sum to 10, not to 1280"),
-        ({"mask": {"size": [32, 40], "counts": [0, -1, 1281]}}, "region.mask.counts: a run length is -1: 0 to 1280"),
+        (
+            {"mask": {"size": [32, 40], "counts": [0, -1, 1281]}},
+            "region.mask.counts: a run length is -1, but must be from 0 to 1280",
+        ),
         (
             {"mask": {"size": [32, 40], "counts": [2**60] * 16 + [1280]}},
-            f"is {2**60}: 0 to 1280",
+            f"is {2**60}, but must be from 0 to 1280",
         ),  # the sum wraps around
         ({"mask": {"size": [32, 40], "counts": [2**64 - 1]}}, "region.mask"),
-        ({"mask": {"size": [32, 40], "counts": [1, 1.5, "x"]}}, "or a list of integers, and 1.5 is neither"),
-        ({"mask": {"size": [32, 40], "counts": [True, 1279]}}, "or a list of integers, and True is neither"),
+        ({"mask": {"size": [32, 40], "counts": [1, 1.5, "x"]}}, "or a list of integers; 1.5 is not an integer"),
+        ({"mask": {"size": [32, 40], "counts": [True, 1279]}}, "or a list of integers; True is not an integer"),
         ({"mask": {"size": [32, 40], "counts": "not run lengths \x00"}}, "region.mask.counts: not compressed COCO run"),
         ({"mask": {"size": [32, 40], "counts": None}}, "at most 1,000,000 long, not None"),
         ({"mask": {"size": [32], "counts": "0"}}, "region.mask.size: List should have at least 2 items"),

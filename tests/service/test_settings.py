@@ -93,9 +93,9 @@ def test_of_a_redis_url_scheme_host_port_and_database_are_shown(url, shown):
     ("url", "message"),
     [
         ("http://:s3cret@cache", "not with http://"),
-        ("s3cret", "a value without ://"),
-        ("redis:/:s3cret@cache", "a value without ://"),
-        ("rediss//:s3cret@cache", "a value without ://"),
+        ("s3cret", "but contains no ://"),
+        ("redis:/:s3cret@cache", "but contains no ://"),
+        ("rediss//:s3cret@cache", "but contains no ://"),
         ("redis://cache/0?password=s3cret", "options after"),
         ("redis://:1?s3cret@cache", "options after"),
         ("redis://:1#s3cret@cache", "options after"),
@@ -134,8 +134,8 @@ def test_of_a_vector_store_scheme_host_port_and_database_are_shown(url, shown):
     ("url", "message"),
     [
         ("http://user:s3cret@vectors", "not with http://"),
-        ("s3cret", "a value without a scheme"),
-        ("user:s3cret://vectors", "a value without a scheme"),
+        ("s3cret", "but has no valid scheme"),
+        ("user:s3cret://vectors", "but has no valid scheme"),
         ("milvus://user:s3cret@vectors?x=1", "options after"),
         ("milvus://user:pw@vectors#s3cret", "options after"),
         ("milvus://user:pw/s3cret@vectors", "host or port"),
@@ -161,9 +161,9 @@ def test_a_bad_value_is_told_in_one_line_with_the_name_and_the_value():
 
 def test_limits_on_bytes_fit_into_each_other():
     Settings(max_image_bytes=10, max_body_bytes=10, max_buffered_bytes=10)
-    with pytest.raises(ValueError, match="max_image_bytes=11 does not fit into max_body_bytes=10"):
+    with pytest.raises(ValueError, match="max_image_bytes=11 must not exceed max_body_bytes=10"):
         Settings(max_image_bytes=11, max_body_bytes=10)
-    with pytest.raises(ValueError, match="max_body_bytes=10 does not fit into max_buffered_bytes=9"):
+    with pytest.raises(ValueError, match="max_body_bytes=10 must not exceed max_buffered_bytes=9"):
         Settings(max_image_bytes=5, max_body_bytes=10, max_buffered_bytes=9)
 
 
