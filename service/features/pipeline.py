@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """The parts of the features of one image, in the order of `PARTS`. The vectors for all kinds of pooling are computed
+    """The parts of one image's features, in the order of `PARTS`. The vectors for all kinds of pooling are computed
     from them."""
 
     parts: FloatArray  # [P, D]
@@ -79,7 +79,7 @@ class Embedded:
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
         """Return the vector for this pooling, float32 [width(pooling, D)]. If `normalize` is true, the vector is scaled
-        to length 1. If it consists of two parts, each part is first scaled to length 1."""
+        to length 1. If it consists of several parts, each part is first scaled to length 1."""
         unit = _unit if normalize else _as_is
         parts = dict(zip(PARTS, self.parts, strict=True))
         return unit(pool(parts, pooling, unit=unit, join=np.concatenate))
