@@ -63,7 +63,7 @@ def test_every_structure_is_implemented() -> None:
 def test_settings_say_which_kinds_they_apply_to() -> None:
     assert kinds_with("m") == kinds_with("ef_construction") == kinds_with("ef_search") == "hnsw"
     assert kinds_with("n_lists") == kinds_with("nprobe") == "ivf_pq, rabitq"
-    assert IndexIn.model_fields["n_lists"].description == "ivf_pq, rabitq: number of cells"
+    assert IndexIn.model_fields["n_lists"].description == "ivf_pq, rabitq: number of inverted lists"
 
 
 def test_auto_goes_by_size() -> None:
