@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.shared import fail, need_torch
+from cli.shared import fail
 
 if TYPE_CHECKING:
     from model.artifact import Manifest
@@ -63,7 +63,6 @@ def export(
 ) -> None:
     """Turn a checkpoint into an artifact, a folder that the service can load. It has the weights, ONNX graphs, parity
     figures and a fingerprint."""
-    need_torch("export")
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
@@ -106,8 +105,9 @@ def _parity_lines(manifest: "Manifest") -> Iterator[str]:
     for record in manifest.parity:
         size = "x".join(map(str, record.size or manifest.input_size))
         yield (
-            f"{record.file} at {size}: parity on {record.images} images: max error {record.max_abs_error:.2e}, "
-            f"class cosine {record.min_cosine_cls:.7f}, patch cosine {record.min_cosine_patches:.7f}"
+            f"{record.file} at {size}: parity on {record.images} images with {record.reference}: "
+            f"max error {record.max_abs_error:.2e}, class cosine {record.min_cosine_cls:.7f}, "
+            f"patch cosine {record.min_cosine_patches:.7f}"
         )
         if record.gate is not None:
             serves = "may serve" if record.gate.status == "passed" else "will not serve"

@@ -71,8 +71,12 @@ class GateRecord(_Record):
     train_right: tuple[int, int] | None = None  # correctly classified images of train, leave-one-out
 
 
+Reference = Literal["torch float32", "numpy float64"]
+"""The forward pass that the results of a graph are compared with."""
+
+
 class ParityRecord(_Record):
-    """How close one runtime comes to torch float32 on the same pixels (see `model/engines/parity.py`)."""
+    """How close one runtime comes to the reference on the same pixels (see `model/engines/parity.py`)."""
 
     engine: str
     precision: str
@@ -81,6 +85,7 @@ class ParityRecord(_Record):
     min_cosine_cls: float
     min_cosine_patches: float
     neighbour_agreement: float
+    reference: Reference = "torch float32"
     file: str = "model.onnx"  # the compared graph
     size: tuple[int, int] | None = None  # (H, W) pixels of the comparison; None: the artifact's input size
     batch: int | None = None  # images in one forward pass

@@ -37,6 +37,7 @@ class NumpyReference:
 
     name = "numpy"
     precision = "fp64"
+    device = "cpu"
 
     def __init__(self, weights: Mapping[str, npt.NDArray[np.floating]], config: ViTConfig) -> None:
         self._weights, self._config = weights, config

@@ -55,12 +55,13 @@ def export_artifact(
         backbone: the model.
         out_dir: the folder of artifacts. It is created if missing.
         options: how the artifact is written and compared.
-        graphs: the graphs to write in addition to `model.onnx`. Each is compared with torch at its own size, and a
-            graph for any size at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets no parity record.
+        graphs: the graphs to write in addition to `model.onnx`. Each is compared with the reference at its own size,
+            and a graph for any size at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets no parity
+            record.
 
     Raises:
-        ParityError: a graph's results in ONNX Runtime differ too much from torch's. An int8 graph does not raise: it
-            is kept with a failed gate.
+        ParityError: a graph's results in ONNX Runtime differ too much from the reference's. An int8 graph does not
+            raise: it is kept with a failed gate.
         ValueError: a size does not fit the model, or `keep_onnx` is False and a graph is too large to be derived.
         OSError: the folder cannot be written.
     """

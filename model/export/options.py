@@ -12,6 +12,7 @@ from model.engines.knn_gate import LabelledImages
 from model.engines.parity import Image
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec
+from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
 
 WeightsDtype = Literal["float32", "float16"]
 
@@ -42,7 +43,7 @@ class ExportOptions:
     """How an artifact is written and compared.
 
     Attributes:
-        weights_dtype: the type in which the weights are stored. The parity reference is torch with the stored weights.
+        weights_dtype: the type in which the weights are stored. The parity reference uses the stored weights.
         images: images for the parity check, uint8 [H, W, 3]; None: generated images.
         labelled: images for the k-NN gate of int8 graphs; None: no int8 graph may serve.
         model_card: the Markdown text of the artifact's README.md; None: no README.md.
@@ -87,6 +88,7 @@ class CheckpointOptions:
         resize, crop: replace these fields of the preprocessing; None: the values that the checkpoint was evaluated
             with, else 256 and 224.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
+        download: how a published model is downloaded.
         graphs: the graphs to export in addition to `model.onnx`.
     """
 
@@ -95,4 +97,5 @@ class CheckpointOptions:
     resize: int | None = None
     crop: int | None = None
     licence: str = "unknown"
+    download: DownloadOptions = DEFAULT_DOWNLOAD
     graphs: GraphOptions = GraphOptions()

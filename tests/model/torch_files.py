@@ -1,5 +1,6 @@
 """Writes PyTorch files without torch, so that the tests of downloads and exports run where it is not installed."""
 
+import io
 import pickle
 import struct
 import zipfile
@@ -37,13 +38,20 @@ def _tensor(key: str, array: np.ndarray) -> bytes:
     )
 
 
-def write_torch_file(path: Path, arrays: Mapping[str, np.ndarray], *, root: str = "archive") -> None:
+def write_torch_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays as `torch.save` writes a dictionary of tensors."""
+    path.write_bytes(torch_file(arrays))
+
+
+def torch_file(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return the content of the file that `write_torch_file` writes."""
     items = [_text(name) + _tensor(str(i), array) for i, (name, array) in enumerate(arrays.items())]
     body = pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK + b"".join(items) + pickle.SETITEMS + pickle.STOP
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{root}/data.pkl", body)
-        archive.writestr(f"{root}/byteorder", "little")
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        archive.writestr("archive/data.pkl", body)
+        archive.writestr("archive/byteorder", "little")
         for i, array in enumerate(arrays.values()):
-            archive.writestr(f"{root}/data/{i}", array.tobytes())
-        archive.writestr(f"{root}/version", "3\n")
+            archive.writestr(f"archive/data/{i}", array.tobytes())
+        archive.writestr("archive/version", "3\n")
+    return written.getvalue()

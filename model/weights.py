@@ -1,0 +1,217 @@
+"""Weights files as numpy arrays: reads the formats of four publishers and our own format, without torch.
+
+A weights file is untrusted input, so only tensors are read from it. safetensors can hold nothing else, and
+`model/torch_file.py` executes no code of a PyTorch file. Reading is strict: every missing, extra or misshapen key is an
+error that names the key, because a half-loaded backbone would still produce vectors, and they would be wrong.
+`model/convert.py` holds the tables of names and the check.
+
+The arrays are mapped from the file, so they take no memory until they are read.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from model import zoo
+from model.config import CONFIGS, PosEmbedRule, ViTConfig, config_for
+from model.convert import META_HUB, Array, CheckpointError, Dialect, FloatArray, convert
+from model.torch_file import TorchFileError, read_torch_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = "dinov2-service"
+"""The value of the metadata entry `format` that marks our own checkpoints."""
+
+_SAFETENSORS_DTYPES: Final = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def read_tensors(path: Path | str) -> dict[str, Array]:
+    """Return the arrays of a safetensors or PyTorch file by the file's own names.
+
+    For a training dump of Meta, return the arrays under its key `teacher`.
+
+    Raises:
+        CheckpointError (a ValueError): the file is damaged, holds no weights, or is a pickle of more than tensors.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    try:
+        loaded = read_torch_file(path)
+    except TorchFileError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("teacher"), dict):  # Meta's training dumps
+        loaded = loaded["teacher"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, np.ndarray) for value in loaded.values()):
+        found = list(loaded)[:10] if isinstance(loaded, dict) else type(loaded).__name__
+        raise CheckpointError(f"{path}: expected named tensors, at the top or under 'teacher', but found {found}")
+    return dict(loaded)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file starts like a safetensors file: eight bytes with the header's length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, Array]:
+    """Map the arrays of a safetensors file, bfloat16 included, which the library's numpy interface cannot read."""
+    _safetensors_metadata(path)  # the library checks the header
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    arrays: dict[str, Array] = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has the type {entry['dtype']}, which no weights have")
+        dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start = 8 + length + entry["data_offsets"][0]
+        empty = 0 in shape
+        arrays[name] = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", offset=start, shape=shape)
+    return arrays
+
+
+def _safetensors_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged safetensors file: {error}") from error
+
+
+def _own_metadata(path: Path) -> tuple[ViTConfig, dict[str, Any]] | None:
+    """Return the configuration and provenance of one of our own checkpoints, or None for any other file."""
+    if not _is_safetensors(path):
+        return None
+    metadata = _safetensors_metadata(path)
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        config = json.loads(metadata["config"])
+        unknown = set(config) - {known.name for known in fields(ViTConfig)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}: written by a newer version")
+        return ViTConfig(**config), json.loads(metadata.get("provenance", "{}"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from error
+
+
+def is_own_checkpoint(path: Path | str) -> bool:
+    """Return whether a file's metadata marks it as one of our own checkpoints.
+
+    Raises:
+        CheckpointError: the file is marked as ours, but its metadata cannot be read.
+    """
+    return _own_metadata(Path(path)) is not None
+
+
+def read_checkpoint(path: Path | str) -> tuple[dict[str, FloatArray], ViTConfig, dict[str, Any]]:
+    """Return the arrays (float32, under Meta's names), configuration and provenance of one of our own checkpoints.
+
+    Raises:
+        CheckpointError: the file is damaged, is not one of our own, or its tensors do not match its configuration.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    own = _own_metadata(path)
+    if own is None:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this project; load other files by name: load_model(name, weights=...)"
+        )
+    config, provenance = own
+    return _converted(path, tensors, config, META_HUB)[0], config, provenance
+
+
+def _converted(
+    path: Path, tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | None = None
+) -> tuple[dict[str, FloatArray], ViTConfig]:
+    try:
+        converted = convert(tensors, config, dialect)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if converted.dropped:
+        heads = sorted({key.split(".")[0] for key in converted.dropped})
+        logger.info("%s: left out %d tensors of %s", path, len(converted.dropped), ", ".join(heads))
+    logger.info("%s: %s weights, pos_embed rule %s", path, converted.dialect.name, converted.config.pos_embed_rule)
+    return converted.arrays, converted.config
+
+
+def _check_same_shape(path: Path, name: str, named: ViTConfig, own: ViTConfig) -> None:
+    """Raise a CheckpointError if the architectures of `named` and `own` differ. Other fields may differ."""
+    wanted, found = asdict(named), asdict(own)
+    fixed = set(wanted) - {"img_size", "pos_embed_rule", "layerscale_init"}
+    different = [f"{key} {found[key]} instead of {wanted[key]}" for key in sorted(fixed) if wanted[key] != found[key]]
+    if different:
+        raise CheckpointError(f"{path}: not a {name}: {', '.join(different)}")
+
+
+def read_weights(
+    name: str,
+    weights: Path | str | None = None,
+    *,
+    pos_embed_rule: PosEmbedRule | None = None,
+    download: zoo.DownloadOptions = zoo.DEFAULT_DOWNLOAD,
+) -> tuple[dict[str, FloatArray], ViTConfig]:
+    """Return the weights of a backbone (float32, under Meta's names) and its configuration.
+
+    The file may be Meta's (hub or training dump), timm's, Hugging Face's or one of our own checkpoints. Its format is
+    detected. The configuration's `pos_embed_rule` is the rule of the library that wrote the file, so the features equal
+    that library's at every input size. Meta's rule depends on the model's name; Hugging Face uses "size", or
+    "antialias" with registers; timm uses "antialias"; our own checkpoints record their rule.
+
+    Args:
+        name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
+        weights: the file; None: download the published weights of that name once. They always get Meta's rule.
+        pos_embed_rule: replaces the file's rule. For instance, "offset" gives torch hub's features from a file of
+            Hugging Face.
+        download: how published weights are downloaded.
+
+    Raises:
+        ValueError: the name or the rule is unknown.
+        CheckpointError (a ValueError): the file does not hold these weights; missing, extra and misshapen keys are
+            listed.
+        zoo.DownloadError: the published weights cannot be downloaded.
+        OSError: the file cannot be read.
+    """
+    entry = None if name in CONFIGS and name not in zoo.ENTRIES else zoo.resolve(name)
+    hub_name = name if entry is None else entry.name
+    config = config_for(hub_name)
+    if weights is None:
+        if entry is None:
+            raise ValueError(f"no weights are published for {name!r}: pass a file with weights=")
+        weights = zoo.download(entry, download)
+        pos_embed_rule = pos_embed_rule or config.pos_embed_rule
+    path = Path(weights)
+    tensors = read_tensors(path)
+    own = _own_metadata(path)
+    if own is None:
+        arrays, config = _converted(path, tensors, config)
+    else:
+        _check_same_shape(path, hub_name, config, own[0])
+        arrays, config = _converted(path, tensors, own[0], META_HUB)
+    if pos_embed_rule is not None:
+        config = replace(config, pos_embed_rule=pos_embed_rule)
+    return arrays, config
