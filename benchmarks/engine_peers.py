@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from workers import onnx_session
 
-from model.checkpoint import _expected_shapes
 from model.config import ViTConfig
 from model.convert import convert
 from model.engines.onnxruntime_engine import OnnxEngine
@@ -70,9 +69,9 @@ def make_case(config: ViTConfig, size: int, threads: int, *, spinning: bool, fol
             **({"num_register_tokens": registers} if registers else {}),
         )
     ).eval()
-    converted = convert(theirs.state_dict(), config, _expected_shapes)
+    converted = convert({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}, config)
     ours = DinoVisionTransformer(converted.config).eval()
-    ours.load_state_dict(converted.state_dict, strict=True)
+    ours.load_state_dict({name: torch.from_numpy(a) for name, a in converted.arrays.items()}, strict=True)
     return Case(converted.config, theirs, ours, size, threads, spinning, folder)
 
 

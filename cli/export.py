@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.shared import fail, need_torch
+from cli.shared import fail
 
 if TYPE_CHECKING:
     from model.artifact import Manifest
@@ -74,7 +74,6 @@ def export(
 ) -> None:
     """Convert a checkpoint to an artifact, which is a folder that the service can load. The artifact has the weights,
     ONNX graphs, a fingerprint, and figures that compare the graphs with a reference."""
-    need_torch("export")
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
@@ -117,8 +116,9 @@ def _parity_lines(manifest: "Manifest") -> Iterator[str]:
     for record in manifest.parity:
         size = "x".join(map(str, record.size or manifest.input_size))
         yield (
-            f"{record.file} at {size}: parity on {record.images} images: max error {record.max_abs_error:.2e}, "
-            f"class cosine {record.min_cosine_cls:.7f}, patch cosine {record.min_cosine_patches:.7f}"
+            f"{record.file} at {size}: parity on {record.images} images with {record.reference}: "
+            f"max error {record.max_abs_error:.2e}, class cosine {record.min_cosine_cls:.7f}, "
+            f"patch cosine {record.min_cosine_patches:.7f}"
         )
         if record.gate is not None:
             serves = "may serve" if record.gate.status == "passed" else "will not serve"

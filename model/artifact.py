@@ -76,8 +76,12 @@ class GateRecord(_Record):
     train_right: tuple[int, int] | None = None  # correctly classified images of train, leave-one-out
 
 
+Reference = Literal["torch float32", "numpy float64"]
+"""The forward pass that the results of a graph are compared with."""
+
+
 class ParityRecord(_Record):
-    """The differences between one engine and a float32 reference on the same pixels (see `model/engines/parity.py`)."""
+    """The differences between one engine and the reference on the same pixels (see `model/engines/parity.py`)."""
 
     engine: str
     precision: str
@@ -86,6 +90,7 @@ class ParityRecord(_Record):
     min_cosine_cls: float
     min_cosine_patches: float
     neighbour_agreement: float
+    reference: Reference = "torch float32"
     file: str = "model.onnx"  # the compared graph
     size: tuple[int, int] | None = None  # input (H, W) in pixels; None means the artifact's input size
     batch: int | None = None  # images in one forward pass

@@ -13,14 +13,20 @@ The features depend on the rule by which `pos_embed` is resized (see `model/pos_
 this rule. Each `Dialect` therefore contains the rule of its publisher's code.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from model.config import PosEmbedRule, ViTConfig
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
 
 MAX_LISTED = 10
 """The maximum number of keys that an error message lists for each kind of problem.
@@ -217,65 +223,118 @@ class KeyReport:
 class Converted:
     """The result of `convert`.
 
-    It contains the backbone's float32 tensors under our names, the configuration, the file's dialect, and the names of
+    It contains the backbone's float32 arrays under our names, the configuration, the file's dialect, and the names of
     the dropped tensors.
     """
 
-    state_dict: dict[str, Tensor]
+    arrays: dict[str, FloatArray]
     config: ViTConfig
     dialect: Dialect
     dropped: list[str]
 
 
-def convert(
-    tensors: Mapping[str, Tensor],
-    config: ViTConfig,
-    expected: Callable[[ViTConfig], Mapping[str, torch.Size]],
-    dialect: Dialect | None = None,
-) -> Converted:
-    """Convert the tensors of a file to the state dict of a backbone.
+@dataclass(frozen=True)
+class _Plan:
+    """How a backbone's arrays are formed: for each of our names, the names in the file that are concatenated."""
 
-    Args:
-        tensors: the file's tensors by name.
-        config: the expected shape of the model. The returned configuration has the dialect's `pos_embed_rule` and, for
-            training dumps, the image size of the dump's `pos_embed`.
-        expected: a function that takes a configuration and returns the names and shapes of that model's tensors.
-        dialect: the format of the file. If None, the format is detected.
+    sources: dict[str, list[str]]
+    config: ViTConfig
+    dialect: Dialect
+    dropped: list[str]
+
+
+def backbone_shapes(config: ViTConfig) -> dict[str, Shape]:
+    """Return the shapes of a backbone's tensors by Meta's names, in the order of its `state_dict`."""
+    dim, hidden, p = config.embed_dim, config.hidden_dim, config.patch_size
+    shapes: dict[str, Shape] = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + config.grid**2, dim)}
+    shapes["mask_token"] = (1, dim)
+    if config.num_register_tokens:
+        shapes["register_tokens"] = (1, config.num_register_tokens, dim)
+    shapes |= {"patch_embed.proj.weight": (dim, 3, p, p), "patch_embed.proj.bias": (dim,)}
+    for i in range(config.depth):
+        block: dict[str, Shape] = {}
+        for name, width in (("norm1", dim), ("attn.qkv", 3 * dim), ("attn.proj", dim), ("norm2", dim)):
+            block |= {f"{name}.weight": (width,) if "norm" in name else (width, dim), f"{name}.bias": (width,)}
+        if config.ffn == "mlp":
+            layers = (("mlp.fc1", hidden, dim), ("mlp.fc2", dim, hidden))
+        else:
+            layers = (("mlp.w12", 2 * hidden, dim), ("mlp.w3", dim, hidden))
+        for name, rows, columns in layers:
+            block |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+        if config.layerscale_init is not None:
+            block |= {"ls1.gamma": (dim,), "ls2.gamma": (dim,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes | {"norm.weight": (dim,), "norm.bias": (dim,)}
+
+
+def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | None) -> _Plan:
+    """Find out how the tensors of a file, given by their shapes, form those of a backbone.
 
     Raises:
         CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
             `MAX_LISTED` names of each kind.
     """
-    dialect = detect(tensors) if dialect is None else dialect
-    plain, dropped = _plain_names(tensors, dialect)
+    dialect = detect(shapes) if dialect is None else dialect
+    plain, dropped = _plain_names(shapes, dialect)
     config = replace(config, pos_embed_rule=dialect.pos_embed_rule(config))
     if dialect.any_img_size and "pos_embed" in plain:
-        patches = tensors[plain["pos_embed"]].numel() // config.embed_dim - 1
+        patches = math.prod(shapes[plain["pos_embed"]]) // config.embed_dim - 1
         config = replace(config, img_size=max(1, round(max(patches, 0) ** 0.5)) * config.patch_size)
     report = KeyReport(extra=sorted(plain.values()))
-    state_dict: dict[str, Tensor] = {}
-    for key, shape in expected(config).items():
+    sources: dict[str, list[str]] = {}
+    for key, shape in backbone_shapes(config).items():
         if key in dialect.absent:
-            state_dict[key] = torch.zeros(shape)
             continue
         names = _file_names(key, dialect)
         if key == "pos_embed" and dialect.class_position_in_cls_token:
-            shape = torch.Size((1, shape[1] - 1, shape[2]))
-        part_shape = torch.Size((shape[0] // len(names), *shape[1:]))
-        parts = []
+            shape = (1, shape[1] - 1, shape[2])
+        part_shape = (shape[0] // len(names), *shape[1:])
+        sources[key] = []
         for name in names:
             if name not in plain:
                 report.missing.append(name)
                 continue
             original = plain[name]
             report.extra.remove(original)
-            if tensors[original].shape != part_shape:
-                report.misshapen.append(f"{original} {list(tensors[original].shape)} instead of {list(part_shape)}")
-            parts.append(tensors[original].float())
-        if len(parts) == len(names) and not report.misshapen:
-            state_dict[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if shapes[original] != part_shape:
+                report.misshapen.append(f"{original} {list(shapes[original])} instead of {list(part_shape)}")
+            sources[key].append(original)
     report.raise_if_any(dialect)
-    if dialect.class_position_in_cls_token:
-        positions = state_dict["pos_embed"]
-        state_dict["pos_embed"] = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
-    return Converted(state_dict, config, dialect, dropped)
+    return _Plan(sources, config, dialect, dropped)
+
+
+def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect) -> None:
+    """Check that tensors of these shapes, under the dialect's names, form a backbone.
+
+    Raises:
+        CheckpointError: tensors are missing, extra or misshapen. The message lists up to `MAX_LISTED` names of each
+            kind.
+    """
+    _plan(shapes, config, dialect)
+
+
+def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | None = None) -> Converted:
+    """Convert the arrays of a file to those of a backbone. An array that needs no change is not copied.
+
+    Args:
+        tensors: the file's arrays by name.
+        config: the expected shape of the model. The returned configuration has the dialect's `pos_embed_rule` and, for
+            training dumps, the image size of the dump's `pos_embed`.
+        dialect: the format of the file. If None, the format is detected.
+
+    Raises:
+        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
+            `MAX_LISTED` names of each kind.
+    """
+    plan = _plan({name: array.shape for name, array in tensors.items()}, config, dialect)
+    arrays: dict[str, FloatArray] = {}
+    for key, shape in backbone_shapes(plan.config).items():
+        if key in plan.dialect.absent:
+            arrays[key] = np.zeros(shape, np.float32)
+            continue
+        parts = [tensors[name].astype(np.float32, copy=False) for name in plan.sources[key]]
+        arrays[key] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if plan.dialect.class_position_in_cls_token:
+        positions = arrays["pos_embed"]
+        arrays["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
+    return Converted(arrays, plan.config, plan.dialect, plan.dropped)

@@ -2,11 +2,13 @@
 
 Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.py`, README, MODEL_CARD), which
 publishes no checksums. A hash is listed here only if it was computed from the real file. timm's and Hugging Face's
-names refer to the same weights and are accepted as aliases, but the downloaded file is always Meta's.
+names refer to the same weights and are accepted as aliases. Meta's file is downloaded, or Hugging Face's if Meta's
+server does not deliver. Both contain the same tensors.
 
 An interrupted download is resumed with an HTTP range request. If the server's file has changed, the download starts
-again. The size and the hash of a file are checked before it gets its final name. A lock ensures that two processes
-download the same file only once. During a download, the cache folder contains `<file>.part` and
+over. Before a file gets its final name, its size and its hash are checked if they are known. Hugging Face sends the
+hash of its file. A file of Meta without a known hash has checksums inside, which are checked instead. A lock ensures
+that two processes download the same file only once. During a download, the cache folder contains `<file>.part` and
 `<file>.part.validator`. An empty file `<file>.lock` remains afterwards.
 
 This module does not import torch.
@@ -16,12 +18,14 @@ import difflib
 import errno
 import hashlib
 import logging
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, NamedTuple, Self
 
 import httpx
 from rich.console import Console
@@ -29,17 +33,18 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
 from model.files import lock_file, publish
+from model.torch_file import TorchFileError, read_torch_file
 
 logger = logging.getLogger(__name__)
 
-BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
+META_URL: Final = "https://dl.fbaipublicfiles.com/dinov2"
+HUGGING_FACE_URL: Final = "https://huggingface.co"
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dinov2-service" / "weights"
 MAX_ATTEMPTS = 4
 """The number of failed attempts in a row after which a download stops.
@@ -47,9 +52,49 @@ MAX_ATTEMPTS = 4
 If an attempt receives data before it fails, the count starts again with this attempt.
 """
 
+OnProgress = Callable[[int, int | None], object]
+
+REPORT_S: Final = 10.0  # seconds between two log lines about a download
+
 
 class DownloadError(RuntimeError):
     """The error raised when weights cannot be downloaded. The message gives the reason and says what to do."""
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The servers of the published weights, or mirrors with the same paths. A server that is None is not used."""
+
+    meta: str | None = META_URL
+    hugging_face: str | None = HUGGING_FACE_URL
+
+
+DEFAULT_HOSTS: Final = Hosts()
+
+
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Where published weights are downloaded from and stored.
+
+    `cache_dir` is created if missing. During a download, `on_progress` is called with the number of bytes received so
+    far and the size of the file in bytes, or None if the size is unknown.
+    """
+
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    hosts: Hosts = DEFAULT_HOSTS
+    on_progress: OnProgress | None = None
+
+
+DEFAULT_DOWNLOAD: Final = DownloadOptions()
+
+
+class Source(NamedTuple):
+    """One address of a file of weights. `size_bytes` and `sha256` are None if they are not known."""
+
+    url: str
+    filename: str
+    size_bytes: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,18 +104,29 @@ class ZooEntry:
     name: str  # torch hub's name
     timm_name: str
     hf_name: str
-    path: str  # relative to BASE_URL
+    path: str  # relative to `Hosts.meta`
     licence: str = "Apache-2.0"
     size_bytes: int | None = None
     sha256: str | None = None
 
     @property
     def url(self) -> str:
-        return f"{BASE_URL}/{self.path}"
+        return f"{META_URL}/{self.path}"
 
     @property
     def filename(self) -> str:
         return self.path.rpartition("/")[2]
+
+    def sources(self, hosts: Hosts) -> list[Source]:
+        """Return where the weights can be downloaded, in the order of preference."""
+        sources = []
+        if hosts.meta is not None:
+            url = f"{hosts.meta.rstrip('/')}/{self.path}"
+            sources.append(Source(url, self.filename, self.size_bytes, self.sha256))
+        if hosts.hugging_face is not None:
+            url = f"{hosts.hugging_face.rstrip('/')}/{self.hf_name}/resolve/main/model.safetensors"
+            sources.append(Source(url, f"{self.hf_name.rpartition('/')[2]}.safetensors"))
+        return sources
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -128,68 +184,87 @@ def resolve(name: str) -> ZooEntry:
 
 
 def download(
-    entry: ZooEntry,
-    cache_dir: Path | str,
-    *,
-    base_url: str | None = None,
-    progress: bool = True,
-    retry_wait_s: float = 0.5,
-    timeout_s: float = 30.0,
+    entry: ZooEntry, options: DownloadOptions = DEFAULT_DOWNLOAD, *, retry_wait_s: float = 0.5, timeout_s: float = 30.0
 ) -> Path:
-    """Download the weights file of a published backbone unless it is in the cache, and return its path.
+    """Download a weights file of a published backbone unless one is in the cache, and return its path.
 
     Args:
         entry: the backbone's entry, as returned by `resolve`.
-        cache_dir: the folder that stores the file. It is created if missing.
-        base_url: the address of a mirror with the same paths as `BASE_URL`. If None, `BASE_URL` is used.
-        progress: whether to show a progress bar on stderr if stderr is a terminal.
+        options: where the file is downloaded from and stored, and a function that is told the progress. A terminal also
+            gets a progress bar on stderr. Without a terminal, the log gets a line every `REPORT_S` seconds.
         retry_wait_s: the wait before the first retry in seconds. It doubles with each further attempt without data.
         timeout_s: the time limit in seconds for connecting and for each read.
 
     Returns:
-        The path of the file. If the entry has a size and a hash, the file matches them.
+        The path of the file. It is complete, and it has the size and the hash that are known of it.
 
     Raises:
-        DownloadError: the network failed, the server returned an error, the file has the wrong size or hash, or the
-            disk is full. The message says what to do.
+        DownloadError: the network failed, the servers returned errors, the file has the wrong size, hash or content, or
+            the disk is full. The message says what to do.
         OSError: the folder cannot be created or written.
     """
-    cache_dir = Path(cache_dir)
+    cache_dir, sources = options.cache_dir, entry.sources(options.hosts)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    target = cache_dir / entry.filename
-    url = entry.url if base_url is None else f"{base_url.rstrip('/')}/{entry.path}"
-    with _locked(target.with_name(f"{target.name}.lock"), entry.name):
-        if target.exists():
-            _check_file(target, entry, remedy=f"delete {target} to download it again")
-            return target
-        try:
-            with _bar(progress) as bar:
-                part = _Part(target, entry, url, bar, bar.add_task(entry.filename, total=entry.size_bytes))
-                part.fetch(retry_wait_s, timeout_s)
-        except (DownloadError, httpx.HTTPError, httpx.InvalidURL) as error:
-            raise DownloadError(_by_hand(entry, url, target, error)) from error
-    return target
+    with _locked(cache_dir / f"{entry.filename}.lock", entry.name):
+        for source in sources:
+            target = cache_dir / source.filename
+            if target.exists():
+                _check_file(target, source.size_bytes, source.sha256, remedy=f"delete {target} to download it again")
+                return target
+        reasons = []
+        for source in sources:
+            try:
+                with _Reporter(source.filename, options.on_progress) as reporter:
+                    part = _Part(cache_dir / source.filename, source, reporter)
+                    part.fetch(retry_wait_s, timeout_s)
+                return part.target
+            except (DownloadError, httpx.HTTPError, httpx.InvalidURL) as error:
+                reasons.append(f"{source.url}: {str(error) or type(error).__name__}")
+                logger.warning("cannot download %s", reasons[-1])
+    raise DownloadError(_by_hand(entry, sources[0], cache_dir, reasons))
 
 
-def _by_hand(entry: ZooEntry, url: str, target: Path, error: Exception) -> str:
-    reason = str(error) or type(error).__name__
-    expected = f" ({entry.size_bytes} bytes, sha256 {entry.sha256})" if entry.sha256 is not None else ""
+def _by_hand(entry: ZooEntry, source: Source, cache_dir: Path, reasons: Sequence[str]) -> str:
+    expected = f" ({source.size_bytes} bytes, sha256 {source.sha256})" if source.sha256 is not None else ""
     return (
-        f"cannot download {entry.name} from {url}: {reason}. To download it manually, run `curl -fLO {url}` on a "
-        f"machine with access and put the file at {target}{expected}"
+        f"cannot download {entry.name} from {'; nor from '.join(reasons)}. To download it manually, run `curl -fLO "
+        f"{source.url}` on a machine with access and put the file at {cache_dir / source.filename}{expected}"
     )
 
 
-def _bar(progress: bool) -> Progress:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))
+class _Reporter:
+    """Reports the progress of one download to a callback, and to a bar on a terminal or to the log."""
+
+    def __init__(self, name: str, on_progress: OnProgress | None) -> None:
+        self._name, self._on_progress = name, on_progress
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(name, total=None)
+        self._logged_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int | None) -> None:
+        """Report that `done` of `total` bytes have been received."""
+        self._bar.update(self._task, completed=done, total=total)
+        if self._on_progress is not None:
+            self._on_progress(done, total)
+        if self._bar.disable and time.monotonic() - self._logged_at > REPORT_S:
+            self._logged_at = time.monotonic()
+            whole = "" if total is None else f" of {total / 1e6:.0f}"
+            logger.info("downloading %s: %.0f%s MB", self._name, done / 1e6, whole)
 
 
 @contextmanager
@@ -204,16 +279,20 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _check_file(path: Path, entry: ZooEntry, remedy: str) -> None:
+def _check_file(path: Path, size_bytes: int | None, sha256: str | None, remedy: str) -> None:
     size = path.stat().st_size
-    if entry.size_bytes is not None and size != entry.size_bytes:
-        raise DownloadError(f"{path} has {size} bytes instead of {entry.size_bytes}: {remedy}")
-    if entry.sha256 is None:
-        return
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != entry.sha256:
-        raise DownloadError(f"{path} has sha256 {actual} instead of {entry.sha256}: {remedy}")
+    if size_bytes is not None and size != size_bytes:
+        raise DownloadError(f"{path} has {size} bytes instead of {size_bytes}: {remedy}")
+    if sha256 is not None:
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != sha256:
+            raise DownloadError(f"{path} has sha256 {actual} instead of {sha256}: {remedy}")
+    elif path.suffix == ".pth" or ".pth." in path.name:
+        try:
+            read_torch_file(path)  # checks the checksum of each tensor
+        except TorchFileError as error:
+            raise DownloadError(f"{path}: {error}: {remedy}") from error
 
 
 class _Part:
@@ -222,11 +301,12 @@ class _Part:
     It consists of a file with the bytes received so far, and a file that identifies the version of the server's file.
     """
 
-    def __init__(self, target: Path, entry: ZooEntry, url: str, bar: Progress, task: TaskID) -> None:
-        self.target, self.entry, self.url = target, entry, url
+    def __init__(self, target: Path, source: Source, reporter: _Reporter) -> None:
+        self.target, self.source, self.url = target, source, source.url
         self.path = target.with_name(f"{target.name}.part")
         self.validator = target.with_name(f"{target.name}.part.validator")
-        self._bar, self._task = bar, task
+        self._reporter = reporter
+        self._sha256 = source.sha256
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
@@ -238,33 +318,45 @@ class _Part:
     def fetch(self, retry_wait_s: float, timeout_s: float) -> None:
         """Download the file with retries, check it, and rename it to its final name.
 
+        If the check fails, the file is downloaded once more from the start.
+
         Raises:
             DownloadError, httpx.HTTPError: the download failed.
         """
-        resumed = self._size() > 0
-        fruitless = 0
         with httpx.Client(follow_redirects=True, timeout=timeout_s) as client:
-            while True:
-                before = self._size()
-                try:
-                    self._attempt(client)
-                    break
-                except (httpx.TransportError, _TryAgainError) as error:
-                    fruitless = 1 if self._size() > before else fruitless + 1
-                    if fruitless >= MAX_ATTEMPTS:
-                        raise
-                    logger.warning("%s: %s; trying again", self.url, error or type(error).__name__)
-                    time.sleep(retry_wait_s * 2 ** (fruitless - 1))
+            self._receive(client, retry_wait_s)
             try:
-                _check_file(self.path, self.entry, remedy="the server's file is not the published one")
-            except DownloadError:
-                self._discard()
-                if not resumed:
+                self._check()
+            except DownloadError as error:
+                logger.warning("%s; downloading it again from the start", error)
+                self._receive(client, retry_wait_s)
+                self._check()
+        publish(self.path, self.target)
+        self.validator.unlink(missing_ok=True)
+
+    def _receive(self, client: httpx.Client, retry_wait_s: float) -> None:
+        """Receive all bytes of the file, with as many attempts as are allowed."""
+        fruitless = 0
+        while True:
+            before = self._size()
+            try:
+                return self._attempt(client)
+            except (httpx.TransportError, _TryAgainError) as error:
+                fruitless = 1 if self._size() > before else fruitless + 1
+                if fruitless >= MAX_ATTEMPTS:
                     raise
-                logger.warning("%s: the resumed file is wrong; downloading it again from the start", self.url)
-                self._attempt(client)
-                _check_file(self.path, self.entry, remedy="the server's file is not the published one")
-        self._finish()
+                logger.warning("%s: %s; trying again", self.url, error or type(error).__name__)
+                time.sleep(retry_wait_s * 2 ** (fruitless - 1))
+
+    def _check(self) -> None:
+        """Check the received file, and delete it if it is wrong."""
+        try:
+            _check_file(
+                self.path, self.source.size_bytes, self._sha256, remedy="the server's file is not the published one"
+            )
+        except DownloadError:
+            self._discard()
+            raise
 
     def _attempt(self, client: httpx.Client) -> None:
         """Send one request and write the response to the partial file.
@@ -293,29 +385,31 @@ class _Part:
                 have = 0
             else:
                 raise DownloadError(f"the server returned {status} {response.reason_phrase}")
+            self._sha256 = self.source.sha256 or _linked_sha256(response)
             self._write(response, have)
 
     def _write(self, response: httpx.Response, have: int) -> None:
         length = response.headers.get("Content-Length", "")
         total = have + int(length) if length.isdecimal() else None
         if total is not None:
-            if self.entry.size_bytes not in (None, total):
+            if self.source.size_bytes not in (None, total):
                 raise DownloadError(
-                    f"the server's file has {total} bytes instead of {self.entry.size_bytes}: not the published file"
+                    f"the server's file has {total} bytes instead of {self.source.size_bytes}: not the published file"
                 )
             free = shutil.disk_usage(self.path.parent).free
             if free < total - have:
                 raise DownloadError(f"{total - have} bytes are needed, but only {free} are free in {self.path.parent}")
         if have == 0:
             self._discard()
-        self._bar.update(self._task, completed=have, total=total)
+        self._reporter.update(have, total)
         try:
             if have == 0:
                 self._remember_version(response)
             with self.path.open("ab" if have else "wb") as file:
                 for chunk in response.iter_raw():  # written as received, so an interruption loses nothing
                     file.write(chunk)
-                    self._bar.advance(self._task, len(chunk))
+                    have += len(chunk)
+                    self._reporter.update(have, total)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -335,11 +429,14 @@ class _Part:
         if validator:
             self.validator.write_text(validator)
 
-    def _finish(self) -> None:
-        publish(self.path, self.target)
-        self.validator.unlink(missing_ok=True)
-        if self.entry.sha256 is None:
-            logger.info("%s: only the length was checked, because no hash is published", self.target)
+
+def _linked_sha256(response: httpx.Response) -> str | None:
+    """Return the sha256 that Hugging Face sends with the redirect to a large file, or None."""
+    for answer in (*response.history, response):
+        value: str = answer.headers.get("X-Linked-ETag", "").strip('"')
+        if re.fullmatch(r"[0-9a-f]{64}", value):
+            return value
+    return None
 
 
 class _TryAgainError(DownloadError):

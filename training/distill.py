@@ -20,9 +20,10 @@ import xxhash
 from torch import Tensor, nn
 
 from model.artifact import read_manifest
-from model.checkpoint import is_own_checkpoint, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.config import ViTConfig, config_for
 from model.vit import DinoVisionTransformer
+from model.weights import is_own_checkpoint
 from training.config import TrainConfig
 from training.data.crops import Crops
 from training.distributed import World, gather_rows

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from model.artifact import WEIGHTS, load_artifact
-from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model, load_state_dict_file
+from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
 from model.config import ViTConfig
+from model.weights import is_own_checkpoint
 from training.config import TrainConfig
 from training.distributed import World, replicate, shard
 from training.optimizer import make_optimizer

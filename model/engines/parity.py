@@ -168,11 +168,12 @@ def with_extras(
     )
 
 
-def check(record: ParityRecord, reference: str = "torch float32") -> None:
+def check(record: ParityRecord, reference: str | None = None) -> None:
     """Check the figures of a record against the limits of its precision.
 
-    A figure that is NaN is outside its limit. The int8 gate is not checked. `reference` is the name of the reference
-    engine in the message.
+    A figure that is NaN is outside its limit. The int8 gate is not checked.
+
+    The message names `reference`, or if it is None, `record.reference`.
 
     Raises:
         ParityError: a figure is outside its limit, so the engine must not serve.
@@ -186,8 +187,8 @@ def check(record: ParityRecord, reference: str = "torch float32") -> None:
     if not passed:
         limit = f" (limit {limits.max_abs_error:g})" if np.isfinite(limits.max_abs_error) else ""
         raise ParityError(
-            f"{record.engine} {record.precision} differs too much from {reference} on {record.images} images: "
-            f"max error {record.max_abs_error:.3g}{limit}, "
+            f"{record.engine} {record.precision} differs too much from {reference or record.reference} on "
+            f"{record.images} images: max error {record.max_abs_error:.3g}{limit}, "
             f"class cosine {record.min_cosine_cls:.6f} (at least {limits.min_cosine_cls}), "
             f"patch cosine {record.min_cosine_patches:.6f} (at least {limits.min_cosine_patches})"
         )

@@ -55,13 +55,13 @@ def export_artifact(
         backbone: the model.
         out_dir: the folder of artifacts. It is created if missing.
         options: the options for writing and comparing the artifact.
-        graphs: the graphs to write in addition to `model.onnx`. Each is compared with torch at its own size, and a
-            graph for any size is compared at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets no
-            parity record.
+        graphs: the graphs to write in addition to `model.onnx`. Each is compared with the reference at its own size,
+            and a graph for any size is compared at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets
+            no parity record.
 
     Raises:
-        ParityError: a graph's results in ONNX Runtime differ too much from torch's. An int8 graph raises no such error.
-            It is stored with a failed gate instead.
+        ParityError: a graph's results in ONNX Runtime differ too much from the reference's. An int8 graph raises no
+            such error. It is stored with a failed gate instead.
         ValueError: a size does not fit the model, or `keep_onnx` is False and a graph is too large to be derived.
         OSError: the folder cannot be written.
     """

@@ -5,15 +5,15 @@ from typing import Any
 
 from model import zoo
 from model.artifact import Artifact, input_size
-from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model
 from model.export.artifact import export_artifact
 from model.export.graphs import wanted_graphs
 from model.export.options import Backbone, CheckpointOptions, ExportOptions
 from model.preprocess import PreprocessSpec
+from model.weights import is_own_checkpoint, read_checkpoint, read_weights
 
 
 def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, options: ExportOptions) -> Artifact:
-    """Export a checkpoint file of any format that `load_model` reads, or a published model, to an artifact.
+    """Export a checkpoint file of any format that `read_weights` reads, or a published model, to an artifact.
 
     Args:
         source: the path of a checkpoint, or the name of a published model (see `model/zoo.py`). A published model is
@@ -42,12 +42,12 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
     provenance: dict[str, Any]
     arch, licence, path = asked.arch, asked.licence, Path(source)
     if path.is_file() and is_own_checkpoint(path):
-        state, config, provenance = load_checkpoint(path)
+        weights, config, provenance = read_checkpoint(path)
     elif path.is_file():
         if arch is None:
             raise ValueError(f"{source} does not record its architecture: add --arch, e.g. --arch dinov2_vits14")
-        model = load_model(arch, weights=path)
-        state, config, provenance = model.state_dict(), model.config, {"file": path.name}
+        weights, config = read_weights(arch, weights=path)
+        provenance = {"file": path.name}
     elif path.is_dir():
         raise ValueError(f"{source} is a folder: give a checkpoint file, such as a run's checkpoint.safetensors")
     else:
@@ -55,14 +55,13 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
             entry = zoo.resolve(source)
         except ValueError as error:
             raise ValueError(f"{source}: no such file; {error}") from error
-        model = load_model(entry.name)
-        state, config, licence = model.state_dict(), model.config, entry.licence
-        provenance, arch = {"url": entry.url}, entry.name
+        weights, config = read_weights(entry.name, download=asked.download)
+        provenance, arch, licence = {"url": entry.url}, entry.name, entry.licence
     evaluated = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
     changes = {key: value for key, value in (("resize", asked.resize), ("crop", asked.crop)) if value is not None}
     return Backbone(
         name=asked.name or provenance.get("name") or arch or path.stem,
-        weights={key: tensor.numpy() for key, tensor in state.items()},
+        weights=weights,
         config=config,
         preprocess=PreprocessSpec.model_validate(evaluated.model_dump() | changes),
         provenance=provenance,

@@ -1,19 +1,22 @@
-"""Compares every graph of an artifact with torch float32, and runs the int8 gate.
+"""Compares every graph of an artifact with a reference, and runs the int8 gate.
 
-The torch engine computes all its results and is released before ONNX Runtime loads the first graph, because two engines
-of a large model do not fit into memory.
+The reference is torch in float32. Where torch is not installed, it is the forward pass in numpy in float64
+(`model/engines/numpy_reference.py`). The reference computes all its results and is released before ONNX Runtime loads
+the first graph, because two engines of a large model do not fit into memory.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
-from model.artifact import WEIGHTS, GateRecord, ParityRecord, input_size
+from model.artifact import WEIGHTS, GateRecord, ParityRecord, Reference, StoredWeights, input_size
 from model.config import ViTConfig
 from model.cpus import available_cpus
 from model.engines import parity
 from model.engines.knn_gate import NO_LABELS, ClassTokens, LabelledImages, class_tokens, knn_gate
+from model.engines.numpy_reference import NumpyReference
 from model.engines.onnxruntime_engine import OnnxEngine
 from model.engines.parity import Image
 from model.engines.protocol import Features, FloatArray
@@ -26,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Reference:
-    """The results of torch float32 at one input size.
+    """The results of the reference at one input size.
 
     They are the outputs for the parity images and, for int8 graphs, the class tokens of the labelled images.
     """
@@ -39,7 +42,7 @@ class _Reference:
 
 @dataclass
 class Comparison:
-    """The comparison of an artifact's graphs with torch float32.
+    """The comparison of an artifact's graphs with the reference.
 
     torch runs on the CPU, because CUDA's TF32 is not accurate enough for a reference.
     """
@@ -51,18 +54,19 @@ class Comparison:
     labelled: LabelledImages | None
     records: list[ParityRecord] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)  # by file name: the reason
+    reference: Reference = field(default_factory=lambda: "torch float32" if find_spec("torch") else "numpy float64")
 
     def run(self, specs: Mapping[str, GraphSpec]) -> None:
         """Compare the graphs of `specs`, a dictionary by file name, and fill `records` and `not_compared`.
 
         Raises:
-            ParityError: a graph's results differ too much from torch's.
+            ParityError: a graph's results differ too much from the reference's.
             ValueError: ONNX Runtime cannot load a graph other than a bf16 graph.
         """
         sizes = {file: self._sizes(spec) for file, spec in specs.items()}
         references = self._references(specs, sizes)
         for file, spec in specs.items():
-            log.info("comparing %s with torch", file)
+            log.info("comparing %s with %s", file, self.reference)
             self._compare(file, spec, {size: references[size] for size in sizes[file]})
 
     def _sizes(self, spec: GraphSpec) -> list[tuple[int, int]]:
@@ -76,7 +80,7 @@ class Comparison:
     def _references(
         self, specs: Mapping[str, GraphSpec], sizes: Mapping[str, list[tuple[int, int]]]
     ) -> dict[tuple[int, int], _Reference]:
-        engine = TorchEngine(self.folder / WEIGHTS, self.config, threads=available_cpus(), device="cpu")
+        engine = self._reference_engine()
         extras = sorted({name for spec in specs.values() for name in spec.outputs if name not in Features._fields})
         references = {}
         for size in {size for of_file in sizes.values() for size in of_file}:
@@ -88,6 +92,11 @@ class Comparison:
             if spec.precision == "int8" and self.labelled is not None and reference.tokens is None:
                 reference.tokens = class_tokens(engine, self.labelled, self.preprocess, sizes[file][0])
         return references
+
+    def _reference_engine(self) -> TorchEngine | NumpyReference:
+        if self.reference == "numpy float64":
+            return NumpyReference(StoredWeights(self.folder / WEIGHTS), self.config)
+        return TorchEngine(self.folder / WEIGHTS, self.config, threads=available_cpus(), device="cpu")
 
     def _compare(self, file: str, spec: GraphSpec, references: Mapping[tuple[int, int], _Reference]) -> None:
         try:
@@ -105,6 +114,7 @@ class Comparison:
             if extras:
                 ours = engine.run_outputs(reference.pixels[: parity.BATCH], extras)
                 record = parity.with_extras(record, {name: reference.extras[name] for name in extras}, ours)
+            record = record.model_copy(update={"reference": self.reference})
             if spec.precision != "int8":
                 parity.check(record)
             elif size == next(iter(references)):

@@ -12,6 +12,7 @@ from model.engines.knn_gate import LabelledImages
 from model.engines.parity import Image
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec
+from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
 
 WeightsDtype = Literal["float32", "float16"]
 
@@ -42,7 +43,7 @@ class ExportOptions:
     """The options for writing and comparing an artifact.
 
     Attributes:
-        weights_dtype: the type in which the weights are stored. The parity reference is torch with the stored weights.
+        weights_dtype: the type in which the weights are stored. The parity reference uses the stored weights.
         images: the images for the parity check, uint8 [H, W, 3]. If None, images are generated.
         labelled: the images for the k-NN gate of int8 graphs. If None, no int8 graph may serve.
         model_card: the Markdown text of the artifact's README.md. If None, no README.md is written.
@@ -91,6 +92,7 @@ class CheckpointOptions:
         resize, crop: new values for these fields of the preprocessing. If None, a field has the value with which the
             checkpoint was evaluated. If that value is unknown, `resize` is 256 and `crop` is 224.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
+        download: how a published model is downloaded.
         graphs: the graphs to export in addition to `model.onnx`.
     """
 
@@ -99,4 +101,5 @@ class CheckpointOptions:
     resize: int | None = None
     crop: int | None = None
     licence: str = "unknown"
+    download: DownloadOptions = DEFAULT_DOWNLOAD
     graphs: GraphOptions = GraphOptions()

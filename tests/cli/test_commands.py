@@ -81,7 +81,11 @@ def test_further_graphs_and_the_gate_are_told(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("model-70-bf16.onnx: not compared: ")]
-    assert [line for line in lines if line.startswith("model-dynamic-int8.onnx at 84x112: parity on 5 images: ")]
+    assert [
+        line
+        for line in lines
+        if line.startswith("model-dynamic-int8.onnx at 84x112: parity on 5 images with torch float32: ")
+    ]
     assert "model-70-int8.onnx" in result.stdout
     assert "serve: gate " in result.stdout
     assert "of 2 images" in result.stdout
@@ -142,7 +146,6 @@ def test_train_names_the_recipes_it_knows(tmp_path: Path) -> None:
 def test_commands_that_need_torch_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for command in (
-        ["export", "dinov2_vits14", "--out", str(tmp_path)],
         ["train", "--data", str(tmp_path), "--out", "o"],
         ["compare", "--data", str(tmp_path), "--out", "o"],
         ["average", "a.safetensors", "b.safetensors", "--out", "o"],

@@ -11,9 +11,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the backbone is torch: pip install '.[train]'")
 transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install '.[reference]'")
 
-from model.checkpoint import _expected_shapes, load_state_dict_file  # noqa: E402
+from model.checkpoint import load_state_dict_file  # noqa: E402
 from model.config import ViTConfig  # noqa: E402
-from model.convert import convert  # noqa: E402
+from model.convert import Converted, convert  # noqa: E402
 from model.vit import DinoVisionTransformer  # noqa: E402
 
 SIZES = [(56, 56), (28, 70), (84, 56), (42, 42), (14, 14), (70, 112)]
@@ -53,12 +53,16 @@ def ours_from(tensors: dict[str, torch.Tensor], registers: bool, swiglu: bool) -
         ffn="swiglu" if swiglu else "mlp",
         num_register_tokens=3 if registers else 0,
     )
-    converted = convert(tensors, config, _expected_shapes)
+    converted = convert({name: tensor.numpy() for name, tensor in tensors.items()}, config)
     assert converted.config.pos_embed_rule == ("antialias" if registers else "size")
     assert converted.dialect.name.startswith("Hugging Face")
     model = DinoVisionTransformer(converted.config).eval()
-    model.load_state_dict(converted.state_dict, strict=True)
+    load(model, converted)
     return model
+
+
+def load(model: DinoVisionTransformer, converted: Converted) -> None:
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in converted.arrays.items()}, strict=True)
 
 
 @torch.inference_mode()
@@ -123,5 +127,5 @@ def test_another_resize_rule_would_show() -> None:
     x = torch.randn(1, 3, 28, 70, generator=torch.Generator().manual_seed(10))
     config = ViTConfig(embed_dim=48, depth=3, num_heads=4, img_size=56, pos_embed_rule="offset")
     model = DinoVisionTransformer(config).eval()
-    model.load_state_dict(convert(reference.state_dict(), config, _expected_shapes).state_dict)
+    load(model, convert({name: tensor.numpy() for name, tensor in reference.state_dict().items()}, config))
     assert (model(x) - reference(pixel_values=x).pooler_output).abs().max() > 1e-3

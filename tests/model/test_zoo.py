@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model import zoo
 from model.config import CONFIGS
-from model.zoo import ENTRIES, MAX_ATTEMPTS, DownloadError, ZooEntry, download, resolve
+from model.zoo import ENTRIES, MAX_ATTEMPTS, DownloadError, DownloadOptions, Hosts, ZooEntry, download, resolve
 from tests.disk_log import DiskLog
+from tests.model.torch_files import torch_file
 
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
+CONTENT = torch_file({"weight": np.arange(1 << 18, dtype=np.float32)})  # about 1 MiB
 ENTRY = replace(ENTRIES["dinov2_vits14"], size_bytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
 
 
@@ -80,6 +82,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.sent_per_connection: list[int] = []  # bytes after which the next connections drop, one after another
         self.statuses: list[int] = []  # what the next requests are answered, one after another
+        self.wrong_answers = 0  # how many of the next answers have a changed byte
+        self.redirect_etag: str | None = None  # as Hugging Face: redirect with this X-Linked-ETag
         self.requests: list[tuple[str, str | None, str | None]] = []
 
     @property
@@ -95,6 +99,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.path, asked, if_range))
         if server.statuses:
             self.send_error(server.statuses.pop(0))
+            return
+        if server.redirect_etag and "/cdn" not in self.path:
+            self.send_response(302)
+            self.send_header("Location", f"{server.url}/cdn")
+            self.send_header("X-Linked-ETag", server.redirect_etag)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         start = 0
         if asked and server.ranges and (if_range is None or if_range == server.etag):
@@ -112,6 +123,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = server.content[start:]
+        if server.wrong_answers:
+            server.wrong_answers -= 1
+            half = len(body) // 2
+            body = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
         self.send_header("Content-Length", str(len(body)))
         if server.etag:
             self.send_header("ETag", server.etag)
@@ -135,7 +150,7 @@ def server() -> Iterator[Server]:
 
 
 def fetch(server: Server, cache: Path, entry: ZooEntry = ENTRY) -> Path:
-    return download(entry, cache, base_url=server.url, progress=False, retry_wait_s=0.001)
+    return download(entry, DownloadOptions(cache, Hosts(server.url, None)), retry_wait_s=0.001)
 
 
 def left_over(cache: Path) -> set[str]:
@@ -249,6 +264,67 @@ def test_wrong_bytes(server: Server, tmp_path: Path) -> None:
     assert left_over(tmp_path) == set()
 
 
+def test_bytes_that_are_wrong_once_are_downloaded_again(server: Server, tmp_path: Path) -> None:
+    server.wrong_answers = 1
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert len(server.requests) == 2
+
+
+def test_without_a_known_hash_the_checksums_inside_the_file_are_checked(server: Server, tmp_path: Path) -> None:
+    entry = replace(ENTRY, size_bytes=None, sha256=None)
+    server.wrong_answers = 1
+    assert fetch(server, tmp_path, entry).read_bytes() == CONTENT
+    server.wrong_answers = 2
+    with pytest.raises(DownloadError, match=r"archive/data/0 is damaged: its CRC-32 is \w+ instead of"):
+        fetch(server, tmp_path / "again", entry)
+    assert left_over(tmp_path / "again") == set()
+
+
+# Hugging Face's file
+
+
+def test_hugging_face_is_asked_if_meta_does_not_deliver(server: Server, tmp_path: Path) -> None:
+    server.statuses = [404]
+    path = download(ENTRY, DownloadOptions(tmp_path, Hosts(server.url, server.url)), retry_wait_s=0.001)
+    assert path == tmp_path / "dinov2-small.safetensors"
+    assert [request[0] for request in server.requests] == [
+        "/mirror/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        "/mirror/facebook/dinov2-small/resolve/main/model.safetensors",
+    ]
+    assert download(ENTRY, DownloadOptions(tmp_path, Hosts(server.url, server.url))) == path
+    assert len(server.requests) == 2  # the second call uses the file
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_the_hash_that_hugging_face_sends_is_checked(server: Server, tmp_path: Path, wrong: int) -> None:
+    server.redirect_etag = f'"{ENTRY.sha256}"'
+    server.wrong_answers = wrong
+    options = DownloadOptions(tmp_path, Hosts(None, server.url))
+    if wrong == 1:
+        assert download(ENTRY, options, retry_wait_s=0.001).read_bytes() == CONTENT
+    else:
+        with pytest.raises(DownloadError, match=f"has sha256 [0-9a-f]+ instead of {ENTRY.sha256}"):
+            download(ENTRY, options, retry_wait_s=0.001)
+
+
+def test_if_both_fail_both_reasons_are_given(server: Server, tmp_path: Path) -> None:
+    server.statuses = [404, 403]
+    with pytest.raises(DownloadError, match=r"\.pth: .* 404 Not Found; nor from .*\.safetensors: .* 403 Forbidden\."):
+        download(ENTRY, DownloadOptions(tmp_path, Hosts(server.url, server.url)), retry_wait_s=0.001)
+
+
+def test_progress_is_reported(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(zoo, "REPORT_S", 0.0)
+    reports: list[tuple[int, int | None]] = []
+    options = DownloadOptions(tmp_path, Hosts(server.url, None), lambda done, total: reports.append((done, total)))
+    with caplog.at_level("INFO", logger="model.zoo"):
+        download(ENTRY, options)
+    assert reports[0] == (0, len(CONTENT))
+    assert reports[-1] == (len(CONTENT), len(CONTENT))
+    assert reports == sorted(reports)
+    assert "downloading dinov2_vits14_pretrain.pth: 1 of 1 MB" in caplog.text
+
+
 def test_wrong_size_is_refused_before_it_is_fetched(server: Server, tmp_path: Path) -> None:
     server.content = b"<html>log in to the hotel's network</html>"
     with pytest.raises(DownloadError, match=f"42 bytes instead of {len(CONTENT)}: not the published file"):
@@ -279,7 +355,7 @@ def test_no_server_tells_the_manual_way(server: Server, tmp_path: Path) -> None:
     url = server.url
     server.server_close()
     with pytest.raises(DownloadError) as caught:
-        download(ENTRY, tmp_path, base_url=url, progress=False, retry_wait_s=0.001)
+        download(ENTRY, DownloadOptions(tmp_path, Hosts(url, None)), retry_wait_s=0.001)
     message = str(caught.value)
     assert f"curl -fLO {url}/dinov2_vits14/dinov2_vits14_pretrain.pth" in message
     assert f"put the file at {tmp_path / 'dinov2_vits14_pretrain.pth'}" in message
@@ -290,7 +366,7 @@ def test_no_server_tells_the_manual_way(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("base_url", ["https://[::1", "ftp://127.0.0.1/x", "http://no-such-host.invalid"])
 def test_mirrors_that_cannot_be(base_url: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"cannot download dinov2_vits14 from .* To download it manually, run "):
-        download(ENTRY, tmp_path, base_url=base_url, progress=False, retry_wait_s=0.001)
+        download(ENTRY, DownloadOptions(tmp_path, Hosts(base_url, None)), retry_wait_s=0.001)
 
 
 def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
@@ -353,7 +429,7 @@ def test_two_at_once_fetch_it_once(server: Server, tmp_path: Path) -> None:
 
 
 def test_progress_goes_to_a_terminal_only(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    download(ENTRY, tmp_path, base_url=server.url, progress=True)
+    download(ENTRY, DownloadOptions(tmp_path, Hosts(server.url, None)))
     assert capsys.readouterr() == ("", "")
 
 

@@ -10,9 +10,10 @@ import torch
 
 from model import zoo
 from model.artifact import MANIFEST, WEIGHTS, bundled_artifact, find_artifacts, fingerprint, load_artifact
-from model.checkpoint import is_own_checkpoint, load_checkpoint, load_model, load_state_dict_file
+from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
+from model.weights import is_own_checkpoint
 from training.evaluate.settings import DenseSettings, TaskSettings
 
 

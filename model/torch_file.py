@@ -1,0 +1,185 @@
+"""Reads the tensors of a PyTorch file (`.pth`, `.pt`) as numpy arrays, without torch and without running its code.
+
+Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and `data/<key>` holds the bytes
+of each storage. A pickle is a program, so this reader only executes what describes tensors: `OrderedDict`, the
+functions that rebuild a tensor or a parameter, and the names of storage types. It refuses every other name without
+importing it.
+
+The arrays are mapped from the file, so they take no memory until they are read. Formats older than 1.6 are refused.
+"""
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+MAX_PICKLE_BYTES: Final = 64 << 20
+"""The largest `data.pkl` that is read. The one of ViT-g has less than 100 kB."""
+
+_LOCAL_HEADER: Final = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field; 30 bytes
+_CRC_CHUNK: Final = 1 << 24
+_DTYPES: Final = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+class TorchFileError(ValueError):
+    """Raised for a file that is not a readable PyTorch file of tensors. The message says what is wrong with it."""
+
+
+class _StorageType(NamedTuple):
+    """The type of a storage, such as `torch.FloatStorage`, which a pickle refers to by name."""
+
+    name: str
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return the object in a PyTorch file, usually a dictionary, with a numpy array in place of each tensor.
+
+    Raises:
+        TorchFileError: the file is damaged, has another format, or holds something other than tensors and plain Python
+            values.
+        OSError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(path, archive)
+    except zipfile.BadZipFile as error:
+        raise TorchFileError(
+            f"not a ZIP archive as torch has written it since version 1.6 ({error}). The file is damaged or cut off, "
+            "or its format is older: then load it with torch and save it again"
+        ) from error
+
+
+def _read(path: Path, archive: zipfile.ZipFile) -> Any:
+    pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+    if len(pickles) != 1:
+        raise TorchFileError(f"a ZIP archive with {len(pickles)} files named data.pkl instead of one")
+    root = pickles[0].removesuffix("data.pkl")
+    entries = {info.filename.removeprefix(root): info for info in archive.infolist()}
+    if "byteorder" in entries and (order := _small_file(archive, entries["byteorder"], limit=64)) != b"little":
+        raise TorchFileError(f"its byte order is {order.decode(errors='replace')!r} instead of 'little'")
+    storages: dict[str, Array] = {}
+
+    def storage(kind: str, key: str, count: int) -> Array:
+        if key not in storages:
+            if f"data/{key}" not in entries:
+                raise TorchFileError(f"storage {key!r} is missing")
+            storages[key] = _map(path, entries[f"data/{key}"], _DTYPES[kind], count)
+        found = storages[key]
+        if (found.dtype, found.size) != (_DTYPES[kind], count):
+            raise TorchFileError(f"storage {key!r} is described twice, with different types or lengths")
+        return found
+
+    data = _small_file(archive, entries["data.pkl"], limit=MAX_PICKLE_BYTES)
+    try:
+        return _Unpickler(data, storage).load()
+    except TorchFileError:
+        raise
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise TorchFileError(f"its pickle is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _small_file(archive: zipfile.ZipFile, info: zipfile.ZipInfo, *, limit: int) -> bytes:
+    if info.file_size > limit:
+        raise TorchFileError(f"{info.filename} has {info.file_size} bytes; at most {limit} are read")
+    return archive.read(info)
+
+
+def _map(path: Path, info: zipfile.ZipInfo, dtype: np.dtype[Any], count: int) -> Array:
+    """Map the elements [count] of a storage from the file, and check them against the archive's CRC-32."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise TorchFileError(f"{info.filename} is compressed, which torch never does")
+    if info.file_size != count * dtype.itemsize:
+        raise TorchFileError(
+            f"{info.filename} has {info.file_size} bytes instead of {count * dtype.itemsize} ({count} of {dtype})"
+        )
+    if not count:
+        return np.zeros(0, dtype)
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+        raise TorchFileError(f"{info.filename} has no header in the archive")
+    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    try:
+        values = np.memmap(path, dtype, mode="r", offset=start, shape=(count,))
+    except ValueError as error:
+        raise TorchFileError(f"{info.filename} reaches beyond the end of the file") from error
+    crc, raw = 0, values.view(np.uint8)
+    for at in range(0, raw.size, _CRC_CHUNK):
+        crc = zlib.crc32(raw[at : at + _CRC_CHUNK].data, crc)
+    if crc != info.CRC:
+        raise TorchFileError(f"{info.filename} is damaged: its CRC-32 is {crc:08x} instead of {info.CRC:08x}")
+    return values
+
+
+class _Unpickler(pickle.Unpickler):
+    """An unpickler that can only make arrays and plain Python values. `storage` maps a storage from the file."""
+
+    def __init__(self, data: bytes, storage: Callable[[str, str, int], Array]) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _DTYPES:
+            return _StorageType(name)
+        allowed: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): _parameter,
+        }
+        if (module, name) not in allowed:
+            raise TorchFileError(f"it refers to {module}.{name}, which is not a tensor and could run any code")
+        return allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Array:
+        match pid:
+            case ("storage", _StorageType(name=kind), str(key), _, int(count)) if count >= 0:
+                return self._storage(kind, key, count)
+        raise TorchFileError(f"it refers to something other than a storage: {str(pid)[:100]}")
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Array:
+    """Return the tensor of this size and stride (in elements) in a storage. The arguments are what the pickle says."""
+    if not isinstance(storage, np.ndarray) or not isinstance(offset, int) or offset < 0:
+        raise TorchFileError("a tensor has no storage or a wrong offset")
+    if not _are_counts(size) or not _are_counts(stride) or len(size) != len(stride):
+        raise TorchFileError(f"a tensor has size {size} and stride {stride}")
+    used = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    # A tensor with more elements than its storage, as `expand` makes them, could fill the memory when it is copied.
+    if offset + used > storage.size or math.prod(size) > storage.size:
+        raise TorchFileError(f"a tensor of size {size} and stride {stride} does not fit its storage of {storage.size}")
+    in_bytes = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, in_bytes, writeable=False)
+
+
+def _parameter(tensor: object, *_: object) -> object:
+    return tensor
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
