@@ -1,5 +1,6 @@
 # The commands for users and contributors. Each command creates the virtual environment that it needs.
-#   make run    create the serving environment (without torch) and start the service on 127.0.0.1:8000
+#   make run    create the serving environment (without torch) and start the service on 127.0.0.1:8000;
+#               MODEL=dinov2_vits14 downloads and serves published weights instead of the demo model
 #   make test   create the test environment (with torch) and run every test
 # PYTHON=python3.12 selects an interpreter. ARGS="-k cache -x" is passed to pytest; ARGS="-n 0" runs the tests in one
 # process.
@@ -31,8 +32,8 @@ export ORT_DISABLE_TELEMETRY := 1
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-run: $(RUN_ENV)/$(STAMP) ## start the service on http://127.0.0.1:8000 (see DINOV2_HOST, DINOV2_PORT, DINOV2_DATA_DIR)
-	@exec $(RUN_ENV)/bin/python -m cli serve
+run: $(RUN_ENV)/$(STAMP) ## start the service on http://127.0.0.1:8000; MODEL=dinov2_vits14 serves published weights
+	@exec $(RUN_ENV)/bin/python -m cli serve $(if $(MODEL),--model "$(MODEL)")
 
 test: $(TEST_ENV)/$(STAMP) ## run every test
 	@$(TEST_ENV)/bin/python -m pytest $(PARALLEL) $(ARGS)

@@ -120,6 +120,6 @@ def models(
     typer.echo("Artifacts (dinov2 serve --model PATH):")
     for row in local:
         typer.echo(f"  {row['name']:<28} {row['fingerprint'][:8]}  {row['path']}")
-    typer.echo("Published (dinov2 serve --model NAME downloads and exports it once; needs the train extra):")
+    typer.echo("Published (dinov2 serve --model NAME downloads and exports it once):")
     for row in published:
         typer.echo(f"  {row['name']:<28} {row['licence']}  {row['url']}")

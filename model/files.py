@@ -9,7 +9,7 @@ leave temporary files named `.<name>.<...>.part`.
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -102,3 +102,19 @@ def lock_file(path: Path, *, wait: bool = False) -> BinaryIO | None:
         file.close()
         raise
     return file
+
+
+@contextmanager
+def waiting_lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock of the file at `path`. If another process holds it, call `on_wait` and wait.
+
+    Raises:
+        OSError: the file cannot be opened, or its file system does not support locks.
+    """
+    file = lock_file(path)
+    if file is None:
+        on_wait()
+        file = lock_file(path, wait=True)
+    assert file is not None
+    with file:
+        yield

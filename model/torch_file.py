@@ -67,8 +67,8 @@ def read_torch_file(path: Path) -> Any:
             return _read(path, archive)
     except zipfile.BadZipFile as error:
         raise TorchFileError(
-            f"not a ZIP archive as torch has written it since version 1.6 ({error}). The file is damaged or cut off, "
-            "or its format is older: then load it with torch and save it again"
+            f"not a readable ZIP archive, which torch has written since version 1.6 ({error}). The file is damaged or "
+            "cut off, or its format is older: then load it with torch and save it again"
         ) from error
 
 

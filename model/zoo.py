@@ -18,11 +18,11 @@ import difflib
 import errno
 import hashlib
 import logging
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -38,7 +38,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from model.files import lock_file, publish
+from model.files import publish, waiting_lock
 from model.torch_file import TorchFileError, read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,11 @@ If an attempt receives data before it fails, the count starts again with this at
 
 OnProgress = Callable[[int, int | None], object]
 
+_WAITING: Final = "%s: waiting for another process to download it"
 REPORT_S: Final = 10.0  # seconds between two log lines about a download
 
 
-class DownloadError(RuntimeError):
+class DownloadError(OSError):
     """The error raised when weights cannot be downloaded. The message gives the reason and says what to do."""
 
 
@@ -68,8 +69,13 @@ class Hosts:
     meta: str | None = META_URL
     hugging_face: str | None = HUGGING_FACE_URL
 
-
-DEFAULT_HOSTS: Final = Hosts()
+    @staticmethod
+    def from_environment() -> "Hosts":
+        """Return the servers that `DINOV2_META_URL` and `DINOV2_HUGGING_FACE_URL` name, or the usual ones."""
+        return Hosts(
+            os.environ.get("DINOV2_META_URL") or META_URL,
+            os.environ.get("DINOV2_HUGGING_FACE_URL") or HUGGING_FACE_URL,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class DownloadOptions:
     """
 
     cache_dir: Path = DEFAULT_CACHE_DIR
-    hosts: Hosts = DEFAULT_HOSTS
+    hosts: Hosts | None = None  # None: from the environment
     on_progress: OnProgress | None = None
 
 
@@ -203,9 +209,9 @@ def download(
             the disk is full. The message says what to do.
         OSError: the folder cannot be created or written.
     """
-    cache_dir, sources = options.cache_dir, entry.sources(options.hosts)
+    cache_dir, sources = options.cache_dir, entry.sources(options.hosts or Hosts.from_environment())
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{entry.filename}.lock", entry.name):
+    with waiting_lock(cache_dir / f"{entry.filename}.lock", lambda: logger.info(_WAITING, entry.name)):
         for source in sources:
             target = cache_dir / source.filename
             if target.exists():
@@ -265,18 +271,6 @@ class _Reporter:
             self._logged_at = time.monotonic()
             whole = "" if total is None else f" of {total / 1e6:.0f}"
             logger.info("downloading %s: %.0f%s MB", self._name, done / 1e6, whole)
-
-
-@contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock of one download. If another process holds the lock, wait for it."""
-    file = lock_file(path)
-    if file is None:
-        logger.info("%s: waiting for another process to download it", name)
-        file = lock_file(path, wait=True)
-    assert file is not None
-    with file:
-        yield
 
 
 def _check_file(path: Path, size_bytes: int | None, sha256: str | None, remedy: str) -> None:

@@ -1,8 +1,9 @@
 """Start the service: load the model, then answer requests until SIGTERM. Both `python -m service` and `dinov2 serve`
 run this module.
 
-The settings, the model and the stored data are checked before the port is opened. If the service cannot start, for
-instance because the port is in use, the error is printed in one line and the exit status is 2.
+The service checks the settings and opens the port, and then it loads the model and opens the stored data. Meanwhile,
+/readyz answers 503 with the current step (see service/starting.py). If the service cannot start, for instance because
+the port is in use, the error is printed in one line and the exit status is 2.
 
 On SIGTERM, the service shuts down. It answers new requests to /v1/ with status 503, and /readyz fails. The service
 stops listening when the running requests are answered, or after `shutdown_grace_s` seconds. A second signal ends the
@@ -22,7 +23,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, Final
@@ -30,14 +32,15 @@ from typing import Any, Final
 import uvicorn
 from PIL import Image
 
-from model.artifact import Artifact, load_artifact
+from model.artifact import BUNDLED_DIR, Artifact, load_artifact
 from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
 from model.engines.protocol import Engine
-from service.app import create_app
-from service.artifact_choice import choose_artifact, read_photos
+from service.app import App, create_app
+from service.artifact_choice import Report, choose_artifact, read_photos
 from service.errors import ServiceError
 from service.http_protocol import BoundedHttpProtocol
 from service.settings import Settings, load_settings
+from service.starting import Starting
 from service.state import Lifecycle
 from service.telemetry import configure_logging
 
@@ -86,25 +89,43 @@ def _line(error: Exception) -> str:
     return text if len(text) <= 600 else f"{text[:600]}..."
 
 
-def make_server(settings: Settings) -> "DrainingServer":
-    """Load the model, and return a server that answers requests with it.
+@dataclass(frozen=True)
+class Loaded:
+    """The application, with the model and the engine that it serves."""
+
+    app: App
+    artifact: Artifact
+    engine: Engine
+
+
+def load(settings: Settings, report: Report) -> Loaded:
+    """Load the model and build the application. A published model is first downloaded and exported if needed.
+
+    `report` is called with the current step.
 
     Raises:
         ValueError, OSError: the model cannot be found, verified or loaded. The message names the file and the reason.
         ModuleNotFoundError: the requested runtime is not installed.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    path = choose_artifact(settings.model, settings.data_dir)
+    path = choose_artifact(settings.model, settings.data_dir, report)
+    report(f"loading {path.name}")
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
     photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
     choice = choose_engine(artifact, settings.engine, threads=settings.threads, photos=photos)
-    app = create_app(settings, artifact, choice.engine, tried=choice.tried)
+    report("opening the collections")
+    return Loaded(create_app(settings, artifact, choice.engine, tried=choice.tried), artifact, choice.engine)
+
+
+def make_server(settings: Settings) -> "DrainingServer":
+    """Return a server that listens, loads the model, and then answers requests with it."""
 
     class HttpProtocol(BoundedHttpProtocol):
         header_timeout_s = settings.header_timeout_s
 
+    starting = Starting()
     config = uvicorn.Config(
-        app,
+        starting,
         http=HttpProtocol,
         host=settings.host,
         port=settings.port,
@@ -115,13 +136,7 @@ def make_server(settings: Settings) -> "DrainingServer":
         timeout_graceful_shutdown=1,  # on_tick has already waited for running requests
         timeout_keep_alive=30,
     )
-    return DrainingServer(
-        config,
-        app.router.lifespan_context(app),
-        app.state.lifecycle,
-        grace_s=settings.shutdown_grace_s,
-        greet=partial(greeting, artifact, choice.engine),
-    )
+    return DrainingServer(config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s)
 
 
 class _Unjoined(ThreadPoolExecutor):
@@ -139,39 +154,47 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        lifespan: AbstractAsyncContextManager[Any],
-        lifecycle: Lifecycle,
-        *,
-        grace_s: float,
-        greet: Callable[[str], str],
+        self, config: uvicorn.Config, starting: Starting, load: Callable[[Report], Loaded], *, grace_s: float
     ) -> None:
         super().__init__(config)
-        self._lifespan = lifespan
-        self._lifecycle = lifecycle
+        self._starting = starting
+        self._load = load
         self._grace_s = grace_s
-        self._greet = greet
+        self._lifecycle: Lifecycle | None = None  # None until the application is ready
         self._running = AsyncExitStack()
         self._drain_until: float | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        """Start the application, open the port, and print the startup message.
+        """Open the port, load the model in a thread, start the application, and print the startup message. A signal
+        ends the startup.
 
         Raises:
-            ServiceError, ValueError, OSError: the application cannot start, or the port cannot be opened.
+            ServiceError, ValueError, OSError, ModuleNotFoundError: the service cannot start.
         """
-        asyncio.get_running_loop().set_default_executor(_Unjoined(thread_name_prefix="io"))
-        await self._running.enter_async_context(self._lifespan)
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(_Unjoined(thread_name_prefix="io"))
         try:
             await super().startup(sockets)
         except SystemExit as stop:  # uvicorn cannot listen; the cause is in the context
-            await self._close()
             where = f"{self.config.host}:{self.config.port}"
             raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
+        try:
+            loading = loop.run_in_executor(None, self._load, self._starting.report)
+            while not (loading.done() or self.should_exit):
+                await asyncio.wait([loading], timeout=0.1)
+            if self.should_exit:  # the loading thread ends with the process
+                return
+            loaded = loading.result()
+            await self._running.enter_async_context(loaded.app.router.lifespan_context(loaded.app))
+        except BaseException:
+            for server in self.servers:
+                server.close()
+            raise
+        self._lifecycle = loaded.app.state.lifecycle
+        self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
-        print(self._greet(self._url()), flush=True)
+        print(greeting(loaded.artifact, loaded.engine, self._url()), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, cancel the requests that are still running, and close the application. After a second signal,
@@ -191,6 +214,9 @@ class DrainingServer(uvicorn.Server):
             log.error("closing the application failed", exc_info=error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._lifecycle is None:  # still starting, so no request is running
+            self.should_exit = True
+            return
         if self._drain_until is not None:
             self.force_exit = True
             super().handle_exit(sig, frame)
@@ -200,6 +226,7 @@ class DrainingServer(uvicorn.Server):
         log.info("shutting down", extra={"fields": {"in_flight": self._lifecycle.in_flight}})
 
     async def on_tick(self, counter: int) -> bool:
+        assert self._lifecycle is not None
         if self._drain_until is not None and (not self._lifecycle.in_flight or time.monotonic() > self._drain_until):
             return True
         return await super().on_tick(counter)
@@ -211,14 +238,15 @@ class DrainingServer(uvicorn.Server):
 
 def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
     """Return the startup message with the address, the model, and two example commands. The second command works
-    without an image file."""
+    without an image file. With the demo model, the message says how to serve published weights."""
     png = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).save(png, "PNG")
     example = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+    demo = "the demo model; for DINOv2's published weights: make run MODEL=dinov2_vits14\n"
     return (
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
         f"model {artifact.name} from {artifact.path}, "
-        f"engine {engine.name} ({engine.precision})\n\n"
+        f"engine {engine.name} ({engine.precision})\n{demo if artifact.path.parent == BUNDLED_DIR else ''}\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
         f"or, without an image file:\n\n"
         f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"

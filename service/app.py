@@ -58,7 +58,7 @@ def create_app(
     tried: tuple[Tried, ...] = (),
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
-) -> FastAPI:
+) -> "App":
     """Build and return the application.
 
     Args:
@@ -77,7 +77,7 @@ def create_app(
             yield
             start.lifecycle.draining = True
 
-    app = _App(
+    app = App(
         title="dinov2-service",
         version=_version(),
         description=DESCRIPTION,
@@ -94,7 +94,7 @@ def create_app(
     return app
 
 
-class _App(FastAPI):
+class App(FastAPI):
     """A FastAPI application with `Border` (service/middleware.py) around its router instead of FastAPI's own
     middleware. Each layer of FastAPI's middleware adds measurable latency to a search. None of the layers is needed,
     because `Border` handles errors and no route has dependencies that need an exit stack."""

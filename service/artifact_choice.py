@@ -2,10 +2,8 @@
 which engines are checked."""
 
 import logging
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +11,32 @@ import numpy.typing as npt
 
 from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
 from model.decode import DecodeError, decode
-from model.zoo import resolve
+from model.files import publish, waiting_lock
+from model.zoo import DownloadOptions, download, resolve
 
 log = logging.getLogger(__name__)
 
+Report = Callable[[str], object]
+"""A function that is called with one line about the current step, such as "downloading dinov2_vits14: 23 of 88 MB"."""
 
-def choose_artifact(model: str, data_dir: Path) -> Path:
+
+def choose_artifact(model: str, data_dir: Path, report: Report = lambda line: None) -> Path:
     """Return the artifact folder that `model` names. If `model` is a published model without a local artifact, the
-    model is downloaded and exported first.
+    model is downloaded and exported first. This needs no torch.
 
     Args:
         model: "auto" (the newest artifact in the data folder, or the bundled one if there is none), an artifact folder,
-            the name of an artifact in the data folder, or the name of a published model.
+            the URL of one (s3://bucket/artifact), the name of an artifact in the data folder, or the name of a
+            published model.
         data_dir: the data folder. Its subfolder `artifacts` contains the artifacts.
+        report: called with the current step of a download or export.
 
     Raises:
-        ValueError: there is no such artifact or model, or the model cannot be exported, for instance because torch is
-            not installed.
+        ValueError: there is no such artifact or model, or its graph differs too much from the reference.
+        OSError: the model cannot be downloaded, or a file cannot be written.
     """
+    if "://" in model:
+        return _fetch(model, data_dir, report)
     local = find_artifacts(data_dir)
     if model == "auto":
         if not local:
@@ -50,7 +56,7 @@ def choose_artifact(model: str, data_dir: Path) -> Path:
     for path in local:
         if _name(path) == name:
             return path
-    return _export(name, data_dir)
+    return _export(name, data_dir, report)
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
@@ -92,21 +98,74 @@ def _name(path: Path) -> str | None:
         return None
 
 
-def _export(name: str, data_dir: Path) -> Path:
-    """Export a published model and return its artifact folder. The export runs in a separate process (`dinov2 export`),
-    because it needs torch. This process also downloads the weights."""
-    if find_spec("torch") is None:
-        raise ValueError(
-            f"{name} must be exported once, which requires torch: pip install 'dinov2-service[train]', or export it on "
-            f"another machine (dinov2 export {name} --out artifacts) and copy it to {data_dir / 'artifacts'}"
+def _export(name: str, data_dir: Path, report: Report) -> Path:
+    """Download and export a published model, and return its artifact folder.
+
+    The downloaded file is deleted afterwards, because the artifact contains the same weights. A lock ensures that
+    several services with the same data folder do this only once.
+    """
+    from model.export.checkpoint import export_checkpoint  # only here, because it imports onnx
+    from model.export.options import CheckpointOptions, ExportOptions
+
+    def on_progress(done: int, total: int | None) -> None:
+        whole = "" if total is None else f" of {total / 1e6:.0f}"
+        report(f"downloading {name}: {done / 1e6:.0f}{whole} MB")
+
+    downloads = data_dir / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    log.info("%s is not in %s: it is downloaded and exported once", name, data_dir / "artifacts")
+    with waiting_lock(downloads / f"{name}.lock", lambda: report(f"waiting for another process that exports {name}")):
+        for path in find_artifacts(data_dir):
+            if _name(path) == name:  # exported by the other process
+                return path
+        options = DownloadOptions(downloads, on_progress=on_progress)
+        weights = download(resolve(name), options)
+        report(f"exporting {name}: writing the graph and comparing it with a reference")
+        checkpoint = CheckpointOptions(download=options)
+        artifact = export_checkpoint(name, data_dir / "artifacts", checkpoint, ExportOptions())
+        weights.unlink()
+    for record in artifact.manifest.parity:
+        log.info(
+            "%s agrees with %s: the largest error is %.1e on %d images",
+            record.file,
+            record.reference,
+            record.max_abs_error,
+            record.images,
         )
-    target = (data_dir / "artifacts").resolve()
-    command = [sys.executable, "-m", "cli", "export", name, "--out", str(target)]
-    log.info("exporting %s into %s", name, target)
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)  # noqa: S603  resolve() knows the name
-    if done.returncode:
-        raise ValueError(f"the export of {name} failed (exit status {done.returncode}); see the error message above")
-    exported = [path for path in find_artifacts(data_dir) if _name(path) == name]
-    if not exported:
-        raise ValueError(f"the export of {name} wrote no artifact to {target}")
-    return exported[0]
+    return artifact.path
+
+
+def _fetch(url: str, data_dir: Path, report: Report) -> Path:
+    """Copy an artifact from a URL of fsspec, such as `s3://bucket/artifact`, and return its local folder.
+
+    A folder of the same name is used if its manifest is the same. Loading checks the hash of every file.
+
+    Raises:
+        ValueError: the URL's scheme is unknown, or it needs a package that is not installed.
+        OSError: a file cannot be read or written.
+    """
+    import fsspec
+
+    try:
+        remote, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: cannot be opened: {error}") from error
+    root = root.rstrip("/")
+    manifest = remote.cat_file(f"{root}/{MANIFEST}")
+    target: Path = data_dir / "artifacts" / root.rpartition("/")[2]
+    if (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == manifest:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copying-") as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        (folder / MANIFEST).write_bytes(manifest)
+        for file, record in read_manifest(folder).files.items():
+            if record.derived and not remote.exists(f"{root}/{file}"):
+                continue
+            report(f"copying {file} ({record.bytes / 1e6:.0f} MB) from {url}")
+            remote.get_file(f"{root}/{file}", str(folder / file))
+        if target.exists():
+            target.rename(Path(temporary) / "replaced")
+        publish(folder, target)
+    return target

@@ -79,7 +79,7 @@ class _Exchange:
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
-        self.request_id = _request_id(scope["headers"])
+        self.request_id = request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._status = 0
         self._body_bytes = 0
@@ -257,7 +257,7 @@ def _json(body: dict[str, Any]) -> bytes:
         return json.dumps(body).encode()
 
 
-def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+def request_id(headers: list[tuple[bytes, bytes]]) -> str:
     """Return the client's X-Request-ID if it has 1 to 128 of the characters that `_SANE_ID` allows. Otherwise return a
     new id."""
     for name, value in headers:

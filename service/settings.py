@@ -1,4 +1,4 @@
-"""All settings of the service. Only this module reads the environment.
+"""All settings of the service. In `service/`, only this module reads the environment.
 
 Each setting has a variable in the environment. For instance, `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`.
 An unknown `DINOV2_*` name is an error, so that a mistyped name is not silently ignored. The error message suggests the
@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.cpus import available_cpus
 from model.engines.runtimes import parse_engine
+from model.zoo import HUGGING_FACE_URL, META_URL
 from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis_parts
 
 PREFIX = "DINOV2_"
@@ -35,7 +36,14 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     data_dir: Path = Field(Path("data"), description="folder for collections, artifacts and derived files")
-    model: str = Field("auto", description="model to serve: auto, an artifact folder, or the name of a published model")
+    model: str = Field(
+        "auto", description="model to serve: auto, an artifact folder or its URL, or the name of a published model"
+    )
+    meta_url: str = Field(META_URL, description="server of Meta's published weights, or a mirror with the same paths")
+    hugging_face_url: str = Field(
+        HUGGING_FACE_URL,
+        description="server of Hugging Face's published weights, used if Meta's fails",
+    )
     engine: str = Field(
         "auto", description="engine that runs the model: auto, fastest, or runtime[:precision]; see docs/engines.md"
     )

@@ -2,9 +2,7 @@
 
 import errno
 import hashlib
-import http.server
 import io
-import re
 import subprocess
 import sys
 import threading
@@ -20,6 +18,7 @@ from model.config import CONFIGS
 from model.zoo import ENTRIES, MAX_ATTEMPTS, DownloadError, DownloadOptions, Hosts, ZooEntry, download, resolve
 from tests.disk_log import DiskLog
 from tests.model.torch_files import torch_file
+from tests.model.weights_server import Server, weights_server
 
 CONTENT = torch_file({"weight": np.arange(1 << 18, dtype=np.float32)})  # about 1 MiB
 ENTRY = replace(ENTRIES["dinov2_vits14"], size_bytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
@@ -68,85 +67,10 @@ def test_unknown_names_get_near_matches_and_the_list() -> None:
         resolve("resnet50")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """A server that returns CONTENT under any path. Its fields select how it misbehaves. `requests` holds (path, Range,
-    If-Range).
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content = CONTENT
-        self.etag: str | None = '"v1"'
-        self.ranges = True
-        self.sent_per_connection: list[int] = []  # bytes after which the next connections drop, one after another
-        self.statuses: list[int] = []  # what the next requests are answered, one after another
-        self.wrong_answers = 0  # how many of the next answers have a changed byte
-        self.redirect_etag: str | None = None  # as Hugging Face: redirect with this X-Linked-ETag
-        self.requests: list[tuple[str, str | None, str | None]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/mirror"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server, asked, if_range = self.server, self.headers.get("Range"), self.headers.get("If-Range")
-        server.requests.append((self.path, asked, if_range))
-        if server.statuses:
-            self.send_error(server.statuses.pop(0))
-            return
-        if server.redirect_etag and "/cdn" not in self.path:
-            self.send_response(302)
-            self.send_header("Location", f"{server.url}/cdn")
-            self.send_header("X-Linked-ETag", server.redirect_etag)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start = 0
-        if asked and server.ranges and (if_range is None or if_range == server.etag):
-            match = re.fullmatch(r"bytes=(\d+)-", asked)
-            assert match is not None
-            start = int(match.group(1))
-            if start >= len(server.content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(server.content)}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
-        else:
-            self.send_response(200)
-        body = server.content[start:]
-        if server.wrong_answers:
-            server.wrong_answers -= 1
-            half = len(body) // 2
-            body = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
-        self.send_header("Content-Length", str(len(body)))
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        self.end_headers()
-        if server.sent_per_connection:
-            body = body[: server.sent_per_connection.pop(0)]
-        self.wfile.write(body)  # a body shorter than announced: the connection drops midway
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Print nothing."""
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with weights_server(CONTENT) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def fetch(server: Server, cache: Path, entry: ZooEntry = ENTRY) -> Path:

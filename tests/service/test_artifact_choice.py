@@ -1,8 +1,5 @@
 """Tests of the artifact that `--model` selects."""
 
-import shutil
-import subprocess
-
 import pytest
 
 from model.artifact import MANIFEST, bundled_artifact, read_manifest
@@ -41,26 +38,12 @@ def test_a_published_name_takes_its_export_when_there_is_one(tmp_path):
     assert choose_artifact("facebook/dinov2-small", tmp_path) == exported
 
 
-def test_a_published_name_without_torch_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'dinov2-service\[train\]'"):
-        choose_artifact("dinov2_vits14", tmp_path)
-
-
 def test_what_names_nothing_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not an artifact folder"):
         choose_artifact(str(tmp_path / "empty"), tmp_path)
     with pytest.raises(ValueError, match="dinov2_vits14"):
         choose_artifact("dinov2_vits41", tmp_path)
-
-
-def test_an_export_that_fails_is_told_with_its_status(tmp_path, monkeypatch):
-    put(tmp_path, name="another")
-    monkeypatch.setattr(models, "find_spec", lambda name: True)
-    monkeypatch.setattr(models.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
-    with pytest.raises(ValueError, match=r"the export of dinov2_vits14 failed \(exit status 3\)"):
-        choose_artifact("dinov2_vits14", tmp_path)
 
 
 def test_images_are_taken_from_all_over_a_folder(tmp_path):
@@ -83,28 +66,3 @@ def test_one_image_is_too_few_to_compare_engines_on(tmp_path):
         models.read_photos(tmp_path, 4)
     (tmp_path / "b.png").write_bytes(plain_photo(2))
     assert len(models.read_photos(tmp_path, 4)) == 2
-
-
-@pytest.mark.parametrize("leaves", [True, False])
-def test_the_export_runs_once_as_its_own_process(tmp_path, monkeypatch, leaves):
-    calls = []
-
-    class Done:
-        returncode = 0
-
-    def run(command, **_):
-        calls.append(command)
-        if leaves:
-            shutil.copytree(put(tmp_path / "made", name="dinov2_vits14"), tmp_path / "artifacts" / "x")
-        return Done
-
-    monkeypatch.setattr(models, "find_spec", lambda name: True)
-    monkeypatch.setattr(models.subprocess, "run", run)
-    if leaves:
-        assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
-        assert choose_artifact("dinov2_vits14", tmp_path) == tmp_path / "artifacts" / "x"
-    else:
-        with pytest.raises(ValueError, match="wrote no artifact"):
-            choose_artifact("dinov2_vits14", tmp_path)
-    assert len(calls) == 1
-    assert calls[0][-4:] == ["export", "dinov2_vits14", "--out", str(tmp_path / "artifacts")]

@@ -113,6 +113,7 @@ def test_the_line_in_the_greeting_works(server):
     answer = subprocess.run(line.strip(), shell=True, capture_output=True, check=True, timeout=20)
     assert len(json.loads(answer.stdout)["data"][0]["embedding"]) > 8
     assert bundled_artifact().name in server.greeting
+    assert "the demo model; for DINOv2's published weights: make run MODEL=dinov2_vits14" in server.greeting
 
 
 def talk(port: int, request: bytes) -> bytes:
