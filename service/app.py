@@ -66,8 +66,8 @@ def create_app(
         artifact: the exported model, already verified.
         engine: the engine that has loaded the model.
         tried: the engines that were tried at startup. /v1/models lists them.
-        cache: the vector cache. If None, create the cache that the settings specify.
-        open_store: a function that opens the vector store. If None, open the store that the settings specify.
+        cache: the vector cache. If None, the cache that the settings specify is created.
+        open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
     """
     start = _Start(settings, artifact, engine, tried, cache, open_store)
 
@@ -96,7 +96,7 @@ def create_app(
 
 
 class _App(FastAPI):
-    """A FastAPI application with different middleware: only `Border` (service/middleware.py) and Starlette's
+    """A FastAPI application that has only two layers of middleware: `Border` (service/middleware.py) and Starlette's
     ExceptionMiddleware. Each further layer would add measurable latency to a search. FastAPI's other layers are not
     needed, because `Border` handles unexpected errors and no route has dependencies that need an exit stack."""
 

@@ -191,8 +191,8 @@ class StorageFailed(ServiceError): ...
 
 
 class Unavailable(ServiceError):
-    """An error for times when the service cannot answer. If `retry_after_s` is set, the client should try again after
-    this number of seconds."""
+    """An error that is raised while the service cannot answer requests. If `retry_after_s` is set, the client should
+    try again after this number of seconds."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(detail, headers={} if retry_after_s is None else {"Retry-After": str(max(1, retry_after_s))})
@@ -241,9 +241,9 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
 
 
 def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:
-    """Return the body of the answer to an error, in the format of RFC 9457. The body has the members that the RFC
-    defines, `code`, `request_id` and the members in `error.extra`. If a field of the request is wrong, `param` is its
-    name."""
+    """Return the body of the answer to an error, in the format of RFC 9457. In addition to the members that the RFC
+    defines, the body has `code`, `request_id` and the members in `error.extra`. If a field of the request is wrong,
+    `param` is the name of this field."""
     body: dict[str, Any] = {
         "type": f"urn:dinov2:error:{error.code}",
         "title": error.title,
