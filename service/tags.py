@@ -3,7 +3,7 @@ the same tag.
 
 A tag has the form `fingerprint/pooling/l2/HxW/precision`. The fingerprint identifies the model (weights, architecture,
 preprocessing). `l2` means that the vector is scaled to length 1. HxW is the input size of the network in pixels. The
-precision is that of the engine's arithmetic.
+last part is the precision of the engine's arithmetic.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,12 @@ class TagParts(NamedTuple):
     """The fingerprint and the pooling that a tag contains."""
 
     fingerprint: str
-    pooling: Pooling | None  # None if the tag has another form; images cannot be added then
+    pooling: Pooling | None  # None if the tag has another form; the collection then accepts no images
 
 
 def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:
     """Return the tag of vectors that are scaled to length 1. `fingerprint` identifies the model, `input_size` is
-    (height, width) in pixels, and `precision` is that of the engine's arithmetic."""
+    (height, width) in pixels, and `precision` is the precision of the engine's arithmetic."""
     height, width = input_size
     return f"{fingerprint}/{pooling}/l2/{height}x{width}/{precision}"
 

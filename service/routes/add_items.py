@@ -96,7 +96,7 @@ def _request_key(request: Request, service: Service) -> str | None:
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewItem]], ItemsIn | UploadOptions]:
     """Parse a request. Return two things: one outcome for each item, in order (the parsed item or an error), and the
-    options of the request. Checks that need the store or the neural network are not made here."""
+    options of the request. Checks that need the store or the neural network are made later."""
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         _check_counts(body.items, settings)

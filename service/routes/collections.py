@@ -80,8 +80,8 @@ async def delete_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}/stats", summary="Get index statistics")
 async def get_stats(request: Request, name: str) -> Response:
-    """Return statistics about the index of a collection. Which statistics are available depends on the vector store.
-    The status is 422 if there are none."""
+    """Return statistics about the index of a collection. Which statistics there are depends on the vector store. The
+    status is 422 if the store provides none."""
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")

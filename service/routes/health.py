@@ -70,8 +70,8 @@ def _log_change(state: Any, status: str) -> None:
 
 
 def _kind_of_fault(status: str) -> str:
-    """Return the word `degraded`, followed by the class names of the exceptions in `status`. Addresses and messages are
-    left out."""
+    """Shorten the status of a failed cache to the word `degraded` and the class names of the exceptions. Addresses and
+    messages are left out."""
     kinds = sorted(set(re.findall(r"(?<=: )[A-Za-z]+Error(?=:)", status)))
     return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 

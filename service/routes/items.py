@@ -142,8 +142,8 @@ async def count_items(request: Request, name: str) -> Response:
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
-    """Parse the JSON body of a request. Return two things: the body, and its parsed `filter` (or None if it has
-    none)."""
+    """Parse the JSON body of a request. Return the body and its parsed `filter`. If the body has no filter, the second
+    value is None."""
     body = parse_options(model, await read_json(request))
     where = body.filter
     if where is None:
