@@ -1,8 +1,8 @@
-"""Parse and check the addresses of Redis and Milvus servers, and remove the passwords for the log.
+"""Parse and check the addresses of Redis and Milvus servers, and remove user names and passwords before logging.
 
-If a password contains an unencoded `/`, `?` or `#`, the characters after it are parsed as another part of the URL. So
-every part is checked, and error messages contain no part of the URL except the scheme. The messages of urllib are not
-shown, because they contain such parts.
+If a password contains an unencoded `/`, `?` or `#`, urllib parses pieces of the password as other parts of the URL, for
+instance as the path. So every part is checked, and error messages contain no part of the URL except the scheme.
+urllib's own error messages are not shown, because they may contain pieces of the password.
 """
 
 import re
@@ -23,7 +23,7 @@ def redis_parts(url: str) -> SplitResult:
     """Split a Redis URL into its parts, check each part, and return the parts.
 
     Raises:
-        ValueError: `url` is not a valid Redis URL. The message contains at most the scheme of `url`.
+        ValueError: `url` is not a valid Redis URL. The message contains no part of `url` except the scheme.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("redis", "rediss", "unix"):
@@ -43,7 +43,7 @@ def milvus_parts(url: str) -> SplitResult:
     """Split a Milvus address into its parts, check each part, and return the parts.
 
     Raises:
-        ValueError: `url` is not a valid Milvus address. The message contains at most the scheme of `url`.
+        ValueError: `url` is not a valid Milvus address. The message contains no part of `url` except the scheme.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in ("milvus", "milvus+tls"):
@@ -61,26 +61,26 @@ def milvus_parts(url: str) -> SplitResult:
 
 
 def masked_url(url: str) -> str:
-    """Return a Redis URL without user name and password, so that it can be logged.
+    """Return a Redis URL without its user name and password, so that it can be logged.
 
     Raises:
-        ValueError: `url` is not a valid Redis URL. The message contains at most the scheme of `url`.
+        ValueError: `url` is not a valid Redis URL. The message contains no part of `url` except the scheme.
     """
     parts = redis_parts(url)
     return f"unix://{parts.path}" if parts.scheme == "unix" else _masked(parts)
 
 
 def masked_milvus_url(url: str) -> str:
-    """Return a Milvus address without user name and password, so that it can be logged.
+    """Return a Milvus address without its user name and password, so that it can be logged.
 
     Raises:
-        ValueError: `url` is not a valid Milvus address. The message contains at most the scheme of `url`.
+        ValueError: `url` is not a valid Milvus address. The message contains no part of `url` except the scheme.
     """
     return _masked(milvus_parts(url))
 
 
 def bracketed_host(parts: SplitResult) -> str:
-    """Return the host name of a URL. An IPv6 address is put in square brackets."""
+    """Return the host of a URL. If the host is an IPv6 address, put it in square brackets."""
     return f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
 
 

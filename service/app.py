@@ -4,7 +4,7 @@ these layers:
     Border (id, limits, deadline, errors, metrics)  ->  FastAPI  ->  routes  ->  Pipeline, VectorStore
 
 The engine, the cache and the store can be passed in, so that tests can use fakes. The pipeline, the cache and the store
-need the event loop. So they are created when the application starts, and closed in reverse order when it stops.
+need a running event loop. So they are opened when the application starts, and closed in reverse order when it stops.
 """
 
 import logging
@@ -63,10 +63,11 @@ def create_app(
 
     Args:
         settings: the operator's settings.
-        artifact, engine: the verified model and the runtime that has loaded it.
+        artifact: the exported model, already verified.
+        engine: the engine that has loaded the model.
         tried: the engines that were tried at startup. /v1/models lists them.
-        cache: the cache of vectors. None means that the settings determine the cache.
-        open_store: a function that opens the vector store. None means that the settings determine the store.
+        cache: the vector cache. If None, the cache that the settings specify is created.
+        open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
     """
     start = _Start(settings, artifact, engine, tried, cache, open_store)
 
@@ -95,9 +96,9 @@ def create_app(
 
 
 class App(FastAPI):
-    """A FastAPI application with `Border` (service/middleware.py) around its router instead of FastAPI's own
-    middleware. Each layer of FastAPI's middleware adds measurable latency to a search. None of the layers is needed,
-    because `Border` handles errors and no route has dependencies that need an exit stack."""
+    """A FastAPI application that has only two layers of middleware: `Border` (service/middleware.py) and Starlette's
+    ExceptionMiddleware. Each further layer would add measurable latency to a search. FastAPI's other layers are not
+    needed, because `Border` handles unexpected errors and no route has dependencies that need an exit stack."""
 
     def build_middleware_stack(self) -> ASGIApp:
         border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))
@@ -106,7 +107,7 @@ class App(FastAPI):
 
 @dataclass(frozen=True)
 class _Start:
-    """The parts of a service that can be created without an event loop."""
+    """The parts of a service that exist before the event loop runs. The method `service` creates the other parts."""
 
     settings: Settings
     artifact: Artifact
@@ -118,8 +119,8 @@ class _Start:
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
-        """Create the parts that need the event loop, warm up the engine, and return the service. For each part, a
-        callback that closes it is pushed onto `stack`."""
+        """Create the parts that need the event loop, warm up the engine, and return the service. Push callbacks that
+        close these parts onto `stack`."""
         store = await self._store()
         stack.push_async_callback(store.close)
         originals = Originals(self.settings.originals_place)
@@ -165,8 +166,8 @@ class _Start:
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
-    """Return the answer to an error that FastAPI or Starlette raised, for instance because a route is unknown. The
-    answer has the same format as the answers to the service's own errors."""
+    """Return the answer to an error that FastAPI or Starlette raised, for instance because no route has the requested
+    path. The answer has the same format as the answers to the service's own errors."""
     translated = _translated(request, error)
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(

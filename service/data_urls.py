@@ -1,7 +1,7 @@
 """Decode images that are sent in JSON as data URLs or as plain base64.
 
-If one of the texts is a link or is not base64, only its item gets an error, so that the other items can be answered
-with `on_error=partial`.
+A text that is a link or is not valid base64 causes an error only for its own image. With `on_error=partial`, the other
+images are still processed.
 """
 
 import binascii
@@ -17,7 +17,7 @@ _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGN
 
 
 async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
-    """Decode data URLs or base64 texts. Return the bytes or the error of each text, in order."""
+    """Decode data URLs or base64 texts. Return one outcome for each text, in order: the decoded bytes or an error."""
 
     def work() -> list[Outcome[bytes]]:
         return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
@@ -32,7 +32,7 @@ def image_from_text(text: Any, max_bytes: int) -> bytes:
     Raises:
         InvalidRequest: `text` is not a string, is a link, or is a data URL without base64.
         ImageTooLarge: the image has more than `max_bytes` bytes.
-        BrokenImage: the text is not base64.
+        BrokenImage: the text is not valid base64.
     """
     if not isinstance(text, str):
         raise InvalidRequest(f"an image must be a string (data URL or base64), not {type(text).__name__}")
@@ -60,8 +60,8 @@ def image_from_text(text: Any, max_bytes: int) -> bytes:
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:
-    """Raise InvalidRequest if `count`, the number of images in a request, is 0 or above the limit in `settings`. The
-    error names the field `param`."""
+    """Raise InvalidRequest if `count`, the number of images in a request, is 0 or exceeds the limit in `settings`. The
+    error names the field `param` as the wrong field."""
     limit = settings.items_per_request
     if not 1 <= count <= limit:
         raise InvalidRequest(f"{count} images in {param}: a request can have 1 to {limit}", param=param)

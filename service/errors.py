@@ -26,11 +26,11 @@
     │   └── ModelUnavailable            503 model_unavailable
     └── DeadlineExceeded                504 deadline_exceeded
 
-The code that detects a fault raises one of these classes. `ERRORS` maps each class to its status, code and title.
-`service/middleware.py` turns the exception into an answer. Its body has the format of RFC 9457
-(`application/problem+json`). On `/v1/embeddings` the body has OpenAI's format, so that OpenAI clients can parse it.
-This module does not import the web framework, because these errors are also raised by code that is independent of the
-framework.
+Code that detects a problem raises one of these errors. `ERRORS` maps each class to its status, code and title.
+`service/middleware.py` turns the error into an answer. The body of the answer has the format of RFC 9457
+(`application/problem+json`), except on `/v1/embeddings`. There it has OpenAI's format, so that OpenAI clients can parse
+it. This module does not import the web framework, because code that is independent of the framework also raises these
+errors.
 """
 
 from collections.abc import Mapping
@@ -49,9 +49,9 @@ class ErrorKind(NamedTuple):
 class ServiceError(Exception):
     """An error with an HTTP status and body.
 
-    `detail` is the message for the user. It names the wrong value and what is allowed. `param` is the name of the wrong
-    field in the request, if there is one. `extra` has additional members of the body, and `headers` has additional
-    headers of the response.
+    `detail` is the message for the user. It says which value is wrong and what is allowed. `param` is the name of the
+    wrong field in the request, if there is one. `extra` contains additional members of the body, and `headers` contains
+    additional headers of the response.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class BrokenImage(InvalidRequest): ...
 
 @dataclass(frozen=True)
 class ItemError:
-    """The error of one item of a request. `index` is the position of the item in the request, from 0."""
+    """The error for one item in a request. `index` is the position of the item in the request, counted from 0."""
 
     index: int
     error: ServiceError
@@ -138,11 +138,14 @@ class ItemError:
 
 
 class InvalidItems(InvalidRequest):
-    """The error of a request that has items that cannot be used. The body lists each of these items with its error.
+    """The error for a request with unusable items. The body lists each unusable item with its error.
 
-    If all these items have errors of the same kind, the request has the status and code of this kind. Otherwise, if any
-    of the errors is a server error (5xx), the request has the status and code of the error with the highest status. In
-    all other cases, the status is 422 and the code is invalid_items.
+    The status and code of the answer depend on the errors of the items:
+
+    - If all errors are of the same kind, their status and code.
+    - If the kinds differ and at least one error is a server error (5xx), the status and code of the error with the
+      highest status.
+    - Otherwise, 422 and invalid_items.
     """
 
     def __init__(self, items: list[ItemError], *, total: int, param: str = "input") -> None:
@@ -188,8 +191,8 @@ class StorageFailed(ServiceError): ...
 
 
 class Unavailable(ServiceError):
-    """An error that means that the service cannot answer at the moment. The client should try again after
-    `retry_after_s` seconds."""
+    """An error that is raised while the service cannot answer requests. If `retry_after_s` is set, the client should
+    try again after this number of seconds."""
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(detail, headers={} if retry_after_s is None else {"Retry-After": str(max(1, retry_after_s))})
@@ -238,8 +241,9 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
 
 
 def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:
-    """Return the body of an error in the format of RFC 9457. In addition to the members that this format defines, the
-    body has `code`, `request_id`, `param` if a field of the request is wrong, and the members in `error.extra`."""
+    """Return the body of the answer to an error, in the format of RFC 9457. In addition to the members that the RFC
+    defines, the body has `code`, `request_id` and the members in `error.extra`. If a field of the request is wrong,
+    `param` is the name of this field."""
     body: dict[str, Any] = {
         "type": f"urn:dinov2:error:{error.code}",
         "title": error.title,
@@ -255,8 +259,8 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return the body of an error in OpenAI's format. Its `type` is invalid_request_error if the status is below 500,
-    and server_error otherwise."""
+    """Return the body of the answer to an error, in OpenAI's format. The field `type` is invalid_request_error if the
+    status is below 500, and server_error otherwise."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

@@ -1,10 +1,10 @@
 """An HTTP protocol for uvicorn that limits the size of a request's head (the request line and the headers) and the time
-to receive the head.
+for receiving it.
 
-uvicorn parses requests with httptools, which does not limit the size of a head and joins its pieces in quadratic time.
-A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open
-forever. uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the class in this
-module counts the bytes that are not part of a body, and limits the time for each head.
+uvicorn parses requests with httptools, which does not limit the size of a head and joins the pieces of a head in
+quadratic time. A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its
+head stays open forever. uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the
+class in this module counts the bytes that are not part of a body, and limits the time for each head.
 """
 
 from asyncio import TimerHandle, Transport
@@ -20,8 +20,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """A protocol that closes a connection if the head of a request (the request line and the headers) is larger than
     `MAX_HEAD_BYTES` or is not complete after `header_timeout_s` seconds.
 
-    The size is checked after each read from the socket, so a head that arrives in one read may be larger. An idle
-    keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's deadline.
+    The size is checked after each read from the socket, so a larger head is accepted if it arrives in a single read. An
+    idle keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's
+    deadline.
     """
 
     header_timeout_s: float

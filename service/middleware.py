@@ -1,5 +1,5 @@
-"""The middleware around every request. It handles request ids, size limits, deadlines, disconnects, errors, metrics and
-the access log.
+"""The middleware that handles every request: request ids, size limits, deadlines, disconnects, errors, metrics and the
+access log.
 
 The class `Border` is this middleware. `Border` answers every request exactly once, unless the client has disconnected.
 Every answer has a request id. Every request is counted once in the metrics and logged in one line. `Border` is a plain
@@ -7,9 +7,9 @@ ASGI application, because Starlette's BaseHTTPMiddleware copies streams and hide
 
 - The bytes of the body are counted as they arrive, because Content-Length may be missing or wrong. Reading stops at the
   limit.
-- If a request is not answered within `_WATCH_AFTER_S` seconds after its body is complete, a task starts that waits
-  until the client disconnects. The task then cancels the request, and the pipeline drops the waiting images of the
-  request.
+- If a request is not answered within `_WATCH_AFTER_S` seconds after its body is complete, a task starts that waits for
+  the client to disconnect. If this happens, the task cancels the request, and the pipeline drops those images of the
+  request that are still queued.
 - A `ServiceError` becomes an answer with the status of the error. Any other exception becomes an answer with status 500
   that reveals only the request id. Errors with status 500 are logged with their traceback.
 """
@@ -153,7 +153,7 @@ class _Exchange:
     # From the client to the application
 
     def _check_length(self) -> None:
-        """Raise PayloadTooLarge if the request's Content-Length exceeds the limit. The body has not been read yet."""
+        """Raise PayloadTooLarge if the request's Content-Length exceeds the limit, before the body is read."""
         for name, value in self._scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
                 raise self._too_large()
@@ -233,8 +233,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 def _origin(error: ServiceError) -> ServiceError:
-    """Return the error to log with its traceback. For `InvalidItems`, this is the first item error with status 500 or
-    above, or the first item error if there is none."""
+    """Return the error that is logged with its traceback. `InvalidItems` contains several errors: return the first one
+    with status 500 or above, or the first of all if no status is that high."""
     if isinstance(error, InvalidItems):
         return max((item.error for item in error.items), key=lambda item: item.status >= 500)
     return error
@@ -249,8 +249,8 @@ def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, 
 
 
 def _json(body: dict[str, Any]) -> bytes:
-    """Serialise a body to JSON and return the bytes. A client may have sent text with a lone surrogate. orjson raises
-    TypeError for such text, but the json module can serialise it."""
+    """Serialise a body to JSON and return the bytes. The body may quote a client's text, which may contain a lone
+    surrogate. orjson raises TypeError for such text, so the json module serialises it instead."""
     try:
         return orjson.dumps(body)
     except TypeError:

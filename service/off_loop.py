@@ -11,6 +11,6 @@ BIG_BODY: Final = 2**18
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Call `work`, which processes `size` bytes, and return its result. If `size` is at least BIG_BODY, `work` runs in
-    a thread."""
+    """Call `work`, which processes `size` bytes, and return its result. If `size` is at least `BIG_BODY` bytes, call
+    `work` in a thread."""
     return work() if size < BIG_BODY else await asyncio.to_thread(work)

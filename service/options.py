@@ -1,4 +1,4 @@
-"""Check the fields of a request against a schema of `service/schemas.py`, and report the wrong fields."""
+"""Check the fields of a request against a schema from `service/schemas.py`, and report invalid fields."""
 
 import reprlib
 from typing import Any, Final, TypeVar
@@ -21,7 +21,7 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
     """Check the fields of a request against the schema `model`, and return the parsed object.
 
     Raises:
-        InvalidRequest: there are too many fields, or a field is missing, unknown or wrong. The message describes the
+        InvalidRequest: there are too many fields, or a field is missing, unknown or invalid. The message describes the
             first MAX_PROBLEMS problems and what is allowed.
     """
     check_fields(fields, "the request")
@@ -37,14 +37,15 @@ def parse_options(model: type[Model], fields: dict[str, Any]) -> Model:
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
-    """Raise InvalidRequest if an object has more than MAX_FIELDS fields. The message calls the object `where`."""
+    """Raise InvalidRequest if an object has more than MAX_FIELDS fields. `where` is the name of the object in the
+    message."""
     if len(fields) > MAX_FIELDS:
         raise InvalidRequest(f"{where} has {len(fields):,} fields; at most {MAX_FIELDS} are accepted")
 
 
 def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
-    """Return a text that describes one of pydantic's errors. The text has the name of the field, the problem, and the
-    wrong value if the problem is about a value."""
+    """Return a text that describes one of pydantic's errors: the name of the field, the problem and, where it helps,
+    the wrong value."""
     where = ".".join(str(part)[:80] for part in problem["loc"]) or "body"
     if problem["type"] == "extra_forbidden":
         allowed = f"; known fields are {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else ""
@@ -59,7 +60,7 @@ def _problem(model: type[BaseModel], problem: ErrorDetails) -> str:
 
 
 def _limits(field: FieldInfo) -> str:
-    """Return the range that a numeric field accepts, as text such as " from 1 to 1000". Return an empty text if the
-    field does not have both limits."""
+    """Return the range that a numeric field accepts, as text such as " from 1 to 1000". Return an empty string if the
+    field does not have both a lower and an upper limit."""
     low, high = ([getattr(bound, name) for bound in field.metadata if hasattr(bound, name)] for name in ("ge", "le"))
     return f" from {low[0]} to {high[0]}" if low and high else ""

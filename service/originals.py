@@ -1,4 +1,5 @@
-"""Store original images under their sha256, so that identical images are stored only once.
+"""Store each original image in a file that is named after the image's sha256, so that identical images are stored only
+once.
 
 The storage is a local folder, or any file system that fsspec supports, for instance `s3://bucket/prefix` with the
 package s3fs. The files are in two levels of subfolders, which are named after the first characters of the sha256. So
@@ -6,12 +7,12 @@ each folder has few entries even with millions of images.
 
 In a local folder, an image is written to a temporary file, which is synced to the disk and then renamed. So a stored
 image is always complete. Object stores give the same guarantee. On other file systems, an interrupted write may leave a
-partial file. Reading a partial file raises an error, because its sha256 differs. The next write of the same image
-replaces the partial file, because its size differs.
+partial file. Reading a partial file raises an error, because the sha256 of its content differs from its name. The next
+write of the same image replaces the partial file, because its size is wrong.
 
 This module never deletes an image, because several items may share one image, even in different collections.
 
-The errors of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
+Exceptions of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
 
 import asyncio
@@ -39,13 +40,13 @@ T = TypeVar("T")
 
 
 def source_of(digest: str) -> str:
-    """Return the text "original:" followed by the digest. An item with this text as its `source` refers to the stored
-    image."""
+    """Return the text "original:" followed by the digest. This text in the `source` field of an item refers to the
+    stored image with this digest."""
     return SCHEME + digest
 
 
 def digest_of(source: str | None) -> str | None:
-    """Return the digest in a source that `source_of` returned. Return None for any other source."""
+    """Return the digest in `source` if it is a text that `source_of` returned. Otherwise return None."""
     digest = (source or "").removeprefix(SCHEME)
     return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
 
@@ -61,9 +62,9 @@ class HasPhoto(Protocol):
 
 
 def photo_digest(item: HasPhoto) -> str | None:
-    """Return the sha256 of an item's image in hex. It is taken from the item's source if the source contains a digest,
-    and otherwise from the item's `digest`, which may be None. The image itself is stored only if the collection stores
-    images."""
+    """Return the sha256 of an item's image in hex. If the item's source contains a digest, return this digest.
+    Otherwise return the item's `digest`, which may be None. The image itself is stored only if the item's collection
+    stores images."""
     return digest_of(item.source) or item.digest
 
 
@@ -72,7 +73,7 @@ class Originals:
     storage. `place` is a local folder (a Path) or the URL of the storage (a str).
 
     Raises:
-        ValueError: the URL is invalid, or the package that it requires is not installed.
+        ValueError: the URL is invalid, or the package that handles such URLs is not installed.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -97,8 +98,8 @@ class Originals:
         return await self._call(self._get, digest)
 
     async def size(self, digest: str) -> int | None:
-        """Return the size in bytes of the file of the image with this sha256, or None if there is no such file. The
-        file may be partial.
+        """Return the size in bytes of the file that stores the image with this sha256, or None if there is no such
+        file. The file may be partial.
 
         Raises:
             StorageFailed: the storage cannot report the size.
@@ -106,8 +107,8 @@ class Originals:
         return await self._call(self._size_of, digest)
 
     def is_same_place(self, other: "Originals") -> bool:
-        """Return True if both objects use the same storage. The result may be False if the same storage has two
-        different URLs."""
+        """Return True if both objects use the same storage. However, the result may be False if they use different URLs
+        for the same storage."""
         return bool(self._fs == other._fs) and self._real_root() == other._real_root()
 
     def _real_root(self) -> str:
@@ -153,7 +154,8 @@ class Originals:
             return self._size(self._path(digest))
 
     def _size(self, path: str) -> int | None:
-        """Return the size of a file in bytes, or None if there is no such file."""
+        """Return the size of a file in bytes, or None if there is no such file or the storage does not know its
+        size."""
         try:
             size = self._fs.info(path)["size"]
         except FileNotFoundError:
@@ -166,8 +168,8 @@ class Originals:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """Open the file system of a URL. Return the file system and the path in it. Error messages contain only the scheme
-    of the URL, because the rest may contain a secret."""
+    """Open the file system of a URL. Return the file system, and the path that the URL names in it. Error messages
+    contain only the scheme of the URL, because the rest may contain a secret."""
     scheme = url.partition("://")[0] if "://" in url else "a path"
     try:
         fs, root = url_to_fs(url)
@@ -180,8 +182,8 @@ def _opened(url: str) -> tuple[Any, str]:
 
 def _put_local(path: Path, data: bytes | None) -> None:
     """Store an image at `path` so that it survives a power failure: write it to a temporary file, sync the file and
-    rename it. If `data` is None, the image is already stored. The folders are synced in either case, because the
-    process that wrote the image may not have synced them yet."""
+    rename it. `data` is None if the image is already stored. The folders are synced even then, because the process that
+    wrote the image may not have synced them yet."""
     root = path.parent.parent.parent
     root_is_new = not root.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,9 +197,9 @@ def _put_local(path: Path, data: bytes | None) -> None:
 
 @contextmanager
 def _translated(done: str) -> Iterator[None]:
-    """Translate the errors of the storage to `StorageFailed`. The message is "the image cannot be", followed by `done`
-    (for example "stored") and the operating system's text for the error or the class of the error. The original error
-    is the cause of the `StorageFailed`."""
+    """Turn any exception of the storage into a `StorageFailed`. The message is "the image cannot be", then `done` (for
+    example "stored"), then the operating system's text for the error. If there is no such text, the message ends with
+    the name of the exception class. The original exception is the cause of the `StorageFailed`."""
     try:
         yield
     except ServiceError:

@@ -1,9 +1,10 @@
-"""The outcome of each item of a request: a value, or the error of this item.
+"""The outcome of each item in a request: a value, or an error.
 
 A function for one item returns a value or raises an error. `attempt` and `Outcome.then` call such a function and return
-an outcome, so that the error of one item does not affect the others. At the end, `split_items` separates values and
-errors, as the request's `on_error` specifies. Only a `ServiceError` becomes the error of an item. Any other exception
-is a bug and is not caught.
+an outcome, so that the error of one item does not affect the others. At the end, `split_items` separates the values
+from the errors. If there is an error and the request's `on_error` is "fail", `split_items` raises an error for the
+whole request instead. Only a `ServiceError` becomes the error of an item. Any other exception is a bug and is not
+caught.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -20,8 +21,8 @@ OnError = Literal["fail", "partial"]
 
 @dataclass(slots=True)
 class Outcome(Generic[T]):
-    """The value or the error of one item. `index` is the position of the item in the request, from 0. If `error` is not
-    None, `value` has no meaning.
+    """The value or the error of one item. `index` is the position of the item in the request, counted from 0. If
+    `error` is not None, `value` has no meaning.
 
     Do not modify an outcome. The class is not frozen, because each request creates several outcomes, and creating an
     object of a frozen dataclass takes twice as long.
@@ -32,18 +33,18 @@ class Outcome(Generic[T]):
     error: ServiceError | None = None
 
     def result(self) -> T:
-        """Return the value of the item.
+        """Return the value of the item, or raise its error.
 
         Raises:
-            ServiceError: the error of the item, if it has one.
+            ServiceError: the item has an error.
         """
         if self.error is not None:
             raise self.error
         return cast("T", self.value)
 
     def then(self, work: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> "Outcome[R]":
-        """Call `work` with the value and the other arguments, and return the outcome of the call. If this outcome has
-        an error, `work` is not called, and the result has the same error."""
+        """Call `work` with the value and the given arguments, and return the outcome of the call. If this outcome has
+        an error, do not call `work`, and return an outcome with the same error."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return attempt(self.index, work, cast("T", self.value), *args, **kwargs)
@@ -51,15 +52,15 @@ class Outcome(Generic[T]):
     async def then_await(
         self, work: Callable[Concatenate[T, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
     ) -> "Outcome[R]":
-        """Call `work` with the value and the other arguments, await it, and return the outcome. If this outcome has an
-        error, `work` is not called, and the result has the same error."""
+        """Call and await `work` with the value and the given arguments, and return the outcome of the call. If this
+        outcome has an error, do not call `work`, and return an outcome with the same error."""
         if self.error is not None:
             return Outcome(self.index, error=self.error)
         return await attempt_await(self.index, work(cast("T", self.value), *args, **kwargs))
 
 
 def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
-    """Call `work`. Return an outcome with its result, or with the ServiceError that it raises."""
+    """Call `work`. Return an outcome with the value that it returns or the ServiceError that it raises."""
     try:
         return Outcome(index, work(*args, **kwargs))
     except ServiceError as error:
@@ -67,7 +68,7 @@ def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:
-    """Await `work`. Return an outcome with its result, or with the ServiceError that it raises."""
+    """Await `work`. Return an outcome with the value that it returns or the ServiceError that it raises."""
     try:
         return Outcome(index, await work)
     except ServiceError as error:
@@ -90,14 +91,15 @@ def successes(outcomes: Iterable[Outcome[T]]) -> list[T]:
 
 
 def failures(outcomes: Iterable[Outcome[T]]) -> list[ItemError]:
-    """Return the errors of the outcomes that have one, in order."""
+    """Return the index and the error of each outcome that has an error, in order."""
     return [ItemError(outcome.index, outcome.error) for outcome in outcomes if outcome.error is not None]
 
 
 def split_items(
     outcomes: Sequence[Outcome[T]], on_error: OnError, param: str
 ) -> tuple[list[tuple[int, T]], list[ItemError]]:
-    """Return the (index, value) pairs of the outcomes without an error, and the errors of the other outcomes.
+    """Return two lists: the (index, value) pairs of the outcomes without an error, and the errors of the other
+    outcomes.
 
     Raises:
         InvalidItems: an outcome has an error and `on_error` is "fail", or all outcomes have errors.

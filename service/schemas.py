@@ -24,8 +24,8 @@ Where = Annotated[dict[str, Any], Field(description="condition on the metadata")
 
 
 class Options(BaseModel):
-    """The field `model`, which several kinds of requests have. An unknown field is an error, so that a typo is not
-    silently ignored."""
+    """The base class of requests with the field `model`. An unknown field is an error, so that a typo is not silently
+    ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,8 +68,8 @@ class SegmentOptions(Options):
 
 
 class Body(BaseModel):
-    """The base class of request bodies that are always JSON. A value must have the right JSON type. For instance, the
-    string "1" is not accepted as a number."""
+    """The base class of request bodies that are always JSON. Every value must have the right JSON type. For instance,
+    the string "1" is not accepted as a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -94,8 +94,8 @@ class ItemIn(Body):
 
 
 class ItemsIn(Options):
-    """The body of `POST /v1/collections/{name}/items`. This schema does not check the items, because each item can have
-    an error of its own."""
+    """The body of `POST /v1/collections/{name}/items`. This schema does not check the items. They are checked one by
+    one later, so that each invalid item gets its own error."""
 
     items: Annotated[
         list[Any], WithJsonSchema({"type": "array", "minItems": 1, "items": ItemIn.model_json_schema()})
@@ -104,7 +104,7 @@ class ItemsIn(Options):
 
 
 class UploadOptions(Options):
-    """The options of an upload of image files to a collection. They are form fields, or query parameters if the body is
+    """The options for uploading image files to a collection. They are form fields, or query parameters if the body is
     an image."""
 
     on_error: Literal["fail", "partial"] = "fail"
@@ -122,7 +122,7 @@ class ItemQuery(BaseModel):
 class PatchIn(Body):
     """The body of `PATCH /v1/collections/{name}/items/{id}`."""
 
-    metadata: dict[str, Any] = Field(description="JSON merge patch (RFC 7396) of the metadata: null removes a key")
+    metadata: dict[str, Any] = Field(description="JSON merge patch (RFC 7396) for the metadata: null removes a key")
 
 
 class ScrollIn(Body):
@@ -153,7 +153,7 @@ class DeleteIn(Body):
 class IndexIn(Body):
     """The index settings of a collection. Settings that do not apply to the chosen kind of index are ignored."""
 
-    kind: Kind = Field("auto", description="kind of index; auto: chosen by the number of items")
+    kind: Kind = Field("auto", description="kind of index; auto: the service chooses it by the number of items")
     m: int | None = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: number of neighbours of a node")
     ef_construction: int | None = Field(
         None,
@@ -187,7 +187,7 @@ class CollectionIn(Options):
     )
     originals: bool = Field(False, description="whether to store the original images")
     fingerprint: Fingerprint | None = Field(
-        None, description="fingerprint of another model than the served one; the collection then accepts no images"
+        None, description="fingerprint of a model other than the served one; the collection then accepts no images"
     )
     dimension: int | None = Field(
         None,
@@ -212,7 +212,7 @@ class RestoreIn(Body):
 
     snapshot: str = Field(max_length=128)
     source: str | None = Field(
-        None, alias="from", description="collection that the snapshot was taken of; default: the name in the path"
+        None, alias="from", description="collection from which the snapshot was taken; default: the name in the path"
     )
 
 
@@ -249,8 +249,9 @@ class PartIn(Body):
 
 
 def _run_lengths(counts: Any) -> Any:
-    """Return `counts` if it is a text or a list of at most MAX_RUNS elements, and raise PydanticCustomError otherwise.
-    The schema does not use a union type, because pydantic would report an error for each alternative."""
+    """Return `counts` if it is a string of at most MAX_RUNS characters or a list of at most MAX_RUNS elements, and
+    raise PydanticCustomError otherwise. The schema does not use a union type, because pydantic would then report a
+    separate error for each type in the union."""
     if not isinstance(counts, str | list) or len(counts) > MAX_RUNS:
         raise PydanticCustomError(
             "run_lengths", f"must be a COCO run-length string or a list of integers, at most {MAX_RUNS:,} long"
@@ -259,8 +260,8 @@ def _run_lengths(counts: Any) -> Any:
 
 
 class MaskIn(Body):
-    """A mask as COCO run lengths. They are either a compressed string, which `/v1/segment` and pycocotools can make, or
-    a list of numbers."""
+    """A mask as COCO run lengths: either a compressed string, as `/v1/segment` and pycocotools return it, or a list of
+    numbers."""
 
     size: Annotated[list[Run], FailFast()] = Field(
         min_length=2, max_length=2, description="height and width of the upright image"
@@ -290,8 +291,8 @@ class RegionIn(Body):
 
 
 class ParamsIn(Body):
-    """The parameters that determine how thoroughly a search uses the index. Parameters that do not apply to the index
-    kind of the collection are ignored."""
+    """The parameters that determine how thoroughly a search uses the index. Parameters that do not apply to the
+    collection's kind of index are ignored."""
 
     exact: bool = False
     ef_search: int | None = Field(
@@ -303,7 +304,7 @@ class ParamsIn(Body):
 
 
 class Ranking(BaseModel):
-    """The options for the results of a search. They are the same for all kinds of queries."""
+    """The options for filtering, ordering and returning search results. All kinds of queries have these options."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -338,8 +339,9 @@ class QueryIn(Ranking):
 
 
 class SearchIn(QueryIn):
-    """The body of `POST /v1/collections/{name}/search`. It is a single query, or it has a list of queries in the field
-    `queries`. In the second case, the fields of a single query are defaults for each query in the list."""
+    """The body of `POST /v1/collections/{name}/search`. It is either a single query or a list of queries in the field
+    `queries`. If it is a list, options next to `queries`, such as `k` and `filter`, are defaults for all queries in the
+    list."""
 
     model: str = Field(
         "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
@@ -354,7 +356,7 @@ class SearchIn(QueryIn):
 
 class SearchOptions(Ranking):
     """The options of a search with an image file. They are form fields or query parameters. `filter` and `params` are
-    JSON texts."""
+    strings that contain JSON."""
 
     model: str = Field("auto", max_length=256)
 
@@ -374,8 +376,8 @@ class DuplicatesIn(Options):
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of a request body for the OpenAPI document. References to other schemas are replaced by
-    these schemas, because the document does not contain the targets of the references."""
+    """Return the JSON schema of a request body for the OpenAPI document. Each reference to another schema is replaced
+    with that schema, because the OpenAPI document would not contain the target of the reference."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -395,5 +397,5 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the OpenAPI fields of a route that has a JSON request body with this schema."""
+    """Return the OpenAPI fields for a route with a JSON request body. The body has the schema of `model`."""
     return {"requestBody": {"content": {"application/json": {"schema": json_schema(model)}}}}

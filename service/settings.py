@@ -1,8 +1,9 @@
 """All settings of the service. In `service/`, only this module reads the environment.
 
-Each setting has a variable in the environment. For instance, `queue_max_images` is read from `DINOV2_QUEUE_MAX_IMAGES`.
-An unknown `DINOV2_*` name is an error, so that a mistyped name is not silently ignored. The error message suggests the
-nearest name. An empty value means the default, because Docker Compose passes an unset variable as an empty one.
+Each setting is read from an environment variable. For instance, `queue_max_images` is read from
+`DINOV2_QUEUE_MAX_IMAGES`. An unknown variable with the prefix `DINOV2_` is an error, so that a mistyped name is not
+silently ignored. The error message suggests the most similar name. An empty value means the default, because Docker
+Compose passes an unset variable as an empty one.
 """
 
 import difflib
@@ -80,7 +81,7 @@ class Settings(BaseSettings):
     )
     max_batch_items: int = Field(64, ge=1, le=2048, description="highest number of images in one request")
     max_body_bytes: int = Field(64 * 2**20, ge=1, description="size limit of one request body")
-    max_buffered_bytes: int = Field(2**30, ge=1, description="size limit of all request bodies in memory together")
+    max_buffered_bytes: int = Field(2**30, ge=1, description="limit on the total size of all request bodies in memory")
 
     queue_max_images: int = Field(
         256,
@@ -120,8 +121,9 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Remove the empty values and return the others, so that an empty value means the default. Otherwise an empty
-        host would mean all network interfaces, and an empty data folder would mean the current folder."""
+        """Remove settings with an empty value, so that they get their defaults, and return the other settings.
+        Otherwise an empty host would mean all network interfaces, and an empty data folder would mean the current
+        folder."""
         return {name: value for name, value in values.items() if value != ""}
 
     @field_validator("engine")
@@ -176,11 +178,11 @@ class Settings(BaseSettings):
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Load the settings from the environment and return them. `overrides` has options of the command line, which take
-    precedence.
+    """Load the settings from the environment and return them. `overrides` contains command-line options, which take
+    precedence over the environment.
 
     Raises:
-        ValueError: a `DINOV2_*` name is unknown, or a value is not allowed.
+        ValueError: a `DINOV2_*` variable is unknown, or a value is not allowed.
     """
     names = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):

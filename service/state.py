@@ -22,8 +22,8 @@ from service.telemetry import Metrics
 
 @dataclass
 class Lifecycle:
-    """The state of the process from its start to its end. `Border` (service/middleware.py) counts the running requests
-    and the bytes of their bodies in it. The shutdown code and /readyz read these values."""
+    """The state of the process from its start to its end. `Border` (service/middleware.py) updates the number of
+    running requests and the total size of their bodies. The shutdown code and /readyz read the state."""
 
     warm: bool = False
     draining: bool = False  # shutting down: running requests may finish, new requests get status 503
@@ -46,25 +46,26 @@ class Service:
     pipeline: Pipeline
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
-        """Return the tag of vectors with this pooling. Only vectors with equal tags can be compared. `fingerprint`
-        identifies the model that made the vectors. None means the served model."""
+        """Return the tag of vectors that a model computed with this pooling. `fingerprint` identifies the model, and
+        None means the served model. A tag is a text that describes how vectors were computed. Only vectors with the
+        same tag can be compared."""
         size = self.artifact.manifest.input_size
         return make_tag(fingerprint or self.artifact.fingerprint, pooling, size, self.engine.precision)
 
     @property
     def model_names(self) -> list[str]:
-        """The names of the served model that are accepted in the `model` field of a request, in addition to "" and
-        "auto"."""
+        """The names that the field `model` of a request may contain, in addition to "" and "auto". All of them mean the
+        served model."""
         manifest = self.artifact.manifest
         names = [self.artifact.name, manifest.name, manifest.fingerprint]
         entry = ENTRIES.get(manifest.name)
         return names + list(entry.aliases if entry else ())
 
     def check_model(self, name: str) -> None:
-        """Check the field `model` of a request. It must be empty, "auto" or a name of the served model.
+        """Check the field `model` of a request. It must be empty, "auto" or one of the served model's names.
 
         Raises:
-            ModelNotFound: the served model does not have this name.
+            ModelNotFound: `name` is anything else.
         """
         if name and name != "auto" and name not in self.model_names:
             raise ModelNotFound(
@@ -74,9 +75,9 @@ class Service:
             )
 
     def identity(self, tag: str | None = None) -> dict[str, Any]:
-        """Return the fields `model` and `fingerprint` of an answer. Without `tag`, they describe the served model. With
-        the tag of a collection, they describe the model that made the vectors of the collection. If this is another
-        model, `model` is None, because only its fingerprint is known."""
+        """Return the fields `model` and `fingerprint` for an answer. Without `tag`, they describe the served model.
+        With the tag of a collection, they describe the model that computed the vectors in the collection. If this is
+        not the served model, `model` is None, because only its fingerprint is known."""
         fingerprint = self.artifact.fingerprint if tag is None else tag_parts(tag).fingerprint
         name = self.artifact.name if fingerprint == self.artifact.fingerprint else None
         return {"model": name, "fingerprint": fingerprint}

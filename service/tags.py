@@ -1,8 +1,9 @@
-"""The tag of a vector: a text with everything that must be equal for two vectors to be comparable.
+"""The tag of a vector: a text that describes how the vector was computed. Two vectors can be compared only if they have
+the same tag.
 
 A tag has the form `fingerprint/pooling/l2/HxW/precision`. The fingerprint identifies the model (weights, architecture,
 preprocessing). `l2` means that the vector is scaled to length 1. HxW is the input size of the network in pixels. The
-precision is that of the engine's arithmetic.
+last part is the precision of the engine's arithmetic.
 """
 
 from typing import NamedTuple
@@ -11,21 +12,22 @@ from model.pooling import POOLINGS, Pooling
 
 
 class TagParts(NamedTuple):
-    """The fingerprint and the pooling in a tag."""
+    """The fingerprint and the pooling that a tag contains."""
 
     fingerprint: str
-    pooling: Pooling | None  # None if the tag has another form; images cannot be added then
+    pooling: Pooling | None  # None if the tag has another form; the collection then accepts no images
 
 
 def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:
-    """Return the tag of vectors that are scaled to length 1. `input_size` is (height, width) in pixels."""
+    """Return the tag of vectors that are scaled to length 1. `fingerprint` identifies the model, `input_size` is
+    (height, width) in pixels, and `precision` is the precision of the engine's arithmetic."""
     height, width = input_size
     return f"{fingerprint}/{pooling}/l2/{height}x{width}/{precision}"
 
 
 def tag_parts(tag: str) -> TagParts:
-    """Return the fingerprint and the pooling in a tag. The pooling is None if `tag` does not have the form of the tags
-    that `make_tag` returns."""
+    """Return the fingerprint and the pooling that a tag contains. The pooling is None if `tag` does not have the form
+    that `make_tag` produces."""
     parts = tag.split("/")
     pooling = next((name for name in POOLINGS if name == parts[1]), None) if len(parts) == 5 else None
     return TagParts(parts[0], pooling)

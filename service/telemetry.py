@@ -1,9 +1,9 @@
 """The metrics of the service, and the format of its log.
 
-The names of metrics follow the conventions of Prometheus: a prefix, base units, and `_total` at the end of the names of
-counters. Each `Metrics` has its own registry, so two services in one process (in tests) do not share counters. Each
-label has a limited number of values. The label `route` is the template of the route and not the path of the request,
-because clients could send any number of different paths.
+The names of metrics follow the conventions of Prometheus: a prefix, base units, and the suffix `_total` for counters.
+Each `Metrics` object has its own registry, so two services in one process (in tests) do not share counters. Each label
+has a limited number of values. The label `route` is the template of the route and not the path of the request, because
+clients could send any number of different paths.
 """
 
 import json
@@ -112,7 +112,7 @@ def configure_logging(level: str) -> None:
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
-    """Log a request that was answered, in one line. The line contains no part of the body or the query string."""
+    """Log a finished request in one line. The line contains no part of the body or the query string."""
     if not access_log.isEnabledFor(logging.INFO):
         return
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}

@@ -1,4 +1,4 @@
-"""Compute the durations that answers report, in milliseconds."""
+"""Compute durations in milliseconds for answers."""
 
 import time
 from collections.abc import Iterable
@@ -7,12 +7,13 @@ from service.features.pipeline import Embedded
 
 
 def ms_since(started: float) -> float:
-    """Return the milliseconds since `started`, a value of `time.perf_counter()`."""
+    """Return the time since `started`, a value of `time.perf_counter()`, in milliseconds."""
     return round((time.perf_counter() - started) * 1e3, 3)
 
 
 def slowest(images: Iterable[Embedded]) -> dict[str, float]:
-    """Return the longest time that any of the images spent in each stage, in milliseconds by name of the stage."""
+    """Return a dictionary that maps the name of each stage to the longest time that any of the images spent in this
+    stage, in milliseconds."""
     stages: dict[str, float] = {}
     for image in images:
         for stage, seconds in image.timings.items():

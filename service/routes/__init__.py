@@ -1,2 +1,2 @@
-"""The routes of the HTTP interface, one file for each resource. A route parses the request, calls the code that does
-the work, and builds the answer."""
+"""The routes of the HTTP interface, in one module for each resource. A route parses the request, calls the code that
+does the work, and builds the answer."""

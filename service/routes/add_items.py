@@ -50,10 +50,15 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 )
 async def add_items(request: Request, name: str) -> Response:
     """Add images or vectors to a collection. An item replaces an existing item with the same id. If the collection does
-    not exist, it is created. A JSON body has the list `items`. Each item has an image or a vector, and may have an id,
-    a source and metadata. A form has image files. The id of each item is then the sha256 of the file, and the file name
-    is stored in the metadata as `filename`. If two requests within a day have the same `Idempotency-Key` header and the
-    same items, the second request changes nothing."""
+    not exist, it is created.
+
+    Send JSON with a list `items`, a form with image files, or one image as the raw body. In JSON, each item has an
+    image or a vector, and may have an id, a source (for instance the URL of the image) and metadata. For a file, the id
+    is the sha256 of the file. If a form gives the name of a file, the name is stored in the metadata as `filename`.
+
+    If two requests within a day have the same `Idempotency-Key` header and the same items, the second request changes
+    nothing.
+    """
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
@@ -77,7 +82,7 @@ def _request_key(request: Request, service: Service) -> str | None:
     """Return the value of the header `Idempotency-Key`, or None if the request has no such header.
 
     Raises:
-        InvalidRequest: the key is empty, too long or not printable ASCII, or the store does not support such keys.
+        InvalidRequest: the value is empty, too long or not printable ASCII, or the store does not support this header.
     """
     key: str | None = request.headers.get(KEY_HEADER)
     if key is None:
@@ -90,8 +95,8 @@ def _request_key(request: Request, service: Service) -> str | None:
 
 
 async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewItem]], ItemsIn | UploadOptions]:
-    """Parse a request. Return the outcome of each item in order, which is the parsed item or its error, and the
-    request's options. Items are only checked as far as is possible without the store and the neural network."""
+    """Parse a request. Return two things: one outcome for each item, in order (the parsed item or an error), and the
+    options of the request. Checks that need the store or the neural network are made later."""
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_json(request))
         _check_counts(body.items, settings)

@@ -29,9 +29,9 @@ async def list_aliases(request: Request) -> Response:
 
 @router.put("/{alias}", summary="Create or move an alias", openapi_extra=json_body(AliasIn))
 async def put_alias(request: Request, alias: str) -> Response:
-    """Create an alias for a collection, or move an existing alias to this collection in one atomic step. In the answer,
-    `before` is the collection that the alias pointed to before. If the alias is new, `before` is null and the status is
-    201."""
+    """Make an alias point to the collection in the field `collection`. The alias is created if it does not exist. The
+    change is atomic. In the answer, `before` is the collection that the alias previously pointed to. If the alias is
+    new, `before` is null and the status is 201."""
     service = service_of(request)
     check_name(alias)
     body = parse_options(AliasIn, await read_json(request))

@@ -10,16 +10,16 @@ from fastapi import Response
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:
-    """Return a vector [D] in a form that can be serialised to JSON: an array of numbers, or the base64 text of its
-    little-endian float32 bytes."""
+    """Return a vector [D] in a form that can be serialised to JSON: a numpy array for `float`, or the base64 text of
+    the little-endian float32 bytes for `base64`."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
     return np.ascontiguousarray(vector)
 
 
 def server_timing(timings: dict[str, float]) -> dict[str, str]:
-    """Return the Server-Timing header, which browsers and tools for load tests can display. `timings` has the
-    milliseconds of each stage."""
+    """Return the Server-Timing header, which browsers and load-testing tools can display. `timings` maps the name of
+    each stage to its duration in milliseconds."""
     return {"Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.items())}
 
 

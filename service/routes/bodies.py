@@ -1,7 +1,7 @@
 """Read request bodies: a JSON object, a form with files, or an image as the raw body.
 
 `service/middleware.py` limits the size of a body while it arrives. The files of a form are never written to disk,
-because the root file system of the container is read-only and the images of clients should not be on the disk.
+because the container's root file system is read-only and clients' images should not be on the disk.
 """
 
 from collections.abc import AsyncGenerator
@@ -39,17 +39,17 @@ class Upload:
 
 
 def media_type(request: Request) -> str:
-    """Return the Content-Type of a request in lower case and without parameters. Return an empty text if the request
+    """Return the Content-Type of a request in lower case and without parameters. Return an empty string if the request
     has no Content-Type."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_upload(request: Request, settings: Settings, *, key: str) -> Upload:
-    """Read a request body with images and return its parts. In a JSON body, the field `key` has the images, as one
+    """Read a request body with images and return its parts. In a JSON body, the field `key` contains the images, as one
     string or a list of strings.
 
     Raises:
-        BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is invalid.
+        BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is not accepted.
     """
     kind = media_type(request)
     if kind == "application/json":
@@ -113,9 +113,9 @@ def query_fields(request: Request) -> dict[str, Any]:
 
 
 class _MemoryParser(MultiPartParser):
-    """A form parser that differs from Starlette's in two ways. It never writes a file to disk. The size limit for the
-    body also limits the memory for its files. The parser records in `ended` whether the form is complete, because
-    Starlette's parser silently drops an incomplete last part."""
+    """A form parser that differs from Starlette's in two ways. First, it keeps files in memory and never writes them to
+    disk. The size limit for the body also limits this memory. Second, it records in `ended` whether the form is
+    complete, because Starlette's parser silently drops an incomplete last part."""
 
     spool_max_size = 2**62
     ended = False

@@ -1,9 +1,9 @@
 """Create, describe and delete collections, and manage their snapshots: `/v1/collections`. The modules `items`,
-`add_items`, `search` and `duplicates` have the routes for the items of a collection.
+`add_items`, `search` and `duplicates` contain the routes for the items in a collection.
 
-A collection stores the tag of its vectors: fingerprint, pooling, normalisation, input size and precision. If the
-service is later started with another model, the vectors of the two models cannot be compared. So a write or a search
-that needs the new model fails with status 409, and the message names both tags.
+A collection stores a tag that describes how its vectors were computed: model fingerprint, pooling, normalisation, input
+size and precision. Vectors from different models cannot be compared. So if the service is later started with another
+model, a write or search that needs the new model fails with status 409, and the message contains both tags.
 """
 
 from dataclasses import asdict
@@ -40,8 +40,8 @@ async def list_collections(request: Request) -> Response:
 @router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
 async def put_collection(request: Request, name: str) -> Response:
     """Create an empty collection. Its settings cannot be changed later. The status is 201 if the collection was
-    created, 200 if it already exists with the same settings, and 409 if it exists with other settings or the name is an
-    alias."""
+    created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with other
+    settings, or if the name is already used for an alias."""
     service = service_of(request)
     check_name(name)
     fields = await read_optional_json(request)
@@ -80,8 +80,8 @@ async def delete_collection(request: Request, name: str) -> Response:
 
 @router.get("/{name}/stats", summary="Get index statistics")
 async def get_stats(request: Request, name: str) -> Response:
-    """Return statistics of the index of a collection. The vector store determines which statistics it provides. The
-    status is 422 if it provides none."""
+    """Return statistics about the index of a collection. Which statistics there are depends on the vector store. The
+    status is 422 if the store provides none."""
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
@@ -127,8 +127,8 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> Respons
 @router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
 async def restore_snapshot(request: Request, name: str) -> Response:
     """Create a collection from a snapshot. The new collection gets the name in the path. The field `from` is the name
-    of the collection that the snapshot was taken of. By default, `from` is the name in the path. The status is 409 if a
-    collection or alias already has the name in the path."""
+    of the collection from which the snapshot was taken. By default, this is the name in the path. The status is 409 if
+    a collection or alias with the name in the path already exists."""
     service = service_of(request)
     store = _snapshots(service, name)
     body = parse_options(RestoreIn, await read_json(request))
@@ -142,8 +142,8 @@ def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
     """Return the specification of the collection that a request describes.
 
     Raises:
-        InvalidRequest: a setting is not allowed, the dimension differs from that of the served model, or `fingerprint`
-            is that of another model and `dimension` is missing.
+        InvalidRequest: a setting is not allowed, `dimension` is not the served model's, or `fingerprint`
+            identifies another model but `dimension` is missing.
     """
     dimension = width(body.pooling, service.pipeline.dims)
     if body.fingerprint not in (None, service.artifact.fingerprint):
@@ -176,7 +176,7 @@ async def _existing(service: Service, name: str) -> CollectionInfo | None:
 
 
 def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
-    """Return the fields that describe a collection in an answer."""
+    """Return the fields of an answer that describe a collection."""
     spec = info.spec
     return {
         "name": info.name,
@@ -193,7 +193,7 @@ def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
 
 
 def _differences(there: CollectionSpec, wanted: CollectionSpec) -> str:
-    """Return a text that lists the settings in which two specifications differ, each with both values."""
+    """Return a text that lists the settings in which two specifications differ, with both values of each setting."""
     old, new = (_settings(spec) for spec in (there, wanted))
     names = [name for name in old if old[name] != new[name]]
     return "; ".join(f"{name} {_shown(old[name])}, not {_shown(new[name])}" for name in names)

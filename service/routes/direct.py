@@ -1,4 +1,4 @@
-"""Routes that pass the request and the path parameters directly to their functions.
+"""Routes that pass the request and the path parameters directly to their route functions.
 
 FastAPI's own routes resolve dependencies, open exit stacks and validate arguments on every call. This work takes longer
 than a search. The route functions of this service parse the request themselves. `DirectRoute` is still a FastAPI route,

@@ -1,5 +1,5 @@
-"""Find items of a collection with identical or nearly identical images: `/v1/collections/{name}/duplicates`. The model
-is not needed for this search."""
+"""Find items in a collection that have identical or nearly identical images: `/v1/collections/{name}/duplicates`. This
+search does not use the model."""
 
 import time
 from typing import Any
@@ -28,10 +28,10 @@ _BODY = {"application/json": {"schema": json_schema(DuplicatesIn)}}
 
 @router.post("/{name}/duplicates", summary="Find duplicates", openapi_extra={"requestBody": {"content": _BODY}})
 async def duplicates(request: Request, name: str) -> Response:
-    """Find groups of duplicates in a collection, largest group first. With `by=content`, the images of a group have
-    equal bytes. With `by=similarity`, a group consists of items that are connected by pairs with a cosine similarity of
-    at least `threshold`. The score of an item is its cosine similarity to the first item in the group. If `truncated`
-    is true, the answer may be incomplete."""
+    """Find groups of duplicates in a collection, largest group first. With `by=content`, all images in a group have the
+    same bytes. With `by=similarity`, two items are linked if their cosine similarity is at least `threshold`, and a
+    group contains all items that are linked directly or through other items. The score of an item is its cosine
+    similarity to the first item in the group. If `truncated` is true, the answer may be incomplete."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)

@@ -1,4 +1,4 @@
-"""Embed images, in the format of OpenAI: `POST /v1/embeddings`."""
+"""Embed images: `POST /v1/embeddings`. The answer has OpenAI's format."""
 
 import time
 from typing import Any

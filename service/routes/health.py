@@ -1,10 +1,10 @@
 """Report liveness, readiness and metrics: /livez, /readyz and /metrics.
 
-`/livez` fails if the worker thread that runs the network has died or hangs, so that the service must be restarted.
-`/readyz` fails if a request would not be served now: the service is not warmed up or is shutting down, the worker
-thread has failed, or the queue is full. If Redis fails, requests are still answered but nothing is cached. So /readyz
-then answers 200 with the status `degraded`. Anyone may call these routes, so the answers name only the kind of fault.
-The log has the full error, which may include the address of Redis.
+`/livez` fails if the worker thread that runs the network has died or hangs. The service must then be restarted.
+`/readyz` fails if requests cannot be served at the moment: the service is not warmed up or is shutting down, the worker
+thread has failed, or the queue is full. If Redis fails, requests are still answered but nothing is cached, so /readyz
+answers 200 with the status `degraded`. Anyone may call these routes, so the answers name only the kind of fault. The
+log has the full error, which may include the address of Redis.
 """
 
 import logging
@@ -22,7 +22,7 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 
 @router.get("/livez", summary="Check liveness")
 async def livez(request: Request) -> JSONResponse:
-    """Return 200 if the process is healthy. Return 503 with the reason if the process should be restarted, because the
+    """Return 200 if the process is healthy. Return 503 with the reason if the process must be restarted, because the
     thread that runs the network has died or hangs."""
     fault = service_of(request).pipeline.batcher.health()
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
@@ -30,9 +30,9 @@ async def livez(request: Request) -> JSONResponse:
 
 @router.get("/readyz", summary="Check readiness")
 async def readyz(request: Request) -> JSONResponse:
-    """Return 200 if a request would be served now, and 503 with the reasons otherwise. The field `status` is `ready`,
-    `degraded` or `unready`. `degraded` comes with 200 and means that the cache has failed, so requests are served but
-    may take longer."""
+    """Return 200 if requests can be served at the moment, and 503 with the reasons otherwise. The field `status` is
+    `ready` or `degraded` with 200, and `unready` with 503. `degraded` means that the cache has failed. Requests are
+    then still served, but may take longer."""
     service = service_of(request)
     batcher = service.pipeline.batcher
     checks = {
@@ -63,15 +63,15 @@ async def metrics(request: Request) -> Response:
 
 
 def _log_change(state: Any, status: str) -> None:
-    """Log the status of the cache if it differs from the status that was logged last."""
+    """Log the status of the cache if it differs from the last status that was logged."""
     if status != state.cache_status:
         state.cache_status = status
         log.log(logging.INFO if status == "ok" else logging.WARNING, "cache: %s", status)
 
 
 def _kind_of_fault(status: str) -> str:
-    """Return the word `degraded`, followed by the names of the exceptions in `status`. Leave out addresses and
-    messages."""
+    """Shorten the status of a failed cache to the word `degraded` and the class names of the exceptions. Addresses and
+    messages are left out."""
     kinds = sorted(set(re.findall(r"(?<=: )[A-Za-z]+Error(?=:)", status)))
     return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 

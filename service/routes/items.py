@@ -1,8 +1,9 @@
 """Read, edit, list, count and delete items: `/v1/collections/{name}/items`. The module `add_items` has the route that
 adds items.
 
-An id may contain slashes, so the id is the rest of the path: `items/a/b` is the item `a/b`. But `items/a/image` is the
-image of item `a`. If an id ends in `/image`, its last slash must be sent as `%2F`.
+An id may contain slashes, so everything after `items/` is the id: `items/a/b` is the item `a/b`. There is one
+exception: `items/a/image` is the image of item `a`. If an id itself ends in `/image`, its last slash must be sent as
+`%2F`.
 """
 
 import asyncio
@@ -32,8 +33,8 @@ Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 
 @router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
 async def get_image(request: Request, name: str, item_id: str) -> Response:
-    """Return the image of an item, exactly as it was sent. The collection must have been created with `originals:
-    true`. The status is 404 if the item does not exist or its image is not stored."""
+    """Return the image of an item, exactly as the client sent it. This requires that the collection was created with
+    `originals: true`. The status is 404 if the item does not exist or its image is not stored."""
     if not request.scope.get("raw_path", b"/image").endswith(
         b"/image"
     ):  # the slash was sent as %2F, so it is part of the id
@@ -51,8 +52,8 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
 
 @router.get("/{name}/items/{item_id:path}", summary="Get an item")
 async def get_item(request: Request, name: str, item_id: str) -> Response:
-    """Return the metadata, source and digest of an item. With `include=vector`, also return its vector, which is scaled
-    to length 1."""
+    """Return an item's metadata, source and digest (the sha256 of its image). With `include=vector`, also return its
+    vector, which is scaled to length 1."""
     service = service_of(request)
     fields = query_fields(request)
     if isinstance(fields.get("include"), str):
@@ -88,7 +89,7 @@ async def delete_item(request: Request, name: str, item_id: str) -> Response:
 
 @router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
 async def delete_items(request: Request, name: str) -> Response:
-    """Delete the items with the given `ids`, or all items that match the given `filter`, and return how many were
+    """Delete the items with the given `ids`, or all items that match the given `filter`. Return how many items were
     deleted. The status is 422 if the filter is empty, so that no one empties a collection by accident.
 
     The method is POST, because some proxies and clients drop the body of a DELETE request.
@@ -108,7 +109,8 @@ async def delete_items(request: Request, name: str) -> Response:
 @router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
 async def scroll_items(request: Request, name: str) -> Response:
     """Return one page of items, in an order that the vector store defines. With a `filter`, return only the matching
-    items. To get the next page, send the `cursor` of the answer. On the last page, `cursor` is null."""
+    items. To get the next page, send another request with the `cursor` from this answer. On the last page, `cursor` is
+    null."""
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
@@ -140,8 +142,8 @@ async def count_items(request: Request, name: str) -> Response:
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
-    """Parse the JSON body of a request. Return the body and its parsed `filter`, which is None if the body has no
-    filter."""
+    """Parse the JSON body of a request. Return the body and its parsed `filter`. If the body has no filter, the second
+    value is None."""
     body = parse_options(model, await read_json(request))
     where = body.filter
     if where is None:
@@ -168,6 +170,7 @@ def _head(name: str, tag: str) -> dict[str, Any]:
 
 
 def _shown(item: Item, include: list[Any], encoding: Encoding) -> dict[str, Any]:
-    """Return an item as a dictionary for an answer. The vector is only part of it if `include` contains "vector"."""
+    """Return an item as a dictionary for an answer. The dictionary has the vector only if `include` contains
+    "vector"."""
     body = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
     return body | ({"vector": encode_vector(item.vector, encoding)} if "vector" in include else {})

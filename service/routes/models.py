@@ -14,7 +14,7 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 @router.get("/v1/models", summary="List models")
 async def list_models(request: Request) -> Response:
-    """Return a list with one entry, which describes the served model, in OpenAI's format."""
+    """Return a list in OpenAI's format. Its only entry describes the served model."""
     return json_response({"object": "list", "data": [describe(service_of(request))]})
 
 
@@ -28,9 +28,9 @@ async def get_model(request: Request, name: str) -> Response:
 
 
 def describe(service: Service) -> dict[str, Any]:
-    """Return the description of the served model for an answer. It contains the fingerprint, preprocessing, engine and
-    precision, which determine the vectors. It also contains the figures of the comparison with the reference (`parity`)
-    and the origin of the weights (`provenance`)."""
+    """Return the description of the served model for an answer. It includes everything that determines the vectors:
+    fingerprint, preprocessing, engine and precision. It also includes the measured differences between the features of
+    each engine and those of the reference (`parity`), and the origin of the weights (`provenance`)."""
     manifest = service.artifact.manifest
     return {
         "id": service.artifact.name,
@@ -57,8 +57,8 @@ _FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"]+/)+")
 
 
 def _without_folders(text: str, service: Service) -> str:
-    """Remove the folders from all absolute paths in `text` and return it. Clients must not see paths of the host, but
-    the log shows them."""
+    """Return `text` without the folders in its absolute paths. Clients must not see where files are on the host, but
+    the log shows the full paths."""
     for folder in (service.artifact.path, service.artifact.derived, service.settings.data_dir.absolute()):
         if folder.is_absolute():
             text = text.replace(f"{folder}/", "/")  # the path may contain spaces

@@ -71,8 +71,9 @@ def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
 
 
 def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
-    """Return the outcome of one query of a batch. An `InvalidItems` with exactly one error is replaced by this error.
-    Otherwise the answer would contain a second index, which is always 0 and has no meaning for the client."""
+    """Return the outcome of one query in a batch. If the error is an `InvalidItems` with exactly one item, the error of
+    this item replaces it. Otherwise the answer would contain two indexes: that of the query, and that of the item,
+    which is always 0 and means nothing to the client."""
     if isinstance(outcome.error, InvalidItems) and len(outcome.error.items) == 1:
         return replace(outcome, error=outcome.error.items[0].error)
     return outcome

@@ -1,5 +1,5 @@
-"""Separate the foreground of an image from its background: `POST /v1/segment`. The mask and the embedding come from one
-decode and one forward pass."""
+"""Separate the foreground of an image from its background: `POST /v1/segment`. The image is decoded once, and a single
+forward pass provides both the mask and the embedding."""
 
 import base64
 import time
@@ -25,8 +25,8 @@ router = APIRouter(tags=["segment"], route_class=DirectRoute)
 
 
 class _Answer(NamedTuple):
-    """The data for the answer to a request. The decoded image and the mask are not included, so that their memory can
-    be freed."""
+    """The data for the answer to a request. It does not include the decoded image or the mask array, so that their
+    memory can be freed."""
 
     content: bytes | dict[str, Any]
     contrast: float
@@ -55,9 +55,12 @@ class _Answer(NamedTuple):
 )
 async def segment(request: Request) -> Response:
     """Separate the foreground of one image from its background. Send the image in the JSON field `image`, as a file in
-    a form, or as the raw body. `format=png` returns the mask as a PNG, `format=overlay` returns the image as a PNG with
-    the foreground tinted, and `format=rle` returns JSON with the mask as COCO run lengths. With `include=embedding`,
-    the answer is always JSON. It then also has the embedding of the image, and a PNG is a base64 string."""
+    a form, or as the raw body.
+
+    `format=png` returns the mask as a PNG, `format=overlay` returns the image as a PNG with the foreground tinted, and
+    `format=rle` returns JSON with the mask as COCO run lengths. With `include=embedding`, the answer is JSON for every
+    format. It also contains the embedding of the image, and a PNG is encoded as a base64 string.
+    """
     started = time.perf_counter()
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="image")
@@ -86,11 +89,11 @@ async def segment(request: Request) -> Response:
 
 
 def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _Answer:
-    """Compute the mask of an image and return the data for the answer, with the mask in the requested format. This
-    function runs in a worker thread.
+    """Compute the mask of an image and return the data for the answer, which includes the mask in the requested format.
+    This function runs in a worker thread.
 
     Raises:
-        EngineFailed: the features are not finite or do not fill the patch grid.
+        EngineFailed: a feature is not finite, or the number of patches does not match the size of the image.
     """
     started = time.perf_counter()
     height, width = analysed.image.shape[:2]
@@ -103,8 +106,8 @@ def _answer(service: Service, options: SegmentOptions, analysed: Analysed) -> _A
 
 
 def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes | dict[str, Any]:
-    """Encode the mask in the requested format. Return PNG bytes or, for run lengths, a JSON object. If
-    `options.include` is not empty, return a JSON object in all cases, with a PNG as a base64 string."""
+    """Encode the mask in the requested format. Return a JSON object for `format=rle`, and the bytes of a PNG otherwise.
+    If `options.include` is not empty, return a JSON object for every format, with the PNG as a base64 string."""
     if options.format == "rle":
         return {"segmentation": coco_rle_encode(mask)}
     png = png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask)
@@ -112,7 +115,7 @@ def _content(analysed: Analysed, mask: Mask, options: SegmentOptions) -> bytes |
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a request. A single string in `include`, as in a form or query string, is replaced by a
+    """Return the fields of a request. If `include` is a single string, as in a form or query string, replace it with a
     list."""
     include = fields.get("include")
     return {**fields, "include": [include]} if isinstance(include, str) else fields
