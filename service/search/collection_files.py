@@ -4,7 +4,8 @@ Every exported file contains the settings (`spec`) of its collection, and the co
 model that made the vectors. An import checks the tag, so vectors from different models are never mixed. The formats
 are:
 
-    .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; tag, spec in the schema metadata
+    .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; the schema's metadata contains
+               tag and spec
     .npz       ids, vectors [n, D], fields (one JSON object per line, UTF-8), tag, spec; the reader also accepts the
                files that `dinov2 embed` writes
     .jsonl     a first line with tag and spec, then one item per line

@@ -1,4 +1,4 @@
-"""A table of the index kinds that a collection may have. Each row contains the properties in which a kind differs from
+"""A table of the index kinds that a collection may have. Each row contains the properties that distinguish a kind from
 the others.
 
 This module contains only data, so the command line and the request schemas can use it without loading faiss.
