@@ -129,7 +129,8 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
-    """Return the collection with this key. Raises CollectionNotFound if the collection no longer exists."""
+    """Return the collection with this key (its id in the database). Raises CollectionNotFound if the collection no
+    longer exists."""
     columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
     if columns is None:
         raise CollectionNotFound("the collection no longer exists")

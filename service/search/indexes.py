@@ -42,9 +42,9 @@ DENSER: Final = 1.5
 """The number of vectors that a filtered search of inverted lists compares, divided by the number that a search without
 a filter compares."""
 FAR: Final = 2
-"""If a filtered search needs more than this many times as many lists as it would need for evenly spread items, the
-items that pass the filter are far from the query. The nearest of these items may then be in any list, so all lists are
-searched."""
+"""If the items that pass a filter were evenly spread over the lists, a filtered search would need a certain number of
+lists. If it needs more than FAR times this number, these items are far from the query. The nearest of them may be in
+any list, so all lists are searched."""
 ADD: Final = 4096
 """The number of vectors that are added to an index in one step. Before each step, the build checks whether the store is
 closing."""

@@ -24,7 +24,7 @@ class Codes:
     factory: str  # argument of faiss's index_factory; {subvectors} is half the dimension if the dimension is even
     candidates: int  # number of candidates for each requested neighbour
     min_candidates: int = 0
-    refine_factor: int | None = None  # faiss selects the candidates from this many times as many, by finer code
+    refine_factor: int | None = None  # faiss fetches this many times as many and refines the choice
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ SEAL_ROWS: Final = 8192
 """The number of items in the tail at which these items become a segment. Searching a tail of this length takes about a
 millisecond."""
 MERGE_SHARE: Final = 0.1
-"""The small segments are merged into the large segment when their total size exceeds this share of its size. This way,
-each vector is copied only a few times."""
+"""The small segments are merged into the large segment when their total size exceeds this share of the large segment's
+size. This way, each vector is copied only a few times."""
 REBUILD_SHARE: Final = 0.25
 """The share that is used instead of MERGE_SHARE if vectors cannot be added to the index of the large segment. A merge
 then rebuilds the index."""

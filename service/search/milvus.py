@@ -237,8 +237,8 @@ class MilvusStore:
     async def count(self, collection: str, where: Filter | None = None) -> int:
         """Count the items that match a filter, or all items if `where` is None.
 
-        If the filter has no exact translation to a Milvus expression, ids and metadata are fetched and the matching
-        items are counted here.
+        If the filter has no exact translation to a Milvus expression, ids and metadata are fetched, and the matching
+        items are counted in this process.
         """
         name, spec = await self._resolve(collection)
         if where is None:
