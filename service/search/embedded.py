@@ -2,7 +2,7 @@
 each other.
 
     write       ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
-    search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ payloads of the hits
+    search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ ids and metadata of the hits
     background  maintenance turns the tail into segments, merges segments and measures recall
 
 The stamp is a shared number that changes with every commit. A view contains the state of a collection at one moment:
@@ -320,7 +320,7 @@ class EmbeddedStore:
     async def stats(self, collection: str) -> dict[str, Any]:
         """Return statistics about a collection for operators: the number of items, the properties of each segment, the
         number of items that are in no segment yet, the measured recall, and the factor by which searches multiply the
-        tuned effort."""
+        tuned search effort."""
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:

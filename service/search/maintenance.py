@@ -1,5 +1,5 @@
-"""Background work of the embedded store: builds segments from the tail (items that are in no segment yet), merges
-segments, and measures recall.
+"""Background work of the embedded store: builds segments (immutable files of vectors) from the tail (the items that are
+in no segment yet), merges segments, and measures recall.
 
 If several processes use the same data folder, only the process that holds the lock on `maintenance.lock` builds and
 merges segments. The other processes find the new segments in the database. The files of a new segment are written and

@@ -8,7 +8,8 @@ which is slower.
 
 Operations that check and then write (patch, delete, create, aliases) run one after another within this process. If two
 processes write the same item or name, the last write takes effect. A call with many items makes several writes. Other
-clients may see only some of these writes for a short time. If a write fails, the earlier writes of the call remain.
+clients may see only some of these writes for a short time. If the call fails, some of its writes may already have taken
+effect.
 """
 
 import asyncio

@@ -157,7 +157,7 @@ class Searcher:
         return None
 
     def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
-        faiss.omp_set_num_threads(1)  # for this thread only; queries run in parallel, and the engine uses the cores
+        faiss.omp_set_num_threads(1)  # for this thread only; other search threads and the model also need CPUs
         db = self._connect()
 
         def work(together: Sequence[_Query]) -> Sequence[Any]:
