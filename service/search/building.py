@@ -1,9 +1,9 @@
-"""Builds segments: chooses the kind, builds the index, tunes the search effort and writes the files.
+"""Builds segments: chooses the index kind, builds the index, tunes the search effort and writes the files.
 
-Small segments have no index, because they can be searched exactly in a short time. When items are added to a large
-segment, a graph is extended, but inverted lists are rebuilt. The files are written to a folder with a temporary name.
-They are synced and their checksums are computed, and then the folder is renamed. Therefore, a crash never leaves an
-incomplete segment that looks complete.
+A segment is a folder of files with part of a collection's vectors. Small segments have no index, because an exact
+search of them is quick. To add items to a large segment, its HNSW graph is extended, or its inverted lists are rebuilt.
+The files are first written to a folder with a temporary name. Once their checksums have been computed and the files
+have been synced, the folder is renamed. Therefore, a crash never leaves an incomplete segment that looks complete.
 """
 
 import shutil
@@ -38,7 +38,7 @@ def kind_for(spec: IndexSpec, count: int) -> str:
     """Return the name of the index kind for a segment of `count` vectors.
 
     The kind of a segment with fewer than `FLAT_BELOW` vectors is `flat`, because an exact search of so few vectors is
-    quick, and k-means needs more vectors than cells.
+    quick, and training inverted lists needs many vectors.
 
     Raises:
         ValueError: the settings name a kind that this version does not know.
@@ -48,7 +48,7 @@ def kind_for(spec: IndexSpec, count: int) -> str:
 
 
 class Built(NamedTuple):
-    """The contents of a new segment that is not written to files yet."""
+    """The contents of a new segment that have not been written to files yet."""
 
     numbers: Numbers
     flat: Any
@@ -71,8 +71,8 @@ def build(
     Args:
         kind: the name of an index kind, as returned by `kind_for`.
         chunks: the items, in ascending order of their numbers.
-        grown_from: a segment of this kind. If it is given, a copy of its index is extended with the items. Otherwise, a
-            new index is built.
+        grown_from: an existing segment of the same kind. If it is given, the new segment also contains its items, and a
+            copy of its index is extended. Otherwise, a new index is built.
         check: a function that is called between steps. It raises `Stopped` to end the build.
     """
     row = kind_named(kind)
@@ -94,8 +94,9 @@ def build(
 
 
 def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: float) -> int:
-    """Return the lowest effort (efSearch or nprobe) at which the recall of the ten nearest vectors reaches the target
-    plus a safety margin. Return the highest effort if no effort achieves this.
+    """Return the search effort for an index: the lowest efSearch or nprobe in the kind's list at which the recall of
+    the ten nearest vectors reaches the target plus a safety margin. Return the highest value in the list if none
+    achieves this.
 
     The queries are a sample of the stored vectors. Each query's own vector is not counted as one of its neighbours.
     Live queries may be harder. `Maintenance` measures the recall of live queries and raises the effort if this recall
@@ -119,18 +120,18 @@ def tune(flat: Any, matrix: npt.NDArray[Any], index: Any, kind: str, target: flo
 
 
 def recall(answers: Positions, truth: Positions) -> float:
-    """Return the share of the true neighbours that were found. `answers` and `truth` contain positions [q, k] for q
-    queries. The position -1 means that there is no neighbour."""
+    """Return the share of the true neighbours that were found. `answers` and `truth` are arrays of positions [q, k] for
+    q queries. A position of -1 means that there is no neighbour."""
     wanted = (truth >= 0).sum()
     hit = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(answers, truth, strict=True))
     return float(hit / wanted) if wanted else 1.0
 
 
 def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
-    """Write the files of a segment to a temporary folder, sync them, and rename the folder to `folder`.
+    """Write the files of a segment to a temporary folder, sync them, and rename the temporary folder to `folder`.
 
     Returns:
-        A dictionary from the name of each file to its size in bytes and its checksum.
+        A dictionary that maps each file name to the size of the file in bytes and its checksum.
 
     Raises:
         OSError, RuntimeError: the files cannot be written, for example because the disk is full. The temporary folder

@@ -1,6 +1,7 @@
 """Input checks and normalisation, which all vector stores share.
 
-A check raises `InvalidRequest` if a value is not allowed. The message contains the value and says what is allowed.
+A check raises `InvalidRequest` if a value is not allowed. The error message contains the value and says what is
+allowed.
 """
 
 import json
@@ -59,8 +60,8 @@ def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
     """Check that vectors with this tag and dimension fit the collection. The tag identifies the model that made the
     vectors.
 
-    The tag is checked first. If both differ, the vectors come from another model, and the message about the tag
-    explains this better.
+    The tag is checked first: if the tag and the dimension both differ, the vectors come from another model, and
+    ModelMismatch explains this better than Conflict.
 
     Raises:
         ModelMismatch: the tags differ.
@@ -94,12 +95,12 @@ def normalised(vector: npt.ArrayLike) -> Floats:
 
 
 def metadata_text(metadata: Metadata) -> str:
-    """Return the JSON text in which metadata is stored.
+    """Convert metadata to the JSON text that a store keeps.
 
     Raises:
-        InvalidRequest: the metadata is not a JSON object, is nested too deeply for a response, is too long, or contains
-            the character U+0000. SQLite before version 3.45 ends a string at that character, so filters would give
-            wrong results.
+        InvalidRequest: the metadata is not a JSON object, is too long, contains the character U+0000, or is nested so
+            deeply that a response with it could not be encoded. U+0000 is not allowed because SQLite before version
+            3.45 ends a string at that character, so filters would give wrong results.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -122,7 +123,7 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
     """Return vectors [n, D] with each row scaled to length 1, as float32.
 
     Raises:
-        InvalidRequest: the array is empty or not two-dimensional, or `normalised` refuses one of its rows.
+        InvalidRequest: the array is empty or not two-dimensional, or `normalised` would reject one of its rows.
     """
     values = np.asarray(vectors, np.float64)
     if values.ndim != 2 or not values.size:
@@ -155,8 +156,8 @@ def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
 
 
 def check_source(item: Item) -> Item:
-    """Check the source and digest of an item, and return the item. Raises `InvalidRequest` if one of them is not
-    allowed."""
+    """Return the item if its source (the location of the image) and its digest (the image's sha256) are allowed.
+    Otherwise, raise `InvalidRequest`."""
     if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and item.source.isprintable()):
         raise InvalidRequest(
             f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} printable characters",
@@ -168,11 +169,12 @@ def check_source(item: Item) -> Item:
 
 
 def checked_items(items: Sequence[Item]) -> tuple[list[tuple[Item, Floats, str]], int]:
-    """Check the items of one write.
+    """Check the items of a write, and prepare them for storage.
 
     Returns:
-        A list with a tuple for each item (the item, its vector scaled to length 1, its metadata as JSON text), and the
-        dimension of the vectors. If several items have the same id, the list contains only the last of them.
+        The prepared items and the dimension of their vectors. Each prepared item is a tuple of the item, its vector
+        scaled to length 1, and its metadata as JSON text. If several items have the same id, only the last of them is
+        returned.
 
     Raises:
         InvalidRequest: there are no items, an item is not allowed, or the vectors have different dimensions.

@@ -1,18 +1,20 @@
 """Readers and writers of the files that `dinov2 collections export` writes and `dinov2 collections import` reads.
 
-Every exported file contains the tag and the settings (`spec`) of its collection, so that vectors of two models are not
-mixed. The formats are:
+Every exported file contains the settings (`spec`) of its collection, and the collection's tag, which identifies the
+model that made the vectors. An import checks the tag, so vectors from different models are never mixed. The formats
+are:
 
-    .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; tag and spec in the schema
+    .parquet   columns id, vector (float32, fixed size), metadata (JSON), source, digest; the schema's metadata contains
+               tag and spec
     .npz       ids, vectors [n, D], fields (one JSON object per line, UTF-8), tag, spec; the reader also accepts the
                files that `dinov2 embed` writes
     .jsonl     a first line with tag and spec, then one item per line
 
-All three formats restore every vector bit for bit. JSON numbers are read as float64, which represents every float32
+All three formats preserve every vector bit for bit. JSON numbers are read as float64, which represents every float32
 exactly. No reader unpickles data.
 
-A reader first yields a `Head` and then lists of items. It raises a ValueError if the file is invalid. If a line or row
-is invalid, the message contains its number.
+A reader first yields a `Head` and then lists of items. If the file is invalid, the reader raises a ValueError. If a
+particular line or row is invalid, the error message contains its number.
 """
 
 import json
@@ -330,8 +332,8 @@ def read_jsonl(path: Path) -> Read:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a tuple for each line that is not blank: a text with the file name and line number, and the JSON object in
-    the line."""
+    """For each line that is not blank, yield its location (the path and line number, for error messages) and its JSON
+    object."""
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
@@ -379,7 +381,8 @@ def _floats(values: npt.NDArray[Any]) -> Floats:
 
 
 def _item(where: str, item_id: Any, vector: Floats, metadata: Any, source: Any, digest: Any) -> Item:
-    """Build an item. Raises a ValueError if a field has the wrong type. The error message begins with `where`.
+    """Build an item from values that were read from a file. Raises a ValueError if a value has the wrong type. The
+    error message begins with `where`.
 
     `metadata` is a dictionary, the text of a JSON object, or None.
     """

@@ -1,13 +1,14 @@
-"""SQL statements of the embedded store. Its SQLite file (`service/search/sqlite_file.py`) is the source of truth.
+"""The SQL statements of the embedded store.
 
-The faiss segments in the same data folder can be rebuilt from this database.
+The SQLite database (`service/search/sqlite_file.py`) is the source of truth. The faiss segments in the same data folder
+can be rebuilt from it.
 
 An item's `number` identifies one vector permanently. If an item is replaced, its number is deleted and the new item
-gets a higher number. Therefore, the vector of a number never changes, and a process finds new items by reading the
-numbers above the highest number that it has read. A segment contains the items of a range of numbers. It becomes
-outdated in only two ways: an item is deleted, or the metadata of an item changes. The tables `removed` and `edited`
-record these changes until every segment includes them. A process that keeps items in memory reads the records that were
-added since its last read. The `version` of a collection shows whether anything has changed.
+gets a higher number. Therefore, the vector with a given number never changes, and a process finds new items by reading
+those with numbers above the highest number that it has read. A segment contains the items within a range of numbers.
+Only two events make it outdated: an item is deleted, or the metadata of an item changes. The tables `removed` and
+`edited` record these changes until every segment includes them. A process that keeps items in memory reads only the
+records that were added since its last read. The `version` of a collection increases with every change.
 
 Each collection has its own tables for items and vectors. This way, a collection can be dropped quickly, a filter that
 reads all metadata does not read the vectors, and the numbers of a collection have few gaps.
@@ -114,7 +115,8 @@ def _spec(text: str) -> CollectionSpec:
 
 
 def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
-    """Return the collection with this name or alias. `schema` is the name of the attached database to read.
+    """Return the collection with this name or alias. `schema` is the name under which the database to read is attached
+    to the connection.
 
     Raises:
         CollectionNotFound: no collection or alias has this name.
@@ -127,7 +129,8 @@ def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
 
 
 def by_key(db: sqlite3.Connection, key: int) -> Row:
-    """Return the collection with this key. Raises CollectionNotFound if the collection no longer exists."""
+    """Return the collection with this key (its id in the database). Raises CollectionNotFound if the collection no
+    longer exists."""
     columns = db.execute(f"SELECT {_COLUMNS} FROM collections c WHERE id = ?", (key,)).fetchone()
     if columns is None:
         raise CollectionNotFound("the collection no longer exists")
@@ -217,9 +220,8 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
 
 
 def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
-    """Return whether a request was carried out before. The result is True if it was, None if its key was used for a
-    request with other items, and False otherwise. `digest` is the hash of the items, and `now` is the current Unix
-    time.
+    """Return True if this request was carried out before, None if an earlier request with other items had the same
+    `request_key`, and False otherwise. `digest` is the hash of the items, and `now` is the current Unix time.
 
     If the result is False, the request is recorded. Records older than a day are deleted.
     """
@@ -290,7 +292,8 @@ def read_items(
 
 
 def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
-    """Return the JSON text [id, metadata, source] of an item, from which a search makes a hit. `metadata` is JSON text.
+    """Return an item as the JSON text [id, metadata, source]. A search makes its hits from these texts. `metadata` is
+    JSON text.
 
     Raises:
         StorageFailed: the id is None or the metadata is not text, because the database is damaged.
@@ -313,7 +316,7 @@ def removed_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, Numb
 
 def edited_since(db: sqlite3.Connection, row: Row, seq: int) -> tuple[int, dict[int, bytes]]:
     """Read the records in the table `edited` with sequence numbers above `seq`. Return the last sequence number (`seq`
-    if there are no records) and a dictionary from the numbers of the edited items to their current payloads (the JSON
+    if there are no records) and a dictionary that maps the number of each edited item to its current payload (the JSON
     text [id, metadata, source])."""
     query = f"""SELECT max(seq), e.number, id, metadata, source FROM edited_{row.key} e
                 JOIN items_{row.key} i ON i.number = e.number WHERE seq > ? GROUP BY e.number"""
@@ -340,13 +343,15 @@ def segments(db: sqlite3.Connection, key: int) -> list[SegmentRow]:
 def swap_segments(
     db: sqlite3.Connection, row: Row, old: Sequence[SegmentRow], new: SegmentRow | None, *, sealed: int, point: Point
 ) -> bool:
-    """Replace the segments `old` by the segment `new`. If `new` is None, only remove the segments `old`.
+    """Replace the segments `old` with the segment `new`. If `new` is None, only remove the segments `old`.
 
-    The new segment also contains the items that were in no segment and have numbers up to `sealed`. It includes all
-    changes up to `point`. The records of these changes are deleted, except those that other segments still need.
+    Items with numbers up to `sealed` that were in no segment are now in the new segment. The new segment includes the
+    changes that the tables `removed` and `edited` record up to `point`. These records are deleted, except those that
+    other segments still need.
 
     Returns:
-        Whether the segments were replaced. If the segments have changed since `row` was read, nothing is replaced.
+        True if the segments were replaced. If the segments in the database have changed since `row` was read, nothing
+        is replaced, and the result is False.
     """
     state = db.execute("SELECT sealed FROM collections WHERE id = ?", (row.key,)).fetchone()
     in_use = {segment.key for segment in segments(db, row.key)}

@@ -1,14 +1,14 @@
 """Finds duplicate and near-duplicate images in a collection.
 
-`by_content` groups items if their images have the same sha256. `by_similarity` connects two items if the cosine of
-their vectors is at least a threshold, and groups items that are connected directly or through others. For example, if
+`by_content` groups items whose images have the same sha256. `by_similarity` connects two items if the cosine of their
+vectors is at least a threshold, and groups items that are connected directly or through other items. For example, if
 each image of a series is similar to the next, the first and the last image are in one group although they may differ.
 
-Both functions read the collection page by page. `by_similarity` searches with each vector for more and more neighbours
-until one of them is below the threshold. Only vectors that are equal bit for bit share a search. The searches take a
-long time, so the number of items is limited, and the request's deadline can end the work between two calls of the
-store. An approximate index may miss a neighbour. In the embedded store, a search with `SearchParams(exact=True)` misses
-none.
+Both functions read the collection page by page. `by_similarity` searches with each item's vector, and requests more and
+more neighbours until one of them scores below the threshold. Items with identical vectors share a search. The searches
+take a long time, so the number of items is limited, and the request's deadline can end the work between two calls of
+the store. A search with an approximate index may miss neighbours. In the embedded store, `SearchParams(exact=True)`
+prevents this.
 """
 
 import asyncio
@@ -38,8 +38,8 @@ deadline."""
 
 @dataclass(frozen=True)
 class Group:
-    """The ids of the items in one group, in the store's order. If the items were grouped by content, `digest` is the
-    sha256 of their images."""
+    """The ids of the items in one group, in the order in which the store lists them. If the items were grouped by
+    content, `digest` is the sha256 that their images share."""
 
     ids: list[str]
     digest: str | None = None
@@ -50,8 +50,9 @@ class Duplicates:
     """The groups of duplicates that were found, largest first. Each group has at least two items.
 
     compared: the number of items that were read.
-    skipped: the number of items that could not be grouped by content because they have no digest.
-    truncated: whether an item has more neighbours than one search can return. Two groups may then belong together.
+    skipped: the number of items that could not be grouped by content because they have no digest (the image's sha256).
+    truncated: whether an item may have more similar items than one search can return. If so, some groups may belong
+        together.
     """
 
     groups: list[Group]
@@ -61,8 +62,8 @@ class Duplicates:
 
 
 async def by_content(store: VectorStore, info: CollectionInfo, where: Filter | None = None) -> Duplicates:
-    """Group the items that have images with equal bytes. If the filter `where` is given, only items that pass it are
-    compared.
+    """Group the items whose images are identical byte for byte. If the filter `where` is given, only items that pass it
+    are compared.
 
     Raises:
         InvalidRequest: more than `MAX_ITEMS` items would be compared.
@@ -89,8 +90,8 @@ async def by_similarity(
     params: SearchParams | None = None,
 ) -> Duplicates:
     """Group items with similar vectors. Two items are connected if the cosine of their vectors is at least `threshold`,
-    and a group contains all items that are connected directly or through others. If the filter `where` is given, only
-    items that pass it are compared.
+    and a group contains all items that are connected directly or through other items. If the filter `where` is given,
+    only items that pass it are compared.
 
     Raises:
         InvalidRequest: more than `MAX_ITEMS` items would be compared.
@@ -126,11 +127,12 @@ async def _join(
     params: SearchParams | None,
     families: "Families",
 ) -> list[Item]:
-    """Search for the k nearest items of each item, and merge the family of the item with the families of its
-    neighbours. A neighbour is one of the k nearest items with a cosine of at least `floor`.
+    """Search for the k nearest items of each item. Those with a cosine of at least `floor` are its neighbours. Merge
+    each item's family (the set of ids that are connected to it) with the families of its neighbours.
 
     Returns:
-        The items for which all k nearest items are neighbours. These items may have more neighbours.
+        The items whose k nearest items are all neighbours. A search with a higher k may find more neighbours of these
+        items.
     """
     deeper = []
     step = min(_QUERIES_PER_CALL, max(1, _HITS_PER_CALL // k))
@@ -147,8 +149,8 @@ async def _join(
 
 
 async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the (id, score) pairs of the items that still exist, in the order of `ids`. The score is the cosine of the
-    item's vector and the vector of the first item in the result."""
+    """Return the (id, score) pairs of the items that still exist, in the order of `ids`. The score is the cosine
+    similarity between the vector of the item and the vector of the first item in the result."""
     first: Floats | None = None
     scored = []
     for start in range(0, len(ids), _PAGE):
@@ -179,8 +181,8 @@ class Families:
                 self._size[root] += self._size.pop(other_root)
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
-        """Group the ids by family and return the groups. The groups, and the ids in each group, are in the order in
-        which they occur in `ids`."""
+        """Group the ids by family and return the groups. The ids in each group are in the same order as in `ids`, and
+        the groups are in the order of their first ids."""
         families: dict[str, list[str]] = {}
         for item_id in ids:
             families.setdefault(self._root(item_id), []).append(item_id)

@@ -2,12 +2,15 @@
 each other.
 
     write       ─▶ writer thread ─▶ SQLite (one transaction, synced) ─▶ stamp
-    search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ payloads of the hits
+    search      ─▶ update the view if the stamp has changed ─▶ View ─▶ faiss ─▶ ids and metadata of the hits
     background  maintenance turns the tail into segments, merges segments and measures recall
 
-The module `database` has the SQL statements, `view` and `segments` contain the data that is searched, `searcher` runs
-searches, and `maintenance` and `building` work in the background. This module implements the protocol `VectorStore`. It
-checks the arguments of each call and chooses the thread that runs the call.
+The stamp is a shared number that changes with every commit. A view contains the state of a collection at one moment:
+its segments and its tail (the items that are in no segment yet).
+
+The module `database` contains the SQL statements, `view` and `segments` manage the data that is searched, `searcher`
+runs searches, and `maintenance` and `building` do the background work. This module implements the protocol
+`VectorStore`. It checks the arguments of each call and chooses the thread that runs the call.
 """
 
 import asyncio
@@ -59,9 +62,9 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
     """Open the embedded store in the folder `data_dir` and return it. If the folder contains no store, create one.
 
     Args:
-        threads: the number of search threads. The default is half the number of CPUs, because each thread needs the
-            Python interpreter for part of its time.
-        maintenance: optional arguments of `Maintenance`.
+        threads: the number of search threads. The default is half the number of CPUs, because each thread holds
+            Python's global interpreter lock for part of its time.
+        maintenance: optional keyword arguments for `Maintenance`.
 
     Raises:
         StorageFailed: the folder cannot be used, or its database is damaged or not a vector store. The message contains
@@ -231,8 +234,8 @@ class EmbeddedStore:
         return await self._write(work)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete the items that match a filter, and return their number. The items are deleted page by page, so that
-        other writes need not wait. Items that are written in the meantime are not deleted."""
+        """Delete the items that match a filter, and return the number of deleted items. The items are deleted page by
+        page, so that other writes can run in between. Items that are written in the meantime are not deleted."""
         check_name(collection)
         row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
@@ -315,8 +318,9 @@ class EmbeddedStore:
         return (await self.aliases()).get(check_name(collection), collection)
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return figures about a collection for operators: the number of items, the segments, the number of items that
-        are in no segment yet, the measured recall, and the factor on the search effort."""
+        """Return statistics about a collection for operators: the number of items, the properties of each segment, the
+        number of items that are in no segment yet, the measured recall, and the factor by which searches multiply the
+        tuned search effort."""
         check_name(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """Translates filters to the expression language of Milvus.
 
 Milvus and Milvus Lite treat JSON differently. Lite treats true as 1, evaluates a comparison of text with a number as
-unknown, and does not support `in` on a JSON path. Milvus compares large integers as floats. Therefore, an expression is
-either exact on both servers, or it passes more items than the filter. In the second case, the store checks the results
-with `filters.matches`.
+unknown, and does not support `in` on a JSON path. Milvus compares large integers as floats. Therefore, an expression
+either matches exactly the same items as the filter on both servers, or it may match more. If it may match more, the
+store checks the results with `filters.matches`.
 
-The only negated condition that is sent to the server is a negated `exists`. If a key has a value of another type, a
-comparison is false in Milvus up to 2.6.18 and unknown in later versions (milvus-io/milvus#50699, #50702). The negation
-of such a comparison is then unknown too, so the search would miss items. Therefore, other negated conditions, and
-conditions on keys with unusual characters, are translated to an expression that passes every item.
+The only negated condition that is sent to the server is a negated `exists`. A comparison with a value of another type
+is false in Milvus up to 2.6.18, but unknown in later versions (milvus-io/milvus#50699, #50702). If the comparison is
+unknown, its negation is unknown too, and a search would miss items. Therefore, every other negated condition, and every
+condition on a key with unusual characters, is translated to an expression that matches all items.
 
-A list of values becomes a balanced tree of `==` comparisons, because servers limit how deeply expressions are nested.
+An `in` condition becomes a balanced tree of `==` comparisons, because servers limit how deeply expressions are nested.
 """
 
 import math
@@ -29,9 +29,9 @@ _SIGNS: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 class Expression(NamedTuple):
-    """A filter expression of Milvus. `text` is True if the expression passes all items, and False if it passes none.
+    """A Milvus filter expression. `text` is True if the expression matches all items, and False if it matches none.
 
-    If `is_exact` is true, the expression passes exactly the items that pass the filter from which it was translated.
+    If `is_exact` is true, the expression matches exactly the items that pass the original filter.
     """
 
     text: str | bool
@@ -39,13 +39,13 @@ class Expression(NamedTuple):
 
 
 def translate(where: Filter) -> Expression:
-    """Translate a filter to a Milvus expression. The expression passes every item that passes the filter, and it may
-    pass others."""
+    """Translate a filter to a Milvus expression. The expression matches every item that passes the filter, and it may
+    match others."""
     return _translate(where, wide=True)
 
 
 def quoted(text: str) -> str:
-    """Return `text` as a string literal of Milvus' expression language. Backslashes, double quotes, line breaks and
+    """Return `text` as a string literal in Milvus' expression language. Backslashes, double quotes, line breaks and
     tabs are escaped."""
     for char, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(char, escape)
@@ -53,11 +53,11 @@ def quoted(text: str) -> str:
 
 
 def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return metadata in the form that is stored in the JSON field of Milvus. Only filters use this field.
+    """Return metadata in the form in which the JSON field in Milvus stores it. Only filters use this field.
 
     The result must not be longer than the metadata, because the metadata may already be as long as the field allows.
     Versions of Milvus disagree on whether `exists` matches null and empty objects. Therefore, null is omitted and an
-    empty object becomes 0. A comparison that passes 0 is never treated as exact. A list also becomes 0, because no
+    empty object becomes 0. A comparison that matches 0 is never treated as exact. A list also becomes 0, because no
     filter looks inside lists.
     """
     filled: dict[str, Any] = {}
@@ -70,8 +70,8 @@ def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translate(where: Filter, *, wide: bool) -> Expression:
-    """Translate a filter to a Milvus expression. If `wide` is true, the expression passes every item that passes the
-    filter, and it may pass others. Otherwise, it passes only items that pass the filter, and it may miss some."""
+    """Translate a filter to a Milvus expression. If `wide` is true, the expression matches every item that passes the
+    filter, and it may match others. Otherwise, it matches only items that pass the filter, and it may miss some."""
     if isinstance(where, Not):
         inside = _translate(where.part, wide=not wide)
         text = not inside.text if isinstance(inside.text, bool) else f"not ({inside.text})"
@@ -98,8 +98,8 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
 
 
 def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
-    """Join expressions with the operator `word` ("and" or "or"), as a balanced tree. Return a bool if the expressions
-    that are bools determine the result."""
+    """Join expressions with the operator `word` ("and" or "or"), as a balanced tree. An expression may be True (it
+    matches all items) or False (it matches none). If these bools alone decide the result, return a bool."""
     decides = word == "or"  # True decides the result of "or", False that of "and"
     if any(text is decides for text in texts):
         return decides
@@ -132,8 +132,8 @@ def _between(path: str, where: Between) -> Expression:
 
 
 def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
-    """Return an expression that passes the numbers within the bounds. Bounds beyond 2**53 are moved outwards slightly,
-    because Milvus compares such integers as floats."""
+    """Return an expression that matches if the value at `path` is a number within the bounds. Bounds beyond 2**53 are
+    widened slightly, because Milvus compares such integers as floats."""
     parts: list[str | bool] = []
     for op, bound in bounds:
         if abs(bound) < _EXACT_INTEGERS:

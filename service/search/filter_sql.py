@@ -1,11 +1,11 @@
 """Translates a filter to an SQL condition on the column `metadata`, which contains JSON text.
 
-The value of a key is read with the expression `json_extract(metadata, '$."key"')`. The index on a declared key has
-exactly the same expression, so SQLite can use the index. `json_extract` returns numbers and strings as different types,
-which are never equal. However, it returns true and false as 1 and 0, and objects and lists as text. If a value could be
-confused in this way, the condition also checks `json_type`. All other conditions omit this check, because no index
-supports it. For a missing key, `json_extract` returns NULL, which is neither true nor false. Therefore, `coalesce`
-converts NULL to 0 before an expression is negated.
+The value of a key is read with the expression `json_extract(metadata, '$."key"')`. If the collection's settings declare
+a key as indexed, the key's index has exactly the same expression, so SQLite can use this index. `json_extract` returns
+numbers and strings as different types, which SQLite never treats as equal. However, it returns true and false as 1 and
+0, and objects and lists as text. If a value could be confused in this way, the condition also checks `json_type`. All
+other conditions omit this check, because SQLite cannot use an index for it. For a missing key, `json_extract` returns
+NULL, which is neither true nor false. Therefore, `coalesce` converts NULL to 0 before an expression is negated.
 """
 
 from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar, holds
@@ -15,7 +15,7 @@ _SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 def extract(path: tuple[str, ...]) -> str:
     """Return the SQL expression for the metadata value at `path`. The path needs no escaping, because `parse_path`
-    refuses keys with quotes or backslashes."""
+    rejects keys with quotes or backslashes."""
     return f"json_extract(metadata, {_json_path(path)})"
 
 
@@ -69,8 +69,8 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
 
 
 def _kinds(wanted: Scalar) -> str:
-    """Return the JSON types that a value equal to `wanted` may have, as a list in SQL. Return an empty string if
-    `json_extract` cannot confuse `wanted` with a value of another type, so that no type check is needed."""
+    """Return an SQL list of the JSON types that a value equal to `wanted` may have. If the result of `json_extract` is
+    unambiguous for this value, no type check is needed, and an empty string is returned."""
     if isinstance(wanted, bool):
         return "'true'" if wanted else "'false'"
     if isinstance(wanted, str):

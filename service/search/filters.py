@@ -35,8 +35,8 @@ _OPERATORS: Final = ("eq", "in", "exists", *_RANGES)
 
 @dataclass(frozen=True)
 class In:
-    """A condition that is true if the metadata value at `path` equals one of `values`. The operator `eq` becomes an
-    `In` with one value."""
+    """A condition that is true if the metadata value at `path` equals one of `values`. An `eq` condition is parsed as
+    an `In` with one value."""
 
     path: tuple[str, ...]
     values: tuple[Scalar, ...]
@@ -113,7 +113,8 @@ def _kind(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as stores represent it: an integer that does not fit in signed 64 bits becomes a float."""
+    """Return the value as stores represent it: an integer outside the range of signed 64-bit integers becomes a
+    float."""
     return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 

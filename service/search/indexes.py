@@ -1,4 +1,5 @@
-"""faiss indexes over the vectors of a segment. There is one class for each structure in `service/search/kinds.py`.
+"""faiss indexes over the vectors of a segment. There is one class for each index structure in
+`service/search/kinds.py`.
 
 Each class contains everything that is specific to its structure: how an index is built, written, opened, and searched
 with and without a filter.
@@ -41,9 +42,9 @@ DENSER: Final = 1.5
 """The number of vectors that a filtered search of inverted lists compares, divided by the number that a search without
 a filter compares."""
 FAR: Final = 2
-"""If a filtered search needs more than this many times as many lists as it would need for evenly spread items, the
-items that pass the filter are far from the query. The nearest of these items may then be in any list, so all lists are
-searched."""
+"""If the items that pass a filter were evenly spread over the lists, a filtered search would need a certain number of
+lists. If it needs more than FAR times this number, these items are far from the query. The nearest of them may be in
+any list, so all lists are searched."""
 ADD: Final = 4096
 """The number of vectors that are added to an index in one step. Before each step, the build checks whether the store is
 closing."""
@@ -53,7 +54,7 @@ Check = Callable[[], None]
 
 
 class Effort(NamedTuple):
-    """The effort that a search spends on an index. `params` may set efSearch (for graphs) or nprobe (for inverted
+    """The effort that a search spends on an index. `params` may set efSearch (for graphs) and nprobe (for inverted
     lists). If a parameter is None, the search uses the value that tuning chose."""
 
     params: SearchParams
@@ -69,25 +70,26 @@ class Structure(Protocol):
     """The flags with which `faiss.write_index` writes the index."""
 
     def begin(self, spec: CollectionSpec, base: Segment | None) -> tuple[Any, Any]:
-        """Return an index to which the caller adds the vectors, and the flat index that stores the vectors.
+        """Return two indexes: the index to which the caller adds the vectors, and the flat index that stores them. If
+        the first one is None, the caller adds the vectors to the flat index.
 
-        The first index is None if the caller must add the vectors to the flat index instead. If the segment `base` is
-        given, the first index is a copy of its index, to which further vectors can be added. `base` may be given only
-        if `can_grow` is true.
+        If the segment `base` is given, both indexes already contain its vectors: the first one is a copy of the
+        segment's index. `base` may be given only if `can_grow` is true.
         """
 
     def finish(self, kind: IndexKind, spec: CollectionSpec, index: Any, matrix: npt.NDArray[Any], check: Check) -> Any:
-        """Return the finished index, or None if the structure has no index. The caller has added all vectors to the
-        index or flat index that `begin` returned. `matrix` [n, D] contains all of these vectors."""
+        """Return the finished index, or None if the structure has no index. Before this call, the caller has added all
+        vectors to one of the indexes that `begin` returned. `index` is the first of these indexes, and `matrix` [n, D]
+        contains all vectors."""
 
     def open(self, folder: Path, flat: Any) -> Any:
-        """Open the index in a segment's folder, memory-mapped. Return the index, or None if the structure has no index.
+        """Memory-map the index file in a segment's folder. Return the index, or None if the structure has no index.
         `flat` is the segment's open flat index, from which a graph takes its vectors."""
 
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         """Return the k nearest vectors of each query [q, D], using the index.
 
-        If `alive` is given, only vectors that have their bit set in this bitmap are returned.
+        If the bitmap `alive` is given, only vectors whose bits are set in it are returned.
         """
 
     def search_allowed(
@@ -95,8 +97,8 @@ class Structure(Protocol):
     ) -> Neighbours | None:
         """Return the k nearest vectors of each query [q, D] among those that are in `allowed` and not deleted.
 
-        If the index does not find k such vectors, the result is None or has entries with position -1. `rarity` is the
-        number of items in the segment divided by the number of allowed items.
+        If the index does not find k such vectors, the result is None or contains entries with position -1. `rarity` is
+        the number of items in the segment divided by the number of allowed items.
         """
 
 
@@ -126,8 +128,8 @@ class Scan:
 
 
 class Graph:
-    """An HNSW graph (Malkov and Yashunin 2016). The file of the graph does not contain the vectors. Items can be added
-    to an existing graph."""
+    """An HNSW graph (Malkov and Yashunin 2016). Its file does not contain the vectors. Vectors can be added to an
+    existing graph."""
 
     can_grow = True
     write_flags = int(faiss.IO_FLAG_SKIP_STORAGE)
@@ -150,10 +152,11 @@ class Graph:
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
     ) -> Neighbours | None:
-        """Search for more than k vectors without the filter, and return the k nearest vectors that pass it. Return None
-        if too many vectors would have to be fetched.
+        """Search for more than k vectors without the filter, and return the k nearest of those that pass it. Return
+        None if too many vectors would have to be fetched.
 
-        If faiss applied the filter, it would traverse the whole graph when the allowed items are far from the query.
+        faiss does not apply the filter, because it would traverse the whole graph if the allowed items were far from
+        the query.
         """
         depth = int(OVERSAMPLE * rarity * effort.widen * k)
         if depth > MAX_OVERSAMPLED:
@@ -166,8 +169,9 @@ class Graph:
 
 
 class InvertedLists:
-    """An index of inverted lists. k-means divides the vectors into cells. Each cell has a list with a code for each of
-    its vectors. Cells and codes are trained on the vectors, so vectors cannot be added to an existing index."""
+    """An index of inverted lists. k-means divides the vectors into cells, and each cell has a list with a short code
+    for each of its vectors. Cells and codes are trained on the vectors, so the index is rebuilt if vectors are
+    added."""
 
     can_grow = False
     write_flags = 0
@@ -201,9 +205,9 @@ class InvertedLists:
         """Return the k nearest allowed vectors of each query [q, D]. More lists are searched than without a filter,
         because the nearest allowed items are spread over more lists.
 
-        Enough lists are searched to compare `DENSER` times as many items as a search without a filter compares. If the
-        allowed items are far from the query, all lists are searched. If `effort` requests an exact search, all allowed
-        items are compared.
+        The number of lists is chosen so that at least `DENSER` times as many items are compared as in a search without
+        a filter. If the allowed items are few or far from the query, all lists are searched. If `effort` requests an
+        exact search, all allowed items are compared.
         """
         segment, alive = part.segment, _alive_and_allowed(part, allowed)
         if effort.params.exact:
@@ -229,7 +233,7 @@ def structure_of(kind: IndexKind) -> Structure:
 def search(segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
     """Return the k nearest vectors of each query [q, D] in a segment.
 
-    If `alive` is given, only vectors that have their bit set in this bitmap are returned. The segment's index is used,
+    If the bitmap `alive` is given, only vectors whose bits are set in it are returned. The segment's index is used,
     unless the segment has no index or `effort` requests an exact search.
     """
     if segment.index is None or effort.params.exact:
@@ -268,7 +272,7 @@ def _new_graph(spec: CollectionSpec) -> Any:
 
 
 def _copied_graph(base: Segment, spec: CollectionSpec) -> Any:
-    """Return a copy of the graph of the segment `base`. The copy and its vectors are in memory, so items can be
+    """Return a copy of the graph of the segment `base`. The copy and its vectors are in memory, so vectors can be
     added."""
     graph = faiss.read_index(str(base.folder / INDEX_FILE))
     storage = new_flat(spec.dimension, spec.dtype)
@@ -305,7 +309,7 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
 
 def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, nprobe: int) -> Neighbours:
     """Return the k nearest vectors of each query [q, D], from the `nprobe` nearest inverted lists. Candidates are found
-    by their codes and then scored by their vectors, so every score is the exact cosine."""
+    with the approximate codes and then scored with their vectors, so every score is the exact cosine."""
     codes = segment.kind.codes
     assert codes is not None
     selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
@@ -320,10 +324,10 @@ def search_lists(segment: Segment, queries: Floats, k: int, alive: Bits | None, 
 
 
 def lists_holding(segment: Segment, queries: Floats, counts: Numbers, wanted: int) -> int:
-    """Return the number of inverted lists that must be searched so that, for every query [q, D], the nearest lists
-    together contain at least `wanted` vectors.
+    """Return how many inverted lists must be searched to compare each query [q, D] with at least `wanted` vectors. The
+    same number is used for all queries, and the nearest lists are searched first.
 
-    `counts[i]` is the number of vectors to count in list i.
+    `counts[i]` is the number of vectors in list i that the search compares.
     """
     quantizer = faiss.extract_index_ivf(segment.index).quantizer
     if_even = int(wanted / max(1, counts.sum()) * len(counts))

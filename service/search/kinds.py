@@ -1,4 +1,4 @@
-"""A table of the index kinds that a collection may have. Each row contains the properties in which a kind differs from
+"""A table of the index kinds that a collection may have. Each row contains the properties that distinguish a kind from
 the others.
 
 This module contains only data, so the command line and the request schemas can use it without loading faiss.
@@ -24,7 +24,7 @@ class Codes:
     factory: str  # argument of faiss's index_factory; {subvectors} is half the dimension if the dimension is even
     candidates: int  # number of candidates for each requested neighbour
     min_candidates: int = 0
-    refine_factor: int | None = None  # faiss selects the candidates from this many times as many, by finer code
+    refine_factor: int | None = None  # faiss fetches this many times as many and refines the choice
 
 
 @dataclass(frozen=True)

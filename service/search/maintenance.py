@@ -1,10 +1,11 @@
-"""Background work of the embedded store: builds segments from the tail (items that are in no segment yet), merges
-segments, and measures recall.
+"""Background work of the embedded store: builds segments (immutable files of vectors) from the tail (the items that are
+in no segment yet), merges segments, and measures recall.
 
-If several processes use a data folder, only the process that holds the lock on `maintenance.lock` builds and merges
-segments. The other processes see the result in the database. The files of a new segment are written and synced first.
-Then one transaction adds the segment to the database and removes the segments that it replaces. Therefore, a crash at
-any moment leaves either the old or the new state. A crash may also leave an unused folder, which is deleted later.
+If several processes use the same data folder, only the process that holds the lock on `maintenance.lock` builds and
+merges segments. The other processes find the new segments in the database. The files of a new segment are written and
+synced first. Then one transaction adds the segment to the database and removes the segments that it replaces.
+Therefore, a crash at any moment leaves either the old or the new state. A crash may also leave an unused folder, which
+is deleted later.
 
 The maintenance thread runs at low priority, so it mostly uses CPU time that the service does not need. If an error
 occurs, for example because the disk is full, the error is logged and the work is retried later. Searches continue with
@@ -54,8 +55,8 @@ SEAL_ROWS: Final = 8192
 """The number of items in the tail at which these items become a segment. Searching a tail of this length takes about a
 millisecond."""
 MERGE_SHARE: Final = 0.1
-"""The small segments are merged into the large segment when their total size exceeds this share of its size. This way,
-each vector is copied only a few times."""
+"""The small segments are merged into the large segment when their total size exceeds this share of the large segment's
+size. This way, each vector is copied only a few times."""
 REBUILD_SHARE: Final = 0.25
 """The share that is used instead of MERGE_SHARE if vectors cannot be added to the index of the large segment. A merge
 then rebuilds the index."""
@@ -79,7 +80,7 @@ def _alive(part: LivePart) -> int:
 
 
 class Plan(NamedTuple):
-    """A plan for building the next new segment."""
+    """A plan for the next new segment. It lists what the segment is built from."""
 
     parts: tuple[LivePart, ...]  # adjacent segments
     with_tail: bool = False
@@ -87,8 +88,8 @@ class Plan(NamedTuple):
 
 
 def plan(view: View, *, seal_rows: int, idle: bool = False, settle: bool = False) -> Plan | None:
-    """Return a plan for the most useful change to the segments of a collection, or None if no change is needed. If
-    `idle` is true, merges start earlier. If `settle` is true, all items are merged into one segment.
+    """Return a plan for the most urgent change to the segments of a collection, or None if no change is needed. If
+    `idle` is true, segments are merged earlier than usual. If `settle` is true, all items are merged into one segment.
 
     The first segment is large, and its index takes a long time to build. The other segments are small and quick to
     build, and they have no index. They are merged with each other when there are many of them, and into the large
@@ -145,8 +146,8 @@ class Maintenance:
 
         Args:
             build_threads: the number of threads that build a segment. The default is half the number of CPUs. OpenMP
-                threads spin while they wait for each other, so with one thread on every CPU, a build takes longer while
-                the service is busy.
+                threads spin while they wait for each other, so a build with one thread per CPU would be slow while the
+                service is busy.
             on_recall: a function that is called after each measurement, with the name of the collection and its mean
                 recall.
         """
@@ -193,17 +194,17 @@ class Maintenance:
         return 1.0 if recalled is None else recalled.boost
 
     def stats(self, row: Row) -> dict[str, Any]:
-        """Return a dictionary with two figures. `recall` is the mean recall of recent live queries, or None if it has
-        not been measured yet. `boost` is the factor by which searches multiply the search effort."""
+        """Return a dictionary with two entries. `recall` is the mean recall of recent live queries, or None if it has
+        not been measured yet. `boost` is the factor by which searches multiply the tuned search effort."""
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
     def observe(
         self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
     ) -> None:
-        """Choose one of the live queries `vectors` [q, D] at random and store it with its answer, at most once per
-        RECALL_EVERY_S seconds. The maintenance thread later compares the answer with the exact answer. `answers`
-        contains the (score, position) pairs for each query."""
+        """Sample a live query to measure recall. At most once per RECALL_EVERY_S seconds, one of the queries `vectors`
+        [q, D] is chosen at random and stored with its answer. The maintenance thread later compares this answer with
+        the exact one. `answers` contains the (score, position) pairs for each query."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
@@ -298,7 +299,7 @@ class Maintenance:
         return self._views.newest(db, row)
 
     def _step(self, db: sqlite3.Connection, collection: str | int, *, idle: bool = False, settle: bool = False) -> bool:
-        """Carry out the most useful change to the segments of a collection. Return whether a change was needed."""
+        """Carry out the most urgent change to the segments of a collection. Return whether a change was needed."""
         view = self._current(db, collection)
         wanted = plan(view, seal_rows=self._seal_rows, idle=idle, settle=settle)
         if wanted is not None:
@@ -306,7 +307,7 @@ class Maintenance:
         return wanted is not None
 
     def _replace(self, db: sqlite3.Connection, view: View, wanted: Plan) -> None:
-        """Build a segment according to a plan, and replace the old segments in the plan by the new segment.
+        """Build a segment according to a plan, and replace the old segments in the plan with the new segment.
 
         If a graph is extended, its deleted vectors remain in the graph and stay marked as deleted.
         """
@@ -342,8 +343,8 @@ class Maintenance:
     def _chunks(self, db: sqlite3.Connection, row: Row, after: int, to: int) -> Iterator[Chunk]:
         """Yield the items with numbers above `after` and up to `to`. Each chunk is read in its own transaction.
 
-        Items that are deleted between two chunks are recorded in the table `removed`. One long transaction would
-        prevent SQLite from truncating its write-ahead log.
+        One long transaction would prevent SQLite from truncating its write-ahead log. Items that are deleted between
+        two chunks are recorded in the table `removed`.
         """
         while True:
             with snapshot(db):
@@ -360,8 +361,8 @@ class Maintenance:
 
 
 class Recall:
-    """The recall of recent live queries of a collection, and `boost`, the factor by which searches multiply the search
-    effort."""
+    """The recall of a collection's recent live queries. `boost` is the factor by which searches multiply the tuned
+    search effort."""
 
     def __init__(self, target: float) -> None:
         self._target = target

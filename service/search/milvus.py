@@ -3,11 +3,13 @@ if several machines run the service.
 
 Each collection of the service is one collection in Milvus. Metadata is stored twice: as text, which is returned exactly
 as it was written, and as JSON, which filters use. Milvus cannot evaluate some filters as `filters.matches` defines them
-(see `service/search/filter_milvus.py`). For these filters, this module fetches items and filters them, which is slower.
+(see `service/search/filter_milvus.py`). For these filters, this module fetches the items and applies the filter itself,
+which is slower.
 
 Operations that check and then write (patch, delete, create, aliases) run one after another within this process. If two
 processes write the same item or name, the last write takes effect. A call with many items makes several writes. Other
-clients may see some of these writes before the others. After a failure, only some of the writes may have been made.
+clients may see only some of these writes for a short time. If the call fails, some of its writes may already have taken
+effect.
 """
 
 import asyncio
@@ -84,9 +86,8 @@ _ITEM: Final = ["id", "vector", "text", "source", "digest"]
 
 
 async def open_milvus(url: str, *, timeout_s: float = TIMEOUT_S) -> VectorStore:
-    """Connect to the Milvus server at `url` and return the store. `url` has the form of the setting `vector_store`.
-
-    The error messages do not contain the password.
+    """Connect to the Milvus server at `url` and return the store. `url` has the same form as the setting
+    `vector_store`. Error messages omit the password in `url`.
 
     Raises:
         Unavailable: the server cannot be reached.
@@ -225,8 +226,8 @@ class MilvusStore:
             return await self._delete(name, [row["id"] for row in await self._by_id(name, wanted, ["id"])])
 
     async def delete_where(self, collection: str, where: Filter) -> int:
-        """Delete the items that match a filter, page by page, and return their number. Items that another process
-        writes at the same time may or may not be deleted."""
+        """Delete the items that match a filter, page by page, and return the number of deleted items. Items that
+        another process writes at the same time may or may not be deleted."""
         name, _ = await self._resolve(collection)
         async with self._writes[name]:
             gone = 0
@@ -237,8 +238,8 @@ class MilvusStore:
     async def count(self, collection: str, where: Filter | None = None) -> int:
         """Count the items that match a filter, or all items if `where` is None.
 
-        If the filter has no exact translation to a Milvus expression, ids and metadata are fetched and the matching
-        items are counted here.
+        If the filter has no exact translation to a Milvus expression, ids and metadata are fetched, and the matching
+        items are counted in this process.
         """
         name, spec = await self._resolve(collection)
         if where is None:
@@ -273,8 +274,8 @@ class MilvusStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
     ) -> list[list[Hit]]:
-        """Return the k nearest items for each query vector, using Milvus' HNSW index. The index cannot be searched
-        exactly. If `params.exact` is true, the search uses a high value of the index parameter `ef` instead."""
+        """Return the k nearest items for each query vector, using Milvus' HNSW index. This index does not support exact
+        search. If `params.exact` is true, the search uses a high value of the search parameter `ef` instead."""
         check_k(k)
         queries = normalised_rows(vectors)
         name, spec = await self._resolve(collection)
@@ -317,7 +318,7 @@ class MilvusStore:
         return [[row_of_hit(hit) for hit in answer] for answer in answers]
 
     async def _scan(self, name: str, queries: Floats, k: int, where: Filter) -> list[list[Hit]]:
-        """Return the k best hits for each query [q, D], by comparing the query with every item that passes the
+        """Return the k best hits for each query [q, D]. Each query is compared with every item that passes the
         filter."""
         best: list[list[Hit]] = [[] for _ in queries]
         async for rows in self._pages(name, where, fields=["id", "vector", "text", "source"]):
@@ -414,8 +415,8 @@ class MilvusStore:
     ) -> AsyncIterator[list[Row]]:
         """Yield pages of the rows that pass a filter, in order of id. If `where` is None, all rows are included.
 
-        `fields` must include "id" and "text". The first page begins after the id `after`. A page may be empty even if
-        more pages follow.
+        `fields` must include "id" and "text". The first page begins with the id that follows `after`. A page may be
+        empty even if more pages follow.
         """
         expression = True if where is None else translate(where).text
         while expression is not False:

@@ -1,5 +1,5 @@
-"""The connection to a Milvus server. This module runs pymilvus' client in threads, and translates its errors and the
-names of collections."""
+"""The connection to a Milvus server. This module runs pymilvus' client in threads, translates the client's errors, and
+converts collection names to names that Milvus allows."""
 
 import asyncio
 import re
@@ -75,8 +75,8 @@ class Server:
         return await self._run(work)
 
     def _load(self, name: str) -> None:
-        """Load a collection in the server. If the collection has no index, because its creation was interrupted, create
-        the index first."""
+        """Make the server load a collection. If the collection has no index because its creation was interrupted,
+        create the index first."""
         try:
             self._client.load_collection(name, timeout=self._timeout_s)
         except MilvusException as error:
@@ -120,15 +120,15 @@ def encoded(name: str) -> str:
 
 
 def decoded(name: str) -> str | None:
-    """Convert a name in Milvus back to the name of a collection or alias. Return None if `encoded` cannot have made the
-    name in Milvus."""
+    """Convert a name in Milvus back to the name of a collection or alias. Return None if it is a name that `encoded`
+    never returns."""
     if not re.fullmatch(f"{PREFIX}[a-z0-9]([a-z0-9]|__|_2d)*", name):
         return None
     return re.sub("_(_|2d)", lambda escape: "_" if escape[1] == "_" else "-", name.removeprefix(PREFIX))
 
 
 def index() -> Any:
-    """Return the parameters of the vector index. All collections have the same parameters."""
+    """Return the parameters of the vector index. They are the same for all collections."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index("vector", index_type="HNSW", metric_type="IP", params={"M": 32, "efConstruction": 200})
     return parameters

@@ -1,5 +1,5 @@
-"""Converts items to rows of Milvus, and rows to items and hits. The module also parses stored settings, and makes and
-reads cursors."""
+"""Converts items to Milvus rows, and Milvus rows to items and hits. The module also parses stored settings, and creates
+and parses cursors."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ def id_in(ids: Sequence[str]) -> str:
 
 
 def row_of(item: Item, vector: Floats, text: str) -> dict[str, Any]:
-    """Return an item as a row of Milvus.
+    """Convert an item to a Milvus row.
 
     The metadata text is stored without the outer braces of the JSON object. With the braces, metadata of 64 KiB would
     be one byte longer than Milvus allows.
@@ -78,7 +78,7 @@ def item_of(row: Row) -> Item:
 
 
 def row_of_hit(hit: Mapping[str, Any]) -> Row:
-    """Convert a hit of Milvus to a row that has a score."""
+    """Convert a Milvus search hit to a row that also contains the score."""
     entity = hit["entity"]
     score = rounded(hit["distance"])
     return {"id": hit["id"], "score": score, "text": entity["text"], "source": entity["source"]}
@@ -93,10 +93,11 @@ def rounded(score: float) -> float:
 
 
 def best_hits(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is_last: bool) -> list[Hit] | None:
-    """Return the k best hits that pass a filter, from the rows nearest to a query. Hits with equal scores are sorted by
-    id. Return None if more rows are needed to determine the k best hits.
+    """Return the k best hits that pass a filter, from `rows`, the rows nearest to a query. Hits with equal scores are
+    sorted by id. Return None if more rows are needed to determine the k best hits.
 
-    `is_all` is true if no other rows exist. `is_last` is true if no more rows can be fetched.
+    `is_all` is true if `rows` contains every row that the search can find. `is_last` is true if Milvus returns no more
+    rows for one search.
     """
     hits = sorted((hit_of(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
     hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]
@@ -111,8 +112,8 @@ def cursor_at(item_id: str) -> str:
 
 
 def id_after(cursor: str | None) -> str:
-    """Return the id after which the page of a cursor begins. Return an empty string if the cursor is None. Raises
-    InvalidRequest if the cursor is not from this store."""
+    """Return the id that a cursor contains. The page for this cursor begins after this id. If the cursor is None,
+    return an empty string. Raises InvalidRequest if the cursor is not from this store."""
     if cursor is None:
         return ""
     text = cursor.removeprefix("i")

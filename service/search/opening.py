@@ -1,4 +1,4 @@
-"""Opens the vector store that the settings name. Only this module chooses between the kinds of vector store.
+"""Opens the vector store that the settings name. No other module chooses between the kinds of vector store.
 
 The packages that a store needs are imported only if the settings name this store, because pymilvus is an optional
 dependency.

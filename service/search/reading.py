@@ -1,4 +1,4 @@
-"""Reads items from the embedded store's database, and deletes the items that pass a filter, page by page."""
+"""Reads items from the embedded store's database, and deletes items that pass a filter, one page at a time."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 
 
 def number_after(cursor: str | None) -> int:
-    """Return the item number after which the page of a cursor begins. Return 0 if the cursor is None. Raises
-    InvalidRequest if the cursor is not from this store."""
+    """Return the item number that a cursor contains. The page for this cursor begins after this number. If the cursor
+    is None, return 0. Raises InvalidRequest if the cursor is not from this store."""
     if cursor is None:
         return 0
     digits = cursor.removeprefix("n")
@@ -60,7 +60,7 @@ def condition_of(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:
-    """Delete the first page of items that pass a filter and have numbers above `after` and up to `to`.
+    """Delete one page of the items that pass a filter: those with the lowest numbers above `after` and up to `to`.
 
     Returns:
         The number of items that were deleted, and the last item number that was checked.

@@ -1,9 +1,10 @@
 """Searches the embedded store: chooses the view and the thread for a search, and turns positions into hits.
 
-Every commit changes the stamp (`service/search/stamp.py`). A search reads the stamp and updates its view of the
-collection if the stamp has changed. Therefore, the search sees every acknowledged write of any process with the same
-data folder, and never a partial write. Searches that wait in the queue and have the same parameters share one call of
-faiss. A quick search is answered in the caller's thread if no other search is running.
+Every commit changes the stamp (`service/search/stamp.py`). A search reads the stamp. If it has changed, the search
+updates its view, which contains the state of the collection at one moment. Therefore, the search sees every
+acknowledged write by any process that uses the same data folder, and never a partial write. Searches that wait in the
+queue and have the same parameters share one call of faiss. A quick search is answered in the caller's thread if no
+other search is running.
 
 Hits with equal scores are sorted by id. Scores are rounded to six decimal places, because the seventh decimal place
 depends on the order of summation.
@@ -68,7 +69,7 @@ class _Query(NamedTuple):
 
 
 class Searcher:
-    """The part of the embedded store that answers searches, with the latest view of each collection."""
+    """The part of the embedded store that answers searches. It caches the views of recently searched collections."""
 
     def __init__(
         self,
@@ -118,8 +119,8 @@ class Searcher:
             self._searching -= 1
 
     async def _is_alone(self) -> bool:
-        """Return whether no other task is searching, in a search thread or in this turn of the event loop. If this task
-        has already made many searches in this turn, let other tasks run first."""
+        """Return whether no other task is searching, either in a search thread or in this iteration of the event loop.
+        If this task has already made many searches in this iteration, let other tasks run first."""
         task = asyncio.current_task()
         if self._first is None:
             self._first, self._in_turn = task, 0
@@ -135,11 +136,11 @@ class Searcher:
         self._first = None
 
     def _at_once(self, query: _Query) -> list[list[Hit]] | None:
-        """Answer a quick search in the caller's thread, because waking another thread takes as long as the search.
-        Return a list of hits for each query vector.
+        """Answer a quick search in the caller's thread, because waking another thread would take about as long as the
+        search. Return a list of hits for each query vector.
 
-        Return None if the search may be slow. This is the case if the collection was not searched recently or has
-        changed, k is large, the parameters are not the default, or scores are tied.
+        Return None without an answer if the search may be slow. This is the case if the collection was not searched
+        recently or has changed, k is large, the parameters are not the default, or scores are tied.
         """
         stamp, views = self._at_stamp
         view = views.get(query.collection)
@@ -156,7 +157,7 @@ class Searcher:
         return None
 
     def _make_worker(self) -> Callable[[Sequence[_Query]], Sequence[Any]]:
-        faiss.omp_set_num_threads(1)  # for this thread only; queries run in parallel, and the engine uses the cores
+        faiss.omp_set_num_threads(1)  # for this thread only; other search threads and the model also need CPUs
         db = self._connect()
 
         def work(together: Sequence[_Query]) -> Sequence[Any]:
@@ -227,10 +228,10 @@ class _Tied(Exception):
 
 
 def _nearest(find: Callable[..., Neighbours], vectors: Floats, k: int, deepest: int) -> list[list[tuple[float, int]]]:
-    """Return, for each of the vectors [q, D], the (score, position) pairs of its k nearest items, best first. The list
-    also contains further items with the same score as the k-th item.
+    """Return a list for each of the vectors [q, D]. It contains the (score, position) pairs of the k nearest items,
+    best first, followed by further items with the same score as the k-th item.
 
-    At most `deepest` items are fetched to find items with equal scores. `find(vectors, k=...)` runs the search.
+    At most `deepest` items are fetched to find these further items. `find(vectors, k=...)` runs the search.
 
     Raises:
         _Tied: `deepest` is 0, and further items may have the same score as the k-th item.
@@ -264,7 +265,8 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
 
 
 def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
-    """Return hits for the k best (score, position) pairs of `best`. Hits with equal scores are sorted by id."""
+    """Return the hits for the k best of the (score, position) pairs in `best`. Hits with equal scores are sorted by
+    id."""
     hits = []
     try:
         for (score, _), payload in zip(best, view.payloads([position for _, position in best]), strict=True):

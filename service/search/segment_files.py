@@ -23,8 +23,8 @@ _CHUNK: Final = 2**20
 
 
 def checksum(path: Path) -> str:
-    """Return the xxh3 checksum of a file, in hex. It can be computed quickly enough to check every byte each time a
-    segment is opened."""
+    """Return the xxh3 checksum of a file, in hex. The algorithm is fast enough to check every byte each time a segment
+    is opened."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(_CHUNK)
@@ -60,7 +60,7 @@ def open_segment(root: Path, row: SegmentRow, dtype: str) -> Segment:
 
 def in_memory(row: SegmentRow, chunks: Sequence[Chunk], dimension: int, dtype: str) -> Segment:
     """Return a replacement for a damaged segment. The replacement contains the items in `chunks`, which were read from
-    the database. It is in memory and has no index, so it is searched exactly."""
+    the database. It is stored in memory and has no index, so it is searched exactly."""
     flat = new_flat(dimension, dtype)
     for chunk in chunks:
         flat.add(chunk.vectors)

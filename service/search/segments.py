@@ -1,11 +1,15 @@
 """Segments: immutable files of vectors with a faiss index, mapped into memory.
 
-A segment is a folder with these files: `numbers.npy` has the database number of each item. `payloads.bin` has
-the JSON text [id, metadata, source] of each item, from which a search makes a hit, and `payloads.npy` has the offsets
-of these texts. `vectors.faiss` is a flat index in float32 or float16. `index.faiss` is an HNSW graph without its
-vectors, or inverted lists of codes. A segment of the kind `flat` has no `index.faiss`. Segments never change,
-because faiss aborts or gives wrong answers if an index changes during a search (faiss#1504). The positions of deleted
-items are stored outside the segment. A search receives a bitmap of the other positions.
+A segment is a folder with these files:
+
+    numbers.npy    the database number of each item
+    payloads.bin   the JSON text [id, metadata, source] of each item, from which a search makes a hit
+    payloads.npy   the offsets of these texts in payloads.bin
+    vectors.faiss  a flat index that contains the vectors in float32 or float16
+    index.faiss    an HNSW graph without the vectors, or inverted lists of codes; absent if the kind is `flat`
+
+Segments never change, because faiss aborts or gives wrong answers if an index changes during a search (faiss#1504). The
+positions of deleted items are kept outside the segment, and a search receives a bitmap of all other positions.
 
 This module reads the vectors and searches exactly. `service/search/indexes.py` searches with an index, and
 `service/search/segment_files.py` opens the files.
@@ -172,8 +176,8 @@ class Segment:
         return held
 
     def scan(self, queries: Floats, k: int, alive: Bits | None) -> Neighbours:
-        """Return the k nearest vectors of each query [q, D] by comparing the query with all vectors. If `alive` is
-        given, only vectors that have their bit set in this bitmap are compared.
+        """Return the k nearest vectors of each query [q, D] by comparing the query with all vectors. If the bitmap
+        `alive` is given, only vectors whose bits are set in it are compared.
 
         If the vectors are stored on disk and not mapped, they are read in batches.
         """
@@ -231,10 +235,11 @@ class Allowed:
 
 
 def nearest_rows(queries: Floats, rows: Floats, k: int) -> tuple[Floats, Positions]:
-    """Return the k nearest of the rows [m, D] for each query [q, D], as scores and row numbers, both [q, min(k, m)].
+    """Return the k nearest of the rows [m, D] for each query [q, D]: their scores and their row numbers, both of shape
+    [q, min(k, m)].
 
-    The search uses faiss, which runs in the calling thread. numpy's matrix product would start a thread on every CPU,
-    and would wait for the threads on busy CPUs.
+    The search uses faiss, which runs in the calling thread. numpy's matrix product would use a thread on every CPU, and
+    would wait until busy CPUs have run their threads.
     """
     scores, row_numbers = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
     return scores, row_numbers
@@ -246,8 +251,8 @@ def nothing(queries: int) -> Neighbours:
 
 
 def top_of(scores: Floats, labels: Numbers, k: int) -> tuple[Floats, Numbers]:
-    """Return the k highest scores [q, k] of each row of `scores` [q, m], best first, and their labels [q, k]. If m < k,
-    the remaining entries have score -inf and label -1."""
+    """Return the k highest scores of each row of `scores` [q, m], best first, and the labels of these scores. Both
+    results have the shape [q, k]. If m < k, the remaining entries have score -inf and label -1."""
     if scores.shape[1] > k:
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         scores, labels = np.take_along_axis(scores, best, 1), np.take_along_axis(labels, best, 1)

@@ -1,10 +1,9 @@
 """Caches the numbers (internal ids) of the items that pass a filter, and keeps the cached results up to date.
 
-The database evaluates a filter by using its indexes on declared keys, or by reading all metadata. Most filters are used
+To evaluate a filter, the database uses its indexes on metadata keys, or reads all metadata. Most filters are used
 repeatedly, for example a filter for a shop or a language. If the result of a filter is cached, the database evaluates
-the filter only for items that were added later. These items have higher numbers. A cached result may contain deleted
-items, which the view excludes from searches. When metadata is edited, all cached results of the collection become
-invalid.
+the filter only for items that were added later, which have higher numbers. A cached result may contain deleted items,
+but searches ignore them. When metadata is edited, all cached results of the collection become invalid.
 """
 
 import sqlite3
@@ -35,16 +34,16 @@ class _Kept:
 
 
 class Selections:
-    """A cache of the most recently used filters and of the items that pass each filter. It is safe to use from several
-    threads."""
+    """A cache that contains the most recently used filters and the items that pass each of them. It is safe to use from
+    several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, str, tuple[Scalar, ...]], _Kept] = OrderedDict()
 
     def allowed(self, db: sqlite3.Connection, view: View, where: Filter) -> Allowed:
-        """Return the items of a view that pass the filter `where`. The result may contain deleted items, and the filter
-        may see metadata that is newer than the view.
+        """Return the items in a view that pass the filter `where`. The result may contain deleted items. If metadata
+        has changed since the view was made, the filter may already see the new metadata.
 
         Call this method outside a transaction.
 

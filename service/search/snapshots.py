@@ -2,9 +2,9 @@
 one moment.
 
 A snapshot is taken within one read transaction, so it is consistent even if items are written at the same time. It is
-written to a temporary file, which is then synced and renamed. The file contains the database rows of the collection,
-and segments are rebuilt after a restore. A restore writes the items to a hidden collection, page by page, so that other
-writes can run between two pages. At the end, the hidden collection is renamed to the requested name.
+written to a temporary file, which is then synced and renamed. The file contains only the database rows of the
+collection. Its segments are rebuilt after a restore. A restore writes the items to a hidden collection, page by page,
+so that other writes can run between two pages. At the end, the hidden collection is renamed to the requested name.
 """
 
 import json
@@ -196,14 +196,14 @@ def _only_collection(db: sqlite3.Connection, what: str) -> Row:
 
 
 def _is_number(number: object) -> bool:
-    """Return whether `number` may be the number of an item. SQLite gives each new item a number above the largest
-    number, so numbers near SQLite's limit are not allowed."""
+    """Return whether `number` is allowed as the number of an item. SQLite gives each new item a higher number than all
+    previous ones, so numbers near SQLite's limit are not allowed."""
     return isinstance(number, int) and 0 < number < 2**53
 
 
 def _checked(row: ItemRow, what: str) -> ItemRow:
-    """Check the row of an item, and return the row in the form in which a write would store it. Raises StorageFailed if
-    a value in the row is not allowed."""
+    """Check an item's row, and return it with its metadata in the format that a write would store. Raises StorageFailed
+    if a value in the row is not allowed."""
     number, item_id, metadata, source, digest = row
     try:
         if not (isinstance(item_id, str) and isinstance(metadata, str)) or not (
@@ -235,8 +235,8 @@ def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list
 def restoring(root: Path) -> Iterator[str]:
     """Create a lock file for a restore, and yield a hidden name for the collection that the restore creates.
 
-    `is_restoring` returns True for this name until the `with` block ends. If the process dies first, `is_restoring`
-    returns True until `tidy` removes the lock file.
+    `is_restoring` returns True for this name until the `with` block ends. If the process dies inside the block,
+    `is_restoring` returns True until `tidy` removes the lock file.
     """
     name = f"{database.HIDDEN}{uuid.uuid4().hex}"
     path = _lock_path(root, name)
@@ -256,7 +256,7 @@ def is_restoring(root: Path, name: str) -> bool:
 
 
 def tidy(root: Path) -> None:
-    """Remove the temporary files of snapshots and restores if their process has died."""
+    """Remove the temporary files of snapshots and restores whose processes have died."""
     for path in [*root.glob("*/.*.part"), *root.glob(".*.lock")]:
         with suppress(OSError):  # a file that cannot be deleted must not block the others
             if time.time() - path.stat().st_mtime > _YOUNG_S and (lock := lock_file(path)) is not None:

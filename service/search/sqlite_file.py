@@ -41,8 +41,8 @@ CREATE TABLE requests (
 
 @contextmanager
 def translated(what: str = "the vector store") -> Iterator[None]:
-    """Translate errors of SQLite and the file system to StorageFailed. The message begins with `what`. It omits the
-    paths in the original errors, because clients see the message."""
+    """Convert SQLite and file system errors within a `with` block to StorageFailed. The message begins with `what`. It
+    omits the path in an error from the file system, because clients see the message."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -57,8 +57,8 @@ def translated(what: str = "the vector store") -> Iterator[None]:
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """Open a connection to the database at `path`, for use in one thread. Call `prepare` first, which creates or checks
-    the file."""
+    """Open a connection to the database at `path`, for use in one thread. `prepare` must have created or checked the
+    file before."""
     db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
@@ -102,8 +102,8 @@ def check_ours(db: sqlite3.Connection, what: str) -> None:
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Run the statements of an SQL script within the open transaction. The method `executescript` of SQLite's
-    connection would commit the transaction first."""
+    """Run the statements of an SQL script within the open transaction. The connection's own method `executescript`
+    would commit the transaction first."""
     for statement in script.split(";\n"):
         db.execute(statement)
 

@@ -1,11 +1,11 @@
 """The stamp: a number that all processes with the same data folder share, and that changes with every commit.
 
-A search compares the stamp with the value that an earlier search read. If the values differ, something was written. A
-query to SQLite would take longer than all other Python code of a search. A writer changes the stamp before it
-acknowledges the write, so a reader that finds the stamp unchanged has seen every acknowledged write. Each new value is
-random. If the stamp were a counter, two processes that increment it at the same time could set it back to a value that
-a reader has already seen. If a process dies after the commit but before it changes the stamp, it has not acknowledged
-the write. Readers see this write after the next change of the stamp.
+A search compares the stamp with the value that an earlier search read. If the values differ, something has been
+written. Checking for writes with an SQLite query would take longer than all other Python code of a search. A writer
+changes the stamp before it acknowledges the write, so a reader that finds the stamp unchanged has seen every
+acknowledged write. Each new value is random. If the stamp were a counter, two processes that increment it at the same
+time could set it back to a value that a reader has already seen. If a process dies after the commit but before it
+changes the stamp, it has not acknowledged the write. Readers see this write after the next change of the stamp.
 """
 
 import mmap

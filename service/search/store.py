@@ -2,8 +2,8 @@
 
 Vectors can be compared only if the same model made them in the same way. Therefore, every collection has a `tag` (the
 model's fingerprint with pooling, normalisation, input size and precision) and a dimension. The first write to a
-collection sets both. A write or search with another tag raises ModelMismatch (status 409). The error message names both
-tags.
+collection sets both. A later write or a search with another tag raises ModelMismatch (status 409). The error message
+names both tags.
 
 Scores are cosine similarities from -1 to 1, because stored vectors and queries are scaled to length 1.
 """
@@ -133,9 +133,9 @@ class VectorStore(Protocol):
     also accept an alias as the name of a collection, except `create`, `drop` and `restore`.
 
     Every method may raise CollectionNotFound if the collection does not exist, StorageFailed if the storage fails,
-    Unavailable if the store's server cannot be reached, and InvalidRequest if a name, setting, id, vector, metadata or
-    number is not allowed. A method that takes vectors raises ModelMismatch if their tag differs from the collection's
-    tag, and Conflict if their dimension differs from the collection's dimension.
+    Unavailable if the store's server cannot be reached, and InvalidRequest if an argument is not allowed. The methods
+    `upsert` and `search` raise ModelMismatch if the tag differs from the collection's tag, and Conflict if the
+    dimension of the vectors differs from the collection's dimension.
     """
 
     capabilities: frozenset[str]
@@ -164,11 +164,11 @@ class VectorStore(Protocol):
         """
 
     async def aliases(self) -> dict[str, str]:
-        """Return a dictionary from aliases to the names of their collections."""
+        """Return a dictionary that maps each alias to the name of its collection."""
 
     async def set_alias(self, alias: str, collection: str) -> str | None:
-        """Point an alias to a collection in one atomic step. Return the name of the collection that the alias pointed
-        to before, or None if the alias is new.
+        """Make an alias point to a collection, in one atomic step. Return the name of the collection to which the alias
+        pointed before, or None if the alias is new.
 
         Raises:
             Conflict: a collection has the name `alias`.
@@ -183,15 +183,15 @@ class VectorStore(Protocol):
         """Write items and return the description of the collection. An item replaces the existing item with the same
         id. If several of the items have the same id, only the last of them is written.
 
-        The first write to a name creates the collection with default settings. If the store has the capability
-        `idempotency`, a second call with the same `request_key` and items within a day changes nothing.
+        If the collection does not exist, it is created with default settings. If the store has the capability
+        `idempotency`, a second call with the same `request_key` and the same items within a day changes nothing.
 
         Raises:
             Conflict: the `request_key` was used with other items within the last day.
         """
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
-        """Return the items in the order of the ids, with None for an id that does not exist."""
+        """Return the items with these ids, in the same order. The entry for an id that does not exist is None."""
 
     async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
         """Apply a JSON merge patch (RFC 7396) to the metadata of an item, and return the updated item. A key that is
@@ -214,8 +214,8 @@ class VectorStore(Protocol):
     ) -> Page:
         """Return one page of items.
 
-        An item that does not change while all pages are read is on exactly one page. An item that is written or deleted
-        in the meantime may be on no page or on two pages.
+        If all pages are read, each item that does not change in the meantime is on exactly one page. An item that is
+        written or deleted while the pages are read may be on no page or on two pages.
 
         Raises:
             InvalidRequest: the cursor is not from this store.
@@ -234,7 +234,7 @@ class VectorStore(Protocol):
         """Return the k nearest items for each of the query vectors [n, D], best first. The result has one list of hits
         for each vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
 
-        The query vectors may have any length except 0. If fewer than k items match the filter, fewer hits are returned.
+        The query vectors may have any norm except 0. If fewer than k items match the filter, fewer hits are returned.
         """
 
     async def close(self) -> None: ...
@@ -273,4 +273,5 @@ class StatsStore(VectorStore, Protocol):
     """A store that reports how a collection is indexed (capability `stats`)."""
 
     async def stats(self, collection: str) -> dict[str, Any]:
-        """Return figures about the index of a collection, for operators. The dictionary can be serialised as JSON."""
+        """Return statistics about the index of a collection, for operators. The dictionary can be serialised as
+        JSON."""

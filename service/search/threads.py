@@ -1,9 +1,9 @@
 """The embedded store's threads: one for writes and several for searches. The event loop only passes jobs to them and
 receives the results.
 
-Writes that wait in the queue are committed together, with one sync of the disk. Each write runs within a savepoint and
-remains atomic. Searches that wait in the queue and have the same parameters share one call of faiss. A search takes a
-fraction of a millisecond, so passing a job to a thread must be quick.
+Writes that wait in the queue are committed together, so the disk is synced only once for all of them. Each write runs
+within its own savepoint and remains atomic. Searches that wait in the queue and have the same parameters share one call
+of faiss. A search takes a fraction of a millisecond, so passing a job to a thread must be quick.
 """
 
 import asyncio
@@ -36,11 +36,11 @@ class _Job(Generic[Q]):
 
 
 class Workers(Generic[Q]):
-    """Threads that take jobs from one queue. A thread takes several jobs at once if the jobs have the same key."""
+    """Threads that take jobs from a shared queue. A thread can take several jobs with the same key at once."""
 
     def __init__(self, name: str, count: int, make: Callable[[], Callable[[Sequence[Q]], Sequence[Any]]]) -> None:
-        """Start `count` threads. Each thread calls `make` once, which returns the function that runs jobs. The thread
-        passes the jobs that it takes to this function. The function returns a result or an error for each job."""
+        """Start `count` threads. Each thread calls `make` once to get a function, and then passes jobs from the queue
+        to this function. The function runs the jobs and returns a result or an error for each of them."""
         self._waiting: deque[_Job[Q]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -72,8 +72,8 @@ class Workers(Generic[Q]):
             thread.join(timeout_s)
 
     def _take(self) -> list[_Job[Q]]:
-        """Wait for a job, then remove it from the queue. Also remove the jobs directly behind it that have the same
-        key, up to this thread's share of the queue. Return these jobs.
+        """Wait until the queue contains a job. Remove this job and the jobs directly behind it that have the same key,
+        but at most this thread's share of the queue. Return the removed jobs.
 
         Return an empty list if the workers are closed and the queue is empty.
         """

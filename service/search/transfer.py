@@ -5,8 +5,8 @@ Items are read and written page by page through the protocol `VectorStore`, so t
 size of the collection. Only .npz files are read and written as a whole. An interrupted copy or import can be run again:
 a copy skips items that exist, and an import writes all items again.
 
-The images of a collection may be stored too (`service/originals.py`). If the target has another image store, a copy
-includes the images. Each image is copied before the items that refer to it.
+The images of a collection may be stored too (`service/originals.py`). If the source and the target have different image
+stores, a copy includes the images. Each image is copied before the items that refer to it.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Photos:
-    """The numbers of images that a copy handled, by outcome."""
+    """Counts of the images that a copy handled, by outcome."""
 
     copied: int = 0
     present: int = 0  # images that were already in the target
@@ -49,8 +49,8 @@ class Photos:
 
 @dataclass(frozen=True)
 class Copied:
-    """The result of a copy or import: the numbers of items that were written, that were already in the target, and that
-    are in the collection at the end."""
+    """The result of a copy or import: how many items were written, how many were already in the target, and how many
+    the collection contains at the end."""
 
     written: int
     present: int  # items that were already in the target and left unchanged
@@ -67,16 +67,16 @@ async def copy_collection(
     originals: tuple[Originals, Originals] | None = None,
     advance: Progress = lambda _: None,
 ) -> Copied:
-    """Copy a collection to another store, or to another name. Items with ids that exist in the target are skipped.
-    Return the numbers of items and images.
+    """Copy a collection to another store, or to another name. Items whose ids already exist in the target collection
+    are skipped. Return counts of items and images.
 
     Args:
-        originals: the image stores of source and target. Images are copied if the collection stores images and the two
-            image stores differ. The images of skipped items are copied too.
+        originals: the image stores of the source and the target. If they are different, and the collection's settings
+            say that images are stored, the images are copied too, including those of skipped items.
 
     Raises:
-        Conflict: the target has a collection of this name with other settings, or the two collections have different
-            numbers of items at the end.
+        Conflict: the target has an alias with this name, or a collection with this name but other settings. This error
+            is also raised if the two collections contain different numbers of items at the end.
         StorageFailed: an image cannot be stored at the target, or a store fails.
     """
     info = await source.info(name)
@@ -105,7 +105,8 @@ async def copy_collection(
 
 
 async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
-    """Copy the images to which the items refer, at most `THREADS` images at a time. Count the outcomes in `photos`."""
+    """Copy the images to which the items refer, at most `THREADS` of them at the same time. Count the outcomes in
+    `photos`."""
     gate = asyncio.Semaphore(THREADS)  # limits the memory, because each image is in memory while it is copied
 
     async def copy(digest: str) -> None:
@@ -176,18 +177,19 @@ async def import_collection(
     store: VectorStore, name: str, path: Path, *, tag: str | None = None, advance: Progress = lambda _: None
 ) -> Copied:
     """Add the items of a file to a collection. If the collection does not exist, it is created. Existing items with the
-    same ids are replaced. Return how many items were written, and how many the collection has at the end.
+    same ids are replaced. Return how many items were written, and how many the collection contains at the end.
 
     Args:
         tag: the tag of the vectors, which identifies the model that made them. It is needed if the file has no tag. If
-            the file has a tag, both tags must be equal.
+            the file has a tag, the two tags must be the same.
 
     Raises:
         ValueError: the file has an unknown format or is damaged, or the tag is missing or differs from the tag in the
-            file. If a line or row is damaged, the message contains its number. Items before it may have been written.
+            file. If a particular line or row is damaged, the message contains its number, and items before it may have
+            been written.
         InvalidRequest: an item or a setting is not allowed. For an item, the message contains the file and the number
             of the item, counted from 1.
-        ModelMismatch, Conflict: the collection has vectors of another model or dimension.
+        ModelMismatch, Conflict: the collection contains vectors from another model or with another dimension.
     """
     suffix = check_format(path)
     opened = {".parquet": read_parquet, ".npz": read_npz, ".jsonl": read_jsonl}[suffix](path)
@@ -220,7 +222,7 @@ async def import_collection(
 
 
 def _first_refused(items: Sequence[Item]) -> int | None:
-    """Return the position of the first item that is not allowed, or None if all items are allowed."""
+    """Return the position in `items` of the first item that is not allowed, or None if all items are allowed."""
     for position, item in enumerate(items):
         try:
             checked_items([item])

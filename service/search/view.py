@@ -2,9 +2,9 @@
 that are in no segment yet), and the positions of deleted vectors.
 
 A `View` never changes, so a search needs no lock and does not wait for writes. `Views` stores the latest view of each
-collection. It makes the next view from the latest view and from the changes in the database since then, which may come
-from this process or from another. Views share the arrays of the tail. New rows are appended after the rows that older
-views use, and existing rows never change.
+collection. To make the next view, `Views` adds the changes that this or another process has since written to the
+database. Views share the arrays of the tail: new rows are appended after the rows that older views use, and existing
+rows never change.
 
 Legend: q queries, D dimension, k neighbours requested.
 """
@@ -51,8 +51,8 @@ _FIRST_CAPACITY: Final = 256
 
 
 class Tail:
-    """The items that are in no segment yet. A caller of `append` must hold the lock of `Views`. Reading needs no
-    lock."""
+    """The items that are in no segment yet. To call `append`, a thread must hold the lock of `Views`. No lock is needed
+    for reading."""
 
     def __init__(self, dimension: int) -> None:
         self.numbers = np.empty(_FIRST_CAPACITY, np.int64)
@@ -149,8 +149,8 @@ class View:
             yield holder.payloads[row] if changed is None else changed
 
     def stats(self) -> dict[str, Any]:
-        """Return figures for operators: figures about each segment, and the number of items that are in no segment
-        yet."""
+        """Return statistics for operators: the properties of each segment, and the number of items that are in no
+        segment yet."""
         segments = [
             {
                 "kind": part.segment.row.kind,
@@ -179,8 +179,9 @@ class View:
 def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Neighbours:
     """Return the k nearest vectors of each query [q, D] in a segment, using the segment's index.
 
-    If the index returns fewer than k vectors although the segment has more, all vectors are compared. This happens, for
-    example, if many vectors are equal, because a graph may not lead to all of them.
+    If the index returns fewer than k vectors although the segment contains more, the query is compared with all vectors
+    instead. This happens, for example, if many vectors are identical, because some of them may not be reachable in a
+    graph.
     """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
@@ -192,8 +193,8 @@ def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Nei
 def _search_allowed(
     part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, positions: Positions
 ) -> Neighbours:
-    """Return the k nearest vectors of each query [q, D] among the allowed items of a segment. `positions` are the
-    positions of these items.
+    """Return the k nearest vectors of each query [q, D] among the allowed items of a segment. `positions` contains the
+    positions of those allowed items that are not deleted.
 
     The search uses the segment's index. If few items are allowed, or if the index does not find k of them, the query is
     compared with all allowed items instead.
@@ -241,8 +242,8 @@ class Views:
         return view if view.row.version == row.version else None
 
     def newest(self, db: sqlite3.Connection, row: Row) -> View:
-        """Return a view of the collection in the state in which `row` was read, or in a later state. Call this method
-        outside a transaction.
+        """Return a view of the collection. Its state is the one in which `row` was read, or a later one. Call this
+        method outside a transaction.
 
         Raises:
             CollectionNotFound: the collection was dropped after `row` was read.
