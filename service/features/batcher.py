@@ -42,8 +42,8 @@ MAX_RETRY_AFTER_S = 60
 
 @dataclass(frozen=True)
 class Done(Generic[Row]):
-    """The result for one image: its features (`row`), the time that it waited in the queue (`queue_s`), and the time
-    that its batch took for the forward pass and the pooling (`infer_s`). Both times are in seconds."""
+    """The result for one image: its features (`row`), the time that the image waited in the queue (`queue_s`), and the
+    time that its batch took for the forward pass and the pooling (`infer_s`). Both times are in seconds."""
 
     row: Row
     queue_s: float

@@ -59,7 +59,7 @@ def compute_parts(features: Features) -> FloatArray:
 
 
 class Row(NamedTuple):
-    """The features of one image from a forward pass. `patches` is a view into the array of the whole batch."""
+    """The features of one image from a forward pass. `patches` is a view into the patch array of the whole batch."""
 
     parts: FloatArray  # [P, D]
     patches: FloatArray  # [N, D]

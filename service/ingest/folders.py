@@ -22,8 +22,8 @@ import httpx
 from service.errors import ImageTooLarge
 
 Stamp = Mapping[str, int | str]
-"""Properties of a file by which a change is detected: its size (`bytes`), the time of its last change (`modified`) and
-its `etag`. Some file systems do not provide all three."""
+"""Properties of a file that change when the file changes: its size (`bytes`), the time of its last change (`modified`)
+and its `etag`. Some file systems do not provide all three."""
 
 _MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 """The keys under which the file systems of fsspec give the time of a file's last change."""

@@ -51,7 +51,7 @@ _CHECK_BYTES: Final = 64 * 2**20
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The options of one call of `index_photos`."""
+    """The options of one call to `index_photos`."""
 
     pooling: Pooling = DEFAULT_POOLING
     batch_size: int = 16
@@ -59,7 +59,7 @@ class IndexOptions:
     id_by: Literal["path", "sha256"] = "path"
     force: bool = False  # whether to index images that are already in the collection
     originals: bool = False  # whether a new collection stores images
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # of every item; overrides the metadata of the source
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # added to every item; overrides the image's metadata
     limits: DecodeLimits = DEFAULT_LIMITS
 
 
@@ -131,7 +131,7 @@ async def index_photos(
             separate thread.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model.
+        ModelMismatch: the collection contains vectors from another model.
         StorageFailed: the store failed. This error ends the run, as does any error that the engine or `images` raises.
             Items that are already written remain in the collection.
     """
@@ -215,7 +215,7 @@ class _Run:
     # ---- feed thread
 
     def _wanted(self, images: Iterable[Photo | Problem]) -> Iterator[Photo]:
-        """Yield the images that must be read, leaving out those that the collection already contains. One query of the
+        """Yield the images that must be read, leaving out those that the collection already contains. One query to the
         store covers a group of images. The first groups are small, so that decoding begins early."""
         unchecked: list[Photo] = []
         size = self.options.batch_size

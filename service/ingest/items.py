@@ -37,7 +37,7 @@ class NewItem:
 
     item: Item
     image: bytes | None = None
-    fingerprint: str | None = None  # of the model that made the vector, if the client sent it
+    fingerprint: str | None = None  # fingerprint of the model that made the vector; None if the client sent none
     embedded: Embedded | None = None
 
 
@@ -142,7 +142,7 @@ async def _ready(
     embedded and, if the collection stores images, stored.
 
     Raises:
-        ModelMismatch: all valid items have images, and the collection contains vectors of another model.
+        ModelMismatch: all valid items have images, and the collection contains vectors from another model.
         QueueFull, ShuttingDown, ModelUnavailable: the pipeline accepts no more images. No image was embedded.
     """
     readable = successes(sent)
@@ -161,8 +161,8 @@ def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
     """Check that vectors of the served model can be added to this collection.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model.
-        Conflict: the collection contains vectors of another dimension.
+        ModelMismatch: the collection contains vectors from another model.
+        Conflict: the collection contains vectors with a different dimension.
     """
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
@@ -177,8 +177,8 @@ def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewI
     """Check that the item's vector can be added to the collection, and return the item.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model.
-        Conflict: the collection contains vectors of another dimension.
+        ModelMismatch: the collection contains vectors from another model.
+        Conflict: the collection contains vectors with a different dimension.
     """
     if new.image is not None:
         _check_images_fit(service, collection)

@@ -9,7 +9,7 @@
 
 A source may be on this machine or on any file system that fsspec supports (s3://, gs://, memory://, file://). A single
 image may also be at an http or https address. Images are yielded one by one. An image is read when its `load` function
-is called. Only the images in a compressed or remote tar are read before they are yielded.
+is called. The exceptions are the images in a compressed or remote tar, which are read before they are yielded.
 
 The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`,
 `train.parquet#12`. The id of an image from a list is the `id` on its line, or else the path or address on the line. If
