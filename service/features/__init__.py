@@ -1,2 +1,2 @@
-"""Compute the features of images, with one decode and one forward pass for each image. The modules contain the
-pipeline, the batcher and the caches."""
+"""Compute the features of images. Each image is decoded once and passes through the network once. The package contains
+the pipeline, the batcher and the caches."""

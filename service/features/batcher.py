@@ -1,20 +1,20 @@
 """A bounded queue of images that wait for the engine. Images of different requests share forward passes.
 
-One worker thread owns the engine. Whenever this thread is free, it takes the waiting images, oldest first, as one
-batch. It never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive
-during a pass and form the next batch. All images of a batch have the shape of the oldest waiting image. To limit the
-memory of a pass, a batch of several images has at most `batch_max_patches` patches.
+One worker thread owns the engine. Whenever this thread is free, it takes the oldest waiting images as one batch. It
+never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive during a
+pass and form the next batch. A batch contains only images of the same shape as the oldest waiting image. To limit
+memory, it contains at most `batch_max_patches` patches. An image with more patches than this forms a batch on its own.
 
-The queue has two limits. `reserve` limits the number of images that are accepted and not yet answered. It is called
-before an image is decoded. `submit` limits the number of patches that wait. Both methods raise `QueueFull`, with a
-Retry-After time that is computed from the measured throughput.
+The queue has two limits. `reserve` limits the number of accepted images that have no result yet. It is called before an
+image is decoded. `submit` limits the number of patches in the queue. Both methods raise `QueueFull`, with a Retry-After
+time that is computed from the measured throughput.
 
 If a client disconnects, its waiting images are dropped when the next batch is formed. If the engine fails on a batch,
 the images of this batch are tried one by one, so an image that the engine cannot process does not affect the others. If
-the worker thread dies or hangs, `health` reports the fault and `/livez` fails.
+the worker thread dies or hangs, `health` reports the fault, and the liveness check `/livez` fails.
 
-The methods in the section "The worker thread" run in that thread. All other methods are called on the thread of the
-event loop.
+The methods in the section "The worker thread" run in that thread. All other methods are called on the event loop's
+thread.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ MAX_RETRY_AFTER_S = 60
 
 @dataclass(frozen=True)
 class Done(Generic[Row]):
-    """The result of one image: its features (`row`), the time that it waited in the queue (`queue_s`), and the time of
-    its forward pass with pooling (`infer_s`). Both times are in seconds."""
+    """The result for one image: its features (`row`), the time that the image waited in the queue (`queue_s`), and the
+    time that its batch took for the forward pass and the pooling (`infer_s`). Both times are in seconds."""
 
     row: Row
     queue_s: float
@@ -52,7 +52,7 @@ class Done(Generic[Row]):
 
 @dataclass(eq=False)
 class Job(Generic[Row]):
-    """One image in the queue. `pixels` is float32 [3, h, w], and `patches` is the number of its patches."""
+    """One image in the queue. `pixels` is float32 [3, h, w], and `patches` is the number of patches in it."""
 
     pixels: FloatArray
     patches: int
@@ -67,8 +67,8 @@ class Batcher(Generic[Row]):
     """A bounded queue of images, and the worker thread that passes them to the engine in batches.
 
     Args:
-        run: a function that runs a forward pass with pooling. It takes pixels [B, 3, h, w] and returns B rows. Only the
-            worker thread calls it.
+        run: a function that runs a forward pass with pooling. It takes pixels [B, 3, h, w] and returns the features of
+            each image, B rows. Only the worker thread calls it.
         patch_size: the side of a patch in pixels. It is used to count patches.
     """
 
@@ -105,7 +105,7 @@ class Batcher(Generic[Row]):
 
     @property
     def images(self) -> int:
-        """The number of images that are accepted and not yet answered."""
+        """The number of accepted images that have no result yet."""
         return self._reserved
 
     @property
@@ -115,7 +115,7 @@ class Batcher(Generic[Row]):
 
     @property
     def full(self) -> bool:
-        """True if the queue has reached one of its two limits, so that it accepts no more images."""
+        """True if the queue has reached one of its two limits and therefore accepts no more images."""
         return self._reserved >= self._queue_max_images or self._queued_patches >= self._queue_max_patches
 
     def health(self) -> str | None:
@@ -131,12 +131,13 @@ class Batcher(Generic[Row]):
         return None
 
     def reserve(self, images: int) -> None:
-        """Reserve places in the queue for `images` more images. If there are not enough places, none is reserved. The
-        caller must give back every place with `release`.
+        """Reserve places in the queue for `images` more images. If too few places are free, none is reserved. The
+        caller must free every reserved place with `release`.
 
         Raises:
-            QueueFull: there are not enough free places at the moment.
-            ShuttingDown, ModelUnavailable: images are no longer accepted.
+            QueueFull: too few places are free at the moment.
+            ShuttingDown: the batcher is closing.
+            ModelUnavailable: the worker thread has died.
         """
         self._check_open()
         if self._reserved + images > self._queue_max_images:
@@ -145,19 +146,20 @@ class Batcher(Generic[Row]):
         self._metrics.queue_images.set(self._reserved)
 
     def release(self, images: int) -> None:
-        """Give back `images` places that were reserved with `reserve`."""
+        """Free `images` places that were reserved with `reserve`."""
         self._reserved -= images
         assert self._reserved >= 0
         self._metrics.queue_images.set(self._reserved)
 
     def submit(self, pixels: FloatArray) -> "asyncio.Future[Done[Row]]":
-        """Put one image, float32 [3, h, w], into the queue and return a future of its result. If the future is
+        """Put one image, float32 [3, h, w], into the queue and return a future for its result. If the future is
         cancelled before the engine takes the image, the image is dropped.
 
         Raises:
             QueueFull: too many patches are waiting.
-            ShuttingDown, ModelUnavailable: images are no longer accepted.
-            EngineFailed: the forward pass failed. Only the future raises this error.
+            ShuttingDown: the batcher is closing.
+            ModelUnavailable: the worker thread has died.
+            EngineFailed: the forward pass failed. The future raises this error, not this method.
         """
         patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
         with self._wake:
@@ -172,8 +174,8 @@ class Batcher(Generic[Row]):
         return job.future
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Stop the worker thread after its current forward pass, and wait at most `timeout_s` seconds for it. Images
-        that still wait in the queue fail with `ShuttingDown`."""
+        """Stop the worker thread after its current forward pass, and wait at most `timeout_s` seconds for it to stop.
+        The futures of images that are still in the queue fail with `ShuttingDown`."""
         with self._wake:
             self._closing = True
             waiting = list(self._queue)
@@ -185,8 +187,8 @@ class Batcher(Generic[Row]):
         self._thread.join(timeout_s)
 
     def retry_after_s(self) -> int:
-        """Estimate how many seconds the engine needs for the accepted images, based on the measured throughput. Return
-        a number from 1 to 60."""
+        """Estimate how many seconds the engine needs to process the accepted images, based on the measured throughput.
+        Return a number from 1 to 60."""
         if not self._images_per_s:
             return 1
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._reserved / self._images_per_s)))
@@ -230,8 +232,8 @@ class Batcher(Generic[Row]):
                 self._wake.wait()
 
     def _take(self) -> list[Job[Row]]:
-        """Remove the oldest waiting image and the images that fit into the same batch from the queue, and return them.
-        Images with a cancelled future are dropped."""
+        """Remove the next batch from the queue and return it. The batch consists of the oldest image and later images
+        of the same shape, up to the limit of patches. Images with a cancelled future are dropped."""
         batch: list[Job[Row]] = []
         passed: list[Job[Row]] = []  # images of another shape; they return to the front of the queue
         patches = 0
@@ -286,7 +288,7 @@ class Batcher(Generic[Row]):
 
 
 def _set_results(outcomes: list[Outcome[Row]]) -> None:
-    """Set the result or the error of the future of each image. This function runs on the event loop."""
+    """For each image, set the result or the error on its future. This function runs on the event loop."""
     for job, outcome in outcomes:
         if job.future.done():  # cancelled while the engine processed the image
             continue

@@ -1,14 +1,14 @@
 """Caches of computed vectors: in this process, or in a Redis server that all replicas share.
 
-A key (`cache_key`) is computed from the bytes of the image, the fingerprint of the model and the options. So an entry
-never becomes outdated, and a cache can have entries of several models. The memory cache evicts the least recently used
-entries. Redis removes an entry when its time to live (TTL) ends.
+A key (`cache_key`) is computed from the image's bytes, the model's fingerprint and the options. Therefore, an entry
+never becomes outdated, and a cache can contain entries for several models. The memory cache evicts the least recently
+used entries. Redis removes an entry when its time to live (TTL) ends.
 
-A cache may lose entries, but it must never fail a request. `RedisCache` treats every fault as a cache miss. Each call
-has a time limit. After a fault, a circuit breaker opens, and the following calls skip Redis without waiting. While the
-breaker is open, single calls try Redis again at growing intervals. When such a call succeeds, the breaker closes and
-Redis is used again. A value is stored with its length and checksum, so a truncated or damaged value is also a cache
-miss.
+A cache may lose entries, but it must never cause a request to fail. `RedisCache` treats every fault as a cache miss.
+Each call has a time limit. After a fault, a circuit breaker opens, and the following calls skip Redis without waiting.
+While the breaker is open, one call is sent to Redis from time to time, at increasing intervals. When such a call
+succeeds, the breaker closes and Redis is used again. A value is stored with its length and checksum, so a truncated or
+damaged value is also a cache miss.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class Cache(Protocol):
         """Return the values in the order of the keys, with None for a key that is not in the cache."""
 
     async def set_many(self, items: dict[str, bytes]) -> None:
-        """Store each value under its key. Values that cannot be stored are left out."""
+        """Store each value under its key. A value that cannot be stored is skipped."""
 
     async def status(self) -> str:
         """Return "ok", or "degraded: " followed by the reason."""
@@ -61,8 +61,9 @@ class Cache(Protocol):
 
 def cache_key(image_sha256: str, fingerprint: str, options: Mapping[str, str | int | float | bool | None]) -> str:
     """Return the cache key of a result. It depends on the sha256 of the image in hex, the fingerprint of the model, and
-    `options`, which must have every option that changes the result. The order of the options does not matter. The key
-    begins with the first 8 characters of the fingerprint, which helps people who inspect Redis."""
+    `options`, which must contain every option that changes the result. The order of the options does not matter. The
+    key begins with the first 8 characters of the fingerprint, so people who inspect Redis can see which model an entry
+    belongs to."""
     text = json.dumps([image_sha256, fingerprint, dict(options)], sort_keys=True, separators=(",", ":"))
     return f"{fingerprint[:8]}:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -77,10 +78,10 @@ def make_cache(
 
 class MemoryCache:
     """A cache in the memory of this process that evicts the least recently used entries. `max_bytes` limits its memory,
-    including the overhead of entries. The cache belongs to one event loop. Its methods await nothing, so each call is
+    including the overhead per entry. The cache belongs to one event loop. Its methods await nothing, so each call is
     atomic.
 
-    A value that alone exceeds `max_bytes` is not stored, and no other entry is evicted for it.
+    An entry that exceeds `max_bytes` on its own is not stored, and no other entry is evicted for it.
     """
 
     name = "memory"
@@ -134,7 +135,7 @@ class RedisCache:
 
     Args:
         url: an address that begins with redis://, rediss:// or unix://. It includes the password if there is one.
-        ttl_s: the time in seconds for which Redis stores a value.
+        ttl_s: how long Redis stores a value, in seconds.
         on_event: a function that is called with each event, for example to count it.
         timeout_s: the time limit of one call in seconds, including the time to connect.
         retry_s, max_retry_s: the first and the longest interval in seconds between attempts while Redis is down. The
@@ -177,8 +178,8 @@ class RedisCache:
             await self._guarded("set", lambda: self._set(items))
 
     async def status(self) -> str:
-        """Read a value from Redis and return the status: "ok", or "degraded: " followed by the reasons. Because of this
-        read, a service without traffic also notices that Redis has failed or recovered. A PING is not enough, because a
+        """Read a value from Redis and return the status: "ok", or "degraded: " followed by the reasons. The read
+        detects that Redis has failed or recovered even if the service has no traffic. A PING is not enough, because a
         Redis server that answers PING may still refuse reads."""
         await self.get_many(["status"])
         if not self._faults:
@@ -246,7 +247,7 @@ class RedisCache:
 
 class _Breaker:
     """A circuit breaker for calls to Redis. While it is closed, every call may be made. While it is open, one call may
-    be made after each interval, to find out whether Redis works again."""
+    be made after each interval, to check whether Redis works again."""
 
     def __init__(self, first_s: float, longest_s: float) -> None:
         self._first_s, self._longest_s = first_s, longest_s
@@ -301,13 +302,13 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
 
 
 def frame(value: bytes) -> bytes:
-    """Return `value` with a header in front of it. The header has a magic number, and the length and CRC-32 of the
-    value."""
+    """Return `value` with a header in front of it. The header contains a magic number, the length of the value, and its
+    CRC-32."""
     return _HEADER.pack(_MAGIC, len(value), zlib.crc32(value)) + value
 
 
 def unframe(framed: bytes) -> bytes | None:
-    """Return the value in bytes that were made with `frame`. Return None if the header is invalid or does not match the
+    """Extract the value from bytes that `frame` returned. Return None if the header is invalid or does not match the
     value."""
     if len(framed) < _HEADER.size:
         return None

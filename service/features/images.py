@@ -1,4 +1,4 @@
-"""Decode images, and translate the errors of `model.decode` to errors of the service."""
+"""Decode images, and convert the errors of `model.decode` into errors of the service."""
 
 from model.decode import DEFAULT_LIMITS, Broken, DecodeError, DecodeLimits, Pixels, TooLarge, Unsupported
 from model.decode import decode as decode_image

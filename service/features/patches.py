@@ -1,12 +1,13 @@
-"""The patch features of an image in the form in which they are cached: float16 vectors of length 1. Searches compare
-images with them.
+"""The patch features of an image, as they are cached: float16 vectors of length 1. Searches use them to compare images
+patch by patch.
 
 Because the vectors have length 1, the dot product of two vectors is their cosine similarity. In float16, each component
-has a relative error of up to 1 in 2000, which changes a cosine by about 1e-5. The size of the image and the size of the
-patch grid are stored with the vectors, because both are needed to convert a patch to a box in pixels of the image.
+has a relative error of up to 1 in 2000, which changes a cosine by about 1e-5. The sizes of the image and of the patch
+grid are stored with the vectors, because both are needed to compute the box that a patch covers, in pixels of the
+image.
 
-Legend: N patches, D features; H, W size of the upright image in pixels; h, w size of the patch grid; N = h * w. Patches
-are in row-major order.
+Legend: N patches, D features; H, W size in pixels of the upright image (after EXIF rotation); h, w size of the patch
+grid; N = h * w. Patches are in row-major order.
 """
 
 import struct
@@ -23,8 +24,8 @@ _HEAD: Final = struct.Struct("<4I")  # H, W, h, w; the N * D numbers follow
 
 @dataclass(frozen=True)
 class Patches:
-    """The patch features of one image. `rows` is float16 [N, D], with one row for each of the N patches. Each row is
-    scaled to length 1. A zero row stays zero."""
+    """The patch features of one image. `rows` is float16 [N, D], with one row per patch. Each row is scaled to length
+    1. A zero row stays zero."""
 
     rows: npt.NDArray[np.float16]
     grid: tuple[int, int]  # h, w
@@ -32,8 +33,8 @@ class Patches:
 
     @staticmethod
     def of(tokens: Floats, grid: tuple[int, int], size: tuple[int, int]) -> "Patches":
-        """Return the patch tokens [N, D] of an image as `Patches`, with each row scaled to length 1. `grid` is the size
-        of the patch grid, and `size` is the size of the image in pixels, both (height, width)."""
+        """Convert the patch tokens [N, D] of an image to `Patches`, with each row scaled to length 1. `grid` is the
+        size of the patch grid, and `size` is the size of the image in pixels. Both are (height, width)."""
         assert len(tokens) == grid[0] * grid[1], (tokens.shape, grid)
         return Patches(unit_rows(tokens).astype(np.float16), grid, size)
 

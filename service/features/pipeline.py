@@ -1,23 +1,22 @@
-"""Compute the features of images: look them up in the cache, decode, preprocess, wait for a batch, run the engine,
-pool, and store the result in the cache.
+"""Compute the features of images. The steps for an image are: look in the cache, decode, preprocess, wait for a batch,
+run the engine, pool, and store the result in the cache.
 
-An image is decoded and preprocessed in a thread before it is put into a batch. So a damaged image only causes an error
-of its own item and never reaches the engine. If the queue has no room for all images of a request, none of them is
-decoded.
+An image is decoded and preprocessed in a thread before it is put into a batch. So a damaged image never reaches the
+engine and does not affect other images. If the queue has no room for all images of a request, none of them is decoded.
 
 The cache does not store final vectors but their parts: the class token and the mean of the patch tokens, float32,
 before normalisation. `pooling` and `normalize` are applied when an entry is used, so one entry serves every combination
-of them. The key contains the sha256 of the bytes as sent, the model's fingerprint (weights, architecture,
-preprocessing, and so the input size) and the precision.
+of them. The key is computed from the sha256 of the image file, the model's fingerprint (weights, architecture, and
+preprocessing with the input size) and the precision.
 
 If several requests need the same image at the same time, it is computed once. This computation is called a flight. It
 is a separate task, which all these requests await. The flight continues as long as at least one request waits for it,
 so a client that disconnects does not affect the others. When no request waits any more, the flight is cancelled.
-However, a thread that is decoding cannot be stopped. The image occupies a place in the queue until this thread ends. So
-`queue_full` errors and /readyz show the true load.
+However, a decoding that has begun cannot be stopped, so the image occupies its place in the queue until the decoding
+ends. `queue_full` errors and /readyz therefore reflect the true load.
 
 Legend: B images in a batch, P parts (see model/pooling.py), D width of the model, N patches, R registers, H x W size of
-the upright image, h x w size of the network's input.
+the upright image (after EXIF rotation), h x w size of the network's input.
 """
 
 import asyncio
@@ -54,13 +53,13 @@ _HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; P * D fl
 
 
 def compute_parts(features: Features) -> FloatArray:
-    """Compute the parts of the features of a batch, in the order of `PARTS`, and return them as [B, P, D]."""
+    """For each image of a batch, compute the vectors that are later pooled: the class token and the mean of the patch
+    tokens. Return them as [B, P, D], in the order of `PARTS`."""
     return np.stack([features.cls, *(part(features.patches) for part in PATCH_PARTS.values())], axis=1)
 
 
 class Row(NamedTuple):
-    """The features of one image from a forward pass. `patches` is a view of an array with the patches of the whole
-    batch."""
+    """The features of one image from a forward pass. `patches` is a view into the patch array of the whole batch."""
 
     parts: FloatArray  # [P, D]
     patches: FloatArray  # [N, D]
@@ -69,8 +68,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """The parts of one image's features, in the order of `PARTS`. The vectors for all kinds of pooling are computed
-    from them."""
+    """The parts of one image's features, in the order of `PARTS`: the class token and the mean of the patch tokens. The
+    vector for any pooling is computed from these parts."""
 
     parts: FloatArray  # [P, D]
     tokens: int
@@ -79,7 +78,8 @@ class Embedded:
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
         """Return the vector for this pooling, float32 [width(pooling, D)]. If `normalize` is true, the vector is scaled
-        to length 1. If it consists of several parts, each part is first scaled to length 1."""
+        to length 1. If the pooling joins several parts, `normalize` also scales each part to length 1 before they are
+        joined."""
         unit = _unit if normalize else _as_is
         parts = dict(zip(PARTS, self.parts, strict=True))
         return unit(pool(parts, pooling, unit=unit, join=np.concatenate))
@@ -89,8 +89,8 @@ class Embedded:
 
     @staticmethod
     def from_bytes(data: bytes, dims: int) -> "Embedded | None":
-        """Parse a cache entry and return it. Return None if the entry does not consist of all parts with `dims` finite
-        numbers each. A cache that several services share may contain such entries."""
+        """Parse a cache entry and return it. Return None if the entry is invalid, that is, if a part is missing or does
+        not have `dims` finite numbers. A cache that several services share may contain invalid entries."""
         if len(data) != _HEAD.size + 4 * len(PARTS) * dims:
             return None
         parts = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float32).reshape(len(PARTS), dims)
@@ -101,7 +101,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Analysed:
-    """One decoded image, and all features that a single forward pass has computed from it."""
+    """One decoded image, and all the features that one forward pass computes from it."""
 
     embedded: Embedded
     patches: FloatArray  # [N, D]
@@ -119,7 +119,7 @@ class _Decoded(NamedTuple):
 
 @dataclass
 class _Flight:
-    """The running computation of one image, and the number of requests that await it."""
+    """A running computation of one image's features, and the number of requests that await it."""
 
     task: "asyncio.Task[Embedded]"
     waiters: int = 0
@@ -152,7 +152,7 @@ class PipelineLimits:
 
 class Pipeline:
     """A pipeline that computes the features of images and caches them. It must be created and closed on the event
-    loop."""
+    loop's thread."""
 
     def __init__(
         self,
@@ -191,10 +191,11 @@ class Pipeline:
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
-        """Compute the features of the images of one request, or take them from the cache. Return for each image, in
-        order, its features or its error.
+        """Compute the features of one request's images, or take them from the cache. For each image, in order, return
+        its features or its error.
 
-        An image that already has an error keeps this error. Each outcome has the index of its image.
+        An image that already has an error keeps this error. Each returned outcome has the same index as the outcome in
+        `images`.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
@@ -210,15 +211,15 @@ class Pipeline:
         return [key.then(embedded) for key in keys]
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
-        """Compute all features of one image, call `answer` with the image and its features in a thread, and return the
-        result of `answer`. The class token and the mean of the patch tokens are also cached.
+        """Compute all features of one image. Then call `answer` in a thread, with the decoded image and its features,
+        and return its result. The class token and the mean of the patch tokens are also cached.
 
-        The decoded image stays in memory until `answer` returns. To limit memory, no more images are analysed at the
-        same time than there are decoding threads. Other images wait before they are decoded.
+        The decoded image stays in memory until `answer` returns. To limit memory, the number of images that are
+        analysed at the same time is at most the number of decoding threads. Further images wait and are decoded later.
 
         Raises:
-            ServiceError: the image cannot be decoded, the queue is full, the engine failed, or `answer` raised this
-                error.
+            ServiceError: the image cannot be decoded, the queue is full, the engine failed, or `answer` raised a
+                ServiceError.
         """
         self.batcher.reserve(1)
         task = asyncio.create_task(self._analyse(image, answer))
@@ -229,15 +230,16 @@ class Pipeline:
             task.cancel()  # the caller was cancelled; no effect on a finished task
 
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
-        """Return the cached patches of images, by digest. A digest is the sha256 of an image's bytes in hex. The result
-        has no entry for an image without cached patches."""
+        """Return the cached patch features of the images with these digests, as a dict by digest. A digest is the
+        sha256 of an image's bytes in hex. The dict has no entry for an image without cached patch features."""
         keys = {digest: self._patches_key(digest) for digest in digests}
         kept = await self._patch_cache.get_many(list(keys.values()))
         return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
 
     async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
-        """Compute and cache the patches of images. Each image is a pair: the sha256 of its bytes, and the bytes. Return
-        for each image, in order, its patches or its error. An image that already has an error keeps this error.
+        """Compute and cache the patch features of images. Each image is a pair: the sha256 of its bytes, and the bytes.
+        For each image, in order, return its patch features or its error. An image that already has an error keeps this
+        error.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
@@ -254,12 +256,13 @@ class Pipeline:
                 task.cancel()  # the caller was cancelled
 
     async def warm_up(self) -> None:
-        """Run one forward pass on zeros, so that the first request does not wait for the runtime to initialise."""
+        """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
+        initialised."""
         height, width = self.artifact.manifest.input_size
         await self.batcher.submit(np.zeros((3, height, width), np.float32))
 
     async def close(self) -> None:
-        """Stop the pipeline. Images that still wait in the queue fail with `ShuttingDown`."""
+        """Stop the pipeline. Images that are still in the queue fail with `ShuttingDown`."""
         self.batcher.close()
         for threads in (self._decoders, self._answerers, self._hasher):
             threads.shutdown(wait=False, cancel_futures=True)
@@ -279,8 +282,8 @@ class Pipeline:
         return [Row(p.copy(), patches, tokens) for p, patches in zip(parts, features.patches, strict=True)]
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
-        """Return the cache key or the error of each image, in order. If the images have more than 256 KiB in total,
-        they are hashed in a thread, because hashing would delay the event loop."""
+        """For each image, in order, return its cache key or its error. If the images exceed 256 KiB in total, they are
+        hashed in a thread, so that hashing does not block the event loop."""
 
         def keys() -> list[Outcome[str]]:
             return [image.then(self._key) for image in images]
@@ -308,9 +311,9 @@ class Pipeline:
         return cached
 
     async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
-        """Compute the features of images and return the finished task of each image. `wanted` and the result are
-        dictionaries with cache keys. If an image is already being computed, wait for that computation instead of
-        starting another."""
+        """Compute the features of images, and return each image's task after it has finished. `wanted` and the result
+        are dicts by cache key. If an image is already being computed, wait for that task instead of starting
+        another."""
         new = [key for key in wanted if key not in self._flights]
         if new:
             self.batcher.reserve(len(new))  # all images of this request, or none
@@ -374,14 +377,14 @@ class Pipeline:
         self._forget(key, task)
 
     def _ended(self, task: "asyncio.Task[Any]") -> None:
-        """Release the place in the queue that was reserved for a finished task."""
+        """Release the queue place that was reserved for this task, which has ended."""
         self.batcher.release(1)
         if not task.cancelled():
             task.exception()  # otherwise asyncio would log it, although the waiting requests get it
 
     def _forget(self, key: str, task: "asyncio.Task[Embedded]") -> None:
-        """Remove `task`, the computation of an image, from the running computations, unless a newer task for the same
-        image has replaced it."""
+        """Remove `task` from the running computations. `key` is the cache key of its image. If a newer task for the
+        same key has replaced `task`, do nothing."""
         if key in self._flights and self._flights[key].task is task:
             del self._flights[key]
 
@@ -402,8 +405,8 @@ class Pipeline:
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,
-        `work` does not run. If the caller is cancelled later, wait until `work` ends, so that no resource is released
-        that the thread still uses."""
+        `work` does not run. If the caller is cancelled later, wait until `work` ends, so that resources are not
+        released while the thread still uses them."""
         running = threads.submit(work)
         try:
             return await asyncio.wrap_future(running)

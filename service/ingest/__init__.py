@@ -1,1 +1,2 @@
-"""Add images from folders, archives and lists to a collection, or embed image files and write the vectors to a file."""
+"""Add images to a collection: from requests, folders, archives and lists. Embed image files and write their vectors to
+a file."""

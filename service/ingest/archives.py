@@ -1,12 +1,12 @@
 """Read the images in tar and Parquet files for `dinov2 index`. Nothing is unpacked to disk.
 
 Tar files follow the webdataset convention: the member `x.json` contains the metadata of the image `x.jpg`. An
-uncompressed tar on the local disk is read by position: the content of skipped members is never read, and several
+uncompressed tar on the local disk is read with seeks, so the content of skipped members is never read, and several
 threads can read images at once. A compressed or remote tar is read once, from start to end.
 
 In a Parquet file, one column contains the images (as bytes, or as {bytes, path} in files from Hugging Face) or their
-addresses. The other columns become metadata. The image column is read a few rows at a time, and only in row groups that
-have an image to index.
+addresses. The other columns become metadata. The image column is read a few rows at a time, and only from row groups
+that contain an image to index.
 """
 
 import base64
@@ -82,8 +82,8 @@ def json_object(data: bytes | str, what: str) -> dict[str, Any]:
 
 @dataclass
 class _Group:
-    """Adjacent members of a tar with the same name apart from the suffix: images, and the JSON file with their
-    metadata."""
+    """Adjacent members of a tar with the same name except for the suffix: images, and possibly a JSON file with the
+    metadata of these images."""
 
     stem: str = ""
     photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # (member, name, reader, bytes)
@@ -91,8 +91,8 @@ class _Group:
 
 
 def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
-    """Yield the images of a tar, and a `Problem` for each rejected member and for damage to the tar. The id of an image
-    is `prefix` followed by the member's name."""
+    """Yield the images in a tar. Yield a `Problem` for each rejected member, and one if the tar is damaged. The id of
+    an image is `prefix` followed by the member's name."""
     by_position = file.place.is_local and suffix_of(file.name) == ".tar"
     try:
         with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
@@ -104,8 +104,8 @@ def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Prob
 
 
 def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
-    """Return whether the block at `offset` consists of zeros, which mark the end of a tar. This check is needed because
-    tarfile reports no error when a header is damaged or missing."""
+    """Return whether the block at `offset` contains only zeros. Such a block marks the end of a tar. This check is
+    needed because tarfile reports no error when a header is damaged or missing."""
     raw.seek(offset)
     block = raw.read(tarfile.BLOCKSIZE)
     return len(block) == tarfile.BLOCKSIZE and not any(block)
@@ -155,8 +155,8 @@ class _TarReader:
         return f"has {member.size} bytes; the limit is {limit}" if member.size > limit else None
 
     def _reader(self, member: tarfile.TarInfo) -> tuple[Read, int]:
-        """Return a function that reads the member's bytes. Also return the number of bytes that this function keeps in
-        memory, which is 0 if it reads them from the file."""
+        """Return two values: a function that returns the member's bytes, and the number of bytes that this function
+        keeps in memory. The number is 0 if the function reads the bytes from the file when it is called."""
         if self._by_position:
             return partial(_read_at, self._file, member.offset_data, member.size), 0
         stream = self._tar.extractfile(member)
@@ -177,7 +177,7 @@ class _TarReader:
             )
 
     def _address(self, name: str) -> str:
-        """Return the address of a member in fsspec's chained form `tar://member::archive`, which fsspec can open."""
+        """Return the address of a member as a chained URL, `tar://member::archive`, which fsspec can open."""
         return f"tar://{name}::{self._file.address}"
 
 
@@ -203,9 +203,9 @@ def parquet_photos(
 ) -> Iterator[Photo | Problem]:
     """Yield the images of a Parquet file. If the file cannot be read, yield a `Problem`.
 
-    If the image column contains bytes, the id of an image is `NAME#ROW`, with the name of the file and the number of
-    the row, counted from 0. If the column contains addresses, call `at_uri` with each address and the metadata of its
-    row, and yield the result. A row without an address gives a `Problem`.
+    If the image column contains bytes, the id of an image is `NAME#ROW`: the name of the file and the row number,
+    counted from 0. If the column contains addresses, call `at_uri` with each address and the metadata of its row, and
+    yield the result. For a row without an address, yield a `Problem`.
 
     Args:
         wanted: the name of the image column. If it is None, the column is detected.
@@ -242,9 +242,9 @@ def parquet_photos(
 def image_column(schema: "pa.Schema", wanted: str | None) -> str:
     """Return the name of the column that contains the images or their addresses.
 
-    The result is `wanted`, if it is not None. Otherwise the result is the only column of bytes, or the column `image`
-    if several columns contain bytes. If no column contains bytes, the result is a text column with a usual name such as
-    `path` or `url`.
+    If `wanted` is not None, return it. Otherwise, return the only column that contains bytes, or the column `image` if
+    several columns contain bytes. If no column contains bytes, return a text column with a common name such as `path`
+    or `url`.
 
     Raises:
         ValueError: the column `wanted` does not exist or has an unsuitable type, or no column could be detected.
@@ -301,7 +301,7 @@ def plain(value: Any) -> Any:
     """Convert a value from a table to one that JSON can represent, including the values in lists and dicts.
 
     Dates and times become ISO 8601 strings, bytes become base64 strings, and decimals become floats. A float or decimal
-    that is not finite becomes None. A value of any other type that JSON lacks becomes the string `str(value)`.
+    that is not finite becomes None. Any other value that JSON does not support becomes the string `str(value)`.
     """
     if isinstance(value, dict):
         return {str(key): plain(below) for key, below in value.items()}

@@ -1,8 +1,9 @@
 """Embed many image files and write the vectors to one .npz file, without a server: the command `dinov2 embed`.
 
-Several threads decode images in advance, so the engine waits only if decoding is slower than the network. At most two
-batches of decoded images wait for the engine, so memory does not grow with the number of images. The service returns
-equal vectors for the same files. `dinov2 index` (`service/ingest/index.py`) also uses `load_ahead` and `vectors_of`.
+Several threads decode images in advance, so the engine waits only if decoding is slower than the neural network. At
+most two batches of decoded images wait for the engine, so memory does not grow with the number of images. The service
+returns the same vectors for the same files. `dinov2 index` (`service/ingest/index.py`) also uses `load_ahead` and
+`vectors_of`.
 """
 
 import threading
@@ -37,8 +38,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """The result of a run: the number of embedded files, the skipped files with the reasons, and the duration of the
-    run."""
+    """The result of a run: the number of embedded files, the skipped files with the reason for each, and the duration
+    of the run."""
 
     embedded: int
     skipped: list[tuple[Path, str]]
@@ -50,8 +51,8 @@ class EmbedReport:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that the paths name. For a folder, these are all files at any depth, sorted by path, except
-    hidden files and files in hidden folders.
+    """Return the files at these paths. For a folder, return all files in it at any depth, sorted by path, except hidden
+    files and files in hidden folders.
 
     Raises:
         ValueError: a path does not exist, or no file was found.
@@ -88,7 +89,8 @@ def embed_files(
         advance: called after each batch with the number of files in the batch.
 
     Returns:
-        The n files that were embedded, their vectors as float32 [n, D], and the report. `vector_dims` returns D.
+        Three values: the n files that were embedded, their vectors as float32 [n, D], and the report. D is the number
+        that `vector_dims` returns.
     """
     started = time.perf_counter()
     limits, spec = limits or DecodeLimits(), artifact.manifest.preprocess
@@ -119,14 +121,14 @@ def embed_files(
 
 
 def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
-    """Run one forward pass over preprocessed images, each [3, h, w] and all of one size. Return one vector [D] per
-    image."""
+    """Run one forward pass over preprocessed images [3, h, w], which must all have the same size. Return one vector [D]
+    for each image."""
     features = engine.run(np.stack(pixels))
     return [Embedded(parts, tokens=0).vector(pooling, normalize) for parts in compute_parts(features)]
 
 
 def vector_dims(artifact: Artifact, pooling: Pooling) -> int:
-    """Return the number of dimensions of the vectors that the model makes with this pooling."""
+    """Return the number of dimensions of the vectors that this model computes with this pooling."""
     return width(pooling, artifact.manifest.config.embed_dim)
 
 
@@ -137,9 +139,9 @@ def load_ahead(
     and not yet yielded.
 
     `load` runs in `workers` threads, by default one per CPU. A separate thread iterates over `tasks`, so `tasks` may
-    wait for a disk or a network without delaying the consumer. If `load` or `tasks` raises an exception, the generator
-    raises it too. When the generator is closed, no more tasks are started, and the threads end once the running calls
-    of `load` return.
+    wait for a disk or a network connection without delaying the consumer. If `load` or `tasks` raises an exception, the
+    generator raises it too. When the generator is closed, no more tasks are started, and the threads end once the
+    running calls of `load` return.
     """
     begun: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
     room, closed = threading.Semaphore(ahead), threading.Event()
@@ -173,8 +175,9 @@ def load_ahead(
 def save_vectors(
     out: Path, files: Sequence[Path], vectors: FloatArray, artifact: Artifact, tag: dict[str, object]
 ) -> None:
-    """Write an .npz file with the arrays `paths` [n], `vectors` [n, D] and `fingerprint`, and an array for each entry
-    of `tag`. The file is first written under a temporary name and then renamed.
+    """Write an .npz file with the arrays `paths` [n], `vectors` [n, D] and `fingerprint`, and one array for each entry
+    of `tag`, which describes how the vectors were computed. The file is first written under a temporary name and then
+    renamed.
 
     Raises:
         OSError: the file cannot be written. An existing file at `out` stays unchanged.

@@ -1,9 +1,9 @@
 """Read files for `dinov2 index` from the local disk, from any file system that fsspec supports, and from the web.
 
-`Disk` and `Remote` implement the interface `Place`. `Web` only reads one URL at a time. `Disk` does not use fsspec,
-because fsspec's local file system does not follow links to files, and it silently omits a file that vanishes during a
-listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a broken link and for a file
-that vanishes.
+`Disk` and `Remote` implement the interface `Place`. `Web` only reads files at given URLs and cannot list folders.
+`Disk` does not use fsspec, because fsspec's local file system does not follow links to files, and it silently omits a
+file that vanishes during a listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a
+broken link and for a file that vanishes.
 
 The file systems of fsspec raise exceptions of many types. `translated` converts all of them to OSError.
 """
@@ -22,8 +22,8 @@ import httpx
 from service.errors import ImageTooLarge
 
 Stamp = Mapping[str, int | str]
-"""Properties of a file by which a change is detected: its size (`bytes`), the time of its last change (`modified`) and
-its `etag`. Some file systems do not provide all three."""
+"""Properties of a file that change when the file changes: its size (`bytes`), the time of its last change (`modified`)
+and its `etag`. Some file systems do not provide all three."""
 
 _MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 """The keys under which the file systems of fsspec give the time of a file's last change."""
@@ -39,8 +39,9 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class Photo:
-    """An image of a source, before it is read. Any thread may call `load` to read the image. If the image cannot be
-    read, `load` raises a ServiceError, an OSError or a ValueError, with a message for the user."""
+    """An image that was found in a folder, archive or list, or at an address. Any thread may call `load` to get its
+    bytes and metadata. If the image cannot be read, `load` raises a ServiceError, an OSError or a ValueError, with a
+    message for the user."""
 
     id: str
     source: str
@@ -67,8 +68,8 @@ class Entry(NamedTuple):
 
 
 class Place(Protocol):
-    """A file system. A method that cannot read a file or folder raises OSError. Only `listing` yields a `Problem`
-    instead."""
+    """A file system. If a file or folder cannot be read, `listing` yields a `Problem`, and the other methods raise
+    OSError."""
 
     is_local: bool
 
@@ -77,7 +78,7 @@ class Place(Protocol):
         cannot be read, or for the folder if it cannot be listed."""
 
     def entry(self, path: str) -> Entry:
-        """Return the entry of the file or folder at `path`."""
+        """Return an `Entry` that describes the file or folder at `path`."""
 
     def open(self, path: str) -> BinaryIO: ...
 
@@ -86,13 +87,13 @@ class Place(Protocol):
     def join(self, folder: str, name: str) -> str: ...
 
     def address(self, path: str) -> str:
-        """Return the address of a file, which search results show as its source."""
+        """Return the address of a file. Search results show it as the source of the image."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file in a file system. `path` locates the file. `name` identifies the file within its source, for instance
-    `shelf/a.jpg`."""
+    """A file in a file system. `path` is its path in the file system. `name` identifies it within the folder or list in
+    which it was found, for instance `shelf/a.jpg`."""
 
     place: Place
     path: str
@@ -124,7 +125,7 @@ class File:
 
 
 class Disk:
-    """The file system of this machine. A listing includes links to files and leaves out links to folders."""
+    """The file system of this machine. `listing` includes links to files and leaves out links to folders."""
 
     is_local = True
 
@@ -231,10 +232,10 @@ class Web:
 
 
 def find_place(source: str) -> tuple[Place, str]:
-    """Return the file system that a path or URI belongs to, and the path within this file system.
+    """Return two values: the file system of a path or URI, and the path within this file system.
 
     Raises:
-        ValueError: the protocol is unknown, or the package for it is not installed.
+        ValueError: the protocol is unknown, or the package that it requires is not installed.
     """
     if "://" not in source:
         return Disk(), os.path.abspath(source)
@@ -247,8 +248,8 @@ def find_place(source: str) -> tuple[Place, str]:
 
 @contextmanager
 def translated(path: str) -> Iterator[None]:
-    """Convert every exception that the `with` block raises to OSError, except an exception that is an OSError already.
-    The message of a converted exception or of a FileNotFoundError begins with `path`."""
+    """Convert any exception that is raised in the `with` block into an OSError. An exception that is an OSError already
+    keeps its type. The message of a converted exception, or of a FileNotFoundError, begins with `path`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -286,7 +287,7 @@ def _remote_entry(row: Mapping[str, Any]) -> Entry:
 
 def iso_time(seconds: float) -> str:
     """Format a time, given in seconds since 1970, as ISO 8601 in UTC. If the time is outside the range of `datetime`,
-    return the number as a string. Damaged files can contain such times."""
+    return the number as a string. Such times occur in damaged files."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
     except (OverflowError, ValueError, OSError):

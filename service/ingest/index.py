@@ -3,14 +3,15 @@
     source ─▶ feed thread: is it indexed already? ─▶ decode threads, two batches ahead ─▶ engine thread
            ─▶ event loop: writes in groups, one at a time, while the next batches are embedded
 
-The engine waits only for decoded images: the feed thread lists the sources and queries the store, and items are written
-while the next batches are embedded. At most two batches of decoded images wait for the engine and two groups of items
-wait to be written, so memory does not grow with the number of images.
+While the engine embeds a batch, other threads list the sources, query the store and decode the next images, and the
+event loop writes finished items. So the engine usually waits only for decoded images. At most two batches of decoded
+images wait for the engine and two groups of items wait to be written, so memory does not grow with the number of
+images.
 
 If an image's id is in the collection, the image is skipped and its file is not read, unless the file has changed. To
-detect changes, the size, time and etag of the file are stored in the item's metadata under `_file`. A run that was
-interrupted can therefore be repeated without embedding the same images again. If the id belongs to an item of another
-file, the item is not replaced, and a problem is reported.
+detect changes, the size, time and etag of the file are stored in the item's metadata under `_file`. Therefore, if a run
+was interrupted, it can be repeated, and images that are already in the collection are not embedded again. If the id
+belongs to an item that was made from another file, the item is not replaced, and a problem is reported.
 """
 
 import asyncio
@@ -50,7 +51,7 @@ _CHECK_BYTES: Final = 64 * 2**20
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The options of one call of `index_photos`."""
+    """The options of one call to `index_photos`."""
 
     pooling: Pooling = DEFAULT_POOLING
     batch_size: int = 16
@@ -58,7 +59,7 @@ class IndexOptions:
     id_by: Literal["path", "sha256"] = "path"
     force: bool = False  # whether to index images that are already in the collection
     originals: bool = False  # whether a new collection stores images
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # of every item; overrides the metadata of the source
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # added to every item; overrides the image's metadata
     limits: DecodeLimits = DEFAULT_LIMITS
 
 
@@ -96,13 +97,13 @@ class IndexHooks:
 
 
 def vector_tag(artifact: Artifact, engine: Engine, pooling: Pooling) -> str:
-    """Return the tag of the vectors that this model makes with this engine and pooling. A tag is a text, and only
-    vectors with the same tag can be compared."""
+    """Return the tag of the vectors that this model computes with this engine and pooling. A tag is a string that
+    describes how vectors were computed. Only vectors with the same tag can be compared."""
     return make_tag(artifact.fingerprint, pooling, artifact.manifest.input_size, engine.precision)
 
 
 def pooling_of(info: CollectionInfo) -> Pooling:
-    """Return the pooling with which a collection's vectors were made. The collection's tag contains the pooling.
+    """Return the pooling with which a collection's vectors were made. The pooling is read from the collection's tag.
 
     Raises:
         Conflict: the tag was not made by this service, so the pooling is unknown.
@@ -126,12 +127,12 @@ async def index_photos(
     creates it.
 
     Args:
-        images: the images and problems that `service.ingest.sources.find_photos` yields. A thread of the run iterates
-            over them.
+        images: the images and problems that `service.ingest.sources.find_photos` yields. They are consumed in a
+            separate thread.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model.
-        StorageFailed: the store failed. This error ends the run, and so does any error of the engine or of `images`.
+        ModelMismatch: the collection contains vectors from another model.
+        StorageFailed: the store failed. This error ends the run, as does any error that the engine or `images` raises.
             Items that are already written remain in the collection.
     """
     run = _Run(store, collection, artifact, engine, options, hooks or IndexHooks())
@@ -214,8 +215,8 @@ class _Run:
     # ---- feed thread
 
     def _wanted(self, images: Iterable[Photo | Problem]) -> Iterator[Photo]:
-        """Yield the images that must be read. The store is queried for a group of images at a time. The first groups
-        are small, so that the first images are decoded soon."""
+        """Yield the images that must be read, leaving out those that the collection already contains. One query to the
+        store covers a group of images. The first groups are small, so that decoding begins early."""
         unchecked: list[Photo] = []
         size = self.options.batch_size
         for image in images:
@@ -240,8 +241,8 @@ class _Run:
         yield from self._not_present(unchecked)
 
     def _not_present(self, unchecked: Sequence[Photo]) -> Iterator[Photo]:
-        """Yield the images of a group that are new or have changed. Count the unchanged images. Report a problem for
-        each image that has the id of another file."""
+        """Yield the images of a group that are new or have changed. Count the unchanged images in the report. Report a
+        problem for each image if its id belongs to another file."""
         with self.lock:  # read before the store is queried, so that no write in between is missed
             before = {photo.id: self.under_way[photo.id] for photo in unchecked if photo.id in self.under_way}
         held = self._held([photo.id for photo in unchecked])
@@ -264,9 +265,9 @@ class _Run:
                 self._fail(Problem(photo.source, f"its id {photo.id!r} belongs to {verdict}; --force replaces it"))
 
     def _compare(self, photo: Photo, stamp: Any, source: str | None) -> str:
-        """Compare an image with the item or image that has the same id, which `stamp` and `source` describe. Return
-        "same" if the file is unchanged and "new" if the image must be indexed. If the id belongs to another file,
-        return the source of that file."""
+        """Compare an image with the item, or the image that is being indexed, that already has this id. `stamp` and
+        `source` describe the file of that item or image. Return "same" if the file is unchanged and "new" if the image
+        must be indexed. If the id belongs to another file, return the source of that file."""
         if self.options.force:
             return "new"
         if photo.stamp is None or not isinstance(stamp, Mapping):
@@ -287,8 +288,8 @@ class _Run:
 
     def _load(self, photo: Photo) -> Outcome[_Ready | None]:
         """Read and decode an image. The outcome contains the decoded image, or the error if the image cannot be read.
-        It contains None if images are identified by their content and this content is in the collection already or is
-        being indexed."""
+        It contains None if `id_by` is "sha256" and the same content is already in the collection or is being
+        indexed."""
         loaded = attempt(0, self._read, photo)
         if isinstance(loaded.error, StorageFailed):  # a failure of the store affects every image
             raise loaded.error

@@ -1,8 +1,8 @@
 """Add the images and vectors of one request to a collection.
 
-First, each item is checked without the neural network, as far as possible. Then the network embeds all images together.
-If the collection stores images, the images are stored. Finally, all items without an error are written in one call. If
-`on_error` is "partial", an item with an error does not affect the others.
+First, each item is checked as far as is possible without the neural network. Then the network embeds all images
+together. If the collection stores images, the images are stored. Finally, all items without an error are written in one
+call. If `on_error` is "partial", an item with an error does not affect the others.
 """
 
 import asyncio
@@ -32,11 +32,12 @@ _NO_VECTOR: Final = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class NewItem:
-    """An item that a request adds. If it has an image, its vector is empty until the network has embedded the image."""
+    """An item that a request adds. If the item was sent with an image, its vector is empty until the network has
+    embedded the image."""
 
     item: Item
     image: bytes | None = None
-    fingerprint: str | None = None  # of the model that made the vector, if the client sent it
+    fingerprint: str | None = None  # fingerprint of the model that made the vector; None if the client sent none
     embedded: Embedded | None = None
 
 
@@ -44,7 +45,7 @@ class NewItem:
 class Added:
     """The result of adding the items of a request.
 
-    collection: the collection after the write.
+    collection: a description of the collection after the write.
     ids: the ids of the written items, by their index in the request.
     errors: the errors of the items that were not written.
     timings: the duration of each stage in milliseconds.
@@ -59,8 +60,8 @@ class Added:
 async def add_items(
     service: Service, name: str, items: Sequence[Outcome[NewItem]], on_error: OnError, request_key: str | None = None
 ) -> Added:
-    """Write items to a collection and return the result. If the collection does not exist, it is created. If a call
-    with the same `request_key` and the same items is repeated within a day, the second call changes nothing.
+    """Write items to a collection and return the result. If the collection does not exist, it is created. If a call is
+    repeated within a day with the same `request_key` and the same items, the second call changes nothing.
 
     Raises:
         InvalidItems: an item cannot be written and `on_error` is "fail", or no item can be written. Nothing was
@@ -77,8 +78,8 @@ async def add_items(
 
 
 def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
-    """Parse the item at `index` of the list `items` in a request body. The item is checked as far as possible without
-    the store and the network.
+    """Parse the item at `index` of the list `items` in a request body. The item is checked as far as is possible
+    without the store and the neural network.
 
     Raises:
         ServiceError: the item is invalid.
@@ -137,11 +138,11 @@ async def _target(service: Service, name: str) -> CollectionInfo:
 async def _ready(
     service: Service, collection: CollectionInfo, sent: Sequence[Outcome[NewItem]]
 ) -> list[Outcome[NewItem]]:
-    """Prepare the items for writing and return them, or their errors, in order. The images are embedded, and they are
-    stored if the collection stores images.
+    """Prepare the items for writing. For each item, in order, return the prepared item or its error. Images are
+    embedded and, if the collection stores images, stored.
 
     Raises:
-        ModelMismatch: all valid items have images, and the collection contains vectors of another model.
+        ModelMismatch: all valid items have images, and the collection contains vectors from another model.
         QueueFull, ShuttingDown, ModelUnavailable: the pipeline accepts no more images. No image was embedded.
     """
     readable = successes(sent)
@@ -160,8 +161,8 @@ def _check_images_fit(service: Service, collection: CollectionInfo) -> None:
     """Check that vectors of the served model can be added to this collection.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model.
-        Conflict: the vectors of the collection have another dimension.
+        ModelMismatch: the collection contains vectors from another model.
+        Conflict: the collection contains vectors with a different dimension.
     """
     pooling = tag_parts(collection.tag).pooling
     if pooling is None:
@@ -176,8 +177,8 @@ def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewI
     """Check that the item's vector can be added to the collection, and return the item.
 
     Raises:
-        ModelMismatch: the collection contains vectors of another model.
-        Conflict: the vectors of the collection have another dimension.
+        ModelMismatch: the collection contains vectors from another model.
+        Conflict: the collection contains vectors with a different dimension.
     """
     if new.image is not None:
         _check_images_fit(service, collection)
@@ -192,8 +193,8 @@ def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewI
 
 
 def _with_vector(new: NewItem, collection: CollectionInfo, outcome: Outcome[Embedded] | None) -> NewItem:
-    """Return the item with the vector of its image, which `outcome` contains. If `outcome` is None, the item already
-    has a vector and is returned unchanged. If `outcome` has an error, raise this error."""
+    """Return the item with the vector of its image. The vector is computed from the features in `outcome`. If `outcome`
+    contains an error, raise it. If `outcome` is None, the item already has a vector and is returned unchanged."""
     if outcome is None:
         return new
     pooling = tag_parts(collection.tag).pooling

@@ -7,9 +7,9 @@
     .txt               one path or address per line
     .jsonl             {"image": "...", "id": "...", ...} per line; other keys are metadata
 
-A source may be on this machine or on any file system that fsspec supports (s3://, gs://, memory://, file://). Images
-are yielded one by one. An image is read when `load` is called, except that the images of a compressed or remote tar are
-read before they are yielded.
+A source may be on this machine or on any file system that fsspec supports (s3://, gs://, memory://, file://). A single
+image may also be at an http or https address. Images are yielded one by one. An image is read when its `load` function
+is called. The exceptions are the images in a compressed or remote tar, which are read before they are yielded.
 
 The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`,
 `train.parquet#12`. The id of an image from a list is the `id` on its line, or else the path or address on the line. If
@@ -82,7 +82,7 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 
 
 class _Finder:
-    """A search for images in all sources, with the same options for each."""
+    """A search for the images in sources. The same options apply to every source."""
 
     def __init__(self, max_bytes: int, image_column: str | None) -> None:
         self._max_bytes = max_bytes
@@ -183,8 +183,9 @@ class _Finder:
     def _at(
         self, listed_in: File, address: str, metadata: dict[str, Any], item_id: str | None = None
     ) -> Photo | Problem:
-        """Return the image at an address. `listed_in` is the list or Parquet file that contains the address, and a
-        relative path is relative to its folder. If the address cannot be used, return a `Problem`."""
+        """Return the image at an address. `listed_in` is the list or Parquet file that contains the address. If the
+        address is a relative path, it is resolved from the folder of this file. If the address cannot be used, return a
+        `Problem`."""
         item_id = address if item_id is None else item_id
         if address.startswith(_WEB):
             return self._on_web(address, metadata, item_id)

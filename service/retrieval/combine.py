@@ -23,7 +23,7 @@ def combined(vectors: npt.ArrayLike, weights: Sequence[float]) -> Floats:
     """Scale vectors to length 1, compute their weighted sum, and return it scaled to length 1.
 
     Args:
-        vectors: [n, D]. The length of a vector has no effect.
+        vectors: [n, D]. The norm of a vector has no effect.
         weights: n finite numbers. A negative weight moves the query away from its vector.
 
     Returns:

@@ -5,8 +5,8 @@ order of their best items. The number of items to read is not known in advance, 
 belong to one product. The search is therefore repeated, each time for twice as many items, until enough groups are
 full, no items are left, or `MAX_DEPTH` items are read. In the last case, `Groups.truncated` is true.
 
-`split` is the definition of the result: it groups a whole ranking. `grouped` gives the same groups but reads only the
-first part of the ranking.
+`split` groups a complete ranking and thereby defines the correct result. `grouped` returns the same groups but reads
+only the beginning of the ranking.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -31,8 +31,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of an answer, best first. If `truncated` is true, the search ended after `MAX_DEPTH` items, and later
-    items may belong to these groups or to other groups."""
+    """The groups of an answer, best first. If `truncated` is true, the search ended after `MAX_DEPTH` items, and items
+    that were not read may belong to these groups or to other groups."""
 
     groups: list[Group]
     truncated: bool
@@ -48,14 +48,14 @@ async def grouped(
     keep: Callable[[Hit], bool] = lambda hit: True,
     threshold: float | None = None,
 ) -> Groups:
-    """Return the best `k` groups after the first `offset` groups, with up to `size` items each.
+    """Skip the best `offset` groups, and return the next `k` groups, with up to `size` items each.
 
     Args:
         search: a function that returns the best hits of the query. Its argument is the number of hits.
-        path: path of the metadata key. Items without this key, or with a value that is not a string, number or boolean,
-            belong to no group.
+        path: the path of the metadata key by which the items are grouped. Items without this key, or with a value that
+            is not a string, number or boolean, belong to no group.
         keep: a function that returns whether a hit may be in the result.
-        threshold: the lowest score of a hit in the result. If it is None, there is no such limit.
+        threshold: the minimum score of a hit in the result. None means that there is no minimum.
     """
     wanted = offset + k
     depth = min(MAX_DEPTH, 2 * wanted * size)

@@ -1,13 +1,14 @@
-"""Compute the origin of each query, which is a vector that can be compared with the vectors of the collection.
+"""Compute the origin of each query. An origin contains a vector that can be compared with the vectors of the
+collection, and the data that later steps of the search need.
 
-The pipeline embeds all images of a request together, and one call of the store reads all items that the request names
+The pipeline embeds all images of a request together, and one call to the store reads all items that the request names
 by id. A collection has a tag, which names the model and the pooling of its vectors. Images are embedded with this
-pooling, and a query with an image is rejected if the tag of the served model is another one. A query by the id of an
-item works with any served model, because it uses the stored vector.
+pooling, and a query with an image is rejected if the served model's tag differs from the collection's tag. A query by
+the id of an item works with any served model, because it uses the stored vector.
 
 A query by region needs the patch tokens of its image. A query by image also needs them if its results are re-ranked by
-patches. The cache stores only the class token and the mean of the patch tokens, so such an image always takes a forward
-pass.
+patches. The cache stores only the class token and the mean of the patch tokens, so such a query always requires a
+forward pass.
 """
 
 import asyncio
@@ -53,8 +54,9 @@ class Origin:
     """The origin of a search: the vector of the query, and data that later steps of the search need.
 
     vector: the vector of the query, [D], of length 1.
-    exclude: the ids of the items that are left out of the answer.
-    patches: the N patches of the query's image. This is None unless the query has an image and requests re-ranking.
+    exclude: the ids of the items that the query names. They are left out of the answer.
+    patches: the features of the N patches of the query's image. This is None unless the query has an image and requests
+        re-ranking.
     weights: the weight of each patch, [N]. None means that all weights are equal.
     timings: the duration of each stage in milliseconds.
     """
@@ -68,8 +70,7 @@ class Origin:
 
 
 async def find_origins(service: Service, target: Target, queries: Sequence[Outcome[Query]]) -> list[Outcome[Origin]]:
-    """Return the origin of each query, or its error, in the order of the queries. The origin contains the vector of the
-    query.
+    """For each query, in order, return its origin or its error. The origin contains the vector of the query.
 
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full.
@@ -115,9 +116,9 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
     any image is decoded.
 
     Raises:
-        ModelMismatch: the query and the collection have vectors of different models.
-        Conflict: the query and the collection have vectors of different dimensions.
-        InvalidRequest: the query is by region, and the pooling of the collection is not "mean".
+        ModelMismatch: the query and the collection have vectors from different models.
+        Conflict: the query and the collection have vectors with different dimensions.
+        InvalidRequest: the query has the form `region`, but the pooling of the collection is not "mean".
     """
     info = target.info
     if query.needs_model:
@@ -161,7 +162,7 @@ def _origin(target: Target, query: Query, parts: Sequence[_Part]) -> Origin:
 
 
 def _vector(target: Target, with_features: _Part) -> Floats:
-    """Return the vector of a part of a query, float32 [D] of length 1.
+    """Return the vector of one part of a query, float32 [D] with length 1.
 
     Raises:
         ItemNotFound: the part names an item that does not exist.
@@ -178,8 +179,9 @@ def _vector(target: Target, with_features: _Part) -> Floats:
 
 
 async def _analyse_all(service: Service, target: Target, queries: Mapping[int, Query]) -> dict[int, Outcome[Origin]]:
-    """Compute the origins of the queries that need patch tokens, and return them, or their errors, by the number of the
-    query. The images are analysed concurrently, so that several images can share a forward pass."""
+    """Compute the origin of each query. All queries must need patch tokens. `queries` and the result are dicts by the
+    position of the query in the request. The images are analysed concurrently, so several images can share a forward
+    pass."""
     analyses = (attempt_await(number, _analysed(service, target, query)) for number, query in queries.items())
     origins: dict[int, Outcome[Origin]] = {}
     for outcome in await asyncio.gather(*analyses, return_exceptions=True):  # waits for every analysis
@@ -194,7 +196,7 @@ async def _analysed(service: Service, target: Target, query: Query) -> Origin:
 
     Raises:
         InvalidItems: the image cannot be used.
-        ServiceError: the region cannot be used, or the service failed.
+        ServiceError: the region is invalid, or the service failed.
     """
     image = query.parts[0].image
     assert image is not None

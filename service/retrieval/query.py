@@ -26,13 +26,14 @@ class Part:
     image: Outcome[bytes] | None = None  # its index is the position of the part in the query
     vector: npt.NDArray[np.float64] | None = None  # [D], of any length except 0
     id: str | None = None
-    fingerprint: str | None = None  # of the model that made the vector, if the client sent it
+    fingerprint: str | None = None  # fingerprint of the model that made the vector; None if the client sent none
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query that is parsed and checked. `form` is one of `FORMS`. `ranking` contains the options for the results."""
+    """A query that has been parsed and checked. `form` is one of `FORMS`. `ranking` contains the options for its
+    results, for example `k` and `offset`."""
 
     form: str
     parts: tuple[Part, ...]  # for the form `region`, the image is the only part
@@ -41,7 +42,7 @@ class Query:
     where: Filter | None = None
     path: tuple[str, ...] | None = None  # path of the grouping key
     params: SearchParams | None = None
-    batch_key: bytes = b""  # queries with the same key can share one call of the store
+    batch_key: bytes = b""  # queries with the same key can share one call to the store
 
     @property
     def needs_model(self) -> bool:
@@ -55,18 +56,18 @@ class Query:
 
     @property
     def depth(self) -> int:
-        """Return how many of the best hits the answer needs, which is `k` plus `offset`."""
+        """Return how many of the best hits are needed to fill the requested page: `k` plus `offset`."""
         return self.ranking.k + self.ranking.offset
 
     @property
     def rerank_depth(self) -> int:
-        """Return how many of the best hits are compared with the query patch by patch."""
+        """Return how many of the best hits are re-ranked, that is, compared with the query patch by patch."""
         return self.ranking.rerank_depth or DEFAULT_RERANK_DEPTH
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A search request that is parsed. In a batch, the outcome of an invalid query contains the error of that query."""
+    """A search request that has been parsed. In a batch, the outcome of an invalid query contains its error."""
 
     queries: list[Outcome[Query]]
     model: str = "auto"

@@ -1,7 +1,7 @@
 """Parse and check the queries of a search request before anything is computed.
 
 A request contains one query, a list of queries, or an image with options. `read_vector` parses a vector separately from
-the schema of the request, because this is faster and most requests consist mainly of a vector.
+the rest of the request, because this is faster and most requests consist mainly of a vector.
 
 An invalid query in a list does not prevent the other queries from being parsed.
 """
@@ -41,8 +41,8 @@ class _Reader:
     values: int = 0  # number of values in all filters
 
     async def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
-        """Parse and check one query, and return it. `body` is the parsed form of `fields`, if the caller has already
-        parsed them."""
+        """Parse and check one query, and return it. If the caller has already parsed `fields`, `body` is the parsed
+        object."""
         body = body or _parsed(QueryIn, fields)
         forms = [form for form in FORMS if getattr(body, form) is not None]
         if len(forms) != 1:
@@ -74,7 +74,8 @@ class _Reader:
     def ranked(
         self, form: str, parts: tuple[Part, ...], ranking: Ranking, region: dict[str, Any] | None = None
     ) -> Query:
-        """Check the options that all forms of queries share, and build a query from them and its parts."""
+        """Check the options that all forms of queries have in common (`ranking`), and build a query from these options
+        and `parts`."""
         if ranking.k + ranking.offset > MAX_DEPTH:
             raise InvalidRequest(
                 f"k + offset is {ranking.k + ranking.offset}; at most {MAX_DEPTH:,} is allowed", param="offset"
@@ -127,7 +128,7 @@ def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: S
     """Build the search request for one image. `fields` contains the options as strings, from a form or a query string.
 
     Raises:
-        InvalidRequest: an option is not allowed.
+        InvalidRequest: an option is invalid.
     """
     options = parse_options(SearchOptions, _from_text(fields))
     query = _Reader(settings).ranked("image", (Part(image=image),), options)
@@ -186,7 +187,7 @@ async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> 
 
 
 def _check_batch(queries: list[Query], settings: Settings) -> None:
-    """Check the number of images and the number of results that all queries of a request have together.
+    """Check the total number of images in the queries of a request, and the total number of results that they request.
 
     Raises:
         InvalidRequest: one of these numbers exceeds its limit.
@@ -208,8 +209,8 @@ def _check_images(queries: list[Query], settings: Settings) -> None:
 
 
 def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
-    """Parse a JSON value as a vector and return it as float64 [D]. `where` is the name of the field, for an error
-    message.
+    """Parse a JSON value as a vector and return it as float64 [D]. `where` is the name of the field, for error
+    messages.
 
     Raises:
         InvalidRequest: the value is not a list of 1 to `MAX_DIMENSION` numbers, or all numbers are 0. The message names

@@ -1,10 +1,11 @@
 """Re-order the best hits of a search by comparing them with the query patch by patch (`service/vision/maxsim.py`).
 
-The patches of a hit are computed from its image, which the collection must store. At most `AT_A_TIME` images are
-processed at once, to limit memory. The pipeline caches recently computed patches.
+The patch features of a hit are computed from its image, which the collection must store. To limit memory, at most
+`AT_A_TIME` images are processed at once. The pipeline caches recently computed patch features.
 
-A hit gets no `rerank_score` if its image is missing, damaged or unreadable. Such hits come after the hits that have a
-score. If no hit could be compared and the service is at fault, the request fails.
+Only the best `rerank_depth` hits are compared. A hit has no `rerank_score` if it is not compared, or if its image is
+missing, damaged or unreadable. Such hits come after the hits that have a score. If no hit could be compared and the
+service is at fault, the request fails.
 """
 
 import asyncio
@@ -30,13 +31,13 @@ log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
 """The maximum number of images that are read and embedded at once. They fill two forward passes at 224 pixels. By
-default, an image has at most 20 MiB."""
+default, an image file has at most 20 MiB."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of comparing a hit with the query by patches: the score and, if requested, the boxes where the two
-    images match."""
+    """The result of comparing a hit with the query patch by patch: the score and, if requested, the boxes of the parts
+    that match."""
 
     score: float
     matches: list[dict[str, Any]] | None = None
@@ -44,20 +45,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Reranked:
-    """The hits in their new order, and the comparison of each hit that could be compared, by item id."""
+    """All hits in their new order, and a dict that maps item ids to comparisons. Hits that were not compared are not in
+    the dict."""
 
     hits: list[Hit]
     comparisons: dict[str, Comparison]
 
 
 async def reranked(service: Service, target: Target, query: Query, origin: Origin, hits: Sequence[Hit]) -> Reranked:
-    """Compare the best hits with the query by patches, and return all hits in their new order. The hits that could be
-    compared come first, best first, and the others follow in their previous order.
+    """Compare the best hits with the query patch by patch, and return all hits in their new order. The hits that could
+    be compared come first, best first, and the others follow in their previous order.
 
     Raises:
-        InvalidRequest: the collection stores no images, or the query names an item and the image of that item is not
-            stored or cannot be read.
-        ServiceError: no hit could be compared and the service is at fault, or the queue has no room for the images.
+        InvalidRequest: the collection stores no images, or the query names an item with a missing or unreadable image.
+        ServiceError: the queue has no room for the images, or no hit could be compared because of a fault in the
+            service.
     """
     if not target.info.spec.originals:
         raise InvalidRequest(
@@ -89,8 +91,8 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
 
 
 async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """Return the digest (sha256) of each hit's image, in order, or None where it is unknown. The digest is part of the
-    hit's source, or otherwise of the item."""
+    """For each hit, in order, return the digest (sha256) of its image, or None if the digest is unknown. The digest is
+    taken from the hit's source or, if the source contains none, from the stored item."""
     named = [digest_of(hit.source) for hit in hits]
     unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
     items = iter(await service.store.get(name, unnamed) if unnamed else [])
@@ -102,7 +104,8 @@ def _of_item(item: Item | None) -> str | None:
 
 
 async def _query_patches(service: Service, origin: Origin) -> Patches:
-    """Return the patches of the query's image, or of the stored image of the item that the query names.
+    """Return the patch features of the query's image. If the query names an item, return those of the item's stored
+    image.
 
     Raises:
         InvalidRequest: the image of the item is not stored or cannot be read.
@@ -126,8 +129,8 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
 
 
 async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
-    """Return the patches of the stored images with these digests, in order. The outcome of an image that is missing or
-    cannot be read contains the error."""
+    """For each digest, in order, return the patch features of the stored image, or the error if the image is missing or
+    cannot be read."""
     wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
     kept = await service.pipeline.kept_patches(wanted)
     missing = [digest for digest in wanted if digest not in kept]
@@ -149,8 +152,8 @@ async def _read(service: Service, digest: str) -> tuple[str, bytes]:
 def _compare(
     rows: Floats, query: Patches, weights: Floats | None, spec: PreprocessSpec, matches: bool, patches: Patches
 ) -> Comparison:
-    """Compare the query's patches with the patches of one hit. `rows` contains the query's patches as unit vectors,
-    float32 [N, D]."""
+    """Compare the patches of the query with the patches of one hit (`patches`). `rows` contains the query's patches as
+    unit vectors, float32 [N, D]."""
     candidate = unit_rows(patches.rows)
     if not matches:
         return Comparison(maxsim(rows, candidate, weights))

@@ -1,11 +1,12 @@
 """Run a search: compute the vector of each query (`origins.py`), query the store, and cut each result to the requested
 page.
 
-The most common request is a single vector and skips the first step. The collection's tag does not have to be read
-first, because the store compares the tags. Queries of a batch that have the same options share one call of the store.
+The most common request consists of a single vector and skips the first step. It does not read the collection's tag
+first either, because the store compares this tag with the tag of the query. (A tag names the model and the pooling of
+vectors.) In a batch, queries with the same options share one call to the store.
 
-An item that a query names by id is left out of the answer, because it would always be the best hit. One extra hit
-is therefore read for each such item.
+An item that a query names by id is left out of the answer, because it would usually be the best hit. One extra hit is
+therefore read for each such item.
 """
 
 import time
@@ -29,8 +30,9 @@ from service.timings import ms_since
 class QueryResults:
     """The results of one query: either hits, best first, or groups of hits.
 
-    comparisons: the comparisons by patches, by item id. They are empty unless the query requests re-ranking.
-    vectors: the vectors of the items, by item id. They are empty unless the query requests them.
+    comparisons: the results of comparing hits with the query patch by patch, as a dict by item id. It is empty unless
+        the query requests re-ranking.
+    vectors: the vectors of the items, as a dict by item id. It is empty unless the query requests vectors.
     """
 
     hits: Sequence[Hit] = ()
@@ -45,8 +47,8 @@ class QueryResults:
 
 @dataclass(frozen=True)
 class SearchResults:
-    """The results of a search request: the results or the error of each query, in order, the collection's tag, and the
-    duration of each stage in milliseconds."""
+    """The results of a search request. `queries` contains the results or the error of each query, in order. `tag` is
+    the collection's tag. `timings` contains the duration of each stage in milliseconds."""
 
     queries: list[Outcome[QueryResults]]
     tag: str
@@ -78,9 +80,9 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
 
 
 async def _by_one_vector(service: Service, name: str, request: SearchRequest) -> SearchResults | None:
-    """Answer a request that consists of one vector, without grouping and without `include`. This assumes that the
-    collection has the default pooling. Return None if the request is of another kind or the collection has another tag.
-    `search` then looks up the collection."""
+    """Answer a request that consists of one vector, without grouping and without `include`, on the assumption that the
+    collection has the default pooling. Return None if the request is of another kind, or if the tags of the query and
+    the collection differ. `search` then answers the request in the general way."""
     if request.batch:
         return None
     query = request.queries[0].result()
@@ -117,8 +119,8 @@ async def _find(
 
 
 async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
-    """Answer queries that have the same options but different vectors, with a single call of the store. Return the
-    results in order."""
+    """Answer queries that have the same options but different vectors, with a single call to the store. Return the
+    results in the order of the queries."""
     first = batch[0][0]
     depth = first.depth if first.ranking.rerank is None else max(first.depth, first.rerank_depth)
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
@@ -178,7 +180,7 @@ def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
 async def _add_vectors(
     service: Service, target: Target, request: SearchRequest, outcomes: Sequence[Outcome[QueryResults]]
 ) -> None:
-    """Add the vectors of the items to the results of the queries that request them."""
+    """For each query that requests vectors, add the vectors of the items in its results to these results."""
     asking = [results for number, results in indexed(outcomes) if request.queries[number].result().ranking.include]
     ids = list(dict.fromkeys(item_id for results in asking for item_id in results.ids()))
     items = await service.store.get(target.info.name, ids) if ids else []

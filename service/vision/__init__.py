@@ -1,2 +1,2 @@
-"""Compute foreground masks, the weights of image regions, and comparisons of patches from features that the network has
-already computed."""
+"""Use features that the network has already computed: to find the foreground of an image, to compute vectors of image
+regions, and to compare images patch by patch."""

@@ -1,11 +1,12 @@
-"""Encode masks as COCO's compressed run lengths, as PNG images, or as an overlay over the image. Decode run lengths.
+"""Encode a mask as COCO's compressed run lengths, as a PNG image, or as an overlay on the image. Decode run lengths.
 
 COCO's run-length encoding (cocoapi, `common/maskApi.c`) is a list of the lengths of runs of equal pixels, in
-column-major order. The first run is background. Its length is 0 if the mask begins with foreground. In the compressed
-string, each run from the fourth on is replaced by its difference to the run two before it. Each number is divided into
-groups of 5 bits, lowest first. A group is written as one character. The code of this character is 48 plus the group,
-plus 32 if more groups of the number follow. The highest bit of the last group is the sign of the number. The string is
-equal to that of pycocotools. This code processes all runs at once with numpy.
+column-major order. The first run is background. Its length is 0 if the mask begins with foreground. To compress the
+list, each run length from the fourth on is replaced with its difference from the run length two positions before it.
+Each number is divided into groups of 5 bits, lowest bits first, and each group is written as one character. The code of
+this character is the value of the group plus 48, plus 32 if more groups of the number follow. The highest bit of the
+last group is the sign of the number. pycocotools returns the same string. This module processes all runs at once with
+numpy.
 """
 
 import io

@@ -1,9 +1,9 @@
-"""Measure how well the parts of one image are found in another image, at any position.
+"""Measure how well the parts of one image match parts of another image, regardless of their positions.
 
-One vector describes an image as a whole. Two images of the same logo in different scenes may differ as a whole although
-some of their parts are equal. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) compares the
-patches of a query image with those of a candidate, which is an image that a search has found. For every patch of the
-query, MaxSim finds the highest cosine to a patch of the candidate. The score is the mean of these cosines:
+One vector describes an image as a whole. Two images of the same logo in different scenes may therefore have very
+different vectors. MaxSim (Khattab and Zaharia 2020, "ColBERT", arXiv 2004.12832, section 3.3) compares the patches of a
+query image with those of a candidate, which is an image that a search has found. For every patch of the query, MaxSim
+finds the highest cosine similarity to any patch of the candidate. The score is the mean of these cosines:
 
     score = mean over i of  max over j of  cos(query[i], candidate[j])
 
@@ -34,17 +34,17 @@ class Match(NamedTuple):
 
 
 def maxsim(query: Floats, candidate: Floats, weights: Floats | None = None) -> float:
-    """Return the MaxSim score of `query` [Q, D] and `candidate` [N, D], from -1 to 1. The score is the mean, over the
-    patches of the query, of the highest cosine to a patch of the candidate. `weights` [Q] are the weights of the
-    patches in this mean. None means equal weights."""
+    """Return the MaxSim score of `query` [Q, D] and `candidate` [N, D], from -1 to 1. For each patch of the query, find
+    the highest cosine similarity to any patch of the candidate. The score is the mean of these values, with the weights
+    `weights` [Q], or with equal weights if `weights` is None."""
     return _mean_best(query @ candidate.T, weights)
 
 
 def maxsim_matches(
     query: Floats, candidate: Floats, weights: Floats | None = None, limit: int = 10
 ) -> tuple[float, list[Match]]:
-    """Return the MaxSim score (see `maxsim`) and up to `limit` pairs of matching patches, best first. Patches of the
-    query with weight 0 do not match."""
+    """Return the MaxSim score (see `maxsim`) and up to `limit` pairs of matching patches, best first. Two patches match
+    if each is the other's nearest neighbour and the weight of the query's patch is not 0."""
     cosines = query @ candidate.T  # [Q, N]
     best = cosines.argmax(axis=1)  # [Q], the first if several are equal
     mutual = cosines.argmax(axis=0)[best] == np.arange(len(query))

@@ -1,13 +1,14 @@
-"""Convert regions of an image to weights of patches, and patches to boxes.
+"""Convert image regions to patch weights, and patches to boxes.
 
 The network sees a crop of the image, divided into a grid of patches. A region is a box or a mask in pixels of the
-image. The weight of a patch is the fraction of it that the region covers, from 0 to 1. So a region smaller than a patch
-still has features, and its edges need not align with the grid. The vector of a region is the weighted mean of the patch
-tokens. Such a vector can only be compared with vectors of `pooling=mean`, because these are also means of patch tokens.
+image. The weight of a patch is the fraction of its area that the region covers, from 0 to 1. So a region smaller than a
+patch still has features, and its edges need not align with the grid. The vector of a region is the weighted mean of the
+patch tokens. Such a vector can only be compared with vectors of `pooling=mean`, because these are also means of patch
+tokens.
 
-Legend: H, W size of the upright image; h, w size of the patch grid; N = h * w; D features. Boxes are (x, y, width,
-height) in pixels; pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1). `crop_box` is the part of the image that
-the network sees.
+Legend: H, W size of the upright image (after EXIF rotation); h, w size of the patch grid; N = h * w; D features. Boxes
+are (x, y, width, height) in pixels; pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1). `crop_box` is the part of
+the image that the network sees.
 """
 
 import math
@@ -54,8 +55,8 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
         grid: the size of the crop box in patches, (h, w).
 
     Raises:
-        InvalidRequest: the run lengths are invalid, or the mask is empty, is outside the crop box, or has another size
-            than the image. The size is checked before the mask is decoded.
+        InvalidRequest: the run lengths are invalid, or the mask is empty, is outside the crop box, or does not have the
+            size of the image. The size is checked before the mask is decoded.
     """
     if list(rle["size"]) != list(size):
         raise InvalidRequest(
@@ -78,8 +79,7 @@ def mask_weights(rle: dict[str, Any], size: tuple[int, int], crop_box: Box, grid
 
 
 def region_mean(tokens: Floats, weights: Floats) -> Floats:
-    """Return the weighted mean of patch tokens [N, D], float32 [D]. `weights` [h, w] has one weight for each of the N =
-    h * w patches."""
+    """Return the mean of the patch tokens [N, D], weighted with `weights` [h, w], as float32 [D]. N is h * w."""
     by = weights.ravel().astype(np.float64)
     return np.asarray(by @ tokens / by.sum(), np.float32)
 
@@ -94,8 +94,11 @@ def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
 
 
 def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
-    """Return the weights as float32, or raise InvalidRequest if all of them are 0. In this case, the region is outside
-    the crop box. The message calls the region `what`."""
+    """Return the weights as float32. The error message calls the region `what`.
+
+    Raises:
+        InvalidRequest: all weights are 0, because the region is outside the crop box.
+    """
     if weights.max() <= 0:
         raise InvalidRequest(
             f"{what} is outside the part of the image that the network sees, the crop box "
@@ -107,7 +110,7 @@ def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str) -> Floats:
 
 def _covered(mask: Mask, crop_box: Box, grid: tuple[int, int]) -> npt.NDArray[np.float64]:
     """Return the fraction of each patch that the mask [H, W] covers, float64 [h, w]. The mask is processed in blocks of
-    rows, because an array with all its pixels as floats could be too large."""
+    rows, because converting the whole mask to floats could use too much memory."""
     height, width = mask.shape
     columns = _overlap(_spans(width), crop_box[0], crop_box[2], grid[1]).astype(np.float32)  # [w, W]
     rows = _overlap(_spans(height), crop_box[1], crop_box[3], grid[0]).astype(np.float32)  # [h, H]
@@ -125,8 +128,9 @@ def _spans(pixels: int) -> npt.NDArray[np.float64]:
 
 
 def _overlap(spans: npt.NDArray[np.float64], start: float, extent: float, cells: int) -> npt.NDArray[np.float64]:
-    """Return the fraction of each cell that each span covers along one axis, [cells, n]. `spans` [n, 2] has the start
-    and the end of each span. The cells divide the range from `start` to `start + extent` evenly."""
+    """For each cell and each span on one axis, return the fraction of the cell that the span covers, [cells, n].
+    `spans` [n, 2] contains the start and the end of each span. The range from `start` to `start + extent` is divided
+    into `cells` cells of equal length."""
     edges = start + np.arange(cells + 1) * (extent / cells)
     low = np.maximum(edges[:-1, None], spans[:, 0])
     high = np.minimum(edges[1:, None], spans[:, 1])

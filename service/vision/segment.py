@@ -1,19 +1,21 @@
-"""Separate foreground from background without labels, from the patch features of one forward pass.
+"""Separate the foreground of an image from its background, without labels. The input is the patch features from one
+forward pass.
 
-DINOv2's patch features of an image vary most along the direction that separates the object from its background. This
-direction is their first principal component. The DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to
-this component. The code centres the patches [N, D], projects them onto the component, chooses the sign that makes the
-foreground positive, and applies Otsu's threshold.
+The first principal component of an image's DINOv2 patch features, the direction along which they vary most, separates
+the object from its background. The DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to this
+component. The code centres the patches [N, D], projects them onto the component, chooses the sign so that the
+foreground has the higher values, and applies Otsu's threshold.
 
 - The sign of a principal component is arbitrary. `orient` chooses the sign based on the positions of the patches.
   docs/decisions/0003-foreground-sign.md compares this rule with others.
 - The computation of Otsu's threshold is exact: it tries all N - 1 splits of the sorted projection and uses no
   histogram.
-- The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling the mask would give
-  jagged outlines.
+- The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling a mask that is already
+  thresholded would give jagged outlines.
 - The network sees a crop of the image. Pixels outside the crop are background. `crop_box` is the position of the crop.
 
-Legend: H, W size of the upright image; h, w size of the patch grid; N = h * w patches in row-major order; D features.
+Legend: H, W size of the upright image (after EXIF rotation); h, w size of the patch grid; N = h * w patches in
+row-major order; D features.
 """
 
 from dataclasses import dataclass
@@ -42,8 +44,8 @@ class Foreground:
     mask: bool [H, W], True for each foreground pixel of the upright image. Pixels outside `crop_box` are False.
     patch_mask: bool [h, w], True for each patch with a score above 0.
     scores: float32 [h, w]. A score above 0 means foreground. All scores are 0 if there is no foreground.
-    contrast: the cosine distance, from 0 to 2, between the means of the foreground patches and of the background
-        patches. It is 0 if there is no foreground.
+    contrast: the cosine distance, from 0 to 2, between the mean of the foreground patches and the mean of the
+        background patches. It is 0 if there is no foreground.
     crop_box: the part of the image that the network sees, (x, y, width, height) in pixels of the upright image.
     """
 
@@ -63,7 +65,8 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
         spec: the preprocessing of the image.
 
     Raises:
-        ValueError: N does not match an image of this size under `spec`, or a feature is not finite.
+        ValueError: N is not the number of patches that `spec` gives for an image of this size, or a feature is not
+            finite.
     """
     out_h, out_w = output_size(height, width, spec)
     grid = out_h // spec.patch_size, out_w // spec.patch_size
@@ -80,9 +83,9 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
 
 
 def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
-    """Return a score for each patch, float32 [h, w]. Patches with a score above 0 are foreground. The score is the
-    projection of the patch onto the direction of the largest variance, minus Otsu's threshold. If all patches are
-    equal, all scores are 0 and there is no foreground.
+    """Return a score for each patch, float32 [h, w]. Patches with a score above 0 are foreground. The score of a patch
+    is its projection onto the direction of the largest variance, minus Otsu's threshold. If all patches are equal, all
+    scores are 0 and there is no foreground.
 
     Raises:
         ValueError: the patches do not fill the grid or are not finite.
@@ -116,11 +119,11 @@ def first_component(centred: Floats) -> Floats:
 
 
 def orient(projection: Floats) -> Floats:
-    """Return the projection [h, w] with the sign that makes the foreground positive.
+    """Return the projection [h, w], or its negative, so that the foreground has the higher values.
 
-    The background usually touches the border of the image. So with the chosen sign, the mean of the border patches is
-    lower than the mean of the inner patches. If the means are equal or there are no inner patches, the smaller of the
-    two classes is made positive. In this case, Otsu's threshold defines the classes.
+    The background usually touches the border of the image. Therefore, the sign is chosen so that the border patches
+    have a lower mean than the inner patches. If the means are equal or there are no inner patches, Otsu's threshold
+    divides the patches into two classes, and the sign is chosen so that the smaller class has the higher values.
     """
     h, w = projection.shape
     if h > 2 and w > 2:
@@ -138,7 +141,7 @@ def otsu_threshold(values: Floats) -> float:
     (Otsu 1979). The threshold is the midpoint between the highest value of the lower class and the lowest value of the
     upper class.
 
-    If all values are equal, return this value, so that no value is above the threshold.
+    If all values are equal, the threshold is this value, so no value is above it.
     """
     ordered = np.sort(values.astype(np.float64))
     if ordered[0] == ordered[-1]:
@@ -155,7 +158,7 @@ def otsu_threshold(values: Floats) -> float:
 
 def _contrast(patches: Floats, inside: Mask) -> float:
     """Return the cosine distance between the mean of the patches inside the mask and the mean of the other patches.
-    Return 0 if all patches are inside or all are outside."""
+    Return 0 if all patches are inside, all are outside, or one of the means is zero."""
     if inside.all() or not inside.any():
         return 0.0
     front, back = patches[inside].mean(axis=0, dtype=np.float64), patches[~inside].mean(axis=0, dtype=np.float64)
@@ -164,12 +167,12 @@ def _contrast(patches: Floats, inside: Mask) -> float:
 
 
 def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
-    """Upsample scores [h, w], which cover `box` (x, y, width, height) of an image, and return a mask [H, W] of the
-    image.
+    """Upsample the scores of patches [h, w] to the size of the image, and return a mask [H, W]. The patches cover `box`
+    (x, y, width, height) of the image.
 
     The scores are interpolated bilinearly between the centres of the patches. They are constant beyond the outermost
     centres. A pixel is True if its score is above 0. Pixels with their centre outside the box are False. The image is
-    processed in blocks of rows, because an array with all its pixels as floats could be too large.
+    processed in blocks of rows, because the scores of all its pixels could use too much memory.
     """
     x, y, box_width, box_height = box
     rows, row_weights = _bilinear(height, y, box_height, scores.shape[0])
@@ -183,9 +186,10 @@ def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
 
 
 def _bilinear(size: int, start: float, extent: float, cells: int) -> tuple[slice, Floats]:
-    """Return weights for linear interpolation along one axis of an image with `size` pixels. The range from `start` to
-    `start + extent` is evenly divided into cells. The first result is the slice of the pixels with their centre in this
-    range. The second result, [pixels, cells], has the weight of each cell for each of these pixels."""
+    """Return two values for linear interpolation along one axis of an image with `size` pixels. The range from `start`
+    to `start + extent` is divided into `cells` cells of equal length. The first value is the slice of the pixels with
+    their centre in this range. The second value, [pixels, cells], contains the weight of each cell for each of these
+    pixels."""
     centres = np.arange(size) + 0.5
     inside = np.flatnonzero((centres >= start) & (centres < start + extent))
     at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(
