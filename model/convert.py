@@ -43,10 +43,10 @@ class CheckpointError(ValueError):
 class Dialect:
     """A publisher's file format, with the names under which it stores a backbone's tensors.
 
-    `keys` maps our name of a tensor or module to one or more names in the file, where `#` is the block number. If there
-    are several names, the file's tensors are concatenated in this order into one tensor. A tensor that `keys` does not
-    list has the same name in the file. `describes` takes the tensor names of a file and returns whether the file has
-    this format.
+    `keys` maps our name for a tensor or module to one or more names in the file, where `#` is the block number. If
+    there are several names, the file's tensors are concatenated in this order into one tensor. A tensor that `keys`
+    does not list has the same name in the file. `describes` is called with the tensor names of a file and returns
+    whether the file has this format.
     """
 
     name: str
@@ -142,7 +142,7 @@ DIALECTS = (META_DUMP, HUGGING_FACE_MEMORY, HUGGING_FACE, TIMM_REGISTERS, TIMM, 
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """Return the dialect of a file with the tensor names `keys`.
+    """Return the dialect of a file whose tensors have the names `keys`.
 
     Raises:
         CheckpointError: no dialect matches. The message lists the dialects and some of the file's names.
@@ -161,7 +161,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
-    """Return the names of the file's tensors that form our tensor `key`."""
+    """Return the file's names of the tensors that are concatenated into our tensor `key`. There is usually only one."""
     number = re.match(r"blocks\.(\d+)\.", key)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
     module, _, leaf = generic.rpartition(".")
@@ -175,13 +175,14 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Return a dictionary from plain name to file name for the backbone's tensors, and the list of dropped names.
+    """Remove the dialect's prefix from the names in the file, and the chunk number that FSDP training inserts.
 
-    A plain name is the file's name without the dialect's prefix and without the chunk number that FSDP training
-    inserts.
+    Returns:
+        A dictionary from each resulting name to the name in the file, and a list of the names of the tensors that the
+            dialect drops.
 
     Raises:
-        CheckpointError: two tensors have the same plain name.
+        CheckpointError: two tensors get the same name.
     """
     plain: dict[str, str] = {}
     dropped: list[str] = []
@@ -223,8 +224,8 @@ class KeyReport:
 class Converted:
     """The result of `convert`.
 
-    It contains the backbone's float32 arrays under our names, the configuration, the file's dialect, and the names of
-    the dropped tensors.
+    It contains the backbone's float32 arrays under our names, the model's configuration, the file's dialect, and the
+    names of the file's tensors that were dropped.
     """
 
     arrays: dict[str, FloatArray]
@@ -235,7 +236,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a backbone's arrays are formed: for each of our names, the names in the file that are concatenated."""
+    """The plan of `convert`. `sources` maps each of our names to the names in the file that are concatenated."""
 
     sources: dict[str, list[str]]
     config: ViTConfig
@@ -268,7 +269,7 @@ def backbone_shapes(config: ViTConfig) -> dict[str, Shape]:
 
 
 def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | None) -> _Plan:
-    """Find out how the tensors of a file, given by their shapes, form those of a backbone.
+    """Determine which tensors of a file, known by name and shape, are concatenated into each tensor of a backbone.
 
     Raises:
         CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
@@ -304,7 +305,7 @@ def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | Non
 
 
 def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect) -> None:
-    """Check that tensors of these shapes, under the dialect's names, form a backbone.
+    """Check that tensors with these names and shapes are those of a backbone, stored in the format `dialect`.
 
     Raises:
         CheckpointError: tensors are missing, extra or misshapen. The message lists up to `MAX_LISTED` names of each
@@ -314,12 +315,12 @@ def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Diale
 
 
 def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | None = None) -> Converted:
-    """Convert the arrays of a file to those of a backbone. An array that needs no change is not copied.
+    """Convert a file's arrays to the arrays of a backbone. An array that needs no change is not copied.
 
     Args:
         tensors: the file's arrays by name.
-        config: the expected shape of the model. The returned configuration has the dialect's `pos_embed_rule` and, for
-            training dumps, the image size of the dump's `pos_embed`.
+        config: the expected shape of the model. The returned configuration differs in `pos_embed_rule`, which is the
+            dialect's, and for training dumps in `img_size`, which is computed from the dump's `pos_embed`.
         dialect: the format of the file. If None, the format is detected.
 
     Raises:

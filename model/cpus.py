@@ -30,14 +30,15 @@ def available_cpus() -> int:
 def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float | None:
     """Return the smallest CPU quota of this process's cgroup and its ancestors, or None if no quota is set.
 
-    The unit is CPUs. `membership` is the file with the path of the cgroup, and `cgroups` is the folder of all cgroups.
+    The unit is CPUs. `membership` is a file like `/proc/self/cgroup`, which contains the cgroup's path. `cgroups` is
+    the root folder of the cgroup file system.
     """
     quotas = [quota for folder in _folders(membership, cgroups) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and of its ancestors, which may contain quota files."""
+    """Yield the folders in which this process's cgroup and its ancestors may store quotas. Some folders may not exist."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux
