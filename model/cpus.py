@@ -38,7 +38,10 @@ def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float |
 
 
 def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders in which this process's cgroup and its ancestors may store quotas. Some folders may not exist."""
+    """Yield the folders in which this process's cgroup and its ancestors may store quotas.
+
+    Some of these folders may not exist.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux

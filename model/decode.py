@@ -36,7 +36,7 @@ Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
 
 
 class DecodeError(ValueError):
-    """The error raised when an image cannot be decoded. The message gives the reason and any limit that was exceeded."""
+    """The error raised when an image cannot be decoded. The message gives the reason and any limit exceeded."""
 
 
 class TooLarge(DecodeError): ...

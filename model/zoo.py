@@ -341,7 +341,8 @@ class _Part:
     def _receive(self, client: httpx.Client, retry_wait_s: float) -> None:
         """Receive the rest of the file, with retries.
 
-        Attempts that receive no data are repeated up to `MAX_ATTEMPTS` times in a row.
+        The download fails after `MAX_ATTEMPTS` failed attempts in a row. An attempt that receives data restarts the
+        count.
         """
         fruitless = 0
         while True:
