@@ -90,7 +90,7 @@ def run_with(
             a mistyped folder does not become an empty store.
 
     Raises:
-        typer.Exit: there was an expected error, such as a missing collection. It has been printed, and the status is 2.
+        typer.Exit: an expected error occurred, such as a missing collection. It has been printed, and the status is 2.
     """
     from service.errors import CollectionNotFound
 
@@ -112,8 +112,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine and return its result.
 
     Raises:
-        typer.Exit: the coroutine raised an expected error, such as a missing collection. It has been printed, and the
-            status is 2.
+        typer.Exit: an expected error occurred, such as a missing collection. It has been printed, and the status is 2.
     """
     from service.errors import ServiceError
 

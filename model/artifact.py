@@ -167,8 +167,8 @@ class Artifact:
     def derived(self) -> Path:
         """The folder for the graphs and the engine plans that this host builds from the artifact.
 
-        The folder may not exist yet. Its name contains the fingerprint, because an artifact's folder can be renamed or
-        replaced by another model.
+        The folder may not exist yet. Its name contains the fingerprint, because the artifact's own folder can be
+        renamed, or replaced with that of another model.
         """
         return (self.derived_dir or self.path.parent) / self.name
 
@@ -211,7 +211,7 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 def graph_name(size: tuple[int, int] | None, precision: str) -> str:
     """Return the file name of a graph other than `model.onnx`.
 
-    `size` is the input size (H, W) in pixels, or None for a graph that accepts any size. Examples of names are
+    `size` is the input size (H, W) in pixels, or None for a graph that accepts any size. Examples are
     `model-224-int8.onnx`, `model-224x336-fp32.onnx` and `model-dynamic-fp32.onnx`.
     """
     shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
@@ -255,7 +255,7 @@ def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse and return the `manifest.json` of the artifact folder `path`. The listed files are not checked.
+    """Parse and return the `manifest.json` in the artifact folder `path`. The files that it lists are not checked.
 
     Raises:
         ArtifactError: the manifest is missing, has another format, lists a file outside the folder, or describes a
@@ -320,7 +320,9 @@ def bundled_artifact() -> Path:
 
 
 def find_artifacts(data_dir: Path) -> list[Path]:
-    """Return the artifact folders in `<data_dir>/artifacts`, newest first, followed by the bundled artifact."""
+    """Return the artifact folders in `<data_dir>/artifacts`, newest first, followed by the one that ships with the
+    project.
+    """
     local = [path.parent for path in (data_dir / "artifacts").glob(f"*/{MANIFEST}") if path.parent.name[0] != "."]
     return [
         *sorted(local, key=_created, reverse=True),

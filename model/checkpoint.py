@@ -81,8 +81,11 @@ def save_checkpoint(
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dict[str, Any]]:
     """Load a checkpoint in this project's format.
 
-    The function returns the tensors (float32, under Meta's names), the configuration and the provenance. Its errors are
-    those of `model.weights.read_checkpoint`.
+    Returns:
+        The tensors (float32, under Meta's names), the configuration and the provenance.
+
+    Raises:
+        CheckpointError, OSError: see `model.weights.read_checkpoint`.
     """
     arrays, config, provenance = read_checkpoint(path)
     return {name: _tensor(array) for name, array in arrays.items()}, config, provenance

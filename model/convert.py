@@ -1,13 +1,13 @@
 """Converts published DINOv2 weights to Meta's tensor names, which this project uses.
 
 Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each of our tensors
-to the tensors of the file that form it. `convert` iterates over the tensors that the model needs, and reports every
-missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the tables also list the
-tensors that are dropped (the heads of training dumps and of classifiers).
+to the file's tensors that are concatenated into it (usually one). `convert` iterates over the tensors that the model
+needs, and reports every missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the
+tables also list the tensors that are dropped (the heads of training dumps and of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
-(`models/dinov2/convert_dinov2_to_hf.py` and the in-memory names of its version 5), timm
-(`models/vision_transformer.py`, the function that converts DINOv2).
+(`models/dinov2/convert_dinov2_to_hf.py` and the parameter names in version 5), timm (`models/vision_transformer.py`,
+the function that converts DINOv2).
 
 The features depend on the rule by which `pos_embed` is resized (see `model/pos_embed.py`), but a file does not record
 this rule. Each `Dialect` therefore contains the rule of its publisher's code.
@@ -161,7 +161,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
-    """Return the file's names of the tensors that are concatenated into our tensor `key`. There is usually only one."""
+    """Return the names, in the file, of the tensors that are concatenated into our tensor `key` (usually one)."""
     number = re.match(r"blocks\.(\d+)\.", key)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
     module, _, leaf = generic.rpartition(".")
@@ -175,7 +175,7 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Remove the dialect's prefix from the names in the file, and the chunk number that FSDP training inserts.
+    """Remove the dialect's prefix, and the chunk number that FSDP training inserts, from the file's tensor names.
 
     Returns:
         A dictionary from each resulting name to the name in the file, and a list of the names of the tensors that the
@@ -236,7 +236,10 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The plan of `convert`. `sources` maps each of our names to the names in the file that are concatenated."""
+    """How `convert` builds a backbone's tensors.
+
+    `sources` maps each of our names to the names in the file that are concatenated.
+    """
 
     sources: dict[str, list[str]]
     config: ViTConfig
@@ -269,7 +272,9 @@ def backbone_shapes(config: ViTConfig) -> dict[str, Shape]:
 
 
 def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | None) -> _Plan:
-    """Determine which tensors of a file, known by name and shape, are concatenated into each tensor of a backbone.
+    """Determine which of a file's tensors are concatenated into each tensor of a backbone.
+
+    `shapes` contains the shapes of the file's tensors by name.
 
     Raises:
         CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
@@ -305,7 +310,7 @@ def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | Non
 
 
 def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect) -> None:
-    """Check that tensors with these names and shapes are those of a backbone, stored in the format `dialect`.
+    """Check that `shapes`, the shapes of a file's tensors by name, are those of a backbone in the format `dialect`.
 
     Raises:
         CheckpointError: tensors are missing, extra or misshapen. The message lists up to `MAX_LISTED` names of each

@@ -1,15 +1,16 @@
 """Counts the CPUs that this process may use.
 
-These are the CPUs of its affinity mask, limited by the CPU quotas of its cgroup and of that cgroup's ancestors.
+These are the CPUs in the process's affinity mask, limited by the CPU quotas of its cgroup and of that cgroup's
+ancestors.
 
 Both cgroup versions are supported. In version 2, the file `cpu.max` contains a quota or "max", and a period. In version
 1, the files are `cpu.cfs_quota_us` (-1 means no quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` contains the path
 of the process's cgroup. In a container without its own cgroup namespace, this is the path on the host, but the
 container sees only its own cgroup, as the root. Paths that do not exist are therefore skipped.
 
-A fractional quota is rounded down. When a cgroup has used up its quota, the kernel stops all of its threads, including
-the one that runs the event loop, until the period ends. The unused fraction leaves time for decoding and HTTP while the
-engine's threads run.
+A fractional quota is rounded down. When a cgroup has used up its quota, the kernel stops all threads in the cgroup,
+including the one that runs the event loop, until the period ends. The unused fraction leaves time for decoding and HTTP
+while the engine's threads run.
 """
 
 import os

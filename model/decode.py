@@ -13,7 +13,7 @@ How pixels are interpreted:
 - Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composited on white.
 - Channels of 16 and 12 bits are reduced to their high 8 bits, as Pillow does for 16-bit colour. (Pillow's conversion of
   16-bit grey clips instead, so that every value above 255 would become white.)
-- Float and 32-bit integer TIFFs raise Unsupported, because they define no white, and nobody would notice a wrong guess.
+- Float and 32-bit integer TIFFs raise Unsupported, because they do not define which value is white.
 - ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) use the stored pixels, and
   features must match theirs. CMYK is converted without a profile for the same reason.
 - Only the first frame of an animation or a multi-page file is decoded.

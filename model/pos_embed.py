@@ -12,9 +12,9 @@ to n patches by different rules:
 
 At every size except the native one, the rules give different features, so the rule is part of a model's fingerprint.
 
-Bicubic resizing is linear and separable, so a rule is applied as two small matrices, one for the rows Wh and one for
-the columns Ww: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
-ONNX writer uses them to store the resized positions of one input size. The tests compare them with
+Bicubic resizing is linear and separable, so the positions P are resized by two small matrices, Wh for the rows and Ww
+for the columns: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
+ONNX writer uses them to store the resized positions of one input size. The tests compare the resized positions with
 `torch.nn.functional.interpolate`.
 """
 

@@ -5,10 +5,10 @@ short side to 256 pixels (bicubic, with Pillow), crops the central 224 x 224 pix
 ImageNet's mean and divides by its standard deviation. Features depend on each of these steps, so this module reproduces
 them pixel by pixel. It uses neither torch nor torchvision, because the service does not load them.
 `tests/model/test_preprocess.py` compares the result with that of Hugging Face's processor, which differs in one detail:
-if a crop margin has half a pixel, that processor rounds it down, whereas torchvision and this module round it to the
-nearest even number.
+if a crop margin ends at half a pixel, that processor rounds it down, whereas torchvision and this module round it to
+the nearest even number.
 
-Two measures make `preprocess` fast: the crop precedes the conversion to float, and the conversion is a table lookup: a
+`preprocess` is fast because it crops before it converts to float, and because the conversion is a table lookup. A
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
 shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
@@ -153,7 +153,7 @@ def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
 def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
     """Convert one image to the network's input.
 
-    An image that is smaller than the target is enlarged, as in DINOv2's evaluation transform.
+    An image whose short side is shorter than `spec.resize` is enlarged, as in DINOv2's evaluation transform.
 
     Args:
         image: RGB [H, W, 3] uint8, already upright.

@@ -5,8 +5,8 @@ bytes of each storage. A pickle is a program, so this reader allows it to use on
 `OrderedDict`, the functions that rebuild a tensor or a parameter, and the names of storage types. Every other name is
 refused and not imported.
 
-The arrays are mapped from the file, so they take no memory until they are read. Files that torch before 1.6 wrote are
-refused.
+The arrays are mapped from the file, so they take no memory until they are read. Files from torch versions before 1.6
+are refused.
 """
 
 import io

@@ -2,9 +2,9 @@
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
 (`dinov2/models/vision_transformer.py`), so released weights load with `strict=True`, and code written for torch hub's
-models keeps working. The differences are internal. Attention always uses `scaled_dot_product_attention`. Drop path
-computes a branch only for the samples that do not skip it. The position embedding is resized by matrix products
-(`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
+models keeps working. The differences from that code are internal. Attention always uses `scaled_dot_product_attention`.
+Drop path (stochastic depth) computes a branch only for the samples that do not skip it. The position embedding is
+resized by matrix products (`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -217,7 +217,7 @@ class DinoVisionTransformer(nn.Module):
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
         """Return the position embedding [1, 1 + h*w, D] for a grid of (h, w) patches and a model of width D.
 
-        If the grid is not the native one, the positions are resized by the model's rule.
+        If the model was trained for another grid, the positions are resized by its rule.
         """
         side = self.config.grid
         if (h, w) == (side, side):
@@ -331,8 +331,8 @@ class DinoVisionTransformer(nn.Module):
     def get_attention(self, x: Tensor, block: int = -1) -> Tensor:
         """Compute the attention weights [B, A, T, T] of one block for B images, A heads and T tokens.
 
-        They are computed in a separate, slower pass. Each row contains the weights of one query token over all tokens,
-        which sum to one. If `block` is negative, it counts back from the last block (-1).
+        They are computed in a separate, slower pass. Each row contains one query token's weights over all tokens and
+        sums to one. If `block` is negative, it counts back from the last block (-1).
 
         Raises:
             ValueError: the model has no block with this number.

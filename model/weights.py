@@ -3,8 +3,8 @@
 Meta's, timm's, Hugging Face's and this project's formats can be read. A weights file is untrusted input, so only
 tensors are read from it. A safetensors file cannot contain code, and `model/torch_file.py` executes no code from a
 PyTorch file. Reading is strict: a missing, extra or misshapen tensor raises an error that names the tensor, because a
-partly loaded backbone would still produce vectors, but wrong ones. `model/convert.py` contains the tables of names and
-this check.
+partly loaded backbone would still produce vectors, but wrong ones. `model/convert.py` contains this check and the
+tables of tensor names.
 
 The arrays are mapped from the file, so they take no memory until they are read.
 """
@@ -206,7 +206,7 @@ def read_weights(
     Args:
         name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
         weights: the weights file. If None, the published weights of this name are downloaded, unless they are in the
-            cache. They get Meta's rule, even if they come from Hugging Face.
+            cache. Downloaded weights get Meta's rule, even if they come from Hugging Face.
         pos_embed_rule: the rule to use instead of the file's. For instance, "offset" gives torch hub's features from a
             Hugging Face file. If None, the file's rule is used.
         download: the options for downloading published weights.

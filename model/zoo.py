@@ -77,7 +77,7 @@ class DownloadOptions:
     """Where published weights are downloaded from and stored.
 
     `cache_dir` is created if missing. During a download, `on_progress` is called with the number of bytes received so
-    far and the size of the file in bytes, or None if the size is unknown.
+    far and the size of the file in bytes (None if the size is unknown).
     """
 
     cache_dir: Path = DEFAULT_CACHE_DIR
@@ -190,14 +190,14 @@ def download(
 
     Args:
         entry: the backbone's entry, as returned by `resolve`.
-        options: the servers, the cache folder, and a function to be called during the download. The progress is also
-            shown as a bar if stderr is a terminal. Otherwise, it is logged every `REPORT_S` seconds.
+        options: the servers, the cache folder, and a function to which the progress is reported. If stderr is a
+            terminal, a progress bar is shown as well. Otherwise, the progress is logged every `REPORT_S` seconds.
         retry_wait_s: the number of seconds to wait before the first retry. It doubles after each attempt that received
             no data.
         timeout_s: the time limit in seconds for connecting and for each read.
 
     Returns:
-        The path of the complete file. If its size or hash is known, it has been checked.
+        The path of the complete file. Its size and its hash have been checked if they are known.
 
     Raises:
         DownloadError: the network failed, the servers returned errors, the file has the wrong size, hash or content, or
@@ -273,7 +273,10 @@ class _Reporter:
 
 @contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock of one download. If another process holds the lock, wait for it."""
+    """Hold the lock for one download during the `with` block.
+
+    If another process holds the lock, wait for that process first.
+    """
     file = lock_file(path)
     if file is None:
         logger.info("%s: waiting for another process to download it", name)

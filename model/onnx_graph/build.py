@@ -86,7 +86,7 @@ def build_onnx(
         weights: the arrays by Meta's parameter names, of any float type.
         config: the model's shape.
         spec: the options of the graph.
-        activations: the largest absolute input of each linear layer, from
+        activations: the largest absolute input of each linear layer, as returned by
             `model.engines.activations.measure_activations`. fp8 requires these values, and other precisions ignore
             them.
 
