@@ -1,4 +1,4 @@
-"""Run the command line `dinov2` as `python -m cli`."""
+"""Makes `python -m cli` run the command line `dinov2`."""
 
 from cli import main
 

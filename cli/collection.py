@@ -66,7 +66,7 @@ def list_(data_dir: DataDirOption = DATA, store: StoreOption = None, as_json: Js
 
 @app.command()
 def show(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
-    """Print the name, the number of items and the settings of a collection as JSON."""
+    """Print a collection's name, number of items and settings as JSON."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
         return described(await vectors.info(name))
@@ -152,7 +152,7 @@ def alias(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Point an alias to a collection in one atomic step, or remove the alias."""
+    """Point an alias at a collection in one atomic step, or remove the alias."""
     if remove == (collection is not None):
         raise fail("give either the collection that the alias should point to, or --drop")
 
@@ -193,8 +193,8 @@ def restore(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create a collection from a snapshot. The name of the collection must be unused. To replace a collection, restore
-    under a new name and then move an alias to the new collection."""
+    """Create a collection from a snapshot, under a name that no collection has yet. To replace a collection, restore
+    its snapshot under a new name, and then point an alias at the new collection."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
         return await cast("SnapshotStore", able(vectors, "snapshots")).restore(new or name, name, kept)
@@ -205,7 +205,7 @@ def restore(
 
 @app.command()
 def stats(name: NameArgument, data_dir: DataDirOption = DATA, store: StoreOption = None) -> None:
-    """Print statistics of the index of a collection as JSON."""
+    """Print statistics about a collection's index as JSON."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> dict[str, Any]:
         return await cast("StatsStore", able(vectors, "stats")).stats(name)
@@ -227,8 +227,8 @@ def copy(
     ] = None,
     data_dir: DataDirOption = DATA,
 ) -> None:
-    """Copy a collection and its stored images to another store or name. To resume an interrupted copy, run the command
-    again."""
+    """Copy a collection and its stored images to another store, or under another name. To resume an interrupted copy,
+    run the command again."""
     if from_store == to_store and new is None:
         raise fail("a copy within one store needs another name: give --as")
 
@@ -266,7 +266,7 @@ def export(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Write the vectors of a collection, their tag and the metadata to a file."""
+    """Write a collection's vectors, metadata and tag (which identifies the model) to a file."""
 
     async def work(vectors: "VectorStore", _: "Settings") -> int:
         from service.search.transfer import check_format, export_collection
@@ -317,13 +317,13 @@ def import_(
 
 
 def described(info: "CollectionInfo") -> dict[str, Any]:
-    """Return the name, the number of items and the settings of a collection, for JSON output."""
+    """Return a collection's name, number of items and settings, for JSON output."""
     return {"name": info.name, "count": info.count, **asdict(info.spec)}
 
 
 def able(store: "VectorStore", capability: str) -> object:
-    """Return the store if it has a capability, such as "snapshots". The caller casts the store to the protocol that has
-    the methods of this capability.
+    """Return `store` if it has the capability, such as "snapshots". The caller casts the result to the protocol with
+    the methods for this capability.
 
     Raises:
         ValueError: the store does not have the capability.
@@ -336,10 +336,12 @@ def able(store: "VectorStore", capability: str) -> object:
 
 
 def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
-    """Return the tag of the vectors that a local model computes in float32.
+    """Return the tag of the vectors that a local model computes in float32 with this pooling.
+
+    The tag contains the model's fingerprint, the pooling, the input size and the precision.
 
     Raises:
-        ValueError: no local model has the fingerprint.
+        ValueError: no local model has a fingerprint that begins with `fingerprint`.
     """
     from model.artifact import read_manifest
     from service.tags import make_tag
@@ -353,7 +355,10 @@ def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
 
 @contextmanager
 def shown(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar. The bar is shown only if standard error is a terminal."""
+    """Yield a function that advances a progress bar by a number of items.
+
+    The bar is shown only if stderr is a terminal.
+    """
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,5 +1,5 @@
 """The command `dinov2 build-engine`, which builds a TensorRT engine for the GPU of this machine and compares its
-features with the features of a reference engine.
+features with those of a reference engine.
 
 Heavy packages are imported only when the command runs.
 """
@@ -55,7 +55,7 @@ def build_engine(
     refit_from: Annotated[
         Path | None,
         typer.Option(
-            help="Plan that was built with --refit for a model of the same shape. Its weights are replaced by the "
+            help="Plan that was built with --refit for a model of the same shape. Its weights are replaced with the "
             "artifact's, without a build."
         ),
     ] = None,
@@ -101,8 +101,8 @@ def build_engine(
 
 
 def _reference(artifact: "Artifact") -> "Engine":
-    """Return a float32 engine for the artifact on the CPU. The engine uses torch if torch is installed, else ONNX
-    Runtime."""
+    """Return a float32 engine for the artifact on the CPU. It runs torch if torch is installed, and ONNX Runtime
+    otherwise."""
     from importlib.util import find_spec
 
     from model.artifact import ONNX, WEIGHTS
@@ -118,7 +118,7 @@ def _reference(artifact: "Artifact") -> "Engine":
 
 
 def _with_activations(options: Any, artifact: "Artifact") -> Any:
-    """Return a copy of the options with the activation ranges that fp8 needs. The ranges are measured on the images in
+    """Return a copy of the options that also contains the activation ranges for fp8. They are measured on the images in
     the options."""
     from dataclasses import replace
 
@@ -131,7 +131,7 @@ def _with_activations(options: Any, artifact: "Artifact") -> Any:
 
 
 class _Shown:
-    """A display of the progress of a build: progress bars on a terminal, otherwise one line for each main phase."""
+    """Displays the progress of a build: progress bars on a terminal, otherwise one line for each main phase."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,8 +1,8 @@
 """The command `dinov2 eval`, which evaluates a checkpoint or an artifact on one task.
 
 The settings of a task are KEY=VALUE arguments, as for `dinov2 train`. Each task has its own settings and defaults
-(`training/evaluate/settings.py`). A setting of another task is an error. Heavy packages are imported only when the
-command runs.
+(`training/evaluate/settings.py`), and does not accept another task's settings. Heavy packages are imported only when
+the command runs.
 """
 
 import sys
@@ -76,10 +76,10 @@ def evaluate(
 
 
 def _device(name: str) -> str:
-    """Return the name of the device, "cuda" or "cpu". "auto" means CUDA if torch finds a CUDA device, else the CPU.
+    """Return "cuda" or "cpu". If `name` is "auto", return "cuda" if torch finds a CUDA device, and "cpu" otherwise.
 
     Raises:
-        ValueError: CUDA was requested and torch finds no CUDA device.
+        ValueError: `name` is "cuda", but torch finds no CUDA device.
     """
     import torch
 

@@ -17,7 +17,7 @@ def export(
     source: Annotated[
         str, typer.Argument(help="A checkpoint file, or the name of a published model (see `dinov2 models`).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder in which the folder of the artifact is created.")],
+    out: Annotated[Path, typer.Option(help="Folder in which the artifact's folder is created.")],
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a checkpoint from another project, e.g. dinov2_vits14_reg.")
     ] = None,
@@ -60,7 +60,7 @@ def export(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images for the comparison with the reference. For int8, it has the subfolders train/ and "
+            help="Folder of images for the comparison with the reference. For int8, it needs the subfolders train/ and "
             "val/, each with one folder per class. Default: generated images."
         ),
     ] = None,
@@ -69,11 +69,12 @@ def export(
         str, typer.Option(help="SPDX identifier of the licence of the weights. Ignored for published models.")
     ] = "unknown",
     keep_onnx: Annotated[
-        bool, typer.Option(help="Store the ONNX graph. Without it, loading derives the graph.")
+        bool,
+        typer.Option(help="Store the ONNX graphs. If they are not stored, they are built when the artifact is loaded."),
     ] = True,
 ) -> None:
-    """Convert a checkpoint to an artifact, which is a folder that the service can load. The artifact has the weights,
-    ONNX graphs, a fingerprint, and figures that compare the graphs with a reference."""
+    """Convert a checkpoint to an artifact, which is a folder that the service can load. The artifact contains the
+    weights, ONNX graphs, a fingerprint, and the results of comparing the graphs with a reference."""
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
@@ -107,7 +108,7 @@ def export(
 
 
 def _items(text: str) -> list[str]:
-    """Split a comma-separated text and return the parts that are not empty."""
+    """Split a text at its commas, and return the items that are not empty."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 

@@ -75,7 +75,7 @@ def index(
         typer.Option("--id", help="Id of an image: its path within SOURCE, or the SHA-256 hash of its content."),
     ] = "path",
     image_column: Annotated[
-        str | None, typer.Option(help="Column of Parquet files that has the images. Default: detected automatically.")
+        str | None, typer.Option(help="Column of Parquet files with the images. Default: detected automatically.")
     ] = None,
     force: Annotated[
         bool, typer.Option(help="Index unchanged images again, and replace items of other files with the same id.")
@@ -117,7 +117,7 @@ def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
     """Print the result of an indexing run.
 
     Raises:
-        typer.Exit: the run was interrupted (status 130), or some images failed or no image was found (status 1).
+        typer.Exit: some images failed or no image was found (status 1), or the run was interrupted (status 130).
     """
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
@@ -146,8 +146,8 @@ async def _index(
     settings: "Settings",
     errors: Path | None,
 ) -> "IndexReport":
-    """Index the images and return a report. Show the progress, write problems to the error file, and on Ctrl+C stop
-    after the current batch."""
+    """Index the images and return a report. Meanwhile, show the progress and write problems to the file `errors`. On
+    Ctrl+C, stop after the current batch."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -225,7 +225,7 @@ def search(
 
 
 def _find_images(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":
-    """Return an iterator over the images of all sources. It yields a `Problem` for an image that cannot be read."""
+    """Return an iterator over the images in all sources. For an image that cannot be read, it yields a `Problem`."""
     from service.ingest.sources import find_photos
 
     return find_photos(sources, max_bytes=settings.max_image_bytes, image_column=image_column)

@@ -85,12 +85,12 @@ def run_with(
     """Open the vector store, call `work` with the store and the settings, and return the result of `work`.
 
     Args:
-        store, data_dir: the vector store and its folder; see `settings_for`.
-        makes: if true, the store is created if it does not exist. If false, a missing store is an error, so that a
-            mistyped folder does not become an empty store.
+        store, data_dir: the vector store and the data folder; see `settings_for`.
+        makes: whether to create the store if it does not exist. If false, a missing embedded store is an error, so that
+            a mistyped folder does not become an empty store.
 
     Raises:
-        typer.Exit: an expected error, such as a missing collection, has been printed. The status is 2.
+        typer.Exit: an expected error occurred, such as a missing collection. It has been printed, and the status is 2.
     """
     from service.errors import CollectionNotFound
 
@@ -112,7 +112,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine and return its result.
 
     Raises:
-        typer.Exit: an expected error, such as a missing collection, has been printed. The status is 2.
+        typer.Exit: an expected error occurred, such as a missing collection. It has been printed, and the status is 2.
     """
     from service.errors import ServiceError
 
@@ -123,10 +123,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def settings_for(store: str | None, data_dir: Path) -> "Settings":
-    """Return the settings of the service, which are read from environment variables and then changed by the arguments.
+    """Return the service's settings from environment variables, with the arguments taking precedence.
 
     Args:
-        store: the vector store, or None for the one in the environment. `embedded:FOLDER` also replaces `data_dir`.
+        store: the vector store. If None, the store in the environment is used. `embedded:FOLDER` also replaces
+            `data_dir`.
         data_dir: the data folder.
 
     Raises:
@@ -144,7 +145,7 @@ def settings_for(store: str | None, data_dir: Path) -> "Settings":
 
 @asynccontextmanager
 async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
-    """Open the vector store that is configured in the settings, yield the store, and close it at the end."""
+    """Open the vector store that the settings name, yield it, and close it at the end."""
     from service.search.opening import open_store
 
     vectors: VectorStore = await open_store(settings)
@@ -155,7 +156,7 @@ async def opened_store(settings: "Settings") -> "AsyncIterator[VectorStore]":
 
 
 async def find_collection(vectors: "VectorStore", name: str) -> "CollectionInfo | None":
-    """Return the description of a collection, or None if no collection has this name or alias."""
+    """Return the description of the collection with this name or alias, or None if there is none."""
     from service.errors import CollectionNotFound
 
     try:
@@ -182,8 +183,8 @@ def load_model(
 
 
 def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
-    """Return the path of a local or bundled artifact with a fingerprint that begins with `fingerprint`, or None if no
-    artifact matches."""
+    """Return the path of a local or bundled artifact whose fingerprint begins with `fingerprint`, or None if there is
+    none."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
 
     for path in find_artifacts(data_dir):
@@ -196,7 +197,7 @@ def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":
-    """Return the size limits for decoding images, which are part of the settings."""
+    """Return the limits that the settings set for decoding images."""
     from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)

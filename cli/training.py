@@ -25,7 +25,7 @@ def _early_end_handled() -> Iterator[None]:
     """Catch the exceptions that end a training run early, print the message, and exit.
 
     Raises:
-        typer.Exit: with the status `INTERRUPTED` after SIGTERM, or with status 2 after an error, such as `RunStopped`.
+        typer.Exit: the status is `INTERRUPTED` after SIGTERM, or 2 after an error, such as `RunStopped`.
     """
     from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped
@@ -46,7 +46,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
     overrides: OverridesArgument = None,
 ) -> None:
-    """Train a DINOv2 checkpoint on your own images (needs the `train` extra: pip install -e '.[train]')."""
+    """Train a DINOv2 model on your own images (needs the `train` extra: pip install -e '.[train]')."""
     need_torch("train")
     from training.config import load_config
     from training.train import train as run_training
@@ -83,7 +83,7 @@ def average(
         ),
     ] = None,
 ) -> None:
-    """Average the weights of several checkpoints of one network, for instance the checkpoints that a run saves with the
+    """Average the weights of several checkpoints of one network, for instance those that a training run saved with the
     setting keep_checkpoints_every_epochs."""
     need_torch("average")
     from rich.console import Console
@@ -109,7 +109,7 @@ def average(
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of a training run, which may be unfinished.")],
 ) -> None:
-    """Write report.html for a training run into the folder of the run."""
+    """Write report.html into the folder of a training run."""
     need_torch("report")
     from training.pages.report import write_report
 

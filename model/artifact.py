@@ -1,16 +1,16 @@
-"""Artifacts: the folders through which training passes a model to serving.
+"""Artifacts: the folders in which training stores a model for serving.
 
     <name>-<first 8 digits of the fingerprint>/
-      manifest.json         model shape, preprocessing, parity, provenance, licence, sha256 of every file
+      manifest.json         model shape, preprocessing, parity results, provenance, licence, sha256 of every file
       weights.safetensors   the backbone under Meta's parameter names
       model.onnx            the graph for serving (optional, because it can be rebuilt from the weights)
       model-<size>-<precision>.onnx   more graphs, each with a record in the manifest (optional)
       README.md             the model card (optional)
 
 The fingerprint is a sha256 over the weights, the architecture (including the position-embedding rule) and the
-preprocessing. Together these determine the vector of an image. The tag of a stored vector contains the fingerprint, so
-vectors of two models are never mixed. `load_artifact` checks every file against the manifest and raises an error if a
-file differs.
+preprocessing. Together these determine an image's vector. The vector store records the fingerprint with the vectors, so
+vectors from different models are never mixed. `load_artifact` checks every file against the manifest and raises an
+error if a file differs.
 """
 
 import hashlib
@@ -64,7 +64,8 @@ class FileRecord(_Record):
 class GateRecord(_Record):
     """The result of the k-NN gate for one int8 graph.
 
-    The gate compares the k-NN accuracy of the int8 graph with that of float32 (see `model/engines/knn_gate.py`).
+    The gate compares the k-NN accuracy of the int8 graph with that of the float32 model (see
+    `model/engines/knn_gate.py`). A graph that does not pass the gate may not serve.
     """
 
     status: Literal["passed", "failed", "not measured"]
@@ -81,7 +82,10 @@ Reference = Literal["torch float32", "numpy float64"]
 
 
 class ParityRecord(_Record):
-    """The differences between one engine and the reference on the same pixels (see `model/engines/parity.py`)."""
+    """How far the results of one engine differ from the reference on the same pixels.
+
+    The reference is the model's forward pass in torch or numpy (see `model/engines/parity.py`).
+    """
 
     engine: str
     precision: str
@@ -98,7 +102,7 @@ class ParityRecord(_Record):
 
 
 class GraphRecord(_Record):
-    """The record of a graph other than `model.onnx`, with the options that it was built with."""
+    """The manifest's record of a graph other than `model.onnx`, including the options that the graph was built with."""
 
     file: str = Field(pattern=r"^model-[a-z0-9]+-[a-z0-9]+\.onnx$")
     size: tuple[int, int] | None  # input (H, W) in pixels; None means any multiples of the patch size
@@ -150,7 +154,7 @@ class Artifact:
         return self.manifest.fingerprint
 
     def file(self, name: str) -> Path:
-        """Return the verified path of a file that the manifest lists.
+        """Return the path of a file that the manifest lists. The file has already been verified.
 
         Raises:
             ArtifactError: the artifact has no file of this name.
@@ -163,8 +167,8 @@ class Artifact:
     def derived(self) -> Path:
         """The folder for the graphs and the engine plans that this host builds from the artifact.
 
-        The folder may not exist yet. Its name contains the fingerprint, because an artifact's folder can be renamed or
-        replaced by another model.
+        The folder may not exist yet. Its name contains the fingerprint, because the artifact's own folder can be
+        renamed, or replaced with that of another model.
         """
         return (self.derived_dir or self.path.parent) / self.name
 
@@ -175,9 +179,10 @@ class Artifact:
 
 
 class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
-    """A `weights.safetensors` file as a mapping from name to array that reads one tensor at a time.
+    """A `weights.safetensors` file as a mapping from name to array.
 
-    Code that uses one tensor after another therefore needs memory for only one of them.
+    Each access reads one tensor from the file. Code that uses one tensor after another therefore needs memory for only
+    one at a time.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -206,7 +211,7 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
 def graph_name(size: tuple[int, int] | None, precision: str) -> str:
     """Return the file name of a graph other than `model.onnx`.
 
-    `size` is the input size (H, W) in pixels, or None for a graph that accepts any size. Examples of names are
+    `size` is the input size (H, W) in pixels, or None for a graph that accepts any size. Examples are
     `model-224-int8.onnx`, `model-224x336-fp32.onnx` and `model-dynamic-fp32.onnx`.
     """
     shown = "dynamic" if size is None else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
@@ -240,7 +245,7 @@ def input_size(preprocess: PreprocessSpec) -> tuple[int, int]:
 
 
 def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
-    """Return a manifest record of the file at `path`, with its sha256 and its size in bytes.
+    """Return a manifest record for the file at `path`, with the file's sha256 and size in bytes.
 
     `derived` is copied into the record. It marks a file that can be rebuilt from the weights.
     """
@@ -250,7 +255,7 @@ def describe_file(path: Path, *, derived: bool = False) -> FileRecord:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse and return the `manifest.json` of the artifact folder `path`. The listed files are not checked.
+    """Parse and return the `manifest.json` in the artifact folder `path`. The files that it lists are not checked.
 
     Raises:
         ArtifactError: the manifest is missing, has another format, lists a file outside the folder, or describes a
@@ -276,8 +281,8 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
 
     Args:
         path: the artifact's folder.
-        derived_dir: the parent of the folder in which missing graphs are stored. That folder has the same name as the
-            artifact's folder. If `derived_dir` is None, missing graphs are stored in the artifact's folder.
+        derived_dir: a folder for missing graphs. They are stored in a subfolder that has the same name as the
+            artifact's folder. If `derived_dir` is None, they are stored in the artifact's folder itself.
 
     Raises:
         ArtifactError: the manifest or a file is missing, changed or unreadable, or a missing graph cannot be written.
@@ -315,7 +320,9 @@ def bundled_artifact() -> Path:
 
 
 def find_artifacts(data_dir: Path) -> list[Path]:
-    """Return the artifact folders in `<data_dir>/artifacts`, newest first, followed by the bundled artifact."""
+    """Return the artifact folders in `<data_dir>/artifacts`, newest first, followed by the one that ships with the
+    project.
+    """
     local = [path.parent for path in (data_dir / "artifacts").glob(f"*/{MANIFEST}") if path.parent.name[0] != "."]
     return [
         *sorted(local, key=_created, reverse=True),
@@ -326,7 +333,7 @@ def find_artifacts(data_dir: Path) -> list[Path]:
 def _created(path: Path) -> tuple[str, str]:
     """Return the creation time and the folder name of an artifact, as a sort key.
 
-    The time is empty if the manifest is unreadable.
+    If the manifest is unreadable, the creation time is an empty string.
     """
     try:
         return read_manifest(path).created, path.name
@@ -347,9 +354,10 @@ def _verify(path: Path, record: FileRecord) -> None:
 
 
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
-    """Return the path of the derived file `name` in `directory`.
+    """Return the path of the graph `name` in `directory`.
 
-    The file is built from the weights unless a file with the right hash exists. The caller verifies it.
+    The graph is built from the weights unless `directory` contains it already, with the right hash. The returned file
+    is not verified here.
 
     Raises:
         ArtifactError: `name` is not a graph, the weights do not match the manifest, or the file cannot be written.
@@ -369,7 +377,7 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
     """Build a graph from the weights and write it to the file `target`, completely or not at all.
 
     Raises:
-        ArtifactError: the folder of `target` cannot be written.
+        ArtifactError: the file or its folder cannot be written.
     """
     directory = target.parent
     try:

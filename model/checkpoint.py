@@ -33,10 +33,10 @@ def _tensor(array: Array) -> Tensor:
 
 
 def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or PyTorch file by the file's own names, on the CPU.
+    """Return the tensors of a safetensors or PyTorch file, on the CPU, by their names in the file.
 
-    For a training dump of Meta, return the tensors under its key `teacher`. Raises the same errors as
-    `model.weights.read_tensors`.
+    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned. The errors are
+    those of `model.weights.read_tensors`.
     """
     return {name: _tensor(array) for name, array in read_tensors(path).items()}
 
@@ -79,9 +79,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dict[str, Any]]:
-    """Return the tensors (float32, under Meta's names), configuration and provenance of one of our own checkpoints.
+    """Load a checkpoint in this project's format.
 
-    Raises the same errors as `model.weights.read_checkpoint`.
+    Returns:
+        The tensors (float32, under Meta's names), the configuration and the provenance.
+
+    Raises:
+        CheckpointError, OSError: see `model.weights.read_checkpoint`.
     """
     arrays, config, provenance = read_checkpoint(path)
     return {name: _tensor(array) for name, array in arrays.items()}, config, provenance

@@ -1,13 +1,13 @@
 """Converts published DINOv2 weights to Meta's tensor names, which this project uses.
 
 Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each of our tensors
-to the tensors of the file that form it. `convert` iterates over the tensors that the model needs, and reports every
-missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the tables also list the
-tensors that are dropped (the heads of training dumps and of classifiers).
+to the file's tensors that are concatenated into it (usually one). `convert` iterates over the tensors that the model
+needs, and reports every missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the
+tables also list the tensors that are dropped (the heads of training dumps and of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
-(`models/dinov2/convert_dinov2_to_hf.py` and the in-memory names of its version 5), timm
-(`models/vision_transformer.py`, the function that converts DINOv2).
+(`models/dinov2/convert_dinov2_to_hf.py` and the parameter names in version 5), timm (`models/vision_transformer.py`,
+the function that converts DINOv2).
 
 The features depend on the rule by which `pos_embed` is resized (see `model/pos_embed.py`), but a file does not record
 this rule. Each `Dialect` therefore contains the rule of its publisher's code.
@@ -43,10 +43,10 @@ class CheckpointError(ValueError):
 class Dialect:
     """A publisher's file format, with the names under which it stores a backbone's tensors.
 
-    `keys` maps our name of a tensor or module to one or more names in the file, where `#` is the block number. If there
-    are several names, the file's tensors are concatenated in this order into one tensor. A tensor that `keys` does not
-    list has the same name in the file. `describes` takes the tensor names of a file and returns whether the file has
-    this format.
+    `keys` maps our name for a tensor or module to one or more names in the file, where `#` is the block number. If
+    there are several names, the file's tensors are concatenated in this order into one tensor. A tensor that `keys`
+    does not list has the same name in the file. `describes` is called with the tensor names of a file and returns
+    whether the file has this format.
     """
 
     name: str
@@ -142,7 +142,7 @@ DIALECTS = (META_DUMP, HUGGING_FACE_MEMORY, HUGGING_FACE, TIMM_REGISTERS, TIMM, 
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """Return the dialect of a file with the tensor names `keys`.
+    """Return the dialect of a file whose tensors have the names `keys`.
 
     Raises:
         CheckpointError: no dialect matches. The message lists the dialects and some of the file's names.
@@ -161,7 +161,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
-    """Return the names of the file's tensors that form our tensor `key`."""
+    """Return the names, in the file, of the tensors that are concatenated into our tensor `key` (usually one)."""
     number = re.match(r"blocks\.(\d+)\.", key)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
     module, _, leaf = generic.rpartition(".")
@@ -175,13 +175,14 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Return a dictionary from plain name to file name for the backbone's tensors, and the list of dropped names.
+    """Remove the dialect's prefix, and the chunk number that FSDP training inserts, from the file's tensor names.
 
-    A plain name is the file's name without the dialect's prefix and without the chunk number that FSDP training
-    inserts.
+    Returns:
+        A dictionary from each resulting name to the name in the file, and a list of the names of the tensors that the
+            dialect drops.
 
     Raises:
-        CheckpointError: two tensors have the same plain name.
+        CheckpointError: two tensors get the same name.
     """
     plain: dict[str, str] = {}
     dropped: list[str] = []
@@ -223,8 +224,8 @@ class KeyReport:
 class Converted:
     """The result of `convert`.
 
-    It contains the backbone's float32 arrays under our names, the configuration, the file's dialect, and the names of
-    the dropped tensors.
+    It contains the backbone's float32 arrays under our names, the model's configuration, the file's dialect, and the
+    names of the file's tensors that were dropped.
     """
 
     arrays: dict[str, FloatArray]
@@ -235,7 +236,10 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a backbone's arrays are formed: for each of our names, the names in the file that are concatenated."""
+    """How `convert` builds a backbone's tensors.
+
+    `sources` maps each of our names to the names in the file that are concatenated.
+    """
 
     sources: dict[str, list[str]]
     config: ViTConfig
@@ -268,7 +272,9 @@ def backbone_shapes(config: ViTConfig) -> dict[str, Shape]:
 
 
 def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | None) -> _Plan:
-    """Find out how the tensors of a file, given by their shapes, form those of a backbone.
+    """Determine which of a file's tensors are concatenated into each tensor of a backbone.
+
+    `shapes` contains the shapes of the file's tensors by name.
 
     Raises:
         CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
@@ -304,7 +310,7 @@ def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | Non
 
 
 def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect) -> None:
-    """Check that tensors of these shapes, under the dialect's names, form a backbone.
+    """Check that `shapes`, the shapes of a file's tensors by name, are those of a backbone in the format `dialect`.
 
     Raises:
         CheckpointError: tensors are missing, extra or misshapen. The message lists up to `MAX_LISTED` names of each
@@ -314,12 +320,12 @@ def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Diale
 
 
 def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | None = None) -> Converted:
-    """Convert the arrays of a file to those of a backbone. An array that needs no change is not copied.
+    """Convert a file's arrays to the arrays of a backbone. An array that needs no change is not copied.
 
     Args:
         tensors: the file's arrays by name.
-        config: the expected shape of the model. The returned configuration has the dialect's `pos_embed_rule` and, for
-            training dumps, the image size of the dump's `pos_embed`.
+        config: the expected shape of the model. The returned configuration differs in `pos_embed_rule`, which is the
+            dialect's, and for training dumps in `img_size`, which is computed from the dump's `pos_embed`.
         dialect: the format of the file. If None, the format is detected.
 
     Raises:

@@ -1,15 +1,16 @@
 """Counts the CPUs that this process may use.
 
-These are the CPUs of its affinity mask, limited by the CPU quotas of its cgroup and of that cgroup's ancestors.
+These are the CPUs in the process's affinity mask, limited by the CPU quotas of its cgroup and of that cgroup's
+ancestors.
 
 Both cgroup versions are supported. In version 2, the file `cpu.max` contains a quota or "max", and a period. In version
 1, the files are `cpu.cfs_quota_us` (-1 means no quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` contains the path
 of the process's cgroup. In a container without its own cgroup namespace, this is the path on the host, but the
 container sees only its own cgroup, as the root. Paths that do not exist are therefore skipped.
 
-A fractional quota is rounded down. When a cgroup has used up its quota, the kernel stops all of its threads, including
-the one that runs the event loop, until the period ends. The unused fraction leaves time for decoding and HTTP while the
-engine's threads run.
+A fractional quota is rounded down. When a cgroup has used up its quota, the kernel stops all threads in the cgroup,
+including the one that runs the event loop, until the period ends. The unused fraction leaves time for decoding and HTTP
+while the engine's threads run.
 """
 
 import os
@@ -30,14 +31,18 @@ def available_cpus() -> int:
 def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float | None:
     """Return the smallest CPU quota of this process's cgroup and its ancestors, or None if no quota is set.
 
-    The unit is CPUs. `membership` is the file with the path of the cgroup, and `cgroups` is the folder of all cgroups.
+    The unit is CPUs. `membership` is a file like `/proc/self/cgroup`, which contains the cgroup's path. `cgroups` is
+    the root folder of the cgroup file system.
     """
     quotas = [quota for folder in _folders(membership, cgroups) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and of its ancestors, which may contain quota files."""
+    """Yield the folders in which this process's cgroup and its ancestors may store quotas.
+
+    Some of these folders may not exist.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux

@@ -13,7 +13,7 @@ How pixels are interpreted:
 - Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composited on white.
 - Channels of 16 and 12 bits are reduced to their high 8 bits, as Pillow does for 16-bit colour. (Pillow's conversion of
   16-bit grey clips instead, so that every value above 255 would become white.)
-- Float and 32-bit integer TIFFs raise Unsupported, because they define no white, and nobody would notice a wrong guess.
+- Float and 32-bit integer TIFFs raise Unsupported, because they do not define which value is white.
 - ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) use the stored pixels, and
   features must match theirs. CMYK is converted without a profile for the same reason.
 - Only the first frame of an animation or a multi-page file is decoded.
@@ -36,7 +36,7 @@ Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
 
 
 class DecodeError(ValueError):
-    """The error raised when an image cannot be decoded. The message gives the reason and any exceeded limit."""
+    """The error raised when an image cannot be decoded. The message gives the reason and any limit exceeded."""
 
 
 class TooLarge(DecodeError): ...
@@ -95,7 +95,7 @@ _SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
 class DecodeLimits:
     """The limits on the size and shape of an image. They are checked before any pixel is decompressed.
 
-    A decoded image takes 3 to 4 bytes of memory per pixel, and briefly twice as much.
+    A decoded image needs 3 to 4 bytes of memory per pixel. During decoding, it can briefly need twice as much.
 
     Raises:
         ValueError: a limit is out of range.
@@ -118,7 +118,7 @@ DEFAULT_LIMITS = DecodeLimits()
 
 
 class Stored(NamedTuple):
-    """An image as its file stores it, before EXIF orientation is applied."""
+    """A decoded image before EXIF orientation is applied."""
 
     rgb: Image.Image
     orientation: int  # the EXIF orientation, 1 to 8
@@ -153,8 +153,9 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
     Args:
         data: the encoded image.
         limits: the limits on its size and shape.
-        least_side: the minimum side in pixels of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, which is
-            faster. If None, JPEGs are decoded at full size. Other formats are always decoded at full size.
+        least_side: a length in pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, if both sides
+            of the result are at least this long. If None, JPEGs are decoded at full size. Other formats are always
+            decoded at full size.
 
     Raises:
         TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
@@ -221,7 +222,7 @@ def _translated(name: str, limits: DecodeLimits) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an error on one line, cut after 200 characters.
+    """Return the message of an error as one line of at most 200 characters.
 
     If the message is empty, return the name of the error's class.
     """
@@ -230,10 +231,10 @@ def _reason(error: Exception) -> str:
 
 
 def _check_scans(data: bytes) -> None:
-    """Raise an error if a JPEG has too many scans or segments. The decoder reports damaged data later.
+    """Raise an error if a JPEG has too many scans or segments. Damaged data raises no error here.
 
     The function reads one marker after another, as libjpeg does. It skips each segment by its length, because a
-    thumbnail in EXIF has scans of its own, and skips the data of a scan up to the next marker. It ignores data after
+    thumbnail in EXIF has scans of its own, and it skips the data of a scan up to the next marker. It ignores data after
     the end of the image, where some phones append a second image or a video.
 
     Raises:
@@ -274,7 +275,7 @@ def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> N
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB and return it. It may have any mode that the supported formats produce.
+    """Convert an image to mode RGB and return it. `image` may have any mode in which Pillow opens a supported format.
 
     Raises:
         Unsupported: the pixels are 32-bit or signed integers, floats or CIELAB.
@@ -320,7 +321,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, or 1 (upright) if it is missing or unreadable."""
+    """Return the EXIF orientation of an image, or 1 (upright) if the orientation is missing or unreadable."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001  broken EXIF raises almost anything, and the pixels are intact
@@ -328,7 +329,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Return an image turned upright according to its EXIF orientation (1 to 8).
+    """Turn an image upright according to its EXIF orientation (1 to 8), and return the result.
 
     For any other orientation, the image is returned unchanged.
     """

@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Flush a finished file or folder of files to the disk and rename it to `target`.
+    """Flush a finished file, or a folder and its files, to the disk and rename it to `target`.
 
     An existing file at `target` is replaced.
 
@@ -44,7 +44,8 @@ def publish(finished: Path, target: Path) -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """Yield the path of a temporary file in the folder of `target`, for the `with` block to write.
 
-    If the block succeeds, the file is renamed to `target`. If the block raises an exception, the file is removed.
+    If the block succeeds, the temporary file is renamed to `target`. If the block raises an exception, the temporary
+    file is removed.
 
     Raises:
         OSError: a disk operation failed. The old `target` is unchanged unless the rename had already succeeded.

@@ -1,10 +1,11 @@
-"""Pools the tokens of an image to one vector.
+"""Pools an image's tokens into one vector.
 
-A pooling joins one or more parts. Each part is one vector [D] per image: the class token, or a vector computed from the
-patch tokens. If a pooling joins several parts, each is first scaled to length 1, so that none dominates the cosine. The
-code works on numpy arrays and on tensors; the caller passes the functions that scale and join them.
+A pooling concatenates one or more parts. Each part is one vector [D] per image: the class token, or a vector computed
+from the patch tokens. If a pooling has several parts, each is first scaled to length 1, so that all parts count equally
+in cosine similarities. The code works on numpy arrays and on tensors; the caller passes the functions that scale and
+concatenate them.
 
-To add a part, add it to `PATCH_PARTS`. To add a pooling, add it to `Pooling` and to its description.
+To add a part, add it to `PATCH_PARTS`. To add a pooling, add it to `Pooling` and to `POOLING_DESCRIPTION`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ PARTS: Final = ("cls", *PATCH_PARTS)
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:
-    """Return the names of the parts of a pooling, for example ("cls", "mean")."""
+    """Return the names of a pooling's parts, for example ("cls", "mean")."""
     return tuple(pooling.split("+"))
 
 
@@ -48,7 +49,7 @@ def pool(
         join: a function that concatenates arrays along the last axis.
 
     Returns:
-        The vectors [..., width(pooling, D)]. The part of a pooling with one part is returned unchanged.
+        The vectors [..., width(pooling, D)]. If the pooling has only one part, that part is returned unchanged.
     """
     names = parts_of(pooling)
     return parts[names[0]] if len(names) == 1 else join([unit(parts[name]) for name in names])

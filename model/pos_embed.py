@@ -12,9 +12,9 @@ to n patches by different rules:
 
 At every size except the native one, the rules give different features, so the rule is part of a model's fingerprint.
 
-Bicubic resizing is linear and separable, so a rule is applied as two small matrices, one for the rows Wh and one for
-the columns Ww: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
-ONNX writer uses them to store the resized positions of one input size. The tests compare them with
+Bicubic resizing is linear and separable, so the positions P are resized by two small matrices, Wh for the rows and Ww
+for the columns: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
+ONNX writer uses them to store the resized positions of one input size. The tests compare the resized positions with
 `torch.nn.functional.interpolate`.
 """
 
@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def _cubic(distance: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:
-    """Return the value of Keys' cubic convolution kernel with parameter `a` at each distance (IEEE ASSP 29, 1981)."""
+    """Evaluate Keys' cubic convolution kernel (IEEE ASSP 29, 1981) with parameter `a` at each distance."""
     d = np.abs(distance)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((d - 5) * d + 8) * d * a - 4 * a
@@ -84,7 +84,7 @@ def resize_matrix(n_in: int, n_out: int, rule: PosEmbedRule) -> FloatArray:
 def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
     """Return the product of `matrix` [n, M] and `x` [M, ...], with the same bits on every processor.
 
-    Each term is added in float64, and the sum is rounded to float32, as in a fused multiply-add. BLAS is not used,
+    Each addition is done in float64 and its result is rounded to float32, as in a fused multiply-add. BLAS is not used,
     because its results differ between processors, but graphs that contain the positions must be identical everywhere.
     """
     total = np.zeros((len(matrix), *x.shape[1:]), np.float32)

@@ -5,9 +5,10 @@ short side to 256 pixels (bicubic, with Pillow), crops the central 224 x 224 pix
 ImageNet's mean and divides by its standard deviation. Features depend on each of these steps, so this module reproduces
 them pixel by pixel. It uses neither torch nor torchvision, because the service does not load them.
 `tests/model/test_preprocess.py` compares the result with that of Hugging Face's processor, which differs in one detail:
-it rounds a crop margin with half a pixel down, whereas torchvision and this module round it to an even number.
+if a crop margin ends at half a pixel, that processor rounds it down, whereas torchvision and this module round it to
+the nearest even number.
 
-Two measures make `preprocess` fast. The crop precedes the conversion to float, and the conversion is a table lookup: a
+`preprocess` is fast because it crops before it converts to float, and because the conversion is a table lookup. A
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
 shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
@@ -36,9 +37,11 @@ class PreprocessSpec(BaseModel):
     """The settings of the transform from an image to the network's input. They are part of an artifact's fingerprint.
 
     If `crop` is set, the short side is resized to `resize` pixels, and the centre square with sides of `crop` pixels is
-    cut out. If `crop` is None, the whole image is resized, and its aspect ratio is kept as far as possible: the short
-    side becomes about `resize` pixels long, or keeps its length if `resize` is None, and both sides are rounded to the
-    nearest multiple of `patch_size`, at least one patch.
+    cut out.
+
+    If `crop` is None, the whole image is resized so that the short side becomes `resize` pixels long, or keeps its
+    length if `resize` is None. Both sides are then rounded to the nearest multiple of `patch_size`, but not to zero, so
+    the aspect ratio can change slightly.
 
     Raises:
         pydantic.ValidationError (a ValueError): a field is unknown, a value is out of range, or two values contradict
@@ -113,8 +116,8 @@ def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, floa
     """Return the part of an image of this size that the network sees, as (x, y, width, height) in the image's pixels.
 
     The four numbers may be fractions, because the image is resized before it is cropped, and the crop is mapped back to
-    the original size. The centre of pixel (X, Y) of the network's input is this point of the image, where (h, w) is the
-    result of `output_size`:
+    the original size. If `output_size` returns (h, w), pixel (X, Y) of the network's input has its centre at this point
+    of the image:
 
         (x + (X + 0.5) * width / w, y + (Y + 0.5) * height / h)
 
@@ -137,7 +140,7 @@ def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
-    """Return a table [3, 256] of the normalised value of each byte in each channel.
+    """Return a table [3, 256] with the normalised value of each byte value in each channel.
 
     The values are computed in the same float32 arithmetic as in torchvision.
     """
@@ -150,7 +153,7 @@ def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
 def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
     """Convert one image to the network's input.
 
-    An image that is smaller than the target is enlarged, as in DINOv2's evaluation transform.
+    An image whose short side is shorter than `spec.resize` is enlarged, as in DINOv2's evaluation transform.
 
     Args:
         image: RGB [H, W, 3] uint8, already upright.

@@ -1,11 +1,12 @@
-"""Reads the tensors of a PyTorch file (`.pth`, `.pt`) as numpy arrays, without torch and without running its code.
+"""Reads the tensors of a PyTorch file (`.pth`, `.pt`) as numpy arrays, without torch and without executing code.
 
-Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and `data/<key>` holds the bytes
-of each storage. A pickle is a program, so this reader only executes what describes tensors: `OrderedDict`, the
-functions that rebuild a tensor or a parameter, and the names of storage types. It refuses every other name without
-importing it.
+Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and `data/<key>` contains the
+bytes of each storage. A pickle is a program, so this reader allows it to use only the names that describe tensors:
+`OrderedDict`, the functions that rebuild a tensor or a parameter, and the names of storage types. Every other name is
+refused and not imported.
 
-The arrays are mapped from the file, so they take no memory until they are read. Formats older than 1.6 are refused.
+The arrays are mapped from the file, so they take no memory until they are read. Files from torch versions before 1.6
+are refused.
 """
 
 import io
@@ -45,11 +46,11 @@ _DTYPES: Final = {
 
 
 class TorchFileError(ValueError):
-    """Raised for a file that is not a readable PyTorch file of tensors. The message says what is wrong with it."""
+    """The error raised when a file is not a readable PyTorch file of tensors. The message gives the reason."""
 
 
 class _StorageType(NamedTuple):
-    """The type of a storage, such as `torch.FloatStorage`, which a pickle refers to by name."""
+    """The type of a storage. A pickle refers to it by a name such as `torch.FloatStorage`."""
 
     name: str
 
@@ -58,8 +59,8 @@ def read_torch_file(path: Path) -> Any:
     """Return the object in a PyTorch file, usually a dictionary, with a numpy array in place of each tensor.
 
     Raises:
-        TorchFileError: the file is damaged, has another format, or holds something other than tensors and plain Python
-            values.
+        TorchFileError: the file is damaged, has another format, or contains something other than tensors and plain
+            Python values.
         OSError: the file cannot be read.
     """
     try:
@@ -108,7 +109,7 @@ def _small_file(archive: zipfile.ZipFile, info: zipfile.ZipInfo, *, limit: int) 
 
 
 def _map(path: Path, info: zipfile.ZipInfo, dtype: np.dtype[Any], count: int) -> Array:
-    """Map the elements [count] of a storage from the file, and check them against the archive's CRC-32."""
+    """Memory-map a storage of `count` elements in the file, and check it against the CRC-32 in the archive."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise TorchFileError(f"{info.filename} is compressed, which torch never does")
     if info.file_size != count * dtype.itemsize:
@@ -137,7 +138,10 @@ def _map(path: Path, info: zipfile.ZipInfo, dtype: np.dtype[Any], count: int) ->
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that can only make arrays and plain Python values. `storage` maps a storage from the file."""
+    """An unpickler that can only make arrays and plain Python values.
+
+    `storage` is a function that returns the array of a storage, given its type, key and number of elements.
+    """
 
     def __init__(self, data: bytes, storage: Callable[[str, str, int], Array]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -164,7 +168,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Array:
-    """Return the tensor of this size and stride (in elements) in a storage. The arguments are what the pickle says."""
+    """Return the tensor with this size and stride (in elements) that begins at `offset` in a storage.
+
+    The arguments come from the pickle, so they are checked.
+    """
     if not isinstance(storage, np.ndarray) or not isinstance(offset, int) or offset < 0:
         raise TorchFileError("a tensor has no storage or a wrong offset")
     if not _are_counts(size) or not _are_counts(stride) or len(size) != len(stride):

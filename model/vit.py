@@ -2,9 +2,9 @@
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
 (`dinov2/models/vision_transformer.py`), so released weights load with `strict=True`, and code written for torch hub's
-models keeps working. The differences are internal. Attention always uses `scaled_dot_product_attention`. Drop path
-computes a branch only for the samples that do not skip it. The position embedding is resized by matrix products
-(`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
+models keeps working. The differences from that code are internal. Attention always uses `scaled_dot_product_attention`.
+Drop path (stochastic depth) computes a branch only for the samples that do not skip it. The position embedding is
+resized by matrix products (`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -155,11 +155,11 @@ class Block(nn.Module):
         return x + self._mlp_branch(x)
 
     def _kept_samples(self, x: Tensor) -> tuple[Tensor, float]:
-        """Choose the random samples for which a residual branch is computed.
+        """Choose at random the samples for which a residual branch is computed.
 
         Returns:
-            The indices of these samples, and the factor by which the branch is multiplied so that its expected value is
-                unchanged.
+            The indices of these samples, and the factor by which the branch's output is multiplied to keep its expected
+                value.
         """
         batch = x.shape[0]
         n_kept = max(1, round(batch * (1 - self.drop_path_rate)))
@@ -171,7 +171,8 @@ class DinoVisionTransformer(nn.Module):
 
     Args:
         config: the shape of the backbone.
-        drop_path_rate: the share of samples that skip a residual branch in training. It is the same in every block.
+        drop_path_rate: the fraction of samples that skip each residual branch in training. It is the same in every
+            block.
 
     Raises:
         ValueError: `drop_path_rate` is not in [0, 1).
@@ -216,7 +217,7 @@ class DinoVisionTransformer(nn.Module):
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
         """Return the position embedding [1, 1 + h*w, D] for a grid of (h, w) patches and a model of width D.
 
-        If the grid is not the native one, the positions are resized by the model's rule.
+        If the model was trained for another grid, the positions are resized by its rule.
         """
         side = self.config.grid
         if (h, w) == (side, side):
@@ -269,9 +270,9 @@ class DinoVisionTransformer(nn.Module):
             masks: [B, N] bool for N patches, True where the mask token replaces a patch. If None, no patch is replaced.
 
         Returns:
-            A dictionary with the class tokens `x_norm_clstoken` [B, D], the R registers `x_norm_regtokens` [B, R, D]
-                and the patch tokens `x_norm_patchtokens` [B, N, D] after the last norm, all T tokens `x_prenorm` [B, T,
-                D] before the last norm, and `masks` unchanged.
+            A dictionary. Its values after the last norm are the class tokens `x_norm_clstoken` [B, D], the R registers
+                `x_norm_regtokens` [B, R, D] and the patch tokens `x_norm_patchtokens` [B, N, D]. It also contains all T
+                tokens before the last norm, `x_prenorm` [B, T, D], and the argument `masks`.
 
         Raises:
             ValueError: H or W is not a multiple of the patch size.
@@ -300,7 +301,7 @@ class DinoVisionTransformer(nn.Module):
 
         Args:
             x: normalised pixels [B, 3, H, W] of B images with N patches each, for a model of width D.
-            n: the number of last blocks to choose, or the indices of the chosen blocks.
+            n: the indices of the chosen blocks, or a number to choose that many of the last blocks.
             reshape: whether to return the patch tokens as [B, D, h, w] for a grid of h x w patches, instead of [B, N,
                 D].
             return_class_token: whether to return a pair (patch tokens, class token [B, D]) for each block.
@@ -330,8 +331,8 @@ class DinoVisionTransformer(nn.Module):
     def get_attention(self, x: Tensor, block: int = -1) -> Tensor:
         """Compute the attention weights [B, A, T, T] of one block for B images, A heads and T tokens.
 
-        They are computed in a separate, slower pass. Each row has the weights of one query over all tokens and sums to
-        one. A negative number `block` counts from the last block.
+        They are computed in a separate, slower pass. Each row contains one query token's weights over all tokens and
+        sums to one. If `block` is negative, it counts back from the last block (-1).
 
         Raises:
             ValueError: the model has no block with this number.
@@ -347,5 +348,5 @@ class DinoVisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(tokens))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embedding of each of the B images, which is the class token after the last norm, as [B, D]."""
+        """Return the embeddings [B, D] of B images. An image's embedding is its class token after the last norm."""
         return self.forward_features(x)["x_norm_clstoken"]

@@ -1,10 +1,10 @@
 """Reads weights files as numpy arrays, without torch.
 
 Meta's, timm's, Hugging Face's and this project's formats can be read. A weights file is untrusted input, so only
-tensors are read from it. A safetensors file cannot contain code, and `model/torch_file.py` executes no code of a
+tensors are read from it. A safetensors file cannot contain code, and `model/torch_file.py` executes no code from a
 PyTorch file. Reading is strict: a missing, extra or misshapen tensor raises an error that names the tensor, because a
-partly loaded backbone would still produce vectors, but wrong ones. `model/convert.py` contains the tables of names and
-this check.
+partly loaded backbone would still produce vectors, but wrong ones. `model/convert.py` contains this check and the
+tables of tensor names.
 
 The arrays are mapped from the file, so they take no memory until they are read.
 """
@@ -45,7 +45,7 @@ _SAFETENSORS_DTYPES: Final = {
 
 
 def read_tensors(path: Path | str) -> dict[str, Array]:
-    """Read a safetensors or PyTorch file and return its tensors on the CPU, by the names in the file.
+    """Read a safetensors or PyTorch file and return its tensors as arrays, by their names in the file.
 
     If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned.
 
@@ -78,7 +78,10 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Array]:
-    """Map the arrays of a safetensors file, bfloat16 included, which the library's numpy interface cannot read."""
+    """Memory-map the arrays of a safetensors file.
+
+    The safetensors library is not used for this, because its numpy interface cannot read bfloat16.
+    """
     _safetensors_metadata(path)  # the library checks the header
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -142,7 +145,8 @@ def read_checkpoint(path: Path | str) -> tuple[dict[str, FloatArray], ViTConfig,
         The float32 tensors under Meta's names, the configuration, and the provenance.
 
     Raises:
-        CheckpointError: the file is damaged, has another format, or its tensors do not match its configuration.
+        CheckpointError: the file is damaged, has another format, or contains tensors that do not match its
+            configuration.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -189,20 +193,20 @@ def read_weights(
     pos_embed_rule: PosEmbedRule | None = None,
     download: zoo.DownloadOptions = zoo.DEFAULT_DOWNLOAD,
 ) -> tuple[dict[str, FloatArray], ViTConfig]:
-    """Return the weights of a backbone, float32 under Meta's names, and its configuration.
+    """Return the weights of a backbone (float32, under Meta's names) and the backbone's configuration.
 
-    The weights file may have Meta's format (from torch hub or a training dump), timm's, Hugging Face's or this
-    project's. The format is detected.
+    The weights file may be in the format of Meta (from torch hub or a training dump), timm, Hugging Face or this
+    project. The format is detected.
 
     The configuration's `pos_embed_rule` is the rule by which the file's publisher resizes position embeddings, so the
-    features equal the publisher's at every input size. Meta's rule depends on the model's name. Hugging Face's rule is
-    "antialias" for models with registers and "size" for others. timm's rule is "antialias". This project's checkpoints
-    contain their rule.
+    features are the same as the publisher's at every input size. Meta's rule depends on the model's name. Hugging
+    Face's rule is "antialias" for models with registers and "size" for others. timm's rule is "antialias". This
+    project's checkpoints store their own rule.
 
     Args:
         name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
         weights: the weights file. If None, the published weights of this name are downloaded, unless they are in the
-            cache. They get Meta's rule, whichever server they come from.
+            cache. Downloaded weights get Meta's rule, even if they come from Hugging Face.
         pos_embed_rule: the rule to use instead of the file's. For instance, "offset" gives torch hub's features from a
             Hugging Face file. If None, the file's rule is used.
         download: the options for downloading published weights.
@@ -210,7 +214,7 @@ def read_weights(
     Raises:
         ValueError: the name or the rule is unknown, or no weights are published under this name and `weights` is None.
         CheckpointError (a ValueError): the file does not contain the weights of this model. The message lists the
-            missing, extra and misshapen keys.
+            missing, extra and misshapen tensors.
         zoo.DownloadError: the published weights cannot be downloaded.
         OSError: the file cannot be read.
     """

@@ -2,14 +2,14 @@
 
 Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.py`, README, MODEL_CARD), which
 publishes no checksums. A hash is listed here only if it was computed from the real file. timm's and Hugging Face's
-names refer to the same weights and are accepted as aliases. Meta's file is downloaded, or Hugging Face's if Meta's
-server does not deliver. Both contain the same tensors.
+names refer to the same weights and are accepted as aliases. Meta's file is downloaded. If this fails, Hugging Face's
+file is downloaded, which contains the same tensors.
 
 An interrupted download is resumed with an HTTP range request. If the server's file has changed, the download starts
 over. Before a file gets its final name, its size and its hash are checked if they are known. Hugging Face sends the
-hash of its file. A file of Meta without a known hash has checksums inside, which are checked instead. A lock ensures
-that two processes download the same file only once. During a download, the cache folder contains `<file>.part` and
-`<file>.part.validator`. An empty file `<file>.lock` remains afterwards.
+hash of its file. If the hash of Meta's file is not known, the checksums inside the file are checked instead. A lock
+ensures that two processes download the same file only once. During a download, the cache folder contains `<file>.part`
+and `<file>.part.validator`. An empty file `<file>.lock` remains afterwards.
 
 This module does not import torch.
 """
@@ -59,7 +59,7 @@ REPORT_S: Final = 10.0  # seconds between two log lines about a download
 
 
 class DownloadError(OSError):
-    """The error raised when weights cannot be downloaded. The message gives the reason and says what to do."""
+    """The error raised when weights cannot be downloaded. The message gives the reason and explains what to do."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DownloadOptions:
     """Where published weights are downloaded from and stored.
 
     `cache_dir` is created if missing. During a download, `on_progress` is called with the number of bytes received so
-    far and the size of the file in bytes, or None if the size is unknown.
+    far and the size of the file in bytes (None if the size is unknown).
     """
 
     cache_dir: Path = DEFAULT_CACHE_DIR
@@ -95,7 +95,7 @@ DEFAULT_DOWNLOAD: Final = DownloadOptions()
 
 
 class Source(NamedTuple):
-    """One address of a file of weights. `size_bytes` and `sha256` are None if they are not known."""
+    """The address of a weights file to download. `size_bytes` and `sha256` are None if they are not known."""
 
     url: str
     filename: str
@@ -124,7 +124,7 @@ class ZooEntry:
         return self.path.rpartition("/")[2]
 
     def sources(self, hosts: Hosts) -> list[Source]:
-        """Return where the weights can be downloaded, in the order of preference."""
+        """Return the addresses from which the weights can be downloaded, in order of preference."""
         sources = []
         if hosts.meta is not None:
             url = f"{hosts.meta.rstrip('/')}/{self.path}"
@@ -174,7 +174,7 @@ _BY_ANY_NAME = {name: entry for entry in ENTRIES.values() for name in (entry.nam
 
 
 def resolve(name: str) -> ZooEntry:
-    """Return the entry of a published backbone by its name in torch hub, timm or Hugging Face. Case does not matter.
+    """Return the entry of the published backbone with this torch hub, timm or Hugging Face name. Case does not matter.
 
     Raises:
         ValueError: the name is unknown. The message suggests similar names and lists the torch hub names.
@@ -196,13 +196,14 @@ def download(
 
     Args:
         entry: the backbone's entry, as returned by `resolve`.
-        options: where the file is downloaded from and stored, and a function that is told the progress. A terminal also
-            gets a progress bar on stderr. Without a terminal, the log gets a line every `REPORT_S` seconds.
-        retry_wait_s: the wait before the first retry in seconds. It doubles with each further attempt without data.
+        options: the servers, the cache folder, and a function to which the progress is reported. If stderr is a
+            terminal, a progress bar is shown as well. Otherwise, the progress is logged every `REPORT_S` seconds.
+        retry_wait_s: the number of seconds to wait before the first retry. It doubles after each attempt that received
+            no data.
         timeout_s: the time limit in seconds for connecting and for each read.
 
     Returns:
-        The path of the file. It is complete, and it has the size and the hash that are known of it.
+        The path of the complete file. Its size and its hash have been checked if they are known.
 
     Raises:
         DownloadError: the network failed, the servers returned errors, the file has the wrong size, hash or content, or
@@ -239,7 +240,10 @@ def _by_hand(entry: ZooEntry, source: Source, cache_dir: Path, reasons: Sequence
 
 
 class _Reporter:
-    """Reports the progress of one download to a callback, and to a bar on a terminal or to the log."""
+    """Reports the progress of one download by calling `on_progress`, and with a progress bar or log messages.
+
+    The bar is shown if stderr is a terminal. Otherwise, messages are logged.
+    """
 
     def __init__(self, name: str, on_progress: OnProgress | None) -> None:
         self._name, self._on_progress = name, on_progress
@@ -329,7 +333,11 @@ class _Part:
         self.validator.unlink(missing_ok=True)
 
     def _receive(self, client: httpx.Client, retry_wait_s: float) -> None:
-        """Receive all bytes of the file, with as many attempts as are allowed."""
+        """Receive the rest of the file, with retries.
+
+        The download fails after `MAX_ATTEMPTS` failed attempts in a row. An attempt that receives data restarts the
+        count.
+        """
         fruitless = 0
         while True:
             before = self._size()
@@ -415,8 +423,8 @@ class _Part:
     def _remember_version(self, response: httpx.Response) -> None:
         """Store the response's strong ETag or Last-Modified date, which identifies the version of the server's file.
 
-        If the response has neither, an interrupted download starts again, because parts of two versions must not be
-        joined.
+        If the response has neither, an interrupted download cannot be resumed, because parts of two versions must not
+        be joined.
         """
         etag = response.headers.get("ETag", "")
         validator = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
@@ -434,4 +442,4 @@ def _linked_sha256(response: httpx.Response) -> str | None:
 
 
 class _TryAgainError(DownloadError):
-    """The error of a failed attempt that is worth repeating."""
+    """The error raised when a download attempt fails but another attempt may succeed."""

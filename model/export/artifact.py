@@ -1,7 +1,8 @@
-"""Exports a model to an artifact: writes weights and ONNX graphs, checks parity, and writes the manifest.
+"""Exports a model to an artifact: writes weights and ONNX graphs, checks the graphs' results, and writes the manifest.
 
-The export is atomic. All files are written into a temporary folder next to the target. After the parity check, one
-rename gives the folder its final name, so a failed or killed export leaves no folder that looks like an artifact.
+The export is atomic. All files are written into a temporary folder next to the target. After the graphs have been
+compared with the reference model, one rename gives the folder its final name, so a failed or killed export leaves no
+folder that looks like an artifact.
 
 Weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` loads one engine at a time. An
 export therefore needs memory for at most two copies of the weights: the caller's and one engine's.
@@ -55,9 +56,9 @@ def export_artifact(
         backbone: the model.
         out_dir: the folder of artifacts. It is created if missing.
         options: the options for writing and comparing the artifact.
-        graphs: the graphs to write in addition to `model.onnx`. Each is compared with the reference at its own size,
-            and a graph for any size is compared at two sizes. A bf16 graph that ONNX Runtime cannot run on the CPU gets
-            no parity record.
+        graphs: the graphs to write in addition to `model.onnx`. Each is compared with the reference (see
+            `model/export/comparison.py`) at its own size, or at two sizes if it accepts any size. A bf16 graph that
+            ONNX Runtime cannot run on the CPU is not compared.
 
     Raises:
         ParityError: a graph's results in ONNX Runtime differ too much from the reference's. An int8 graph raises no
@@ -119,7 +120,7 @@ def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpe
     """Write every graph from the stored weights, and return the names of all written files.
 
     Raises:
-        ValueError: `keep_onnx` is False, and a graph is too large to be derived.
+        ValueError: `keep_onnx` is False, but a graph is too large to be built from the weights later.
     """
     files: list[str] = []
     for file, spec in specs.items():
@@ -134,7 +135,7 @@ def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpe
 
 
 def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, GraphSpec]) -> dict[str, FileRecord]:
-    """Return the manifest's records of all files in `folder`, by file name."""
+    """Return the records for the manifest of all files in `folder`, by file name."""
     files = {WEIGHTS: describe_file(folder / WEIGHTS)}
     files |= {file: describe_file(folder / file, derived=file in specs) for file in onnx_files}
     if (folder / MODEL_CARD).exists():

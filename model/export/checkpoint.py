@@ -23,8 +23,8 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
         options: the options for writing and comparing the artifact.
 
     Raises:
-        ValueError: `source` is neither a checkpoint nor a published name, `asked.arch` is missing, or a graph option is
-            invalid.
+        ValueError: `source` is neither a checkpoint nor the name of a published model, `asked.arch` is missing, or an
+            option is invalid.
         zoo.DownloadError: a published model cannot be downloaded.
         ParityError, OSError: see `export_artifact`.
     """
@@ -34,7 +34,7 @@ def export_checkpoint(source: str, out_dir: Path, asked: CheckpointOptions, opti
 
 
 def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
-    """Return the model from the checkpoint file `source`, or download and return the published model of this name.
+    """Read the checkpoint file `source`, or download the published model of this name, and return the model.
 
     Raises:
         ValueError, zoo.DownloadError: see `export_checkpoint`.

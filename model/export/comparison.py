@@ -1,6 +1,6 @@
-"""Compares every graph of an artifact with a reference, and runs the int8 gate.
+"""Compares every graph of an artifact with a reference, and runs the k-NN gate of int8 graphs.
 
-The reference is torch in float32. Where torch is not installed, it is the forward pass in numpy in float64
+The reference is torch in float32. If torch is not installed, the reference is the numpy forward pass in float64
 (`model/engines/numpy_reference.py`). The reference computes all its results and is released before ONNX Runtime loads
 the first graph, because two engines of a large model do not fit into memory.
 """
@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Reference:
-    """The results of the reference at one input size.
+    """The reference's results at one input size.
 
-    They are the outputs for the parity images and, for int8 graphs, the class tokens of the labelled images.
+    `features` and `extras` are computed from the parity images. `tokens` are the class tokens of the labelled images.
+    Only int8 graphs are compared by them.
     """
 
     pixels: FloatArray  # [B, 3, H, W]
@@ -57,11 +58,15 @@ class Comparison:
     reference: Reference = field(default_factory=lambda: "torch float32" if find_spec("torch") else "numpy float64")
 
     def run(self, specs: Mapping[str, GraphSpec]) -> None:
-        """Compare the graphs of `specs`, a dictionary by file name, and fill `records` and `not_compared`.
+        """Compare each graph with the reference, and fill `records` and `not_compared`.
+
+        `specs` maps the graphs' file names to their specs.
 
         Raises:
-            ParityError: a graph's results differ too much from the reference's.
-            ValueError: ONNX Runtime cannot load a graph other than a bf16 graph.
+            ParityError: a graph's results differ too much from the reference's. For an int8 graph, its gate fails
+                instead.
+            ValueError: ONNX Runtime cannot load a graph. For a bf16 graph, the reason is entered in `not_compared`
+                instead.
         """
         sizes = {file: self._sizes(spec) for file, spec in specs.items()}
         references = self._references(specs, sizes)
@@ -70,7 +75,7 @@ class Comparison:
             self._compare(file, spec, {size: references[size] for size in sizes[file]})
 
     def _sizes(self, spec: GraphSpec) -> list[tuple[int, int]]:
-        """Return the (H, W) sizes at which a graph is compared. A graph for any size is compared at two sizes."""
+        """Return the (H, W) sizes at which a graph is compared: its own size, or two sizes if it accepts any size."""
         if spec.size is not None:
             return [spec.size]
         height, width = input_size(self.preprocess)
@@ -126,7 +131,7 @@ class Comparison:
     ) -> GateRecord:
         """Return the gate record of an int8 graph.
 
-        The gate passes only if the k-NN accuracy and the cosines of the parity record `record` are within their limits.
+        The gate passes only if the k-NN accuracy and the cosines in `record` are within their limits.
         """
         gate = NO_LABELS
         if self.labelled is not None:
@@ -141,8 +146,8 @@ class Comparison:
 
 
 def _reason(error: ValueError) -> str:
-    """Return the message of the error that caused `error` on one line, cut after 300 characters.
+    """Return the message of `error.__cause__`, or of `error` if it has no cause, as one line of at most 300 characters.
 
-    Unlike the message of `error` itself, it does not contain the path of the temporary folder.
+    The message of `error` itself also contains the path of the temporary folder.
     """
     return " ".join(str(error.__cause__ or error).split())[:300]

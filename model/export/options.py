@@ -43,12 +43,13 @@ class ExportOptions:
     """The options for writing and comparing an artifact.
 
     Attributes:
-        weights_dtype: the type in which the weights are stored. The parity reference uses the stored weights.
-        images: the images for the parity check, uint8 [H, W, 3]. If None, images are generated.
+        weights_dtype: the type in which the weights are stored. The comparison of the graphs with the reference uses
+            the stored weights.
+        images: the images for this comparison, uint8 [H, W, 3]. If None, images are generated.
         labelled: the images for the k-NN gate of int8 graphs. If None, no int8 graph may serve.
         model_card: the Markdown text of the artifact's README.md. If None, no README.md is written.
-        keep_onnx: whether the artifact contains its graphs. If False, `load_artifact` derives the same graphs from the
-            weights, byte for byte.
+        keep_onnx: whether the artifact contains its graphs. If False, `load_artifact` builds byte-identical graphs from
+            the weights.
     """
 
     weights_dtype: WeightsDtype = "float32"
@@ -60,12 +61,14 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """The options for the graphs that are exported in addition to `model.onnx`, one for every size in every precision.
+    """The options for the graphs that are exported in addition to `model.onnx`.
+
+    One graph is exported for each combination of a size and a precision.
 
     Attributes:
-        sizes: any of "224" (square), "224x336" (H x W) and "dynamic" (any size). If empty, the size of `model.onnx` is
-            used.
-        precisions: any of `model.export.graphs.PRECISIONS`. If empty, fp32 is used.
+        sizes: a list of sizes such as "224" (square), "224x336" (H x W) and "dynamic" (any size). If empty, the size of
+            `model.onnx` is used.
+        precisions: names from `model.export.graphs.PRECISIONS`. If empty, fp32 is used.
         outputs: the outputs of each graph. They must include cls, patches and registers, which serving needs, and can
             also include attention and layer.N. If empty, the outputs are cls, patches and registers.
         int8_weights: the form of the weights of int8 graphs (see `GraphSpec`).
@@ -87,10 +90,10 @@ class CheckpointOptions:
     Attributes:
         arch: the torch hub name of the architecture. It is required unless the file is one of this project's
             checkpoints.
-        name: the artifact's name. If None, it is the first of these that exists: the name in the checkpoint's
-            provenance, the name of the architecture, and the file's name without its ending.
-        resize, crop: new values for these fields of the preprocessing. If None, a field has the value with which the
-            checkpoint was evaluated. If that value is unknown, `resize` is 256 and `crop` is 224.
+        name: the artifact's name. If None, it is the name in the checkpoint's provenance, else the name of the
+            architecture, else the file's name without its extension.
+        resize, crop: the values of these fields of the preprocessing. If None, a field has the value with which the
+            checkpoint was evaluated, or the default (256 and 224) if that value is unknown.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
         download: how a published model is downloaded.
         graphs: the graphs to export in addition to `model.onnx`.

@@ -10,8 +10,8 @@ The input is `pixels` [B, 3, H, W], float32 in every precision. The outputs are 
 [B, A, T], the class token's softmax weights over all tokens in the last block, and `layer.<i>` [B, T, D], the tokens
 after block i with the last norm applied.
 
-A graph for any size accepts multiples of the patch size. It ignores pixels beyond the last whole patch (a convolution
-without padding drops them), so an engine must refuse other sizes before it runs the graph.
+If a graph accepts any size, the sides must still be multiples of the patch size. The graph does not check this: it
+ignores the pixels beyond the last whole patch, so an engine must refuse other sizes before it runs the graph.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -86,13 +86,13 @@ def build_onnx(
         weights: the arrays by Meta's parameter names, of any float type.
         config: the model's shape.
         spec: the options of the graph.
-        activations: the largest absolute input of each linear layer, from
+        activations: the largest absolute input of each linear layer, as returned by
             `model.engines.activations.measure_activations`. fp8 requires these values, and other precisions ignore
             them.
 
     Raises:
-        ValueError: a side is not a multiple of the patch size, the model has no such output or layer, or fp8 lacks the
-            activations of a layer.
+        ValueError: a side is not a multiple of the patch size, an output or a float layer does not exist, an output is
+            given twice or none is given, or fp8 lacks the activations of a layer.
     """
     _check(config, spec, activations or {})
     return _build(GraphBuilder(weights), config, spec, activations or {})
@@ -156,7 +156,7 @@ def _check(config: ViTConfig, spec: GraphSpec, activations: Mapping[str, float])
 
 
 def _weight_bytes(config: ViTConfig, spec: GraphSpec) -> int:
-    """Return the approximate size of the weights in bytes. Only the matrices of the blocks are counted."""
+    """Return the approximate size of the weights in bytes. Only the weight matrices of the blocks are counted."""
     d = config.embed_dim
     feed_forward = (2 if config.ffn == "mlp" else 3) * d * config.hidden_dim
     width = {"fp32": 4, "fp16": 2, "bf16": 2}.get(spec.precision, 1)
@@ -185,7 +185,7 @@ def _build(
 
 
 def _shapes(config: ViTConfig, spec: GraphSpec) -> dict[str, list[int | str]]:
-    """Return the shapes of the input and of every possible output, by name. A free dimension is a string."""
+    """Return the shapes of the input and of every possible output, by name. A dimension of free size is a string."""
     dim, p, prefix = config.embed_dim, config.patch_size, 1 + config.num_register_tokens
     height: int | str = "height" if spec.size is None else spec.size[0]
     width: int | str = "width" if spec.size is None else spec.size[1]
@@ -212,7 +212,7 @@ def _int64(graph: GraphBuilder, name: str, *values: int) -> str:
 
 
 def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec) -> None:
-    """Split the normed tokens `x` [B, T, D] into the class token, the registers and the patches of each image.
+    """Split the normalised tokens `x` [B, T, D] into the class token, the registers and the patches of each image.
 
     The results are the outputs `cls`, `registers` and `patches`. `Gather` is not used, because ONNX Runtime 1.32
     returns a wrong class token if the graph also has a `Split` of the same tensor.
@@ -236,7 +236,7 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
 
 
 def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
-    """Add the nodes that convert pixels to tokens [B, 1 + R + N, D], and return the name of the tokens.
+    """Add the nodes that convert pixels to tokens [B, 1 + R + N, D], and return the name of the result.
 
     The class token and the N patches of each of B images get positions, but the R registers do not. These nodes are
     float32 in every precision, because they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.

@@ -5,9 +5,9 @@
   float32: LayerNormalization (because of its sums), the residual stream (every block adds to it, and trained ViTs have
   a few channels in the thousands, where bfloat16 has steps of 8 and float16 nears its maximum of 65504), and LayerScale
   (gains start at 1e-5 and would underflow in float16 weights).
-- int8: each linear layer quantizes its input by the range of its values at run time and multiplies integers. Weights
-  have one scale per output channel (`model/onnx_graph/quantize.py`), with LayerScale's gain folded in. ONNX Runtime
-  fuses the five operators into one. Everything else is float32.
+- int8: each linear layer quantizes its input at run time, with a scale from the range of the input's values, and
+  multiplies integers. Weights have one scale per output channel (`model/onnx_graph/quantize.py`), with LayerScale's
+  gain folded in. ONNX Runtime fuses the five operators into one. Everything else is float32.
 - fp8: for TensorRT only. Inputs and weights of linear layers are rounded to E4M3. Everything else is as in bf16.
 
 The layers in `float_layers` are not quantized: with int8 they are float32, and with fp8 they are bfloat16.
@@ -40,7 +40,7 @@ HALVES = {
 
 
 def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Add a node that casts the float32 tensor `x` to the half-precision type of `precision`, and return its output.
+    """Add a node that casts `x` from float32 to the half-precision type of `precision`, and return the result's name.
 
     If `precision` has no such type, return `x`.
     """
@@ -49,7 +49,7 @@ def narrow(graph: GraphBuilder, x: str, precision: str) -> str:
 
 
 def widen(graph: GraphBuilder, x: str, precision: str) -> str:
-    """Add a node that casts `x` from the half-precision type of `precision` to float32, and return its output.
+    """Add a node that casts `x` from the half-precision type of `precision` to float32, and return the result's name.
 
     If `precision` has no such type, return `x`.
     """
@@ -66,9 +66,9 @@ def is_named(layer: str, name: str) -> bool:
 
 
 class Linear:
-    """A writer of linear layers, x @ W^T + b, in one precision.
+    """Adds linear layers, x @ W^T + b, to a graph in one precision.
 
-    `GraphSpec` describes the precision, the int8 weights and the float layers. `build_onnx` describes the activations.
+    `GraphSpec` describes `precision`, `int8_weights` and `float_layers`. `build_onnx` describes `activations`.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Linear:
     def __call__(self, x: str, key: str, gain: FloatArray | None = None) -> str:
         """Add the linear layer `key` and return the name of its result [B, T, out], for B images of T tokens.
 
-        LayerScale's `gain` [out] is folded into the weights if it is not None. The input `x` and the result have the
-        half-precision type of the precision, or float32 if the precision has no such type.
+        LayerScale's `gain` [out] is folded into the weights if it is not None. The input `x` and the result are float16
+        with fp16, bfloat16 with bf16 and fp8, and float32 with fp32 and int8.
         """
         graph = self._graph
         weight, bias = graph.weight(f"{key}.weight"), graph.weight(f"{key}.bias")  # [out, in], [out]

@@ -13,9 +13,9 @@ computes numerator and denominator exactly in float32 and rounds once:
 - antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when the grid shrinks. Each row is then
   divided by its sum.
 
-The two rules without antialiasing repeat the border. Their grid of positions is therefore padded on every side by two
-cells, the reach of the kernel. At the native grid (n = M), the rules `size` and `antialias` yield the identity. For
-`offset`, the graph selects the identity explicitly if both axes are native.
+The two rules without antialiasing repeat the positions at the border. Their grid of positions is therefore padded on
+every side by two cells, the reach of the kernel. At the native grid (n = M), the rules `size` and `antialias` yield the
+identity. For `offset`, the graph selects the identity explicitly if both axes are native.
 """
 
 import numpy as np
@@ -53,7 +53,8 @@ def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: st
 def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, name: str) -> str:
     """Add nodes that compute the resize matrix of one axis of `patch_map`, and return the name of the matrix.
 
-    The shape of the matrix is [n, M] for n patches along the axis and M stored positions, or [n, M + 4] with a border.
+    For n patches along the axis and M stored positions, the matrix is [n, M], or [n, M + 4] if the positions are padded
+    by two cells on each side.
     """
     side, rule, key = config.grid, config.pos_embed_rule, f"pos_embed.{name}"
     border = 0 if rule == "antialias" else REACH
@@ -104,8 +105,8 @@ def _axis(graph: GraphBuilder, config: ViTConfig, patch_map: str, axis: int, nam
 def _cubic(graph: GraphBuilder, distance: str, key: str, a: float) -> str:
     """Add nodes that evaluate Keys' cubic kernel with parameter `a` at each distance d, and return their output's name.
 
-    The form avoids cancellation: (d - 1) * ((a + 2) d^2 - d - 1) for d up to 1, (d - 1) * a (d - 2)^2 for d up to 2,
-    and zero beyond.
+    This form of the kernel avoids cancellation: (d - 1) * ((a + 2) d^2 - d - 1) for d up to 1, (d - 1) * a (d - 2)^2
+    for d up to 2, and zero beyond.
     """
 
     def number(label: str, value: float) -> str:

@@ -2,14 +2,14 @@
 
 int8 weights are symmetric, with one scale per output channel, in one of two forms:
 
-- "s7": int8 values from -64 to 64. AVX2's u8 x s8 product adds two neighbours in 16 bits and saturates, but 2 * 255 *
-  64 still fits. This form is the fastest on AVX2. Its values equal those of
+- "s7": int8 values from -64 to 64. AVX2's u8 x s8 product adds two neighbouring products in 16 bits and saturates, but
+  2 * 255 * 64 still fits. This form is the fastest on AVX2. Its values equal those of
   `onnxruntime.quantization.quantize_dynamic(per_channel=True, reduce_range=True)`, as a test checks.
 - "u8": uint8 values from 1 to 255 with zero point 128. ONNX Runtime multiplies u8 x u8 without saturation. The weight
   error is half that of "s7", but the product is slower on CPUs without VNNI.
 
-fp8 is E4M3, with a largest value of 448. Weights are scaled by their largest value per output channel, and inputs by
-the largest value that `model.engines.activations.measure_activations` observed.
+fp8 is E4M3, whose largest value is 448. Weights are scaled by their largest value per output channel, and inputs by the
+largest value that `model.engines.activations.measure_activations` observed.
 """
 
 from typing import Any, Literal
@@ -52,9 +52,9 @@ def fp8_per_channel(weight: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
 
 
 def _scale(weight: FloatArray, largest: float) -> FloatArray:
-    """Return the scale of each row of `weight`.
+    """Return a scale for each row of `weight`.
 
-    A row divided by its scale has the largest absolute value `largest`. The scale of a row of zeros is 1.
+    A row divided by its scale has the maximum absolute value `largest`. The scale of a row of zeros is 1.
     """
     scale = (np.abs(weight).max(axis=1).astype(np.float64) / largest).astype(np.float32)
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
