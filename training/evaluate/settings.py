@@ -1,7 +1,7 @@
 """The settings of each evaluation task.
 
-Every choice that affects a figure is a setting, and the report of an evaluation prints all of them. A setting that the
-task does not have is an error.
+Every choice that affects a result is a setting, and the report of an evaluation lists all settings. Giving a setting
+that the task does not have is an error.
 """
 
 from collections.abc import Mapping
@@ -124,7 +124,7 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
     """Return the settings of a task: its defaults, overridden by `given`.
 
     Raises:
-        ValueError: the task is unknown, it does not have one of the given settings, or a value is not allowed. The
+        ValueError: the task is unknown, a given setting does not exist in this task, or its value is not allowed. The
             message names the setting.
     """
     if task not in SETTINGS:
