@@ -6,12 +6,12 @@ two small matrix products, rows @ image @ columns^T. The products give the same 
 and the bilinear filter. `tests/training/data/test_augment.py` compares each operation with a plain per-image
 definition.
 
-`draw_views` makes the random choices for a crop. They are derived from a hash for its image (`training/randomness.py`),
-so they do not depend on the other images in the batch. They are made on the CPU, which therefore knows, without waiting
-for a GPU, which crops to blur, shift in hue or solarise. Each of these operations is computed only for the crops that
-need it. As in torchvision, each crop has its own order of colour operations. Changes of brightness, contrast and
-saturation are all blends with another image, so three rounds of blending can apply them in any order. The hue is
-shifted before, between or after the rounds.
+`draw_views` makes the random choices for a crop. They are derived from a key, which is a hash of the seed, the step and
+the position of the image in the batch (`training/randomness.py`), so they do not depend on other images. They are made
+on the CPU, which therefore knows, without waiting for a GPU, which crops to blur, shift in hue or solarise. Each of
+these operations is computed only for the crops that need it. As in torchvision, each crop has its own order of colour
+operations. Changes of brightness, contrast and saturation are all blends with another image, so three rounds of
+blending can apply them in any order. The hue is shifted before, between or after the rounds.
 
 Crops are processed in chunks. On a CPU, a chunk contains as many crops as fit into the cache; on a GPU, as many as fit
 into a memory limit. On a CPU, a window around each crop is first cut out of the image, because a local crop needs only
@@ -119,7 +119,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     Args:
         aspect: width / height of each crop's image, [n].
         scale: range of a box's area, as a share of the image's area. The area is uniform in this range.
-        random: the random numbers of the n crops.
+        random: the source of the random numbers, with one key per crop.
 
     Returns:
         [n, 4]: top, left, height and width of each box, as fractions of the image's sides. The log of a box's aspect

@@ -82,7 +82,7 @@ def _repeated(operation: Callable[[], T]) -> T:
 class LocalBlob:
     """A file on this machine.
 
-    The file is opened and closed again for each read, which takes 10 us. Otherwise thousands of files would stay open.
+    The file is opened for each read, which takes 10 us. Otherwise thousands of files would be open at the same time.
     """
 
     def __init__(self, path: Path) -> None:

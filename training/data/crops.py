@@ -78,8 +78,8 @@ def make_crops(
         aspect: width / height of each image before it was squashed to a square, float [b] on the CPU.
         step: the step, counted from 0.
         positions: positions of the images among the `batch_size` images of the step, over all ranks and micro-batches;
-            int64 [b] on the CPU. The image at position p gets the step's masks number p (for its first global crop) and
-            batch_size + p (for its second global crop).
+            int64 [b] on the CPU. The image at position p gets mask p of the step for its first global crop, and mask
+            batch_size + p for its second one.
         phase: the current phase of the run, which defines the kinds of crops (see `CropSettings.phase`).
         device: the device on which the crops are made and returned.
     """
@@ -112,7 +112,7 @@ def make_crops(
 def make_micros(
     settings: CropSettings, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
-    """Make the crops and masks of this rank's images for a training step, in one `Crops` per micro-batch.
+    """Make the crops and masks of this rank's images for a training step, as one `Crops` per micro-batch.
 
     Args:
         settings: the crop settings of the run.

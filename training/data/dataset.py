@@ -297,10 +297,10 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Split the numbers of `n_photos` images at random, and return two arrays, each in ascending order.
+    """Split the image numbers below `n_photos` at random, and return two arrays, each in ascending order.
 
-    The first contains the images to train on. The second contains the images to hold out, which are the share `share`
-    of all images.
+    The first contains the images to train on. The second contains the images to hold out: the share `share` of all
+    images.
     """
     order = np.random.default_rng(seed).permutation(n_photos)
     n_held_out = int(n_photos * share)
@@ -310,8 +310,8 @@ def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]
 def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
     """Return two sources: the images to train on, and the images to hold out for evaluation.
 
-    If the source is already divided into `train` and `val` (see `Source.parts`), these are the two sources. Otherwise
-    the share `held_out_share` of all images is drawn at random with `seed` and held out.
+    If the source is already divided into `train` and `val` (see `Source.parts`), these two parts are returned.
+    Otherwise the share `held_out_share` of all images is drawn at random with `seed` and held out.
     """
     if {"train", "val"} <= set(source.parts):
         return Subset(source, source.parts["train"]), Subset(source, source.parts["val"])

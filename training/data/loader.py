@@ -4,8 +4,8 @@ If all images fit into memory, they are decoded once before the first step. Othe
 next steps during training.
 
 A loader decodes each image and resizes it to a square, without keeping its aspect ratio. `batch(step)` returns the
-squares of a step's images. Which images these are depends only on the step, through a function that is called the plan.
-A resumed run therefore continues with the images that come next, regardless of the number and timing of threads.
+squares of a step's images. A function called the plan selects these images, and its result depends only on the step. A
+resumed run therefore continues with the images that come next, regardless of the number and timing of threads.
 
 A few unreadable images do not stop a run. `MemoryLoader` leaves them out before the first step. `StreamLoader` replaces
 an unreadable image with the next readable one, so the replacement depends only on the data. A server or disk that fails
@@ -36,7 +36,7 @@ from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
-"""A function from the number of images and the step to the numbers of the images that this rank needs, int64 [b]."""
+"""A function of the number of images and the step that returns the numbers of this rank's images, int64 [b]."""
 
 MIN_TRIES = 100
 """The number of images that are tried before the share of broken images is checked."""
@@ -213,7 +213,7 @@ class _Step:
 
 
 class StreamLoader:
-    """A loader that decodes the images of the next steps in threads while the current step is trained on.
+    """A loader whose threads decode the images of the next steps during the current step.
 
     Args:
         source: the images.

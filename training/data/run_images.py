@@ -105,8 +105,8 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
     Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console.
 
     Raises:
-        ValueError: there are no images, no image is readable, there are fewer images than a batch needs, or a batch
-            cannot be split evenly over ranks and micro-batches.
+        ValueError: there are no images, no image is readable, there are fewer images than one batch contains, or a
+            batch cannot be split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
     out, batch_size = settings.out, settings.batch_size

@@ -133,7 +133,7 @@ def common_folder(names: Sequence[str]) -> int:
 
 
 def _key(name: str) -> str:
-    """Return a member's path up to the first dot in its file name, which identifies its WebDataset sample."""
+    """Return a member's path up to the first dot in its file name: the key of its WebDataset sample."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 

@@ -1,4 +1,4 @@
-"""Load a model to evaluate, and its preprocessing: a checkpoint, an artifact (an exported model) or a published model."""
+"""Load a model to evaluate, with its preprocessing: a checkpoint, an artifact (exported model) or a published model."""
 
 import tempfile
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def load_backbone(
         source: a checkpoint file, an artifact's folder, the name of an artifact in `data_dir`, the name of a published
             model (which is downloaded), or "auto". The value "auto" selects the newest artifact in `data_dir` or, if it
             has none, the bundled artifact.
-        arch: the name that torch hub uses for the architecture, needed for files that do not name it.
+        arch: torch hub's name for the architecture; needed only for files that do not contain this name.
         data_dir: folder that is searched for artifacts.
         device: device of the model.
 

@@ -3,11 +3,11 @@
 The protocol follows the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`). Each patch token is
 concatenated with the class token, for the last block ("lin. 1") or for each of the last four blocks ("lin. 4"). One
 linear layer maps this vector to logits of 256 bins, which are evenly spaced depths from `min_depth` to `max_depth`. The
-logits are enlarged bilinearly by a factor of 4. The weight of a bin is relu(logit) + 0.1, divided by the sum over bins.
-The predicted depth is the weighted mean of the bins, enlarged to the size of the map. The loss is the scale-invariant
-loss of log depth (the root of the variance plus 0.15 times the squared mean of the log error), plus 0.5 times
-MegaDepth's gradient loss at four scales. Unlike the paper, this module uses the whole image, without augmentation,
-without a flipped second view, and without cropping the map's border.
+logits are enlarged bilinearly by a factor of 4. The weight of a bin is relu(logit) + 0.1, divided by the sum of these
+values over all bins. The predicted depth is the weighted mean of the bins, enlarged to the size of the map. The loss is
+the scale-invariant loss of log depth (sqrt(variance + 0.15 * mean^2) of the log error) plus 0.5 times MegaDepth's
+gradient loss at four scales. Unlike the paper, this module uses the whole image, without augmentation, without a
+flipped second view, and without cropping the map's border.
 
 RMSE, AbsRel and delta1 (the share of pixels predicted within a factor of 1.25) are computed for each image and averaged
 over images. Only pixels with a depth above `min_depth` and up to `max_depth` count. Predictions are clamped to the same
@@ -82,8 +82,8 @@ def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
 class LinearDepth(nn.Module):
     """A head that predicts depths as weighted means of K evenly spaced depths, which are called bins.
 
-    A linear layer computes a logit for each bin. The weight of a bin is relu(logit) + 0.1, divided by the sum over all
-    bins.
+    A linear layer computes a logit for each bin. The weight of a bin is relu(logit) + 0.1, divided by the sum of these
+    values over all bins.
     """
 
     bins: Tensor
@@ -129,7 +129,7 @@ def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
     Args:
         predicted: predicted depths in metres, [H, W].
         depth: true depths in metres, [H, W].
-        known: bool [H, W], True for pixels that count.
+        known: bool [H, W], True for pixels whose true depth is known.
 
     Returns:
         a scalar tensor.

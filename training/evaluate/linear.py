@@ -90,7 +90,8 @@ class _Group:
 def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
     """Concatenate the class tokens and the mean patch token of each image, and return them as [n, (L + 1) D].
 
-    `cls` [n, L, D] has the class tokens of L blocks, with the last block last. `mean` [n, D] has the mean patch tokens.
+    `cls` [n, L, D] contains the class tokens of L blocks, with the last block last, and `mean` [n, D] the mean patch
+    tokens.
     """
     return torch.cat((cls.flatten(1), mean), dim=1)
 
@@ -129,8 +130,8 @@ def _make_group(
 def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
     """Update all heads with the same input by one step of SGD, in place.
 
-    `x` [b, F] has the input features of b images, `labels` [b] their class numbers, and `lrs` [H] the learning rate of
-    each head.
+    `x` [b, F] contains the input features of b images, `labels` [b] their class numbers, and `lrs` [H] the learning
+    rate of each head.
     """
     f, h, c = group.weight.shape
     logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias

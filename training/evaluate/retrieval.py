@@ -136,7 +136,7 @@ def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoi
 
     Args:
         positions: positions (from 0) of the relevant images in the ranking, ascending.
-        n_relevant: number of relevant images. Relevant images that are not in the ranking add 0 to the mean.
+        n_relevant: number of relevant images. Relevant images that are not in the ranking count with precision 0.
         rule: "trapezoid" averages, for each relevant image, the precision just before it and the precision at it.
             "mean" uses only the precision at the relevant image.
     """
@@ -206,8 +206,8 @@ def score_setup(
 ) -> Scores | None:
     """Score one setup, or return None if no query has a relevant image in this setup.
 
-    A setup defines which labels are relevant: easy, medium (easy and hard) or hard. `queries` [q, D] and `database`
-    [n, D] are features in the order of `truth`.
+    The setup "easy" counts images labelled easy as relevant, "hard" those labelled hard, and "medium" both. `queries`
+    [q, D] and `database` [n, D] are features in the order of `truth`.
     """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]

@@ -182,8 +182,8 @@ def robustness(
 def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[str, Any]:
     """Compute the result of `robustness` from class tokens.
 
-    `clean` [n, D] has the tokens of the unchanged images. `changed` has the tokens [n, D] of the changed images, by the
-    name of the change.
+    `clean` [n, D] contains the tokens of the unchanged images. `changed` maps the name of each change to the tokens
+    of the changed images, [n, D].
     """
     n, rows = len(clean), F.normalize(clean, dim=1)
     figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
@@ -201,7 +201,7 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
     """Compute `cosine` and `recall@1` of one change from class tokens that have length 1.
 
-    `clean` [n, D] has the tokens of the unchanged images, and `changed` [n, D] those of the changed images.
+    `clean` [n, D] contains the tokens of the unchanged images, and `changed` [n, D] those of the changed images.
     """
     _, neighbours = nearest(clean, changed, 1)  # [n, 1]
     return {

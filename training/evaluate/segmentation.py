@@ -103,7 +103,7 @@ class LinearSegmenter(nn.Module):
     def forward(self, tokens: list[Tensor]) -> list[Tensor]:
         """Compute the logits, [C, h, w] for C classes, of each image from its tokens [h, w, F].
 
-        In training, batch normalisation uses the statistics of the patches of all these images.
+        In training, batch normalisation uses statistics over the patches of all images in the batch.
         """
         flat = torch.cat([photo.flatten(0, 1) for photo in tokens])  # [patches of the batch, F]
         logits = self.linear(self.bn(flat)).split([photo.shape[0] * photo.shape[1] for photo in tokens])
