@@ -1,1 +1,1 @@
-"""The data pipeline of training: sources of images, decoding, loading, augmentation and masking."""
+"""The training data pipeline: image sources, decoding, loading, augmentation and masking."""

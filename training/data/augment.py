@@ -1,30 +1,30 @@
 """Random crops and colour changes for whole batches, in plain tensor code that runs on the network's device.
 
 DINOv2 augments one crop at a time with Pillow and torchvision (`dinov2/data/augmentations.py`). This module augments
-many crops at once. Cropping, resizing and flipping are linear along each axis, so a crop is the result of two small
-matrix products, rows @ image @ columns^T. The products give the same values as Pillow's `resize` with a box and the
-bilinear filter. `tests/training/data/test_augment.py` compares each operation with a plain per-image definition.
+many crops at once. Cropping, resizing and flipping are linear and act on each axis separately, so a crop is computed by
+two small matrix products, rows @ image @ columns^T. The products give the same values as Pillow's `resize` with a box
+and the bilinear filter. `tests/training/data/test_augment.py` compares each operation with a plain per-image
+definition.
 
-The random numbers of a crop (`draw_views`) are drawn on the CPU from a key of its image (`training/randomness.py`), so
-the crops of an image do not depend on the batch that contains it. The CPU also knows, without waiting for a GPU, which
-crops to blur, shift in hue or solarise, and each operation is computed only for these crops. As in torchvision, each
-crop has its own order of colour operations. Changes of brightness, contrast and saturation are all blends with another
-image, so all their orders are computed by three rounds of blending. The hue shift comes before, between or after the
-rounds.
+`draw_views` makes the random choices for a crop. They are derived from a key, which is a hash of the seed, the step and
+the position of the image in the batch (`training/randomness.py`), so they do not depend on other images. They are made
+on the CPU, which therefore knows, without waiting for a GPU, which crops to blur, shift in hue or solarise. Each of
+these operations is computed only for the crops that need it. As in torchvision, each crop has its own order of colour
+operations. Changes of brightness, contrast and saturation are all blends with another image, so three rounds of
+blending can apply them in any order. The hue is shifted before, between or after the rounds.
 
-Crops pass through all operations in chunks. A chunk has as many crops as fit into the cache of a CPU, or into a memory
-limit on a GPU. On a CPU, a window around each crop is cut out before the products, since a local crop needs only a
-small part of its image.
+Crops are processed in chunks. On a CPU, a chunk contains as many crops as fit into the cache; on a GPU, as many as fit
+into a memory limit. On a CPU, a window around each crop is first cut out of the image, because a local crop needs only
+a small part of its image.
 
 One difference from DINOv2 is deliberate. Its `GaussianBlur(p)` blurs with probability 1 - p, so the released weights
-were trained with blur on 0, 90 and 50 % of the first global, second global and local crops. Here `blur` is the
-probability that a crop is blurred, and these effective values are the defaults of the run's settings.
+were trained with blur on none of the first global crops, 90 % of the second global crops and 50 % of the local crops.
+Here `View.blur` is the probability that a crop is blurred, and a run's default settings have these effective values.
 
 Legend: V views per image, B images, n crops, S side of a stored image, W side of the window cut out of it, o side of a
 crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's sides.
-Images are uint8 [B, 3, S, S], squashed to squares. `aspect` is their width / height before they were squashed; it is
-needed to give a crop the right aspect in the pixels of the original image. Functions with a trailing underscore work in
-place.
+Images are uint8 [B, 3, S, S], squashed to squares. `aspect` is their width / height before they were squashed. It is
+needed to give a crop the right aspect ratio in the original image. Functions with a trailing underscore work in place.
 """
 
 import functools
@@ -54,7 +54,7 @@ CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # maximum elements of a chunk's crops (or o
 
 @dataclass(frozen=True)
 class View:
-    """A kind of crop.
+    """The settings for one kind of crop, such as local crops.
 
     `size` is the side of the crop in pixels. `scale` is the range of the crop's area, as a share of the image's area.
     `blur` and `solarize` are the probabilities that a crop is blurred or solarised.
@@ -71,9 +71,9 @@ class Jitter:
     """The strengths of the random colour changes, and their probabilities.
 
     `brightness`, `contrast`, `saturation` and `hue` mean the same as in torchvision's ColorJitter. `white_balance`,
-    which DINOv2 does not have, is the strength of a random factor on each channel, which imitates light of another
-    colour. These five changes are applied together, with probability `probability`. `gray` is the probability that a
-    crop is turned gray.
+    which DINOv2 does not have, is the strength of random factors, one per channel, that imitate light of another
+    colour. `probability` is the probability that a crop gets these five changes; otherwise it gets none of them. `gray`
+    is the probability that a crop is converted to gray.
     """
 
     white_balance: float = 0.0
@@ -92,11 +92,12 @@ class Draws:
     - `boxes` [n, 4]: top, left, height and width of each crop, as fractions of the image's sides.
     - `flips` bool [n]: True for crops that are mirrored.
     - `gains` [n, 3]: the white balance factor of each channel, or None if the white balance is not changed.
-    - `blends` int [n, 3]: the order of the blends that change brightness, contrast and saturation, in three rounds.
+    - `blends` int [n, 3]: the property that each of three rounds of blending changes: brightness, contrast or
+      saturation.
     - `factors` [n, 3]: the strength of the blend in each round. A factor of 1 changes nothing.
     - `hue` [n]: the hue shift as a fraction of a full circle.
-    - `hue_round` [n]: the round before which the hue is shifted. 3 means after the last round, and -1 means no shift.
-    - `gray` and `solarize` bool [n]: True for crops that are turned gray or solarised.
+    - `hue_round` [n]: the round (0, 1 or 2) before which the hue is shifted. 3 means after the last round, -1 no shift.
+    - `gray` and `solarize` bool [n]: True for crops that are converted to gray or solarised.
     - `sigma` [n]: the standard deviation of the blur in pixels. 0 means no blur.
     """
 
@@ -118,12 +119,12 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
     Args:
         aspect: width / height of each crop's image, [n].
         scale: range of a box's area, as a share of the image's area. The area is uniform in this range.
-        random: the random numbers of the n crops.
+        random: the source of the random numbers, with one key per crop.
 
     Returns:
-        [n, 4]: top, left, height and width of each box, as fractions of the image's sides. The log of a box's aspect is
-        uniform between log 3/4 and log 4/3. If none of ten attempts fits into the image, the box is the largest centred
-        one with an aspect in this range.
+        [n, 4]: top, left, height and width of each box, as fractions of the image's sides. The log of a box's aspect
+        ratio is uniform between log 3/4 and log 4/3. If ten attempts give no box that fits into the image, the box is
+        the largest centred one with an aspect ratio in this range.
     """
     # In float64, the way in which exp is vectorised changes neither the choice of the attempt nor the rounded box.
     drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
@@ -146,7 +147,7 @@ def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRando
 def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
     """Draw the random choices for n crops of the kind `view`.
 
-    `aspect` [n] is the width / height of each crop's image, and `random` gives the random numbers of each crop.
+    `aspect` [n] is the width / height of each crop's image, and `random` is the source of the random numbers.
     """
     flip, jittered, order, hue, gray, blur, sigma, solarize, *rest = random.uniform(DRAW_LOOK, (14,)).unbind(1)
     strengths, gains = torch.stack(rest[:3], dim=1), torch.stack(rest[3:], dim=1)
@@ -193,12 +194,12 @@ def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *param
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
-    """Return n matrices [n, out, source] that resample a part of an axis of `source` pixels to `out` pixels.
+    """Return n matrices [n, out, source], each of which resamples part of an image axis to `out` pixels.
 
-    Each part goes from `start` [n] to `start + length`, in pixels. A negative `length` [n] mirrors it. As in Pillow's
-    `resize(..., BILINEAR, box=...)`, each row has triangular weights around the centre of an output pixel. The half
-    width of the triangle is max(1, |length| / out). The weights end at the edge of the image, and they are scaled to
-    sum to one.
+    The axis has `source` pixels. The part begins at `start` [n] and ends at `start + length`, in pixels. If `length`
+    [n] is negative, the part is mirrored. As in Pillow's `resize(..., BILINEAR, box=...)`, each row has triangular
+    weights around the centre of an output pixel. The half width of the triangle is max(1, |length| / out). Pixels
+    beyond the edge of the image get no weight, and the weights in each row are scaled to sum to one.
     """
     step = length / out  # source pixels per output pixel, [n]
     centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
@@ -229,8 +230,8 @@ def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: T
         boxes: top, left, height and width of each crop, as fractions of the image's sides, [n, 4] on the CPU.
         out: side of the resized crops, pixels.
         flips: True for crops that are mirrored, bool [n] on the CPU.
-        window: side of the window that is cut out of the image before it is resized. It is either S (the whole image)
-            or at least the largest side that `window_sides` returns for the boxes.
+        window: side of the part of the image, around each crop, from which the crop is computed. It is either S (the
+            whole image) or at least the largest side that `window_sides` returns for the boxes.
     """
     side = images.shape[-1]
     start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
@@ -361,10 +362,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Replace each value x above one half by 1 - x, and return the result. `images` have values in 0..1.
+    """Replace each value x above one half with 1 - x, and return the result. `images` have values in 0..1.
 
-    For values that are whole bytes divided by 255, this equals Pillow's `ImageOps.solarize` at 128. The function is
-    continuous, so a small rounding difference in the input stays small.
+    For values that are multiples of 1/255, the result is the same as that of Pillow's `ImageOps.solarize` with
+    threshold 128. The function is continuous, so a small rounding difference in the input stays small.
     """
     return torch.minimum(images, 1 - images)
 
@@ -376,8 +377,8 @@ def _to_gray_(images: Tensor) -> Tensor:
 def change_colors_(crops: Tensor, draws: Draws, index: Tensor) -> Tensor:
     """Apply white balance, colour jitter and gray to `crops` [n, 3, o, o], and return the result.
 
-    `index` [n] has the positions of these crops in `draws`, which has the random choices. `crops` may be changed in
-    place.
+    `draws` contains the random choices for all crops, and `index` [n] contains the positions of these crops in `draws`.
+    `crops` may be changed in place.
     """
     if draws.gains is not None:
         crops = adjust_white_balance_(crops, draws.gains[index].to(crops.device, non_blocking=True))
@@ -424,9 +425,10 @@ def augmented_views(
         images: B squares of side S, uint8 [B, 3, S, S].
         aspect: width / height of the images before they were squashed, [B] on the CPU.
         view: the kind of crop.
-        n_views: number of crops of each image.
+        n_views: number of crops per image.
         jitter: the strengths and probabilities of the colour changes.
-        random: one key per image, on the CPU. The crops of an image depend only on its key.
+        random: the source of the random numbers, on the CPU, with one key per image. The random choices for an image
+            depend only on its key.
 
     Returns:
         float [n_views * B, 3, view.size, view.size]: the first crops of all images, then the second crops, and so on.

@@ -1,9 +1,10 @@
-"""Access to large files from any thread, by ranges of bytes.
+"""Reading byte ranges of large files, from any thread.
 
-The files are on this machine, on a web server or in a file system that fsspec supports. Tar shards are such files: an
-image is one range of bytes in a shard. This module calls such a file a blob. A blob needs only a size, a version and a
-method that reads a range. Files on web servers are read with httpx, which this project needs anyway; fsspec's HTTP file
-system would need another package. Opening a file raises a ValueError if its server does not support range requests.
+The files are on this machine, on a web server or in a file system that fsspec supports. This module calls them blobs. A
+blob needs only a size, a version and a method that reads a range of bytes. Tar shards are read as blobs: each image is
+one range of bytes in a shard. Files on web servers are read with httpx, which this project needs anyway; fsspec's HTTP
+file system would need another package. Opening a file raises a ValueError if its server does not support range
+requests.
 
 There are two kinds of errors. A ValueError means that the file cannot be used, so another attempt would not help. An
 OSError means that the disk failed, that a server failed three times, or that the file was changed.
@@ -30,10 +31,10 @@ VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updat
 
 
 class Blob(Protocol):
-    """A file that can be read by ranges of bytes.
+    """A file of which any range of bytes can be read.
 
-    `size` is its length in bytes. `version` is a text that changes when the file changes, or "" if no such text is
-    known.
+    `size` is the length of the file in bytes. `version` is a string that changes when the file changes, or "" if there
+    is no such string.
     """
 
     url: str
@@ -65,8 +66,8 @@ def _whole(data: bytes, length: int, url: str) -> bytes:
 def _repeated(operation: Callable[[], T]) -> T:
     """Call `operation` and return its result.
 
-    After an OSError, the call is repeated up to two times, after 1 and 2 seconds. The errors for a missing or a changed
-    file are not repeated but raised immediately.
+    If the call raises an OSError, it is repeated up to two times, after waiting 1 and 2 seconds. If the error means
+    that the file is missing or has changed, the call is not repeated.
     """
     for attempt in range(1, TRIES):
         try:
@@ -81,7 +82,7 @@ def _repeated(operation: Callable[[], T]) -> T:
 class LocalBlob:
     """A file on this machine.
 
-    The file is opened for each read, which takes 10 us, so that thousands of files do not stay open.
+    The file is opened for each read, which takes 10 us. Otherwise thousands of files would be open at the same time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -165,8 +166,8 @@ class HttpBlob:
 class FsspecBlob:
     """A file in a file system that fsspec supports, such as s3, gs or memory.
 
-    The package for the file system, such as s3fs, must be installed. If the file changes after it was opened, the
-    change is noticed only if the file becomes shorter.
+    The package for the file system, such as s3fs, must be installed. A change to the file after it was opened is
+    noticed only when a read reaches beyond the new end of the file.
     """
 
     def __init__(self, url: str, system: fsspec.AbstractFileSystem, path: str) -> None:

@@ -2,8 +2,8 @@
 
 The crops and masks of an image depend only on the seed, the step and the image's position in the batch of the step.
 
-Legend: b images of a micro-batch, V local crops per image, N patches of a global crop, M patches of the micro-batch
-that iBOT's loss is computed on, S side of a stored image, G and L sides of global and local crops.
+Legend: b images of a micro-batch, V local crops per image, N patches of a global crop, M patches of the micro-batch for
+which iBOT's loss is computed, S side of an image (stored as a square), G and L sides of global and local crops.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class CropSettings:
     ibot_on_all_patches: bool = False  # iBOT uses every patch, and no patch is masked
 
     def phase(self, share_done: float) -> Phase:
-        """Return the phase that is active when the share `share_done` (0 to 1) of the run's steps is done."""
+        """Return the phase that is active once the share `share_done` (0 to 1) of the run's steps has been done."""
         return [phase for phase in self.phases if share_done >= phase.starts_at][-1]
 
 
@@ -49,13 +49,13 @@ class CropSettings:
 class Crops:
     """The crops and masks of one micro-batch of b images.
 
-    In each tensor, the first views of all images come first, then the second views, and so on.
+    Each tensor is ordered by crop: the first crops of all images, then their second crops, and so on.
     """
 
     globals_: Tensor  # [2b, 3, G, G]
     locals_: Tensor | None  # [V*b, 3, L, L]
     hidden: Tensor  # bool [2b, N]: patches that the student does not see
-    masks: Tensor  # bool [2b, N]: patches that iBOT's loss is computed on
+    masks: Tensor  # bool [2b, N]: patches for which iBOT's loss is computed
     selected: Tensor  # int64 [M]: positions of the True entries of `masks`, flattened to [2b * N]
 
 
@@ -68,7 +68,7 @@ def make_crops(
     phase: Phase,
     device: torch.device,
 ) -> Crops:
-    """Make the crops and masks of some images of a step.
+    """Make the crops and masks for some of the images of a training step.
 
     The result for an image does not depend on how the batch is split over ranks and micro-batches.
 
@@ -78,9 +78,9 @@ def make_crops(
         aspect: width / height of each image before it was squashed to a square, float [b] on the CPU.
         step: the step, counted from 0.
         positions: positions of the images among the `batch_size` images of the step, over all ranks and micro-batches;
-            int64 [b] on the CPU. The image at position p gets the masks with the numbers p (for its first view) and
-            batch_size + p (for its second view) of the step.
-        phase: the phase of the run that defines the views, from `settings.phase(...)`.
+            int64 [b] on the CPU. The image at position p gets mask p of the step for its first global crop, and mask
+            batch_size + p for its second one.
+        phase: the current phase of the run, which defines the kinds of crops (see `CropSettings.phase`).
         device: the device on which the crops are made and returned.
     """
     assert len(images) == len(aspect) == len(positions), (len(images), len(aspect), len(positions))
@@ -112,7 +112,7 @@ def make_crops(
 def make_micros(
     settings: CropSettings, world: World, pixels: Tensor, aspect: Tensor, step: int, total: int
 ) -> list[Crops]:
-    """Make the crops of this rank's images in one step, and return one `Crops` object per micro-batch.
+    """Make the crops and masks of this rank's images for a training step, as one `Crops` per micro-batch.
 
     Args:
         settings: the crop settings of the run.

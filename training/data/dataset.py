@@ -2,11 +2,12 @@
 
 Sources are folders, tar shards or Hugging Face datasets (`training/data/sources.py`). The bytes of an image are those
 of its encoded file, and they may be broken. `model/decode.py` decodes them, so training sees the same pixels as
-serving. A hostile or damaged file only causes a ValueError that gives the reason.
+serving. A hostile or damaged file causes nothing worse than a ValueError, which gives the reason.
 
-If all images fit into memory, each image is decoded once per run. Otherwise it is decoded once for each step that uses
-it, and all its crops are made from the result (`training/data/loader.py`). A decoded image is squashed to a square, so
-that a batch is one tensor. Its original width / height is stored as its `aspect` (see `training/data/augment.py`).
+If all images fit into memory, each image is decoded once per run. Otherwise an image is decoded again in each step that
+uses it, and all its crops for that step are made from the result (`training/data/loader.py`). A decoded image is
+squashed to a square, so that a batch is one tensor. Its original width / height is stored as its `aspect` (see
+`training/data/augment.py`).
 """
 
 import os
@@ -54,8 +55,8 @@ class Source(Protocol):
     """A numbered collection of encoded images. All methods may be called from any thread.
 
     The order of the images depends only on the data. If the data has a split into `train` and `val`, `parts` maps these
-    two names to the numbers of their images. Otherwise `parts` is empty. `skipped` lists the images that were already
-    found unreadable when the source was opened; they have no number.
+    two names to the numbers of their images. Otherwise `parts` is empty. `skipped` lists the images that were found to
+    be unreadable when the source was opened. They have no number.
     """
 
     @property
@@ -80,7 +81,7 @@ class Source(Protocol):
         """
 
     def fingerprint(self, index: int) -> str:
-        """Return a text that changes if the image's size in bytes changes. The content of the image is not read."""
+        """Return a string that changes if the image's size in bytes changes. The content of the image is not read."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def squash(photo: Pixels, side: int) -> tuple[Pixels, float]:
-    """Resize an image [height, width, 3] to a square, whatever its proportions, with bicubic interpolation.
+    """Resize an image [height, width, 3] to a square, bicubically and without keeping its aspect ratio.
 
     Return the square, uint8 [3, side, side], and the image's original width / height.
 
@@ -194,8 +195,8 @@ def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
 
     Return the square, uint8 [3, side, side], and the image's original width / height. The result differs from that of
     `squash(decode(data), side)` in two small ways. A JPEG that is much larger than the square is decoded at a fraction
-    of its size, which changes the pixels slightly (see `DRAFT_MARGIN`) but always in the same way. An image with an
-    EXIF orientation is turned after it is squashed, which may change a value by one.
+    of its size, which changes the pixels slightly (see `DRAFT_MARGIN`), but in the same way each time. An image with an
+    EXIF orientation is turned after it is squashed, which may change pixel values by one.
 
     Raises:
         ValueError: the image cannot be decoded, is too large, or has one side more than 100 times the other.
@@ -207,7 +208,7 @@ def decode_square(data: bytes, side: int) -> tuple[Pixels, float]:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of an image's file.
+    """Return the contents of an image file.
 
     Raises:
         ValueError: the file is missing, is not a regular file, is not readable, or is larger than `MAX_BYTES`.
@@ -238,9 +239,9 @@ def read_photo(photo: Path | Photo) -> Pixels:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of the files with one of `suffixes` below a folder, sorted by the parts of the paths.
+    """Yield the path of each file with one of `suffixes`, at any depth below `folder`, sorted by path component.
 
-    `above` has the device and inode numbers of all folders that contain this folder. A link to one of them would be a
+    `above` contains the device and inode numbers of all folders that contain `folder`. A link to one of them would be a
     loop, so it is not followed.
     """
     status = os.stat(folder)
@@ -263,10 +264,10 @@ def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, .
 
 
 def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Yield the paths of the files with one of `suffixes` below `folder`, at any depth.
+    """Yield the path of each file with one of `suffixes`, at any depth below `folder`.
 
-    The paths are sorted by their parts. `suffixes` are in lower case and also match suffixes in upper case. Links are
-    followed, except a link to a folder that contains the link.
+    The paths are sorted by path component. `suffixes` are in lower case and also match upper-case suffixes. Links are
+    followed, except links to a folder that contains the link.
 
     Raises:
         ValueError: the folder does not exist, or a folder in it cannot be listed.
@@ -296,10 +297,10 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Choose the images to hold out, at random, and return two ascending arrays of image numbers.
+    """Split the image numbers below `n_photos` at random, and return two arrays, each in ascending order.
 
-    The first array has the images to train on. The second has the share `share` of the `n_photos` images, which is held
-    out.
+    The first contains the images to train on. The second contains the images to hold out: the share `share` of all
+    images.
     """
     order = np.random.default_rng(seed).permutation(n_photos)
     n_held_out = int(n_photos * share)
@@ -309,8 +310,8 @@ def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]
 def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
     """Return two sources: the images to train on, and the images to hold out for evaluation.
 
-    If the data has the parts `train` and `val`, the two sources are these parts. Otherwise the share `held_out_share`
-    of all images, drawn with `seed`, is held out.
+    If the source is already divided into `train` and `val` (see `Source.parts`), these two parts are returned.
+    Otherwise the share `held_out_share` of all images is drawn at random with `seed` and held out.
     """
     if {"train", "val"} <= set(source.parts):
         return Subset(source, source.parts["train"]), Subset(source, source.parts["val"])
@@ -326,8 +327,8 @@ def _epoch_order(n_photos: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]
 def batch_indices(n_photos: int, batch_size: int, step: int, seed: int) -> Tensor:
     """Return the numbers of the images of one training step, int64 [batch_size].
 
-    Each epoch uses all images in a new random order, except the last few images if they do not fill a batch. The result
-    depends only on the arguments, so a resumed run continues with exactly the images that come next.
+    Each epoch goes through the images in a new random order, and leaves out the last few if they do not fill a batch.
+    The result depends only on the arguments, so a resumed run continues with exactly the images that come next.
 
     Raises:
         ValueError: `batch_size` is less than 1 or more than the number of images.

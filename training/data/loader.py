@@ -1,18 +1,18 @@
-"""Loaders of the images of each training step.
+"""Loaders, which provide the images for each training step.
 
 If all images fit into memory, they are decoded once before the first step. Otherwise threads decode the images of the
 next steps during training.
 
-A loader decodes each image and resizes it to a square, whatever its aspect. A plan, which is a function of the step,
-selects the images of a step, and `batch(step)` returns their squares. A resumed run therefore continues with the images
-that come next, whatever the number and timing of threads.
+A loader decodes each image and resizes it to a square, without keeping its aspect ratio. `batch(step)` returns the
+squares of a step's images. A function called the plan selects these images, and its result depends only on the step. A
+resumed run therefore continues with the images that come next, regardless of the number and timing of threads.
 
 A few unreadable images do not stop a run. `MemoryLoader` leaves them out before the first step. `StreamLoader` replaces
-an unreadable image by the next readable one, so the replacement depends only on the data. It lists each unreadable
-image once. A server or disk that fails (OSError) stops the run, because replacements would then differ from run to run.
+an unreadable image with the next readable one, so the replacement depends only on the data. A server or disk that fails
+(OSError) stops the run, because replacements would then differ from run to run.
 
-The workers are threads and not processes, because Pillow releases the interpreter's lock while it decodes, and threads
-share memory.
+The workers are threads rather than processes, because Pillow releases the interpreter's lock (GIL) while it decodes,
+and threads share memory.
 
 Legend: n images, b images of a step on this rank, S side of the squares.
 """
@@ -36,7 +36,7 @@ from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
 
 Plan = Callable[[int, int], Tensor]
-"""A function from the number of images and the step to the numbers of the images that this rank needs, int64 [b]."""
+"""A function of the number of images and the step that returns the numbers of this rank's images, int64 [b]."""
 
 MIN_TRIES = 100
 """The number of images that are tried before the share of broken images is checked."""
@@ -82,12 +82,12 @@ class Reading:
 
 
 class Loader(AbstractContextManager["Loader"], Protocol):
-    """The part of a loader that the training loop uses. A loader is a context manager, and leaving it ends its threads.
+    """The interface of a loader. It is a context manager that ends its threads on exit.
 
-    The numbers in a plan refer to the images of `source`. `skipped` lists the images that were found unreadable so far.
-    `waited_s` is the total time in seconds for which callers of `batch` have waited. `in_memory` is True if all images
-    are in memory. `fetching_share` is the share of the threads' time that was spent getting bytes; the rest was spent
-    decoding.
+    `source` contains the images to which `Batch.indices` refers. `skipped` lists the images that have been found to be
+    unreadable so far. `waited_s` is the total time, in seconds, that calls of `batch` have taken. `in_memory` is True
+    if all images are in memory. `fetching_share` is the share of the threads' time that was spent fetching the images'
+    bytes; the rest was spent decoding.
     """
 
     source: Source
@@ -104,9 +104,10 @@ class Loader(AbstractContextManager["Loader"], Protocol):
 
 
 def shuffled(batch_size: int, seed: int, share: slice = slice(None)) -> Plan:
-    """Return the plan of a run: a function from the number of images and the step to the images that this rank loads.
+    """Return a run's plan: a function that returns the numbers of the images that this rank loads in a step.
 
-    The batches are shuffled (`batch_indices`), and `share` is the slice of each batch that this rank gets.
+    The arguments of the plan are the number of images and the step. The batches are shuffled (see `batch_indices`), and
+    `share` is the slice of each batch that this rank loads.
     """
     return lambda n_photos, step: batch_indices(n_photos, batch_size, step, seed)[share]
 
@@ -166,7 +167,7 @@ class MemoryLoader:
         return len(self.pixels)
 
     def batch(self, step: int) -> Batch:
-        """Return the images of a training step that this rank needs."""
+        """Return the images that this rank needs in a training step."""
         start = time.perf_counter()
         indices = self._plan(len(self), step)
         pixels = _empty_batch(len(indices), self.pixels.shape[-1], self._device)
@@ -188,7 +189,7 @@ def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
 
 
 def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-    """Move the rows with the numbers `good` to the front of `pixels` and `aspect`.
+    """Move the rows of `pixels` and `aspect` whose numbers are in `good` to the front.
 
     The rows are moved in place, because a second copy might not fit into memory.
     """
@@ -203,7 +204,7 @@ def _empty_batch(n: int, side: int, device: torch.device) -> Tensor:
 
 @dataclass
 class _Step:
-    """A training step with images that are being decoded."""
+    """A training step whose images are being decoded."""
 
     pixels: Tensor
     aspect: Tensor
@@ -212,7 +213,7 @@ class _Step:
 
 
 class StreamLoader:
-    """A loader that decodes the images of the next steps in threads while the current step is trained on.
+    """A loader whose threads decode the images of the next steps during the current step.
 
     Args:
         source: the images.
@@ -220,9 +221,9 @@ class StreamLoader:
         plan: function that selects the images of a step.
         workers: number of decoding threads.
         ahead_steps: maximum number of steps that are decoded ahead.
-        ahead_bytes: maximum number of bytes of the squares that are decoded ahead.
-        max_broken_share: the run stops if more than this share of the images tried so far is broken. The share is
-            checked once 100 images have been tried.
+        ahead_bytes: maximum total size of the squares that are decoded ahead, bytes.
+        max_broken_share: the run stops if more than this share of the images tried so far is broken. The check begins
+            when 100 images have been tried.
         device: the device of the batches.
     """
 
@@ -256,14 +257,14 @@ class StreamLoader:
 
     @property
     def fetching_share(self) -> float:
-        """Return the share of the threads' time that was spent getting bytes. The rest was spent decoding."""
+        """Return the share of the threads' time that was spent fetching bytes. The rest was spent decoding."""
         return self._seconds["fetching"] / max(sum(self._seconds.values()), 1e-9)
 
     def batch(self, step: int) -> Batch:
-        """Return the images of a training step that this rank needs, and start decoding those of the next steps.
+        """Return the images that this rank needs in a training step, and start to decode those for the next steps.
 
-        Steps are normally requested in order. Decoded images are discarded if their step is no longer one of the next
-        steps.
+        Steps are normally requested in order. Images that were decoded ahead are discarded if their step is before
+        `step`, or more than `ahead_steps` after it.
 
         Raises:
             ValueError: too many images are broken.
@@ -287,7 +288,7 @@ class StreamLoader:
         return batch
 
     def _begin(self, step: int) -> None:
-        """Submit the images of this step to the threads, and also those of the next steps up to the limits."""
+        """Submit to the threads the images of `step` and of as many of the next steps as the limits allow."""
         square = 3 * self._side**2
         held = 0
         for number in range(step, step + self._ahead_steps + 1):
@@ -304,7 +305,7 @@ class StreamLoader:
                 held += len(self._steps[number].used) * square
 
     def _fill(self, step: _Step, position: int) -> None:
-        """Decode the image at `position` of a step's batch. If it is broken, decode the next readable image instead."""
+        """Decode the image at `position` of a step's batch. If it is broken, use the next readable one."""
         first = step.used[position]
         for offset in range(len(self.source)):
             index = (first + offset) % len(self.source)
@@ -383,12 +384,12 @@ def open_loader(
 
     It is a `MemoryLoader` if all squares (n * 3 * side^2 bytes for n images) fit into `cache_bytes`, otherwise a
     `StreamLoader`. A resumed run must use the same kind of loader: a `MemoryLoader` leaves broken images out, which
-    changes the order of the other images, but a `StreamLoader` replaces them.
+    changes the order of the other images, whereas a `StreamLoader` replaces them.
 
     Args:
         source: the images.
         side: side of the squares, pixels.
-        plan: function that selects the images of a step, such as `shuffled(...)`.
+        plan: function that selects the images of a step, such as one that `shuffled` returns.
         cache_bytes: limit on the memory for squares, per process.
         reading: number of threads, and limits on decoding ahead; None: the defaults.
         device: the device of the batches; None: the CPU.
@@ -422,10 +423,10 @@ def open_loader(
 
 
 def waiting_advice(share: float, loader: Loader, *, side: int, workers: int) -> str | None:
-    """Return advice on how to wait less for images, or None if at most 10 % of the time is spent waiting.
+    """Return advice on how to shorten the wait for images, or None if it takes at most 10 % of the time.
 
     Args:
-        share: share of the time for which the training loop waited in `Loader.batch`.
+        share: share of the training loop's time that was spent in `Loader.batch`.
         loader: the loader of the run.
         side: side of the squares, pixels.
         workers: number of decoding threads.

@@ -2,12 +2,12 @@
 
 The method is that of facebookresearch/dinov2 (`dinov2/data/masking.py`, `collate.py`), after BEiT (arXiv 2106.08254):
 random rectangles are added to a mask until it covers the required number of patches. Only a given share of the images
-is masked. The masked shares of these images are spread evenly over a range, so that every batch has lightly and heavily
-masked images.
+is masked. The shares of patches that are masked in these images are spread evenly over a range, so every batch contains
+lightly and heavily masked images.
 
 The numbers of patches to mask are drawn together for all images of a step, but each mask has its own random generator.
-Each rank and each micro-batch can therefore make only the masks of its own images, and these masks equal those that a
-single process would make for the whole batch.
+Each rank can therefore make just the masks for the images of one micro-batch, and they are the same masks that a single
+process would make for the whole batch.
 
 While a mask is built, it is one Python integer with one bit per patch. An operation on a small array takes about a
 microsecond, and an operation on such an integer much less.
@@ -43,7 +43,7 @@ def _add_block(uniforms: Iterator[float], mask: int, grid: tuple[int, int], max_
     """Add one random rectangle to a mask, and return the new mask.
 
     A mask is an integer with one bit per patch of `grid` (height and width in patches). The rectangle adds between 1
-    and `max_patches` patches. If no rectangle fits in ten attempts, the mask is returned unchanged.
+    and `max_patches` patches. If ten attempts give no such rectangle, the mask is returned unchanged.
     """
     h, w = grid
     smallest, log_aspect = min(MIN_BLOCK_PATCHES, max_patches), math.log(MIN_ASPECT)
@@ -65,8 +65,8 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], n_masked: int) -
     """Make a random mask of at most `n_masked` patches for a grid of h x w patches, and return it as bool [h, w].
 
     The mask consists of rectangles with an aspect ratio of about 0.3 to 3.3. Each rectangle adds at most half of the
-    patches of the grid. As in Meta's code, the mask has fewer than `n_masked` patches if no further rectangle fits in
-    ten attempts.
+    grid's patches. As in Meta's code, the mask has fewer than `n_masked` patches if ten attempts give no further
+    suitable rectangle.
     """
     h, w = grid
     uniforms = _uniforms(rng)
@@ -85,9 +85,9 @@ def patches_to_mask(
 ) -> npt.NDArray[np.int64]:
     """Return the number of patches to mask in each of the `n_total` images of a step, int64 [n_total].
 
-    The share `probability` of the images, chosen at random, is masked. `ratio` is the range of the share of patches to
-    mask in an image. It is divided into as many equal parts as there are masked images, and each masked image draws its
-    share from one of these parts. Every image has `n_patches` patches.
+    The share `probability` of the images, chosen at random, is masked. Every image has `n_patches` patches, and the
+    share of them to mask is in the range `ratio`. This range is divided into as many equal parts as there are masked
+    images, and the share for each masked image is drawn from a different part.
     """
     rng = np.random.default_rng((STREAM, seed, step))
     n_with_mask = int(n_total * probability)

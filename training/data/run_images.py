@@ -25,8 +25,8 @@ SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 class ImageSettings:
     """The settings of a run's images: where they are stored, how they are split, and how they are read.
 
-    `micro_batches` maps the name of each micro-batch setting to its size, or to None if the setting is not used. The
-    number of images that a rank gets of each batch must be a multiple of each size.
+    `micro_batches` maps the name of each setting for a micro-batch size to its value, or to None if it is not used. The
+    number of images per rank and batch must be a multiple of each of these sizes.
     """
 
     data: str
@@ -58,14 +58,14 @@ class Data:
 
     @property
     def has_classes(self) -> bool:
-        """Return whether k-NN is possible.
+        """Return whether k-NN classification is possible.
 
-        It needs held-out images and at least two different labels in `train_sample`.
+        This needs held-out images, and at least two different labels in `train_sample`.
         """
         return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
 
     def check_same(self, digest: str) -> None:
-        """Check that a saved run used the same images, because a resumed run must continue their order.
+        """Check that a saved run used the same images, because a resumed run must use them in the same order.
 
         Raises:
             ValueError: `digest`, which the run saved, differs from the digest of these images.
@@ -77,7 +77,7 @@ class Data:
             )
 
     def unlisted(self) -> Sequence[Skipped]:
-        """Return the unreadable images that were found since the last call."""
+        """Return the unreadable images that were found since this method was last called."""
         skipped = self.loader.skipped[self._n_listed :]
         self._n_listed += len(skipped)
         return skipped
@@ -86,7 +86,7 @@ class Data:
 def check_apart(data: str, out: Path) -> None:
     """Check that a run's folder is not inside the folder of its images.
 
-    Otherwise the run would train on its own image sheets.
+    Otherwise the run would train on the images that it writes.
 
     Raises:
         ValueError: `out` is the folder of the images, or is inside it.
@@ -105,8 +105,8 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
     Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console.
 
     Raises:
-        ValueError: there are no images, no image is readable, there are fewer images than a batch needs, or a batch
-            cannot be split evenly over ranks and micro-batches.
+        ValueError: there are no images, no image is readable, there are fewer images than one batch contains, or a
+            batch cannot be split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
     out, batch_size = settings.out, settings.batch_size
@@ -145,9 +145,9 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
 
 
 def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, int | None]) -> int:
-    """Return the number of images that one rank gets of each batch.
+    """Return how many images of each batch go to one rank.
 
-    `micro_batches` maps the name of each micro-batch setting to its size, or to None if the setting is not used.
+    `micro_batches` maps the name of each setting for a micro-batch size to its value, or to None if it is not used.
 
     Raises:
         ValueError: the batch cannot be split evenly over the ranks, or the images of a rank cannot be split evenly into
@@ -164,14 +164,14 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 
 
 def sample(source: Source, most: int) -> list[Photo]:
-    """Return at most `most` images of a source, at equal distances: every k-th image, with the smallest possible k."""
+    """Return every k-th image of a source, with the smallest k that gives at most `most` images."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:
     """Add unreadable images to the list `skipped.txt` in the folder `out`, and print how many there are.
 
-    The first few images are also printed, each with the reason.
+    The names of the first few are also printed, each with the reason why it could not be read.
     """
     if not skipped:
         return

@@ -1,16 +1,16 @@
 """Tar shards (WebDataset's format) as a source of numbered images.
 
 A tar file has no table of contents, so this module makes an index of each shard: the names, offsets and labels of its
-images. To find them, `tarfile` jumps from header to header. A remote shard is read in blocks of 4 MiB, and blocks
-without a header are skipped. The index is stored in the run's folder. With it, an image is one range of bytes in one
-file, so a run can read images in any order. A loader that reads shards from start to end could only shuffle within a
-buffer.
+images. `tarfile` finds the images by jumping from header to header. A remote shard is read in blocks of 4 MiB, and
+blocks without a header are skipped. The index is stored in the run's folder. With it, an image is one range of bytes in
+one file, so a run can read images in any order. A loader that reads shards from start to end could only shuffle within
+a buffer.
 
 In WebDataset (https://github.com/webdataset/webdataset), members with the same path up to the first dot of the file
 name form one sample. Here each image of a sample is a separate image of the source. Its label is the content of the
 sample's `.cls` member. If the sample has no such member, the label is the name of the folder that contains the image.
 
-If a shard is truncated, its complete images are used, and the rest is listed as skipped.
+If a shard is truncated, its complete images are used, and `skipped` says that it is truncated.
 """
 
 import bz2
@@ -55,7 +55,7 @@ BLOCK = 512
 class _Reader(io.RawIOBase):
     """A file object through which Python's `tarfile` reads a shard.
 
-    It reads the shard in blocks and holds the last block in memory.
+    It reads the shard in blocks, and keeps the block that it read last in memory.
     """
 
     def __init__(self, blob: Blob, ahead: int) -> None:
@@ -86,7 +86,7 @@ class _Reader(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Names:
-    """A sequence of strings, stored in one buffer. As a list, a million names would take 100 MB."""
+    """A sequence of strings, stored in one buffer. A list of a million names would take 100 MB."""
 
     text: bytes  # the strings in UTF-8, one after the other
     ends: Indices  # [n] the position in `text` where each string ends
@@ -126,14 +126,14 @@ def printable(name: str) -> str:
 
 
 def common_folder(names: Sequence[str]) -> int:
-    """Return the length in characters of the longest folder path, including its last slash, that starts all names."""
+    """Return the length of the longest folder path with which all names start, including its final slash."""
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1
 
 
 def _key(name: str) -> str:
-    """Return the path of a member up to the first dot in its file name. This part identifies its WebDataset sample."""
+    """Return a member's path up to the first dot in its file name: the key of its WebDataset sample."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
@@ -226,7 +226,8 @@ def _identity(blob: Blob, shard: str) -> list[object]:
 def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
     """Load the index that is stored at `path`.
 
-    Return None if the file is missing or damaged, or if its index was stored with another `identity`.
+    Return None if the file is missing or damaged, or if its index is for another `identity` (a shard's name, size and
+    version).
     """
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -256,9 +257,10 @@ def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
 
 
 def load_index(blob: Blob, shard: str, index_dir: Path) -> ShardIndex:
-    """Return the index of a shard. Make it and store it in `index_dir` if it is missing there or outdated.
+    """Return the index of a shard. If `index_dir` does not contain the current index, make it and store it there.
 
-    An index is outdated if the shard's size or version has changed. The index of a shard in memory is never stored.
+    An index is no longer current if the shard's size or version has changed. If the shard is in memory, its index is
+    always made and never stored.
 
     Raises:
         OSError: the server or the disk failed, or the index cannot be written.
@@ -323,8 +325,8 @@ class TarSource:
     """A source of the images in tar shards, in the order of the shards and of their members.
 
     The name of an image is `shard/member`. If the paths of some shards contain the word `train` and those of others the
-    word `val`, these words define the split `parts`. Otherwise the split is defined by the folders `train` and `val`
-    inside the shards. They must be the first folders after the part of the path that all members share.
+    word `val`, these words divide the images into train and val (`parts`). Otherwise folders named `train` and `val`
+    inside the shards do so. They must directly follow the folders that the paths of all images have in common.
     """
 
     def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:

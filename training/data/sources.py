@@ -37,7 +37,8 @@ class FolderSource:
     """A source of the images in a folder and its subfolders at any depth, sorted by path.
 
     The label of an image is the name of the folder that directly contains it. If the folder has the subfolders `train`
-    and `val`, `parts` has the numbers of the images in each of them, and images outside both are in neither part.
+    and `val`, `parts` contains the numbers of the images in each of them. Images outside both subfolders are in neither
+    part.
 
     Raises:
         ValueError: the folder does not exist, a subfolder cannot be listed, or there are no images in the folder or in
@@ -70,7 +71,7 @@ class FolderSource:
         return printable(path.parent.name)
 
     def encoded(self, index: int) -> bytes:
-        """Return the bytes of an image's file. The errors are those of `training.data.dataset.read_file`."""
+        """Return the bytes of an image's file. The errors are the same as in `dataset.read_file`."""
         return read_file(self._folder / self._paths[index])
 
     def fingerprint(self, index: int) -> str:
@@ -99,11 +100,11 @@ class HuggingFaceSource:
     """A source of the images in a Hugging Face dataset that was saved with `save_to_disk`.
 
     The images come from the only column of type Image. The labels come from the first column of type ClassLabel, if the
-    dataset has one. The rows stay on disk (memory-mapped Arrow). The name of an image is `part/number`, such as
-    `train/12`.
+    dataset has one. The rows stay on disk (memory-mapped Arrow). The name of an image is its split (`data` if there are
+    no splits) and its row number, such as `train/12`.
 
-    For a DatasetDict, the part `train` of the split is the dataset's `train`, and the part `val` is the first of
-    validation, val, valid and test that the dataset has. If one of the two is missing, there is no split.
+    For a DatasetDict, `parts` maps `train` to the images of the split `train`, and `val` to those of the first existing
+    split among validation, val, valid and test. If there is no such pair of splits, `parts` is empty.
 
     Raises:
         ValueError: the library `datasets` is missing, the folder is damaged, or the dataset does not have exactly one
@@ -160,7 +161,7 @@ class HuggingFaceSource:
         return classes[value] if value is not None and 0 <= value < len(classes) else None
 
     def encoded(self, index: int) -> bytes:
-        """Return an image's bytes, which are in its row or in a file that the row names.
+        """Return an image's bytes, which are either in its row or in a file whose path is in the row.
 
         Raises:
             ValueError: the row has no image, or the file cannot be used.
@@ -243,16 +244,17 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
 
 
 def _relative_names(urls: Sequence[str]) -> list[str]:
-    """Return short names of shards for logs and digests: their URLs without the leading folder that all share."""
+    """Return short names of shards for logs and digests: their URLs without the leading folders that all share."""
     plain = [_path_of(url) for url in urls]
     start = common_folder(plain)
     return [printable(url[start:]) for url in plain]
 
 
 def _remote_shards(url: str) -> list[str]:
-    """Return the URLs of the tar files that `url` names.
+    """Return the URLs of the tar files that `url` stands for.
 
-    They are `url` itself, the files that match it if it is a pattern, or all tar files in it if it is a folder.
+    If `url` is a pattern, they are the files that match it. If it is a folder, they are all tar files in it. Otherwise
+    `url` is the only one.
     """
     if _is_tar(_path_of(url)) and "*" not in url:
         return [url]
@@ -321,8 +323,8 @@ def source_digest(source: Source, *, contents: bool) -> str:
     """Compute a sha256 of a source's images, in order. A resumed run uses it to check that its images are the same.
 
     If `contents` is true, all images are read, and the digest covers their names and contents; an unreadable image
-    counts as empty. Otherwise the digest covers the names and the sizes in bytes. It then changes if an image is added,
-    removed, renamed or replaced by one of another size, but not if an edit keeps the size. Labels are never covered.
+    counts as empty. Otherwise the digest covers the names and the sizes in bytes, so it does not change if an image is
+    edited without changing its size. Labels are never covered.
     """
     digest = hashlib.sha256()
     for index in range(len(source)):

@@ -1,1 +1,1 @@
-"""Evaluations of a model. Each follows a documented protocol and returns its figures as plain numbers."""
+"""Evaluations of a model. Each follows a documented protocol and returns its results as plain numbers."""

@@ -1,4 +1,4 @@
-"""Load a model to evaluate, with its preprocessing, from a checkpoint, an artifact or the published models."""
+"""Load a model to evaluate, with its preprocessing: a checkpoint, an artifact (exported model) or a published model."""
 
 import tempfile
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from training.evaluate.settings import DenseSettings, TaskSettings
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model to evaluate, in eval mode, with its name, its preprocessing (`spec`) and its fingerprint.
+    """A model to evaluate, in eval mode, with its name and its preprocessing (`spec`).
 
-    An artifact of the same model has the same fingerprint.
+    `fingerprint` is a hash of the model and its preprocessing. An artifact of the same model has the same fingerprint.
     """
 
     name: str
@@ -47,7 +47,7 @@ def load_backbone(
         source: a checkpoint file, an artifact's folder, the name of an artifact in `data_dir`, the name of a published
             model (which is downloaded), or "auto". The value "auto" selects the newest artifact in `data_dir` or, if it
             has none, the bundled artifact.
-        arch: torch hub's name of the architecture, for files that do not name it.
+        arch: torch hub's name for the architecture; needed only for files that do not contain this name.
         data_dir: folder that is searched for artifacts.
         device: device of the model.
 
@@ -83,7 +83,7 @@ def load_backbone(
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
-    """Return the preprocessing of a task: the model's own, changed by the task's `resize` and `crop` if they are set.
+    """Return the preprocessing for a task: the model's own, with the task's `resize` and `crop` if they are set.
 
     The whole image is used, without a crop, if `crop` is 0 or the task is segmentation or depth.
 

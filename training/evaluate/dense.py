@@ -1,9 +1,9 @@
-"""Common parts of segmentation and depth: pairs of an image and its map, patch tokens in memory, and a small head.
+"""What segmentation and depth share: pairs of an image and its map, patch tokens in memory, and training a small head.
 
-The data is a folder `images/{train,val}/...` and next to it a folder of maps with the same names (`masks/` of classes,
-`depth/` of distances). Each image is used whole, without windows, crops or flips. It is resized to multiples of the
-patch size at about its own aspect, so its tokens never change. Tokens are stored in memory up to a limit. The tokens of
-images beyond the limit are computed again each time, with the same result.
+The data is a folder `images/{train,val}/...` and, next to it, a folder of maps with the same names: `masks/` (classes)
+or `depth/` (distances). Each image is used whole, without windows, crops or flips, so its tokens never change. It is
+resized to sides that are multiples of the patch size, with nearly the same aspect ratio. Tokens are stored in memory up
+to a limit. The tokens of images beyond the limit are computed again each time, with the same result.
 
 Legend: h, w patches of an image, H, W pixels of a map, F features of a patch, L blocks, D width.
 """
@@ -76,7 +76,7 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """The settings for making the input of a head from a model's tokens.
+    """The settings for making a head's input from a model's tokens.
 
     The patch tokens of the last `n_blocks` blocks are concatenated. If `with_cls` is true, each block's class token is
     also appended to each of its patch tokens. If `precision` is "bf16", the forward pass runs in bfloat16 autocast.
@@ -88,7 +88,7 @@ class TokenSettings:
 
 
 class DenseData:
-    """A sequence of two tensors per readable pair: the tokens of the image, and its map.
+    """A sequence with one item per readable pair of an image and its map. An item is two tensors: tokens and map.
 
     The tokens are [h, w, F] for h x w patches with F features. The map has the height and width of the network's input.
     `pairs` lists the readable pairs, and `skipped` lists the files that could not be read. `memory_left` is the unused
@@ -149,7 +149,7 @@ class DenseData:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of a pair, float32 [h, w, F], and its map.
 
-        The map is resized to the size of the network's input (nearest pixel).
+        The map is resized to the size of the network's input by nearest-neighbour interpolation.
 
         Raises:
             ValueError: the pair is not in memory and can no longer be read.
@@ -220,8 +220,8 @@ def train_head(
     Args:
         head: the module to train.
         data: tokens and maps to train on.
-        loss_of: function that computes the loss of a batch from the list of its tokens [h, w, F] and the list of its
-            maps, which have the size of the network's input.
+        loss_of: function that computes the loss of a batch from two lists with one entry per image: tokens [h, w, F],
+            and maps at the size of the network's input.
         training: iterations, batch size, learning rate, weight decay and seed.
         advance: called with 1 after each iteration.
 

@@ -3,9 +3,9 @@
 The protocol follows the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/depth`). Each patch token is
 concatenated with the class token, for the last block ("lin. 1") or for each of the last four blocks ("lin. 4"). One
 linear layer maps this vector to logits of 256 bins, which are evenly spaced depths from `min_depth` to `max_depth`. The
-logits are enlarged 4 times, bilinearly. The weight of a bin is relu(logit) + 0.1, divided by the sum over bins. The
-predicted depth is the weighted mean of the bins, enlarged to the size of the map. The loss is the scale-invariant loss
-of log depth (the root of the variance plus 0.15 times the squared mean of the log error), plus 0.5 times MegaDepth's
+logits are enlarged bilinearly by a factor of 4. The weight of a bin is relu(logit) + 0.1, divided by the sum of these
+values over all bins. The predicted depth is the weighted mean of the bins, enlarged to the size of the map. The loss is
+the scale-invariant loss of log depth (sqrt(variance + 0.15 * mean^2) of the log error) plus 0.5 times MegaDepth's
 gradient loss at four scales. Unlike the paper, this module uses the whole image, without augmentation, without a
 flipped second view, and without cropping the map's border.
 
@@ -41,7 +41,7 @@ STRIDES = (1, 2, 4, 8)
 class DepthReport:
     """The scores of a depth prediction, averaged over the val images, and the last training loss.
 
-    `rmse` is in metres, and `photos` is the number of images in the averages.
+    `rmse` is in metres, and `photos` is the number of images in the average.
     """
 
     rmse: float
@@ -59,7 +59,7 @@ def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
 
     Args:
         path: the file.
-        units_per_metre: number of units of a PNG per metre; 256 for KITTI.
+        units_per_metre: the value in a PNG that stands for one metre; 256 for KITTI.
 
     Raises:
         ValueError: the file cannot be read, or is neither a 16-bit gray PNG nor an array [H, W].
@@ -82,8 +82,8 @@ def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
 class LinearDepth(nn.Module):
     """A head that predicts depths as weighted means of K evenly spaced depths, which are called bins.
 
-    A linear layer computes a logit for each bin. The weight of a bin is relu(logit) + 0.1, divided by the sum over all
-    bins.
+    A linear layer computes a logit for each bin. The weight of a bin is relu(logit) + 0.1, divided by the sum of these
+    values over all bins.
     """
 
     bins: Tensor
@@ -111,7 +111,8 @@ class LinearDepth(nn.Module):
 def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
     """Compute the scale-invariant loss of a depth prediction, sqrt(variance + 0.15 * mean^2) of the log error.
 
-    `predicted` and `depth` have the known pixels, [n] in metres. The log error of a pixel is log predicted - log depth.
+    `predicted` and `depth`, [n] in metres, contain only the pixels whose true depth is known. The log error of a pixel
+    is log predicted - log depth.
     """
     difference = (predicted + LOG_EPS).log() - (depth + LOG_EPS).log()
     spread = difference.var(correction=0) + MEAN_WEIGHT * difference.mean().square()
@@ -119,7 +120,7 @@ def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
 
 
 def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
-    """Compute how much the log error of a depth prediction differs between neighbouring pixels, over four strides.
+    """Compute how much the log error of a depth prediction differs between neighbouring pixels, at four strides.
 
     The log error of a pixel is log predicted - log depth. At each stride, the absolute differences of all pairs of
     known pixels that are vertical or horizontal neighbours are added up and divided by the number of known pixels. The
@@ -128,7 +129,7 @@ def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
     Args:
         predicted: predicted depths in metres, [H, W].
         depth: true depths in metres, [H, W].
-        known: bool [H, W], True for pixels that count.
+        known: bool [H, W], True for pixels whose true depth is known.
 
     Returns:
         a scalar tensor.
@@ -147,7 +148,7 @@ def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float
     """Compute the RMSE in metres, the AbsRel and the delta1 of one image.
 
     AbsRel is the mean relative error, and delta1 is the share of pixels predicted within a factor of 1.25. `predicted`
-    and `depth` have the known pixels, [n] in metres.
+    and `depth`, [n] in metres, contain only the pixels whose true depth is known.
     """
     p, d = predicted.double(), depth.double()
     ratio = torch.maximum(p / d, d / p)
@@ -175,8 +176,8 @@ def evaluate_depth(
         train: training data, with maps from `read_depth` and with class tokens (`with_cls`).
         val: data to score on, with the same kind of maps and tokens.
         training: iterations, batch size, learning rate, weight decay and seed.
-        min_depth: the first bin in metres. Only pixels above this depth count.
-        max_depth: the last bin in metres. Only pixels up to this depth count.
+        min_depth: depth of the first bin, metres. Only pixels with a larger depth count.
+        max_depth: depth of the last bin, metres. Pixels with a larger depth do not count.
         n_bins: number of bins.
         gradient_weight: weight of the gradient loss.
         advance: called with 1 after each iteration.

@@ -1,7 +1,7 @@
-"""Frozen features of images: read once, in threads, in batches of one size, and optionally cached on disk.
+"""Image features from a frozen model, optionally cached on disk. Threads read the images.
 
 Every evaluation except segmentation and depth starts from the class tokens of the last blocks and the mean patch token
-of the last block. These are a few numbers per image, so the features of a whole data set fit into memory, and one pass
+of the last block. These are so few numbers per image that the features of a whole data set fit into memory. One pass
 over the images serves k-NN, logistic regression, the linear probe and retrieval. Unreadable images are skipped and
 listed.
 
@@ -42,10 +42,10 @@ Result = TypeVar("Result")
 class ImageFeatures:
     """The features of the n images that could be read, float32 on the CPU.
 
-    `kept` [n] has the positions of these images among the requested images. `cls` [n, L, D] has the class tokens of the
-    last L blocks, with the last block last. `patch_parts` has the vectors [n, D] that are computed from the patch
-    tokens of the last block, by their names in `model.pooling.PATCH_PARTS`. `skipped` lists the images that could not
-    be read.
+    `kept` [n] contains the positions of these images among all requested images. `cls` [n, L, D] contains the class
+    tokens of the last L blocks, with the last block last. `patch_parts` maps each name in `model.pooling.PATCH_PARTS`
+    to vectors [n, D] that are computed from the patch tokens of the last block. `skipped` lists the images that could
+    not be read.
     """
 
     kept: Tensor
@@ -54,10 +54,10 @@ class ImageFeatures:
     skipped: list[Skipped]
 
     def pooled(self, pooling: Pooling) -> Tensor:
-        """Return one vector per image as the n rows of a tensor.
+        """Return one vector per image, as a tensor with n rows.
 
-        `pooling` selects the class token, the mean patch token or both. If both are joined, each is first scaled to
-        length 1.
+        `pooling` selects the class token, the mean patch token or both. If both are selected, each is scaled to length
+        1, and the two are concatenated.
         """
         parts = {"cls": self.cls[:, -1], **self.patch_parts}
         return pool(parts, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
@@ -114,7 +114,7 @@ def _batches(
     workers: int,
     skipped: list[Skipped],
 ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-    """Yield batches [b, 3, h, w] of inputs of equal size, with their positions in `photos`.
+    """Yield batches of inputs of the same size: their positions in `photos`, and the inputs [b, 3, h, w].
 
     Unreadable images are added to `skipped`.
     """
@@ -183,8 +183,8 @@ def compute_features(
         model: the network; its mode (train or eval) is restored afterwards.
         paths: the images.
         spec: preprocessing.
-        n_blocks: number of last blocks whose class tokens are returned. Each token passes through the network's last
-            norm, as in Meta's probes.
+        n_blocks: number of blocks, counted from the last, whose class tokens are returned. Each token passes through
+            the network's final norm, as in Meta's probes.
         boxes: the part of each image to use; None: the whole image.
         forward: batch size, threads and precision.
         advance: called with the number of images of each batch.
@@ -234,7 +234,7 @@ def cache_key(
     """Compute a sha256 (64 hex digits) of everything that determines the features.
 
     The hash covers the model, the preprocessing, the precision, the boxes, and each image's name or path and size in
-    bytes. The contents of the images are not read, so replacing an image by one of exactly the same size goes
+    bytes. The contents of the images are not read, so replacing an image with one of exactly the same size goes
     unnoticed.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())

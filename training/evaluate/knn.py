@@ -1,13 +1,13 @@
-"""k-NN classification on frozen features, the evaluation of DINO and DINOv2 that trains nothing.
+"""k-NN classification on frozen features, the one evaluation in DINO and DINOv2 that needs no training.
 
-The protocol is that of facebookresearch/dinov2 (`dinov2/eval/knn.py`). Features are L2-normalised. The k most similar
-training images of a test image vote for their class with weight exp(cosine / 0.07), and the class with the largest sum
-wins. Meta's code also divides the weights by their sum over the 200 nearest images, which changes no result. Meta's
-code resizes the short side to 256 and crops 224. This module uses the model's own preprocessing, which is reported with
-every figure.
+The protocol is that of facebookresearch/dinov2 (`dinov2/eval/knn.py`). Features are L2-normalised. For each test image,
+the k most similar training images vote for their classes with weight exp(cosine / 0.07), and the class with the largest
+sum of weights wins. Meta's code also divides the weights by their sum over the 200 nearest images, which changes no
+result. Meta's code resizes the short side to 256 pixels and crops the central 224. This module uses the model's own
+preprocessing, which is reported with every result.
 
-Similarities are computed in blocks, and only the k nearest images of each test image are stored. The whole matrix of
-similarities is therefore never in memory.
+Similarities are computed in blocks, and only the k nearest images of each test image are stored. The full similarity
+matrix is therefore never in memory.
 
 Legend: n training images, m test images, D features, C classes.
 """
@@ -85,7 +85,7 @@ def knn_accuracy(
         train_labels: class numbers of the training images, [n].
         test: features of the m test images, [m, D]; they need not be normalised.
         test_labels: class numbers of the test images, [m].
-        ks: numbers of neighbours. If a number is larger than the number of training images, all of them vote.
+        ks: numbers of neighbours. If k is larger than the number of training images, all training images vote.
         leave_one_out: True if the test images are the training images. No image is then its own neighbour.
         rows: number of test images in one block, see `nearest`.
         columns: number of training images in one block, see `nearest`.
@@ -109,10 +109,10 @@ def knn_accuracy(
 
 
 def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
-    """Return the class number of each image, and a dictionary of the class numbers by label.
+    """Return the class number of each image, and a dictionary that maps labels to class numbers.
 
-    The label of a path is the name of the folder that contains the file. `classes` has the numbers of known labels, and
-    new labels get the next numbers.
+    The label of a path is the name of the folder that contains the file. `classes` contains the numbers of known
+    labels, and new labels get the next numbers.
     """
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
@@ -126,12 +126,12 @@ def evaluate_knn(
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """Classify `test` images by their neighbours among `train` images, and return the accuracy by pooling and k.
+    """Classify `test` images by their neighbours among `train` images, and return the accuracy for each pooling and k.
 
     Unreadable images are left out.
 
     Raises:
-        ValueError: an image has no label, or one of the two sets has no readable image.
+        ValueError: an image has no label, or `train` or `test` contains no readable image.
     """
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)

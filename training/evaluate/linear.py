@@ -3,15 +3,15 @@
 The protocol is that of facebookresearch/dinov2 (`dinov2/eval/linear.py`). A head is a linear layer on the concatenated
 class tokens of the last 1 or 4 blocks, with or without the mean patch token of the last block. It is trained with SGD
 with momentum 0.9, no weight decay and cosine decay to zero, for 12,500 iterations with batches of 1,024. The learning
-rate is multiplied by batch / 256. The reported figure is the val accuracy of the best head, which is slightly
-optimistic if val is small. The accuracy of every head is reported too. Meta's code makes a new random crop and flip of
-each image in each iteration. Here the features of one centre crop are computed once.
+rate is multiplied by batch / 256. The main result is the val accuracy of the best head, which is slightly optimistic if
+val is small. The accuracy of every head is reported too. Meta's code makes a new random crop and flip of each image in
+each iteration. Here the features of one centre crop are computed once.
 
-Each image has one row, [class token of block -4 | -3 | -2 | -1 | mean patch token]. The input of a head is a range of
-adjacent columns of this row, and the weights of all heads with the same input form one matrix. The losses of these
-heads are summed, and no two heads share a weight, so each head gets the same gradient as if it were trained alone. This
-gradient has a closed form, so each step needs only two matrix products per input, without autograd and without a loop
-over heads.
+The features of an image are one row, [class token of block -4 | -3 | -2 | -1 | mean patch token]. The input of a head
+is a range of adjacent columns of this row, and the weights of all heads with the same input form one matrix. The losses
+of these heads are summed, and no two heads share a weight, so each head gets the same gradient as if it were trained
+alone. This gradient has a closed form, so each step needs only two matrix products per input, without autograd and
+without a loop over heads.
 
 Legend: n images, b images of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
 """
@@ -35,8 +35,8 @@ PAPER_LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3
 class Head:
     """One linear head.
 
-    Its input has the class tokens of the last `blocks` blocks and, if `avgpool` is true, the mean patch token. `lr` is
-    its learning rate before it is multiplied by batch size / 256.
+    Its input contains the class tokens of the last `blocks` blocks and, if `avgpool` is true, the mean patch token. Its
+    learning rate is `lr` times batch size / 256.
     """
 
     blocks: int
@@ -48,9 +48,9 @@ class Head:
 class ProbeSettings:
     """The settings of the linear probe: which heads are trained, and how.
 
-    There is one head for each combination of a learning rate in `lrs`, a number of blocks in `blocks`, and use of the
-    mean patch token in `avgpools`. The learning rates are multiplied by batch_size / 256. If there are fewer images
-    than `batch_size`, a batch repeats some of them.
+    There is one head for each combination of a learning rate in `lrs`, a number of blocks in `blocks`, and an entry in
+    `avgpools`, which says whether the mean patch token is used. The learning rates are multiplied by batch_size / 256.
+    If there are fewer images than `batch_size`, a batch repeats some of them.
     """
 
     lrs: Sequence[float] = CODE_LRS
@@ -76,8 +76,8 @@ class LinearReport:
 class _Group:
     """All heads with the same input, one for each of H learning rates.
 
-    An input has F features, which are the columns `columns` of the stacked features. `weight` is [F, H, C] and `bias`
-    [H, C] for C classes.
+    An input consists of F features: the columns `columns` of the result of `stack_features`. `weight` is [F, H, C] and
+    `bias` [H, C] for C classes.
     """
 
     columns: slice
@@ -90,7 +90,8 @@ class _Group:
 def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
     """Concatenate the class tokens and the mean patch token of each image, and return them as [n, (L + 1) D].
 
-    `cls` [n, L, D] has the class tokens of L blocks, with the last block last. `mean` [n, D] has the mean patch tokens.
+    `cls` [n, L, D] contains the class tokens of L blocks, with the last block last, and `mean` [n, D] the mean patch
+    tokens.
     """
     return torch.cat((cls.flatten(1), mean), dim=1)
 
@@ -98,7 +99,7 @@ def stack_features(cls: Tensor, mean: Tensor) -> Tensor:
 def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yield batches of image positions, int64 [batch_size], without end.
 
-    The positions come from one random permutation of the n images after another. A batch may span two permutations.
+    The positions are taken from successive random permutations of the n images. A batch may span several permutations.
     """
     rest, epoch = np.empty(0, np.int64), 0
     while True:
@@ -112,10 +113,10 @@ def batch_stream(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 def _make_group(
     blocks: int, avgpool: bool, n_lrs: int, n_classes: int, depth: int, features: Tensor, seed: int
 ) -> _Group:
-    """Make the heads of one input, one for each learning rate.
+    """Make the heads for one input, one for each learning rate.
 
-    All of them start with the same weights, so that learning rates can be compared. The input is the class tokens of
-    the last `blocks` of `depth` blocks and, if `avgpool` is true, the mean patch token.
+    All of them start with the same weights, so that their learning rates can be compared. The input is the class tokens
+    of the last `blocks` of `depth` blocks and, if `avgpool` is true, the mean patch token.
     """
     dim = features.shape[1] // (depth + 1)
     columns = slice((depth - blocks) * dim, (depth + int(avgpool)) * dim)
@@ -129,8 +130,8 @@ def _make_group(
 def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
     """Update all heads with the same input by one step of SGD, in place.
 
-    `x` [b, F] has the input features of b images, `labels` [b] their class numbers, and `lrs` [H] the learning rate of
-    each head.
+    `x` [b, F] contains the input features of b images, `labels` [b] their class numbers, and `lrs` [H] the learning
+    rate of each head.
     """
     f, h, c = group.weight.shape
     logits = (x @ group.weight.view(f, h * c)).view(len(x), h, c) + group.bias
@@ -146,7 +147,7 @@ def _step(group: _Group, x: Tensor, labels: Tensor, lrs: Tensor) -> None:
 def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096) -> list[float]:
     """Return, for each head of the group, the share of images that it classifies correctly.
 
-    `features` are the stacked features of all inputs. The logits of `rows` images are computed at a time.
+    `features` is the result of `stack_features`. The logits of `rows` images are computed at a time.
     """
     f, h, c = group.weight.shape
     right = torch.zeros(h, dtype=torch.long, device=features.device)
@@ -167,7 +168,7 @@ def train_heads(
     settings: ProbeSettings,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, bool], _Group]:
-    """Train all heads, and return them by number of blocks and use of the mean patch token.
+    """Train all heads, and return them by input: number of blocks, and whether the mean patch token is used.
 
     `depth` is the number of blocks with class tokens in `features`. The other arguments are those of `evaluate_linear`.
     """
@@ -200,15 +201,15 @@ def evaluate_linear(
     settings: ProbeSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LinearReport:
-    """Train a head per learning rate and number of blocks, with and without the mean patch token, and score all on val.
+    """Train the heads that `settings` defines, and compute the accuracy of each on val.
 
     Args:
         train: features of the n training images from `stack_features`, float32 [n, (depth + 1) D].
         train_labels: class numbers of the training images, [n].
         val: features of the m val images, float32 [m, (depth + 1) D], on the same device.
-        val_labels: class numbers of the val images, [m]. A class that only val has is never predicted.
+        val_labels: class numbers of the val images, [m]. Classes that occur only in val are never predicted.
         depth: number of blocks with class tokens in the features.
-        settings: the heads and their training; None: the published protocol.
+        settings: which heads are trained, and how; None: the published protocol.
         advance: called with 1 after each iteration.
 
     Raises:

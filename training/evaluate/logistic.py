@@ -11,7 +11,7 @@ and the fit for each C starts from the solution for the next smaller C.
 L-BFGS converges fast only if all unknowns have similar curvature, but at C = 1e-6 the penalty makes the curvature of
 the weights a million times that of the biases. The fit therefore uses rescaled unknowns. Features are centred, which
 only shifts the bias, and each weight is scaled so that its curvature at the start equals that of a bias. The solution
-is the same, and it takes tens of steps instead of hundreds.
+is the same, and the fit takes tens of steps instead of hundreds.
 
 Legend: n images, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
 """
@@ -42,8 +42,8 @@ class Logistic:
 def logistic_loss(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, c: float) -> Tensor:
     """Compute the objective of logistic regression divided by c * n: mean log loss + |weight|^2 / (2 c n).
 
-    n is the number of images, and c is the inverse strength of the penalty. The division makes the size of the loss
-    independent of both.
+    n is the number of images, and c is the inverse strength of the penalty. Because of the division, the size of the
+    result does not grow with n or c.
     """
     loss = F.cross_entropy(features @ weight.T + bias, labels)
     return loss + weight.square().sum() / (2 * c * len(labels))
@@ -67,8 +67,8 @@ def fit_logistic(
         features: features of the n images, [n, D].
         labels: class numbers [n], below `n_classes`.
         c: inverse strength of the penalty, scikit-learn's C.
-        n_classes: number of classes of the result.
-        start: model to start from; None: a model of zeros.
+        n_classes: number of classes.
+        start: model to start from; None: all weights and biases are zero.
         tolerance: the fit ends when no entry of the gradient of `logistic_loss`, with respect to the rescaled unknowns,
             is larger than this.
         max_iterations: maximum number of iterations.
@@ -124,10 +124,10 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n images at random, and return the positions of those that remain and of those that are set aside.
+    """Split n images at random into two sets, and return the positions of each, in ascending order.
 
-    Both are in ascending order. The share `share` of the images is set aside, but at least one image. The split depends
-    only on the arguments.
+    The second set contains the share `share` of the images, but at least one image. The first contains the others. The
+    split depends only on the arguments.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     aside = max(1, int(n * share))
@@ -138,8 +138,8 @@ def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 class LogisticReport:
     """The result of a logistic regression.
 
-    `accuracy` is the accuracy on val with the chosen inverse penalty strength `c`. `sweep` maps each tried value of C
-    to the accuracy on the training images that were set aside to choose C.
+    `c` is the chosen value of C, the inverse strength of the penalty, and `accuracy` is the accuracy on val with it.
+    `sweep` maps each value of C that was tried to the accuracy on the training images that were set aside to choose C.
     """
 
     accuracy: float
@@ -151,8 +151,8 @@ class LogisticReport:
 class FitSettings:
     """The settings of a logistic regression.
 
-    `held_out_share` is the share of the training images on which C is chosen, and `seed` draws these images.
-    `tolerance` and `max_iterations` end a fit (see `fit_logistic`).
+    `held_out_share` is the share of the training images on which C, the inverse strength of the penalty, is chosen.
+    `seed` is the seed for drawing these images. For `tolerance` and `max_iterations`, see `fit_logistic`.
     """
 
     held_out_share: float = 0.1
@@ -179,7 +179,7 @@ def evaluate_logistic(
         train: features of the n training images, [n, D].
         train_labels: class numbers of the training images, [n].
         val: features of the m val images, [m, D].
-        val_labels: class numbers of the val images, [m]. A class that only val has is never predicted.
+        val_labels: class numbers of the val images, [m]. Classes that occur only in val are never predicted.
         c_grid: values of C to try. If several are equally good, the smallest is chosen.
         fit: settings of the fit; None: the defaults.
         advance: called with 1 after each C.

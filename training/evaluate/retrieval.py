@@ -1,8 +1,9 @@
 """Retrieval: rank a database for each query by cosine similarity, and score the rankings.
 
-The data sets Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label some database images of each
-query as easy, hard or junk. A junk image is the query image itself, or shows too little of the object. A setup defines
-which labels count as relevant. Images with the other labels are removed from the ranking before it is scored:
+The data sets Revisited Oxford and Paris (arXiv 1803.11285; filipradenovic/revisitop) label, for each query, some
+database images as easy, hard or junk. A junk image is the query image itself, or shows too little of the object. A
+setup defines which labels count as relevant. Images with the other labels are removed from the ranking before it is
+scored:
 
     setup    relevant       removed
     easy     easy           hard, junk
@@ -135,9 +136,9 @@ def average_precision(positions: Tensor, n_relevant: int, rule: Rule = "trapezoi
 
     Args:
         positions: positions (from 0) of the relevant images in the ranking, ascending.
-        n_relevant: number of relevant images. Relevant images that have no position add 0 to the mean.
-        rule: "trapezoid" uses the mean of the precision just before and at each relevant image. "mean" uses the
-            precision at each relevant image.
+        n_relevant: number of relevant images. Relevant images that are not in the ranking count with precision 0.
+        rule: "trapezoid" averages, for each relevant image, the precision just before it and the precision at it.
+            "mean" uses only the precision at the relevant image.
     """
     assert n_relevant > 0
     index = positions.double()
@@ -168,7 +169,7 @@ def score(
         ignored: for each query, the positions of the images that are removed from its ranking.
         ks: values of k for recall@k.
         rule: see `average_precision`.
-        block_bytes: memory for similarities. Queries are ranked in blocks of this size.
+        block_bytes: maximum memory for similarities, in bytes. Queries are ranked in blocks that need no more.
 
     Raises:
         ValueError: no query has a relevant image.
@@ -205,8 +206,8 @@ def score_setup(
 ) -> Scores | None:
     """Score one setup, or return None if no query has a relevant image in this setup.
 
-    A setup defines which labels are relevant: easy, medium (easy and hard) or hard. `queries` [q, D] and `database`
-    [n, D] are features in the order of `truth`.
+    The setup "easy" counts images labelled easy as relevant, "hard" those labelled hard, and "medium" both. `queries`
+    [q, D] and `database` [n, D] are features in the order of `truth`.
     """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
@@ -221,10 +222,10 @@ def score_setup(
 
 
 def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
-    """Search for every image among all others, and score the rankings. The images of its class are relevant.
+    """Use every image as a query, rank all other images by similarity to it, and score the rankings.
 
-    `features` are [n, D] and `labels` class numbers [n]. Average precision follows the rule "mean" (see
-    `average_precision`).
+    The other images of the query's class are relevant. `features` are [n, D] and `labels` are class numbers [n].
+    Average precision follows the rule "mean" (see `average_precision`).
 
     Raises:
         ValueError: no class has two images.

@@ -1,15 +1,16 @@
-"""Robustness: how much the class token of an image changes when the image is cropped, blurred, relit or compressed.
+"""Robustness: how much an image's class token changes when the image is cropped, blurred, recoloured or compressed.
 
 Augmentations in training are random. Here each image gets the same eight changes, so all networks get the same test.
 The changes apply to the network's input (the preprocessed image as uint8 pixels), not to the original image. A blur of
 2 pixels is therefore equally strong for large and small originals.
 
-Two figures are computed for each change, from class tokens:
+Two metrics are computed for each change, from class tokens:
 
 - cosine: the mean cosine similarity between an image and its changed version. A collapsed network, which gives all
   images the same features, has cosine 1, so the mean cosine between different images is reported as well.
-- recall@1: the share of changed images whose nearest unchanged image is the one they were made from. Unlike the cosine,
-  it can be compared between networks. It falls as the number of images grows, so this number is reported too.
+- recall@1: the share of changed images whose own original is the most similar of all unchanged images. Unlike the
+  cosine, it can be compared between networks. It falls as the number of images grows, so the number of images is
+  reported too.
 
 Legend: n images, b images of a batch, D width, s side of the network's input.
 """
@@ -52,8 +53,9 @@ JPEG_QUALITY = 20
 def centre_crop(pixels: Tensor) -> Tensor:
     """Cut out the centre of each image, and enlarge it to the full size.
 
-    The centre has the share `CROP_SIDE` of each side, and so about half of the area. `pixels` are uint8 [b, 3, s, s].
-    The result is float [b, 3, s, s] in 0..1.
+    The sides of the centre are `CROP_SIDE` times those of the image, so its area is about half.
+
+    `pixels` are uint8 [b, 3, s, s]. The result is float [b, 3, s, s] in 0..1.
     """
     box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
     still = torch.zeros(len(pixels), dtype=torch.bool)
@@ -126,10 +128,10 @@ def robustness(
     workers: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Measure how much the class token of an image changes when the image is changed, for each change in `CHANGES`.
+    """Measure how much each of the image changes in `CHANGES` affects the class token.
 
-    There are two figures for each change. `cosine` is the mean cosine similarity between an image and its changed
-    version. `recall@1` is the share of changed images whose nearest unchanged image is the one they were made from.
+    There are two metrics for each change. `cosine` is the mean cosine similarity between an image and its changed
+    version. `recall@1` is the share of changed images whose own original is the most similar of all unchanged images.
 
     Args:
         model: the network; its mode (train or eval) is restored afterwards.
@@ -140,9 +142,9 @@ def robustness(
         advance: called with the number of images of each batch.
 
     Returns:
-        JSON types: `photos` (number of images used), `skipped` (number of unreadable images), `other_photos_cosine`
-        (mean cosine over pairs of different unchanged images), `changes` (`cosine` and `recall@1` by the change's
-        name), and `mean` (the means of `cosine` and `recall@1` over the changes).
+        a dictionary that can be stored as JSON: `photos` (number of images used), `skipped` (number of unreadable
+        images), `other_photos_cosine` (mean cosine over pairs of different unchanged images), `changes` (`cosine` and
+        `recall@1` by the change's name), and `mean` (the means of `cosine` and `recall@1` over the changes).
 
     Raises:
         ValueError: `spec` has no crop, or fewer than two images are readable.
@@ -180,8 +182,8 @@ def robustness(
 def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[str, Any]:
     """Compute the result of `robustness` from class tokens.
 
-    `clean` [n, D] has the tokens of the unchanged images. `changed` has the tokens [n, D] of the changed images, by the
-    name of the change.
+    `clean` [n, D] contains the tokens of the unchanged images. `changed` maps the name of each change to the tokens
+    of the changed images, [n, D].
     """
     n, rows = len(clean), F.normalize(clean, dim=1)
     figures = {name: _kept(rows, F.normalize(tokens, dim=1)) for name, tokens in changed.items()}
@@ -199,7 +201,7 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
     """Compute `cosine` and `recall@1` of one change from class tokens that have length 1.
 
-    `clean` [n, D] has the tokens of the unchanged images, and `changed` [n, D] those of the changed images.
+    `clean` [n, D] contains the tokens of the unchanged images, and `changed` [n, D] those of the changed images.
     """
     _, neighbours = nearest(clean, changed, 1)  # [n, 1]
     return {

@@ -30,8 +30,8 @@ from training.evaluate.tasks import Track
 class Report:
     """The result of one evaluation.
 
-    `columns` and `rows` are a table of the most important results, as text. `figures` has all results as data; a share
-    is a number from 0 to 1.
+    `columns` and `rows` are a table of the most important results, as text. `figures` contains all results as data,
+    with shares as numbers from 0 to 1.
     """
 
     task: Task
@@ -74,8 +74,8 @@ def evaluate(
     Args:
         task: the name of the evaluation task.
         backbone: the model.
-        data: a folder or, for a task with classes, any data that training accepts. docs/evaluation.md lists what each
-            task needs.
+        data: a folder or, for a task with class labels, any data that training accepts. docs/evaluation.md lists what
+            each task needs.
         given: settings of the task that differ from its defaults.
         cache: folder where features are cached between calls. Segmentation and depth do not use it.
         track: function that starts a progress bar.

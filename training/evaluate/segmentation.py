@@ -2,10 +2,11 @@
 
 The protocol follows the DINOv2 paper (section 7.4; facebookresearch/dinov2, `dinov2/eval/segmentation`). The head is
 batch normalisation and a 1x1 convolution. Its input is the patch tokens of the last block (the paper's "linear") or of
-the last four blocks (the paper's "+ms", but without its larger images and test-time views). It is trained with
+the last four blocks (the paper's "+ms", but without its larger images and test-time augmentation). It is trained with
 cross-entropy and AdamW, with learning rate 1e-3 and weight decay 1e-3. Logits are enlarged bilinearly to the size of
-the mask. Masks are scored at their own size, because shrinking them would change the figures. The paper trains on
-random crops of 512 pixels and tests with a sliding window. This module uses each image whole and unaugmented.
+the mask. Predictions are scored at the size of the masks, because shrinking the masks would change the scores. The
+paper trains on random crops of 512 pixels and tests with a sliding window. This module uses each image whole and
+unaugmented.
 
 mIoU is computed from one confusion matrix of the whole val set. It is the mean over the classes that occur in the masks
 or are predicted.
@@ -33,7 +34,7 @@ SUFFIXES = (".png",)
 class SegmentationReport:
     """The scores of a segmentation on val, and the last training loss.
 
-    `iou` has the intersection over union of each class. It is nan for a class that neither occurs in the masks nor is
+    `iou` contains the intersection over union of each class, or nan for a class that is neither in the masks nor
     predicted.
     """
 
@@ -49,8 +50,8 @@ def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
 
     Args:
         path: the file.
-        zero_is_ignored: True if 0 marks such pixels too, as in ADE20k's masks. Class 1 then becomes 0, class 2 becomes
-            1, and so on.
+        zero_is_ignored: True if 0 also marks pixels that do not count, as in ADE20k's masks. Class 1 then becomes 0,
+            class 2 becomes 1, and so on.
 
     Raises:
         ValueError: the file cannot be read, or it is not an indexed or 8-bit gray image.
@@ -66,7 +67,7 @@ def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
 
 
 def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> int:
-    """Return the number of classes: `n_classes` or, if it is None, one more than the largest class in all masks.
+    """Return the number of classes: `n_classes` or, if it is None, one more than the largest class number in the masks.
 
     Raises:
         ValueError: the masks have only ignored pixels, or a mask has a class of `n_classes` or more.
@@ -102,7 +103,7 @@ class LinearSegmenter(nn.Module):
     def forward(self, tokens: list[Tensor]) -> list[Tensor]:
         """Compute the logits, [C, h, w] for C classes, of each image from its tokens [h, w, F].
 
-        Batch normalisation is over the patches of all images.
+        In training, batch normalisation uses statistics over the patches of all images in the batch.
         """
         flat = torch.cat([photo.flatten(0, 1) for photo in tokens])  # [patches of the batch, F]
         logits = self.linear(self.bn(flat)).split([photo.shape[0] * photo.shape[1] for photo in tokens])
@@ -144,7 +145,7 @@ def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) ->
 
 
 def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
-    """Count the pixels of each pair of true class (row) and predicted class (column), int64 [n_classes, n_classes].
+    """Count the pixels for each pair of true class (row) and predicted class (column), int64 [n_classes, n_classes].
 
     Pixels that the mask marks as ignored do not count.
     """
@@ -156,7 +157,7 @@ def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
 def iou_of(confusion: Tensor) -> Tensor:
     """Compute the intersection over union of each of C classes, float64 [C], from a confusion matrix [C, C].
 
-    The value is nan for a class that neither occurs nor is predicted.
+    The value is nan for a class that neither occurs in the masks nor is predicted.
     """
     counts = confusion.double()
     hits = counts.diagonal()
@@ -177,7 +178,7 @@ def evaluate_segmentation(
         train: training data, with masks from `read_mask`.
         val: data to score on, with masks from `read_mask`.
         training: iterations, batch size, learning rate, weight decay and seed.
-        n_classes: number of classes; None: one more than the largest class in the masks.
+        n_classes: number of classes; None: one more than the largest class number in the masks.
         advance: called with 1 after each iteration.
 
     Raises:

@@ -1,7 +1,7 @@
 """The settings of each evaluation task.
 
-Every choice that affects a figure is a setting, and the report of an evaluation prints all of them. A setting that the
-task does not have is an error.
+Every choice that affects a result is a setting, and the report of an evaluation lists all settings. Giving a setting
+that the task does not have is an error.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,10 @@ class LogisticSettings(TaskSettings):
 
     pooling: Pooling = "cls"
     held_out: float = Field(
-        default=0.1, gt=0, lt=1, description="share of train to choose C; without a split also of val"
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of train on which C is chosen; if data has no split, also the share of val",
     )
     tolerance: float = Field(default=1e-6, gt=0, description="a fit ends when the gradient is below this")
     iterations: int = Field(default=1000, ge=1, description="maximum number of iterations of a fit")
@@ -72,7 +75,7 @@ class DenseSettings(TaskSettings):
 
     blocks: int = Field(default=1, ge=1, description="number of last blocks to concatenate: 1 or 4 in the paper")
     iterations: int = Field(default=4000, ge=1, description="number of training iterations")
-    batch_size: int = Field(default=16, ge=1, description="number of images in a batch, at most all")
+    batch_size: int = Field(default=16, ge=1, description="number of images in a batch; all images if there are fewer")
     weight_decay: float = Field(default=1e-3, ge=0)
     memory_gb: float = Field(default=8.0, ge=0, description="limit on stored tokens; others are computed again")
 
@@ -124,7 +127,7 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
     """Return the settings of a task: its defaults, overridden by `given`.
 
     Raises:
-        ValueError: the task is unknown, it does not have one of the given settings, or a value is not allowed. The
+        ValueError: the task is unknown, a given setting does not exist in this task, or its value is not allowed. The
             message names the setting.
     """
     if task not in SETTINGS:

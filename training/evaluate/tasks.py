@@ -37,7 +37,7 @@ Track = Callable[[str, int], Callable[[int], object]]
 
 @dataclass(frozen=True)
 class Context:
-    """The inputs that all tasks have: the model, the data, the preprocessing, the feature cache and progress bars."""
+    """What every task needs: the model, the data, the preprocessing, the feature cache and progress bars."""
 
     backbone: Backbone
     data: str | Path
@@ -62,7 +62,7 @@ class Context:
 
     @property
     def source(self) -> Source:
-        """Open the data of a task with classes, in any form that training accepts, and return the source of images."""
+        """Open the data, in any form that training accepts, and return it as a source of labelled images."""
         with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which is also in memory
             return open_source(self.data, Path(index))
 
@@ -88,7 +88,7 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Labelled:
-    """The features and class numbers of train and val. The classes of train have the lowest numbers."""
+    """The features and class numbers of train and val. Classes that occur only in val have the highest numbers."""
 
     train: ImageFeatures
     train_labels: Tensor
@@ -144,7 +144,7 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """Classify each val image by its neighbours in train. Without a split, classify every image by all other images."""
+    """Classify each val image by its neighbours in train or, if there is no split, each image by all other images."""
     device = context.device
     source = context.source
     if source.parts:
@@ -166,9 +166,7 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
-    """Choose the strength of the penalty on a share of train, fit logistic regression to all of train, and score it on
-    val.
-    """
+    """Choose the penalty on a share of train, fit logistic regression to all of train, and score it on val."""
     labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         labelled.train.pooled(settings.pooling).to(device),
@@ -187,7 +185,7 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 def run_linear(context: Context, settings: LinearSettings) -> Result:
     """Train all heads of the linear probe, and score them on val.
 
-    The table has the best learning rate for each input, and the figures have every head.
+    The table shows the best learning rate for each input, and `figures` contains the accuracy of every head.
     """
     depth_wanted = max(settings.blocks)
     labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
@@ -338,8 +336,8 @@ def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> Tas
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     """Rank images by similarity, and score the rankings.
 
-    With a ground truth file, the setups easy, medium and hard are scored. Without one, every image in class folders is
-    a query, and the other images are the database.
+    With a ground truth file, the setups easy, medium and hard are scored. Without one, every image is a query, the
+    other images are the database, and the images with the same label are relevant.
     """
     device = context.device
     if settings.ground_truth is None:
