@@ -1,7 +1,7 @@
-"""Draw line charts as SVG, for the report of a run and for the comparison of runs. No plotting library is needed.
+"""Draw line charts as SVG for the pages about training runs. No plotting library is needed.
 
 Colours and fonts come from a style sheet (`CSS`) with a light and a dark scheme, so a chart follows the reader's colour
-scheme. Points have a `<title>`, which browsers show when the pointer is over the point.
+scheme. Each point has a `<title>`, which browsers show when the pointer is over it.
 """
 
 import math
@@ -70,14 +70,15 @@ def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Return at most `MAX_POINTS` evenly spaced points, including the last one."""
+    """Return at most `MAX_POINTS` of the points, evenly spaced and including the last one."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return [point for i, point in enumerate(points) if (len(points) - 1 - i) % stride == 0]
 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
-    """Return the lower and the upper end of the y axis. The range includes all values, `mark` and `floor` unless these
-    are None, and a margin. There is no margin below `floor`."""
+    """Return the lower and the upper end of the y axis. The axis includes all values, and also `mark` and `floor` if
+    they are not None. It extends slightly beyond these numbers, but not below
+    `floor` if `floor` is the lowest."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)
