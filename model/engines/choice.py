@@ -79,13 +79,13 @@ def choose_engine(
 ) -> Choice:
     """Choose and load the engine that serves `artifact` on this host.
 
-    An engine is chosen only if its results agree with those of the float32 reference engine.
+    The engine must be the float32 reference engine itself, or its results must agree with those of the reference.
 
     Args:
-        artifact: the verified artifact.
+        artifact: the artifact (exported model) to serve.
         name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`), `auto` or `fastest`. `auto` selects the
-            first available engine in `AUTO`, and `fastest` the winner of a two-second benchmark of CPU engines. Both
-            consider only engines that agree with the reference.
+            first engine in `AUTO` that can serve. `fastest` selects the winner of a two-second benchmark of the CPU
+            engines that can serve.
         threads: the number of CPU threads per forward pass. If None, the engine uses all CPUs that this process may
             use.
         photos: at least two images for the comparison with the reference, uint8 [H, W, 3]. If None, images are

@@ -72,7 +72,7 @@ class Cuda:
         return results[0] if len(results) == 1 else tuple(results)
 
     def use(self, device: int) -> None:
-        """Make `device` the GPU that later calls of this thread use."""
+        """Make `device` the GPU that later calls from this thread use."""
         self.call("cudaSetDevice", device, request=f"device {device}")
 
     def stream(self) -> int:

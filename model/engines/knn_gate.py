@@ -29,7 +29,7 @@ MIN_TRAIN: Final = 500
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The files of the folders `train/` and `val/`, each with the name of its class.
+    """The files in the folders `train/` and `val/`, each with the name of its class.
 
     The function `read` returns the pixels of a file, or None if the file is not an image.
     """
@@ -53,7 +53,7 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """Return the labelled images in `folder`, or None if `train/` or `val/` has no files.
+    """Return the labelled images in `folder`, or None if one of its folders `train/` and `val/` has no files.
 
     `train/` and `val/` each contain one folder per class.
     """

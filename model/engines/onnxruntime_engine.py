@@ -76,7 +76,7 @@ def fault(request: OpenRequest) -> str | None:
 
 
 def open(request: OpenRequest) -> "OnnxEngine":
-    """Open and return the engine, as in `model.engines.protocol.EngineFile.open`.
+    """Open and return the engine (see `model.engines.protocol.EngineFile.open`).
 
     If the artifact has no graph of the requested precision, the graph is first built from the weights.
     """

@@ -4,9 +4,9 @@ The check computes four metrics: the largest absolute difference in any output, 
 the lowest cosine between patch tokens, and the share of images for which both engines find the same nearest neighbour
 by class token. Search results would visibly change if this share were low.
 
-Graphs for other input sizes are compared on the same images, resized and cropped to that size. Two copies of a
-large model may not fit into memory, so the reference features are plain arrays, and the reference engine can be
-released before the other engine is loaded.
+Graphs for input sizes other than the artifact's are compared on the same images, resized and cropped to that size. Two
+copies of a large model may not fit into memory, so the reference features are plain arrays, and the reference engine
+can be released before the other engine is loaded.
 
 An int8 graph must also pass the k-NN gate in `knn_gate.py`.
 """

@@ -56,9 +56,9 @@ class OpenRequest:
     """The parameters for opening an engine.
 
     `runtime` is a name in `runtimes.RUNTIMES`, and `precision` is one of its precisions. `threads` is the number of CPU
-    threads per forward pass. `device` applies only to runtimes that run on both CPU and GPU. If `device` is None, they
-    use a GPU when the host has one. If `few_passes` is True, the engine will run only a few times, so it should save
-    memory rather than time.
+    threads per forward pass. `device` applies only to runtimes that run on both CPU and GPU. If `device` is None, these
+    runtimes use a GPU when the host has one. If `few_passes` is True, the engine will run only a few times, so it
+    should save memory rather than time.
     """
 
     artifact: Artifact

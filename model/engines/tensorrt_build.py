@@ -5,11 +5,11 @@ A graph that TensorRT's builder cannot handle can kill the process with a signal
 nothing from the project. The program writes one JSON object per line to standard output: progress events, then the
 result. Everything that the libraries print goes to standard error.
 
-Two libraries provide this API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
+Two libraries provide the TensorRT API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
 `tensorrt_rtx` (TensorRT for RTX; its wheels install from PyPI, and it can build for a given target without a GPU).
 
-Attention must become one fused kernel per block. By default TensorRT does not decompose the operator, so a build
-without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 `Attention` when the batch size was
+Attention must become one fused kernel per block. By default TensorRT does not decompose an `Attention` operator, so a
+build without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 one when the batch size was
 fixed to 1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` can count the fused
 kernels as a second check.
 """
@@ -238,7 +238,7 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Write a copy of the plan file `job["from"]` with the weights of the graph file `job["onnx"]` to `job["plan"]`.
+    """Copy the plan file `job["from"]` to the file `job["plan"]`, with the weights of the graph file `job["onnx"]`.
 
     Returns:
         A dictionary with the duration of the refit in seconds.

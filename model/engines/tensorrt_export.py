@@ -1,4 +1,4 @@
-"""Builds a TensorRT plan from an artifact on the host that will run it, and stores it if it passes parity checks.
+"""Builds a TensorRT plan on the host that will run it, and stores the plan if it passes the parity check.
 
 The graph is derived from the artifact's weights in the plan's precision, because TensorRT takes all number formats from
 the graph. The plan is built in a separate process (`model/engines/tensorrt_build.py`), loaded in the same way as for
@@ -99,7 +99,7 @@ def build_plan(
     """Build or refit the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
 
     Args:
-        artifact: the verified artifact.
+        artifact: the artifact (exported model) to build the plan from.
         toolchain: the TensorRT library, the CUDA bindings and the GPU of this host.
         reference: an engine that runs the artifact in float32 on the CPU.
         folder: the folder of plans. It is created if missing.
@@ -279,7 +279,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
 
 
 def _follow(lines: Iterable[str], progress: Progress) -> dict[str, Any]:
-    """Parse each line as JSON, call `progress` with each phase event, and return the last object."""
+    """Parse each line as JSON, call `progress` with each object that has a "phase", and return the last object."""
     last: dict[str, Any] = {}
     for line in lines:
         last = json.loads(line)

@@ -4,13 +4,13 @@ On a CPU, the model runs eagerly, because compilation gains little there and nee
 (docs/decisions/0002-engine-threads.md). On a GPU, the model is compiled with a dynamic batch size. Each batch of the
 usual image size is padded to the next size in `BUCKETS`. The kernel launches of each size are captured once as a CUDA
 graph and then replayed, because at small batches the launches limit the speed. This module captures the graphs itself:
-graphs of torch.compile's mode "reduce-overhead" are tied to the thread that captured them, but one thread loads an
-engine and another runs it.
+graphs that torch.compile captures in its mode "reduce-overhead" are tied to the thread that captured them, but one
+thread loads an engine and another runs it.
 
 In bf16, the engine uses torch's autocast, but casts the weights of linear layers and of the patch embedding once in
 advance instead of in each pass. The results are the same as with autocast alone. The residual stream, LayerNorm and the
-position embeddings stay float32, because a bf16 residual would lose a digit within a few blocks. TF32 is off, so fp32
-computes in full float32.
+position embeddings stay float32, because a bf16 residual would lose a digit of precision within a few blocks. TF32 is
+off, so fp32 computes in full float32.
 
 The GPU parts have never run in this project. docs/engines.md lists the engines that have been run.
 
@@ -42,7 +42,7 @@ def fault(request: OpenRequest) -> None:
 
 
 def open(request: OpenRequest) -> "TorchEngine":
-    """Open and return the engine, as in `model.engines.protocol.EngineFile.open`."""
+    """Open and return the engine (see `model.engines.protocol.EngineFile.open`)."""
     artifact = request.artifact
     return TorchEngine(
         artifact.file(WEIGHTS),
@@ -59,7 +59,7 @@ class TorchEngine:
 
     Args:
         weights: the path of `weights.safetensors`. The tensors may have any float type.
-        config: the model's shape.
+        config: the model's configuration.
         threads: the number of CPU threads per forward pass.
         device: the torch device. If None, "cuda" is used if it is available, otherwise "cpu".
         precision: "fp32" or "bf16".

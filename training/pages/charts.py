@@ -42,8 +42,7 @@ class Series:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten. Their number is
-    approximately `about`."""
+    """Return approximately `about` round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -54,7 +53,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Format the label of a tick in about six characters at most, for example 0.05, 1,200, 25k, 3M or 2e-6."""
+    """Format the label of a tick with at most about six characters, for example 0.05, 1,200, 25k, 3M or 2e-6."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
@@ -77,8 +76,7 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
     """Return the lower and the upper end of the y axis. The axis includes all values, and also `mark` and `floor` if
-    they are not None. It extends slightly beyond these numbers, but not below
-    `floor` if `floor` is the lowest."""
+    they are not None. It extends slightly beyond these numbers, but not below `floor` if `floor` is the lowest."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)

@@ -52,8 +52,8 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Return the rows of the comparison table. Each row contains the group and the name of a metric, and one value
-    per network as text.
+    """Return the rows of the comparison table. Each row contains a metric's group, its name, and a list with its value
+    for each network, as text.
 
     A metric is left out if no network has a value for it.
     """
@@ -112,8 +112,8 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
 
 
 def page(results: Mapping[str, Any], out: Path) -> str:
-    """Return the HTML page of the comparison. `results` is the content of compare.json. The curves come
-    from the log files of the two runs in the folder `out`."""
+    """Return the HTML page of the comparison. `results` is the content of compare.json. The curves come from
+    the log files of the two runs in the folder `out`."""
     lines = rows(results)
     groups = [group for group, _, _ in lines]
     table = [

@@ -4,8 +4,8 @@ The report can be written at the end of a run or at any other time, because it i
 folder: config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
 provenance in checkpoint.safetensors. If a file is missing, its section is left out.
 
-The page contains its style sheet, the curves (`training/pages/charts.py`) and the last image sheet, so it can be mailed
-and archived as one file. It has no script, and all text from the files is escaped.
+The page contains its style sheet, the curves (`training/pages/charts.py`) and the last image sheet, so it can be
+emailed and archived as one file. It has no script, and all text from the files is escaped.
 """
 
 import base64
@@ -113,8 +113,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Read the provenance of a checkpoint, which describes its origin, and return it. The weights are not loaded. If
-    the file is missing or damaged, return an empty dict."""
+    """Return the provenance (a description of the origin) that a checkpoint file contains. The weights are not loaded.
+    If the file is missing or damaged, return an empty dict."""
     try:
         with safe_open(path, "np") as file:
             content = json.loads((file.metadata() or {}).get("provenance", "{}"))
@@ -342,7 +342,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
-    """Return the commands that export the checkpoint and resume training, as an HTML text block."""
+    """Return an HTML text block with the commands that export the checkpoint and resume training."""
     steps = []
     if (out / "checkpoint.safetensors").exists():
         checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))

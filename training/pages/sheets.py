@@ -170,7 +170,7 @@ def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: Pr
 
 @dataclass(frozen=True)
 class SheetCrops:
-    """The crops of n images. Each tensor contains the first views of all images, then the second views, and so on."""
+    """The crops of n images. Each tensor lists the first crops of all images, then the second crops, and so on."""
 
     globals_: Tensor  # [2n, 3, G, G], normalised
     masks: Tensor  # bool [2n, N]

@@ -1,5 +1,4 @@
-"""Count the floating-point operations of a training step, and find the peak speed of the device. MFU is computed from
-these two numbers.
+"""Count the floating-point operations of a training step, and find the peak speed of the device, to compute MFU.
 
 MFU, model FLOPs utilisation (arXiv 2204.02311, appendix B), is the useful work per second divided by the device's peak.
 The useful work is the work that the algorithm needs: the matrix products of the networks, where each multiply-add
@@ -16,7 +15,7 @@ layer:
 
     forward of a step's student = 2B global crops (masked patches cost as much as others) + V B local crops, the heads
                                   on (2 + V) B class tokens and M masked patches
-    forward of its teacher      = 2B global crops, the heads on 2B class tokens and M masked patches
+    forward of a step's teacher = 2B global crops, the heads on 2B class tokens and M masked patches
     a step                      = 3 * student + 1 * teacher
 
 The student counts 3 times because the backward pass needs two products for each product of the forward pass: one for
@@ -36,8 +35,8 @@ import torch
 from model.config import ViTConfig
 
 # Peaks of dense products in 10^12 operations per second, with bf16 inputs and fp32 accumulation, or with fp16 inputs if
-# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The figures are from the data sheets
-# of the manufacturers, and figures "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
+# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The values are from the manufacturers'
+# data sheets, and values "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
 # H100 SXM 989, PCIe 756, NVL 835; H200 989, NVL 835; B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125;
 # T4 65; V100 SXM 125, PCIe 112), NVIDIA's architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090
 # 165, 4080 97.5, RTX 6000 Ada 364) and Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
@@ -135,8 +134,8 @@ def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], p
     """Return the expected number of masked patches in a batch.
 
     `probability` is the share of images in which patches are masked. In these images, the share of masked patches
-    averages the middle of the range `ratio`. The result is slightly too high, because
-    `training/data/masking.py` rounds down.
+    is, on average, the middle of the range `ratio`. The result is slightly too high, because `training/data/masking.py`
+    rounds down.
     """
     return int(n_images * probability) * n_patches * (ratio[0] + ratio[1]) / 2
 

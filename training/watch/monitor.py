@@ -4,11 +4,11 @@
     evaluations.jsonl  one JSON line per evaluation during the run: k-NN and other measurements
     events.jsonl       warnings, rollbacks and other messages; no line is ever removed
 
-A resumed run repeats the steps since the checkpoint. The old lines of these steps are removed from metrics.jsonl and
+A resumed run repeats the steps after its checkpoint. The old lines of these steps are removed from metrics.jsonl and
 evaluations.jsonl. TensorBoard and Weights & Biases get the same metrics (`training/watch/sinks.py`). A write error is
 reported once and never stops the run.
 
-The CPU queues work for a GPU ahead of time, and must wait for the GPU to read the value of a tensor. Metrics are
+The CPU queues work for a GPU ahead of time. To read a tensor's value, the CPU must wait for the GPU. Metrics are
 therefore passed as tensors, and only `write` and `evaluated` read their values, in one transfer. The clock stops during
 evaluations and saves (`paused`), so `images_per_s` is the speed of training.
 """
@@ -87,9 +87,8 @@ def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the process's peak memory in bytes: the GPU memory of its tensors if `device` is a GPU, and its main
-    memory if `device` is the CPU. The latter is not available on Windows, where the result
-    is None."""
+    """Return the peak memory of this process in bytes. For a GPU, this is the memory of the tensors on the GPU. For a
+    CPU, it is the main memory of the process, or None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

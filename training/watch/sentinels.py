@@ -10,7 +10,7 @@ These checks are called sentinels. They detect three kinds of failure, each with
   - RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), is below a configured share of its
     maximum. A random network reaches about 0.1 of the maximum, and a trained network 0.5 or more.
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
-- k-NN: the accuracy on held-out images is lower than the best accuracy of the run by more than a margin. Continued
+- k-NN: the accuracy on held-out images is below the run's best accuracy by more than a configured margin. Continued
   training of released weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
 
 The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
@@ -48,7 +48,7 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the sentinels, and the action for each kind of failure. `knn_margin` is in percentage points."""
+    """The sentinels' thresholds, and the action for each kind of failure. `knn_margin` is in percentage points."""
 
     total_steps: int
     n_prototypes: int
@@ -167,7 +167,7 @@ class Sentinels:
         self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
-        """Forget what was recorded after the checkpoint that a rollback restores, because the run repeats these steps.
+        """Forget what was recorded for the steps after a restored checkpoint, because the run repeats these steps.
 
         The number of rollbacks, the steps to skip and the learning rate factor are kept.
 
