@@ -35,8 +35,8 @@ import torch
 from model.config import ViTConfig
 
 # Peaks of dense products in 10^12 operations per second, with bf16 inputs and fp32 accumulation, or with fp16 inputs if
-# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The values are from the manufacturers'
-# data sheets, and values "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
+# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The values are from the makers' data
+# sheets, and values "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
 # H100 SXM 989, PCIe 756, NVL 835; H200 989, NVL 835; B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125;
 # T4 65; V100 SXM 125, PCIe 112), NVIDIA's architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090
 # 165, 4080 97.5, RTX 6000 Ada 364) and Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
