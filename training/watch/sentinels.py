@@ -115,8 +115,8 @@ class FirstNotFinite:
     """A record of the first step in which a loss or another metric is not finite. The record is stored on the device,
     so the CPU need not wait for the device in each step.
 
-    `step` is an int64 scalar tensor. It is `NEVER` as long as all metrics are finite. In a run of several processes,
-    `step` can be replaced with its minimum over all processes before `read` is called.
+    `step` is an int64 scalar tensor. It is `NEVER` as long as all metrics are finite. If a run has several processes,
+    the minimum of their `step` is the first such step of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
