@@ -47,7 +47,7 @@ def find_library(name: str | None = None) -> Library:
     If `name` is None, `tensorrt` is returned if it is installed and new enough, otherwise `tensorrt_rtx`.
 
     Raises:
-        ModuleNotFoundError: neither library can be imported. The message gives the reasons and says how to install one.
+        ModuleNotFoundError: no suitable library is installed. The message gives reasons and says how to install one.
         ValueError: `name` is unknown, or `name` is "tensorrt" and the installed version is older than 10.14.
     """
     if name is not None and name not in LIBRARIES:

@@ -1,9 +1,10 @@
 """The TensorRT engine: runs a plan on one NVIDIA GPU, without torch.
 
 Each batch is padded to one of the sizes 1, 2, 4, ..., 64. Each size has its own CUDA graph. One launch of the graph
-copies the pixels in, runs the plan and copies the features out. The graphs are captured when the engine loads, after
-one pass in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts
-share the weights and one block of memory for activations, because a single stream runs them one after the other.
+copies the pixels in, runs the plan and copies the features out. Each graph is captured when the engine loads, after a
+first pass in which the library allocates memory and compiles kernels. NVIDIA requires one execution context per
+captured graph. The contexts share the weights and one block of memory for activations, because a single stream runs
+them one after the other.
 
 `model/engines/tensorrt_export.py` builds the plans and stores only those that pass the parity check. `open` accepts
 only stored plans. A refitted plan is loaded as a new engine, so its graphs are captured again.

@@ -173,8 +173,8 @@ class Monitor:
             self._guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
-        """Remove the log lines of steps after `step`, and set the progress bar to `step`. Call this at the start of a
-        run and after a rollback."""
+        """Remove the log lines of steps after `step`, and set the progress bar to `step`. The constructor does this for
+        `size.first_step`. Call this method after a rollback."""
         self._start_line()
         if not self._active:
             return
